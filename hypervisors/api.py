@@ -1,0 +1,288 @@
+"""What a driver is: the values it speaks in and the two protocols it answers to.
+
+A driver does what it is told to one machine or one disk and reports what it sees. It holds no
+policy: it never reads the farm file, prints, prompts, retries blindly, waits for a guest's ssh or
+decides which checkpoint is meant. What it can't do it refuses with ``Unsupported``.
+
+Names: a *VM* is called by its role (``prod``) in the farm file and by a machine name that is unique
+on the host (``kata-prod``) here. Drivers know machine names only; the role is part of the mark.
+
+Every changing method calls ``step(text)`` right before each thing it changes, so that the caller's
+journal knows how far it came. Each method is safe to call again after a kill at any point.
+
+Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Protocol
+
+StepFn = Callable[[str], None]
+"""Told, in a few words, what is about to be changed. Raising from it abandons the change."""
+
+
+def no_step(_text: str) -> None:
+    """For callers that keep no journal (tests, read-only use)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Our mark, carried by the object itself. Nothing without it is ever changed or removed."""
+
+    farm: str
+    vm: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """One sealed generation of a golden disk. Never changes once it exists."""
+
+    name: str
+    generation: int
+    ref: str  # what the store needs to clone it: a path, a ZFS snapshot, a VG/LV
+    size: int  # virtual size
+    sha256: str  # of the sealed image file's bytes
+    created: datetime
+    origin: str  # the recipe and its hash, or the imported file
+    firstboot: str  # who makes a clone unique at first boot: "farmhand" or "cloud-init"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.generation}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A state a disk can be put back to. ``clean`` exists from cloning on."""
+
+    name: str
+    created: datetime
+    warm: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A VM's disk as the store sees it now."""
+
+    machine: str
+    owner: Owner
+    path: Path  # what the hypervisor opens; resolves to the old or the new disk at any time
+    format: str  # "qcow2" or "raw"
+    size: int  # virtual
+    used: int  # bytes of the store that belong to it alone
+    template: str  # label of the generation it was cloned from
+    base: str  # the checkpoint the present disk grew from
+    checkpoints: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """Something of ours that nothing refers to: from a killed operation, or an orphan."""
+
+    kind: str  # "disk", "domain", "file", "checkpoint", ...
+    ref: str
+    owner: Owner | None  # None where the object died before it could be marked as a VM's
+    created: datetime
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Of the store. ``free`` is what new data may still take."""
+
+    total: int
+    free: int
+
+
+class Disks(Protocol):
+    """A disk store. One instance serves one farm; ``list`` shows that farm's disks only."""
+
+    def seal(self, image: Path, template: Template) -> Template:
+        """Take over ``image`` (a qcow2 or raw file, consumed) as this generation; returns it with
+        ``ref`` filled in. Conflict where the generation exists."""
+
+    def templates(self) -> Sequence[Template]: ...
+
+    def remove_template(self, label: str) -> None:
+        """WrongState, naming them, while disks depend on it."""
+
+    def find(self, machine: str) -> Disk | None: ...
+
+    def list(self) -> Sequence[Disk]: ...
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        """A new disk, complete or not there at all, with checkpoint ``clean`` = the template.
+        ``size`` >= template.size. Conflict where the machine has one; NoSpace before beginning."""
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        """Cold: the caller has stopped the VM. Conflict where the name is taken."""
+
+    def restore(self, machine: str, name: str) -> Disk:
+        """Swap in a fresh disk grown from that checkpoint; atomic; newer checkpoints stay.
+        The caller has stopped the VM. NotFound for an unknown checkpoint."""
+
+    def pristine(self, machine: str, name: str) -> bool:
+        """True only if the present disk provably equals that checkpoint: nothing written since."""
+
+    def destroy(self, machine: str) -> None:
+        """The disk and its checkpoints, in the order their dependencies allow."""
+
+    def leftovers(self) -> Sequence[Leftover]: ...
+
+    def discard(self, leftover: Leftover) -> None: ...
+
+    def capacity(self) -> Capacity: ...
+
+
+class Power(StrEnum):
+    RUNNING = "running"
+    STOPPED = "stopped"
+    PAUSED = "paused"
+    UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Host loopback port -> guest port, for user-mode networking."""
+
+    host: int
+    guest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nic:
+    """``mode``: "user" (QEMU's own, forwards used), "bridge" or "network" (``target`` names it)."""
+
+    mac: str
+    mode: str
+    target: str = ""
+    forwards: tuple[Forward, ...] = ()
+    internet: bool = False  # user mode: may the guest reach beyond its forwards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """All a hypervisor needs to make a machine. Complete: nothing is looked up elsewhere."""
+
+    name: str
+    owner: Owner
+    memory: int  # maximum, and what it boots with
+    vcpus: int
+    disk_size: int
+    nic: Nic
+    address: IPv4Address | None = None  # where ssh answers; loopback in user mode
+    ssh_port: int = 22
+    seed: Path | None = None  # first-boot data, an ISO image, attached read-only
+    console_log: Path | None = None
+    kernel: Path | None = None  # direct kernel boot; else the disk's own boot loader
+    initrd: Path | None = None
+    cmdline: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A machine as the hypervisor sees it now. ``owner`` None: not ours, hands off."""
+
+    name: str
+    owner: Owner | None
+    power: Power
+    memory: int  # maximum
+    current: int  # given to the guest now
+    vcpus: int
+    mac: str
+    disk: Path | None
+    spec_hash: str  # of the MachineSpec it was defined from, see ``spec_hash``; "" if foreign
+    template: str
+    started: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """Data that ``status`` and ``doctor`` show."""
+
+    driver: str  # "kvm", "qemu" (no working KVM), "xen", "ssh", "fake"
+    accelerated: bool
+    power: bool  # can start and stop
+    reset: bool
+    linked_clones: bool
+    live_balloon: bool
+    warm_checkpoints: bool
+    console: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Console:
+    """How to reach a machine's console."""
+
+    argv: tuple[str, ...]  # attach interactively; empty where there is none
+    log: Path | None
+
+
+class Hypervisor(Protocol):
+    """Machines on one host. Handed its disk store; ``list`` shows this farm's machines only."""
+
+    def capabilities(self) -> Capabilities: ...
+
+    def find(self, name: str) -> Machine | None:
+        """By machine name, ours or not."""
+
+    def list(self) -> Sequence[Machine]: ...
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        """Disk first, then the definition: the machine exists complete or not at all, stopped.
+        NotOurs where the name is somebody else's; Conflict where it is ours already."""
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        """Change a stopped machine's definition (memory, NIC, ...), disk untouched."""
+
+    def start(self, name: str) -> None:
+        """Returns once the guest's CPUs run. WrongState if it runs already."""
+
+    def stop(self, name: str, *, grace: float) -> None:
+        """Ask the guest to shut down, wait ``grace`` seconds, then cut power (0: at once).
+        A stopped machine is left alone."""
+
+    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+        """WrongState while running where the driver has cold checkpoints only."""
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        """Cut power, put the disk back; leaves it stopped on the old state or the new."""
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        """Set the guest's memory and wait until the guest says it is there; returns what it
+        reached. Errors: WrongState (stopped), Unsupported (no balloon driver), UsageError (above
+        maximum or under the guest's need), TimedOut (with what it did reach)."""
+
+    def console(self, name: str) -> Console: ...
+
+    def destroy(self, name: str) -> None:
+        """Cut power, remove the definition, then the disk. NotOurs without our mark."""
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """Definitions of ours without a disk, disks of ours without a definition, half-made."""
+
+    def discard(self, leftover: Leftover) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def spec_hash(spec: MachineSpec) -> str:
+    """A short hash that changes when the machine must be redefined. The seed's content and the
+    log's place don't count."""
+    import hashlib
+
+    text = repr(
+        (
+            spec.name, spec.owner, spec.memory, spec.vcpus, spec.nic,
+            str(spec.seed), str(spec.kernel), str(spec.initrd), spec.cmdline,
+        )
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,55 @@
+"""Sizes and durations as people write them. Sizes are binary: ``1G`` is 2**30 bytes (as in lvm(8)
+and qemu-img(1)), so is ``1GiB``."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd]\s*)+|\d+(?:\.\d+)?")
+
+
+def parse_size(text: str) -> int:
+    """Bytes. ValueError, in words for an admin, if it isn't a size."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write a number with K, M, G or T, such as 512M or 4G")
+    value = float(match[1]) * _UNITS[match[2].upper()]
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return int(value)
+
+
+def format_size(size: int) -> str:
+    """Shortest exact form where there is one (``512M``), else two digits (``1.3G``)."""
+    if size == 0:
+        return "0"
+    for unit in ("T", "G", "M", "K"):
+        if size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    for unit in ("T", "G", "M", "K"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.1f}{unit}"
+    return f"{size}B"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds. ``90``, ``90s``, ``5m``, ``1h30m``."""
+    text = text.strip()
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"{text!r} is not a duration: write 90s, 5m or 1h30m")
+    return sum(float(n) * _SECONDS[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text))
+
+
+def format_duration(seconds: float) -> str:
+    """``0.4s``, ``12s``, ``3m05s``, ``2h07m``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
