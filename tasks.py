@@ -1,0 +1,4 @@
+from invoke import task
+@task
+def doctor(c):
+    print("hi")
