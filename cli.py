@@ -1,0 +1,344 @@
+"""What stands between invoke and the use cases: common flags, errors in words, output, exit status.
+
+``@command`` goes where ``@task`` would. It adds ``--farm``, ``--json`` and ``--plan``, opens nothing by
+itself, and turns every ending into one of four: a result on stdout; one line and a remedy on stderr
+for what an admin can cause; one line and a file with the traceback for what only we can cause; and a
+word on how to go on after Ctrl-C. Options reach a task as strings and are judged here, since invoke's
+own conversion (``--count abc``) shows a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json as jsonlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from invoke.exceptions import Exit
+from invoke.tasks import task as invoke_task
+
+from inventory.errors import FarmhandError, Interrupted, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from provision.report import Outcome
+    from provision.site import Site
+    from screen import Screen
+
+ROOT = Path(__file__).resolve().parent
+DEFECT = 70  # EX_SOFTWARE of sysexits.h(3head)
+
+_COMMON_HELP = {
+    "farm": "The farm file; else $FARMHAND_FARM, ./farm.yaml, or farmhand's own default farm.",
+    "json": "Print one JSON object on stdout, also for an error.",
+    "plan": "Show what would be done, and do nothing.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1."""
+
+    data: Mapping[str, object]
+    text: str
+    ok: bool = True
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of one task: what the common flags said."""
+
+    task: str
+    farm: str
+    json: bool
+    plan: bool
+    resume: str = ""  # what to type after an interruption
+    _screen: Screen | None = field(default=None)
+
+    @property
+    def screen(self) -> Screen:
+        """The reporter: a live line on a terminal, dated lines elsewhere; always on stderr."""
+        if self._screen is None:
+            from screen import open_screen
+
+            self._screen = open_screen(sys.stderr)
+        return self._screen
+
+    def farm_file(self) -> Path:
+        """The farm file meant. NotFound, saying where the name came from."""
+        for text, source in ((self.farm, "--farm"), (os.environ.get("FARMHAND_FARM", ""), "$FARMHAND_FARM")):
+            if text:
+                path = Path(text).expanduser()
+                if not path.is_file():
+                    raise NotFound(f"{source}: no farm file {path}", remedy="give the path of a farm file")
+                return path.absolute()
+        here = Path.cwd() / "farm.yaml"
+        return here if here.is_file() else ROOT / "inventory" / "default.yaml"
+
+    def site(self) -> Site:
+        """The farm, opened. A context manager."""
+        from provision.site import open_site
+
+        return open_site(self.farm_file(), reporter=self.screen, plan=self.plan)
+
+    def close(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
+
+
+def command(
+    help: Mapping[str, str] | None = None,
+    *,
+    iterable: Sequence[str] = (),
+    plans: bool = True,
+    name: str | None = None,
+) -> Callable[[Callable[..., Result | None]], object]:
+    """The decorator under which a task stands. ``plans`` False: the task has no --plan, for it changes
+    nothing. The function gets a Run first."""
+    texts = dict(help or {})
+
+    def decorate(body: Callable[..., Result | None]) -> object:
+        own = list(inspect.signature(body).parameters.values())
+        flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
+        extra = [
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag == "farm" else False)
+            for flag in flags
+        ]
+
+        @functools.wraps(body)
+        def shell(_context: object, **options: Any) -> None:
+            run = Run(
+                task=name or body.__name__.replace("_", "-"),
+                farm=str(options.pop("farm")),
+                json=bool(options.pop("json")),
+                plan=bool(options.pop("plan", False)),
+            )
+            _carry_out(run, functools.partial(body, run, **options))
+
+        shell.__signature__ = inspect.Signature(own[:1] + own[1:] + extra)  # type: ignore[attr-defined]
+        return invoke_task(
+            name=name,
+            iterable=list(iterable),
+            help={**texts, **{flag: _COMMON_HELP[flag] for flag in flags}},
+            auto_shortflags=False,
+        )(shell)
+
+    return decorate
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, made to unwind as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Ended(number)
+
+
+def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
+    """Run a task's body; every way it can end, ends here."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    try:
+        try:
+            result = body()
+        finally:
+            run.close()
+        if result is not None:
+            _show(run, result)
+    except Exit:
+        raise
+    except BrokenPipeError:
+        # The reader (head, less) has enough. Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Exit(code=0) from None
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, _Ended) else signal.SIGINT
+        _refuse(run, _interrupted(run, number), 128 + number)
+    except FarmhandError as error:
+        _refuse(run, error, error.exit_status)
+    except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
+        where = _keep_traceback(run)
+        _refuse(
+            run,
+            FarmhandError(
+                f"a defect in farmhand itself: {type(error).__name__}: {_first_line(error)}",
+                remedy=f"report it with {where}; VMs are safe, 'status' shows them as they are",
+            ),
+            DEFECT,
+        )
+    if result is not None and not result.ok:
+        raise Exit(code=1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _interrupted(run: Run, number: int) -> Interrupted:
+    how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    return Interrupted(
+        how,
+        remedy=run.resume or "the next command finishes or undoes what was under way; or do it now: recover",
+    )
+
+
+def _show(run: Run, result: Result) -> None:
+    if run.json:
+        write_json({"task": run.task, "ok": result.ok, **result.data})
+    elif result.text:
+        sys.stdout.write(result.text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def write_json(data: Mapping[str, object]) -> None:
+    sys.stdout.write(jsonlib.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
+    """The error as an admin reads it, the most important last; as one object with --json."""
+    try:
+        if run.json:
+            write_json({"task": run.task, "ok": False, **error.as_dict()})
+            sys.stdout.flush()
+        lines = [f"  | {line}" for line in error.detail.splitlines()]
+        first, *more = (error.message or type(error).__name__).splitlines()
+        if more:  # an inventory's problems, each with its place: as they are, for editors to jump to
+            lines += [first, *more, f"farmhand: {1 + len(more)} problems, nothing was done"]
+        else:
+            lines.append(f"farmhand: {first}")
+        if error.remedy:
+            lines.append(f"  {error.remedy}")
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+    raise Exit(code=status) from None
+
+
+def _keep_traceback(run: Run) -> Path:
+    import platform
+    import tempfile
+    import traceback
+
+    from provision.paths import state_dir
+
+    text = (
+        f"{time.strftime('%Y-%m-%d %H:%M:%S%z')}  {run.task}\n{sys.argv}\n"
+        f"{platform.platform()} Python {platform.python_version()}\n\n{traceback.format_exc()}"
+    )
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for directory in (state_dir() / "logs", Path(tempfile.gettempdir())):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+        except OSError:
+            continue
+        return directory / name
+    sys.stderr.write(text)
+    return Path("the text above")
+
+
+# ---- Options, judged.
+
+
+def names(values: Iterable[str]) -> tuple[str, ...]:
+    """``--vm a --vm b`` and ``--vm a,b`` alike; each once, in their order."""
+    found = [part.strip() for value in values for part in str(value).split(",")]
+    if not all(found):
+        raise UsageError("--vm: an empty name", remedy="give the name of a VM of the farm")
+    return tuple(dict.fromkeys(found))
+
+
+def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
+    """The VMs meant, known ones only. An empty choice is refused: it is never "all" by accident."""
+    chosen = names(vm)
+    if chosen and all_:
+        raise UsageError("--vm and --all together: which is meant?", remedy="give one of them")
+    if not chosen and not all_:
+        raise UsageError(
+            "which VMs?", remedy=f"--vm NAME (repeatable) or --all; the farm has {', '.join(site.farm.vms)}"
+        )
+    return site.vms(chosen or None)
+
+
+def one_vm(site: Site, vm: str) -> str:
+    """The one VM meant; where the farm has a single one, that."""
+    if not vm and len(site.farm.vms) > 1:
+        raise UsageError("which VM?", remedy=f"--vm NAME; the farm has {', '.join(site.farm.vms)}")
+    return site.vms(names([vm]) if vm else None)[0]
+
+
+def size(option: str, text: str) -> int:
+    """Bytes."""
+    from inventory.sizes import parse_size
+
+    if not text:
+        raise UsageError(f"{option} is missing", remedy=f"{option} SIZE, such as {option} 512M")
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}", remedy=f"such as {option} 512M") from None
+
+
+def count(option: str, text: str, *, least: int = 1) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise UsageError(f"{option}: {text!r} is not a whole number from {least} on", remedy=f"{option} 20")
+    return int(text)
+
+
+# ---- Output.
+
+
+def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as it should be") -> Result:
+    """What was done, or would be, one line an action."""
+    if not result.actions:
+        return Result(result.as_dict(), nothing)
+    width = max(len(action.vm) for action in result.actions)
+    lead = "would: " if result.planned else ""
+    lines = [f"{lead}{f'{a.vm:<{width}}  ' if width else ''}{a.text}" for a in result.actions]
+    return Result(result.as_dict(), "\n".join(lines))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
+    """Aligned columns; where they don't fit the terminal, one block a row instead."""
+    if width is None:
+        import shutil
+
+        width = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+    columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
+    if sum(columns) + 2 * (len(columns) - 1) <= width:
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, columns, strict=True)).rstrip()
+            for row in (headings, *rows)
+        )
+    label = max(len(h) for h in headings[1:])
+    blocks = []
+    for row in rows:
+        blocks.append(row[0])
+        blocks += [
+            f"  {h.lower():<{label}}  {cell}" for h, cell in zip(headings[1:], row[1:], strict=True) if cell
+        ]
+    return "\n".join(blocks)
+
+
+def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
+    """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind."""
+    run.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(argv[0], list(argv))
