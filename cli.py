@@ -13,6 +13,7 @@ import functools
 import inspect
 import json as jsonlib
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,12 +25,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
-from inventory.errors import FarmhandError, Interrupted, NotFound, UsageError
+from inventory.errors import FarmhandError, Interrupted, NotFound, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from provision.report import Outcome
+    from hypervisors.api import Console
+    from provision.remote import Endpoint
     from provision.site import Site
     from screen import Screen
 
@@ -299,39 +301,94 @@ def count(option: str, text: str, *, least: int = 1) -> int:
     return int(text)
 
 
-# ---- Output.
+def needed(option: str, text: str, meaning: str) -> str:
+    """An option that has no sensible default."""
+    if not text.strip():
+        raise UsageError(f"{option} is missing", remedy=f"{option}: {meaning}")
+    return text.strip()
 
 
-def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as it should be") -> Result:
-    """What was done, or would be, one line an action."""
-    if not result.actions:
-        return Result(result.as_dict(), nothing)
-    width = max(len(action.vm) for action in result.actions)
-    lead = "would: " if result.planned else ""
-    lines = [f"{lead}{f'{a.vm:<{width}}  ' if width else ''}{a.text}" for a in result.actions]
-    return Result(result.as_dict(), "\n".join(lines))
+def template(site: Site, name: str, *, built: bool) -> str:
+    """The template meant: the named one, or the only one that is built (or imported)."""
+    from inventory.errors import nearest
 
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
-    """Aligned columns; where they don't fit the terminal, one block a row instead."""
-    if width is None:
-        import shutil
-
-        width = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
-    columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
-    if sum(columns) + 2 * (len(columns) - 1) <= width:
-        return "\n".join(
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, columns, strict=True)).rstrip()
-            for row in (headings, *rows)
+    known = site.farm.templates
+    if name:
+        if name not in known:
+            raise NotFound(
+                f"the farm has no template {name!r}", remedy=nearest(name, known) or "declare it in the farm file"
+            )
+        return name
+    fitting = [key for key, source in known.items() if (source.build is not None) == built]
+    if len(fitting) != 1:
+        kind = "built" if built else "imported"
+        raise UsageError(
+            f"which template? the farm has {len(fitting)} that are {kind}",
+            remedy=f"--name NAME: {', '.join(fitting or known) or 'declare one in the farm file'}",
         )
-    label = max(len(h) for h in headings[1:])
-    blocks = []
-    for row in rows:
-        blocks.append(row[0])
-        blocks += [
-            f"  {h.lower():<{label}}  {cell}" for h, cell in zip(headings[1:], row[1:], strict=True) if cell
-        ]
-    return "\n".join(blocks)
+    return fitting[0]
+
+
+# ---- Handing the terminal over.
+
+
+def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result:
+    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used."""
+    from hypervisors.run import which
+
+    alias = f"farmhand-{endpoint.vm}"
+    checking = "accept-new"
+    if endpoint.host_key:
+        checking = "yes"
+        known_hosts = known_hosts.with_name(f"known_hosts-{endpoint.vm}")
+        if not run.plan:
+            known_hosts.parent.mkdir(parents=True, exist_ok=True)
+            fresh = known_hosts.with_name(f".{known_hosts.name}.{os.getpid()}")
+            fresh.write_text(f"{alias} {endpoint.host_key}\n")
+            fresh.replace(known_hosts)
+    options = {
+        "IdentitiesOnly": "yes",
+        "UserKnownHostsFile": f'"{known_hosts}"',
+        "GlobalKnownHostsFile": "/dev/null",
+        "StrictHostKeyChecking": checking,
+        "HostKeyAlias": alias,
+        "LogLevel": "ERROR",
+    }
+    program = which("ssh")
+    if program is None:
+        raise Unsupported(
+            "ssh is not installed", remedy="as root: apt-get install -y --no-install-recommends openssh-client"
+        )
+    argv = [program, "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
+    for key, value in options.items():
+        argv += ["-o", f"{key}={value}"]
+    argv += [f"{endpoint.user}@{endpoint.host}", *([command] if command else [])]
+    if run.plan or run.json:
+        return Result({"argv": argv}, shlex.join(argv))
+    replace_process(run, argv)
+
+
+def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result:
+    """Attach to the console, or show the end of its log. Unsupported where there is none."""
+    if log or (run.json and not run.plan):
+        if found.log is None:
+            raise Unsupported(f"{vm}: this host keeps no console log", remedy="console --vm attaches to it")
+        from provision.remote import tail_of
+
+        if not found.log.exists():
+            raise NotFound(f"{vm}: no console log yet", remedy=f"start it: ./invoke start --vm {vm}")
+        text = tail_of(found.log, lines=lines, limit=200 * lines + 4096)
+        return Result({"vm": vm, "log": str(found.log), "text": text}, text)
+    if not found.argv:
+        raise Unsupported(
+            f"{vm}: its console can't be attached to", remedy=f"see its log: ./invoke console --vm {vm} --log"
+        )
+    if run.plan:
+        return Result({"argv": list(found.argv)}, shlex.join(found.argv))
+    if not sys.stdin.isatty():
+        raise UsageError("a console needs a terminal", remedy=f"see its log: ./invoke console --vm {vm} --log")
+    sys.stderr.write(f"console of {vm}; leave with Ctrl-]\n")
+    replace_process(run, found.argv)
 
 
 def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:

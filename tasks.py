@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import cli
+import views
 from cli import Result, Run, command
 
 _VM = "Name of a VM; repeatable, or separated by commas."
@@ -33,9 +34,9 @@ def demo(run: Run, destroy: bool = False) -> Result:
     run.farm = str(demonstration.farm_file(run.farm))
     run.resume = "go on with ./invoke demo, or take it away with ./invoke demo --destroy"
     if destroy:
-        return cli.outcome(demonstration.destroy(run.site), nothing=demonstration.KEPT)
+        return views.outcome(demonstration.destroy(run.site))
     if run.plan:
-        return cli.outcome(demonstration.plan(run.site))
+        return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
     return Result(report.as_dict(), report.text(), ok=report.ok)
 
@@ -49,7 +50,7 @@ def template_build(run: Run, name: str = "") -> Result:
     from provision import golden
 
     with run.site() as site:
-        return cli.outcome(golden.template_build(site, cli.template(site, name, built=True)))
+        return views.outcome(golden.template_build(site, cli.template(site, name, built=True)))
 
 
 @command(
@@ -66,7 +67,7 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
 
     with run.site() as site:
         path = Path(image).expanduser().absolute() if image else None
-        return cli.outcome(golden.template_import(site, cli.template(site, name, built=False), path))
+        return views.outcome(golden.template_import(site, cli.template(site, name, built=False), path))
 
 
 @command(plans=False)
@@ -75,7 +76,7 @@ def template_list(run: Run) -> Result:
     from provision import golden
 
     with run.site() as site:
-        return cli.templates(golden.template_list(site))
+        return views.templates(golden.template_list(site))
 
 
 @command({"template": "The generation, such as base@2."})
@@ -85,7 +86,7 @@ def template_remove(run: Run, template: str = "") -> Result:
 
     with run.site() as site:
         label = cli.needed("--template", template, "a generation, such as base@2; template-list shows them")
-        return cli.outcome(golden.template_remove(site, label))
+        return views.outcome(golden.template_remove(site, label))
 
 
 # ---- The farm.
@@ -106,7 +107,7 @@ def clone_farm(run: Run, vm: Sequence[str] = (), start: bool = True, wait: bool 
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
         chosen = site.vms(cli.names(vm) or None)
-        return cli.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
+        return views.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
 
 
 @command(
@@ -132,7 +133,7 @@ def reset(
 
     with run.site() as site:
         chosen = cli.vms_or_all(site, vm, all_)
-        return cli.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
+        return views.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
 
 
 @command({"vm": _ONE, "to": "The memory to give it, such as 512M or 2G."})
@@ -142,7 +143,7 @@ def balloon(run: Run, vm: str = "", to: str = "") -> Result:
 
     with run.site() as site:
         target = cli.size("--to", to)
-        return cli.outcome(farm.balloon(site, cli.one_vm(site, vm), target))
+        return views.outcome(farm.balloon(site, cli.one_vm(site, vm), target))
 
 
 @command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
@@ -151,7 +152,7 @@ def start(run: Run, vm: Sequence[str] = (), all_: bool = False, wait: bool = Tru
     from provision import farm
 
     with run.site() as site:
-        return cli.outcome(farm.start(site, cli.vms_or_all(site, vm, all_), wait=wait))
+        return views.outcome(farm.start(site, cli.vms_or_all(site, vm, all_), wait=wait))
 
 
 @command(
@@ -163,7 +164,7 @@ def stop(run: Run, vm: Sequence[str] = (), all_: bool = False, force: bool = Fal
     from provision import farm
 
     with run.site() as site:
-        return cli.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
+        return views.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
 
 
 @command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
@@ -173,7 +174,7 @@ def checkpoint(run: Run, vm: Sequence[str] = (), all_: bool = False, name: str =
 
     with run.site() as site:
         label = cli.needed("--name", name, "the new checkpoint's name")
-        return cli.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
+        return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
 
 
 @command({"vm": _VM, "all_": "The whole farm: VMs, records and state."}, iterable=["vm"])
@@ -182,7 +183,7 @@ def destroy(run: Run, vm: Sequence[str] = (), all_: bool = False) -> Result:
     from provision import farm
 
     with run.site() as site:
-        return cli.outcome(farm.destroy(site, cli.vms_or_all(site, vm, all_)))
+        return views.outcome(farm.destroy(site, cli.vms_or_all(site, vm, all_)))
 
 
 @command()
@@ -191,7 +192,7 @@ def gc(run: Run) -> Result:
     from provision import farm
 
     with run.site() as site:
-        return cli.outcome(farm.gc(site), nothing="nothing left over")
+        return views.outcome(farm.gc(site), nothing="nothing left over")
 
 
 @command()
@@ -200,7 +201,7 @@ def recover(run: Run) -> Result:
     from provision import farm
 
     with run.site() as site:
-        return cli.outcome(farm.recover(site), nothing="nothing to recover")
+        return views.outcome(farm.recover(site), nothing="nothing to recover")
 
 
 # ---- Looking, and going in.
@@ -212,7 +213,7 @@ def status(run: Run) -> Result:
     from provision import farm
 
     with run.site() as site:
-        return cli.farm_status(farm.status(site))
+        return views.farm_status(farm.status(site))
 
 
 @command({"vm": _ONE, "log": "Print the end of the console's log instead of attaching.",
@@ -261,8 +262,8 @@ def cycle(
     }
     with run.site() as site:
         if run.plan:
-            return cli.plan("cycle", cycles.plan_cycle(site, **choice))
-        return cli.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream), site.paths)
+            return views.plan("cycle", cycles.plan_cycle(site, **choice))
+        return views.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream), site.paths)
 
 
 @command({"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False)
@@ -272,7 +273,7 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
 
     with run.site() as site:
         record = find_record(site.paths, build or "last")
-        return cli.step_log(record, site.paths, step) if step else cli.build_record(record, site.paths, past=True)
+        return views.step_log(record, site.paths, step) if step else views.build_record(record, site.paths, past=True)
 
 
 @command({"limit": "How many."}, plans=False)
@@ -282,7 +283,7 @@ def history(run: Run, limit: str = "20") -> Result:
 
     with run.site() as site:
         most = cli.count("--limit", limit)
-        return cli.history(site.journal.history(most), load_records(site.paths), most)
+        return views.history(site.journal.history(most), load_records(site.paths), most)
 
 
 # ---- The house.

@@ -302,10 +302,10 @@ def _memory(farm: Farm) -> Check:
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
-    from provision.report import Silent
+    from provision.report import QuietReporter
     from provision.site import open_site
 
-    with open_site(farm_file, reporter=Silent(), plan=True) as site:
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
             yield _host(lambda name=name: site.hypervisor(name).capabilities().notes, name, host.driver)  # type: ignore[misc]
 

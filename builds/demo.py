@@ -1,0 +1,250 @@
+"""The demo: an admin's first hour in one command, with nothing in it simulated.
+
+It only calls what the tasks call: doctor's checks, a template, clone-farm, cycle, ssh. Its farm is the
+default one unless another is named; its source is a git repository made of ``examples/kata``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypervisors.run import Runner
+from inventory.errors import Unsupported
+from inventory.model import Farm, Source
+from inventory.sizes import format_duration, format_size
+from provision.report import Action, Outcome, Reporter, merged
+from provision.site import Site
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "kata"
+PROGRAM = "kata"
+"""What prod.rpm installs, and what is run in prod at the end."""
+
+Opener = Callable[[], AbstractContextManager[Site]]
+Stream = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of the demo and how long it took."""
+
+    name: str
+    seconds: float
+    ok: bool
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {"name": self.name, "seconds": round(self.seconds, 2), "ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What the demo ends with. ``program`` is what the installed program printed inside prod."""
+
+    ok: bool
+    stages: tuple[Stage, ...]
+    vms: tuple[Mapping[str, object], ...]
+    build: Mapping[str, object]
+    page: Path
+    program: str
+    farm_flag: str
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            "result": "passed" if self.ok else "failed",
+            "seconds": round(sum(stage.seconds for stage in self.stages), 2),
+            "vms": list(self.vms),
+            "steps": [stage.as_dict() for stage in self.stages],
+            "build": self.build,
+            "artifacts": self.build.get("artifacts", []),
+            "program": self.program,
+            "record": str(self.page),
+        }
+
+    def text(self) -> str:
+        width = max(len(stage.name) for stage in self.stages)
+        lines = [f"{stage.name:<{width}}  {format_duration(stage.seconds):>6}" for stage in self.stages]
+        total = format_duration(sum(stage.seconds for stage in self.stages))
+        lines += [f"{'in all':<{width}}  {total:>6}", ""]
+        if self.program:
+            lines += [f"{PROGRAM}, run inside prod, says:", *(f"  {x}" for x in self.program.splitlines()), ""]
+        lines += [f"build record: {self.page}", "", "What to type next:"]
+        flag = self.farm_flag
+        for text, what in (
+            (f"./invoke status{flag}", "the two VMs as they are"),
+            (f"./invoke ssh --vm prod{flag}", "log in to prod"),
+            (f"./invoke reset --vm prod{flag}", f"put prod back to clean: {PROGRAM} is gone"),
+            (f"./invoke cycle{flag}", "build again"),
+            ("./invoke demo --destroy", "leave nothing behind"),
+        ):
+            lines.append(f"  {text:<{26 + len(flag)}}  {what}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Clock:
+    reporter: Reporter
+    stages: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        self.reporter.say(text)
+        started = time.monotonic()
+        ok = False
+        try:
+            yield
+            ok = True
+        finally:
+            self.stages.append(Stage(name, time.monotonic() - started, ok))
+
+
+def farm_file(farm: str) -> Path:
+    """The farm of the demo: the default one unless another is named. Not ./farm.yaml: that is the
+    admin's own, and ``demo --destroy`` must never be about it by accident."""
+    return Path(farm).expanduser().absolute() if farm else ROOT / "inventory" / "default.yaml"
+
+
+def run(open_site: Opener, *, stream: Stream) -> DemoReport:
+    """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
+    from builds.cycle import run_cycle
+    from provision import farm, golden
+
+    with open_site() as site:
+        clock = _Clock(site.reporter)
+        with clock.stage("doctor", "looking at this machine"):
+            _examine(site)
+        with clock.stage("source", f"making a git repository of {EXAMPLE.relative_to(ROOT)}"):
+            _use_source(site)
+        with clock.stage("template", "the template: built once, kept afterwards"):
+            for name in dict.fromkeys(t for vm in site.farm.vms if (t := site.farm.template_of(vm))):
+                template = golden.ensure_template(site, name)
+                site.reporter.say(f"template {template.label}, {format_size(template.size)}")
+        with clock.stage("clone-farm", f"cloning {' and '.join(site.farm.vms)}, and waiting until they answer"):
+            for action in farm.clone_farm(site, (), start=True, wait=True).actions:
+                site.reporter.say(action.text, vm=action.vm)
+        with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
+            record = run_cycle(
+                site, start_from=None, only=(), revision=None, keep_going=False, stream=stream
+            )
+        program = ""
+        if record.ok:
+            with clock.stage("program", f"running {PROGRAM} inside prod"):
+                program = _run_program(site)
+        vms = tuple(vm.as_dict() for vm in farm.status(site).vms)
+        return DemoReport(
+            ok=record.ok and bool(program),
+            stages=tuple(clock.stages),
+            vms=vms,
+            build=record.as_dict(),
+            page=site.paths.builds / record.id / "index.html",
+            program=program,
+            farm_flag=_farm_flag(site),
+        )
+
+
+def plan(open_site: Opener) -> Outcome:
+    """What ``run`` would do."""
+    from builds.cycle import plan_cycle
+    from provision import farm
+
+    with open_site() as site:
+        cloned = farm.clone_farm(site, (), start=True, wait=True)
+        return merged("demo", [cloned, Outcome("demo", True, plan_cycle(site))])
+
+
+def destroy(open_site: Opener) -> Outcome:
+    """The demo farm, its build records and its source go; the image cache stays, and is named."""
+    from provision import farm
+
+    with open_site() as site:
+        outcome = farm.destroy(site, ())
+        source, planned = _source(site), site.plan
+        if not planned and source.exists():
+            shutil.rmtree(source)
+    return merged("demo", [outcome, Outcome("demo", planned, (Action("note", "", kept()),))])
+
+
+def kept() -> str:
+    """What stays after ``destroy``, in words."""
+    from provision.paths import cache_dir
+
+    return f"kept: the image cache {cache_dir()}, so that a next demo is quick; remove it if you like"
+
+
+def _examine(site: Site) -> None:
+    from provision.doctor import short
+
+    report = short(site.farm.path)
+    for check in report.checks:
+        if not check.ok and check.level == "note":
+            site.reporter.say(f"note: {check.text}")
+    if report.problems:
+        first = report.problems[0]
+        raise Unsupported(f"{first.name}: {first.text}", remedy=first.remedy)
+
+
+def _farm_flag(site: Site) -> str:
+    import os
+
+    default = ROOT / "inventory" / "default.yaml"
+    chosen = os.environ.get("FARMHAND_FARM") or "farm.yaml"
+    if site.farm.path == default and not Path(chosen).is_file():
+        return ""
+    return f" --farm {site.farm.path}"
+
+
+# ---- The source.
+
+
+def _source(site: Site) -> Path:
+    return site.paths.root / "source"
+
+
+def _use_source(site: Site) -> None:
+    repository = make_repository(site.runner, EXAMPLE, _source(site) / PROGRAM)
+    site.farm = _with_source(site.farm, repository)
+
+
+def make_repository(runner: Runner, example: Path, repository: Path) -> Path:
+    """A git repository of the files in ``example``. The same files make the same commit, whoever makes
+    it and whenever; other files make one more."""
+    repository.mkdir(parents=True, exist_ok=True)
+    for old in repository.iterdir():
+        if old.name != ".git":
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    shutil.copytree(example, repository, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    git = ("git", "-C", str(repository))
+    identity = {
+        "GIT_AUTHOR_NAME": "farmhand demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
+        "GIT_COMMITTER_NAME": "farmhand demo", "GIT_COMMITTER_EMAIL": "demo@localhost",
+        "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
+        "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
+    }  # fmt: skip
+    if not (repository / ".git" / "HEAD").is_file():
+        runner.change("git", "init", "-q", "-b", "main", str(repository))
+    runner.change(*git, "add", "-A", env=identity)
+    if runner.read(*git, "status", "--porcelain", env=identity).stdout.strip():
+        runner.change(*git, "commit", "-q", "-m", f"The example {example.name}", env=identity)
+    return repository
+
+
+def _with_source(farm: Farm, repository: Path) -> Farm:
+    revision = farm.source.revision if farm.source else "HEAD"
+    return farm.model_copy(update={"source": Source(repository=str(repository), revision=revision)})
+
+
+def _run_program(site: Site) -> str:
+    """What the installed program prints inside prod, over a connection of its own."""
+    import asyncio
+
+    from provision.connection import Connection
+
+    async def ask() -> str:
+        async with await Connection.open(site.endpoint("prod")) as connection:
+            return await connection.output(PROGRAM, timeout=60)
+
+    return asyncio.run(ask()).strip()
