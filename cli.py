@@ -310,13 +310,15 @@ def needed(option: str, text: str, meaning: str) -> str:
 
 def template(site: Site, name: str, *, built: bool) -> str:
     """The template meant: the named one, or the only one that is built (or imported)."""
-    from inventory.errors import nearest
+    from difflib import get_close_matches
 
     known = site.farm.templates
     if name:
         if name not in known:
+            near = get_close_matches(name, known, 1)
             raise NotFound(
-                f"the farm has no template {name!r}", remedy=nearest(name, known) or "declare it in the farm file"
+                f"{site.farm.path}: there is no template {name!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}",
             )
         return name
     fitting = [key for key, source in known.items() if (source.build is not None) == built]

@@ -1,7 +1,22 @@
 """Results as text: aligned, and readable in a narrow terminal too."""
 
-# ---- Output.
+from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cli import Result
+from inventory.sizes import format_duration, format_size
+
+if TYPE_CHECKING:
+    from builds.record import BuildRecord
+    from hypervisors.api import Template
+    from provision.farm import FarmStatus
+    from provision.journal import Record
+    from provision.paths import FarmPaths
+    from provision.report import Action, Outcome
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as it should be") -> Result:
     """What was done, or would be, one line an action."""
@@ -16,8 +31,6 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
     """Aligned columns; where they don't fit the terminal, one block a row instead."""
     if width is None:
-        import shutil
-
         width = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
     columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
     if sum(columns) + 2 * (len(columns) - 1) <= width:
@@ -35,3 +48,31 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int 
     return "\n".join(blocks)
 
 
+def plan(verb: str, actions: Sequence[Action]) -> Result:
+    """A plan that came without an outcome."""
+    from provision.report import Outcome
+
+    return outcome(Outcome(verb, True, tuple(actions)))
+
+
+def templates(found: Sequence[Template]) -> Result:
+    data = {
+        "templates": [
+            {
+                "label": t.label,
+                "size": t.size,
+                "sha256": t.sha256,
+                "created": t.created.isoformat(),
+                "origin": t.origin,
+                "firstboot": t.firstboot,
+            }
+            for t in found
+        ]
+    }
+    if not found:
+        return Result(data, "no template yet: template-build or template-import makes one, clone-farm too")
+    rows = [
+        (t.label, format_size(t.size), f"{t.created.astimezone():%Y-%m-%d %H:%M}", t.firstboot, t.origin, t.sha256[:12])
+        for t in found
+    ]
+    return Result(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))

@@ -307,7 +307,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
-            yield _host(lambda name=name: site.hypervisor(name).capabilities().notes, name, host.driver)  # type: ignore[misc]
+            yield _host(lambda name=name: site.hypervisor(name, look=True).capabilities().notes, name, host.driver)  # type: ignore[misc]
 
 
 def _host(connect: Callable[[], tuple[str, ...]], name: str, driver: str) -> Check:
