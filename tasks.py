@@ -19,7 +19,7 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 
 @command(plans=False)
 def doctor(run: Run) -> Result:
-    """Check host, tools, permissions, KVM, storage; each failure with its remedy."""
+    """Check this machine; each failure with its remedy."""
     from provision.doctor import examine
 
     report = examine(run.farm_file())
@@ -28,7 +28,7 @@ def doctor(run: Run) -> Result:
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
 def demo(run: Run, destroy: bool = False) -> Result:
-    """Two VMs, cloned, reset and driven through a whole build cycle; then say what to type next."""
+    """Clone two VMs, build in them, and say what to type next."""
     from builds import demo as demonstration
 
     run.farm = str(demonstration.farm_file(run.farm))
@@ -46,7 +46,7 @@ def demo(run: Run, destroy: bool = False) -> Result:
 
 @command({"name": "The template's name in the farm file; absent where there is only one."})
 def template_build(run: Run, name: str = "") -> Result:
-    """Build a new generation of a template from Debian's packages."""
+    """Build a new generation of a template."""
     from provision import golden
 
     with run.site() as site:
@@ -72,7 +72,7 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
 
 @command(plans=False)
 def template_list(run: Run) -> Result:
-    """List the sealed generations of the farm's templates."""
+    """List the templates' generations."""
     from provision import golden
 
     with run.site() as site:
@@ -81,7 +81,7 @@ def template_list(run: Run) -> Result:
 
 @command({"template": "The generation, such as base@2."})
 def template_remove(run: Run, template: str = "") -> Result:
-    """Remove one generation of a template; refused while clones depend on it."""
+    """Remove a generation that no clone depends on."""
     from provision import golden
 
     with run.site() as site:
@@ -101,7 +101,7 @@ def template_remove(run: Run, template: str = "") -> Result:
     iterable=["vm"],
 )
 def clone_farm(run: Run, vm: Sequence[str] = (), start: bool = True, wait: bool = True) -> Result:
-    """Make every declared VM exist, started and reachable; what is right already is left alone."""
+    """Make every declared VM exist, started and reachable."""
     from provision import farm
 
     run.resume = "type the same again: it goes on from what is there"
@@ -128,7 +128,7 @@ def reset(
     start: bool = True,
     wait: bool = True,
 ) -> Result:
-    """Put VMs back to a checkpoint: the old state or the new, never between."""
+    """Put VMs back to a checkpoint."""
     from provision import farm
 
     with run.site() as site:
@@ -138,7 +138,7 @@ def reset(
 
 @command({"vm": _ONE, "to": "The memory to give it, such as 512M or 2G."})
 def balloon(run: Run, vm: str = "", to: str = "") -> Result:
-    """Change a running VM's memory, and read back what the guest reached."""
+    """Change a running VM's memory, and see that it took."""
     from provision import farm
 
     with run.site() as site:
@@ -169,7 +169,7 @@ def stop(run: Run, vm: Sequence[str] = (), all_: bool = False, force: bool = Fal
 
 @command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
 def checkpoint(run: Run, vm: Sequence[str] = (), all_: bool = False, name: str = "") -> Result:
-    """Keep the present state of stopped VMs as a checkpoint that reset can go back to."""
+    """Keep stopped VMs' state, for reset to go back to."""
     from provision import farm
 
     with run.site() as site:
@@ -179,7 +179,7 @@ def checkpoint(run: Run, vm: Sequence[str] = (), all_: bool = False, name: str =
 
 @command({"vm": _VM, "all_": "The whole farm: VMs, records and state."}, iterable=["vm"])
 def destroy(run: Run, vm: Sequence[str] = (), all_: bool = False) -> Result:
-    """Remove VMs and their disks; only what carries our mark."""
+    """Remove VMs and their disks."""
     from provision import farm
 
     with run.site() as site:
@@ -188,7 +188,7 @@ def destroy(run: Run, vm: Sequence[str] = (), all_: bool = False) -> Result:
 
 @command()
 def gc(run: Run) -> Result:
-    """Remove what nothing refers to any more: half-made disks, orphans."""
+    """Remove what nothing refers to any more."""
     from provision import farm
 
     with run.site() as site:
@@ -197,7 +197,7 @@ def gc(run: Run) -> Result:
 
 @command()
 def recover(run: Run) -> Result:
-    """Finish or undo what a killed command left behind. Every changing command does so by itself."""
+    """Finish or undo what a killed command left behind."""
     from provision import farm
 
     with run.site() as site:
@@ -209,7 +209,7 @@ def recover(run: Run) -> Result:
 
 @command(plans=False)
 def status(run: Run) -> Result:
-    """Show the VMs: power, memory, disk, where ssh answers, who is at work on them."""
+    """Show the VMs as they are now."""
     from provision import farm
 
     with run.site() as site:
@@ -228,7 +228,7 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
 
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
-    """Log in to a VM with the farm's key, its host key known beforehand."""
+    """Log in to a VM, or run a command there."""
     with run.site() as site:
         role = cli.one_vm(site, vm)
         endpoint, known_hosts = site.endpoint(role), site.paths.root / "known_hosts"
@@ -250,7 +250,7 @@ def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
 def cycle(
     run: Run, from_: str = "", only: Sequence[str] = (), revision: str = "", keep_going: bool = False
 ) -> Result:
-    """Run the build cycle: reset, build, transfer, install; one build record."""
+    """Run the build cycle; it leaves one build record."""
     from builds import cycle as cycles
 
     run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
@@ -268,7 +268,7 @@ def cycle(
 
 @command({"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False)
 def log(run: Run, build: str = "last", step: str = "") -> Result:
-    """Show a build's record, or the log of one of its steps."""
+    """Show a build's record, or a step's log."""
     from builds.record import find_record
 
     with run.site() as site:
@@ -278,7 +278,7 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
 
 @command({"limit": "How many."}, plans=False)
 def history(run: Run, limit: str = "20") -> Result:
-    """Show what was done to the farm, and its builds, newest first."""
+    """Show what was done, and what was built, newest first."""
     from builds.record import load_records
 
     with run.site() as site:
@@ -299,7 +299,7 @@ def history(run: Run, limit: str = "20") -> Result:
     plans=False,
 )
 def test(run: Run, fast: bool = False, only: Sequence[str] = (), match: str = "") -> Result:
-    """Run ruff, mypy and all tests: unit, contract, faults, system."""
+    """Run ruff, mypy and all tests."""
     import house
 
     return house.test(run, fast=fast, only=tuple(only), match=match)
@@ -315,7 +315,7 @@ def lint(run: Run) -> Result:
 
 @command({"rounds": "Rounds that medians are taken of."}, plans=False)
 def bench(run: Run, rounds: str = "5") -> Result:
-    """Measure clone, reset and start-up times against what they are built on."""
+    """Measure clone, reset and start-up times."""
     import house
 
     return house.bench(run, rounds=cli.count("--rounds", rounds))
