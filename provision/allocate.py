@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 from inventory.model import Farm
@@ -169,15 +170,16 @@ class Allocator:
         if network.subnet is None or network.mode == "user":
             return None
         closed = {v.address for name, v in self._farm.vms.items() if name != vm and v.address}
-        closed |= {network.gateway, *network.nameservers}
+        closed |= {a for a in (network.gateway, *network.nameservers) if a}
         closed |= {network.subnet.network_address, network.subnet.broadcast_address}
         ranges = [_range(text) for text in network.reserved]
 
         def open_(address: IPv4Address) -> bool:
             return address not in closed and not any(a <= address <= b for a, b in ranges)
 
-        if recorded and recorded.address in network.subnet and open_(recorded.address):
-            return recorded.address
+        kept = recorded.address if recorded else None
+        if kept and kept in network.subnet and kept not in taken and open_(kept):
+            return kept
         now = datetime.now(UTC)
         for address in network.subnet.hosts():
             if open_(address) and address not in taken and resting.get(address, now) <= now:
@@ -350,7 +352,7 @@ def _maybe_address(text: str | None) -> IPv4Address | None:
     return IPv4Address(text) if text else None
 
 
-def _load(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+def _load(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:

@@ -133,26 +133,26 @@ class Journal:
         """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
         Interrupted it stays unsettled, as if killed."""
         process = self._this_process()
-        id = self.write(
+        row = self.write(
             "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now()),
         )
-        operation = Operation(self, id, dict(facts))
+        operation = Operation(self, row, dict(facts))
         token = _current.set(operation)
         try:
             yield operation
         except Interrupted:
-            self._end_quietly(id, "interrupted", "interrupted", settled=False)
+            self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         except Exception as error:
-            self._end_quietly(id, "failed", str(error), settled=True)
+            self._end_quietly(row, "failed", str(error), settled=True)
             raise
         except BaseException:
-            self._end_quietly(id, "interrupted", "interrupted", settled=False)
+            self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         else:
-            self.settle(id, "done")
+            self.settle(row, "done")
         finally:
             _current.reset(token)
 
@@ -322,9 +322,9 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    id, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
     return Record(
-        id=int(str(id)),
+        id=int(str(number)),
         verb=str(verb),
         vm=str(vm),
         facts=json.loads(str(facts)),
