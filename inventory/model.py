@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 
-from inventory.fields import (  # first: it sets pydantic up
+from inventory.fields import (
     Address,
     Bool,
     Count,
