@@ -199,15 +199,14 @@ class _Builder:
                 case yaml.DocumentStartEvent():
                     documents += 1
                     if documents == 2:
-                            self._report(*_start(event), "a second document: one farm file, one farm"
-                        )
+                        self._report(*_start(event), "a second document: one farm file, one farm")
                         return self._root
         return self._root
 
     def _tag(self, event: Any) -> None:
         if event.tag is not None:
-            self._report(*_start(event), f"tag {_quote(event.tag.replace(_YAML, chr(33) * 2))}: tags are not allowed here"
-            )
+            tag = _quote(event.tag.replace(_YAML, "!!"))
+            self._report(*_start(event), f"tag {tag}: tags are not allowed here")
 
     def _value(self, scalar: Scalar) -> None:
         # Escapes in double quotes can bring in what the file's own text may not hold.
