@@ -1,5 +1,11 @@
-"""Run as a program: enter a mount namespace of our own, lay private files over the host's, then
-become the given command. Standard library only; started by ``hypervisors.private``.
+"""Run as a program: enter a mount namespace of our own, lay private files over the host's, start the
+given daemon there, and stay as the parent of what it leaves behind. Standard library only; started
+by ``hypervisors.private``.
+
+Staying matters: libvirt takes a guest for alive until its process is reaped. A QEMU's parent is
+process 1, which in many containers reaps late or never: cutting a guest's power then takes seconds,
+or fails. So the daemon and its QEMUs have a parent that reaps at once (prctl(2),
+PR_SET_CHILD_SUBREAPER), and that ends with the last of them.
 
 One JSON argument: ``argv``, ``env``, ``binds`` (pairs: ours, the host's path), ``kvm``:
 "as-is"; "hide" (an empty file that nobody may open lies over /dev/kvm); or "uid:N" (a device node of
@@ -23,6 +29,7 @@ CLONE_NEWUSER = 0x10000000
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
+PR_SET_CHILD_SUBREAPER = 36
 KVM = "/dev/kvm"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,7 +94,32 @@ def main() -> None:
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")
     os.chdir("/")
     os.umask(0o077)
-    os.execve(order["argv"][0], order["argv"], {**os.environ, **order["env"]})  # noqa: S606
+    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}))
+
+
+def _start(argv: list[str], env: dict[str, str]) -> int:
+    """The exit status of the daemon's own start; the reaper lives on in a session of its own."""
+    told, tell = os.pipe()
+    if os.fork():
+        os.close(tell)
+        status = os.read(told, 1)
+        return status[0] if status else 1
+    os.setsid()
+    _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+    pid = os.fork()
+    if pid == 0:
+        os.execve(argv[0], argv, env)  # noqa: S606
+    _, status = os.waitpid(pid, 0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # whoever started us waits for these to close
+        os.dup2(null, stream)
+    os.write(tell, bytes([min(abs(os.waitstatus_to_exitcode(status)), 255)]))
+    os.close(tell)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -93,9 +92,13 @@ class PrivateLibvirt:
                     f"the private libvirtd still runs {', '.join(names)}",
                     remedy="stop them first: ./invoke stop --all",
                 )
+            reapers = {_parent(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid}
             self._end_daemon()
             for _, pid in self._guests():
                 _end(pid, signal.SIGKILL)
+            for pid in reapers:
+                if _enclose.__file__ in _command_line(pid):
+                    _end(pid, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
             if not any(self._definitions.glob("*.xml")):
@@ -327,25 +330,28 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-def _end(pid: int, how: signal.Signals) -> bool:
-    """Signal the process and wait until it is gone; False if it is still there."""
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _end(pid: int, how: signal.Signals | None) -> bool:
+    """Signal the process (None: don't) and wait until it is gone; False if it is still there."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, how)
+        if how is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, how)
         poll = select.poll()
         poll.register(handle, select.POLLIN)
-        if not poll.poll(_END_LIMIT * 1000):
-            return False
+        return bool(poll.poll(_END_LIMIT * 1000))
     finally:
         os.close(handle)
-    limit = time.monotonic() + 1  # a zombie until init has taken note of it: nothing to wait for
-    while Path(f"/proc/{pid}/exe").exists() and time.monotonic() < limit:
-        time.sleep(0.005)
-    return True
 
 
 def _remove(path: Path) -> None:
