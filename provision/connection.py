@@ -41,7 +41,7 @@ _GRACE = 10  # seconds between SIGTERM and SIGKILL in the guest
 
 # sh(1), POSIX. $1: bytes of script, $2: time limit in seconds. Channel's stdin on 3. timeout(1) makes
 # itself the leader of a process group, $t, that everything the script starts belongs to. The watcher
-# must not hold the output open, or the channel would never end.
+# must not hold the output open, or the channel would never end. (dash takes a group only by "-s".)
 _WRAPPER = f"""
 s=$(head -c "$1"; echo .) || exit 125
 exec 3<&0 </dev/null 2>&1
@@ -49,15 +49,15 @@ timeout -k {_GRACE} "$2" sh -euc "${{s%.}}" sh 3<&- &
 t=$!
 (
   while read -r _; do :; done
-  kill -TERM -- "-$t" || kill -TERM "$t"
+  kill -s TERM -- "-$t" || kill "$t"
   n=0
-  while [ "$n" -lt {_GRACE} ] && kill -0 -- "-$t"; do sleep 1; n=$((n + 1)); done
-  kill -KILL -- "-$t"
+  while [ "$n" -lt {_GRACE} ] && kill -s 0 -- "-$t"; do sleep 1; n=$((n + 1)); done
+  kill -s KILL -- "-$t"
 ) <&3 >/dev/null 2>&1 &
 w=$!
 wait "$t"
 r=$?
-[ "$r" -eq 0 ] || kill -KILL -- "-$t" 2>/dev/null
+[ "$r" -eq 0 ] || kill -s KILL -- "-$t" 2>/dev/null
 kill "$w" 2>/dev/null
 exit "$r"
 """
