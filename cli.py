@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
-from inventory.errors import FarmhandError, Interrupted, NotFound, Unsupported, UsageError
+from inventory.errors import FarmhandError, Interrupted, InventoryError, NotFound, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -76,11 +76,14 @@ class Run:
 
     def farm_file(self) -> Path:
         """The farm file meant. NotFound, saying where the name came from."""
-        for text, source in ((self.farm, "--farm"), (os.environ.get("FARMHAND_FARM", ""), "$FARMHAND_FARM")):
+        set_in = os.environ.get("FARMHAND_FARM", "")
+        for text, source in ((self.farm, "--farm"), (set_in, "$FARMHAND_FARM")):
             if text:
                 path = Path(text).expanduser()
                 if not path.is_file():
-                    raise NotFound(f"{source}: no farm file {path}", remedy="give the path of a farm file")
+                    raise NotFound(
+                        f"{source}: no farm file {path}", remedy="give the path of a farm file"
+                    )
                 return path.absolute()
         here = Path.cwd() / "farm.yaml"
         return here if here.is_file() else ROOT / "inventory" / "default.yaml"
@@ -112,7 +115,9 @@ def command(
         own = list(inspect.signature(body).parameters.values())
         flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
         extra = [
-            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag == "farm" else False)
+            inspect.Parameter(
+                flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag == "farm" else False
+            )
             for flag in flags
         ]
 
@@ -167,8 +172,8 @@ def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise Exit(code=0) from None
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, _Ended) else signal.SIGINT
-        _refuse(run, _interrupted(run, number), 128 + number)
+        ended_by = error.number if isinstance(error, _Ended) else int(signal.SIGINT)
+        _refuse(run, _interrupted(run, ended_by), 128 + ended_by)
     except FarmhandError as error:
         _refuse(run, error, error.exit_status)
     except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
@@ -193,7 +198,7 @@ def _interrupted(run: Run, number: int) -> Interrupted:
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     return Interrupted(
         how,
-        remedy=run.resume or "the next command finishes or undoes what was under way; or do it now: recover",
+        remedy=run.resume or "the next command finishes or undoes what was under way, as recover does",
     )
 
 
@@ -217,10 +222,11 @@ def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
             sys.stdout.flush()
         lines = [f"  | {line}" for line in error.detail.splitlines()]
         first, *more = (error.message or type(error).__name__).splitlines()
-        if more:  # an inventory's problems, each with its place: as they are, for editors to jump to
-            lines += [first, *more, f"farmhand: {1 + len(more)} problems, nothing was done"]
+        if isinstance(error, InventoryError):  # each with its place: as they are, for editors to jump to
+            count_ = f"{len(error.problems)} problems" if more else "1 problem"
+            lines += [first, *more, f"farmhand: {count_} in the farm file; nothing was done"]
         else:
-            lines.append(f"farmhand: {first}")
+            lines += [f"farmhand: {first}", *(f"  {line}" for line in more)]
         if error.remedy:
             lines.append(f"  {error.remedy}")
         sys.stderr.write("\n".join(lines) + "\n")
@@ -271,7 +277,8 @@ def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
         raise UsageError("--vm and --all together: which is meant?", remedy="give one of them")
     if not chosen and not all_:
         raise UsageError(
-            "which VMs?", remedy=f"--vm NAME (repeatable) or --all; the farm has {', '.join(site.farm.vms)}"
+            "which VMs?",
+            remedy=f"--vm NAME (repeatable) or --all; the farm has {', '.join(site.farm.vms)}",
         )
     return site.vms(chosen or None)
 
@@ -297,7 +304,9 @@ def size(option: str, text: str) -> int:
 
 def count(option: str, text: str, *, least: int = 1) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) < least:
-        raise UsageError(f"{option}: {text!r} is not a whole number from {least} on", remedy=f"{option} 20")
+        raise UsageError(
+            f"{option}: {text!r} is not a whole number from {least} on", remedy=f"{option} 20"
+        )
     return int(text)
 
 
@@ -334,7 +343,7 @@ def template(site: Site, name: str, *, built: bool) -> str:
 # ---- Handing the terminal over.
 
 
-def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result:
+def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result | None:
     """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used."""
     from hypervisors.run import which
 
@@ -359,7 +368,8 @@ def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result
     program = which("ssh")
     if program is None:
         raise Unsupported(
-            "ssh is not installed", remedy="as root: apt-get install -y --no-install-recommends openssh-client"
+            "ssh is not installed",
+            remedy="as root: apt-get install -y --no-install-recommends openssh-client",
         )
     argv = [program, "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
     for key, value in options.items():
@@ -367,14 +377,16 @@ def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result
     argv += [f"{endpoint.user}@{endpoint.host}", *([command] if command else [])]
     if run.plan or run.json:
         return Result({"argv": argv}, shlex.join(argv))
-    replace_process(run, argv)
+    return replace_process(run, argv)
 
 
-def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result:
+def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result | None:
     """Attach to the console, or show the end of its log. Unsupported where there is none."""
     if log or (run.json and not run.plan):
         if found.log is None:
-            raise Unsupported(f"{vm}: this host keeps no console log", remedy="console --vm attaches to it")
+            raise Unsupported(
+                f"{vm}: this host keeps no console log", remedy="console --vm attaches to it"
+            )
         from provision.remote import tail_of
 
         if not found.log.exists():
@@ -383,14 +395,17 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
         return Result({"vm": vm, "log": str(found.log), "text": text}, text)
     if not found.argv:
         raise Unsupported(
-            f"{vm}: its console can't be attached to", remedy=f"see its log: ./invoke console --vm {vm} --log"
+            f"{vm}: its console can't be attached to",
+            remedy=f"see its log: ./invoke console --vm {vm} --log",
         )
     if run.plan:
         return Result({"argv": list(found.argv)}, shlex.join(found.argv))
     if not sys.stdin.isatty():
-        raise UsageError("a console needs a terminal", remedy=f"see its log: ./invoke console --vm {vm} --log")
+        raise UsageError(
+            "a console needs a terminal", remedy=f"see its log: ./invoke console --vm {vm} --log"
+        )
     sys.stderr.write(f"console of {vm}; leave with Ctrl-]\n")
-    replace_process(run, found.argv)
+    return replace_process(run, found.argv)
 
 
 def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
@@ -400,4 +415,4 @@ def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
     sys.stderr.flush()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    os.execvp(argv[0], list(argv))
+    os.execvp(argv[0], list(argv))  # noqa: S606 - in our place: the terminal is theirs

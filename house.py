@@ -1,5 +1,5 @@
-"""Tests, linters and the benchmark of farmhand itself. Starts ruff, mypy and pytest directly: they are the
-developer's tools, they own the terminal, and nothing of a farm's is at stake."""
+"""Tests, linters and the benchmark of farmhand itself. Starts ruff, mypy and pytest directly: they
+are the developer's tools, they own the terminal, and nothing of a farm's is at stake."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _need_tools() -> None:
     if missing:
         raise UsageError(
             f"the test tools are not installed here: {', '.join(missing)}",
-            remedy="./invoke test installs them; or: pip install --require-hashes -r requirements-dev.lock",
+            remedy="./invoke test installs them, from requirements-dev.lock",
         )
 
 
@@ -85,7 +85,9 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
         if missing:
-            raise UsageError(f"--only: no such file: {', '.join(missing)}", remedy="give paths below tests/")
+            raise UsageError(
+                f"--only: no such file: {', '.join(missing)}", remedy="give paths below tests/"
+            )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
     arguments = [*chosen, "-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}"]

@@ -85,7 +85,7 @@ def template_remove(run: Run, template: str = "") -> Result:
     from provision import golden
 
     with run.site() as site:
-        label = cli.needed("--template", template, "a generation, such as base@2; template-list shows them")
+        label = cli.needed("--template", template, "a generation, as template-list shows")
         return views.outcome(golden.template_remove(site, label))
 
 
@@ -266,14 +266,18 @@ def cycle(
         return views.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream), site.paths)
 
 
-@command({"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False)
+@command(
+    {"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False
+)
 def log(run: Run, build: str = "last", step: str = "") -> Result:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
     with run.site() as site:
         record = find_record(site.paths, build or "last")
-        return views.step_log(record, site.paths, step) if step else views.build_record(record, site.paths, past=True)
+        if step:
+            return views.step_log(record, site.paths, step)
+        return views.build_record(record, site.paths, past=True)
 
 
 @command({"limit": "How many."}, plans=False)

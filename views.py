@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from cli import Result
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from provision.journal import Record
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
+
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as it should be") -> Result:
     """What was done, or would be, one line an action."""
@@ -43,7 +45,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int 
     for row in rows:
         blocks.append(row[0])
         blocks += [
-            f"  {h.lower():<{label}}  {cell}" for h, cell in zip(headings[1:], row[1:], strict=True) if cell
+            f"  {h.lower():<{label}}  {cell}"
+            for h, cell in zip(headings[1:], row[1:], strict=True)
+            if cell
         ]
     return "\n".join(blocks)
 
@@ -70,9 +74,14 @@ def templates(found: Sequence[Template]) -> Result:
         ]
     }
     if not found:
-        return Result(data, "no template yet: template-build or template-import makes one, clone-farm too")
+        return Result(data, "no template yet: clone-farm makes what it needs")
     rows = [
-        (t.label, format_size(t.size), f"{t.created.astimezone():%Y-%m-%d %H:%M}", t.firstboot, t.origin, t.sha256[:12])
+        (t.label, format_size(t.size), when(t.created), t.firstboot, t.origin, t.sha256[:12])
         for t in found
     ]
     return Result(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
+
+
+def when(moment: datetime) -> str:
+    """Local time, to the minute."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"

@@ -71,7 +71,8 @@ class DemoReport:
         total = format_duration(sum(stage.seconds for stage in self.stages))
         lines += [f"{'in all':<{width}}  {total:>6}", ""]
         if self.program:
-            lines += [f"{PROGRAM}, run inside prod, says:", *(f"  {x}" for x in self.program.splitlines()), ""]
+            lines += [f"{PROGRAM}, run inside prod, says:"]
+            lines += [*(f"  {line}" for line in self.program.splitlines()), ""]
         lines += [f"build record: {self.page}", "", "What to type next:"]
         flag = self.farm_flag
         for text, what in (
@@ -123,9 +124,9 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
             for name in dict.fromkeys(t for vm in site.farm.vms if (t := site.farm.template_of(vm))):
                 template = golden.ensure_template(site, name)
                 site.reporter.say(f"template {template.label}, {format_size(template.size)}")
-        with clock.stage("clone-farm", f"cloning {' and '.join(site.farm.vms)}, and waiting until they answer"):
-            for action in farm.clone_farm(site, (), start=True, wait=True).actions:
-                site.reporter.say(action.text, vm=action.vm)
+        names = " and ".join(site.farm.vms)
+        with clock.stage("clone-farm", f"cloning {names}, and waiting until they answer"):
+            farm.clone_farm(site, (), start=True, wait=True)
         with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
             record = run_cycle(
                 site, start_from=None, only=(), revision=None, keep_going=False, stream=stream
@@ -216,7 +217,8 @@ def make_repository(runner: Runner, example: Path, repository: Path) -> Path:
     for old in repository.iterdir():
         if old.name != ".git":
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-    shutil.copytree(example, repository, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    ignored = shutil.ignore_patterns("__pycache__", ".git")
+    shutil.copytree(example, repository, dirs_exist_ok=True, ignore=ignored)
     git = ("git", "-C", str(repository))
     identity = {
         "GIT_AUTHOR_NAME": "farmhand demo", "GIT_AUTHOR_EMAIL": "demo@localhost",

@@ -11,17 +11,20 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hypervisors.run import Runner, which
 from inventory.errors import FarmhandError
 from inventory.model import Farm
 from inventory.sizes import format_size
 from provision import paths
+
+if TYPE_CHECKING:
+    from provision.site import Site
 
 Level = Literal["needed", "note"]
 
@@ -124,7 +127,9 @@ def _platform() -> Check:
     name = release.get("PRETTY_NAME", platform.platform())
     machine = platform.machine()
     if sys.platform != "linux" or machine != "x86_64":
-        return Check("platform", False, "needed", f"{name} on {machine}", "farmhand runs on Linux on x86-64")
+        return Check(
+            "platform", False, "needed", f"{name} on {machine}", "farmhand runs on Linux on x86-64"
+        )
     debian = release.get("ID") == "debian" or "debian" in release.get("ID_LIKE", "")
     return Check(
         "platform",
@@ -182,13 +187,10 @@ def _permissions() -> Iterator[Check]:
         "permissions",
         not lacking,
         "note",
-        f"{user}: in the groups {', '.join(sorted(held & {'kvm', 'libvirt'})) or 'neither kvm nor libvirt'}",
-        f"for KVM, as root: adduser {user} kvm   (then log in again); for qemu:///system: adduser {user} libvirt",
+        f"{user}: {'in' if not lacking else 'not in'} the group kvm",
+        f"for KVM, as root: adduser {user} kvm, then log in again (for qemu:///system also libvirt)",
     )
-    entry = any(
-        line.split(":")[0] in (user, str(os.geteuid()))
-        for line in _lines(Path("/etc/subuid"))
-    )
+    entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
     yield Check(
         "subuid",
         entry and which("newuidmap") is not None,
@@ -234,6 +236,11 @@ def _kvm() -> Check:
     )
 
 
+def _round(size: int) -> str:
+    """For reading: exact bytes say nothing here."""
+    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
+
+
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
@@ -249,14 +256,15 @@ def _space() -> Iterator[Check]:
         writable = os.access(_existing(path), os.W_OK)
         if not writable:
             variable = "FARMHAND_STATE_DIR" if name.startswith("state") else "FARMHAND_CACHE_DIR"
-            yield Check(name, False, "needed", f"{path} can't be written", f"set {variable} to a directory of yours")
+            remedy = f"set {variable} to a directory of yours"
+            yield Check(name, False, "needed", f"{path} can't be written", remedy)
             continue
         yield Check(
             name,
             free >= wanted,
             "note",
-            f"{format_size(free // 2**20 * 2**20)} free for {path}",
-            f"{format_size(wanted)} is what two VMs and a template take; make room or set "
+            f"{_round(free)} free for {path}",
+            f"two VMs and a template take {_round(wanted)}: make room, or set "
             f"FARMHAND_{name.split()[0].upper()}_DIR",
         )
 
@@ -269,7 +277,8 @@ def _clock() -> Check:
         "clock",
         behind < 86400,
         "needed",
-        time.strftime("%Y-%m-%d %H:%M:%S %Z") + (" is before this program was installed" if behind >= 86400 else ""),
+        time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        + (" is before this program was installed" if behind >= 86400 else ""),
         "set the clock, better: run an NTP client such as systemd-timesyncd",
     )
 
@@ -282,7 +291,9 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
     except FarmhandError as error:
         first, *more = error.message.splitlines()
         also = f" (and {len(more)} more)" if more else ""
-        return None, Check("farm file", False, "needed", first + also, error.remedy or "correct the file")
+        return None, Check(
+            "farm file", False, "needed", first + also, error.remedy or "correct the file"
+        )
     vms = f"{len(farm.vms)} VMs" if len(farm.vms) != 1 else "1 VM"
     return farm, Check("farm file", True, "needed", f"{farm_file}: farm {farm.farm}, {vms}")
 
@@ -296,7 +307,7 @@ def _memory(farm: Farm) -> Check:
         "memory",
         available >= wanted,
         "note",
-        f"{format_size(available // 2**20 * 2**20)} available; this farm's VMs here take {format_size(wanted)} at most",
+        f"{_round(available)} available; this farm's VMs here take {_round(wanted)} at most",
         "lower 'memory' in the farm file, or use idle_memory, or stop other things",
     )
 
@@ -307,12 +318,12 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
-            yield _host(lambda name=name: site.hypervisor(name, look=True).capabilities().notes, name, host.driver)  # type: ignore[misc]
+            yield _host(site, name, host.driver)
 
 
-def _host(connect: Callable[[], tuple[str, ...]], name: str, driver: str) -> Check:
+def _host(site: Site, name: str, driver: str) -> Check:
     try:
-        notes = connect()
+        notes = site.hypervisor(name, look=True).capabilities().notes
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))

@@ -20,7 +20,17 @@ MAY_START = {
 }
 # Imported by every command, --list included: what they import at the top must be light.
 LIGHT = ("tasks.py", "cli.py", "views.py", "provision/report.py")
-HEAVY = {"asyncssh", "asyncio", "jinja2", "pydantic", "libvirt", "cryptography", "sqlite3", "yaml", "hypothesis"}
+HEAVY = {
+    "asyncssh",
+    "asyncio",
+    "jinja2",
+    "pydantic",
+    "libvirt",
+    "cryptography",
+    "sqlite3",
+    "yaml",
+    "hypothesis",
+}
 
 SOURCES = sorted(
     path.relative_to(ROOT)
@@ -30,7 +40,7 @@ SOURCES = sorted(
 
 
 def part(module: str) -> str | None:
-    top = module.split(".")[0]
+    top = module.partition(".")[0]
     return "face" if top in FACE else top if top in ORDER else None
 
 
@@ -52,7 +62,9 @@ def test_imports_point_down(path: Path) -> None:
     own = ORDER.index(part(path.parts[0].removesuffix(".py")) or "")
     for module, line in imports(parse(path)):
         other = part(module)
-        assert other is None or ORDER.index(other) >= own, f"{path}:{line} imports {module}, which is above it"
+        assert other is None or ORDER.index(other) >= own, (
+            f"{path}:{line} imports {module}, which is above it"
+        )
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] != "hypervisors"], ids=str)
@@ -71,13 +83,17 @@ def test_only_hypervisors_starts_programs(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
-            bad = (node.value.id == "os" and node.attr.startswith(("exec", "spawn", "posix_spawn", "fork")))
+            bad = node.value.id == "os" and node.attr.startswith(
+                ("exec", "spawn", "posix_spawn", "fork")
+            )
             bad = bad or name in ("os.system", "os.popen")
             bad = bad or name in ("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell")
             assert not bad, f"{path}:{node.lineno} calls {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] in ("hypervisors", "inventory")], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parts[0] in ("hypervisors", "inventory")], ids=str
+)
 def test_drivers_and_the_model_do_not_print(path: Path) -> None:
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
