@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
-from inventory.errors import FarmhandError, Interrupted, InventoryError, NotFound, Unsupported, UsageError
+from inventory.errors import (
+    FarmhandError,
+    Interrupted,
+    InventoryError,
+    NotFound,
+    Unsupported,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from hypervisors.api import Console
     from provision.remote import Endpoint
     from provision.site import Site
+
     from screen import Screen
 
 ROOT = Path(__file__).resolve().parent

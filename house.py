@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from cli import ROOT, Result, Run
 from inventory.errors import UsageError
 from provision.paths import cache_dir
+
+from cli import ROOT, Result, Run
 
 _SUITES = ("unit", "contract", "faults", "system")
 

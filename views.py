@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from inventory.sizes import format_size
+
 from cli import Result
-from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
-    from builds.record import BuildRecord
     from hypervisors.api import Template
-    from provision.farm import FarmStatus
-    from provision.journal import Record
-    from provision.paths import FarmPaths
     from provision.report import Action, Outcome
 
 

@@ -231,7 +231,7 @@ def _kvm() -> Check:
         "kvm",
         False,
         "note",
-        f"KVM doesn't work ({verdict.why}): QEMU's own emulation is used, which is slower",
+        f"KVM doesn't work ({verdict.why}); QEMU's emulation is used (slower)",
         "fine for trying; for speed: enable virtualization in the firmware, or nested KVM on the outer host",
     )
 

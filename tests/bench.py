@@ -1,8 +1,8 @@
 """The toolkit's figures, measured in one run beside the bare tools they are built on.
 
-Real qemu-img, a private libvirtd and real QEMU, on guests without an operating system: booting is the
-guest's matter. A ratio says more than milliseconds, for machines differ and may be busy; each figure is a
-median, with the least beside it.
+Real qemu-img, a private libvirtd and real QEMU, on guests without an operating system: booting is
+the guest's matter. A ratio says more than milliseconds, for machines differ and may be busy; each
+figure is a median, with the least beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _MANY = 10
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """``seconds`` of each round. ``limit``: what it must stay under, in seconds or, where ``beside`` names
-    another figure, as a multiple of that one. None: nothing is asked."""
+    """``seconds`` of each round. ``limit``: what it must stay under, in seconds or, where ``beside``
+    names another figure, as a multiple of that one. None: nothing is asked."""
 
     name: str
     seconds: tuple[float, ...]
