@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from hypervisors.api import Machine, Template, spec_hash
 from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
@@ -70,7 +71,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
                 jobs[vm] = _keep(site, vm, machine, templates, starting=vm in to_start, wait=wait)
             if vm in to_start:
                 action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
-                jobs[vm].append(Job(action, lambda vm=vm: start_one(site, vm, wait=wait)))
+                jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
             if not jobs[vm]:
                 jobs[vm] = [Job(Action("keep", vm, "already as declared"))]
         run.carry_out(jobs)
@@ -202,14 +203,14 @@ def _keep(
     wanted = spec_hash(site.spec(vm, site.allocator.peek(vm)))
     running = is_on(machine)
     if machine.spec_hash != wanted and running:
-        text = "differs from the farm file (memory, vCPUs or network): takes effect at its next stop or reset"
+        text = "differs from the farm file: takes effect at its next stop or reset"
         jobs.append(Job(Action("note", vm, text)))
     elif machine.spec_hash != wanted:
         text = "change its definition as the farm file has been"
         jobs.append(Job(Action("redefine", vm, text), lambda: _redefine(site, vm)))
     found = templates.newest(vm)
     if found is not None and machine.template != found.label:
-        text = f"stays on {machine.template or 'its template'}; {found.label} is there: destroy and clone to move"
+        text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
         jobs.append(Job(Action("note", vm, text)))
     disk = disk_of(site, vm)
     if disk is not None and declared.disk is not None and disk.size != declared.disk:

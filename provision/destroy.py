@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 
 from inventory.errors import Busy, NotFound, NotOurs
 from provision import identity
@@ -34,7 +35,7 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
                 jobs[vm] = [Job(Action("note", vm, "on an ssh host: not ours to destroy"))]
             elif _exists(site, vm):
                 action = Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
-                jobs[vm] = [Job(action, lambda vm=vm: _destroy_one(site, vm))]
+                jobs[vm] = [Job(action, partial(_destroy_one, site, vm))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "is not there"))]
         run.carry_out(jobs)
@@ -148,7 +149,7 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             run.add(Action("keep", "", "nothing is there"))
         if not site.plan:
             with site.journal.operation("destroy", whole=True, purge=purge):
-                side_by_side(site, {vm: (lambda vm=vm: _destroy_one(site, vm)) for vm in there})
+                side_by_side(site, {vm: (partial(_destroy_one, site, vm)) for vm in there})
                 raze(site, purge=purge)
             last_of(site)
             site.reporter.say("the farm is destroyed")

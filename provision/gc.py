@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from hypervisors.api import Leftover, Owner
@@ -97,12 +98,12 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
         seen.add((what.kind, what.ref))
-        yield Found(what, lambda what=what: driver.discard(what))
+        yield Found(what, partial(driver.discard, what))
     if site.has_disks(host):
         store = site.disks(host)
         for what in store.leftovers():
             if (what.kind, what.ref) not in seen:
-                yield Found(what, lambda what=what: store.discard(what))
+                yield Found(what, partial(store.discard, what))
 
 
 def _machines(site: Site) -> set[str]:
@@ -138,7 +139,7 @@ def _files(site: Site) -> Iterator[Found]:
             bytes=info.st_size,
             why="its VM doesn't exist",
         )
-        yield Found(what, lambda path=path: _remove_file(site, path))
+        yield Found(what, partial(_remove_file, site, path))
 
 
 def _allocations(site: Site) -> Iterator[Found]:
@@ -155,7 +156,7 @@ def _allocations(site: Site) -> Iterator[Found]:
             bytes=0,
             why="it is neither declared nor made",
         )
-        yield Found(what, lambda vm=vm: site.allocator.release(vm))
+        yield Found(what, partial(site.allocator.release, vm))
 
 
 def _remove_file(site: Site, path: Path) -> None:

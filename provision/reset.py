@@ -121,7 +121,7 @@ def put_back(site: Site, vm: str, to: str) -> dict[str, object]:
         return {"checkpoint": to, "pristine": None, "by": "the reset command of the farm file"}
     if not site.disks(site.farm.host_of(vm)).pristine(machine, to):
         raise DriverFailed(
-            f"{site.name}: {vm}'s disk was reset, but is not proven to equal checkpoint {to}: not started",
+            f"{site.name}: {vm}'s disk was reset, but isn't provably checkpoint {to}: not started",
             remedy=f"reset it again; if that fails too, ./invoke destroy --vm {vm} and clone it again",
         )
     return {"checkpoint": to, "pristine": True, "template": disk.template, "disk": str(disk.path)}

@@ -1,4 +1,4 @@
-"""status: one line a VM, by reading only. A host that can't be reached spoils its own lines, no others."""
+"""status: one line a VM, by reading only. A host out of reach spoils its own lines only."""
 
 from __future__ import annotations
 
