@@ -311,11 +311,13 @@ class TransferStep(_StepBase):
 STEP_KINDS = ("reset", "run", "transfer")
 
 
-def _step_kind(value: object) -> str | None:
+def step_kind(value: object) -> str | None:
     """A step is known by the one key of STEP_KINDS that it has."""
     if isinstance(value, _StepBase):
         return type(value).__name__.removesuffix("Step").lower()
-    kinds = [kind for kind in STEP_KINDS if isinstance(value, dict) and kind in value]
+    if not isinstance(value, dict):
+        return None
+    kinds = [kind for kind in STEP_KINDS if kind in value]
     return kinds[0] if len(kinds) == 1 else None
 
 
@@ -323,7 +325,7 @@ Step = Annotated[
     Annotated[ResetStep, Tag("reset")]
     | Annotated[RunStep, Tag("run")]
     | Annotated[TransferStep, Tag("transfer")],
-    Discriminator(_step_kind),
+    Discriminator(step_kind),
 ]
 
 
