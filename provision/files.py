@@ -1,0 +1,75 @@
+"""Files that are either the old or the new, never between."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from inventory.errors import FarmhandError, NoSpace, WrongState
+
+
+def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
+    """The error for an admin: ``what`` is the thing that was being done, such as "write"."""
+    reason = error.strerror or str(error)
+    message = f"cannot {what} {path}: {reason}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
+    return WrongState(message, remedy=f"check owner, permissions and mount of {path.parent}")
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace ``path`` durably (rename(2) after fsync(2), then its directory's). The directory must
+    exist. Errors: NoSpace, WrongState."""
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in it durable."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path, *, mode: int) -> None:
+    """With its parents; those made here get 0711, so that a QEMU under another user may pass."""
+    try:
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        for directory in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir()
+                directory.chmod(mode if directory == path else 0o711)
+    except OSError as error:
+        raise file_error(error, path, "make the directory") from error
+
+
+def remove(path: Path) -> bool:
+    """Remove a file or a whole directory; whether there was one."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(error, path, "remove") from error
+    return True
