@@ -102,8 +102,8 @@ def _start(argv: list[str], env: dict[str, str]) -> int:
     told, tell = os.pipe()
     if os.fork():
         os.close(tell)
-        status = os.read(told, 1)
-        return status[0] if status else 1
+        answer = os.read(told, 1)
+        return answer[0] if answer else 1
     os.setsid()
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
     pid = os.fork()

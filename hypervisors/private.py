@@ -92,7 +92,9 @@ class PrivateLibvirt:
                     f"the private libvirtd still runs {', '.join(names)}",
                     remedy="stop them first: ./invoke stop --all",
                 )
-            reapers = {_parent(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid}
+            reapers = {
+                _parent(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
+            }
             self._end_daemon()
             for _, pid in self._guests():
                 _end(pid, signal.SIGKILL)
@@ -147,7 +149,7 @@ class PrivateLibvirt:
         if (length := len(os.fsencode(longest))) > _SOCKET_PATH_MAX:
             raise DriverFailed(
                 f"{self._runtime}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
-                remedy="set FARMHAND_RUNTIME_DIR to a shorter directory, or give the farm a shorter name",
+                remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
             )
 
     # -- start ------------------------------------------------------------------------------------
@@ -210,7 +212,9 @@ class PrivateLibvirt:
             "cgroup_controllers = []",
         ]
         (ours / "etc/qemu.conf").write_text("\n".join([*qemu_conf, ""]))
-        conf = self._write_conf([f'unix_sock_dir = "{run}"', 'auth_unix_rw = "none"', 'auth_unix_ro = "none"'])
+        conf = self._write_conf(
+            [f'unix_sock_dir = "{run}"', 'auth_unix_rw = "none"', 'auth_unix_ro = "none"']
+        )
         binds = [(str(path), host) for path, host in places.items()]
         binds += self._user_database(uid)
         kvm = "hide" if self._hide_kvm else f"uid:{uid}"

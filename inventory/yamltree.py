@@ -164,8 +164,9 @@ class _Builder:
         self._root: Node | None = None
         self._open: list[tuple[Items | Mapping, str]] = []  # what is being filled, and its anchor
         self._keys: list[Scalar | None] = []  # the key whose value comes next, for each mapping
-        self._anchors: dict[str, tuple[Node, int]] = {}  # with the nodes in it
-        self._counts: list[int] = []
+        self._anchors: dict[str, tuple[Node, int, int]] = {}  # with its nodes and depth
+        self._counts: list[int] = []  # nodes in each open one
+        self._depths: list[int] = []  # levels below each open one
         self._nodes = 0
 
     def build(self, text: str) -> Node | None:
@@ -178,7 +179,7 @@ class _Builder:
                     style = event.style  # None or "" is plain for the C parser
                     scalar = Scalar(*_start(event), event.value, not style)
                     self._value(scalar)
-                    self._add(scalar, event.anchor or "", 1)
+                    self._add(scalar, event.anchor or "", 1, 0)
                 case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
                     self._tag(event)
                     mapping = isinstance(event, yaml.MappingStartEvent)
@@ -189,10 +190,11 @@ class _Builder:
                     self._open.append((kind(*_start(event)), event.anchor or ""))
                     self._keys.append(None)
                     self._counts.append(1)
+                    self._depths.append(0)
                 case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                     node, anchor = self._open.pop()
                     self._keys.pop()
-                    self._add(node, anchor, self._counts.pop())
+                    self._add(node, anchor, self._counts.pop(), self._depths.pop())
                 case yaml.AliasEvent():
                     if not self._alias(event):
                         return None
@@ -224,6 +226,7 @@ class _Builder:
                 scalar.column,
                 f"{scalar.text} says nothing: leave the key out (or quote it, if it is meant as text)",
             )
+            scalar.text = ""
 
     def _alias(self, event: Any) -> bool:
         place = _start(event)
@@ -233,21 +236,22 @@ class _Builder:
         if event.anchor not in self._anchors:
             self._report(*place, f"alias *{event.anchor}: there is no &{event.anchor} before it")
             return False
-        node, count = self._anchors[event.anchor]
+        node, count, depth = self._anchors[event.anchor]
         self._nodes += count
-        if self._nodes > _MAX_NODES:
-            self._report(*place, "aliases of aliases: too many values")
+        if self._nodes > _MAX_NODES or len(self._open) + depth > _MAX_DEPTH:
+            self._report(*place, "aliases of aliases: too many values, or nested too deeply")
             return False
-        self._add(node, "", count)
+        self._add(node, "", count, depth)
         return True
 
-    def _add(self, node: Node, anchor: str, count: int) -> None:
+    def _add(self, node: Node, anchor: str, count: int, depth: int) -> None:
         if anchor:
-            self._anchors[anchor] = node, count
+            self._anchors[anchor] = node, count, depth
         if not self._open:
             self._root = node
             return
         self._counts[-1] += count
+        self._depths[-1] = max(self._depths[-1], depth + 1)
         parent = self._open[-1][0]
         if isinstance(parent, Items):
             parent.items.append(node)

@@ -40,25 +40,27 @@ _LINGER = 2.0  # seconds for output still under way after a script's exit
 _GRACE = 10  # seconds between SIGTERM and SIGKILL in the guest
 
 # sh(1), POSIX. $1: bytes of script, $2: time limit in seconds. Channel's stdin on 3. timeout(1) makes
-# itself the leader of a process group, $t, that everything the script starts belongs to. The watcher
-# must not hold the output open, or the channel would never end. (dash takes a group only by "-s".)
+# itself the leader of a process group, $t, that everything the script starts belongs to. The rest must
+# not hold the output open, or the channel would never end, nor write to it, or a lost connection would
+# end it by SIGPIPE before its work is done. (dash takes a process group only with "-s".)
 _WRAPPER = f"""
 s=$(head -c "$1"; echo .) || exit 125
 exec 3<&0 </dev/null 2>&1
 timeout -k {_GRACE} "$2" sh -euc "${{s%.}}" sh 3<&- &
 t=$!
+exec >/dev/null 2>&1
 (
   while read -r _; do :; done
   kill -s TERM -- "-$t" || kill "$t"
   n=0
   while [ "$n" -lt {_GRACE} ] && kill -s 0 -- "-$t"; do sleep 1; n=$((n + 1)); done
   kill -s KILL -- "-$t"
-) <&3 >/dev/null 2>&1 &
+) <&3 &
 w=$!
 wait "$t"
 r=$?
-[ "$r" -eq 0 ] || kill -s KILL -- "-$t" 2>/dev/null
-kill "$w" 2>/dev/null
+[ "$r" -eq 0 ] || kill -s KILL -- "-$t"
+kill "$w"
 exit "$r"
 """
 
@@ -336,7 +338,8 @@ class Connection:
 
         DriverFailed where the guest's sshd forwards no ports.
         """
-        where = str(repository.resolve())
+        inner = repository / ".git"  # --strict-paths wants the very directory
+        where = str((inner if inner.is_dir() else repository).resolve())
         argv = (
             "git", "daemon", "--inetd", "--export-all", "--strict-paths", "--timeout=600",
             "--disable=receive-pack", "--disable=upload-archive",
@@ -364,7 +367,7 @@ class Connection:
             listener = await self._ssh.start_server(
                 lambda _host, _port: handle, "127.0.0.1", 0, encoding=None
             )
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, asyncssh.ChannelListenError, OSError) as error:
             raise DriverFailed(
                 f"{self.endpoint.vm}: its sshd forwards no ports, so {repository} can't be offered: "
                 f"{str(error).strip() or type(error).__name__}",

@@ -101,8 +101,9 @@ ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"
     def cut(self) -> None:
         """Kill the processes that serve connections: what a guest's crash looks like from here."""
         for pid in self.sessions():
-            for child in _children(pid):  # the unprivileged half
-                _kill(int(child))
+            for child in _children(pid):  # the unprivileged half, where there is one
+                if Path(f"/proc/{child}/comm").read_text().strip() == "sshd":
+                    _kill(int(child))
             _kill(pid)
 
     def stop(self) -> None:
