@@ -1,27 +1,23 @@
 """The demo: an admin's first hour in one command, with nothing in it simulated.
 
 It only calls what the tasks call: doctor's checks, a template, clone-farm, cycle, ssh. Its farm is the
-default one unless another is named; its source is a git repository made of ``examples/kata``.
+default one unless another is named, whose source is ``examples/kata``.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hypervisors.run import Runner
 from inventory.errors import Unsupported
-from inventory.model import Farm, Source
 from inventory.sizes import format_duration, format_size
 from provision.report import Action, Outcome, Reporter, merged
 from provision.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "kata"
 PROGRAM = "kata"
 """What prod.rpm installs, and what is run in prod at the end."""
 
@@ -118,8 +114,6 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
         clock = _Clock(site.reporter)
         with clock.stage("doctor", "looking at this machine"):
             _examine(site)
-        with clock.stage("source", f"making a git repository of {EXAMPLE.relative_to(ROOT)}"):
-            _use_source(site)
         with clock.stage("template", "the template: built once, kept afterwards"):
             for name in dict.fromkeys(t for vm in site.farm.vms if (t := site.farm.template_of(vm))):
                 template = golden.ensure_template(site, name)
@@ -158,15 +152,12 @@ def plan(open_site: Opener) -> Outcome:
 
 
 def destroy(open_site: Opener) -> Outcome:
-    """The demo farm, its build records and its source go; the image cache stays, and is named."""
+    """The demo farm, its build records go; the image cache stays, and is named."""
     from provision import farm
 
     with open_site() as site:
         outcome = farm.destroy(site, ())
-        source, planned = _source(site), site.plan
-        if not planned and source.exists():
-            shutil.rmtree(source)
-    return merged("demo", [outcome, Outcome("demo", planned, (Action("note", "", kept()),))])
+    return merged("demo", [outcome, Outcome("demo", outcome.planned, (Action("note", "", kept()),))])
 
 
 def kept() -> str:
@@ -196,47 +187,6 @@ def _farm_flag(site: Site) -> str:
     if site.farm.path == default and not Path(chosen).is_file():
         return ""
     return f" --farm {site.farm.path}"
-
-
-# ---- The source.
-
-
-def _source(site: Site) -> Path:
-    return site.paths.root / "source"
-
-
-def _use_source(site: Site) -> None:
-    repository = make_repository(site.runner, EXAMPLE, _source(site) / PROGRAM)
-    site.farm = _with_source(site.farm, repository)
-
-
-def make_repository(runner: Runner, example: Path, repository: Path) -> Path:
-    """A git repository of the files in ``example``. The same files make the same commit, whoever makes
-    it and whenever; other files make one more."""
-    repository.mkdir(parents=True, exist_ok=True)
-    for old in repository.iterdir():
-        if old.name != ".git":
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    ignored = shutil.ignore_patterns("__pycache__", ".git")
-    shutil.copytree(example, repository, dirs_exist_ok=True, ignore=ignored)
-    git = ("git", "-C", str(repository))
-    identity = {
-        "GIT_AUTHOR_NAME": "farmhand demo", "GIT_AUTHOR_EMAIL": "demo@localhost",
-        "GIT_COMMITTER_NAME": "farmhand demo", "GIT_COMMITTER_EMAIL": "demo@localhost",
-        "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
-        "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
-    }  # fmt: skip
-    if not (repository / ".git" / "HEAD").is_file():
-        runner.change("git", "init", "-q", "-b", "main", str(repository))
-    runner.change(*git, "add", "-A", env=identity)
-    if runner.read(*git, "status", "--porcelain", env=identity).stdout.strip():
-        runner.change(*git, "commit", "-q", "-m", f"The example {example.name}", env=identity)
-    return repository
-
-
-def _with_source(farm: Farm, repository: Path) -> Farm:
-    revision = farm.source.revision if farm.source else "HEAD"
-    return farm.model_copy(update={"source": Source(repository=str(repository), revision=revision)})
 
 
 def _run_program(site: Site) -> str:

@@ -232,7 +232,7 @@ def _kvm() -> Check:
         False,
         "note",
         f"KVM doesn't work ({verdict.why}); QEMU's emulation is used (slower)",
-        "fine for trying; for speed: enable virtualization in the firmware, or nested KVM on the outer host",
+        "for speed: enable virtualization in the firmware, or nested KVM on the outer host",
     )
 
 

@@ -6,7 +6,6 @@ import os
 import pty
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +13,42 @@ import pytest
 
 from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
-TASKS = (
-    "doctor demo template-build template-import template-list template-remove clone-farm reset balloon "
-    "start stop checkpoint destroy gc recover status console ssh cycle log history test lint bench"
-).split()[0] for line in lines) == sorted(TASKS)
+TASKS = [
+    "doctor",
+    "demo",
+    "template-build",
+    "template-import",
+    "template-list",
+    "template-remove",
+    "clone-farm",
+    "reset",
+    "balloon",
+    "start",
+    "stop",
+    "checkpoint",
+    "destroy",
+    "gc",
+    "recover",
+    "status",
+    "console",
+    "ssh",
+    "cycle",
+    "log",
+    "history",
+    "test",
+    "lint",
+    "bench",
+]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[CommandLine]:
+    yield from command_line(tmp_path)
+
+
+def test_every_task_is_listed_on_one_line_of_an_ordinary_terminal(cli: CommandLine) -> None:
+    lines = [line for line in cli("--list").out.splitlines()[2:] if line.strip()]
+    assert sorted(line.split()[0] for line in lines) == sorted(TASKS)
     assert max(map(len, lines)) < 80
 
 
@@ -26,8 +57,6 @@ def test_every_task_explains_itself(cli: CommandLine, task: str) -> None:
     done = cli(task, "--help")
     assert done.status == 0
     assert "--json" in done.out and "--farm" in done.out
-    flags = [line for line in done.out.splitlines() if line.startswith("  --")]
-    assert all(len(line.split("  ")) > 2 or line for line in flags)
 
 
 def test_a_farm_that_is_not_there(cli: CommandLine) -> None:
@@ -217,5 +246,4 @@ def test_on_a_terminal_the_live_line_is_gone_at_the_end(cli: CommandLine) -> Non
 def test_listing_starts_nothing_and_writes_nothing(cli: CommandLine) -> None:
     assert cli("--list").status == 0
     assert cli("status").status == 0
-    time.sleep(0)
     assert not (cli.directory / "state").exists()
