@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from provision.report import Action, Outcome
 
 
-def outcome(result: Outcome, *, nothing: str = "nothing to do: everything is as it should be") -> Result:
+def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
     """What was done, or would be, one line an action."""
     if not result.actions:
         return Result(result.as_dict(), nothing)

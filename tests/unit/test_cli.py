@@ -14,31 +14,11 @@ import pytest
 from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
 TASKS = [
-    "doctor",
-    "demo",
-    "template-build",
-    "template-import",
-    "template-list",
-    "template-remove",
-    "clone-farm",
-    "reset",
-    "balloon",
-    "start",
-    "stop",
-    "checkpoint",
-    "destroy",
-    "gc",
-    "recover",
-    "status",
-    "console",
-    "ssh",
-    "cycle",
-    "log",
-    "history",
-    "test",
-    "lint",
-    "bench",
-]
+    "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
+    "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
+    "destroy", "gc", "recover", "status", "console", "ssh",
+    "cycle", "log", "history", "test", "lint", "bench",
+]  # fmt: skip
 
 
 @pytest.fixture
