@@ -55,7 +55,9 @@ class Pruner:
         """False where nothing could be taken out, so that there is no use in asking again."""
         gone: set[Path] = set()
         changed = False
-        for detail in error.errors(include_url=False, include_input=False):
+        details = error.errors(include_url=False, include_input=False)
+        # Unknown keys first: what they seem to stand for isn't missing as well.
+        for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
             kind, context = detail["type"], detail.get("ctx", {})
             path = self.places.in_file(self._without_tags(detail["loc"]))
             of_key = bool(path) and path[-1] == "[key]"
@@ -92,6 +94,8 @@ class Pruner:
             return any((*path, key) in told for key in context["keys"])
         if kind == "missing":
             return path in told
+        if kind == "union_tag_not_found":
+            return any((*path, key) in told for key in STEP_KINDS)
         return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:

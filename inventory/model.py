@@ -138,7 +138,7 @@ class Network(Model):
                 raise at_key(mode, f"'{mode}' is for mode {mode}; the mode is {self.mode}", "mode")
         if self.mode != "user" and self.internet:
             raise at_key(
-                "internet", "'internet' is for mode user: a bridge's reach is the host's", "mode"
+                "internet", "'internet' is for mode user: elsewhere it's the host's matter", "mode"
             )
         if self.subnet and self.subnet.prefixlen > 30:
             raise at_key("subnet", f"{self.subnet} has no room for machines")
@@ -146,9 +146,7 @@ class Network(Model):
             if self.gateway not in self.subnet:
                 raise at_key("gateway", f"{self.gateway} is outside {self.subnet}", "subnet")
             if self.gateway in (self.subnet.network_address, self.subnet.broadcast_address):
-                raise at_key(
-                    "gateway", f"{self.gateway} is the network's or broadcast address", "subnet"
-                )
+                raise at_key("gateway", f"{self.gateway} is not a machine's address", "subnet")
         return self
 
     @property
@@ -295,7 +293,8 @@ class RunStep(_StepBase):
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()
-    """Files (shell patterns) that are fetched into the build record afterwards; relative to the login's home."""
+    """Files (shell patterns) that are fetched into the build record afterwards; relative to the
+    login's home."""
 
 
 class TransferStep(_StepBase):
