@@ -55,11 +55,14 @@ _COMMON_HELP = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1."""
+    """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1;
+    ``problem`` and ``remedy`` then go to stderr, as an error's do."""
 
     data: Mapping[str, object]
     text: str
     ok: bool = True
+    problem: str = ""
+    remedy: str = ""
 
 
 @dataclass(slots=True)
@@ -216,6 +219,9 @@ def _show(run: Run, result: Result) -> None:
     elif result.text:
         sys.stdout.write(result.text.rstrip("\n") + "\n")
     sys.stdout.flush()
+    if result.problem:
+        remedy = f"  {result.remedy}\n" if result.remedy else ""
+        sys.stderr.write(f"farmhand: {result.problem}\n{remedy}")
 
 
 def write_json(data: Mapping[str, object]) -> None:

@@ -263,7 +263,7 @@ def cycle(
     with run.site() as site:
         if run.plan:
             return views.plan("cycle", cycles.plan_cycle(site, **choice))
-        return views.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream), site.paths)
+        return views.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream))
 
 
 @command(
@@ -276,8 +276,8 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
     with run.site() as site:
         record = find_record(site.paths, build or "last")
         if step:
-            return views.step_log(record, site.paths, step)
-        return views.build_record(record, site.paths, past=True)
+            return views.step_log(record, step)
+        return views.build_record(record, past=True)
 
 
 @command({"limit": "How many."}, plans=False)

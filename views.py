@@ -29,7 +29,7 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
-    """Aligned columns, empty ones left out; where they don't fit the terminal, one block a row instead."""
+    """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
     if width is None:
         width = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
     used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
@@ -135,3 +135,101 @@ def _memory(now: int | None, most: int | None) -> str:
     if most is None:
         return "" if now is None else _about(now)
     return _about(most) if now in (None, most) else f"{_about(now or 0)} of {_about(most)}"
+
+
+def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
+    """Operations and builds as one list, newest first."""
+    data = {
+        "operations": [operation.as_dict() for operation in operations],
+        "builds": [build.as_dict() for build in builds[:limit]],
+    }
+    lines: list[tuple[datetime, tuple[str, ...]]] = []
+    for o in operations:
+        took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
+        row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
+        lines.append((o.started, row))
+    for b in builds[:limit]:
+        moment = datetime.fromisoformat(b.started)
+        took = format_duration(b.seconds) if b.ended else ""
+        lines.append((moment, (when(moment), "build", b.id, b.result, took, _why(b))))
+    if not lines:
+        return Result(data, "nothing was done to this farm yet")
+    rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
+    return Result(data, table(("WHEN", "WHAT", "ON", "ENDED", "TOOK", "NOTE"), rows))
+
+
+def _why(record: BuildRecord) -> str:
+    """Of a build that didn't pass: where, which class, what."""
+    step = record.failed_step
+    if step is None:
+        return ""
+    kind = f" ({step.failure})" if step.failure else ""
+    return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
+
+
+def build_record(record: BuildRecord, *, past: bool = False) -> Result:
+    """A build's steps, what came out, where the record is. ``past``: asked for later, so that a failed
+    one is no failure of this command."""
+    moment = when(datetime.fromisoformat(record.started))
+    source = record.source
+    lines = [f"build {record.id}  {record.result}, {moment}, {format_duration(record.seconds)}"]
+    if source.commit or source.repository:
+        subject = f"  {source.subject}" if source.subject else ""
+        lines.append(f"source {source.repository} {source.commit[:12]}{subject}")
+    rows = [
+        (
+            step.name,
+            f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
+            step.status,
+            format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
+            step.message.partition("\n")[0],
+        )
+        for step in record.steps
+    ]
+    lines += ["", table(("STEP", "VM", "ENDED", "TOOK", "NOTE"), rows)]
+    if record.outputs:
+        files = [(f.name, _about(f.size), f.sha256) for f in record.outputs]
+        lines += ["", table(("FILE", "SIZE", "SHA256"), files)]
+    step = record.failed_step
+    if step is not None and step.tail:
+        lines += [
+            "",
+            f"the last lines of {step.name}:",
+            *(f"  | {x}" for x in step.tail.splitlines()[-15:]),
+        ]
+    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    ok = past or record.result == "passed"
+    if ok or step is None:
+        problem = "" if ok else f"build {record.id} {record.result}"
+        return Result(record.as_dict(), "\n".join(lines), ok=ok, problem=problem)
+    return Result(
+        record.as_dict(),
+        "\n".join(lines),
+        ok=False,
+        problem=f"build {record.id} {record.result} in step {_why(record)}",
+        remedy=f"its log: ./invoke log --step {step.name}; go on with: ./invoke cycle --from {step.name}",
+    )
+
+
+def step_log(record: BuildRecord, name: str) -> Result:
+    """The whole log of one step. NotFound with the nearest known."""
+    from difflib import get_close_matches
+
+    from inventory.errors import NotFound
+
+    known = {step.name: step for step in record.steps}
+    if name not in known:
+        near = get_close_matches(name, known, 1)
+        raise NotFound(
+            f"build {record.id} has no step {name!r}",
+            remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+        )
+    step = known[name]
+    path = record.directory / step.log
+    if not step.log or not path.is_file():
+        raise NotFound(
+            f"build {record.id}: step {name} left no log: {step.status}",
+            remedy="./invoke log shows the build",
+        )
+    text = path.read_text(errors="replace")
+    return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)

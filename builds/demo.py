@@ -56,7 +56,7 @@ class DemoReport:
             "vms": list(self.vms),
             "steps": [stage.as_dict() for stage in self.stages],
             "build": self.build,
-            "artifacts": self.build.get("artifacts", []),
+            "artifacts": self.build.get("outputs", []),
             "program": self.program,
             "record": str(self.page),
         }
@@ -126,16 +126,16 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
                 site, start_from=None, only=(), revision=None, keep_going=False, stream=stream
             )
         program = ""
-        if record.ok:
+        if record.result == "passed":
             with clock.stage("program", f"running {PROGRAM} inside prod"):
                 program = _run_program(site)
         vms = tuple(vm.as_dict() for vm in farm.status(site).vms)
         return DemoReport(
-            ok=record.ok and bool(program),
+            ok=record.result == "passed" and bool(program),
             stages=tuple(clock.stages),
             vms=vms,
             build=record.as_dict(),
-            page=site.paths.builds / record.id / "index.html",
+            page=record.page,
             program=program,
             farm_flag=_farm_flag(site),
         )
