@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from inventory.sizes import format_size
+from inventory.sizes import format_duration, format_size
 
 from cli import Result
 
 if TYPE_CHECKING:
+    from builds.record import BuildRecord
     from hypervisors.api import Template
-    from provision.farm import FarmStatus
+    from provision.journal import Record
     from provision.report import Action, Outcome
+    from provision.status import FarmStatus
 
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:

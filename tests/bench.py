@@ -114,9 +114,9 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
     return Figures(tuple(figures))
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _timed(work: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - started
 
 
@@ -195,20 +195,22 @@ def _drivers(directory: Path, rounds: int, say: Callable[[str], None]) -> Iterat
             connection.defineXML(text)
 
         baseline, cloned, parallel, stopped, running = [], [], [], [], []
+
+        def one(name: str, port: int) -> None:
+            hypervisor.define(_spec(name, port), template)
+
         for turn in range(rounds):
             say(f"clones, round {turn + 1} of {rounds}")
-            baseline.append(_timed(lambda turn=turn: bare(f"bare{turn}")))
-            cloned.append(
-                _timed(lambda turn=turn: hypervisor.define(_spec(f"one{turn}", 40100 + turn), template))
-            )
-            parallel.append(_timed(lambda turn=turn: _many(hypervisor, template, turn)))
-            stopped.append(_timed(lambda: hypervisor.reset("first", "clean")))
+            baseline.append(_timed(bare, f"bare{turn}"))
+            cloned.append(_timed(one, f"one{turn}", 40100 + turn))
+            parallel.append(_timed(_many, hypervisor, template, turn))
+            stopped.append(_timed(hypervisor.reset, "first", "clean"))
             for i in range(_MANY):
                 hypervisor.destroy(f"many{turn}-{i}")
         for turn in range(rounds):
             say(f"resets of a running machine, round {turn + 1} of {rounds}")
             hypervisor.start("first")
-            running.append(_timed(lambda: hypervisor.reset("first", "clean")))
+            running.append(_timed(hypervisor.reset, "first", "clean"))
         for turn in range(rounds):
             connection.lookupByName(f"bare{turn}").undefine()
         connection.close()
