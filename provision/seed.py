@@ -87,9 +87,7 @@ class SeedData:
         return self.hostname
 
     def _check(self, what: str, value: str, pattern: re.Pattern[str] | None) -> None:
-        good = bool(value) and not any(
-            ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in value
-        )
+        good = bool(value) and not any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in value)
         if not good or (pattern and not pattern.fullmatch(value)):
             shown = "" if what == "host key" else f" {value!r}"
             raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
@@ -164,9 +162,7 @@ def nocloud(data: SeedData) -> dict[str, bytes]:
         }
         for login, keys in data.logins.items()
     ]
-    put_id = (
-        f'[ "$(cat /etc/machine-id)" = {data.machine_id} ] || echo {data.machine_id} > /etc/machine-id'
-    )
+    put_id = f'[ "$(cat /etc/machine-id)" = {data.machine_id} ] || echo {data.machine_id} > /etc/machine-id'
     user_data = {
         "preserve_hostname": False,
         "hostname": data.hostname.partition(".")[0],
