@@ -43,8 +43,10 @@ class Seen:
     started: datetime | None
 
 
-def domain_xml(spec: MachineSpec, disk: Path, disk_format: str, template: str, *, kvm: bool) -> str:
-    """The whole definition. ``kvm``: else QEMU emulates.
+def domain_xml(
+    spec: MachineSpec, disk: Path, disk_format: str, template: str, *, kvm: bool, uuid: str = ""
+) -> str:
+    """The whole definition. ``kvm``: else QEMU emulates. ``uuid``: of the one it replaces.
 
     The disk's cache mode is "unsafe": QEMU hands the guest's writes to the host's page cache and
     leaves out the fsyncs, which makes package installs several times faster. What it gives up is the
@@ -54,6 +56,8 @@ def domain_xml(spec: MachineSpec, disk: Path, disk_format: str, template: str, *
     a guest that was shut down. A killed QEMU loses nothing that it reported as written."""
     domain = ET.Element("domain", type="kvm" if kvm else "qemu")
     _text(domain, "name", spec.name)
+    if uuid:
+        _text(domain, "uuid", uuid)
     metadata = ET.SubElement(domain, "metadata")
     mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
     mark.attrib.update(farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template)
@@ -135,7 +139,8 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
 
 
 def start_mark(when: datetime) -> str:
-    """The element that a running machine carries beside its definition's mark."""
+    """The element that a running machine carries beside its definition's mark; libvirt itself puts it
+    into the namespace that virDomainSetMetadata names."""
     return ET.tostring(ET.Element("start", at=when.isoformat()), encoding="unicode")
 
 

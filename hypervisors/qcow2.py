@@ -4,7 +4,7 @@
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
                 disk.qcow2            what the hypervisor opens
                 checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
-    .farmhand-new-*                   under construction; its .lock is held (flock), else it is a leftover
+    .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
 
 Names become real in one rename, and are durable (fsync) before what they replace goes. Backing
