@@ -17,8 +17,7 @@ from provision.site import Site
 from provision.work import Run, begin, lock_of
 
 _YOUNG = timedelta(minutes=10)
-"""Nobody's leftovers (the maker died before it could mark them) are left alone for so long: they may
-be somebody's at work, who holds another lock than the VMs'."""
+"""A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +66,26 @@ def gc(site: Site) -> Outcome:
 
 
 def leftovers(site: Site) -> Iterator[Found]:
-    """All of them, on all hosts; nobody's young ones excepted."""
+    """All of them, on all hosts. Drivers name nothing that is still being made."""
     seen: set[tuple[str, str]] = set()
-    young = datetime.now(UTC) - _YOUNG
     for host in site.farm.hosts:
         for item in _of_host(site, host):
             key = (item.what.kind, item.what.ref)
-            if key in seen or (item.what.owner is None and item.what.created > young):
-                continue
-            seen.add(key)
-            yield item
+            if key not in seen:
+                seen.add(key)
+                yield item
     yield from _files(site)
     yield from _allocations(site)
 
 
 def discard_of(site: Site, vm: str) -> int:
-    """Remove one VM's leftovers in its drivers; the caller holds its lock. How many there were."""
+    """Remove one VM's leftovers in its drivers, and those that died before they could be marked as
+    anybody's; the caller holds its lock. How many there were."""
     count = 0
     if site.host(vm).driver == "ssh":
         return 0
     for item in _of_host(site, site.farm.host_of(vm)):
-        if item.what.owner == Owner(site.farm.farm, vm):
+        if item.what.owner in (None, Owner(site.farm.farm, vm)):
             item.discard()
             count += 1
     return count
@@ -122,14 +120,19 @@ def _files(site: Site) -> Iterator[Found]:
         for path in sorted(directory.glob(pattern)):
             machine = path.name.removeprefix(".").split(".")[0]
             candidates.append((kind, machine.removeprefix(prefix), path))
-    for path in sorted((paths.keys / "hostkeys").glob("[!.]*")):
-        candidates.append(("host key", path.name.removesuffix(".pub"), path))
+    kept = identity.known_hosts(paths)
+    for path in sorted(kept.parent.glob("*")):
+        if path != kept:
+            candidates.append(("host key", path.name.removeprefix(".").split(".")[0], path))
+    now = datetime.now(UTC)
     for kind, vm, path in candidates:
-        if f"{prefix}{vm}" in machines:
-            continue
         try:
             info = path.stat()
         except FileNotFoundError:
+            continue
+        temporary = path.name.startswith(".")
+        young = now - datetime.fromtimestamp(info.st_mtime, UTC) < _YOUNG
+        if f"{prefix}{vm}" in machines and (young or not temporary):
             continue
         what = Leftover(
             kind=kind,
