@@ -24,6 +24,7 @@ from uuid import uuid4
 
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
 from hypervisors.run import Runner
+from inventory.errors import DriverFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 _FARM = "bench"
@@ -257,11 +258,14 @@ def _commands(directory: Path, rounds: int, say: Callable[[str], None]) -> Itera
     bare = [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT)]
 
     def call(argv: Sequence[str]) -> float:
-        return _timed(
-            lambda: subprocess.run(
-                argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True
-            )
+        started = time.perf_counter()
+        done = subprocess.run(
+            argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise DriverFailed(f"{Runner().show(argv)} failed", detail=done.stderr)
+        return seconds
 
     say("cloning a farm for status")
     call([*bare, "clone-farm", "--no-start"])
