@@ -109,13 +109,14 @@ def _memory_and_disks(farm: Farm, places: Places) -> Found:
             )
         templates = [vm.template] if vm.template else list(farm.templates)
         template = farm.templates.get(templates[0]) if len(templates) == 1 else None
-        if template and vm.disk and template.build and vm.disk < template.size:
-            if not places.is_bad(("templates", templates[0], "size")):
-                yield places.problem(
-                    (*path, "disk"),
-                    f"{format_size(vm.disk)} is less than the {format_size(template.size)} "
-                    f"of template {templates[0]}",
-                )
+        if not (template and template.build and vm.disk and vm.disk < template.size):
+            continue
+        if not places.is_bad(("templates", templates[0], "size")):
+            yield places.problem(
+                (*path, "disk"),
+                f"{format_size(vm.disk)} is less than the {format_size(template.size)} "
+                f"of template {templates[0]}",
+            )
 
 
 def _ssh_machines(farm: Farm, places: Places) -> Found:
@@ -139,7 +140,7 @@ class _Taken:
         self._first: dict[object, Path] = {}
 
     def add(self, what: object, path: Path, shown: str, *, key: bool = False) -> Found:
-        if self._places.is_bad(path):
+        if self._places.is_gone(path):
             return
         first = self._first.setdefault(what, path)
         if first == path:

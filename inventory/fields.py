@@ -36,9 +36,10 @@ def quote(value: str) -> str:
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
-def at_key(key: str, text: str) -> PydanticCustomError:
-    """An error of a whole section that one of its keys must answer for: the loader points there."""
-    return PydanticCustomError("farm", "{text}", {"text": text, "key": key})
+def at_key(key: str, text: str, *others: str) -> PydanticCustomError:
+    """An error of a whole section that one of its keys must answer for: the loader points there. It
+    isn't told where that key or one of the others has been refused already."""
+    return PydanticCustomError("farm", "{text}", {"text": text, "key": key, "keys": (key, *others)})
 
 
 def _check_label(value: str) -> str:

@@ -36,7 +36,14 @@ class Places:
     def is_bad(self, path: Sequence[str | int]) -> bool:
         """Whether this, something that holds it, or something in it was not accepted."""
         whole = self.in_file(path)
-        return any(bad[: len(whole)] == whole or whole[: len(bad)] == bad for bad in self.bad)
+        return self.is_gone(path) or any(bad[: len(whole)] == whole for bad in self.bad)
+
+    def is_gone(self, path: Sequence[str | int]) -> bool:
+        """Whether this or something that holds it was not accepted."""
+        if not self.bad:
+            return False
+        whole = self.in_file(path)
+        return any(whole[: len(bad)] == bad for bad in self.bad)
 
     def node(self, path: Path) -> Node | None:
         """Of a path of the file."""

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hypervisors.api import Power, spec_hash
@@ -48,7 +49,7 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
         for vm in names:
             if vm in cold and can_power(site, vm):
                 action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
-                jobs[vm] = [Job(action, lambda vm=vm: start_one(site, vm, wait=wait))]
+                jobs[vm] = [Job(action, partial(start_one, site, vm, wait=wait))]
             elif vm in cold:
                 jobs[vm] = [Job(Action("note", vm, "on an ssh host: nobody can switch it on from here"))]
             else:
@@ -73,7 +74,7 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
             else:
                 text = "cut its power" if force else f"shut down (power cut after {GRACE:g}s)"
                 action = Action("stop", vm, text)
-                jobs[vm] = [Job(action, lambda vm=vm: _stop_one(site, vm, force=force))]
+                jobs[vm] = [Job(action, partial(_stop_one, site, vm, force=force))]
         run.carry_out(jobs)
         return run.outcome()
 

@@ -114,6 +114,13 @@ class Site:
                 driver = self._hypervisors[host] = self._connect(host)
             return driver
 
+    def disconnect(self, host: str) -> None:
+        """Close the driver; the next use connects again."""
+        with self._guard:
+            driver = self._hypervisors.pop(host, None)
+            if driver is not None:
+                driver.close()
+
     def disks(self, host: str) -> Disks:
         """The host's disk store. Unsupported where nobody stores disks (driver ssh)."""
         with self._guard:
