@@ -276,16 +276,21 @@ def _keep_traceback(run: Run) -> Path:
 # ---- Options, judged.
 
 
-def names(values: Iterable[str]) -> tuple[str, ...]:
+def names(values: Iterable[str] | None) -> tuple[str, ...]:
     """``--vm a --vm b`` and ``--vm a,b`` alike; each once, in their order."""
-    found = [part.strip() for value in values for part in str(value).split(",")]
+    found = [part.strip() for value in values or () for part in str(value).split(",")]
     if not all(found):
         raise UsageError("--vm: an empty name", remedy="give the name of a VM of the farm")
     return tuple(dict.fromkeys(found))
 
 
-def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
-    """The VMs meant, known ones only. An empty choice is refused: it is never "all" by accident."""
+def vms_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...]:
+    """The VMs meant, known ones only."""
+    return site.vms(some_or_all(site, vm, all_))
+
+
+def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...] | None:
+    """The names given; None for --all. An empty choice is refused: it is never "all" by accident."""
     chosen = names(vm)
     if chosen and all_:
         raise UsageError("--vm and --all together: which is meant?", remedy="give one of them")
@@ -294,7 +299,7 @@ def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
             "which VMs?",
             remedy=f"--vm NAME (repeatable) or --all; the farm has {', '.join(site.farm.vms)}",
         )
-    return site.vms(chosen or None)
+    return chosen or None
 
 
 def one_vm(site: Site, vm: str) -> str:

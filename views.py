@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from inventory.sizes import format_duration, format_size
+from provision.report import UNCHANGING
 
 from cli import Result
 
@@ -25,8 +26,12 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
     if not result.actions:
         return Result(result.as_dict(), nothing)
     width = max(len(action.vm) for action in result.actions)
-    lead = "would: " if result.planned else ""
-    lines = [f"{lead}{f'{a.vm:<{width}}  ' if width else ''}{a.text}" for a in result.actions]
+    changing = "would" if result.planned else "done"
+    lines = [
+        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
+        f"{f'{a.vm:<{width}}  ' if width else ''}{a.text}"
+        for a in result.actions
+    ]
     return Result(result.as_dict(), "\n".join(lines))
 
 

@@ -137,20 +137,18 @@ def test_ssh_is_shown_and_knows_the_host_key(cli: CommandLine) -> None:
 
 
 def test_a_defect_is_one_line_and_a_file(cli: CommandLine) -> None:
-    # A state directory that is a file: no use case expects that, whatever it makes of it.
-    (cli.directory / "state" / "farms").mkdir(parents=True)
     probe = cli.directory / "tasks.py"
     probe.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from cli import command\n"
         "@command()\n"
-        "def break_(run):\n"
-        "    'Breaks.'\n"
+        "def fail(run):\n"
+        "    'Fails.'\n"
         "    {}['absent']\n"
     )
     done = subprocess.run(
-        [*cli.argv()[:4], "--search-root", str(cli.directory), "break", "--json"],
+        [*cli.argv()[:4], "--search-root", str(cli.directory), "fail", "--json"],
         env=cli.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 70
