@@ -42,7 +42,9 @@ def gc(site: Site) -> Outcome:
         for item in found:
             owner = item.what.owner
             vm = owner.vm if owner else ""
-            if site.plan:
+            if site.plan and site.locks.holder(lock_of(vm)) is not None:
+                run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))
+            elif site.plan:
                 run.add(Action("discard", vm, item.text(now)))
             elif _discard(site, item, vm, run, item.text(now)):
                 total += item.what.bytes
