@@ -318,7 +318,7 @@ def size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise UsageError(f"{option}: {error}", remedy=f"such as {option} 512M") from None
+        raise UsageError(f"{option}: {error}") from None
 
 
 def count(option: str, text: str, *, least: int = 1) -> int:
@@ -362,28 +362,20 @@ def template(site: Site, name: str, *, built: bool) -> str:
 # ---- Handing the terminal over.
 
 
-def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result | None:
-    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used."""
+def ssh(run: Run, endpoint: Endpoint, known: tuple[Path, str], command: str) -> Result | None:
+    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used.
+    ``known``: the farm's known_hosts and the VM's name in it."""
     from hypervisors.run import which
 
-    alias = f"farmhand-{endpoint.vm}"
-    checking = "accept-new"
+    options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
     if endpoint.host_key:
-        checking = "yes"
-        known_hosts = known_hosts.with_name(f"known_hosts-{endpoint.vm}")
-        if not run.plan:
-            known_hosts.parent.mkdir(parents=True, exist_ok=True)
-            fresh = known_hosts.with_name(f".{known_hosts.name}.{os.getpid()}")
-            fresh.write_text(f"{alias} {endpoint.host_key}\n")
-            fresh.replace(known_hosts)
-    options = {
-        "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": f'"{known_hosts}"',
-        "GlobalKnownHostsFile": "/dev/null",
-        "StrictHostKeyChecking": checking,
-        "HostKeyAlias": alias,
-        "LogLevel": "ERROR",
-    }
+        options["UserKnownHostsFile"] = f'"{known[0]}"'
+        options["HostKeyAlias"] = known[1]
+        options["StrictHostKeyChecking"] = "yes"
+    else:  # a machine nobody cloned: the first key seen is the only one from then on
+        hosts = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
+        options["UserKnownHostsFile"] = f'"{hosts}"'
+        options["StrictHostKeyChecking"] = "accept-new"
     program = which("ssh")
     if program is None:
         raise Unsupported(

@@ -24,7 +24,7 @@ def doctor(run: Run) -> Result:
     from provision.doctor import examine
 
     report = examine(run.farm_file())
-    return Result(report.as_dict(), report.text(), ok=report.ok)
+    return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
 
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
@@ -240,10 +240,13 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     """Log in to a VM, or run a command there."""
+    from provision.identity import known_hosts
+
     with run.site() as site:
         role = cli.one_vm(site, vm)
-        endpoint, known_hosts = site.endpoint(role), site.paths.root / "known_hosts"
-    return cli.ssh(run, endpoint, known_hosts, command)
+        endpoint = site.endpoint(role)
+        known = (known_hosts(site.paths), site.machine(role))
+    return cli.ssh(run, endpoint, known, command)
 
 
 # ---- Building.

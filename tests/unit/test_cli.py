@@ -221,7 +221,10 @@ def test_on_a_terminal_the_live_line_is_gone_at_the_end(cli: CommandLine) -> Non
     assert shown.rsplit(b"\n", 1)[-1] in (b"", b"\r\x1b[2K")
 
 
-def test_listing_starts_nothing_and_writes_nothing(cli: CommandLine) -> None:
+def test_looking_starts_nothing_and_writes_nothing(cli: CommandLine) -> None:
+    default = str(ROOT / "inventory" / "default.yaml")
     assert cli("--list").status == 0
-    assert cli("status").status == 0
+    assert "not made" in cli("status", "--farm", default).out
+    assert cli("history", "--farm", default).out == "nothing was done to this farm yet\n"
+    assert cli("clone-farm", "--plan", "--farm", default).status == 0
     assert not (cli.directory / "state").exists()
