@@ -52,6 +52,10 @@ _COMMON_HELP = {
     "plan": "Show what would be done, and do nothing.",
 }
 
+# invoke prints lists and help by itself, and a traceback when their reader (head, less) leaves early.
+if not {"-l", "--list", "-h", "--help"}.isdisjoint(sys.argv):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -217,7 +217,7 @@ def build_record(record: BuildRecord, *, past: bool = False) -> Result:
         "\n".join(lines),
         ok=False,
         problem=f"build {record.id} {record.result} in step {_why(record)}",
-        remedy=f"its log: ./invoke log --step {step.name}; go on with: ./invoke cycle --from {step.name}",
+        remedy=f"see ./invoke log --step {step.name}; go on with ./invoke cycle --from {step.name}",
     )
 
 
