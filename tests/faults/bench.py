@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,16 +80,24 @@ class Bench:
                 ),
             )
 
-    def kills(self, operation: str, verb: str, arguments: Mapping[str, Any]) -> Iterator[str]:
-        """Run it again and again, each time killed one step later, until it comes through. Between
-        two rounds the caller looks, recovers, and puts all back as it was."""
+    def kills(
+        self,
+        operation: str,
+        verb: str,
+        arguments: Mapping[str, Any],
+        put_back: Callable[[], None],
+    ) -> Iterator[str]:
+        """Run it again and again, each time killed one step later, until it comes through. After each
+        kill the caller looks and recovers; ``put_back`` then makes all as it was before."""
         for when in ("written", "done"):
+            put_back()
             for number in range(1, 100):
                 text = self.killed_at(when, number, verb, arguments)
                 if text is None:
                     break
                 KILLS.add(operation, self.driver)
                 yield f"{operation}, killed when step {number} was {when}: {text}"
+                put_back()
 
     def killed_at(self, when: str, number: int, verb: str, arguments: Mapping[str, Any]) -> str | None:
         """The step's text; None if the run ended before it came that far."""
@@ -120,7 +128,7 @@ class Bench:
                 assert not is_on(machine), context
                 continue
             assert disk.template == "base@1", context
-            assert [c.name for c in disk.checkpoints][0] == "clean", context
+            assert next(c.name for c in disk.checkpoints) == "clean", context
             assert seed_file(site.paths, machine.name).exists(), context
             assert host_key(site.paths, vm), context
             if self.driver == "kvm":

@@ -3,25 +3,25 @@ left is never half-made, recovery puts it right, nothing stays over, no name is 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-from bench import Bench
+from bench import KILLS, Bench
 
 from provision import farm
-from provision.site import Site
 from provision.work import is_on, look
 
 pytestmark = pytest.mark.system
 
 
 def test_clone_farm(bench: Bench) -> None:
-    for context in bench.kills("clone-farm", "clone_farm", {"wait": False}):
+    for context in bench.kills("clone-farm", "clone_farm", {"wait": False}, partial(_remove, bench)):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
         with bench.site() as site:
             bench.nothing_half_made(site, context)
         bench.usable(context)
-        _remove(bench)
 
 
 def test_the_next_clone_farm_recovers_by_itself(bench: Bench) -> None:
@@ -34,14 +34,14 @@ def test_the_next_clone_farm_recovers_by_itself(bench: Bench) -> None:
             assert any(action.verb == "recover" for action in outcome.actions), context
         bench.usable(context)
         bench.recovered(context)
-        _remove(bench)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_reset(bench: Bench, running: bool) -> None:
     operation = f"reset, {'running' if running else 'stopped'}"
-    _written(bench, running=running)
-    for context in bench.kills(operation, "reset", {"vms": ["prod"], "start": running, "wait": False}):
+    arguments = {"vms": ["prod"], "start": running, "wait": False}
+    ready = partial(_written, bench, running=running)
+    for context in bench.kills(operation, "reset", arguments, ready):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
             assert bench.content(site, "prod") in ("old", "new"), context
@@ -49,30 +49,27 @@ def test_reset(bench: Bench, running: bool) -> None:
 
 
 def test_the_next_command_recovers_a_reset(bench: Bench) -> None:
-    _written(bench, running=True)
-    for context in bench.kills("reset, then start", "reset", {"vms": ["prod"], "wait": False}):
+    ready = partial(_written, bench, running=True)
+    for context in bench.kills("reset, then start", "reset", {"vms": ["prod"], "wait": False}, ready):
         with bench.site() as site:
             farm.start(site, ["dev2", "prod"], wait=False)
             assert bench.content(site, "prod") in ("old", "new"), context
             assert is_on(look(site, "prod")), context
             assert site.journal.unfinished() == (), context
         bench.recovered(context)
-        _written(bench, running=True)
 
 
 def test_a_recovery_that_is_killed_too(bench: Bench) -> None:
-    _written(bench, running=True)
     arguments = {"vms": ["prod"], "wait": False}
     number = 1
     while True:
+        _written(bench, running=True)
         # killed once its power is cut, then again and again while being recovered
         cut = bench.killed_at("written", 3, "reset", arguments)
         assert cut
         again = bench.killed_at("written", number, "recover", {})
         if again is None:
             break
-        from bench import KILLS
-
         KILLS.add("recover of a reset", bench.driver)
         context = f"reset killed at {cut!r}, its recovery at {again!r}"
         with bench.site() as site:
@@ -85,9 +82,9 @@ def test_a_recovery_that_is_killed_too(bench: Bench) -> None:
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_checkpoint(bench: Bench, running: bool) -> None:
     operation = f"checkpoint, {'running' if running else 'stopped'}"
-    _written(bench, running=running)
     name = "kept"
-    for context in bench.kills(operation, "checkpoint", {"vms": ["prod"], "name": name}):
+    ready = partial(_unkept, bench, running=running)
+    for context in bench.kills(operation, "checkpoint", {"vms": ["prod"], "name": name}, ready):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
@@ -97,16 +94,13 @@ def test_checkpoint(bench: Bench, running: bool) -> None:
             assert disk
             if name in [kept.name for kept in disk.checkpoints]:
                 farm.reset(site, ["prod"], to=name, start=False)
-                farm.destroy(site, ["prod"])
-            else:
-                farm.stop(site, ["prod"], force=True)
-                assert bench.content(site, "prod") == "old", context
-        _written(bench, running=running)
+            farm.stop(site, ["prod"], force=True)
+            assert bench.content(site, "prod") == "old", f"{context}: nothing written is lost"
 
 
 def test_destroy_a_vm(bench: Bench) -> None:
-    bench.usable("at first")
-    for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}):
+    ready = partial(bench.usable, "made again")
+    for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}, ready):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
         bench.recovered(context)
@@ -115,18 +109,19 @@ def test_destroy_a_vm(bench: Bench) -> None:
             assert site.disks("here").find(site.machine("prod")) is None, context
             assert "prod" not in site.allocator.recorded(), context
             assert is_on(look(site, "dev2")), f"{context}: the other one is untouched"
-        bench.usable(context)
 
 
 def test_destroy_the_farm(bench: Bench) -> None:
-    bench.usable("at first")
-    for context in bench.kills("destroy the farm", "destroy", {}):
+    for context in bench.kills("destroy the farm", "destroy", {}, partial(_whole, bench)):
         bench.recovered(context)
         with bench.site() as site:
             assert not site.paths.root.exists(), context
             assert not site.allocator.lock_file.exists(), context
-        bench.seal()
-        bench.usable(context)
+
+
+def _whole(bench: Bench) -> None:
+    bench.seal()
+    bench.usable("made again")
 
 
 def _written(bench: Bench, *, running: bool) -> None:
@@ -147,12 +142,13 @@ def _after_reset(bench: Bench, context: str, *, running: bool) -> None:
         not_begun = any("had not begun" in line for line in done)
         assert content == ("old" if not_begun else "new"), f"{context}: {done}"
         assert is_on(look(site, "prod")) == running, context
-        _same_identity(site)
+
+
+def _unkept(bench: Bench, *, running: bool) -> None:
+    """As ``_written``, on a disk without checkpoints of its own."""
+    with bench.site() as site:
+        farm.destroy(site, ["prod"])
     _written(bench, running=running)
-
-
-def _same_identity(site: Site) -> None:
-    assert site.allocator.recorded()["prod"] == site.allocator.peek("prod")
 
 
 def _remove(bench: Bench) -> None:
