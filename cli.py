@@ -52,6 +52,10 @@ _COMMON_HELP = {
     "plan": "Show what would be done, and do nothing.",
 }
 
+# invoke prints lists and help by itself, and a traceback when their reader (head, less) leaves early.
+if not {"-l", "--list", "-h", "--help"}.isdisjoint(sys.argv):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -276,16 +280,21 @@ def _keep_traceback(run: Run) -> Path:
 # ---- Options, judged.
 
 
-def names(values: Iterable[str]) -> tuple[str, ...]:
+def names(values: Iterable[str] | None) -> tuple[str, ...]:
     """``--vm a --vm b`` and ``--vm a,b`` alike; each once, in their order."""
-    found = [part.strip() for value in values for part in str(value).split(",")]
+    found = [part.strip() for value in values or () for part in str(value).split(",")]
     if not all(found):
         raise UsageError("--vm: an empty name", remedy="give the name of a VM of the farm")
     return tuple(dict.fromkeys(found))
 
 
-def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
-    """The VMs meant, known ones only. An empty choice is refused: it is never "all" by accident."""
+def vms_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...]:
+    """The VMs meant, known ones only."""
+    return site.vms(some_or_all(site, vm, all_))
+
+
+def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...] | None:
+    """The names given; None for --all. An empty choice is refused: it is never "all" by accident."""
     chosen = names(vm)
     if chosen and all_:
         raise UsageError("--vm and --all together: which is meant?", remedy="give one of them")
@@ -294,7 +303,7 @@ def vms_or_all(site: Site, vm: Iterable[str], all_: bool) -> tuple[str, ...]:
             "which VMs?",
             remedy=f"--vm NAME (repeatable) or --all; the farm has {', '.join(site.farm.vms)}",
         )
-    return site.vms(chosen or None)
+    return chosen or None
 
 
 def one_vm(site: Site, vm: str) -> str:
@@ -313,7 +322,7 @@ def size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise UsageError(f"{option}: {error}", remedy=f"such as {option} 512M") from None
+        raise UsageError(f"{option}: {error}") from None
 
 
 def count(option: str, text: str, *, least: int = 1) -> int:
@@ -357,28 +366,20 @@ def template(site: Site, name: str, *, built: bool) -> str:
 # ---- Handing the terminal over.
 
 
-def ssh(run: Run, endpoint: Endpoint, known_hosts: Path, command: str) -> Result | None:
-    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used."""
+def ssh(run: Run, endpoint: Endpoint, known: tuple[Path, str], command: str) -> Result | None:
+    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used.
+    ``known``: the farm's known_hosts and the VM's name in it."""
     from hypervisors.run import which
 
-    alias = f"farmhand-{endpoint.vm}"
-    checking = "accept-new"
+    options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
     if endpoint.host_key:
-        checking = "yes"
-        known_hosts = known_hosts.with_name(f"known_hosts-{endpoint.vm}")
-        if not run.plan:
-            known_hosts.parent.mkdir(parents=True, exist_ok=True)
-            fresh = known_hosts.with_name(f".{known_hosts.name}.{os.getpid()}")
-            fresh.write_text(f"{alias} {endpoint.host_key}\n")
-            fresh.replace(known_hosts)
-    options = {
-        "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": f'"{known_hosts}"',
-        "GlobalKnownHostsFile": "/dev/null",
-        "StrictHostKeyChecking": checking,
-        "HostKeyAlias": alias,
-        "LogLevel": "ERROR",
-    }
+        options["UserKnownHostsFile"] = f'"{known[0]}"'
+        options["HostKeyAlias"] = known[1]
+        options["StrictHostKeyChecking"] = "yes"
+    else:  # a machine nobody cloned: the first key seen is the only one from then on
+        hosts = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
+        options["UserKnownHostsFile"] = f'"{hosts}"'
+        options["StrictHostKeyChecking"] = "accept-new"
     program = which("ssh")
     if program is None:
         raise Unsupported(

@@ -8,6 +8,7 @@ import cli
 import views
 from cli import Result, Run, command
 
+Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
 _ONE = "Name of the VM."
 _ALL = "All VMs of the farm."
@@ -23,7 +24,7 @@ def doctor(run: Run) -> Result:
     from provision.doctor import examine
 
     report = examine(run.farm_file())
-    return Result(report.as_dict(), report.text(), ok=report.ok)
+    return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
 
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
@@ -100,7 +101,7 @@ def template_remove(run: Run, template: str = "") -> Result:
     },
     iterable=["vm"],
 )
-def clone_farm(run: Run, vm: Sequence[str] = (), start: bool = True, wait: bool = True) -> Result:
+def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
     """Make every declared VM exist, started and reachable."""
     from provision import farm
 
@@ -122,7 +123,7 @@ def clone_farm(run: Run, vm: Sequence[str] = (), start: bool = True, wait: bool 
 )
 def reset(
     run: Run,
-    vm: Sequence[str] = (),
+    vm: Names = None,
     all_: bool = False,
     to: str = "clean",
     start: bool = True,
@@ -147,7 +148,7 @@ def balloon(run: Run, vm: str = "", to: str = "") -> Result:
 
 
 @command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
-def start(run: Run, vm: Sequence[str] = (), all_: bool = False, wait: bool = True) -> Result:
+def start(run: Run, vm: Names = None, all_: bool = False, wait: bool = True) -> Result:
     """Start VMs, and wait until they answer."""
     from provision import farm
 
@@ -159,7 +160,7 @@ def start(run: Run, vm: Sequence[str] = (), all_: bool = False, wait: bool = Tru
     {"vm": _VM, "all_": _ALL, "force": "Cut the power, without asking the guest to shut down."},
     iterable=["vm"],
 )
-def stop(run: Run, vm: Sequence[str] = (), all_: bool = False, force: bool = False) -> Result:
+def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) -> Result:
     """Shut VMs down."""
     from provision import farm
 
@@ -168,7 +169,7 @@ def stop(run: Run, vm: Sequence[str] = (), all_: bool = False, force: bool = Fal
 
 
 @command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
-def checkpoint(run: Run, vm: Sequence[str] = (), all_: bool = False, name: str = "") -> Result:
+def checkpoint(run: Run, vm: Names = None, all_: bool = False, name: str = "") -> Result:
     """Keep stopped VMs' state, for reset to go back to."""
     from provision import farm
 
@@ -177,13 +178,22 @@ def checkpoint(run: Run, vm: Sequence[str] = (), all_: bool = False, name: str =
         return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
 
 
-@command({"vm": _VM, "all_": "The whole farm: VMs, records and state."}, iterable=["vm"])
-def destroy(run: Run, vm: Sequence[str] = (), all_: bool = False) -> Result:
+@command(
+    {
+        "vm": _VM,
+        "all_": "The whole farm: VMs, templates, private daemon, state.",
+        "purge": "With --all: the build records too.",
+    },
+    iterable=["vm"],
+)
+def destroy(run: Run, vm: Names = None, all_: bool = False, purge: bool = False) -> Result:
     """Remove VMs and their disks."""
     from provision import farm
 
     with run.site() as site:
-        return views.outcome(farm.destroy(site, cli.vms_or_all(site, vm, all_)))
+        # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
+        chosen = () if cli.some_or_all(site, vm, all_) is None else cli.names(vm)
+        return views.outcome(farm.destroy(site, chosen, purge=purge))
 
 
 @command()
@@ -220,19 +230,23 @@ def status(run: Run) -> Result:
           "lines": "How many lines of the log."})  # fmt: skip
 def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Result | None:
     """Attach to a VM's serial console."""
+    most = cli.count("--lines", lines)
     with run.site() as site:
         role = cli.one_vm(site, vm)
         found = site.hypervisor_of(role).console(site.machine(role))
-    return cli.console(run, role, found, log=log, lines=cli.count("--lines", lines))
+    return cli.console(run, role, found, log=log, lines=most)
 
 
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     """Log in to a VM, or run a command there."""
+    from provision.identity import known_hosts
+
     with run.site() as site:
         role = cli.one_vm(site, vm)
-        endpoint, known_hosts = site.endpoint(role), site.paths.root / "known_hosts"
-    return cli.ssh(run, endpoint, known_hosts, command)
+        endpoint = site.endpoint(role)
+        known = (known_hosts(site.paths), site.machine(role))
+    return cli.ssh(run, endpoint, known, command)
 
 
 # ---- Building.
@@ -248,7 +262,7 @@ def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     iterable=["only"],
 )
 def cycle(
-    run: Run, from_: str = "", only: Sequence[str] = (), revision: str = "", keep_going: bool = False
+    run: Run, from_: str = "", only: Names = None, revision: str = "", keep_going: bool = False
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds import cycle as cycles
@@ -302,11 +316,11 @@ def history(run: Run, limit: str = "20") -> Result:
     iterable=["only"],
     plans=False,
 )
-def test(run: Run, fast: bool = False, only: Sequence[str] = (), match: str = "") -> Result:
+def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
     """Run ruff, mypy and all tests."""
     import house
 
-    return house.test(run, fast=fast, only=tuple(only), match=match)
+    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
 
 
 @command(plans=False)

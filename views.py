@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from inventory.sizes import format_duration, format_size
+from provision.report import UNCHANGING
 
 from cli import Result
 
@@ -24,21 +25,28 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
     """What was done, or would be, one line an action."""
     if not result.actions:
         return Result(result.as_dict(), nothing)
-    width = max(len(action.vm) for action in result.actions)
-    lead = "would: " if result.planned else ""
-    lines = [f"{lead}{f'{a.vm:<{width}}  ' if width else ''}{a.text}" for a in result.actions]
+    widest = max(len(action.vm) for action in result.actions)
+    changing = "would" if result.planned else "done"
+    lines = [
+        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
+        f"{f'{a.vm:<{widest}}  ' if widest else ''}{a.text}"
+        for a in result.actions
+    ]
     return Result(result.as_dict(), "\n".join(lines))
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
+def width() -> int:
+    """Columns of the terminal; where there is none, no limit."""
+    return shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
-    if width is None:
-        width = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
     used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
     headings = [headings[i] for i in used]
     rows = [[row[i] for i in used] for row in rows]
     columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
-    if sum(columns) + 2 * (len(columns) - 1) <= width:
+    if sum(columns) + 2 * (len(columns) - 1) <= width():
         return "\n".join(
             "  ".join(f"{cell:<{w}}" for cell, w in zip(row, columns, strict=True)).rstrip()
             for row in (headings, *rows)
@@ -209,7 +217,7 @@ def build_record(record: BuildRecord, *, past: bool = False) -> Result:
         "\n".join(lines),
         ok=False,
         problem=f"build {record.id} {record.result} in step {_why(record)}",
-        remedy=f"its log: ./invoke log --step {step.name}; go on with: ./invoke cycle --from {step.name}",
+        remedy=f"see ./invoke log --step {step.name}; go on with ./invoke cycle --from {step.name}",
     )
 
 

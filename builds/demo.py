@@ -156,7 +156,7 @@ def destroy(open_site: Opener) -> Outcome:
     from provision import farm
 
     with open_site() as site:
-        outcome = farm.destroy(site, ())
+        outcome = farm.destroy(site, (), purge=True)
     return merged("demo", [outcome, Outcome("demo", outcome.planned, (Action("note", "", kept()),))])
 
 

@@ -144,7 +144,8 @@ class BuildRecord:
 
     def save(self) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
-        write_atomic(self.path, (json.dumps(self._stored(), indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(self._stored(), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self.path, text.encode())
 
 
 def now() -> str:

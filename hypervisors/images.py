@@ -58,6 +58,16 @@ def image_info(runner: Runner, path: Path) -> ImageInfo:
         raise UsageError(
             f"{path} is damaged: {error.message}", remedy="fetch it again and compare its checksum"
         ) from error
+    if kind == "qcow2":
+        # 3: leaked clusters only, as a crashed writer leaves them
+        checked = runner.read(
+            "qemu-img", "check", "-q", "-U", "-f", kind, path, ok=range(256), timeout=600
+        )
+        if checked.status not in (0, 3):
+            why = (checked.stderr or checked.stdout).strip().splitlines() or ["qemu-img check fails"]
+            raise UsageError(
+                f"{path} is damaged: {why[-1]}", remedy="fetch it again and compare its checksum"
+            )
     info = json.loads(output)
     specific = info.get("format-specific", {}).get("data", {})
     if info.get("backing-filename") or specific.get("data-file"):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Literal
 
 from hypervisors.run import Runner, which
@@ -86,14 +87,26 @@ class Report:
     def as_dict(self) -> Mapping[str, object]:
         return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
-    def text(self) -> str:
+    def text(self, columns: int = 10_000) -> str:
+        """Wrapped to ``columns``, remedies below what they are for."""
         width = max(len(check.name) for check in self.checks)
+        indent = " " * (width + 8)
         lines = []
         for check in self.checks:
-            mark = "ok  " if check.ok else "note" if check.level == "note" else "FAIL"
-            lines.append(f"{mark}  {check.name:<{width}}  {check.text}")
+            mark = "ok" if check.ok else "note" if check.level == "note" else "FAIL"
+            head = f"{mark:<4}  {check.name:<{width}}  "
+            texts = [(head, check.text)]
             if check.remedy and not check.ok:
-                lines.append(f"{'':<{width + 8}}{check.remedy}")
+                texts.append((indent, check.remedy))
+            for first, text in texts:
+                lines += wrap(
+                    text,
+                    max(columns, width + 30),
+                    initial_indent=first,
+                    subsequent_indent=indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
         broken = len(self.problems)
         lines.append("" if broken else "everything that is needed is there")
         if broken:

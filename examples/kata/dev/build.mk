@@ -1,5 +1,5 @@
 # How every kata is built: flags, and rules from src/*.c to build/.
-CC ?= gcc
+CC = gcc
 CFLAGS ?= -O1
 KATA_CFLAGS = -std=c11 -Wall -Wextra -Werror -I$(KATA_DEV)/include -DVERSION='"$(VERSION)"'
 
