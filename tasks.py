@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cli
 import views
@@ -268,9 +269,9 @@ def cycle(
     from builds import cycle as cycles
 
     run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
-    choice = {
+    choice: dict[str, Any] = {
         "start_from": from_ or None,
-        "only": cli.names(only) if only else (),
+        "only": cli.names(only),
         "revision": revision or None,
         "keep_going": keep_going,
     }
