@@ -73,7 +73,7 @@ class Screen:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (BrokenPipeError, UnicodeEncodeError):
+        except (OSError, UnicodeEncodeError):  # a closed pipe, a terminal hung up (EIO), a full disk
             self._broken = True
 
 
