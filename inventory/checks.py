@@ -59,13 +59,17 @@ def _driver(farm: Farm, places: Places, vm: str) -> str:
     return farm.hosts[host].driver
 
 
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(shown, sorted(names)[:24]))
+
+
 def _close(word: str, known: Collection[str]) -> str:
     import difflib  # only when something is wrong
 
     close = difflib.get_close_matches(word, known, 1, 0.6)
     if close:
         return f"; did you mean {quote(close[0])}?"
-    return f"; known: {', '.join(map(shown, sorted(known)[:24]))}" if known else "; there are none"
+    return f"; known: {_listed(known)}" if known else "; there are none"
 
 
 def _references(farm: Farm, places: Places) -> Found:
@@ -77,7 +81,7 @@ def _references(farm: Farm, places: Places) -> Found:
         elif vm.host is None and len(hosts) > 1 and not places.is_bad((*path, "host")):
             yield places.problem(
                 path,
-                f"which host? It needs 'host', one of: {', '.join(map(shown, sorted(hosts)))}",
+                f"which host? It needs 'host', one of: {_listed(hosts)}",
                 key=True,
             )
         driver = _driver(farm, places, name)
@@ -95,7 +99,7 @@ def _references(farm: Farm, places: Places) -> Found:
                     path, "it needs a template, and the file has no 'templates'", key=True
                 )
             elif len(templates) > 1:
-                words = f"which template? It needs 'template', one of: {', '.join(map(shown, sorted(templates)))}"
+                words = f"which template? It needs 'template', one of: {_listed(templates)}"
                 yield places.problem(path, words, key=True)
 
 

@@ -55,7 +55,8 @@ are told at once, each with its line and column.
 - A **duration** is seconds, or a number with s, m, h or d: `90s`, `1h30m`.
 - **Yes or no** is also `true`, `false`, `on`, `off`.
 - A **path** is relative to the farm file, or begins with `~`.
-- Where a **list** is expected, it is written `[a, b]` or one item a line; one text will do for a list of texts.
+- Where a **list** is expected, it is written `[a, b]` or one item a line. One text
+  will do for a list of texts.
 """
 
 
@@ -131,10 +132,9 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
     """The model takes one text where there could be a list of texts."""
     if value.get("type") != "array" or "type" not in value.get("items", {}):
         return value
-    rest = {
-        key: inner for key, inner in value.items() if key not in ("type", "items", "minItems", "title")
-    }
-    array = {key: inner for key, inner in value.items() if key in ("type", "items", "minItems")}
+    of_array = ("type", "items", "minItems")
+    rest = {key: inner for key, inner in value.items() if key not in (*of_array, "title")}
+    array = {key: inner for key, inner in value.items() if key in of_array}
     return {**rest, "anyOf": [value["items"], array]}
 
 

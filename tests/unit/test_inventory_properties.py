@@ -51,13 +51,13 @@ def survives(data: bytes) -> Farm | None:
         return None
 
 
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     assert survives(data) is None
 
 
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.sampled_from("abk:-[]{},#&*!|>'\"%@`? \n\t\\~<0"), max_size=60))
 def test_any_yaml_like_text(text: str) -> None:
     survives(text.encode())
@@ -95,7 +95,7 @@ CONTENT = yaml.load(RICH, Loader=yaml.BaseLoader)
 PATHS = paths(CONTENT)
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_valid_file_with_parts_replaced_renamed_or_gone(data: st.DataObject) -> None:
     content = yaml.load(RICH, Loader=yaml.BaseLoader)
@@ -119,7 +119,7 @@ def test_a_valid_file_with_parts_replaced_renamed_or_gone(data: st.DataObject) -
     survives(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
-@settings(max_examples=400)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_valid_file_with_bytes_changed(data: st.DataObject) -> None:
     original = data.draw(st.sampled_from([VALID, RICH]))
@@ -204,7 +204,7 @@ def as_text(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60, deadline=None)
 @given(farms())
 def test_a_farm_written_as_yaml_comes_back_equal(farm: dict[str, Any]) -> None:
     model = Farm.model_validate(farm)
