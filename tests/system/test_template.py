@@ -78,9 +78,9 @@ class Guest:
 
     def ssh(self, command: str, *, check: bool = True) -> str:
         done = subprocess.run(
-            ["ssh", "-F", "none", "-i", str(self.key), "-p", str(self.port),
-             "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5",
-             "-o", "BatchMode=yes", "root@127.0.0.1", command],
+            ["ssh", "-F", "none", "-i", str(self.key), "-p", str(self.port), "-o", "BatchMode=yes",
+             "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+             "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5", "root@127.0.0.1", command],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if check:
