@@ -197,8 +197,10 @@ def finish_farm(site: Site, *, purge: bool) -> None:
 def last_of(site: Site) -> None:
     """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
     site.journal.close()
-    for end in ("", "-wal", "-shm"):
-        remove(site.paths.journal.with_name(site.paths.journal.name + end))
+    if site.paths.root.is_dir():
+        for path in site.paths.root.iterdir():
+            if path not in (site.paths.builds, site.paths.locks):
+                remove(path)
     site.locks.remove_all()
     for directory in (site.paths.builds, site.paths.root, site.paths.root.parent):
         with contextlib.suppress(OSError):  # build records, or other farms, are in it
