@@ -126,8 +126,11 @@ def _destroy_one(site: Site, vm: str) -> None:
 
 
 def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
-    names = tuple(dict.fromkeys((*site.farm.vms, *_made(site))))
-    if not site.paths.root.exists() and not site.plan:
+    nothing = not site.paths.root.exists()
+    made = _made(site)
+    names = tuple(dict.fromkeys((*site.farm.vms, *made)))
+    if nothing and not made and not site.plan:
+        last_of(site)
         site.allocator.lock_file.unlink(missing_ok=True)
         return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
     locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
