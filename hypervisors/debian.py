@@ -26,8 +26,11 @@ from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
-PACKAGES = ("mmdebstrap", "fakeroot", "uidmap", "e2fsprogs", "fdisk", "grub-pc-bin", "grub-common", "qemu-utils")
+PACKAGES = (
+    "mmdebstrap", "fakeroot", "uidmap", "e2fsprogs", "fdisk", "grub-pc-bin", "grub-common", "qemu-utils",
+)  # fmt: skip
 """Debian packages that hold the commands used here."""
+_SCRATCH = Path("/var/tmp")  # noqa: S108 (mkdtemp makes what is used there)
 _ROOM = 3 * 2**30  # root file system twice, raw disk, qcow2: 2.6 GB with the recipe that ships
 _FIRSTBOOT = TEMPLATES / "firstboot"
 _INSTALLED = {  # of templates/firstboot/, where in the root, mode
@@ -59,11 +62,11 @@ class Recipe:
 
     def digest(self, size: int) -> str:
         """Changes with anything that would make another disk of ``size`` bytes, save newer packages."""
-        hash = hashlib.sha256(json.dumps([asdict(self), size], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([asdict(self), size], sort_keys=True).encode())
         for path in sorted(p for p in _FIRSTBOOT.rglob("*") if p.is_file() or p.is_symlink()):
-            hash.update(str(path.relative_to(_FIRSTBOOT)).encode())
-            hash.update(str(path.readlink()).encode() if path.is_symlink() else path.read_bytes())
-        return hash.hexdigest()[:16]
+            digest.update(str(path.relative_to(_FIRSTBOOT)).encode())
+            digest.update(str(path.readlink()).encode() if path.is_symlink() else path.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def load_recipe(
@@ -89,7 +92,9 @@ def load_recipe(
     )
 
 
-def build_image(runner: Runner, recipe: Recipe, *, size: int, out: Path, packages: Path, log: Path) -> None:
+def build_image(
+    runner: Runner, recipe: Recipe, *, size: int, out: Path, packages: Path, log: Path
+) -> None:
     """Make ``out``, a qcow2 disk of ``size`` bytes, and ``packages``, its packages with their versions.
     Takes a minute or two. What is made on the way is in ``out``'s directory, in temporary files and
     directories of its own, and goes whatever happens; all output goes to ``log``.
@@ -101,7 +106,7 @@ def build_image(runner: Runner, recipe: Recipe, *, size: int, out: Path, package
     root = os.geteuid() == 0
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=out.parent))
     # an ordinary user's namespace must be able to pass through, which a home directory may forbid
-    scratch = work if root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir="/var/tmp"))
+    scratch = work if root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir=_SCRATCH))
     try:
         _need_room(work)
         if not root:
@@ -117,8 +122,8 @@ def build_image(runner: Runner, recipe: Recipe, *, size: int, out: Path, package
             encoding="utf-8",
         )
         runner.change(
-            tools["grub-mkimage"], "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-c", early, "-o", core,
-            "biosdisk", "part_msdos", "ext2", "linux", log=log,
+            tools["grub-mkimage"], "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-c", early,
+            "-o", core, "biosdisk", "part_msdos", "ext2", "linux", log=log,
         )  # fmt: skip
         disk = work / "disk.raw"
         fakeroot = () if root else (tools["fakeroot"], "--")
@@ -128,11 +133,11 @@ def build_image(runner: Runner, recipe: Recipe, *, size: int, out: Path, package
         )  # fmt: skip
         convert(runner, disk, out, format="raw")
     except CommandFailed as error:
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:] if log.exists() else []
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         raise CommandFailed(
             f"{error.message}", argv=error.argv, status=error.status, stderr=error.stderr,
             remedy=f"the whole output is in {log}; a mirror out of reach is the usual cause",
-            detail="\n".join(tail),
+            detail="\n".join(text.splitlines()[-15:]),
         ) from error  # fmt: skip
     finally:
         for directory in {work, scratch}:
@@ -149,10 +154,10 @@ def remove_build(runner: Runner, directory: Path) -> None:
 
 
 def stale_scratch() -> tuple[Path, ...]:
-    """This user's scratch directories outside the cache. Whoever holds the build lock may remove them."""
+    """This user's scratch directories outside the cache, for whoever holds the build lock to remove."""
     if os.geteuid() == 0:
         return ()
-    found = Path("/var/tmp").glob(f"farmhand-{os.getuid()}-*")
+    found = _SCRATCH.glob(f"farmhand-{os.getuid()}-*")
     return tuple(path for path in found if path.stat().st_uid == os.getuid())
 
 
@@ -176,7 +181,8 @@ def _need_room(directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < _ROOM:
         raise NoSpace(
-            f"building a template takes {_ROOM >> 30} GiB in {directory.parent}, {free / 2**30:.1f} are free",
+            f"building a template takes {_ROOM >> 30} GiB in {directory.parent}, "
+            f"{free / 2**30:.1f} are free",
             remedy=f"make room on the file system of {directory.parent}",
         )
 
@@ -191,7 +197,8 @@ def _check_unshare(runner: Runner) -> None:
         if not any(line.split(":")[0] in (user, str(os.getuid())) for line in lines):
             raise Unsupported(
                 f"{file} gives {user} no ids of its own, which an ordinary user's build needs",
-                remedy=f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
+                remedy="as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 "
+                + user,
             )
     probe = runner.read("mmdebstrap", "--unshare-helper", "true", ok=range(256))
     if probe.status:
@@ -204,7 +211,14 @@ def _check_unshare(runner: Runner) -> None:
 
 
 def _bootstrap(
-    runner: Runner, recipe: Recipe, work: Path, scratch: Path, tree: Path, mode: str, packages: Path, log: Path
+    runner: Runner,
+    recipe: Recipe,
+    work: Path,
+    scratch: Path,
+    tree: Path,
+    mode: str,
+    packages: Path,
+    log: Path,
 ) -> None:
     overlay = work / "overlay.tar"
     _write_overlay(recipe, overlay)
@@ -212,7 +226,8 @@ def _bootstrap(
     argv: list[str | Path] = [
         # ended with us, though we be killed: it runs in a session of its own
         "setpriv", "--pdeathsig", "TERM", "--",
-        "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar", f"--include={wanted}",
+        "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
+        f"--include={wanted}",
         "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
         "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in recipe.exclude),
         # licences stay readable
@@ -230,7 +245,8 @@ def _bootstrap(
         tree,
         *_write_sources(recipe.suite, work),
     ]
-    runner.change(*argv, timeout=1800, log=log, env={"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"})
+    settled = {"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"}
+    runner.change(*argv, timeout=1800, log=log, env=settled)
 
 
 def _write_overlay(recipe: Recipe, out: Path) -> None:
@@ -259,7 +275,9 @@ def _write_overlay(recipe: Recipe, out: Path) -> None:
                     info.type, info.mode = tarfile.DIRTYPE, 0o755
                     tar.addfile(info)
 
-        files = [(name, (_FIRSTBOOT / source).read_bytes(), mode) for source, (name, mode) in _INSTALLED.items()]
+        files = [
+            (name, (_FIRSTBOOT / own).read_bytes(), mode) for own, (name, mode) in _INSTALLED.items()
+        ]
         files.append((f"{build}/settings", text.encode(), 0o644))
         for login, keys in recipe.logins:
             files.append((f"{build}/keys/{login}", "".join(f"{key}\n" for key in keys).encode(), 0o600))
@@ -310,17 +328,19 @@ def _write_sources(suite: str, work: Path, etc: Path = Path("/etc/apt")) -> list
                 key.lower(): value.split()
                 for key, value in re.findall(r"^([A-Za-z-]+):[ \t]*(.*)$", stanza, re.MULTILINE)
             }
-            suites = {s for s in fields.get("suites", ()) if re.fullmatch(rf"{re.escape(suite)}(-updates|-security)?", s)}
+            suites = fields.get("suites", ())
             if (
                 suites
-                and suites == set(fields["suites"])
+                and all(re.fullmatch(rf"{re.escape(suite)}(-updates|-security)?", s) for s in suites)
                 and "deb" in fields.get("types", ())
                 and "main" in fields.get("components", ())
                 and fields.get("enabled", ["yes"])[0] != "no"
             ):
                 stanzas.append(stanza.strip("\n"))
     found = []
-    if any(re.search(rf"(\s|^Suites:.*\b){re.escape(suite)}(\s|$)", text, re.MULTILINE) for text in (*lines, *stanzas)):
+    # updates alone would not do
+    main = re.compile(rf"(^deb\s.*|^Suites:.*)\s{re.escape(suite)}(\s|$)", re.MULTILINE)
+    if any(main.search(text) for text in (*lines, *stanzas)):
         for name, texts, joint in (("host.list", lines, "\n"), ("host.sources", stanzas, "\n\n")):
             if texts:
                 (work / name).write_text(joint.join(texts) + "\n", encoding="utf-8")

@@ -17,8 +17,12 @@ from inventory.errors import CommandFailed, NotFound, UsageError
 
 _SECTOR = 2048  # ECMA-119 6.1.2: an ISO image's logical sector
 _SYSTEM_AREA = 16 * _SECTOR  # ECMA-119 6.2.1: the first sixteen are left to whoever wants them
-_ISO_DATES = ((813, b"1980010100000000\0"), (830, b"1980010100000000\0"),
-              (847, b"0000000000000000\0"), (864, b"0000000000000000\0"))  # fmt: skip # ECMA-119 8.4.26-29
+_ISO_DATES = {  # ECMA-119 8.4.26-29: made, changed, expires, takes effect
+    813: b"1980010100000000\0",
+    830: b"1980010100000000\0",
+    847: b"0000000000000000\0",
+    864: b"0000000000000000\0",
+}
 _ISO_TIME = 315532800  # 1980-01-01, UTC
 
 
@@ -45,15 +49,25 @@ def image_info(runner: Runner, path: Path) -> ImageInfo:
         raise NotFound(f"no image {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read the image {path}: {error.strerror}") from error
-    format = _format(path, head, bytes_)
-    if format == "raw":
+    kind = _format(path, head, bytes_)
+    if kind == "raw":
         return ImageInfo("raw", bytes_)
     try:
-        output = runner.read("qemu-img", "info", "--output=json", "-U", "-f", format, path).stdout
+        output = runner.read("qemu-img", "info", "--output=json", "-U", "-f", kind, path).stdout
     except CommandFailed as error:
         raise UsageError(
             f"{path} is damaged: {error.message}", remedy="fetch it again and compare its checksum"
         ) from error
+    if kind == "qcow2":
+        # 3: leaked clusters only, as a crashed writer leaves them
+        checked = runner.read(
+            "qemu-img", "check", "-q", "-U", "-f", kind, path, ok=range(256), timeout=600
+        )
+        if checked.status not in (0, 3):
+            why = (checked.stderr or checked.stdout).strip().splitlines() or ["qemu-img check fails"]
+            raise UsageError(
+                f"{path} is damaged: {why[-1]}", remedy="fetch it again and compare its checksum"
+            )
     info = json.loads(output)
     specific = info.get("format-specific", {}).get("data", {})
     if info.get("backing-filename") or specific.get("data-file"):
@@ -64,7 +78,7 @@ def image_info(runner: Runner, path: Path) -> ImageInfo:
             raise _leans(path, extent["filename"])
     if specific.get("encrypted") or info.get("encrypted"):
         raise UsageError(f"{path} is encrypted", remedy="decrypt it with qemu-img convert first")
-    return ImageInfo(format, int(info["virtual-size"]))
+    return ImageInfo(kind, int(info["virtual-size"]))
 
 
 def _format(path: Path, head: bytes, bytes_: int) -> str:
@@ -107,7 +121,7 @@ def convert(runner: Runner, source: Path, out: Path, *, format: str, size: int =
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         runner.change(
-            "qemu-img", "convert", "-f", format, "-O", "qcow2", "-W", "-m", "4", source, fresh, timeout=3600
+            "qemu-img", "convert", "-f", format, "-O", "qcow2", "-W", source, fresh, timeout=3600
         )
         if size > image_info(runner, fresh).size:
             runner.change("qemu-img", "resize", "-q", "-f", "qcow2", fresh, str(size))
@@ -155,7 +169,7 @@ def write_iso(
                 iso.seek(sector * _SECTOR)
                 if iso.read(6)[1:] != b"CD001":
                     continue
-                for offset, date in _ISO_DATES:
+                for offset, date in _ISO_DATES.items():
                     iso.seek(sector * _SECTOR + offset)
                     iso.write(date)
         image.chmod(0o600)

@@ -37,14 +37,13 @@ CACHE_LIFE = 30 * 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """A finished disk, to be sealed. ``keep``: it stays (in the cache), each store gets a copy or link."""
+    """A finished disk, to be sealed."""
 
     path: Path
     size: int
     sha256: str
     origin: str
     firstboot: str
-    keep: bool
 
 
 def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
@@ -61,7 +60,8 @@ def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
     with _changing(site, name, "template-build"):
         generation = _next_generation(site, name, hosts)
         if _pretended(site, hosts):
-            return _seal_all(site, name, generation, hosts, None, source, Action("build", "", "build nothing: fake"))
+            first = Action("build", "", "pretend a disk: the hosts are fake")
+            return _seal_all(site, name, generation, hosts, None, source, first)
         recipe = _recipe(site, source)
         key = recipe.digest(source.size)
         cached = None if fresh else _cached(key)
@@ -76,7 +76,7 @@ def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
         if not cached:
             cached = _build(site, recipe, source.size, key, fresh=fresh)
         image = _Image(
-            _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand", keep=True
+            _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand"
         )
         return _seal_all(site, name, generation, hosts, image, source, first)
 
@@ -92,7 +92,8 @@ def template_import(site: Site, name: str, image: Path | None = None) -> Outcome
     given = image or source.image
     if given is None:
         raise UsageError(
-            f"template {name} is built from recipe {source.build}", remedy=f"./invoke template-build {name}"
+            f"template {name} is built from recipe {source.build}",
+            remedy=f"./invoke template-build {name}",
         )
     path = given if image else (site.farm.path.parent / given)
     path = path.expanduser().resolve()
@@ -116,7 +117,6 @@ def template_import(site: Site, name: str, image: Path | None = None) -> Outcome
                     sha256_file(work),
                     f"{path.name} sha256:{sha256_file(path)}",
                     source.firstboot or "cloud-init",
-                    keep=False,
                 )
                 return _seal_all(site, name, generation, hosts, ready, source, first)
             finally:
@@ -140,10 +140,12 @@ def template_remove(site: Site, label: str) -> Outcome:
         near = get_close_matches(label, known, 3, 0.4) or known
         raise NotFound(
             f"no template {label}",
-            remedy=f"there are: {', '.join(near)}" if near else "there are none yet: ./invoke template-build",
+            remedy=f"there are: {', '.join(near)}" if near else "make one: ./invoke template-build",
         )
     hosts = [
-        host for host in _storing_hosts(site) if any(t.label == label for t in site.disks(host).templates())
+        host
+        for host in _storing_hosts(site)
+        if any(t.label == label for t in site.disks(host).templates())
     ]
     actions = tuple(Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
     with _changing(site, label.partition("@")[0], "template-remove"):
@@ -160,7 +162,8 @@ def template_remove(site: Site, label: str) -> Outcome:
 def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
     """The newest generation that ``host`` has (absent: the first host that has VMs of it)."""
     store = site.disks(host or _hosts(site, name)[0])
-    return max((t for t in store.templates() if t.name == name), key=lambda t: t.generation, default=None)
+    own = [t for t in store.templates() if t.name == name]
+    return max(own, key=lambda t: t.generation, default=None)
 
 
 def ensure_template(site: Site, name: str, host: str | None = None) -> Template:
@@ -244,9 +247,8 @@ def _note_generation(site: Site, name: str, generation: int) -> None:
     noted = _noted(site)
     if noted.get(name, 0) < generation:
         make_directory(site.paths.root, mode=0o711)
-        write_atomic(
-            _generations_file(site), json.dumps({**noted, name: generation}, sort_keys=True).encode() + b"\n"
-        )
+        text = json.dumps({**noted, name: generation}, sort_keys=True)
+        write_atomic(_generations_file(site), f"{text}\n".encode())
 
 
 def _next_generation(site: Site, name: str, hosts: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from inventory.errors import UsageError
 
 _ROOM = 32 * 1024
 _FILE = "farmhand.env"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # also what YAML takes for lines
 _LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}")  # useradd(8), CAVEATS
 _HOSTNAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}")  # machine-id(5)
@@ -87,8 +88,7 @@ class SeedData:
         return self.hostname
 
     def _check(self, what: str, value: str, pattern: re.Pattern[str] | None) -> None:
-        good = bool(value) and not any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in value)
-        if not good or (pattern and not pattern.fullmatch(value)):
+        if not value or _CONTROL.search(value) or (pattern and not pattern.fullmatch(value)):
             shown = "" if what == "host key" else f" {value!r}"
             raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
 
@@ -113,10 +113,7 @@ def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | N
     """Write the seed image, atomically, 0600, owned by ``reader_uid`` if given (as who QEMU runs):
     it holds the VM's private host key. Needs genisoimage. CommandFailed."""
     own = own_lines(data)
-    if len(own) <= _ROOM:
-        area = own
-    else:
-        area = f"farmhand-seed 1\nsee={_FILE}\nend\n".encode()
+    area = own if len(own) <= _ROOM else f"farmhand-seed 1\nsee={_FILE}\nend\n".encode()
     fresh = out.with_name(f".{out.name}.{os.getpid()}.iso")
     try:
         write_iso(runner, {**nocloud(data), _FILE: own}, fresh, "CIDATA", system_area=area)
@@ -162,7 +159,8 @@ def nocloud(data: SeedData) -> dict[str, bytes]:
         }
         for login, keys in data.logins.items()
     ]
-    put_id = f'[ "$(cat /etc/machine-id)" = {data.machine_id} ] || echo {data.machine_id} > /etc/machine-id'
+    own_id = data.machine_id
+    put_id = f'[ "$(cat /etc/machine-id)" = {own_id} ] || echo {own_id} > /etc/machine-id'
     user_data = {
         "preserve_hostname": False,
         "hostname": data.hostname.partition(".")[0],
