@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import libvirt
 
 _T = TypeVar("_T")
+_CONNECT_TRIES = 5
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
 _PRESS_AGAIN = 5.0  # a guest early in its boot misses the power button
@@ -272,11 +273,17 @@ class LibvirtHypervisor:
                 import libvirt
 
                 libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
-                where = self._where()
-                try:
-                    self._connection = libvirt.open(where)
-                except libvirt.libvirtError as error:
-                    raise translate(error, f"connect to {where}") from error
+                for left in reversed(range(_CONNECT_TRIES)):
+                    where = self._where()
+                    try:
+                        self._connection = libvirt.open(where)
+                        break
+                    except libvirt.libvirtError as error:
+                        # a daemon that is just dying still takes connections, and then drops them
+                        if not left or not connection_lost(error):
+                            raise translate(error, f"connect to {where}") from error
+                    time.sleep(0.05)
+            assert self._connection
             return self._connection
 
     def _drop(self) -> None:

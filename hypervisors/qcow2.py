@@ -260,8 +260,8 @@ class Qcow2Disks:
             self._step(f"remove the leftover {leftover.ref}")
             path = Path(leftover.ref)
             if path.is_dir() and path.name.startswith(NEW):
-                for name in ("disk.qcow2", "owner.json"):
-                    (path / name).unlink(missing_ok=True)
+                for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
+                    file.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     path.rmdir()
             elif path.is_dir():

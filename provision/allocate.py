@@ -313,6 +313,9 @@ class Allocator:
             self._write_claims(new)
 
     def _write_claims(self, claims: Mapping[str, str]) -> None:
+        if not claims:
+            self._claims.unlink(missing_ok=True)
+            return
         text = json.dumps(dict(sorted(claims.items())), indent=1) + "\n"
         write_atomic(self._claims, text.encode())
 

@@ -127,7 +127,7 @@ class _Templates:
             from provision.golden import ensure_template
 
             try:
-                ensure_template(self._site, name)
+                ensure_template(self._site, name, self._site.farm.host_of(vm))
             except FarmhandError as error:
                 self._failed[name] = error
                 raise

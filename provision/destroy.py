@@ -130,7 +130,8 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
     if not site.paths.root.exists() and not site.plan:
         site.allocator.lock_file.unlink(missing_ok=True)
         return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
-    with begin(site, "destroy", names, doing="destroy the whole farm") as run:
+    locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
+    with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
         _refuse_if_in_use(site)
         there = [vm for vm in names if _exists(site, vm)]
         run.add(
@@ -144,7 +145,8 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
             run.fact(kept=str(builds))
         if site.paths.root.exists():
-            run.add(Action("destroy", "", f"stop its daemon and remove {site.paths.root}"))
+            daemon = "stop its daemon, " if site.private_directory.exists() else ""
+            run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
         elif not there:
             run.add(Action("keep", "", "nothing is there"))
         if not site.plan:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
-import tempfile
+import threading
 from pathlib import Path
 
 from inventory.errors import FarmhandError, NoSpace, WrongState
+
+_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
+"""Ours, and the seed images'."""
 
 
 def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
@@ -24,20 +28,30 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace ``path`` durably (rename(2) after fsync(2), then its directory's). The directory must
     exist. Errors: NoSpace, WrongState."""
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
         sync_directory(path.parent)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise file_error(error, path, "write") from error
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove what processes that died while writing left in it: ``.NAME.PID...``, only for ``name`` if
+    given. Living ones' stay."""
+    for path in directory.glob(f".{name}*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not Path("/proc", match[2]).exists() and name in ("", match[1]):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -12,6 +12,7 @@ from hypervisors.api import Leftover, Owner
 from inventory.errors import Busy, FarmhandError
 from inventory.sizes import format_duration, format_size
 from provision import identity
+from provision.files import remove
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
@@ -42,7 +43,9 @@ def gc(site: Site) -> Outcome:
         for item in found:
             owner = item.what.owner
             vm = owner.vm if owner else ""
-            if site.plan:
+            if site.plan and site.locks.holder(lock_of(vm)) is not None:
+                run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))
+            elif site.plan:
                 run.add(Action("discard", vm, item.text(now)))
             elif _discard(site, item, vm, run, item.text(now)):
                 total += item.what.bytes
@@ -118,12 +121,12 @@ def _files(site: Site) -> Iterator[Found]:
     candidates: list[tuple[str, str, Path]] = []
     for kind, directory, pattern in (("seed", paths.seeds, "*"), ("console log", paths.consoles, "*")):
         for path in sorted(directory.glob(pattern)):
-            machine = path.name.removeprefix(".").split(".")[0]
+            machine = path.name.lstrip(".").split(".")[0]
             candidates.append((kind, machine.removeprefix(prefix), path))
     kept = identity.known_hosts(paths)
     for path in sorted(kept.parent.glob("*")):
         if path != kept:
-            candidates.append(("host key", path.name.removeprefix(".").split(".")[0], path))
+            candidates.append(("host key", path.name.lstrip(".").split(".")[0], path))
     now = datetime.now(UTC)
     for kind, vm, path in candidates:
         try:
@@ -163,7 +166,7 @@ def _allocations(site: Site) -> Iterator[Found]:
 
 
 def _remove_file(site: Site, path: Path) -> None:
-    path.unlink(missing_ok=True)
+    remove(path)
     if path.parent == site.paths.keys / "hostkeys":
         identity.write_known_hosts(site.paths)
 

@@ -113,6 +113,7 @@ def write_known_hosts(paths: FarmPaths) -> None:
 def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
     """Seed, host key and console log of a VM that is no more. Whether there was anything."""
     file = host_key_file(paths, vm)
+    sweep_seed(paths, machine)
     gone = [
         remove(path)
         for path in (
@@ -127,6 +128,13 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
         with _making:
             write_known_hosts(paths)
     return any(gone)
+
+
+def sweep_seed(paths: FarmPaths, machine: str) -> None:
+    """What a killed writer of this machine's seed left; the caller holds the VM's lock."""
+    for path in paths.seeds.glob(".*"):
+        if path.name.lstrip(".").split(".")[0] == machine:
+            remove(path)
 
 
 def seed_file(paths: FarmPaths, machine: str) -> Path:

@@ -18,8 +18,11 @@ from collections.abc import Callable
 from inventory.errors import Busy, FarmhandError, WrongState
 from provision.clone import undo_clone
 from provision.destroy import erase, finish_farm, last_of
+from provision.files import sweep
 from provision.gc import discard_of
+from provision.identity import sweep_seed
 from provision.journal import Record
+from provision.paths import state_dir
 from provision.power import can_power, power_on
 from provision.report import Action, Outcome
 from provision.reset import put_back
@@ -63,6 +66,8 @@ def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
             if strict:
                 raise
             site.reporter.warn(f"could not recover its {record.verb}: {error.message}", vm=record.vm)
+    if actions and not site.plan:
+        _sweep(site)
     return tuple(actions)
 
 
@@ -73,6 +78,7 @@ def _recover_one(site: Site, record: Record) -> Action:
             job.run()
         if record.vm in site.farm.vms:
             discard_of(site, record.vm)
+            sweep_seed(site.paths, site.machine(record.vm))
     with contextlib.suppress(WrongState):  # the journal may have gone with its farm
         site.journal.settle(record.id, "recovered", job.action.text)
     site.reporter.warn(job.action.text, vm=record.vm)
@@ -136,6 +142,15 @@ def _destroy(site: Site, record: Record, what: str) -> Job:
             lambda: finish_farm(site, purge=purge),
         )
     return Job(Action("recover", record.vm, f"{what}: finish it"), lambda: erase(site, record.vm))
+
+
+def _sweep(site: Site) -> None:
+    """Temporary files of killed writers."""
+    paths, lock_file = site.paths, site.allocator.lock_file
+    for directory in (paths.root, paths.seeds, paths.keys, paths.keys / "hostkeys"):
+        sweep(directory)
+    sweep(lock_file.parent, lock_file.name)
+    sweep(state_dir(), "claims.json")
 
 
 def _locks(site: Site, record: Record) -> tuple[str, ...]:

@@ -185,13 +185,10 @@ class Site:
             from hypervisors.kvm import kvm_usable
             from hypervisors.libvirt_driver import LibvirtHypervisor
 
-            uri = declared.uri
-            if uri == "private":
-                uri = self.private().uri()
-            elif _remote(uri):
-                raise self._not_yet(host, f"the libvirt URI {uri} of another machine")
+            if _remote(declared.uri):
+                raise self._not_yet(host, f"the libvirt URI {declared.uri} of another machine")
             return LibvirtHypervisor(
-                uri,
+                self.private().uri if declared.uri == "private" else declared.uri,
                 self.farm.farm,
                 self.disks(host),
                 self.runner,

@@ -85,9 +85,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def begin(site: Site, verb: str, vms: Sequence[str], *, doing: str = "") -> Iterator[Run]:
+def begin(
+    site: Site, verb: str, vms: Sequence[str], *, doing: str = "", locks: Sequence[str] = ()
+) -> Iterator[Run]:
     """What every changing use case begins with: finish or undo what a killed one left, then lock the
-    VMs. A plan says what would be recovered, and takes no lock. Busy if a VM is in use."""
+    VMs (and what ``locks`` name besides). A plan says what would be recovered, and takes no lock.
+    Busy if a VM is in use."""
     from provision.recover import recover_all
 
     run = Run(site, verb)
@@ -97,7 +100,7 @@ def begin(site: Site, verb: str, vms: Sequence[str], *, doing: str = "") -> Iter
         return
     site.prepare()
     run.add(*recover_all(site))
-    with site.locks.hold(*map(lock_of, vms), doing=doing or " ".join((verb, *vms))):
+    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or " ".join((verb, *vms))):
         yield run
 
 
