@@ -34,18 +34,37 @@ git checkout -q -f --detach "$revision" -- 2>/dev/null || {
 git --no-pager log -1 --format='source: %H %s'
 """
 
-# rpmspec names the tarball the spec wants (Source0) and the directory that %setup expects in it. The
-# packages go to a directory of their own, emptied first, and `packages` there names them: what is
-# installed later is what this build made, whatever else lies about.
+# rpmspec tells, macros expanded, how the spec calls its tarball (Source0) and by name and version the
+# directory that %setup expects in it; more sources and patches lie beside the spec. (`rpmspec -q` would
+# list the sources without their numbers, the last one first.) The packages go to a directory of their
+# own, emptied first, and `packages` there names them: what is installed later is what this build made,
+# whatever else lies about.
 _BUILD = """\
 cd "$HOME/src"
-out=$HOME/rpmbuild/RPMS/{which}
+top=$HOME/rpmbuild
+out=$top/RPMS/{which}
+spec=rpms/{which}.spec
 rm -rf "$out"
-mkdir -p "$out" "$HOME/rpmbuild/SOURCES"
-names=$(rpmspec -q --srpm --qf '%{{NAME}}-%{{VERSION}} %{{SOURCE}}\\n' rpms/{which}.spec)
-set -- $names
-git archive --prefix="$1/" -o "$HOME/rpmbuild/SOURCES/$2" HEAD
-rpmbuild -bb --define "_topdir $HOME/rpmbuild" --define "_rpmdir $out" rpms/{which}.spec
+mkdir -p "$out" "$top/SOURCES"
+rpmspec -P "$spec" > "$out/spec"
+name= version= source= others=
+while read -r tag value; do
+    case $tag in
+        Name:) name=${{name:-$value}} ;;
+        Version:) version=${{version:-$value}} ;;
+        Source: | Source0:) source=${{source:-${{value##*/}}}} ;;
+        Source[1-9]*: | Patch*:) others="$others rpms/${{value##*/}}" ;;
+        %description) break ;;
+    esac
+done < "$out/spec"
+rm "$out/spec"
+if [ -n "$source" ]; then
+    git archive --prefix="$name-$version/" -o "$top/SOURCES/$source" HEAD
+fi
+if [ -n "$others" ]; then
+    cp $others "$top/SOURCES"
+fi
+rpmbuild -bb --define "_topdir $top" --define "_rpmdir $out" "$spec"
 cd "$out"
 for package in */*.rpm; do
     echo "${{package##*/}}"

@@ -49,12 +49,15 @@ class Pruner:
         self.content = content
         self.places = places
         self.problems: list[Problem] = []
+        self._meant: set[Path] = set()  # what unknown keys seem to stand for
 
     def prune(self, error: ValidationError) -> bool:
         """False where nothing could be taken out, so that there is no use in asking again."""
         gone: set[Path] = set()
         changed = False
-        for detail in error.errors(include_url=False, include_input=False):
+        details = error.errors(include_url=False, include_input=False)
+        # Unknown keys first: what they seem to stand for isn't missing as well.
+        for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
             kind, context = detail["type"], detail.get("ctx", {})
             path = self.places.in_file(self._without_tags(detail["loc"]))
             of_key = bool(path) and path[-1] == "[key]"
@@ -64,7 +67,7 @@ class Pruner:
                 changed = True
                 continue
             concerned, message = self._explained(path, kind, context, detail["msg"], of_key)
-            if not self._consequence(path, kind):
+            if not self._consequence(path, kind, context):
                 whole = kind in ("extra_forbidden", "missing")
                 name = self.places.name(concerned[:-1] if whole else concerned)
                 if of_key or kind == "extra_forbidden":
@@ -84,11 +87,16 @@ class Pruner:
             return (*loc[:3], *loc[4:])
         return loc
 
-    def _consequence(self, path: Path, kind: str) -> bool:
-        """Whether it is only refused for what was taken out of it, which has been told."""
-        if kind not in ("farm", "value_error", "too_short", "missing", "union_tag_not_found"):
-            return False
-        return any(bad[: len(path)] == path for bad in self.places.bad)
+    def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
+        """Whether it is only refused for what was taken out, or misspelt, which has been told."""
+        told = self.places.bad | self._meant
+        if kind == "farm":
+            return any((*path, key) in told for key in context["keys"])
+        if kind == "missing":
+            return path in told
+        if kind == "union_tag_not_found":
+            return any((*path, key) in told for key in STEP_KINDS)
+        return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:
         """``prod:`` with nothing behind it is a VM with all its defaults."""
@@ -155,6 +163,8 @@ class Pruner:
         key = str(path[-1])
         model = self._model_at(path[:-1])
         known = {f.alias or name for name, f in model.model_fields.items()} if model else set()
+        if close := difflib.get_close_matches(key[:100], known, 1, 0.6):
+            self._meant.add((*path[:-1], close[0]))
         return f"unknown key {quote(key)}{nearest(key, known)}"
 
     def _unknown_step(self, node: object) -> str:

@@ -65,17 +65,17 @@ class DiskStore(Model):
     @model_validator(mode="after")
     def _store_has_its_place(self) -> DiskStore:
         if self.store != "qcow2" and self.pool is None:
-            raise at_key("store", f"a {self.store} store needs 'pool'")
+            raise at_key("store", f"a {self.store} store needs 'pool'", "pool")
         if self.store == "qcow2":
             for key in ("pool", "dataset"):
                 if getattr(self, key) is not None:
-                    raise at_key(key, f"a qcow2 store has 'path', not '{key}'")
+                    raise at_key(key, f"a qcow2 store has 'path', not '{key}'", "store")
         elif self.path is not None:
-            raise at_key("path", f"a {self.store} store has 'pool', not 'path'")
+            raise at_key("path", f"a {self.store} store has 'pool', not 'path'", "store")
         if self.store == "lvm-thin" and self.dataset is None:
-            raise at_key("store", "an lvm-thin store needs 'dataset', the thin pool")
+            raise at_key("store", "an lvm-thin store needs 'dataset', the thin pool", "dataset")
         if self.copy_mode == "full" and self.store != "lvm":
-            raise at_key("copy", "'copy: full' is for an lvm store")
+            raise at_key("copy", "'copy: full' is for an lvm store", "store")
         return self
 
 
@@ -96,11 +96,11 @@ class Host(Model):
     @model_validator(mode="after")
     def _uri_fits_the_driver(self) -> Host:
         if self.driver == "xen" and self.uri == "private":
-            raise at_key("driver", "driver xen needs 'uri', such as xen:///system")
+            raise at_key("driver", "driver xen needs 'uri', such as xen:///system", "uri")
         if self.driver == "xenapi" and not self.uri.startswith("https://"):
-            raise at_key("driver", "driver xenapi needs 'uri', an https URL")
+            raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
-            raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI")
+            raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
         return self
 
 
@@ -133,20 +133,20 @@ class Network(Model):
     def _mode_has_its_target(self) -> Network:
         for mode in ("bridge", "network"):
             if self.mode == mode and getattr(self, mode) is None:
-                raise at_key("mode", f"mode {mode} needs '{mode}'")
+                raise at_key("mode", f"mode {mode} needs '{mode}'", mode)
             if self.mode != mode and getattr(self, mode) is not None:
-                raise at_key(mode, f"'{mode}' is for mode {mode}; the mode is {self.mode}")
+                raise at_key(mode, f"'{mode}' is for mode {mode}; the mode is {self.mode}", "mode")
         if self.mode != "user" and self.internet:
             raise at_key(
-                "internet", "'internet' is for mode user; a bridge's reach is the host's matter"
+                "internet", "'internet' is for mode user: elsewhere it's the host's matter", "mode"
             )
         if self.subnet and self.subnet.prefixlen > 30:
             raise at_key("subnet", f"{self.subnet} has no room for machines")
         if self.gateway and self.subnet:
             if self.gateway not in self.subnet:
-                raise at_key("gateway", f"{self.gateway} is outside {self.subnet}")
+                raise at_key("gateway", f"{self.gateway} is outside {self.subnet}", "subnet")
             if self.gateway in (self.subnet.network_address, self.subnet.broadcast_address):
-                raise at_key("gateway", f"{self.gateway} is the network's or broadcast address")
+                raise at_key("gateway", f"{self.gateway} is not a machine's address", "subnet")
         return self
 
     @property
@@ -173,11 +173,11 @@ class TemplateSource(Model):
     @model_validator(mode="after")
     def _one_source(self) -> TemplateSource:
         if self.build is None and self.image is None:
-            raise at_key("", "a template needs either 'build' or 'import'")
+            raise at_key("", "a template needs either 'build' or 'import'", "build", "import")
         if self.build is not None and self.image is not None:
-            raise at_key("import", "a template has either 'build' or 'import', not both")
+            raise at_key("import", "a template has either 'build' or 'import', not both", "build")
         if self.image is not None and self.packages:
-            raise at_key("packages", "'packages' is for templates that are built")
+            raise at_key("packages", "'packages' is for templates that are built", "import", "build")
         return self
 
 
@@ -231,6 +231,7 @@ class Vm(Model):
                 "idle_memory",
                 f"idle_memory, {format_size(self.idle_memory)}, is more than memory, "
                 f"{format_size(self.memory)}",
+                "memory",
             )
         return self
 
@@ -292,14 +293,15 @@ class RunStep(_StepBase):
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()
-    """Files (shell patterns) that are fetched into the build record afterwards."""
+    """Files (shell patterns) that are fetched into the build record afterwards; relative to the
+    login's home."""
 
 
 class TransferStep(_StepBase):
     """Carry files from one VM to another, through the host."""
 
-    transfer: Lines
-    """Files (shell patterns) in the VM they come from."""
+    transfer: Lines = Field(min_length=1)
+    """Files (shell patterns) in the VM they come from; relative to the login's home."""
     source: Label = Field(alias="from")
     """The VM they come from."""
     to: Label
