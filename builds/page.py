@@ -28,7 +28,7 @@ def write(record: BuildRecord) -> None:
 
 def render(record: BuildRecord) -> str:
     """The page as text."""
-    span = max(record.seconds, *(s.offset + s.seconds for s in record.steps), 0.001)
+    span = max(record.seconds, *(s.offset + s.seconds for s in record.steps if s.started), 0.001)
     return _template().render(
         build=record,
         failed=record.failed_step,
