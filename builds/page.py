@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builds.record import BuildRecord, StepRecord
+from builds.record import BuildRecord, StepRecord, replace_file
 from inventory.sizes import format_duration, format_size
-from provision.files import write_atomic
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -23,7 +22,7 @@ _OPENED_LINES = 25  # of a failed step, shown unasked
 
 def write(record: BuildRecord) -> None:
     """Replace the record's index.html in one step. NoSpace, WrongState if the disk refuses."""
-    write_atomic(record.page, render(record).encode())
+    replace_file(record.page, render(record), durable=False)  # it can be made again from the record
 
 
 def render(record: BuildRecord) -> str:

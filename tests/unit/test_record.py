@@ -152,7 +152,7 @@ def test_page_of_every_state(paths):
 CASES = [
     ("dependencies", "error: Failed build dependencies:\n\tzlib-devel is needed by dev-1.0-1.x86_64\n",
      "error: Failed build dependencies: zlib-devel is needed by dev-1.0-1.x86_64"),
-    ("dependencies", "a.c:1:10: fatal error: zlib.h: No such file or directory\n  1 | #include <zlib.h>\n",
+    ("dependencies", "a.c:1:10: fatal error: zlib.h: No such file or directory\n 1 |#include <zlib.h>\n",
      "a.c:1:10: fatal error: zlib.h: No such file or directory"),
     ("source", 'a.c:1:10: fatal error: kata.h: No such file or directory\n    1 | #include "kata.h"\n',
      "a.c:1:10: fatal error: kata.h: No such file or directory"),
@@ -161,8 +161,8 @@ CASES = [
     ("environment", "x.c:1:2: error: x\ncc1: fatal: /tmp/a.s: No space left on device\n",
      "cc1: fatal: /tmp/a.s: No space left on device"),
     ("environment", "sh: 1: rpmbuild: not found\n", "sh: 1: rpmbuild: not found"),
-    ("infrastructure", "fatal: unable to connect to 127.0.0.1:\n127.0.0.1[0]: errno=Connection refused\n",
-     "fatal: unable to connect to 127.0.0.1: 127.0.0.1[0]: errno=Connection refused"),
+    ("infrastructure", "fatal: unable to connect to 127.0.0.1:\n127.0.0.1: errno=Connection refused\n",
+     "fatal: unable to connect to 127.0.0.1: 127.0.0.1: errno=Connection refused"),
     ("source", "something else went wrong\n", ""),
 ]  # fmt: skip
 
