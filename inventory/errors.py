@@ -140,11 +140,19 @@ class TimedOut(FarmhandError):
 
 
 class BuildFailed(FarmhandError):
-    pass
+    """``build`` is the id of its record."""
+
+    build = ""
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {**super().as_dict(), "build": self.build}
 
 
 class Interrupted(FarmhandError):
+    """``build`` is the id of the build that was interrupted, if one was."""
+
     exit_status = 130
+    build = ""
 
 
 class Several(FarmhandError):
