@@ -246,7 +246,8 @@ def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) ->
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [*cli.argv()[:4], "--search-root", str(cli.directory), "wait"],
-        env={**cli.environment, "TERM": "xterm"}, stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
+        env={**cli.environment, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
     )  # fmt: skip
     os.close(follower)
     assert b"waiting" in os.read(leader, 4096)
