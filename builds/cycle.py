@@ -336,7 +336,7 @@ class _Build:
             outputs=tuple(f for step in steps for f in step.files if f.path.startswith("artifacts/")),
             **self._meter.shares(),  # type: ignore[arg-type]
         )
-        self._record.save()
+        self._record.save(durable=self._record.result != "running")
         page.write(self._record)
 
     async def _checksum(self) -> None:

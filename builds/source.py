@@ -157,13 +157,10 @@ def resolve(
         if status:
             count = len(status.splitlines())
             notes.append(f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built")
-    commit = _commit(runner, where, revision, directory)
-    tree, _, subject = _git(
-        runner, where, "log", "-1", "--no-show-signature", "--format=%T %s", commit
-    ).partition(" ")  # fmt: skip
+    commit, tree, subject = _commit(runner, where, revision, directory)
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
-        subject=subject.strip(), repository=own, notes=tuple(notes),
+        subject=subject, repository=own, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -237,14 +234,22 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     return True
 
 
-def _commit(runner: Runner, where: Path, revision: str, shown: Path) -> str:
+def _commit(runner: Runner, where: Path, revision: str, shown: Path) -> tuple[str, str, str]:
+    """Commit, tree and subject. Looked up as it stands, for ":/text" would search for what is appended;
+    git-log goes from a tag to its commit by itself."""
     found = runner.read(
-        *_GIT, "-C", where, "rev-parse", "--quiet", "--verify", "--end-of-options",
-        f"{revision}^{{commit}}", ok=(0, 1, 128), env=_TRUSTING,
+        *_GIT, "-C", where, "rev-parse", "--quiet", "--verify", "--end-of-options", revision,
+        ok=(0, 1, 128), env=_TRUSTING,
     )  # fmt: skip
-    commit = found.stdout.strip().splitlines()[-1:] or [""]
-    if found.status == 0 and _COMMIT.fullmatch(commit[0]):
-        return commit[0]
+    name = (found.stdout.strip().splitlines() or [""])[-1]
+    if found.status == 0 and _COMMIT.fullmatch(name):
+        log = runner.read(
+            *_GIT, "-C", where, "log", "-1", "--no-show-signature", "--format=%H %T %s", name, "--",
+            ok=(0, 128), env=_TRUSTING,
+        )  # fmt: skip
+        if log.status == 0 and log.stdout:
+            commit, tree, subject = log.stdout.rstrip("\n").split(" ", 2)
+            return commit, tree, subject
     names = _git(
         runner, where, "for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags"
     ).split()  # fmt: skip

@@ -26,7 +26,6 @@ from provision.report import Reporter
 
 if TYPE_CHECKING:
     from hypervisors.private import PrivateLibvirt
-
     from provision.remote import Endpoint
 
 
@@ -196,25 +195,20 @@ class Site:
                 kvm=kvm_usable(Runner(), cache_dir()),
             )
         if declared.driver == "fake":
-            from hypervisors.fake import FakeHypervisor
+            from hypervisors.fake import FakeDisks, FakeHypervisor
 
-            return FakeHypervisor(
-                self.farm.farm,
-                self.disks(host),
-                self.paths.root / f"fake-{host}-machines.json",
-                step=current_step,
-            )
+            store = self.disks(host)
+            assert isinstance(store, FakeDisks)
+            return FakeHypervisor(self.farm.farm, store, self._fake_state(host), step=current_step)
         if declared.driver == "ssh":
             from hypervisors.ssh_driver import SshHypervisor, SshMachine
 
             machines = {
-                self.machine(vm): SshMachine(
-                    address=self._ssh_address(vm),
-                    port=declared_vm.ssh_port or 22,
-                    reset_argv=declared_vm.reset,
+                self.machine(name): SshMachine(
+                    address=vm.address, port=vm.ssh_port or 22, reset_argv=vm.reset
                 )
-                for vm, declared_vm in self.farm.vms.items()
-                if self.farm.host_of(vm) == host
+                for name, vm in self.farm.vms.items()
+                if self.farm.host_of(name) == host and vm.address  # the loader saw to that
             }
             return SshHypervisor(self.farm.farm, machines, self.runner, step=current_step)
         raise self._not_yet(host, f"driver {declared.driver}")
@@ -224,9 +218,7 @@ class Site:
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks
 
-            return FakeDisks(
-                self.farm.farm, self.paths.root / f"fake-{host}-disks.json", step=current_step
-            )
+            return FakeDisks(self.farm.farm, self._fake_state(host), step=current_step)
         if not self.has_disks(host):
             raise Unsupported(
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
@@ -244,6 +236,11 @@ class Site:
         return Qcow2Disks(
             root, self.farm.farm, self.runner, step=current_step, reader_uid=self.reader_uid(host)
         )
+
+    def _fake_state(self, host: str) -> Path | None:
+        """In memory only for a plan over nothing: the fake would make its file by looking."""
+        state = self.paths.root / f"fake-{host}.state"
+        return None if self.plan and not state.exists() else state
 
     def _not_yet(self, host: str, what: str) -> Unsupported:
         return Unsupported(
