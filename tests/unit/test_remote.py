@@ -127,6 +127,9 @@ def test_a_machine_of_nobodys_is_learned_once(dev2, prod, tmp_path):
     assert known.read_text().split()[:2] == [f"[127.0.0.1]:{dev2.port}", "ssh-ed25519"]
     ready(dev2.endpoint(host_key="", known_hosts=known))
     assert len(known.read_text().splitlines()) == 1
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
+    ready(dev2.endpoint(host_key="", known_hosts=known))
+    assert len(known.read_text().splitlines()) == 1
     known.write_text(f"[127.0.0.1]:{prod.port} {dev2.host_key}\n")
     with pytest.raises(Conflict, match="somebody else"):
         ready(prod.endpoint(host_key="", known_hosts=known))
