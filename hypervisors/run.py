@@ -8,6 +8,7 @@ defect of ours, and shows as one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -17,8 +18,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inventory.errors import CommandFailed, TimedOut, UsageError
+
+if TYPE_CHECKING:
+    import asyncio
 
 _LOCALE = {"LC_ALL": "C.UTF-8", "LANGUAGE": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
 MASK = "********"
@@ -67,6 +72,22 @@ class Runner:
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
         return self._run(argv, timeout, ok, env, input, log)
+
+    async def serve(
+        self, *argv: str | Path, env: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``). Its
+        errors go nowhere: the peer is told by the protocol. The caller ends it with ``hang_up``."""
+        import asyncio  # 50 ms, and few commands need it
+
+        return await asyncio.create_subprocess_exec(
+            *(str(a) for a in argv),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **_LOCALE, **(env or {})},
+            start_new_session=True,
+        )
 
     def show(self, argv: Sequence[str | Path]) -> str:
         """The command as it can be pasted into a shell, secrets masked."""
@@ -143,6 +164,13 @@ class Runner:
             stderr=result.stderr,
             detail=f"$ {self.show(result.argv)}\n{detail}".strip(),
         )
+
+
+async def hang_up(process: asyncio.subprocess.Process) -> None:
+    """End what ``serve`` started, with its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,8 @@
     ├── DriverFailed      the hypervisor or its daemon refused
     ├── TimedOut          a wait ended; shows the console's tail where there is one
     ├── BuildFailed       a step of the build cycle failed
-    └── Interrupted       Ctrl-C or a signal; says how to go on
+    ├── Interrupted       Ctrl-C or a signal; says how to go on
+    └── Several           more than one VM failed: each with its own error
 
 Each carries one line that says what and where, and a remedy that says what to do. A driver turns
 its library's errors into these once; nothing above a driver sees libvirt's or asyncssh's own.
@@ -139,8 +140,40 @@ class TimedOut(FarmhandError):
 
 
 class BuildFailed(FarmhandError):
-    pass
+    """``build`` is the id of its record."""
+
+    build = ""
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {**super().as_dict(), "build": self.build}
 
 
 class Interrupted(FarmhandError):
+    """``build`` is the id of the build that was interrupted, if one was."""
+
     exit_status = 130
+    build = ""
+
+
+class Several(FarmhandError):
+    """More than one VM failed; what went well with the others stands. Its one line names them all,
+    ``detail`` has each error in full."""
+
+    def __init__(self, errors: Mapping[str, FarmhandError]) -> None:
+        self.errors = dict(errors)
+        lines = []
+        for vm, error in self.errors.items():
+            lines.append(f"{vm}: {error.message}")
+            lines += [f"    {line}" for line in error.detail.splitlines()]
+        super().__init__(
+            f"{len(self.errors)} VMs failed: "
+            + "; ".join(f"{vm}: {error.message.splitlines()[0]}" for vm, error in self.errors.items()),
+            remedy="; ".join(dict.fromkeys(e.remedy for e in self.errors.values() if e.remedy)),
+            detail="\n".join(lines),
+        )
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            **super().as_dict(),
+            "errors": {vm: dict(error.as_dict()) for vm, error in self.errors.items()},
+        }

@@ -7,130 +7,47 @@ reference documentation and the JSON Schema.
 
 from __future__ import annotations
 
-import re
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
+
+from inventory.fields import (
+    Address,
+    Addresses,
+    Bool,
+    Count,
+    Cpus,
+    FilePath,
+    Hostname,
+    Hostnames,
+    Keys,
+    Label,
+    Line,
+    Lines,
+    Mac,
+    Name,
+    Packages,
+    Port,
+    Ranges,
+    Repository,
+    Revision,
+    Scripts,
+    Seconds,
+    Size,
+    Subnet,
+    at_key,
+    parse_range,
+    quote,
 )
-
-from inventory.sizes import parse_duration, parse_size
-
-# RFC 1123 section 2.1 with RFC 1035's lower case and 63 octets a label.
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
-_FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?")  # Debian policy 5.6.1
-_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}")
-
-
-def _check_label(value: str) -> str:
-    if not _LABEL.fullmatch(value):
-        raise ValueError(
-            f"{value!r} is not a host name label: use a-z, 0-9 and '-', at most 63, "
-            "not beginning or ending with '-'"
-        )
-    return value
-
-
-def _check_hostname(value: str) -> str:
-    if len(value) > 253:
-        raise ValueError("a host name has at most 253 characters (RFC 1035)")
-    for label in value.split("."):
-        _check_label(label)
-    return value
-
-
-def _check_mac(value: str) -> str:
-    value = value.lower()
-    if not _MAC.fullmatch(value):
-        raise ValueError(f"{value!r} is not a MAC address: write six pairs, such as 52:54:00:12:34:56")
-    if int(value[:2], 16) & 1:
-        raise ValueError(f"{value} is a multicast address; a machine's own has an even first pair")
-    return value
-
-
-def _check_filename(value: str) -> str:
-    if not _FILENAME.fullmatch(value):
-        raise ValueError(f"{value!r} is not a plain name: letters, digits, '.', '_' and '-', at most 64")
-    return value
-
-
-def _check_package(value: str) -> str:
-    if not _PACKAGE.fullmatch(value):
-        raise ValueError(f"{value!r} is not a Debian package name")
-    return value
-
-
-def _check_revision(value: str) -> str:
-    if not _REVISION.fullmatch(value) or ".." in value:
-        raise ValueError(f"{value!r} is not a git revision (gitrevisions(7)): a branch, tag or commit")
-    return value
-
-
-def _check_line(value: str) -> str:
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise ValueError("control characters and line breaks are not allowed here")
-    return value
-
-
-def _to_bool(value: object) -> object:
-    if isinstance(value, str):
-        if value.lower() in ("true", "yes", "on"):
-            return True
-        if value.lower() in ("false", "no", "off"):
-            return False
-        raise ValueError(f"{value!r} is not yes or no")
-    return value
-
-
-def _to_int(value: object) -> object:
-    if isinstance(value, str):
-        if not re.fullmatch(r"0|[1-9]\d{0,17}", value):
-            raise ValueError(f"{value!r} is not a whole number (write it without leading zeros)")
-        return int(value)
-    return value
-
-
-def _to_size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
-
-
-def _to_duration(value: object) -> object:
-    return parse_duration(value) if isinstance(value, str) else value
-
-
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-Label = Annotated[str, AfterValidator(_check_label)]
-Hostname = Annotated[str, AfterValidator(_check_hostname)]
-Mac = Annotated[str, AfterValidator(_check_mac)]
-Name = Annotated[str, AfterValidator(_check_filename)]
-Line = Annotated[str, AfterValidator(_check_line), Field(min_length=1, max_length=4096)]
-Revision = Annotated[str, AfterValidator(_check_revision)]
-Package = Annotated[str, AfterValidator(_check_package)]
-Bool = Annotated[bool, BeforeValidator(_to_bool)]
-Int = Annotated[int, BeforeValidator(_to_int)]
-Port = Annotated[int, BeforeValidator(_to_int), Field(ge=1, le=65535)]
-Size = Annotated[int, BeforeValidator(_to_size), Field(gt=0)]
-Seconds = Annotated[float, BeforeValidator(_to_duration), Field(gt=0)]
-Script = Annotated[str, Field(min_length=1)]
-Scripts = Annotated[tuple[Script, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-Lines = Annotated[tuple[Line, ...], BeforeValidator(_one_or_many)]
+from inventory.sizes import format_size
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # The descriptions below the fields are read by inventory.schema when it needs them, and the
+    # validators of the parts are built with the whole farm's: both are time off every command.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class DiskStore(Model):
@@ -138,7 +55,7 @@ class DiskStore(Model):
 
     store: Literal["qcow2", "zfs", "lvm-thin", "lvm"] = "qcow2"
     """qcow2 files; ZFS volumes; LVM thin volumes; classic LVM snapshots."""
-    path: Path | None = None
+    path: FilePath | None = None
     """qcow2: the directory; absent: farmhand's own state directory."""
     pool: Name | None = None
     """ZFS: the dataset's pool; LVM: the volume group."""
@@ -150,9 +67,17 @@ class DiskStore(Model):
     @model_validator(mode="after")
     def _store_has_its_place(self) -> DiskStore:
         if self.store != "qcow2" and self.pool is None:
-            raise ValueError(f"a {self.store} store needs 'pool'")
-        if self.store == "qcow2" and (self.pool or self.dataset):
-            raise ValueError("a qcow2 store has 'path', not 'pool' or 'dataset'")
+            raise at_key("store", f"a {self.store} store needs 'pool'", "pool")
+        if self.store == "qcow2":
+            for key in ("pool", "dataset"):
+                if getattr(self, key) is not None:
+                    raise at_key(key, f"a qcow2 store has 'path', not '{key}'", "store")
+        elif self.path is not None:
+            raise at_key("path", f"a {self.store} store has 'pool', not 'path'", "store")
+        if self.store == "lvm-thin" and self.dataset is None:
+            raise at_key("store", "an lvm-thin store needs 'dataset', the thin pool", "dataset")
+        if self.copy_mode == "full" and self.store != "lvm":
+            raise at_key("copy", "'copy: full' is for an lvm store", "store")
         return self
 
 
@@ -165,10 +90,20 @@ class Host(Model):
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, xen:///system; or a XenAPI https URL."""
-    disks: DiskStore = DiskStore()
+    disks: DiskStore = Field(default_factory=DiskStore)
     """The disk store."""
     memory: Size | None = None
     """What the farm's VMs may use of this host's memory, all together; absent: no limit of ours."""
+
+    @model_validator(mode="after")
+    def _uri_fits_the_driver(self) -> Host:
+        if self.driver == "xen" and self.uri == "private":
+            raise at_key("driver", "driver xen needs 'uri', such as xen:///system", "uri")
+        if self.driver == "xenapi" and not self.uri.startswith("https://"):
+            raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
+        if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
+            raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
+        return self
 
 
 class Network(Model):
@@ -181,13 +116,13 @@ class Network(Model):
     """mode bridge: its name."""
     network: Name | None = None
     """mode network: the libvirt network's name."""
-    subnet: IPv4Network | None = None
+    subnet: Subnet | None = None
     """The subnet that addresses come from."""
-    gateway: IPv4Address | None = None
+    gateway: Address | None = None
     """The VMs' default route."""
-    nameservers: tuple[IPv4Address, ...] = ()
+    nameservers: Addresses = ()
     """The VMs' name servers."""
-    reserved: tuple[Line, ...] = ()
+    reserved: Ranges = ()
     """Addresses never given out: single ones, or ranges such as 10.10.60.200-10.10.60.254."""
     domain: Hostname | None = None
     """DNS domain of the VMs."""
@@ -198,15 +133,28 @@ class Network(Model):
 
     @model_validator(mode="after")
     def _mode_has_its_target(self) -> Network:
-        if self.mode == "bridge" and self.bridge is None:
-            raise ValueError("mode bridge needs 'bridge'")
-        if self.mode == "network" and self.network is None:
-            raise ValueError("mode network needs 'network'")
+        for mode in ("bridge", "network"):
+            if self.mode == mode and getattr(self, mode) is None:
+                raise at_key("mode", f"mode {mode} needs '{mode}'", mode)
+            if self.mode != mode and getattr(self, mode) is not None:
+                raise at_key(mode, f"'{mode}' is for mode {mode}; the mode is {self.mode}", "mode")
         if self.mode != "user" and self.internet:
-            raise ValueError("'internet' is for mode user; a bridge's reach is the host's matter")
-        if self.gateway and self.subnet and self.gateway not in self.subnet:
-            raise ValueError(f"gateway {self.gateway} is outside {self.subnet}")
+            raise at_key(
+                "internet", "'internet' is for mode user: elsewhere it's the host's matter", "mode"
+            )
+        if self.subnet and self.subnet.prefixlen > 30:
+            raise at_key("subnet", f"{self.subnet} has no room for machines")
+        if self.gateway and self.subnet:
+            if self.gateway not in self.subnet:
+                raise at_key("gateway", f"{self.gateway} is outside {self.subnet}", "subnet")
+            if self.gateway in (self.subnet.network_address, self.subnet.broadcast_address):
+                raise at_key("gateway", f"{self.gateway} is not a machine's address", "subnet")
         return self
+
+    @property
+    def reserved_ranges(self) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
+        """First and last address of each entry of ``reserved``."""
+        return tuple(parse_range(entry) for entry in self.reserved)
 
 
 class TemplateSource(Model):
@@ -214,11 +162,11 @@ class TemplateSource(Model):
 
     build: Name | None = None
     """Name of a recipe, such as debian-12."""
-    image: Path | None = Field(default=None, alias="import")
+    image: FilePath | None = Field(default=None, alias="import")
     """A raw, qcow2 or vmdk image to import, relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
-    packages: tuple[Package, ...] = ()
+    packages: Packages = ()
     """Debian packages beside the recipe's own."""
     firstboot: Literal["farmhand", "cloud-init", "none"] | None = None
     """Who makes a clone unique at its first boot. Absent: farmhand's own for built ones, cloud-init
@@ -226,8 +174,12 @@ class TemplateSource(Model):
 
     @model_validator(mode="after")
     def _one_source(self) -> TemplateSource:
-        if (self.build is None) == (self.image is None):
-            raise ValueError("a template has either 'build' or 'import'")
+        if self.build is None and self.image is None:
+            raise at_key("", "a template needs either 'build' or 'import'", "build", "import")
+        if self.build is not None and self.image is not None:
+            raise at_key("import", "a template has either 'build' or 'import', not both", "build")
+        if self.image is not None and self.packages:
+            raise at_key("packages", "'packages' is for templates that are built", "import", "build")
         return self
 
 
@@ -249,20 +201,20 @@ class Vm(Model):
     """One of `templates`; may be left out where there is only one. Not for ssh hosts."""
     hostname: Hostname | None = None
     """Its own host name; absent: the VM's name."""
-    aliases: tuple[Hostname, ...] = ()
+    aliases: Hostnames = ()
     """More names for DNS and /etc/hosts."""
     memory: Size = 2**30
     """Memory at start and while building: the maximum."""
     idle_memory: Size | None = None
     """Memory it is ballooned down to when idle; absent: it keeps `memory`."""
-    vcpus: Annotated[int, BeforeValidator(_to_int), Field(ge=1, le=512)] = 1
+    vcpus: Cpus = 1
     """Virtual CPUs."""
     disk: Size | None = None
     """Virtual disk size; absent: the template's."""
     mac: Mac | None = None
     """Absent: derived from farm and VM, the same each time."""
-    address: IPv4Address | None = None
-    """Absent: from the subnet's pool, recorded in the lock file."""
+    address: Address | None = None
+    """Absent: from the subnet's pool, recorded in the lock file. A VM on an ssh host needs one."""
     ssh_port: Port | None = None
     """Where its ssh answers on the host's loopback (mode user), or the port of its address."""
     nat_port: Port | None = None
@@ -277,7 +229,12 @@ class Vm(Model):
     @model_validator(mode="after")
     def _idle_within(self) -> Vm:
         if self.idle_memory is not None and self.idle_memory > self.memory:
-            raise ValueError("idle_memory is more than memory")
+            raise at_key(
+                "idle_memory",
+                f"idle_memory, {format_size(self.idle_memory)}, is more than memory, "
+                f"{format_size(self.memory)}",
+                "memory",
+            )
         return self
 
 
@@ -286,12 +243,12 @@ class Ssh(Model):
 
     user: Name = "root"
     """The login on the VMs."""
-    key: Path | None = None
+    key: FilePath | None = None
     """Private key; absent: farmhand makes the farm one of its own."""
-    authorized_keys: Lines = ()
+    authorized_keys: Keys = ()
     """Public keys that may log in, or files that hold them (relative to the farm file): for the
     login above."""
-    users: dict[Name, Lines] = {}
+    users: dict[Name, Keys] = {}
     """More logins on the VMs, each with its public keys or files of them."""
     ready_timeout: Seconds = 300
     """How long a started VM may take until its ssh answers."""
@@ -300,9 +257,11 @@ class Ssh(Model):
 class Source(Model):
     """What is built."""
 
-    repository: Line
-    """A git URL that the VM can reach, or a directory on this machine (relative to the farm file),
-    which is then offered to the VM through its ssh connection."""
+    repository: Repository
+    """A git URL that the VM can reach; or a directory on this machine (relative to the farm file, or
+    beginning with `~`), which is then offered to the VM through its ssh connection. A directory that
+    is not a git repository by itself is offered as one that farmhand makes of it and keeps, outside
+    the directory, with a commit for each change it finds."""
     revision: Revision = "HEAD"
     """gitrevisions(7); `--revision` overrides it. In the VM it is GIT_REVISION."""
 
@@ -336,14 +295,15 @@ class RunStep(_StepBase):
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()
-    """Files (shell patterns) that are fetched into the build record afterwards."""
+    """Files (shell patterns) that are fetched into the build record afterwards; relative to the
+    login's home."""
 
 
 class TransferStep(_StepBase):
     """Carry files from one VM to another, through the host."""
 
-    transfer: Lines
-    """Files (shell patterns) in the VM they come from."""
+    transfer: Lines = Field(min_length=1)
+    """Files (shell patterns) in the VM they come from; relative to the login's home."""
     source: Label = Field(alias="from")
     """The VM they come from."""
     to: Label
@@ -352,7 +312,25 @@ class TransferStep(_StepBase):
     """The directory they go into; made if it is missing."""
 
 
-Step = ResetStep | RunStep | TransferStep
+STEP_KINDS = ("reset", "run", "transfer")
+
+
+def step_kind(value: object) -> str | None:
+    """A step is known by the one key of STEP_KINDS that it has."""
+    if isinstance(value, _StepBase):
+        return type(value).__name__.removesuffix("Step").lower()
+    if not isinstance(value, dict):
+        return None
+    kinds = [kind for kind in STEP_KINDS if kind in value]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+Step = Annotated[
+    Annotated[ResetStep, Tag("reset")]
+    | Annotated[RunStep, Tag("run")]
+    | Annotated[TransferStep, Tag("transfer")],
+    Discriminator(step_kind),
+]
 
 
 class Cycle(Model):
@@ -360,7 +338,7 @@ class Cycle(Model):
 
     steps: tuple[Step, ...] = Field(min_length=1)
     """In their order."""
-    keep_records: Annotated[int, BeforeValidator(_to_int), Field(ge=1)] = 200
+    keep_records: Count = 200
     """Build records kept; older successful ones are removed first, failed ones last."""
 
 
@@ -369,13 +347,13 @@ class Farm(Model):
 
     farm: Label
     """The farm's name: part of every machine's name and mark."""
-    hosts: dict[Name, Host] = Field(default={"here": Host()}, min_length=1)
+    hosts: dict[Name, Host] = Field(default_factory=lambda: {"here": Host()}, min_length=1)
     """Hosts by name."""
-    network: Network = Network()
+    network: Network = Field(default_factory=Network)
     """How the VMs are connected."""
     templates: dict[Name, TemplateSource] = {}
     """Templates by name."""
-    ssh: Ssh = Ssh()
+    ssh: Ssh = Field(default_factory=Ssh)
     """How the guests are reached."""
     vms: dict[Label, Vm] = Field(min_length=1)
     """VMs by name."""
@@ -395,6 +373,9 @@ class Farm(Model):
         return self.vms[vm].host or next(iter(self.hosts))
 
     def template_of(self, vm: str) -> str | None:
+        """None for machines that nobody virtualizes."""
+        if self.hosts[self.host_of(vm)].driver == "ssh":
+            return None
         return self.vms[vm].template or next(iter(self.templates), None)
 
     def machine_of(self, vm: str) -> str:

@@ -4,21 +4,29 @@ and qemu-img(1)), so is ``1GiB``."""
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+# At most 15 digits, ASCII ones: more is never meant, and would overflow what computes with them.
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+_SIZE = re.compile(rf"({_NUMBER})\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd]\s*)+|\d+(?:\.\d+)?")
+_DURATION = re.compile(rf"(?:{_NUMBER}[smhd]\s*)+|{_NUMBER}")
+_LARGEST = 2**60
 
 
 def parse_size(text: str) -> int:
     """Bytes. ValueError, in words for an admin, if it isn't a size."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise ValueError(f"{text!r} is not a size: write a number with K, M, G or T, such as 512M or 4G")
-    value = float(match[1]) * _UNITS[match[2].upper()]
-    if value != int(value):
+        raise ValueError(
+            f"{text[:60]!r} is not a size: write a number with K, M, G or T, such as 512M or 4G"
+        )
+    value = Fraction(match[1]) * _UNITS[match[2].upper()]
+    if value.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number of bytes")
+    if value > _LARGEST:
+        raise ValueError(f"{text!r} is more than any machine has")
     return int(value)
 
 
@@ -39,8 +47,8 @@ def parse_duration(text: str) -> float:
     """Seconds. ``90``, ``90s``, ``5m``, ``1h30m``."""
     text = text.strip()
     if not _DURATION.fullmatch(text):
-        raise ValueError(f"{text!r} is not a duration: write 90s, 5m or 1h30m")
-    return sum(float(n) * _SECONDS[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text))
+        raise ValueError(f"{text[:60]!r} is not a duration: write 90s, 5m or 1h30m")
+    return sum(float(n) * _SECONDS[u] for n, u in re.findall(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text))
 
 
 def format_duration(seconds: float) -> str:

@@ -1,0 +1,73 @@
+"""Why a step failed, judged by what it printed: whose turn it is now.
+
+    source          the authors of what is built: it does not compile, its tests fail
+    dependencies    packages it needs are missing or don't fit
+    environment     the VM as it is: full disk, no memory, a tool or name service missing
+    infrastructure  the farm: a VM or connection was lost, a machine or its disk isn't as it must be
+    time-out        the step's own limit
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from inventory.model import FailureClass
+
+# In order: what explains the lines that follow it comes first (a full disk makes compilers fail too).
+_PATTERNS: Final[tuple[tuple[FailureClass, str], ...]] = (
+    ("infrastructure", r"fatal: unable to connect to 127\.0\.0\.1"),  # the offered source is gone
+    ("infrastructure", r"blk_update_request: I/O error|Input/output error|EXT4-fs error"),
+    ("environment", r"No space left on device|Disk quota exceeded"),
+    ("environment", r"installing package \S+ needs \d+\w+ (?:more )?(?:space )?on the"),
+    ("environment", r"Cannot allocate memory|[Oo]ut of memory|virtual memory exhausted|std::bad_alloc"),
+    ("environment", r"internal compiler error: Killed|fatal error: Killed signal|^Killed$|oom-kill"),
+    ("environment", r"Read-only file system|Too many open files|Resource temporarily unavailable"),
+    ("dependencies", r"Failed build dependencies|Unmet build dependencies|unmet dependencies"),
+    ("dependencies", r"error: Failed dependencies|nothing provides|conflicts with file from package"),
+    ("dependencies", r"\bis needed by \S+|Unable to locate package|Unable to find a match"),
+    ("dependencies", r"No match for argument|held broken packages|Depends: .* but it is not"),
+    ("dependencies", r"dpkg-checkbuilddeps: error|No package '[^']+' found|Could NOT find \w+"),
+    ("dependencies", r"ld: cannot find -l\S+"),
+    ("dependencies", r"fatal error: \S+: No such file or directory\n[^\n]*#\s*include\s*<"),
+    ("dependencies", r"ModuleNotFoundError: No module named|Cannot find module '"),
+    ("environment", r"Temporary failure in name resolution|Could not resolve host"),
+    ("environment", r"Network is unreachable|Connection timed out|Connection refused"),
+    ("environment", r"Could not connect to|certificate verify failed"),
+    ("environment", r"Permission denied|Operation not permitted|dubious ownership"),
+    ("environment", r"command not found|: not found$|env: .*: No such file or directory"),
+    ("environment", r"make(?:\[\d+\])?: [\w.+-]+: No such file or directory$|Error 127$"),
+    ("source", r"^.*:\d+(?::\d+)?: (?:fatal )?error: .*$|undefined reference to"),
+    ("source", r"fatal: (?:reference is not a tree|couldn't find remote ref|bad revision)"),
+    ("source", r"fatal: (?:invalid reference|ambiguous argument)|error: pathspec|not our ref"),
+    ("source", r"patch does not apply|Hunk #\d+ FAILED|error: Bad exit status from"),
+    ("source", r"AssertionError|Traceback \(most recent call last\)|\bFAILED\b|^not ok \d"),
+    ("source", r"make(?:\[\d+\])?: \*\*\*"),
+)
+_COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in _PATTERNS)
+
+
+def classify(
+    output: str, *, status: int, timed_out: bool = False, declared: FailureClass | None = None
+) -> tuple[FailureClass, str]:
+    """The class, and the line of the output that tells it ("" if none does). ``declared`` is the
+    step's own ``failure``. A lost connection never comes here: that is infrastructure."""
+    if timed_out:
+        return "time-out", ""
+    for kind, pattern in _COMPILED:
+        if match := pattern.search(output):
+            return declared or kind, _line(output, match.start())
+    if declared:
+        return declared, ""
+    if status in (126, 127, 137):  # can't execute, not found (sh(1)); killed, so most likely for memory
+        return "environment", ""
+    return "source", ""
+
+
+def _line(output: str, at: int) -> str:
+    """The line there; where it only announces ("Failed build dependencies:"), the next one with it."""
+    lines = output[output.rfind("\n", 0, at) + 1 :].splitlines()
+    first = lines[0].strip()
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {lines[1].strip()}"
+    return first[:300]

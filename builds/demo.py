@@ -1,0 +1,212 @@
+"""The demo: an admin's first hour in one command, with nothing in it simulated.
+
+It only calls what the tasks call: doctor's checks, a template, clone-farm, cycle, ssh. Its farm is the
+default one unless another is named, whose source is ``examples/kata``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inventory.errors import BuildFailed, Unsupported
+from inventory.sizes import format_duration, format_size
+from provision.report import Action, Outcome, Reporter, merged
+from provision.site import Site
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = "kata"
+COMMAND = f"{PROGRAM} --version; {PROGRAM} 2026"
+"""What prod.rpm installs, and what is run in prod at the end."""
+
+Opener = Callable[[], AbstractContextManager[Site]]
+Stream = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One part of the demo and how long it took."""
+
+    name: str
+    seconds: float
+    ok: bool
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {"name": self.name, "seconds": round(self.seconds, 2), "ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What the demo ends with. ``program`` is what the installed program printed inside prod."""
+
+    ok: bool
+    stages: tuple[Stage, ...]
+    vms: tuple[Mapping[str, object], ...]
+    build: Mapping[str, object]
+    page: Path
+    program: str
+    farm_flag: str
+    problem: str = ""
+    remedy: str = ""
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            "result": "passed" if self.ok else "failed",
+            "seconds": round(sum(stage.seconds for stage in self.stages), 2),
+            "vms": list(self.vms),
+            "steps": [stage.as_dict() for stage in self.stages],
+            "build": self.build,
+            "artifacts": self.build.get("outputs", []),
+            "program": self.program,
+            "record": str(self.page),
+        }
+
+    def text(self) -> str:
+        width = max(len(stage.name) for stage in self.stages)
+        lines = [f"{stage.name:<{width}}  {format_duration(stage.seconds):>6}" for stage in self.stages]
+        total = format_duration(sum(stage.seconds for stage in self.stages))
+        lines += [f"{'in all':<{width}}  {total:>6}", ""]
+        if self.program:
+            lines += [f"{PROGRAM}, run inside prod, says:"]
+            lines += [*(f"  {line}" for line in self.program.splitlines()), ""]
+        lines += [f"build record: {self.page}", "", "What to type next:"]
+        flag = self.farm_flag
+        for text, what in (
+            (f"./invoke status{flag}", "the two VMs as they are"),
+            (f"./invoke ssh --vm prod{flag}", "log in to prod"),
+            (f"./invoke reset --vm prod{flag}", f"put prod back to clean: {PROGRAM} is gone"),
+            (f"./invoke cycle{flag}", "build again"),
+            (f"./invoke log{flag}", "what was built, from what"),
+            ("./invoke demo --destroy", "leave nothing behind"),
+        ):
+            lines.append(f"  {text:<{26 + len(flag)}}  {what}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Clock:
+    reporter: Reporter
+    stages: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[None]:
+        self.reporter.say(text)
+        started = time.monotonic()
+        ok = False
+        try:
+            yield
+            ok = True
+        finally:
+            self.stages.append(Stage(name, time.monotonic() - started, ok))
+
+
+def farm_file(farm: str) -> Path:
+    """The farm of the demo: the default one unless another is named. Not ./farm.yaml: that is the
+    admin's own, and ``demo --destroy`` must never be about it by accident."""
+    return Path(farm).expanduser().absolute() if farm else ROOT / "inventory" / "default.yaml"
+
+
+def run(open_site: Opener, *, stream: Stream) -> DemoReport:
+    """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
+    from builds.cycle import run_cycle
+    from builds.record import find_record
+    from provision import farm, golden
+
+    with open_site() as site:
+        clock = _Clock(site.reporter)
+        with clock.stage("doctor", "looking at this machine"):
+            _examine(site)
+        with clock.stage("template", "the template: built once, kept afterwards"):
+            for name in dict.fromkeys(t for vm in site.farm.vms if (t := site.farm.template_of(vm))):
+                template = golden.ensure_template(site, name)
+                site.reporter.say(f"template {template.label}, {format_size(template.size)}")
+        names = " and ".join(site.farm.vms)
+        with clock.stage("clone-farm", f"cloning {names}, and waiting until they answer"):
+            farm.clone_farm(site, (), start=True, wait=True)
+        with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
+            try:
+                record, failure = run_cycle(site, stream=stream), None
+            except BuildFailed as error:
+                if not error.build:
+                    raise
+                record, failure = find_record(site.paths, error.build), error
+        program = ""
+        if record.result == "passed":
+            with clock.stage("program", f"running {PROGRAM} inside prod"):
+                program = _run_program(site)
+        vms = tuple(vm.as_dict() for vm in farm.status(site).vms)
+        return DemoReport(
+            ok=record.result == "passed" and bool(program),
+            stages=tuple(clock.stages),
+            vms=vms,
+            build=record.as_dict(),
+            page=record.page,
+            program=program,
+            farm_flag=_farm_flag(site),
+            problem=failure.message if failure else "",
+            remedy=failure.remedy if failure else "",
+        )
+
+
+def plan(open_site: Opener) -> Outcome:
+    """What ``run`` would do."""
+    from builds.cycle import plan_cycle
+    from provision import farm
+
+    with open_site() as site:
+        cloned = farm.clone_farm(site, (), start=True, wait=True)
+        return merged("demo", [cloned, Outcome("demo", True, plan_cycle(site))])
+
+
+def destroy(open_site: Opener) -> Outcome:
+    """The demo farm, its build records go; the image cache stays, and is named."""
+    from provision import farm
+
+    with open_site() as site:
+        outcome = farm.destroy(site, (), purge=True)
+    return merged("demo", [outcome, Outcome("demo", outcome.planned, (Action("note", "", kept()),))])
+
+
+def kept() -> str:
+    """What stays after ``destroy``, in words."""
+    from provision.paths import cache_dir
+
+    return f"kept: the image cache {cache_dir()}, so that a next demo is quick; remove it if you like"
+
+
+def _examine(site: Site) -> None:
+    from provision.doctor import short
+
+    report = short(site.farm.path)
+    for check in report.checks:
+        if not check.ok and check.level == "note":
+            site.reporter.say(f"note: {check.text}")
+    if report.problems:
+        first = report.problems[0]
+        raise Unsupported(f"{first.name}: {first.text}", remedy=first.remedy)
+
+
+def _farm_flag(site: Site) -> str:
+    import os
+
+    default = ROOT / "inventory" / "default.yaml"
+    chosen = os.environ.get("FARMHAND_FARM") or "farm.yaml"
+    if site.farm.path == default and not Path(chosen).is_file():
+        return ""
+    return f" --farm {site.farm.path}"
+
+
+def _run_program(site: Site) -> str:
+    """What the installed program prints inside prod, over a connection of its own."""
+    import asyncio
+
+    from provision.connection import Connection
+
+    async def ask() -> str:
+        async with await Connection.open(site.endpoint("prod")) as connection:
+            return await connection.output(f"set -e; {COMMAND}", timeout=60)
+
+    return asyncio.run(ask()).strip()

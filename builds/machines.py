@@ -1,0 +1,284 @@
+"""The VMs of a build: one connection each, memory, clock, and what the record says of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from builds.meter import Meter
+from builds.record import FileRecord, VmRecord, replace_file
+from builds.source import Resolved
+from hypervisors.api import Power
+from inventory.errors import FarmhandError
+from inventory.model import ResetStep
+from inventory.sizes import format_duration, format_size
+from provision import farm
+from provision.connection import Connection
+from provision.dial import wait_ready_async
+from provision.power import can_power
+from provision.remote import tail_of
+from provision.site import Site
+from provision.work import disk_of, is_on
+
+T = TypeVar("T")
+
+CLOCK_TOLERANCE = 2.0
+"""Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
+_CONSOLE_LINES = 30
+
+_PACKAGES = r"""
+export LC_ALL=C
+{
+    ! command -v dpkg-query >/dev/null || dpkg-query -W -f '${Package} ${Version} ${Architecture}\n'
+    ! command -v rpm >/dev/null || rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE} %{ARCH}\n'
+} | sort
+"""
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
+    nothing of ours goes on behind our back."""
+    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        future.exception()
+        raise
+
+
+class Machines:
+    """Used within one event loop. ``note`` tells the record (and the admin) what did not work but
+    does not stop the build."""
+
+    def __init__(
+        self,
+        site: Site,
+        source: Resolved | None,
+        directory: Path,
+        meter: Meter,
+        note: Callable[[str], None],
+    ) -> None:
+        self._site = site
+        self._directory = directory
+        self._source = source
+        self._meter = meter
+        self._note = note
+        self._connections: dict[str, Connection] = {}
+        self._offers: dict[str, str] = {}  # by VM, as long as its connection lasts
+        self._locks: dict[str, asyncio.Lock] = {}
+        self.records: dict[str, VmRecord] = {}
+        self.templates: dict[str, FileRecord] = {}
+
+    # -- as the record sees them --------------------------------------------------------------
+
+    def begin(self, vm: str) -> None:
+        """Note what the VM is, before anything is done to it."""
+        site, host = self._site, self._site.farm.host_of(vm)
+        with self._meter.hypervisor():
+            capabilities = site.hypervisor_of(vm).capabilities()
+            disk = disk_of(site, vm)
+            record = VmRecord(vm=vm, host=host, driver=capabilities.driver)
+            if disk is not None:
+                record = replace(record, template=disk.template, checkpoint=disk.base)
+                for template in site.disks(host).templates():
+                    if template.label == disk.template:
+                        self.templates[template.label] = FileRecord(
+                            name=f"template {template.label}", size=template.size, sha256=template.sha256
+                        )
+        self.records[vm] = record
+
+    def _update(self, vm: str, **values: object) -> None:
+        self.records[vm] = replace(self.records[vm], **values)  # type: ignore[arg-type]
+
+    # -- reset --------------------------------------------------------------------------------
+
+    async def reset(self, step: ResetStep, say: Callable[[str], None]) -> None:
+        """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
+        site, vm = self._site, step.reset
+        await self.drop(vm)
+        since = time.monotonic()
+        with self._meter.hypervisor():
+            outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
+        proof = _proof(outcome.facts, vm)
+        pristine = proof.get("pristine")
+        self._update(
+            vm,
+            checkpoint=step.to,
+            pristine=pristine if isinstance(pristine, bool) else None,
+            template=str(proof.get("template") or self.records[vm].template),
+            packages="", packages_sha256="", packages_count=0,
+        )  # fmt: skip
+        for action in outcome.actions:
+            say(f"{action}")
+        say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
+        driver, machine = site.hypervisor_of(vm), site.machine(vm)
+
+        def running() -> bool:
+            found = driver.find(machine)
+            return found is not None and found.power is not Power.STOPPED
+
+        with self._meter.guest():
+            ready = await wait_ready_async(
+                site.endpoint(vm),
+                since=since if can_power(site, vm) else float("-inf"),
+                timeout=site.farm.ssh.ready_timeout,
+                running=running,
+                tail=lambda: self.console(vm),
+                working=lambda text: site.reporter.working(text, vm=vm),
+            )
+        self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
+        say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
+        say(f"boot {ready.boot_id}")
+
+    # -- connections --------------------------------------------------------------------------
+
+    async def connection(self, vm: str) -> Connection:
+        """The VM's one connection, made when it is needed, its clock right."""
+        async with self._locks.setdefault(vm, asyncio.Lock()):
+            connection = self._connections.get(vm)
+            if connection is not None and not connection.closed:
+                return connection
+            await self.drop(vm)
+            with self._meter.guest():
+                connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
+                try:
+                    await self._look(vm, connection)
+                except BaseException:
+                    await connection.close()
+                    raise
+            self._connections[vm] = connection
+            return connection
+
+    async def _look(self, vm: str, connection: Connection) -> None:
+        ready = await connection.facts()
+        self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3))
+        if abs(ready.skew) <= CLOCK_TOLERANCE:
+            return
+        try:
+            left = await connection.set_clock()
+        except FarmhandError as error:
+            if connection.closed:
+                raise
+            self._note(f"{vm}: its clock is {ready.skew:+.1f} s off and can't be set: {error.message}")
+            return
+        self._update(vm, clock_set=True)
+        self._note(f"{vm}: its clock was {ready.skew:+.1f} s off; set, {left:+.2f} s left")
+
+    async def drop(self, vm: str) -> None:
+        """Close the VM's connection, if there is one."""
+        self._offers.pop(vm, None)
+        connection = self._connections.pop(vm, None)
+        if connection is not None:
+            await connection.close()
+
+    async def drop_all(self) -> None:
+        await asyncio.gather(*(self.drop(vm) for vm in list(self._connections)))
+
+    async def source_url(self, vm: str) -> str:
+        """The source's git URL as the VM reaches it; "" without a source."""
+        if self._source is None:
+            return ""
+        if self._source.repository is None:
+            return self._source.url
+        connection = await self.connection(vm)
+        if vm not in self._offers:
+            with self._meter.guest():
+                self._offers[vm] = await connection.offer_git(
+                    self._source.repository, name=self._source.name
+                )
+        return self._offers[vm]
+
+    async def list_packages(self, vm: str) -> None:
+        """Once a boot: what is installed before the build, into a file of the record."""
+        if self.records[vm].packages:
+            return
+        connection = await self.connection(vm)
+        try:
+            with self._meter.guest():
+                text = await connection.output(_PACKAGES, timeout=120)
+        except FarmhandError as error:
+            if connection.closed:
+                raise
+            self._note(f"{vm}: its packages could not be listed: {error.message}")
+            return
+        name = f"packages-{vm}.txt"
+        replace_file(self._directory / name, text, durable=False)
+        self._update(
+            vm,
+            packages=name,
+            packages_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            packages_count=len(text.splitlines()),
+        )
+
+    # -- memory -------------------------------------------------------------------------------
+
+    async def inflate(self, vm: str) -> None:
+        """Give an idle VM its full memory before it builds."""
+        site, declared = self._site, self._site.farm.vms[vm]
+        if declared.idle_memory in (None, declared.memory) or not can_power(site, vm):
+            return
+        with self._meter.hypervisor():
+            machine = site.hypervisor_of(vm).find(site.machine(vm))
+            if machine is not None and machine.current < declared.memory:
+                await self._balloon(vm, declared.memory)
+            else:
+                self._update(vm, memory=declared.memory)
+
+    async def deflate(self, vm: str) -> None:
+        """Back to idle memory, whatever became of the build."""
+        site, declared = self._site, self._site.farm.vms[vm]
+        idle = declared.idle_memory
+        if idle is None or idle == declared.memory or not can_power(site, vm):
+            return
+        with self._meter.hypervisor():
+            try:
+                machine = site.hypervisor_of(vm).find(site.machine(vm))
+            except FarmhandError as error:
+                self._note(f"{vm}: its memory can't be looked at: {error.message}")
+                return
+            if is_on(machine) and machine is not None and machine.current != idle:
+                await self._balloon(vm, idle)
+
+    async def _balloon(self, vm: str, target: int) -> None:
+        try:
+            await in_thread(lambda: farm.balloon(self._site, vm, target))
+            if target == self._site.farm.vms[vm].memory:
+                self._update(vm, memory=target)
+        except FarmhandError as error:
+            self._note(f"{vm}: memory could not be set to {format_size(target)}: {error.message}")
+
+    # -- when things go wrong -----------------------------------------------------------------
+
+    def console(self, vm: str) -> str:
+        """The console's last lines, or ""."""
+        try:
+            log = self._site.hypervisor_of(vm).console(self._site.machine(vm)).log
+        except FarmhandError:
+            return ""
+        return tail_of(log, lines=_CONSOLE_LINES)
+
+    def state(self, vm: str) -> str:
+        """What the hypervisor says of it now, in a word, or ""."""
+        try:
+            machine = self._site.hypervisor_of(vm).find(self._site.machine(vm))
+        except FarmhandError as error:
+            return f"its hypervisor does not answer ({error.message})"
+        return "it is gone" if machine is None else f"it is {machine.power} now"
+
+
+def _proof(facts: Mapping[str, object], vm: str) -> dict[str, object]:
+    vms = facts.get("vms")
+    of_one = vms.get(vm) if isinstance(vms, dict) else None
+    proof = of_one.get("proof") if isinstance(of_one, dict) else None
+    return proof if isinstance(proof, dict) else {}
+
+
+def _proven(pristine: object) -> str:
+    return "proven by the disk store" if pristine is True else "on the word of its reset command"

@@ -1,0 +1,180 @@
+"""Which steps a cycle takes, and the plan's lines, from real reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from builds.source import Resolved, resolve
+from hypervisors.api import Power
+from inventory.autobuild import default_cycle
+from inventory.errors import NotFound, Unsupported, UsageError, WrongState
+from inventory.model import Cycle, ResetStep, RunStep, Step, TransferStep
+from inventory.sizes import format_duration, format_size
+from provision.report import Action
+
+if TYPE_CHECKING:
+    from provision.site import Site
+
+
+def cycle_of(site: Site) -> Cycle:
+    """The farm's cycle, or the Autobuild cycle where it has dev2 and prod. NotFound without either."""
+    if site.farm.cycle is not None:
+        return site.farm.cycle
+    missing = [vm for vm in ("dev2", "prod") if vm not in site.farm.vms]
+    if missing:
+        raise NotFound(
+            f"{site.name}: it has no 'cycle', and the default one is for VMs dev2 and prod",
+            remedy="write a 'cycle' with its steps, see docs/inventory.md",
+        )
+    return default_cycle()
+
+
+def vms_of(step: Step) -> tuple[str, ...]:
+    if isinstance(step, ResetStep):
+        return (step.reset,)
+    if isinstance(step, RunStep):
+        return (step.vm,)
+    return (step.source, step.to)
+
+
+def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
+    """Names of the steps to take. ``start_from`` skips those before it, ``only`` all others; both:
+    what both leave. NotFound names the nearest step."""
+    names = [step.name for step in cycle.steps]
+    for name in (*only, *((start_from,) if start_from is not None else ())):
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise NotFound(
+                f"the cycle has no step {name!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"its steps: {', '.join(names)}",
+            )
+    chosen = names[names.index(start_from) :] if start_from is not None else names
+    chosen = [name for name in chosen if not only or name in only]
+    if not chosen:
+        raise UsageError("--from and --only together leave no step")
+    return frozenset(chosen)
+
+
+def batches(steps: Iterable[Step]) -> list[list[Step]]:
+    """Steps in their order; resets that follow one another, of different VMs, side by side."""
+    result: list[list[Step]] = []
+    for step in steps:
+        last = result[-1] if result else []
+        if (
+            isinstance(step, ResetStep)
+            and last
+            and all(isinstance(s, ResetStep) and s.reset != step.reset for s in last)
+        ):
+            last.append(step)
+        else:
+            result.append([step])
+    return result
+
+
+def check(site: Site, steps: Sequence[Step]) -> None:
+    """Everything that can be known beforehand: the VMs exist, can be driven over ssh, and those not
+    reset first are running. NotFound, Unsupported, WrongState."""
+    ready: set[str] = set()
+    for step in steps:
+        for vm in vms_of(step):
+            site.vms([vm])
+            driver = site.host(vm).driver
+            if driver == "fake" and not isinstance(step, ResetStep):
+                raise Unsupported(
+                    f"{site.name}: step {step.name}: {vm} is on a fake host, where nothing can be run",
+                    remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
+                )
+            if vm in ready:
+                continue
+            ready.add(vm)
+            machine = site.hypervisor(site.farm.host_of(vm), look=True).find(site.machine(vm))
+            if machine is None:
+                raise NotFound(
+                    f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
+                )
+            if machine.power is Power.STOPPED and not isinstance(step, ResetStep):
+                raise WrongState(
+                    f"{site.name}: step {step.name} needs {vm}, which is stopped",
+                    remedy=f"./invoke start --vm {vm}",
+                )
+
+
+def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:
+    """What ``source`` and ``--revision`` mean now; None for a farm without a source."""
+    source = site.farm.source
+    if source is None:
+        if revision is not None:
+            raise UsageError(
+                f"{site.name} has no 'source', so --revision {revision} means nothing",
+                remedy="write 'source: repository:' into the farm file",
+            )
+        return None
+    return resolve(
+        site.runner,
+        source.repository,
+        revision if revision is not None else source.revision,
+        base=site.farm.path.parent,
+        sources=site.paths.root / "sources",
+        snapshot=snapshot,
+    )
+
+
+def plan_cycle(
+    site: Site,
+    *,
+    start_from: str | None = None,
+    only: Sequence[str] = (),
+    revision: str | None = None,
+) -> tuple[Action, ...]:
+    """What ``run_cycle`` would do, line by line, nothing done."""
+    cycle = cycle_of(site)
+    chosen = choose(cycle, start_from, only)
+    steps = [step for step in cycle.steps if step.name in chosen]
+    check(site, steps)
+    source = resolve_source(site, revision, snapshot=False)
+    lines: list[Action] = []
+    if source is not None:
+        if source.commit:
+            what = f"{source.short} ({source.subject})" if source.subject else source.short
+        else:
+            where = "found in the VM" if source.repository is None else "its present state"
+            what = f"{source.asked}, {where}"
+        lines.append(Action("source", "", f"build {source.shown} at {what}"))
+        lines += [Action("note", "", note) for note in source.notes]
+    inflated: set[str] = set()
+    for step in cycle.steps:
+        if step.name not in chosen:
+            lines.append(Action("skip", vms_of(step)[0], f"{step.name}: skipped"))
+            continue
+        for vm in vms_of(step):
+            declared = site.farm.vms[vm]
+            idle = declared.idle_memory
+            if isinstance(step, RunStep) and idle not in (None, declared.memory) and vm not in inflated:
+                inflated.add(vm)
+                lines.append(Action("balloon", vm, f"memory to {format_size(declared.memory)}"))
+        lines.append(Action(_verb(step), vms_of(step)[0], f"{step.name}: {describe(step)}"))
+    for vm in sorted(inflated):
+        idle = site.farm.vms[vm].idle_memory
+        assert idle is not None
+        lines.append(Action("balloon", vm, f"memory to {format_size(idle)}"))
+    lines.append(Action("record", "", f"write the build record below {site.paths.builds}"))
+    return tuple(lines)
+
+
+def describe(step: Step) -> str:
+    """What a step does, in a few words."""
+    limit = f"at most {format_duration(step.timeout)}"
+    if isinstance(step, ResetStep):
+        return f"reset to {step.to}, start, wait until its ssh answers, {limit}"
+    if isinstance(step, TransferStep):
+        return f"carry {', '.join(step.transfer)} to {step.to}:{step.into}, {limit}"
+    first = next((ln.strip() for ln in step.run[0].splitlines() if ln.strip()), "")
+    many = len(step.run) > 1 or len(step.run[0].strip().splitlines()) > 1
+    fetched = f", fetch {', '.join(step.artifacts)}" if step.artifacts else ""
+    return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}, {limit}{fetched}"
+
+
+def _verb(step: Step) -> str:
+    return {ResetStep: "reset", RunStep: "run", TransferStep: "transfer"}[type(step)]

@@ -1,0 +1,295 @@
+"""Build records: what was built from what, where, how long it took and what came out.
+
+A record is a directory ``builds/<id>/``: ``record.json`` (this module's values), ``index.html``
+(``builds.page``), a log a step, ``artifacts/``. It is written anew, atomically, after every step, so
+that a killed cycle leaves what it knew. Nothing in it is secret: directories 0755, files 0644.
+
+Times are ISO 8601 in UTC, durations seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from inventory.errors import NotFound
+from provision.files import file_error, make_directory, write_atomic
+from provision.locks import Locks
+from provision.paths import FarmPaths
+
+CYCLE_LOCK = "cycle"
+FORMAT = 1
+_NEVER_REMOVED = ("running",)
+
+Status = Literal["waiting", "running", "passed", "failed", "skipped", "interrupted"]
+"""Of a step. Skipped: by ``--from``, ``--only``, or after a failure."""
+Outcome = Literal["running", "passed", "failed", "interrupted"]
+"""Of a build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A file that went in or came out. ``path`` is relative to the record, or where it was in ``vm``."""
+
+    name: str
+    size: int
+    sha256: str
+    step: str = ""
+    vm: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    name: str
+    kind: str  # "reset", "run", "transfer"
+    vm: str
+    to: str = ""  # transfer: the VM it goes to; reset: the checkpoint
+    status: Status = "waiting"
+    started: str = ""
+    offset: float = 0.0  # seconds since the build's start
+    seconds: float = 0.0
+    limit: float = 0.0
+    exit: int | None = None
+    failure: str = ""  # its class
+    message: str = ""  # one line: what failed
+    tail: str = ""  # the last lines of the log
+    console: str = ""  # the VM's console, where the VM or its connection was lost
+    log: str = ""  # file name within the record
+    files: tuple[FileRecord, ...] = ()  # fetched or carried by it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """A VM as it was when this build first used it."""
+
+    vm: str
+    host: str = ""
+    driver: str = ""
+    template: str = ""  # generation, such as base@3
+    checkpoint: str = ""
+    pristine: bool | None = None  # its disk was that checkpoint, as the store proves; None: can't tell
+    boot_id: str = ""
+    clock_skew: float | None = None  # seconds, guest minus host, as found
+    clock_set: bool = False
+    memory: int = 0  # bytes while building
+    packages: str = ""  # file within the record: what was installed before the build
+    packages_sha256: str = ""
+    packages_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    repository: str = ""
+    asked: str = ""
+    commit: str = ""
+    tree: str = ""
+    subject: str = ""
+    previous: str = ""  # the commit of the build before
+    changed: bool | None = None  # since the build before; None: there was none, or nobody knows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRecord:
+    """One build. ``directory`` is where it lies now; not part of the JSON."""
+
+    id: str
+    farm: str
+    result: Outcome
+    started: str
+    ended: str = ""
+    seconds: float = 0.0
+    controller_seconds: float = 0.0  # neither waiting for guests nor for hypervisors
+    guest_seconds: float = 0.0  # at least one guest worked
+    hypervisor_seconds: float = 0.0  # no guest worked, but a hypervisor or disk store did
+    who: str = ""
+    pid: int = 0
+    command: str = ""
+    source: SourceRecord = SourceRecord()
+    vms: tuple[VmRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    inputs: tuple[FileRecord, ...] = ()
+    outputs: tuple[FileRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    directory: Path = Path()
+
+    @property
+    def failed_step(self) -> StepRecord | None:
+        return next((step for step in self.steps if step.status in ("failed", "interrupted")), None)
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "record.json"
+
+    @property
+    def page(self) -> Path:
+        return self.directory / "index.html"
+
+    def as_dict(self) -> dict[str, object]:
+        """As the JSON file and ``--json`` have it; ``record`` and ``page`` say where it lies."""
+        return {**self._stored(), "record": str(self.path), "page": str(self.page)}
+
+    def _stored(self) -> dict[str, object]:
+        values = dataclasses.asdict(self)
+        del values["directory"]
+        return {"format": FORMAT, **values}
+
+    def save(self, *, durable: bool = True) -> None:
+        """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
+        text = json.dumps(self._stored(), indent=1, ensure_ascii=False) + "\n"
+        replace_file(self.path, text, durable=durable)
+
+
+def replace_file(path: Path, text: str, *, durable: bool) -> None:
+    """Replace a file in one step, mode 0644. While a build runs, not ``durable``: the death of this
+    process leaves the old or the new all the same, and a disk's flush may take longer than a step."""
+    if durable:
+        write_atomic(path, text.encode())
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text)
+        part.chmod(0o644)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def new_directory(paths: FarmPaths, commit: str) -> Path:
+    """A record's own directory, its name the build's id: UTC second and short commit."""
+    make_directory(paths.builds, mode=0o755)
+    base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ") + (f"-{commit[:7]}" if commit else "")
+    number = 1
+    while True:
+        directory = paths.builds / (base if number == 1 else f"{base}.{number}")
+        try:
+            directory.mkdir(mode=0o755)
+        except FileExistsError:
+            number += 1
+            continue
+        except OSError as error:
+            raise file_error(error, directory, "make the directory") from error
+        directory.chmod(0o755)
+        return directory
+
+
+def point_last(paths: FarmPaths, build: str) -> None:
+    """``builds/last`` is the build begun last."""
+    link = paths.builds / f".last.{secrets.token_hex(4)}"
+    link.symlink_to(build)
+    link.replace(paths.builds / "last")
+
+
+def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
+    """All of a farm's records, the newest first. A directory without a readable record is passed by:
+    a cycle killed before its first step left nothing to tell. One that says it is running, though no
+    living cycle is, was interrupted."""
+    holder = Locks(paths.locks).holder(CYCLE_LOCK)
+    records = []
+    if paths.builds.is_dir():
+        for path in sorted(paths.builds.iterdir(), reverse=True):
+            if path.is_symlink() or path.name.startswith(".") or not path.is_dir():
+                continue
+            try:
+                record = _read(path)
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
+            if record.result == "running" and (holder is None or holder.pid != record.pid):
+                record = as_interrupted(record)
+            records.append(record)
+    return tuple(sorted(records, key=lambda record: (record.started, record.id), reverse=True))
+
+
+def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
+    """By id, the beginning of one, or "last". NotFound, naming the nearest."""
+    records = load_records(paths)
+    if not records:
+        raise NotFound(f"farm {paths.farm} has no build record", remedy="./invoke cycle makes one")
+    if build == "last":
+        return records[0]
+    found = [record for record in records if record.id == build]
+    found = found or [record for record in records if record.id.startswith(build)]
+    if len(found) == 1:
+        return found[0]
+    names = [record.id for record in records]
+    near = [r.id for r in found[:3]] or get_close_matches(build, names, 3, 0.5) or names[:3]
+    raise NotFound(
+        f"farm {paths.farm} has {'several builds' if found else 'no build'} {build!r}",
+        remedy=f"perhaps {' or '.join(near)}",
+    )
+
+
+def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:
+    """Remove what is more than ``keep``: old successful builds first, failed ones last, the current
+    one never. Returns the ids removed."""
+    for rest in paths.builds.glob(".trash-*"):  # from a killed one
+        shutil.rmtree(rest, ignore_errors=True)
+    records = [r for r in load_records(paths) if r.id != current and r.result not in _NEVER_REMOVED]
+    surplus = len(records) + 1 - keep
+    if surplus <= 0:
+        return ()
+    oldest_first = sorted(records, key=lambda record: (record.result != "passed", record.started))
+    gone = tuple(record.id for record in oldest_first[:surplus])
+    for build in gone:
+        trash = paths.builds / f".trash-{build}"
+        (paths.builds / build).rename(trash)  # one step: nobody meets half a record
+        shutil.rmtree(trash, ignore_errors=True)
+    return gone
+
+
+def as_interrupted(record: BuildRecord) -> BuildRecord:
+    """A record whose cycle was killed, as it should read."""
+    steps = tuple(
+        dataclasses.replace(step, status="interrupted" if step.status == "running" else "skipped")
+        if step.status in ("running", "waiting")
+        else step
+        for step in record.steps
+    )
+    note = "the cycle was killed: nothing was written after this"
+    return dataclasses.replace(
+        record, result="interrupted", steps=steps, notes=(*record.notes, note)
+    )  # fmt: skip
+
+
+def _read(directory: Path) -> BuildRecord:
+    data = json.loads((directory / "record.json").read_text())
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{directory}: written by another version")
+    return BuildRecord(
+        **{
+            **_known(BuildRecord, data),
+            "source": SourceRecord(**_known(SourceRecord, data["source"])),
+            "vms": tuple(VmRecord(**_known(VmRecord, vm)) for vm in data["vms"]),
+            "steps": tuple(
+                StepRecord(**{**_known(StepRecord, step), "files": _files(step["files"])})
+                for step in data["steps"]
+            ),
+            "inputs": _files(data["inputs"]),
+            "outputs": _files(data["outputs"]),
+            "notes": tuple(data["notes"]),
+            "directory": directory,
+        }
+    )
+
+
+def _files(data: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
+    return tuple(FileRecord(**_known(FileRecord, file)) for file in data)
+
+
+def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a newer version may have added."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in data.items() if name in names}

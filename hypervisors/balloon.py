@@ -1,0 +1,101 @@
+"""Ballooning through libvirt: ask, then wait for what the guest itself says it reached.
+
+``setMemory`` returns at once, and also when nobody in the guest listens. What counts is in
+``memoryStats``, kept fresh by the definition's ``<stats period='1'/>``: ``actual`` is the balloon's
+size as the guest's driver reported it, ``last_update`` is 0 until a driver has answered.
+
+The floor. A guest that is squeezed under what it uses starts swapping, then killing, then panics. What
+it needs now is what it has (``actual``) less what it could give without swapping (``usable``, the
+guest's MemAvailable; ``unused``, its MemFree, where an old guest doesn't tell). On top comes a
+reserve of a sixteenth of its maximum, at least 32 MiB, for what is asked for between two looks.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from hypervisors.api import StepFn
+from inventory.errors import TimedOut, Unsupported, UsageError, WrongState
+from inventory.sizes import format_size
+
+if TYPE_CHECKING:
+    import libvirt
+
+_MIB = 2**20
+_RESERVE = 32 * _MIB
+_CLOSE_ENOUGH = _MIB  # the balloon works in pages; libvirt rounds to KiB
+_DRIVER_PATIENCE = 5.0  # seconds for a driver to answer: it is asked every second
+_LOOK = 0.1
+_EVENT_PATIENCE = 1.5
+
+
+def floor(stats: dict[str, int], maximum: int) -> int | None:
+    """Bytes below which this guest is not squeezed; None while it hasn't told enough."""
+    spare = stats.get("usable", stats.get("unused"))
+    if spare is None:
+        return None
+    need = (stats["actual"] - spare) * 1024
+    return need + max(_RESERVE, maximum // 16)
+
+
+def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn) -> int:
+    """As ``Hypervisor.balloon``. On TimedOut the target becomes what was reached, so that the guest
+    is not pressed any further."""
+    import libvirt
+
+    if not domain.isActive():
+        raise WrongState(
+            f"{name} is stopped: only a running guest's memory can change", remedy="start it"
+        )
+    maximum = domain.maxMemory() * 1024
+    if target > maximum:
+        raise UsageError(
+            f"{name} can't have {format_size(target)}: its maximum is {format_size(maximum)}",
+            remedy="raise 'memory' in the farm file; it takes effect when the VM is stopped and started",
+        )
+    limit = time.monotonic() + timeout
+    stats = _listening(domain, name, min(timeout, _DRIVER_PATIENCE))
+    least = floor(stats, maximum)
+    if target < stats["actual"] * 1024 and least is not None and target < least:
+        raise UsageError(
+            f"{name} can't go down to {format_size(target)}: with what it uses now it needs "
+            f"{format_size(-(-least // _MIB) * _MIB)}",
+            remedy="ask for more, or end programs in the guest first",
+        )
+    step(f"set the memory of {name} to {format_size(target)}")
+    domain.setMemoryFlags(target // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    while True:
+        reached: int = domain.memoryStats()["actual"] * 1024
+        if abs(reached - target) < _CLOSE_ENOUGH:
+            _wait_for_libvirt(domain, reached)
+            return reached
+        if time.monotonic() >= limit:
+            domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            raise TimedOut(
+                f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
+                remedy="the guest gives no more now: end programs in it, or ask for less",
+            )
+        time.sleep(_LOOK)
+
+
+def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[str, int]:
+    limit = time.monotonic() + patience
+    while True:
+        stats: dict[str, int] = domain.memoryStats()
+        if stats.get("last_update", 0) != 0:
+            return stats
+        if time.monotonic() >= limit:
+            raise Unsupported(
+                f"{name}: no balloon driver answers in the guest",
+                remedy="load virtio_balloon in it (modprobe virtio_balloon), or wait for its boot",
+            )
+        time.sleep(_LOOK)
+
+
+def _wait_for_libvirt(domain: libvirt.virDomain, reached: int) -> None:
+    """QEMU tells libvirt of the change in an event, at most one a second; what ``find`` reports (with
+    no question to the guest's QEMU, so it never waits for one) is right from then on."""
+    limit = time.monotonic() + _EVENT_PATIENCE
+    while abs(domain.info()[2] * 1024 - reached) >= _CLOSE_ENOUGH and time.monotonic() < limit:
+        time.sleep(_LOOK / 4)

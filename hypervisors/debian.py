@@ -1,0 +1,348 @@
+"""Builds a bootable Debian disk from Debian's packages, with no loop device, mount or boot of it.
+
+mmdebstrap makes the root file system (as root directly; as an ordinary user in a user namespace), mke2fs
+fills an ext4 file system from it (inside fakeroot for an ordinary user), GRUB's core image goes into the
+gap before the first partition. The recipe is data, see templates/recipes/.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hypervisors.images import convert
+from hypervisors.run import Runner, which
+from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+PACKAGES = (
+    "mmdebstrap", "fakeroot", "uidmap", "e2fsprogs", "fdisk", "grub-pc-bin", "grub-common", "qemu-utils",
+)  # fmt: skip
+"""Debian packages that hold the commands used here."""
+_SCRATCH = Path("/var/tmp")  # noqa: S108 (mkdtemp makes what is used there)
+_ROOM = 3 * 2**30  # root file system twice, raw disk, qcow2: 2.6 GB with the recipe that ships
+_FIRSTBOOT = TEMPLATES / "firstboot"
+_INSTALLED = {  # of templates/firstboot/, where in the root, mode
+    "firstboot": ("usr/lib/farmhand/firstboot", 0o755),
+    "resolv": ("usr/lib/farmhand/resolv", 0o755),
+    "initramfs-hook": ("etc/initramfs-tools/hooks/farmhand", 0o755),
+    "initramfs-boot": ("etc/initramfs-tools/scripts/farmhand", 0o644),
+    "customize.sh": ("usr/lib/farmhand/build/customize", 0o755),
+}
+# What of the machine's own apt settings says how its packages are reached.
+_APT = re.compile(r"Acquire::(https?|ftp|Retries|ForceIPv[46]|Check-Valid-Until|Max-FutureTime)\b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What goes into a Debian template. ``logins``: further logins and their public keys."""
+
+    name: str
+    suite: str
+    variant: str
+    kernel: str
+    packages: tuple[str, ...]
+    exclude: tuple[str, ...]
+    cmdline: str
+    enable: tuple[str, ...]
+    generators: tuple[str, ...]
+    mask: tuple[str, ...]
+    logins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def digest(self, size: int) -> str:
+        """Changes with anything that would make another disk of ``size`` bytes, save newer packages."""
+        digest = hashlib.sha256(json.dumps([asdict(self), size], sort_keys=True).encode())
+        for path in sorted(p for p in _FIRSTBOOT.rglob("*") if p.is_file() or p.is_symlink()):
+            digest.update(str(path.relative_to(_FIRSTBOOT)).encode())
+            digest.update(str(path.readlink()).encode() if path.is_symlink() else path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def load_recipe(
+    name: str, *, packages: Sequence[str] = (), logins: Mapping[str, Sequence[str]] | None = None
+) -> Recipe:
+    """A recipe of templates/recipes/, with a farm's own packages and logins. NotFound, naming those
+    there are."""
+    import yaml
+
+    directory = TEMPLATES / "recipes"
+    path = directory / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in directory.glob("*.yaml")))
+        raise NotFound(f"no recipe {name!r}", remedy=f"known recipes: {known}")
+    with path.open(encoding="utf-8") as file:
+        data = yaml.load(file, yaml.CBaseLoader)  # noqa: S506 (the base loader makes text of everything)
+    lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+    recipe = Recipe(name=name, **{**data, **lists})
+    return replace(
+        recipe,
+        packages=tuple(dict.fromkeys((*recipe.packages, *packages))),
+        logins=tuple(sorted((login, tuple(keys)) for login, keys in (logins or {}).items())),
+    )
+
+
+def build_image(
+    runner: Runner, recipe: Recipe, *, size: int, out: Path, packages: Path, log: Path
+) -> None:
+    """Make ``out``, a qcow2 disk of ``size`` bytes, and ``packages``, its packages with their versions.
+    Takes a minute or two. What is made on the way is in ``out``'s directory, in temporary files and
+    directories of its own, and goes whatever happens; all output goes to ``log``.
+
+    NoSpace, Unsupported (this user or machine can't), CommandFailed naming the log."""
+    if size % 2**20 or size < 2**30:
+        raise UsageError(f"a template's size is whole MiB, 1 GiB at least, not {size} bytes")
+    tools = {name: _tool(name, package) for name, package in _TOOLS.items()}
+    root = os.geteuid() == 0
+    work = Path(tempfile.mkdtemp(prefix=".build-", dir=out.parent))
+    # an ordinary user's namespace must be able to pass through, which a home directory may forbid
+    scratch = work if root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir=_SCRATCH))
+    try:
+        _need_room(work)
+        if not root:
+            scratch.chmod(0o711)
+            _need_room(scratch)
+            _check_unshare(runner)
+        tree, mode = work / "root.tar", "root" if root else "unshare"
+        _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log)
+        core = work / "core.img"
+        early = work / "grub.cfg"
+        early.write_text(
+            f"linux (hd0,msdos1)/vmlinuz {recipe.cmdline}\ninitrd (hd0,msdos1)/initrd.img\nboot\n",
+            encoding="utf-8",
+        )
+        runner.change(
+            tools["grub-mkimage"], "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-c", early,
+            "-o", core, "biosdisk", "part_msdos", "ext2", "linux", log=log,
+        )  # fmt: skip
+        disk = work / "disk.raw"
+        fakeroot = () if root else (tools["fakeroot"], "--")
+        runner.change(
+            *fakeroot, "sh", "-eu", _FIRSTBOOT / "make-disk.sh", tree, disk, str(size // 2**20), core,
+            _GRUB / "boot.img", log=log,
+        )  # fmt: skip
+        convert(runner, disk, out, format="raw")
+    except CommandFailed as error:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        raise CommandFailed(
+            f"{error.message}", argv=error.argv, status=error.status, stderr=error.stderr,
+            remedy=f"the whole output is in {log}; a mirror out of reach is the usual cause",
+            detail="\n".join(text.splitlines()[-15:]),
+        ) from error  # fmt: skip
+    finally:
+        for directory in {work, scratch}:
+            remove_build(runner, directory)
+
+
+def remove_build(runner: Runner, directory: Path) -> None:
+    """Remove a build's directory, of a killed one too: as an ordinary user, files in it may belong to
+    the ids of the user's namespace."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists() and os.geteuid() != 0:
+        runner.change("mmdebstrap", "--unshare-helper", "rm", "-rf", directory, ok=range(256))
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def stale_scratch() -> tuple[Path, ...]:
+    """This user's scratch directories outside the cache, for whoever holds the build lock to remove."""
+    if os.geteuid() == 0:
+        return ()
+    found = _SCRATCH.glob(f"farmhand-{os.getuid()}-*")
+    return tuple(path for path in found if path.stat().st_uid == os.getuid())
+
+
+_GRUB = Path("/usr/lib/grub/i386-pc")
+_TOOLS = {
+    "mmdebstrap": "mmdebstrap", "fakeroot": "fakeroot", "mke2fs": "e2fsprogs", "sfdisk": "fdisk",
+    "grub-mkimage": "grub-common", "qemu-img": "qemu-utils",
+}  # fmt: skip
+
+
+def _tool(name: str, package: str) -> str:
+    found = which(name)
+    if not found:
+        raise Unsupported(f"{name} is missing", remedy=f"apt-get install {package}")
+    if not (_GRUB / "boot.img").exists():
+        raise Unsupported("GRUB's BIOS images are missing", remedy="apt-get install grub-pc-bin")
+    return found
+
+
+def _need_room(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < _ROOM:
+        raise NoSpace(
+            f"building a template takes {_ROOM >> 30} GiB in {directory.parent}, "
+            f"{free / 2**30:.1f} are free",
+            remedy=f"make room on the file system of {directory.parent}",
+        )
+
+
+def _check_unshare(runner: Runner) -> None:
+    """An ordinary user needs a user namespace and a range of ids for it: say which one is missing."""
+    user = getpass.getuser()
+    if not which("newuidmap"):
+        raise Unsupported("an ordinary user's build needs newuidmap", remedy="apt-get install uidmap")
+    for file in (Path("/etc/subuid"), Path("/etc/subgid")):
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if not any(line.split(":")[0] in (user, str(os.getuid())) for line in lines):
+            raise Unsupported(
+                f"{file} gives {user} no ids of its own, which an ordinary user's build needs",
+                remedy="as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 "
+                + user,
+            )
+    probe = runner.read("mmdebstrap", "--unshare-helper", "true", ok=range(256))
+    if probe.status:
+        lines = probe.stderr.strip().splitlines() or [""]
+        raise Unsupported(
+            f"user namespaces don't work for {user} here: {lines[-1]}",
+            remedy="as root: sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000; "
+            "or build as root",
+        )
+
+
+def _bootstrap(
+    runner: Runner,
+    recipe: Recipe,
+    work: Path,
+    scratch: Path,
+    tree: Path,
+    mode: str,
+    packages: Path,
+    log: Path,
+) -> None:
+    overlay = work / "overlay.tar"
+    _write_overlay(recipe, overlay)
+    wanted = ",".join((*recipe.packages, recipe.kernel))
+    argv: list[str | Path] = [
+        # ended with us, though we be killed: it runs in a session of its own
+        "setpriv", "--pdeathsig", "TERM", "--",
+        "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
+        f"--include={wanted}",
+        "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
+        "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in recipe.exclude),
+        # licences stay readable
+        "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+    ]  # fmt: skip
+    settings = _apt_settings(runner)
+    if settings:
+        (work / "apt.conf").write_text(settings, encoding="utf-8")
+        argv.append(f"--aptopt={work / 'apt.conf'}")
+    argv += [
+        f"--customize-hook=tar-in {shlex.quote(str(overlay))} /",
+        '--customize-hook=chroot "$1" /usr/lib/farmhand/build/customize',
+        f"--customize-hook=download /usr/lib/farmhand/packages {shlex.quote(str(packages))}",
+        recipe.suite,
+        tree,
+        *_write_sources(recipe.suite, work),
+    ]
+    settled = {"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"}
+    runner.change(*argv, timeout=1800, log=log, env=settled)
+
+
+def _write_overlay(recipe: Recipe, out: Path) -> None:
+    """All files of ours that go into the root, owned by root whoever builds."""
+    settings = {
+        "FARMHAND_MASK": " ".join(recipe.mask),
+        "FARMHAND_ENABLE": " ".join(recipe.enable),
+        "FARMHAND_GENERATORS": " ".join(recipe.generators),
+    }
+    text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items())
+    build = "usr/lib/farmhand/build"
+    with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
+
+        def add(name: str, data: bytes, mode: int) -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), mode
+            tar.addfile(info, io.BytesIO(data))
+
+        made: set[str] = set()
+
+        def parents(name: str) -> None:
+            for parent in reversed(Path(name).parents[:-1]):
+                if str(parent) not in made:
+                    made.add(str(parent))
+                    info = tarfile.TarInfo(str(parent))
+                    info.type, info.mode = tarfile.DIRTYPE, 0o755
+                    tar.addfile(info)
+
+        files = [
+            (name, (_FIRSTBOOT / own).read_bytes(), mode) for own, (name, mode) in _INSTALLED.items()
+        ]
+        files.append((f"{build}/settings", text.encode(), 0o644))
+        for login, keys in recipe.logins:
+            files.append((f"{build}/keys/{login}", "".join(f"{key}\n" for key in keys).encode(), 0o600))
+        for path in sorted((_FIRSTBOOT / "files").rglob("*")):
+            name = str(path.relative_to(_FIRSTBOOT / "files"))
+            if path.is_symlink():
+                parents(name)
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = tarfile.SYMTYPE, str(path.readlink())
+                tar.addfile(info)
+            elif path.is_file():
+                files.append((name, path.read_bytes(), 0o644))
+        for name, data, mode in files:
+            parents(name)
+            add(name, data, mode)
+
+
+def _apt_settings(runner: Runner) -> str:
+    """How this machine reaches its packages (proxies, certificates, patience), for mmdebstrap's apt;
+    customize.sh removes it from the template."""
+    if not which("apt-config"):
+        return ""
+    dump = runner.read("apt-config", "dump").stdout
+    lines = [line for line in dump.splitlines() if _APT.match(line)]
+    lines += [
+        f'Dir::Etc::{name} "{path}";'
+        for name, path in (("netrc", "/etc/apt/auth.conf"), ("netrcparts", "/etc/apt/auth.conf.d"))
+        if os.access(path, os.R_OK)
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _write_sources(suite: str, work: Path, etc: Path = Path("/etc/apt")) -> list[Path]:
+    """Files with this machine's own sources for ``suite``; none: mmdebstrap uses Debian's own mirror.
+    Only Debian's (component main): a third party's repository has no place in a template."""
+    lines: list[str] = []
+    for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*.list"))]:
+        if path.is_file():
+            lines += [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if re.match(rf"deb\s.*\s{re.escape(suite)}(-updates|-security|/updates)?\s+main\b", line)
+            ]
+    stanzas: list[str] = []
+    for path in sorted((etc / "sources.list.d").glob("*.sources")):
+        for stanza in re.split(r"\n\s*\n", path.read_text(encoding="utf-8", errors="replace")):
+            fields = {
+                key.lower(): value.split()
+                for key, value in re.findall(r"^([A-Za-z-]+):[ \t]*(.*)$", stanza, re.MULTILINE)
+            }
+            suites = fields.get("suites", ())
+            if (
+                suites
+                and all(re.fullmatch(rf"{re.escape(suite)}(-updates|-security)?", s) for s in suites)
+                and "deb" in fields.get("types", ())
+                and "main" in fields.get("components", ())
+                and fields.get("enabled", ["yes"])[0] != "no"
+            ):
+                stanzas.append(stanza.strip("\n"))
+    found = []
+    # updates alone would not do
+    main = re.compile(rf"(^deb\s.*|^Suites:.*)\s{re.escape(suite)}(\s|$)", re.MULTILINE)
+    if any(main.search(text) for text in (*lines, *stanzas)):
+        for name, texts, joint in (("host.list", lines, "\n"), ("host.sources", stanzas, "\n\n")):
+            if texts:
+                (work / name).write_text(joint.join(texts) + "\n", encoding="utf-8")
+                found.append(work / name)
+    return found

@@ -1,0 +1,175 @@
+"""A machine as libvirt's domain XML, and back (https://libvirt.org/formatdomain.html).
+
+Built and read with ElementTree only: no name of the farm file is ever pasted into a string.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+
+MARK_URI = "urn:farmhand:machine:1"
+MARK_KEY = "farmhand"
+START_URI = "urn:farmhand:start:1"
+START_KEY = "farmhand-start"
+_QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
+_NETDEV = "fh0"
+_FORWARD = re.compile(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-")
+
+ET.register_namespace("farmhand", MARK_URI)
+ET.register_namespace("farmhand-start", START_URI)
+ET.register_namespace("qemu", _QEMU_URI)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a definition says of itself. ``owner`` None: no mark of ours."""
+
+    uuid: str
+    owner: Owner | None
+    spec_hash: str
+    template: str
+    memory: int
+    vcpus: int
+    mac: str
+    disk: Path | None
+    console_log: Path | None
+    ports: tuple[int, ...]
+    started: datetime | None
+
+
+def domain_xml(
+    spec: MachineSpec, disk: Path, disk_format: str, template: str, *, kvm: bool, uuid: str = ""
+) -> str:
+    """The whole definition. ``kvm``: else QEMU emulates. ``uuid``: of the one it replaces.
+
+    The disk's cache mode is "unsafe": QEMU hands the guest's writes to the host's page cache and
+    leaves out the fsyncs, which makes package installs several times faster. What it gives up is the
+    *present* disk's content after a power cut of the host, and a build VM's present disk is what the
+    next reset throws away. What must outlast a power cut does: templates and checkpoints are synced
+    by the disk store before they get their names, a swap is durable, and the driver syncs the disk of
+    a guest that was shut down. A killed QEMU loses nothing that it reported as written."""
+    domain = ET.Element("domain", type="kvm" if kvm else "qemu")
+    _text(domain, "name", spec.name)
+    if uuid:
+        _text(domain, "uuid", uuid)
+    metadata = ET.SubElement(domain, "metadata")
+    mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
+    mark.attrib.update(farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template)
+    _text(domain, "memory", str(spec.memory // 1024), unit="KiB")
+    _text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
+    _text(domain, "vcpu", str(spec.vcpus))
+    system = ET.SubElement(domain, "os")
+    _text(system, "type", "hvm", arch="x86_64", machine="pc")
+    if spec.kernel:
+        _text(system, "kernel", str(spec.kernel))
+        if spec.initrd:
+            _text(system, "initrd", str(spec.initrd))
+        _text(system, "cmdline", spec.cmdline)
+    else:
+        ET.SubElement(system, "boot", dev="hd")
+    ET.SubElement(ET.SubElement(domain, "features"), "acpi")
+    # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
+    ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
+    ET.SubElement(domain, "clock", offset="utc")
+    _text(domain, "on_poweroff", "destroy")
+    _text(domain, "on_reboot", "restart")
+    _text(domain, "on_crash", "destroy")  # a crashed guest stays stopped, for somebody to look at
+    devices = ET.SubElement(domain, "devices")
+    _disk(devices, disk, disk_format, "vda", readonly=False)
+    if spec.seed:
+        # On virtio, not as a CD drive: the smallest kernels have no ATAPI. NoCloud goes by the label.
+        _disk(devices, spec.seed, "raw", "vdb", readonly=True)
+    ET.SubElement(devices, "controller", type="usb", model="none")
+    serial = ET.SubElement(devices, "serial", type="pty")
+    if spec.console_log:
+        ET.SubElement(serial, "log", file=str(spec.console_log), append="on")
+    balloon = ET.SubElement(devices, "memballoon", model="virtio")
+    ET.SubElement(balloon, "stats", period="1")
+    rng = ET.SubElement(devices, "rng", model="virtio")
+    _text(rng, "backend", "/dev/urandom", model="random")
+    _nic(domain, devices, spec.nic)
+    return ET.tostring(domain, encoding="unicode")
+
+
+def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
+    ET.SubElement(parent, tag, attributes).text = text
+
+
+def _disk(devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool) -> None:
+    disk = ET.SubElement(devices, "disk", type="file", device="disk")
+    if path.parts[:2] == ("/", "dev"):
+        disk.set("type", "block")
+    driver = ET.SubElement(disk, "driver", name="qemu", type=form)
+    if not readonly:
+        driver.attrib.update(cache="unsafe", discard="unmap")
+    source = ET.SubElement(disk, "source")
+    source.set("dev" if disk.get("type") == "block" else "file", str(path))
+    # libvirt would give the file, and a template below it, to QEMU's user and back to root: the
+    # store has already given it the overlay, and templates are readable by all.
+    ET.SubElement(source, "seclabel", model="dac", relabel="no")
+    ET.SubElement(disk, "target", dev=target, bus="virtio")
+    if readonly:
+        ET.SubElement(disk, "readonly")
+
+
+def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
+    if nic.mode == "user":
+        # libvirt 9's own user interface knows no port forwards.
+        forwards = "".join(f",hostfwd=tcp:127.0.0.1:{f.host}-:{f.guest}" for f in nic.forwards)
+        reach = "off" if nic.internet else "on"
+        arguments = [
+            "-netdev", f"user,id={_NETDEV},restrict={reach}{forwards}",
+            "-device", f"virtio-net-pci,netdev={_NETDEV},mac={nic.mac},romfile=,addr=0x1e",
+        ]  # fmt: skip
+        line = ET.SubElement(domain, f"{{{_QEMU_URI}}}commandline")
+        for argument in arguments:
+            ET.SubElement(line, f"{{{_QEMU_URI}}}arg", value=argument)
+        return
+    interface = ET.SubElement(devices, "interface", type=nic.mode)
+    ET.SubElement(interface, "mac", address=nic.mac)
+    ET.SubElement(interface, "source", {nic.mode: nic.target})
+    ET.SubElement(interface, "model", type="virtio")
+    ET.SubElement(interface, "rom", enabled="no")
+
+
+def start_mark(when: datetime) -> str:
+    """The element that a running machine carries beside its definition's mark; libvirt itself puts it
+    into the namespace that virDomainSetMetadata names."""
+    return ET.tostring(ET.Element("start", at=when.isoformat()), encoding="unicode")
+
+
+def read_domain(text: str) -> Seen:
+    """Of any domain, ours or not."""
+    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
+    start = domain.find(f"metadata/{{{START_URI}}}start")
+    arguments = [
+        a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
+    ]
+    mac = domain.find("devices/interface/mac")
+    devices = [a for a in arguments if a.startswith("virtio-net-pci,") and "mac=" in a]
+    fallback = devices[0].partition("mac=")[2].partition(",")[0] if devices else ""
+    disk = domain.find("devices/disk[@device='disk']/source")
+    log = domain.find("devices/serial/log")
+    memory = domain.find("memory")
+    place = (disk.get("file") or disk.get("dev")) if disk is not None else None
+    log_file = log.get("file") if log is not None else None
+    return Seen(
+        uuid=domain.findtext("uuid", ""),
+        owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
+        spec_hash=mark.get("spec", "") if mark is not None else "",
+        template=mark.get("template", "") if mark is not None else "",
+        memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
+        vcpus=int(domain.findtext("vcpu") or 0),
+        mac=(mac.get("address") or "") if mac is not None else fallback,
+        disk=Path(place) if place else None,
+        console_log=Path(log_file) if log_file else None,
+        ports=tuple(int(p) for a in arguments for p in _FORWARD.findall(a)),
+        started=datetime.fromisoformat(start.get("at", "")) if start is not None else None,
+    )

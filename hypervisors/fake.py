@@ -1,0 +1,469 @@
+"""A hypervisor and a disk store in memory, that ship: ``driver: fake`` lets an admin try every command
+out, and the contract's tests hold both to the same behaviour as the real ones.
+
+With a state file all processes see the same machines: each call reads it, works on it and writes it
+back (atomically) under a flock. Guests do not exist; a running machine's balloon always obeys, down to
+a floor of a quarter of its maximum. ``write`` stands for a guest that writes to its disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hypervisors.api import (
+    Capabilities,
+    Capacity,
+    Checkpoint,
+    Console,
+    Disk,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Owner,
+    Power,
+    StepFn,
+    Template,
+    no_step,
+    spec_hash,
+)
+from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.sizes import format_size
+
+_TOTAL = 2**40
+_RESERVE = 2**28
+_FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
+
+
+@dataclass(slots=True)
+class _FakeDisk:
+    owner: Owner
+    size: int
+    template: str
+    base: str
+    content: bytes
+    checkpoints: dict[str, tuple[datetime, bytes]]  # oldest first; clean is the template
+
+
+@dataclass(slots=True)
+class _FakeMachine:
+    machine: Machine
+    spec: MachineSpec | None
+
+
+@dataclass(slots=True)
+class _World:
+    templates: dict[str, tuple[Template, bytes]] = field(default_factory=dict)
+    disks: dict[str, _FakeDisk] = field(default_factory=dict)
+    machines: dict[str, _FakeMachine] = field(default_factory=dict)
+
+
+class _Store:
+    """A world in memory, or in a file shared by processes. ``change`` writes back only on success."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._world = _World()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[_World]:
+        with self._lock, self._shared() as outermost:
+            yield self._world
+            if outermost and self.path:
+                fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+                fresh.write_bytes(pickle.dumps(self._world))
+                fresh.replace(self.path)
+
+    @contextlib.contextmanager
+    def _shared(self) -> Iterator[bool]:
+        """True for the outermost use by this thread, which reads the file and will write it."""
+        if self._depth or self.path is None:
+            yield False
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self._depth += 1
+            try:
+                # Our own file, in the farm's own state directory (0700): as trusted as the code.
+                self._world = pickle.loads(self.path.read_bytes())  # noqa: S301
+            except FileNotFoundError:
+                self._world = _World()
+            yield True
+        finally:
+            self._depth -= 1
+            os.close(handle)
+
+
+class FakeDisks:
+    """Implements ``hypervisors.api.Disks``."""
+
+    def __init__(
+        self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
+    ) -> None:
+        self._farm = farm
+        self.store = _Store(state)
+        self._step = step
+        self._reserve = reserve
+
+    def seal(self, image: Path, template: Template) -> Template:
+        with self.store.change() as world:
+            if template.label in world.templates:
+                raise Conflict(
+                    f"template {template.label} exists already", remedy="seal the next generation"
+                )
+            data = image.read_bytes()
+            self._step(f"seal template {template.label}")
+            done = replace(template, ref=template.label, sha256=hashlib.sha256(data).hexdigest())
+            world.templates[template.label] = (done, data)
+        image.unlink()
+        return done
+
+    def templates(self) -> Sequence[Template]:
+        with self.store.change() as world:
+            found = [template for template, _ in world.templates.values()]
+        return sorted(found, key=lambda t: (t.name, t.generation))
+
+    def remove_template(self, label: str) -> None:
+        with self.store.change() as world:
+            if label not in world.templates:
+                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            if users := sorted(name for name, disk in world.disks.items() if disk.template == label):
+                raise WrongState(
+                    f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
+                )
+            self._step(f"remove template {label}")
+            del world.templates[label]
+
+    def find(self, machine: str) -> Disk | None:
+        with self.store.change() as world:
+            disk = world.disks.get(machine)
+            return self._seen(machine, disk) if disk else None
+
+    def list(self) -> Sequence[Disk]:
+        with self.store.change() as world:
+            return [
+                self._seen(n, d) for n, d in sorted(world.disks.items()) if d.owner.farm == self._farm
+            ]
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        with self.store.change() as world:
+            if size < template.size:
+                raise UsageError(
+                    f"{machine}: {format_size(size)} is smaller than template {template.label}"
+                )
+            if self.capacity().free < self._reserve:
+                raise NoSpace(f"no room for the disk of {machine}", remedy="./invoke gc")
+            if template.label not in world.templates:
+                raise NotFound(
+                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                )
+            if machine in world.disks:
+                raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+            self._step(f"clone the disk of {machine} from {template.label}")
+            clean = (datetime.now(UTC), b"")
+            world.disks[machine] = _FakeDisk(owner, size, template.label, "clean", b"", {"clean": clean})
+            return self._seen(machine, world.disks[machine])
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            if name in disk.checkpoints:
+                raise Conflict(
+                    f"{machine} has a checkpoint {name} already", remedy="give it another name"
+                )
+            self._step(f"freeze the disk of {machine} as {name}")
+            made = datetime.now(UTC)
+            disk.checkpoints[name] = (made, disk.content)
+            disk.base = name
+            return Checkpoint(name=name, created=made)
+
+    def restore(self, machine: str, name: str) -> Disk:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            if name not in disk.checkpoints:
+                raise NotFound(
+                    f"{machine} has no checkpoint {name}",
+                    remedy=f"it has: {', '.join(disk.checkpoints)}",
+                )
+            self._step(f"swap in a fresh disk of {machine} from {name}")
+            disk.content, disk.base = disk.checkpoints[name][1], name
+            return self._seen(machine, disk)
+
+    def pristine(self, machine: str, name: str) -> bool:
+        with self.store.change() as world:
+            disk = self._ours(world, machine)
+            return disk.base == name and disk.content == disk.checkpoints[name][1]
+
+    def destroy(self, machine: str) -> None:
+        with self.store.change() as world:
+            if machine in world.disks:
+                self._ours(world, machine)
+                self._step(f"remove the disk of {machine}")
+                del world.disks[machine]
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """A change is written whole or not at all, so nothing half-made stays."""
+        return ()
+
+    def discard(self, leftover: Leftover) -> None:
+        raise NotFound(f"there is no leftover {leftover.ref}")
+
+    def capacity(self) -> Capacity:
+        with self.store.change() as world:
+            used = sum(len(d.content) for d in world.disks.values()) + sum(
+                t.size for t, _ in world.templates.values()
+            )
+        return Capacity(_TOTAL, _TOTAL - used)
+
+    def write(self, machine: str, content: bytes) -> None:
+        """What a guest would have written since the template."""
+        with self.store.change() as world:
+            self._ours(world, machine).content = content
+
+    def content(self, machine: str) -> bytes:
+        """What a guest would read back."""
+        with self.store.change() as world:
+            return self._ours(world, machine).content
+
+    def _ours(self, world: _World, machine: str) -> _FakeDisk:
+        disk = world.disks.get(machine)
+        if disk is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        if disk.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
+        return disk
+
+    def _seen(self, machine: str, disk: _FakeDisk) -> Disk:
+        return Disk(
+            machine=machine,
+            owner=disk.owner,
+            path=Path("/nonexistent/fake", machine),
+            format="raw",
+            size=disk.size,
+            used=len(disk.content),
+            template=disk.template,
+            base=disk.base,
+            checkpoints=tuple(Checkpoint(name=n, created=c) for n, (c, _) in disk.checkpoints.items()),
+        )
+
+
+class FakeHypervisor:
+    """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
+
+    def __init__(
+        self, farm: str, disks: FakeDisks, state: Path | None, *, step: StepFn = no_step
+    ) -> None:
+        self._farm = farm
+        self._disks = disks
+        # one file for both is one lock for both
+        self._store = disks.store if state == disks.store.path else _Store(state)
+        self._step = step
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            driver="fake",
+            accelerated=False,
+            power=True,
+            reset=True,
+            linked_clones=True,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=False,
+            notes=("simulated: no machine runs",),
+        )
+
+    def find(self, name: str) -> Machine | None:
+        with self._store.change() as world:
+            fake = world.machines.get(name)
+            return fake.machine if fake else None
+
+    def list(self) -> Sequence[Machine]:
+        with self._store.change() as world:
+            machines = [fake.machine for _, fake in sorted(world.machines.items())]
+        return [m for m in machines if m.owner and m.owner.farm == self._farm]
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        with self._store.change() as world:
+            if existing := world.machines.get(spec.name):
+                owner = existing.machine.owner
+                if owner is None or owner.farm != self._farm:
+                    raise NotOurs(f"{spec.name} exists and is not of farm {self._farm}")
+                raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
+            disk = self._disks.find(spec.name)
+            if disk is not None and not self._disks.pristine(spec.name, disk.base):
+                raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy="./invoke gc")
+            if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
+                self._disks.destroy(spec.name)
+                disk = None
+            made = disk is None
+            if disk is None:
+                disk = self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
+            try:
+                self._step(f"define {spec.name}")
+            except BaseException:
+                if made:
+                    self._disks.destroy(spec.name)
+                raise
+            machine = self._from(spec, disk.path, template.label)
+            world.machines[spec.name] = _FakeMachine(machine, spec)
+            return machine
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        with self._store.change() as world:
+            fake = self._ours(world, spec.name)
+            if fake.machine.power is not Power.STOPPED:
+                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+            self._step(f"redefine {spec.name}")
+            fake.machine = self._from(spec, fake.machine.disk, fake.machine.template)
+            fake.spec = spec
+            return fake.machine
+
+    def start(self, name: str) -> None:
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            if fake.machine.power is not Power.STOPPED:
+                raise WrongState(
+                    f"{name} is running already", remedy="stop it first, or use it as it is"
+                )
+            if self._disks.find(name) is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            ports = {f.host for f in fake.spec.nic.forwards} if fake.spec else set()
+            for other in world.machines.values():
+                if other.spec and other.machine.power is Power.RUNNING:
+                    for taken in ports & {f.host for f in other.spec.nic.forwards}:
+                        raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
+            self._step(f"start {name}")
+            fake.machine = replace(
+                fake.machine, power=Power.RUNNING, current=fake.machine.memory, started=datetime.now(UTC)
+            )
+
+    def stop(self, name: str, *, grace: float) -> None:
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            if fake.machine.power is Power.STOPPED:
+                return
+            self._step(f"ask {name} to shut down" if grace > 0 else f"cut the power of {name}")
+            self._off(fake)
+
+    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+        with self._store.change() as world:
+            if self._ours(world, name).machine.power is not Power.STOPPED:
+                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+            return self._disks.checkpoint(name, checkpoint)
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            disk = self._disks.find(name)
+            if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
+                raise NotFound(
+                    f"{name} has no checkpoint {checkpoint}", remedy="./invoke status shows them"
+                )
+            if fake.machine.power is not Power.STOPPED:
+                self._step(f"cut the power of {name}")
+                self._off(fake)
+            self._disks.restore(name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        del timeout  # a fake guest obeys at once
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            machine = fake.machine
+            if machine.power is not Power.RUNNING:
+                raise WrongState(f"{name} is stopped: only a running guest's memory can change")
+            if target > machine.memory:
+                raise UsageError(
+                    f"{name} can't have {format_size(target)}: "
+                    f"its maximum is {format_size(machine.memory)}"
+                )
+            if target < machine.memory // _FLOOR_PART:
+                raise UsageError(f"{name} can't go down to {format_size(target)}: it needs more now")
+            self._step(f"set the memory of {name} to {format_size(target)}")
+            fake.machine = replace(machine, current=target)
+            return target
+
+    def console(self, name: str) -> Console:
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            return Console(argv=(), log=fake.spec.console_log if fake.spec else None)
+
+    def destroy(self, name: str) -> None:
+        with self._store.change() as world:
+            if name in world.machines:
+                self._off(self._ours(world, name))
+                self._step(f"remove the definition of {name}")
+                del world.machines[name]
+        self._disks.destroy(name)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        with self._store.change() as world:
+            machines = dict(world.machines)
+        disks = {d.machine: d for d in self._disks.list()}
+        found = list(self._disks.leftovers())
+        for machine in self.list():
+            if machine.name not in disks:
+                found.append(_orphan("domain", machine.name, machine.owner, 0, "its disk is gone"))
+        for name, disk in disks.items():
+            if name not in machines:
+                found.append(_orphan("disk", name, disk.owner, disk.used, "no machine has it"))
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.ref in (now.ref for now in self.leftovers()):
+            self.destroy(leftover.ref)
+
+    def close(self) -> None:
+        """It holds nothing open between calls."""
+
+    def add_foreign(self, name: str) -> None:
+        """A machine that isn't farmhand's, as an admin might have made by hand."""
+        with self._store.change() as world:
+            machine = Machine(
+                name=name, owner=None, power=Power.STOPPED, memory=2**28, current=2**28, vcpus=1,
+                mac="", disk=None, spec_hash="", template="",
+            )  # fmt: skip
+            world.machines[name] = _FakeMachine(machine, None)
+
+    def _ours(self, world: _World, name: str) -> _FakeMachine:
+        fake = world.machines.get(name)
+        if fake is None:
+            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+        owner = fake.machine.owner
+        if owner is None or owner.farm != self._farm:
+            raise NotOurs(f"{name} is not of farm {self._farm}: left alone")
+        return fake
+
+    def _off(self, fake: _FakeMachine) -> None:
+        fake.machine = replace(
+            fake.machine, power=Power.STOPPED, current=fake.machine.memory, started=None
+        )
+
+    def _from(self, spec: MachineSpec, disk: Path | None, template: str) -> Machine:
+        return Machine(
+            name=spec.name,
+            owner=spec.owner,
+            power=Power.STOPPED,
+            memory=spec.memory,
+            current=spec.memory,
+            vcpus=spec.vcpus,
+            mac=spec.nic.mac,
+            disk=disk,
+            spec_hash=spec_hash(spec),
+            template=template,
+        )
+
+
+def _orphan(kind: str, name: str, owner: Owner | None, size: int, why: str) -> Leftover:
+    return Leftover(kind=kind, ref=name, owner=owner, created=datetime.now(UTC), bytes=size, why=why)

@@ -1,0 +1,480 @@
+"""Machines under KVM, or QEMU's own emulation, through libvirt: the private daemon's, the session's
+or the system's.
+
+Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
+anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an
+error, and the method may be called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from hypervisors.api import (
+    Capabilities,
+    Checkpoint,
+    Console,
+    Disk,
+    Disks,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Power,
+    StepFn,
+    Template,
+    no_step,
+)
+from hypervisors.balloon import set_memory
+from hypervisors.domain_xml import (
+    START_KEY,
+    START_URI,
+    Seen,
+    domain_xml,
+    read_domain,
+    start_mark,
+)
+from hypervisors.kvm import KvmVerdict
+from hypervisors.libvirt_errors import connection_lost, translate
+from hypervisors.qemu_process import kill_qemu
+from hypervisors.run import Runner
+from inventory.errors import Conflict, NotFound, NotOurs, WrongState
+
+if TYPE_CHECKING:
+    import libvirt
+
+_T = TypeVar("_T")
+_CONNECT_TRIES = 5
+_POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
+_KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
+_PRESS_AGAIN = 5.0  # a guest early in its boot misses the power button
+
+
+class LibvirtHypervisor:
+    """Implements ``hypervisors.api.Hypervisor``. One connection, used by any number of threads."""
+
+    def __init__(
+        self,
+        uri: str | Callable[[], str],
+        farm: str,
+        disks: Disks,
+        runner: Runner,
+        *,
+        step: StepFn = no_step,
+        kvm: KvmVerdict,
+    ) -> None:
+        """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
+        daemon back). Connects on first use."""
+        self._uri = uri
+        self._farm = farm
+        self._disks = disks
+        self._runner = runner
+        self._step = step
+        self._kvm = kvm
+        self._connection: libvirt.virConnect | None = None
+        self._connecting = threading.Lock()
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            driver="kvm" if self._kvm.usable else "qemu",
+            accelerated=self._kvm.usable,
+            power=True,
+            reset=True,
+            linked_clones=True,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=True,
+            notes=(self._kvm.why,),
+        )
+
+    def find(self, name: str) -> Machine | None:
+        with self._translated(f"look up {name}"):
+            domain = self._look_up(name)
+            return self._machine(domain) if domain else None
+
+    def list(self) -> Sequence[Machine]:
+        with self._translated("list the machines"):
+            domains = self._reading(lambda c: c.listAllDomains(0))
+            machines = [self._machine(domain) for domain in domains]
+        ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
+        return sorted(ours, key=lambda m: m.name)
+
+    def console(self, name: str) -> Console:
+        with self._translated(f"look up {name}"):
+            domain = self._ours(name)
+            seen = read_domain(domain.XMLDesc(0))
+        # --force: a viewer that lost its terminal would lock the next one out
+        argv = ("virsh", "-c", self._where(), "console", "--force", name)
+        return Console(argv=argv, log=seen.console_log)
+
+    # -- making and unmaking ----------------------------------------------------------------------
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        doing = f"define {spec.name}"
+        with self._translated(doing):
+            if existing := self._look_up(spec.name):
+                owner = read_domain(existing.XMLDesc(0)).owner
+                if owner is None or owner.farm != self._farm:
+                    raise NotOurs(
+                        f"{spec.name} exists and is not of farm {self._farm}",
+                        remedy="give the farm or the VM another name",
+                    )
+                raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
+            disk = self._disk_for(spec, template)
+            try:
+                self._step(doing)
+                self._define(spec, disk, template.label)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error is the one that matters
+                    if self._look_up(spec.name) is None:
+                        self._disks.destroy(spec.name)
+                raise
+            machine = self.find(spec.name)
+        assert machine
+        return machine
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        doing = f"redefine {spec.name}"
+        with self._translated(doing):
+            domain = self._ours(spec.name)
+            if domain.isActive():
+                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+            seen, disk = read_domain(domain.XMLDesc(0)), self._disks.find(spec.name)
+            if disk is None:
+                raise NotFound(f"{spec.name} has no disk", remedy="./invoke clone-farm makes it")
+            self._step(doing)
+            self._define(spec, disk, seen.template, uuid=seen.uuid)
+            machine = self.find(spec.name)
+        assert machine
+        return machine
+
+    def destroy(self, name: str) -> None:
+        with self._translated(f"destroy {name}"):
+            if domain := self._look_up(name):
+                seen = self._check(domain, name)
+                self._cut_power(domain, name, seen)
+                self._step(f"remove the definition of {name}")
+                self._undefine(domain)
+        if disk := self._disks.find(name):
+            self._check_disk(disk)
+            self._disks.destroy(name)
+
+    # -- power ------------------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        doing = f"start {name}"
+        with self._translated(doing):
+            domain = self._ours(name)
+            if domain.isActive():
+                raise WrongState(
+                    f"{name} is running already", remedy="stop it first, or use it as it is"
+                )
+            seen = read_domain(domain.XMLDesc(0))
+            if self._disks.find(name) is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            self._step(doing)
+            if seen.console_log:
+                _turn_over(seen.console_log)
+            domain.create()
+            self._note_start(domain)
+
+    def stop(self, name: str, *, grace: float) -> None:
+        with self._translated(f"stop {name}"):
+            domain = self._ours(name)
+            if not domain.isActive():
+                return
+            seen = read_domain(domain.XMLDesc(0))
+            if grace > 0:
+                self._step(f"ask {name} to shut down")
+                if self._shut_down(domain, grace):
+                    _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
+                    return
+            self._cut_power(domain, name, seen)
+
+    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+        with self._translated(f"checkpoint {name}"):
+            if self._ours(name).isActive():
+                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+        return self._disks.checkpoint(name, checkpoint)
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        with self._translated(f"reset {name}"):
+            domain = self._ours(name)
+            disk = self._disks.find(name)
+            if disk is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            self._check_disk(disk)
+            known = [c.name for c in disk.checkpoints]
+            if checkpoint not in known:  # before its power is cut
+                raise NotFound(
+                    f"{name} has no checkpoint {checkpoint}", remedy=f"it has: {', '.join(known)}"
+                )
+            self._cut_power(domain, name, read_domain(domain.XMLDesc(0)))
+        self._disks.restore(name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        """See ``hypervisors.balloon.set_memory``."""
+        with self._translated(f"balloon {name}"):
+            return set_memory(self._ours(name), name, target, timeout, self._step)
+
+    # -- leftovers --------------------------------------------------------------------------------
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """Meant for a caller that holds the farm's locks: a definition that another process is
+        making right now has a disk and no machine yet."""
+        machines = {m.name: m for m in self.list()}
+        disks = {d.machine: d for d in self._disks.list()}
+        found = list(self._disks.leftovers())
+        now = datetime.now(UTC)
+        for name in sorted(machines.keys() - disks.keys()):
+            machine = machines[name]
+            found.append(
+                Leftover(
+                    kind="domain", ref=name, owner=machine.owner, created=machine.started or now,
+                    bytes=0, why="its disk is gone",
+                )
+            )  # fmt: skip
+        for name in sorted(disks.keys() - machines.keys()):
+            disk = disks[name]
+            found.append(
+                Leftover(
+                    kind="disk", ref=name, owner=disk.owner, created=disk.checkpoints[0].created,
+                    bytes=disk.used, why="no machine has it",
+                )
+            )  # fmt: skip
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+            self._disks.discard(leftover)
+        elif leftover.ref in (now.ref for now in self.leftovers()):
+            self.destroy(leftover.ref)
+
+    def close(self) -> None:
+        with self._connecting:
+            self._drop()
+
+    # -- libvirt ----------------------------------------------------------------------------------
+
+    def _where(self) -> str:
+        return self._uri if isinstance(self._uri, str) else self._uri()
+
+    def _connect(self) -> libvirt.virConnect:
+        with self._connecting:
+            if self._connection is None:
+                import libvirt
+
+                libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
+                for left in reversed(range(_CONNECT_TRIES)):
+                    where = self._where()
+                    try:
+                        self._connection = libvirt.open(where)
+                        break
+                    except libvirt.libvirtError as error:
+                        # a daemon that is just dying still takes connections, and then drops them
+                        if not left or not connection_lost(error):
+                            raise translate(error, f"connect to {where}") from error
+                    time.sleep(0.05)
+            assert self._connection
+            return self._connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):  # of a dead daemon
+                connection.close()
+
+    def _reading(self, read: Callable[[libvirt.virConnect], _T]) -> _T:
+        """For look-ups only: on a dead connection once more, on a new one."""
+        import libvirt
+
+        connection = self._connect()
+        try:
+            return read(connection)
+        except libvirt.libvirtError as error:
+            if not connection_lost(error):
+                raise
+        with self._connecting:
+            if self._connection is connection:  # else another thread was here first
+                self._drop()
+        return read(self._connect())
+
+    def _look_up(self, name: str) -> libvirt.virDomain | None:
+        import libvirt
+
+        try:
+            return self._reading(lambda c: c.lookupByName(name))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        import libvirt
+
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            if connection_lost(error):
+                with self._connecting:
+                    self._drop()
+            raise translate(error, doing) from error
+
+    def _ours(self, name: str) -> libvirt.virDomain:
+        domain = self._look_up(name)
+        if domain is None:
+            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+        self._check(domain, name)
+        return domain
+
+    def _check(self, domain: libvirt.virDomain, name: str) -> Seen:
+        seen = read_domain(domain.XMLDesc(0))
+        if seen.owner is None or seen.owner.farm != self._farm:
+            whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
+            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+        return seen
+
+    def _check_disk(self, disk: Disk) -> None:
+        if disk.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
+
+    def _machine(self, domain: libvirt.virDomain) -> Machine | None:
+        """None where it ceased to be between the list and the look."""
+        import libvirt
+
+        try:
+            seen = read_domain(domain.XMLDesc(0))
+            state, _, current, _, _ = domain.info()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise
+        power = {
+            libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
+            libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
+            libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,  # on its way down: its disk is still in use
+            libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
+            libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
+            libvirt.VIR_DOMAIN_CRASHED: Power.STOPPED,
+            libvirt.VIR_DOMAIN_SHUTOFF: Power.STOPPED,
+        }.get(state, Power.UNKNOWN)
+        return Machine(
+            name=domain.name(),
+            owner=seen.owner,
+            power=power,
+            memory=seen.memory,
+            current=current * 1024,
+            vcpus=seen.vcpus,
+            mac=seen.mac,
+            disk=seen.disk,
+            spec_hash=seen.spec_hash,
+            template=seen.template,
+            started=seen.started if power is not Power.STOPPED else None,
+        )
+
+    def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
+        """A new disk, or the untouched one that a killed ``define`` left."""
+        disk = self._disks.find(spec.name)
+        if disk is not None:
+            self._check_disk(disk)
+            if not self._disks.pristine(spec.name, disk.base):
+                raise Conflict(
+                    f"{spec.name} has a disk with data, and no machine",
+                    remedy="./invoke gc removes it, then try again",
+                )
+            if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
+                return disk
+            self._disks.destroy(spec.name)
+        return self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
+
+    def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
+        if spec.console_log:
+            spec.console_log.parent.mkdir(parents=True, exist_ok=True)
+        xml = domain_xml(spec, disk.path, disk.format, template, kvm=self._kvm.usable, uuid=uuid)
+        self._connect().defineXML(xml)
+
+    def _undefine(self, domain: libvirt.virDomain) -> None:
+        import libvirt
+
+        domain.undefineFlags(
+            libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+            | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+            | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+        )
+
+    def _note_start(self, domain: libvirt.virDomain) -> None:
+        """On the running machine only, so it goes when the machine stops."""
+        import libvirt
+
+        with contextlib.suppress(libvirt.libvirtError):  # a guest that ended at once
+            domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+                start_mark(datetime.now(UTC)),
+                START_KEY,
+                START_URI,
+                libvirt.VIR_DOMAIN_AFFECT_LIVE,
+            )
+
+    def _shut_down(self, domain: libvirt.virDomain, grace: float) -> bool:
+        import libvirt
+
+        limit, again = time.monotonic() + grace, 0.0
+        while (now := time.monotonic()) < limit:
+            if not domain.isActive():
+                return True
+            if now >= again:
+                again = now + _PRESS_AGAIN
+                with contextlib.suppress(libvirt.libvirtError):  # it went down meanwhile
+                    domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+            time.sleep(0.05)
+        return not domain.isActive()
+
+    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
+        """libvirt's own destroy looks every 0.2 s whether QEMU is gone; a QEMU that is killed
+        directly is noted in a few milliseconds. Where it isn't ours to kill, libvirt does it."""
+        import libvirt
+
+        if not domain.isActive():
+            return
+        self._step(f"cut the power of {name}")
+        if kill_qemu(name, seen.uuid):
+            limit = time.monotonic() + _KILL_PATIENCE
+            while time.monotonic() < limit:
+                if not domain.isActive():
+                    return
+                time.sleep(_POLL)
+        try:
+            domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
+                raise
+
+
+def _turn_over(log: Path) -> None:
+    """The last start's console is kept as NAME.log.1; the new file is ours, to be read without root."""
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size:
+            log.replace(log.with_name(log.name + ".1"))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(log, os.O_CREAT | os.O_WRONLY, 0o600))
+
+
+def _sync(disk: Path | None) -> None:
+    if disk is None:
+        return
+    with contextlib.suppress(OSError):  # another host's
+        handle = os.open(disk, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

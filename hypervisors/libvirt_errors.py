@@ -1,0 +1,74 @@
+"""libvirt's errors, translated once into ours (libvirt/virterror.h)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    FarmhandError,
+    NotFound,
+    TimedOut,
+    Unsupported,
+    WrongState,
+)
+
+if TYPE_CHECKING:
+    import libvirt
+
+_FROM_RPC = 7
+_RPC, _SYSTEM, _INTERNAL, _NO_CONNECT, _INVALID_CONN = 39, 38, 1, 5, 6
+_LOST = re.compile(
+    r"[Ee]nd of file while|[Cc]onnection reset|[Bb]roken pipe|socket is closed|Cannot (write|recv)"
+)
+_PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
+
+
+def connection_lost(error: libvirt.libvirtError) -> bool:
+    """The daemon is gone, or was started anew: this connection will never answer again."""
+    code, message = error.get_error_code(), error.get_error_message() or ""
+    if code == _INVALID_CONN:
+        return True
+    return (
+        error.get_error_domain() == _FROM_RPC
+        and (code in {_RPC, _SYSTEM, _INTERNAL})
+        and bool(_LOST.search(message))
+    )
+
+
+def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
+    """``doing``: "start kata-prod"; part of the message."""
+    code = error.get_error_code()
+    message = " ".join((error.get_error_message() or "unknown error").split())
+    if port := _PORT.search(message):
+        return Conflict(
+            f"{doing}: port {port[2]} of {port[1] or 'this host'} is taken",
+            remedy=f"see who has it (ss -ltnp 'sport = :{port[2]}'), or give the VM another ssh_port",
+        )
+    if connection_lost(error):
+        return DriverFailed(
+            f"{doing}: the connection to libvirtd was lost: {message}",
+            remedy="run the command again: it finishes what was begun",
+        )
+    if code in {_NO_CONNECT, _SYSTEM} and "connect socket" in message:
+        return DriverFailed(
+            f"{doing}: no libvirtd there: {message}",
+            remedy="systemctl start libvirtd, or leave out 'uri' so that farmhand runs its own",
+        )
+    by_code: dict[int, tuple[type[FarmhandError], str]] = {
+        42: (NotFound, "./invoke status shows what is there"),  # NO_DOMAIN
+        43: (NotFound, "virsh net-list --all shows libvirt's networks"),  # NO_NETWORK
+        55: (WrongState, "./invoke status shows its state"),  # OPERATION_INVALID
+        3: (Unsupported, ""),  # NO_SUPPORT
+        67: (Unsupported, "./invoke doctor shows what this host can do"),  # CONFIG_UNSUPPORTED
+        68: (TimedOut, "another command holds the machine: try again"),  # OPERATION_TIMEOUT
+        45: (DriverFailed, "./invoke doctor shows which permission is missing"),  # AUTH_FAILED
+        79: (DriverFailed, "./invoke doctor shows which permission is missing"),  # AUTH_CANCELLED
+        88: (DriverFailed, "add this user to the group libvirt"),  # ACCESS_DENIED
+    }
+    if "already exists with uuid" in message:
+        return Conflict(f"{doing}: {message}")
+    family, remedy = by_code.get(code, (DriverFailed, "./invoke doctor checks the host"))
+    return family(f"{doing}: {message}", remedy=remedy)

@@ -1,0 +1,372 @@
+"""farmhand's own libvirtd: no systemd, no libvirt group, nothing of the host's libvirt touched.
+
+libvirtd's directories are compiled in, so as root it runs in a mount namespace of its own where
+private directories lie over them (``hypervisors._enclose``). As an ordinary user libvirtd takes its
+places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
+them through its state files and takes them over.
+
+    directory/        definitions (etc), guests' monitor sockets (lib), log: lost with it
+    runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
+    cache/            what libvirt found out about QEMU (2-50 s to find out again)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import select
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from hypervisors import _enclose
+from hypervisors.run import Runner, which
+from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
+
+_QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
+_QEMU_UID = 64055  # Debian's own number for it (base-passwd)
+_SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
+_START_LIMIT = 120.0  # seconds; 0.1 is usual, much more where many guests are taken over
+_END_LIMIT = 15.0
+
+
+class PrivateLibvirt:
+    """One farm's daemon. Any number of processes may hold one of these for the same farm."""
+
+    def __init__(self, directory: Path, runtime: Path, cache: Path, hide_kvm: bool) -> None:
+        """``hide_kvm``: KVM doesn't work here. libvirtd as root would find that QEMU's user can't
+        open /dev/kvm, though it was there when probed, and probe QEMU again at every step (4 s)."""
+        self._directory = directory.absolute()
+        self._runtime = runtime.absolute()
+        self._cache = cache.absolute()
+        self._hide_kvm = hide_kvm
+        self._root = os.geteuid() == 0
+
+    # -- what others ask --------------------------------------------------------------------------
+
+    def qemu_uid(self) -> int | None:
+        """The uid QEMU runs as; None: our own."""
+        return qemu_user() if self._root else None
+
+    def running(self) -> bool:
+        """Whether a daemon listens; a socket left by a dead one doesn't count."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(self._socket))
+            except OSError:
+                return False
+        return True
+
+    def uri(self) -> str:
+        """The connection URI; starts the daemon if it isn't running (0.1-0.3 s, else 0.1 ms).
+
+        DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
+        self._check_lengths()
+        if not self.running():
+            with self._lock():
+                if not self.running():
+                    self._start()
+        mode = "system" if self._root else "session"
+        return f"qemu+unix:///{mode}?socket={quote(str(self._socket))}"
+
+    def machines_running(self) -> tuple[str, ...]:
+        """Names of the guests that live, whether or not the daemon does."""
+        return tuple(sorted(name for name, _ in self._guests()))
+
+    def stop(self, *, force: bool = False) -> None:
+        """End the daemon; its runtime files go, and its directory too when it holds no definition.
+
+        WrongState while machines run; ``force`` cuts their power instead."""
+        if not self._runtime.exists() and not self._directory.exists():
+            return
+        with self._lock():
+            if (names := self.machines_running()) and not force:
+                raise WrongState(
+                    f"the private libvirtd still runs {', '.join(names)}",
+                    remedy="stop them first: ./invoke stop --all",
+                )
+            reapers = {
+                _parent(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
+            }
+            self._end_daemon()
+            for _, pid in self._guests():
+                _end(pid, signal.SIGKILL)
+            for pid in reapers:
+                if _enclose.__file__ in _command_line(pid):
+                    _end(pid, None)  # by itself, now that it has no child
+            for path in (self._run, self._runtime / "c", self._runtime / "k"):
+                _remove(path)
+            if not any(self._definitions.glob("*.xml")):
+                _remove(self._directory)
+            (self._runtime / "lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files keep it: fine
+            self._runtime.rmdir()
+
+    # -- places -----------------------------------------------------------------------------------
+
+    @property
+    def _run(self) -> Path:
+        return self._runtime / "run"
+
+    @property
+    def _socket(self) -> Path:
+        return self._run / "libvirt-sock" if self._root else self._run / "libvirt" / "libvirt-sock"
+
+    @property
+    def _pidfile(self) -> Path:
+        return self._run / "libvirtd.pid"
+
+    @property
+    def _notes(self) -> Path:
+        """Where libvirt keeps NAME.pid and NAME.xml of running guests."""
+        return self._run / "qemu" if self._root else self._run / "libvirt" / "qemu" / "run"
+
+    @property
+    def _definitions(self) -> Path:
+        base = self._directory / "etc"
+        return base / "qemu" if self._root else base / "libvirt" / "qemu"
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "libvirtd.log"
+
+    def _check_lengths(self) -> None:
+        longest = self._socket
+        if not self._root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
+            domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
+            longest = max(
+                longest,
+                self._runtime / "c/libvirt/qemu/lib" / domain / "monitor.sock",
+                key=lambda p: len(os.fsencode(p)),
+            )
+        if (length := len(os.fsencode(longest))) > _SOCKET_PATH_MAX:
+            raise DriverFailed(
+                f"{self._runtime}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
+                remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
+            )
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        daemon = which("libvirtd")
+        if daemon is None:
+            raise Unsupported(
+                "libvirtd is not installed",
+                remedy="apt-get install libvirt-daemon libvirt-daemon-driver-qemu",
+            )
+        for path in (self._socket, self._pidfile):
+            path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
+        order = self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        # libvirtd -d leaves our session and returns once it listens, so no time limit of the
+        # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
+        try:
+            Runner().change(
+                sys.executable, "-I", "-S", _enclose.__file__, json.dumps(order), timeout=_START_LIMIT
+            )
+        except CommandFailed as error:
+            tail = _tail(self._log)
+            raise DriverFailed(
+                f"the private libvirtd did not start: {(tail or [error.message])[-1]}",
+                remedy=f"see {self._log}; as root it needs CAP_SYS_ADMIN (a container: --privileged)",
+                detail="\n".join([error.detail, *tail]),
+            ) from error
+        if not self.running():
+            raise DriverFailed(
+                "the private libvirtd ended right after its start",
+                remedy=f"see {self._log}",
+                detail="\n".join(_tail(self._log)),
+            )
+
+    def _order_as_root(self, daemon: str) -> dict[str, object]:
+        uid = qemu_user()
+        ours, run = self._directory, self._run
+        self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711)
+        # QEMU's user passes through these on its way to its monitor socket and console log
+        places = {
+            ours / "etc": "/etc/libvirt",
+            ours / "lib": "/var/lib/libvirt",
+            ours / "log": "/var/log/libvirt",
+            self._cache: "/var/cache/libvirt",
+            run: "/run/libvirt",
+        }
+        for path, host in places.items():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o755)
+            Path(host).mkdir(parents=True, exist_ok=True)  # empty: a place to lay ours over
+        ours.chmod(0o711)
+        qemu_conf = [
+            f'user = "+{uid}"',
+            f'group = "+{uid}"',
+            'stdio_handler = "file"',  # no virtlogd
+            "dynamic_ownership = 0",  # the disk store gives QEMU its files; templates stay as they are
+            "remember_owner = 0",
+            'security_driver = "none"',
+            "namespaces = []",
+            "cgroup_controllers = []",
+        ]
+        (ours / "etc/qemu.conf").write_text("\n".join([*qemu_conf, ""]))
+        conf = self._write_conf(
+            [f'unix_sock_dir = "{run}"', 'auth_unix_rw = "none"', 'auth_unix_ro = "none"']
+        )
+        binds = [(str(path), host) for path, host in places.items()]
+        binds += self._user_database(uid)
+        kvm = "hide" if self._hide_kvm else f"uid:{uid}"
+        return self._order(daemon, conf, {}, kvm, binds)
+
+    def _user_database(self, uid: int) -> list[tuple[str, str]]:
+        """Copies of passwd and group in which QEMU's user exists; none needed where it does."""
+        try:
+            pwd.getpwnam(_QEMU_USER)
+        except KeyError:
+            pass
+        else:
+            return []
+        lines = {
+            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin\n",
+            "group": f"{_QEMU_USER}:x:{uid}:\n",
+        }
+        for name, line in lines.items():
+            text = Path("/etc", name).read_text()
+            copy = self._directory / "etc" / name
+            copy.write_text(text + ("" if text.endswith("\n") else "\n") + line)
+            copy.chmod(0o644)
+        return [(str(self._directory / "etc" / name), f"/etc/{name}") for name in lines]
+
+    def _order_as_user(self, daemon: str) -> dict[str, object]:
+        ours, short = self._directory, self._runtime / "c"
+        for path in (self._runtime, ours / "etc/libvirt/qemu", self._run / "libvirt", self._cache):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The guests' monitor sockets are below XDG_CONFIG_HOME: reach it by a short name.
+        if not short.is_symlink() or short.readlink() != ours / "etc":
+            short.unlink(missing_ok=True)
+            short.symlink_to(ours / "etc")
+        (ours / "etc/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
+        env = {
+            "XDG_CONFIG_HOME": str(short),
+            "XDG_CACHE_HOME": str(self._cache),
+            "XDG_RUNTIME_DIR": str(self._run),
+            "XDG_DATA_HOME": str(ours / "data"),
+        }
+        conf = self._write_conf(['auth_unix_rw = "none"'])
+        return self._order(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
+
+    def _write_conf(self, lines: list[str]) -> Path:
+        conf = self._directory / "etc/libvirtd.conf"
+        # libvirtd's own default is 0777, trusting polkit: here only the owner may talk to it.
+        lines = [*lines, 'unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"']
+        conf.write_text("\n".join([*lines, f'log_outputs = "3:file:{self._log}"', ""]))
+        return conf
+
+    def _order(
+        self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
+    ) -> dict[str, object]:
+        over = self._runtime / "k"
+        over.mkdir(exist_ok=True)
+        argv = [daemon, "-d", "-f", str(conf), "-p", str(self._pidfile)]
+        return {"argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds}
+
+    # -- the processes ----------------------------------------------------------------------------
+
+    def _guests(self) -> Iterator[tuple[str, int]]:
+        """Live QEMUs of this daemon: (machine name, pid). A pid that another program has now, or a
+        note from before a reboot, is not one."""
+        for note in sorted(self._notes.glob("*.pid")):
+            pid = _pid(note)
+            if pid and f"guest={note.stem}," in _command_line(pid):
+                yield note.stem, pid
+
+    def _end_daemon(self) -> None:
+        pid = _pid(self._pidfile)
+        if pid and str(self._pidfile) in _command_line(pid) and not _end(pid, signal.SIGTERM):
+            _end(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Of the kernel's, so a killed holder frees it. ``stop`` removes the file: look again
+        whether the one we hold is still the one there."""
+        path = self._runtime / "lock"
+        while True:
+            self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711 if self._root else 0o700)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                try:
+                    same = os.path.sameopenfile(handle, (again := os.open(path, os.O_RDONLY)))
+                    os.close(again)
+                except FileNotFoundError:
+                    same = False
+                if same:
+                    yield
+                    return
+            finally:
+                os.close(handle)
+
+
+def qemu_user() -> int:
+    """The uid of libvirt's QEMU user on this host, or the one Debian would give it."""
+    try:
+        return pwd.getpwnam(_QEMU_USER).pw_uid
+    except KeyError:
+        return _QEMU_UID
+
+
+def _pid(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _end(pid: int, how: signal.Signals | None) -> bool:
+    """Signal the process (None: don't) and wait until it is gone; False if it is still there."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if how is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, how)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        return bool(poll.poll(_END_LIMIT * 1000))
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()[-5:]
+    except OSError:
+        return []

@@ -1,0 +1,495 @@
+"""Disks as qcow2 files: a template is a sealed image, a VM's disk an overlay over it.
+
+    templates/NAME@N.qcow2, .json     sealed (0444), and what it is; both there, or it isn't a template
+    vms/MACHINE/owner.json            our mark: without it the directory is none of ours
+                disk.qcow2            what the hypervisor opens
+                checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+    .farmhand-new-*                   under construction while its .lock is held (flock)
+    .lock                             held shared by who adds, exclusively by who removes
+
+Names become real in one rename, and are durable (fsync) before what they replace goes. Backing
+files are named relative to the overlay, so the whole directory can move. A disk's base is read from
+its own header; ``clean`` has no file of its own, it *is* the template.
+
+A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
+complete. Until then both names are one inode, which is how a half-made one is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
+from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
+from hypervisors.qcow2_store import (
+    CLEAN,
+    NEW,
+    FileLock,
+    Mark,
+    blocks,
+    changed,
+    describe,
+    reachable,
+    read_mark,
+    read_template,
+    sync,
+    write_durably,
+    write_new,
+    write_template,
+)
+from hypervisors.run import Runner
+from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.sizes import format_size
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CHECKPOINT = "checkpoint-"
+
+
+class Qcow2Disks:
+    """Implements ``hypervisors.api.Disks``. Thread-safe; any number of processes may share a root."""
+
+    def __init__(
+        self,
+        root: Path,
+        farm: str,
+        runner: Runner,
+        *,
+        step: StepFn = no_step,
+        reader_uid: int | None = None,
+        headroom: int = 256 * 2**20,
+    ) -> None:
+        """``reader_uid``: who QEMU runs as, if not ourselves: disks are given to it. ``headroom``:
+        bytes that must be free before a disk is made."""
+        self._root = root.absolute()
+        self._farm = farm
+        self._runner = runner
+        self._step = step
+        self._reader = None if reader_uid == os.geteuid() else reader_uid
+        self._headroom = headroom
+        self._lock = FileLock(self._root / ".lock")
+
+    # -- templates --------------------------------------------------------------------------------
+
+    def seal(self, image: Path, template: Template) -> Template:
+        """See ``Disks.seal``. Raw images are converted; hashing takes about a second per GiB.
+
+        UsageError for an image that needs a backing file, or isn't the template's size."""
+        label = _plain(template.name) + f"@{template.generation}"
+        final = self._templates / f"{label}.qcow2"
+        if read_template(final) and image.exists() and not final.samefile(image):
+            raise Conflict(f"template {label} exists already", remedy="seal it as the next generation")
+        if known := read_template(final):  # killed right before its last step
+            image.unlink(missing_ok=True)
+            return known
+        self._need(0 if _same_store(image, self._templates) else blocks(image), f"template {label}")
+        self._step(f"seal template {label}")
+        with self._temporary(self._templates, f"{label}.qcow2") as fresh:
+            self._bring(image, fresh)
+            header = read_header(fresh)
+            if header.backing:
+                raise UsageError(
+                    f"{image} is an overlay of {header.backing}: it can't stand alone",
+                    remedy="flatten it first: qemu-img convert -O qcow2",
+                )
+            fresh.chmod(0o444)
+            sync(fresh)
+            with fresh.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            done = replace(template, ref=str(final), sha256=digest, size=header.size)
+            with self._lock.hold():
+                write_template(final, done)
+                try:
+                    final.hardlink_to(fresh)
+                except FileExistsError:
+                    raise Conflict(f"template {label} exists already") from None
+                sync(self._templates)
+        image.unlink(missing_ok=True)
+        return done
+
+    def templates(self) -> Sequence[Template]:
+        found = (read_template(path) for path in sorted(self._templates.glob("*.qcow2")))
+        return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
+
+    def remove_template(self, label: str) -> None:
+        """See ``Disks.remove_template``; dependents of every farm that shares the store count."""
+        path = self._template_path(label)
+        with self._lock.hold():
+            if not describe(path).exists():
+                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            users = [m.machine for m in self._marks() if m.template == label]
+            if users:
+                raise WrongState(
+                    f"template {label} is in use by {', '.join(sorted(users))}",
+                    remedy="destroy them, or clone them from a newer generation, first",
+                )
+            self._step(f"remove template {label}")
+            path.unlink(missing_ok=True)
+            describe(path).unlink(missing_ok=True)
+            sync(self._templates)
+
+    # -- disks ------------------------------------------------------------------------------------
+
+    def find(self, machine: str) -> Disk | None:
+        """Any farm's: its ``owner`` tells. Reads four small things, starts no process."""
+        mark = read_mark(self._home(machine))
+        return self._disk(mark) if mark else None
+
+    def list(self) -> Sequence[Disk]:
+        disks = (self._disk(mark) for mark in self._marks() if mark.owner.farm == self._farm)
+        return [disk for disk in disks if disk]
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        home = self._home(machine)
+        if size < template.size:
+            raise UsageError(
+                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
+                f"{format_size(template.size)}",
+                remedy="leave 'disk' out, or make it at least as large",
+            )
+        self._vms.mkdir(parents=True, exist_ok=True, mode=0o711)
+        if self._reader is not None:
+            reachable(self._vms, self._reader)
+        self._need(0, f"the disk of {machine}")
+        with self._lock.hold(shared=True):
+            base = self._template_path(template.label)
+            if read_template(base) is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                )
+            self._make_room(home)
+            mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
+            self._step(f"clone the disk of {machine} from {template.label}")
+            with self._temporary(self._vms, machine) as fresh:
+                fresh.mkdir(mode=0o711)
+                write_durably(fresh / "owner.json", mark.document())
+                self._write_overlay(fresh / "disk.qcow2", mark.size, self._backing(mark, CLEAN))
+                sync(fresh)
+                try:
+                    fresh.rename(home)
+                except OSError as error:
+                    if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                        raise Conflict(f"{machine} has a disk already") from None
+                    raise
+                sync(self._vms)
+        disk = self._disk(mark)
+        assert disk
+        return disk
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        mark, disk = self._ours(machine)
+        frozen = self._frozen(machine, name)
+        if name == CLEAN or name in (c.name for c in disk.checkpoints):
+            raise Conflict(
+                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
+            )
+        self._need(0, f"checkpoint {name} of {machine}")
+        self._step(f"freeze the disk of {machine} as {name}")
+        frozen.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
+        sync(disk.path)  # QEMU may have been told not to: from here on it must last
+        os.utime(disk.path)
+        frozen.hardlink_to(disk.path)
+        sync(frozen.parent)
+        try:
+            self._swap(mark, frozen.name, f"give {machine} a fresh disk over {name}")
+        except BaseException:
+            if self._half_made(frozen):
+                frozen.unlink()
+            raise
+        frozen.chmod(0o400)
+        return Checkpoint(name=name, created=changed(frozen))
+
+    def restore(self, machine: str, name: str) -> Disk:
+        mark = self._mark_of(machine)
+        if name not in (c.name for c in self._checkpoints(mark)):
+            raise NotFound(
+                f"{machine} has no checkpoint {name}",
+                remedy="it has: " + ", ".join(c.name for c in self._checkpoints(mark)),
+            )
+        if name == CLEAN and read_template(self._template_path(mark.template)) is None:
+            raise NotFound(f"template {mark.template} of {machine} is gone", remedy="clone it anew")
+        for path in self._home(machine).glob(f"{_CHECKPOINT}*.qcow2"):
+            if self._half_made(path):  # with the disk's name gone it would pass for a whole one
+                path.unlink()
+        self._swap(mark, self._backing(mark, name), f"swap in a fresh disk of {machine} from {name}")
+        disk = self._disk(mark)
+        assert disk
+        return disk
+
+    def pristine(self, machine: str, name: str) -> bool:
+        """By the disk's own header: over that very file, and not one cluster allocated."""
+        mark, disk = self._ours(machine)
+        header = read_header(disk.path)
+        return header.sound and header.empty and header.backing == self._backing(mark, name)
+
+    def destroy(self, machine: str) -> None:
+        """Nothing there: nothing done. Files that aren't ours stay, and so does their directory."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        if mark is None:
+            return
+        self._check_farm(mark)
+        self._step(f"remove the disk of {machine}")
+        (home / "disk.qcow2").unlink(missing_ok=True)  # from here on it isn't a disk any more
+        for path in sorted(home.glob(f"{_CHECKPOINT}*.qcow2"), key=changed, reverse=True):
+            path.unlink(missing_ok=True)
+        for path in home.glob(f"{NEW}*"):
+            path.unlink(missing_ok=True)
+        (home / "owner.json").unlink(missing_ok=True)  # last: until here a second call goes on
+        with contextlib.suppress(OSError):
+            home.rmdir()
+        sync(self._vms)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        return [*self._dead_temporaries(), *self._half_templates(), *self._half_disks()]
+
+    def discard(self, leftover: Leftover) -> None:
+        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        with self._lock.hold():
+            if leftover.ref not in (now.ref for now in self.leftovers()):
+                return
+            self._step(f"remove the leftover {leftover.ref}")
+            path = Path(leftover.ref)
+            if path.is_dir() and path.name.startswith(NEW):
+                for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
+                    file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            elif path.is_dir():
+                self.destroy(path.name)
+            else:
+                path.unlink(missing_ok=True)
+
+    def capacity(self) -> Capacity:
+        """Of the file system the store is on; ``free`` is what an ordinary user may take."""
+        place = next(p for p in (self._root, *self._root.parents) if p.exists())
+        seen = os.statvfs(place)
+        return Capacity(seen.f_blocks * seen.f_frsize, seen.f_bavail * seen.f_frsize)
+
+    # -- places and marks -------------------------------------------------------------------------
+
+    @property
+    def _templates(self) -> Path:
+        return self._root / "templates"
+
+    @property
+    def _vms(self) -> Path:
+        return self._root / "vms"
+
+    def _home(self, machine: str) -> Path:
+        return self._vms / _plain(machine)
+
+    def _frozen(self, machine: str, name: str) -> Path:
+        return self._home(machine) / f"{_CHECKPOINT}{_plain(name)}.qcow2"
+
+    def _template_path(self, label: str) -> Path:
+        name, _, generation = label.rpartition("@")
+        return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
+
+    def _marks(self) -> Iterator[Mark]:
+        for home in sorted(self._vms.glob("*")):
+            if not home.name.startswith(".") and (mark := read_mark(home)):
+                yield mark
+
+    def _mark_of(self, machine: str) -> Mark:
+        mark = read_mark(self._home(machine))
+        if mark is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        self._check_farm(mark)
+        return mark
+
+    def _check_farm(self, mark: Mark) -> None:
+        if mark.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {mark.machine} belongs to farm {mark.owner.farm}")
+
+    def _ours(self, machine: str) -> tuple[Mark, Disk]:
+        mark = self._mark_of(machine)
+        disk = self._disk(mark)
+        if disk is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        return mark, disk
+
+    def _disk(self, mark: Mark) -> Disk | None:
+        home = self._home(mark.machine)
+        path = home / "disk.qcow2"
+        try:
+            header: Qcow2 | None = read_header(path)
+        except FileNotFoundError:
+            return None
+        except DriverFailed:  # damaged by a power cut: still ours to reset or destroy
+            header = None
+        backing = Path(header.backing).name if header else ""
+        base = backing.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+        return Disk(
+            machine=mark.machine,
+            owner=mark.owner,
+            path=path,
+            format="qcow2",
+            size=header.size if header else mark.size,
+            used=sum(blocks(p) for p in (path, *home.glob(f"{_CHECKPOINT}*.qcow2")) if p.exists()),
+            template=mark.template,
+            base=base if backing.startswith(_CHECKPOINT) else CLEAN if header else "",
+            checkpoints=self._checkpoints(mark),
+        )
+
+    def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
+        found = []
+        for path in self._home(mark.machine).glob(f"{_CHECKPOINT}*.qcow2"):
+            if not self._half_made(path):
+                name = path.name.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+                found.append(Checkpoint(name=name, created=changed(path)))
+        found.sort(key=lambda c: (c.created, c.name))
+        return (Checkpoint(name=CLEAN, created=mark.created), *found)
+
+    @staticmethod
+    def _half_made(frozen: Path) -> bool:
+        try:
+            return frozen.samefile(frozen.parent / "disk.qcow2")
+        except FileNotFoundError:
+            return False
+
+    def _backing(self, mark: Mark, name: str) -> str:
+        """As the overlay's header says it."""
+        if name == CLEAN:
+            return f"../../templates/{self._template_path(mark.template).name}"
+        return self._frozen(mark.machine, name).name
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def _swap(self, mark: Mark, backing: str, step: str) -> None:
+        """A fresh overlay takes the disk's name; the old file, if nothing else names it, goes."""
+        home = self._home(mark.machine)
+        with self._lock.hold(shared=True), self._temporary(home, "disk.qcow2") as fresh:
+            self._write_overlay(fresh, mark.size, backing)
+            self._step(step)
+            fresh.rename(home / "disk.qcow2")
+            sync(home)
+
+    def _write_overlay(self, path: Path, size: int, backing: str) -> None:
+        write_new(path, empty_overlay(size, backing), mode=0o600)
+        if self._reader is not None:
+            os.chown(path, self._reader, -1)
+
+    @contextlib.contextmanager
+    def _temporary(self, directory: Path, name: str) -> Iterator[Path]:
+        """A name under construction in ``directory``; goes at the end, unless renamed. The lock on
+        its .lock twin tells the living from the dead."""
+        directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        path = directory / f"{NEW}{secrets.token_hex(4)}-{name}"
+        with FileLock(path.with_name(path.name + ".lock")).hold(remove=True):
+            try:
+                yield path
+            finally:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _make_room(self, home: Path) -> None:
+        """For a clone: finish a destroy that was killed; refuse where somebody else's things are."""
+        mark = read_mark(home)
+        if mark is not None:
+            self._check_farm(mark)
+            if (home / "disk.qcow2").exists():
+                raise Conflict(f"{home.name} has a disk already", remedy="destroy it first")
+            self.destroy(home.name)
+        if home.exists() and any(home.iterdir()):
+            raise NotOurs(f"{home} holds files that are not farmhand's", remedy="move them away")
+
+    def _bring(self, image: Path, fresh: Path) -> None:
+        """``image``, as qcow2, under the name ``fresh``; the image itself stays until the end."""
+        with image.open("rb") as file:
+            is_qcow2 = file.read(4) == b"QFI\xfb"
+        if not is_qcow2:
+            self._runner.change(
+                "qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, fresh, timeout=3600
+            )
+            return
+        try:
+            fresh.hardlink_to(image)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(image, fresh)
+
+    def _need(self, size: int, what: str) -> None:
+        free = self.capacity().free
+        if free < size + self._headroom:
+            raise NoSpace(
+                f"{self._root}: {format_size(free)} free, "
+                f"{what} needs {format_size(size + self._headroom)}",
+                remedy="make room there (./invoke gc), or point the host's disks elsewhere",
+            )
+
+    # -- leftovers --------------------------------------------------------------------------------
+
+    def _dead_temporaries(self) -> Iterator[Leftover]:
+        places = [
+            self._templates,
+            self._vms,
+            *(self._home(m.machine) for m in self._marks() if self._is_mine(m)),
+        ]
+        for path in (p for place in places for p in sorted(place.glob(f"{NEW}*"))):
+            twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
+            if FileLock(twin).held() or (path.suffix != ".lock" and not path.exists()):
+                continue
+            mark = read_mark(path, moved=True) if path.is_dir() else None
+            if mark and not self._is_mine(mark):
+                continue
+            yield _leftover(
+                "file", path, mark.owner if mark else None, "under construction when it was killed"
+            )
+
+    def _half_templates(self) -> Iterator[Leftover]:
+        for path in sorted(self._templates.glob("*.json")):
+            image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
+            if not image.exists() and read_template(image, half=True):
+                yield _leftover("template", path, None, "its image is gone")
+
+    def _half_disks(self) -> Iterator[Leftover]:
+        for mark in self._marks():
+            home = self._home(mark.machine)
+            if not self._is_mine(mark):
+                continue
+            if not (home / "disk.qcow2").exists():
+                yield _leftover("disk", home, mark.owner, "half removed")
+            for path in sorted(home.glob(f"{_CHECKPOINT}*.qcow2")):
+                if self._half_made(path):
+                    yield _leftover("checkpoint", path, mark.owner, "half made")
+
+    def _is_mine(self, mark: Mark) -> bool:
+        return mark.owner.farm == self._farm
+
+
+def _plain(name: str) -> str:
+    """Names reach paths: only plain ones do. The loader checks them as well."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _same_store(image: Path, directory: Path) -> bool:
+    place = next(p for p in (directory, *directory.parents) if p.exists())
+    try:
+        return image.stat().st_dev == place.stat().st_dev
+    except FileNotFoundError:
+        raise NotFound(f"no image {image}") from None
+
+
+def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    return Leftover(
+        kind=kind,
+        ref=str(path),
+        owner=owner,
+        created=changed(path),
+        bytes=sum(map(blocks, files)),
+        why=why,
+    )

@@ -1,0 +1,316 @@
+"""What concerns several parts of a farm file: names that must be known, things that must differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from ipaddress import IPv4Address
+
+from inventory.errors import Problem
+from inventory.fields import quote
+from inventory.model import STEP_KINDS, Farm
+from inventory.places import Path, Places, shown
+from inventory.sizes import format_size
+from inventory.yamltree import Items, Mapping, Scalar
+
+Found = Iterator[Problem]
+
+
+def check(farm: Farm, places: Places) -> list[Problem]:
+    """All problems. What ``places`` calls bad has been told about already and is left out."""
+    checks: tuple[Callable[[Farm, Places], Found], ...] = (
+        _references,
+        _memory_and_disks,
+        _ssh_machines,
+        _names,
+        _identities,
+        _subnet,
+        _room,
+        _steps,
+    )
+    return [problem for one in checks for problem in one(farm, places)]
+
+
+def _vms(farm: Farm, places: Places) -> Iterator[tuple[str, Path]]:
+    """VMs, but not the loader's stand-in for a section that is missing."""
+    if ("vms",) not in places.bad:
+        for name in farm.vms:
+            yield name, ("vms", name)
+
+
+def _keys(places: Places, section: str) -> Collection[str]:
+    node = places.node((section,))
+    return list(node.keys) if isinstance(node, Mapping) else []
+
+
+def _hosts(farm: Farm, places: Places) -> Collection[str]:
+    return _keys(places, "hosts") or list(farm.hosts)
+
+
+def _driver(farm: Farm, places: Places, vm: str) -> str:
+    """The driver of a VM's host; "" where the file leaves that in doubt."""
+    host = farm.vms[vm].host
+    known = _hosts(farm, places)
+    if host is None:
+        if len(known) != 1 or places.is_bad(("vms", vm, "host")):
+            return ""
+        host = next(iter(known))
+    if host not in farm.hosts or places.is_bad(("hosts", host, "driver")):
+        return ""
+    return farm.hosts[host].driver
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(shown, sorted(names)[:24]))
+
+
+def _close(word: str, known: Collection[str]) -> str:
+    import difflib  # only when something is wrong
+
+    close = difflib.get_close_matches(word, known, 1, 0.6)
+    if close:
+        return f"; did you mean {quote(close[0])}?"
+    return f"; known: {_listed(known)}" if known else "; there are none"
+
+
+def _references(farm: Farm, places: Places) -> Found:
+    hosts, templates = _hosts(farm, places), _keys(places, "templates")
+    for name, path in _vms(farm, places):
+        vm = farm.vms[name]
+        if vm.host is not None and vm.host not in hosts:
+            yield places.problem((*path, "host"), f"no host {quote(vm.host)}{_close(vm.host, hosts)}")
+        elif vm.host is None and len(hosts) > 1 and not places.is_bad((*path, "host")):
+            yield places.problem(
+                path,
+                f"which host? It needs 'host', one of: {_listed(hosts)}",
+                key=True,
+            )
+        driver = _driver(farm, places, name)
+        if vm.template is not None and driver == "ssh":
+            yield places.problem((*path, "template"), "a VM on an ssh host is not made from a template")
+        elif vm.template is not None and vm.template not in templates:
+            yield places.problem(
+                (*path, "template"), f"no template {quote(vm.template)}{_close(vm.template, templates)}"
+            )
+        elif (
+            vm.template is None and driver not in ("ssh", "") and not places.is_bad((*path, "template"))
+        ):
+            if not templates and not places.is_bad(("templates",)):
+                yield places.problem(
+                    path, "it needs a template, and the file has no 'templates'", key=True
+                )
+            elif len(templates) > 1:
+                words = f"which template? It needs 'template', one of: {_listed(templates)}"
+                yield places.problem(path, words, key=True)
+
+
+def _memory_and_disks(farm: Farm, places: Places) -> Found:
+    for name, path in _vms(farm, places):
+        vm = farm.vms[name]
+        hosts = [vm.host] if vm.host else list(farm.hosts)
+        host = farm.hosts.get(hosts[0]) if len(hosts) == 1 else None
+        if host and host.memory and vm.memory > host.memory and not places.is_bad((*path, "memory")):
+            yield places.problem(
+                (*path, "memory"),
+                f"{format_size(vm.memory)} is more than the {format_size(host.memory)} "
+                f"that host {hosts[0]} has for the farm",
+            )
+        templates = [vm.template] if vm.template else list(farm.templates)
+        template = farm.templates.get(templates[0]) if len(templates) == 1 else None
+        if not (template and template.build and vm.disk and vm.disk < template.size):
+            continue
+        if not places.is_bad(("templates", templates[0], "size")):
+            yield places.problem(
+                (*path, "disk"),
+                f"{format_size(vm.disk)} is less than the {format_size(template.size)} "
+                f"of template {templates[0]}",
+            )
+
+
+def _ssh_machines(farm: Farm, places: Places) -> Found:
+    for name, path in _vms(farm, places):
+        vm, driver = farm.vms[name], _driver(farm, places, name)
+        if driver == "ssh" and vm.address is None and not places.is_bad((*path, "address")):
+            yield places.problem(path, "a VM on an ssh host needs 'address'", key=True)
+        if driver not in ("ssh", "") and vm.reset:
+            yield places.problem(
+                (*path, "reset"),
+                f"'reset' is for VMs on ssh hosts; driver {driver} resets this one itself",
+                key=True,
+            )
+
+
+class _Taken:
+    """Who has what, in the order of the file: the second one is told about the first."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._first: dict[object, Path] = {}
+
+    def add(self, what: object, path: Path, shown: str, *, key: bool = False) -> Found:
+        if self._places.is_gone(path):
+            return
+        first = self._first.setdefault(what, path)
+        if first == path:
+            return
+        whole = self._places.in_file(first)
+        line, _ = self._places.of_value(whole)
+        yield self._places.problem(
+            path, f"{shown} is taken: {self._places.name(whole)} has it (line {line})", key=key
+        )
+
+
+def _names(farm: Farm, places: Places) -> Found:
+    domain = farm.network.domain
+    taken = _Taken(places)
+
+    def full(name: str) -> str:
+        inside = domain is None or name == domain or name.endswith(f".{domain}")
+        return name if inside or "." in name else f"{name}.{domain}"
+
+    for name, path in _vms(farm, places):
+        vm = farm.vms[name]
+        machine = f"{farm.farm}-{name}"
+        if len(machine) > 63 and not places.is_bad(("farm",)):
+            yield places.problem(
+                path, f"{quote(machine)}, farm and VM name together, is longer than 63", key=True
+            )
+        if vm.hostname is None and not places.is_bad((*path, "hostname")):
+            if name.isdigit():
+                yield places.problem(
+                    path, "its name is a number: give it a 'hostname' that is not", key=True
+                )
+            yield from taken.add(full(name), path, f"host name {quote(name)}", key=True)
+        elif vm.hostname is not None:
+            yield from taken.add(
+                full(vm.hostname), (*path, "hostname"), f"host name {quote(vm.hostname)}"
+            )
+    for name, path in _vms(farm, places):
+        for number, alias in enumerate(farm.vms[name].aliases):
+            yield from taken.add(full(alias), (*path, "aliases", number), f"name {quote(alias)}")
+        for number, proxy in enumerate(farm.vms[name].proxy):
+            place = (*path, "proxy", number, "name")
+            yield from taken.add(full(proxy.name), place, f"name {quote(proxy.name)}")
+
+
+def _identities(farm: Farm, places: Places) -> Found:
+    macs, addresses, ports, nat = (_Taken(places) for _ in range(4))
+    for name, path in _vms(farm, places):
+        vm, driver = farm.vms[name], _driver(farm, places, name)
+        if vm.mac is not None:
+            yield from macs.add(vm.mac, (*path, "mac"), vm.mac)
+        if vm.address is not None:
+            # ssh machines may stand behind one address, each with its port
+            what = (vm.address, vm.ssh_port or 22) if driver == "ssh" else vm.address
+            shown = f"{vm.address} port {vm.ssh_port or 22}" if driver == "ssh" else str(vm.address)
+            yield from addresses.add(what, (*path, "address"), shown)
+        if vm.ssh_port is not None and farm.network.mode == "user" and driver not in ("ssh", ""):
+            yield from ports.add(vm.ssh_port, (*path, "ssh_port"), f"port {vm.ssh_port}")
+        if vm.nat_port is not None:
+            yield from nat.add(vm.nat_port, (*path, "nat_port"), f"port {vm.nat_port}")
+
+
+def _subnet(farm: Farm, places: Places) -> Found:
+    network = farm.network
+    subnet = network.subnet
+    if subnet is None:
+        return
+    for number, (first, last) in enumerate(network.reserved_ranges):
+        if first not in subnet or last not in subnet:
+            yield places.problem(("network", "reserved", number), f"outside the subnet, {subnet}")
+    for name, path in _vms(farm, places):
+        address = farm.vms[name].address
+        if address is None or _driver(farm, places, name) in ("ssh", ""):
+            continue
+        problem = ""
+        if address not in subnet:
+            problem = f"outside the subnet, {subnet}"
+        elif address == subnet.network_address:
+            problem = "the network's own address"
+        elif address == subnet.broadcast_address:
+            problem = "the broadcast address"
+        elif address == network.gateway:
+            problem = "the gateway's address"
+        else:
+            for entry, (first, last) in zip(network.reserved, network.reserved_ranges, strict=True):
+                if first <= address <= last:
+                    problem = f"reserved ({entry})"
+        if problem:
+            yield places.problem((*path, "address"), f"{address} is {problem}")
+
+
+def _room(farm: Farm, places: Places) -> Found:
+    """Enough addresses for the VMs that get one from the pool."""
+    network = farm.network
+    subnet = network.subnet
+    virtual = [n for n, _ in _vms(farm, places) if _driver(farm, places, n) not in ("ssh", "")]
+    if network.mode == "user" or not virtual or places.is_bad(("network",)):
+        return
+    wanting = [name for name in virtual if farm.vms[name].address is None]
+    if subnet is None:
+        if network.addressing == "static":
+            yield places.problem(
+                ("network",), "static addresses need 'subnet' (or set 'addressing: dhcp')", key=True
+            )
+        return
+    low, high = int(subnet.network_address) + 1, int(subnet.broadcast_address) - 1
+    taken = [(int(first), int(last)) for first, last in network.reserved_ranges]
+    single = [network.gateway, *(farm.vms[name].address for name in virtual)]
+    taken += [(int(address), int(address)) for address in single if isinstance(address, IPv4Address)]
+    free, following = 0, low
+    for first, last in sorted(taken):
+        free += max(0, min(first, high + 1) - following)
+        following = max(following, last + 1)
+    free += max(0, high + 1 - following)
+    if free < len(wanting):
+        yield places.problem(
+            ("network", "subnet"),
+            f"{subnet} has {free} addresses left, and {len(wanting)} VMs want one",
+        )
+
+
+def _steps(farm: Farm, places: Places) -> Found:
+    """Read from the file, not the model: a step that has something else wrong is still looked at."""
+    steps = places.node(("cycle", "steps"))
+    if not isinstance(steps, Items):
+        return
+    vms = _keys(places, "vms")
+    named: dict[str, Path] = {}
+    for number, step in enumerate(steps.items):
+        if not isinstance(step, Mapping):
+            continue
+        path: Path = ("cycle", "steps", number)
+        name = step.values.get("name")
+        if isinstance(name, Scalar) and (*path, "name") not in places.bad:
+            first = named.setdefault(name.text, (*path, "name"))
+            if first != (*path, "name"):
+                yield _at(
+                    places,
+                    (*path, "name"),
+                    f"a step of this name is in line {places.of_value(first)[0]}",
+                )
+        kinds = [kind for kind in STEP_KINDS if kind in step.keys]
+        if len(kinds) != 1:
+            continue
+        for key in {"reset": ("reset",), "run": ("vm",), "transfer": ("from", "to")}[kinds[0]]:
+            value = step.values.get(key)
+            if not isinstance(value, Scalar) or (*path, key) in places.bad or not vms:
+                continue
+            if value.text not in vms:
+                yield _at(places, (*path, key), f"no VM {quote(value.text)}{_close(value.text, vms)}")
+            elif kinds[0] == "reset" and value.text in farm.vms:
+                vm = farm.vms[value.text]
+                if (
+                    _driver(farm, places, value.text) == "ssh"
+                    and not vm.reset
+                    and not places.is_bad(("vms", value.text, "reset"))
+                ):
+                    yield _at(
+                        places,
+                        (*path, key),
+                        f"VM {value.text} is on an ssh host and has no 'reset' command",
+                    )
+
+
+def _at(places: Places, path: Path, message: str) -> Problem:
+    """Like ``places.problem``, of a path of the file."""
+    return Problem(places.file, *places.of_value(path), f"{places.name(path)}: {message}")

@@ -1,0 +1,252 @@
+"""The model's refusals in an admin's words, and the farm without what was refused."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from inventory.errors import Problem
+from inventory.fields import quote
+from inventory.model import (
+    STEP_KINDS,
+    Farm,
+    ResetStep,
+    RunStep,
+    TransferStep,
+    step_kind,
+)
+from inventory.places import Path, Places
+from inventory.yamltree import Items, Scalar
+from inventory.yamltree import Mapping as Keys
+
+_STEPS: dict[str | None, type[BaseModel]] = {
+    "reset": ResetStep,
+    "run": RunStep,
+    "transfer": TransferStep,
+}
+_STAND_IN: dict[str, Any] = {"farm": "x", "vms": {"x": {}}}  # for what a farm can't be without
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """``; did you mean 'memory'?``, or what there is, or nothing."""
+    close = difflib.get_close_matches(word[:100], list(known), 1, 0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    if 0 < len(known) <= 24:
+        return f"; known: {', '.join(sorted(known))}"
+    return ""
+
+
+class Pruner:
+    """Takes out of a farm file's content what the model refuses, and keeps why."""
+
+    def __init__(self, content: dict[str, Any], places: Places) -> None:
+        self.content = content
+        self.places = places
+        self.problems: list[Problem] = []
+        self._meant: set[Path] = set()  # what unknown keys seem to stand for
+
+    def prune(self, error: ValidationError) -> bool:
+        """False where nothing could be taken out, so that there is no use in asking again."""
+        gone: set[Path] = set()
+        changed = False
+        details = error.errors(include_url=False, include_input=False)
+        places = [detail["loc"] for detail in details]
+        # Unknown keys first: what they seem to stand for isn't missing as well.
+        for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
+            kind, context = detail["type"], detail.get("ctx", {})
+            loc = detail["loc"]
+            if kind == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places):
+                continue  # it counts only what it accepted
+            path = self.places.in_file(self._without_tags(loc))
+            if path and isinstance(path[-1], int) and isinstance(self.places.node(path[:-1]), Scalar):
+                path = path[:-1]  # one text where there could be a list of them
+            of_key = bool(path) and path[-1] == "[key]"
+            path = path[:-1] if of_key else path
+            node = self.places.node(path)
+            if isinstance(node, Scalar) and node.missing and self._filled(path, kind):
+                changed = True
+                continue
+            concerned, message = self._explained(path, kind, context, detail["msg"], of_key)
+            if not self._consequence(path, kind, context):
+                whole = kind in ("extra_forbidden", "missing")
+                name = self.places.name(concerned[:-1] if whole else concerned)
+                if of_key or kind == "extra_forbidden" or (kind == "farm" and concerned == path):
+                    place = self.places.of_key(concerned)
+                else:
+                    place = self.places.of_value(concerned)
+                text = f"{name}: {message}" if name else message
+                self.problems.append(Problem(self.places.file, *place, text))
+            gone.add(path[:-1] if kind == "missing" and len(path) > 1 else concerned)
+        for path in sorted(gone, key=len, reverse=True):
+            changed = self._take_out(path) or changed
+        return changed
+
+    def _without_tags(self, loc: tuple[str | int, ...]) -> Path:
+        """pydantic puts the kind of step behind its number."""
+        if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in STEP_KINDS:
+            return (*loc[:3], *loc[4:])
+        return loc
+
+    def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
+        """Whether it is only refused for what was taken out, or misspelt, which has been told."""
+        told = self.places.bad | self._meant
+        if kind == "farm":
+            return any((*path, key) in told for key in context["keys"])
+        if kind == "missing":
+            return path in told
+        if kind == "union_tag_not_found":
+            return any((*path, key) in told for key in STEP_KINDS)
+        return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
+
+    def _filled(self, path: Path, kind: str) -> bool:
+        """``prod:`` with nothing behind it is a VM with all its defaults."""
+        empty: Any
+        if kind in ("model_type", "model_attributes_type", "dict_type"):
+            empty = {}
+        elif kind in ("tuple_type", "list_type"):
+            empty = []
+        else:
+            return False
+        holder, key = self._holder(path)
+        if holder is None or holder[key] in ({}, []):
+            return False
+        holder[key] = empty
+        return True
+
+    def _explained(
+        self, path: Path, kind: str, context: Mapping[str, Any], words: str, of_key: bool
+    ) -> tuple[Path, str]:
+        """What is concerned, and what is wrong with it."""
+        node = self.places.node(path)
+        text = node.text if isinstance(node, Scalar) else ""
+        found = (
+            "a list" if isinstance(node, Items)
+            else "keys with values" if isinstance(node, Keys)
+            else quote(text)
+        )  # fmt: skip
+        if kind == "farm":
+            key = context["key"]
+            return (*path, key) if key else path, context["text"]
+        if kind == "missing":
+            return path, f"'{path[-1]}' is missing"
+        if kind == "extra_forbidden":
+            return path, self._unknown_key(path)
+        if kind == "union_tag_not_found":
+            return path, self._unknown_step(node)
+        if not of_key and isinstance(node, Scalar) and node.missing:
+            return path, "it has no value: give it one, or leave the key out"
+        if kind == "value_error":
+            return path, str(context["error"])
+        if kind in ("model_type", "model_attributes_type", "dict_type"):
+            return path, f"keys with values are expected here, not {found}"
+        if kind in ("tuple_type", "list_type"):
+            return path, f"a list is expected here, not {found}"
+        if kind == "too_short":
+            return path, "at least one is needed"
+        if not isinstance(node, Scalar):
+            return path, f"a single value is expected here, not {found}"
+        if kind == "literal_error":
+            known = re.findall(r"'([^']+)'", context["expected"])
+            return path, f"{found} is not one of {', '.join(known)}{_only_close(text, known)}"
+        if kind == "string_too_short":
+            return path, "it is empty"
+        if kind == "string_too_long":
+            return path, f"longer than {context['max_length']} characters"
+        if kind in ("greater_than_equal", "greater_than"):
+            least = context["ge"] if "ge" in context else f"more than {context['gt']}"
+            return path, f"{text} is too little: it must be {least}{' or more' * ('ge' in context)}"
+        if kind == "less_than_equal":
+            return path, f"{text} is too much: at most {context['le']}"
+        return path, f"{found}: {words[:1].lower()}{words[1:]}"
+
+    def _unknown_key(self, path: Path) -> str:
+        key = str(path[-1])
+        model = self._model_at(path[:-1])
+        known = {f.alias or name for name, f in model.model_fields.items()} if model else set()
+        if close := difflib.get_close_matches(key[:100], known, 1, 0.6):
+            self._meant.add((*path[:-1], close[0]))
+        return f"unknown key {quote(key)}{nearest(key, known)}"
+
+    def _unknown_step(self, node: object) -> str:
+        if not isinstance(node, Keys):
+            return "a step is made of keys with values, such as 'name' and 'run'"
+        found = [kind for kind in STEP_KINDS if kind in node.keys]
+        if found:
+            return f"a step has one of 'reset', 'run' and 'transfer'; this one has {' and '.join(found)}"
+        for key in node.keys:
+            if close := difflib.get_close_matches(key[:100], STEP_KINDS, 1, 0.6):
+                return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
+        return "a step has one of 'reset', 'run' and 'transfer', which say what it does"
+
+    def _model_at(self, path: Path) -> type[BaseModel] | None:
+        """The part of the model that describes what is at this path of the file."""
+        kind: Any = Farm
+        for depth, part in enumerate(path):
+            if depth == 2 and path[:2] == ("cycle", "steps"):
+                node = self.places.node(path[:3])
+                kind = _STEPS.get(step_kind(node.keys if isinstance(node, Keys) else None))
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                fields = kind.model_fields.items()
+                kind = next((f.annotation for name, f in fields if (f.alias or name) == part), None)
+            elif get_origin(kind) is dict:
+                kind = get_args(kind)[1]
+            else:
+                kind = get_args(kind)[0] if get_args(kind) else None
+            if get_origin(kind) in (Union, UnionType):
+                kind = next(arg for arg in get_args(kind) if arg is not type(None))
+        return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+    def _holder(self, path: Path) -> tuple[Any, Any]:
+        """What holds this in the content, and under which key or number now; None if nothing does."""
+        value: Any = self.content
+        holder: Any = None
+        key: Any = None
+        for depth, part in enumerate(path):
+            key = part
+            if isinstance(value, list):
+                numbers = self.places.kept.get(path[:depth])
+                if numbers is not None:
+                    if part not in numbers:
+                        return None, None
+                    key = numbers.index(int(part))
+                elif not isinstance(part, int) or part >= len(value):
+                    return None, None
+            elif not isinstance(value, dict) or part not in value:
+                return None, None
+            holder, value = value, value[key]
+        return holder, key
+
+    def _take_out(self, path: Path) -> bool:
+        """Take what is at this path of the file out of the content, or what holds it."""
+        places = self.places
+        holder, key = self._holder(path)
+        if holder is None:
+            if not path:
+                return False
+            if len(path) == 1 and path[0] in _STAND_IN:
+                places.bad.add(path)
+                self.content[str(path[0])] = _STAND_IN[str(path[0])]
+                return True
+            return self._take_out(path[:-1])
+        places.bad.add(path)
+        if isinstance(holder, list):
+            numbers = places.kept.setdefault(path[:-1], list(range(len(holder))))
+            del holder[key], numbers[key]
+        elif len(path) == 1 and key in _STAND_IN:
+            if holder[key] is _STAND_IN[key]:
+                return False
+            holder[key] = _STAND_IN[key]
+        else:
+            del holder[key]
+        return True
+
+
+def _only_close(word: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(word[:100].lower(), list(known), 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""

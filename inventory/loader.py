@@ -1,0 +1,138 @@
+"""A farm file, loaded: text to tree to model, and every problem with its line and column, all at once.
+
+The model is asked again and again, each time without what it has refused, until it accepts the rest:
+so one mistake doesn't hide another, and what concerns several parts of the file (``inventory.checks``)
+is looked at even when something else is wrong.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from inventory.autobuild import default_cycle, default_steps
+from inventory.checks import check
+from inventory.errors import InventoryError, NotFound, Problem
+from inventory.model import Farm, ResetStep
+from inventory.places import Places
+from inventory.yamltree import MAX_BYTES, parse, plain
+
+__all__ = ["default_cycle", "load", "loads", "resolve"]
+
+_ROUNDS = 50  # each takes at least one thing away; real files need three
+
+
+def load(path: Path) -> Farm:
+    """The farm in this file. Its ``cycle`` is the Autobuild cycle where the file has none and there are
+    dev2, prod and a source.
+
+    NotFound: no such file. InventoryError: all that is wrong with it."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise InventoryError([Problem(str(path), 1, 1, f"{kind}: a farm file is needed")])
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFound(
+            f"no farm file {path}",
+            remedy="name one with --farm PATH; inventory/default.yaml is a good one to begin with",
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InventoryError([Problem(str(path), 1, 1, f"it can't be read: {reason}")]) from None
+    return loads(data, path)
+
+
+def loads(data: bytes, path: Path) -> Farm:
+    """The farm in these bytes, as if they were that file's. InventoryError as of ``load``."""
+    tree, problems = parse(data, str(path))
+    if tree is None:
+        raise InventoryError(problems)
+    content = plain(tree)
+    if _wants_default_cycle(content):
+        content["cycle"] = default_steps("dev2", "prod")
+    places = Places(tree, str(path))
+    farm = None if problems else _accepted(content)
+    if farm is None:
+        farm = _accepted_in_parts(content, places, problems)
+    else:
+        problems += check(farm, places)
+    if problems:
+        raise InventoryError(tuple(dict.fromkeys(problems)))
+    assert farm is not None
+    if "cycle" not in tree.values:
+        farm = _without_manual_resets(farm)
+    farm._path = path.absolute()
+    return farm
+
+
+def resolve(farm: Farm, path: Path | str) -> Path:
+    """An absolute path for one that the farm file holds: relative to the farm file, ``~`` allowed."""
+    given = Path(path)
+    if given.parts[:1] and given.parts[0].startswith("~"):
+        try:
+            given = given.expanduser()
+        except RuntimeError:
+            raise NotFound(
+                f"{path}: there is no such user's home", remedy=f"write the path out in {farm.path}"
+            ) from None
+    return farm.path.parent / given
+
+
+def _wants_default_cycle(content: dict[str, Any]) -> bool:
+    vms = content.get("vms")
+    return (
+        "cycle" not in content
+        and "source" in content
+        and isinstance(vms, dict)
+        and "dev2" in vms
+        and "prod" in vms
+    )
+
+
+def _without_manual_resets(farm: Farm) -> Farm:
+    """Who builds over ssh alone and gives no reset command resets by hand, as the Autobuild paper has
+    it ("manually or by an own script")."""
+    if farm.cycle is None:
+        return farm
+    steps = tuple(
+        step
+        for step in farm.cycle.steps
+        if not isinstance(step, ResetStep)
+        or farm.hosts[farm.host_of(step.reset)].driver != "ssh"
+        or farm.vms[step.reset].reset
+    )
+    return farm.model_copy(update={"cycle": farm.cycle.model_copy(update={"steps": steps})})
+
+
+def _accepted(content: dict[str, Any]) -> Farm | None:
+    try:
+        return Farm.model_validate(content)
+    except ValidationError:
+        return None
+
+
+def _accepted_in_parts(content: dict[str, Any], places: Places, problems: list[Problem]) -> Farm | None:
+    """What of the farm stands, the model's and the checks' problems added to ``problems``."""
+    from inventory.explain import Pruner
+
+    pruner = Pruner(content, places)
+    told = {(problem.line, problem.column) for problem in problems}
+    farm = None
+    for _ in range(_ROUNDS):
+        try:
+            farm = Farm.model_validate(pruner.content)
+            break
+        except ValidationError as error:
+            if not pruner.prune(error):
+                break
+    found = pruner.problems + (check(farm, places) if farm else [])
+    problems += [problem for problem in found if (problem.line, problem.column) not in told]
+    if farm is None and not problems:
+        problems.append(Problem(places.file, 1, 1, "this is not a farm file"))
+    return farm

@@ -1,0 +1,114 @@
+"""Where in the file something of the farm stands, and how it is called in a message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from inventory.errors import Problem
+from inventory.fields import quote
+from inventory.yamltree import Items, Mapping, Node, Scalar
+
+Path = tuple[str | int, ...]
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+
+
+@dataclass(slots=True)
+class Places:
+    """Places of a farm's parts by their path, such as ("vms", "prod", "proxy", 0, "port")."""
+
+    tree: Mapping
+    file: str
+    bad: set[Path] = field(default_factory=set)
+    """What the model didn't accept: it is not in the farm, and nothing more is said about it."""
+    kept: dict[Path, list[int]] = field(default_factory=dict)
+    """For lists that items were taken out of: what number in the file each remaining one has."""
+
+    def in_file(self, path: Sequence[str | int]) -> Path:
+        """The farm's path as a path of the file."""
+        result: Path = ()
+        for part in path:
+            kept = self.kept.get(result) if isinstance(part, int) else None
+            result += (kept[part] if kept and isinstance(part, int) and part < len(kept) else part,)
+        return result
+
+    def is_bad(self, path: Sequence[str | int]) -> bool:
+        """Whether this, something that holds it, or something in it was not accepted."""
+        whole = self.in_file(path)
+        return self.is_gone(path) or any(bad[: len(whole)] == whole for bad in self.bad)
+
+    def is_gone(self, path: Sequence[str | int]) -> bool:
+        """Whether this or something that holds it was not accepted."""
+        if not self.bad:
+            return False
+        whole = self.in_file(path)
+        return any(whole[: len(bad)] == bad for bad in self.bad)
+
+    def node(self, path: Path) -> Node | None:
+        """Of a path of the file."""
+        node: Node = self.tree
+        for part in path:
+            if isinstance(node, Mapping) and isinstance(part, str) and part in node.values:
+                node = node.values[part]
+            elif isinstance(node, Items) and isinstance(part, int) and part < len(node.items):
+                node = node.items[part]
+            else:
+                return None
+        return node
+
+    def of_value(self, path: Path) -> tuple[int, int]:
+        """Of a path of the file; of what would hold it, where it isn't there."""
+        node = self.node(path)
+        if node is None:
+            return self.of_key(path[:-1])
+        if isinstance(node, Scalar) and node.missing:
+            return self.of_key(path)
+        return node.line, node.column
+
+    def of_key(self, path: Path) -> tuple[int, int]:
+        if not path:
+            return self.tree.line, self.tree.column
+        parent = self.node(path[:-1])
+        if isinstance(parent, Mapping) and path[-1] in parent.keys:
+            key = parent.keys[str(path[-1])]
+            return key.line, key.column
+        return self.of_value(path)
+
+    def problem(
+        self, path: Sequence[str | int], message: str, *, key: bool = False, named: bool = True
+    ) -> Problem:
+        """About the value at a path of the farm, or about its key."""
+        whole = self.in_file(path)
+        line, column = self.of_key(whole) if key else self.of_value(whole)
+        name = self.name(whole) if named else ""
+        return Problem(self.file, line, column, f"{name}: {message}" if name else message)
+
+    def name(self, path: Path) -> str:
+        """``vms.prod.proxy[0].port``, ``step build-dev: timeout``. Of a path of the file."""
+        if path[:2] == ("cycle", "steps") and len(path) > 2 and isinstance(path[2], int):
+            name = self.node((*path[:3], "name"))
+            known = isinstance(name, Scalar) and name.text
+            step = (
+                f"step {shown(name.text)}"
+                if known and isinstance(name, Scalar)
+                else (f"step {path[2] + 1}")
+            )
+            rest = _dotted(path[3:])
+            return f"{step}: {rest}" if rest else step
+        return _dotted(path)
+
+
+def shown(part: str) -> str:
+    """A name as it is, where that can be read; else as Python quotes it."""
+    return part if _WORD.fullmatch(part) else quote(part)
+
+
+def _dotted(path: Path) -> str:
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{shown(part)}" if text else shown(part)
+    return text

@@ -1,0 +1,223 @@
+"""The JSON Schema for editors and the reference page, both made from the model.
+
+``python -m inventory.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import inventory.model as model_module
+from inventory.model import Farm, Model
+from inventory.sizes import format_duration, format_size
+
+SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
+REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
+
+_SECTIONS = (
+    ("Farm", "The file"),
+    ("Host", "hosts.NAME"),
+    ("DiskStore", "hosts.NAME.disks"),
+    ("Network", "network"),
+    ("TemplateSource", "templates.NAME"),
+    ("Ssh", "ssh"),
+    ("Vm", "vms.NAME"),
+    ("Proxy", "vms.NAME.proxy[]"),
+    ("Source", "source"),
+    ("Cycle", "cycle"),
+    ("ResetStep", "cycle.steps[]: reset"),
+    ("RunStep", "cycle.steps[]: run"),
+    ("TransferStep", "cycle.steps[]: transfer"),
+)
+_WHERE = dict(_SECTIONS)
+
+_INTRODUCTION = """\
+# Farm files
+
+<!-- Made from inventory/model.py by `python -m inventory.schema`: change it there. -->
+
+A farm is one YAML file. `inventory/default.yaml` is a short one, commented; `--farm PATH` chooses
+another. Editors that know `farm.schema.json` complete and check it while you type: the files in
+`inventory/` name it in their first line.
+
+YAML is read without its surprises. Every value is text until its key says what it is, so a MAC address
+needs no quotes, `022` is refused instead of being 18, and `on` is `yes` only where yes or no is meant.
+Duplicate keys, unknown keys, tags and merge keys are refused; aliases are fine. All mistakes in a file
+are told at once, each with its line and column.
+
+- A **size** is bytes, or a number with K, M, G or T, powers of 1024: `512M`, `1.5G`.
+- A **duration** is seconds, or a number with s, m, h or d: `90s`, `1h30m`.
+- **Yes or no** is also `true`, `false`, `on`, `off`.
+- A **path** is relative to the farm file, or begins with `~`.
+- Where a **list** is expected, it is written `[a, b]` or one item a line. One text
+  will do for a list of texts.
+"""
+
+
+def json_schema() -> dict[str, Any]:
+    """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
+    schema: dict[str, Any] = Farm.model_json_schema(by_alias=True)
+    definitions = schema.pop("$defs")
+    documents = _documents()
+    for name, definition in (*definitions.items(), ("Farm", schema)):
+        kind = getattr(model_module, name)
+        definition["description"] = documents[name][""]
+        definition["title"] = _WHERE[name]
+        for field_name, field in kind.model_fields.items():
+            key = field.alias or field_name
+            value = _written(definition["properties"][key])
+            value["description"] = documents[name][field_name]
+            definition["properties"][key] = value
+    steps = definitions["Cycle"]["properties"]["steps"]
+    # Which keys a step has decides; the schema's discriminator has no words for that.
+    steps["items"] = {
+        "anyOf": [{"$ref": f"#/$defs/{name}Step"} for name in ("Reset", "Run", "Transfer")]
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def reference_markdown() -> str:
+    """docs/inventory.md: every key, what it takes, its default, what it means."""
+    schema = json_schema()
+    parts = [_INTRODUCTION]
+    for name, where in _SECTIONS:
+        definition = schema if name == "Farm" else schema["$defs"][name]
+        parts.append(f"## {where}\n\n{_one_line(definition['description'])}\n")
+        rows = ["| key | takes | if absent | meaning |", "|---|---|---|---|"]
+        required = definition.get("required", [])
+        kind: type[BaseModel] = getattr(model_module, name)
+        for field_name, field in kind.model_fields.items():
+            key = field.alias or field_name
+            value = definition["properties"][key]
+            default = "**needed**" if key in required else _default(field.get_default(), value)
+            cells = f"`{key}`", _words(value, schema), default, _one_line(value["description"])
+            rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _written(value: dict[str, Any]) -> dict[str, Any]:
+    """Without what pydantic adds and a reader of the schema has no use for."""
+    value = {key: inner for key, inner in value.items() if key != "default"}
+    options = [o for o in value.pop("anyOf", []) if o.get("type") != "null"]
+    if len(options) == 1:
+        value = {**value, **options[0]}
+    elif options:
+        value["anyOf"] = options
+    if "title" in value and "type" not in value and "enum" not in value:
+        value.pop("title")
+    if value.get("type") in ("array", "object") or "$ref" in value:
+        value.pop("title", None)
+    value = _or_one(value)
+    if patterns := value.pop("patternProperties", None):
+        [(pattern, inner)] = patterns.items()
+        inner = _or_one(inner)
+        # `prod:` with nothing behind it is a VM with all its defaults
+        inner = {"anyOf": [inner, {"type": "null"}]} if "$ref" in inner else inner
+        value |= {"propertyNames": {"pattern": pattern}, "additionalProperties": inner}
+    return value
+
+
+def _or_one(value: dict[str, Any]) -> dict[str, Any]:
+    """The model takes one text where there could be a list of texts."""
+    if value.get("type") != "array" or "type" not in value.get("items", {}):
+        return value
+    of_array = ("type", "items", "minItems")
+    rest = {key: inner for key, inner in value.items() if key not in (*of_array, "title")}
+    array = {key: inner for key, inner in value.items() if key in of_array}
+    return {**rest, "anyOf": [value["items"], array]}
+
+
+def _documents() -> dict[str, dict[str, str]]:
+    """Descriptions of classes (under "") and their fields: the strings below them in the source."""
+    tree = ast.parse(Path(model_module.__file__).read_text(encoding="utf-8"))
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        texts = {"": _one_line(ast.get_docstring(node) or "")}
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id in found and base.id != Model.__name__:
+                texts = {**found[base.id], **texts}
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                texts[field.target.id] = _one_line(str(text.value.value))
+        found[node.name] = texts
+    return found
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
+    if "$ref" in value:
+        name = value["$ref"].rsplit("/", 1)[1]
+        where = _WHERE[name]
+        anchor = "".join(c for c in where.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+        return f"[{where}](#{anchor})"
+    if "anyOf" in value:
+        options = [option for option in value["anyOf"] if option.get("type") != "null"]
+        if options[-1].get("type") == "array" and len(options) == 2:
+            return f"list: {_words(options[0], schema)}"
+        return " or ".join(_words(option, schema) for option in options)
+    if "const" in value:
+        return f"`{value['const']}`"
+    if "enum" in value:
+        title = value.get("title")
+        return title if title == "yes or no" else ", ".join(f"`{choice}`" for choice in value["enum"])
+    if value.get("type") == "array":
+        return f"list: {_words(value['items'], schema)}"
+    if value.get("type") == "object":
+        return f"name: {_words(value['additionalProperties'], schema)}"
+    return str(value.get("title", "text"))
+
+
+def _default(default: Any, value: dict[str, Any]) -> str:
+    if default is None or default in ((), {}):
+        return ""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    title = str(value.get("title", ""))
+    if title.startswith("size"):
+        return f"`{format_size(default)}`"
+    if title.startswith("duration"):
+        return f"`{format_duration(default).removesuffix('00s')}`"
+    if isinstance(default, str | int):
+        return f"`{default}`"
+    return ""
+
+
+def render() -> dict[Path, str]:
+    """Both files, as they should be."""
+    return {
+        SCHEMA_FILE: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
+        REFERENCE_FILE: reference_markdown(),
+    }
+
+
+def main() -> None:
+    for path, text in render().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            sys.stdout.write(f"{path} written\n")
+
+
+if __name__ == "__main__":
+    main()

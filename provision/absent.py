@@ -1,0 +1,80 @@
+"""A hypervisor that was never started has no machines: what plans and ``status`` see of a private
+daemon that doesn't run and never defined anything. Looking must not start one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hypervisors.api import (
+    Capabilities,
+    Checkpoint,
+    Console,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Template,
+)
+from inventory.errors import NotFound
+
+
+class NoMachines:
+    """Answers questions, refuses the rest."""
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            driver="kvm",
+            accelerated=False,
+            power=True,
+            reset=True,
+            linked_clones=True,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=True,
+            notes=("its private daemon is not running: nothing was made yet",),
+        )
+
+    def find(self, name: str) -> Machine | None:  # noqa: ARG002
+        return None
+
+    def list(self) -> Sequence[Machine]:
+        return ()
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:  # noqa: ARG002
+        self._refuse(spec.name)
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        self._refuse(spec.name)
+
+    def start(self, name: str) -> None:
+        self._refuse(name)
+
+    def stop(self, name: str, *, grace: float) -> None:  # noqa: ARG002
+        self._refuse(name)
+
+    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:  # noqa: ARG002
+        self._refuse(name)
+
+    def reset(self, name: str, checkpoint: str) -> None:  # noqa: ARG002
+        self._refuse(name)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:  # noqa: ARG002
+        self._refuse(name)
+
+    def console(self, name: str) -> Console:
+        self._refuse(name)
+
+    def destroy(self, name: str) -> None:
+        self._refuse(name)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        return ()
+
+    def discard(self, leftover: Leftover) -> None:
+        self._refuse(leftover.ref)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise NotFound(f"{name} does not exist", remedy="make it: ./invoke clone-farm")

@@ -1,0 +1,249 @@
+"""clone-farm: every declared VM exists, from its template's generation, started and reachable."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from hypervisors.api import Machine, Template, spec_hash
+from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
+from inventory.sizes import format_duration, format_size
+from provision import identity
+from provision.gc import discard_of
+from provision.power import (
+    answers,
+    bring_up_to_date,
+    can_power,
+    check_memory,
+    deflate,
+    start_one,
+    then_what,
+    wait_until_ready,
+    write_identity,
+)
+from provision.report import Action, Outcome
+from provision.site import Site
+from provision.work import Job, begin, disk_of, is_on, look
+
+HEADROOM = 256 * 2**20
+"""Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
+size: that is overcommitment by intent, as with any thin disk."""
+
+
+def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True) -> Outcome:
+    """Make the VMs that are missing, start those that should run, wait until their ssh answers.
+    What is already as declared is left alone, so a second call changes nothing.
+
+    A definition that differs from the farm file is changed while the VM is stopped; a running one
+    keeps its own until its next stop or reset. VMs stay on the template generation they were cloned
+    from. One VM's failure doesn't stop the others.
+
+    Errors: NoSpace (disk or memory, before anything is begun), Conflict and NotOurs (names),
+    TimedOut with the console's tail, Several, Busy."""
+    names = site.vms(vms)
+    with begin(site, "clone-farm", names) as run:
+        templates = _Templates(site)
+        machines = {vm: look(site, vm) for vm in names}
+        missing = [vm for vm in names if machines[vm] is None and can_power(site, vm)]
+        _check_space(site, missing)
+        to_start = [
+            vm
+            for vm in names
+            if start and site.farm.vms[vm].start and can_power(site, vm) and not is_on(machines[vm])
+        ]
+        check_memory(site, to_start)
+        unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
+        run.add(
+            *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
+        )
+        jobs: dict[str, list[Job]] = {}
+        for vm in names:
+            machine = machines[vm]
+            if not can_power(site, vm):
+                jobs[vm] = [Job(Action("keep", vm, "on an ssh host: nothing to make"))]
+            elif machine is None:
+                jobs[vm] = _make(site, vm, templates)
+            else:
+                jobs[vm] = _keep(site, vm, machine, templates, starting=vm in to_start, wait=wait)
+            if vm in to_start:
+                action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
+                jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
+            if not jobs[vm]:
+                jobs[vm] = [Job(Action("keep", vm, "already as declared"))]
+        run.carry_out(jobs)
+        return run.outcome()
+
+
+def newest(site: Site, vm: str, name: str) -> Template | None:
+    """The newest generation of a template in the VM's store."""
+    found = [t for t in site.disks(site.farm.host_of(vm)).templates() if t.name == name]
+    return max(found, key=lambda t: t.generation, default=None)
+
+
+def undo_clone(site: Site, vm: str) -> None:
+    """Take away what a clone that didn't end left. A machine that exists is complete: it stays."""
+    if look(site, vm) is not None:
+        return
+    machine = site.machine(vm)
+    discard_of(site, vm)
+    if disk_of(site, vm) is not None:
+        site.disks(site.farm.host_of(vm)).destroy(machine)
+    identity.remove_identity(site.paths, vm, machine)
+
+
+class _Templates:
+    """The templates of this run's clones. One that is missing is made once, by whichever VM comes
+    first; a failure is every waiting VM's."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._guard = threading.Lock()
+        self._failed: dict[str, FarmhandError] = {}
+
+    def name_of(self, vm: str) -> str:
+        name = self._site.farm.template_of(vm)
+        if name is None:
+            raise NotFound(
+                f"{self._site.name}: {vm} has no template, and the farm file declares none",
+                remedy="declare one under 'templates:'",
+            )
+        return name
+
+    def newest(self, vm: str) -> Template | None:
+        return newest(self._site, vm, self.name_of(vm))
+
+    def get(self, vm: str) -> Template:
+        name = self.name_of(vm)
+        with self._guard:
+            if name in self._failed:
+                raise self._failed[name]
+            found = self.newest(vm)
+            if found is not None:
+                return found
+            from provision.golden import ensure_template
+
+            try:
+                ensure_template(self._site, name, self._site.farm.host_of(vm))
+            except FarmhandError as error:
+                self._failed[name] = error
+                raise
+            found = self.newest(vm)
+            if found is None:
+                raise NotFound(
+                    f"{self._site.name}: template {name} is not in the store of host "
+                    f"{self._site.farm.host_of(vm)}",
+                    remedy=f"./invoke template-build {name}",
+                )
+            return found
+
+
+def _make(site: Site, vm: str, templates: _Templates) -> list[Job]:
+    declared = site.farm.vms[vm]
+    jobs: list[Job] = []
+    disk = disk_of(site, vm)
+    if disk is not None:
+        # A disk without a machine. Untouched since cloning, nothing is lost with it.
+        if not site.disks(site.farm.host_of(vm)).pristine(site.machine(vm), "clean"):
+            raise Conflict(
+                f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
+                remedy=f"copy what you need from it, then remove it: ./invoke destroy --vm {vm}",
+            )
+        action = Action("discard", vm, "remove a disk that no machine has and nothing was written to")
+        jobs.append(Job(action, lambda: undo_clone(site, vm)))
+    found = templates.newest(vm)
+    size = declared.disk or site.farm.templates[templates.name_of(vm)].size
+    if found is not None:
+        if declared.disk is not None and declared.disk < found.size:
+            raise Conflict(
+                f"{site.name}: {vm}'s disk of {format_size(declared.disk)} is smaller than "
+                f"{found.label}, {format_size(found.size)}",
+                remedy="raise or leave out 'disk'",
+            )
+        size = declared.disk or found.size
+    text = (
+        f"clone from {found.label if found else templates.name_of(vm)}: disk {format_size(size)}, "
+        f"memory {format_size(declared.memory)}, {declared.vcpus} vCPU"
+    )
+    jobs.append(Job(Action("clone", vm, text), lambda: _clone(site, vm, templates)))
+    return jobs
+
+
+def _clone(site: Site, vm: str, templates: _Templates) -> None:
+    template = templates.get(vm)
+    began = time.monotonic()
+    with site.journal.operation("clone", vm=vm, template=template.label) as operation:
+        try:
+            operation.step("give it an identity")
+            allocation = site.allocator.allocate(vm)
+            write_identity(site, vm)
+            spec = site.spec(vm, allocation)
+            spec = replace(spec, disk_size=spec.disk_size or template.size)
+            operation.step("make disk and machine")
+            site.hypervisor_of(vm).define(spec, template)
+        except Interrupted:
+            raise
+        except Exception:
+            with contextlib.suppress(FarmhandError):  # the first error is the one to show
+                undo_clone(site, vm)
+            raise
+    site.reporter.say(
+        f"cloned from {template.label} in {format_duration(time.monotonic() - began)}", vm=vm
+    )
+
+
+def _keep(
+    site: Site, vm: str, machine: Machine, templates: _Templates, *, starting: bool, wait: bool
+) -> list[Job]:
+    jobs: list[Job] = []
+    declared = site.farm.vms[vm]
+    wanted = spec_hash(site.spec(vm, site.allocator.peek(vm)))
+    running = is_on(machine)
+    if machine.spec_hash != wanted and running:
+        text = "differs from the farm file: takes effect at its next stop or reset"
+        jobs.append(Job(Action("note", vm, text)))
+    elif machine.spec_hash != wanted:
+        text = "change its definition as the farm file has been"
+        jobs.append(Job(Action("redefine", vm, text), lambda: _redefine(site, vm)))
+    found = templates.newest(vm)
+    if found is not None and machine.template != found.label:
+        text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
+        jobs.append(Job(Action("note", vm, text)))
+    disk = disk_of(site, vm)
+    if disk is not None and declared.disk is not None and disk.size != declared.disk:
+        text = (
+            f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
+            "takes effect when it is destroyed and cloned again"
+        )
+        jobs.append(Job(Action("note", vm, text)))
+    if running and wait and not starting and declared.start and not answers(site, vm):
+        text = "runs, but its ssh doesn't answer: wait for it"
+        jobs.append(Job(Action("wait", vm, text), lambda: _await(site, vm)))
+    return jobs
+
+
+def _redefine(site: Site, vm: str) -> None:
+    with site.journal.operation("redefine", vm=vm):
+        bring_up_to_date(site, vm)
+
+
+def _await(site: Site, vm: str) -> None:
+    with site.journal.operation("wait", vm=vm):
+        # Since when it runs isn't known for sure: any boot of this machine is the one meant.
+        wait_until_ready(site, vm, since=float("-inf"))
+        deflate(site, vm)
+
+
+def _check_space(site: Site, missing: Sequence[str]) -> None:
+    for host in dict.fromkeys(map(site.farm.host_of, missing)):
+        new = [vm for vm in missing if site.farm.host_of(vm) == host]
+        free = site.disks(host).capacity().free
+        if free < HEADROOM * len(new):
+            raise NoSpace(
+                f"{site.name}: the disk store of host {host} has {format_size(free)} free; cloning "
+                f"{', '.join(new)} takes {format_size(HEADROOM * len(new))} at least",
+                remedy="./invoke gc shows what can go, or give the host's 'disks' another path",
+            )

@@ -1,0 +1,230 @@
+"""destroy: VMs, or the whole farm, with all that is theirs and nothing that isn't."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
+
+from inventory.errors import Busy, NotFound, NotOurs
+from provision import identity
+from provision.files import remove
+from provision.gc import leftovers
+from provision.journal import current_step
+from provision.report import Action, Outcome
+from provision.site import Site
+from provision.work import Job, begin, side_by_side
+
+
+def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
+    """Named VMs: machine, disk and checkpoints, seed, host key, console log, what they were given.
+    None named: the whole farm, then its templates, its private daemon and its state directory too.
+    Build records stay (facts say where) unless ``purge``. What isn't there any more is no error.
+
+    VMs no longer in the farm file can be named as long as their machines exist.
+
+    Errors: NotFound, NotOurs, Busy (also by work on templates or builds, for the whole farm)."""
+    if not vms:
+        return _destroy_farm(site, purge=purge)
+    names = _names(site, vms)
+    with begin(site, "destroy", names) as run:
+        jobs: dict[str, list[Job]] = {}
+        for vm in names:
+            if vm in site.farm.vms and site.host(vm).driver == "ssh":
+                jobs[vm] = [Job(Action("note", vm, "on an ssh host: not ours to destroy"))]
+            elif _exists(site, vm):
+                action = Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
+                jobs[vm] = [Job(action, partial(_destroy_one, site, vm))]
+            else:
+                jobs[vm] = [Job(Action("keep", vm, "is not there"))]
+        run.carry_out(jobs)
+        return run.outcome()
+
+
+def erase(site: Site, vm: str) -> None:
+    """Within an operation under way: all that is the VM's. Safe to call again after a kill."""
+    name = site.machine(vm)
+    for host in _hosts(site, vm):
+        driver = site.hypervisor(host, look=True)
+        machine = driver.find(name)
+        if machine is not None:
+            if machine.owner is None or machine.owner.farm != site.farm.farm:
+                raise NotOurs(
+                    f"{site.name}: the machine {name} on host {host} is without our mark: not touched",
+                    remedy="remove or rename it yourself",
+                )
+            driver.destroy(name)
+        store = site.disks(host)
+        if store.find(name) is not None:
+            store.destroy(name)
+    for item in leftovers(site):
+        if item.what.owner is not None and item.what.owner.vm == vm:
+            current_step(f"remove {item.what.kind} {item.what.ref}")
+            item.discard()
+    current_step("remove its seed, keys and console log")
+    identity.remove_identity(site.paths, vm, name)
+    current_step("give back its address, MAC and port")
+    site.allocator.release(vm)
+
+
+def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
+    known = dict.fromkeys((*site.farm.vms, *_made(site), *site.allocator.recorded()))
+    for vm in vms:
+        if vm not in known:
+            near = get_close_matches(vm, known, 1)
+            raise NotFound(
+                f"{site.name}: there is no VM {vm!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+            )
+    return tuple(vm for vm in known if vm in vms)
+
+
+def _made(site: Site) -> tuple[str, ...]:
+    """VMs of this farm that exist, declared or not, as machine or as disk."""
+    found: dict[str, None] = {}
+    for host, declared in site.farm.hosts.items():
+        if declared.driver == "ssh":
+            continue
+        for machine in site.hypervisor(host, look=True).list():
+            if machine.owner is not None:
+                found[machine.owner.vm] = None
+        if site.has_disks(host):
+            for disk in site.disks(host).list():
+                found[disk.owner.vm] = None
+    return tuple(found)
+
+
+def _hosts(site: Site, vm: str) -> list[str]:
+    """Where it may be: its host, or any for one no longer declared."""
+    if vm in site.farm.vms:
+        return [site.farm.host_of(vm)] if site.host(vm).driver != "ssh" else []
+    return [host for host in site.farm.hosts if site.has_disks(host)]
+
+
+def _exists(site: Site, vm: str) -> bool:
+    paths, name = site.paths, site.machine(vm)
+    if vm in _made(site) or vm in site.allocator.recorded():
+        return True
+    files = (
+        identity.seed_file(paths, name),
+        identity.host_key_file(paths, vm),
+        identity.console_log(paths, name),
+    )
+    if any(path.exists() for path in files):
+        return True
+    return any(item.what.owner and item.what.owner.vm == vm for item in leftovers(site))
+
+
+def _destroy_one(site: Site, vm: str) -> None:
+    with site.journal.operation("destroy", vm=vm):
+        erase(site, vm)
+    site.reporter.say("destroyed", vm=vm)
+
+
+# The whole farm
+
+
+def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
+    nothing = not site.paths.root.exists()
+    made = _made(site)
+    names = tuple(dict.fromkeys((*site.farm.vms, *made)))
+    if nothing and not made and not site.plan:
+        last_of(site)
+        site.allocator.lock_file.unlink(missing_ok=True)
+        return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
+    locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
+    with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
+        _refuse_if_in_use(site)
+        there = [vm for vm in names if _exists(site, vm)]
+        run.add(
+            *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
+        )
+        labels = _templates(site)
+        run.add(*(Action("destroy", "", f"remove template {label}") for _, label in labels))
+        builds = site.paths.builds
+        keeps = builds.is_dir() and any(builds.iterdir()) and not purge
+        if keeps:
+            run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
+            run.fact(kept=str(builds))
+        if site.paths.root.exists():
+            daemon = "stop its daemon, " if site.private_directory.exists() else ""
+            run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
+        elif not there:
+            run.add(Action("keep", "", "nothing is there"))
+        if not site.plan:
+            with site.journal.operation("destroy", whole=True, purge=purge):
+                side_by_side(site, {vm: (partial(_destroy_one, site, vm)) for vm in there})
+                raze(site, purge=purge)
+            last_of(site)
+            site.reporter.say("the farm is destroyed")
+        return run.outcome()
+
+
+def raze(site: Site, *, purge: bool) -> None:
+    """Within an operation under way, after the VMs: all else, but the journal and the locks, which
+    are needed to the end. Safe to call again after a kill."""
+    for item in leftovers(site):
+        current_step(f"remove {item.what.kind} {item.what.ref}")
+        item.discard()
+    for host, label in _templates(site):
+        current_step(f"remove template {label}")
+        site.disks(host).remove_template(label)
+    current_step("forget what was given out")
+    site.allocator.forget()
+    if any(map(site.uses_private, site.farm.hosts)) and site.private_directory.exists():
+        current_step("stop the private daemon")
+        for host in site.farm.hosts:
+            site.disconnect(host)
+        site.private().stop(force=True)
+    keep = {site.paths.journal.name, site.paths.locks.name}
+    keep |= {f"{site.paths.journal.name}{end}" for end in ("-wal", "-shm")}
+    if not purge:
+        keep.add(site.paths.builds.name)
+    if site.paths.root.is_dir():
+        for path in sorted(site.paths.root.iterdir()):
+            if path.name not in keep:
+                current_step(f"remove {path.name}")
+                remove(path)
+    remove(site.paths.runtime)
+
+
+def finish_farm(site: Site, *, purge: bool) -> None:
+    """What is left to do for a whole farm's destroy that was killed."""
+    for vm in dict.fromkeys((*_made(site), *site.farm.vms)):
+        if _exists(site, vm):
+            erase(site, vm)
+    raze(site, purge=purge)
+
+
+def last_of(site: Site) -> None:
+    """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
+    site.journal.close()
+    if site.paths.root.is_dir():
+        for path in site.paths.root.iterdir():
+            if path not in (site.paths.builds, site.paths.locks):
+                remove(path)
+    site.locks.remove_all()
+    for directory in (site.paths.builds, site.paths.root, site.paths.root.parent):
+        with contextlib.suppress(OSError):  # build records, or other farms, are in it
+            directory.rmdir()
+
+
+def _templates(site: Site) -> list[tuple[str, str]]:
+    """(host, label), newest first; a store shared by hosts counts once."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for host in site.farm.hosts:
+        if site.has_disks(host):
+            for template in sorted(site.disks(host).templates(), key=lambda t: -t.generation):
+                seen.setdefault((template.ref, template.label), (host, template.label))
+    return list(seen.values())
+
+
+def _refuse_if_in_use(site: Site) -> None:
+    """Somebody else's lock on anything of the farm (a cycle, a template being built)."""
+    for holder in site.locks.held():
+        if not site.locks.mine(holder.lock):
+            raise Busy(
+                f"{site.name}: the farm is in use by {holder}",
+                remedy=f"wait until that ends, or end it (kill {holder.pid}) and try again",
+            )

@@ -1,0 +1,268 @@
+"""Logging in to a VM: a connection with exactly the expected peer, or the reason why not (yet)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import asyncssh
+
+from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
+from provision.remote import Endpoint, Ready
+
+KEEPALIVE_SECONDS = 10.0
+KEEPALIVE_MISSED = 4
+"""A guest that stops answering is noticed within about 50 s, whatever TCP thinks."""
+LOGIN_SECONDS = 60.0
+"""Emulated guests on a busy host have taken over 10 s for key exchange and login."""
+CLOCK_SLACK = 5.0
+"""Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
+run unevenly, and the kernel counts from before the first instruction of ours."""
+
+_FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
+
+
+class NotYet(Exception):
+    """Nothing wrong so far, only not there: the text says how far it came."""
+
+
+async def wait_ready_async(
+    endpoint: Endpoint,
+    *,
+    since: float,
+    timeout: float,
+    running: Callable[[], bool],
+    tail: Callable[[], str],
+    working: Callable[[str], None],
+) -> Ready:
+    """``wait_ready`` for callers in an event loop; it can be cancelled."""
+    began = time.monotonic()
+    pause, patience, looked, last = 0.2, 1.0, began, ""
+    while True:
+        try:
+            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(timeout, 1.0)))
+            if ready.uptime <= time.monotonic() - since + CLOCK_SLACK:
+                return ready
+            raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+        except NotYet as reason:
+            if str(reason) != last:
+                last = str(reason)
+                working(f"waiting for ssh: {last}")
+        now = time.monotonic()
+        if now - looked >= 1:
+            looked = now
+            if not await asyncio.to_thread(running):
+                raise WrongState(
+                    f"{endpoint.vm} stopped {now - since:.0f} s after its start, before ssh answered",
+                    remedy=f"see ./invoke console --vm {endpoint.vm}",
+                    detail=tail(),
+                )
+        if now - began >= timeout:
+            raise TimedOut(
+                f"{endpoint.vm}: ssh at {endpoint.place} was not ready within {timeout:g} s: {last}",
+                remedy=f"look at ./invoke console --vm {endpoint.vm}; "
+                "a slow machine needs a longer ssh: ready_timeout",
+                detail=tail(),
+            )
+        await asyncio.sleep(min(pause, max(began + timeout - now, 0)))
+        pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
+
+
+async def _ask(endpoint: Endpoint, patience: float, login: float) -> Ready:
+    """Log in once and ask for the facts. NotYet, or Conflict for a wrong host key."""
+    sock = await _banner(endpoint, patience)
+    try:
+        async with asyncio.timeout(login):
+            connection = await dial(endpoint, sock=sock)
+            try:
+                return await facts(connection)
+            finally:
+                connection.abort()
+    except TimeoutError:
+        raise NotYet("it took too long to log in") from None
+    except DriverFailed as error:
+        raise NotYet(error.message) from None
+
+
+async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
+    """A connected socket on which an ssh server's greeting waits to be read.
+
+    QEMU's port forward accepts every connection at once, so connecting says nothing; and a full
+    handshake with a guest that isn't up costs both sides. So: peek, and log in on the same socket.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise NotFound(
+            f"{endpoint.vm}: the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            remedy="give the VM an 'address' in the farm file, or put its name into DNS or /etc/hosts",
+        ) from None
+    family, kind, proto, _, address = found[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(patience):
+            await loop.sock_connect(sock, address)
+            await _readable(loop, sock)
+        if not sock.recv(4, socket.MSG_PEEK).startswith(b"SSH-"):
+            raise NotYet("the port is open, but no ssh server behind it yet")
+    except TimeoutError:
+        sock.close()
+        raise NotYet("the port is open, but nothing speaks there yet") from None
+    except OSError as error:
+        sock.close()
+        raise NotYet(f"no connection ({error.strerror or error})") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, _settle, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+async def dial(
+    endpoint: Endpoint, *, sock: socket.socket | None = None
+) -> asyncssh.SSHClientConnection:
+    """An authenticated ssh connection. Conflict for a wrong host key, NotFound without a key file,
+    DriverFailed for all that may pass by itself."""
+    learn = not endpoint.host_key and not _known(endpoint)
+    seen: list[str] = []
+
+    class Client(asyncssh.SSHClient):
+        def validate_host_public_key(
+            self, host: str, addr: str, port: int, key: asyncssh.SSHKey
+        ) -> bool:
+            del host, addr, port
+            seen.append(key.export_public_key("openssh").decode().strip())
+            return learn
+
+    if not endpoint.key.is_file():
+        raise NotFound(f"{endpoint.vm}: there is no private key at {endpoint.key}")
+    options: dict[str, object] = {
+        "username": endpoint.user,
+        "client_factory": Client,
+        "client_keys": [str(endpoint.key)],
+        "known_hosts": _trusted(endpoint),
+        "server_host_key_algs": "default",  # so that a stranger's other kind of key is seen as such
+        "config": None,
+        "agent_path": None,
+        "preferred_auth": "publickey",
+        "disable_trivial_auth": True,
+        "gss_host": None,
+        "x509_trusted_certs": None,
+        "compression_algs": None,
+        "keepalive_interval": KEEPALIVE_SECONDS,
+        "keepalive_count_max": KEEPALIVE_MISSED,
+        "login_timeout": LOGIN_SECONDS,
+        "connect_timeout": LOGIN_SECONDS,
+    }
+    if sock is not None:
+        options["sock"] = sock
+    try:
+        connection = await asyncssh.connect(endpoint.host, endpoint.port, **options)
+    except asyncssh.HostKeyNotVerifiable:
+        raise _stranger(endpoint, seen) from None
+    except asyncssh.PermissionDenied:
+        raise DriverFailed(
+            f"{endpoint.vm}: {endpoint.place} refuses the key {endpoint.key} for {endpoint.user}"
+        ) from None
+    except (asyncssh.Error, OSError) as error:
+        raise DriverFailed(
+            f"{endpoint.vm}: no ssh at {endpoint.place}: {_words(error)}",
+            remedy=f"is it running? ./invoke status; ./invoke console --vm {endpoint.vm}",
+        ) from None
+    except (asyncssh.KeyImportError, ValueError) as error:
+        raise FarmhandError(f"{endpoint.key} is not a usable private key: {error}") from None
+    if learn and seen:
+        _remember(endpoint, seen[0])
+    return connection
+
+
+def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
+    from_there = f" ({_fingerprint(seen[0])})" if seen else ""
+    return Conflict(
+        f"{endpoint.vm}: somebody else answers at {endpoint.place}: "
+        f"its host key{from_there} is not the one {endpoint.vm} was given",
+        remedy="another machine has this address or port; if the VM was made anew by other hands, "
+        f"./invoke destroy --vm {endpoint.vm} and ./invoke clone-farm"
+        if endpoint.host_key
+        else f"if that machine was set up anew, remove its line from {_known_hosts(endpoint)}",
+    )
+
+
+def _fingerprint(key: str) -> str:
+    return asyncssh.import_public_key(key).get_fingerprint()
+
+
+def _known_hosts(endpoint: Endpoint) -> Path:
+    return endpoint.known_hosts or endpoint.key.parent / "known_hosts"
+
+
+def _name(endpoint: Endpoint) -> str:
+    """As sshd(8), SSH_KNOWN_HOSTS FILE FORMAT, writes a host with its port."""
+    return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
+
+
+def _known(endpoint: Endpoint) -> list[asyncssh.SSHKey]:
+    """Its keys in known_hosts, hashed names (ssh_config(5), HashKnownHosts) included."""
+    path = _known_hosts(endpoint)
+    try:
+        hosts = asyncssh.read_known_hosts(str(path))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise FarmhandError(f"cannot use {path}: {error}", remedy="put its lines right") from None
+    return list(hosts.match(_name(endpoint), "", None)[0])
+
+
+def _trusted(
+    endpoint: Endpoint,
+) -> tuple[list[asyncssh.SSHKey], list[asyncssh.SSHKey], list[asyncssh.SSHKey]]:
+    if endpoint.host_key:
+        return [asyncssh.import_public_key(endpoint.host_key)], [], []
+    return _known(endpoint), [], []
+
+
+def _remember(endpoint: Endpoint, key: str) -> None:
+    """Appended in one write, so that two processes don't mix their lines."""
+    path = _known_hosts(endpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n")
+
+
+async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
+    """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
+    before = time.time()
+    try:
+        answer = await connection.run(_FACTS, stdin=asyncssh.DEVNULL, check=False)
+        after = time.time()
+        boot_id, uptime, now = str(answer.stdout).splitlines()
+        return Ready(boot_id.strip(), float(uptime.split()[0]), float(now) - (before + after) / 2)
+    except (asyncssh.Error, OSError) as error:
+        raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+    except ValueError:
+        # A guest that is still coming up may refuse logins after authentication (pam_nologin).
+        said = str(answer.stderr or answer.stdout).strip().splitlines()
+        raise DriverFailed(f"it does not run commands yet{': ' + said[0] if said else ''}") from None
+
+
+def _words(error: Exception) -> str:
+    text = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+    return str(text).strip() or type(error).__name__

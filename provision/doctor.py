@@ -1,0 +1,342 @@
+"""What a host needs, checked by trying: each check with what to do about it.
+
+A check is ``needed`` (broken: nothing works without it) or a ``note`` (something works less well, or is
+simply worth knowing). Nothing here changes the host.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Literal
+
+from hypervisors.run import Runner, which
+from inventory.errors import FarmhandError
+from inventory.model import Farm
+from inventory.sizes import format_size
+from provision import paths
+
+if TYPE_CHECKING:
+    from provision.site import Site
+
+Level = Literal["needed", "note"]
+
+# Command: (Debian package, what it is for, needed)
+_TOOLS: Mapping[str, tuple[str, str, Level]] = {
+    "qemu-system-x86_64": ("qemu-system-x86", "runs the VMs", "needed"),
+    "qemu-img": ("qemu-utils", "makes disks", "needed"),
+    "libvirtd": ("libvirt-daemon", "manages the VMs", "needed"),
+    "virsh": ("libvirt-clients", "consoles", "needed"),
+    "genisoimage": ("genisoimage", "writes first-boot data", "needed"),
+    "ssh": ("openssh-client", "the ssh task", "needed"),
+    "git": ("git", "fetches what is built", "needed"),
+    "mmdebstrap": ("mmdebstrap", "builds templates", "note"),
+    "mke2fs": ("e2fsprogs", "builds templates", "note"),
+    "sfdisk": ("fdisk", "builds templates", "note"),
+    "grub-mkimage": ("grub-common", "builds templates", "note"),
+    "unshare": ("util-linux", "the private libvirtd", "needed"),
+}
+_FREE_NEEDED = 6 * 2**30
+_FREE_BUILD = 4 * 2**30
+_MEMORY_RESERVE = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. ``remedy`` is what to type or do; empty where all is well."""
+
+    name: str
+    ok: bool
+    level: Level
+    text: str
+    remedy: str = ""
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            "name": self.name,
+            "ok": self.ok,
+            "level": self.level,
+            "text": self.text,
+            "remedy": self.remedy,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks. ``ok``: nothing that is needed is broken."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok or check.level == "note" for check in self.checks)
+
+    @property
+    def problems(self) -> tuple[Check, ...]:
+        """What is needed and broken."""
+        return tuple(check for check in self.checks if not check.ok and check.level == "needed")
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
+
+    def text(self, columns: int = 10_000) -> str:
+        """Wrapped to ``columns``, remedies below what they are for."""
+        width = max(len(check.name) for check in self.checks)
+        indent = " " * (width + 8)
+        lines = []
+        for check in self.checks:
+            mark = "ok" if check.ok else "note" if check.level == "note" else "FAIL"
+            head = f"{mark:<4}  {check.name:<{width}}  "
+            texts = [(head, check.text)]
+            if check.remedy and not check.ok:
+                texts.append((indent, check.remedy))
+            for first, text in texts:
+                lines += wrap(
+                    text,
+                    max(columns, width + 30),
+                    initial_indent=first,
+                    subsequent_indent=indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        broken = len(self.problems)
+        lines.append("" if broken else "everything that is needed is there")
+        if broken:
+            lines[-1] = f"{broken} {'thing is' if broken == 1 else 'things are'} broken: see FAIL above"
+        return "\n".join(lines)
+
+
+def examine(farm_file: Path, *, hosts: bool = True) -> Report:
+    """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
+    seconds: connecting to each host."""
+    checks: list[Check] = [_platform(), _python(), *_tools(), *_permissions(), _kvm()]
+    checks += [*_space(), _clock()]
+    farm, check = _farm(farm_file)
+    checks.append(check)
+    if farm is not None:
+        checks.append(_memory(farm))
+        if hosts:
+            checks += _hosts(farm_file, farm)
+    return Report(tuple(checks))
+
+
+def short(farm_file: Path) -> Report:
+    """As ``examine``, in a fraction of a second."""
+    return examine(farm_file, hosts=False)
+
+
+def _platform() -> Check:
+    release = {}
+    if Path("/etc/os-release").is_file():
+        release = platform.freedesktop_os_release()
+    name = release.get("PRETTY_NAME", platform.platform())
+    machine = platform.machine()
+    if sys.platform != "linux" or machine != "x86_64":
+        return Check(
+            "platform", False, "needed", f"{name} on {machine}", "farmhand runs on Linux on x86-64"
+        )
+    debian = release.get("ID") == "debian" or "debian" in release.get("ID_LIKE", "")
+    return Check(
+        "platform",
+        debian,
+        "note",
+        f"{name} on {machine}",
+        "" if debian else "tried on Debian 12; elsewhere, install yourself what packages.txt names",
+    )
+
+
+def _python() -> Check:
+    wanted = ("pydantic", "yaml", "asyncssh", "jinja2", "cryptography", "libvirt")
+    missing = [name for name in wanted if find_spec(name) is None]
+    version = platform.python_version()
+    if missing:
+        return Check(
+            "python",
+            False,
+            "needed",
+            f"Python {version} lacks {', '.join(missing)}",
+            "call ./invoke instead of invoke: it sets up an environment with all of them",
+        )
+    return Check("python", True, "needed", f"Python {version}, all libraries found")
+
+
+def _tools() -> Iterator[Check]:
+    missing = [name for name in _TOOLS if which(name) is None]
+    for level in ("needed", "note"):
+        names = [name for name in missing if _TOOLS[name][2] == level]
+        if names:
+            packages = " ".join(dict.fromkeys(_TOOLS[name][0] for name in names))
+            purpose = ", ".join(f"{name} ({_TOOLS[name][1]})" for name in names)
+            yield Check(
+                "tools",
+                False,
+                level,
+                f"not found: {purpose}",
+                f"as root: apt-get install -y --no-install-recommends {packages}",
+            )
+    if not missing:
+        yield Check("tools", True, "needed", f"all {len(_TOOLS)} commands found")
+
+
+def _permissions() -> Iterator[Check]:
+    if os.geteuid() == 0:
+        yield Check("permissions", True, "note", "root: VMs run as an account of their own")
+        return
+    import grp
+    import pwd
+
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    held = {grp.getgrgid(gid).gr_name for gid in os.getgroups() if _known_group(gid)}
+    lacking = [group for group in ("kvm",) if group not in held]
+    yield Check(
+        "permissions",
+        not lacking,
+        "note",
+        f"{user}: {'in' if not lacking else 'not in'} the group kvm",
+        f"for KVM, as root: adduser {user} kvm, then log in again (for qemu:///system also libvirt)",
+    )
+    entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
+    yield Check(
+        "subuid",
+        entry and which("newuidmap") is not None,
+        "note",
+        "templates can be built without root" if entry else f"{user} has no range in /etc/subuid",
+        f"to build templates, as root: apt-get install -y uidmap && usermod --add-subuids 100000-165535 "
+        f"--add-subgids 100000-165535 {user}",
+    )
+
+
+def _known_group(gid: int) -> bool:
+    import grp
+
+    try:
+        grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return True
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _kvm() -> Check:
+    from hypervisors.kvm import kvm_usable
+
+    try:
+        verdict = kvm_usable(Runner(), paths.cache_dir())
+    except FarmhandError as error:
+        return Check("kvm", False, "note", error.message, error.remedy)
+    if verdict.usable:
+        return Check("kvm", True, "note", "KVM works")
+    return Check(
+        "kvm",
+        False,
+        "note",
+        f"KVM doesn't work ({verdict.why}); QEMU's emulation is used (slower)",
+        "for speed: enable virtualization in the firmware, or nested KVM on the outer host",
+    )
+
+
+def _round(size: int) -> str:
+    """For reading: exact bytes say nothing here."""
+    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _space() -> Iterator[Check]:
+    for name, path, wanted in (
+        ("state space", paths.state_dir(), _FREE_NEEDED),
+        ("cache space", paths.cache_dir(), _FREE_BUILD),
+    ):
+        free = shutil.disk_usage(_existing(path)).free
+        writable = os.access(_existing(path), os.W_OK)
+        if not writable:
+            variable = "FARMHAND_STATE_DIR" if name.startswith("state") else "FARMHAND_CACHE_DIR"
+            remedy = f"set {variable} to a directory of yours"
+            yield Check(name, False, "needed", f"{path} can't be written", remedy)
+            continue
+        yield Check(
+            name,
+            free >= wanted,
+            "note",
+            f"{_round(free)} free for {path}",
+            f"two VMs and a template take {_round(wanted)}: make room, or set "
+            f"FARMHAND_{name.split()[0].upper()}_DIR",
+        )
+
+
+def _clock() -> Check:
+    # A build host that is years off breaks TLS and packages' dates; seconds can't be judged from here.
+    newest = Path(__file__).stat().st_mtime
+    behind = newest - time.time()
+    return Check(
+        "clock",
+        behind < 86400,
+        "needed",
+        time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        + (" is before this program was installed" if behind >= 86400 else ""),
+        "set the clock, better: run an NTP client such as systemd-timesyncd",
+    )
+
+
+def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
+    from inventory.loader import load
+
+    try:
+        farm = load(farm_file)
+    except FarmhandError as error:
+        first, *more = error.message.splitlines()
+        also = f" (and {len(more)} more)" if more else ""
+        return None, Check(
+            "farm file", False, "needed", first + also, error.remedy or "correct the file"
+        )
+    vms = f"{len(farm.vms)} VMs" if len(farm.vms) != 1 else "1 VM"
+    return farm, Check("farm file", True, "needed", f"{farm_file}: farm {farm.farm}, {vms}")
+
+
+def _memory(farm: Farm) -> Check:
+    facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
+    available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
+    local = [vm for name, vm in farm.vms.items() if farm.hosts[farm.host_of(name)].uri == "private"]
+    wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
+    return Check(
+        "memory",
+        available >= wanted,
+        "note",
+        f"{_round(available)} available; this farm's VMs here take {_round(wanted)} at most",
+        "lower 'memory' in the farm file, or use idle_memory, or stop other things",
+    )
+
+
+def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
+    from provision.report import QuietReporter
+    from provision.site import open_site
+
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
+        for name, host in farm.hosts.items():
+            yield _host(site, name, host.driver)
+
+
+def _host(site: Site, name: str, driver: str) -> Check:
+    try:
+        notes = site.hypervisor(name, look=True).capabilities().notes
+    except FarmhandError as error:
+        return Check(f"host {name}", False, "needed", error.message, error.remedy)
+    return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))

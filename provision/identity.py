@@ -1,0 +1,245 @@
+"""Who a VM is: its host key, its first-boot data, and whose keys may log in.
+
+A VM's host key is made once and kept with its seed image: after a reset it comes up as itself. The
+machine-id follows from the host key, so a VM destroyed and cloned again is a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inventory.errors import NotFound, UsageError
+from inventory.model import Farm
+from provision.allocate import Allocation
+from provision.files import make_directory, remove, write_atomic
+from provision.paths import FarmPaths
+
+if TYPE_CHECKING:
+    from hypervisors.run import Runner
+    from provision.seed import SeedData
+
+_KEY_TYPES = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
+_making = threading.Lock()
+
+
+def controller_key(farm: Farm, paths: FarmPaths) -> Path:
+    """The private key that logs in on the farm's VMs: the farm file's, or the farm's own.
+
+    The farm's own may not exist yet: ``make_controller_key``."""
+    if farm.ssh.key is None:
+        return paths.keys / "id_ed25519"
+    return _beside(farm, farm.ssh.key)
+
+
+def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
+    """As ``controller_key``, made now if it is the farm's own and missing. NotFound if the farm file
+    names one that doesn't exist."""
+    key = controller_key(farm, paths)
+    with _making:
+        if key.exists():
+            return key
+        if farm.ssh.key is not None:
+            raise NotFound(
+                f"{farm.path.name or farm.farm}: ssh.key {key} does not exist",
+                remedy=f"make it (ssh-keygen -t ed25519 -f {key}) or leave 'key' out",
+            )
+        _write_pair(key, f"farmhand {farm.farm}")
+    return key
+
+
+def public_key(private: Path) -> str:
+    """Of a private key, from the file beside it or computed. UsageError where neither works."""
+    with contextlib.suppress(FileNotFoundError):
+        return private.with_name(private.name + ".pub").read_text(encoding="utf-8").strip()
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        key = serialization.load_ssh_private_key(private.read_bytes(), None)
+        encoded = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"the public half of {private} can't be had: {error}",
+            remedy=f"write it beside: ssh-keygen -y -f {private} > {private}.pub",
+        ) from error
+    return encoded.decode()
+
+
+def host_key_file(paths: FarmPaths, vm: str) -> Path:
+    return paths.keys / "hostkeys" / vm
+
+
+def host_key(paths: FarmPaths, vm: str) -> str:
+    """The public half, "ssh-ed25519 AAAA..."; "" if the VM has none yet."""
+    try:
+        text = host_key_file(paths, vm).with_name(f"{vm}.pub").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return ""
+    return " ".join(text.split()[:2])
+
+
+def make_host_key(paths: FarmPaths, vm: str, machine: str) -> None:
+    """Once; the public half is written first, so that a private one without it never counts."""
+    file = host_key_file(paths, vm)
+    with _making:
+        if not file.exists() or not host_key(paths, vm):
+            _write_pair(file, machine)
+        write_known_hosts(paths)
+
+
+def known_hosts(paths: FarmPaths) -> Path:
+    """For the OpenSSH client, by machine name (its HostKeyAlias), whatever port it answers on."""
+    return paths.keys / "hostkeys" / ".known_hosts"
+
+
+def write_known_hosts(paths: FarmPaths) -> None:
+    """Anew from the host keys there are."""
+    lines = []
+    for file in sorted((paths.keys / "hostkeys").glob("*.pub")):
+        lines.append(f"{paths.farm}-{file.stem} {host_key(paths, file.stem)}\n")
+    target = known_hosts(paths)
+    text = "".join(lines).encode()
+    if not target.exists() or target.read_bytes() != text:
+        write_atomic(target, text)
+
+
+def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
+    """Seed, host key and console log of a VM that is no more. Whether there was anything."""
+    file = host_key_file(paths, vm)
+    sweep_seed(paths, machine)
+    gone = [
+        remove(path)
+        for path in (
+            seed_file(paths, machine),
+            _fingerprint_file(paths, machine),
+            file,
+            file.with_name(f"{vm}.pub"),
+            console_log(paths, machine),
+        )
+    ]
+    if file.parent.is_dir():
+        with _making:
+            write_known_hosts(paths)
+    return any(gone)
+
+
+def sweep_seed(paths: FarmPaths, machine: str) -> None:
+    """What a killed writer of this machine's seed left; the caller holds the VM's lock."""
+    for path in paths.seeds.glob(".*"):
+        if path.name.lstrip(".").split(".")[0] == machine:
+            remove(path)
+
+
+def seed_file(paths: FarmPaths, machine: str) -> Path:
+    return paths.seeds / f"{machine}.iso"
+
+
+def console_log(paths: FarmPaths, machine: str) -> Path:
+    return paths.consoles / f"{machine}.log"
+
+
+def authorized(farm: Farm, entries: Sequence[str]) -> tuple[str, ...]:
+    """Public keys, out of keys and files that hold them (relative to the farm file)."""
+    keys: list[str] = []
+    for entry in entries:
+        if entry.startswith(_KEY_TYPES):
+            keys.append(entry.strip())
+            continue
+        file = _beside(farm, Path(entry))
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise NotFound(
+                f"{farm.path.name or farm.farm}: no public keys from {file}: {error.strerror}",
+                remedy="give a public key itself, or a file that holds some",
+            ) from error
+        keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return tuple(dict.fromkeys(keys))
+
+
+def refresh_seed(
+    farm: Farm,
+    paths: FarmPaths,
+    runner: Runner,
+    allocation: Allocation,
+    *,
+    reader_uid: int | None,
+) -> bool:
+    """Write the VM's seed image if it is missing or no longer says what the farm file does.
+    Whether it was written."""
+    data = seed_data(farm, paths, allocation)
+    machine = farm.machine_of(allocation.vm)
+    fingerprint = hashlib.sha256(repr((data, reader_uid)).encode()).hexdigest()
+    image, note = seed_file(paths, machine), _fingerprint_file(paths, machine)
+    with contextlib.suppress(FileNotFoundError):
+        if image.exists() and note.read_text(encoding="ascii").strip() == fingerprint:
+            return False
+    from provision.seed import write_seed
+
+    make_directory(paths.seeds, mode=0o711)
+    remove(note)
+    write_seed(runner, data, image, reader_uid=reader_uid)
+    write_atomic(note, fingerprint.encode(), mode=0o600)
+    return True
+
+
+def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
+    """What the VM is told at its first boot. Its host key and the controller's must exist."""
+    from provision.seed import SeedData, StaticAddress
+
+    vm, network = allocation.vm, farm.network
+    machine = farm.machine_of(vm)
+    private = host_key_file(paths, vm).read_text(encoding="ascii")
+    public = host_key(paths, vm)
+    digest = hashlib.sha256(f"{machine} {public}".encode()).hexdigest()
+    static = None
+    if allocation.address and network.subnet and network.addressing == "static":
+        static = StaticAddress(
+            address=allocation.address,
+            prefix=network.subnet.prefixlen,
+            gateway=network.gateway,
+            nameservers=network.nameservers,
+        )
+    own = public_key(controller_key(farm, paths))
+    return SeedData(
+        vm=vm,
+        instance_id=f"{machine}-{digest[:12]}",
+        hostname=farm.hostname_of(vm),
+        machine_id=digest[:32],
+        host_key=private,
+        host_key_pub=public,
+        login=farm.ssh.user,
+        authorized_keys=tuple(dict.fromkeys((own, *authorized(farm, farm.ssh.authorized_keys)))),
+        users={name: authorized(farm, entries) for name, entries in farm.ssh.users.items()},
+        mac=allocation.mac,
+        static=static,
+        domain=network.domain,
+    )
+
+
+def _write_pair(private: Path, comment: str) -> None:
+    from provision.seed import new_host_key
+
+    make_directory(private.parent, mode=0o700)
+    secret, public = new_host_key()
+    public = " ".join([*public.split()[:2], comment])
+    write_atomic(private.with_name(f"{private.name}.pub"), f"{public}\n".encode())
+    write_atomic(
+        private, secret.encode() if secret.endswith("\n") else f"{secret}\n".encode(), mode=0o600
+    )
+
+
+def _fingerprint_file(paths: FarmPaths, machine: str) -> Path:
+    return paths.seeds / f"{machine}.sum"
+
+
+def _beside(farm: Farm, path: Path) -> Path:
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for unknown users
+    return path if path.is_absolute() else farm.path.parent / path

@@ -1,0 +1,85 @@
+"""How a use case tells what it does, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+UNCHANGING = ("keep", "note")
+"""Verbs of the actions that change nothing: ``keep`` is as declared, ``note`` is worth knowing."""
+
+
+class Reporter(Protocol):
+    """Told by any thread, at any time."""
+
+    def say(self, text: str, *, vm: str = "") -> None:
+        """Something happened; stays on the screen."""
+
+    def working(self, text: str, *, vm: str = "") -> None:
+        """Under way; shown on a terminal, may be dropped elsewhere."""
+
+    def warn(self, text: str, *, vm: str = "") -> None:
+        """Worth a look, though the work goes on."""
+
+
+class QuietReporter:
+    """Says nothing: for libraries, tests and ``--json``."""
+
+    def say(self, text: str, *, vm: str = "") -> None:
+        """Drops it."""
+
+    def working(self, text: str, *, vm: str = "") -> None:
+        """Drops it."""
+
+    def warn(self, text: str, *, vm: str = "") -> None:
+        """Drops it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One line of a plan, and of what the run did. ``vm`` is "" for what concerns the whole farm."""
+
+    verb: str
+    vm: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.vm}: {self.text}" if self.vm else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a use case did, or would do (``planned``). ``facts`` hold plain JSON values."""
+
+    verb: str
+    planned: bool
+    actions: tuple[Action, ...]
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return any(action.verb not in UNCHANGING for action in self.actions)
+
+    def as_dict(self) -> dict[str, object]:
+        """As ``--json`` shows it."""
+        return {
+            "verb": self.verb,
+            "planned": self.planned,
+            "changed": self.changed,
+            "actions": [{"verb": a.verb, "vm": a.vm, "text": a.text} for a in self.actions],
+            "facts": dict(self.facts),
+        }
+
+
+def merged(verb: str, outcomes: Sequence[Outcome]) -> Outcome:
+    """Several outcomes as one."""
+    facts: dict[str, object] = {}
+    for outcome in outcomes:
+        facts.update(outcome.facts)
+    return Outcome(
+        verb,
+        any(outcome.planned for outcome in outcomes),
+        tuple(action for outcome in outcomes for action in outcome.actions),
+        facts,
+    )

@@ -1,0 +1,237 @@
+"""status: one line a VM, by reading only. A host out of reach spoils its own lines only."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from hypervisors.api import Disk, Machine, Power
+from inventory.errors import FarmhandError
+from provision.locks import Holder
+from provision.site import Site
+from provision.work import is_on, lock_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmStatus:
+    """``state``: "not made", "running", "stopped", "paused", "unknown" (ssh host, host out of reach),
+    "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or running),
+    "building" (a cycle holds it), "" where nobody can tell. Bytes; None: not known."""
+
+    vm: str
+    machine: str
+    host: str
+    state: str
+    memory: int | None = None
+    memory_max: int | None = None
+    vcpus: int | None = None
+    template: str = ""
+    checkpoint: str = ""  # that its disk grew from
+    checkpoints: tuple[str, ...] = ()
+    condition: str = ""
+    disk_used: int | None = None
+    ssh: str = ""  # the command
+    address: str = ""
+    port: int | None = None
+    holder: Holder | None = None
+    declared: bool = True
+    error: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "vm": self.vm,
+            "machine": self.machine,
+            "host": self.host,
+            "state": self.state,
+            "memory": self.memory,
+            "memory_max": self.memory_max,
+            "vcpus": self.vcpus,
+            "template": self.template,
+            "checkpoint": self.checkpoint,
+            "checkpoints": list(self.checkpoints),
+            "condition": self.condition,
+            "disk_used": self.disk_used,
+            "ssh": self.ssh,
+            "address": self.address,
+            "port": self.port,
+            "holder": self.holder.as_dict() if self.holder else None,
+            "declared": self.declared,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStatus:
+    """``driver`` as its capabilities call it ("qemu": KVM without working KVM)."""
+
+    host: str
+    driver: str
+    notes: tuple[str, ...] = ()
+    free: int | None = None  # bytes of its disk store
+    error: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "host": self.host,
+            "driver": self.driver,
+            "notes": list(self.notes),
+            "free": self.free,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarmStatus:
+    farm: str
+    file: str
+    hosts: tuple[HostStatus, ...]
+    vms: tuple[VmStatus, ...]
+    holders: tuple[Holder, ...] = ()  # of all locks, the VMs' too
+    unfinished: tuple[str, ...] = ()  # what the next changing command will recover
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "farm": self.farm,
+            "file": self.file,
+            "hosts": [host.as_dict() for host in self.hosts],
+            "vms": [vm.as_dict() for vm in self.vms],
+            "holders": [holder.as_dict() for holder in self.holders],
+            "unfinished": list(self.unfinished),
+            "warnings": list(self.warnings),
+        }
+
+
+def status(site: Site) -> FarmStatus:
+    """How the farm is now. Takes no lock, starts nothing, makes no file."""
+    hosts: list[HostStatus] = []
+    rows: dict[str, VmStatus] = {}
+    warnings: list[str] = []
+    for host in site.farm.hosts:
+        seen, of_host = _host(site, host)
+        hosts.append(seen)
+        rows.update({row.vm: row for row in of_host if row.vm not in rows})
+    ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
+    unfinished: tuple[str, ...] = ()
+    try:
+        unfinished = tuple(f"{r.verb} {r.vm}".strip() for r in site.journal.unfinished())
+    except FarmhandError as error:
+        warnings.append(error.message)
+    return FarmStatus(
+        farm=site.farm.farm,
+        file=str(site.farm.path),
+        hosts=tuple(hosts),
+        vms=(*ordered, *rows.values()),
+        holders=site.locks.held(),
+        unfinished=unfinished,
+        warnings=tuple(warnings),
+    )
+
+
+def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
+    declared = site.farm.hosts[host]
+    vms = [vm for vm in site.farm.vms if site.farm.host_of(vm) == host]
+    try:
+        driver = site.hypervisor(host, look=True)
+        can = driver.capabilities()
+        machines = {machine.name: machine for machine in driver.list()}
+        disks: dict[str, Disk] = {}
+        free = None
+        if site.has_disks(host):
+            store = site.disks(host)
+            disks = {disk.machine: disk for disk in store.list()}
+            free = store.capacity().free
+    except FarmhandError as error:
+        line = error.message.splitlines()[0]
+        return (
+            HostStatus(host=host, driver=declared.driver, error=line),
+            [_unreached(site, vm, line) for vm in vms],
+        )
+    rows = [_vm(site, vm, machines.pop(site.machine(vm), None), disks) for vm in vms]
+    for machine in machines.values():
+        if machine.owner is not None and machine.owner.vm not in site.farm.vms:
+            rows.append(_undeclared(host, machine, disks.get(machine.name)))
+    return HostStatus(host=host, driver=can.driver, notes=can.notes, free=free), rows
+
+
+def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) -> VmStatus:
+    name, host = site.machine(vm), site.farm.host_of(vm)
+    error, ssh, address, port = "", "", "", None
+    holder = site.locks.holder(lock_of(vm))
+    disk = disks.get(name)
+    try:
+        if machine is None:
+            found = site.hypervisor(host, look=True).find(name)
+            if found is not None and found.owner is None:
+                return VmStatus(
+                    vm=vm, machine=name, host=host, state="not ours", holder=holder,
+                    error="a machine without our mark has its name",
+                )  # fmt: skip
+        if machine is not None:
+            ssh = shlex.join(site.ssh_argv(vm))
+            address, port = site.address(vm)
+    except FarmhandError as problem:
+        error = problem.message.splitlines()[0]
+    if machine is None:
+        return VmStatus(
+            vm=vm, machine=name, host=host, state="not made", holder=holder,
+            memory_max=site.farm.vms[vm].memory, error=error,
+        )  # fmt: skip
+    condition = ""
+    if disk is not None:
+        condition = "dirty"
+        if holder is not None and holder.doing.startswith("cycle"):
+            condition = "building"
+        elif not is_on(machine):
+            try:
+                if site.disks(host).pristine(name, disk.base):
+                    condition = "clean"
+            except FarmhandError as problem:
+                condition, error = "", problem.message.splitlines()[0]
+    return VmStatus(
+        vm=vm,
+        machine=name,
+        host=host,
+        state=machine.power.value,
+        memory=machine.current if machine.power is Power.RUNNING else 0,
+        memory_max=machine.memory,
+        vcpus=machine.vcpus,
+        template=machine.template,
+        checkpoint=disk.base if disk else "",
+        checkpoints=tuple(kept.name for kept in disk.checkpoints) if disk else (),
+        condition=condition,
+        disk_used=disk.used if disk else None,
+        ssh=ssh,
+        address=address,
+        port=port,
+        holder=holder,
+        error=error,
+    )
+
+
+def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
+    return VmStatus(
+        vm=machine.owner.vm if machine.owner else machine.name,
+        machine=machine.name,
+        host=host,
+        state=machine.power.value,
+        memory=machine.current if machine.power is Power.RUNNING else 0,
+        memory_max=machine.memory,
+        vcpus=machine.vcpus,
+        template=machine.template,
+        checkpoint=disk.base if disk else "",
+        disk_used=disk.used if disk else None,
+        declared=False,
+        error="no longer in the farm file: destroy removes it",
+    )
+
+
+def _unreached(site: Site, vm: str, why: str) -> VmStatus:
+    return VmStatus(
+        vm=vm,
+        machine=site.machine(vm),
+        host=site.farm.host_of(vm),
+        state="unknown",
+        holder=site.locks.holder(lock_of(vm)),
+        error=why,
+    )

@@ -1,0 +1,346 @@
+"""The tasks: parse flags, make one call, print. What they do is in provision/ and builds/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cli
+import views
+from cli import Result, Run, command
+
+Names = Sequence[str] | None
+_VM = "Name of a VM; repeatable, or separated by commas."
+_ONE = "Name of the VM."
+_ALL = "All VMs of the farm."
+_WAIT = "Whether to wait until ssh answers as this very VM since this very start."
+
+
+# ---- Before the first farm.
+
+
+@command(plans=False)
+def doctor(run: Run) -> Result:
+    """Check this machine; each failure with its remedy."""
+    from provision.doctor import examine
+
+    report = examine(run.farm_file())
+    return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
+
+
+@command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
+def demo(run: Run, destroy: bool = False) -> Result:
+    """Clone two VMs, build in them, and say what to type next."""
+    from builds import demo as demonstration
+
+    run.farm = str(demonstration.farm_file(run.farm))
+    run.resume = "go on with ./invoke demo, or take it away with ./invoke demo --destroy"
+    if destroy:
+        return views.outcome(demonstration.destroy(run.site))
+    if run.plan:
+        return views.outcome(demonstration.plan(run.site))
+    report = demonstration.run(run.site, stream=run.screen.stream)
+    return Result(report.as_dict(), report.text(), report.ok, report.problem, report.remedy)
+
+
+# ---- Templates.
+
+
+@command({"name": "The template's name in the farm file; absent where there is only one."})
+def template_build(run: Run, name: str = "") -> Result:
+    """Build a new generation of a template."""
+    from provision import golden
+
+    with run.site() as site:
+        return views.outcome(golden.template_build(site, cli.template(site, name, built=True)))
+
+
+@command(
+    {
+        "name": "The template's name in the farm file; absent where there is only one.",
+        "image": "A raw, qcow2 or vmdk image; absent: the one the farm file names.",
+    }
+)
+def template_import(run: Run, name: str = "", image: str = "") -> Result:
+    """Import an image as a new generation of a template."""
+    from pathlib import Path
+
+    from provision import golden
+
+    with run.site() as site:
+        path = Path(image).expanduser().absolute() if image else None
+        return views.outcome(golden.template_import(site, cli.template(site, name, built=False), path))
+
+
+@command(plans=False)
+def template_list(run: Run) -> Result:
+    """List the templates' generations."""
+    from provision import golden
+
+    with run.site() as site:
+        return views.templates(golden.template_list(site))
+
+
+@command({"template": "The generation, such as base@2."})
+def template_remove(run: Run, template: str = "") -> Result:
+    """Remove a generation that no clone depends on."""
+    from provision import golden
+
+    with run.site() as site:
+        label = cli.needed("--template", template, "a generation, as template-list shows")
+        return views.outcome(golden.template_remove(site, label))
+
+
+# ---- The farm.
+
+
+@command(
+    {
+        "vm": _VM + " Absent: all of them.",
+        "start": "Whether to start them.",
+        "wait": _WAIT,
+    },
+    iterable=["vm"],
+)
+def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
+    """Make every declared VM exist, started and reachable."""
+    from provision import farm
+
+    run.resume = "type the same again: it goes on from what is there"
+    with run.site() as site:
+        chosen = site.vms(cli.names(vm) or None)
+        return views.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
+
+
+@command(
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "to": "The checkpoint to go back to.",
+        "start": "Whether to start them afterwards.",
+        "wait": _WAIT,
+    },
+    iterable=["vm"],
+)
+def reset(
+    run: Run,
+    vm: Names = None,
+    all_: bool = False,
+    to: str = "clean",
+    start: bool = True,
+    wait: bool = True,
+) -> Result:
+    """Put VMs back to a checkpoint."""
+    from provision import farm
+
+    with run.site() as site:
+        chosen = cli.vms_or_all(site, vm, all_)
+        return views.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
+
+
+@command({"vm": _ONE, "to": "The memory to give it, such as 512M or 2G."})
+def balloon(run: Run, vm: str = "", to: str = "") -> Result:
+    """Change a running VM's memory, and see that it took."""
+    from provision import farm
+
+    with run.site() as site:
+        target = cli.size("--to", to)
+        return views.outcome(farm.balloon(site, cli.one_vm(site, vm), target))
+
+
+@command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
+def start(run: Run, vm: Names = None, all_: bool = False, wait: bool = True) -> Result:
+    """Start VMs, and wait until they answer."""
+    from provision import farm
+
+    with run.site() as site:
+        return views.outcome(farm.start(site, cli.vms_or_all(site, vm, all_), wait=wait))
+
+
+@command(
+    {"vm": _VM, "all_": _ALL, "force": "Cut the power, without asking the guest to shut down."},
+    iterable=["vm"],
+)
+def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) -> Result:
+    """Shut VMs down."""
+    from provision import farm
+
+    with run.site() as site:
+        return views.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
+
+
+@command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
+def checkpoint(run: Run, vm: Names = None, all_: bool = False, name: str = "") -> Result:
+    """Keep stopped VMs' state, for reset to go back to."""
+    from provision import farm
+
+    with run.site() as site:
+        label = cli.needed("--name", name, "the new checkpoint's name")
+        return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
+
+
+@command(
+    {
+        "vm": _VM,
+        "all_": "The whole farm: VMs, templates, private daemon, state.",
+        "purge": "With --all: the build records too.",
+    },
+    iterable=["vm"],
+)
+def destroy(run: Run, vm: Names = None, all_: bool = False, purge: bool = False) -> Result:
+    """Remove VMs and their disks."""
+    from provision import farm
+
+    with run.site() as site:
+        # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
+        chosen = () if cli.some_or_all(site, vm, all_) is None else cli.names(vm)
+        return views.outcome(farm.destroy(site, chosen, purge=purge))
+
+
+@command()
+def gc(run: Run) -> Result:
+    """Remove what nothing refers to any more."""
+    from provision import farm
+
+    with run.site() as site:
+        return views.outcome(farm.gc(site), nothing="nothing left over")
+
+
+@command()
+def recover(run: Run) -> Result:
+    """Finish or undo what a killed command left behind."""
+    from provision import farm
+
+    with run.site() as site:
+        return views.outcome(farm.recover(site), nothing="nothing to recover")
+
+
+# ---- Looking, and going in.
+
+
+@command(plans=False)
+def status(run: Run) -> Result:
+    """Show the VMs as they are now."""
+    from provision.status import status as look  # not all of provision.farm: this one is to be quick
+
+    with run.site() as site:
+        return views.farm_status(look(site))
+
+
+@command({"vm": _ONE, "log": "Print the end of the console's log instead of attaching.",
+          "lines": "How many lines of the log."})  # fmt: skip
+def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Result | None:
+    """Attach to a VM's serial console."""
+    most = cli.count("--lines", lines)
+    with run.site() as site:
+        role = cli.one_vm(site, vm)
+        found = site.hypervisor_of(role).console(site.machine(role))
+    return cli.console(run, role, found, log=log, lines=most)
+
+
+@command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
+def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
+    """Log in to a VM, or run a command there."""
+    from provision.identity import known_hosts
+
+    with run.site() as site:
+        role = cli.one_vm(site, vm)
+        endpoint = site.endpoint(role)
+        known = (known_hosts(site.paths), site.machine(role))
+    return cli.ssh(run, endpoint, known, command)
+
+
+# ---- Building.
+
+
+@command(
+    {
+        "from_": "Begin with this step.",
+        "only": "Run only this step; repeatable.",
+        "revision": "The git revision to build: GIT_REVISION in the VM.",
+        "keep_going": "Go on after a failed step with those that can still run.",
+    },
+    iterable=["only"],
+)
+def cycle(
+    run: Run, from_: str = "", only: Names = None, revision: str = "", keep_going: bool = False
+) -> Result:
+    """Run the build cycle; it leaves one build record."""
+    from builds import cycle as cycles
+
+    run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
+    begin, which, of = from_ or None, cli.names(only), revision or None
+    with run.site() as site:
+        if run.plan:
+            return views.plan(
+                "cycle", cycles.plan_cycle(site, start_from=begin, only=which, revision=of)
+            )
+        with views.failed_build(site.paths) as result:
+            record = cycles.run_cycle(
+                site,
+                start_from=begin,
+                only=which,
+                revision=of,
+                keep_going=keep_going,
+                stream=run.screen.stream,
+            )
+            result.append(views.build_record(record))
+        return result[0]
+
+
+@command(
+    {"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False
+)
+def log(run: Run, build: str = "last", step: str = "") -> Result:
+    """Show a build's record, or a step's log."""
+    from builds.record import find_record
+
+    with run.site() as site:
+        record = find_record(site.paths, build or "last")
+        if step:
+            return views.step_log(record, step)
+        return views.build_record(record)
+
+
+@command({"limit": "How many."}, plans=False)
+def history(run: Run, limit: str = "20") -> Result:
+    """Show what was done, and what was built, newest first."""
+    from builds.record import load_records
+
+    with run.site() as site:
+        most = cli.count("--limit", limit)
+        return views.history(site.journal.history(most), load_records(site.paths), most)
+
+
+# ---- The house.
+
+
+@command(
+    {
+        "fast": "Without the tests that start VMs.",
+        "only": "Only these test files or directories; repeatable.",
+        "match": "Only tests whose names match (pytest -k).",
+    },
+    iterable=["only"],
+    plans=False,
+)
+def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
+    """Run ruff, mypy and all tests."""
+    import house
+
+    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
+
+
+@command(plans=False)
+def lint(run: Run) -> Result:
+    """Run ruff and mypy."""
+    import house
+
+    return house.lint(run)
+
+
+@command({"rounds": "Rounds that medians are taken of."}, plans=False)
+def bench(run: Run, rounds: str = "5") -> Result:
+    """Measure clone, reset and start-up times."""
+    import house
+
+    return house.bench(run, rounds=cli.count("--rounds", rounds))

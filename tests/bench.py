@@ -1,0 +1,285 @@
+"""The toolkit's figures, measured in one run beside the bare tools they are built on.
+
+Real qemu-img, a private libvirtd and real QEMU, on guests without an operating system: booting is
+the guest's matter. A ratio says more than milliseconds, for machines differ and may be busy; each
+figure is a median, with the least beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from uuid import uuid4
+
+from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
+from hypervisors.run import Runner
+from inventory.errors import DriverFailed
+
+ROOT = Path(__file__).resolve().parents[1]
+_FARM = "bench"
+_MANY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """``seconds`` of each round. ``limit``: what it must stay under, in seconds or, where ``beside``
+    names another figure, as a multiple of that one. None: nothing is asked."""
+
+    name: str
+    seconds: tuple[float, ...]
+    limit: float | None = None
+    beside: str = ""
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    figures: tuple[Figure, ...]
+
+    def value(self, figure: Figure) -> float:
+        """The ratio where there is something to compare with, else seconds."""
+        if figure.beside:
+            other = next(f for f in self.figures if f.name == figure.beside)
+            return figure.median / other.median
+        return figure.median
+
+    def within(self, figure: Figure) -> bool:
+        return figure.limit is None or self.value(figure) <= figure.limit
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            "within": all(self.within(f) for f in self.figures),
+            "figures": [
+                {
+                    "name": f.name,
+                    "median": round(f.median, 4),
+                    "least": round(min(f.seconds), 4),
+                    "rounds": len(f.seconds),
+                    "ratio": round(self.value(f), 2) if f.beside else None,
+                    "beside": f.beside or None,
+                    "limit": f.limit,
+                    "within": self.within(f),
+                }
+                for f in self.figures
+            ],
+        }
+
+    def text(self) -> str:
+        rows = [("FIGURE", "MEDIAN", "LEAST", "RATIO", "LIMIT", "")]
+        for f in self.figures:
+            limit = (
+                "" if f.limit is None else f"{f.limit:g}x" if f.beside else f"{f.limit * 1000:.0f} ms"
+            )
+            verdict = "" if f.limit is None else "ok" if self.within(f) else "OVER"
+            ratio = f"{self.value(f):.2f}x" if f.beside else ""
+            rows.append(
+                (
+                    f.name,
+                    f"{f.median * 1000:.0f} ms",
+                    f"{min(f.seconds) * 1000:.0f} ms",
+                    ratio,
+                    limit,
+                    verdict,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        return "\n".join(
+            "  ".join(
+                f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
+    """All figures. Needs QEMU and libvirtd; leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="fhb") as name:
+        directory = Path(name)
+        directory.chmod(0o711)  # QEMU runs as another user and passes through
+        figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
+    return Figures(tuple(figures))
+
+
+def _timed(work: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
+
+
+# ---- Drivers: a disk and a definition, against qemu-img and libvirt by themselves.
+
+
+def _spec(name: str, port: int) -> MachineSpec:
+    return MachineSpec(
+        name=name,
+        owner=Owner(_FARM, name),
+        memory=128 * 2**20,
+        vcpus=1,
+        disk_size=2**30,
+        nic=Nic(
+            mac=f"52:54:00:be:{port >> 8 & 255:02x}:{port & 255:02x}",
+            mode="user",
+            forwards=(Forward(port, 22),),
+        ),
+    )
+
+
+@contextmanager
+def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
+    from hypervisors.kvm import kvm_usable
+    from hypervisors.libvirt_driver import LibvirtHypervisor
+    from hypervisors.private import PrivateLibvirt
+    from hypervisors.qcow2 import Qcow2Disks
+    from provision.paths import cache_dir
+
+    runner = Runner()
+    kvm = kvm_usable(runner, cache_dir())
+    private = PrivateLibvirt(directory / "l", directory / "r", cache_dir(), not kvm.usable)
+    disks = Qcow2Disks(directory / "d", _FARM, runner, reader_uid=private.qemu_uid())
+    image = directory / "image.qcow2"
+    runner.change("qemu-img", "create", "-q", "-f", "qcow2", image, "1G")
+    template = disks.seal(
+        image,
+        Template(
+            name="empty",
+            generation=1,
+            ref="",
+            size=2**30,
+            sha256="",
+            created=datetime.now(UTC),
+            origin="bench",
+            firstboot="none",
+        ),
+    )
+    hypervisor = LibvirtHypervisor(private.uri(), _FARM, disks, runner, kvm=kvm)
+    try:
+        yield hypervisor, template, private.uri()
+    finally:
+        for machine in hypervisor.list():
+            hypervisor.destroy(machine.name)
+        hypervisor.close()
+        private.stop(force=True)
+
+
+def _drivers(directory: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
+    import libvirt
+
+    say("starting a private libvirtd")
+    with _hypervisor(directory) as (hypervisor, template, uri):
+        hypervisor.define(_spec("first", 40000), template)  # the first define probes QEMU
+        connection = libvirt.open(uri)
+        xml = connection.lookupByName("first").XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        ref, runner = Path(template.ref), Runner()
+
+        def bare(name: str) -> None:
+            disk = directory / f"{name}.qcow2"
+            runner.change("qemu-img", "create", "-q", "-f", "qcow2", "-b", ref, "-F", "qcow2", disk)
+            text = re.sub(r"<uuid>.*?</uuid>", f"<uuid>{uuid4()}</uuid>", xml)
+            text = text.replace("<name>first</name>", f"<name>{name}</name>")
+            text = re.sub(r"(<source file=')[^']*(')", rf"\g<1>{disk}\g<2>", text, count=1)
+            text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+            connection.defineXML(text)
+
+        baseline, cloned, parallel, stopped, running = [], [], [], [], []
+
+        def one(name: str, port: int) -> None:
+            hypervisor.define(_spec(name, port), template)
+
+        for turn in range(rounds):
+            say(f"clones, round {turn + 1} of {rounds}")
+            baseline.append(_timed(bare, f"bare{turn}"))
+            cloned.append(_timed(one, f"one{turn}", 40100 + turn))
+            parallel.append(_timed(_many, hypervisor, template, turn))
+            stopped.append(_timed(hypervisor.reset, "first", "clean"))
+            for i in range(_MANY):
+                hypervisor.destroy(f"many{turn}-{i}")
+        for turn in range(rounds):
+            say(f"resets of a running machine, round {turn + 1} of {rounds}")
+            hypervisor.start("first")
+            running.append(_timed(hypervisor.reset, "first", "clean"))
+        for turn in range(rounds):
+            connection.lookupByName(f"bare{turn}").undefine()
+        connection.close()
+    floor = "qemu-img create -b, define"
+    yield Figure(floor, tuple(baseline))
+    yield Figure("clone of one more VM", tuple(cloned), 1.5, floor)
+    yield Figure(f"clone of {_MANY} in parallel", tuple(parallel), 0.5)
+    yield Figure("reset, stopped", tuple(stopped), 0.3)
+    yield Figure("reset, running, no boot", tuple(running), 0.3)
+
+
+def _many(hypervisor: Hypervisor, template: Template, turn: int) -> None:
+    with ThreadPoolExecutor(_MANY) as pool:
+        specs = [_spec(f"many{turn}-{i}", 41000 + turn * 100 + i) for i in range(_MANY)]
+        for _ in pool.map(lambda spec: hypervisor.define(spec, template), specs):
+            pass
+
+
+# ---- Commands, as typed.
+
+_FARM_FILE = """\
+farm: bench
+templates:
+  empty:
+    import: empty.qcow2
+    firstboot: none
+vms:
+  dev2: {memory: 128M}
+  prod: {memory: 128M}
+"""
+
+
+def _commands(directory: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
+    farm = directory / "farm.yaml"
+    farm.write_text(_FARM_FILE)
+    Runner().change("qemu-img", "create", "-q", "-f", "qcow2", directory / "empty.qcow2", "1G")
+    environment = {
+        **os.environ,
+        "FARMHAND_STATE_DIR": str(directory / "s"),
+        "FARMHAND_RUNTIME_DIR": str(directory / "t"),
+        "FARMHAND_FARM": str(farm),
+    }
+    wrapper = str(ROOT / "invoke")
+    bare = [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT)]
+
+    def call(argv: Sequence[str]) -> float:
+        started = time.perf_counter()
+        done = subprocess.run(
+            argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise DriverFailed(f"{Runner().show(argv)} failed", detail=done.stderr)
+        return seconds
+
+    say("cloning a farm for status")
+    call([*bare, "clone-farm", "--no-start"])
+    try:
+        times: dict[str, list[float]] = {"list": [], "bare": [], "status": []}
+        call([wrapper, "--list"])
+        for turn in range(rounds * 2):
+            say(f"commands, round {turn + 1} of {rounds * 2}")
+            times["list"].append(call([wrapper, "--list"]))
+            times["bare"].append(call([*bare, "--list"]))
+            times["status"].append(call([wrapper, "status"]))
+    finally:
+        call([*bare, "destroy", "--all"])
+    own = tuple(max(a - b, 0.0) for a, b in zip(times["list"], times["bare"], strict=True))
+    yield Figure("./invoke --list", tuple(times["list"]), 0.2)
+    yield Figure("./invoke status", tuple(times["status"]), 0.4)
+    yield Figure("the wrapper's own share", own, 0.05)

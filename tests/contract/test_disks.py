@@ -1,0 +1,205 @@
+"""The contract of a disk store (hypervisors.api.Disks), on each."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import FARM, SIZE, template
+
+from hypervisors.api import Owner
+from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+
+PROD = Owner(FARM, "prod")
+
+
+class Killed(BaseException):
+    """As if the process had been killed right before this step, except that `finally` runs."""
+
+
+@pytest.fixture
+def made(store):
+    disks = store.disks()
+    sealed = disks.seal(store.image(), template())
+    disks.clone(sealed, "kata-prod", PROD, SIZE)
+    return disks
+
+
+def test_sealing_consumes_the_image_and_records_its_hash(store):
+    disks, image = store.disks(), store.image()
+    sealed = disks.seal(image, template())
+    assert not image.exists()
+    assert len(sealed.sha256) == 64
+    assert list(disks.templates()) == [sealed]
+
+
+def test_a_generation_is_sealed_once(store):
+    disks = store.disks()
+    first = disks.seal(store.image(), template())
+    with pytest.raises(Conflict):
+        disks.seal(store.image(), template())
+    second = disks.seal(store.image(), template(2))
+    assert list(disks.templates()) == [first, second]
+
+
+def test_a_clone_reads_as_its_template_and_is_pristine(store, made):
+    disk = made.find("kata-prod")
+    assert (disk.owner, disk.template, disk.base) == (PROD, "base@1", "clean")
+    assert [c.name for c in disk.checkpoints] == ["clean"]
+    assert store.read("kata-prod") == "T"
+    assert made.pristine("kata-prod", "clean")
+
+
+def test_writing_ends_being_pristine(store, made):
+    store.write("kata-prod", "A")
+    assert not made.pristine("kata-prod", "clean")
+
+
+def test_restore_brings_the_content_back(store, made):
+    store.write("kata-prod", "A")
+    made.restore("kata-prod", "clean")
+    assert store.read("kata-prod") == "T"
+    assert made.pristine("kata-prod", "clean")
+
+
+def test_any_checkpoint_in_any_order(store, made):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "older")
+    assert made.pristine("kata-prod", "older")
+    store.write("kata-prod", "B")
+    made.checkpoint("kata-prod", "newer")
+    for name, content in [
+        ("older", "A"),
+        ("newer", "B"),
+        ("clean", "T"),
+        ("newer", "B"),
+        ("older", "A"),
+    ]:
+        disk = made.restore("kata-prod", name)
+        assert disk.base == name
+        assert store.read("kata-prod") == content
+        assert [c.name for c in disk.checkpoints] == ["clean", "older", "newer"]
+        store.write("kata-prod", "X")
+        assert not made.pristine("kata-prod", name)
+
+
+def test_checkpoint_names_are_taken_once(made):
+    made.checkpoint("kata-prod", "one")
+    for name in ("one", "clean"):
+        with pytest.raises(Conflict):
+            made.checkpoint("kata-prod", name)
+
+
+def test_unknown_checkpoints_and_machines(made):
+    with pytest.raises(NotFound):
+        made.restore("kata-prod", "nothing")
+    with pytest.raises(NotFound):
+        made.restore("kata-nobody", "clean")
+    assert made.find("kata-nobody") is None
+
+
+def test_a_second_clone_is_a_conflict(store, made):
+    with pytest.raises(Conflict):
+        made.clone(made.templates()[0], "kata-prod", PROD, SIZE)
+
+
+def test_clones_of_what_is_not_there_and_too_small_ones(made):
+    with pytest.raises(NotFound):
+        made.clone(template(7), "kata-x", PROD, SIZE)
+    with pytest.raises(UsageError):
+        made.clone(made.templates()[0], "kata-x", PROD, SIZE // 2)
+    assert made.find("kata-x") is None
+
+
+def test_a_larger_clone(made):
+    assert made.clone(made.templates()[0], "kata-big", PROD, 4 * SIZE).size == 4 * SIZE
+
+
+def test_a_template_in_use_stays(made):
+    with pytest.raises(WrongState, match="kata-prod"):
+        made.remove_template("base@1")
+    made.destroy("kata-prod")
+    made.remove_template("base@1")
+    assert list(made.templates()) == []
+    with pytest.raises(NotFound):
+        made.remove_template("base@1")
+
+
+def test_another_farms_disk_is_left_alone(store, made):
+    other = store.disks("other")
+    assert list(other.list()) == []
+    assert other.find("kata-prod").owner == PROD
+    for change in (
+        lambda: other.destroy("kata-prod"),
+        lambda: other.restore("kata-prod", "clean"),
+        lambda: other.checkpoint("kata-prod", "x"),
+    ):
+        with pytest.raises(NotOurs):
+            change()
+    assert [d.machine for d in made.list()] == ["kata-prod"]
+
+
+def test_destroy_takes_all_and_may_be_called_again(made):
+    made.checkpoint("kata-prod", "one")
+    made.destroy("kata-prod")
+    made.destroy("kata-prod")
+    assert made.find("kata-prod") is None
+    assert list(made.list()) == list(made.leftovers()) == []
+
+
+def test_ten_clones_at_once(made):
+    sealed = made.templates()[0]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(FARM, str(n)), SIZE), range(10)))
+    assert len(made.list()) == 11
+    assert list(made.leftovers()) == []
+
+
+def test_too_little_room_is_refused_before_beginning(store, made):
+    steps = []
+    full = store.disks(headroom=2**60, step=steps.append)
+    with pytest.raises(NoSpace):
+        full.clone(made.templates()[0], "kata-x", PROD, SIZE)
+    assert steps == []
+    assert made.find("kata-x") is None
+
+
+@pytest.mark.parametrize("what", ["seal", "clone", "checkpoint", "restore", "destroy"])
+def test_abandoned_at_a_step_it_can_be_done_again(store, made, what):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    image = store.image()
+
+    def act(disks):
+        match what:
+            case "seal":
+                disks.seal(image, template(2))
+            case "clone":
+                disks.clone(made.templates()[0], "kata-new", Owner(FARM, "new"), SIZE)
+            case "checkpoint":
+                disks.checkpoint("kata-prod", "two")
+            case "restore":
+                disks.restore("kata-prod", "clean")
+            case "destroy":
+                disks.destroy("kata-prod")
+
+    steps = 0
+    while True:
+        left = steps
+
+        def step(_text):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+
+        try:
+            act(store.disks(step=step))
+        except Killed:
+            steps += 1
+            assert store.read("kata-prod") == "A"
+            assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean", "one"]
+            assert list(made.leftovers()) == []
+        else:
+            break
+    assert steps >= 1

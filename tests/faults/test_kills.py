@@ -1,0 +1,162 @@
+"""SIGKILL at every journal step of every changing use case, and right after each step's change: what is
+left is never half-made, recovery puts it right, nothing stays over, no name is blocked."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from bench import KILLS, Bench
+
+from provision import farm
+from provision.work import is_on, look
+
+pytestmark = pytest.mark.system
+fake_only = pytest.mark.parametrize("bench", ["fake"], indirect=True)  # the drivers' part is the same
+
+
+def test_clone_farm(bench: Bench) -> None:
+    for context in bench.kills("clone-farm", "clone_farm", {"wait": False}, partial(_remove, bench)):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.recovered(context)
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.usable(context)
+
+
+@fake_only
+def test_the_next_clone_farm_recovers_by_itself(bench: Bench) -> None:
+    """Without a recover in between."""
+    arguments = {"wait": False, "vms": ["prod"]}
+    for context in bench.kills(
+        "clone-farm, then clone-farm", "clone_farm", arguments, partial(_remove, bench)
+    ):
+        with bench.site() as site:
+            outcome = farm.clone_farm(site, wait=False)
+            assert any(action.verb == "recover" for action in outcome.actions), context
+        bench.usable(context)
+        bench.recovered(context)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_reset(bench: Bench, running: bool) -> None:
+    operation = f"reset, {'running' if running else 'stopped'}"
+    arguments = {"vms": ["prod"], "start": running, "wait": False}
+    ready = partial(_written, bench, running=running)
+    for context in bench.kills(operation, "reset", arguments, ready):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+            assert bench.content(site, "prod") in ("old", "new"), context
+        _after_reset(bench, context, running=running)
+
+
+@fake_only
+def test_the_next_command_recovers_a_reset(bench: Bench) -> None:
+    ready = partial(_written, bench, running=True)
+    for context in bench.kills("reset, then start", "reset", {"vms": ["prod"], "wait": False}, ready):
+        with bench.site() as site:
+            farm.start(site, ["dev2", "prod"], wait=False)
+            assert bench.content(site, "prod") in ("old", "new"), context
+            assert is_on(look(site, "prod")), context
+            assert site.journal.unfinished() == (), context
+        bench.recovered(context)
+
+
+@pytest.mark.parametrize("when", ["written", "done"])
+def test_a_recovery_that_is_killed_too(bench: Bench, when: str) -> None:
+    arguments = {"vms": ["prod"], "wait": False}
+    number = 1
+    while True:
+        _written(bench, running=True)
+        # killed at its swap of the disk, then again and again while being recovered
+        cut = bench.killed_at(when, 3, "reset", arguments)
+        assert cut
+        again = bench.killed_at("written", number, "recover", {})
+        if again is None:
+            break
+        KILLS.add("recover of a reset", bench.driver)
+        context = f"reset killed at {cut!r}, its recovery at {again!r}"
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        _after_reset(bench, context, running=True)
+        number += 1
+    # the fake's power and disk change in one: killed before its swap, there is nothing to do again
+    assert number > 1 or (bench.driver, when) == ("fake", "written")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_checkpoint(bench: Bench, running: bool) -> None:
+    operation = f"checkpoint, {'running' if running else 'stopped'}"
+    name = "kept"
+    ready = partial(_unkept, bench, running=running)
+    for context in bench.kills(operation, "checkpoint", {"vms": ["prod"], "name": name}, ready):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.recovered(context)
+        with bench.site() as site:
+            assert is_on(look(site, "prod")) == running, context
+            disk = site.disks("here").find(site.machine("prod"))
+            assert disk
+            if name in [kept.name for kept in disk.checkpoints]:
+                farm.reset(site, ["prod"], to=name, start=False)
+            farm.stop(site, ["prod"], force=True)
+            assert bench.content(site, "prod") == "old", f"{context}: nothing written is lost"
+
+
+def test_destroy_a_vm(bench: Bench) -> None:
+    ready = partial(bench.usable, "made again")
+    for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}, ready):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.recovered(context)
+        with bench.site() as site:
+            assert look(site, "prod") is None, context
+            assert site.disks("here").find(site.machine("prod")) is None, context
+            assert "prod" not in site.allocator.recorded(), context
+            assert is_on(look(site, "dev2")), f"{context}: the other one is untouched"
+
+
+def test_destroy_the_farm(bench: Bench) -> None:
+    for context in bench.kills("destroy the farm", "destroy", {}, partial(_whole, bench)):
+        bench.recovered(context)
+        with bench.site() as site:
+            assert not site.paths.root.exists(), context
+            assert not site.allocator.lock_file.exists(), context
+
+
+def _whole(bench: Bench) -> None:
+    bench.seal()
+    bench.usable("made again")
+
+
+def _written(bench: Bench, *, running: bool) -> None:
+    """Both VMs made, prod with something on its disk, running or not."""
+    with bench.site() as site:
+        farm.clone_farm(site, wait=False)
+        farm.stop(site, ["prod"], force=True)
+        bench.write_on(site, "prod")
+        assert bench.content(site, "prod") == "old"
+        if running:
+            farm.start(site, ["prod"], wait=False)
+
+
+def _after_reset(bench: Bench, context: str, *, running: bool) -> None:
+    done = bench.recovered(context)
+    with bench.site() as site:
+        content = bench.content(site, "prod")
+        not_begun = any("had not begun" in line for line in done)
+        assert content == ("old" if not_begun else "new"), f"{context}: {done}"
+        assert is_on(look(site, "prod")) == running, context
+
+
+def _unkept(bench: Bench, *, running: bool) -> None:
+    """As ``_written``, on a disk without checkpoints of its own."""
+    with bench.site() as site:
+        farm.destroy(site, ["prod"])
+    _written(bench, running=running)
+
+
+def _remove(bench: Bench) -> None:
+    with bench.site() as site:
+        farm.destroy(site, list(site.farm.vms))

@@ -1,0 +1,207 @@
+"""What VMs are given: unique, stable, recorded; by many processes at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inventory.errors import Conflict, NotFound, WrongState
+from inventory.model import Farm
+from provision.allocate import PORTS, Allocator, lock_file_of
+from provision.paths import FarmPaths
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
+
+
+def farm_of(name: str = "kata", vms: dict[str, Any] | None = None, **more: Any) -> Farm:
+    (FarmPaths(name).root).mkdir(parents=True, exist_ok=True)
+    return Farm.model_validate({"farm": name, "vms": vms or {"dev2": {}, "prod": {}}, **more})
+
+
+def bridge(subnet: str = "10.10.60.0/24", **more: Any) -> dict[str, Any]:
+    return {"mode": "bridge", "bridge": "br0", "subnet": subnet, **more}
+
+
+def test_mac_is_derived_and_in_the_drivers_range(tmp_path: Path) -> None:
+    lock = tmp_path / "farm.lock"
+    first = Allocator(farm_of(), lock).allocate("prod")
+    assert first.mac.startswith("52:54:00:")
+    lock.unlink()
+    assert Allocator(farm_of(), lock).allocate("prod").mac == first.mac
+    xen = farm_of("xen", hosts={"dom0": {"driver": "xen", "uri": "xen:///system"}})
+    assert Allocator(xen, tmp_path / "xen.lock").allocate("prod").mac.startswith("00:16:3e:")
+    assert Allocator(farm_of("other"), tmp_path / "o.lock").peek("prod").mac != first.mac
+
+
+def test_a_mac_that_would_collide_is_passed_over(tmp_path: Path) -> None:
+    derived = Allocator(farm_of(), tmp_path / "a.lock").peek("prod").mac
+    taken = farm_of(vms={"dev2": {"mac": derived}, "prod": {}})
+    got = Allocator(taken, tmp_path / "b.lock").allocate("prod")
+    assert got.mac != derived
+    assert got.mac.startswith("52:54:00:")
+
+
+def test_addresses_skip_what_is_not_free(tmp_path: Path) -> None:
+    farm = farm_of(
+        vms={"a": {}, "b": {"address": "10.0.0.4"}, "c": {}, "d": {}},
+        network=bridge(
+            "10.0.0.0/29", gateway="10.0.0.1", nameservers=["10.0.0.2"], reserved=["10.0.0.5-10.0.0.5"]
+        ),
+    )
+    allocator = Allocator(farm, tmp_path / "lock")
+    assert allocator.allocate("a").address == IPv4Address("10.0.0.3")
+    assert allocator.allocate("b").address == IPv4Address("10.0.0.4")
+    assert allocator.allocate("c").address == IPv4Address("10.0.0.6")
+    with pytest.raises(NotFound, match="no address is left for d"):
+        allocator.allocate("d")
+    assert allocator.allocate("a").address == IPv4Address("10.0.0.3"), "stable"
+
+
+def test_an_address_rests_before_another_vm_has_it(tmp_path: Path) -> None:
+    farm = farm_of(vms={"a": {}, "b": {}}, network=bridge("10.0.0.0/30"))
+    lock = tmp_path / "lock"
+    allocator = Allocator(farm, lock)
+    assert allocator.allocate("a").address == IPv4Address("10.0.0.1")
+    assert allocator.allocate("b").address == IPv4Address("10.0.0.2")
+    allocator.release("a")
+    allocator.release("b")
+    with pytest.raises(NotFound, match="2 resting"):
+        allocator.allocate("b")
+    data = json.loads(lock.read_text())
+    data["resting"]["10.0.0.1"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    lock.write_text(json.dumps(data))
+    assert allocator.allocate("b").address == IPv4Address("10.0.0.1")
+
+
+def test_a_declared_value_held_by_another_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    got = Allocator(farm_of(network=bridge()), lock).allocate("dev2")
+    farm = farm_of(vms={"dev2": {}, "prod": {"address": str(got.address)}}, network=bridge())
+    with pytest.raises(Conflict, match="which dev2 was given before"):
+        Allocator(farm, lock).allocate("prod")
+    assert Allocator(farm, lock).allocate("dev2").address != got.address
+    assert Allocator(farm, lock).allocate("prod").address == got.address
+
+
+def test_ports_are_free_stable_and_differ_between_farms(tmp_path: Path) -> None:
+    one, two = Allocator(farm_of("one"), tmp_path / "1"), Allocator(farm_of("two"), tmp_path / "2")
+    first = one.allocate("prod").ssh_port
+    assert first in PORTS
+    with socket.create_server(("127.0.0.1", first)):
+        assert one.allocate("prod").ssh_port == first, "its own VM listens there"
+        moved = one.allocate("prod", move_port=True).ssh_port
+        assert moved not in (first, 0)
+    ports = {moved, *(two.allocate(vm).ssh_port for vm in ("dev2", "prod"))}
+    assert len(ports) == 3
+    (tmp_path / "1").unlink()
+    assert one.allocate("prod").ssh_port == moved, "the host's claims know it still"
+
+
+def test_a_listening_port_is_passed_over(tmp_path: Path) -> None:
+    wanted = Allocator(farm_of(), tmp_path / "1").peek("prod").ssh_port
+    with socket.create_server(("127.0.0.1", wanted)):
+        assert Allocator(farm_of(), tmp_path / "1").allocate("prod").ssh_port != wanted
+
+
+def test_forgetting_a_farm_gives_all_back(tmp_path: Path) -> None:
+    allocator = Allocator(farm_of(), tmp_path / "lock")
+    allocator.allocate("prod")
+    allocator.allocate("dev2")
+    allocator.forget()
+    assert not (tmp_path / "lock").exists()
+    assert not (tmp_path / "state/claims.json").exists()
+
+
+def test_a_broken_lock_file_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text('<<<<<<< HEAD\n{"vms": {}}')
+    with pytest.raises(WrongState, match="not readable"):
+        Allocator(farm_of(), lock).allocate("prod")
+    lock.write_text('{"vms": {"prod": {"mac": "x"}}}')
+    with pytest.raises(WrongState, match="not readable"):
+        Allocator(farm_of(), lock).recorded()
+
+
+def test_peek_records_nothing(tmp_path: Path) -> None:
+    allocator = Allocator(farm_of(), tmp_path / "lock")
+    seen = allocator.peek("prod")
+    assert not (tmp_path / "lock").exists()
+    assert allocator.allocate("prod") == seen
+    text = (tmp_path / "lock").read_text()
+    assert "Written by farmhand" in text
+
+
+def test_the_lock_file_is_beside_the_farm_file_but_never_in_the_checkout(tmp_path: Path) -> None:
+    farm = farm_of()
+    farm._path = tmp_path / "my.yaml"
+    assert lock_file_of(farm, FarmPaths("kata")) == tmp_path / "my.yaml.lock"
+    import inventory
+
+    farm._path = Path(inventory.__file__).parent / "default.yaml"
+    assert lock_file_of(farm, FarmPaths("kata")) == FarmPaths("kata").root / "default.yaml.lock"
+
+
+def _allocate_many(lock: Path, names: list[str], every: list[str]) -> None:
+    farm = Farm.model_validate(
+        {"farm": "many", "vms": {name: {} for name in every}, "network": bridge("10.9.0.0/23")}
+    )
+    allocator = Allocator(farm, lock)
+    for name in names:
+        allocator.allocate(name)
+
+
+def test_eight_processes_give_two_hundred_no_duplicate(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    names = [f"vm{n}" for n in range(200)]
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_allocate_many, args=(lock, names[n::8], names)) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    entries = json.loads(lock.read_text())["vms"]
+    assert sorted(entries) == sorted(names)
+    addresses = [entry["address"] for entry in entries.values()]
+    assert len(set(addresses)) == 200
+    assert len({entry["mac"] for entry in entries.values()}) == 200
+    pool = set(IPv4Network("10.9.0.0/23").hosts())
+    assert {IPv4Address(address) for address in addresses} <= pool
+
+
+def _allocate_ports(state: Path, lock: Path, name: str) -> None:
+    farm = Farm.model_validate({"farm": name, "vms": {f"vm{n}": {} for n in range(10)}})
+    (state / "farms" / name).mkdir(parents=True, exist_ok=True)
+    allocator = Allocator(farm, lock)
+    for vm in farm.vms:
+        allocator.allocate(vm)
+
+
+def test_processes_of_different_farms_share_no_port(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    names = [f"farm{n}" for n in range(4)]
+    workers = [
+        spawn.Process(target=_allocate_ports, args=(tmp_path / "state", tmp_path / name, name))
+        for name in names
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    ports = [
+        entry["ssh_port"]
+        for name in names
+        for entry in json.loads((tmp_path / name).read_text())["vms"].values()
+    ]
+    assert len(set(ports)) == 40

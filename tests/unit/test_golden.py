@@ -1,0 +1,148 @@
+"""Golden disks on a real qcow2 store."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from hypervisors.api import Owner
+from hypervisors.debian import load_recipe
+from inventory.errors import NotFound, UsageError, WrongState
+from provision import golden
+from provision.report import QuietReporter
+from provision.site import Site, open_site
+
+FARM = """
+farm: t
+templates:
+  base: {build: debian-12, size: 1G}
+  cloud: {import: cloud.raw, size: 2M}
+vms:
+  one: {template: cloud}
+  two: {template: base}
+"""
+MIB = 2**20
+
+
+@pytest.fixture
+def farm_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for place in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        place.chmod(0o711)  # QEMU, under another user, must be able to pass
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    (tmp_path / "cloud.raw").write_bytes(bytes(510) + b"\x55\xaa" + b"x" * (MIB - 512))
+    path = tmp_path / "farm.yaml"
+    path.write_text(FARM)
+    return path
+
+
+@pytest.fixture
+def site(farm_file: Path) -> Iterator[Site]:
+    with open_site(farm_file, reporter=QuietReporter()) as opened:
+        yield opened
+
+
+def put_in_cache(site: Site, created: datetime) -> Path:
+    """A disk as if it had been built."""
+    key = load_recipe("debian-12").digest(site.farm.templates["base"].size)
+    image = golden._image_file(key)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1G"], check=True)
+    note = {"bytes": image.stat().st_size, "sha256": "0" * 64, "created": created.isoformat()}
+    image.with_suffix(".json").write_text(json.dumps(note))
+    return image
+
+
+def test_an_import_is_sealed_grown_and_recorded(site: Site, farm_file: Path) -> None:
+    outcome = golden.template_import(site, "cloud")
+    assert outcome.changed
+    (template,) = golden.template_list(site)
+    assert template.label == "cloud@1" == outcome.facts["template"]
+    assert template.size == 2 * MIB
+    assert template.firstboot == "cloud-init"
+    assert len(template.sha256) == 64
+    assert template.origin.startswith("cloud.raw sha256:")
+    assert (farm_file.parent / "cloud.raw").exists()
+    assert not [p for p in golden._images().iterdir() if p.name != ".lock"]
+    assert golden.ensure_template(site, "cloud") == template
+
+
+def test_a_generation_number_never_comes_again(site: Site) -> None:
+    golden.template_import(site, "cloud")
+    golden.template_import(site, "cloud")
+    golden.template_remove(site, "cloud@2")
+    golden.template_import(site, "cloud")
+    assert [t.label for t in golden.template_list(site)] == ["cloud@1", "cloud@3"]
+    newest = golden.newest_template(site, "cloud")
+    assert newest is not None
+    assert newest.generation == 3
+
+
+def test_a_plan_says_what_the_run_does_and_does_nothing(
+    site: Site, farm_file: Path, tmp_path: Path
+) -> None:
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
+        planned = golden.template_import(planning, "cloud")
+        planned_build = golden.template_build(planning, "base")
+    assert planned.planned
+    assert "build a disk from debian-12" in planned_build.actions[0].text
+    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "cache").exists()
+    assert golden.template_import(site, "cloud").actions == planned.actions
+
+
+def test_a_template_with_clones_stays(site: Site) -> None:
+    golden.template_import(site, "cloud")
+    (template,) = golden.template_list(site)
+    store = site.disks("here")
+    store.clone(template, "t-one", Owner("t", "one"), template.size)
+    with pytest.raises(WrongState, match="t-one"):
+        golden.template_remove(site, "cloud@1")
+    store.destroy("t-one")
+    golden.template_remove(site, "cloud@1")
+    assert golden.template_list(site) == ()
+
+
+def test_a_cached_disk_is_used_again_and_stays(site: Site) -> None:
+    image = put_in_cache(site, datetime.now(UTC))
+    outcome = golden.template_build(site, "base")
+    assert outcome.actions[0].verb == "reuse"
+    golden.template_remove(site, "base@1")
+    assert image.exists()
+    assert golden.template_build(site, "base").facts["template"] == "base@2"
+
+
+def test_an_aged_or_cut_disk_is_not_used(site: Site, farm_file: Path) -> None:
+    image = put_in_cache(site, datetime(2020, 1, 1, tzinfo=UTC))
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
+        assert golden.template_build(planning, "base").actions[0].verb == "build"
+        put_in_cache(site, datetime.now(UTC))
+        image.write_bytes(image.read_bytes()[:-1])
+        assert golden.template_build(planning, "base").actions[0].verb == "build"
+
+
+def test_what_a_killed_build_left_goes_with_the_next(site: Site) -> None:
+    left = golden._images() / ".build-dead"
+    left.mkdir(parents=True)
+    (left / "root.tar").write_text("x")
+    golden.template_import(site, "cloud")
+    assert not left.exists()
+
+
+def test_refusals_name_what_to_do(site: Site, farm_file: Path) -> None:
+    with pytest.raises(NotFound) as caught:
+        golden.template_build(site, "bse")
+    assert "base" in caught.value.remedy
+    with pytest.raises(UsageError) as wrong:
+        golden.template_build(site, "cloud")
+    assert "template-import cloud" in wrong.value.remedy
+    with pytest.raises(UsageError):
+        golden.template_import(site, "base")
+    with pytest.raises(NotFound):
+        golden.template_remove(site, "cloud@9")
+    (farm_file.parent / "cloud.raw").unlink()
+    with pytest.raises(NotFound, match=r"cloud\.raw"):
+        golden.template_import(site, "cloud")

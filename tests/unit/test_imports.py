@@ -1,0 +1,116 @@
+"""Who may import whom, as design.md has it: a higher part may use a lower one, never the other way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# From the top down. Each may import what stands below it (and its own).
+ORDER = ("face", "builds", "provision", "hypervisors", "inventory")
+FACE = ("tasks", "views", "house", "cli", "screen")
+STARTERS = {"subprocess", "pty", "multiprocessing"}
+# Files above hypervisors/ that may start programs, and why.
+MAY_START = {
+    "cli.py": "replaces itself with ssh or a console: the terminal is handed over",
+    "house.py": "the developer's ruff, mypy and pytest, which own the terminal",
+}
+# Imported by every command, --list included: what they import at the top must be light.
+LIGHT = ("tasks.py", "cli.py", "views.py", "provision/report.py")
+HEAVY = {
+    "asyncssh",
+    "asyncio",
+    "jinja2",
+    "pydantic",
+    "libvirt",
+    "cryptography",
+    "sqlite3",
+    "yaml",
+    "hypothesis",
+}
+
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for top in ("builds", "provision", "hypervisors", "inventory")
+    for path in (ROOT / top).rglob("*.py")
+) + [Path(f"{name}.py") for name in FACE]
+
+
+def part(module: str) -> str | None:
+    top = module.partition(".")[0]
+    return "face" if top in FACE else top if top in ORDER else None
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(), str(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_point_down(path: Path) -> None:
+    own = ORDER.index(part(path.parts[0].removesuffix(".py")) or "")
+    for module, line in imports(parse(path)):
+        other = part(module)
+        assert other is None or ORDER.index(other) >= own, (
+            f"{path}:{line} imports {module}, which is above it"
+        )
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] != "hypervisors"], ids=str)
+def test_libvirt_is_for_drivers_alone(path: Path) -> None:
+    for module, line in imports(parse(path)):
+        assert module.split(".")[0] not in ("libvirt", "libvirt_qemu"), f"{path}:{line}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parts[0] != "hypervisors" and str(p) not in MAY_START], ids=str
+)
+def test_only_hypervisors_starts_programs(path: Path) -> None:
+    tree = parse(path)
+    for module, line in imports(tree):
+        assert module.split(".")[0] not in STARTERS, f"{path}:{line} imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = f"{node.value.id}.{node.attr}"
+            bad = node.value.id == "os" and node.attr.startswith(
+                ("exec", "spawn", "posix_spawn", "fork")
+            )
+            bad = bad or name in ("os.system", "os.popen")
+            bad = bad or name in ("asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell")
+            assert not bad, f"{path}:{node.lineno} calls {name}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parts[0] in ("hypervisors", "inventory")], ids=str
+)
+def test_drivers_and_the_model_do_not_print(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "input"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", LIGHT)
+def test_every_command_begins_light(path: str) -> None:
+    tree = parse(Path(path))
+    for node in tree.body:  # the top level only: late imports are inside functions
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for module, line in imports(node):
+                assert module.split(".")[0] not in HEAVY, f"{path}:{line} imports {module} at once"
+
+
+def test_no_shell() -> None:
+    for path in SOURCES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.keyword) and node.arg == "shell":
+                raise AssertionError(f"{path}:{node.value.lineno} uses a shell")

@@ -1,0 +1,258 @@
+"""The journal: durable, shared, honest when it can't write."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextvars import copy_context
+from pathlib import Path
+
+import pytest
+
+from inventory.errors import FarmhandError, Interrupted, UsageError, WrongState
+from provision.journal import Journal, current_operation, current_step
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_operation_its_steps_and_its_end(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with journal.operation("reset", vm="prod", to="clean") as operation:
+        current_step("swap the disk")
+        operation.note(proof=True)
+        assert journal.under_way()[0].verb == "reset"
+        assert journal.unfinished() == (), "its process lives"
+    assert current_operation() is None
+    current_step("outside: nothing is written")
+    (record,) = journal.history()
+    assert (record.verb, record.vm, record.outcome) == ("reset", "prod", "done")
+    assert record.facts == {"to": "clean", "proof": True}
+    assert [text for _, text in record.steps] == ["swap the disk"]
+    assert record.ended
+    assert record.as_dict()["outcome"] == "done"
+
+
+def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(WrongState), journal.operation("reset", vm="a"):
+        raise WrongState("no")
+    assert journal.unfinished() == ()
+    with pytest.raises(KeyboardInterrupt), journal.operation("reset", vm="b"):
+        raise KeyboardInterrupt
+    with pytest.raises(Interrupted), journal.operation("reset", vm="c"):
+        journal.interrupted.set()
+        current_step("never done")
+    journal.interrupted.clear()
+    left = journal.unfinished()
+    assert [record.vm for record in left] == ["b", "c"]
+    assert left[1].steps == ()
+    with journal.resume(left[0]):
+        current_step("undo")
+    journal.settle(left[0].id, "recovered", "undone")
+    assert [record.vm for record in journal.unfinished()] == ["c"]
+    found = journal.find(left[0].id)
+    assert found
+    assert found.outcome == "recovered"
+    assert [text for _, text in found.steps] == ["undo"]
+
+
+def test_a_killed_process_leaves_its_step(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, signal, sys
+from provision.journal import Journal, current_step
+with Journal(pathlib.Path(sys.argv[1])).operation("clone", vm="dev2", template="base@1"):
+    current_step("make the disk")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "journal.db"
+    child = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
+    assert child.returncode == -signal.SIGKILL
+    (record,) = Journal(path).unfinished()
+    assert (record.verb, record.vm) == ("clone", "dev2")
+    assert [text for _, text in record.steps] == ["make the disk"]
+    reader = Journal(path, writable=False)
+    assert reader.unfinished() == (record,)
+    with pytest.raises(UsageError), reader.operation("reset"):
+        pass
+
+
+def _work(path: Path, number: int) -> None:
+    journal = Journal(path)
+    for turn in range(10):
+        with journal.operation("reset", vm=f"vm{number}"):
+            current_step(f"turn {turn}")
+            current_step("done")
+    journal.close()
+
+
+def test_processes_at_once_from_the_very_first_write(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "journal.db"
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_work, args=(path, n)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    records = Journal(path).history(1000)
+    assert len(records) == 40
+    assert all(record.outcome == "done" and len(record.steps) == 2 for record in records)
+
+
+def test_threads_each_write_to_their_own_operation(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+
+    def work(vm: str) -> None:
+        with journal.operation("clone", vm=vm):
+            for n in range(20):
+                current_step(f"{vm} {n}")
+
+    threads = [threading.Thread(target=copy_context().run, args=(work, f"vm{n}")) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for record in journal.history():
+        assert [text for _, text in record.steps] == [f"{record.vm} {n}" for n in range(20)]
+
+
+def test_reading_makes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    reader = Journal(path, writable=False)
+    assert reader.history() == ()
+    writer = Journal(path)
+    with writer.operation("start", vm="prod"):
+        pass
+    assert len(reader.history()) == 1, "while it is being written"
+    writer.close()
+    reader.close()
+    before = sorted(tmp_path.iterdir())
+    again = Journal(path, writable=False)
+    assert len(again.history()) == 1
+    again.close()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", [b"not a database at all" * 50, None], ids=["garbage", "holes"])
+def test_a_damaged_journal_says_what_to_do(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "journal.db"
+    if content is None:
+        journal = Journal(path)
+        for _ in range(50):
+            with journal.operation("reset", vm="prod", why="x" * 500):
+                pass
+        journal.close()
+        content = bytearray(path.read_bytes())  # type: ignore[assignment]
+        content[4096:] = b"\xff" * (len(content) - 4096)  # type: ignore[index, arg-type]
+    path.write_bytes(content)
+    with pytest.raises(WrongState, match="damaged") as damaged:
+        Journal(path).history()
+    assert "history is lost, VMs are not" in damaged.value.remedy
+    with pytest.raises(FarmhandError), Journal(path).operation("reset"):
+        pass
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    return place
+
+
+FULL = """
+import pathlib, sys
+from inventory.errors import NoSpace
+from provision.journal import Journal, current_step
+place = pathlib.Path(sys.argv[1])
+journal = Journal(place / "journal.db")
+changed = 0
+try:
+    with journal.operation("reset", vm="prod"):
+        while True:
+            current_step("x" * 4000)
+            changed += 1
+            if changed == 3:
+                (place / "filler").write_bytes(b"x" * 100)
+                with (place / "filler").open("ab", buffering=0) as filler:
+                    try:
+                        while filler.write(b"x" * 4096): pass
+                    except OSError:
+                        pass
+            if changed > 10000:
+                sys.exit("never full")
+except NoSpace as error:
+    print(error.message, "|", error.remedy)
+"""
+
+
+def test_a_full_disk_stops_the_change_with_a_clear_error(small: Path) -> None:
+    """In a mount namespace of its own, on a real full tmpfs."""
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-eu", "-c",
+         'mount -t tmpfs -o size=256k none "$1"; "$2" -c "$3" "$1"', "sh",
+         str(small), sys.executable, FULL],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot write the journal" in done.stdout
+    assert "make room" in done.stdout
+
+
+READ_ONLY = """
+import pathlib, sys
+from inventory.errors import WrongState
+from provision.journal import Journal
+journal = Journal(pathlib.Path(sys.argv[1]) / "journal.db")
+try:
+    with journal.operation("reset", vm="prod"):
+        sys.exit("wrote")
+except WrongState as error:
+    print(error.message, "|", error.remedy)
+reader = Journal(pathlib.Path(sys.argv[1]) / "journal.db", writable=False)
+print(len(reader.history()))
+"""
+
+
+def test_a_read_only_place_says_so(small: Path) -> None:
+    journal = Journal(small / "journal.db")
+    with journal.operation("reset", vm="prod"):
+        pass
+    journal.close()
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-eu", "-c",
+         'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; "$2" -c "$3" "$1"', "sh",
+         str(small), sys.executable, READ_ONLY],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot write the journal" in done.stdout
+    assert "permissions" in done.stdout
+    assert done.stdout.splitlines()[-1] == "1"
+
+
+def test_a_lost_journal_loses_history_only(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    journal = Journal(path)
+    with journal.operation("reset", vm="prod"):
+        pass
+    journal.close()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    again = Journal(path)
+    with contextlib.closing(again), again.operation("reset", vm="prod"):
+        current_step("x")
+    assert len(Journal(path).history()) == 1
+
+
+def test_a_pid_given_to_another_process_is_not_the_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with journal.operation("reset", vm="prod") as operation:
+        journal.write("UPDATE operations SET pid_start = '1' WHERE id = ?", (operation.id,))
+        (record,) = journal.unfinished()
+        assert record.process.pid == os.getpid()

@@ -1,0 +1,77 @@
+"""Progress: what reaches stderr, off a terminal and on one."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+from screen import LiveScreen, Screen, open_screen
+
+
+def test_lines_are_dated_and_name_the_vm() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    screen.say("started", vm="prod")
+    screen.warn("slow")
+    lines = [line.split(" ", 1)[1] for line in out.getvalue().splitlines()]
+    assert lines == ["prod: started", "warning: slow"]
+
+
+def test_output_of_a_guest_is_shown_by_whole_lines() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    screen.stream("dev2", b"gcc -c ka")
+    screen.stream("prod", b"other\n")
+    screen.stream("dev2", b"ta.c\nlast")
+    screen.close()
+    assert out.getvalue() == "prod | other\ndev2 | gcc -c kata.c\ndev2 | last\n"
+
+
+def test_a_guest_cannot_drive_the_terminal() -> None:
+    out = io.StringIO()
+    Screen(out).stream("dev2", b"\x1b[31mred\x1b[0m \x1b]0;title\x07 10%\r100%\x08\n\xff\n")
+    assert out.getvalue() == "dev2 | 100%?\ndev2 | \ufffd\n"
+
+
+def test_a_stream_that_broke_does_not_stop_the_work() -> None:
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError
+
+    screen = Screen(Gone())
+    screen.say("one")
+    screen.say("two")
+
+
+def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    out = io.StringIO()
+    screen = LiveScreen(out)
+    screen.working("waiting for ssh, which takes a while", vm="dev2")
+    screen.working("defining", vm="prod")
+    screen.say("ready", vm="dev2")
+    screen.close()
+    drawn = out.getvalue().replace("\n", "\r\x1b[2K").split("\r\x1b[2K")
+    assert max(len(part) for part in drawn) < 30
+    assert drawn[-1] == ""
+    assert any(part.endswith("dev2: ready") for part in drawn)
+
+
+def test_many_threads_never_mix_lines() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    threads = [
+        threading.Thread(target=lambda n=n: [screen.say(f"line {n}", vm="vm") for _ in range(50)])
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 400
+    assert all(len(line.split()) == 4 for line in lines)
+
+
+def test_no_terminal_no_control_sequences() -> None:
+    assert type(open_screen(io.StringIO())) is Screen

@@ -1,0 +1,138 @@
+"""Seeds read back with the tools that others read them with."""
+
+import json
+import subprocess
+from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hypervisors.run import Runner
+from inventory.errors import UsageError
+from provision.seed import SeedData, StaticAddress, new_host_key, own_lines, write_seed
+
+HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y ! 日本 😀'
+
+
+def data(**changes: object) -> SeedData:
+    private, public = new_host_key()
+    base = SeedData(
+        vm="prod",
+        instance_id="kata-prod-1",
+        hostname="ab-kata-prod",
+        machine_id="0123456789abcdef" * 2,
+        host_key=private,
+        host_key_pub=public,
+        login="root",
+        authorized_keys=("ssh-ed25519 AAAA first", HOSTILE),
+        users={"aleksi": ("ssh-ed25519 AAAA aleksi",)},
+        mac="52:54:00:12:34:56",
+        static=StaticAddress(
+            IPv4Address("10.0.0.7"), 24, IPv4Address("10.0.0.1"), (IPv4Address("9.9.9.9"),)
+        ),
+        domain="example.org",
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def read_back(iso: Path, name: str) -> bytes:
+    return subprocess.run(
+        ["isoinfo", "-x", f"/{name}", "-i", str(iso)], check=True, capture_output=True
+    ).stdout
+
+
+def test_cloud_init_reads_what_was_meant(tmp_path: Path) -> None:
+    seed, iso = data(), tmp_path / "s.iso"
+    write_seed(Runner(), seed, iso)
+    label = subprocess.run(["isoinfo", "-d", "-i", str(iso)], check=True, capture_output=True, text=True)
+    assert "Volume id: CIDATA" in label.stdout
+    user = read_back(iso, "user-data")
+    assert user.startswith(b"#cloud-config\n")
+    config = yaml.safe_load(user)
+    assert config["users"][0]["ssh_authorized_keys"] == ["ssh-ed25519 AAAA first", HOSTILE]
+    assert config["users"][1]["name"] == "aleksi"
+    assert config["ssh_keys"]["ed25519_private"] == seed.host_key
+    assert config["fqdn"] == "ab-kata-prod.example.org"
+    assert config["ssh_pwauth"] is False
+    meta = yaml.safe_load(read_back(iso, "meta-data"))
+    assert meta == {"instance-id": "kata-prod-1", "local-hostname": "ab-kata-prod.example.org"}
+    network = yaml.safe_load(read_back(iso, "network-config"))
+    assert network["version"] == 2
+    (nic,) = network["ethernets"].values()
+    assert nic["match"] == {"macaddress": "52:54:00:12:34:56"}
+    assert nic["addresses"] == ["10.0.0.7/24"]
+    assert nic["routes"] == [{"to": "0.0.0.0/0", "via": "10.0.0.1"}]
+
+
+def test_dhcp_asks_as_its_mac(tmp_path: Path) -> None:
+    iso = tmp_path / "s.iso"
+    write_seed(Runner(), data(static=None), iso)
+    (nic,) = json.loads(read_back(iso, "network-config"))["ethernets"].values()
+    assert nic["dhcp4"] is True
+    assert nic["dhcp-identifier"] == "mac"
+
+
+def test_our_first_boot_finds_its_lines_at_the_very_beginning(tmp_path: Path) -> None:
+    seed, iso = data(), tmp_path / "s.iso"
+    write_seed(Runner(), seed, iso)
+    lines = iso.read_bytes()[: 32 * 1024].rstrip(b"\0").decode().splitlines()
+    assert lines[0] == "farmhand-seed 1"
+    assert lines[-1] == "end"
+    assert f"key={HOSTILE}" in lines
+    assert "address=10.0.0.7/24" in lines
+    assert read_back(iso, "farmhand.env") == own_lines(seed)
+
+
+def test_many_keys_are_pointed_at(tmp_path: Path) -> None:
+    seed, iso = (
+        data(authorized_keys=tuple(f"ssh-rsa {'A' * 700} {n}" for n in range(100))),
+        tmp_path / "s.iso",
+    )
+    write_seed(Runner(), seed, iso)
+    assert iso.read_bytes().startswith(b"farmhand-seed 1\nsee=farmhand.env\nend\n")
+    assert read_back(iso, "farmhand.env") == own_lines(seed)
+
+
+def test_same_data_same_bytes_and_private(tmp_path: Path) -> None:
+    seed = data()
+    first, second = tmp_path / "a.iso", tmp_path / "b.iso"
+    write_seed(Runner(), seed, first)
+    write_seed(Runner(), seed, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert first.stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.iso", "b.iso"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hostname": "prod\nlogin=evil"},
+        {"hostname": "-prod"},
+        {"machine_id": "xyz"},
+        {"mac": "52:54:00:12:34"},
+        {"instance_id": ""},
+        {"authorized_keys": ("ssh-ed25519 A\nkey=ssh-ed25519 B",)},
+        {"authorized_keys": ("ssh-ed25519 A\u2028B",)},
+        {"users": {"../root": ()}},
+        {"users": {"-x": ()}},
+        {"domain": "a b"},
+        {"host_key": "one\ntwo\x00"},
+    ],
+)
+def test_values_that_could_be_more_than_one_line_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="VM prod"):
+        data(**changes)
+
+
+def test_host_keys_are_openssh_s_own_kind(tmp_path: Path) -> None:
+    private, public = new_host_key()
+    key = tmp_path / "key"
+    key.write_text(private)
+    key.chmod(0o600)
+    told = subprocess.run(
+        ["ssh-keygen", "-y", "-f", str(key)], check=True, capture_output=True, text=True
+    )
+    assert told.stdout.split()[:2] == public.split()[:2]
+    assert private not in repr(data(host_key=private))

@@ -1,0 +1,115 @@
+"""./invoke: from anywhere, through links, and what it says when it can't set things up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("invoke", "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
+
+
+def checkout(directory: Path) -> Path:
+    """What the wrapper itself needs of a checkout, under a name with a space, and one task."""
+    place = directory / "check out"
+    place.mkdir()
+    for name in PARTS:
+        shutil.copy(ROOT / name, place / name)
+    task = "from invoke import task\n\n\n@task\ndef hello(c):\n    print('hello')\n"
+    (place / "tasks.py").write_text(task)
+    return place
+
+
+def run(*argv: str | Path, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(a) for a in argv],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False, **more,
+    )  # fmt: skip
+
+
+def ready_cache(directory: Path, place: Path) -> Path:
+    """A cache that looks complete: an environment with the interpreter that runs the tests."""
+    import hashlib
+    import sys
+
+    cache = directory / "ca che"
+
+    def stamp(name: str) -> str:
+        return hashlib.sha256((place / name).read_bytes()).hexdigest()[:12]
+
+    venv = cache / f"venv-{stamp('requirements.lock')}"
+    version = Path(os.path.realpath("/usr/bin/python3")).name
+    packages = venv / "lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "libvirt.py").touch()
+    (venv / "bin").mkdir()
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (venv / "ready").write_text(version + "\n")
+    (cache / f"packages-{stamp('packages.txt')}.ready").touch()
+    return cache
+
+
+def test_from_anywhere_through_links_and_spaces(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    absolute, relative = tmp_path / "absolute", tmp_path / "rela tive"
+    absolute.symlink_to(place / "invoke")
+    relative.symlink_to("absolute")
+    for path in (place / "invoke", absolute, relative):
+        done = run(path, "hello", cwd="/", env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", ""), path
+    done = run("./invoke", "hello", cwd=place, env=environment)
+    assert done.stdout == "hello\n"
+
+
+def test_modules_in_the_current_directory_are_not_ours(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise SystemExit('the wrong json')\n")
+    assert run(place / "invoke", "hello", cwd=elsewhere, env=environment).stdout == "hello\n"
+
+
+def test_without_root_the_administrators_command_is_one_line(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    with (place / "packages.txt").open("a") as file:
+        file.write("farmhand-no-such-package\n")
+    tmp_path.chmod(0o755)
+    home = tmp_path / "home"
+    home.mkdir(mode=0o777)
+    home.chmod(0o777)
+    for directory in tmp_path.parents:
+        if directory != Path("/tmp") and directory.is_relative_to("/tmp") and os.geteuid() == 0:
+            directory.chmod(directory.stat().st_mode | 0o011)
+    drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    done = run(
+        *drop, place / "invoke", "hello",
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "FARMHAND_CACHE_DIR": str(home / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    *_, command = done.stderr.splitlines()
+    assert command.startswith("apt-get install -y --no-install-recommends ")
+    assert command.endswith("farmhand-no-such-package")
+
+
+def test_the_locks_are_hashed_and_name_no_index() -> None:
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        text = (ROOT / name).read_text()
+        assert "://" not in text and "--find-links" not in text and "index-url" not in text
+        pins = [line for line in text.splitlines() if "==" in line and not line.startswith(" ")]
+        assert pins
+        assert text.count("--hash=sha256:") >= len(pins)
+
+
+def test_an_incomplete_checkout_is_named(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    (place / "requirements.lock").unlink()
+    done = run(place / "invoke", "hello")
+    assert done.returncode == 1
+    assert f"farmhand: the checkout at {place} is not complete" in done.stderr

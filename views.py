@@ -1,0 +1,250 @@
+"""Results as text: aligned, and readable in a narrow terminal too."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from inventory.errors import BuildFailed
+from inventory.sizes import format_duration, format_size
+from provision.report import UNCHANGING
+
+from cli import Result
+
+if TYPE_CHECKING:
+    from builds.record import BuildRecord
+    from hypervisors.api import Template
+    from provision.journal import Record
+    from provision.paths import FarmPaths
+    from provision.report import Action, Outcome
+    from provision.status import FarmStatus
+
+
+def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
+    """What was done, or would be, one line an action."""
+    if not result.actions:
+        return Result(result.as_dict(), nothing)
+    widest = max(len(action.vm) for action in result.actions)
+    changing = "would" if result.planned else "done"
+    lines = [
+        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
+        f"{f'{a.vm:<{widest}}  ' if widest else ''}{a.text}"
+        for a in result.actions
+    ]
+    return Result(result.as_dict(), "\n".join(lines))
+
+
+def width() -> int:
+    """Columns of the terminal; where there is none, no limit."""
+    return shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
+    used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
+    headings = [headings[i] for i in used]
+    rows = [[row[i] for i in used] for row in rows]
+    columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
+    if sum(columns) + 2 * (len(columns) - 1) <= width():
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, columns, strict=True)).rstrip()
+            for row in (headings, *rows)
+        )
+    label = max(len(h) for h in headings[1:])
+    blocks = []
+    for row in rows:
+        blocks.append(row[0])
+        blocks += [
+            f"  {h.lower():<{label}}  {cell}"
+            for h, cell in zip(headings[1:], row[1:], strict=True)
+            if cell
+        ]
+    return "\n".join(blocks)
+
+
+def plan(verb: str, actions: Sequence[Action]) -> Result:
+    """A plan that came without an outcome."""
+    from provision.report import Outcome
+
+    return outcome(Outcome(verb, True, tuple(actions)))
+
+
+def templates(found: Sequence[Template]) -> Result:
+    data = {
+        "templates": [
+            {
+                "label": t.label,
+                "size": t.size,
+                "sha256": t.sha256,
+                "created": t.created.isoformat(),
+                "origin": t.origin,
+                "firstboot": t.firstboot,
+            }
+            for t in found
+        ]
+    }
+    if not found:
+        return Result(data, "no template yet: clone-farm makes what it needs")
+    rows = [
+        (t.label, format_size(t.size), when(t.created), t.firstboot, t.origin, t.sha256[:12])
+        for t in found
+    ]
+    return Result(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
+
+
+def when(moment: datetime) -> str:
+    """Local time, to the minute."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
+
+
+def farm_status(status: FarmStatus) -> Result:
+    """One line a VM, then who is at work and what wants a look."""
+    head = f"farm {status.farm} ({status.file})"
+    hosts = [
+        f"host {h.host}: "
+        + (h.error or f"{h.driver}{f', {_about(h.free)} free' if h.free is not None else ''}")
+        for h in status.hosts
+    ]
+    rows = [
+        (
+            vm.vm,
+            vm.state,
+            _memory(vm.memory, vm.memory_max),
+            vm.template,
+            f"{vm.checkpoint} ({vm.condition})" if vm.checkpoint and vm.condition else vm.checkpoint,
+            "" if vm.disk_used is None else _about(vm.disk_used),
+            f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
+        )
+        for vm in status.vms
+    ]
+    headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
+    lines = [head, *hosts, "", table(headings, rows)]
+    notes = [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
+    notes += [f"{holder.lock}: {holder}" for holder in status.holders]
+    notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
+    notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
+    notes += list(status.warnings)
+    if notes:
+        lines += ["", *notes]
+    if status.vms and all(vm.state == "not made" for vm in status.vms):
+        lines += ["", "nothing is made yet: clone-farm makes it"]
+    return Result(status.as_dict(), "\n".join(lines))
+
+
+def _about(size: int) -> str:
+    """For reading, three figures at most."""
+    for unit, name in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if size >= unit:
+            value = size / unit
+            return f"{value:.0f}{name}" if value >= 10 or value == int(value) else f"{value:.1f}{name}"
+    return f"{size}B"
+
+
+def _memory(now: int | None, most: int | None) -> str:
+    if most is None:
+        return "" if now is None else _about(now)
+    return _about(most) if now in (None, most) else f"{_about(now or 0)} of {_about(most)}"
+
+
+def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
+    """Operations and builds as one list, newest first."""
+    data = {
+        "operations": [operation.as_dict() for operation in operations],
+        "builds": [build.as_dict() for build in builds[:limit]],
+    }
+    lines: list[tuple[datetime, tuple[str, ...]]] = []
+    for o in operations:
+        took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
+        row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
+        lines.append((o.started, row))
+    for b in builds[:limit]:
+        moment = datetime.fromisoformat(b.started)
+        took = format_duration(b.seconds) if b.ended else ""
+        lines.append((moment, (when(moment), "build", b.id, b.result, took, _why(b))))
+    if not lines:
+        return Result(data, "nothing was done to this farm yet")
+    rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
+    return Result(data, table(("WHEN", "WHAT", "ON", "ENDED", "TOOK", "NOTE"), rows))
+
+
+def _why(record: BuildRecord) -> str:
+    """Of a build that didn't pass: where, which class, what."""
+    step = record.failed_step
+    if step is None:
+        return ""
+    kind = f" ({step.failure})" if step.failure else ""
+    return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
+
+
+def build_record(record: BuildRecord) -> Result:
+    """A build's steps, what came out, where the record is."""
+    moment = when(datetime.fromisoformat(record.started))
+    source = record.source
+    lines = [f"build {record.id}  {record.result}, {moment}, {format_duration(record.seconds)}"]
+    if source.commit or source.repository:
+        subject = f"  {source.subject}" if source.subject else ""
+        lines.append(f"source {source.repository} {source.commit[:12]}{subject}")
+    rows = [
+        (
+            step.name,
+            f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
+            step.status,
+            format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
+            f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}",
+        )
+        for step in record.steps
+    ]
+    lines += ["", table(("STEP", "VM", "ENDED", "TOOK", "NOTE"), rows)]
+    if record.outputs:
+        files = [(f.name, _about(f.size), f.sha256) for f in record.outputs]
+        lines += ["", table(("FILE", "SIZE", "SHA256"), files)]
+    failed = record.failed_step
+    if failed is not None and failed.tail:
+        lines += ["", f"the last lines of {failed.name}:"]
+        lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    return Result(record.as_dict(), "\n".join(lines))
+
+
+@contextmanager
+def failed_build(paths: FarmPaths) -> Iterator[list[Result]]:
+    """A failed build is shown as its record too, not by its error alone."""
+    from builds.record import find_record
+
+    result: list[Result] = []
+    try:
+        yield result
+    except BuildFailed as error:
+        if not error.build:
+            raise
+        shown = build_record(find_record(paths, error.build))
+        data = {**shown.data, **error.as_dict()}
+        result.append(Result(data, shown.text, False, error.message, error.remedy))
+
+
+def step_log(record: BuildRecord, name: str) -> Result:
+    """The whole log of one step. NotFound with the nearest known."""
+    from difflib import get_close_matches
+
+    from inventory.errors import NotFound
+
+    known = {step.name: step for step in record.steps}
+    if name not in known:
+        near = get_close_matches(name, known, 1)
+        raise NotFound(
+            f"build {record.id} has no step {name!r}",
+            remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+        )
+    step = known[name]
+    path = record.directory / step.log
+    if not step.log or not path.is_file():
+        raise NotFound(
+            f"build {record.id}: step {name} left no log: {step.status}",
+            remedy="./invoke log shows the build",
+        )
+    text = path.read_text(errors="replace")
+    return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
