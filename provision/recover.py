@@ -21,7 +21,7 @@ from provision.destroy import erase, finish_farm, last_of
 from provision.files import sweep
 from provision.gc import discard_of
 from provision.identity import sweep_seed
-from provision.journal import Record
+from provision.journal import Record, current_operation
 from provision.paths import state_dir
 from provision.power import can_power, power_on
 from provision.report import Action, Outcome
@@ -124,7 +124,9 @@ def _reset(site: Site, record: Record, what: str, *, on: bool) -> Job:
 
     def redo() -> None:
         if not record.facts.get("swapped"):
-            put_back(site, vm, to)
+            proof = put_back(site, vm, to)
+            if operation := current_operation():  # before it runs again: see the first case above
+                operation.note(proof=proof, swapped=True)
         if start:
             power_on(site, vm, wait=False)
 
