@@ -116,7 +116,7 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
     spec = real.spec("prod")
     for mode in ("bridge", "network"):
         nic = Nic(mac="52:54:00:01:02:03", mode=mode, target='br"0<&>')
-        xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True)
+        xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True, system=True)
         assert read_domain(xml).mac == "52:54:00:01:02:03"
         assert "br&quot;0&lt;&amp;&gt;" in xml
 
