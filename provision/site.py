@@ -140,7 +140,10 @@ class Site:
 
                 verdict = kvm_usable(Runner(), cache_dir())
                 self._private = PrivateLibvirt(
-                    self.private_directory, self.paths.runtime, cache_dir() / "libvirt", not verdict.usable
+                    self.private_directory,
+                    self.paths.runtime,
+                    cache_dir() / "libvirt",
+                    not verdict.usable,
                 )
             return self._private
 
