@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MIB, _short_directory
+from rigs import MIB, short_directory
 
 from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
@@ -146,7 +146,7 @@ def test_the_kvm_verdict_is_kept(tmp_path):
 
 @pytest.fixture
 def place():
-    path = _short_directory()
+    path = short_directory()
     yield path
     shutil.rmtree(path)
 
