@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from hypervisors.api import Console
-    from provision.remote import Endpoint
     from provision.site import Site
 
     from screen import Screen
@@ -367,33 +366,19 @@ def template(site: Site, name: str, *, built: bool) -> str:
 # ---- Handing the terminal over.
 
 
-def ssh(run: Run, endpoint: Endpoint, known: tuple[Path, str], command: str) -> Result | None:
-    """OpenSSH with the farm's key and exactly the VM's own host key; nothing of ~/.ssh is used.
-    ``known``: the farm's known_hosts and the VM's name in it."""
+def ssh(run: Run, argv: Sequence[str]) -> Result | None:
+    """Log in: OpenSSH in our place. Unsupported where it isn't installed."""
     from hypervisors.run import which
 
-    options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
-    if endpoint.host_key:
-        options["UserKnownHostsFile"] = f'"{known[0]}"'
-        options["HostKeyAlias"] = known[1]
-        options["StrictHostKeyChecking"] = "yes"
-    else:  # a machine nobody cloned: the first key seen is the only one from then on
-        hosts = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
-        options["UserKnownHostsFile"] = f'"{hosts}"'
-        options["StrictHostKeyChecking"] = "accept-new"
-    program = which("ssh")
+    program = which(argv[0])
     if program is None:
         raise Unsupported(
             "ssh is not installed",
             remedy="as root: apt-get install -y --no-install-recommends openssh-client",
         )
-    argv = [program, "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
-    for key, value in options.items():
-        argv += ["-o", f"{key}={value}"]
-    argv += [f"{endpoint.user}@{endpoint.host}", *([command] if command else [])]
     if run.plan or run.json:
-        return Result({"argv": argv}, shlex.join(argv))
-    return replace_process(run, argv)
+        return Result({"argv": list(argv)}, shlex.join(argv))
+    return replace_process(run, [program, *argv[1:]])
 
 
 def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result | None:

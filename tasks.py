@@ -240,13 +240,9 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     """Log in to a VM, or run a command there."""
-    from provision.identity import known_hosts
-
     with run.site() as site:
-        role = cli.one_vm(site, vm)
-        endpoint = site.endpoint(role)
-        known = (known_hosts(site.paths), site.machine(role))
-    return cli.ssh(run, endpoint, known, command)
+        argv = site.ssh_argv(cli.one_vm(site, vm), command)
+    return cli.ssh(run, argv)
 
 
 # ---- Building.

@@ -158,6 +158,8 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
+        if o.verb == "cycle":  # stands below as the build it made
+            continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
         row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
         lines.append((o.started, row))

@@ -83,7 +83,8 @@ def run_cycle(
             check(site, steps)
         source = resolve_source(site, revision, snapshot=True)
         build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
-        with asyncio.Runner() as runner:
+        # Journaled, so that after a kill the next command brings the VMs' memory down again.
+        with site.journal.operation("cycle", vms=vms, build=build.id), asyncio.Runner() as runner:
             runner.run(build.run(vms))
         return build.conclude()
 
@@ -145,6 +146,10 @@ class _Build:
         )
         self._machines = Machines(site, source, directory, meter, self._note)
         point_last(site.paths, directory.name)
+
+    @property
+    def id(self) -> str:
+        return self._record.id
 
     # -- the whole ----------------------------------------------------------------------------
 

@@ -278,8 +278,12 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
         return unresolved  # perhaps only the VM reaches it; if not, the fetch says why
     refs = {ref: commit for commit, ref in (line.split("\t") for line in answer.stdout.splitlines())}
     for ref in (
-        revision, f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}", f"refs/heads/{revision}",
-        f"{revision}^{{}}", f"refs/{revision}",
+        revision,
+        f"refs/tags/{revision}^{{}}",
+        f"refs/tags/{revision}",
+        f"refs/heads/{revision}",
+        f"{revision}^{{}}",
+        f"refs/{revision}",
     ):  # gitrevisions(7), <refname>: in its order; an annotated tag's commit before the tag itself
         if ref in refs:
             return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
@@ -290,5 +294,3 @@ def _git(runner: Runner, where: Path, *args: str, bare: Path | None = None) -> s
     if bare is not None and bare == where:
         return ""  # no work tree, so nothing uncommitted
     return runner.read(*_GIT, "-C", where, *args, env=_TRUSTING).stdout
-
-

@@ -12,12 +12,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from hypervisors.api import (
     Capabilities,
@@ -35,16 +37,18 @@ from hypervisors.api import (
     no_step,
     spec_hash,
 )
-from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
 _TOTAL = 2**40
 _RESERVE = 2**28
+_BYTES = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}  # disks' contents, as JSON
 _FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
 
 
 @dataclass(slots=True)
 class _FakeDisk:
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
     owner: Owner
     size: int
     template: str
@@ -61,6 +65,7 @@ class _FakeMachine:
 
 @dataclass(slots=True)
 class _World:
+    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
     templates: dict[str, tuple[Template, bytes]] = field(default_factory=dict)
     disks: dict[str, _FakeDisk] = field(default_factory=dict)
     machines: dict[str, _FakeMachine] = field(default_factory=dict)
@@ -74,15 +79,18 @@ class _Store:
         self._lock = threading.RLock()
         self._depth = 0
         self._world = _World()
+        self._read = b""
 
     @contextlib.contextmanager
     def change(self) -> Iterator[_World]:
         with self._lock, self._shared() as outermost:
             yield self._world
             if outermost and self.path:
-                fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-                fresh.write_bytes(pickle.dumps(self._world))
-                fresh.replace(self.path)
+                text = _as_json(self._world)
+                if text != self._read:  # a look writes nothing
+                    fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+                    fresh.write_bytes(text)
+                    fresh.replace(self.path)
 
     @contextlib.contextmanager
     def _shared(self) -> Iterator[bool]:
@@ -96,14 +104,29 @@ class _Store:
             fcntl.flock(handle, fcntl.LOCK_EX)
             self._depth += 1
             try:
-                # Our own file, in the farm's own state directory (0700): as trusted as the code.
-                self._world = pickle.loads(self.path.read_bytes())  # noqa: S301
+                self._read = self.path.read_bytes()
             except FileNotFoundError:
-                self._world = _World()
+                self._read, self._world = b"", _World()
+            else:
+                self._world = _from_json(self._read, self.path)
             yield True
         finally:
             self._depth -= 1
             os.close(handle)
+
+
+def _as_json(world: _World) -> bytes:
+    return TypeAdapter(_World).dump_json(world)
+
+
+def _from_json(text: bytes, path: Path) -> _World:
+    try:
+        return TypeAdapter(_World).validate_json(text)
+    except ValidationError as error:
+        raise DriverFailed(
+            f"{path}: not the fake driver's state: {error.errors()[0]['msg']}",
+            remedy="remove it: the fake machines in it are gone then",
+        ) from None
 
 
 class FakeDisks:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from hypervisors.api import (
     Capabilities,
@@ -53,7 +54,7 @@ _T = TypeVar("_T")
 _CONNECT_TRIES = 5
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
-_PRESS_AGAIN = 5.0  # a guest early in its boot misses the power button
+_PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
 
 
 class LibvirtHypervisor:
@@ -399,8 +400,12 @@ class LibvirtHypervisor:
     def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
         if spec.console_log:
             spec.console_log.parent.mkdir(parents=True, exist_ok=True)
-        xml = domain_xml(spec, disk.path, disk.format, template, kvm=self._kvm.usable, uuid=uuid)
-        self._connect().defineXML(xml)
+        connection = self._connect()
+        system = urlsplit(connection.getURI()).path == "/system"
+        xml = domain_xml(
+            spec, disk.path, disk.format, template, kvm=self._kvm.usable, system=system, uuid=uuid
+        )
+        connection.defineXML(xml)
 
     def _undefine(self, domain: libvirt.virDomain) -> None:
         import libvirt

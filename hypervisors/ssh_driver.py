@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from typing import NoReturn
 
 from hypervisors.api import (
@@ -33,9 +32,10 @@ _RESET_LIMIT = 3600.0  # seconds: a machine may be installed anew
 
 @dataclass(frozen=True, slots=True)
 class SshMachine:
-    """``reset_argv``: run on this host, never through a shell; empty: it can't be reset."""
+    """``address``: a name or an address. ``reset_argv``: run on this host, never through a shell;
+    empty: it can't be reset."""
 
-    address: IPv4Address
+    address: str
     port: int
     reset_argv: tuple[str, ...]
 

@@ -136,9 +136,7 @@ async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Non
         loop.remove_reader(sock)
 
 
-async def dial(
-    endpoint: Endpoint, *, sock: socket.socket | None = None
-) -> asyncssh.SSHClientConnection:
+async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyncssh.SSHClientConnection:
     """An authenticated ssh connection. Conflict for a wrong host key, NotFound without a key file,
     DriverFailed for all that may pass by itself."""
     learn = not endpoint.host_key and not _known(endpoint)

@@ -140,7 +140,10 @@ class Site:
 
                 verdict = kvm_usable(Runner(), cache_dir())
                 self._private = PrivateLibvirt(
-                    self.private_directory, self.paths.runtime, cache_dir(), not verdict.usable
+                    self.private_directory,
+                    self.paths.runtime,
+                    cache_dir() / "libvirt",
+                    not verdict.usable,
                 )
             return self._private
 
@@ -205,7 +208,7 @@ class Site:
 
             machines = {
                 self.machine(name): SshMachine(
-                    address=vm.address, port=vm.ssh_port or 22, reset_argv=vm.reset
+                    address=str(vm.address), port=vm.ssh_port or 22, reset_argv=vm.reset
                 )
                 for name, vm in self.farm.vms.items()
                 if self.farm.host_of(name) == host and vm.address  # the loader saw to that
@@ -306,17 +309,24 @@ class Site:
             return "127.0.0.1", got.ssh_port
         return (str(got.address) if got.address else self._ssh_address(vm)), got.ssh_port
 
-    def ssh_argv(self, vm: str) -> tuple[str, ...]:
-        """The OpenSSH client's command line that logs in; exactly the VM's host key is accepted."""
-        host, port = self.address(vm)
-        argv = ["ssh", "-i", str(identity.controller_key(self.farm, self.paths))]
-        argv += ["-o", "IdentitiesOnly=yes"]
-        if self.host(vm).driver != "ssh":
-            argv += ["-o", f"UserKnownHostsFile={identity.known_hosts(self.paths)}"]
-            argv += ["-o", f"HostKeyAlias={self.machine(vm)}", "-o", "StrictHostKeyChecking=yes"]
-        if port != 22:
-            argv += ["-p", str(port)]
-        return (*argv, f"{self.farm.ssh.user}@{host}")
+    def ssh_argv(self, vm: str, command: str = "") -> tuple[str, ...]:
+        """The OpenSSH client's command line that logs in, or runs a command there. Exactly the VM's
+        own host key is accepted; of a machine nobody cloned, the first key seen from then on. Nothing
+        of the user's or the host's ssh configuration is used."""
+        endpoint = self.endpoint(vm)
+        options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
+        if endpoint.host_key:
+            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths)}"'
+            options["HostKeyAlias"] = self.machine(vm)
+            options["StrictHostKeyChecking"] = "yes"
+        else:
+            known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
+            options["UserKnownHostsFile"] = f'"{known}"'
+            options["StrictHostKeyChecking"] = "accept-new"
+        argv = ["ssh", "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
+        for key, value in options.items():
+            argv += ["-o", f"{key}={value}"]
+        return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:

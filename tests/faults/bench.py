@@ -50,8 +50,36 @@ class Kills:
 KILLS = Kills()
 
 
+class Children:
+    """The process whose forks are killed, see child.py."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, CHILD],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, request: object) -> tuple[int, str]:
+        """The wait status, and what it printed."""
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        status, text = json.loads(self._server.stdout.readline())
+        return status, text
+
+    def close(self) -> None:
+        with self._server:
+            assert self._server.stdin
+            self._server.stdin.close()
+
+
 class Bench:
     def __init__(self, directory: Path, driver: str) -> None:
+        self._children = Children()
         self.driver = driver
         self.file = directory / "kill.yaml"
         self.file.write_text(FARM.format(driver=driver), encoding="utf-8")
@@ -102,18 +130,15 @@ class Bench:
 
     def killed_at(self, when: str, number: int, verb: str, arguments: Mapping[str, Any]) -> str | None:
         """The step's text; None if the run ended before it came that far."""
-        done = subprocess.run(
-            [sys.executable, CHILD, self.file, when, str(number), json.dumps([verb, arguments])],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 0:
+        request = [str(self.file), when, number, verb, dict(arguments)]
+        status, step = self._children.ask(request)
+        if status == 0:
             return None
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        return done.stdout.strip()
+        assert status == signal.SIGKILL, f"wait status {status}: {request}; see its standard error"
+        return step
+
+    def close(self) -> None:
+        self._children.close()
 
     # -- what must hold ---------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
-"""Runs one use case and kills its own process at a chosen journal step.
+"""Runs use cases, each in a process of its own that kills itself at a chosen journal step.
 
-    child.py FARM_FILE WHEN NUMBER COMMAND...
+One JSON list a line on standard input: FARM_FILE WHEN NUMBER VERB ARGUMENTS; one back: the wait status
+and the step's text. Each request is a fork of this process, which has imported everything and opened
+nothing: hundreds of kills would else be mostly hundreds of starts of Python.
 
 WHEN "written": right after step NUMBER was written, its change not begun. "done": at the first thing
 written after that, so its change was made. Product code has no hook for this: the journal's own
@@ -14,10 +16,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
+from typing import Any
 
+import provision.golden
+import provision.seed  # noqa: F401 - imported for the forks
 from inventory.loader import load
-from provision import farm, journal
+from provision import farm, journal, reset
 from provision.report import QuietReporter
 from provision.site import Site
 
@@ -48,12 +54,35 @@ def arm(when: str, number: int) -> None:
     journal.Journal.write = write  # type: ignore[method-assign]
 
 
-def main(file: str, when: str, number: str, command: str) -> None:
-    arm(when, int(number))
-    verb, arguments = json.loads(command)
+def use_case(file: str, when: str, number: int, verb: str, arguments: dict[str, Any]) -> None:
+    arm(when, number)
+    reset.CHECKPOINT_GRACE = 0.2  # its guests boot nothing: nobody there to shut down
     with Site(load(Path(file)), reporter=QuietReporter()) as site:
         getattr(farm, verb)(site, **arguments)
 
 
+def serve() -> None:
+    for line in sys.stdin:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(read)
+            os.dup2(write, 1)  # what it prints is the step's text
+            status = 1
+            try:
+                use_case(*json.loads(line))
+                status = 0
+            except BaseException:  # noqa: BLE001 - a child tells all
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        os.close(write)
+        with os.fdopen(read) as told:
+            text = told.read()
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps([status, text.strip()]), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

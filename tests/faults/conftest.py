@@ -15,19 +15,28 @@ from provision import farm
 DRIVERS = ("fake", "kvm")
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all farms here: libvirt probes QEMU once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(params=DRIVERS)
-def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> Iterator[Bench]:
     # short, and passable for QEMU's user: pytest's own directories are neither
     directory = Path(tempfile.mkdtemp(prefix="fh-"))
     directory.chmod(0o711)
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(directory / "s"))
     monkeypatch.setenv("FARMHAND_RUNTIME_DIR", str(directory / "r"))
-    monkeypatch.setenv("FARMHAND_CACHE_DIR", str(directory / "c"))
+    monkeypatch.setenv("FARMHAND_CACHE_DIR", str(cache))
     made = Bench(directory, request.param)
     made.seal()
     try:
         yield made
     finally:
+        made.close()
         with made.site() as site:
             farm.destroy(site)
         assert not (directory / "s" / "farms").exists(), "the whole farm was destroyed"
@@ -45,4 +54,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for operation in operations:
         numbers = "  ".join(f"{KILLS.counts.get((operation, d), 0):5}" for d in drivers)
         terminalreporter.write_line(f"{operation:{width}}  {numbers}")
-    terminalreporter.write_line(f"{sum(KILLS.counts.values())} kills in all, each recovered")
+    lost = [r for r in terminalreporter.stats.get("failed", ()) if "faults" in r.nodeid]
+    verdict = f"{len(lost)} tests failed, see above" if lost else "each recovered"
+    terminalreporter.write_line(f"{sum(KILLS.counts.values())} kills in all, {verdict}")

@@ -89,8 +89,9 @@ def test_a_recovery_that_is_killed_too(bench: Bench, when: str) -> None:
 def test_checkpoint(bench: Bench, running: bool) -> None:
     operation = f"checkpoint, {'running' if running else 'stopped'}"
     name = "kept"
+    arguments = {"vms": ["prod"], "name": name, "wait": False}
     ready = partial(_unkept, bench, running=running)
-    for context in bench.kills(operation, "checkpoint", {"vms": ["prod"], "name": name}, ready):
+    for context in bench.kills(operation, "checkpoint", arguments, ready):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
         bench.recovered(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -438,6 +439,52 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
         assert [row.state for row in farm.status(site).vms] == ["unknown", "unknown"]
         assert site.endpoint("dev2").place == "192.0.2.1:22"
     assert not desk.run(farm.destroy, ["dev2"]).changed
+
+
+SLOW = """
+import pathlib, sys, time
+from hypervisors.fake import FakeHypervisor
+from inventory.errors import Interrupted
+from provision import farm
+from provision.journal import current_step
+from provision.report import QuietReporter
+from provision.site import open_site
+real = FakeHypervisor.define
+def define(self, spec, template):
+    print("under way", flush=True)
+    while True:  # until the next step is refused
+        time.sleep(0.02)
+        current_step("another step")
+FakeHypervisor.define = define
+try:
+    with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:
+        farm.clone_farm(site)
+except Interrupted as error:
+    print(error.message, "|", error.remedy)
+"""
+
+
+def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, desk.file],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert [process.stdout.readline() for _ in range(2)] == ["under way\n"] * 2
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert "interrupted; each VM stopped before its next step" in out
+    assert process.returncode == 0
+    with desk.site() as site:
+        assert sorted(record.vm for record in site.journal.unfinished()) == ["dev2", "prod"]
+        assert site.locks.held() == ()
+    with desk.site() as site:
+        done = farm.clone_farm(site)
+    assert [action.verb for action in done.actions][:2] == ["recover", "recover"]
+    assert desk.machine("prod").power == "running"
+    assert not desk.run(farm.gc).changed
 
 
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:

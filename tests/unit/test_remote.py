@@ -86,9 +86,7 @@ def test_a_stranger_is_named_at_once(dev2, tmp_path):
 
 
 def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
-    subprocess.run(
-        ["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "ecdsa"], check=True
-    )
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "ecdsa"], check=True)
     other = (tmp_path / "ecdsa.pub").read_text().rsplit(None, 1)[0]
     with pytest.raises(Conflict, match="somebody else"):
         ready(dev2.endpoint(host_key=other), timeout=600)
