@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -82,9 +83,12 @@ def test_both_vms_are_up_and_the_program_ran_in_prod(demo: dict[str, Any]) -> No
 
 
 def test_what_was_built_is_there_with_its_sum(demo: dict[str, Any]) -> None:
-    rpms = [file for file in demo["artifacts"] if file["name"].endswith(".rpm")]
-    assert any("prod" in file["name"] for file in rpms)
-    assert all(len(file["sha256"]) == 64 for file in rpms)
+    made = {file["step"]: file for file in demo["artifacts"]}
+    assert made["build-dev"]["name"].startswith("kata-dev-")
+    assert made["build-prod"]["name"].startswith("kata-1")
+    for file in made.values():
+        kept = Path(demo["record"]).parent / file["path"]
+        assert hashlib.sha256(kept.read_bytes()).hexdigest() == file["sha256"], file["name"]
 
 
 def test_ssh_runs_a_command_in_prod(demo: dict[str, Any], place: Place) -> None:
