@@ -81,7 +81,8 @@ def lint(run: Run) -> Result:
 
 
 def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
-    """ruff, mypy, then pytest: its closing line is the last on stdout."""
+    """ruff, mypy, pytest here, then pytest in the lab: its closing line is the last on stdout. The lab
+    is left out by ``fast``, and where only some tests are asked for."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -100,7 +101,22 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
     steps.append({"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output})
+    if fast or only or match:
+        why = "--fast" if fast else "only some tests were asked for"
+        run.screen.say(f"not run: the lab's tests ({why}); ./invoke lab-test runs them")
+    else:
+        steps.append(_lab(run))
     return _result(steps)
+
+
+def _lab(run: Run) -> dict[str, object]:
+    """The tests that need KVM, ZFS and LVM, in a lab of their own."""
+    import labhouse
+
+    started = time.monotonic()
+    found = labhouse.test(run, "", cold=False, only=(), match="", minutes=90)
+    seconds = round(time.monotonic() - started, 2)
+    return {"name": "lab-test", "ok": found.ok, "seconds": seconds, **found.data}
 
 
 def bench(run: Run, *, rounds: int) -> Result:

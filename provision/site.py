@@ -26,7 +26,6 @@ from provision.report import Reporter
 
 if TYPE_CHECKING:
     from hypervisors.private import PrivateLibvirt
-
     from provision.remote import Endpoint
 
 
