@@ -92,6 +92,11 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
+    with_lab = not (fast or only or match)
+    if with_lab:  # minutes, the first time: before pytest, which shows no progress
+        import labhouse
+
+        labhouse.prepare(run)
     arguments = [*chosen, "-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}"]
     if fast:
         arguments += ["-m", "not system"]
@@ -101,11 +106,11 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
     steps.append({"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output})
-    if fast or only or match:
+    if with_lab:
+        steps.append(_lab(run))
+    else:
         why = "--fast" if fast else "only some tests were asked for"
         run.screen.say(f"not run: the lab's tests ({why}); ./invoke lab-test runs them")
-    else:
-        steps.append(_lab(run))
     return _result(steps)
 
 

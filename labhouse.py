@@ -12,6 +12,13 @@ from inventory.errors import NotFound, UsageError
 from cli import Result, Run, replace_process
 
 
+def prepare(run: Run) -> None:
+    """Build the lab's image, where there is none: minutes, with progress on the screen."""
+    from tests.lab import image
+
+    image.ensure(Runner(), run.screen.say)
+
+
 def up(run: Run, name: str, *, cold: bool) -> Result:
     """A lab with clean disks and the working tree in it; one that runs is left as it is."""
     from tests.lab import machine as machines
@@ -62,12 +69,11 @@ def down(run: Run, name: str, *, all_: bool) -> Result:
     for machine in there:
         machine.remove()
     names = [machine.name for machine in there]
-    return Result({"ended": names}, f"ended: {', '.join(names)}" if names else "no such lab: nothing to do")
+    text = f"ended: {', '.join(names)}" if names else "no such lab: nothing to do"
+    return Result({"ended": names}, text)
 
 
-def test(
-    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int
-) -> Result:
+def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int) -> Result:
     """pytest's closing line is the last on stdout; the status is its own."""
     from tests.lab import run as labrun
 

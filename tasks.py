@@ -354,7 +354,7 @@ def lab_up(run: Run, name: str = "lab", cold: bool = False) -> Result:
     return labhouse.up(run, name, cold=cold)
 
 
-@command({"name": _LAB, "command": "A shell command to run there instead of a login shell."}, plans=False)
+@command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)
 def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
     """Log in to a lab as root, or run a command there."""
     import labhouse

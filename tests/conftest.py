@@ -1,5 +1,5 @@
-"""Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, and run only in the lab; there the
-contract suites count as such too, to be held on a real host."""
+"""Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, and run only in the lab; there
+the contract suites count as such too, to be held on a real host."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The lab's image, made once from recipe.yaml and files/, kept in the cache directory.
 
-    CACHE/lab/zfs-KERNEL-VERSION/     the kernel's modules with ZFS among them, and the kernel (4-5 minutes)
+    CACHE/lab/zfs-KERNEL-VERSION/     the kernel and its modules, with ZFS among them (5 minutes)
     CACHE/lab/image-HASH/             root file system, kernel, initrd, keys (a minute and a half)
     CACHE/lab/*.log                   what the builders said
 
@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from hypervisors.debian import apt_settings, remove_build, write_sources
 from hypervisors.run import Runner, which
@@ -35,17 +34,16 @@ from provision.paths import cache_dir
 HERE = Path(__file__).resolve().parent
 FILES = HERE / "files"
 _ROOM = 8 * 2**30  # two chroots, their archives, the image: 6.1 GB with the recipe as it is
-_SPARE = 1024  # MiB that are free in the lab's root file system
 _OLD = 30 * 86400.0  # seconds: an image that nobody booted for so long is removed
 _TOOLS = {
     "mmdebstrap": "mmdebstrap", "cpio": "cpio", "depmod": "kmod", "mke2fs": "e2fsprogs",
     "ssh-keygen": "openssh-client", "qemu-img": "qemu-utils", "setpriv": "util-linux",
 }  # fmt: skip
+_NOT_INSTALLED = ("man", "doc", "locale", "info")
 # Of the whole module tree, what is large and never wanted in a machine without a screen.
 _NOT_KEPT = ("drivers/gpu", "drivers/media", "drivers/net/wireless", "drivers/net/ethernet", "sound")
 
 Say = Callable[[str], None]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class Recipe:
 
     suite: str
     components: str
+    spare: str
     packages: tuple[str, ...]
     builder: tuple[str, ...]
     modules: tuple[str, ...]
@@ -97,7 +96,8 @@ def load_recipe() -> Recipe:
 
     with (HERE / "recipe.yaml").open(encoding="utf-8") as file:
         data = yaml.load(file, yaml.CBaseLoader)
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+    return Recipe(**{**data, **lists})
 
 
 def recipe_digest() -> str:
@@ -119,7 +119,9 @@ def find() -> Image | None:
 
 def ensure(runner: Runner, say: Say) -> Image:
     """The image, built where there is none (about 6 minutes; 1.5 with the modules at hand). A second
-    builder waits for the first. NoSpace, Unsupported (a tool is missing), CommandFailed naming the log."""
+    builder waits for the first.
+
+    NoSpace, Unsupported (a tool is missing), CommandFailed naming the log."""
     if image := find():
         image.directory.touch()  # used now: see _OLD
         return image
@@ -128,7 +130,8 @@ def ensure(runner: Runner, say: Say) -> Image:
             raise Unsupported(f"{tool} is missing", remedy=f"apt-get install {package}")
     cache = place()
     cache.mkdir(parents=True, exist_ok=True)
-    with _lock(cache / "build.lock", lambda: say("another build of the lab's image is under way: waiting")):
+    waiting = "another build of the lab's image is under way: waiting"
+    with locked(cache / "build.lock", lambda: say(waiting)):
         if image := find():
             return image
         _sweep(runner, cache)
@@ -191,7 +194,7 @@ class _Bootstrap:
             f"--components={','.join(recipe.components.split())}",
             "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
             "--dpkgopt=force-unsafe-io",
-            *(f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("man", "doc", "locale", "info")),
+            *(f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in _NOT_INSTALLED),
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
         ]  # fmt: skip
         if settings := apt_settings(runner):
@@ -202,9 +205,8 @@ class _Bootstrap:
     def versions(self, log: Path) -> tuple[str, str]:
         """The kernel release (6.1.0-42-amd64) and the version of ZFS that the suite offers now."""
         log.unlink(missing_ok=True)
-        ask = (
-            "APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-cache show --no-all-versions linux-image-amd64 zfs-dkms"
-        )
+        packages = "linux-image-amd64 zfs-dkms"
+        ask = f"APT_CONFIG=$MMDEBSTRAP_APT_CONFIG apt-cache show --no-all-versions {packages}"
         self._run(log, "custom", "--format=null", f"--customize-hook={ask}", target="/dev/null")
         text = log.read_text(encoding="utf-8", errors="replace")
         kernel = re.search(r"^Depends:.*?\blinux-image-([\w.+~-]+-amd64)\b", text, re.MULTILINE)
@@ -242,19 +244,24 @@ class _Bootstrap:
 
     def _run(self, log: Path, variant: str, *options: str, target: str | Path) -> None:
         # an ordinary user's namespace must be able to pass through, which a home directory may forbid
-        scratch = None if self._root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir="/var/tmp"))
+        scratch = None
+        if not self._root:
+            scratch = Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir="/var/tmp"))
         try:
             if scratch:
                 scratch.chmod(0o711)
             self._runner.change(
-                *self._argv, f"--variant={variant}", *options, self._recipe.suite, target, *self._sources,
-                timeout=3600, log=log,
+                *self._argv, f"--variant={variant}", *options, self._recipe.suite, target,
+                *self._sources, timeout=3600, log=log,
                 env={"TMPDIR": str(scratch or self._work), "DEBIAN_FRONTEND": "noninteractive"},
             )  # fmt: skip
         except CommandFailed as error:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             raise CommandFailed(
-                error.message, argv=error.argv, status=error.status, detail="\n".join(lines[-15:])
+                error.message,
+                argv=error.argv,
+                status=error.status,
+                detail="\n".join(text.splitlines()[-15:]),
             ) from error
         finally:
             if scratch:
@@ -262,15 +269,17 @@ class _Bootstrap:
 
 
 def _compose(runner: Runner, recipe: Recipe, work: Path, modules: Path, kernel: str) -> None:
-    for name, values in (("load", recipe.load), ("modules", recipe.modules), ("initrd-modules", recipe.initrd)):
+    lists = {"load": recipe.load, "modules": recipe.modules, "initrd-modules": recipe.initrd}
+    for name, values in lists.items():
         (work / name).write_text("".join(f"{value}\n" for value in values), encoding="utf-8")
     for key in ("key", "hostkey"):
-        runner.change("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"lab-{key}", "-f", work / key)
+        comment = f"lab-{key}"
+        runner.change("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", work / key)
     public = (work / "hostkey.pub").read_text(encoding="utf-8")
     (work / "known_hosts").write_text(f"farmhand-lab {public}", encoding="utf-8")
     shutil.copy(modules / "modules.tar", work / "modules.tar")
     shutil.copy(modules / "vmlinuz", work / "vmlinuz")
-    mebibytes = (work / "root.tar").stat().st_size // 2**20 + _SPARE
+    mebibytes = (work / "root.tar").stat().st_size // 2**20 + int(recipe.spare)
     log = place() / "image.log"
     log.unlink(missing_ok=True)
     fakeroot = () if os.geteuid() == 0 else ("fakeroot", "--")
@@ -318,7 +327,7 @@ def _sweep(runner: Runner, cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """flock(2): a killed holder frees it. ``waiting`` is told when somebody else has it."""
     with path.open("ab") as file:
         try:
@@ -327,6 +336,3 @@ def _lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-locked = _lock

@@ -82,6 +82,7 @@ class Machine:
         self.directory = labs_dir() / name
         self.monitor = runtime_dir() / "lab" / f"{name}.qmp"
         self._facts: Facts | None = None
+        self._boots = 0
 
     # -- what it is ---------------------------------------------------------------------------------
 
@@ -118,7 +119,9 @@ class Machine:
         with self._lock():
             self._facts = None
             if self.running():
-                raise Busy(f"the lab {self.name} is running", remedy=f"./invoke lab-down --name {self.name}")
+                raise Busy(
+                    f"the lab {self.name} is running", remedy=f"./invoke lab-down --name {self.name}"
+                )
             owner = Process.this() if temporary else None
             if warm and (saved := self._saved_state(image, engine, packages)):
                 try:
@@ -138,13 +141,14 @@ class Machine:
         with self._lock():
             engine = qemu.engine(self.runner)
             self._run(self.image, engine, None, old.owner)
-            self._wait(_COLD_LIMIT)
+            self._wait()
 
     def pull_the_plug(self) -> None:
         """A power cut: SIGKILL to QEMU. What the guest has flushed is there at ``boot_again``; what it
         has not flushed may be gone, and is where a real host would have lost it too."""
         if not qemu.kill(self.facts.process):
-            raise TimedOut(f"the QEMU of the lab {self.name} survives SIGKILL (pid {self.facts.process.pid})")
+            pid = self.facts.process.pid
+            raise TimedOut(f"the QEMU of the lab {self.name} survives SIGKILL (pid {pid})")
 
     def remove(self) -> None:
         """End it, and remove its disks and notes. Nothing to do is fine too."""
@@ -179,18 +183,17 @@ class Machine:
         there = self.run("cat /etc/lab/parcel 2>/dev/null || :").stdout.strip()
         if there == packages.digest:
             return
-        unpack = "rm -rf /var/cache/farmhand/venv-* /var/cache/farmhand/*.ready /opt/venv; tar -C / -xf -"
-        self.run(unpack, input=packages.archive(), timeout=600)
-        self.run("/opt/venv/bin/python -c 'import pytest, pydantic_core, cryptography, libvirt, libzfs_core'")
+        old = "/var/cache/farmhand/venv-* /var/cache/farmhand/*.ready /opt/venv"
+        self.run(f"rm -rf {old}; tar -C / -xf -", input=packages.archive(), timeout=600)
+        modules = "pytest, pydantic_core, cryptography, libvirt, libzfs_core"
+        self.run(f"/opt/venv/bin/python -c 'import {modules}'")
 
     def deliver_tree(self) -> None:
         """The working tree as it is now, to /root/farmhand; what was there is gone."""
-        self.run(
-            f"rm -rf /{parcel.CHECKOUT}; tar -C / -xf -", input=parcel.working_tree(), timeout=300
-        )
+        self.run(f"rm -rf /{parcel.CHECKOUT}; tar -C / -xf -", input=parcel.working_tree(), timeout=300)
 
     def collect(self, source: str, out: Path, *, timeout: float = 300) -> None:
-        """A tar of what the shell command ``source`` writes on its standard output, unpacked to ``out``."""
+        """Unpack to ``out`` the tar that the shell command ``source`` writes on standard output."""
         out.mkdir(parents=True, exist_ok=True)
         fetched = out / ".fetched.tar"
         try:
@@ -201,7 +204,9 @@ class Machine:
                 )  # fmt: skip
             self.runner.change("tar", "-C", out, "--no-same-owner", "-xf", fetched)
         except (subprocess.SubprocessError, CommandFailed) as error:
-            raise CommandFailed(f"could not bring results back from the lab {self.name}: {error}") from error
+            raise CommandFailed(
+                f"could not bring results back from the lab {self.name}: {error}"
+            ) from error
         finally:
             fetched.unlink(missing_ok=True)
 
@@ -214,7 +219,9 @@ class Machine:
         with images.locked(labs_dir() / f"{self.name}.lock", lambda: self.say(waiting)):
             yield
 
-    def _boot(self, image: Image, engine: qemu.Engine, *, saved: Path | None, owner: Process | None) -> None:
+    def _boot(
+        self, image: Image, engine: qemu.Engine, *, saved: Path | None, owner: Process | None
+    ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, mode=0o700)
         run = self.directory / "run.qcow2"
@@ -224,11 +231,10 @@ class Machine:
             qemu.make_overlay(self.runner, image.disk, "raw", run)
         qemu.make_spare_disks(self.runner, self.directory)
         self._run(image, engine, saved, owner)
-        self._wait(_WARM_LIMIT if saved else _COLD_LIMIT)
+        self._wait()
 
-    def _run(
-        self, image: Image, engine: qemu.Engine, saved: Path | None, owner: Process | None
-    ) -> None:
+    def _run(self, image: Image, engine: qemu.Engine, saved: Path | None, owner: Process | None) -> None:
+        self._boots = self._boots_ended()
         process, port = qemu.start(
             self.runner, engine, image, self.directory, self.monitor, self.name,
             memory=saved / "memory" if saved else None,
@@ -238,20 +244,25 @@ class Machine:
         note.write_text(json.dumps(asdict(self._facts), indent=2) + "\n", encoding="utf-8")
         note.replace(self.directory / "lab.json")
 
-    def _wait(self, limit: float) -> None:
+    def _wait(self) -> None:
         """Until it answers. The first command that gets through sets the clock and stirs the random
         numbers, see files/wake."""
+        warm = self.facts.warm
+        limit = _WARM_LIMIT if warm else _COLD_LIMIT
         end = time.monotonic() + limit
-        error = ""
+        error = "it never got ready"
         while time.monotonic() < end:
             if not self.running():
                 raise CommandFailed(
                     f"the QEMU of the lab {self.name} ended while it booted",
                     remedy=f"its console: {self.console}", detail=self._tail(),
                 )  # fmt: skip
+            # Before sshd listens QEMU's network takes the connection all the same, and lets it hang.
+            if not warm and self._boots_ended() <= self._boots:
+                time.sleep(0.1)
+                continue
             try:
-                # a connection before sshd listens is taken by QEMU's network and hangs: short tries
-                wake = f"test -e /run/lab-ready && lab-wake {time.time():.3f}"
+                wake = f"lab-wake {time.time():.3f}"
                 self.run(wake, input=os.urandom(64), timeout=min(20, max(3, end - time.monotonic())))
                 return
             except (CommandFailed, TimedOut) as failed:
@@ -261,6 +272,13 @@ class Machine:
             f"the lab {self.name} did not answer within {limit:.0f} s: {error}",
             remedy=f"its console: {self.console}", detail=self._tail(),
         )  # fmt: skip
+
+    def _boots_ended(self) -> int:
+        """How many boots have come to their end, as its console says (files/init)."""
+        try:
+            return self.console.read_bytes().count(b"lab: ready after ")
+        except FileNotFoundError:
+            return 0
 
     def _tail(self) -> str:
         try:
@@ -302,8 +320,9 @@ class Machine:
                 maker.run("sync; echo 3 > /proc/sys/vm/drop_caches")
                 qemu.save_memory(maker.monitor, work / "memory", _SAVE_LIMIT)
                 qemu.quit_qemu(maker.monitor, maker.facts.process)
-                for name in (*(f"{d}.qcow2" for d in qemu.SPARE_DISKS), "console.log", "lab.json", "pid"):
-                    (work / name).unlink(missing_ok=True)
+                for path in work.iterdir():
+                    if path.name not in ("run.qcow2", "memory"):
+                        path.unlink()
                 self.runner.change("sync", "-f", work)
                 work.rename(saved)
             except FarmhandError as error:

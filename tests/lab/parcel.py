@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = "root/farmhand"  # in the lab
 _CACHE = "var/cache/farmhand"
 # Linters and installers: nothing that runs in the lab needs them.
-_NOT_SENT = ("mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "ast_serialize", "librt")
+_NOT_SENT = (
+    "mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "ast_serialize", "librt",
+)  # fmt: skip
+_DEBIAN_S = ("libvirt.py", "libvirtaio.py", "libvirt_lxc.py", "libvirt_qemu.py", "libzfs_core")
 _DEBIAN = "/usr/lib/python3/dist-packages"
 _LISTS = ("requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
 
@@ -57,7 +60,7 @@ def packages() -> Parcel:
             for path in sorted(site.iterdir()):
                 if _sent(path.name) and not path.is_symlink():
                     tar.add(path, f"{libraries}/{path.name}", filter=_plain)
-            for name in ("libvirt.py", "libvirtaio.py", "libvirt_lxc.py", "libvirt_qemu.py", "libzfs_core"):
+            for name in _DEBIAN_S:
                 _link(tar, f"{libraries}/{name}", f"{_DEBIAN}/{name}")
             settings = f"home = /usr/bin\ninclude-system-site-packages = true\nversion = {version[6:]}\n"
             _text(tar, f"{venv}/pyvenv.cfg", settings)

@@ -51,7 +51,9 @@ def engine(runner: Runner) -> Engine:
     offers AMD's SVM whatever this CPU is. Unsupported without QEMU."""
     program = which("qemu-system-x86_64")
     if program is None:
-        raise Unsupported("qemu-system-x86_64 is not installed", remedy="apt-get install qemu-system-x86")
+        raise Unsupported(
+            "qemu-system-x86_64 is not installed", remedy="apt-get install qemu-system-x86"
+        )
     version = runner.read(program, "--version").stdout.splitlines()[0]
     cpus = max(2, min(4, len(os.sched_getaffinity(0))))
     verdict = kvm_usable(runner, cache_dir())
@@ -60,7 +62,6 @@ def engine(runner: Runner) -> Engine:
         if _nested():
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
-    cpus = min(cpus, max(2, len(os.sched_getaffinity(0))))
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
     return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"emulated: {why}")
 
@@ -189,9 +190,9 @@ class Monitor:
 
 
 def save_memory(monitor: Path, out: Path, limit: float) -> None:
-    """Stop the machine and write its memory to ``out``, as for a migration; QEMU is still there."""
+    """Write the machine's memory to ``out``, as for a migration; then it stands still, QEMU is there.
+    (Stopped beforehand it would be restored as stopped too.)"""
     with Monitor(monitor) as qmp:
-        qmp.do("stop")
         qmp.do("migrate-set-parameters", **{"max-bandwidth": 4 * 2**30})
         qmp.do("migrate", uri=f"exec:exec cat > {shlex.quote(str(out))}")
         end = time.monotonic() + limit
@@ -213,5 +214,3 @@ def quit_qemu(monitor: Path, process: Process) -> None:
     while process.alive() and time.monotonic() < end:
         time.sleep(0.02)
     kill(process)
-
-

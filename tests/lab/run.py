@@ -1,7 +1,7 @@
 """The tests inside a lab of their own: started, filled, run under a time limit, results brought back.
 
-    STATE/lab-results/TIME-NAME/    pytest.log, junit.xml, console.log, dmesg, and what the tests left:
-                                    journals, console logs, daemons' logs
+STATE/lab-results/TIME-NAME/    pytest.log, junit.xml, console.log, dmesg, and what the tests left:
+                                journals, console logs, daemons' logs
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def run_tests(
     machine = Machine(name or f"test-{os.getpid()}", runner, say)
     if own:
         machine.start(warm=warm, temporary=True)
+        seconds = time.monotonic() - started
         how = "from its saved state" if machine.facts.warm else "from cold"
-        say(f"{machine.name}: up {how} after {time.monotonic() - started:.1f} s ({machine.facts.engine})")
+        say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
     try:
         results = _results_directory(machine.name)
         machine.deliver_tree()
