@@ -1,6 +1,6 @@
 """One lab: a QEMU with the image's root file system under a throw-away overlay, and three spare disks.
 
-    STATE/labs/NAME/        run.qcow2, d1-d3.qcow2, console.log, lab.json
+    STATE/labs/NAME/        run.qcow2, d1-d3.raw, console.log, lab.json
     RUNTIME/lab/NAME.qmp    the monitor's socket
     CACHE/lab/start-HASH/   run.qcow2 and memory: a machine that has booted and got the Python packages
 
@@ -9,9 +9,11 @@ labs can do that at once, for nothing in it is written again. (QEMU's other way,
 the memory inside the disk's own file: each lab would need a copy of it.) Where a warm start doesn't
 answer, the lab boots from cold.
 
-The disks have cache=unsafe: QEMU never waits for this host's disk, but what the guest has flushed is in
-this host's page cache (bdrv_co_flush in QEMU's block/io.c writes qcow2's own tables out even then). Thus
-killing QEMU is a true power cut for the lab: flushed data stay, the rest may be lost.
+The disks have cache=unsafe: QEMU never waits for this host's disk, but what it has written is in this
+host's page cache and outlives it. Thus killing QEMU is a power cut for the lab. The spare disks are raw:
+every write that was answered is kept, as by a disk with a protected cache. The root disk is qcow2, whose
+tables QEMU writes out when the guest flushes (also with cache=unsafe, see bdrv_co_flush in its
+block/io.c): what was not flushed may be lost, as by a disk with a volatile cache.
 """
 
 from __future__ import annotations
@@ -144,8 +146,8 @@ class Machine:
             self._wait()
 
     def pull_the_plug(self) -> None:
-        """A power cut: SIGKILL to QEMU. What the guest has flushed is there at ``boot_again``; what it
-        has not flushed may be gone, and is where a real host would have lost it too."""
+        """A power cut: SIGKILL to QEMU. At ``boot_again`` the spare disks hold every write that was
+        answered, the root disk all that was flushed; what was in the guest's memory is gone."""
         if not qemu.kill(self.facts.process):
             pid = self.facts.process.pid
             raise TimedOut(f"the QEMU of the lab {self.name} survives SIGKILL (pid {pid})")
@@ -229,7 +231,7 @@ class Machine:
             qemu.make_overlay(self.runner, saved / "run.qcow2", "qcow2", run)
         else:
             qemu.make_overlay(self.runner, image.disk, "raw", run)
-        qemu.make_spare_disks(self.runner, self.directory)
+        qemu.make_spare_disks(self.directory)
         self._run(image, engine, saved, owner)
         self._wait()
 
@@ -316,8 +318,9 @@ class Machine:
             try:
                 maker._boot(image, engine, saved=None, owner=Process.this())
                 maker.deliver(packages)
-                # less memory to save, and nothing in it that isn't on the disk
-                maker.run("sync; echo 3 > /proc/sys/vm/drop_caches")
+                # Without the ZFS module, whose random numbers are its own from when it is loaded: all
+                # pools of all labs would have one guid. The rest: less memory to save.
+                maker.run("modprobe -r zfs && sync && echo 3 > /proc/sys/vm/drop_caches")
                 qemu.save_memory(maker.monitor, work / "memory", _SAVE_LIMIT)
                 qemu.quit_qemu(maker.monitor, maker.facts.process)
                 for path in work.iterdir():

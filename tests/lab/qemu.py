@@ -23,7 +23,7 @@ from provision.processes import Process
 from tests.lab.image import Image
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
-SPARE_SIZE = "8G"
+SPARE_SIZE = 8 * 2**30
 MEMORY = 4096  # MiB
 _MACHINE = "farmhand-lab-"
 
@@ -83,9 +83,12 @@ def make_overlay(runner: Runner, base: Path, kind: str, out: Path) -> None:
     runner.change("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", kind, out)
 
 
-def make_spare_disks(runner: Runner, directory: Path) -> None:
+def make_spare_disks(directory: Path) -> None:
+    """Sparse, and raw: a write that was answered is in this host's page cache, whatever happens to QEMU.
+    (qcow2 keeps its tables to itself until the guest flushes, and LVM never does after its metadata.)"""
     for name in SPARE_DISKS:
-        runner.change("qemu-img", "create", "-q", "-f", "qcow2", directory / f"{name}.qcow2", SPARE_SIZE)
+        with (directory / f"{name}.raw").open("wb") as file:
+            file.truncate(SPARE_SIZE)
 
 
 def start(
@@ -107,9 +110,11 @@ def start(
             "-kernel", image.kernel, "-initrd", image.initrd,
             "-append", "console=ttyS0 loglevel=4 mitigations=off panic=-1",
         ]  # fmt: skip
-        for disk in ("run", *SPARE_DISKS):
-            path = str(directory / f"{disk}.qcow2").replace(",", ",,")
-            argv += ["-drive", f"file={path},if=virtio,format=qcow2,cache=unsafe,discard=unmap"]
+        disks = [("run.qcow2", "qcow2"), *((f"{name}.raw", "raw") for name in SPARE_DISKS)]
+        for file, kind in disks:
+            path = str(directory / file).replace(",", ",,")
+            options = f"file={path},format={kind},if=virtio,cache=unsafe,discard=unmap"
+            argv += ["-drive", options]
         argv += [
             "-netdev", f"user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
             "-device", "virtio-net-pci,netdev=n0,romfile=",
