@@ -264,8 +264,8 @@ class Machine:
                 time.sleep(0.1)
                 continue
             try:
-                wake = f"lab-wake {time.time():.3f}"
-                self.run(wake, input=os.urandom(64), timeout=min(20, max(3, end - time.monotonic())))
+                left = end - time.monotonic()
+                self.run("lab-wake", input=os.urandom(64), timeout=min(20, max(3, left)))
                 return
             except (CommandFailed, TimedOut) as failed:
                 error = failed.message
