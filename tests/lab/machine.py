@@ -318,9 +318,13 @@ class Machine:
             try:
                 maker._boot(image, engine, saved=None, owner=Process.this())
                 maker.deliver(packages)
-                # Without the ZFS module, whose random numbers are its own from when it is loaded: all
-                # pools of all labs would have one guid. The rest: less memory to save.
-                maker.run("modprobe -r zfs && sync && echo 3 > /proc/sys/vm/drop_caches")
+                # Without the ZFS modules: spl's random numbers are its own from when it is loaded, and
+                # all pools of all labs would have one guid. modprobe -r leaves out what another of them
+                # still uses, so it is asked again. The rest: less memory to save.
+                maker.run(
+                    "modprobe -r zfs; for i in 1 2 3; do modprobe -qr zcommon znvpair spl; done; "
+                    "! grep -q '^spl ' /proc/modules && sync && echo 3 > /proc/sys/vm/drop_caches"
+                )
                 qemu.save_memory(maker.monitor, work / "memory", _SAVE_LIMIT)
                 qemu.quit_qemu(maker.monitor, maker.facts.process)
                 for path in work.iterdir():
