@@ -24,7 +24,7 @@ CHECKOUT = "root/farmhand"  # in the lab
 _CACHE = "var/cache/farmhand"
 # Linters and installers: nothing that runs in the lab needs them.
 _NOT_SENT = (
-    "mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "ast_serialize", "librt",
+    "mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth", "ast_serialize", "librt",
 )  # fmt: skip
 _DEBIAN_S = ("libvirt.py", "libvirtaio.py", "libvirt_lxc.py", "libvirt_qemu.py", "libzfs_core")
 _DEBIAN = "/usr/lib/python3/dist-packages"
@@ -60,6 +60,8 @@ def packages() -> Parcel:
             for path in sorted(site.iterdir()):
                 if _sent(path.name) and not path.is_symlink():
                     tar.add(path, f"{libraries}/{path.name}", filter=_plain)
+            if beside := _yaml_elsewhere(site):
+                tar.add(beside, f"{libraries}/yaml", filter=_plain)
             for name in _DEBIAN_S:
                 _link(tar, f"{libraries}/{name}", f"{_DEBIAN}/{name}")
             settings = f"home = /usr/bin\ninclude-system-site-packages = true\nversion = {version[6:]}\n"
@@ -77,6 +79,14 @@ def packages() -> Parcel:
         return out.getvalue()
 
     return Parcel(digest, archive)
+
+
+def _yaml_elsewhere(site: Path) -> Path | None:
+    """In an environment made with --system-site-packages Debian's PyYAML may be the one in use."""
+    import yaml
+
+    found = Path(yaml.__file__).parent
+    return found if found.parent != site else None
 
 
 def _sent(name: str) -> bool:
