@@ -24,7 +24,8 @@ CHECKOUT = "root/farmhand"  # in the lab
 _CACHE = "var/cache/farmhand"
 # Linters and installers: nothing that runs in the lab needs them.
 _NOT_SENT = (
-    "mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth", "ast_serialize", "librt",
+    "mypy", "ruff", "pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence.pth",
+    "ast_serialize", "librt",
 )  # fmt: skip
 _DEBIAN_S = ("libvirt.py", "libvirtaio.py", "libvirt_lxc.py", "libvirt_qemu.py", "libzfs_core")
 _DEBIAN = "/usr/lib/python3/dist-packages"
