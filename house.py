@@ -81,7 +81,8 @@ def lint(run: Run) -> Result:
 
 
 def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
-    """ruff, mypy, then pytest: its closing line is the last on stdout."""
+    """ruff, mypy, pytest here, then pytest in the lab: its closing line is the last on stdout. The lab
+    is left out by ``fast``, and where only some tests are asked for."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -91,6 +92,11 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
+    with_lab = not (fast or only or match)
+    if with_lab:  # minutes, the first time: before pytest, which shows no progress
+        import labhouse
+
+        labhouse.prepare(run)
     arguments = [*chosen, "-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}"]
     if fast:
         arguments += ["-m", "not system"]
@@ -100,7 +106,22 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
     steps.append({"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output})
+    if with_lab:
+        steps.append(_lab(run))
+    else:
+        why = "--fast" if fast else "only some tests were asked for"
+        run.screen.say(f"not run: the lab's tests ({why}); ./invoke lab-test runs them")
     return _result(steps)
+
+
+def _lab(run: Run) -> dict[str, object]:
+    """The tests that need KVM, ZFS and LVM, in a lab of their own."""
+    import labhouse
+
+    started = time.monotonic()
+    found = labhouse.test(run, "", cold=False, only=(), match="", minutes=90)
+    seconds = round(time.monotonic() - started, 2)
+    return {"name": "lab-test", "ok": found.ok, "seconds": seconds, **found.data}
 
 
 def bench(run: Run, *, rounds: int) -> Result:
