@@ -6,10 +6,11 @@
     POOL/DATASET/vms/MACHINE.K              the disk: of the machine's volumes in state "disk" the one
                                             with the highest K
                     MACHINE.K@_start        what it was when it became the disk
-                    MACHINE.K@CHECKPOINT    a checkpoint; volumes that are no longer the disk stay for these
+                    MACHINE.K@CHECKPOINT    a checkpoint; former disks stay for these
 
 What a volume is, is in properties set on it (zfs_state.py). They are given with ``zfs clone``, in one
-system call, so a process killed anywhere leaves a volume marked "new", with its maker, or none.
+system call, so a process killed anywhere leaves a volume marked "new", with its maker, or none; only a
+power cut can swallow the marks of a volume made in that second, which then is known by being empty.
 
 **Going back.** Where the checkpoint is the newest snapshot, the volume is rolled back: one process, one
 transaction, the same device. Else the checkpoint is cloned beside and marked the disk, while the former
@@ -41,6 +42,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from hypervisors import zfs_state as state
@@ -65,8 +67,8 @@ _QUIET = ("-o", "mountpoint=none", "-o", "canmount=off", "-o", "com.sun:auto-sna
 
 
 class ZfsDisks:
-    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``DeviceDisks``. Thread-safe; any number of
-    processes and farms may share a dataset. Needs root: channel programs do."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``DeviceDisks``. Thread-safe; any number
+    of processes and farms may share a dataset. Needs root: channel programs do."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class ZfsDisks:
         if clones:
             prefix = f"{self._vms}/"
             users = sorted(
-                {c.removeprefix(prefix).rpartition(".")[0] if c.startswith(prefix) else c for c in clones}
+                {c[len(prefix) :].rpartition(".")[0] if c.startswith(prefix) else c for c in clones}
             )
             raise WrongState(
                 f"template {label} is in use by {', '.join(users)}",
@@ -196,11 +198,13 @@ class ZfsDisks:
         """See ``DeviceDisks.ready``."""
         look = self._look(plain(machine))
         disk = self._disk(look, machine)
-        self._open_up(disk.path)
+        await_node(disk.path)
+        give(disk.path, self._reader)
         return disk
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
-        """One ``zfs clone``, where nothing hints at an earlier disk and the size is the template's."""
+        """Two processes where nothing hints at an earlier disk: ``zfs clone``, and the program that
+        takes ``_start`` and makes it the disk. The snapshot is what resets are rolled back to."""
         plain(machine)
         if size < template.size:
             raise UsageError(
@@ -211,15 +215,16 @@ class ZfsDisks:
         source = f"{self._templates}/{plain(template.name)}.{template.generation}@{SEALED}"
         target = f"{self._vms}/{machine}.1"
         # A machine's first volume goes at its first reset, so its name being free proves nothing. The
-        # device links do, without a process: whatever exists has had one since before its maker returned.
+        # device links do, without a process: what exists has had one since before its maker returned.
         if any((_DEV / self._vms).glob(f"{machine}.*")):
             target = self._make_way(machine)
         self._need(0, f"the disk of {machine}")
         self._step(f"clone the disk of {machine} from {template.label}")
-        grown = size > template.size
         marks = state.disk_marks(machine, owner, template.label, CLEAN, size)
         try:
-            self._clone(source, target, marks, size if grown else 0, "new" if grown else "disk")
+            with self._dropped_on_failure(target):
+                self._clone(source, target, marks, size if size > template.size else 0)
+                self._zfs.program("switch", target)
         except NotFound:
             raise NotFound(
                 f"no template {template.label} in {self._root}",
@@ -228,11 +233,7 @@ class ZfsDisks:
         except Conflict:
             self._make_way(machine)  # says whose it is
             raise
-        if grown:  # resizing writes a little: from then on nothing must have been written
-            with self._dropped_on_failure(target):
-                self._zfs.program("switch", target)
-        self._open_up(_DEV / target)
-        made = Checkpoint(name=CLEAN, created=state.datetime.fromisoformat(marks["created"]))
+        made = Checkpoint(name=CLEAN, created=datetime.fromisoformat(marks["created"]))
         return Disk(
             machine=machine, owner=owner, path=_DEV / target, format="raw",
             size=_rounded(size), used=0, template=template.label, base=CLEAN, checkpoints=(made,),
@@ -282,11 +283,7 @@ class ZfsDisks:
             sync(path)  # what a writer that still has it open put into the page cache
         look = self._look(machine, synced=True)
         volume = look.disk(machine)
-        if volume is None or volume.base != name or volume.written != 0:
-            return False
-        if volume.newest or name != CLEAN:
-            return True
-        return volume.origin == self._template_snapshot(volume.marks.get("template", ""))
+        return bool(volume and volume.newest and volume.base == name and volume.written == 0)
 
     def destroy(self, machine: str) -> None:
         """Nothing there: nothing done. All its volumes, in one transaction."""
@@ -397,12 +394,14 @@ class ZfsDisks:
             look = self._look(machine)
         return look.next_name(self._vms, machine)
 
-    def _clone(
-        self, source: str, target: str, marks: Mapping[str, str], size: int, phase: str
-    ) -> None:
-        """``size``: 0 for the source's."""
+    def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
+        """A volume "new", and its device. ``size``: 0 for the source's."""
         resized = ["-o", f"volsize={_rounded(size)}"] if size else []
-        self._zfs.change("clone", *state.options({**marks, "state": phase}), *resized, source, target)
+        self._zfs.change("clone", *state.options({**marks, "state": "new"}), *resized, source, target)
+        # The kernel writes to a volume once when it makes its device (zil_replay), so only from then
+        # on ``written`` tells what others wrote.
+        await_node(_DEV / target)
+        give(_DEV / target, self._reader)
 
     def _grow(self, machines: Sequence[str], name: str, look: Look) -> None:
         """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
@@ -426,8 +425,7 @@ class ZfsDisks:
                 marks["created"] = disk.checkpoints[0].created.isoformat()
                 source = self._source(look, machine, disk, name)
                 undo.enter_context(self._dropped_on_failure(target))
-                self._clone(source, target, marks, disk.size if name == CLEAN else 0, "new")
-                self._open_up(_DEV / target)
+                self._clone(source, target, marks, disk.size if name == CLEAN else 0)
                 items.append(target)
             self._step(f"swap in the disk of {', '.join(machines)} from {name}")
             self._zfs.program("switch", *items)
@@ -446,14 +444,12 @@ class ZfsDisks:
         """A volume under construction goes again; one that came to be what it was for, stays."""
         try:
             yield
+        except Conflict:  # the name was taken: it is another's, who may be at work on it
+            raise
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one that matters
                 self._zfs.program("drop", volume, "new")
             raise
-
-    def _open_up(self, device: Path) -> None:
-        await_node(device)
-        give(device, self._reader)
 
     def _hold(self, volume: str) -> None:
         """At most once: a second hold by the same name is an error, and means that it is there."""

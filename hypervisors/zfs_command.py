@@ -135,7 +135,8 @@ class Zfs:
 
         if has("modules are not loaded", "ZFS modules", "/dev/zfs and /proc/self/mounts"):
             return DriverFailed(
-                "ZFS isn't loaded in this kernel", remedy="modprobe zfs (package zfs-dkms or zfs-modules)"
+                "ZFS isn't loaded in this kernel",
+                remedy="modprobe zfs (package zfs-dkms or zfs-modules)",
             )
         if has("no such pool"):
             return NotFound(

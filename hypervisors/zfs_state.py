@@ -72,7 +72,7 @@ class Volume:
 
     @property
     def state(self) -> str:
-        """ "" for a volume that isn't marked as a VM's of ours (a copy keeps the marks, not the name)."""
+        """Nothing ("") unless it is marked as a VM's of ours; a copy keeps the marks, not the name."""
         return self.marks.get("state", "") if self.marks.get("machine") == self.stem else ""
 
     @property
@@ -296,7 +296,9 @@ def _unborn(volume: Volume, look: Look, now: datetime) -> bool:
         return False
     if not volume.origin:
         return volume in look.templates and volume.referenced < EMPTY
-    ours = {f"{v.name}@{s.name}" for v in (*look.templates, *look.volumes) for s in v.snapshots if s.kind}
+    ours = {
+        f"{v.name}@{s.name}" for v in (*look.templates, *look.volumes) for s in v.snapshots if s.kind
+    }
     return volume.origin in ours and volume.written is not None and volume.written < EMPTY
 
 

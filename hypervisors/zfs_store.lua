@@ -71,7 +71,7 @@ local function look_at(name)
   }
   local any, ours = newest(volume)
   volume.newest = ours
-  -- Since the newest snapshot of ours; since the origin where there is none.
+  -- Since the newest snapshot of ours; since the origin where there is none of anybody's.
   if ours then
     volume.written = value(name, "written@" .. ours)
   elseif not any then

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import small_guest
+import zfs_rig
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, Template, no_step
 from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -31,6 +32,7 @@ FARM = "kata"
 REAL = {
     "fake": "simulated",
     "qcow2": "real qemu-img files",
+    "zfs": "real ZFS, a pool on a file",
     "libvirt": "real QEMU under a private libvirtd",
 }
 
@@ -103,8 +105,22 @@ class Qcow2Rig:
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(params=[FakeDisksRig, Qcow2Rig], ids=["fake", "qcow2"])
+@pytest.fixture(scope="session")
+def zfs_pool() -> Iterator[str]:
+    with zfs_rig.pool() as name:
+        yield name
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(FakeDisksRig, id="fake"),
+        pytest.param(Qcow2Rig, id="qcow2"),
+        pytest.param(zfs_rig.ZfsRig, id="zfs", marks=pytest.mark.lab),
+    ]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path):
+    if request.param is zfs_rig.ZfsRig:
+        request.getfixturevalue("zfs_pool")
     return request.param(tmp_path)
 
 
