@@ -1,5 +1,5 @@
-"""What only the ZFS store has: transactions over several disks, what others put beside ours, kills between
-any two commands, full pools, and disks somebody has open."""
+"""What only the ZFS store has: transactions over several disks, what others put beside ours, kills
+between any two commands, full pools, and disks somebody has open."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_farm_goes_back_whole_or_not_at_all(store, made):
     made.checkpoint("kata-prod", "later")  # so prod needs a fresh clone, dev2 a rollback
     handle = os.open(made.ready("kata-dev2").path, os.O_RDONLY)
     try:
-        with pytest.raises(Busy, match="pytest|python"):
+        with pytest.raises(Busy, match=r"pytest|python"):
             made.restore_all(both, "both")
     finally:
         os.close(handle)
@@ -409,11 +409,11 @@ def test_a_full_pool_is_said_and_loses_nothing(tmp_path):
         disks.checkpoint("kata-prod", "one")
         zfs("create", "-s", "-V", "1G", f"{name}/filler")
         subprocess.run(["udevadm", "settle"], check=True)
-        with Path("/dev/zvol", name, "filler").open("r+b", buffering=0) as file:
-            with pytest.raises(OSError):
-                for _ in range(300):
-                    file.write(os.urandom(MIB))
-                    os.fsync(file.fileno())
+        filler = Path("/dev/zvol", name, "filler")
+        with pytest.raises(OSError), filler.open("r+b", buffering=0) as file:
+            for _ in range(300):
+                file.write(os.urandom(MIB))
+                os.fsync(file.fileno())
         subprocess.run(["zpool", "sync", name], check=True)
         bold = store.disks(headroom=0)
         for act in (
