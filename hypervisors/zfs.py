@@ -266,15 +266,12 @@ class ZfsDisks:
         look = state.read_look(answer)
         if answer.get("done"):
             return self._disk(look, machine)
-        self._grow([machine], name, look)
-        return self._disk(self._look(machine), machine)
+        return self._grow([machine], name, look)[0]
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         """See ``FarmDisks.restore_all``."""
         self._step(f"put the disks of {', '.join(machines)} back to {name}")
-        self._grow(machines, name, self._look())
-        look = self._look()
-        return [self._disk(look, machine) for machine in machines]
+        return self._grow(machines, name, self._look())
 
     def pristine(self, machine: str, name: str) -> bool:
         """Grown from that checkpoint, and ``written`` since (zfsprops(7)) exactly 0."""
@@ -403,10 +400,11 @@ class ZfsDisks:
         await_node(_DEV / target)
         give(_DEV / target, self._reader)
 
-    def _grow(self, machines: Sequence[str], name: str, look: Look) -> None:
+    def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:
         """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
-        transaction."""
-        items = []
+        transaction. The disks as they then are."""
+        items: list[str] = []
+        disks: list[Disk] = []
         with contextlib.ExitStack() as undo:
             for machine in machines:
                 disk, volume = self._disk(look, machine), look.disk(machine)
@@ -418,6 +416,7 @@ class ZfsDisks:
                     )
                 if volume.newest and volume.base == name and volume.snapshots[-1].name == volume.newest:
                     items.append(f"{volume.name}@{volume.newest}")
+                    disks.append(disk)
                     continue
                 self._need(0, f"the disk of {machine}")
                 target = look.next_name(self._vms, machine)
@@ -427,8 +426,10 @@ class ZfsDisks:
                 undo.enter_context(self._dropped_on_failure(target))
                 self._clone(source, target, marks, disk.size if name == CLEAN else 0)
                 items.append(target)
+                disks.append(replace(disk, path=_DEV / target, base=name))
             self._step(f"swap in the disk of {', '.join(machines)} from {name}")
             self._zfs.program("switch", *items)
+        return disks
 
     def _source(self, look: Look, machine: str, disk: Disk, name: str) -> str:
         if name == CLEAN:
