@@ -131,11 +131,11 @@ class ZfsDisks:
         if any(known.name == volume for known in look.templates):
             self._zfs.program("drop", volume, "new")
         done = replace(template, ref=f"{volume}@{SEALED}", sha256=sha256_file(image), size=size)
+        self._create(
+            volume, "create", "-s", "-V", str(size), "-b", str(_BLOCK),
+            *state.options({"state": "new", "maker": myself()}),
+        )  # fmt: skip
         with self._dropped_on_failure(volume):
-            self._zfs.change(
-                "create", "-s", "-V", str(size), "-b", str(_BLOCK),
-                *state.options({"state": "new", "maker": myself()}), volume,
-            )  # fmt: skip
             device = _DEV / volume
             await_node(device)
             self._runner.change(
@@ -174,8 +174,8 @@ class ZfsDisks:
                 remedy="destroy them, or clone them from a newer generation, first",
             )
         self._step(f"remove template {label}")
-        with contextlib.suppress(NotFound, Conflict):
-            self._release(volume.name)
+        with contextlib.suppress(NotFound):  # killed after this in an earlier attempt
+            self._zfs.change("release", _HOLD, f"{volume.name}@{SEALED}")
         try:
             self._zfs.program("drop", volume.name)
         except BaseException:
@@ -221,18 +221,23 @@ class ZfsDisks:
         self._need(0, f"the disk of {machine}")
         self._step(f"clone the disk of {machine} from {template.label}")
         marks = state.disk_marks(machine, owner, template.label, CLEAN, size)
-        try:
-            with self._dropped_on_failure(target):
+        while True:
+            try:
                 self._clone(source, target, marks, size if size > template.size else 0)
-                self._zfs.program("switch", target)
-        except NotFound:
-            raise NotFound(
-                f"no template {template.label} in {self._root}",
-                remedy="./invoke template-list shows them",
-            ) from None
-        except Conflict:
-            self._make_way(machine)  # says whose it is
-            raise
+                break
+            except NotFound:
+                raise NotFound(
+                    f"no template {template.label} in {self._root}",
+                    remedy="./invoke template-list shows them",
+                ) from None
+            except Conflict:  # a volume whose device isn't there: not ours, or just being made
+                other = self._make_way(machine)
+                if other == target:
+                    raise
+                target = other
+        with self._dropped_on_failure(target):
+            self._open_up(target)
+            self._zfs.program("switch", f"first:{target}")
         made = Checkpoint(name=CLEAN, created=datetime.fromisoformat(marks["created"]))
         return Disk(
             machine=machine, owner=owner, path=_DEV / target, format="raw",
@@ -392,13 +397,24 @@ class ZfsDisks:
         return look.next_name(self._vms, machine)
 
     def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
-        """A volume "new", and its device. ``size``: 0 for the source's."""
+        """A volume "new". ``size``: 0 for the source's. Conflict where the name is taken."""
         resized = ["-o", f"volsize={_rounded(size)}"] if size else []
-        self._zfs.change("clone", *state.options({**marks, "state": "new"}), *resized, source, target)
-        # The kernel writes to a volume once when it makes its device (zil_replay), so only from then
-        # on ``written`` tells what others wrote.
-        await_node(_DEV / target)
-        give(_DEV / target, self._reader)
+        self._create(target, "clone", *state.options({**marks, "state": "new"}), *resized, source)
+
+    def _create(self, volume: str, *argv: str) -> None:
+        try:
+            self._zfs.change(*argv, volume)
+        except Conflict:  # another's, who may be at work on it
+            raise
+        except BaseException:
+            self._drop(volume)
+            raise
+
+    def _open_up(self, volume: str) -> None:
+        """Wait for its device. The kernel writes to a new volume once when it makes that (zil_replay),
+        so only from then on ``written`` tells what others wrote."""
+        await_node(_DEV / volume)
+        give(_DEV / volume, self._reader)
 
     def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:
         """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
@@ -423,8 +439,9 @@ class ZfsDisks:
                 marks = state.disk_marks(machine, disk.owner, disk.template, name, disk.size)
                 marks["created"] = disk.checkpoints[0].created.isoformat()
                 source = self._source(look, machine, disk, name)
-                undo.enter_context(self._dropped_on_failure(target))
                 self._clone(source, target, marks, disk.size if name == CLEAN else 0)
+                undo.enter_context(self._dropped_on_failure(target))
+                self._open_up(target)
                 items.append(target)
                 disks.append(replace(disk, path=_DEV / target, base=name))
             self._step(f"swap in the disk of {', '.join(machines)} from {name}")
@@ -445,20 +462,18 @@ class ZfsDisks:
         """A volume under construction goes again; one that came to be what it was for, stays."""
         try:
             yield
-        except Conflict:  # the name was taken: it is another's, who may be at work on it
-            raise
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one that matters
-                self._zfs.program("drop", volume, "new")
+            self._drop(volume)
             raise
+
+    def _drop(self, volume: str) -> None:
+        with contextlib.suppress(Exception):  # the first error is the one that matters
+            self._zfs.program("drop", volume, "new")
 
     def _hold(self, volume: str) -> None:
         """At most once: a second hold by the same name is an error, and means that it is there."""
         with contextlib.suppress(Conflict):
             self._zfs.change("hold", _HOLD, f"{volume}@{SEALED}")
-
-    def _release(self, volume: str) -> None:
-        self._zfs.change("release", _HOLD, f"{volume}@{SEALED}")
 
 
 def _rounded(size: int) -> int:

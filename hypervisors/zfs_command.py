@@ -102,6 +102,8 @@ class Zfs:
                 return NotOurs(f"{at} belongs to another farm")
             case "no disk":
                 return NotFound(f"{at} has no disk here", remedy="./invoke clone-farm makes it")
+            case "exists":
+                return Conflict(f"{at} is that machine's disk already", remedy="destroy it first")
             case "taken":
                 return Conflict(
                     f"{at} has a checkpoint of that name already",
@@ -159,7 +161,7 @@ class Zfs:
             return Conflict(said, remedy="zfs list shows it")
         if has("busy"):
             return Busy(said, remedy="see who has it open: fuser -v /dev/zd*")
-        if has("does not exist"):
+        if has("does not exist", "no such tag"):
             return NotFound(said, remedy=f"zfs list -t all -r {self._root}")
         return error
 

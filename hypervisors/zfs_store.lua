@@ -254,7 +254,9 @@ local function operate()
     return {made = made}
   end
 
-  if operation == "switch" then -- ITEM...: a fresh volume takes over, or VOLUME@SNAPSHOT is gone back to
+  -- ITEM...: VOLUME takes over, first:VOLUME where there must be no disk yet, or VOLUME@SNAPSHOT is
+  -- gone back to
+  if operation == "switch" then
     local fresh, former, back = {}, {}, {}
     for i = 4, #argv do
       local name, short = string.match(argv[i], "^(.+)@(.+)$")
@@ -269,13 +271,16 @@ local function operate()
         end
         back[name] = true
       else
-        name = argv[i]
+        name = string.match(argv[i], "^first:(.+)$") or argv[i]
         local volumes = look(VMS, string.match(string.sub(name, #VMS + 1), "^(.+)%.%d+$"))
         if not volumes[name] or volumes[name].marks.state ~= "new" then
           return {refused = "changed", at = name}
         end
         local old = disk_of(volumes)
         if old then
+          if name ~= argv[i] then
+            return {refused = "exists", at = old}
+          end
           if volumes[old].marks.farm ~= farm then
             return {refused = "changed", at = old}
           end

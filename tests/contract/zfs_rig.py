@@ -30,9 +30,9 @@ def zfs(*argv: str | Path) -> str:
 
 @contextlib.contextmanager
 def pool(name: str = POOL, size: int = 4 * 2**30) -> Iterator[str]:
-    """A pool on a sparse file, destroyed at the end."""
+    """A pool on a sparse file in memory, destroyed at the end."""
     subprocess.run(["modprobe", "zfs"], check=True)
-    with tempfile.TemporaryDirectory(prefix="fh-zpool-", dir="/var/tmp") as place:
+    with tempfile.TemporaryDirectory(prefix="fh-zpool-", dir="/dev/shm") as place:
         vdev = Path(place, "vdev")
         with vdev.open("wb") as file:
             file.truncate(size)
