@@ -34,6 +34,7 @@ REAL = {
     "qcow2": "real qemu-img files",
     "zfs": "real ZFS, a pool on a file",
     "libvirt": "real QEMU under a private libvirtd",
+    "zvols": "real QEMU on real ZFS",
 }
 
 
@@ -173,7 +174,7 @@ class LibvirtRig:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
         self.template = self.disks().seal(image, template())
 
-    def disks(self, farm: str = FARM) -> Qcow2Disks:
+    def disks(self, farm: str = FARM) -> Disks:
         return Qcow2Disks(self.place / "disks", farm, Runner(), reader_uid=self.private.qemu_uid())
 
     def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
@@ -283,9 +284,34 @@ def real(private: PrivateLibvirt, guest: small_guest.Guest) -> Iterator[LibvirtR
     shutil.rmtree(place)
 
 
-@pytest.fixture(params=["fake", "libvirt"])
+class ZvolsRig(LibvirtRig):
+    """The same machines on ZFS volumes."""
+
+    kind = "zvols"
+
+    def __init__(self, place: Path, private: PrivateLibvirt, guest: small_guest.Guest) -> None:
+        self.zfs = zfs_rig.ZfsRig(place)
+        super().__init__(place, private, guest)
+
+    def disks(self, farm: str = FARM) -> Disks:
+        return self.zfs.disks(farm, reader_uid=self.private.qemu_uid())
+
+
+@pytest.fixture
+def zvols(zfs_pool: str, private: PrivateLibvirt, guest: small_guest.Guest) -> Iterator[ZvolsRig]:
+    place = short_directory()
+    rig = ZvolsRig(place, private, guest)
+    yield rig
+    rig.close()
+    shutil.rmtree(place)
+
+
+@pytest.fixture(params=["fake", "libvirt", pytest.param("zvols", marks=pytest.mark.lab)])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> FakeRig | LibvirtRig:
-    return FakeRig(tmp_path) if request.param == "fake" else request.getfixturevalue("real")
+    names = {"libvirt": "real", "zvols": "zvols"}
+    return (
+        FakeRig(tmp_path) if request.param == "fake" else request.getfixturevalue(names[request.param])
+    )
 
 
 @pytest.hookimpl
