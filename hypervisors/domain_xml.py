@@ -150,6 +150,15 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
     ET.SubElement(interface, "rom", enabled="no")
 
 
+def with_disk(text: str, path: Path) -> str:
+    """A definition of ours whose first disk is another device or file of the same format."""
+    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    source = domain.find("devices/disk[@device='disk']/source")
+    assert source is not None, "definitions of ours have a disk"
+    source.set("dev" if "dev" in source.attrib else "file", str(path))
+    return ET.tostring(domain, encoding="unicode")
+
+
 def start_mark(when: datetime) -> str:
     """The element that a running machine carries beside its definition's mark; libvirt itself puts it
     into the namespace that virDomainSetMetadata names."""

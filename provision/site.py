@@ -227,10 +227,17 @@ class Site:
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
                 remedy="its machines are not cloned, checkpointed or destroyed here",
             )
-        if declared.disks.store != "qcow2":
-            raise self._not_yet(host, f"the disk store {declared.disks.store}")
         if declared.driver != "kvm":
             raise self._not_yet(host, f"driver {declared.driver}")
+        if declared.disks.store == "zfs":
+            from hypervisors.zfs import ZfsDisks
+
+            return ZfsDisks(
+                declared.disks.pool or "", declared.disks.dataset or "farmhand", self.farm.farm,
+                self.runner, step=current_step, reader_uid=self.reader_uid(host),
+            )  # fmt: skip
+        if declared.disks.store != "qcow2":
+            raise self._not_yet(host, f"the disk store {declared.disks.store}")
         from hypervisors.qcow2 import Qcow2Disks
 
         root = self.paths.disks
@@ -249,7 +256,7 @@ class Site:
         return Unsupported(
             f"{self.name}: host {host}: {what} is not in this version",
             remedy="this version drives kvm (uri private, or a libvirt URI of this machine) on qcow2 "
-            "files, ssh and fake; the farm file itself is fine",
+            "files or zfs, ssh and fake; the farm file itself is fine",
         )
 
     def _ssh_address(self, vm: str) -> str:
