@@ -27,6 +27,7 @@ _RESERVE = 32 * _MIB
 _CLOSE_ENOUGH = _MIB  # the balloon works in pages; libvirt rounds to KiB
 _DRIVER_PATIENCE = 5.0  # seconds for a driver to answer: it is asked every second
 _LOOK = 0.1
+_EVENT_PATIENCE = 1.5
 
 
 def floor(stats: dict[str, int], maximum: int) -> int | None:
@@ -67,6 +68,7 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
     while True:
         reached: int = domain.memoryStats()["actual"] * 1024
         if abs(reached - target) < _CLOSE_ENOUGH:
+            _wait_for_libvirt(domain, reached)
             return reached
         if time.monotonic() >= limit:
             domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
@@ -89,3 +91,11 @@ def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[st
                 remedy="load virtio_balloon in it (modprobe virtio_balloon), or wait for its boot",
             )
         time.sleep(_LOOK)
+
+
+def _wait_for_libvirt(domain: libvirt.virDomain, reached: int) -> None:
+    """QEMU tells libvirt of the change in an event, at most one a second; what ``find`` reports (with
+    no question to the guest's QEMU, so it never waits for one) is right from then on."""
+    limit = time.monotonic() + _EVENT_PATIENCE
+    while abs(domain.info()[2] * 1024 - reached) >= _CLOSE_ENOUGH and time.monotonic() < limit:
+        time.sleep(_LOOK / 4)

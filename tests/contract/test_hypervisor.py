@@ -1,0 +1,215 @@
+"""The contract of a hypervisor (hypervisors.api.Hypervisor), on each; guests really boot on libvirt."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from conftest import FARM, MIB, SIZE
+
+from hypervisors.api import Owner, Power, spec_hash
+from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState
+
+NAME = "kata-prod"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def made(rig):
+    hypervisor = rig.hypervisor()
+    hypervisor.define(rig.spec("prod", stamp="A"), rig.template)
+    return hypervisor
+
+
+def test_a_defined_machine_is_complete_and_stopped(rig, made):
+    machine = made.find(NAME)
+    spec = rig.spec("prod", stamp="A")
+    assert machine.owner == Owner(FARM, "prod")
+    assert machine.power is Power.STOPPED
+    assert (machine.memory, machine.current, machine.vcpus) == (192 * MIB, 192 * MIB, 1)
+    assert (machine.mac, machine.template) == (spec.nic.mac, "base@1")
+    assert machine.spec_hash == spec_hash(spec)
+    assert machine.disk == rig.disks().find(NAME).path
+    assert machine.started is None
+    assert list(made.list()) == [machine]
+    assert list(made.leftovers()) == []
+
+
+def test_defining_again_is_a_conflict(rig, made):
+    with pytest.raises(Conflict):
+        made.define(rig.spec("prod"), rig.template)
+
+
+def test_a_define_that_fails_leaves_nothing(rig):
+    def step(text):
+        if text.startswith("define"):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        rig.hypervisor(step=step).define(rig.spec("prod"), rig.template)
+    assert rig.hypervisor().find(NAME) is None
+    assert rig.disks().find(NAME) is None
+
+
+def test_a_killed_define_is_taken_up(rig):
+    rig.disks().clone(rig.template, NAME, Owner(FARM, "prod"), SIZE)
+    (leftover,) = rig.hypervisor().leftovers()
+    assert (leftover.kind, leftover.ref) == ("disk", NAME)
+    rig.hypervisor().define(rig.spec("prod"), rig.template)
+    assert list(rig.hypervisor().leftovers()) == []
+
+
+def test_leftovers_are_discarded(rig, made):
+    rig.disks().clone(rig.template, "kata-disk", Owner(FARM, "disk"), SIZE)
+    rig.disks().destroy(NAME)
+    found = list(made.leftovers())
+    assert [(x.kind, x.ref) for x in found] == [("domain", NAME), ("disk", "kata-disk")]
+    with pytest.raises(NotFound):
+        made.start(NAME)
+    for leftover in found:
+        made.discard(leftover)
+        made.discard(leftover)
+    assert list(made.leftovers()) == list(made.list()) == list(rig.disks().list()) == []
+
+
+def test_a_foreign_machine_of_a_look_alike_name_is_left_alone(rig, made):
+    rig.add_foreign("kata-dev2")
+    assert made.find("kata-dev2").owner is None
+    assert [m.name for m in made.list()] == [NAME]
+    with pytest.raises(NotOurs):
+        made.define(rig.spec("dev2"), rig.template)
+    assert rig.disks().find("kata-dev2") is None
+    for change in (
+        lambda: made.start("kata-dev2"),
+        lambda: made.stop("kata-dev2", grace=0),
+        lambda: made.reset("kata-dev2", "clean"),
+        lambda: made.balloon("kata-dev2", MIB, timeout=1),
+        lambda: made.redefine(rig.spec("dev2")),
+        lambda: made.checkpoint("kata-dev2", "x"),
+        lambda: made.destroy("kata-dev2"),
+    ):
+        with pytest.raises(NotOurs):
+            change()
+    assert rig.foreign_there("kata-dev2")
+    assert list(made.leftovers()) == []
+
+
+def test_another_farms_machine_is_left_alone(rig, made):
+    other = rig.hypervisor("other")
+    assert list(other.list()) == []
+    assert other.find(NAME).owner == Owner(FARM, "prod")
+    for change in (
+        lambda: other.start(NAME),
+        lambda: other.reset(NAME, "clean"),
+        lambda: other.destroy(NAME),
+    ):
+        with pytest.raises(NotOurs):
+            change()
+
+
+def test_machines_that_are_not_there(rig):
+    hypervisor = rig.hypervisor()
+    assert hypervisor.find("kata-nobody") is None
+    for change in (
+        lambda: hypervisor.start("kata-nobody"),
+        lambda: hypervisor.stop("kata-nobody", grace=0),
+        lambda: hypervisor.reset("kata-nobody", "clean"),
+    ):
+        with pytest.raises(NotFound):
+            change()
+    hypervisor.destroy("kata-nobody")
+
+
+def test_redefining_keeps_the_disk(rig, made):
+    made.checkpoint(NAME, "one")
+    changed = replace(rig.spec("prod"), memory=256 * MIB)
+    machine = made.redefine(changed)
+    assert (machine.memory, machine.spec_hash) == (256 * MIB, spec_hash(changed))
+    assert machine.template == "base@1"
+    assert [c.name for c in rig.disks().find(NAME).checkpoints] == ["clean", "one"]
+
+
+def test_ten_machines_at_once(rig):
+    hypervisor = rig.hypervisor()
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda n: hypervisor.define(rig.spec(f"n{n}"), rig.template), range(10)))
+    assert len(hypervisor.list()) == 10
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda n: hypervisor.destroy(f"kata-n{n}"), range(10)))
+    assert list(hypervisor.leftovers()) == list(hypervisor.list()) == []
+
+
+def test_a_life(rig, made):
+    """Write, stop, read it back; checkpoint; write more; back to either; power cut by reset."""
+    assert rig.boot("prod", "A") == ""
+    machine = made.find(NAME)
+    assert machine.power is Power.RUNNING and machine.started is not None
+    for change in (
+        lambda: made.start(NAME),
+        lambda: made.redefine(rig.spec("prod")),
+        lambda: made.checkpoint(NAME, "x"),
+    ):
+        with pytest.raises(WrongState):
+            change()
+    with pytest.raises(NotFound):
+        made.reset(NAME, "nothing")
+    assert made.find(NAME).power is Power.RUNNING
+    made.stop(NAME, grace=60)
+    made.stop(NAME, grace=60)
+    assert made.find(NAME).power is Power.STOPPED
+    made.checkpoint(NAME, "older")
+    made.redefine(rig.spec("prod", stamp="B"))
+    assert rig.boot("prod", "B") == "A"
+    made.reset(NAME, "clean")
+    assert made.find(NAME).power is Power.STOPPED
+    assert rig.disks().pristine(NAME, "clean")
+    assert rig.boot("prod", "B") == ""
+    made.reset(NAME, "older")
+    assert rig.boot("prod", "B") == "A"
+    made.destroy(NAME)
+    made.destroy(NAME)
+    assert made.find(NAME) is None and rig.disks().find(NAME) is None
+
+
+def test_ballooning(rig, made):
+    with pytest.raises(WrongState):
+        made.balloon(NAME, 128 * MIB, timeout=5)
+    rig.boot("prod", "A")
+    assert abs(made.balloon(NAME, 128 * MIB, timeout=60) - 128 * MIB) < MIB
+    assert abs(made.find(NAME).current - 128 * MIB) < MIB
+    assert abs(made.balloon(NAME, 192 * MIB, timeout=60) - 192 * MIB) < MIB
+    with pytest.raises(UsageError, match="maximum"):
+        made.balloon(NAME, 256 * MIB, timeout=5)
+    with pytest.raises(UsageError, match="go down"):
+        made.balloon(NAME, 16 * MIB, timeout=5)
+    assert abs(made.find(NAME).current - 192 * MIB) < MIB
+    made.stop(NAME, grace=0)
+
+
+def test_two_clients_at_once(rig, made):
+    second = rig.hypervisor()
+    rig.boot("prod", "A")
+    assert second.find(NAME).power is Power.RUNNING
+    second.stop(NAME, grace=0)
+    assert made.find(NAME).power is Power.STOPPED
+
+
+def test_a_port_that_is_taken_is_named(rig):
+    hypervisor = rig.hypervisor()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for vm in ("one", "two"):
+        hypervisor.define(rig.spec(vm, port=port), rig.template)
+    hypervisor.start("kata-one")
+    with pytest.raises(Conflict, match=str(port)):
+        hypervisor.start("kata-two")
+    assert hypervisor.find("kata-two").power is Power.STOPPED
+    hypervisor.stop("kata-one", grace=0)
+    hypervisor.start("kata-two")
+    hypervisor.destroy("kata-two")

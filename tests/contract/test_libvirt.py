@@ -1,0 +1,201 @@
+"""What only real guests under a real libvirtd can show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MIB, _short_directory
+
+from hypervisors.api import Nic, Power
+from hypervisors.domain_xml import domain_xml, read_domain
+from hypervisors.kvm import kvm_usable, try_boot
+from hypervisors.libvirt_driver import LibvirtHypervisor
+from hypervisors.private import PrivateLibvirt
+from hypervisors.run import Runner, which
+from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
+
+NAME = "kata-prod"
+
+
+def define(real, options="", stamp="A"):
+    hypervisor = real.hypervisor()
+    hypervisor.define(real.spec("prod", stamp=stamp, options=options), real.template)
+    return hypervisor
+
+
+def wait_until(check):
+    limit = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def kill_daemon(private):
+    pid = int(private._pidfile.read_text())
+    handle = os.pidfd_open(pid)
+    signal.pidfd_send_signal(handle, signal.SIGKILL)
+    os.close(handle)
+
+
+def test_a_killed_libvirtd_comes_back_and_finds_its_guests(real, capfd):
+    hypervisor = define(real)
+    real.boot("prod", "A")
+    kill_daemon(real.private)
+    machine = hypervisor.find(NAME)
+    assert machine.power is Power.RUNNING and machine.started is not None
+    kill_daemon(real.private)
+    hypervisor.balloon(NAME, 128 * MIB, timeout=60)
+    kill_daemon(real.private)
+    hypervisor.stop(NAME, grace=60)
+    assert hypervisor.find(NAME).power is Power.STOPPED
+    assert capfd.readouterr().err == ""
+
+
+def test_many_find_a_dead_libvirtd_at_once(real):
+    hypervisor = define(real)
+    kill_daemon(real.private)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: hypervisor.find(NAME), range(8)))
+    assert len(found) == 8 and all(found)
+
+
+def test_without_a_balloon_driver(real):
+    hypervisor = define(real, options="balloon=off")
+    real.boot("prod", "A")
+    with pytest.raises(Unsupported, match="no balloon driver"):
+        hypervisor.balloon(NAME, 128 * MIB, timeout=2)
+
+
+def test_the_floor_follows_what_the_guest_uses(real):
+    hypervisor = define(real, options="hog=64")
+    real.boot("prod", "A")
+    time.sleep(1.2)  # the statistics' period
+    with pytest.raises(UsageError, match="needs"):
+        hypervisor.balloon(NAME, 112 * MIB, timeout=20)
+    assert hypervisor.find(NAME).power is Power.RUNNING
+
+
+def test_a_guest_that_does_not_listen_loses_its_power(real):
+    hypervisor = define(real, options="acpi=ignore")
+    real.boot("prod", "A")
+    hypervisor.stop(NAME, grace=1)
+    assert hypervisor.find(NAME).power is Power.STOPPED
+
+
+@pytest.mark.parametrize("end", ["poweroff", "crash"])
+def test_a_guest_that_ends_stays_stopped(real, end):
+    hypervisor = define(real, options=f"then={end} panic=0" if end == "poweroff" else "then=crash")
+    hypervisor.start(NAME)
+    if end == "poweroff":
+        wait_until(lambda: hypervisor.find(NAME).power is Power.STOPPED)
+    else:
+        wait_until(lambda: "FOUND=A" in (real.place / "prod.log").read_text(errors="replace"))
+        hypervisor.stop(NAME, grace=0)  # panic=-1 reboots it, and it came up again
+
+
+def test_the_console_of_the_last_start_is_kept(real):
+    hypervisor = define(real)
+    real.boot("prod", "A")
+    console = hypervisor.console(NAME)
+    assert console.argv[0] == "virsh" and console.argv[-1] == NAME
+    first = console.log.read_text(errors="replace")
+    hypervisor.stop(NAME, grace=0)
+    hypervisor.start(NAME)
+    kept = console.log.with_name("prod.log.1").read_text(errors="replace")
+    assert kept.startswith(first[:100]) and "READY" in kept
+
+
+def test_a_bridge_and_a_network_are_plain_libvirt(real):
+    spec = real.spec("prod")
+    for mode in ("bridge", "network"):
+        nic = Nic(mac="52:54:00:01:02:03", mode=mode, target='br"0<&>')
+        xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True)
+        assert read_domain(xml).mac == "52:54:00:01:02:03"
+        assert "br&quot;0&lt;&amp;&gt;" in xml
+
+
+def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
+    where = f"qemu+unix:///system?socket={tmp_path}/none"
+    lost = LibvirtHypervisor(where, "kata", real.disks(), Runner(), kvm=kvm_usable(Runner(), tmp_path))
+    with pytest.raises(DriverFailed) as caught:
+        lost.list()
+    assert caught.value.remedy and "\n" not in str(caught.value)
+
+
+def test_the_boot_sector_runs():
+    qemu = which("qemu-system-x86_64")
+    assert try_boot(Runner(), qemu, "tcg").usable
+    assert not try_boot(Runner(), qemu, "nonsense").usable
+
+
+def test_the_kvm_verdict_is_kept(tmp_path):
+    first = kvm_usable(Runner(), tmp_path)
+    assert kvm_usable(Runner(), tmp_path) == first
+    assert first.why and "\n" not in first.why
+
+
+# -- the private daemon itself ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def place():
+    path = _short_directory()
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_daemon_started_by_many_is_one_and_ends_without_a_trace(place, private):
+    mounts = Path("/proc/self/mountinfo").read_text()
+    daemons = [PrivateLibvirt(place / "s", place / "r", private._cache, True) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda d: d.uri(), daemons))) == 1
+    pid = int(daemons[0]._pidfile.read_text())
+    assert daemons[3].running()
+    daemons[5].stop()
+    daemons[6].stop()
+    assert not daemons[0].running() and not Path(f"/proc/{pid}").exists()
+    assert list(place.iterdir()) == []
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+
+
+def test_stale_files_of_a_dead_daemon_are_no_obstacle(place, private):
+    daemon = PrivateLibvirt(place / "s", place / "r", private._cache, True)
+    daemon.uri()
+    kill_daemon(daemon)
+    wait_until(lambda: not daemon.running())
+    assert daemon._socket.exists()
+    daemon.uri()
+    assert daemon.running()
+    daemon.stop()
+
+
+def test_a_daemon_with_guests_is_not_stopped_unless_forced(real):
+    hypervisor = define(real)
+    real.boot("prod", "A")
+    with pytest.raises(WrongState, match=NAME):
+        real.private.stop()
+    kill_daemon(real.private)
+    with pytest.raises(WrongState, match=NAME):
+        real.private.stop()
+    real.private.stop(force=True)
+    assert real.private.machines_running() == ()
+    assert hypervisor.find(NAME).power is Power.STOPPED  # its definition was kept
+
+
+def test_too_long_a_runtime_directory_is_refused_in_words(place):
+    daemon = PrivateLibvirt(place / "s", place / ("r" * 100), place / "c", True)
+    with pytest.raises(DriverFailed, match="too long"):
+        daemon.uri()
+
+
+def test_only_its_owner_may_talk_to_it(private):
+    private.uri()
+    for path in private._socket.parent.glob("libvirt-sock*"):
+        assert path.stat().st_mode & 0o077 == 0
