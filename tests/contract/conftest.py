@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import lvm_rig
 import pytest
 import small_guest
 
@@ -31,6 +32,9 @@ FARM = "kata"
 REAL = {
     "fake": "simulated",
     "qcow2": "real qemu-img files",
+    "lvm-thin": "real LVM thin volumes",
+    "lvm-linked": "real LVM snapshots",
+    "lvm-full": "real LVM volumes, copied",
     "libvirt": "real QEMU under a private libvirtd",
 }
 
@@ -103,9 +107,18 @@ class Qcow2Rig:
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(params=[FakeDisksRig, Qcow2Rig], ids=["fake", "qcow2"])
+_LVM = {"lvm-thin": lvm_rig.ThinRig, "lvm-linked": lvm_rig.ClassicRig, "lvm-full": lvm_rig.FullRig}
+
+
+@pytest.fixture(params=["fake", "qcow2", *(pytest.param(k, marks=pytest.mark.lab) for k in _LVM)])
 def store(request: pytest.FixtureRequest, tmp_path: Path):
-    return request.param(tmp_path)
+    kind = request.param
+    if kind not in _LVM:
+        yield FakeDisksRig(tmp_path) if kind == "fake" else Qcow2Rig(tmp_path)
+        return
+    rig = _LVM[kind]()
+    yield rig
+    rig.close()
 
 
 class FakeRig:
