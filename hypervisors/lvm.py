@@ -38,6 +38,7 @@ MARK = "farmhand"
 _PREFIX = "fh."
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-/=!:&")
 _CHUNK = 900  # of an encoded value; with its key under the 1024 of a tag
+_PASSING = ("udev", "systemd-udevd", "(udev-worker)", "blkid")  # a look at a new device, soon over
 _NODE_WAIT = 15.0  # seconds for udev to make a device's name
 _FIELDS = (
     "lv_name,lv_size,origin,origin_size,pool_lv,lv_role,data_percent,metadata_percent,lv_metadata_size,"
@@ -297,5 +298,7 @@ def _processes(number: int) -> Iterator[str]:
                 with contextlib.suppress(OSError):
                     seen = handle.stat()
                     if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == number:
-                        yield f"{(place / 'comm').read_text().strip()} (pid {place.name})"
+                        name = (place / "comm").read_text().strip()
+                        if not name.startswith(_PASSING):
+                            yield f"{name} (pid {place.name})"
                         break
