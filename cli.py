@@ -249,8 +249,9 @@ def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
             lines.append(f"  {error.remedy}")
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
-    except BrokenPipeError:
-        pass
+    except OSError:  # nobody reads any more: a closed pipe, a terminal hung up; the status still tells
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise Exit(code=status) from None
 
 

@@ -73,8 +73,13 @@ class Screen:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (BrokenPipeError, UnicodeEncodeError):
+        except (OSError, UnicodeEncodeError):  # a closed pipe, a terminal hung up (EIO), a full disk
             self._broken = True
+
+
+def _fit(text: str, end: str, width: int) -> str:
+    room = max(width - len(end), 4)
+    return (text if len(text) <= room else text[: room - 1] + "…") + end
 
 
 def _printable(line: bytes) -> str:
@@ -133,11 +138,12 @@ class LiveScreen(Screen):
                 self._write("")
             return
         now = time.monotonic()
+        width = shutil.get_terminal_size((80, 24)).columns - 1
+        share = (width - 2) // len(self._under_way) - 3  # each VM is seen, also in a narrow window
         parts = [
-            f"{f'{vm}: ' if vm else ''}{text} {now - since:.0f}s"
+            _fit(f"{vm}: {text}" if vm else text, f" {now - since:.0f}s", share)
             for vm, (text, since) in sorted(self._under_way.items())
         ]
-        width = shutil.get_terminal_size((80, 24)).columns - 1
         line = f"{_SPINNER[self._turn % len(_SPINNER)]} {' · '.join(parts)}"
         Screen._write(self, _ERASE + (line if len(line) <= width else line[: width - 1] + "…"))
         self._shown = True

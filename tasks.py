@@ -39,7 +39,7 @@ def demo(run: Run, destroy: bool = False) -> Result:
     if run.plan:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
-    return Result(report.as_dict(), report.text(), ok=report.ok)
+    return Result(report.as_dict(), report.text(), report.ok, report.problem, report.remedy)
 
 
 # ---- Templates.
@@ -268,16 +268,23 @@ def cycle(
     from builds import cycle as cycles
 
     run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
-    choice = {
-        "start_from": from_ or None,
-        "only": cli.names(only) if only else (),
-        "revision": revision or None,
-        "keep_going": keep_going,
-    }
+    begin, which, of = from_ or None, cli.names(only), revision or None
     with run.site() as site:
         if run.plan:
-            return views.plan("cycle", cycles.plan_cycle(site, **choice))
-        return views.build_record(cycles.run_cycle(site, **choice, stream=run.screen.stream))
+            return views.plan(
+                "cycle", cycles.plan_cycle(site, start_from=begin, only=which, revision=of)
+            )
+        with views.failed_build(site.paths) as result:
+            record = cycles.run_cycle(
+                site,
+                start_from=begin,
+                only=which,
+                revision=of,
+                keep_going=keep_going,
+                stream=run.screen.stream,
+            )
+            result.append(views.build_record(record))
+        return result[0]
 
 
 @command(
@@ -291,7 +298,7 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
         record = find_record(site.paths, build or "last")
         if step:
             return views.step_log(record, step)
-        return views.build_record(record, past=True)
+        return views.build_record(record)
 
 
 @command({"limit": "How many."}, plans=False)

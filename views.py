@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from inventory.errors import BuildFailed
 from inventory.sizes import format_duration, format_size
 from provision.report import UNCHANGING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from builds.record import BuildRecord
     from hypervisors.api import Template
     from provision.journal import Record
+    from provision.paths import FarmPaths
     from provision.report import Action, Outcome
     from provision.status import FarmStatus
 
@@ -155,6 +158,8 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
+        if o.verb == "cycle":  # stands below as the build it made
+            continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
         row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
         lines.append((o.started, row))
@@ -177,9 +182,8 @@ def _why(record: BuildRecord) -> str:
     return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
 
 
-def build_record(record: BuildRecord, *, past: bool = False) -> Result:
-    """A build's steps, what came out, where the record is. ``past``: asked for later, so that a failed
-    one is no failure of this command."""
+def build_record(record: BuildRecord) -> Result:
+    """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
     lines = [f"build {record.id}  {record.result}, {moment}, {format_duration(record.seconds)}"]
@@ -192,7 +196,7 @@ def build_record(record: BuildRecord, *, past: bool = False) -> Result:
             f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
             step.status,
             format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
-            step.message.partition("\n")[0],
+            f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}",
         )
         for step in record.steps
     ]
@@ -200,25 +204,28 @@ def build_record(record: BuildRecord, *, past: bool = False) -> Result:
     if record.outputs:
         files = [(f.name, _about(f.size), f.sha256) for f in record.outputs]
         lines += ["", table(("FILE", "SIZE", "SHA256"), files)]
-    step = record.failed_step
-    if step is not None and step.tail:
-        lines += [
-            "",
-            f"the last lines of {step.name}:",
-            *(f"  | {x}" for x in step.tail.splitlines()[-15:]),
-        ]
+    failed = record.failed_step
+    if failed is not None and failed.tail:
+        lines += ["", f"the last lines of {failed.name}:"]
+        lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
-    ok = past or record.result == "passed"
-    if ok or step is None:
-        problem = "" if ok else f"build {record.id} {record.result}"
-        return Result(record.as_dict(), "\n".join(lines), ok=ok, problem=problem)
-    return Result(
-        record.as_dict(),
-        "\n".join(lines),
-        ok=False,
-        problem=f"build {record.id} {record.result} in step {_why(record)}",
-        remedy=f"see ./invoke log --step {step.name}; go on with ./invoke cycle --from {step.name}",
-    )
+    return Result(record.as_dict(), "\n".join(lines))
+
+
+@contextmanager
+def failed_build(paths: FarmPaths) -> Iterator[list[Result]]:
+    """A failed build is shown as its record too, not by its error alone."""
+    from builds.record import find_record
+
+    result: list[Result] = []
+    try:
+        yield result
+    except BuildFailed as error:
+        if not error.build:
+            raise
+        shown = build_record(find_record(paths, error.build))
+        data = {**shown.data, **error.as_dict()}
+        result.append(Result(data, shown.text, False, error.message, error.remedy))
 
 
 def step_log(record: BuildRecord, name: str) -> Result:

@@ -1,10 +1,10 @@
 """Why a step failed, judged by what it printed: whose turn it is now.
 
-    source          the authors of what is built: it does not compile, its tests fail
-    dependencies    packages it needs are missing or don't fit
-    environment     the VM as it is: full disk, no memory, a tool or name service missing
-    infrastructure  the farm: a VM or connection was lost, a machine or its disk isn't as it must be
-    time-out        the step's own limit
+source          the authors of what is built: it does not compile, its tests fail
+dependencies    packages it needs are missing or don't fit
+environment     the VM as it is: full disk, no memory, a tool or name service missing
+infrastructure  the farm: a VM or connection was lost, a machine or its disk isn't as it must be
+time-out        the step's own limit
 """
 
 from __future__ import annotations

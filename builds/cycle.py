@@ -83,7 +83,8 @@ def run_cycle(
             check(site, steps)
         source = resolve_source(site, revision, snapshot=True)
         build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
-        with asyncio.Runner() as runner:
+        # Journaled, so that after a kill the next command brings the VMs' memory down again.
+        with site.journal.operation("cycle", vms=vms, build=build.id), asyncio.Runner() as runner:
             runner.run(build.run(vms))
         return build.conclude()
 
@@ -145,6 +146,10 @@ class _Build:
         )
         self._machines = Machines(site, source, directory, meter, self._note)
         point_last(site.paths, directory.name)
+
+    @property
+    def id(self) -> str:
+        return self._record.id
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -336,7 +341,7 @@ class _Build:
             outputs=tuple(f for step in steps for f in step.files if f.path.startswith("artifacts/")),
             **self._meter.shares(),  # type: ignore[arg-type]
         )
-        self._record.save()
+        self._record.save(durable=self._record.result != "running")
         page.write(self._record)
 
     async def _checksum(self) -> None:

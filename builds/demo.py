@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inventory.errors import Unsupported
+from inventory.errors import BuildFailed, Unsupported
 from inventory.sizes import format_duration, format_size
 from provision.report import Action, Outcome, Reporter, merged
 from provision.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "kata"
+COMMAND = f"{PROGRAM} --version; {PROGRAM} 2026"
 """What prod.rpm installs, and what is run in prod at the end."""
 
 Opener = Callable[[], AbstractContextManager[Site]]
@@ -48,6 +49,8 @@ class DemoReport:
     page: Path
     program: str
     farm_flag: str
+    problem: str = ""
+    remedy: str = ""
 
     def as_dict(self) -> Mapping[str, object]:
         return {
@@ -76,6 +79,7 @@ class DemoReport:
             (f"./invoke ssh --vm prod{flag}", "log in to prod"),
             (f"./invoke reset --vm prod{flag}", f"put prod back to clean: {PROGRAM} is gone"),
             (f"./invoke cycle{flag}", "build again"),
+            (f"./invoke log{flag}", "what was built, from what"),
             ("./invoke demo --destroy", "leave nothing behind"),
         ):
             lines.append(f"  {text:<{26 + len(flag)}}  {what}")
@@ -108,6 +112,7 @@ def farm_file(farm: str) -> Path:
 def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
     from builds.cycle import run_cycle
+    from builds.record import find_record
     from provision import farm, golden
 
     with open_site() as site:
@@ -122,9 +127,12 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
         with clock.stage("clone-farm", f"cloning {names}, and waiting until they answer"):
             farm.clone_farm(site, (), start=True, wait=True)
         with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
-            record = run_cycle(
-                site, start_from=None, only=(), revision=None, keep_going=False, stream=stream
-            )
+            try:
+                record, failure = run_cycle(site, stream=stream), None
+            except BuildFailed as error:
+                if not error.build:
+                    raise
+                record, failure = find_record(site.paths, error.build), error
         program = ""
         if record.result == "passed":
             with clock.stage("program", f"running {PROGRAM} inside prod"):
@@ -138,6 +146,8 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
             page=record.page,
             program=program,
             farm_flag=_farm_flag(site),
+            problem=failure.message if failure else "",
+            remedy=failure.remedy if failure else "",
         )
 
 
@@ -197,6 +207,6 @@ def _run_program(site: Site) -> str:
 
     async def ask() -> str:
         async with await Connection.open(site.endpoint("prod")) as connection:
-            return await connection.output(PROGRAM, timeout=60)
+            return await connection.output(f"set -e; {COMMAND}", timeout=60)
 
     return asyncio.run(ask()).strip()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from builds.meter import Meter
-from builds.record import FileRecord, VmRecord
+from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved
 from hypervisors.api import Power
 from inventory.errors import FarmhandError
@@ -21,7 +21,6 @@ from inventory.sizes import format_duration, format_size
 from provision import farm
 from provision.connection import Connection
 from provision.dial import wait_ready_async
-from provision.files import write_atomic
 from provision.power import can_power
 from provision.remote import tail_of
 from provision.site import Site
@@ -210,7 +209,7 @@ class Machines:
             self._note(f"{vm}: its packages could not be listed: {error.message}")
             return
         name = f"packages-{vm}.txt"
-        write_atomic(self._directory / name, text.encode())
+        replace_file(self._directory / name, text, durable=False)
         self._update(
             vm,
             packages=name,

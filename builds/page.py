@@ -1,9 +1,100 @@
-"""A build record as one page: no script, no request for anything elsewhere, light and dark."""
+"""A build record as one page: no script, no request to anywhere, readable in light and dark, on paper
+and on a telephone. ``templates/pages/build.html.j2`` is how it looks; what it says is made here."""
 
 from __future__ import annotations
 
-from builds.record import BuildRecord
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builds.record import BuildRecord, StepRecord, replace_file
+from inventory.sizes import format_duration, format_size
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "pages"
+_TICKS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200, 86400)
+_REFRESH = 5  # seconds, while the build runs
+_OPENED_LINES = 25  # of a failed step, shown unasked
 
 
 def write(record: BuildRecord) -> None:
-    _ = record
+    """Replace the record's index.html in one step. NoSpace, WrongState if the disk refuses."""
+    replace_file(record.page, render(record), durable=False)  # it can be made again from the record
+
+
+def render(record: BuildRecord) -> str:
+    """The page as text."""
+    span = max(record.seconds, *(s.offset + s.seconds for s in record.steps if s.started), 0.001)
+    return _template().render(
+        build=record,
+        failed=record.failed_step,
+        span=span,
+        ticks=_ticks(span),
+        refresh=_REFRESH if record.result == "running" else None,
+        bar=lambda step: _bar(step, span),
+        glance=_glance(record),
+    )
+
+
+@cache
+def _template() -> Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = format_duration
+    environment.filters["size"] = format_size
+    environment.filters["moment"] = _moment
+    environment.filters["last"] = lambda text, lines=_OPENED_LINES: "\n".join(text.splitlines()[-lines:])
+    return environment.get_template("build.html.j2")
+
+
+def _moment(iso: str) -> str:
+    """``2026-11-21 00:30:05`` UTC."""
+    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M:%S") if iso else ""
+
+
+def _bar(step: StepRecord, span: float) -> str:
+    """Left edge and width as CSS; what is too short to see still shows."""
+    left = min(step.offset / span * 100, 99.6)
+    width = min(max(step.seconds / span * 100, 0.4), 100 - left)
+    return f"left:{left:.2f}%;width:{width:.2f}%"
+
+
+def _ticks(span: float) -> list[tuple[str, str]]:
+    """Position (CSS) and label of the axis's marks: five to ten round ones."""
+    every = next((tick for tick in _TICKS if span / tick <= 8), _TICKS[-1])
+    count = int(span / every)
+    return [
+        (f"left:{n * every / span * 100:.2f}%", _clock(n * every)) for n in range(count + 1)
+    ]  # fmt: skip
+
+
+def _clock(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _glance(record: BuildRecord) -> str:
+    """One sentence."""
+    took = format_duration(record.seconds)
+    step = record.failed_step
+    if record.result == "passed":
+        count = len(record.outputs)
+        files = f", {count} file{'s' * (count != 1)} came out" if count else ""
+        done = sum(s.status == "passed" for s in record.steps)
+        return f"{done} step{'s' * (done != 1)} passed in {took}{files}."
+    if record.result == "running":
+        now = next((s for s in record.steps if s.status == "running"), None)
+        return f"Running for {took}{f', now at {now.name} on {now.vm}' if now else ''}."
+    at = f" at step {step.name} on {step.vm}" if step else ""
+    return f"{record.result.capitalize()}{at}, after {took}."

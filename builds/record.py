@@ -142,10 +142,26 @@ class BuildRecord:
         del values["directory"]
         return {"format": FORMAT, **values}
 
-    def save(self) -> None:
+    def save(self, *, durable: bool = True) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
         text = json.dumps(self._stored(), indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.path, text.encode())
+        replace_file(self.path, text, durable=durable)
+
+
+def replace_file(path: Path, text: str, *, durable: bool) -> None:
+    """Replace a file in one step, mode 0644. While a build runs, not ``durable``: the death of this
+    process leaves the old or the new all the same, and a disk's flush may take longer than a step."""
+    if durable:
+        write_atomic(path, text.encode())
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text)
+        part.chmod(0o644)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
 
 
 def now() -> str:

@@ -157,13 +157,10 @@ def resolve(
         if status:
             count = len(status.splitlines())
             notes.append(f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built")
-    commit = _commit(runner, where, revision, directory)
-    tree, _, subject = _git(
-        runner, where, "log", "-1", "--no-show-signature", "--format=%T %s", commit
-    ).partition(" ")  # fmt: skip
+    commit, tree, subject = _commit(runner, where, revision, directory)
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
-        subject=subject.strip(), repository=own, notes=tuple(notes),
+        subject=subject, repository=own, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -237,14 +234,22 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     return True
 
 
-def _commit(runner: Runner, where: Path, revision: str, shown: Path) -> str:
+def _commit(runner: Runner, where: Path, revision: str, shown: Path) -> tuple[str, str, str]:
+    """Commit, tree and subject. Looked up as it stands, for ":/text" would search for what is appended;
+    git-log goes from a tag to its commit by itself."""
     found = runner.read(
-        *_GIT, "-C", where, "rev-parse", "--quiet", "--verify", "--end-of-options",
-        f"{revision}^{{commit}}", ok=(0, 1, 128), env=_TRUSTING,
+        *_GIT, "-C", where, "rev-parse", "--quiet", "--verify", "--end-of-options", revision,
+        ok=(0, 1, 128), env=_TRUSTING,
     )  # fmt: skip
-    commit = found.stdout.strip().splitlines()[-1:] or [""]
-    if found.status == 0 and _COMMIT.fullmatch(commit[0]):
-        return commit[0]
+    name = (found.stdout.strip().splitlines() or [""])[-1]
+    if found.status == 0 and _COMMIT.fullmatch(name):
+        log = runner.read(
+            *_GIT, "-C", where, "log", "-1", "--no-show-signature", "--format=%H %T %s", name, "--",
+            ok=(0, 128), env=_TRUSTING,
+        )  # fmt: skip
+        if log.status == 0 and log.stdout:
+            commit, tree, subject = log.stdout.rstrip("\n").split(" ", 2)
+            return commit, tree, subject
     names = _git(
         runner, where, "for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags"
     ).split()  # fmt: skip
@@ -273,8 +278,12 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
         return unresolved  # perhaps only the VM reaches it; if not, the fetch says why
     refs = {ref: commit for commit, ref in (line.split("\t") for line in answer.stdout.splitlines())}
     for ref in (
-        revision, f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}", f"refs/heads/{revision}",
-        f"{revision}^{{}}", f"refs/{revision}",
+        revision,
+        f"refs/tags/{revision}^{{}}",
+        f"refs/tags/{revision}",
+        f"refs/heads/{revision}",
+        f"{revision}^{{}}",
+        f"refs/{revision}",
     ):  # gitrevisions(7), <refname>: in its order; an annotated tag's commit before the tag itself
         if ref in refs:
             return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
@@ -285,5 +294,3 @@ def _git(runner: Runner, where: Path, *args: str, bare: Path | None = None) -> s
     if bare is not None and bare == where:
         return ""  # no work tree, so nothing uncommitted
     return runner.read(*_GIT, "-C", where, *args, env=_TRUSTING).stdout
-
-

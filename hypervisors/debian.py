@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hypervisors.images import convert
 from hypervisors.run import Runner, which
-from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError
+from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError, WrongState
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 PACKAGES = (
@@ -114,7 +114,7 @@ def build_image(
             _need_room(scratch)
             _check_unshare(runner)
         tree, mode = work / "root.tar", "root" if root else "unshare"
-        _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log)
+        _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log, out.parent)
         core = work / "core.img"
         early = work / "grub.cfg"
         early.write_text(
@@ -147,10 +147,27 @@ def build_image(
 def remove_build(runner: Runner, directory: Path) -> None:
     """Remove a build's directory, of a killed one too: as an ordinary user, files in it may belong to
     the ids of the user's namespace."""
+    for mount in mounts_below(directory, Path("/proc/self/mountinfo").read_text(encoding="utf-8")):
+        runner.change("umount", mount)
+    if mounts_below(directory, Path("/proc/self/mountinfo").read_text(encoding="utf-8")):
+        raise WrongState(
+            f"something is mounted below {directory}: it is not removed, for that would empty the mount",
+            remedy=f"findmnt shows it; unmount it, then: rm -r --one-file-system {directory}",
+        )
     shutil.rmtree(directory, ignore_errors=True)
     if directory.exists() and os.geteuid() != 0:
+        directory.chmod(0o777)  # the namespace's root is "others" here, and must unlink what it owns
         runner.change("mmdebstrap", "--unshare-helper", "rm", "-rf", directory, ok=range(256))
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def mounts_below(directory: Path, mountinfo: str) -> list[str]:
+    """Mount points under ``directory``, the deepest first, out of proc_pid_mountinfo(5)'s lines. Root's
+    build mounts /proc, /sys and parts of /dev in the new system; removal must never walk into those."""
+    points = [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split()[4])
+              for line in mountinfo.splitlines()]  # fmt: skip
+    inside = [point for point in points if Path(point).is_relative_to(directory.resolve())]
+    return sorted(inside, key=lambda point: -point.count("/"))
 
 
 def stale_scratch() -> tuple[Path, ...]:
@@ -219,13 +236,13 @@ def _bootstrap(
     mode: str,
     packages: Path,
     log: Path,
+    cache: Path,
 ) -> None:
     overlay = work / "overlay.tar"
     _write_overlay(recipe, overlay)
     wanted = ",".join((*recipe.packages, recipe.kernel))
     argv: list[str | Path] = [
-        # ended with us, though we be killed: it runs in a session of its own
-        "setpriv", "--pdeathsig", "TERM", "--",
+        *_tethered(cache),
         "mmdebstrap", f"--mode={mode}", f"--variant={recipe.variant}", "--format=tar",
         f"--include={wanted}",
         "--aptopt=Acquire::Languages \"none\"", "--aptopt=APT::Install-Recommends \"false\"",
@@ -247,6 +264,23 @@ def _bootstrap(
     ]
     settled = {"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"}
     runner.change(*argv, timeout=1800, log=log, env=settled)
+
+
+def still_running(cache: Path) -> Path:
+    """The file that a build's mmdebstrap keeps locked as long as any process of it lives: flock(2)."""
+    return cache / ".running"
+
+
+def _tethered(cache: Path) -> list[str | Path]:
+    """mmdebstrap runs in a session of its own; when we are killed, so is it, with all that it started: a
+    process namespace ends with its first process. An ordinary user's has no such rope (the one that
+    mmdebstrap makes is within): it is asked to end, and the lock tells when it has."""
+    argv: list[str | Path] = ["setpriv", "--pdeathsig", "TERM", "--"]
+    if os.geteuid() == 0:
+        argv = ["setpriv", "--pdeathsig", "KILL", "--"]
+        argv += ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    # flock(1) hands its lock down to what it executes
+    return [*argv, "flock", "--shared", "--no-fork", still_running(cache)]
 
 
 def _write_overlay(recipe: Recipe, out: Path) -> None:

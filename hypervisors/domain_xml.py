@@ -44,9 +44,17 @@ class Seen:
 
 
 def domain_xml(
-    spec: MachineSpec, disk: Path, disk_format: str, template: str, *, kvm: bool, uuid: str = ""
+    spec: MachineSpec,
+    disk: Path,
+    disk_format: str,
+    template: str,
+    *,
+    kvm: bool,
+    system: bool,
+    uuid: str = "",
 ) -> str:
-    """The whole definition. ``kvm``: else QEMU emulates. ``uuid``: of the one it replaces.
+    """The whole definition. ``kvm``: else QEMU emulates. ``system``: for a libvirtd
+    run by root, not an ordinary user's session. ``uuid``: of the one it replaces.
 
     The disk's cache mode is "unsafe": QEMU hands the guest's writes to the host's page cache and
     leaves out the fsyncs, which makes package installs several times faster. What it gives up is the
@@ -64,15 +72,15 @@ def domain_xml(
     _text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     _text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
     _text(domain, "vcpu", str(spec.vcpus))
-    system = ET.SubElement(domain, "os")
-    _text(system, "type", "hvm", arch="x86_64", machine="pc")
+    machine = ET.SubElement(domain, "os")
+    _text(machine, "type", "hvm", arch="x86_64", machine="pc")
     if spec.kernel:
-        _text(system, "kernel", str(spec.kernel))
+        _text(machine, "kernel", str(spec.kernel))
         if spec.initrd:
-            _text(system, "initrd", str(spec.initrd))
-        _text(system, "cmdline", spec.cmdline)
+            _text(machine, "initrd", str(spec.initrd))
+        _text(machine, "cmdline", spec.cmdline)
     else:
-        ET.SubElement(system, "boot", dev="hd")
+        ET.SubElement(machine, "boot", dev="hd")
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
     ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
@@ -81,10 +89,10 @@ def domain_xml(
     _text(domain, "on_reboot", "restart")
     _text(domain, "on_crash", "destroy")  # a crashed guest stays stopped, for somebody to look at
     devices = ET.SubElement(domain, "devices")
-    _disk(devices, disk, disk_format, "vda", readonly=False)
+    _disk(devices, disk, disk_format, "vda", readonly=False, system=system)
     if spec.seed:
         # On virtio, not as a CD drive: the smallest kernels have no ATAPI. NoCloud goes by the label.
-        _disk(devices, spec.seed, "raw", "vdb", readonly=True)
+        _disk(devices, spec.seed, "raw", "vdb", readonly=True, system=system)
     ET.SubElement(devices, "controller", type="usb", model="none")
     serial = ET.SubElement(devices, "serial", type="pty")
     if spec.console_log:
@@ -101,18 +109,22 @@ def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
     ET.SubElement(parent, tag, attributes).text = text
 
 
-def _disk(devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool) -> None:
+def _disk(
+    devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool, system: bool
+) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    if path.parts[:2] == ("/", "dev"):
+    if path.parts[:2] == ("/", "dev") or path.is_block_device():  # a link to one counts
         disk.set("type", "block")
     driver = ET.SubElement(disk, "driver", name="qemu", type=form)
     if not readonly:
         driver.attrib.update(cache="unsafe", discard="unmap")
     source = ET.SubElement(disk, "source")
     source.set("dev" if disk.get("type") == "block" else "file", str(path))
-    # libvirt would give the file, and a template below it, to QEMU's user and back to root: the
-    # store has already given it the overlay, and templates are readable by all.
-    ET.SubElement(source, "seclabel", model="dac", relabel="no")
+    if system:
+        # libvirt would give the file, and a template below it, to QEMU's user and back to root: the
+        # store has already given it the overlay, and templates are readable by all. A session's
+        # libvirtd can't give files away, and refuses to be told not to.
+        ET.SubElement(source, "seclabel", model="dac", relabel="no")
     ET.SubElement(disk, "target", dev=target, bus="virtio")
     if readonly:
         ET.SubElement(disk, "readonly")
@@ -136,6 +148,15 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
     ET.SubElement(interface, "source", {nic.mode: nic.target})
     ET.SubElement(interface, "model", type="virtio")
     ET.SubElement(interface, "rom", enabled="no")
+
+
+def with_disk(text: str, path: Path) -> str:
+    """A definition of ours whose first disk is another device or file of the same format."""
+    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    source = domain.find("devices/disk[@device='disk']/source")
+    assert source is not None, "definitions of ours have a disk"
+    source.set("dev" if "dev" in source.attrib else "file", str(path))
+    return ET.tostring(domain, encoding="unicode")
 
 
 def start_mark(when: datetime) -> str:

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    DeviceDisks,
     Disk,
     Disks,
     Leftover,
@@ -39,6 +41,7 @@ from hypervisors.domain_xml import (
     domain_xml,
     read_domain,
     start_mark,
+    with_disk,
 )
 from hypervisors.kvm import KvmVerdict
 from hypervisors.libvirt_errors import connection_lost, translate
@@ -50,10 +53,11 @@ if TYPE_CHECKING:
     import libvirt
 
 _T = TypeVar("_T")
+_INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
 _CONNECT_TRIES = 5
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
-_PRESS_AGAIN = 5.0  # a guest early in its boot misses the power button
+_PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
 
 
 class LibvirtHypervisor:
@@ -178,9 +182,13 @@ class LibvirtHypervisor:
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
             seen = read_domain(domain.XMLDesc(0))
-            if self._disks.find(name) is None:
+            ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
+            disk = ready(name)
+            if disk is None:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             self._step(doing)
+            if seen.disk != disk.path:  # the store put another in its place: it knows which
+                domain = self._connect().defineXML(with_disk(domain.XMLDesc(_INACTIVE), disk.path))
             if seen.console_log:
                 _turn_over(seen.console_log)
             domain.create()
@@ -399,8 +407,12 @@ class LibvirtHypervisor:
     def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
         if spec.console_log:
             spec.console_log.parent.mkdir(parents=True, exist_ok=True)
-        xml = domain_xml(spec, disk.path, disk.format, template, kvm=self._kvm.usable, uuid=uuid)
-        self._connect().defineXML(xml)
+        connection = self._connect()
+        system = urlsplit(connection.getURI()).path == "/system"
+        xml = domain_xml(
+            spec, disk.path, disk.format, template, kvm=self._kvm.usable, system=system, uuid=uuid
+        )
+        connection.defineXML(xml)
 
     def _undefine(self, domain: libvirt.virDomain) -> None:
         import libvirt

@@ -12,16 +12,14 @@ where it is long. Tags given to ``lvcreate`` are in the very commit that makes t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import stat
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypervisors.devices import await_node, holders, passing
 from hypervisors.run import Runner, which
 from inventory.errors import (
     Busy,
@@ -38,8 +36,6 @@ MARK = "farmhand"
 _PREFIX = "fh."
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-/=!:&")
 _CHUNK = 900  # of an encoded value; with its key under the 1024 of a tag
-_PASSING = ("udev", "systemd-udevd", "(udev-worker)", "blkid")  # a look at a new device, soon over
-_NODE_WAIT = 15.0  # seconds for udev to make a device's name
 _FIELDS = (
     "lv_name,lv_size,origin,origin_size,pool_lv,lv_role,data_percent,metadata_percent,lv_metadata_size,"
     "thin_id,lv_active,lv_device_open,lv_permissions,lv_snapshot_invalid,lv_health_status,lv_tags,"
@@ -136,14 +132,8 @@ class Lvm:
 
     def ready(self, name: str) -> Path:
         """Its device, once udev has made the name (LVM makes it itself where no udev runs)."""
-        node, limit = self.node(name), time.monotonic() + _NODE_WAIT
-        while not node.is_block_device():
-            if time.monotonic() > limit:
-                raise DriverFailed(
-                    f"{node} did not appear within {_NODE_WAIT:g} s: udev is not keeping up",
-                    remedy=f"look at: udevadm settle; vgmknodes {self.vg}",
-                )
-            time.sleep(0.02)
+        node = self.node(name)
+        await_node(node)
         return node
 
     def explain(self, error: CommandFailed) -> FarmhandError:
@@ -274,31 +264,20 @@ def retagged(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def users_of(node: Path) -> list[str]:
-    """Who has a block device open: processes (proc(5)), mounts, devices on top of it."""
+    """Who has a block device open: processes, mounts, devices on top of it. Not udev, which looks at a
+    new or changed device and is done in a moment."""
     try:
         number = node.stat().st_rdev
     except OSError:
         return []
-    found = dict.fromkeys(_processes(number))
+    found = [f"{name} (pid {pid})" for pid, name in holders(node) if not passing(((pid, name),))]
     pair = f"{os.major(number)}:{os.minor(number)}"
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         words = line.split()
         if words[2] == pair:
-            found[f"the mount on {words[4]}"] = None
+            found.append(f"the mount on {words[4]}")
     for holder in Path(f"/sys/dev/block/{pair}/holders").glob("*"):
-        name = holder / "dm" / "name"
-        found[f"device {name.read_text().strip() if name.exists() else holder.name}"] = None
-    return list(found)
-
-
-def _processes(number: int) -> Iterator[str]:
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            for handle in (place / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    seen = handle.stat()
-                    if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == number:
-                        name = (place / "comm").read_text().strip()
-                        if not name.startswith(_PASSING):
-                            yield f"{name} (pid {place.name})"
-                        break
+        name_file = holder / "dm" / "name"
+        name = name_file.read_text().strip() if name_file.exists() else holder.name
+        found.append(f"device {name}")
+    return found

@@ -1,10 +1,10 @@
 """Disks as classic LVM volumes and snapshots, for groups without a thin pool.
 
-``linked``: a VM runs on a writable snapshot of a sealed volume; a reset is a fresh snapshot swapped in.
+``linked``: a VM runs on a writable snapshot of a sealed volume; a reset swaps in a fresh snapshot.
 What the guest writes goes to the snapshot's copy-on-write area (``share`` of the disk); when that is
-full the kernel drops the snapshot, and the disk is lost: ``prepare`` extends it from ``WARN_AT`` percent
-on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume of
-its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow, and a reset is a copy.
+full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it from ``WARN_AT`` percent
+on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
+of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow, and a reset is a copy.
 
 Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
 copies in ``linked`` stores too, with progress and going on after a kill:
@@ -17,8 +17,7 @@ copies in ``linked`` stores too, with progress and going on after a kill:
 A copy of a ``full`` disk is read from a snapshot of it (removed afterwards), so that a VM started by
 somebody else meanwhile can't tear it; a linked disk can't have one, and the caller has stopped its VM.
 
-``merge`` (linked) writes the disk's changes back into the checkpoint it grew from (``lvconvert --merge``),
-for who updates a checkpoint in place without room or patience for another copy. Never into a template.
+``merge`` (linked) writes the disk's changes back into its base checkpoint (``lvconvert --merge``), for who updates a checkpoint in place without room or patience for another copy. Never into a template.
 
 Sealed volumes stay active: LVM can't make an active snapshot of an inactive classic origin.
 """
@@ -26,15 +25,17 @@ Sealed volumes stay active: LVM can't make an active snapshot of an inactive cla
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from hypervisors.api import Capacity, StepFn, no_step
 from hypervisors.lvm import Group, Volume, marked, retagged
 from hypervisors.lvm_copy import ProgressFn, copy_idle, no_progress, same_content
-from hypervisors.lvm_seen import Held, Seen
-from hypervisors.lvm_store import LvmStore, WarnFn, no_warning
-from hypervisors.qcow2_store import CLEAN
+from hypervisors.lvm_seen import Held, Seen, kept
+from hypervisors.lvm_store import LvmStore
+from hypervisors.lvm_volumes import WarnFn, no_warning
+from hypervisors.qcow2_store import CLEAN, sync
 from hypervisors.run import Runner
 from inventory.errors import DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
@@ -85,43 +86,57 @@ class LvmClassicDisks(LvmStore):
         return tuple(
             f"the disk of {v.facts.get('machine')} is lost: its snapshot {self._vg}/{v.name} overflowed"
             if _lost(v)
-            else f"snapshot {self._vg}/{v.name} of {v.facts.get('machine')}: {v.data:.0f} % full ({does})"
+            else f"snapshot {v.name} of {v.facts.get('machine')}: {v.data:.0f} % full ({does})"
             for v in seen.kind("disk")
             if v.snapshot and v.facts.get("farm") == self._farm and (_lost(v) or v.data >= WARN_AT)
         )
 
     def merge(self, machine: str) -> None:
-        """The disk's changes go into the checkpoint it grew from, which is then what the disk is now.
+        """The disk's changes go into the checkpoint it grew from, which then is what the disk is now.
         The caller has stopped the VM. Takes as long as the changes are many.
 
-        The kernel merges, and goes on after a kill when the volume is next activated; until then the
-        path leads to the old disk's snapshot. Errors: Unsupported for ``clean`` and full copies."""
+        LVM goes on with a merge that was cut off when the volume is next activated. Until this method
+        is called again, the checkpoint is marked as merging: nothing is removed and nothing is cloned
+        over it. Errors: Unsupported for ``clean`` and for full copies."""
         with self._locked() as held:
             seen = self._look()
-            disk = self._ours(seen, machine)
-            base = seen.base(disk, disk.facts["base"])
-            if not disk.snapshot or base is None or base.facts.get("kind") != "checkpoint":
-                raise Unsupported(
-                    f"{machine}: its disk grew from {disk.facts['base']}, which can't take it back",
-                    remedy="make a checkpoint and use that from now on",
-                )
-            if disk.facts["base"] == CLEAN:
-                raise Unsupported(f"{machine}: clean stays what it is", remedy="make a checkpoint")
-            self._unused(disk)
-            self._tend(disk, seen.group)
-            self._room(seen, f"the disk of {machine}", copy=None, source=base)
-            self._check_alone(seen, disk, base)
-            self._step(f"merge the disk of {machine} into its checkpoint {disk.facts['base']}")
-            # The snapshot goes away with its tags: until there is a disk again, the checkpoint is it.
-            facts = {**disk.facts, "seq": str(int(disk.facts["seq"]) + 1)}
-            self._change(base.name, "-prw")
-            self._lvm.change("lvconvert", "--merge", f"{self._vg}/{disk.name}", timeout=24 * 3600)
+            base = next((v for v in seen.kind("checkpoint", machine) if "merging" in v.facts), None)
+            if base is None or seen.present(machine):
+                disk = self._ours(seen, machine)
+                base = self._mergeable(seen, disk)
+                self._step(f"merge the disk of {machine} into its checkpoint {disk.facts['base']}")
+                sync(self._lvm.ready(disk.name))
+                merging = {**base.facts, "merging": str(int(disk.facts["seq"]) + 1)}
+                self._change(base.name, *retagged(base.facts, merging))
+                if not base.writable:
+                    self._change(base.name, "-prw")
+                self._lvm.change("lvconvert", "--merge", f"{self._vg}/{disk.name}", timeout=24 * 3600)
+                seen = self._look()
+                base = seen.group.get(base.name) or base
+            self._check_farm(base)
+            facts = {
+                **kept(base.facts), "kind": "disk", "base": base.facts["name"], "seq": base.facts["merging"],
+                "created": datetime.now(UTC).isoformat(),
+            }  # fmt: skip
+            self._give(self._grow(held, seen, base, facts, first=True))
             self._change(base.name, "-pr")
-            self._give(self._grow(held, self._look(), base, facts, first=True))
+            plain = {key: value for key, value in base.facts.items() if key != "merging"}
+            self._change(base.name, *retagged(base.facts, plain))
 
-    def _check_alone(self, seen: Seen, disk: Volume, base: Volume) -> None:
-        others = [v for v in seen.group.volumes if v.origin == base.name and v.name != disk.name]
-        self._check_dependents(seen, [base, disk]) if others else None
+    def _mergeable(self, seen: Seen, disk: Volume) -> Volume:
+        """The disk's base, if it may take the disk's content."""
+        machine, name = disk.facts["machine"], disk.facts["base"]
+        base = seen.base(disk, name)
+        if not disk.snapshot or base is None or name == CLEAN:
+            raise Unsupported(
+                f"{machine}: its disk grew from {name}, which can't take the changes",
+                remedy="make a checkpoint: what comes after it can be merged into it",
+            )
+        self._unused(disk)
+        self._tend(disk, seen.group)
+        self._check_dependents(seen, [base, disk])
+        self._room(seen, f"the disk of {machine}", copy=None, source=base)
+        return base
 
     # -- what LvmStore asks for -------------------------------------------------------------------
 
@@ -242,7 +257,9 @@ class LvmClassicDisks(LvmStore):
         self._record(name).unlink(missing_ok=True)
         return name
 
-    def _room(self, seen: Seen, what: str, *, copy: int | None, source: Volume | None) -> None:
+    def _room(
+        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
+    ) -> None:
         linked = self._copy == "linked" and source is not None
         need = seen.group.rounded(copy or 0)
         if source is not None and (linked or "checkpoint" in what):

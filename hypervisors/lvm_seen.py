@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -103,6 +103,11 @@ class Held:
             yield
         finally:
             self.__enter__()
+
+
+def kept(facts: Mapping[str, str]) -> dict[str, str]:
+    """What stays the same over a machine's disks and checkpoints."""
+    return {key: facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")}
 
 
 def label_of(volume: Volume) -> str:

@@ -10,10 +10,10 @@ collide with nobody's. ``fh.kind`` says what one is:
     source       a snapshot that a copy is being read from
 
 A VM's disk has a stable path: a symbolic link in a directory of ours, LINKS/VG/MACHINE, to the
-device of the present volume. A reset makes the new volume beside the old, renames a new link over the old
-one (atomic, rename(2)), and removes the old volume last; so the path resolves to the old disk or the new
+device of the present volume. A reset makes the new volume beside the old, renames a new link over the
+old one (atomic, rename(2)), and removes the old volume last; so the path resolves to the old disk or the new
 at any time, and that link is what says which volume is present. If the links are lost, the newest
-complete volume of a machine is, for volumes count up (``fh.seq``); ``prepare`` makes the link again.
+complete volume of a machine is, for volumes count up (``fh.seq``); ``ready`` makes the link again.
 
 Rejected: two ``lvrename`` (between them the path leads nowhere, a second or so under load); merging a
 thin snapshot into the disk (atomic, but only into the snapshot's own origin: a checkpoint would be what
@@ -22,66 +22,31 @@ group as the pointer (atomic, but QEMU opens a path, so a link would be needed a
 
 QEMU runs as another user: the device of the present volume, and of no other, is given to that user
 (chown). udev's "change" events leave that alone; activation anew, as at a reboot, does not, so a driver
-calls ``prepare`` before each start.
+calls ``ready`` before each start.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import hashlib
 import os
-import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
-from hypervisors.lvm import Group, Lvm, Volume, retagged, users_of
-from hypervisors.lvm_seen import Held, Seen, read_template, template_facts
+from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.lvm import Group, Volume, retagged
+from hypervisors.lvm_seen import Held, Seen, kept, read_template, template_facts
+from hypervisors.lvm_volumes import LvmVolumes, plain, when
 from hypervisors.qcow2_format import read_header
-from hypervisors.qcow2_store import CLEAN, FileLock, blocks, reachable, sync
-from hypervisors.run import Runner
-from inventory.errors import Conflict, FarmhandError, NotFound, NotOurs, UsageError, WrongState
+from hypervisors.qcow2_store import CLEAN, blocks, sync
+from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-WarnFn = Callable[[str], None]
 
-
-def no_warning(_text: str) -> None:
-    """For callers with nobody to warn."""
-
-
-class LvmStore(abc.ABC):
+class LvmStore(LvmVolumes, abc.ABC):
     """Implements ``hypervisors.api.Disks`` but for how a volume is made from another."""
-
-    def __init__(
-        self,
-        vg: str,
-        farm: str,
-        runner: Runner,
-        *,
-        links: Path,
-        step: StepFn = no_step,
-        reader_uid: int | None = None,
-        headroom: int = 256 * 2**20,
-        warn: WarnFn = no_warning,
-    ) -> None:
-        """``links``: a directory of ours, the same for all farms of the host. ``reader_uid``: who QEMU
-        runs as, if not ourselves. ``headroom``: bytes that must be free beyond what is made."""
-        self._lvm = Lvm(vg, runner)
-        self._vg = vg
-        self._farm = farm
-        self._runner = runner
-        self._links = links.absolute() / vg
-        self._step = step
-        self._reader = None if reader_uid == os.geteuid() else reader_uid
-        self._headroom = headroom
-        self._warn = warn
-        self._lock = FileLock(self._links / ".lock")
 
     # -- what differs -----------------------------------------------------------------------------
 
@@ -109,8 +74,11 @@ class LvmStore(abc.ABC):
         """The disk (returned by name: the same or a new one) now grows from checkpoint ``name``."""
 
     @abc.abstractmethod
-    def _room(self, seen: Seen, what: str, *, copy: int | None, source: Volume | None) -> None:
-        """NoSpace unless it fits to the end: ``copy`` bytes written in full, or a snapshot's worth."""
+    def _room(
+        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
+    ) -> None:
+        """NoSpace unless it fits to the end: ``copy`` bytes written in full, or a snapshot's worth.
+        ``swap``: another disk goes in exchange."""
 
     @abc.abstractmethod
     def _equal(self, seen: Seen, disk: Volume, base: Volume) -> bool: ...
@@ -129,7 +97,7 @@ class LvmStore(abc.ABC):
 
     def seal(self, image: Path, template: Template) -> Template:
         """See ``Disks.seal``. ``sha256`` is of the image file's bytes as they came."""
-        label = _plain(template.name) + f"@{template.generation}"
+        label = plain(template.name) + f"@{template.generation}"
         try:
             seen_file = image.stat()
         except FileNotFoundError:
@@ -194,7 +162,7 @@ class LvmStore(abc.ABC):
 
     def find(self, machine: str) -> Disk | None:
         """Any farm's: its ``owner`` tells. One report."""
-        _plain(machine)
+        plain(machine)
         seen = self._look()
         volume = seen.present(machine)
         return self._disk(seen, volume) if volume else None
@@ -205,7 +173,7 @@ class LvmStore(abc.ABC):
         return [self._disk(seen, v) for v in present if v and v.facts.get("farm") == self._farm]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
-        _plain(machine)
+        plain(machine)
         if size < template.size:
             raise UsageError(
                 f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
@@ -222,13 +190,18 @@ class LvmStore(abc.ABC):
             if there := seen.present(machine):
                 self._check_farm(there)
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+            if any("merging" in v.facts for v in seen.of(machine)):
+                raise WrongState(
+                    f"a merge of the disk of {machine} was cut off",
+                    remedy="merge it again, or destroy it",
+                )
             self._room(seen, f"the disk of {machine}", copy=self._copied(source, size), source=source)
             self._step(f"clone the disk of {machine} from {template.label}")
             self._remove(seen, [v for v in seen.of(machine) if v.facts.get("kind") != "part"])
             now = datetime.now(UTC).isoformat()
             facts = {
-                "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine, "size": str(size),
-                "template": template.label, "base": CLEAN, "seq": "1", "created": now, "cloned": now,
+                "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine,
+                "size": str(size), "template": template.label, "base": CLEAN, "seq": "1", "created": now, "cloned": now,
             }  # fmt: skip
             try:
                 name = self._grow(held, seen, source, facts, first=True)
@@ -237,10 +210,10 @@ class LvmStore(abc.ABC):
                 (self._links / machine).unlink(missing_ok=True)
                 self._drop_all(machine)
                 raise
-        return self._made(facts, [])
+        return self._made(facts, ())
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
-        _plain(name)
+        plain(name)
         with self._locked() as held:
             seen = self._look()
             disk = self._ours(seen, machine)
@@ -257,8 +230,7 @@ class LvmStore(abc.ABC):
             sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
             now = datetime.now(UTC)
             facts = {
-                **{key: disk.facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")},
-                "kind": "checkpoint", "name": name, "of": disk.name, "prev": disk.facts["base"],
+                **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name, "prev": disk.facts["base"],
                 "created": now.isoformat(), "seq": disk.facts["seq"],
             }  # fmt: skip
             frozen = self._freeze(held, seen, disk, facts)
@@ -282,7 +254,7 @@ class LvmStore(abc.ABC):
                 raise NotFound(f"{machine} has no checkpoint {name}", remedy=f"it has: {known}")
             self._unused(disk)
             copy = self._copied(base, int(disk.facts["size"]))
-            self._room(seen, f"the disk of {machine}", copy=copy, source=base)
+            self._room(seen, f"the disk of {machine}", copy=copy, source=base, swap=True)
             self._step(f"make a fresh disk of {machine} from {name}")
             facts = {
                 **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
@@ -313,7 +285,7 @@ class LvmStore(abc.ABC):
 
     def destroy(self, machine: str) -> None:
         """Nothing there: nothing done."""
-        _plain(machine)
+        plain(machine)
         with self._locked():
             seen = self._look()
             volumes = seen.of(machine)
@@ -327,9 +299,9 @@ class LvmStore(abc.ABC):
             self._remove(seen, volumes)
             (self._links / machine).unlink(missing_ok=True)
 
-    def prepare(self, machine: str) -> None:
-        """Right before a start: what a reboot takes away is put back (activation, the link, the right
-        of QEMU's user), and a disk that is lost or about to be is told."""
+    def ready(self, machine: str) -> Disk:
+        """See ``DeviceDisks.ready``. What a reboot takes away is put back (activation, the right of
+        QEMU's user), as is a lost link; a disk that is lost itself is refused (DriverFailed)."""
         with self._locked():
             seen = self._look()
             disk = self._ours(seen, machine)
@@ -341,10 +313,11 @@ class LvmStore(abc.ABC):
                 self._step(f"make the path of the disk of {machine} again")
                 self._point(machine, disk.name)
             self._give(disk.name)
+            return replace(self._disk(seen, disk), path=self._links / machine)
 
     def leftovers(self) -> Sequence[Leftover]:
         with self._locked(read=True):
-            return list(self._left(self._look()))
+            return tuple(self._left(self._look()))
 
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
@@ -363,66 +336,12 @@ class LvmStore(abc.ABC):
 
     # -- parts of the above -----------------------------------------------------------------------
 
-    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:  # noqa: ARG002
+    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
         """Bytes a clone (``frozen``: a checkpoint) copies in full; None: a snapshot does."""
         return None
 
-    def _sealed_size(self, size: int, stored: int) -> int:  # noqa: ARG002
+    def _sealed_size(self, size: int, stored: int) -> int:
         return stored
-
-    def _look(self) -> Seen:
-        return Seen(self._lvm.report(), self._links)
-
-    @contextlib.contextmanager
-    def _locked(self, *, read: bool = False) -> Iterator[Held]:
-        """The store's lock, between all processes and farms."""
-        if read and not self._links.is_dir():
-            yield Held(None)
-            return
-        self._links.mkdir(parents=True, exist_ok=True, mode=0o711)
-        if self._reader is not None:
-            reachable(self._links, self._reader)
-        with Held(self._lock) as held:
-            yield held
-
-    def _filling(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Held while a part is being filled: what tells the living from the dead."""
-        return FileLock(self._links / f".{name}.lock").hold(remove=True)
-
-    def _alive(self, name: str) -> bool:
-        return FileLock(self._links / f".{name}.lock").held()
-
-    def _record(self, name: str) -> Path:
-        return self._links / f".{name}.copied"
-
-    @staticmethod
-    def _name(*words: str) -> str:
-        """LVM reserves some names by what they contain, "_tdata" for one: all have an underscore."""
-        text = re.sub(r"[^A-Za-z0-9.-]", ".", ".".join(words))[:40]
-        return f"fh.{text}.{secrets.token_hex(4)}"
-
-    def _change(self, name: str, *arguments: str) -> None:
-        self._lvm.change("lvchange", "-y", *arguments, f"{self._vg}/{name}")
-
-    def _point(self, machine: str, name: str) -> None:
-        fresh = self._links / f".{machine}.{os.getpid()}.{secrets.token_hex(2)}.link"
-        fresh.symlink_to(self._lvm.node(name))
-        fresh.replace(self._links / machine)
-        sync(self._links)
-
-    def _give(self, name: str) -> None:
-        """To QEMU's user, read and write; nobody else's but root's."""
-        node = self._lvm.ready(name)
-        if self._reader is not None:
-            os.chown(node, self._reader, -1)
-
-    def _path(self, disk: Volume) -> Path:
-        """The link; where that is lost, the device itself."""
-        link, node = self._links / disk.facts["machine"], self._lvm.node(disk.name)
-        try:
-            return link if link.readlink() == node else node
-        except OSError:
-            return node
 
     def _fill(self, name: str, image: Path, form: str) -> None:
         node = self._lvm.ready(name)
@@ -433,7 +352,7 @@ class LvmStore(abc.ABC):
     _fill_options: tuple[str, ...] = ()
 
     def _ours(self, seen: Seen, machine: str) -> Volume:
-        disk = seen.present(_plain(machine))
+        disk = seen.present(plain(machine))
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
         self._check_farm(disk)
@@ -445,64 +364,21 @@ class LvmStore(abc.ABC):
                 f"the disk of {volume.facts.get('machine')} belongs to farm {volume.facts.get('farm')}"
             )
 
-    def _unused(self, volume: Volume) -> None:
-        """Busy if somebody has it open. udev looks at a new device for a moment: that doesn't count."""
-        if volume.open and users_of(self._lvm.node(volume.name)):
-            raise self._lvm.busy(volume.name)
-
-    @staticmethod
-    def _check_dependents(seen: Seen, volumes: Sequence[Volume]) -> None:
-        """lvremove takes a classic origin's snapshots along, whoever made them."""
-        names = {v.name for v in volumes}
-        others = [
-            v.name for v in seen.group.volumes
-            if v.snapshot and v.origin in names and v.name not in names
-        ]  # fmt: skip
-        if others:
-            raise WrongState(
-                f"volumes {', '.join(others)} are snapshots of {seen.group.name}/"
-                f"{', '.join(sorted(names))} and would go with it",
-                remedy="remove them first, if nobody needs them",
-            )
-
-    def _remove(self, seen: Seen, volumes: Sequence[Volume]) -> None:
-        self._check_dependents(seen, volumes)
-        self._lvm.remove([v.name for v in volumes])
-        for volume in volumes:
-            self._record(volume.name).unlink(missing_ok=True)
-
-    def _remove_old(self, names: Sequence[str]) -> None:
-        """After a swap. What can't go now is a leftover, not a failed reset."""
-        try:
-            self._lvm.remove(names)
-        except FarmhandError as error:
-            self._warn(f"{error.message}; ./invoke gc will remove it later")
-
-    def _drop(self, name: str) -> None:
-        """What this very call made."""
-        with contextlib.suppress(NotFound):
-            self._lvm.remove([name])
-        self._record(name).unlink(missing_ok=True)
-
-    def _drop_all(self, machine: str) -> None:
-        seen = self._look()
-        self._remove(seen, seen.of(machine))
-
-    def _checkpoints(self, seen: Seen, disk: Volume) -> list[Checkpoint]:
-        first = Checkpoint(name=CLEAN, created=_when(disk.facts.get("cloned", "")))
+    def _checkpoints(self, seen: Seen, disk: Volume) -> tuple[Checkpoint, ...]:
+        first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
         rest = [
-            Checkpoint(name=v.facts["name"], created=_when(v.facts.get("created", "")))
+            Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")))
             for v in seen.checkpoints(disk.facts["machine"])
             if v.facts.get("name", CLEAN) != CLEAN
         ]
-        return [first, *sorted(rest, key=lambda c: c.created)]
+        return (first, *sorted(rest, key=lambda c: c.created))
 
     def _disk(self, seen: Seen, disk: Volume) -> Disk:
         made = self._made(disk.facts, self._checkpoints(seen, disk))
         return replace(made, path=self._path(disk), used=self._used(seen, disk))
 
     def _made(self, facts: Mapping[str, str], checkpoints: Sequence[Checkpoint]) -> Disk:
-        clean = Checkpoint(name=CLEAN, created=_when(facts["cloned"]))
+        clean = Checkpoint(name=CLEAN, created=when(facts["cloned"]))
         return Disk(
             machine=facts["machine"],
             owner=Owner(facts["farm"], facts["vm"]),
@@ -512,7 +388,7 @@ class LvmStore(abc.ABC):
             used=0,
             template=facts["template"],
             base=facts["base"],
-            checkpoints=tuple(checkpoints or [clean]),
+            checkpoints=tuple(checkpoints) or (clean,),
         )
 
     def _left(self, seen: Seen) -> Iterator[Leftover]:
@@ -527,7 +403,7 @@ class LvmStore(abc.ABC):
                 why = "under construction when it was killed"
             elif kind == "disk" and volume != present:
                 why = "half made, or of a swap that was killed"
-            elif kind == "checkpoint" and present is None:
+            elif kind == "checkpoint" and present is None and "merging" not in facts:
                 why = "half removed: its disk is gone"
             elif kind == "checkpoint" and volume in seen.half_made(machine):
                 why = "half made"
@@ -536,7 +412,7 @@ class LvmStore(abc.ABC):
                     kind={"disk": "disk", "checkpoint": "checkpoint"}.get(kind, "volume"),
                     ref=f"{self._vg}/{volume.name}",
                     owner=Owner(self._farm, facts["vm"]) if "vm" in facts else None,
-                    created=_when(facts.get("created", "")),
+                    created=when(facts.get("created", "")),
                     bytes=volume.space or int(volume.size * volume.data / 100),
                     why=why,
                 )
@@ -552,20 +428,6 @@ class LvmStore(abc.ABC):
     def _left_file(path: Path, why: str) -> Leftover:
         made = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return Leftover(kind="file", ref=str(path), owner=None, created=made, bytes=0, why=why)
-
-
-def _plain(name: str) -> str:
-    """Names reach paths and tags: only plain ones do. The loader checks them as well."""
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
-    return name
-
-
-def _when(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return datetime.fromtimestamp(0, UTC)
 
 
 def _image(image: Path) -> tuple[str, int]:

@@ -2,12 +2,12 @@
 
 A clone is one ``lvcreate -s``, with its tags, in one commit of LVM's; made larger than its source it is
 one ``lvextend`` more, and counts as a disk only then (its ``fh.size`` says how large it must be). Sealed
-volumes are read-only, inactive and flagged to stay so (``-ky``); disks are not flagged (``-kn``), so that
-the host activates them at boot.
+volumes are read-only, inactive and flagged to stay so (``-ky``); disks are not flagged (``-kn``), so the
+host activates them at boot.
 
 Pristine is proved by the pool's own metadata: a metadata snapshot (kernel:
-admin-guide/device-mapper/thin-provisioning, ``reserve_metadata_snap``) and thin_delta(8) between the disk
-and its base: not one block mapped, unmapped or remapped. The number of mapped sectors would not do, as
+admin-guide/device-mapper/thin-provisioning, ``reserve_metadata_snap``) and thin_delta(8) of the disk and
+its base: not one block mapped, unmapped or remapped. The number of mapped sectors would not do, as
 overwriting a block doesn't change it. A pool has one metadata snapshot at a time: where somebody else
 holds it, or thin_delta isn't installed, both volumes are read and compared.
 """
@@ -24,7 +24,8 @@ from hypervisors.api import Capacity, StepFn, no_step
 from hypervisors.lvm import Volume, marked, retagged
 from hypervisors.lvm_copy import same_content
 from hypervisors.lvm_seen import Held, Seen
-from hypervisors.lvm_store import LvmStore, WarnFn, no_warning
+from hypervisors.lvm_store import LvmStore
+from hypervisors.lvm_volumes import WarnFn, no_warning
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
@@ -123,11 +124,13 @@ class LvmThinDisks(LvmStore):
     def _snapshot(self, source: str, name: str, facts: Mapping[str, str], *options: str) -> None:
         self._lvm.change("lvcreate", "-s", *options, "-n", name, *marked(facts), f"{self._vg}/{source}")
 
-    def _room(self, seen: Seen, what: str, *, copy: int | None, source: Volume | None) -> None:
+    def _room(
+        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
+    ) -> None:
         pool = self._pool(seen)
         place = f"{self._vg}/{pool.name}"
         free, need = int(pool.size * (100 - pool.data) / 100), (copy or 0) + self._headroom
-        if pool.health == "out_of_data" or free < need:
+        if not swap and (pool.health == "out_of_data" or free < need):  # a swap frees more than it takes
             self._full(
                 seen, f"{place}: {format_size(free)} of data free, {what} needs", need, need - free
             )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
 
 from inventory.errors import Problem
 from inventory.fields import quote
 from inventory.model import STEP_KINDS, Farm
-from inventory.places import Path, Places
+from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
 from inventory.yamltree import Items, Mapping, Scalar
 
@@ -60,11 +59,17 @@ def _driver(farm: Farm, places: Places, vm: str) -> str:
     return farm.hosts[host].driver
 
 
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(shown, sorted(names)[:24]))
+
+
 def _close(word: str, known: Collection[str]) -> str:
+    import difflib  # only when something is wrong
+
     close = difflib.get_close_matches(word, known, 1, 0.6)
     if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(sorted(known)[:24])}" if known else "; there are none"
+        return f"; did you mean {quote(close[0])}?"
+    return f"; known: {_listed(known)}" if known else "; there are none"
 
 
 def _references(farm: Farm, places: Places) -> Found:
@@ -75,7 +80,9 @@ def _references(farm: Farm, places: Places) -> Found:
             yield places.problem((*path, "host"), f"no host {quote(vm.host)}{_close(vm.host, hosts)}")
         elif vm.host is None and len(hosts) > 1 and not places.is_bad((*path, "host")):
             yield places.problem(
-                path, f"which host? It needs 'host', one of: {', '.join(sorted(hosts))}", key=True
+                path,
+                f"which host? It needs 'host', one of: {_listed(hosts)}",
+                key=True,
             )
         driver = _driver(farm, places, name)
         if vm.template is not None and driver == "ssh":
@@ -92,7 +99,7 @@ def _references(farm: Farm, places: Places) -> Found:
                     path, "it needs a template, and the file has no 'templates'", key=True
                 )
             elif len(templates) > 1:
-                words = f"which template? It needs 'template', one of: {', '.join(sorted(templates))}"
+                words = f"which template? It needs 'template', one of: {_listed(templates)}"
                 yield places.problem(path, words, key=True)
 
 

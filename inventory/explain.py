@@ -56,10 +56,16 @@ class Pruner:
         gone: set[Path] = set()
         changed = False
         details = error.errors(include_url=False, include_input=False)
+        places = [detail["loc"] for detail in details]
         # Unknown keys first: what they seem to stand for isn't missing as well.
         for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
             kind, context = detail["type"], detail.get("ctx", {})
-            path = self.places.in_file(self._without_tags(detail["loc"]))
+            loc = detail["loc"]
+            if kind == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places):
+                continue  # it counts only what it accepted
+            path = self.places.in_file(self._without_tags(loc))
+            if path and isinstance(path[-1], int) and isinstance(self.places.node(path[:-1]), Scalar):
+                path = path[:-1]  # one text where there could be a list of them
             of_key = bool(path) and path[-1] == "[key]"
             path = path[:-1] if of_key else path
             node = self.places.node(path)
@@ -70,7 +76,7 @@ class Pruner:
             if not self._consequence(path, kind, context):
                 whole = kind in ("extra_forbidden", "missing")
                 name = self.places.name(concerned[:-1] if whole else concerned)
-                if of_key or kind == "extra_forbidden":
+                if of_key or kind == "extra_forbidden" or (kind == "farm" and concerned == path):
                     place = self.places.of_key(concerned)
                 else:
                     place = self.places.of_value(concerned)

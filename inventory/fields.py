@@ -12,7 +12,7 @@ import os
 import re
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 # Looking for plugins reads every installed package's metadata: milliseconds of every command.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -303,22 +303,11 @@ Seconds = Annotated[
 Script = Annotated[str, Field(min_length=1), _text("shell script", minLength=1)]
 
 
-def _or_one(item: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item}]})
-
-
-_TEXT: dict[str, Any] = {"type": ["string", "number"], "minLength": 1}
-Scripts = Annotated[
-    tuple[Script, ...],
-    BeforeValidator(_one_or_many),
-    Field(min_length=1),
-    _or_one({"title": "shell script", **_TEXT}),
-]
-Lines = Annotated[
-    tuple[Line, ...], BeforeValidator(_one_or_many), _or_one({"title": "text on one line", **_TEXT})
-]
-Keys = Annotated[
-    tuple[Key, ...],
-    BeforeValidator(_one_or_many),
-    _or_one({"title": "public key, or a file of them", **_TEXT}),
-]
+# One will do where there could be a list of them.
+Scripts = Annotated[tuple[Script, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Lines = Annotated[tuple[Line, ...], BeforeValidator(_one_or_many)]
+Keys = Annotated[tuple[Key, ...], BeforeValidator(_one_or_many)]
+Hostnames = Annotated[tuple[Hostname, ...], BeforeValidator(_one_or_many)]
+Addresses = Annotated[tuple[Address, ...], BeforeValidator(_one_or_many)]
+Ranges = Annotated[tuple[Range, ...], BeforeValidator(_one_or_many)]
+Packages = Annotated[tuple[Package, ...], BeforeValidator(_one_or_many)]

@@ -15,20 +15,22 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, T
 
 from inventory.fields import (
     Address,
+    Addresses,
     Bool,
     Count,
     Cpus,
     FilePath,
     Hostname,
+    Hostnames,
     Keys,
     Label,
     Line,
     Lines,
     Mac,
     Name,
-    Package,
+    Packages,
     Port,
-    Range,
+    Ranges,
     Repository,
     Revision,
     Scripts,
@@ -118,9 +120,9 @@ class Network(Model):
     """The subnet that addresses come from."""
     gateway: Address | None = None
     """The VMs' default route."""
-    nameservers: tuple[Address, ...] = ()
+    nameservers: Addresses = ()
     """The VMs' name servers."""
-    reserved: tuple[Range, ...] = ()
+    reserved: Ranges = ()
     """Addresses never given out: single ones, or ranges such as 10.10.60.200-10.10.60.254."""
     domain: Hostname | None = None
     """DNS domain of the VMs."""
@@ -164,7 +166,7 @@ class TemplateSource(Model):
     """A raw, qcow2 or vmdk image to import, relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
-    packages: tuple[Package, ...] = ()
+    packages: Packages = ()
     """Debian packages beside the recipe's own."""
     firstboot: Literal["farmhand", "cloud-init", "none"] | None = None
     """Who makes a clone unique at its first boot. Absent: farmhand's own for built ones, cloud-init
@@ -199,7 +201,7 @@ class Vm(Model):
     """One of `templates`; may be left out where there is only one. Not for ssh hosts."""
     hostname: Hostname | None = None
     """Its own host name; absent: the VM's name."""
-    aliases: tuple[Hostname, ...] = ()
+    aliases: Hostnames = ()
     """More names for DNS and /etc/hosts."""
     memory: Size = 2**30
     """Memory at start and while building: the maximum."""

@@ -90,7 +90,7 @@ class Places:
             name = self.node((*path[:3], "name"))
             known = isinstance(name, Scalar) and name.text
             step = (
-                f"step {_shown(name.text)}"
+                f"step {shown(name.text)}"
                 if known and isinstance(name, Scalar)
                 else (f"step {path[2] + 1}")
             )
@@ -99,7 +99,8 @@ class Places:
         return _dotted(path)
 
 
-def _shown(part: str) -> str:
+def shown(part: str) -> str:
+    """A name as it is, where that can be read; else as Python quotes it."""
     return part if _WORD.fullmatch(part) else quote(part)
 
 
@@ -109,5 +110,5 @@ def _dotted(path: Path) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         else:
-            text += f".{_shown(part)}" if text else _shown(part)
+            text += f".{shown(part)}" if text else shown(part)
     return text

@@ -55,7 +55,8 @@ are told at once, each with its line and column.
 - A **duration** is seconds, or a number with s, m, h or d: `90s`, `1h30m`.
 - **Yes or no** is also `true`, `false`, `on`, `off`.
 - A **path** is relative to the farm file, or begins with `~`.
-- Where a **list** is expected, it is written `[a, b]` or one item a line; a single text will do.
+- Where a **list** is expected, it is written `[a, b]` or one item a line. One text
+  will do for a list of texts.
 """
 
 
@@ -117,12 +118,24 @@ def _written(value: dict[str, Any]) -> dict[str, Any]:
         value.pop("title")
     if value.get("type") in ("array", "object") or "$ref" in value:
         value.pop("title", None)
+    value = _or_one(value)
     if patterns := value.pop("patternProperties", None):
         [(pattern, inner)] = patterns.items()
+        inner = _or_one(inner)
         # `prod:` with nothing behind it is a VM with all its defaults
         inner = {"anyOf": [inner, {"type": "null"}]} if "$ref" in inner else inner
         value |= {"propertyNames": {"pattern": pattern}, "additionalProperties": inner}
     return value
+
+
+def _or_one(value: dict[str, Any]) -> dict[str, Any]:
+    """The model takes one text where there could be a list of texts."""
+    if value.get("type") != "array" or "type" not in value.get("items", {}):
+        return value
+    of_array = ("type", "items", "minItems")
+    rest = {key: inner for key, inner in value.items() if key not in (*of_array, "title")}
+    array = {key: inner for key, inner in value.items() if key in of_array}
+    return {**rest, "anyOf": [value["items"], array]}
 
 
 def _documents() -> dict[str, dict[str, str]]:

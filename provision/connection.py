@@ -264,7 +264,6 @@ class Connection:
         moved = []
         for path in files:
             with path.open("rb") as source:
-
                 moved.append(await self._receive(_from(source), path.name, str(path), directory))
         return tuple(moved)
 
@@ -283,9 +282,7 @@ class Connection:
             self._same(file, moved.sha256)
         return files
 
-    async def _receive(
-        self, read: Read, name: str, path: str, directory: str
-    ) -> Moved:
+    async def _receive(self, read: Read, name: str, path: str, directory: str) -> Moved:
         sftp = await self._files()
         home = directory.removeprefix("~/")
         part = str(PurePosixPath(home) / f".{name}.{secrets.token_hex(4)}.part")
@@ -349,9 +346,7 @@ class Connection:
         # for GIT_REVISION may be one that no branch leads to.
         env = git_config({"safe.directory": where, "uploadpack.allowAnySHA1InWant": "true"})
 
-        async def handle(
-            reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]
-        ) -> None:
+        async def handle(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
             process = await self._runner.serve(*argv, env=env)
             assert process.stdin is not None and process.stdout is not None
             inwards = asyncio.ensure_future(_pump(reader, process.stdin))

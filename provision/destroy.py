@@ -126,8 +126,11 @@ def _destroy_one(site: Site, vm: str) -> None:
 
 
 def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
-    names = tuple(dict.fromkeys((*site.farm.vms, *_made(site))))
-    if not site.paths.root.exists() and not site.plan:
+    nothing = not site.paths.root.exists()
+    made = _made(site)
+    names = tuple(dict.fromkeys((*site.farm.vms, *made)))
+    if nothing and not made and not site.plan:
+        last_of(site)
         site.allocator.lock_file.unlink(missing_ok=True)
         return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
     locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
@@ -197,8 +200,10 @@ def finish_farm(site: Site, *, purge: bool) -> None:
 def last_of(site: Site) -> None:
     """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
     site.journal.close()
-    for end in ("", "-wal", "-shm"):
-        remove(site.paths.journal.with_name(site.paths.journal.name + end))
+    if site.paths.root.is_dir():
+        for path in site.paths.root.iterdir():
+            if path not in (site.paths.builds, site.paths.locks):
+                remove(path)
     site.locks.remove_all()
     for directory in (site.paths.builds, site.paths.root, site.paths.root.parent):
         with contextlib.suppress(OSError):  # build records, or other farms, are in it

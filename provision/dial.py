@@ -136,9 +136,7 @@ async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Non
         loop.remove_reader(sock)
 
 
-async def dial(
-    endpoint: Endpoint, *, sock: socket.socket | None = None
-) -> asyncssh.SSHClientConnection:
+async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyncssh.SSHClientConnection:
     """An authenticated ssh connection. Conflict for a wrong host key, NotFound without a key file,
     DriverFailed for all that may pass by itself."""
     learn = not endpoint.host_key and not _known(endpoint)
@@ -219,18 +217,24 @@ def _name(endpoint: Endpoint) -> str:
     return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
 
 
-def _known(endpoint: Endpoint) -> list[str]:
+def _known(endpoint: Endpoint) -> list[asyncssh.SSHKey]:
+    """Its keys in known_hosts, hashed names (ssh_config(5), HashKnownHosts) included."""
+    path = _known_hosts(endpoint)
     try:
-        lines = _known_hosts(endpoint).read_text().splitlines()
+        hosts = asyncssh.read_known_hosts(str(path))
     except FileNotFoundError:
         return []
-    split = (line.split(None, 1) for line in lines)
-    return [part[1] for part in split if len(part) == 2 and part[0] == _name(endpoint)]
+    except (OSError, ValueError) as error:
+        raise FarmhandError(f"cannot use {path}: {error}", remedy="put its lines right") from None
+    return list(hosts.match(_name(endpoint), "", None)[0])
 
 
-def _trusted(endpoint: Endpoint) -> tuple[list[object], list[object], list[object]]:
-    keys = [endpoint.host_key] if endpoint.host_key else _known(endpoint)
-    return [asyncssh.import_public_key(key) for key in keys], [], []
+def _trusted(
+    endpoint: Endpoint,
+) -> tuple[list[asyncssh.SSHKey], list[asyncssh.SSHKey], list[asyncssh.SSHKey]]:
+    if endpoint.host_key:
+        return [asyncssh.import_public_key(endpoint.host_key)], [], []
+    return _known(endpoint), [], []
 
 
 def _remember(endpoint: Endpoint, key: str) -> None:

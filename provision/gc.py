@@ -95,7 +95,7 @@ def discard_of(site: Site, vm: str) -> int:
 
 
 def _of_host(site: Site, host: str) -> Iterator[Found]:
-    driver = site.hypervisor(host)
+    driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
         seen.add((what.kind, what.ref))

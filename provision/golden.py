@@ -352,7 +352,7 @@ def _cached(key: str) -> _Cached | None:
 @contextlib.contextmanager
 def _cache_lock(site: Site) -> Iterator[Path]:
     """One build or import at a time for all farms of this user; what killed ones left is removed."""
-    from hypervisors.debian import remove_build, stale_scratch
+    from hypervisors.debian import remove_build, stale_scratch, still_running
 
     cache = _images()
     make_directory(cache, mode=0o700)
@@ -363,6 +363,12 @@ def _cache_lock(site: Site) -> Iterator[Path]:
         except BlockingIOError:
             site.reporter.say("waiting for another template build on this machine")
             fcntl.flock(handle, fcntl.LOCK_EX)
+        with still_running(cache).open("a") as running:
+            try:
+                fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                site.reporter.say("waiting until what a killed build started has ended")
+                fcntl.flock(running, fcntl.LOCK_EX)
         for pattern in (".build-*", ".import-*", ".*.qcow2.*"):
             for left in cache.glob(pattern):
                 if left.is_dir():

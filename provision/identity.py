@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,7 +201,16 @@ def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
     public = host_key(paths, vm)
     digest = hashlib.sha256(f"{machine} {public}".encode()).hexdigest()
     static = None
-    if allocation.address and network.subnet and network.addressing == "static":
+    if network.mode == "user":
+        # QEMU's own network is always this one, and its port forwards go to .15 (qemu(1), -netdev
+        # user): asking DHCP for it takes an emulated guest seconds.
+        static = StaticAddress(
+            address=IPv4Address("10.0.2.15"),
+            prefix=24,
+            gateway=IPv4Address("10.0.2.2"),
+            nameservers=(IPv4Address("10.0.2.3"),),
+        )
+    elif allocation.address and network.subnet and network.addressing == "static":
         static = StaticAddress(
             address=allocation.address,
             prefix=network.subnet.prefixlen,

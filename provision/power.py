@@ -270,7 +270,7 @@ def check_memory(site: Site, vms: Sequence[str]) -> None:
         here += wanted if declared.driver == "kvm" else 0
         if declared.memory is None:
             continue
-        used = {m.name: m.current for m in site.hypervisor(host).list() if is_on(m)}
+        used = {m.name: m.current for m in site.hypervisor(host, look=True).list() if is_on(m)}
         total = wanted + sum(used.values())
         if total > declared.memory:
             raise NoSpace(

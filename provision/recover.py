@@ -4,6 +4,7 @@
     reset       power was cut: done again, and started if that was asked; not yet begun: nothing
     checkpoint  what was half-made goes; started again if it ran before
     destroy     finished
+    cycle       its VMs' memory goes down again; the build record says by itself how far it came
     others      noted as interrupted: each is safe to call again
 
 Each operation is recovered under its VM's lock, and stays unfinished until its recovery is complete:
@@ -21,9 +22,9 @@ from provision.destroy import erase, finish_farm, last_of
 from provision.files import sweep
 from provision.gc import discard_of
 from provision.identity import sweep_seed
-from provision.journal import Record
+from provision.journal import Record, current_operation
 from provision.paths import state_dir
-from provision.power import can_power, power_on
+from provision.power import can_power, deflate, power_on
 from provision.report import Action, Outcome
 from provision.reset import put_back
 from provision.site import Site
@@ -95,6 +96,8 @@ def _job(site: Site, record: Record) -> Job:
 
     if record.verb == "destroy":
         return _destroy(site, record, what)
+    if record.verb == "cycle":
+        return _cycle(site, record, what)
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
     if not can_power(site, vm):
@@ -124,7 +127,9 @@ def _reset(site: Site, record: Record, what: str, *, on: bool) -> Job:
 
     def redo() -> None:
         if not record.facts.get("swapped"):
-            put_back(site, vm, to)
+            proof = put_back(site, vm, to)
+            if operation := current_operation():  # before it runs again: see the first case above
+                operation.note(proof=proof, swapped=True)
         if start:
             power_on(site, vm, wait=False)
 
@@ -132,6 +137,27 @@ def _reset(site: Site, record: Record, what: str, *, on: bool) -> Job:
     if start and not record.facts.get("swapped"):
         text += " and start it"
     return Job(Action("recover", vm, f"{what}: {text}"), redo)
+
+
+def _cycle(site: Site, record: Record, what: str) -> Job:
+    inflated = []
+    for vm in _vms_of(site, record):
+        machine = look(site, vm) if can_power(site, vm) else None
+        idle = site.farm.vms[vm].idle_memory
+        if machine is not None and is_on(machine) and idle is not None and machine.current > idle:
+            inflated.append(vm)
+
+    def calm() -> None:
+        for vm in inflated:
+            deflate(site, vm)
+
+    text = f"balloon down {', '.join(inflated)}" if inflated else "noted"
+    return Job(Action("recover", "", f"{what}: {text}; log shows how far it came"), calm)
+
+
+def _vms_of(site: Site, record: Record) -> tuple[str, ...]:
+    named = record.facts.get("vms")
+    return tuple(vm for vm in site.farm.vms if isinstance(named, list) and vm in named)
 
 
 def _destroy(site: Site, record: Record, what: str) -> Job:
@@ -156,4 +182,6 @@ def _sweep(site: Site) -> None:
 def _locks(site: Site, record: Record) -> tuple[str, ...]:
     if record.facts.get("whole"):
         return tuple(map(lock_of, site.farm.vms))
+    if record.verb == "cycle":
+        return tuple(map(lock_of, _vms_of(site, record)))
     return (lock_of(record.vm) if record.vm else "recover",)

@@ -73,9 +73,10 @@ def reset(
         return run.outcome()
 
 
-def checkpoint(site: Site, vms: Sequence[str], name: str) -> Outcome:
+def checkpoint(site: Site, vms: Sequence[str], name: str, *, wait: bool = True) -> Outcome:
     """Keep the VMs' present state as a checkpoint. A running VM is shut down by itself first, and
-    started again afterwards: what its programs hold in memory is not part of it.
+    started again afterwards (``wait``: until it answers): what its programs hold in memory is not part
+    of it.
 
     Errors: UsageError (the name), Conflict (the checkpoint exists), NotFound, Unsupported, Busy."""
     if not _NAME.fullmatch(name):
@@ -103,7 +104,7 @@ def checkpoint(site: Site, vms: Sequence[str], name: str) -> Outcome:
             text = f"shut down, keep as {name}, start again" if was_on else f"keep as {name}"
 
             def one(vm: str = vm, was_on: bool = was_on) -> None:
-                _checkpoint_one(site, vm, name, was_on=was_on)
+                _checkpoint_one(site, vm, name, was_on=was_on, wait=wait)
 
             jobs[vm] = [Job(Action("checkpoint", vm, text), one)]
         run.carry_out(jobs)
@@ -177,7 +178,7 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> None:
         )
 
 
-def _checkpoint_one(site: Site, vm: str, name: str, *, was_on: bool) -> None:
+def _checkpoint_one(site: Site, vm: str, name: str, *, was_on: bool, wait: bool) -> None:
     driver, machine = site.hypervisor_of(vm), site.machine(vm)
     with site.journal.operation("checkpoint", vm=vm, name=name, was_on=was_on):
         if was_on:
@@ -193,4 +194,4 @@ def _checkpoint_one(site: Site, vm: str, name: str, *, was_on: bool) -> None:
             raise
         site.reporter.say(f"kept as {name}", vm=vm)
         if was_on:
-            power_on(site, vm, wait=True)
+            power_on(site, vm, wait=wait)

@@ -21,12 +21,11 @@ from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
 from provision.locks import Locks
-from provision.paths import FarmPaths, cache_dir
+from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
 
 if TYPE_CHECKING:
     from hypervisors.private import PrivateLibvirt
-
     from provision.remote import Endpoint
 
 
@@ -141,7 +140,10 @@ class Site:
 
                 verdict = kvm_usable(Runner(), cache_dir())
                 self._private = PrivateLibvirt(
-                    self.private_directory, self.paths.runtime, cache_dir(), not verdict.usable
+                    self.private_directory,
+                    self.paths.runtime,
+                    cache_dir() / "libvirt",
+                    not verdict.usable,
                 )
             return self._private
 
@@ -196,25 +198,20 @@ class Site:
                 kvm=kvm_usable(Runner(), cache_dir()),
             )
         if declared.driver == "fake":
-            from hypervisors.fake import FakeHypervisor
+            from hypervisors.fake import FakeDisks, FakeHypervisor
 
-            return FakeHypervisor(
-                self.farm.farm,
-                self.disks(host),
-                self.paths.root / f"fake-{host}-machines.json",
-                step=current_step,
-            )
+            store = self.disks(host)
+            assert isinstance(store, FakeDisks)
+            return FakeHypervisor(self.farm.farm, store, self._fake_state(host), step=current_step)
         if declared.driver == "ssh":
             from hypervisors.ssh_driver import SshHypervisor, SshMachine
 
             machines = {
-                self.machine(vm): SshMachine(
-                    address=self._ssh_address(vm),
-                    port=declared_vm.ssh_port or 22,
-                    reset_argv=declared_vm.reset,
+                self.machine(name): SshMachine(
+                    address=vm.address, port=vm.ssh_port or 22, reset_argv=vm.reset
                 )
-                for vm, declared_vm in self.farm.vms.items()
-                if self.farm.host_of(vm) == host
+                for name, vm in self.farm.vms.items()
+                if self.farm.host_of(name) == host and vm.address  # the loader saw to that
             }
             return SshHypervisor(self.farm.farm, machines, self.runner, step=current_step)
         raise self._not_yet(host, f"driver {declared.driver}")
@@ -224,18 +221,23 @@ class Site:
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks
 
-            return FakeDisks(
-                self.farm.farm, self.paths.root / f"fake-{host}-disks.json", step=current_step
-            )
+            return FakeDisks(self.farm.farm, self._fake_state(host), step=current_step)
         if not self.has_disks(host):
             raise Unsupported(
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
                 remedy="its machines are not cloned, checkpointed or destroyed here",
             )
-        if declared.disks.store != "qcow2":
-            raise self._not_yet(host, f"the disk store {declared.disks.store}")
         if declared.driver != "kvm":
             raise self._not_yet(host, f"driver {declared.driver}")
+        if declared.disks.store == "zfs":
+            from hypervisors.zfs import ZfsDisks
+
+            return ZfsDisks(
+                declared.disks.pool or "", declared.disks.dataset or "farmhand", self.farm.farm,
+                self.runner, step=current_step, reader_uid=self.reader_uid(host),
+            )  # fmt: skip
+        if declared.disks.store in ("lvm-thin", "lvm"):
+            return self._open_lvm(host)
         from hypervisors.qcow2 import Qcow2Disks
 
         root = self.paths.disks
@@ -245,11 +247,33 @@ class Site:
             root, self.farm.farm, self.runner, step=current_step, reader_uid=self.reader_uid(host)
         )
 
+    def _fake_state(self, host: str) -> Path | None:
+        """In memory only for a plan over nothing: the fake would make its file by looking."""
+        state = self.paths.root / f"fake-{host}.state"
+        return None if self.plan and not state.exists() else state
+
+    def _open_lvm(self, host: str) -> Disks:
+        from hypervisors.lvm_classic import LvmClassicDisks
+        from hypervisors.lvm_thin import LvmThinDisks
+
+        disks, reader = self.farm.hosts[host].disks, self.reader_uid(host)
+        group, links = disks.pool or "", state_dir() / "lvm"
+        if disks.store == "lvm-thin":
+            return LvmThinDisks(
+                group, disks.dataset or "", self.farm.farm, self.runner, links=links,
+                step=current_step, reader_uid=reader, warn=self.reporter.warn,
+            )  # fmt: skip
+        return LvmClassicDisks(
+            group, self.farm.farm, self.runner, links=links, copy=disks.copy_mode,
+            step=current_step, reader_uid=reader, warn=self.reporter.warn,
+            progress=lambda what, done, total: self.reporter.working(f"{what}: {done * 100 // total} %"),
+        )  # fmt: skip
+
     def _not_yet(self, host: str, what: str) -> Unsupported:
         return Unsupported(
             f"{self.name}: host {host}: {what} is not in this version",
             remedy="this version drives kvm (uri private, or a libvirt URI of this machine) on qcow2 "
-            "files, ssh and fake; the farm file itself is fine",
+            "files, zfs or LVM, ssh and fake; the farm file itself is fine",
         )
 
     def _ssh_address(self, vm: str) -> str:

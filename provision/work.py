@@ -160,7 +160,7 @@ def present(site: Site, vm: str) -> Machine:
 
 def look(site: Site, vm: str) -> Machine | None:
     """As ``present``; None if it isn't made."""
-    machine = site.hypervisor_of(vm).find(site.machine(vm))
+    machine = site.hypervisor(site.farm.host_of(vm), look=True).find(site.machine(vm))
     if machine is not None and (
         machine.owner is None or machine.owner.farm != site.farm.farm or machine.owner.vm != vm
     ):

@@ -79,6 +79,12 @@ class LvmRig:
         files = [p.name for p in self.links.glob("**/*") if p.name != ".lock"]
         return sorted(names) + sorted(mapped) + sorted(files)
 
+    def __enter__(self) -> LvmRig:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         run("vgremove", "-q", "-f", "-y", self.vg)
         run("pvremove", "-q", "-f", "-y", DEVICE)
@@ -112,3 +118,6 @@ class FullRig(LvmRig):
 
     def disks(self, farm: str = FARM, **options) -> LvmClassicDisks:
         return LvmClassicDisks(self.vg, farm, Runner(), links=self.links, copy="full", **options)
+
+
+RIGS = (ThinRig, ClassicRig, FullRig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import FARM, SIZE, template
+from rigs import FARM, SIZE, template
 
 from hypervisors.api import Owner
 from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState

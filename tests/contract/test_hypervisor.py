@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from conftest import FARM, MIB, SIZE
+from rigs import FARM, MIB, SIZE
 
 from hypervisors.api import Owner, Power, spec_hash
 from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MIB, _short_directory
+from rigs import MIB, short_directory
 
 from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
@@ -116,7 +116,7 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
     spec = real.spec("prod")
     for mode in ("bridge", "network"):
         nic = Nic(mac="52:54:00:01:02:03", mode=mode, target='br"0<&>')
-        xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True)
+        xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True, system=True)
         assert read_domain(xml).mac == "52:54:00:01:02:03"
         assert "br&quot;0&lt;&amp;&gt;" in xml
 
@@ -146,7 +146,7 @@ def test_the_kvm_verdict_is_kept(tmp_path):
 
 @pytest.fixture
 def place():
-    path = _short_directory()
+    path = short_directory()
     yield path
     shutil.rmtree(path)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import FARM, SIZE, Qcow2Rig, template
+from rigs import FARM, SIZE, Qcow2Rig, template
 
 from hypervisors.api import Owner
 from hypervisors.qcow2_format import empty_overlay, read_header

@@ -229,3 +229,29 @@ def test_looking_starts_nothing_and_writes_nothing(cli: CommandLine) -> None:
     assert cli("history", "--farm", default).out == "nothing was done to this farm yet\n"
     assert cli("clone-farm", "--plan", "--farm", default).status == 0
     assert not (cli.directory / "state").exists()
+
+
+def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) -> None:
+    probe = cli.directory / "tasks.py"
+    probe.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from cli import command\n"
+        "@command()\n"
+        "def wait(run):\n"
+        "    'Waits.'\n"
+        "    run.screen.working('waiting')\n"
+        "    time.sleep(60)\n"
+    )
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*cli.argv()[:4], "--search-root", str(cli.directory), "wait"],
+        env={**cli.environment, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
+    )  # fmt: skip
+    os.close(follower)
+    assert b"waiting" in os.read(leader, 4096)
+    os.close(leader)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 128 + signal.SIGHUP
+    assert not (cli.directory / "state").exists()  # no crash report

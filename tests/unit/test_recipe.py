@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.debian import _write_overlay, _write_sources, load_recipe
+from hypervisors.debian import _write_overlay, _write_sources, load_recipe, mounts_below
 from inventory.errors import NotFound
 
 DEB822 = """Types: deb
@@ -75,3 +75,19 @@ def test_the_machine_s_own_debian_sources_are_used(tmp_path: Path) -> None:
     assert found["host.sources"].count("Types: deb") == 2
     assert "third" not in found["host.sources"]
     assert _write_sources("trixie", work, etc) == []
+
+
+def test_mounts_are_seen_before_anything_is_removed(tmp_path: Path) -> None:
+    root = f"{tmp_path}/a b/root".replace(" ", "\\040")
+    info = "".join(
+        f"36 35 98:0 / {point} rw,noatime - ext3 /dev/root rw\n"
+        for point in (
+            "/",
+            "/proc",
+            f"{root}/dev",
+            f"{root}/dev/pts",
+            f"{tmp_path}/a bc/x".replace(" ", "\\040"),
+        )
+    )
+    below = mounts_below(tmp_path / "a b", info)
+    assert below == [f"{tmp_path}/a b/root/dev/pts", f"{tmp_path}/a b/root/dev"]

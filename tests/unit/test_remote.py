@@ -86,9 +86,7 @@ def test_a_stranger_is_named_at_once(dev2, tmp_path):
 
 
 def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
-    subprocess.run(
-        ["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "ecdsa"], check=True
-    )
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "ecdsa"], check=True)
     other = (tmp_path / "ecdsa.pub").read_text().rsplit(None, 1)[0]
     with pytest.raises(Conflict, match="somebody else"):
         ready(dev2.endpoint(host_key=other), timeout=600)
@@ -125,6 +123,9 @@ def test_a_machine_of_nobodys_is_learned_once(dev2, prod, tmp_path):
     known = tmp_path / "known_hosts"
     ready(dev2.endpoint(host_key="", known_hosts=known))
     assert known.read_text().split()[:2] == [f"[127.0.0.1]:{dev2.port}", "ssh-ed25519"]
+    ready(dev2.endpoint(host_key="", known_hosts=known))
+    assert len(known.read_text().splitlines()) == 1
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
     ready(dev2.endpoint(host_key="", known_hosts=known))
     assert len(known.read_text().splitlines()) == 1
     known.write_text(f"[127.0.0.1]:{prod.port} {dev2.host_key}\n")

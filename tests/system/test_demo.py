@@ -1,0 +1,124 @@
+"""The README's first command on real VMs, as a stranger types it; then nothing of it may be left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
+
+
+class Place:
+    """State and sockets of its own; the image cache is the machine's, as a second demo would find it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.state, self.runtime = directory / "s", directory / "r"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k != "FARMHAND_FARM"},
+            "FARMHAND_STATE_DIR": str(self.state),
+            "FARMHAND_RUNTIME_DIR": str(self.runtime),
+        }
+
+    def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT), *words],
+            env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def json(self, *words: str) -> dict[str, Any]:
+        done = self(*words, "--json")
+        assert done.returncode == 0, done.stderr[-6000:]
+        data = json.loads(done.stdout)
+        assert isinstance(data, dict)
+        return data
+
+    def processes(self) -> list[str]:
+        """Command lines of living processes that name this place."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(self.state) in line or str(self.runtime) in line:
+                found.append(line)
+        return found
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    directory = Path(tempfile.mkdtemp(prefix="fhd"))
+    directory.chmod(0o711)  # QEMU runs as another user and passes through
+    place = Place(directory)
+    try:
+        yield place
+    finally:
+        place("demo", "--destroy")
+        rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def demo(place: Place) -> dict[str, Any]:
+    return place.json("demo")
+
+
+def test_both_vms_are_up_and_the_program_ran_in_prod(demo: dict[str, Any]) -> None:
+    assert demo["ok"] is True
+    assert demo["result"] == "passed"
+    assert {vm["vm"]: vm["state"] for vm in demo["vms"]} == {"dev2": "running", "prod": "running"}
+    assert all(step["ok"] and step["seconds"] >= 0 for step in demo["steps"])
+    assert demo["program"]
+    assert Path(demo["record"]).is_file()
+
+
+def test_what_was_built_is_there_with_its_sum(demo: dict[str, Any]) -> None:
+    rpms = [file for file in demo["artifacts"] if file["name"].endswith(".rpm")]
+    assert any("prod" in file["name"] for file in rpms)
+    assert all(len(file["sha256"]) == 64 for file in rpms)
+
+
+def test_ssh_runs_a_command_in_prod(demo: dict[str, Any], place: Place) -> None:
+    done = place("ssh", "--vm", "prod", "--command", "hostname")
+    assert (done.returncode, done.stdout) == (0, "ab-kata-prod\n"), done.stderr
+
+
+def test_status_log_history_and_console_answer(demo: dict[str, Any], place: Place) -> None:
+    assert "running" in place("status").stdout
+    assert "passed" in place("log").stdout
+    assert "build" in place("history").stdout
+    assert place("log", "--step", "build-prod").stdout
+    assert place("console", "--vm", "prod", "--log").stdout
+
+
+def test_a_second_clone_farm_changes_nothing(demo: dict[str, Any], place: Place) -> None:
+    assert place.json("clone-farm")["changed"] is False
+
+
+def test_balloon_is_what_the_guest_reached(demo: dict[str, Any], place: Place) -> None:
+    place.json("balloon", "--vm", "dev2", "--to", "512M")
+    (dev2,) = [vm for vm in place.json("status")["vms"] if vm["vm"] == "dev2"]
+    assert dev2["memory"] == 512 * 2**20
+
+
+def test_reset_takes_the_program_away(demo: dict[str, Any], place: Place) -> None:
+    place.json("reset", "--vm", "prod")
+    done = place("ssh", "--vm", "prod", "--command", "command -v kata || echo gone")
+    assert done.stdout.strip() == "gone", done.stdout + done.stderr
+
+
+def test_destroy_leaves_nothing(demo: dict[str, Any], place: Place) -> None:
+    assert place.processes()
+    assert "kept" in place("demo", "--destroy").stdout
+    assert place.processes() == []
+    assert not (place.state / "farms" / "kata").exists()
+    assert not any(place.runtime.iterdir()) if place.runtime.exists() else True

@@ -1,0 +1,415 @@
+"""The build cycle against real sshds, real git, real files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cycle_farm import FETCH, STEPS, Lab, environment, reset, run
+from sshd_machine import gone, wait_for
+
+from builds.cycle import plan_cycle, run_cycle
+from builds.record import find_record, load_records
+from inventory.errors import (
+    BuildFailed,
+    Busy,
+    NotFound,
+    UsageError,
+)
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in environment(tmp_path).items():
+        if name.startswith("FARMHAND_"):
+            monkeypatch.setenv(name, value)
+    laboratory = Lab(tmp_path)
+    yield laboratory
+    laboratory.stop()
+
+
+def fails(site, **options):
+    with pytest.raises(BuildFailed) as caught:
+        run_cycle(site, **options)
+    return caught.value, find_record(site.paths)
+
+
+def log_of(record, step: str) -> str:
+    name = next(s.log for s in record.steps if s.name == step)
+    return (record.directory / name).read_text()
+
+
+def statuses(record) -> list[str]:
+    return [step.status for step in record.steps]
+
+
+def test_the_whole_cycle(lab):
+    head = lab.git("rev-parse", "HEAD")
+    (lab.dev2.home / "left over").touch()
+    with lab.site(STEPS) as site:
+        record = run_cycle(site, stream=lab.keep)
+        assert load_records(site.paths) == (record,)
+    assert statuses(record) == ["passed"] * 6
+    assert not (lab.dev2.home / "left over").exists()
+    assert (lab.prod.home / "incoming/prod.rpm").read_text() == "one\n"
+    assert (lab.prod.home / "installed").exists()
+    assert (record.source.commit, record.source.subject, record.source.changed) == (head, "One", None)
+    assert record.id.endswith(head[:7])
+    (artifact,) = record.outputs
+    assert (record.directory / artifact.path).read_text() == "one\n"
+    assert artifact.sha256 == hashlib.sha256(b"one\n").hexdigest()
+    assert next(s for s in record.steps if s.name == "transfer").files[0].sha256 == artifact.sha256
+    archive = subprocess.run(
+        ["git", "-C", lab.source, "archive", "--format=tar", head], check=True, capture_output=True
+    )
+    assert [f.sha256 for f in record.inputs] == [hashlib.sha256(archive.stdout).hexdigest()]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert [(vm.vm, vm.boot_id) for vm in record.vms] == [("dev2", boot), ("prod", boot)]
+    dev2 = record.vms[0]
+    assert (record.directory / dev2.packages).read_text().count("\n") == dev2.packages_count > 10
+    assert ("dev2", b"one\n") in lab.output
+    assert "one\n" in log_of(record, "build")
+    assert json.loads(record.path.read_text())["result"] == "passed"
+    assert oct(record.path.stat().st_mode & 0o777) == "0o644"
+    assert oct(record.directory.stat().st_mode & 0o777) == "0o755"
+    assert (record.directory.parent / "last").readlink() == Path(record.id)
+    shares = record.guest_seconds + record.hypervisor_seconds + record.controller_seconds
+    assert shares == pytest.approx(record.seconds, abs=0.01)
+
+
+def test_resets_that_follow_one_another_run_side_by_side(lab):
+    meet = lab.root / "meet"
+    steps = [reset("dev2"), reset("prod"), run("build", "true")]
+    with lab.site(steps) as site:
+        path = lab.root / "farm.yaml"
+        farm = json.loads(path.read_text())
+        for vm, other in (("dev2", "prod"), ("prod", "dev2")):  # each waits for the other
+            script = f"touch {meet}-{vm}; while [ ! -e {meet}-{other} ]; do sleep 0.02; done"
+            farm["vms"][vm]["reset"] = ["/bin/sh", "-c", script]
+        path.write_text(json.dumps(farm))
+        from inventory.loader import load
+        from provision.site import Site
+
+        with Site(load(path), reporter=site.reporter) as both:
+            assert run_cycle(both).result == "passed"
+
+
+def test_one_connection_a_vm_and_output_as_it_is_made(lab):
+    seen = []
+
+    def stream(vm: str, data: bytes) -> None:
+        seen.append(data)
+        if b"waiting" in data:
+            (lab.dev2.home / "go").touch()  # before the step has ended: it waits for us
+
+    wait = "echo waiting; while [ ! -e go ]; do sleep 0.02; done; echo $SSH_CONNECTION > 1"
+    steps = [run("one", wait), run("two", ["echo $SSH_CONNECTION > 2", "cat 1 2"])]
+    with lab.site(steps) as site:
+        run_cycle(site, stream=stream)
+    assert (lab.dev2.home / "1").read_text() == (lab.dev2.home / "2").read_text() != ""
+
+
+def test_scripts_know_what_is_built(lab):
+    steps = [run("show", 'echo "$FARM $BUILD_ID $GIT_REVISION $SOURCE_URL $LC_ALL"')]
+    with lab.site(steps) as site:
+        record = run_cycle(site)
+    line = next(ln for ln in log_of(record, "show").splitlines() if ln.startswith("lab "))
+    farm, build, revision, url, locale = line.split()
+    assert (farm, build, revision, locale) == ("lab", record.id, lab.git("rev-parse", "HEAD"), "C.UTF-8")
+    assert url.startswith("git://127.0.0.1:")
+    assert url.endswith("/kata.git")
+
+
+def test_revisions(lab):
+    first = lab.git("rev-parse", "HEAD")
+    lab.git("tag", "-a", "v1", "-m", "tagged")
+    lab.commit("Two", program="echo two\n")
+    lab.git("checkout", "-q", "--detach")
+    loose = lab.commit("Loose", program="echo loose\n")
+    lab.git("checkout", "-q", "master")
+    fetch = FETCH.replace("; cd src;", "; cd src; git fetch -q origin $GIT_REVISION;")
+    steps = [reset("dev2"), run("fetch", fetch), run("build", "sh src/program")]
+    results = []
+    with lab.site(steps) as site:
+        for revision in ("v1", "HEAD~1", ":/On", "master", loose[:12]):
+            record = run_cycle(site, revision=revision)
+            results.append((record.source.commit, record.source.changed))
+        assert results[:3] == [(first, None), (first, False), (first, False)]
+        assert [changed for _, changed in results[3:]] == [True, True]
+        assert results[4][0] == loose
+        assert "loose" in log_of(record, "build")
+        with pytest.raises(NotFound, match="no revision 'mastr'") as caught:
+            run_cycle(site, revision="mastr")
+        assert "master" in caught.value.remedy
+        for bad in ("--help", "", "a\nb"):
+            with pytest.raises(UsageError):
+                run_cycle(site, revision=bad)
+        assert len(load_records(site.paths)) == 5
+
+
+def test_uncommitted_changes_are_noted(lab):
+    (lab.source / "program").write_text("echo dirty\n")
+    with lab.site([run("build", "true")]) as site:
+        record = run_cycle(site)
+    assert any("uncommitted" in note for note in record.notes)
+
+
+def test_a_plain_directory_inside_another_repository_is_built(lab):
+    """As examples/kata in our own checkout."""
+    inner = lab.source / "examples" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "program").write_text("echo inner\n")
+    steps = [reset("dev2"), run("fetch", FETCH), run("build", "ls src; sh src/program")]
+    with lab.site(steps, source="kata/examples/inner") as site:
+        one = run_cycle(site)
+        again = run_cycle(site)
+        assert again.source.commit == one.source.commit != lab.git("rev-parse", "HEAD")
+        assert log_of(one, "build").splitlines()[:2] == ["program", "inner"]
+        (inner / "program").write_text("echo changed\n")
+        (inner / "__pycache__").mkdir()
+        (inner / "__pycache__" / "x.pyc").touch()
+        changed = run_cycle(site)
+    assert changed.source.changed is True
+    assert log_of(changed, "build").splitlines()[:2] == ["program", "changed"]
+    assert not (inner / ".git").exists()
+    assert lab.git("status", "--porcelain", "--untracked-files=no") == ""
+
+
+def test_a_url_is_resolved_by_the_vm_where_this_machine_cannot(lab, tmp_path):
+    """master~1 is more than ls-remote knows; the URL is one the VM reaches."""
+    first = lab.git("rev-parse", "HEAD")
+    lab.commit("Two", program="echo two\n")
+    with subprocess.Popen(
+        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--base-path={lab.root}",
+         f"--port={(port := _port())}", str(lab.root)], stderr=subprocess.DEVNULL,
+    ) as daemon:  # fmt: skip
+        try:
+            wait_for(lambda: _listens(port))
+            url = f"git://127.0.0.1:{port}/kata"
+            with lab.site([reset("dev2"), run("fetch", FETCH)], source=url) as site:
+                record = run_cycle(site, revision="master~1")
+                assert (record.source.commit, record.source.subject) == (first, "One")
+                assert run_cycle(site).source.commit == lab.git("rev-parse", "HEAD")
+                error, _ = fails(site, revision="nonesuch~1")
+                assert "fetch failed on dev2, source: no revision 'nonesuch~1'" in error.message
+        finally:
+            daemon.terminate()
+
+
+def _port() -> int:
+    from sshd_machine import free_port
+
+    return free_port()
+
+
+def _listens(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_failure_names_step_class_lines_log_and_remedy(lab):
+    build = "echo making; echo 'kata.c:3:5: error: expected ;' >&2; exit 1"
+    steps = [run("first", "true"), run("build", build), run("after", "touch after")]
+    with lab.site(steps) as site:
+        error, record = fails(site)
+        message = "step build failed on dev2, source: kata.c:3:5: error: expected ;; log: "
+        assert error.message == f"{message}{record.directory}/02-build.log"
+        assert "./invoke ssh --vm dev2" in error.remedy
+        assert "./invoke cycle --from build" in error.remedy
+        assert "making" in error.detail
+        assert error.as_dict()["build"] == record.id
+        assert statuses(record) == ["passed", "failed", "skipped"]
+        assert not (lab.dev2.home / "after").exists()
+        error, record = fails(site, keep_going=True)
+        assert statuses(record) == ["passed", "failed", "passed"]
+        assert (lab.dev2.home / "after").exists()
+
+
+def test_from_and_only(lab):
+    steps = [run(name, f"echo {name} >> done") for name in ("one", "two", "three")]
+    done = lab.dev2.home / "done"
+    with lab.site(steps) as site:
+        assert statuses(run_cycle(site, start_from="two")) == ["skipped", "passed", "passed"]
+        assert done.read_text().split() == ["two", "three"]
+        done.unlink()
+        assert statuses(run_cycle(site, only=("three", "one"))) == ["passed", "skipped", "passed"]
+        assert done.read_text().split() == ["one", "three"]
+        with pytest.raises(NotFound, match="no step 'tow'") as caught:
+            run_cycle(site, start_from="tow")
+        assert "two" in caught.value.remedy
+        with pytest.raises(UsageError, match="leave no step"):
+            run_cycle(site, start_from="two", only=("one",))
+
+
+def test_a_time_limit_ends_the_step_and_what_it_started(lab):
+    script = "sleep 300 & echo $! > pid; echo begun; wait"
+    with lab.site([{**run("slow", script), "timeout": "1s"}]) as site:
+        error, record = fails(site)
+    assert (record.steps[0].failure, record.steps[0].exit) == ("time-out", 124)
+    assert "within its limit of 1.0s" in error.message
+    assert "begun" in log_of(record, "slow")
+    assert gone(int((lab.dev2.home / "pid").read_text()))
+
+
+def test_a_lost_vm_leaves_the_partial_log(lab):
+    def stream(vm: str, data: bytes) -> None:
+        if b"halfway" in data:
+            lab.dev2.stop()
+
+    with lab.site([run("build", "echo halfway; sleep 300"), run("more", "true", vm="prod")]) as site:
+        error, record = fails(site, stream=stream, keep_going=True)
+    assert record.steps[0].failure == "infrastructure"
+    assert "dev2: the ssh connection to" in error.message
+    assert "halfway" in log_of(record, "build")
+    assert record.steps[1].status == "passed"
+
+
+def test_missing_artifacts_and_files_are_the_sources_fault(lab):
+    carry = {"name": "carry", "transfer": "nothing*", "from": "dev2", "to": "prod", "into": "in"}
+    with lab.site([run("build", "true", artifacts="out/*.rpm"), carry]) as site:
+        _, record = fails(site, keep_going=True)
+    assert [(s.failure, s.status) for s in record.steps] == [("source", "failed")] * 2
+    assert "no file matches out/*.rpm" in record.steps[0].message
+
+
+def test_artifacts_of_one_name_are_kept_apart(lab):
+    steps = [run(n, f"echo {n} > result", artifacts="result") for n in ("one", "two")]
+    with lab.site(steps) as site:
+        record = run_cycle(site)
+    assert [file.path for file in record.outputs] == ["artifacts/result", "artifacts/two/result"]
+    assert (record.directory / record.outputs[1].path).read_text() == "two\n"
+
+
+def test_a_stranger_is_an_infrastructure_failure(lab):
+    with lab.site([run("build", "true")]) as site:
+        run_cycle(site)
+        known = Path(site.endpoint("dev2").key).parent / "known_hosts"
+        mine, other = lab.dev2.host_key.split()[1], lab.prod.host_key.split()[1]
+        known.write_text(known.read_text().replace(mine, other))
+        error, record = fails(site)
+    assert "somebody else answers" in error.message
+    assert record.steps[0].failure == "infrastructure"
+
+
+def test_the_plan_is_what_the_run_does_and_does_nothing(lab):
+    with lab.site(STEPS, plan=True) as site:
+        lines = plan_cycle(site)
+    named = [a.text.split(":")[0] for a in lines if a.verb in ("reset", "run", "transfer")]
+    assert named == [step["name"] for step in STEPS]
+    assert lines[0].text.startswith(f"build {lab.source} at {lab.git('rev-parse', 'HEAD')[:10]} (One)")
+    assert not (lab.root / "state").exists()
+
+
+CHILD = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from builds.cycle import run_cycle
+from inventory.errors import FarmhandError
+from inventory.loader import load
+from provision.report import QuietReporter
+from provision.site import Site
+with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:
+    try:
+        run_cycle(site)
+    except FarmhandError as error:
+        print(type(error).__name__, error.message, "//", error.remedy)
+        sys.exit(error.exit_status)
+"""
+
+
+def start_child(lab: Lab, steps: list[dict]) -> subprocess.Popen:
+    script = CHILD.format(root=str(HERE.parents[2]), tests=str(HERE.parent))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, lab.farm_file(steps)],
+        stdout=subprocess.PIPE, env=environment(lab.root), text=True,
+    )  # fmt: skip
+
+
+SLOW = [
+    run("one", "true"),
+    run("slow", "sleep 300 & echo $! > pid; mv pid ready; wait"),
+    run("two", "true"),
+]
+
+
+def ready_pid(lab: Lab) -> int:
+    ready = lab.dev2.home / "ready"
+    return int(wait_for(lambda: ready.exists() and ready.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(lab, number):
+    child = start_child(lab, SLOW)
+    pid = ready_pid(lab)
+    child.send_signal(number)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Interrupted interrupted at step slow" in output
+    assert "./invoke cycle --from slow" in output
+    assert gone(pid)
+    with lab.site(SLOW) as site:
+        record = find_record(site.paths)
+        assert json.loads(record.path.read_text())["result"] == record.result == "interrupted"
+        assert statuses(record) == ["passed", "interrupted", "skipped"]
+        assert site.locks.held() == ()
+
+
+def test_killed(lab):
+    child = start_child(lab, SLOW)
+    pid = ready_pid(lab)
+    with lab.site(SLOW) as site:
+        assert find_record(site.paths).result == "running"
+        with pytest.raises(Busy, match=rf"a cycle is running already: pid {child.pid} of .*: cycle"):
+            run_cycle(site)
+        child.kill()
+        child.wait()
+        record = find_record(site.paths)
+        assert json.loads(record.path.read_text())["result"] == "running"
+        assert (record.result, statuses(record)) == ("interrupted", ["passed", "interrupted", "skipped"])
+        assert gone(pid)  # the guest noticed
+        assert run_cycle(site, only=("one",)).result == "passed"
+    child.stdout.close()
+
+
+def test_a_vm_in_use_is_left_alone(lab):
+    with lab.site(STEPS) as site, lab.site(STEPS) as other:
+        hold = other.locks.hold("vm-prod", doing="reset prod")
+        with hold, pytest.raises(Busy, match="prod is held by"):
+            run_cycle(site)
+        assert load_records(site.paths) == ()
+
+
+def test_the_page_is_self_contained_and_escapes(lab):
+    steps = [run("build", "echo '<script>alert(1)</script>'; printf '\\033[31mred\\033[0m\\n'; exit 3")]
+    lab.commit("<b>Subject</b> & more")
+    with lab.site(steps) as site:
+        _, record = fails(site)
+    page = record.page.read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "&lt;b&gt;Subject&lt;/b&gt; &amp; more" in page
+    assert "\x1b" not in page
+    assert "red" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert 'href="01-build.log"' in page
+
+
+def test_only_a_key_file_of_ours_is_used(lab):
+    """An agent in the environment is not asked."""
+    os.environ["SSH_AUTH_SOCK"] = "/nonexistent/agent"
+    try:
+        with lab.site([run("build", "true")]) as site:
+            assert run_cycle(site).result == "passed"
+    finally:
+        del os.environ["SSH_AUTH_SOCK"]
