@@ -4,7 +4,7 @@
 What the guest writes goes to the snapshot's copy-on-write area (``share`` of the disk); when that is
 full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it from ``WARN_AT`` percent
 on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
-of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow, and a reset is a copy.
+of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow; a reset is a copy.
 
 Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
 copies in ``linked`` stores too, with progress and going on after a kill:
@@ -17,7 +17,8 @@ copies in ``linked`` stores too, with progress and going on after a kill:
 A copy of a ``full`` disk is read from a snapshot of it (removed afterwards), so that a VM started by
 somebody else meanwhile can't tear it; a linked disk can't have one, and the caller has stopped its VM.
 
-``merge`` (linked) writes the disk's changes back into its base checkpoint (``lvconvert --merge``), for who updates a checkpoint in place without room or patience for another copy. Never into a template.
+``merge`` (linked) writes the disk's changes back into its base checkpoint (``lvconvert --merge``),
+for who updates a checkpoint in place without room or patience for another copy. Never into a template.
 
 Sealed volumes stay active: LVM can't make an active snapshot of an inactive classic origin.
 """
@@ -115,7 +116,8 @@ class LvmClassicDisks(LvmStore):
                 base = seen.group.get(base.name) or base
             self._check_farm(base)
             facts = {
-                **kept(base.facts), "kind": "disk", "base": base.facts["name"], "seq": base.facts["merging"],
+                **kept(base.facts), "kind": "disk", "base": base.facts["name"],
+                "seq": base.facts["merging"],
                 "created": datetime.now(UTC).isoformat(),
             }  # fmt: skip
             self._give(self._grow(held, seen, base, facts, first=True))

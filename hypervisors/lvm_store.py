@@ -11,8 +11,8 @@ collide with nobody's. ``fh.kind`` says what one is:
 
 A VM's disk has a stable path: a symbolic link in a directory of ours, LINKS/VG/MACHINE, to the
 device of the present volume. A reset makes the new volume beside the old, renames a new link over the
-old one (atomic, rename(2)), and removes the old volume last; so the path resolves to the old disk or the new
-at any time, and that link is what says which volume is present. If the links are lost, the newest
+old one (atomic, rename(2)), and removes the old volume last; so the path resolves to the old disk or the
+new at any time, and that link is what says which volume is present. If the links are lost, the newest
 complete volume of a machine is, for volumes count up (``fh.seq``); ``ready`` makes the link again.
 
 Rejected: two ``lvrename`` (between them the path leads nowhere, a second or so under load); merging a
@@ -201,7 +201,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             now = datetime.now(UTC).isoformat()
             facts = {
                 "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine,
-                "size": str(size), "template": template.label, "base": CLEAN, "seq": "1", "created": now, "cloned": now,
+                "size": str(size), "template": template.label, "base": CLEAN, "seq": "1",
+                "created": now, "cloned": now,
             }  # fmt: skip
             try:
                 name = self._grow(held, seen, source, facts, first=True)
@@ -230,7 +231,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
             now = datetime.now(UTC)
             facts = {
-                **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name, "prev": disk.facts["base"],
+                **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
+                "prev": disk.facts["base"],
                 "created": now.isoformat(), "seq": disk.facts["seq"],
             }  # fmt: skip
             frozen = self._freeze(held, seen, disk, facts)
@@ -255,12 +257,15 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._unused(disk)
             copy = self._copied(base, int(disk.facts["size"]))
             self._room(seen, f"the disk of {machine}", copy=copy, source=base, swap=True)
+            old = [
+                *seen.kind("disk", machine), *seen.half_made(machine), *seen.kind("source", machine)
+            ]  # fmt: skip
+            self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {machine} from {name}")
             facts = {
                 **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
                 "created": datetime.now(UTC).isoformat(),
             }  # fmt: skip
-            old = [*seen.kind("disk", machine), *seen.half_made(machine), *seen.kind("source", machine)]
             new = self._grow(held, seen, base, facts, first=False)
             try:
                 self._give(new)
@@ -332,7 +337,6 @@ class LvmStore(LvmVolumes, abc.ABC):
             volume = seen.group.get(leftover.ref.partition("/")[2])
             if volume:
                 self._remove(seen, [volume])
-                self._record(volume.name).unlink(missing_ok=True)
 
     # -- parts of the above -----------------------------------------------------------------------
 
@@ -420,9 +424,12 @@ class LvmStore(LvmVolumes, abc.ABC):
         for path in sorted(self._links.glob("[!.]*")):
             if path.is_symlink() and path.readlink().name not in names:
                 yield self._left_file(path, "the volume it names is gone")
-        for path in sorted(self._links.glob(".fh.*.copied")):
-            if path.name[1:].removesuffix(".copied") not in names:
-                yield self._left_file(path, "of a copy that is gone")
+        for path in sorted(self._links.glob(".fh.*")):
+            name = path.name[1:].rpartition(".")[0]
+            if name not in names and not self._alive(name):
+                yield self._left_file(path, "its volume is gone")
+        for path in sorted(self._links.glob(".*.link")):  # the store's lock is held: nobody makes one
+            yield self._left_file(path, "of a swap that was killed")
 
     @staticmethod
     def _left_file(path: Path, why: str) -> Leftover:

@@ -79,6 +79,12 @@ class LvmVolumes:
     def _record(self, name: str) -> Path:
         return self._links / f".{name}.copied"
 
+    def _forget(self, name: str) -> None:
+        """The files that went with a part."""
+        self._record(name).unlink(missing_ok=True)
+        if not self._alive(name):
+            (self._links / f".{name}.lock").unlink(missing_ok=True)
+
     @staticmethod
     def _name(*words: str) -> str:
         """LVM reserves some names by what they contain, "_tdata" for one: all have an underscore."""
@@ -130,7 +136,7 @@ class LvmVolumes:
         self._check_dependents(seen, volumes)
         self._lvm.remove([v.name for v in volumes])
         for volume in volumes:
-            self._record(volume.name).unlink(missing_ok=True)
+            self._forget(volume.name)
 
     def _remove_old(self, names: Sequence[str]) -> None:
         """After a swap. What can't go now is a leftover, not a failed reset."""
@@ -143,7 +149,7 @@ class LvmVolumes:
         """What this very call made."""
         with contextlib.suppress(NotFound):
             self._lvm.remove([name])
-        self._record(name).unlink(missing_ok=True)
+        self._forget(name)
 
     def _drop_all(self, machine: str) -> None:
         seen = self._look()
