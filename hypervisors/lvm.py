@@ -186,7 +186,7 @@ class Lvm:
     def _rows(self, command: str, fields: str, kind: str) -> list[dict[str, str]]:
         argv = (command, "-o", fields, "--units", "b", "--nosuffix", "--reportformat", "json", self.vg)
         try:
-            text = self._runner.read(self._lvm, *argv).stdout
+            text = self._runner.read(self._lvm, *argv, timeout=300).stdout  # others' locks
         except CommandFailed as error:
             raise self.explain(error) from error
         rows: list[dict[str, str]] = json.loads(text)["report"][0][kind]

@@ -208,22 +208,29 @@ class LvmThinDisks(LvmStore):
     @contextlib.contextmanager
     def _metadata_snapshot(self) -> Iterator[str]:
         """The metadata device with a snapshot reserved; "" where somebody else has one. Ours, of a
-        process that was killed, is known by a file that is there while we hold one."""
+        process that was killed, is known by a file that is there while we hold one. Nothing that lasts
+        is changed, so a plan may do it too."""
         pool = f"{self._vg.replace('-', '--')}-{self._pool_name.replace('-', '--')}"
         device, ours = f"{pool}-tpool", self._links / f".{self._pool_name}.metadata-snapshot"
-        held = self._runner.read("dmsetup", "status", device).stdout.split()[6] != "-"
+        words = self._runner.read("dmsetup", "status", device).stdout.split()
+        if len(words) < 7:  # "thin-pool Fail", or "Error"
+            raise DriverFailed(
+                f"thin pool {self._vg}/{self._pool_name} has failed",
+                remedy=f"deactivate its volumes, then lvconvert --repair {self._vg}/{self._pool_name}",
+            )
+        held = words[6] != "-"
         if held and not ours.exists():
             yield ""
             return
         ours.touch(mode=0o600)
         sync(self._links)
         if held:
-            self._runner.change("dmsetup", "message", device, "0", "release_metadata_snap")
-        self._runner.change("dmsetup", "message", device, "0", "reserve_metadata_snap")
+            self._runner.read("dmsetup", "message", device, "0", "release_metadata_snap")
+        self._runner.read("dmsetup", "message", device, "0", "reserve_metadata_snap")
         try:
             yield f"/dev/mapper/{pool}_tmeta"
         finally:
-            self._runner.change("dmsetup", "message", device, "0", "release_metadata_snap")
+            self._runner.read("dmsetup", "message", device, "0", "release_metadata_snap")
             ours.unlink(missing_ok=True)
 
     @contextlib.contextmanager
