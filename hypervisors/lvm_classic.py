@@ -32,7 +32,7 @@ from typing import Literal
 
 from hypervisors.api import Capacity, StepFn, no_step
 from hypervisors.lvm import Group, Volume, marked, retagged
-from hypervisors.lvm_copy import ProgressFn, copy_idle, no_progress, same_content
+from hypervisors.lvm_copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.lvm_seen import Held, Seen, kept
 from hypervisors.lvm_store import LvmStore
 from hypervisors.lvm_volumes import WarnFn, no_warning
@@ -307,10 +307,10 @@ class LvmClassicDisks(LvmStore):
                 return False
             device = f"{self._vg.replace('-', '--')}-{disk.name.replace('-', '--')}"
             words = self._runner.read("dmsetup", "status", device).stdout.split()
-            used, _, table = words[3].partition("/")[0], None, words[-1]
-            return words[2] == "snapshot" and used == table
+            used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
+            return words[2] == "snapshot" and slash == "/" and used == words[-1]
         node, other = self._lvm.ready(disk.name), self._lvm.ready(base.name)
-        return same_content(node, other, min(disk.size, base.size))
+        return same_content(node, other, min(disk.size, base.size)) and empty_from(node, base.size)
 
 
 def _lost(disk: Volume) -> bool:

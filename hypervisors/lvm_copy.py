@@ -62,6 +62,16 @@ def same_content(one: Path, other: Path, size: int) -> bool:
     return True
 
 
+def empty_from(node: Path, start: int) -> bool:
+    """Zeros from ``start`` to the end: what a larger disk has beyond its base."""
+    with node.open("rb") as file:
+        file.seek(start)
+        while data := file.read(2**20):
+            if data.count(0) != len(data):
+                return False
+    return True
+
+
 def _work(
     runner: Runner,
     source: Path,

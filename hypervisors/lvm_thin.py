@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hypervisors.api import Capacity, StepFn, no_step
 from hypervisors.lvm import Volume, marked, retagged
-from hypervisors.lvm_copy import same_content
+from hypervisors.lvm_copy import empty_from, same_content
 from hypervisors.lvm_seen import Held, Seen
 from hypervisors.lvm_store import LvmStore
 from hypervisors.lvm_volumes import WarnFn, no_warning
@@ -191,7 +191,7 @@ class LvmThinDisks(LvmStore):
                 if metadata:
                     return self._no_difference(disk, base, metadata)
         with self._locked(), self._readable(base) as other, self._readable(disk) as one:
-            return same_content(one, other, min(disk.size, base.size)) and _empty(one, base.size)
+            return same_content(one, other, min(disk.size, base.size)) and empty_from(one, base.size)
 
     def _no_difference(self, disk: Volume, base: Volume, metadata: str) -> bool:
         ids = ("--thin1", str(base.thin_id), "--thin2", str(disk.thin_id))
@@ -244,13 +244,3 @@ class LvmThinDisks(LvmStore):
             yield self._lvm.ready(volume.name)
         finally:
             self._change(volume.name, "-an")
-
-
-def _empty(node: Path, start: int) -> bool:
-    """Zeros from ``start`` to the end: what a larger disk has beyond its base."""
-    with node.open("rb") as file:
-        file.seek(start)
-        while data := file.read(2**20):
-            if data.count(0) != len(data):
-                return False
-    return True
