@@ -241,7 +241,11 @@ class LvmClassicDisks(LvmStore):
         held.keep(self._filling(name))
         try:
             if left:
-                self._change(name, "-ay", "-prw", *retagged(left[0].facts, part))
+                if not left[0].writable:  # killed after it was sealed, before it was named
+                    self._change(name, "-prw")
+                if not left[0].active:
+                    self._change(name, "-ay", "-K")
+                self._change(name, *retagged(left[0].facts, part))
             else:
                 self._blank(name, int(facts["size"]), part)
             origin, target = self._lvm.ready(read or source.name), self._lvm.ready(name)
