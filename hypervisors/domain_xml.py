@@ -113,7 +113,7 @@ def _disk(
     devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool, system: bool
 ) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    if path.parts[:2] == ("/", "dev"):
+    if path.parts[:2] == ("/", "dev") or path.is_block_device():  # a link to one counts
         disk.set("type", "block")
     driver = ET.SubElement(disk, "driver", name="qemu", type=form)
     if not readonly:

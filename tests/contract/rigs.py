@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import lvm_rig
 import pytest
 import small_guest
 import zfs_rig
@@ -33,6 +34,9 @@ REAL = {
     "fake": "simulated",
     "qcow2": "real qemu-img files",
     "zfs": "real ZFS, a pool on a file",
+    "lvm-thin": "real LVM thin volumes",
+    "lvm-linked": "real LVM snapshots",
+    "lvm-full": "real LVM volumes, copied",
     "libvirt": "real QEMU under a private libvirtd",
     "zvols": "real QEMU on real ZFS",
 }
@@ -117,12 +121,17 @@ def zfs_pool() -> Iterator[str]:
         pytest.param(FakeDisksRig, id="fake"),
         pytest.param(Qcow2Rig, id="qcow2"),
         pytest.param(zfs_rig.ZfsRig, id="zfs", marks=pytest.mark.lab),
+        *(pytest.param(rig, id=rig.kind, marks=pytest.mark.lab) for rig in lvm_rig.RIGS),
     ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path):
     if request.param is zfs_rig.ZfsRig:
         request.getfixturevalue("zfs_pool")
-    return request.param(tmp_path)
+    if request.param in lvm_rig.RIGS:
+        with request.param() as made:
+            yield made
+    else:
+        yield request.param(tmp_path)
 
 
 class FakeRig:
