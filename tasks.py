@@ -312,18 +312,19 @@ def history(run: Run, limit: str = "20") -> Result:
 
 @command(
     {
-        "fast": "Without the tests that start VMs, and without the lab.",
+        "fast": "Without the tests that start VMs.",
+        "lab": "With those that need KVM, ZFS and LVM, in a lab; as lab-test.",
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
     },
     iterable=["only"],
     plans=False,
 )
-def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
-    """Run ruff, mypy and all tests."""
+def test(run: Run, fast: bool = False, lab: bool = False, only: Names = None, match: str = "") -> Result:
+    """Run ruff, mypy and the tests."""
     import house
 
-    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
+    return house.test(run, fast=fast, lab=lab, only=tuple(only or ()), match=match)
 
 
 @command(plans=False)
