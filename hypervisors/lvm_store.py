@@ -198,6 +198,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._room(seen, f"the disk of {machine}", copy=self._copied(source, size), source=source)
             self._step(f"clone the disk of {machine} from {template.label}")
             self._remove(seen, [v for v in seen.of(machine) if v.facts.get("kind") != "part"])
+            self._sweep(seen)
             now = datetime.now(UTC).isoformat()
             facts = {
                 "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine,
@@ -228,6 +229,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._room(seen, what, copy=self._copied(disk, disk.size, frozen=True), source=disk)
             self._step(f"freeze the disk of {machine} as {name}")
             self._remove(seen, [*seen.half_made(machine), *seen.kind("source", machine)])
+            self._sweep(seen)
             sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
             now = datetime.now(UTC)
             facts = {
@@ -262,6 +264,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             ]  # fmt: skip
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {machine} from {name}")
+            self._sweep(seen)
             facts = {
                 **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
                 "created": datetime.now(UTC).isoformat(),
@@ -302,6 +305,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 self._unused(volume)
             self._step(f"remove the disk of {machine}")
             self._remove(seen, volumes)
+            self._sweep(seen)
             (self._links / machine).unlink(missing_ok=True)
 
     def ready(self, machine: str) -> Disk:
@@ -424,12 +428,8 @@ class LvmStore(LvmVolumes, abc.ABC):
         for path in sorted(self._links.glob("[!.]*")):
             if path.is_symlink() and path.readlink().name not in names:
                 yield self._left_file(path, "the volume it names is gone")
-        for path in sorted(self._links.glob(".fh.*")):
-            name = path.name[1:].rpartition(".")[0]
-            if name not in names and not self._alive(name):
-                yield self._left_file(path, "its volume is gone")
-        for path in sorted(self._links.glob(".*.link")):  # the store's lock is held: nobody makes one
-            yield self._left_file(path, "of a swap that was killed")
+        for path in self._strays(seen):
+            yield self._left_file(path, "of an operation that was killed")
 
     @staticmethod
     def _left_file(path: Path, why: str) -> Leftover:

@@ -85,6 +85,19 @@ class LvmVolumes:
         if not self._alive(name):
             (self._links / f".{name}.lock").unlink(missing_ok=True)
 
+    def _strays(self, seen: Seen) -> Iterator[Path]:
+        """Files that killed operations left. The store's lock is held: nobody makes any now."""
+        names = {v.name for v in seen.group.volumes}
+        for path in sorted(self._links.glob(".fh.*")):
+            name = path.name[1:].rpartition(".")[0]
+            if name not in names and not self._alive(name):
+                yield path
+        yield from sorted(self._links.glob(".*.link"))
+
+    def _sweep(self, seen: Seen) -> None:
+        for path in self._strays(seen):
+            path.unlink(missing_ok=True)
+
     @staticmethod
     def _name(*words: str) -> str:
         """LVM reserves some names by what they contain, "_tdata" for one: all have an underscore."""
