@@ -381,7 +381,7 @@ def lab_test(
     run: Run, name: str = "", cold: bool = False, only: Names = None, match: str = "",
     minutes: str = "90",
 ) -> Result:  # fmt: skip
-    """Run the tests marked lab, and the contract suites, in a lab."""
+    """Run the contract suites and the lab's own tests there."""
     import labhouse
 
     run.resume = "the lab is ended; what it left over is removed by the next lab command"
