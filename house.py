@@ -15,6 +15,7 @@ from provision.paths import cache_dir
 from cli import ROOT, Result, Run
 
 _SUITES = ("unit", "contract", "faults", "system")
+_OF_THE_LAB = ROOT / "tests" / "system" / "test_lab.py"
 
 
 def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
@@ -80,8 +81,14 @@ def lint(run: Run) -> Result:
     return _result(_linters(run))
 
 
-def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
-    """ruff, mypy, then pytest: its closing line is the last on stdout."""
+def test(run: Run, *, fast: bool, lab: bool, only: tuple[str, ...], match: str) -> Result:
+    """ruff, mypy, pytest here, then with ``lab`` pytest in the lab: its closing line is the last on
+    stdout. UsageError for a lab together with a choice of tests."""
+    if lab and (fast or only or match):
+        raise UsageError(
+            "--lab is all the tests",
+            remedy="./invoke lab-test takes --only and --match",
+        )
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -91,16 +98,34 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
+    if lab:  # minutes, the first time: before pytest, which shows no progress
+        import labhouse
+
+        labhouse.prepare(run)
     arguments = [*chosen, "-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}"]
     if fast:
         arguments += ["-m", "not system"]
+    if not lab and not only:
+        arguments += ["--ignore", str(_OF_THE_LAB)]
     if match:
         arguments += ["-k", match]
     started = time.monotonic()
     status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
     steps.append({"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output})
+    if lab:
+        steps.append(_lab(run))
     return _result(steps)
+
+
+def _lab(run: Run) -> dict[str, object]:
+    """The tests that need KVM, ZFS and LVM, in a lab of their own."""
+    import labhouse
+
+    started = time.monotonic()
+    found = labhouse.test(run, "", cold=False, only=(), match="", minutes=90)
+    seconds = round(time.monotonic() - started, 2)
+    return {"name": "lab-test", "ok": found.ok, "seconds": seconds, **found.data}
 
 
 def bench(run: Run, *, rounds: int) -> Result:

@@ -313,17 +313,18 @@ def history(run: Run, limit: str = "20") -> Result:
 @command(
     {
         "fast": "Without the tests that start VMs.",
+        "lab": "With those that need KVM, ZFS and LVM, in a lab; as lab-test.",
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
     },
     iterable=["only"],
     plans=False,
 )
-def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
-    """Run ruff, mypy and all tests."""
+def test(run: Run, fast: bool = False, lab: bool = False, only: Names = None, match: str = "") -> Result:
+    """Run ruff, mypy and the tests."""
     import house
 
-    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
+    return house.test(run, fast=fast, lab=lab, only=tuple(only or ()), match=match)
 
 
 @command(plans=False)
@@ -340,3 +341,57 @@ def bench(run: Run, rounds: str = "5") -> Result:
     import house
 
     return house.bench(run, rounds=cli.count("--rounds", rounds))
+
+
+# ---- The lab: a host with KVM, ZFS and LVM under QEMU, for farmhand's own tests.
+
+_LAB = "The lab's name; several can run at once."
+_COLD = "Boot it, instead of going on from the saved state."
+
+
+@command({"name": _LAB, "cold": _COLD}, plans=False)
+def lab_up(run: Run, name: str = "lab", cold: bool = False) -> Result:
+    """Start a lab with clean disks; its image is built once."""
+    import labhouse
+
+    run.resume = "type the same again: what is built is kept"
+    return labhouse.up(run, name, cold=cold)
+
+
+@command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)
+def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
+    """Log in to a lab as root, or run a command there."""
+    import labhouse
+
+    return labhouse.ssh(run, name, command)
+
+
+@command(
+    {
+        "name": "A running lab to use; absent: one of its own, ended afterwards.",
+        "cold": _COLD,
+        "only": "Only these test files or directories; repeatable.",
+        "match": "Only tests whose names match (pytest -k).",
+        "minutes": "End a lab that hangs after so long.",
+    },
+    iterable=["only"],
+    plans=False,
+)
+def lab_test(
+    run: Run, name: str = "", cold: bool = False, only: Names = None, match: str = "",
+    minutes: str = "90",
+) -> Result:  # fmt: skip
+    """Run the contract suites and the lab's own tests there."""
+    import labhouse
+
+    run.resume = "the lab is ended; what it left over is removed by the next lab command"
+    most = cli.count("--minutes", minutes)
+    return labhouse.test(run, name, cold=cold, only=tuple(only or ()), match=match, minutes=most)
+
+
+@command({"name": _LAB + " Absent: lab.", "all_": "All labs of this user."}, plans=False)
+def lab_down(run: Run, name: str = "", all_: bool = False) -> Result:
+    """End a lab, and remove its disks."""
+    import labhouse
+
+    return labhouse.down(run, name, all_=all_)

@@ -15,13 +15,13 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 StepFn = Callable[[str], None]
 """Told, in a few words, what is about to be changed. Raising from it abandons the change."""
@@ -139,6 +139,27 @@ class Disks(Protocol):
     def discard(self, leftover: Leftover) -> None: ...
 
     def capacity(self) -> Capacity: ...
+
+
+@runtime_checkable
+class FarmDisks(Protocol):
+    """What a store offers besides ``Disks`` where it can change several disks in one transaction:
+    all of them, or none, whatever happens. The caller has stopped the VMs."""
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """One moment for all of them. Conflict where one has such a checkpoint."""
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """NotFound, and nothing changed, where one has no such checkpoint."""
+
+
+@runtime_checkable
+class DeviceDisks(Protocol):
+    """What a store offers besides ``Disks`` where disks are block devices, whose nodes are made anew
+    by every boot of the host, and whose path may change when a disk is restored."""
+
+    def ready(self, machine: str) -> Disk:
+        """To be called right before a start: the device is there, and the hypervisor may open it."""
 
 
 class Power(StrEnum):

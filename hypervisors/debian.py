@@ -42,6 +42,8 @@ _INSTALLED = {  # of templates/firstboot/, where in the root, mode
 }
 # What of the machine's own apt settings says how its packages are reached.
 _APT = re.compile(r"Acquire::(https?|ftp|Retries|ForceIPv[46]|Check-Valid-Until|Max-FutureTime)\b")
+# Of a one-line source, all from "main" on; of a stanza, the field's value.
+_COMPONENTS = re.compile(r"^(deb\s.*?\s(?=main\b)|Components:\s*)[^\n]*", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +252,7 @@ def _bootstrap(
         # licences stay readable
         "--dpkgopt=path-include=/usr/share/doc/*/copyright",
     ]  # fmt: skip
-    settings = _apt_settings(runner)
+    settings = apt_settings(runner)
     if settings:
         (work / "apt.conf").write_text(settings, encoding="utf-8")
         argv.append(f"--aptopt={work / 'apt.conf'}")
@@ -260,7 +262,7 @@ def _bootstrap(
         f"--customize-hook=download /usr/lib/farmhand/packages {shlex.quote(str(packages))}",
         recipe.suite,
         tree,
-        *_write_sources(recipe.suite, work),
+        *write_sources(recipe.suite, work),
     ]
     settled = {"TMPDIR": str(scratch), "DEBIAN_FRONTEND": "noninteractive"}
     runner.change(*argv, timeout=1800, log=log, env=settled)
@@ -329,7 +331,7 @@ def _write_overlay(recipe: Recipe, out: Path) -> None:
             add(name, data, mode)
 
 
-def _apt_settings(runner: Runner) -> str:
+def apt_settings(runner: Runner) -> str:
     """How this machine reaches its packages (proxies, certificates, patience), for mmdebstrap's apt;
     customize.sh removes it from the template."""
     if not which("apt-config"):
@@ -344,9 +346,12 @@ def _apt_settings(runner: Runner) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _write_sources(suite: str, work: Path, etc: Path = Path("/etc/apt")) -> list[Path]:
+def write_sources(
+    suite: str, work: Path, etc: Path = Path("/etc/apt"), *, components: str = "main"
+) -> list[Path]:
     """Files with this machine's own sources for ``suite``; none: mmdebstrap uses Debian's own mirror.
-    Only Debian's (component main): a third party's repository has no place in a template."""
+    Only Debian's (component main): a third party's repository has no place in a template.
+    ``components``: what is wanted of them, separated by blanks ("main contrib")."""
     lines: list[str] = []
     for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*.list"))]:
         if path.is_file():
@@ -377,6 +382,9 @@ def _write_sources(suite: str, work: Path, etc: Path = Path("/etc/apt")) -> list
     if any(main.search(text) for text in (*lines, *stanzas)):
         for name, texts, joint in (("host.list", lines, "\n"), ("host.sources", stanzas, "\n\n")):
             if texts:
-                (work / name).write_text(joint.join(texts) + "\n", encoding="utf-8")
+                text = joint.join(texts) + "\n"
+                if components != "main":
+                    text = _COMPONENTS.sub(rf"\g<1>{components}", text)
+                (work / name).write_text(text, encoding="utf-8")
                 found.append(work / name)
     return found

@@ -113,7 +113,7 @@ def _disk(
     devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool, system: bool
 ) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    if path.parts[:2] == ("/", "dev"):
+    if path.parts[:2] == ("/", "dev") or path.is_block_device():  # a link to one counts
         disk.set("type", "block")
     driver = ET.SubElement(disk, "driver", name="qemu", type=form)
     if not readonly:
@@ -148,6 +148,15 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
     ET.SubElement(interface, "source", {nic.mode: nic.target})
     ET.SubElement(interface, "model", type="virtio")
     ET.SubElement(interface, "rom", enabled="no")
+
+
+def with_disk(text: str, path: Path) -> str:
+    """A definition of ours whose first disk is another device or file of the same format."""
+    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    source = domain.find("devices/disk[@device='disk']/source")
+    assert source is not None, "definitions of ours have a disk"
+    source.set("dev" if "dev" in source.attrib else "file", str(path))
+    return ET.tostring(domain, encoding="unicode")
 
 
 def start_mark(when: datetime) -> str:

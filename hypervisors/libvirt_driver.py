@@ -22,6 +22,7 @@ from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    DeviceDisks,
     Disk,
     Disks,
     Leftover,
@@ -40,6 +41,7 @@ from hypervisors.domain_xml import (
     domain_xml,
     read_domain,
     start_mark,
+    with_disk,
 )
 from hypervisors.kvm import KvmVerdict
 from hypervisors.libvirt_errors import connection_lost, translate
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     import libvirt
 
 _T = TypeVar("_T")
+_INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
 _CONNECT_TRIES = 5
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
@@ -179,9 +182,13 @@ class LibvirtHypervisor:
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
             seen = read_domain(domain.XMLDesc(0))
-            if self._disks.find(name) is None:
+            ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
+            disk = ready(name)
+            if disk is None:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             self._step(doing)
+            if seen.disk != disk.path:  # the store put another in its place: it knows which
+                domain = self._connect().defineXML(with_disk(domain.XMLDesc(_INACTIVE), disk.path))
             if seen.console_log:
                 _turn_over(seen.console_log)
             domain.create()

@@ -18,7 +18,11 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        pid = os.getpid()
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The one that has this pid now; where none has, one that isn't alive."""
         return cls(pid, _stat(pid)[1], _boot())
 
     def alive(self) -> bool:

@@ -21,7 +21,7 @@ from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
 from provision.locks import Locks
-from provision.paths import FarmPaths, cache_dir
+from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
 
 if TYPE_CHECKING:
@@ -227,10 +227,17 @@ class Site:
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
                 remedy="its machines are not cloned, checkpointed or destroyed here",
             )
-        if declared.disks.store != "qcow2":
-            raise self._not_yet(host, f"the disk store {declared.disks.store}")
         if declared.driver != "kvm":
             raise self._not_yet(host, f"driver {declared.driver}")
+        if declared.disks.store == "zfs":
+            from hypervisors.zfs import ZfsDisks
+
+            return ZfsDisks(
+                declared.disks.pool or "", declared.disks.dataset or "farmhand", self.farm.farm,
+                self.runner, step=current_step, reader_uid=self.reader_uid(host),
+            )  # fmt: skip
+        if declared.disks.store in ("lvm-thin", "lvm"):
+            return self._open_lvm(host)
         from hypervisors.qcow2 import Qcow2Disks
 
         root = self.paths.disks
@@ -245,11 +252,28 @@ class Site:
         state = self.paths.root / f"fake-{host}.state"
         return None if self.plan and not state.exists() else state
 
+    def _open_lvm(self, host: str) -> Disks:
+        from hypervisors.lvm_classic import LvmClassicDisks
+        from hypervisors.lvm_thin import LvmThinDisks
+
+        disks, reader = self.farm.hosts[host].disks, self.reader_uid(host)
+        group, links = disks.pool or "", state_dir() / "lvm"
+        if disks.store == "lvm-thin":
+            return LvmThinDisks(
+                group, disks.dataset or "", self.farm.farm, self.runner, links=links,
+                step=current_step, reader_uid=reader, warn=self.reporter.warn,
+            )  # fmt: skip
+        return LvmClassicDisks(
+            group, self.farm.farm, self.runner, links=links, copy=disks.copy_mode,
+            step=current_step, reader_uid=reader, warn=self.reporter.warn,
+            progress=lambda what, done, total: self.reporter.working(f"{what}: {done * 100 // total} %"),
+        )  # fmt: skip
+
     def _not_yet(self, host: str, what: str) -> Unsupported:
         return Unsupported(
             f"{self.name}: host {host}: {what} is not in this version",
             remedy="this version drives kvm (uri private, or a libvirt URI of this machine) on qcow2 "
-            "files, ssh and fake; the farm file itself is fine",
+            "files, zfs or LVM, ssh and fake; the farm file itself is fine",
         )
 
     def _ssh_address(self, vm: str) -> str:

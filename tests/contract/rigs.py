@@ -13,8 +13,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import lvm_rig
 import pytest
 import small_guest
+import zfs_rig
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, Template, no_step
 from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -31,7 +33,12 @@ FARM = "kata"
 REAL = {
     "fake": "simulated",
     "qcow2": "real qemu-img files",
+    "zfs": "real ZFS, a pool on a file",
+    "lvm-thin": "real LVM thin volumes",
+    "lvm-linked": "real LVM snapshots",
+    "lvm-full": "real LVM volumes, copied",
     "libvirt": "real QEMU under a private libvirtd",
+    "zvols": "real QEMU on real ZFS",
 }
 
 
@@ -103,9 +110,28 @@ class Qcow2Rig:
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(params=[FakeDisksRig, Qcow2Rig], ids=["fake", "qcow2"])
+@pytest.fixture(scope="session")
+def zfs_pool() -> Iterator[str]:
+    with zfs_rig.pool() as name:
+        yield name
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(FakeDisksRig, id="fake"),
+        pytest.param(Qcow2Rig, id="qcow2"),
+        pytest.param(zfs_rig.ZfsRig, id="zfs", marks=pytest.mark.lab),
+        *(pytest.param(rig, id=rig.kind, marks=pytest.mark.lab) for rig in lvm_rig.RIGS),
+    ]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path):
-    return request.param(tmp_path)
+    if request.param is zfs_rig.ZfsRig:
+        request.getfixturevalue("zfs_pool")
+    if request.param in lvm_rig.RIGS:
+        with request.param() as made:
+            yield made
+    else:
+        yield request.param(tmp_path)
 
 
 class FakeRig:
@@ -157,7 +183,7 @@ class LibvirtRig:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
         self.template = self.disks().seal(image, template())
 
-    def disks(self, farm: str = FARM) -> Qcow2Disks:
+    def disks(self, farm: str = FARM) -> Disks:
         return Qcow2Disks(self.place / "disks", farm, Runner(), reader_uid=self.private.qemu_uid())
 
     def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
@@ -267,9 +293,34 @@ def real(private: PrivateLibvirt, guest: small_guest.Guest) -> Iterator[LibvirtR
     shutil.rmtree(place)
 
 
-@pytest.fixture(params=["fake", "libvirt"])
+class ZvolsRig(LibvirtRig):
+    """The same machines on ZFS volumes."""
+
+    kind = "zvols"
+
+    def __init__(self, place: Path, private: PrivateLibvirt, guest: small_guest.Guest) -> None:
+        self.zfs = zfs_rig.ZfsRig(place)
+        super().__init__(place, private, guest)
+
+    def disks(self, farm: str = FARM) -> Disks:
+        return self.zfs.disks(farm, reader_uid=self.private.qemu_uid())
+
+
+@pytest.fixture
+def zvols(zfs_pool: str, private: PrivateLibvirt, guest: small_guest.Guest) -> Iterator[ZvolsRig]:
+    place = short_directory()
+    rig = ZvolsRig(place, private, guest)
+    yield rig
+    rig.close()
+    shutil.rmtree(place)
+
+
+@pytest.fixture(params=["fake", "libvirt", pytest.param("zvols", marks=pytest.mark.lab)])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> FakeRig | LibvirtRig:
-    return FakeRig(tmp_path) if request.param == "fake" else request.getfixturevalue("real")
+    names = {"libvirt": "real", "zvols": "zvols"}
+    return (
+        FakeRig(tmp_path) if request.param == "fake" else request.getfixturevalue(names[request.param])
+    )
 
 
 @pytest.hookimpl

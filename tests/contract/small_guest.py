@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -84,7 +85,9 @@ def _kernel_package() -> str:
 
 
 def build(cache: Path) -> Guest:
-    """Downloads 27 MB the first time."""
+    """Downloads 27 MB the first time. In the lab, which has no network, it is given."""
+    if given := os.environ.get("FARMHAND_TEST_GUEST"):
+        return Guest(Path(given, "vmlinuz"), Path(given, "initrd.gz"))
     busybox = Path("/bin/busybox")
     assert busybox.exists(), "the test guest needs busybox: apt-get install busybox-static"
     recipe = hashlib.sha256(repr((MODULES, INIT, busybox.stat().st_size)).encode()).hexdigest()[:16]

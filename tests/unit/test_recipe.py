@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.debian import _write_overlay, _write_sources, load_recipe, mounts_below
+from hypervisors.debian import _write_overlay, load_recipe, mounts_below, write_sources
 from inventory.errors import NotFound
 
 DEB822 = """Types: deb
@@ -61,7 +61,7 @@ def test_the_machine_s_own_debian_sources_are_used(tmp_path: Path) -> None:
     etc, work = tmp_path / "apt", tmp_path / "work"
     (etc / "sources.list.d").mkdir(parents=True)
     work.mkdir()
-    assert _write_sources("bookworm", work, etc) == []
+    assert write_sources("bookworm", work, etc) == []
     (etc / "sources.list.d/debian.sources").write_text(DEB822)
     (etc / "sources.list.d/third.sources").write_text(THIRD)
     (etc / "sources.list").write_text(
@@ -70,11 +70,11 @@ def test_the_machine_s_own_debian_sources_are_used(tmp_path: Path) -> None:
         "deb-src http://src.invalid/debian bookworm main\n"
         "deb http://third.invalid/debian bookworm stable\n"
     )
-    found = {path.name: path.read_text() for path in _write_sources("bookworm", work, etc)}
+    found = {path.name: path.read_text() for path in write_sources("bookworm", work, etc)}
     assert found["host.list"] == "deb [signed-by=/k.gpg] http://list.invalid/debian bookworm main\n"
     assert found["host.sources"].count("Types: deb") == 2
     assert "third" not in found["host.sources"]
-    assert _write_sources("trixie", work, etc) == []
+    assert write_sources("trixie", work, etc) == []
 
 
 def test_mounts_are_seen_before_anything_is_removed(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Block devices that a store makes: waited for, given to QEMU's user, and who has one open."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+
+from inventory.errors import DriverFailed
+
+_STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
+_UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
+
+
+def await_node(path: Path, *, timeout: float = 30) -> None:
+    """Until udev has made the device's link, and it leads somewhere. DriverFailed when it never does."""
+    limit = time.monotonic() + timeout
+    pause = 0.002
+    while not path.exists():
+        if time.monotonic() > limit:
+            raise DriverFailed(
+                f"{path} didn't appear within {timeout:g} s of its making",
+                remedy="is udev running? udevadm trigger --subsystem-match=block; udevadm settle",
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def give(path: Path, uid: int | None) -> None:
+    """The device's owner, and nothing more: its group stays ``disk``, so that user gets at this one
+    device and at no other. udev's later events set group and mode only, so it lasts until the node is
+    made anew (a reboot, a pool's import)."""
+    if uid is not None and path.stat().st_uid != uid:
+        os.chown(path, uid, -1)
+
+
+def holders(path: Path) -> tuple[tuple[int, str], ...]:
+    """Processes that have the block device open: pid and name. Of other users' processes only root
+    sees it."""
+    try:
+        device = path.stat()
+    except FileNotFoundError:
+        return ()
+    if not stat.S_ISBLK(device.st_mode):
+        return ()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            for handle in (process / "fd").iterdir():
+                seen = handle.stat()
+                if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == device.st_rdev:
+                    found.append((int(process.name), (process / "comm").read_text().strip()))
+                    break
+        except OSError:  # it ended, closed it, or isn't ours to look into
+            continue
+    return tuple(found)
+
+
+def passing(found: tuple[tuple[int, str], ...]) -> bool:
+    """Only udev's own look at a new or changed device, over in a moment."""
+    return all(name.startswith(_UDEV) for _, name in found)
+
+
+def myself() -> str:
+    """This process, told from any that had or will have its pid: for marks on things under
+    construction."""
+    return f"{_boot()}:{os.getpid()}:{_start(os.getpid())}"
+
+
+def alive(process: str) -> bool:
+    """Whether the process that ``myself`` named there still runs."""
+    boot, _, rest = process.partition(":")
+    pid, _, start = rest.partition(":")
+    if boot != _boot() or not pid.isdigit():
+        return False
+    return bool(start) and _start(int(pid)) == start
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _start(pid: int) -> str:
+    """In clock ticks since boot; "" if there is no such process, or only its corpse."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[_STAT_START - 2]

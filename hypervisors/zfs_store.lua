@@ -1,0 +1,380 @@
+-- What must happen within one transaction group: run by zfs-program(8), in the kernel, as
+--
+--     zfs program -j [-n] POOL zfs_store.lua OPERATION POOL/DATASET FARM ARGUMENT...
+--
+-- Each operation first looks at everything it depends on, then changes; so nobody comes between, and
+-- a power cut shows all of it or nothing. A program can be cut short (a signal to the zfs command), so
+-- changes are in an order of which every beginning is a state that hypervisors/zfs_state.py reads
+-- rightly. Ownership is by properties set on the very object: inherited ones name another source.
+-- Returned: a table; "refused" says why nothing was changed, "errno" and "at" what the kernel said.
+
+local argv = (...)["argv"]
+local operation, root, farm = argv[1], argv[2], argv[3]
+local TEMPLATES, VMS = root .. "/templates/", root .. "/vms/"
+local EBUSY = 16
+
+local function marks(name)
+  local found = {}
+  for property, value, source in zfs.list.user_properties(name) do
+    if source == name and string.sub(property, 1, 9) == "farmhand:" then
+      found[string.sub(property, 10)] = value
+    end
+  end
+  return found
+end
+
+local function value(name, property)
+  local seen = zfs.get_prop(name, property)
+  return seen
+end
+
+local function snapshots(name)
+  local found = {}
+  for snapshot in zfs.list.snapshots(name) do
+    local clones = {}
+    for clone in zfs.list.clones(snapshot) do
+      clones[clone] = true
+    end
+    found[string.sub(snapshot, #name + 2)] = {
+      marks = marks(snapshot),
+      created = value(snapshot, "creation"),
+      txg = value(snapshot, "createtxg"),
+      clones = clones,
+    }
+  end
+  return found
+end
+
+-- The newest snapshot, and the newest of ours.
+local function newest(volume)
+  local any, ours
+  for name, snapshot in pairs(volume.snapshots) do
+    if not any or snapshot.txg > volume.snapshots[any].txg then
+      any = name
+    end
+    if snapshot.marks.kind and (not ours or snapshot.txg > volume.snapshots[ours].txg) then
+      ours = name
+    end
+  end
+  return any, ours
+end
+
+local function look_at(name)
+  local volume = {
+    marks = marks(name),
+    snapshots = snapshots(name),
+    created = value(name, "creation"),
+    size = value(name, "volsize"),
+    used = value(name, "used"),
+    referenced = value(name, "referenced"),
+    origin = value(name, "origin"),
+  }
+  local any, ours = newest(volume)
+  volume.newest = ours
+  -- Since the newest snapshot of ours; since the origin where there is none of anybody's.
+  if ours then
+    volume.written = value(name, "written@" .. ours)
+  elseif not any then
+    volume.written = value(name, "written")
+  end
+  return volume
+end
+
+-- Volumes "PARENT/MACHINE.NUMBER"; of one machine, or of all ("").
+local function look(parent, machine)
+  local found = {}
+  if not zfs.exists(string.sub(parent, 1, -2)) then
+    return found
+  end
+  for name in zfs.list.children(string.sub(parent, 1, -2)) do
+    local of = string.match(string.sub(name, #parent + 1), "^(.+)%.%d+$")
+    if of and (machine == "" or of == machine) and value(name, "type") == "volume" then
+      found[name] = look_at(name)
+    end
+  end
+  return found
+end
+
+local function number(name)
+  return tonumber(string.match(name, "%.(%d+)$"))
+end
+
+local function ours(volume, name)
+  return volume.marks.machine == string.match(string.sub(name, #VMS + 1), "^(.+)%.%d+$")
+end
+
+-- The disk: of the volumes in state "disk" the one with the highest number.
+local function disk_of(volumes)
+  local found
+  for name, volume in pairs(volumes) do
+    if ours(volume, name) and volume.marks.state == "disk"
+      and (not found or number(name) > number(found)) then
+      found = name
+    end
+  end
+  return found
+end
+
+local function space()
+  local place = root
+  while not zfs.exists(place) do
+    place = string.match(place, "^(.*)/[^/]*$")
+  end
+  return {used = value(place, "used"), available = value(place, "available")}
+end
+
+-- Whether somebody has it open. A volume without snapshots has nothing to be rolled back to.
+local function busy(name, volume)
+  if next(volume.snapshots) then
+    return zfs.check.rollback(name) == EBUSY
+  end
+  return zfs.check.destroy(name) == EBUSY
+end
+
+local function mark(name, property, text)
+  return zfs.sync.set_prop(name, "farmhand:" .. property, text)
+end
+
+-- What keeps a volume from being removed though nobody has it open, or nil: snapshots that aren't
+-- ours, and clones of ours that are not in `also`, the volumes removed with it.
+local function foreign(name, volume, also)
+  for short, snapshot in pairs(volume.snapshots) do
+    if not snapshot.marks.kind then
+      return name .. "@" .. short
+    end
+    for clone in pairs(snapshot.clones) do
+      if not also[clone] then
+        return clone
+      end
+    end
+  end
+end
+
+local function remove(name, volume)
+  for short in pairs(volume.snapshots) do
+    local errno = zfs.sync.destroy(name .. "@" .. short)
+    if errno ~= 0 then
+      return {errno = errno, at = name .. "@" .. short}
+    end
+  end
+  local errno = zfs.sync.destroy(name)
+  if errno ~= 0 then
+    return {errno = errno, at = name}
+  end
+end
+
+local function has_checkpoint(volume)
+  for _, snapshot in pairs(volume.snapshots) do
+    if snapshot.marks.kind == "checkpoint" then
+      return true
+    end
+  end
+  return false
+end
+
+-- A volume that ceased to be a disk: nothing of it stays but its checkpoints.
+local function retire(name, volume)
+  if has_checkpoint(volume) then
+    local any, own = newest(volume)
+    if any == own then
+      zfs.sync.rollback(name) -- gives back what was written since
+    end
+  elseif not foreign(name, volume, {}) then
+    remove(name, volume)
+  end
+end
+
+local function operate()
+  if operation == "look" then -- [MACHINE]
+    local machine = argv[4] or ""
+    local answer = {space = space(), volumes = look(VMS, machine)}
+    if machine == "" then
+      answer.templates = look(TEMPLATES, "")
+    end
+    return answer
+  end
+
+  if operation == "restore" then -- MACHINE CHECKPOINT: rolled back, where that is all it takes
+    local volumes = look(VMS, argv[4])
+    local answer = {space = space(), volumes = volumes}
+    local name = disk_of(volumes)
+    local disk = name and volumes[name]
+    if not disk or disk.marks.farm ~= farm or not disk.newest then
+      return answer
+    end
+    local any, own = newest(disk)
+    if any ~= own or disk.snapshots[own].marks.name ~= argv[5] then
+      return answer
+    end
+    if busy(name, disk) then
+      return {refused = "busy", at = name}
+    end
+    local errno = zfs.sync.rollback(name)
+    if errno ~= 0 then
+      return {errno = errno, at = name}
+    end
+    volumes[name] = look_at(name)
+    answer.done = true
+    return answer
+  end
+
+  if operation == "checkpoint" then -- NAME MACHINE...: all of them, or none
+    local disks = {}
+    for i = 5, #argv do
+      local volumes = look(VMS, argv[i])
+      local name = disk_of(volumes)
+      if not name or volumes[name].marks.farm ~= farm then
+        return {refused = "no disk", at = argv[i]}
+      end
+      for _, volume in pairs(volumes) do
+        for _, snapshot in pairs(volume.snapshots) do
+          if snapshot.marks.kind == "checkpoint" and snapshot.marks.name == argv[4] then
+            return {refused = "taken", at = argv[i]}
+          end
+        end
+      end
+      local errno = zfs.check.snapshot(name .. "@" .. argv[4])
+      if errno ~= 0 then
+        return {errno = errno, at = name .. "@" .. argv[4]}
+      end
+      disks[argv[i]] = name .. "@" .. argv[4]
+    end
+    for _, snapshot in pairs(disks) do
+      local errno = zfs.sync.snapshot(snapshot)
+      if errno ~= 0 then
+        return {errno = errno, at = snapshot}
+      end
+    end
+    local made = {}
+    for machine, snapshot in pairs(disks) do
+      mark(snapshot, "name", argv[4])
+      mark(snapshot, "kind", "checkpoint") -- last: it makes it one
+      made[machine] = {created = value(snapshot, "creation"), txg = value(snapshot, "createtxg")}
+    end
+    return {made = made}
+  end
+
+  -- ITEM...: VOLUME takes over, first:VOLUME where there must be no disk yet, or VOLUME@SNAPSHOT is
+  -- gone back to
+  if operation == "switch" then
+    local fresh, former, back = {}, {}, {}
+    for i = 4, #argv do
+      local name, short = string.match(argv[i], "^(.+)@(.+)$")
+      if name then
+        local any = newest({snapshots = snapshots(name)})
+        if any ~= short then
+          return {refused = "changed", at = name}
+        end
+        local errno = zfs.check.rollback(name)
+        if errno ~= 0 then
+          return {errno = errno, at = name}
+        end
+        back[name] = true
+      else
+        name = string.match(argv[i], "^first:(.+)$") or argv[i]
+        local volumes = look(VMS, string.match(string.sub(name, #VMS + 1), "^(.+)%.%d+$"))
+        if not volumes[name] or volumes[name].marks.state ~= "new" then
+          return {refused = "changed", at = name}
+        end
+        local old = disk_of(volumes)
+        if old then
+          if name ~= argv[i] then
+            return {refused = "exists", at = old}
+          end
+          if volumes[old].marks.farm ~= farm then
+            return {refused = "changed", at = old}
+          end
+          if busy(old, volumes[old]) then
+            return {refused = "busy", at = old}
+          end
+          former[old] = volumes[old]
+        end
+        fresh[name] = volumes[name].marks.base
+      end
+    end
+    for name, base in pairs(fresh) do
+      local start = name .. "@_start"
+      local errno = zfs.sync.snapshot(start)
+      if errno ~= 0 then
+        return {errno = errno, at = start}
+      end
+      mark(start, "name", base)
+      mark(start, "kind", "start")
+    end
+    for name in pairs(fresh) do
+      mark(name, "state", "disk")
+    end
+    for name in pairs(back) do
+      zfs.sync.rollback(name)
+    end
+    for name in pairs(former) do
+      mark(name, "state", "kept")
+    end
+    for name, volume in pairs(former) do
+      retire(name, volume)
+    end
+    local volumes = {}
+    for name in pairs(fresh) do
+      volumes[name] = look_at(name)
+    end
+    return {volumes = volumes}
+  end
+
+  if operation == "destroy" then -- MACHINE: all its volumes, newest first: they grew from older ones
+    local volumes, names = look(VMS, argv[4]), {}
+    for name, volume in pairs(volumes) do
+      if ours(volume, name) then
+        if volume.marks.farm ~= farm then
+          return {refused = "foreign", at = name}
+        end
+        names[#names + 1] = name
+      end
+    end
+    table.sort(names, function(a, b) return number(a) > number(b) end)
+    local also = {}
+    for _, name in ipairs(names) do
+      also[name] = true
+    end
+    for _, name in ipairs(names) do
+      if busy(name, volumes[name]) then
+        return {refused = "busy", at = name}
+      end
+      local other = foreign(name, volumes[name], also)
+      if other then
+        return {refused = "in use", at = name, by = other}
+      end
+    end
+    for _, name in ipairs(names) do
+      mark(name, "state", "gone")
+    end
+    for _, name in ipairs(names) do
+      local failed = remove(name, volumes[name])
+      if failed then
+        return failed
+      end
+    end
+    return {}
+  end
+
+  if operation == "drop" then -- VOLUME [STATE]: one leftover, or a template; only in that state
+    if not zfs.exists(argv[4]) then
+      return {}
+    end
+    local volume = look_at(argv[4])
+    if argv[5] and (volume.marks.state ~= argv[5] or volume.snapshots.sealed) then
+      return {refused = "changed", at = argv[4]}
+    end
+    if busy(argv[4], volume) then
+      return {refused = "busy", at = argv[4]}
+    end
+    local other = foreign(argv[4], volume, {})
+    if other then
+      return {refused = "in use", at = argv[4], by = other}
+    end
+    return remove(argv[4], volume) or {}
+  end
+
+  error("no operation " .. tostring(operation))
+end
+
+return operate()

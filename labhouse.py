@@ -1,0 +1,87 @@
+"""The lab of farmhand's own tests: a Debian host with KVM, ZFS and LVM under QEMU. See docs/lab.md; what
+it does is in tests/lab/."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from hypervisors.run import Runner
+from inventory.errors import NotFound, UsageError
+
+from cli import Result, Run, replace_process
+
+
+def prepare(run: Run) -> None:
+    """Build the lab's image, where there is none: minutes, with progress on the screen."""
+    from tests.lab import image
+
+    image.ensure(Runner(), run.screen.say)
+
+
+def up(run: Run, name: str, *, cold: bool) -> Result:
+    """A lab with clean disks and the working tree in it; one that runs is left as it is."""
+    from tests.lab import machine as machines
+
+    started = time.monotonic()
+    machines.sweep(Runner(), run.screen.say)
+    machine = machines.Machine(name, Runner(), run.screen.say)
+    there = machine.running()
+    if not there:
+        machine.start(warm=not cold)
+        machine.deliver_tree()
+    seconds = time.monotonic() - started
+    facts = machine.facts
+    how = "runs already" if there else f"is up, from {'its saved state' if facts.warm else 'cold'}"
+    data = {"lab": name, "port": facts.port, "pid": facts.process.pid, "warm": facts.warm,
+            "started": not there, "seconds": round(seconds, 1), "engine": facts.engine}  # fmt: skip
+    option = "" if name == "lab" else f" --name {name}"
+    text = (
+        f"{name} {how} ({seconds:.1f} s; {facts.engine})\n"
+        f"the working tree is in /root/farmhand; spare disks: /dev/vdb, /dev/vdc, /dev/vdd\n"
+        f"go in: ./invoke lab-ssh{option}; end it: ./invoke lab-down{option}"
+    )
+    return Result(data, text)
+
+
+def ssh(run: Run, name: str, command: str) -> Result | None:
+    """Log in as root, in place of this process. NotFound where no such lab runs."""
+    from tests.lab import machine as machines
+
+    machine = machines.Machine(name, Runner(), run.screen.say)
+    if not machine.running():
+        raise NotFound(f"the lab {name} is not running", remedy=f"./invoke lab-up --name {name}")
+    argv = machine.ssh_argv(*([command] if command else []))
+    if run.json:
+        return Result({"argv": argv}, "")
+    return replace_process(run, argv)
+
+
+def down(run: Run, name: str, *, all_: bool) -> Result:
+    """End labs and remove their disks."""
+    from tests.lab import machine as machines
+
+    if all_ and name:
+        raise UsageError("--name and --all together: which is meant?", remedy="give one of them")
+    one = machines.Machine(name or "lab", Runner(), run.screen.say)
+    chosen = machines.known(Runner(), run.screen.say) if all_ else (one,)
+    there = [machine for machine in chosen if machine.directory.exists()]
+    for machine in there:
+        machine.remove()
+    names = [machine.name for machine in there]
+    text = f"ended: {', '.join(names)}" if names else "no such lab: nothing to do"
+    return Result({"ended": names}, text)
+
+
+def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int) -> Result:
+    """pytest's closing line is the last on stdout; the status is its own."""
+    from tests.lab import run as labrun
+
+    show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
+    report = labrun.run_tests(
+        Runner(), run.screen.say, name=name, warm=not cold, only=only, match=match,
+        limit=minutes * 60, show=show,
+    )  # fmt: skip
+    run.screen.say(f"results, journals and logs of the lab: {report.results}")
+    problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
+    return Result(report.as_dict(), "", ok=report.ok, problem=problem)

@@ -1,0 +1,298 @@
+"""What only the LVM stores have: kills between LVM's commands, foreign volumes, overflow, copies.
+
+The rigs are real volume groups on a spare disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lvm_rig import DEVICE, FARM, MIB, SIZE, ClassicRig, FullRig, LvmRig, ThinRig, run
+from rigs import template
+
+from hypervisors import lvm_copy, lvm_thin
+from hypervisors.api import Owner
+from hypervisors.lvm_thin import LvmThinDisks
+from hypervisors.run import Runner
+from inventory.errors import Busy, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
+
+pytestmark = pytest.mark.lab
+PROD = Owner(FARM, "prod")
+VM = "kata-prod"
+
+
+@pytest.fixture
+def thin() -> Iterator[ThinRig]:
+    with ThinRig() as rig:
+        yield rig
+
+
+@pytest.fixture
+def linked() -> Iterator[ClassicRig]:
+    with ClassicRig() as rig:
+        yield rig
+
+
+@pytest.fixture
+def full() -> Iterator[FullRig]:
+    with FullRig() as rig:
+        yield rig
+
+
+def cloned(rig: LvmRig, **options):
+    disks = rig.disks(**options)
+    disks.clone(disks.seal(rig.image(), template()), VM, PROD, SIZE)
+    return disks
+
+
+def dies(act: Callable[[], object]) -> bool:
+    """Whether a child that does it ends by SIGKILL; it must end by that or well."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001
+            os.write(2, f"{error!r}\n".encode())
+            os._exit(3)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
+    return status != 0
+
+
+def kill_at(number: int) -> Callable[[str], None]:
+    seen = iter(range(1, 100))
+
+    def step(_text: str) -> None:
+        if next(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+
+def clean_up(disks) -> None:
+    for leftover in disks.leftovers():
+        assert leftover.owner in (PROD, None)
+        disks.discard(leftover)
+    assert list(disks.leftovers()) == []
+
+
+@pytest.mark.parametrize("kind", [ThinRig, ClassicRig, FullRig])
+def test_killed_between_commands_nothing_is_lost_or_orphaned(kind, monkeypatch):
+    with kind() as rig:
+        disks = cloned(rig)
+        rig.write(VM, "A")
+        disks.checkpoint(VM, "one")
+        before = len(rig.everything())
+        for number in (1, 2):
+            assert dies(lambda n=number: rig.disks(step=kill_at(n)).restore(VM, "clean"))
+            assert rig.read(VM) == "A" and disks.find(VM).base == "one"
+        clean_up(disks)
+        assert len(rig.everything()) == before
+        with monkeypatch.context() as patch:  # after the swap, before the old disk goes
+            patch.setattr(kind_of(rig), "_remove_old", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            assert dies(lambda: rig.disks().restore(VM, "clean"))
+        assert rig.read(VM) == "T" and disks.pristine(VM, "clean")
+        disks.restore(VM, "one")
+        assert rig.read(VM) == "A"
+        for number in (1, 2):
+            assert dies(lambda n=number: rig.disks(step=kill_at(n)).checkpoint(VM, "two"))
+            assert [c.name for c in disks.find(VM).checkpoints] == ["clean", "one"]
+        disks.checkpoint(VM, "two")
+        assert list(disks.leftovers()) == [] and disks.pristine(VM, "two")
+        disks.destroy(VM)
+        disks.remove_template("base@1")
+        assert [n for n in rig.everything() if "fh" in n.replace(rig.vg, "")] == []
+
+
+def kind_of(rig: LvmRig) -> type:
+    return type(rig.disks())
+
+
+def test_foreign_volumes_are_neither_listed_nor_touched(linked):
+    disks = cloned(linked)
+    mine = run("lvs", "--noheadings", "-o", "lv_name", "-S", "tags=fh.kind=disk", linked.vg).strip()
+    sealed = disks.templates()[0].ref.partition("/")[2]
+    run("lvcreate", "-q", "-y", "-L", "8M", "-n", f"{mine[:-1]}x", linked.vg)
+    run("lvcreate", "-q", "-y", "-L", "8M", "-n", VM, "--addtag", "fh.kind=disk", linked.vg)
+    run("lvcreate", "-q", "-y", "-s", "-L", "8M", "-n", "backup", f"{linked.vg}/{sealed}")
+    assert [d.machine for d in disks.list()] == [VM] and list(disks.leftovers()) == []
+    disks.restore(VM, "clean")
+    disks.destroy(VM)
+    with pytest.raises(WrongState, match="backup"):
+        disks.remove_template("base@1")
+    run("lvremove", "-q", "-f", f"{linked.vg}/backup")
+    disks.remove_template("base@1")
+    left = run("lvs", "--noheadings", "-o", "lv_name", linked.vg).split()
+    assert sorted(left) == sorted([f"{mine[:-1]}x", VM])
+
+
+def test_a_disk_in_use_is_refused_saying_by_whom(thin):
+    disks = cloned(thin)
+    with subprocess.Popen(["sleep", "600"], stdin=thin.path(VM).open("rb")) as holder:
+        for act in (lambda: disks.restore(VM, "clean"), lambda: disks.destroy(VM)):
+            with pytest.raises(Busy, match=rf"sleep \(pid {holder.pid}\)"):
+                act()
+        holder.kill()
+    disks.restore(VM, "clean")
+
+
+def test_full_thin_data_and_metadata(monkeypatch):
+    with ThinRig(data="64M", metadata="4M") as rig:
+        disks = cloned(rig, headroom=8 * MIB)
+        with pytest.raises(NoSpace, match=r"data free.*autoextend is off"):
+            rig.disks(headroom=256 * MIB).clone(disks.templates()[0], "kata-x", PROD, SIZE)
+        rig.write(VM, "A", 0, 60 * MIB)
+        with pytest.raises(NoSpace):
+            disks.clone(disks.templates()[0], "kata-x", PROD, SIZE)
+        disks.restore(VM, "clean")  # the way out of a full pool
+        assert rig.read(VM) == "T" and disks.capacity().free > 48 * MIB
+        assert any("lvm.conf does not extend it" in note for note in disks.notes())
+        monkeypatch.setattr(lvm_thin, "_METADATA_LIMIT", 1.0)
+        with pytest.raises(NoSpace, match="metadata"):
+            disks.checkpoint(VM, "one")
+
+
+def test_what_is_missing_is_named(thin, tmp_path):
+    runner = Runner()
+    with pytest.raises(NotFound, match="no volume group nowhere"):
+        LvmThinDisks("nowhere", "pool", FARM, runner, links=tmp_path).list()
+    with pytest.raises(NotFound, match="no thin pool puddle"):
+        LvmThinDisks(thin.vg, "puddle", FARM, runner, links=tmp_path).capacity()
+
+    def unprivileged() -> None:
+        os.setuid(65534)
+        with pytest.raises(DriverFailed, match="not permitted"):
+            thin.disks().list()
+
+    assert not dies(unprivileged)
+
+
+def test_pristine_without_the_tools_and_after_a_kill(thin, monkeypatch):
+    disks = cloned(thin)
+    device = f"{thin.vg}-pool-tpool"
+    run("dmsetup", "message", device, "0", "reserve_metadata_snap")  # somebody's backup
+    assert disks.pristine(VM, "clean")
+    assert run("dmsetup", "status", device).split()[6] != "-"
+    (thin.links / thin.vg / ".pool.metadata-snapshot").touch()  # or ours, killed
+    assert disks.pristine(VM, "clean")
+    assert run("dmsetup", "status", device).split()[6] == "-"
+    thin.write(VM, "T")  # the same bytes, written again: dirty by the map, equal by content
+    assert not disks.pristine(VM, "clean")
+    monkeypatch.setattr(lvm_thin, "which", lambda _name: None)
+    assert disks.pristine(VM, "clean")
+    thin.write(VM, "A")
+    assert not disks.pristine(VM, "clean")
+
+
+def test_qemus_user_gets_its_disk_and_no_other(thin):
+    disks = cloned(thin, reader_uid=64055)
+    disk = disks.find(VM)
+    assert disk.path.stat().st_uid == 64055
+    thin.write(VM, "A")
+    run("udevadm", "trigger", "--action=change", disk.path.resolve())
+    run("udevadm", "settle")
+    assert disk.path.stat().st_uid == 64055
+    run("lvchange", "-an", f"{thin.vg}/{disk.path.readlink().name}")  # as after a reboot
+    disk.path.unlink()
+    assert disks.ready(VM).path == disk.path
+    assert disk.path.stat().st_uid == 64055 and thin.read(VM) == "A"
+
+
+def test_a_snapshot_that_fills_up(linked):
+    warnings: list[str] = []
+    disks = cloned(linked, warn=warnings.append)
+    linked.write(VM, "A", 0, 25 * MIB)
+    assert any("78 % full" in n or "79 % full" in n for n in disks.notes())
+    disks.ready(VM)
+    assert disks.notes() == ()
+    disks.restore(VM, "clean")
+    with pytest.raises(OSError):
+        linked.write(VM, "A", 0, 60 * MIB)
+        os.sync()
+        linked.read(VM)
+        fd = os.open(linked.path(VM), os.O_RDONLY | os.O_DIRECT)
+        os.preadv(fd, [memoryview(bytearray(0))], 0)
+    assert "lost" in disks.notes()[0]
+    for act in (lambda: disks.ready(VM), lambda: disks.checkpoint(VM, "one")):
+        with pytest.raises(DriverFailed, match="is lost"):
+            act()
+    assert not disks.pristine(VM, "clean")
+    disks.restore(VM, "clean")
+    assert linked.read(VM) == "T"
+
+
+def test_a_merge_updates_the_checkpoint_it_grew_from(linked):
+    disks = cloned(linked)
+    with pytest.raises(Unsupported):
+        disks.merge(VM)
+    linked.write(VM, "A")
+    disks.checkpoint(VM, "one")
+    linked.write(VM, "B")
+    disks.merge(VM)
+    assert disks.pristine(VM, "one") and linked.read(VM) == "B"
+    assert list(disks.leftovers()) == []
+    disks.restore(VM, "clean")
+    disks.restore(VM, "one")
+    assert linked.read(VM) == "B"
+
+
+def test_a_full_copy_killed_in_the_middle_goes_on(full, monkeypatch):
+    monkeypatch.setattr(lvm_copy, "_RECORD_EVERY", 8 * MIB)
+    disks = full.disks()
+    sealed = disks.seal(full.image(), template())
+
+    def killed(_what: str, done: int, _total: int) -> None:
+        if done >= 24 * MIB:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert dies(lambda: full.disks(progress=killed).clone(sealed, VM, PROD, SIZE))
+    assert disks.find(VM) is None
+    (part,) = [f for f in disks.leftovers() if f.kind == "volume"]
+    assert part.owner == PROD and part.bytes == SIZE
+    node = Path("/dev") / part.ref
+    handle = os.open(node, os.O_WRONLY)  # what a power cut may do to what was thought written
+    os.pwrite(handle, b"?" * 4096, 8 * MIB)
+    os.pwrite(handle, b"?" * 4096, 40 * MIB)
+    os.close(handle)
+    disk = disks.clone(sealed, VM, PROD, SIZE)
+    assert disk.path.resolve() == node.resolve()
+    assert full.read(VM) == "T" and disks.pristine(VM, "clean")
+    assert list(disks.leftovers()) == []
+    assert [p.name for p in (full.links / full.vg).iterdir() if p.name != ".lock"] == [VM]
+
+
+def test_clone_and_reset_against_bare_lvm(thin, capsys):
+    disks = cloned(thin)
+    sealed = disks.templates()[0]
+    origin = sealed.ref
+
+    def timed(act: Callable[[], object]) -> float:
+        start = time.monotonic()
+        act()
+        return time.monotonic() - start
+
+    def bare_reset(old: str, new: str) -> None:
+        run("lvcreate", "-q", "-s", "-kn", "-ay", "-prw", "-n", new, origin)
+        run("lvremove", "-q", "-f", f"{thin.vg}/{old}")
+
+    rows: dict[str, list[float]] = {"bare clone": [], "clone": [], "bare reset": [], "reset": []}
+    for n in range(5):
+        name = f"bare{n}"
+        rows["bare clone"].append(
+            timed(lambda i=name: run("lvcreate", "-q", "-s", "-kn", "-ay", "-prw", "-n", i, origin))
+        )
+        rows["clone"].append(timed(lambda i=n: disks.clone(sealed, f"kata-{i}", Owner(FARM, "x"), SIZE)))
+        rows["bare reset"].append(timed(lambda i=name: bare_reset(i, f"{i}r")))
+        rows["reset"].append(timed(lambda i=n: disks.restore(f"kata-{i}", "clean")))
+    best = {name: sorted(times)[2] for name, times in rows.items()}
+    with capsys.disabled():
+        print("\nLVM thin, medians:", {name: round(value, 2) for name, value in best.items()})
+        print("ratios: clone", round(best["clone"] / best["bare clone"], 2),
+              "reset", round(best["reset"] / best["bare reset"], 2))  # fmt: skip
+    assert DEVICE and len(disks.list()) == 6

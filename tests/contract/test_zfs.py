@@ -1,0 +1,520 @@
+"""What only the ZFS store has: transactions over several disks, what others put beside ours, kills
+between any two commands, full pools, and disks somebody has open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from rigs import FARM, SIZE, short_directory, template
+from zfs_rig import MIB, ZfsRig, pool, zfs
+
+from hypervisors import zfs_state
+from hypervisors.api import DeviceDisks, FarmDisks, Owner
+from hypervisors.run import Runner
+from hypervisors.zfs import ZfsDisks
+from inventory.errors import (
+    Busy,
+    Conflict,
+    FarmhandError,
+    NoSpace,
+    NotFound,
+    NotOurs,
+    UsageError,
+    WrongState,
+)
+
+pytestmark = pytest.mark.lab
+PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
+
+
+@pytest.fixture
+def store(zfs_pool, tmp_path: Path) -> ZfsRig:
+    return ZfsRig(tmp_path)
+
+
+@pytest.fixture
+def made(store) -> ZfsDisks:
+    disks = store.disks()
+    sealed = disks.seal(store.image(), template())
+    disks.clone(sealed, "kata-prod", PROD, SIZE)
+    disks.clone(sealed, "kata-dev2", DEV, SIZE)
+    return disks
+
+
+class Killed(BaseException):
+    pass
+
+
+class Mortal(Runner):
+    """Dies at its n-th changing command: before it, or after it is done but nobody has heard."""
+
+    def __init__(self, deaths: int, *, after: bool) -> None:
+        super().__init__()
+        self.left = deaths
+        self.after = after
+        self.dead = False
+        self.count = 0
+
+    def change(self, *argv, **options):
+        if self.dead:  # as a process that is killed does nothing more
+            raise Killed
+        self.count += 1
+        self.left -= 1
+        if self.left == 0:
+            self.dead = True
+            if self.after:
+                super().change(*argv, **options)
+            raise Killed
+        return super().change(*argv, **options)
+
+
+class Counting(Runner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.commands = 0
+
+    def _run(self, *argv, **options):
+        self.commands += 1
+        return super()._run(*argv, **options)
+
+
+def as_if_killed(monkeypatch) -> None:
+    """The makers' marks then name a process that is gone."""
+    monkeypatch.setattr(zfs_state, "alive", lambda maker: False)
+
+
+def test_it_offers_what_it_says(made):
+    assert isinstance(made, FarmDisks) and isinstance(made, DeviceDisks)
+
+
+def test_the_device_is_given_to_qemus_user_and_to_nobody_else(store, made):
+    made = store.disks(reader_uid=64055)
+    made.clone(made.templates()[0], "kata-x", Owner(FARM, "x"), SIZE)
+    node = made.find("kata-x").path.stat()
+    assert (node.st_uid, node.st_mode & 0o777) == (64055, 0o660)
+    os.chown(made.find("kata-x").path, 0, -1)  # as after a boot of the host
+    assert made.ready("kata-x").path.stat().st_uid == 64055
+    made.checkpoint("kata-x", "one")
+    made.restore("kata-x", "clean")
+    path = made.find("kata-x").path
+    subprocess.run(["udevadm", "trigger", "--action=change", path.resolve()], check=True)
+    subprocess.run(["udevadm", "settle"], check=True)
+    assert path.stat().st_uid == 64055
+
+
+def test_few_processes_each(store, made):
+    runner = Counting()
+    disks = store.disks(runner=runner)
+
+    def cost(act) -> int:
+        before = runner.commands
+        act()
+        return runner.commands - before
+
+    sealed = disks.templates()[0]
+    assert cost(lambda: disks.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE)) == 2
+    assert cost(lambda: disks.restore("kata-x", "clean")) == 1
+    assert cost(lambda: disks.checkpoint("kata-x", "one")) == 2
+    assert cost(lambda: disks.restore("kata-x", "one")) == 1
+    assert cost(lambda: disks.restore("kata-x", "clean")) == 3  # looks, clones, switches
+    assert cost(lambda: disks.restore_all(["kata-prod", "kata-dev2"], "clean")) == 2
+    assert cost(disks.list) == cost(disks.leftovers) == cost(disks.capacity) == 1
+    assert cost(lambda: disks.destroy("kata-x")) == 2
+
+
+def test_reset_to_the_newest_keeps_the_device(store, made):
+    before = made.find("kata-prod").path
+    store.write("kata-prod", "A")
+    made.restore("kata-prod", "clean")
+    assert made.find("kata-prod").path == before
+    assert store.read("kata-prod") == "T"
+
+
+def test_resets_leave_nothing_behind(store, made):
+    before = store.names()
+    for _ in range(3):
+        store.write("kata-prod", "A")
+        made.restore("kata-prod", "clean")
+    assert store.names() == before
+    made.checkpoint("kata-prod", "one")
+    for name in ("clean", "one", "clean", "one", "clean"):
+        store.write("kata-prod", "B")
+        made.restore("kata-prod", name)
+        assert len([n for n in store.names() if n.startswith("vms/kata-prod.") and "@" not in n]) == 2
+        assert list(made.leftovers()) == []
+    assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean", "one"]
+    made.destroy("kata-prod")
+    assert not any("kata-prod" in name for name in store.names())
+
+
+def test_a_former_disk_gives_back_what_was_written_to_it(store, made):
+    made.checkpoint("kata-prod", "one")
+    with made.ready("kata-prod").path.open("r+b") as file:
+        file.write(os.urandom(16 * MIB))
+        os.fsync(file.fileno())
+    made.restore("kata-prod", "clean")
+    subprocess.run(["zpool", "sync", store.pool], check=True)
+    subprocess.run(["zpool", "wait", "-t", "free", store.pool], check=True)
+    assert made.find("kata-prod").used < MIB
+
+
+def test_a_farm_is_checkpointed_in_one_transaction(store, made):
+    store.write("kata-prod", "A")
+    store.write("kata-dev2", "B")
+    got = made.checkpoint_all(["kata-prod", "kata-dev2"], "both")
+    assert set(got) == {"kata-prod", "kata-dev2"}
+    numbers = {
+        zfs("get", "-Hpo", "value", "createtxg", f"{store.root}/vms/{name}")
+        for name in store.names() if name.endswith("@both") for name in [name.removeprefix("vms/")]
+    }  # fmt: skip
+    assert len(numbers) == 1
+
+
+def test_a_farm_is_checkpointed_whole_or_not_at_all(store, made):
+    made.checkpoint("kata-dev2", "both")
+    before = store.names()
+    with pytest.raises(Conflict, match="kata-dev2"):
+        made.checkpoint_all(["kata-prod", "kata-dev2"], "both")
+    assert store.names() == before
+
+
+def test_a_farm_goes_back_whole_or_not_at_all(store, made):
+    both = ["kata-prod", "kata-dev2"]
+    made.checkpoint_all(both, "both")
+    for name in both:
+        store.write(name, "X")
+    made.checkpoint("kata-prod", "later")  # so prod needs a fresh clone, dev2 a rollback
+    handle = os.open(made.ready("kata-dev2").path, os.O_RDONLY)
+    try:
+        with pytest.raises(Busy, match=r"pytest|python"):
+            made.restore_all(both, "both")
+    finally:
+        os.close(handle)
+    assert [store.read(name) for name in both] == ["X", "X"]
+    assert list(made.leftovers()) == []
+    with pytest.raises(NotFound):
+        made.restore_all(both, "later")
+    disks = made.restore_all(both, "both")
+    assert [disk.base for disk in disks] == ["both", "both"]
+    assert [store.read(name) for name in both] == ["T", "T"]
+    assert [made.pristine(name, "both") for name in both] == [True, True]
+    assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean", "both", "later"]
+
+
+def test_a_disk_that_somebody_has_open_is_named_with_him_and_left(store, made):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    store.write("kata-prod", "B")
+    path = made.ready("kata-prod").path
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"f=open({str(path)!r},'rb'); print(1, flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout and child.stdin
+    child.stdout.readline()
+    try:
+        for act in (
+            lambda: made.restore("kata-prod", "one"),
+            lambda: made.restore("kata-prod", "clean"),
+            lambda: made.destroy("kata-prod"),
+        ):
+            with pytest.raises(Busy, match=rf"pid {child.pid}"):
+                act()
+            assert made.find("kata-prod").path == path
+            assert list(made.leftovers()) == []
+    finally:
+        child.communicate(b"\n")
+    assert store.read("kata-prod") == "B"
+    made.restore("kata-prod", "one")
+    assert store.read("kata-prod") == "A"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "what", ["seal", "clone", "larger", "checkpoint", "back", "older", "all", "destroy", "remove"]
+)
+def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeypatch, what, after):
+    as_if_killed(monkeypatch)
+    both = ["kata-prod", "kata-dev2"]
+    made.checkpoint_all(both, "one")
+    for machine in both:
+        store.write(machine, "B")
+    spare = made.seal(store.image(), template(3))
+    image = store.image()
+
+    def act(disks):
+        match what:
+            case "seal":
+                disks.seal(image, template(2))
+            case "clone":
+                disks.clone(spare, "kata-new", Owner(FARM, "new"), SIZE)
+            case "larger":
+                disks.clone(spare, "kata-new", Owner(FARM, "new"), 2 * SIZE)
+            case "checkpoint":
+                disks.checkpoint("kata-prod", "two")
+            case "back":
+                disks.restore("kata-prod", "one")
+            case "older":
+                disks.restore("kata-prod", "clean")
+            case "all":
+                disks.restore_all(both, "clean")
+            case "destroy":
+                disks.destroy("kata-prod")
+            case "remove":
+                disks.remove_template("base@3")
+
+    deaths = 0
+    while True:
+        deaths += 1
+        runner = Mortal(deaths, after=after)
+        try:
+            act(store.disks(runner=runner))
+        except Killed:
+            prod = made.find("kata-prod")
+            if what == "destroy" and prod is None:
+                break  # the new state
+            content = store.read("kata-prod")
+            assert content in {"back": "BT", "older": "BT", "all": "BT"}.get(what, "B")
+            assert prod is not None and {"clean", "one"} <= {c.name for c in prod.checkpoints}
+            if what == "all":
+                assert content == store.read("kata-dev2")
+            for left in made.leftovers():
+                made.discard(left)
+            assert list(made.leftovers()) == []
+            assert store.read("kata-prod") == content
+            new = made.find("kata-new")
+            if new is not None:
+                assert made.pristine("kata-new", "clean")
+                made.destroy("kata-new")
+            if what == "checkpoint" and len(prod.checkpoints) == 3:
+                break  # done, though nobody heard
+            if what == "remove" and [t.label for t in made.templates()] == ["base@1"]:
+                break
+        else:
+            break
+    if what in {"back", "older", "all"}:
+        assert store.read("kata-prod") == "T"
+    if what == "seal":
+        assert [t.label for t in made.templates()] == ["base@1", "base@2", "base@3"]
+        assert not image.exists()
+        assert "farmhand" in zfs("holds", "-H", f"{store.root}/templates/base.2@sealed")
+    for machine in both:
+        made.destroy(machine)
+    made.destroy("kata-new")
+    for known in made.templates():
+        made.remove_template(known.label)
+    assert list(made.leftovers()) == []
+    assert store.names() == ["", "templates", "vms"]
+
+
+def test_what_a_power_cut_left_without_marks_is_found_by_being_empty(store, made, monkeypatch):
+    sealed = made.templates()[0].ref
+    zfs("clone", sealed, f"{store.root}/vms/kata-new.1")
+    zfs("create", "-s", "-V", "64M", f"{store.root}/templates/base.9")
+    zfs("clone", sealed, f"{store.root}/vms/kata-full.1")
+    device = Path("/dev/zvol", store.root, "vms/kata-full.1")
+    subprocess.run(["udevadm", "settle"], check=True)
+    device.write_bytes(os.urandom(MIB))
+    subprocess.run(["zpool", "sync", store.pool], check=True)
+    assert list(made.leftovers()) == []  # they may be a living process's, in this very moment
+    monkeypatch.setattr(zfs_state, "SETTLED", -1)
+    found = made.leftovers()
+    assert {left.ref.rpartition("/")[2] for left in found} == {"kata-new.1", "base.9"}
+    for left in found:
+        made.discard(left)
+    assert "vms/kata-full.1" in store.names()
+    for name in ("full", "new"):  # no name is blocked
+        disk = made.clone(made.templates()[0], f"kata-{name}", Owner(FARM, name), SIZE)
+        assert made.find(f"kata-{name}") == replace(disk, used=made.find(f"kata-{name}").used)
+    assert device.read_bytes()[:MIB] != bytes(MIB)
+
+
+def test_what_is_not_ours_is_never_touched(store, made, monkeypatch):
+    """Look-alike names, our properties inherited or copied, in our own datasets."""
+    as_if_killed(monkeypatch)
+    vms = f"{store.root}/vms"
+    for key, text in {"machine": "kata-evil", "farm": FARM, "state": "disk", "vm": "evil"}.items():
+        zfs("set", f"farmhand:{key}={text}", store.pool)
+    try:
+        zfs("create", "-s", "-V", "1M", f"{vms}/kata-evil.1")  # inherits them all
+        zfs("create", "-s", "-V", "1M", f"{vms}/kata-prod.7")  # no mark
+        zfs("create", "-s", "-V", "1M", "-o", "farmhand:machine=kata-dev2", "-o", "farmhand:farm=kata",
+            "-o", "farmhand:state=disk", f"{vms}/other.1")  # fmt: skip
+        zfs("create", f"{vms}/kata-prod")
+        zfs("create", "-s", "-V", "1M", f"{store.root}/templates/base.8")
+        zfs("snapshot", f"{store.root}/templates/base.8@sealed")
+        zfs("clone", f"{store.root}/templates/base.1@sealed", f"{store.root}/mine")
+        before = store.names()
+        assert [d.machine for d in made.list()] == ["kata-dev2", "kata-prod"]
+        assert made.find("kata-evil") is None and made.find("other") is None
+        assert [t.label for t in made.templates()] == ["base@1"]
+        assert list(made.leftovers()) == []
+        made.destroy("kata-evil")
+        made.destroy("other")
+        for machine in ("kata-evil", "other"):  # no name is blocked by them
+            disk = made.clone(made.templates()[0], machine, Owner(FARM, machine), SIZE)
+            assert disk.path.name == f"{machine}.2"
+            made.destroy(machine)
+        made.restore("kata-prod", "clean")
+        made.checkpoint("kata-prod", "one")
+        made.restore("kata-prod", "clean")
+        made.destroy("kata-prod")
+        made.destroy("kata-dev2")
+        with pytest.raises(WrongState, match="mine"):
+            made.remove_template("base@1")
+        gone = {n for n in before if n.startswith(("vms/kata-prod.1", "vms/kata-dev2.1"))}
+        assert set(store.names()) == set(before) - gone
+    finally:
+        for key in ("machine", "farm", "state", "vm"):
+            zfs("inherit", f"farmhand:{key}", store.pool)
+
+
+def test_somebody_elses_snapshots_of_our_disks(store, made):
+    """As tools for automatic snapshots make them."""
+    store.write("kata-prod", "A")
+    prod = made.find("kata-prod").path.relative_to("/dev/zvol")
+    zfs("snapshot", f"{prod}@auto-1")
+    assert not made.pristine("kata-prod", "clean")
+    made.restore("kata-prod", "clean")
+    assert store.read("kata-prod") == "T" and made.pristine("kata-prod", "clean")
+    assert f"{str(prod).removeprefix(store.root + '/')}@auto-1" in store.names()
+    with pytest.raises(WrongState, match="auto-1"):
+        made.destroy("kata-prod")
+    assert made.find("kata-prod") is not None
+    zfs("destroy", f"{prod}@auto-1")
+    made.destroy("kata-prod")
+
+
+def test_a_template_survives_a_recursive_destroy(store, made):
+    ref = made.templates()[0].ref
+    done = subprocess.run(["zfs", "destroy", ref], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    for machine in ("kata-prod", "kata-dev2"):
+        made.destroy(machine)
+    done = subprocess.run(["zfs", "destroy", "-R", ref], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "busy" in done.stderr
+    made.remove_template("base@1")
+
+
+def test_a_full_pool_is_said_and_loses_nothing(tmp_path):
+    with pool("fhtiny", 160 * MIB) as name:
+        store = ZfsRig(tmp_path, name)
+        disks = store.disks(headroom=8 * MIB)
+        sealed = disks.seal(store.image(), template())
+        disks.clone(sealed, "kata-prod", PROD, SIZE)
+        disks.checkpoint("kata-prod", "one")
+        # All that is left is promised to somebody else: to us the pool is full. It is so at once, where
+        # writing it full takes minutes of ever smaller transaction groups.
+        zfs("create", "-o", f"reservation={disks.capacity().free - MIB // 2}", f"{name}/filler")
+        assert disks.capacity().free < MIB
+        bold = store.disks(headroom=0)
+        for act in (
+            lambda: disks.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE),
+            lambda: store.disks().checkpoint("kata-prod", "two"),
+            lambda: disks.restore("kata-prod", "clean"),
+            lambda: store.disks().seal(store.image(), template(2)),
+        ):
+            with pytest.raises(NoSpace):
+                act()
+        for act in (
+            lambda: bold.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE),
+            lambda: bold.checkpoint("kata-prod", "two"),
+        ):
+            try:
+                act()
+            except FarmhandError as error:
+                assert isinstance(error, NoSpace), error
+        newest = disks.find("kata-prod").base
+        assert disks.restore("kata-prod", newest).base == newest  # frees: needs no room
+        assert store.read("kata-prod") == "T"
+        assert [c.name for c in disks.find("kata-prod").checkpoints][:2] == ["clean", "one"]
+        disks.destroy("kata-prod")
+
+
+def test_a_quota_counts(store, made):
+    zfs("set", "quota=100M", store.root)
+    assert made.capacity().total <= 100 * MIB
+    with pytest.raises(NoSpace):
+        store.disks().clone(made.templates()[0], "kata-x", Owner(FARM, "x"), SIZE)
+
+
+def test_clones_reserve_nothing(store, made):
+    for machine in ("kata-prod", "kata-dev2"):
+        volume = made.find(machine).path.relative_to("/dev/zvol")
+        assert zfs("get", "-Hpo", "value", "refreservation", volume).strip() in {"0", "none"}
+        assert made.find(machine).used < 200 * 1024
+
+
+def test_no_such_pool_and_no_such_names(tmp_path):
+    disks = ZfsDisks("nosuchpool", "x", FARM, Runner())
+    with pytest.raises(NotFound, match="nosuchpool"):
+        disks.list()
+    for names in (("a b", "x"), ("tank", "../x"), ("tank", "x@y"), ("-r", "x"), ("tank", "")):
+        with pytest.raises(UsageError):
+            ZfsDisks(*names, FARM, Runner())
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "-r", "a@b", "a\nb"])
+def test_names_that_are_no_plain_names_reach_nothing(store, made, name):
+    with pytest.raises(UsageError):
+        made.clone(made.templates()[0], name, PROD, SIZE)
+    with pytest.raises(UsageError):
+        made.seal(store.image(), replace(template(), name=name))
+    with pytest.raises(UsageError):
+        made.checkpoint("kata-prod", name)
+
+
+def test_without_rights_it_says_so(store, made):
+    code = short_directory()  # where nobody may read it
+    for package in ("hypervisors", "inventory"):
+        shutil.copytree(Path(__file__).parents[2] / package, code / package)
+    code.chmod(0o755)
+    script = (
+        "import os, sys, json\n"
+        "from hypervisors.zfs import ZfsDisks; from hypervisors.run import Runner\n"
+        "from inventory.errors import FarmhandError\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        f"disks = ZfsDisks({store.pool!r}, {store.dataset!r}, 'kata', Runner())\n"
+        "try: disks.list()\n"
+        "except FarmhandError as error: print(type(error).__name__, error, '|', error.remedy)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd="/", env={**os.environ, "PYTHONPATH": str(code)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    shutil.rmtree(code)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("DriverFailed") and "root" in out.stdout
+
+
+def test_seals_what_it_was_given(store):
+    disks = store.disks()
+    qcow2 = store.place / "image.qcow2"
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", store.image(), qcow2], check=True)
+    made = datetime(2026, 1, 2, tzinfo=UTC)
+    odd = replace(template(), origin="recipe 'é\"\\' of ü@1, $(x)", created=made)
+    sealed = disks.seal(qcow2, odd)
+    assert (sealed.origin, sealed.created) == (odd.origin, made)
+    assert disks.templates() == [sealed]
+    assert not Path("/dev/zvol", sealed.ref.partition("@")[0]).exists()
+    overlay = store.place / "overlay.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", store.image(), overlay],
+        check=True,
+    )
+    with pytest.raises(UsageError, match="overlay"):
+        disks.seal(overlay, template(2))
+    assert overlay.exists()
+
+
+def test_somebody_elses_dataset_is_not_moved_into(store):
+    zfs("create", "-p", f"{store.root}/vms/theirs")
+    with pytest.raises(NotOurs, match="vms"):
+        store.disks().seal(store.image(), template())

@@ -1,0 +1,192 @@
+"""The tests inside a lab of their own: started, filled, run under a time limit, results brought back.
+
+STATE/lab-results/TIME-NAME/    pytest.log, junit.xml, console.log, dmesg, and what the tests left:
+                                journals, console logs, daemons' logs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypervisors.run import Runner
+from inventory.errors import FarmhandError, TimedOut
+from provision.paths import state_dir
+from tests.lab import machine as machines
+from tests.lab.image import Say
+from tests.lab.machine import Machine
+from tests.lab.parcel import CHECKOUT
+
+LIMIT = 90  # minutes
+_KEPT = 10  # results
+_OUT = "/root/results"
+_LARGEST = "2M"  # of the logs and journals brought back, each
+_CLOSING = re.compile(r"^=*\s*(\d+ .*|no tests ran.*) in [\d.]+s.*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """``status`` is pytest's. ``closing`` its last line, empty where it has none."""
+
+    name: str
+    status: int
+    closing: str
+    results: Path
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 0
+
+    def as_dict(self) -> Mapping[str, object]:
+        return {
+            "lab": self.name, "status": self.status, "closing": self.closing,
+            "results": str(self.results), "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+def run_tests(
+    runner: Runner,
+    say: Say,
+    *,
+    name: str = "",
+    warm: bool = True,
+    only: Sequence[str] = (),
+    match: str = "",
+    limit: float = LIMIT * 60,
+    show: Callable[[bytes], None],
+) -> Report:
+    """Run the tests marked ``lab``, and the contract suites, in the running lab ``name``, or, without a
+    name, in a lab of their own, ended afterwards. ``show`` gets pytest's output as it is made.
+
+    A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back."""
+    started = time.monotonic()
+    machines.sweep(runner, say)
+    own = not name
+    machine = Machine(name or f"test-{os.getpid()}", runner, say)
+    if own:
+        machine.start(warm=warm, temporary=True)
+        seconds = time.monotonic() - started
+        how = "from its saved state" if machine.facts.warm else "from cold"
+        say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
+    try:
+        results = _results_directory(machine.name)
+        machine.deliver_tree()
+        log = results / "pytest.log"
+        try:
+            status = _stream(machine.ssh_argv(_script(only, match)), log, show, limit)
+        finally:
+            _bring_back(machine, results, say)
+    finally:
+        if own:
+            machine.remove()
+    lines = log.read_text(errors="replace").splitlines()
+    closing = next((line for line in reversed(lines) if _CLOSING.match(_plain(line))), "")
+    if status == 255 and not closing:
+        raise FarmhandError(
+            f"the lab {machine.name} went away under the tests", remedy=f"see {results}/console.log"
+        )
+    return Report(machine.name, status, _plain(closing), results, time.monotonic() - started)
+
+
+def _script(only: Sequence[str], match: str) -> str:
+    pytest = [
+        "/opt/venv/bin/python", "-P", "-m", "pytest", *(only or ["tests"]), "-m", "lab",
+        f"--junit-xml={_OUT}/junit.xml", "--basetemp=/var/tmp/tests", "-o", "cache_dir=/var/tmp/pytest",
+        *(["-k", match] if match else []),
+    ]  # fmt: skip
+    environment = {
+        "FARMHAND_TEST_GUEST": "/var/cache/farmhand/test-guest",
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/var/tmp/hypothesis",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LANG": "C.UTF-8",
+    }
+    settings = " ".join(f"{key}={value}" for key, value in environment.items())
+    return f"mkdir -p {_OUT} && cd /{CHECKOUT} && exec env {settings} {shlex.join(pytest)}"
+
+
+def _stream(argv: Sequence[str], log: Path, show: Callable[[bytes], None], limit: float) -> int:
+    """Run it, its output to ``log`` and to ``show``. TimedOut."""
+    end = time.monotonic() + limit
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        with log.open("wb") as file, selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                if (left := end - time.monotonic()) <= 0:
+                    raise TimedOut(
+                        f"the tests in the lab were not through after {limit / 60:.0f} minutes",
+                        remedy=f"the lab was ended; what there is: {log.parent}",
+                    )
+                if not selector.select(min(left, 60)):
+                    continue
+                data = os.read(process.stdout.fileno(), 65536)
+                if not data:
+                    break
+                file.write(data)
+                file.flush()
+                show(data)
+        return process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+
+
+def _bring_back(machine: Machine, results: Path, say: Say) -> None:
+    """What helps to understand a failure; never itself the reason of one."""
+    with contextlib.suppress(OSError):
+        shutil.copy(machine.console, results / "console.log")
+    names = " -o ".join(f"-name '{name}'" for name in ("journal.db*", "*.log", "record.json", "*.xml"))
+    source = (
+        f"mkdir -p {_OUT}; dmesg >{_OUT}/dmesg.log 2>&1; "
+        f"{{ find {_OUT} -type f; find /var/tmp/tests /var/lib/farmhand -type f -size -{_LARGEST} "
+        f"\\( {names} \\); }} 2>/dev/null | tar -C / -c --ignore-failed-read -T - 2>/dev/null || :"
+    )
+    if not machine.running():
+        return
+    try:
+        machine.collect(source, results, timeout=120)
+        inside = results / _OUT.lstrip("/")
+        for path in inside.glob("*"):
+            path.replace(results / path.name)
+        shutil.rmtree(results / "root", ignore_errors=True)
+    except FarmhandError as error:
+        say(f"{machine.name}: {error.message}")
+
+
+def _results_directory(name: str) -> Path:
+    place = state_dir() / "lab-results"
+    place.mkdir(parents=True, exist_ok=True)
+    for old in sorted(p for p in place.iterdir() if p.is_dir())[: -(_KEPT - 1)]:
+        shutil.rmtree(old, ignore_errors=True)
+    fresh = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    fresh.mkdir()
+    return fresh
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+
+
+def to_terminal(data: bytes) -> None:
+    """pytest's lines as they come."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
