@@ -39,6 +39,7 @@ from hypervisors.qcow2_store import (
     blocks,
     changed,
     describe,
+    matching,
     reachable,
     read_mark,
     read_template,
@@ -117,7 +118,7 @@ class Qcow2Disks:
         return done
 
     def templates(self) -> Sequence[Template]:
-        found = (read_template(path) for path in sorted(self._templates.glob("*.qcow2")))
+        found = (read_template(path) for path in matching(self._templates, "*.qcow2"))
         return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
@@ -217,7 +218,7 @@ class Qcow2Disks:
             )
         if name == CLEAN and read_template(self._template_path(mark.template)) is None:
             raise NotFound(f"template {mark.template} of {machine} is gone", remedy="clone it anew")
-        for path in self._home(machine).glob(f"{_CHECKPOINT}*.qcow2"):
+        for path in matching(self._home(machine), f"{_CHECKPOINT}*.qcow2"):
             if self._half_made(path):  # with the disk's name gone it would pass for a whole one
                 path.unlink()
         self._swap(mark, self._backing(mark, name), f"swap in a fresh disk of {machine} from {name}")
@@ -296,7 +297,7 @@ class Qcow2Disks:
         return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
 
     def _marks(self) -> Iterator[Mark]:
-        for home in sorted(self._vms.glob("*")):
+        for home in matching(self._vms, "*"):
             if not home.name.startswith(".") and (mark := read_mark(home)):
                 yield mark
 
@@ -335,7 +336,7 @@ class Qcow2Disks:
             path=path,
             format="qcow2",
             size=header.size if header else mark.size,
-            used=sum(blocks(p) for p in (path, *home.glob(f"{_CHECKPOINT}*.qcow2")) if p.exists()),
+            used=sum(blocks(p) for p in (path, *matching(home, f"{_CHECKPOINT}*.qcow2")) if p.exists()),
             template=mark.template,
             base=base if backing.startswith(_CHECKPOINT) else CLEAN if header else "",
             checkpoints=self._checkpoints(mark),
@@ -343,7 +344,7 @@ class Qcow2Disks:
 
     def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
         found = []
-        for path in self._home(mark.machine).glob(f"{_CHECKPOINT}*.qcow2"):
+        for path in matching(self._home(mark.machine), f"{_CHECKPOINT}*.qcow2"):
             if not self._half_made(path):
                 name = path.name.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
                 found.append(Checkpoint(name=name, created=changed(path)))
@@ -436,7 +437,7 @@ class Qcow2Disks:
             self._vms,
             *(self._home(m.machine) for m in self._marks() if self._is_mine(m)),
         ]
-        for path in (p for place in places for p in sorted(place.glob(f"{NEW}*"))):
+        for path in (p for place in places for p in matching(place, f"{NEW}*")):
             twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
             if FileLock(twin).held() or (path.suffix != ".lock" and not path.exists()):
                 continue
@@ -448,7 +449,7 @@ class Qcow2Disks:
             )
 
     def _half_templates(self) -> Iterator[Leftover]:
-        for path in sorted(self._templates.glob("*.json")):
+        for path in matching(self._templates, "*.json"):
             image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
             if not image.exists() and read_template(image, half=True):
                 yield _leftover("template", path, None, "its image is gone")
@@ -460,7 +461,7 @@ class Qcow2Disks:
                 continue
             if not (home / "disk.qcow2").exists():
                 yield _leftover("disk", home, mark.owner, "half removed")
-            for path in sorted(home.glob(f"{_CHECKPOINT}*.qcow2")):
+            for path in matching(home, f"{_CHECKPOINT}*.qcow2"):
                 if self._half_made(path):
                     yield _leftover("checkpoint", path, mark.owner, "half made")
 
@@ -484,7 +485,7 @@ def _same_store(image: Path, directory: Path) -> bool:
 
 
 def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:
-    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    files = [path, *matching(path, "*")]
     return Leftover(
         kind=kind,
         ref=str(path),

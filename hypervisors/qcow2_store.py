@@ -141,9 +141,21 @@ def blocks(path: Path) -> int:
         return 0
 
 
+def matching(directory: Path, pattern: str) -> list[Path]:
+    """Sorted. Empty also where the directory goes while it is read: another thread or process may be
+    destroying that machine, and a look at all machines must not fail for it."""
+    try:
+        return sorted(directory.glob(pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def changed(path: Path) -> datetime:
-    """Its modification time."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    """Its modification time; now, if it is gone."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return datetime.now(UTC)
 
 
 def reachable(directory: Path, uid: int) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,3 +220,27 @@ def test_qemus_user_gets_the_disk_and_must_reach_it(store):
             with pytest.raises(DriverFailed, match="pass through"):
                 disks.clone(sealed, "kata-prod", PROD, SIZE)
             break
+
+
+def test_a_look_at_all_disks_survives_another_s_destroy(tmp_path):
+    """Two VMs destroyed side by side: each looks for leftovers while the other's directory goes."""
+    rig = Qcow2Rig(tmp_path)
+    one, two = rig.disks(), rig.disks()
+    base = one.seal(rig.image(), template())
+    gone = threading.Event()
+
+    def come_and_go() -> None:
+        try:
+            for _ in range(300):
+                one.clone(base, "kata-dev2", Owner(FARM, "dev2"), SIZE)
+                one.destroy("kata-dev2")
+        finally:
+            gone.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(come_and_go)
+        while not gone.is_set():
+            two.leftovers()
+            two.list()
+        other.result()
+    assert [*two.leftovers()] == []
