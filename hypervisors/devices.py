@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from inventory.errors import DriverFailed
 
 _STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
+_NUDGE = 5.0  # seconds
 _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 
 
-def await_node(path: Path, *, timeout: float = 30) -> None:
-    """Until udev has made the device's link, and it leads somewhere. DriverFailed when it never does."""
-    limit = time.monotonic() + timeout
+def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout: float = 60) -> None:
+    """Until udev has made the device's link, and it leads somewhere. ``nudge``: makes udev look again,
+    called every few seconds: an event that came while the device was still being made gives no link.
+    DriverFailed when it never appears."""
+    started = time.monotonic()
+    nudged = started
     pause = 0.002
     while not path.exists():
-        if time.monotonic() > limit:
+        now = time.monotonic()
+        if nudge is not None and now - nudged > _NUDGE:
+            nudge()
+            nudged = time.monotonic()
+        if now - started > timeout:
             raise DriverFailed(
                 f"{path} didn't appear within {timeout:g} s of its making",
                 remedy="is udev running? udevadm trigger --subsystem-match=block; udevadm settle",

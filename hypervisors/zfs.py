@@ -137,7 +137,7 @@ class ZfsDisks:
         )  # fmt: skip
         with self._dropped_on_failure(volume):
             device = _DEV / volume
-            await_node(device)
+            await_node(device, nudge=self._zfs.nudge)
             self._runner.change(
                 "qemu-img", "convert", "-n", "--target-is-zero", "-f", kind, "-O", "raw", image, device,
                 timeout=3600,
@@ -198,8 +198,7 @@ class ZfsDisks:
         """See ``DeviceDisks.ready``."""
         look = self._look(plain(machine))
         disk = self._disk(look, machine)
-        await_node(disk.path)
-        give(disk.path, self._reader)
+        self._open_up(str(disk.path.relative_to(_DEV)))
         return disk
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
@@ -413,7 +412,7 @@ class ZfsDisks:
     def _open_up(self, volume: str) -> None:
         """Wait for its device. The kernel writes to a new volume once when it makes that (zil_replay),
         so only from then on ``written`` tells what others wrote."""
-        await_node(_DEV / volume)
+        await_node(_DEV / volume, nudge=self._zfs.nudge)
         give(_DEV / volume, self._reader)
 
     def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:

@@ -71,6 +71,17 @@ class Zfs:
         except CommandFailed as error:
             raise self._translated(error) from error
 
+    def nudge(self) -> None:
+        """Have udev look at the volumes' devices again."""
+        argv = (
+            "udevadm",
+            "trigger",
+            "--action=change",
+            "--subsystem-match=block",
+            "--sysname-match=zd*",
+        )
+        self._runner.change(*argv, timeout=60)
+
     def _answer(
         self, run: Callable[..., Result], flags: tuple[str, ...], operation: str, *arguments: str
     ) -> Mapping[str, Any]:

@@ -1,5 +1,5 @@
-"""What only the ZFS store has: transactions over several disks, what others put beside ours, kills
-between any two commands, full pools, and disks somebody has open."""
+"""What only the ZFS store has: transactions over several disks, what others put beside ours, full
+pools, and disks somebody has open."""
 
 from __future__ import annotations
 
@@ -46,33 +46,6 @@ def made(store) -> ZfsDisks:
     disks.clone(sealed, "kata-prod", PROD, SIZE)
     disks.clone(sealed, "kata-dev2", DEV, SIZE)
     return disks
-
-
-class Killed(BaseException):
-    pass
-
-
-class Mortal(Runner):
-    """Dies at its n-th changing command: before it, or after it is done but nobody has heard."""
-
-    def __init__(self, deaths: int, *, after: bool) -> None:
-        super().__init__()
-        self.left = deaths
-        self.after = after
-        self.dead = False
-        self.count = 0
-
-    def change(self, *argv, **options):
-        if self.dead:  # as a process that is killed does nothing more
-            raise Killed
-        self.count += 1
-        self.left -= 1
-        if self.left == 0:
-            self.dead = True
-            if self.after:
-                super().change(*argv, **options)
-            raise Killed
-        return super().change(*argv, **options)
 
 
 class Counting(Runner):
@@ -234,84 +207,6 @@ def test_a_disk_that_somebody_has_open_is_named_with_him_and_left(store, made):
     assert store.read("kata-prod") == "B"
     made.restore("kata-prod", "one")
     assert store.read("kata-prod") == "A"
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "what", ["seal", "clone", "larger", "checkpoint", "back", "older", "all", "destroy", "remove"]
-)
-def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeypatch, what, after):
-    as_if_killed(monkeypatch)
-    both = ["kata-prod", "kata-dev2"]
-    made.checkpoint_all(both, "one")
-    for machine in both:
-        store.write(machine, "B")
-    spare = made.seal(store.image(), template(3))
-    image = store.image()
-
-    def act(disks):
-        match what:
-            case "seal":
-                disks.seal(image, template(2))
-            case "clone":
-                disks.clone(spare, "kata-new", Owner(FARM, "new"), SIZE)
-            case "larger":
-                disks.clone(spare, "kata-new", Owner(FARM, "new"), 2 * SIZE)
-            case "checkpoint":
-                disks.checkpoint("kata-prod", "two")
-            case "back":
-                disks.restore("kata-prod", "one")
-            case "older":
-                disks.restore("kata-prod", "clean")
-            case "all":
-                disks.restore_all(both, "clean")
-            case "destroy":
-                disks.destroy("kata-prod")
-            case "remove":
-                disks.remove_template("base@3")
-
-    deaths = 0
-    while True:
-        deaths += 1
-        runner = Mortal(deaths, after=after)
-        try:
-            act(store.disks(runner=runner))
-        except Killed:
-            prod = made.find("kata-prod")
-            if what == "destroy" and prod is None:
-                break  # the new state
-            content = store.read("kata-prod")
-            assert content in {"back": "BT", "older": "BT", "all": "BT"}.get(what, "B")
-            assert prod is not None and {"clean", "one"} <= {c.name for c in prod.checkpoints}
-            if what == "all":
-                assert content == store.read("kata-dev2")
-            for left in made.leftovers():
-                made.discard(left)
-            assert list(made.leftovers()) == []
-            assert store.read("kata-prod") == content
-            new = made.find("kata-new")
-            if new is not None:
-                assert made.pristine("kata-new", "clean")
-                made.destroy("kata-new")
-            if what == "checkpoint" and len(prod.checkpoints) == 3:
-                break  # done, though nobody heard
-            if what == "remove" and [t.label for t in made.templates()] == ["base@1"]:
-                break
-        else:
-            break
-    if what in {"back", "older", "all"}:
-        assert store.read("kata-prod") == "T"
-    if what == "seal":
-        assert [t.label for t in made.templates()] == ["base@1", "base@2", "base@3"]
-        assert not image.exists()
-        assert "farmhand" in zfs("holds", "-H", f"{store.root}/templates/base.2@sealed")
-    for machine in both:
-        made.destroy(machine)
-    made.destroy("kata-new")
-    for known in made.templates():
-        made.remove_template(known.label)
-    assert list(made.leftovers()) == []
-    assert store.names() == ["", "templates", "vms"]
 
 
 def test_what_a_power_cut_left_without_marks_is_found_by_being_empty(store, made, monkeypatch):
