@@ -229,6 +229,11 @@ class Site:
             )
         if declared.driver != "kvm":
             raise self._not_yet(host, f"driver {declared.driver}")
+        if declared.disks.store != "qcow2":
+            self.reporter.warn(
+                f"host {host}: the {declared.disks.store} store is new: its disks passed the stores' "
+                "contract, its guests were not yet seen to boot; keep nothing there that you can't lose"
+            )
         if declared.disks.store == "zfs":
             from hypervisors.zfs import ZfsDisks
 
