@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,7 +38,7 @@ from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, Templat
 from hypervisors.lvm import Group, Volume, retagged
 from hypervisors.lvm_seen import Held, Seen, kept, read_template, template_facts
 from hypervisors.lvm_volumes import LvmVolumes, plain, when
-from hypervisors.qcow2_format import read_header
+from hypervisors.qcow2_format import measure
 from hypervisors.qcow2_store import CLEAN, blocks, sync
 from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
@@ -103,7 +102,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         except FileNotFoundError:
             raise NotFound(f"no image {image}") from None
         identity = f"{seen_file.st_dev}:{seen_file.st_ino}:{seen_file.st_mtime_ns}"
-        form, size = _image(image)
+        form, size = measure(image)
         with self._locked() as held:
             seen = self._look()
             if known := seen.templates.get(label):
@@ -435,17 +434,3 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _left_file(path: Path, why: str) -> Leftover:
         made = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return Leftover(kind="file", ref=str(path), owner=None, created=made, bytes=0, why=why)
-
-
-def _image(image: Path) -> tuple[str, int]:
-    """Format and virtual size. UsageError for an image that needs another."""
-    with image.open("rb") as file:
-        if file.read(4) != b"QFI\xfb":
-            return "raw", file.seek(0, os.SEEK_END)
-    header = read_header(image)
-    if header.backing:
-        raise UsageError(
-            f"{image} is an overlay of {header.backing}: it can't stand alone",
-            remedy="flatten it first: qemu-img convert -O qcow2",
-        )
-    return "qcow2", header.size

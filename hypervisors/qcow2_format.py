@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from inventory.errors import DriverFailed
+from inventory.errors import DriverFailed, UsageError
 
 _MAGIC = 0x514649FB
 _HEADER = struct.Struct(">IIQIIQIIQQIIQ")  # version 2's 72 bytes
@@ -82,3 +82,17 @@ def empty_overlay(size: int, backing: str) -> bytes:
     struct.pack_into(">Q", image, _CLUSTER, 2 * _CLUSTER)
     struct.pack_into(f">{clusters}H", image, 2 * _CLUSTER, *([1] * clusters))
     return bytes(image)
+
+
+def measure(image: Path) -> tuple[str, int]:
+    """Format and virtual size. UsageError for an overlay: it could show any file to the guest."""
+    with image.open("rb") as file:
+        if file.read(4) != b"QFI\xfb":
+            return "raw", file.seek(0, os.SEEK_END)
+    header = read_header(image)
+    if header.backing:
+        raise UsageError(
+            f"{image} is an overlay of {header.backing}: it can't stand alone",
+            remedy="flatten it first: qemu-img convert -O qcow2",
+        )
+    return "qcow2", header.size

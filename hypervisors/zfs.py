@@ -49,7 +49,7 @@ from hypervisors import zfs_state as state
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
 from hypervisors.devices import alive, await_node, give, myself
 from hypervisors.images import sha256_file
-from hypervisors.qcow2_format import read_header
+from hypervisors.qcow2_format import measure
 from hypervisors.qcow2_store import blocks, sync
 from hypervisors.run import Runner
 from hypervisors.zfs_command import Zfs
@@ -124,7 +124,7 @@ class ZfsDisks:
             if alive(known.marks.get("maker", "")):
                 raise Busy(f"template {template.label} is being sealed already")
         self._need(blocks(image), f"template {template.label}")
-        kind, size = _measure(image)
+        kind, size = measure(image)
         size = -(-size // _BLOCK) * _BLOCK
         self._step(f"seal template {template.label}")
         self._ensure_places()
@@ -477,17 +477,3 @@ class ZfsDisks:
 
 def _rounded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _measure(image: Path) -> tuple[str, int]:
-    """Format and virtual size. UsageError for an overlay: it could show any file to the guest."""
-    with image.open("rb") as file:
-        if file.read(4) != b"QFI\xfb":
-            return "raw", file.seek(0, os.SEEK_END)
-    header = read_header(image)
-    if header.backing:
-        raise UsageError(
-            f"{image} is an overlay of {header.backing}: it can't stand alone",
-            remedy="flatten it first: qemu-img convert -O qcow2",
-        )
-    return "qcow2", header.size
