@@ -312,9 +312,14 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
 
 
 def _memory(farm: Farm) -> Check:
+    from provision.site import is_remote
+
     facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
     available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
-    local = [vm for name, vm in farm.vms.items() if farm.hosts[farm.host_of(name)].uri == "private"]
+    hosts = {
+        name for name, host in farm.hosts.items() if host.driver == "kvm" and not is_remote(host.uri)
+    }
+    local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     return Check(
         "memory",
