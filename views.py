@@ -161,7 +161,8 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
         if o.verb == "cycle":  # stands below as the build it made
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
-        row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
+        on, ended, why = ", ".join(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        row = (when(o.started), o.verb, on, ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)

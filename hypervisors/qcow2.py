@@ -13,6 +13,10 @@ its own header; ``clean`` has no file of its own, it *is* the template.
 
 A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
 complete. Until then both names are one inode, which is how a half-made one is told.
+
+Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
+disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
+their names back. A kill amid the second step leaves some swapped, and the same call again swaps all.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,7 +61,8 @@ _CHECKPOINT = "checkpoint-"
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks``. Thread-safe; any number of processes may share a root."""
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``. Thread-safe; any number of processes may
+    share a root."""
 
     def __init__(
         self,
@@ -187,44 +192,65 @@ class Qcow2Disks:
         return disk
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
-        mark, disk = self._ours(machine)
-        frozen = self._frozen(machine, name)
-        if name == CLEAN or name in (c.name for c in disk.checkpoints):
-            raise Conflict(
-                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
-            )
-        self._need(0, f"checkpoint {name} of {machine}")
-        self._step(f"freeze the disk of {machine} as {name}")
-        frozen.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
-        sync(disk.path)  # QEMU may have been told not to: from here on it must last
-        os.utime(disk.path)
-        frozen.hardlink_to(disk.path)
-        sync(frozen.parent)
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``."""
+        ours = [self._ours(machine) for machine in machines]
+        for mark, disk in ours:
+            if name == CLEAN or name in (c.name for c in disk.checkpoints):
+                raise Conflict(
+                    f"{mark.machine} has a checkpoint {name} already",
+                    remedy="give the new one another name",
+                )
+        which = ", ".join(machines)
+        self._need(0, f"checkpoint {name} of {which}")
+        self._step(f"freeze the disk of {which} as {name}")
+        frozen = {mark.machine: self._frozen(mark.machine, name) for mark, _ in ours}
         try:
-            self._swap(mark, frozen.name, f"give {machine} a fresh disk over {name}")
+            for mark, disk in ours:
+                kept = frozen[mark.machine]
+                kept.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
+                sync(disk.path)  # QEMU may have been told not to: from here on it must last
+                os.utime(disk.path)
+                kept.hardlink_to(disk.path)
+                sync(kept.parent)
+            fresh = [(mark, frozen[mark.machine].name) for mark, _ in ours]
+            self._swap(fresh, f"give {{}} a fresh disk over {name}")
         except BaseException:
-            if self._half_made(frozen):
-                frozen.unlink()
+            for kept in frozen.values():
+                if self._half_made(kept):
+                    kept.unlink()
             raise
-        frozen.chmod(0o400)
-        return Checkpoint(name=name, created=changed(frozen))
+        for kept in frozen.values():
+            kept.chmod(0o400)
+        return {m: Checkpoint(name=name, created=changed(kept)) for m, kept in frozen.items()}
 
     def restore(self, machine: str, name: str) -> Disk:
-        mark = self._mark_of(machine)
-        if name not in (c.name for c in self._checkpoints(mark)):
-            raise NotFound(
-                f"{machine} has no checkpoint {name}",
-                remedy="it has: " + ", ".join(c.name for c in self._checkpoints(mark)),
-            )
-        if name == CLEAN and read_template(self._template_path(mark.template)) is None:
-            raise NotFound(f"template {mark.template} of {machine} is gone", remedy="clone it anew")
-        for path in matching(self._home(machine), f"{_CHECKPOINT}*.qcow2"):
-            if self._half_made(path):  # with the disk's name gone it would pass for a whole one
-                path.unlink()
-        self._swap(mark, self._backing(mark, name), f"swap in a fresh disk of {machine} from {name}")
-        disk = self._disk(mark)
-        assert disk
-        return disk
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``. Also for a disk whose file is damaged or gone."""
+        marks = [self._mark_of(machine) for machine in machines]
+        for mark in marks:
+            known = [c.name for c in self._checkpoints(mark)]
+            if name not in known:
+                raise NotFound(
+                    f"{mark.machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
+                )
+            if name == CLEAN and read_template(self._template_path(mark.template)) is None:
+                raise NotFound(
+                    f"template {mark.template} of {mark.machine} is gone", remedy="clone it anew"
+                )
+        for mark in marks:
+            for path in matching(self._home(mark.machine), f"{_CHECKPOINT}*.qcow2"):
+                if self._half_made(path):  # with the disk's name gone it would pass for a whole one
+                    path.unlink()
+        fresh = [(mark, self._backing(mark, name)) for mark in marks]
+        self._swap(fresh, f"swap in a fresh disk of {{}} from {name}")
+        disks = [disk for mark in marks if (disk := self._disk(mark))]
+        assert len(disks) == len(marks)
+        return disks
 
     def pristine(self, machine: str, name: str) -> bool:
         """By the disk's own header: over that very file, and not one cluster allocated."""
@@ -366,14 +392,34 @@ class Qcow2Disks:
 
     # -- changes ----------------------------------------------------------------------------------
 
-    def _swap(self, mark: Mark, backing: str, step: str) -> None:
-        """A fresh overlay takes the disk's name; the old file, if nothing else names it, goes."""
-        home = self._home(mark.machine)
-        with self._lock.hold(shared=True), self._temporary(home, "disk.qcow2") as fresh:
-            self._write_overlay(fresh, mark.size, backing)
-            self._step(step)
-            fresh.rename(home / "disk.qcow2")
-            sync(home)
+    def _swap(self, backings: Sequence[tuple[Mark, str]], step: str) -> None:
+        """Fresh overlays take the disks' names, see the module's head; the old files, if nothing else
+        names them, go. ``step``: with {} for the machine."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock.hold(shared=True))
+            ready: list[tuple[str, Path, Path, Path]] = []
+            for mark, backing in backings:
+                home = self._home(mark.machine)
+                fresh = stack.enter_context(self._temporary(home, "disk.qcow2"))
+                self._write_overlay(fresh, mark.size, backing)
+                old = fresh
+                if len(backings) > 1:
+                    old = stack.enter_context(self._temporary(home, "old.qcow2"))
+                ready.append((mark.machine, fresh, home / "disk.qcow2", old))
+            try:
+                for machine, fresh, disk, old in ready:
+                    self._step(step.format(machine))
+                    if old != fresh:  # one alone needs none: rename(2) is all there is
+                        with contextlib.suppress(FileNotFoundError):
+                            old.hardlink_to(disk)
+                    fresh.rename(disk)
+                    sync(disk.parent)
+            except BaseException:
+                for _, fresh, disk, old in ready:
+                    if not fresh.exists() and old.exists():
+                        old.rename(disk)
+                        sync(disk.parent)
+                raise
 
     def _write_overlay(self, path: Path, size: int, backing: str) -> None:
         write_new(path, empty_overlay(size, backing), mode=0o600)

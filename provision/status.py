@@ -114,7 +114,7 @@ def status(site: Site) -> FarmStatus:
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     unfinished: tuple[str, ...] = ()
     try:
-        unfinished = tuple(f"{r.verb} {r.vm}".strip() for r in site.journal.unfinished())
+        unfinished = tuple(f"{r.verb} {' '.join(r.vms)}".strip() for r in site.journal.unfinished())
     except FarmhandError as error:
         warnings.append(error.message)
     return FarmStatus(

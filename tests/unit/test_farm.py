@@ -239,7 +239,7 @@ def test_reset_is_proven_and_goes_to_any_checkpoint(made: Desk) -> None:
         assert row.checkpoints == ("clean", "one", "two")
         record = site.journal.history(1)[0]
         assert record.verb == "reset"
-        assert record.facts["swapped"] is True
+        assert record.facts["changed"] is True
     made.run(farm.reset)
     assert made.machine("prod").power == "running"
     assert made.machine("dev2").current == 256 * MIB
@@ -248,7 +248,7 @@ def test_reset_is_proven_and_goes_to_any_checkpoint(made: Desk) -> None:
 def test_a_disk_that_is_not_its_checkpoint_is_never_started(
     made: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeDisks, "restore", lambda self, machine, name: self.find(machine))
+    monkeypatch.setattr(FakeDisks, "restore_all", lambda self, machines, name: [])
     made.run(farm.stop, ["prod"])
     with made.site() as site:
         disks = site.disks("here")
