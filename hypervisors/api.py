@@ -128,8 +128,9 @@ class Disks(Protocol):
         """Swap in a fresh disk grown from that checkpoint; atomic; newer checkpoints stay.
         The caller has stopped the VM. NotFound for an unknown checkpoint."""
 
-    def pristine(self, machine: str, name: str) -> bool:
-        """True only if the present disk provably equals that checkpoint: nothing written since."""
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
+        """True only if the present disk provably equals that checkpoint: nothing written since.
+        ``quick``, for a look: None where that takes reading a disk whole, or waiting for others."""
 
     def destroy(self, machine: str) -> None:
         """The disk and its checkpoints, in the order their dependencies allow."""

@@ -198,7 +198,8 @@ def _written(bench: Bench, *, running: bool) -> None:
 def _both_written(bench: Bench, *, anew: bool = False) -> None:
     """Both VMs running, with something on their disks; ``anew``: without checkpoints of their own."""
     with bench.site() as site:
-        if anew:
+        disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+        if anew and any(disk and len(disk.checkpoints) > 1 for disk in disks):
             farm.destroy(site, list(site.farm.vms))
         farm.clone_farm(site, wait=False)
         farm.stop(site, force=True)
