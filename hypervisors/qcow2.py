@@ -35,6 +35,7 @@ from pathlib import Path
 
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
 from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
+from hypervisors.qcow2_leftovers import CHECKPOINT, find_leftovers, half_made, marks
 from hypervisors.qcow2_store import (
     CLEAN,
     NEW,
@@ -57,7 +58,6 @@ from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs,
 from inventory.sizes import format_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_CHECKPOINT = "checkpoint-"
 
 
 class Qcow2Disks:
@@ -132,7 +132,7 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
-            users = [m.machine for m in self._marks() if m.template == label]
+            users = [m.machine for m in marks(self._vms) if m.template == label]
             if users:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(sorted(users))}",
@@ -151,7 +151,7 @@ class Qcow2Disks:
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
-        disks = (self._disk(mark) for mark in self._marks() if mark.owner.farm == self._farm)
+        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
@@ -219,7 +219,7 @@ class Qcow2Disks:
             self._swap(fresh, f"give {{}} a fresh disk over {name}")
         except BaseException:
             for kept in frozen.values():
-                if self._half_made(kept):
+                if half_made(kept):
                     kept.unlink()
             raise
         for kept in frozen.values():
@@ -231,8 +231,8 @@ class Qcow2Disks:
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         """See ``FarmDisks.restore_all``. Also for a disk whose file is damaged or gone."""
-        marks = [self._mark_of(machine) for machine in machines]
-        for mark in marks:
+        ours = [self._mark_of(machine) for machine in machines]
+        for mark in ours:
             known = [c.name for c in self._checkpoints(mark)]
             if name not in known:
                 raise NotFound(
@@ -242,14 +242,14 @@ class Qcow2Disks:
                 raise NotFound(
                     f"template {mark.template} of {mark.machine} is gone", remedy="clone it anew"
                 )
-        for mark in marks:
-            for path in matching(self._home(mark.machine), f"{_CHECKPOINT}*.qcow2"):
-                if self._half_made(path):  # with the disk's name gone it would pass for a whole one
+        for mark in ours:
+            for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+                if half_made(path):  # with the disk's name gone it would pass for a whole one
                     path.unlink()
-        fresh = [(mark, self._backing(mark, name)) for mark in marks]
+        fresh = [(mark, self._backing(mark, name)) for mark in ours]
         self._swap(fresh, f"swap in a fresh disk of {{}} from {name}")
-        disks = [disk for mark in marks if (disk := self._disk(mark))]
-        assert len(disks) == len(marks)
+        disks = [disk for mark in ours if (disk := self._disk(mark))]
+        assert len(disks) == len(ours)
         return disks
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
@@ -268,7 +268,7 @@ class Qcow2Disks:
         self._check_farm(mark)
         self._step(f"remove the disk of {machine}")
         (home / "disk.qcow2").unlink(missing_ok=True)  # from here on it isn't a disk any more
-        for path in sorted(home.glob(f"{_CHECKPOINT}*.qcow2"), key=changed, reverse=True):
+        for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
             path.unlink(missing_ok=True)
         for path in home.glob(f"{NEW}*"):
             path.unlink(missing_ok=True)
@@ -278,7 +278,7 @@ class Qcow2Disks:
         sync(self._vms)
 
     def leftovers(self) -> Sequence[Leftover]:
-        return [*self._dead_temporaries(), *self._half_templates(), *self._half_disks()]
+        return find_leftovers(self._root, self._farm)
 
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
@@ -317,16 +317,11 @@ class Qcow2Disks:
         return self._vms / _plain(machine)
 
     def _frozen(self, machine: str, name: str) -> Path:
-        return self._home(machine) / f"{_CHECKPOINT}{_plain(name)}.qcow2"
+        return self._home(machine) / f"{CHECKPOINT}{_plain(name)}.qcow2"
 
     def _template_path(self, label: str) -> Path:
         name, _, generation = label.rpartition("@")
         return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
-
-    def _marks(self) -> Iterator[Mark]:
-        for home in matching(self._vms, "*"):
-            if not home.name.startswith(".") and (mark := read_mark(home)):
-                yield mark
 
     def _mark_of(self, machine: str) -> Mark:
         mark = read_mark(self._home(machine))
@@ -356,34 +351,27 @@ class Qcow2Disks:
         except DriverFailed:  # damaged by a power cut: still ours to reset or destroy
             header = None
         backing = Path(header.backing).name if header else ""
-        base = backing.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+        base = backing.removeprefix(CHECKPOINT).removesuffix(".qcow2")
         return Disk(
             machine=mark.machine,
             owner=mark.owner,
             path=path,
             format="qcow2",
             size=header.size if header else mark.size,
-            used=sum(blocks(p) for p in (path, *matching(home, f"{_CHECKPOINT}*.qcow2")) if p.exists()),
+            used=sum(blocks(p) for p in (path, *matching(home, f"{CHECKPOINT}*.qcow2")) if p.exists()),
             template=mark.template,
-            base=base if backing.startswith(_CHECKPOINT) else CLEAN if header else "",
+            base=base if backing.startswith(CHECKPOINT) else CLEAN if header else "",
             checkpoints=self._checkpoints(mark),
         )
 
     def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
         found = []
-        for path in matching(self._home(mark.machine), f"{_CHECKPOINT}*.qcow2"):
-            if not self._half_made(path):
-                name = path.name.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+        for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+            if not half_made(path):
+                name = path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
                 found.append(Checkpoint(name=name, created=changed(path)))
         found.sort(key=lambda c: (c.created, c.name))
         return (Checkpoint(name=CLEAN, created=mark.created), *found)
-
-    @staticmethod
-    def _half_made(frozen: Path) -> bool:
-        try:
-            return frozen.samefile(frozen.parent / "disk.qcow2")
-        except FileNotFoundError:
-            return False
 
     def _backing(self, mark: Mark, name: str) -> str:
         """As the overlay's header says it."""
@@ -476,45 +464,6 @@ class Qcow2Disks:
                 remedy="make room there (./invoke gc), or point the host's disks elsewhere",
             )
 
-    # -- leftovers --------------------------------------------------------------------------------
-
-    def _dead_temporaries(self) -> Iterator[Leftover]:
-        places = [
-            self._templates,
-            self._vms,
-            *(self._home(m.machine) for m in self._marks() if self._is_mine(m)),
-        ]
-        for path in (p for place in places for p in matching(place, f"{NEW}*")):
-            twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
-            if FileLock(twin).held() or (path.suffix != ".lock" and not path.exists()):
-                continue
-            mark = read_mark(path, moved=True) if path.is_dir() else None
-            if mark and not self._is_mine(mark):
-                continue
-            yield _leftover(
-                "file", path, mark.owner if mark else None, "under construction when it was killed"
-            )
-
-    def _half_templates(self) -> Iterator[Leftover]:
-        for path in matching(self._templates, "*.json"):
-            image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
-            if not image.exists() and read_template(image, half=True):
-                yield _leftover("template", path, None, "its image is gone")
-
-    def _half_disks(self) -> Iterator[Leftover]:
-        for mark in self._marks():
-            home = self._home(mark.machine)
-            if not self._is_mine(mark):
-                continue
-            if not (home / "disk.qcow2").exists():
-                yield _leftover("disk", home, mark.owner, "half removed")
-            for path in matching(home, f"{_CHECKPOINT}*.qcow2"):
-                if self._half_made(path):
-                    yield _leftover("checkpoint", path, mark.owner, "half made")
-
-    def _is_mine(self, mark: Mark) -> bool:
-        return mark.owner.farm == self._farm
-
 
 def _plain(name: str) -> str:
     """Names reach paths: only plain ones do. The loader checks them as well."""
@@ -529,15 +478,3 @@ def _same_store(image: Path, directory: Path) -> bool:
         return image.stat().st_dev == place.stat().st_dev
     except FileNotFoundError:
         raise NotFound(f"no image {image}") from None
-
-
-def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:
-    files = [path, *matching(path, "*")]
-    return Leftover(
-        kind=kind,
-        ref=str(path),
-        owner=owner,
-        created=changed(path),
-        bytes=sum(map(blocks, files)),
-        why=why,
-    )

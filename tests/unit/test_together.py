@@ -11,8 +11,11 @@ from test_farm import Desk
 
 from hypervisors.api import FarmDisks
 from hypervisors.fake import FakeDisks, FakeHypervisor
-from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, WrongState
+from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
 from provision import farm
+from provision.doctor import examine
+
+from views import farm_status
 
 TWO_HOSTS = """\
 farm: kata
@@ -225,3 +228,78 @@ def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
         assert plain.restored == ["kata-dev2", "kata-prod", "kata-dev2", "kata-prod"]
         assert [action.verb for action in farm.start(site).actions] == ["keep", "keep"]
     assert contents(made) == [b"", b""]
+
+
+def test_a_merge_goes_into_the_checkpoint_and_the_vm_runs_again(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made.site() as site, pytest.raises(Unsupported, match="can't merge"):
+        farm.merge(site, ["prod"])
+
+    def into(self: FakeDisks, machine: str) -> None:
+        with self.store.change() as world:
+            assert world.machines[machine].machine.power == "stopped"
+            disk = world.disks[machine]
+            disk.checkpoints[disk.base] = (disk.checkpoints[disk.base][0], disk.content)
+
+    monkeypatch.setattr(FakeDisks, "merge", into, raising=False)
+    with made.site() as site, pytest.raises(Unsupported, match="grew from clean, its template"):
+        farm.merge(site, ["prod"])
+    made.run(farm.checkpoint, ["prod"], "kept")
+    write(made, b"newer")
+    done = made.run(farm.merge, ["prod"])
+    assert [str(a) for a in done.actions] == [
+        "prod: shut down, merge what changed since kept into it, start again"
+    ]
+    assert powers(made) == ["running", "running"]
+    made.run(farm.reset, ["prod"], to="kept")
+    assert contents(made) == [b"newer", b"newer"]
+
+
+def test_a_merge_that_was_killed_is_gone_on_with(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def merge(self: FakeDisks, machine: str) -> None:
+        calls.append(machine)
+        if len(calls) == 1:
+            raise KeyboardInterrupt  # unwinds, and leaves the journal as a kill does
+
+    monkeypatch.setattr(FakeDisks, "merge", merge, raising=False)
+    made.run(farm.checkpoint, ["prod"], "kept")
+    with made.site() as site, pytest.raises(KeyboardInterrupt):
+        farm.merge(site, ["prod"])
+    assert powers(made) == ["running", "stopped"]
+    made.run(farm.start, ["dev2"])
+    assert calls == ["kata-prod", "kata-prod"]
+    assert powers(made) == ["running", "running"]
+
+
+def test_status_and_doctor_show_what_a_store_says(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDisks, "notes", lambda self: ("vg/pool: data 93 % full",), raising=False)
+    with made.site() as site:
+        shown = farm_status(farm.status(site))
+    assert "host here: vg/pool: data 93 % full" in shown.text
+    assert shown.data["hosts"][0]["disk_notes"] == ["vg/pool: data 93 % full"]  # type: ignore[index]
+    (check,) = [c for c in examine(made.file).checks if c.name == "disks of here"]
+    assert (check.level, check.text) == ("note", "vg/pool: data 93 % full")
+
+
+def test_status_tells_clean_from_dirty_and_asks_for_no_more_than_a_look(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.run(farm.reset, ["prod"], start=False)
+    made.run(farm.stop, ["dev2"])
+
+    def conditions() -> list[str]:
+        with made.site() as site:
+            return [row.condition for row in farm.status(site).vms]
+
+    assert conditions() == ["dirty", "clean"]
+    asked: list[bool] = []
+
+    def dear(self: FakeDisks, machine: str, name: str, *, quick: bool = False) -> None:
+        asked.append(quick)
+
+    monkeypatch.setattr(FakeDisks, "pristine", dear)
+    assert conditions() == ["", ""]
+    assert asked == [True, True]
