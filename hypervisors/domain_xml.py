@@ -173,7 +173,8 @@ def read_domain(text: str) -> Seen:
     (virt-clone(1) copies metadata): that one is theirs."""
     domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
-    if mark is not None and mark.get("name", "") != domain.findtext("name", ""):
+    name = domain.findtext("name", "")
+    if mark is not None and mark.get("name", name) != name:
         mark = None
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [

@@ -243,7 +243,7 @@ class LibvirtHypervisor:
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
         with self._translated("list the machines"):
-            used = {path for c in self._reading(lambda c: c.listAllDomains(0)) for path in _opens(c)}
+            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in _opens(d)}
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -254,7 +254,7 @@ class LibvirtHypervisor:
             )  # fmt: skip
         for name in sorted(disks.keys() - machines.keys()):
             disk = disks[name]
-            if disk.path in used:  # by a machine that somebody renamed, or made by hand
+            if disk.path.resolve() in used:  # by a machine that somebody renamed, or made by hand
                 continue
             found.append(
                 Leftover(
@@ -477,11 +477,11 @@ class LibvirtHypervisor:
 
 
 def _opens(domain: libvirt.virDomain) -> tuple[Path, ...]:
-    """What any domain opens; nothing where it ceased to be since it was listed."""
+    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
     import libvirt
 
     try:
-        return read_domain(domain.XMLDesc(_INACTIVE)).disks
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return ()

@@ -69,7 +69,7 @@ def reset(
 
 def restore(to: str, store: Disks, machines: Sequence[str]) -> None:
     """Of one store, several only where it does them as one: see ``together.Change``."""
-    if isinstance(store, FarmDisks):
+    if isinstance(store, FarmDisks) and len(machines) > 1:
         store.restore_all(machines, to)
     else:
         for machine in machines:

@@ -248,7 +248,7 @@ def test_reset_is_proven_and_goes_to_any_checkpoint(made: Desk) -> None:
 def test_a_disk_that_is_not_its_checkpoint_is_never_started(
     made: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeDisks, "restore_all", lambda self, machines, name: [])
+    monkeypatch.setattr(FakeDisks, "restore", lambda self, machine, name: self.find(machine))
     made.run(farm.stop, ["prod"])
     with made.site() as site:
         disks = site.disks("here")
