@@ -106,6 +106,10 @@ class Town:
             disk = site.disks("here").find("kata-2-prod")
             return row.state, row.condition, row.checkpoints, disk
 
+    def has_daemon(self, name: str) -> bool:
+        with self.site(name) as site:
+            return site.private_directory.exists()
+
     def drop_domain(self, name: str) -> None:
         with self.libvirt() as connection:
             connection.lookupByName(name).undefine()
@@ -136,12 +140,11 @@ def town(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield town
     finally:
         for name in ("kata", "kata-2"):
+            if town.has_daemon(name):  # also what a failed test left
+                with town.libvirt(name) as connection:
+                    for domain in connection.listAllDomains(0):
+                        domain.undefine()
             with town.site(name) as site:
-                for domain in ("kata-prod-clone", "kata-2-prod", "kata-by-hand"):
-                    if name == "kata" and site.private_directory.exists():
-                        with town.libvirt() as connection:
-                            if domain in [d.name() for d in connection.listAllDomains(0)]:
-                                connection.lookupByName(domain).undefine()
                 farm.destroy(site)
         store.close()
         rmtree(place)
