@@ -30,6 +30,11 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
+def about(size: int) -> str:
+    """For reading, where exact bytes say nothing: ``6.4G``, ``812M``."""
+    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
+
+
 def format_size(size: int) -> str:
     """Shortest exact form where there is one (``512M``), else two digits (``1.3G``)."""
     if size == 0:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from hypervisors.run import Runner, which
 from inventory.errors import FarmhandError
 from inventory.model import Farm
-from inventory.sizes import format_size
+from inventory.sizes import about
 from provision import paths
 
 if TYPE_CHECKING:
@@ -249,11 +249,6 @@ def _kvm() -> Check:
     )
 
 
-def _round(size: int) -> str:
-    """For reading: exact bytes say nothing here."""
-    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
-
-
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
@@ -276,8 +271,8 @@ def _space() -> Iterator[Check]:
             name,
             free >= wanted,
             "note",
-            f"{_round(free)} free for {path}",
-            f"two VMs and a template take {_round(wanted)}: make room, or set "
+            f"{about(free)} free for {path}",
+            f"two VMs and a template take {about(wanted)}: make room, or set "
             f"FARMHAND_{name.split()[0].upper()}_DIR",
         )
 
@@ -325,7 +320,7 @@ def _memory(farm: Farm) -> Check:
         "memory",
         available >= wanted,
         "note",
-        f"{_round(available)} available; this farm's VMs here take {_round(wanted)} at most",
+        f"{about(available)} available; this farm's VMs here take {about(wanted)} at most",
         "lower 'memory' in the farm file, or use idle_memory, or stop other things",
     )
 
