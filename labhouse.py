@@ -95,3 +95,13 @@ def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, 
     run.screen.say(f"results, journals and logs of the lab: {report.results}")
     problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
     return Result(report.as_dict(), "", ok=report.ok, problem=problem)
+
+
+def bench(run: Run, name: str, *, rounds: int) -> Result:
+    """The disk stores' figures, from a lab; not ok where one is over its limit."""
+    from tests.figures import Figures
+    from tests.lab import run as labrun
+
+    figures = Figures.from_dict(labrun.run_bench(Runner(), run.screen.say, name=name, rounds=rounds))
+    problem = "" if figures.all_within else "a figure is over its limit"
+    return Result(figures.as_dict(), figures.text(), ok=figures.all_within, problem=problem)

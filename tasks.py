@@ -351,12 +351,24 @@ def lint(run: Run) -> Result:
     return house.lint(run)
 
 
-@command({"rounds": "Rounds that medians are taken of."}, plans=False)
-def bench(run: Run, rounds: str = "5") -> Result:
+@command(
+    {
+        "rounds": "Rounds that medians are taken of.",
+        "lab": "The ZFS and LVM stores, beside the bare commands, in a lab.",
+        "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
+    },
+    plans=False,
+)
+def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Result:
     """Measure clone, reset and start-up times."""
+    number = cli.count("--rounds", rounds)
+    if lab:
+        import labhouse
+
+        return labhouse.bench(run, name, rounds=number)
     import house
 
-    return house.bench(run, rounds=cli.count("--rounds", rounds))
+    return house.bench(run, rounds=number)
 
 
 # ---- The lab: a host with KVM, ZFS and LVM under QEMU, for farmhand's own tests.

@@ -11,6 +11,9 @@ One JSON argument: ``argv``, ``env``, ``binds`` (pairs: ours, the host's path), 
 "as-is"; "hide" (an empty file that nobody may open lies over /dev/kvm); or "uid:N" (a device node of
 the same numbers that belongs to N, for QEMU runs as a user who has no right to the host's node).
 
+The host's later mounts and unmounts are seen here too, ours never there (MS_SLAVE): a store may mount
+the file systems that disks are files on, and must be able to unmount them.
+
 Python 3.11 has no os.unshare and no mount(2) at all, hence ctypes. See unshare(2), mount(2),
 mount_namespaces(7), user_namespaces(7).
 """
@@ -28,7 +31,7 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 MS_BIND = 0x1000
 MS_REC = 0x4000
-MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
 PR_SET_CHILD_SUBREAPER = 36
 KVM = "/dev/kvm"
 
@@ -50,7 +53,7 @@ def _mount(source: str, target: str, fstype: str, flags: int, data: str = "") ->
 
 def _enter_as_root() -> None:
     _check(_libc.unshare(CLONE_NEWNS), "unshare")
-    _mount("none", "/", "", MS_REC | MS_PRIVATE)
+    _mount("none", "/", "", MS_REC | MS_SLAVE)
 
 
 def _enter_as_user() -> None:
@@ -60,7 +63,7 @@ def _enter_as_user() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    _mount("none", "/", "", MS_REC | MS_PRIVATE)
+    _mount("none", "/", "", MS_REC | MS_SLAVE)
 
 
 def _cover_kvm(kvm: str, over: str) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from inventory.errors import DriverFailed
 
 _STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
-_NUDGE = 5.0  # seconds
+_NUDGE = 3.0  # seconds
 _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 
 
 def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout: float = 60) -> None:
     """Until udev has made the device's link, and it leads somewhere. ``nudge``: makes udev look again,
-    called every few seconds: an event that came while the device was still being made gives no link.
+    called every few seconds, for it may have failed to look.
     DriverFailed when it never appears."""
     started = time.monotonic()
     nudged = started

@@ -6,6 +6,7 @@ rights and a busy volume each get a line of their own, with what to do.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hypervisors.devices import holders, passing
+from hypervisors.qcow2_store import sync
 from hypervisors.run import Result, Runner, which
 from inventory.errors import (
     Busy,
@@ -48,6 +50,11 @@ class Zfs:
         flags = ("-j",) if synced else ("-jn",)
         return self._answer(self._runner.read, flags, "look", machine)
 
+    def space(self) -> tuple[int, int]:
+        """Bytes used and available."""
+        space = self._answer(self._runner.read, ("-jn",), "space")["space"]
+        return int(space["used"]), int(space["available"])
+
     def program(self, operation: str, *arguments: str) -> Mapping[str, Any]:
         """A change. Busy, NotOurs, WrongState, Conflict, NotFound for what it refuses; tried again
         only while nothing but udev's probing of a new device stands against it."""
@@ -64,27 +71,32 @@ class Zfs:
                 continue
             raise self._refusal(answer, at, who)
 
+    def flush(self, path: Path) -> None:
+        """fsync(2), in this process, which a suspended pool would hang for good."""
+        self._check_pool()
+        sync(path)
+
     def change(self, *argv: str | Path, timeout: float = 600) -> Result:
         """``zfs ARGUMENT...``"""
+        self._check_pool()
         try:
             return self._runner.change(self._zfs, *argv, timeout=timeout)
         except CommandFailed as error:
             raise self._translated(error) from error
 
     def nudge(self) -> None:
-        """Have udev look at the volumes' devices again."""
-        argv = (
-            "udevadm",
-            "trigger",
-            "--action=change",
-            "--subsystem-match=block",
-            "--sysname-match=zd*",
-        )
-        self._runner.change(*argv, timeout=60)
+        """Have udev look again at volumes' devices that have no link. On a busy host zvol_open gives up
+        after zvol_open_timeout_ms (zfs(4), 1 s) with ERESTARTSYS, which reaches udev as "Unknown error
+        512": it then ignores the device. Only those: each look at one opens it, and makes it worse."""
+        linked = {p.resolve().name for p in Path("/dev/zvol").rglob("*") if p.is_symlink()}
+        devices = [p for p in sorted(Path("/sys/block").glob("zd*")) if p.name not in linked]
+        if devices:
+            self._runner.change("udevadm", "trigger", "--action=change", *devices, timeout=60)
 
     def _answer(
         self, run: Callable[..., Result], flags: tuple[str, ...], operation: str, *arguments: str
     ) -> Mapping[str, Any]:
+        self._check_pool()
         try:
             result = run(
                 self._zfs, "program", *flags, *_LIMITS, self._pool, _PROGRAM,
@@ -133,6 +145,19 @@ class Zfs:
                 return NotFound(f"{at} is gone")
         return DriverFailed(f"{at}: ZFS answered {os.strerror(number)}")
 
+    def _check_pool(self) -> None:
+        """Some commands hang on a suspended pool instead of saying so. What the kernel says of it costs
+        no process."""
+        with contextlib.suppress(OSError):
+            if Path("/proc/spl/kstat/zfs", self._pool, "state").read_text().strip() == "SUSPENDED":
+                raise self._suspended()
+
+    def _suspended(self) -> DriverFailed:
+        return DriverFailed(
+            f"pool {self._pool} is suspended: its devices don't answer",
+            remedy=f"zpool status {self._pool}; when they are back: zpool clear {self._pool}",
+        )
+
     def _full(self) -> NoSpace:
         return NoSpace(
             f"{self._root}: pool or quota is full; nothing was changed",
@@ -157,10 +182,7 @@ class Zfs:
                 remedy=f"zpool import {self._pool}, or name another 'pool' in the farm file",
             )
         if has("suspended"):
-            return DriverFailed(
-                f"pool {self._pool} is suspended: its devices don't answer",
-                remedy=f"zpool status {self._pool}; when they are back: zpool clear {self._pool}",
-            )
+            return self._suspended()
         if has("ermission denied", "not permitted", "insufficient privileges"):
             return DriverFailed(
                 f"not allowed to change {self._root}: {said}",

@@ -2,10 +2,11 @@
 
 A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on that very object.
 
-    templates, vms          store=1
+    templates, vms          store=1 (volumes), or files
     a template's volume     state=new, maker (who is writing it)
     ... its @sealed         kind=template, name, generation, size, sha256, created, origin, firstboot
-    a VM's volume           machine, farm, vm, template, base, size, created (of the VM), maker and
+    a VM's volume           machine, farm, vm, template, base, size, created (of the VM), maker, token
+                            (of the making) and
                             state: new (under construction), disk, kept (for its checkpoints), gone
     ... its snapshots       kind: checkpoint, or start (what it was when it became the disk); name
 """
@@ -13,9 +14,11 @@ A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -26,6 +29,7 @@ from inventory.errors import UsageError
 CLEAN = "clean"
 SEALED = "sealed"
 EMPTY = 256 * 2**10  # less than this a volume has only its own structure, no data
+MARKING = 10  # seconds within which a volume gets its marks, or never
 SETTLED = 30  # seconds after which a making that isn't marked yet is a dead one's
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PLAIN = re.compile(r"[ -~]{0,1024}")
@@ -34,6 +38,8 @@ _SAFE = " /:.@=,+-_()"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """``created`` of checkpoints only, ``clones`` of templates only: what isn't needed isn't asked."""
+
     name: str
     marks: Mapping[str, str]
     created: datetime
@@ -47,19 +53,19 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """``newest``: the newest snapshot of ours, "" without one. ``written`` since then (since its
-    origin without one); None where somebody else's snapshot hides it."""
+    """A dataset that is a disk, or was: a volume, or one with a file in it. ``newest``: the newest
+    snapshot of ours, "" without one. ``written`` since then (since its origin without one); None where
+    somebody else's snapshot hides it."""
 
     name: str
     marks: Mapping[str, str]
     snapshots: tuple[Snapshot, ...]  # by age
-    created: datetime
-    size: int
+    created: datetime  # of a disk: of its VM
     used: int
-    referenced: int
     written: int | None
-    origin: str
     newest: str
+    referenced: int = 0  # these two only where there are no marks
+    origin: str = ""
 
     @property
     def stem(self) -> str:
@@ -133,23 +139,32 @@ def _volumes(seen: Mapping[str, Any]) -> tuple[Volume, ...]:
 
 
 def _volume(name: str, facts: Mapping[str, Any]) -> Volume:
+    marks = dict(facts["marks"])
     snapshots = (
-        Snapshot(short, dict(s["marks"]), when(s["created"]), int(s["txg"]), tuple(s["clones"]))
+        Snapshot(
+            short, dict(s["marks"]), when(s.get("created", 0)), int(s["txg"]), tuple(s.get("clones", ()))
+        )
         for short, s in facts["snapshots"].items()
     )
     written = facts.get("written")
     return Volume(
         name=name,
-        marks=dict(facts["marks"]),
+        marks=marks,
         snapshots=tuple(sorted(snapshots, key=lambda s: s.txg)),
-        created=when(facts["created"]),
-        size=int(facts["size"]),
+        created=when(facts["created"]) if "created" in facts else _date(marks.get("created", "")),
         used=int(facts["used"]),
-        referenced=int(facts["referenced"]),
         written=int(written) if written is not None else None,
-        origin=str(facts.get("origin") or ""),
         newest=str(facts.get("newest") or ""),
+        referenced=int(facts.get("referenced", 0)),
+        origin=str(facts.get("origin") or ""),
     )
+
+
+def _date(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return when(0)
 
 
 def when(seconds: int | str) -> datetime:
@@ -183,6 +198,7 @@ def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) 
         "size": str(size),
         "created": datetime.now(UTC).isoformat(),
         "maker": myself(),
+        "token": secrets.token_hex(8),
     }
 
 
@@ -224,18 +240,17 @@ def read_template(volume: Volume) -> Template | None:
     return template if named else None  # else a copy somebody made
 
 
-def read_disk(look: Look, machine: str) -> Disk | None:
-    from pathlib import Path
-
+def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | None:
+    """``path``: of a volume's name."""
     volume = look.disk(machine)
     if volume is None or volume.owner is None:
         return None
     return Disk(
         machine=machine,
         owner=volume.owner,
-        path=Path("/dev/zvol") / volume.name,
+        path=path(volume.name),
         format="raw",
-        size=volume.size,
+        size=int(volume.marks.get("size", 0)),
         used=sum(v.used for v in look.of(machine)),
         template=volume.marks.get("template", ""),
         base=volume.base,
@@ -246,12 +261,8 @@ def read_disk(look: Look, machine: str) -> Disk | None:
 def checkpoints(look: Look, machine: str, volume: Volume) -> tuple[Checkpoint, ...]:
     kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
     kept.sort(key=lambda s: (s.txg, s.name))
-    try:
-        made = datetime.fromisoformat(volume.marks.get("created", ""))
-    except ValueError:
-        made = volume.created
     return (
-        Checkpoint(name=CLEAN, created=made),
+        Checkpoint(name=CLEAN, created=_date(volume.marks.get("created", ""))),
         *(Checkpoint(name=s.marks.get("name", s.name), created=s.created) for s in kept),
     )
 
@@ -287,6 +298,13 @@ def find_leftovers(look: Look, farm: str) -> list[Leftover]:
             ref = f"{dead[-1].name.rpartition('/')[0]}/{machine}"
             found.append(replace(one, ref=ref, bytes=sum(v.used for v in dead)))
     return found
+
+
+def being_made(volume: Volume) -> bool:
+    """By a process that lives, or may: the marks come a moment after the volume."""
+    if volume.marks:
+        return volume.state == "new" and alive(volume.marks.get("maker", ""))
+    return (datetime.now(UTC) - volume.created).total_seconds() < MARKING
 
 
 def _unborn(volume: Volume, look: Look, now: datetime) -> bool:

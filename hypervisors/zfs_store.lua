@@ -28,21 +28,40 @@ local function value(name, property)
   return seen
 end
 
+-- Most of what is asked for opens the dataset, which costs more than all else here: no more of it than
+-- is needed, and lists once only.
 local function snapshots(name)
   local found = {}
   for snapshot in zfs.list.snapshots(name) do
-    local clones = {}
-    for clone in zfs.list.clones(snapshot) do
-      clones[clone] = true
+    local seen = {marks = marks(snapshot), txg = value(snapshot, "createtxg")}
+    if seen.marks.kind == "checkpoint" then
+      seen.created = value(snapshot, "creation")
     end
-    found[string.sub(snapshot, #name + 2)] = {
-      marks = marks(snapshot),
-      created = value(snapshot, "creation"),
-      txg = value(snapshot, "createtxg"),
-      clones = clones,
-    }
+    found[string.sub(snapshot, #name + 2)] = seen
   end
   return found
+end
+
+local function clones(snapshot)
+  local found = {}
+  for clone in zfs.list.clones(snapshot) do
+    found[clone] = true
+  end
+  return found
+end
+
+local listed = {}
+local function children(parent)
+  if not listed[parent] then
+    local names = {}
+    if zfs.exists(parent) then
+      for name in zfs.list.children(parent) do
+        names[#names + 1] = name
+      end
+    end
+    listed[parent] = names
+  end
+  return listed[parent]
 end
 
 -- The newest snapshot, and the newest of ours.
@@ -60,15 +79,14 @@ local function newest(volume)
 end
 
 local function look_at(name)
-  local volume = {
-    marks = marks(name),
-    snapshots = snapshots(name),
-    created = value(name, "creation"),
-    size = value(name, "volsize"),
-    used = value(name, "used"),
-    referenced = value(name, "referenced"),
-    origin = value(name, "origin"),
-  }
+  local volume = {marks = marks(name), snapshots = snapshots(name), used = value(name, "used")}
+  if not next(volume.marks) then
+    volume.referenced = value(name, "referenced")
+    volume.origin = value(name, "origin")
+  end
+  if volume.marks.state ~= "disk" then
+    volume.created = value(name, "creation")
+  end
   local any, ours = newest(volume)
   volume.newest = ours
   -- Since the newest snapshot of ours; since the origin where there is none of anybody's.
@@ -80,15 +98,12 @@ local function look_at(name)
   return volume
 end
 
--- Volumes "PARENT/MACHINE.NUMBER"; of one machine, or of all ("").
+-- Datasets "PARENT/MACHINE.NUMBER"; of one machine, or of all ("").
 local function look(parent, machine)
   local found = {}
-  if not zfs.exists(string.sub(parent, 1, -2)) then
-    return found
-  end
-  for name in zfs.list.children(string.sub(parent, 1, -2)) do
+  for _, name in ipairs(children(string.sub(parent, 1, -2))) do
     local of = string.match(string.sub(name, #parent + 1), "^(.+)%.%d+$")
-    if of and (machine == "" or of == machine) and value(name, "type") == "volume" then
+    if of and (machine == "" or of == machine) then
       found[name] = look_at(name)
     end
   end
@@ -135,6 +150,17 @@ local function mark(name, property, text)
   return zfs.sync.set_prop(name, "farmhand:" .. property, text)
 end
 
+-- What a volume was when it became the disk.
+local function start(name, base)
+  local snapshot = name .. "@_start"
+  local errno = zfs.sync.snapshot(snapshot)
+  if errno == 0 then
+    mark(snapshot, "name", base)
+    mark(snapshot, "kind", "start")
+  end
+  return errno
+end
+
 -- What keeps a volume from being removed though nobody has it open, or nil: snapshots that aren't
 -- ours, and clones of ours that are not in `also`, the volumes removed with it.
 local function foreign(name, volume, also)
@@ -142,7 +168,7 @@ local function foreign(name, volume, also)
     if not snapshot.marks.kind then
       return name .. "@" .. short
     end
-    for clone in pairs(snapshot.clones) do
+    for clone in pairs(clones(name .. "@" .. short)) do
       if not also[clone] then
         return clone
       end
@@ -185,36 +211,54 @@ local function retire(name, volume)
 end
 
 local function operate()
+  if operation == "space" then
+    return {space = space()}
+  end
+
   if operation == "look" then -- [MACHINE]
     local machine = argv[4] or ""
     local answer = {space = space(), volumes = look(VMS, machine)}
     if machine == "" then
       answer.templates = look(TEMPLATES, "")
+      for name, template in pairs(answer.templates) do
+        for short, snapshot in pairs(template.snapshots) do
+          snapshot.clones = clones(name .. "@" .. short)
+        end
+      end
     end
     return answer
   end
 
-  if operation == "restore" then -- MACHINE CHECKPOINT: rolled back, where that is all it takes
+  if operation == "restore" then -- MACHINE CHECKPOINT: where the disk may stay the volume that it is
     local volumes = look(VMS, argv[4])
-    local answer = {space = space(), volumes = volumes}
+    local answer = {volumes = volumes}
     local name = disk_of(volumes)
     local disk = name and volumes[name]
-    if not disk or disk.marks.farm ~= farm or not disk.newest then
-      return answer
+    if disk and disk.marks.farm == farm then
+      local any, own = newest(disk)
+      local back = own and any == own and disk.snapshots[own].marks.name == argv[5]
+      local untouched = not any and disk.marks.base == argv[5] and disk.written == 0
+      if (back or untouched) and busy(name, disk) then
+        return {refused = "busy", at = name}
+      end
+      if back then
+        local errno = zfs.sync.rollback(name)
+        if errno ~= 0 then
+          return {errno = errno, at = name}
+        end
+        disk.written = 0
+        disk.used = value(name, "used")
+      elseif untouched then -- what it is now is what resets are rolled back to, from now on
+        local errno = start(name, argv[5])
+        if errno ~= 0 then
+          return {errno = errno, at = name}
+        end
+      end
+      answer.done = back or untouched
     end
-    local any, own = newest(disk)
-    if any ~= own or disk.snapshots[own].marks.name ~= argv[5] then
-      return answer
+    if not answer.done then
+      answer.space = space()
     end
-    if busy(name, disk) then
-      return {refused = "busy", at = name}
-    end
-    local errno = zfs.sync.rollback(name)
-    if errno ~= 0 then
-      return {errno = errno, at = name}
-    end
-    volumes[name] = look_at(name)
-    answer.done = true
     return answer
   end
 
@@ -223,8 +267,11 @@ local function operate()
     for i = 5, #argv do
       local volumes = look(VMS, argv[i])
       local name = disk_of(volumes)
-      if not name or volumes[name].marks.farm ~= farm then
+      if not name then
         return {refused = "no disk", at = argv[i]}
+      end
+      if volumes[name].marks.farm ~= farm then
+        return {refused = "foreign", at = name}
       end
       for _, volume in pairs(volumes) do
         for _, snapshot in pairs(volume.snapshots) do
@@ -254,8 +301,8 @@ local function operate()
     return {made = made}
   end
 
-  -- ITEM...: VOLUME takes over, first:VOLUME where there must be no disk yet, or VOLUME@SNAPSHOT is
-  -- gone back to
+  -- ITEM...: VOLUME takes over, first:VOLUME where there must be no disk yet, same:VOLUME is the disk and
+  -- untouched since it was cloned, or VOLUME@SNAPSHOT is gone back to
   if operation == "switch" then
     local fresh, former, back = {}, {}, {}
     for i = 4, #argv do
@@ -270,6 +317,16 @@ local function operate()
           return {errno = errno, at = name}
         end
         back[name] = true
+      elseif string.sub(argv[i], 1, 5) == "same:" then
+        name = string.sub(argv[i], 6)
+        local volume = look_at(name)
+        if volume.marks.state ~= "disk" or next(volume.snapshots) or volume.written ~= 0 then
+          return {refused = "changed", at = name}
+        end
+        if busy(name, volume) then
+          return {refused = "busy", at = name}
+        end
+        fresh[name] = volume.marks.base
       else
         name = string.match(argv[i], "^first:(.+)$") or argv[i]
         local volumes = look(VMS, string.match(string.sub(name, #VMS + 1), "^(.+)%.%d+$"))
@@ -293,13 +350,10 @@ local function operate()
       end
     end
     for name, base in pairs(fresh) do
-      local start = name .. "@_start"
-      local errno = zfs.sync.snapshot(start)
+      local errno = start(name, base)
       if errno ~= 0 then
-        return {errno = errno, at = start}
+        return {errno = errno, at = name}
       end
-      mark(start, "name", base)
-      mark(start, "kind", "start")
     end
     for name in pairs(fresh) do
       mark(name, "state", "disk")
@@ -313,11 +367,7 @@ local function operate()
     for name, volume in pairs(former) do
       retire(name, volume)
     end
-    local volumes = {}
-    for name in pairs(fresh) do
-      volumes[name] = look_at(name)
-    end
-    return {volumes = volumes}
+    return {}
   end
 
   if operation == "destroy" then -- MACHINE: all its volumes, newest first: they grew from older ones
@@ -356,13 +406,16 @@ local function operate()
     return {}
   end
 
-  if operation == "drop" then -- VOLUME [STATE]: one leftover, or a template; only in that state
+  if operation == "drop" then -- VOLUME [MARK=TEXT...]: a leftover, or a template; only with those marks
     if not zfs.exists(argv[4]) then
       return {}
     end
     local volume = look_at(argv[4])
-    if argv[5] and (volume.marks.state ~= argv[5] or volume.snapshots.sealed) then
-      return {refused = "changed", at = argv[4]}
+    for i = 5, #argv do
+      local key, text = string.match(argv[i], "^(%w+)=(.*)$")
+      if volume.marks[key] ~= text or volume.snapshots.sealed then
+        return {refused = "changed", at = argv[4]}
+      end
     end
     if busy(argv[4], volume) then
       return {refused = "busy", at = argv[4]}

@@ -53,8 +53,9 @@ class Model(BaseModel):
 class DiskStore(Model):
     """Where a host keeps disks."""
 
-    store: Literal["qcow2", "zfs", "lvm-thin", "lvm"] = "qcow2"
-    """qcow2 files; ZFS volumes; LVM thin volumes; classic LVM snapshots."""
+    store: Literal["qcow2", "zfs", "zfs-files", "lvm-thin", "lvm"] = "qcow2"
+    """qcow2 files; ZFS volumes; ZFS datasets with a raw file each; LVM thin volumes; classic LVM
+    snapshots."""
     path: FilePath | None = None
     """qcow2: the directory; absent: farmhand's own state directory."""
     pool: Name | None = None

@@ -234,12 +234,13 @@ class Site:
                 f"host {host}: the {declared.disks.store} store is new: its disks passed the stores' "
                 "contract, its guests were not yet seen to boot; keep nothing there that you can't lose"
             )
-        if declared.disks.store == "zfs":
+        if declared.disks.store in ("zfs", "zfs-files"):
             from hypervisors.zfs import ZfsDisks
 
             return ZfsDisks(
                 declared.disks.pool or "", declared.disks.dataset or "farmhand", self.farm.farm,
                 self.runner, step=current_step, reader_uid=self.reader_uid(host),
+                files=state_dir() / "zfs" if declared.disks.store == "zfs-files" else None,
             )  # fmt: skip
         if declared.disks.store in ("lvm-thin", "lvm"):
             return self._open_lvm(host)

@@ -13,97 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from uuid import uuid4
 
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
 from hypervisors.run import Runner
 from inventory.errors import DriverFailed
+from tests.figures import Figure, Figures, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 _FARM = "bench"
 _MANY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """``seconds`` of each round. ``limit``: what it must stay under, in seconds or, where ``beside``
-    names another figure, as a multiple of that one. None: nothing is asked."""
-
-    name: str
-    seconds: tuple[float, ...]
-    limit: float | None = None
-    beside: str = ""
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    figures: tuple[Figure, ...]
-
-    def value(self, figure: Figure) -> float:
-        """The ratio where there is something to compare with, else seconds."""
-        if figure.beside:
-            other = next(f for f in self.figures if f.name == figure.beside)
-            return figure.median / other.median
-        return figure.median
-
-    def within(self, figure: Figure) -> bool:
-        return figure.limit is None or self.value(figure) <= figure.limit
-
-    def as_dict(self) -> Mapping[str, object]:
-        return {
-            "within": all(self.within(f) for f in self.figures),
-            "figures": [
-                {
-                    "name": f.name,
-                    "median": round(f.median, 4),
-                    "least": round(min(f.seconds), 4),
-                    "rounds": len(f.seconds),
-                    "ratio": round(self.value(f), 2) if f.beside else None,
-                    "beside": f.beside or None,
-                    "limit": f.limit,
-                    "within": self.within(f),
-                }
-                for f in self.figures
-            ],
-        }
-
-    def text(self) -> str:
-        rows = [("FIGURE", "MEDIAN", "LEAST", "RATIO", "LIMIT", "")]
-        for f in self.figures:
-            limit = (
-                "" if f.limit is None else f"{f.limit:g}x" if f.beside else f"{f.limit * 1000:.0f} ms"
-            )
-            verdict = "" if f.limit is None else "ok" if self.within(f) else "OVER"
-            ratio = f"{self.value(f):.2f}x" if f.beside else ""
-            rows.append(
-                (
-                    f.name,
-                    f"{f.median * 1000:.0f} ms",
-                    f"{min(f.seconds) * 1000:.0f} ms",
-                    ratio,
-                    limit,
-                    verdict,
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        return "\n".join(
-            "  ".join(
-                f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
 
 
 def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
@@ -113,12 +37,6 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         directory.chmod(0o711)  # QEMU runs as another user and passes through
         figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
     return Figures(tuple(figures))
-
-
-def _timed(work: Callable[..., object], *arguments: object) -> float:
-    started = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - started
 
 
 # ---- Drivers: a disk and a definition, against qemu-img and libvirt by themselves.
@@ -202,16 +120,16 @@ def _drivers(directory: Path, rounds: int, say: Callable[[str], None]) -> Iterat
 
         for turn in range(rounds):
             say(f"clones, round {turn + 1} of {rounds}")
-            baseline.append(_timed(bare, f"bare{turn}"))
-            cloned.append(_timed(one, f"one{turn}", 40100 + turn))
-            parallel.append(_timed(_many, hypervisor, template, turn))
-            stopped.append(_timed(hypervisor.reset, "first", "clean"))
+            baseline.append(timed(bare, f"bare{turn}"))
+            cloned.append(timed(one, f"one{turn}", 40100 + turn))
+            parallel.append(timed(_many, hypervisor, template, turn))
+            stopped.append(timed(hypervisor.reset, "first", "clean"))
             for i in range(_MANY):
                 hypervisor.destroy(f"many{turn}-{i}")
         for turn in range(rounds):
             say(f"resets of a running machine, round {turn + 1} of {rounds}")
             hypervisor.start("first")
-            running.append(_timed(hypervisor.reset, "first", "clean"))
+            running.append(timed(hypervisor.reset, "first", "clean"))
         for turn in range(rounds):
             connection.lookupByName(f"bare{turn}").undefine()
         connection.close()

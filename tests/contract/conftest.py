@@ -1,5 +1,7 @@
-"""The contract suites' fixtures; what they are made of is in rigs.py, which tests can import."""
+"""The contract suites' fixtures; what they are made of is in rigs.py and machine_rigs.py, which tests
+can import."""
 
-from rigs import guest, private, pytest_terminal_summary, real, rig, store, zfs_pool, zvols
+from machine_rigs import guest, kvm, private, real, rig
+from rigs import pytest_terminal_summary, store, zfs_pool
 
-__all__ = ["guest", "private", "pytest_terminal_summary", "real", "rig", "store", "zfs_pool", "zvols"]
+__all__ = ["guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "zfs_pool"]

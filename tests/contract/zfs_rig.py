@@ -91,3 +91,24 @@ class ZfsRig:
         """Of everything below, snapshots too, relative to the rig's dataset."""
         lines = zfs("list", "-H", "-o", "name", "-t", "all", "-r", *options, self.root).splitlines()
         return [line.removeprefix(self.root).lstrip("/") for line in lines]
+
+
+class ZfsFilesRig(ZfsRig):
+    """The same with a raw file in each dataset. Its mounts reach a libvirtd that runs in a mount
+    namespace of its own only from a shared mount (mount_namespaces(7)); systemd makes / one."""
+
+    kind = "zfs-files"
+
+    def __init__(self, place: Path, pool: str = POOL) -> None:
+        super().__init__(place, pool)
+        self.mounts = place / "mounts"
+
+    def disks(
+        self, farm: str = FARM, *, runner: Runner | None = None, step=no_step, **options
+    ) -> ZfsDisks:
+        return super().disks(farm, runner=runner, step=step, files=self.mounts, **options)
+
+    def close(self) -> None:
+        for place in self.mounts.glob("*"):
+            if place.is_mount():
+                subprocess.run(["umount", place], check=True)

@@ -364,7 +364,8 @@ def known(runner: Runner, say: Say) -> tuple[Machine, ...]:
 def sweep(runner: Runner, say: Say) -> None:
     """End temporary labs whose owner is gone: a test run that was killed."""
     for machine in known(runner, say):
-        owner = machine.facts.owner
+        facts = Facts.read(machine.directory / "lab.json")
+        owner = facts.owner if facts else None  # None: gone meanwhile, or another version's
         if owner is not None and not owner.alive():
             say(f"{machine.name}: left over by a process that is gone: ended")
             machine.remove()

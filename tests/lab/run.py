@@ -7,6 +7,7 @@ STATE/lab-results/TIME-NAME/    pytest.log, junit.xml, console.log, dmesg, and w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import selectors
@@ -16,9 +17,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hypervisors.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
@@ -94,17 +96,8 @@ def _run_tests(
     show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
-    machines.sweep(runner, say)
-    own = not name
-    machine = Machine(name or f"test-{os.getpid()}", runner, say)
-    if own:
-        machine.start(warm=warm, temporary=True)
-        seconds = time.monotonic() - started
-        how = "from its saved state" if machine.facts.warm else "from cold"
-        say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
-    try:
+    with _lab(runner, say, name, warm=warm) as machine:
         results = _results_directory(machine.name)
-        machine.deliver_tree()
         log = results / "pytest.log"
         try:
             status = _stream(machine.ssh_argv(_script(only, match)), log, show, limit)
@@ -115,9 +108,6 @@ def _run_tests(
             raise
         finally:
             _bring_back(machine, results, say)
-    finally:
-        if own:
-            machine.remove()
     lines = log.read_text(errors="replace").splitlines()
     closing = next((line for line in reversed(lines) if _CLOSING.match(_plain(line))), "")
     if status == 255 and not closing:
@@ -125,6 +115,34 @@ def _run_tests(
             f"the lab {machine.name} went away under the tests", remedy=f"see {results}/console.log"
         )
     return Report(machine.name, status, _plain(closing), results, time.monotonic() - started)
+
+
+def run_bench(runner: Runner, say: Say, *, name: str, rounds: int) -> Mapping[str, Any]:
+    """What tests/bench_stores.py found in the running lab ``name``, or in a lab of its own."""
+    with _lab(runner, say, name, warm=True) as machine:
+        say("measuring ZFS and LVM, beside the bare commands: about 20 minutes under emulation")
+        script = f"cd /{CHECKOUT} && exec /opt/venv/bin/python -m tests.bench_stores --rounds {rounds}"
+        found: Mapping[str, Any] = json.loads(machine.run(script, timeout=LIMIT * 60).stdout)
+        return found
+
+
+@contextlib.contextmanager
+def _lab(runner: Runner, say: Say, name: str, *, warm: bool) -> Iterator[Machine]:
+    """The running lab ``name``, or one that is ended afterwards; with the working tree as it is now."""
+    started = time.monotonic()
+    machines.sweep(runner, say)
+    machine = Machine(name or f"test-{os.getpid()}", runner, say)
+    if not name:
+        machine.start(warm=warm, temporary=True)
+        seconds = time.monotonic() - started
+        how = "from its saved state" if machine.facts.warm else "from cold"
+        say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
+    try:
+        machine.deliver_tree()
+        yield machine
+    finally:
+        if not name:
+            machine.remove()
 
 
 def _script(only: Sequence[str], match: str) -> str:

@@ -1,0 +1,354 @@
+"""The disk stores' figures: each beside the bare commands that an admin would type for the same result,
+in turns, on the same pool or group. Runs in the lab (``./invoke bench --lab``), on its spare disks.
+
+    clone      zfs clone -o ..., and its device there; lvcreate -s
+    reset      zfs rollback; lvremove of the old and lvcreate -s under its name
+    older      a reset to another checkpoint than the newest: zfs clone, two renames, zfs destroy
+    farm       that many clones at once, as clone-farm does it; the bare clones in a loop
+
+A store is asked as one process asks it that does several things: what it read of the pool's room a few
+seconds before will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hypervisors.api import Disks, Owner, Template
+from hypervisors.lvm_classic import LvmClassicDisks
+from hypervisors.lvm_thin import LvmThinDisks
+from hypervisors.run import Runner
+from hypervisors.zfs import ZfsDisks
+from tests.figures import Figure, Figures, timed
+
+FARM = "bench"
+MIB = 2**20
+LIMIT = 1.3
+MANY = 20
+HUNDRED = 100
+HUGE = 30 * 2**30
+ROOM = 100 * MIB  # for a hundred clones
+LVM_DEVICE = os.environ.get("FARMHAND_LAB_LVM_DEVICE", "/dev/vdb")
+ZFS_DEVICE = os.environ.get("FARMHAND_LAB_ZFS_DEVICE", "/dev/vdc")
+_AT_ONCE = 10  # as provision.work has it
+
+Say = Callable[[str], None]
+
+
+def run(*argv: str | Path) -> str:
+    """A bare command, its error in full. Typed again where udev was just looking at a new device."""
+    while True:
+        done = subprocess.run(
+            [str(a) for a in argv], check=False, capture_output=True, text=True,
+            env={**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1"},
+        )  # fmt: skip
+        if "dataset is busy" not in done.stderr:
+            break
+    if done.returncode:
+        raise RuntimeError(f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def template(name: str, size: int) -> Template:
+    return Template(
+        name=name, generation=1, ref="", size=size, sha256="", created=datetime.now(UTC),
+        origin="bench", firstboot="none",
+    )  # fmt: skip
+
+
+def image(place: Path, size: int) -> Path:
+    """Sparse, with 8 MiB of data."""
+    raw, path = place / "image.raw", place / "image.qcow2"
+    raw.write_bytes(os.urandom(8 * MIB))
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
+    run("qemu-img", "resize", "-q", "-f", "qcow2", path, str(size))
+    return path
+
+
+def write(path: Path) -> None:
+    """What a short build leaves: 1 MiB."""
+    with path.open("r+b") as file:
+        file.write(os.urandom(MIB))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def until(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def clone_all(disks: Disks, sealed: Template, machines: Sequence[str]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(lambda m: disks.clone(sealed, m, Owner(FARM, m), sealed.size), machines):
+            pass
+
+
+class Measured:
+    """Samples by name, taken in turns."""
+
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._seconds: dict[str, list[float]] = {}
+
+    def take(self, name: str, work: Callable[..., object], *arguments: object) -> None:
+        self._seconds.setdefault(name, []).append(timed(work, *arguments))
+
+    def figures(self, pairs: Sequence[tuple[str, str]]) -> Iterator[Figure]:
+        """Bare and ours, in this order."""
+        for bare, ours in pairs:
+            first = f"{self._store}: {bare}"
+            yield Figure(first, tuple(self._seconds[bare]))
+            yield Figure(f"{self._store}: {ours}", tuple(self._seconds[ours]), LIMIT, first)
+
+
+# ---- ZFS
+
+
+@contextlib.contextmanager
+def pool() -> Iterator[str]:
+    name = f"fhbench{os.getpid()}"
+    run("modprobe", "zfs")
+    run("zpool", "create", "-f", "-O", "mountpoint=none", "-O", "compression=on", name, ZFS_DEVICE)
+    try:
+        yield name
+    finally:
+        subprocess.run(["udevadm", "settle", "--timeout=20"], check=False)
+        run("zpool", "destroy", "-f", name)
+        run("wipefs", "-qaf", ZFS_DEVICE)
+
+
+def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
+    with pool() as name:
+        disks = ZfsDisks(name, "farm", FARM, Runner())
+        sealed = disks.seal(image(place, 2**30), template("base", 2**30))
+        run("zfs", "create", f"{name}/bare")
+        at, measured = f"{name}/bare", Measured("zfs")
+
+        def device(volume: str) -> Path:
+            return Path("/dev/zvol", volume)
+
+        def bare_clone(volume: str) -> None:
+            run("zfs", "clone", "-o", "bench:vm=prod", "-o", "bench:farm=kata", sealed.ref, volume)
+            until(device(volume))
+
+        def bare_older(volume: str) -> None:
+            run("zfs", "clone", "-o", "bench:vm=prod", sealed.ref, f"{volume}.new")
+            run("zfs", "rename", volume, f"{volume}.old")
+            run("zfs", "rename", f"{volume}.new", volume)
+            run("zfs", "destroy", "-r", f"{volume}.old")
+            until(device(volume))
+
+        for turn in range(rounds):
+            say(f"ZFS volumes, round {turn + 1} of {rounds}")
+            theirs, ours = f"{at}/vm{turn}", f"vm{turn}"
+            measured.take("zfs clone", bare_clone, theirs)
+            measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
+            for path in (device(theirs), disks.ready(ours).path):
+                write(path)
+            measured.take("zfs clone, rename, destroy", bare_older, theirs)
+            measured.take("first reset", disks.restore, ours, "clean")
+            run("zfs", "snapshot", f"{theirs}@start")
+            for path in (device(theirs), disks.ready(ours).path):
+                write(path)
+            measured.take("zfs rollback", run, "zfs", "rollback", f"{theirs}@start")
+            measured.take("reset", disks.restore, ours, "clean")
+            measured.take("zfs snapshot", run, "zfs", "snapshot", f"{theirs}@one")
+            measured.take("checkpoint", disks.checkpoint, ours, "one")
+            for path in (device(theirs), disks.ready(ours).path):
+                write(path)
+            measured.take("zfs clone, rename, destroy (older)", bare_older, theirs)
+            measured.take("reset to an older one", disks.restore, ours, "clean")
+        for turn in range(max(1, rounds // 3)):
+            say(f"ZFS volumes, a farm of {MANY}, round {turn + 1}")
+            names = [f"f{turn}-{n}" for n in range(MANY)]
+
+            def loop(names: list[str] = names) -> None:
+                for vm in names:
+                    run("zfs", "clone", "-o", "bench:vm=prod", "-o", "bench:farm=kata", sealed.ref,
+                        f"{at}/{vm}")  # fmt: skip
+                for vm in names:
+                    until(device(f"{at}/{vm}"))
+
+            measured.take(f"zfs clone, {MANY} in a loop", loop)
+            run("udevadm", "settle")
+            measured.take(f"farm of {MANY}", clone_all, disks, sealed, names)
+            run("udevadm", "settle")
+            for vm in names:
+                disks.destroy(vm)
+            run("zfs", "destroy", "-r", at)
+            run("zfs", "create", at)
+        yield from measured.figures(
+            [
+                ("zfs clone", "clone"),
+                ("zfs rollback", "reset"),
+                ("zfs clone, rename, destroy", "first reset"),
+                ("zfs clone, rename, destroy (older)", "reset to an older one"),
+                ("zfs snapshot", "checkpoint"),
+                (f"zfs clone, {MANY} in a loop", f"farm of {MANY}"),
+            ]
+        )
+        say(f"ZFS volumes, space of {HUNDRED} clones")
+        yield space("zfs", disks, place, lambda: zfs_used(name))
+    with pool() as name:
+        say(f"ZFS files, space of {HUNDRED} clones")
+        files = ZfsDisks(name, "farm", FARM, Runner(), files=place / "mounts")
+        yield space("zfs-files", files, place, lambda: zfs_used(name))
+        for mount in (place / "mounts").glob("*"):
+            run("umount", mount)
+
+
+def zfs_used(name: str) -> int:
+    run("zpool", "sync", name)
+    return int(run("zfs", "get", "-Hpo", "value", "used", name))
+
+
+def space(store: str, disks: Disks, place: Path, used: Callable[[], int]) -> Figure:
+    """What a hundred clones of a large template take of the pool, all together."""
+    huge = disks.seal(image(place, HUGE), template("huge", HUGE))
+    before = used()
+    clone_all(disks, huge, [f"h{n}" for n in range(HUNDRED)])
+    taken = used() - before
+    return Figure(f"{store}: space of {HUNDRED} clones of 30G", (float(taken),), ROOM, unit="B")
+
+
+# ---- LVM
+
+
+@contextlib.contextmanager
+def group() -> Iterator[str]:
+    name = f"fhbench{os.getpid()}"
+    run("vgcreate", "-q", "-y", name, LVM_DEVICE)
+    try:
+        yield name
+    finally:
+        run("vgremove", "-q", "-f", "-y", name)
+        run("pvremove", "-q", "-f", "-y", LVM_DEVICE)
+
+
+def lvm_thin(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
+    with group() as vg:
+        run(
+            "lvcreate",
+            "-q",
+            "--type",
+            "thin-pool",
+            "-L",
+            "6G",
+            "--poolmetadatasize",
+            "64M",
+            "-n",
+            "pool",
+            vg,
+        )
+        disks = LvmThinDisks(vg, "pool", FARM, Runner(), links=place / "links")
+        sealed = disks.seal(image(place, 2**30), template("base", 2**30))
+
+        def bare_clone(name: str) -> None:
+            run("lvcreate", "-q", "-s", "-kn", "-ay", "-prw", "-n", name, "--addtag", "vm", sealed.ref)
+
+        yield from lvm("lvm-thin", vg, disks, sealed, bare_clone, rounds, say)
+        say(f"LVM thin, space of {HUNDRED} clones")
+
+        def used() -> int:
+            fields = "data_percent,lv_size,metadata_percent,lv_metadata_size"
+            text = run("lvs", "--noheadings", "--units", "b", "--nosuffix", "-o", fields, f"{vg}/pool")
+            data, size, metadata, metadata_size = (float(word) for word in text.split())
+            return int((data * size + metadata * metadata_size) / 100)
+
+        yield space("lvm-thin", disks, place, used)
+
+
+def lvm_classic(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
+    with group() as vg:
+        disks = LvmClassicDisks(vg, FARM, Runner(), links=place / "links", share=0.1)
+        sealed = disks.seal(image(place, 2**30), template("base", 2**30))
+
+        def bare_clone(name: str) -> None:
+            run("lvcreate", "-q", "-y", "-s", "-L", f"{2**30 // 10}b", "-c", "4096b", "-kn", "-ay", "-n",
+                name, "--addtag", "vm", sealed.ref)  # fmt: skip
+
+        yield from lvm("lvm", vg, disks, sealed, bare_clone, rounds, say)
+
+
+def lvm(
+    store: str,
+    vg: str,
+    disks: LvmThinDisks | LvmClassicDisks,
+    sealed: Template,
+    bare_clone: Callable[[str], None],
+    rounds: int,
+    say: Say,
+) -> Iterator[Figure]:
+    measured = Measured(store)
+
+    def bare_reset(name: str) -> None:
+        run("lvremove", "-q", "-f", f"{vg}/{name}")
+        bare_clone(name)
+
+    for turn in range(rounds):
+        say(f"{store}, round {turn + 1} of {rounds}")
+        theirs, ours = f"bare{turn}", f"vm{turn}"
+        measured.take("lvcreate -s", bare_clone, theirs)
+        measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
+        for path in (Path("/dev", vg, theirs), disks.ready(ours).path):
+            write(path)
+        measured.take("lvremove, lvcreate -s", bare_reset, theirs)
+        measured.take("reset", disks.restore, ours, "clean")
+    for turn in range(rounds):
+        disks.destroy(f"vm{turn}")
+        run("lvremove", "-q", "-f", f"{vg}/bare{turn}")
+    for turn in range(max(1, rounds // 3)):
+        say(f"{store}, a farm of {MANY}, round {turn + 1}")
+        measured.take(
+            f"lvcreate -s, {MANY} in a loop", lambda: [bare_clone(f"loop{n}") for n in range(MANY)]
+        )
+        run("lvremove", "-q", "-f", *(f"{vg}/loop{n}" for n in range(MANY)))
+        measured.take(f"farm of {MANY}", clone_all, disks, sealed, [f"f{n}" for n in range(MANY)])
+        for n in range(MANY):
+            disks.destroy(f"f{n}")
+    yield from measured.figures(
+        [
+            ("lvcreate -s", "clone"),
+            ("lvremove, lvcreate -s", "reset"),
+            (f"lvcreate -s, {MANY} in a loop", f"farm of {MANY}"),
+        ]
+    )
+
+
+STORES = {"zfs": zfs, "lvm-thin": lvm_thin, "lvm": lvm_classic}
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """One JSON object on standard output, progress on standard error."""
+    parser = argparse.ArgumentParser(description="Measure the disk stores. Takes the spare disks.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("stores", nargs="*", choices=[[], *STORES], default=[])
+    options = parser.parse_args()
+    found: list[Figure] = []
+    for name in options.stores or STORES:
+        with tempfile.TemporaryDirectory(prefix="fhb") as place:
+            for figure in STORES[name](Path(place), options.rounds, tell):
+                tell(f"{figure.name}: {figure.show(figure.median)}")
+                found.append(figure)
+    json.dump(Figures(tuple(found)).as_dict(), sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
