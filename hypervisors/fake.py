@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import threading
@@ -118,13 +119,19 @@ class _Store:
             os.close(handle)
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[_World]:
+    """Once a process: to make it takes far longer than to use it."""
+    return TypeAdapter(_World)
+
+
 def _as_json(world: _World) -> bytes:
-    return TypeAdapter(_World).dump_json(world)
+    return _adapter().dump_json(world)
 
 
 def _from_json(text: bytes, path: Path) -> _World:
     try:
-        return TypeAdapter(_World).validate_json(text)
+        return _adapter().validate_json(text)
     except ValidationError as error:
         raise DriverFailed(
             f"{path}: not the fake driver's state: {error.errors()[0]['msg']}",

@@ -1,0 +1,237 @@
+"""Where a bench keeps its disks: each store, and how to look at it and at a disk with bare tools."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from hypervisors.api import Disk
+from hypervisors.fake import FakeDisks
+from provision.paths import state_dir
+from provision.site import Site
+from tests.contract import lvm_rig
+
+MIB = 2**20
+SIZE = 16 * MIB
+SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
+SPOT = 65536
+TEMPLATE, OLD = b"T", b"O"  # what the template holds, and what a VM wrote
+
+
+@functools.cache
+def image(letter: bytes) -> bytes:
+    """A whole disk: zeros, and the letter in some spots, the first and the last bytes among them."""
+    data = bytearray(SIZE)
+    for spot in SPOTS:
+        data[spot : spot + SPOT] = letter * SPOT
+    return bytes(data)
+
+
+def run(*argv: str | Path) -> str:
+    """A command that must succeed."""
+    done = subprocess.run(
+        [str(a) for a in argv], check=False, capture_output=True, text=True,
+        env={**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Place:
+    """``host`` is the farm file's. ``still``: its machines are the fake's, so that a kill costs no more
+    than what the store takes."""
+
+    label = ""
+    host = ""
+    still = False
+    real_qemu = False
+
+    def close(self) -> None:
+        """Nothing of the tests' stays."""
+
+    def make_image(self, path: Path) -> None:
+        """An image for a template, as qcow2."""
+        raw = path.with_suffix(".raw")
+        raw.write_bytes(image(TEMPLATE))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
+        raw.unlink()
+
+    def write(self, site: Site, machine: str) -> None:
+        """So that the old disk can be told from a fresh one; the machine is stopped."""
+        raise NotImplementedError
+
+    def content(self, site: Site, machine: str) -> str:
+        """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
+        "torn": neither."""
+        raise NotImplementedError
+
+    def check(self, disk: Disk) -> None:
+        """That it is sound in itself."""
+
+    def everything(self) -> list[str]:
+        """Every object of the store's, by bare tools; numbers and random parts of names left out."""
+        return []
+
+
+class FakePlace(Place):
+    label = "fake"
+    host = "driver: fake"
+
+    def write(self, site: Site, machine: str) -> None:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        store.write(machine, b"old")
+
+    def content(self, site: Site, machine: str) -> str:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        if store.pristine(machine, "clean"):
+            return "new"
+        return "old" if store.content(machine) == b"old" else "torn"
+
+
+class Qcow2Place(Place):
+    label = "kvm"
+    host = "driver: kvm"
+    real_qemu = True
+
+    def write(self, site: Site, machine: str) -> None:
+        path = self._path(site, machine)
+        spots = [f"write -q -P {OLD[0]} {spot} {SPOT}" for spot in SPOTS]
+        run("qemu-io", "-f", "qcow2", *(word for spot in spots for word in ("-c", spot)), path)
+
+    def content(self, site: Site, machine: str) -> str:
+        path = self._path(site, machine)
+        pristine = site.disks("here").pristine(machine, "clean")
+        out = state_dir() / ".content"
+        try:
+            run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", path, out)
+            seen = out.read_bytes()
+        finally:
+            out.unlink(missing_ok=True)
+        return _told(seen, pristine)
+
+    def check(self, disk: Disk) -> None:
+        run("qemu-img", "check", "-q", "-U", disk.path)
+
+    @staticmethod
+    def _path(site: Site, machine: str) -> Path:
+        disk = site.disks("here").find(machine)
+        assert disk
+        return disk.path
+
+
+def _told(seen: bytes, pristine: bool) -> str:
+    if seen == image(TEMPLATE):
+        return "new" if pristine else "torn"
+    return "old" if seen == image(OLD) and not pristine else "torn"
+
+
+class BlockPlace(Place):
+    """Disks are block devices."""
+
+    still = True
+
+    def write(self, site: Site, machine: str) -> None:
+        handle = os.open(self._path(site, machine), os.O_WRONLY)
+        try:
+            for spot in SPOTS:
+                os.pwrite(handle, OLD * SPOT, spot)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def content(self, site: Site, machine: str) -> str:
+        path = self._path(site, machine)
+        with path.open("rb") as file:
+            seen = file.read()
+        if seen[: len(image(OLD))] == image(OLD) and not any(seen[SIZE:]):
+            return "old"
+        return _told(seen[:SIZE], site.disks("here").pristine(machine, "clean"))
+
+    @staticmethod
+    def _path(site: Site, machine: str) -> Path:
+        disk = site.disks("here").find(machine)
+        assert disk
+        limit = time.monotonic() + 60
+        while not disk.path.exists():  # udev makes it
+            assert time.monotonic() < limit, f"{disk.path} never came"
+            time.sleep(0.01)
+        return disk.path
+
+
+class ZfsPlace(BlockPlace):
+    label = "zfs"
+
+    def __init__(self, pool: str, number: int) -> None:
+        self.root = f"{pool}/kills{number}"
+        self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{store: zfs, pool: {pool}, "
+        self.host += f"dataset: kills{number}}}"
+
+    def everything(self) -> list[str]:
+        """With holds and what our marks say."""
+        columns = "name,userrefs,farmhand:state"
+        done = subprocess.run(
+            ["zfs", "list", "-H", "-t", "all", "-o", columns, "-r", self.root],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 or "does not exist" in done.stderr, done.stderr
+        return [re.sub(r"\.\d+(?=[@\t])", ".N", line) for line in done.stdout.splitlines()]
+
+    def close(self) -> None:
+        assert set(self.everything()) <= {
+            f"{self.root}{end}\t-\t-" for end in ("", "/templates", "/vms")
+        }
+
+
+class LvmPlace(BlockPlace):
+    """``kind``: "lvm-thin", "lvm-linked" or "lvm-full", on a rig's group."""
+
+    def __init__(self, rig: lvm_rig.ThinRig, kind: str) -> None:
+        self.label = kind
+        self.rig = rig
+        store = f"store: lvm-thin, pool: {rig.vg}, dataset: {rig.pool}"
+        if kind != "lvm-thin":
+            store = f"store: lvm, pool: {rig.vg}, copy: {kind.removeprefix('lvm-')}"
+        self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{{store}}}"
+        self._untouched = self.everything()
+
+    def everything(self) -> list[str]:
+        """Volumes with their kind, mappings and whether they are suspended, links and files beside."""
+        vg = self.rig.vg
+        found = []
+        for line in run("lvs", "-a", "--noheadings", "-o", "lv_name,lv_tags", vg).splitlines():
+            name, *tags = line.split()
+            kind = re.search(r"fh\.kind=(\w+)", "".join(tags))
+            found.append(f"volume {name} {kind[1] if kind else ''}")
+        for line in run("dmsetup", "info", "-C", "--noheadings", "-o", "name,suspended").splitlines():
+            if line.startswith(vg.replace("-", "--")):
+                found.append(f"mapping {line}")
+        links = state_dir() / "lvm" / vg
+        found += [f"file {p.name}" for p in links.glob("*") if p.name != ".lock"]
+        assert not [line for line in found if line.endswith("Suspended")], found
+        return sorted(re.sub(r"(\.\d+)?\.[0-9a-f]{8}(?=[ :-]|$)", ".N", line) for line in found)
+
+    def close(self) -> None:
+        assert self.everything() == self._untouched
+
+
+class Machines(Place):
+    """The same store with real machines: the farm's own libvirtd and QEMU."""
+
+    still = False
+    real_qemu = True
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.label = f"kvm+{place.label}"
+        self.host = place.host.replace("uri: 'qemu:///system', ", "")
+        self.make_image = place.make_image  # type: ignore[method-assign]
+        self.write = place.write  # type: ignore[method-assign]
+        self.content = place.content  # type: ignore[method-assign]
+        self.everything = place.everything  # type: ignore[method-assign]
+        self.close = place.close  # type: ignore[method-assign]
