@@ -300,7 +300,9 @@ class Bench:
 
     def write_on(self, site: Site, vm: str) -> None:
         """So that the old disk can be told from a fresh one; the VM is stopped."""
-        self.place.write(site, site.machine(vm))
+        disk = site.disks("here").find(site.machine(vm))
+        assert disk
+        self.place.write(disk, site)
 
     def content(self, site: Site, vm: str) -> str:
         """ "old": what was written is there, all of it; "new": provably the checkpoint."""

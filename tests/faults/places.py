@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
@@ -19,16 +18,23 @@ MIB = 2**20
 SIZE = 16 * MIB
 SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
 SPOT = 65536
-TEMPLATE, OLD = b"T", b"O"  # what the template holds, and what a VM wrote
+TEMPLATE, OLD = "T", "O"  # what the template holds, and what a VM wrote
+_ZEROS = bytes(SIZE)
 
 
-@functools.cache
-def image(letter: bytes) -> bytes:
+def image(letter: str) -> bytes:
     """A whole disk: zeros, and the letter in some spots, the first and the last bytes among them."""
     data = bytearray(SIZE)
     for spot in SPOTS:
-        data[spot : spot + SPOT] = letter * SPOT
+        data[spot : spot + SPOT] = letter.encode() * SPOT
     return bytes(data)
+
+
+def letter_of(disk: bytes) -> str:
+    """The one whose image this is, bytes beyond it zero (a store may round up); else "torn"."""
+    letter = disk[:1].decode(errors="replace")
+    same = disk[:SIZE] == image(letter) and disk[SIZE:] == _ZEROS[: len(disk) - SIZE]
+    return letter if letter.isupper() and same else "torn"
 
 
 def run(*argv: str | Path) -> str:
@@ -60,14 +66,24 @@ class Place:
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
         raw.unlink()
 
-    def write(self, site: Site, machine: str) -> None:
-        """So that the old disk can be told from a fresh one; the machine is stopped."""
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        """Make its content ``image(letter)``."""
+        raise NotImplementedError
+
+    def read(self, disk: Disk, site: Site) -> str:
+        """The letter it was written with last, or "torn"."""
         raise NotImplementedError
 
     def content(self, site: Site, machine: str) -> str:
         """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
         "torn": neither."""
-        raise NotImplementedError
+        store = site.disks("here")
+        disk = store.find(machine)
+        assert disk
+        seen = self.read(disk, site)
+        if seen == OLD:
+            return "old" if disk.base != "clean" or not store.pristine(machine, "clean") else "torn"
+        return "new" if seen == TEMPLATE and store.pristine(machine, "clean") else "torn"
 
     def check(self, disk: Disk) -> None:
         """That it is sound in itself."""
@@ -81,17 +97,15 @@ class FakePlace(Place):
     label = "fake"
     host = "driver: fake"
 
-    def write(self, site: Site, machine: str) -> None:
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
         store = site.disks("here")
         assert isinstance(store, FakeDisks)
-        store.write(machine, b"old")
+        store.write(disk.machine, letter.encode())
 
-    def content(self, site: Site, machine: str) -> str:
+    def read(self, disk: Disk, site: Site) -> str:
         store = site.disks("here")
         assert isinstance(store, FakeDisks)
-        if store.pristine(machine, "clean"):
-            return "new"
-        return "old" if store.content(machine) == b"old" else "torn"
+        return store.content(disk.machine).decode() or TEMPLATE
 
 
 class Qcow2Place(Place):
@@ -99,36 +113,20 @@ class Qcow2Place(Place):
     host = "driver: kvm"
     real_qemu = True
 
-    def write(self, site: Site, machine: str) -> None:
-        path = self._path(site, machine)
-        spots = [f"write -q -P {OLD[0]} {spot} {SPOT}" for spot in SPOTS]
-        run("qemu-io", "-f", "qcow2", *(word for spot in spots for word in ("-c", spot)), path)
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        spots = [f"write -q -P {ord(letter)} {spot} {SPOT}" for spot in SPOTS]
+        run("qemu-io", "-f", "qcow2", *(word for spot in spots for word in ("-c", spot)), disk.path)
 
-    def content(self, site: Site, machine: str) -> str:
-        path = self._path(site, machine)
-        pristine = site.disks("here").pristine(machine, "clean")
+    def read(self, disk: Disk, site: Site) -> str:
         out = state_dir() / ".content"
         try:
-            run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", path, out)
-            seen = out.read_bytes()
+            run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", disk.path, out)
+            return letter_of(out.read_bytes())
         finally:
             out.unlink(missing_ok=True)
-        return _told(seen, pristine)
 
     def check(self, disk: Disk) -> None:
         run("qemu-img", "check", "-q", "-U", disk.path)
-
-    @staticmethod
-    def _path(site: Site, machine: str) -> Path:
-        disk = site.disks("here").find(machine)
-        assert disk
-        return disk.path
-
-
-def _told(seen: bytes, pristine: bool) -> str:
-    if seen == image(TEMPLATE):
-        return "new" if pristine else "torn"
-    return "old" if seen == image(OLD) and not pristine else "torn"
 
 
 class BlockPlace(Place):
@@ -136,27 +134,20 @@ class BlockPlace(Place):
 
     still = True
 
-    def write(self, site: Site, machine: str) -> None:
-        handle = os.open(self._path(site, machine), os.O_WRONLY)
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        handle = os.open(self._present(disk), os.O_WRONLY)
         try:
             for spot in SPOTS:
-                os.pwrite(handle, OLD * SPOT, spot)
+                os.pwrite(handle, letter.encode() * SPOT, spot)
             os.fsync(handle)
         finally:
             os.close(handle)
 
-    def content(self, site: Site, machine: str) -> str:
-        path = self._path(site, machine)
-        with path.open("rb") as file:
-            seen = file.read()
-        if seen[: len(image(OLD))] == image(OLD) and not any(seen[SIZE:]):
-            return "old"
-        return _told(seen[:SIZE], site.disks("here").pristine(machine, "clean"))
+    def read(self, disk: Disk, site: Site) -> str:
+        return letter_of(self._present(disk).read_bytes())
 
     @staticmethod
-    def _path(site: Site, machine: str) -> Path:
-        disk = site.disks("here").find(machine)
-        assert disk
+    def _present(disk: Disk) -> Path:
         limit = time.monotonic() + 60
         while not disk.path.exists():  # udev makes it
             assert time.monotonic() < limit, f"{disk.path} never came"
@@ -232,6 +223,6 @@ class Machines(Place):
         self.host = place.host.replace("uri: 'qemu:///system', ", "")
         self.make_image = place.make_image  # type: ignore[method-assign]
         self.write = place.write  # type: ignore[method-assign]
-        self.content = place.content  # type: ignore[method-assign]
+        self.read = place.read  # type: ignore[method-assign]
         self.everything = place.everything  # type: ignore[method-assign]
         self.close = place.close  # type: ignore[method-assign]
