@@ -45,7 +45,8 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
     if store == "zfs":
         place: Place = ZfsPlace(request.getfixturevalue("pool"), next(_numbers))
     elif store.startswith("lvm-"):
-        place = LvmPlace(request.getfixturevalue("group"), store)
+        rig = request.getfixturevalue("group")
+        place = LvmPlace(rig.vg, rig.pool, store)
     else:
         return {"fake": FakePlace, "kvm": Qcow2Place}[store]()
     return Machines(place) if kind.startswith("kvm+") else place

@@ -12,7 +12,6 @@ from hypervisors.api import Disk
 from hypervisors.fake import FakeDisks
 from provision.paths import state_dir
 from provision.site import Site
-from tests.contract import lvm_rig
 
 MIB = 2**20
 SIZE = 16 * MIB
@@ -180,29 +179,28 @@ class ZfsPlace(BlockPlace):
 
 
 class LvmPlace(BlockPlace):
-    """``kind``: "lvm-thin", "lvm-linked" or "lvm-full", on a rig's group."""
+    """``kind``: "lvm-thin", "lvm-linked" or "lvm-full"."""
 
-    def __init__(self, rig: lvm_rig.ThinRig, kind: str) -> None:
+    def __init__(self, vg: str, pool: str, kind: str) -> None:
         self.label = kind
-        self.rig = rig
-        store = f"store: lvm-thin, pool: {rig.vg}, dataset: {rig.pool}"
+        self.vg = vg
+        store = f"store: lvm-thin, pool: {vg}, dataset: {pool}"
         if kind != "lvm-thin":
-            store = f"store: lvm, pool: {rig.vg}, copy: {kind.removeprefix('lvm-')}"
+            store = f"store: lvm, pool: {vg}, copy: {kind.removeprefix('lvm-')}"
         self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{{store}}}"
         self._untouched = self.everything()
 
     def everything(self) -> list[str]:
         """Volumes with their kind, mappings and whether they are suspended, links and files beside."""
-        vg = self.rig.vg
         found = []
-        for line in run("lvs", "-a", "--noheadings", "-o", "lv_name,lv_tags", vg).splitlines():
+        for line in run("lvs", "-a", "--noheadings", "-o", "lv_name,lv_tags", self.vg).splitlines():
             name, *tags = line.split()
             kind = re.search(r"fh\.kind=(\w+)", "".join(tags))
             found.append(f"volume {name} {kind[1] if kind else ''}")
         for line in run("dmsetup", "info", "-C", "--noheadings", "-o", "name,suspended").splitlines():
-            if line.startswith(vg.replace("-", "--")):
+            if line.startswith(self.vg.replace("-", "--")):
                 found.append(f"mapping {line}")
-        links = state_dir() / "lvm" / vg
+        links = state_dir() / "lvm" / self.vg
         found += [f"file {p.name}" for p in links.glob("*") if p.name != ".lock"]
         assert not [line for line in found if line.endswith("Suspended")], found
         return sorted(re.sub(r"(\.\d+)?\.[0-9a-f]{8}(?=[ :-]|$)", ".N", line) for line in found)
