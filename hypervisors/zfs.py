@@ -47,7 +47,7 @@ from pathlib import Path
 
 from hypervisors import zfs_state as state
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
-from hypervisors.devices import alive, await_node, give, myself
+from hypervisors.devices import alive, await_no_link, await_node, give, myself
 from hypervisors.images import sha256_file
 from hypervisors.qcow2_format import measure
 from hypervisors.qcow2_store import blocks, sync
@@ -130,6 +130,7 @@ class ZfsDisks:
         self._ensure_places()
         if any(known.name == volume for known in look.templates):
             self._zfs.program("drop", volume, "new")
+        await_no_link(_DEV / volume)  # of one that is gone, such as that which was just dropped
         done = replace(template, ref=f"{volume}@{SEALED}", sha256=sha256_file(image), size=size)
         self._create(
             volume, "create", "-s", "-V", str(size), "-b", str(_BLOCK),
@@ -393,7 +394,15 @@ class ZfsDisks:
             self._check_farm(look, machine)
             self.destroy(machine)
             look = self._look(machine)
-        return look.next_name(self._vms, machine)
+        return self._next_name(look, machine)
+
+    def _next_name(self, look: Look, machine: str) -> str:
+        """Nor one of a volume that is gone, as long as udev hasn't removed its link: that may lead to
+        another's device by now."""
+        target = look.next_name(self._vms, machine)
+        numbers = [link.name.rpartition(".")[2] for link in (_DEV / self._vms).glob(f"{machine}.*")]
+        stale = max((int(n) for n in numbers if n.isdecimal()), default=0)
+        return f"{self._vms}/{machine}.{max(int(target.rpartition('.')[2]), stale + 1)}"
 
     def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
         """A volume "new". ``size``: 0 for the source's. Conflict where the name is taken."""
@@ -434,7 +443,7 @@ class ZfsDisks:
                     disks.append(disk)
                     continue
                 self._need(0, f"the disk of {machine}")
-                target = look.next_name(self._vms, machine)
+                target = self._next_name(look, machine)
                 marks = state.disk_marks(machine, disk.owner, disk.template, name, disk.size)
                 marks["created"] = disk.checkpoints[0].created.isoformat()
                 source = self._source(look, machine, disk, name)
