@@ -120,7 +120,7 @@ class Bench:
         self.moments = moments * 4 if MANY else moments
         self.file = directory / "kill.yaml"
         self.file.write_text(FARM.format(host=place.host), encoding="utf-8")
-        self._shapes: list[dict[str, list[str]]] = []
+        self.shapes: list[dict[str, list[str]]] = []
 
     def site(self, *, plan: bool = False) -> Site:
         kind = StillSite if self.place.still else Site
@@ -164,7 +164,7 @@ class Bench:
         put_back()
         before = self.shape()
         steps, seconds = self.uninterrupted(verb, arguments)
-        self._shapes = [before, self.shape()] if shapes else []
+        self.shapes = [before, self.shape()] if shapes else []
         for kill in self._drawn(steps, seconds, dice):
             put_back()
             text = self.killed_at(kill.when, kill.number, verb, arguments)
@@ -175,7 +175,7 @@ class Bench:
             KILLS.open[context] = None
             yield context
             del KILLS.open[context]
-        self._shapes = []
+        self.shapes = []
 
     def _drawn(self, steps: int, seconds: float, dice: random.Random) -> list[Kill]:
         kills = [Kill(when, n) for n in range(1, steps + 1) for when in ("written", "done")]
@@ -221,7 +221,7 @@ class Bench:
     def _check_shape(self, context: str) -> None:
         """Each VM is as it was before the operation or as it is after it, in all that there is of it;
         what belongs to none of them is there before or after."""
-        now, (before, after) = self.shape(), self._shapes
+        now, (before, after) = self.shape(), self.shapes
         for vm in ("dev2", "prod"):
             if now[vm] not in (before[vm], after[vm]):
                 what = {"before": before[vm], "after": after[vm], "now": now[vm]}
@@ -284,7 +284,7 @@ class Bench:
             left = farm.gc(site)
             assert not left.changed, f"{context}: {[str(a) for a in left.actions]}"
             assert site.locks.held() == (), context
-        if self._shapes:
+        if self.shapes:
             self._check_shape(context)
         return [str(action) for action in done]
 

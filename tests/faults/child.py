@@ -34,7 +34,7 @@ import hypervisors.zfs  # noqa: F401
 import provision.seed  # noqa: F401
 from hypervisors import fake
 from inventory.loader import load
-from provision import farm, golden, journal, reset
+from provision import checkpoint, farm, golden, journal
 from provision.report import QuietReporter
 from provision.site import Site
 
@@ -84,7 +84,7 @@ def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str
     texts = count() if when == "never" else None
     if when in ("written", "done"):
         arm(when, int(number))
-    reset.CHECKPOINT_GRACE = 0.2  # its guests boot nothing: nobody there to shut down
+    checkpoint.GRACE = 0.2  # its guests boot nothing: nobody there to shut down
     with _kind(load(Path(file)), reporter=QuietReporter()) as site:
         (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
     if texts is not None:
