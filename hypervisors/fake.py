@@ -310,8 +310,10 @@ class FakeHypervisor:
         self._farm = farm
         self._disks = disks
         # one file for both is one lock for both
-        one = isinstance(disks, FakeDisks) and state == disks.store.path
-        self._store = disks.store if one else _Store(state)
+        if isinstance(disks, FakeDisks) and state == disks.store.path:
+            self._store = disks.store
+        else:
+            self._store = _Store(state)
         self._step = step
 
     def capabilities(self) -> Capabilities:
