@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from conftest import HERE, STORES, bench_on, lab, make_place
+from benches import HERE, STORES, bench_on, lab, make_place
 from places import TEMPLATE
 
 from provision import farm
