@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,8 +46,8 @@ templates:
   base: {{build: debian-12, size: 64M}}
   spare: {{import: spare.qcow2, size: 16M, firstboot: none}}
 vms:
-  dev2: {{template: base, memory: 64M}}
-  prod: {{template: base, memory: 64M}}
+{vms}
+{more}
 """
 
 
@@ -108,10 +108,18 @@ class Children:
 
 class Bench:
     """``chosen`` and ``moments``: how many kills at steps (None: at all) and at random moments each
-    operation gets."""
+    operation gets. ``more``: lines for the farm file."""
 
     def __init__(
-        self, directory: Path, place: Place, *, chosen: int | None = None, moments: int = 4
+        self,
+        directory: Path,
+        place: Place,
+        *,
+        chosen: int | None = None,
+        moments: int = 4,
+        vms: Sequence[str] = ("dev2", "prod"),
+        disk: str = "",
+        more: str = "",
     ) -> None:
         self._children = Children(still=place.still)
         self.place = place
@@ -119,7 +127,11 @@ class Bench:
         self.chosen = None if MANY else chosen
         self.moments = moments * 4 if MANY else moments
         self.file = directory / "kill.yaml"
-        self.file.write_text(FARM.format(host=place.host), encoding="utf-8")
+        size = f", disk: {disk}" if disk else ""
+        lines = "\n".join(f"  {vm}: {{template: base, memory: 64M{size}}}" for vm in vms)
+        text = FARM.format(host=place.host, vms=lines, more=more)
+        self.file.write_text(text, encoding="utf-8")
+        self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []
 
     def site(self, *, plan: bool = False) -> Site:
@@ -212,9 +224,9 @@ class Bench:
         found = [*self.place.everything(), *self._files()]
         if self.place.real_qemu:
             found += [f"qemu {line}" for line in _running()]
-        parts: dict[str, list[str]] = {"dev2": [], "prod": [], "": []}
+        parts: dict[str, list[str]] = {vm: [] for vm in (*self.vms, "")}
         for line in sorted(found):
-            vm = next((vm for vm in ("dev2", "prod") if vm in line), "")
+            vm = next((vm for vm in self.vms if re.search(rf"\b{vm}\b", line)), "")
             parts["" if line.startswith("allocation") else vm].append(line)
         return parts
 
@@ -222,7 +234,7 @@ class Bench:
         """Each VM is as it was before the operation or as it is after it, in all that there is of it;
         what belongs to none of them is there before or after."""
         now, (before, after) = self.shape(), self.shapes
-        for vm in ("dev2", "prod"):
+        for vm in self.vms:
             if now[vm] not in (before[vm], after[vm]):
                 what = {"before": before[vm], "after": after[vm], "now": now[vm]}
                 raise AssertionError(f"{context}: of {vm} there is\n{json.dumps(what, indent=1)}")

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench import KILLS, SEED, Bench
@@ -64,8 +65,8 @@ STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
 
 
 @contextmanager
-def bench_on(place: Place, cache: Path) -> Iterator[Bench]:
-    """Its farm has a state of its own."""
+def bench_on(place: Place, cache: Path, **options: Any) -> Iterator[Bench]:
+    """Its farm has a state of its own. ``options``: see Bench."""
     # Short, and passable for QEMU's user: pytest's own directories are neither. In memory: what SIGKILL
     # leaves is the same there, and nobody waits for the journal's fsync; power cuts have their own test.
     directory = Path(tempfile.mkdtemp(prefix="fh-", dir="/dev/shm"))
@@ -75,7 +76,7 @@ def bench_on(place: Place, cache: Path) -> Iterator[Bench]:
         patch.setenv("FARMHAND_RUNTIME_DIR", str(directory / "r"))
         patch.setenv("FARMHAND_CACHE_DIR", str(cache))
         chosen, moments = KILLS_EACH[place.label]
-        made = Bench(directory, place, chosen=chosen, moments=moments)
+        made = Bench(directory, place, chosen=chosen, moments=moments, **options)
         try:
             made.seal()
             yield made
