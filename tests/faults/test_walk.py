@@ -119,6 +119,12 @@ class Walk:
             KILLS.add(f"recover of {draw.verb.replace('_', '-')}, walk", self.bench.driver)
 
     def step(self) -> None:
+        try:
+            self._step()
+        except AssertionError as error:
+            raise AssertionError(self.told(str(error))) from error
+
+    def _step(self) -> None:
         draw = self.draw()
         with self.bench.site() as site:
             self.write(site, draw.vm)
@@ -138,8 +144,8 @@ class Walk:
             self.kill_recovery(draw)
             with self.bench.site() as site:
                 farm.recover(site)
-                assert site.journal.unfinished() == (), self.told(context)
-                assert site.locks.held() == (), self.told(context)
+                assert site.journal.unfinished() == (), context
+                assert site.locks.held() == (), context
         self.look(context, draw, through=killed is None)
         del KILLS.open[context]
 
@@ -155,31 +161,31 @@ class Walk:
         with self.bench.site() as site:
             store = site.disks("here")
             disks = {disk.owner.vm: disk for disk in store.list()}
-            assert list(store.leftovers()) == [], self.told(context)
+            assert list(store.leftovers()) == [], context
             shape = self.bench.shape()
             for vm, before in self.vms.items():
                 disk, machine = disks.get(vm), look(site, vm)
                 now = None
                 if disk:
-                    assert machine, self.told(f"{context}: {vm} has a disk and no machine")
+                    assert machine, f"{context}: {vm} has a disk and no machine"
                     letter = self.bench.place.read(disk, site)
                     kept = {c.name for c in disk.checkpoints}
                     now = (letter, kept)
                     self.bench.place.check(disk)
                 else:
-                    assert shape[vm] == [], self.told(f"{context}: of {vm} is left {shape[vm]}")
+                    assert shape[vm] == [], f"{context}: of {vm} is left {shape[vm]}"
                 allowed = [before]
                 if draw and vm == draw.vm:
                     allowed = [draw.after] if through else [before, draw.after]
                 found = [a for a in allowed if now == (a and (a.letter, set(a.kept)))]
-                assert found, self.told(f"{context}: {vm} is {now}, and should be in {allowed}")
+                assert found, f"{context}: {vm} is {now}, and should be in {allowed}"
                 if draw and draw.verb in ("reset", "checkpoint") and self.on[vm] and disk:
-                    assert is_on(machine), self.told(f"{context}: {vm} ran, and doesn't now")
+                    assert is_on(machine), f"{context}: {vm} ran, and doesn't now"
                 # what cannot be told apart is taken for the new one
                 self.vms[vm], self.on[vm] = found[-1], is_on(machine)
 
     def told(self, context: str) -> str:
-        return "\n".join([context, *self.story[-12:]])
+        return "\n".join([context, *self.story[-12:], *self.bench.place.everything()])
 
 
 @pytest.fixture(
