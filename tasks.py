@@ -245,6 +245,29 @@ def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     return cli.ssh(run, argv)
 
 
+# ---- Network services.
+
+_SERVICE = "A service the farm uses; repeatable. Absent: all of them."
+
+
+@command(
+    {"service": _SERVICE, "out": "Write the files below this directory instead."},
+    iterable=["service"],
+    plans=False,
+)
+def render(run: Run, service: Names = None, out: str = "") -> Result:
+    """Show the network services' files as they should be."""
+    from pathlib import Path
+
+    from provision.network.rendered import rendered, write_out
+
+    with run.site() as site:
+        files = rendered(site, tuple(service or ()))
+        if out:
+            write_out(files, Path(out).expanduser())
+        return views.rendered(files, out)
+
+
 # ---- Building.
 
 

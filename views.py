@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from builds.record import BuildRecord
     from hypervisors.api import Template
     from provision.journal import Record
+    from provision.network.rendered import Rendered
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
     from provision.status import FarmStatus
@@ -250,3 +251,22 @@ def step_log(record: BuildRecord, name: str) -> Result:
         )
     text = path.read_text(errors="replace")
     return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+
+
+def rendered(files: Sequence[Rendered], out: str) -> Result:
+    """The files one after the other, or where they were written."""
+    data = {
+        "files": [
+            {
+                "service": file.document.service,
+                "path": file.document.path,
+                "own": file.document.own,
+                "mode": f"{file.document.mode:04o}",
+                "text": file.text,
+            }
+            for file in files
+        ]
+    }
+    if out:
+        return Result(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
+    return Result(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))

@@ -59,6 +59,10 @@ def _zone(farm: Farm, places: Places) -> Found:
     if zone is None or domain is None:
         yield places.problem(("services", "bind"), "'network' needs 'domain' for it", key=True)
         return
+    if len(zone) > 200:
+        key = "zone" if bind.zone else "domain"
+        where: Path = ("services", "bind", key) if bind.zone else ("network", key)
+        yield places.problem(where, "a zone's file is named after it: at most 200 characters")
     inside = f".{zone}"
     if domain != zone and not domain.endswith(inside):
         yield places.problem(

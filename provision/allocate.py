@@ -259,7 +259,7 @@ class Allocator:
 
         recorded = index.recorded.get(vm)
         kept = recorded.ssh_port if recorded and not move else None
-        if kept in PORTS and kept not in index.declared_ports:
+        if kept is not None and kept in PORTS and kept not in index.declared_ports:
             return kept
         # A lost lock file must not move a running VM's port: the host's claims still know it.
         known = index.claimed_ports.get(mine)
