@@ -372,13 +372,21 @@ _LAB = "The lab's name; several can run at once."
 _COLD = "Boot it, instead of going on from the saved state."
 
 
-@command({"name": _LAB, "cold": _COLD}, plans=False)
-def lab_up(run: Run, name: str = "lab", cold: bool = False) -> Result:
+@command(
+    {
+        "name": _LAB,
+        "cold": _COLD,
+        "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
+        "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
+    },
+    plans=False,
+)
+def lab_up(run: Run, name: str = "lab", cold: bool = False, memory: str = "", disk: str = "") -> Result:
     """Start a lab with clean disks; its image is built once."""
     import labhouse
 
     run.resume = "type the same again: what is built is kept"
-    return labhouse.up(run, name, cold=cold)
+    return labhouse.up(run, name, cold=cold, memory=memory, disk=disk)
 
 
 @command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)

@@ -3,6 +3,7 @@ real. The summary at the end says which ran on what."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -243,7 +244,7 @@ class LibvirtRig:
 
         connection = libvirt.open(self.private.uri())
         for domain in connection.listAllDomains(0):
-            if domain.isActive():
+            with contextlib.suppress(libvirt.libvirtError):  # not running, or it just ended
                 domain.destroy()
             domain.undefine()
         connection.close()
