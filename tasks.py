@@ -268,6 +268,21 @@ def render(run: Run, service: Names = None, out: str = "") -> Result:
         return views.rendered(files, out)
 
 
+@command(
+    {
+        "service": _SERVICE,
+        "force": "Write anew what is farmhand's also where somebody edited it.",
+    },
+    iterable=["service"],
+)
+def network_apply(run: Run, service: Names = None, force: bool = False) -> Result:
+    """Bring the network services in step with the farm file, all or none."""
+    from provision.network.apply import network_apply as apply
+
+    with run.site() as site:
+        return views.applied(apply(site, tuple(service or ()), force=force))
+
+
 # ---- Building.
 
 

@@ -270,3 +270,10 @@ def rendered(files: Sequence[Rendered], out: str) -> Result:
     if out:
         return Result(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
     return Result(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
+
+
+def applied(result: Outcome) -> Result:
+    """What was done, or would be, and how the files differ."""
+    shown = outcome(result)
+    diff = str(result.facts.get("diff", ""))
+    return Result(shown.data, f"{diff}\n{shown.text}" if diff else shown.text)

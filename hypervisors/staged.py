@@ -46,7 +46,7 @@ class Stage:
         }
         helper = Path(__file__).with_name("_staged.py")
         result = self._runner.read(
-            sys.executable, helper, json.dumps(order), timeout=timeout, ok=range(256)
+            sys.executable, "-I", "-S", helper, json.dumps(order), timeout=timeout, ok=range(256)
         )
         if result.status != 0:
             raise self._refused(argv, result)

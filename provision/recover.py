@@ -5,6 +5,7 @@
     checkpoint  what was half-made goes; started again if it ran before
     destroy     finished
     cycle       its VMs' memory goes down again; the build record says by itself how far it came
+    network-apply   the old files are put back, and the daemons told
     others      noted as interrupted: each is safe to call again
 
 Each operation is recovered under its VM's lock, and stays unfinished until its recovery is complete:
@@ -98,6 +99,11 @@ def _job(site: Site, record: Record) -> Job:
         return _destroy(site, record, what)
     if record.verb == "cycle":
         return _cycle(site, record, what)
+    if record.verb == "network-apply":
+        from provision.network.apply import recover_apply
+
+        text, run = recover_apply(site, record)
+        return job(text, run)
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
     if not can_power(site, vm):
@@ -184,4 +190,6 @@ def _locks(site: Site, record: Record) -> tuple[str, ...]:
         return tuple(map(lock_of, site.farm.vms))
     if record.verb == "cycle":
         return tuple(map(lock_of, _vms_of(site, record)))
+    if record.verb == "network-apply":
+        return ("network",)
     return (lock_of(record.vm) if record.vm else "recover",)

@@ -68,8 +68,8 @@ def whole(document: Document, farm: str) -> str:
 
 def read(document: Document, farm: str, text: str | None) -> Live:
     """What the live file (None: there is none) is. WrongState where its marks are in disorder."""
-    if text is None:
-        return Live(Whose.ABSENT)
+    if text is None or (document.own == "file" and not text.strip()):
+        return Live(Whose.ABSENT)  # an empty one was put there to be filled, as for BIND's include
     if document.own == "file":
         first, _, rest = text.partition("\n")
         match = _mark(document, farm, "").fullmatch(first)

@@ -153,6 +153,8 @@ class Templates:
 
     def __init__(self, own: Path | None = None) -> None:
         self._own = own
+        # An admin's own may change between one farm's rendering and the next; ours don't.
+        self._environment = _environment if own is None else cache(_environment.__wrapped__)
 
     def render(self, name: str, **values: object) -> str:
         """The text of templates/network/NAME.j2. TemplateFailed with its name, line and lines around."""
@@ -160,7 +162,7 @@ class Templates:
 
         file = f"{name}.j2"
         try:
-            return _environment(self._own, name).get_template(file).render(values)
+            return self._environment(self._own, name).get_template(file).render(values)
         except jinja2.TemplateNotFound as error:
             raise TemplateFailed(f"there is no template {error.name}") from error
         except jinja2.TemplateSyntaxError as error:

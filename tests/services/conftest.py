@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from daemons import Daemons, own_network
 from yard import Yard
 
 
@@ -20,3 +21,13 @@ def yard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
         yield Yard(directory)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture
+def daemons(yard: Yard) -> Iterator[Daemons]:
+    with own_network():
+        made = Daemons(yard)
+        try:
+            yield made
+        finally:
+            made.stop()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from inventory.loader import loads
 from inventory.model import Farm
 from provision.allocate import Allocation, Allocator
 from provision.network import checkers
+from provision.network.apply import network_apply
 from provision.network.document import Document
 from provision.network.render import render
 from provision.network.rendered import full_text
+from provision.report import Outcome, QuietReporter
+from provision.site import Site, open_site
 
 SUBNET = "10.77.0.0/24"
 
@@ -121,6 +125,33 @@ class Yard:
             path.write_text(self.full(document))
             written[name] = path
         return written
+
+    @contextmanager
+    def site(self, *, plan: bool = False) -> Iterator[Site]:
+        (self.directory / "farm.yaml").write_text(self.text())
+        with open_site(self.directory / "farm.yaml", reporter=QuietReporter(), plan=plan) as site:
+            yield site
+
+    def apply(self, *services: str, force: bool = False) -> Outcome:
+        with self.site() as site:
+            return network_apply(site, services, force=force)
+
+    def plan(self, *services: str, force: bool = False) -> Outcome:
+        with self.site(plan=True) as site:
+            return network_apply(site, services, force=force)
+
+    def use(self, *services: str) -> None:
+        """No others."""
+        self.services = {name: self.services[name] for name in services}
+
+    def snapshot(self) -> dict[str, tuple[bytes, int, int]]:
+        """Every file that a service has: content, mode, inode."""
+        skip = ("state", "logs", "farm.yaml", "farm.yaml.lock")
+        return {
+            str(path): (path.read_bytes(), path.stat().st_mode, path.stat().st_ino)
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file() and path.relative_to(self.directory).parts[0] not in skip
+        }
 
     def _mains(self) -> None:
         d = self.directory
