@@ -272,15 +272,29 @@ def render(run: Run, service: Names = None, out: str = "") -> Result:
     {
         "service": _SERVICE,
         "force": "Write anew what is farmhand's also where somebody edited it.",
+        "verify": "Whether to ask the services afterwards, as network-verify does.",
     },
     iterable=["service"],
 )
-def network_apply(run: Run, service: Names = None, force: bool = False) -> Result:
-    """Bring the network services in step with the farm file, all or none."""
+def network_apply(run: Run, service: Names = None, force: bool = False, verify: bool = True) -> Result:
+    """Bring the network services in step, all of them or none."""
     from provision.network.apply import network_apply as apply
+    from provision.network.verify import network_verify
 
     with run.site() as site:
-        return views.applied(apply(site, tuple(service or ()), force=force))
+        names = tuple(service or ())
+        done = apply(site, names, force=force)
+        asked = network_verify(site, names) if verify and not run.plan else None
+        return views.applied(done, asked)
+
+
+@command({"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"])
+def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
+    """Ask the live services as their clients do."""
+    from provision.network.verify import network_verify as verify
+
+    with run.site() as site:
+        return views.verified(verify(site, tuple(service or ()), cli.names(vm)))
 
 
 # ---- Building.

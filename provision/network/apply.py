@@ -18,13 +18,14 @@ import errno
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inventory.errors import FarmhandError, Interrupted, WrongState
+from inventory.errors import Busy, FarmhandError, Interrupted, WrongState
 from provision.allocate import Allocation
 from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
 from provision.journal import Operation, Record, current_step
@@ -40,6 +41,7 @@ from provision.site import Site
 from provision.work import Run, begin
 
 LOCK = "network"
+_PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 VERB = "network-apply"
 
 
@@ -54,25 +56,62 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
         declared = site.vms(None)
         given = [vm for vm in declared if site.host(vm).driver != "ssh"]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        bring(run, names, give(given), force=force)
+        if not bring(run, names, give(given), force=force):
+            run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
         return run.outcome()
 
 
+def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> None:
+    """For clone-farm and destroy: the services have the VMs that something was given to, those ``new``
+    ones, and not those that are ``gone`` (None: nobody stays). Waits for others that do the same."""
+    site = run.site
+    used = site.farm.services.used
+    if not used:
+        return
+    allocator = site.allocator
+    given = [vm for vm in new if site.host(vm).driver != "ssh"]
+    with contextlib.ExitStack() as stack:
+        if not site.plan:
+            _patiently(site, stack, run.verb)
+            allocator.allocate_all(given)
+        known = allocator.recorded()
+        asked = [vm for vm in site.farm.vms if vm in known or vm in given]
+        left = [] if gone is None else [vm for vm in asked if vm not in gone]
+        bring(run, used, allocator.peek_all(left), nobody=gone is None)
+
+
+def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            stack.enter_context(site.locks.hold(LOCK, doing=doing))
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            site.reporter.working("wait for another command that changes the network services")
+        else:
+            return
+
+
 def bring(
-    run: Run, services: Sequence[str], allocations: Mapping[str, Allocation], *, force: bool = False
-) -> None:
-    """Within a use case that holds the lock: the services get these VMs, and lose all others."""
+    run: Run,
+    services: Sequence[str],
+    allocations: Mapping[str, Allocation],
+    *,
+    force: bool = False,
+    nobody: bool = False,
+) -> bool:
+    """Within a use case that holds the lock: the services get these VMs, and lose all others; with
+    ``nobody`` also those that nothing is given to. Whether anything was to do."""
     site = run.site
     state = read_state(_state_file(site))
-    examiner = Examiner(site.farm, state, today=datetime.now(UTC).date())
+    farm = site.farm.model_copy(update={"vms": {}}) if nobody else site.farm
+    examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services)
     told = steps(site.farm, changes.files)
     run.add(*_actions(changes, told))
     if not changes.files:
-        run.add(Action("keep", "", f"all files of {', '.join(services)} are as they should be"))
-        if not site.plan and set(changes.serials) - set(state.serials):
-            _record(site, state, changes, services)
-        return
+        return False
     run.fact(diff="".join(map(difference, changes.files)))
     if changes.edited and not force:
         raise WrongState(
@@ -84,7 +123,7 @@ def bring(
     texts = {change.path: change.after for change in changes.files}
     checkers.check(site.runner, site.farm, _concerned(changes), texts)
     if site.plan:
-        return
+        return True
     with site.journal.operation(VERB) as operation:
         _carry_out(site, operation, changes.files, told)
         current_step("record what was written")
@@ -92,6 +131,7 @@ def bring(
         remove(_kept(site, operation.id))
     for action in _actions(changes, told):
         site.reporter.say(action.text)
+    return True
 
 
 def _actions(changes: Changes, told: Sequence[Step]) -> list[Action]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -22,6 +22,21 @@ SHARDS = 64
 _ZONE = ("; ", "")
 _SLASHES = ("// ", "")
 _XML = ("<!-- ", " -->")
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """A subnet's words."""
+
+    address: Word
+    mask: Word
+    length: int
+    cidr: Word
+
+
+def _subnet(subnet: IPv4Network | IPv6Network) -> Subnet:
+    address, mask = Word(subnet.network_address), Word(subnet.netmask)
+    return Subnet(address, mask, subnet.prefixlen, Word(subnet))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +122,8 @@ class Renderer:
         subnet, subnet6 = network.subnet, network.subnet6
         assert subnet is not None
         return {
-            "subnet": {
-                "address": Word(subnet.network_address),
-                "mask": Word(subnet.netmask),
-                "cidr": Word(subnet),
-            },
-            "subnet6": subnet6
-            and {
-                "address": Word(subnet6.network_address),
-                "length": subnet6.prefixlen,
-                "cidr": Word(subnet6),
-            },
+            "subnet": _subnet(subnet),
+            "subnet6": _subnet(subnet6) if subnet6 else None,
             "gateway": Word(network.gateway or ""),
             "gateway6": Word(network.gateway6 or ""),
             "nameservers": tuple(map(Word, network.nameservers)),

@@ -33,6 +33,7 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "templates" / "network"
 
 _WORD = re.compile(r"[A-Za-z0-9_./:@+-]*")
 _MARK = re.compile("(?:BEGIN|END) farmhand")
+_MISTAKES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _AROUND = 2  # lines before and after the one that is wrong
 
 
@@ -168,7 +169,7 @@ class Templates:
         except jinja2.TemplateSyntaxError as error:
             message = error.message or ""
             raise self._failed(error.name or file, error.lineno, message, error.source) from error
-        except (jinja2.TemplateError, ArithmeticError, ValueError, TypeError, LookupError) as error:
+        except (jinja2.TemplateError, *_MISTAKES) as error:
             raise self._failed(*self._place(error, file), _words(error)) from error
 
     def names(self) -> Iterator[str]:
@@ -229,6 +230,8 @@ def _environment(own: Path | None, name: str) -> Environment:
         auto_reload=False,
         cache_size=-1,
     )
+    # A million look-ups: the builtin is three times as fast, and says itself what isn't there.
+    environment.getattr = getattr  # type: ignore[assignment,method-assign]
     environment.filters["string"] = _STRINGS.get(name, _never)
     environment.filters["json"] = _json
     environment.filters["comment"] = _comment
