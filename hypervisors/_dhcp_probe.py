@@ -5,8 +5,8 @@ One JSON argument: ``interface``, ``macs``, ``seconds`` to wait for each answer.
 MAC to address, or to why there is none.
 
 DISCOVER, OFFER, REQUEST, ACK (RFC 2131) with the machine's MAC as chaddr and the broadcast flag set, so
-that no bridge learns a place for that MAC and answers come to everybody. The lease is the machine's own, as
-if it had asked itself; nothing is released.
+that no bridge learns a place for that MAC and answers come to everybody. The lease is the machine's own,
+as if it had asked itself; nothing is released.
 """
 
 from __future__ import annotations

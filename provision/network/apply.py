@@ -20,22 +20,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from inventory.errors import Busy, FarmhandError, Interrupted, WrongState
+from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
+from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
 from provision.journal import Operation, Record, current_step
-from provision.network import checkers
+from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import Step, loaded_serial, steps
 from provision.network.document import Document
 from provision.network.rendered import chosen
 from provision.network.serial import following, later, serial_of, with_serial
 from provision.network.state import NetworkState, read_state, write_state
+from provision.network.view import view
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin
@@ -56,7 +58,7 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
         declared = site.vms(None)
         given = [vm for vm in declared if site.host(vm).driver != "ssh"]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        if not bring(run, names, give(given), force=force):
+        if not bring(run, names, give(given), force=force, thorough=True):
             run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
         return run.outcome()
 
@@ -100,6 +102,7 @@ def bring(
     *,
     force: bool = False,
     nobody: bool = False,
+    thorough: bool = False,
 ) -> bool:
     """Within a use case that holds the lock: the services get these VMs, and lose all others; with
     ``nobody`` also those that nothing is given to. Whether anything was to do."""
@@ -109,10 +112,11 @@ def bring(
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services)
     told = steps(site.farm, changes.files)
-    run.add(*_actions(changes, told))
-    if not changes.files:
+    updates = _updates(site, farm, changes, state, allocations, services, thorough=thorough, force=force)
+    run.add(*_actions(changes, told, updates))
+    if not changes.files and not updates.ops:
         return False
-    run.fact(diff="".join(map(difference, changes.files)))
+    run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
             f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
@@ -125,16 +129,61 @@ def bring(
     if site.plan:
         return True
     with site.journal.operation(VERB) as operation:
-        _carry_out(site, operation, changes.files, told)
+        if updates.ops:  # until they are through nobody knows what the zones have
+            write_state(_state_file(site), replace(state, records=None))
+        _carry_out(site, operation, changes.files, told, updates)
         current_step("record what was written")
-        _record(site, state, changes, services)
+        _record(site, state, changes, services, updates)
         remove(_kept(site, operation.id))
-    for action in _actions(changes, told):
+    for action in _actions(changes, told, updates):
         site.reporter.say(action.text)
     return True
 
 
-def _actions(changes: Changes, told: Sequence[Step]) -> list[Action]:
+@dataclass(frozen=True, slots=True)
+class _Updates:
+    """Of dynamic zones. ``records``: what they have afterwards; None: there are none."""
+
+    ops: Sequence[live_dns.Op] = ()
+    server: live_dns.Server | None = None
+    records: live_dns.Zones | None = None
+
+
+def _updates(
+    site: Site,
+    farm: Farm,
+    changes: Changes,
+    state: NetworkState,
+    allocations: Mapping[str, Allocation],
+    services: Sequence[str],
+    *,
+    thorough: bool,
+    force: bool,
+) -> _Updates:
+    """``thorough``: by what the server has; else by what was applied last, if that is known: each
+    update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
+    bind = farm.services.bind
+    if bind is None or not bind.dynamic or "bind" not in services:
+        return _Updates(records=state.records)
+    zone = bind.zone or farm.network.domain or ""
+    wanted = live_dns.desired(view(farm, allocations), zone, reverse=bind.reverse)
+    server = live_dns.Server(bind, f"farmhand {farm.farm}")
+    new = {change.zone for change in changes.files if change.before is None and change.zone}
+    if state.records is not None and not thorough:
+        return _Updates(live_dns.compare(state.records, wanted), server, wanted)
+    there = {name: names for name, names in wanted.items() if name not in new}
+    ops, trouble = server.judge(state.records, there, force=force)
+    ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
+    if trouble and not force:
+        raise Conflict(
+            f"{site.name}: {len(trouble)} records are there by hand: {trouble[0]}",
+            remedy="remove them, or take theirs into the farm file; --force overwrites them",
+            detail="\n".join(trouble),
+        )
+    return _Updates(ops, server, wanted)
+
+
+def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[Action]:
     actions = []
     for change in changes.files:
         if change.after is None:
@@ -143,7 +192,8 @@ def _actions(changes: Changes, told: Sequence[Step]) -> list[Action]:
             text = f"{'write' if change.before is None else 'change'} {change.path}"
         edited = " (edited by hand)" if change.path in changes.edited else ""
         actions.append(Action("write", "", text + edited))
-    return [*actions, *(Action("tell", "", step.text) for step in told)]
+    actions += [Action("tell", "", step.text) for step in told]
+    return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
 
 
 def _concerned(changes: Changes) -> list[Document]:
@@ -156,7 +206,11 @@ def _concerned(changes: Changes) -> list[Document]:
 
 
 def _carry_out(
-    site: Site, operation: Operation, files: Sequence[FileChange], told: Sequence[Step]
+    site: Site,
+    operation: Operation,
+    files: Sequence[FileChange],
+    told: Sequence[Step],
+    updates: _Updates,
 ) -> None:
     keep(site, operation, files)
     done: list[Step] = []
@@ -170,6 +224,9 @@ def _carry_out(
             operation.step(step.text)
             done.append(step)
             step.run(site.runner)
+        if updates.server is not None:
+            operation.note(updates=[asdict(op) for op in updates.ops])
+            updates.server.update(updates.ops, operation.step)
     except Interrupted:
         raise  # undone by the next command, as after a kill
     except Exception as error:
@@ -252,6 +309,8 @@ def put(change: FileChange) -> None:
         remove(path)
         return
     make_directory(path.parent, mode=0o755)
+    if change.zone and change.before is None:
+        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -324,9 +383,12 @@ def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
         trouble = undo(site, written, {change.service for change in written}, current_step)
         for text in trouble:
             site.reporter.warn(text)
+        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
+        if ops and site.farm.services.bind:
+            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
         _forget(site, record.id, files)
 
-    if not written:
+    if not written and not record.facts.get("updates"):
         return "it had not begun to write", run
     return "put the old files back, and tell the daemons", run
 
@@ -342,6 +404,11 @@ def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any
         str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
         int(entry["gid"]), str(entry["zone"]),
     )  # fmt: skip
+
+
+def _op(entry: Mapping[str, Any]) -> live_dns.Op:
+    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
+    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
 
 
 def _entries(found: object) -> list[Mapping[str, Any]]:
@@ -368,7 +435,9 @@ def _state_file(site: Site) -> Path:
     return site.paths.root / "network.json"
 
 
-def _record(site: Site, state: NetworkState, changes: Changes, services: Sequence[str]) -> None:
+def _record(
+    site: Site, state: NetworkState, changes: Changes, services: Sequence[str], updates: _Updates
+) -> None:
     used = site.farm.services.used
     files = {
         path: document
@@ -377,4 +446,4 @@ def _record(site: Site, state: NetworkState, changes: Changes, services: Sequenc
     }
     files |= {document.path: replace(document, text="") for document in changes.documents}
     serials = {**state.serials, **changes.serials}
-    write_state(_state_file(site), NetworkState(files, serials))
+    write_state(_state_file(site), NetworkState(files, serials, updates.records))

@@ -12,14 +12,17 @@ from typing import Any
 from inventory.errors import WrongState
 from provision.files import file_error, write_atomic
 from provision.network.document import Document
+from provision.network.live_dns import Records, Zones
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """``files``: documents without text, by path."""
+    """``files``: documents without text, by path. ``records``: of dynamic zones, as applied last; None
+    while that is not known for sure."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
+    records: Zones | None = None
 
 
 def read_state(path: Path) -> NetworkState:
@@ -37,6 +40,9 @@ def read_state(path: Path) -> NetworkState:
             )
             for name, entry in data["files"].items()
         }
+        records = None
+        if data.get("records") is not None:
+            records = {zone: _names(names) for zone, names in data["records"].items()}
         serials = {str(zone): int(serial) for zone, serial in data["serials"].items()}
     except FileNotFoundError:
         return NetworkState()
@@ -47,7 +53,11 @@ def read_state(path: Path) -> NetworkState:
             f"{path} is damaged: {error}",
             remedy="move it aside: what left the farm file since must then be removed by hand",
         ) from error
-    return NetworkState(files, serials)
+    return NetworkState(files, serials, records)
+
+
+def _names(names: Mapping[str, Any]) -> dict[str, Records]:
+    return {name: tuple((kind, value) for kind, value in found) for name, found in names.items()}
 
 
 def write_state(path: Path, state: NetworkState) -> None:
@@ -57,5 +67,6 @@ def write_state(path: Path, state: NetworkState) -> None:
             for name, d in sorted(state.files.items())
         },
         "serials": dict(sorted(state.serials.items())),
+        "records": state.records,
     }
-    write_atomic(path, (json.dumps(data, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(data) + "\n").encode())
