@@ -24,9 +24,10 @@ def probe(
     name = f"{_PREFIX}{os.getpid()}"
     with contextlib.ExitStack() as stack:
         runner.change("ip", "netns", "add", name)
-        # The namespace takes its end of the pair with it, and that the other one.
         stack.callback(runner.change, "ip", "netns", "del", name, ok=(0, 1))
         runner.change("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        # It would go with the namespace, but when the kernel gets to it: the next probe wants the name.
+        stack.callback(runner.change, "ip", "link", "del", name, ok=(0, 1))
         runner.change("ip", "link", "set", name, "master", bridge, "up")
         runner.change("ip", "-n", name, "link", "set", "eth0", "up")
         order = json.dumps({"interface": "eth0", "macs": list(macs), "seconds": seconds})

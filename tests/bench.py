@@ -112,7 +112,19 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         directory = Path(name)
         directory.chmod(0o711)  # QEMU runs as another user and passes through
         figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
+        figures += _network(rounds, say)
     return Figures(tuple(figures))
+
+
+def _network(rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
+    """On real daemons in a network namespace: for root."""
+    if os.geteuid() != 0:
+        say("the network services' figures need root: left out")
+        return
+    from tests.services.figures import measure as measured
+
+    for name, seconds, limit in measured(rounds, say):
+        yield Figure(name, seconds, limit)
 
 
 def _timed(work: Callable[..., object], *arguments: object) -> float:

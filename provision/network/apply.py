@@ -37,7 +37,6 @@ from provision.network.document import Document
 from provision.network.rendered import chosen
 from provision.network.serial import following, later, serial_of, with_serial
 from provision.network.state import NetworkState, read_state, write_state
-from provision.network.view import view
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin
@@ -76,10 +75,11 @@ def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | Non
         if not site.plan:
             _patiently(site, stack, run.verb)
             allocator.allocate_all(given)
-        known = allocator.recorded()
-        asked = [vm for vm in site.farm.vms if vm in known or vm in given]
-        left = [] if gone is None else [vm for vm in asked if vm not in gone]
-        bring(run, used, allocator.peek_all(left), nobody=gone is None)
+        known = dict(allocator.recorded())
+        if site.plan:
+            known |= allocator.peek_all(given)
+        left = {vm: got for vm, got in known.items() if gone is not None and vm not in gone}
+        bring(run, used, left, nobody=gone is None)
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -112,7 +112,7 @@ def bring(
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services)
     told = steps(site.farm, changes.files)
-    updates = _updates(site, farm, changes, state, allocations, services, thorough=thorough, force=force)
+    updates = _updates(site, farm, changes, state, services, thorough=thorough, force=force)
     run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
         return False
@@ -154,7 +154,6 @@ def _updates(
     farm: Farm,
     changes: Changes,
     state: NetworkState,
-    allocations: Mapping[str, Allocation],
     services: Sequence[str],
     *,
     thorough: bool,
@@ -166,7 +165,7 @@ def _updates(
     if bind is None or not bind.dynamic or "bind" not in services:
         return _Updates(records=state.records)
     zone = bind.zone or farm.network.domain or ""
-    wanted = live_dns.desired(view(farm, allocations), zone, reverse=bind.reverse)
+    wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
     server = live_dns.Server(bind, f"farmhand {farm.farm}")
     new = {change.zone for change in changes.files if change.before is None and change.zone}
     if state.records is not None and not thorough:

@@ -19,6 +19,7 @@ from provision.network.document import Document, Live, Whose, embed, read, whole
 from provision.network.render import Renderer
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.state import NetworkState
+from provision.network.view import View
 
 _SHOWN = 200  # lines of a file's difference
 _COMPARED = 20_000  # lines of it that are compared one with the other
@@ -51,6 +52,7 @@ class Changes:
     documents: tuple[Document, ...]
     edited: tuple[str, ...]
     serials: Mapping[str, int]
+    view: View
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ class Examiner:
             if change is not None:
                 changes[document.path] = change
         files = tuple(changes.values())
-        return Changes(files, documents, tuple(self._edited), dict(self._serials))
+        return Changes(files, documents, tuple(self._edited), dict(self._serials), renderer.view)
 
     def _live_serials(self) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""

@@ -122,23 +122,31 @@ class Server:
         import dns.exception
         import dns.name
         import dns.query
+        import dns.rcode
         import dns.rdatatype
+        import dns.tsig
         import dns.xfr
         import dns.zone
 
         origin = dns.name.from_text(zone)
-        content = dns.zone.Zone(origin, relativize=False)
-        query, _ = dns.xfr.make_query(content, keyring=self._key)
-        try:
-            dns.query.inbound_xfr(
-                str(self._bind.address), content, query, port=self._bind.port, timeout=_TIMEOUT
-            )
-        except dns.xfr.TransferError as error:
-            if error.rcode == dns.rcode.NOTAUTH:
-                return None
-            raise self._failed(zone, "transfer it", str(error)) from error
-        except (dns.exception.DNSException, OSError, EOFError) as error:
-            raise self._failed(zone, "transfer it", _words(error)) from error
+        for key in (self._key, None):
+            content = dns.zone.Zone(origin, relativize=False)
+            query, _ = dns.xfr.make_query(content, keyring=key)
+            try:
+                dns.query.inbound_xfr(
+                    str(self._bind.address), content, query, port=self._bind.port, timeout=_TIMEOUT
+                )
+                break
+            except dns.tsig.PeerBadKey as error:
+                if key is None:
+                    raise self._failed(zone, "transfer it", _words(error)) from error
+                # It learns the key with the zone statements that are about to be written.
+            except dns.xfr.TransferError as error:
+                if error.rcode == dns.rcode.NOTAUTH:
+                    return None
+                raise self._failed(zone, "transfer it", str(error)) from error
+            except (dns.exception.DNSException, OSError, EOFError) as error:
+                raise self._failed(zone, "transfer it", _words(error)) from error
         found = {}
         for name, node in content.nodes.items():
             records, marked, other = [], False, False

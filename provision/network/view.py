@@ -108,9 +108,11 @@ def view(farm: Farm, allocations: Mapping[str, Allocation]) -> View:
     )
     _distinct(farm, rows)
     targets = {row.vm: row for row in rows}
+    used = farm.services.used
+    reverse = "bind" in used and farm.services.bind is not None and farm.services.bind.reverse
     proxies = tuple(
         _proxy(targets[Word(vm)], proxy)
-        for vm, declared in farm.vms.items()
+        for vm, declared in (farm.vms.items() if {"nginx", "haproxy"} & {*used} else ())
         if declared.proxy and vm in targets and targets[Word(vm)].address
         for proxy in declared.proxy
     )
@@ -122,7 +124,7 @@ def view(farm: Farm, allocations: Mapping[str, Allocation]) -> View:
         network.subnet6,
         rows,
         proxies,
-        (*_reverse4(network.subnet, rows), *_reverse6(network.subnet6, rows)),
+        (*_reverse4(network.subnet, rows), *_reverse6(network.subnet6, rows)) if reverse else (),
     )
 
 

@@ -201,6 +201,20 @@ def test_killed_at_every_update(dynamic: Yard, when: str) -> None:
     assert sum(text.startswith("update ") for text in texts) >= 4, texts
 
 
+def test_a_static_zone_becomes_dynamic(dynamic: Yard) -> None:
+    """The records stay, and are known for ours."""
+    yard = dynamic
+    yard.services["bind"]["dynamic"] = "no"
+    yard.apply()
+    yard.services["bind"]["dynamic"] = "yes"
+    yard.apply()
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    assert ask("dev2.try.example", "TXT") == ['"farmhand try-it"']
+    yard.vms["dev2"]["address"] = "10.77.0.8"
+    yard.apply()
+    assert ask("dev2.try.example", "A") == ["10.77.0.8"]
+
+
 # ---- The key
 
 
@@ -209,7 +223,7 @@ def test_a_key_that_the_server_does_not_know(dynamic: Yard) -> None:
     yard.apply()
     Path(yard.services["bind"]["key"]).write_text(KEY.replace(SECRET, "b3RoZXI="))
     yard.vms["more"] = {"address": "10.77.0.9"}
-    with pytest.raises(DriverFailed, match="cannot transfer it") as caught:
+    with pytest.raises(DriverFailed, match=r"cannot (transfer|update) it") as caught:
         yard.apply()
     assert "b3RoZXI" not in str(caught.value.as_dict())
 

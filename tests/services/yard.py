@@ -87,7 +87,9 @@ class Yard:
             "vms": self.vms,
             "services": self.services,
         }
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10000)
+        return yaml.dump(
+            content, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=10000
+        )
 
     def farm(self) -> Farm:
         return loads(self.text().encode(), self.directory / "farm.yaml")
