@@ -297,6 +297,33 @@ def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
         return views.verified(verify(site, tuple(service or ()), cli.names(vm)))
 
 
+@command(
+    {
+        "zone": "A zone file to read, such as /etc/bind/db.farm.",
+        "origin": "The zone's name; absent: what follows db. in the file's name.",
+        "dhcpd": "A dhcpd.conf to read.",
+        "name": "The new farm's name.",
+        "out": "Write the farm file there, if there is none.",
+    },
+    plans=False,
+)
+def network_import(
+    _run: Run, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
+) -> Result:
+    """Make a farm file from a zone and a dhcpd.conf."""
+    from pathlib import Path
+
+    from provision.network.importing import network_import as read
+
+    first, second = (
+        Path(cli.needed(f"--{key}", given, "a file to read")).expanduser()
+        for key, given in (("zone", zone), ("dhcpd", dhcpd))
+    )
+    to = Path(out).expanduser() if out else None
+    found = read(first, second, origin=origin, name=name, out=to)
+    return Result(found.as_dict(), f"{out} written" if out else found.text)
+
+
 # ---- Building.
 
 
