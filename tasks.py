@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inventory.errors import UsageError
+
 import cli
 import views
 from cli import Result, Run, command
@@ -129,7 +131,7 @@ def reset(
     start: bool = True,
     wait: bool = True,
 ) -> Result:
-    """Put VMs back to a checkpoint."""
+    """Put VMs back to a checkpoint, all of them or none."""
     from provision import farm
 
     with run.site() as site:
@@ -168,12 +170,26 @@ def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) ->
         return views.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
 
 
-@command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
-def checkpoint(run: Run, vm: Names = None, all_: bool = False, name: str = "") -> Result:
-    """Keep stopped VMs' state, for reset to go back to."""
+@command(
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "name": "The new checkpoint's name.",
+        "merge": "No new one: write the disk's changes into the one it grew from (store lvm, linked).",
+    },
+    iterable=["vm"],
+)
+def checkpoint(
+    run: Run, vm: Names = None, all_: bool = False, name: str = "", merge: bool = False
+) -> Result:
+    """Keep VMs' state, for reset to go back to."""
     from provision import farm
 
     with run.site() as site:
+        if merge and name:
+            raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
+        if merge:
+            return views.outcome(farm.merge(site, cli.vms_or_all(site, vm, all_)))
         label = cli.needed("--name", name, "the new checkpoint's name")
         return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
 

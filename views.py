@@ -117,7 +117,9 @@ def farm_status(status: FarmStatus) -> Result:
             vm.state,
             _memory(vm.memory, vm.memory_max),
             vm.template,
-            f"{vm.checkpoint} ({vm.condition})" if vm.checkpoint and vm.condition else vm.checkpoint,
+            f"{vm.checkpoint} ({vm.condition})"
+            if vm.checkpoint and vm.condition
+            else vm.checkpoint or vm.condition,
             "" if vm.disk_used is None else _about(vm.disk_used),
             f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
         )
@@ -125,7 +127,8 @@ def farm_status(status: FarmStatus) -> Result:
     ]
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
     lines = [head, *hosts, "", table(headings, rows)]
-    notes = [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
+    notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
@@ -163,7 +166,8 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
         if o.verb == "cycle":  # stands below as the build it made
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
-        row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
+        on, ended, why = ", ".join(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        row = (when(o.started), o.verb, on, ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)

@@ -39,6 +39,12 @@ def vms_of(step: Step) -> tuple[str, ...]:
     return (step.source, step.to)
 
 
+def reset_first(steps: Iterable[Step], vm: str) -> bool:
+    """Whether the first of these steps that uses the VM resets it."""
+    first = next((step for step in steps if vm in vms_of(step)), None)
+    return isinstance(first, ResetStep)
+
+
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
     """Names of the steps to take. ``start_from`` skips those before it, ``only`` all others; both:
     what both leave. NotFound names the nearest step."""
@@ -143,6 +149,9 @@ def plan_cycle(
             what = f"{source.asked}, {where}"
         lines.append(Action("source", "", f"build {source.shown} at {what}"))
         lines += [Action("note", "", note) for note in source.notes]
+    for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
+        if not reset_first(steps, vm):
+            lines.append(Action("note", vm, "taken as it is, not reset: the record will say so"))
     inflated: set[str] = set()
     for step in cycle.steps:
         if step.name not in chosen:

@@ -130,7 +130,7 @@ def _from_json(text: bytes, path: Path) -> _World:
 
 
 class FakeDisks:
-    """Implements ``hypervisors.api.Disks``."""
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
 
     def __init__(
         self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
@@ -200,31 +200,42 @@ class FakeDisks:
             return self._seen(machine, world.disks[machine])
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         with self.store.change() as world:
-            disk = self._ours(world, machine)
-            if name in disk.checkpoints:
-                raise Conflict(
-                    f"{machine} has a checkpoint {name} already", remedy="give it another name"
-                )
-            self._step(f"freeze the disk of {machine} as {name}")
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name in disk.checkpoints:
+                    raise Conflict(
+                        f"{machine} has a checkpoint {name} already", remedy="give it another name"
+                    )
+            self._step(f"freeze the disk of {', '.join(machines)} as {name}")
             made = datetime.now(UTC)
-            disk.checkpoints[name] = (made, disk.content)
-            disk.base = name
-            return Checkpoint(name=name, created=made)
+            for disk in disks.values():
+                disk.checkpoints[name] = (made, disk.content)
+                disk.base = name
+            return {machine: Checkpoint(name=name, created=made) for machine in machines}
 
     def restore(self, machine: str, name: str) -> Disk:
-        with self.store.change() as world:
-            disk = self._ours(world, machine)
-            if name not in disk.checkpoints:
-                raise NotFound(
-                    f"{machine} has no checkpoint {name}",
-                    remedy=f"it has: {', '.join(disk.checkpoints)}",
-                )
-            self._step(f"swap in a fresh disk of {machine} from {name}")
-            disk.content, disk.base = disk.checkpoints[name][1], name
-            return self._seen(machine, disk)
+        return self.restore_all([machine], name)[0]
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        with self.store.change() as world:
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name not in disk.checkpoints:
+                    raise NotFound(
+                        f"{machine} has no checkpoint {name}",
+                        remedy=f"it has: {', '.join(disk.checkpoints)}",
+                    )
+            self._step(f"swap in a fresh disk of {', '.join(machines)} from {name}")
+            for disk in disks.values():
+                disk.content, disk.base = disk.checkpoints[name][1], name
+            return [self._seen(machine, disk) for machine, disk in disks.items()]
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        del quick  # it is anyway
         with self.store.change() as world:
             disk = self._ours(world, machine)
             return disk.base == name and disk.content == disk.checkpoints[name][1]

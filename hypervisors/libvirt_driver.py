@@ -242,6 +242,8 @@ class LibvirtHypervisor:
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
+        with self._translated("list the machines"):
+            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in _opens(d)}
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -252,6 +254,8 @@ class LibvirtHypervisor:
             )  # fmt: skip
         for name in sorted(disks.keys() - machines.keys()):
             disk = disks[name]
+            if disk.path.resolve() in used:  # by a machine that somebody renamed, or made by hand
+                continue
             found.append(
                 Leftover(
                     kind="disk", ref=name, owner=disk.owner, created=disk.checkpoints[0].created,
@@ -471,6 +475,18 @@ class LibvirtHypervisor:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
                 raise
+
+
+def _opens(domain: libvirt.virDomain) -> tuple[Path, ...]:
+    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
+    import libvirt
+
+    try:
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return ()
+        raise
 
 
 def _turn_over(log: Path) -> None:

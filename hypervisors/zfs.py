@@ -277,8 +277,9 @@ class ZfsDisks:
         self._step(f"put the disks of {', '.join(machines)} back to {name}")
         return self._grow(machines, name, self._look())
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """Grown from that checkpoint, and ``written`` since (zfsprops(7)) exactly 0."""
+        del quick  # it is, but for the sync of a pool that is being written to
         path = self._disk(self._look(plain(machine)), machine).path
         if path.exists():
             sync(path)  # what a writer that still has it open put into the page cache

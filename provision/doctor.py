@@ -313,9 +313,14 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
 
 
 def _memory(farm: Farm) -> Check:
+    from provision.site import is_remote
+
     facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
     available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
-    local = [vm for name, vm in farm.vms.items() if farm.hosts[farm.host_of(name)].uri == "private"]
+    hosts = {
+        name for name, host in farm.hosts.items() if host.driver == "kvm" and not is_remote(host.uri)
+    }
+    local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     return Check(
         "memory",
@@ -369,6 +374,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
             yield _host(site, name, host.driver)
+            yield from _store(site, name)
 
 
 def _host(site: Site, name: str, driver: str) -> Check:
@@ -377,3 +383,20 @@ def _host(site: Site, name: str, driver: str) -> Check:
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
+
+
+def _store(site: Site, name: str) -> Iterator[Check]:
+    """What the host's disk store says of itself."""
+    from hypervisors.api import WatchedDisks
+
+    notes: tuple[str, ...] = ()
+    try:
+        store = site.disks(name) if site.has_disks(name) else None
+        if isinstance(store, WatchedDisks):
+            notes = tuple(store.notes())
+    except FarmhandError as error:
+        yield Check(f"disks of {name}", False, "needed", error.message, error.remedy)
+        return
+    for note in notes:
+        remedy = "make room before it is full: ./invoke gc, or extend it"
+        yield Check(f"disks of {name}", False, "note", note, remedy)

@@ -138,7 +138,7 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
     """Within an operation under way: bring its definition up to date, start, wait, balloon down."""
     bring_up_to_date(site, vm)
     _secure_port(site, vm)
-    current_step("start it")
+    current_step(f"start {vm}")
     since = time.monotonic()
     site.hypervisor_of(vm).start(site.machine(vm))
     if wait:

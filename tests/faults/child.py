@@ -23,7 +23,7 @@ from typing import Any
 import provision.golden
 import provision.seed  # noqa: F401 - imported for the forks
 from inventory.loader import load
-from provision import farm, journal, reset
+from provision import checkpoint, farm, journal
 from provision.report import QuietReporter
 from provision.site import Site
 
@@ -56,7 +56,7 @@ def arm(when: str, number: int) -> None:
 
 def use_case(file: str, when: str, number: int, verb: str, arguments: dict[str, Any]) -> None:
     arm(when, number)
-    reset.CHECKPOINT_GRACE = 0.2  # its guests boot nothing: nobody there to shut down
+    checkpoint.GRACE = 0.2  # its guests boot nothing: nobody there to shut down
     with Site(load(Path(file)), reporter=QuietReporter()) as site:
         getattr(farm, verb)(site, **arguments)
 

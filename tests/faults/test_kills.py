@@ -105,6 +105,59 @@ def test_checkpoint(bench: Bench, running: bool) -> None:
             assert bench.content(site, "prod") == "old", f"{context}: nothing written is lost"
 
 
+def test_reset_all(bench: Bench) -> None:
+    """Both VMs get there or none does; so it is, too, that both run or none."""
+    arguments = {"vms": [], "wait": False}
+    for context in bench.kills("reset --all", "reset", arguments, partial(_both_written, bench)):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+            assert {bench.content(site, vm) for vm in site.farm.vms} <= {"old", "new"}, context
+        done = bench.recovered(context)
+        with bench.site() as site:
+            not_begun = any("had not begun" in line for line in done)
+            expected = "old" if not_begun else "new"
+            assert [bench.content(site, vm) for vm in site.farm.vms] == [expected] * 2, context
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+
+
+def test_checkpoint_all(bench: Bench) -> None:
+    arguments = {"vms": [], "name": "kept", "wait": False}
+    ready = partial(_both_written, bench, anew=True)
+    for context in bench.kills("checkpoint --all", "checkpoint", arguments, ready):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.recovered(context)
+        with bench.site() as site:
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+            disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+            kept = {"kept" in [c.name for c in disk.checkpoints] for disk in disks if disk}
+            assert len(disks) == 2, context
+            assert len(kept) == 1, f"{context}: of both or of none"
+            if kept == {True}:
+                farm.reset(site, to="kept", start=False)
+            farm.stop(site, force=True)
+            for vm in site.farm.vms:
+                assert bench.content(site, vm) == "old", f"{context}: nothing written is lost"
+
+
+@fake_only
+def test_a_recovery_of_all_that_is_killed_too(bench: Bench) -> None:
+    number = 1
+    while True:
+        _both_written(bench)
+        assert bench.killed_at("written", 4, "reset", {"vms": [], "wait": False})
+        again = bench.killed_at("written", number, "recover", {})
+        if again is None:
+            break
+        KILLS.add("recover of a reset --all", bench.driver)
+        bench.recovered(again)
+        with bench.site() as site:
+            assert [bench.content(site, vm) for vm in site.farm.vms] == ["new", "new"], again
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), again
+        number += 1
+    assert number > 1
+
+
 def test_destroy_a_vm(bench: Bench) -> None:
     ready = partial(bench.usable, "made again")
     for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}, ready):
@@ -140,6 +193,19 @@ def _written(bench: Bench, *, running: bool) -> None:
         assert bench.content(site, "prod") == "old"
         if running:
             farm.start(site, ["prod"], wait=False)
+
+
+def _both_written(bench: Bench, *, anew: bool = False) -> None:
+    """Both VMs running, with something on their disks; ``anew``: without checkpoints of their own."""
+    with bench.site() as site:
+        disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+        if anew and any(disk and len(disk.checkpoints) > 1 for disk in disks):
+            farm.destroy(site, list(site.farm.vms))
+        farm.clone_farm(site, wait=False)
+        farm.stop(site, force=True)
+        for vm in site.farm.vms:
+            bench.write_on(site, vm)
+        farm.start(site, wait=False)
 
 
 def _after_reset(bench: Bench, context: str, *, running: bool) -> None:
