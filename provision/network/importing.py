@@ -1,8 +1,8 @@
 """network-import: a farm file from what an admin has: a zone, and a dhcpd.conf.
 
 A host statement with a MAC is a VM; its address is there or, by name, in the zone. All else is left
-where it is, and named in the new file's comments. Nothing is changed: the lines that farmhand then writes
-itself are for the admin to take out.
+where it is, and named in the new file's comments. Nothing is changed: the lines that farmhand then
+writes itself are for the admin to take out.
 """
 
 from __future__ import annotations
