@@ -230,7 +230,10 @@ def _carry_out(
         raise  # undone by the next command, as after a kill
     except Exception as error:
         trouble = undo(site, written, {step.service for step in done}, current_step)
-        remove(_kept(site, operation.id))
+        if trouble:
+            trouble.append(f"the old files are in {_kept(site, operation.id)}, by the journal's numbers")
+        else:
+            remove(_kept(site, operation.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise

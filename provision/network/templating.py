@@ -153,6 +153,11 @@ class Templates:
     """The templates, the admin's own before ours."""
 
     def __init__(self, own: Path | None = None) -> None:
+        if own is not None and not own.is_dir():
+            raise TemplateFailed(
+                f"there is no directory {own}, named as 'services.templates'",
+                remedy="make it, or take it out of the farm file",
+            )
         self._own = own
         # An admin's own may change between one farm's rendering and the next; ours don't.
         self._environment = _environment if own is None else cache(_environment.__wrapped__)

@@ -183,6 +183,22 @@ def test_a_daemon_that_refuses_its_reload(yard: Yard, daemons: Daemons, case: st
         serving(yard, more=True)
 
 
+def test_what_could_not_be_put_back_is_kept(yard: Yard) -> None:
+    """Somebody writes the file while the daemon is told: theirs stays, the old one is kept."""
+    yard.use("hosts", "nginx")
+    (yard.directory / "hosts").write_text("127.0.0.1 localhost\n")
+    thief = f"echo mine >{yard.directory}/hosts; exit 1"
+    yard.services["nginx"] |= {"reload": ["sh", "-c", thief], "alive": ["true"]}
+    with pytest.raises(FarmhandError) as caught:
+        yard.apply()
+    assert "was changed by somebody else meanwhile" in caught.value.remedy
+    assert (yard.directory / "hosts").read_text() == "mine\n"
+    with yard.site() as site:
+        [kept] = (site.paths.root / "network").iterdir()
+    assert str(kept) in caught.value.remedy
+    assert "127.0.0.1 localhost\n" in [path.read_text() for path in kept.iterdir()]
+
+
 def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
     yard.use("hosts", "ansible")
     (yard.directory / "hosts").write_text("127.0.0.1 localhost\n")

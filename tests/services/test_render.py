@@ -238,5 +238,11 @@ def test_the_checker_refuses_what_a_template_spoils(yard: Yard, service: str, te
         assert not Path(path.path).exists() or service == "shorewall", "nothing live was written"
 
 
+def test_a_directory_of_templates_that_is_not_there(yard: Yard) -> None:
+    yard.services["templates"] = "/nowhere/templates"
+    with pytest.raises(TemplateFailed, match="there is no directory /nowhere/templates"):
+        yard.documents("hosts")
+
+
 def test_the_farm_file_is_yaml_as_others_read_it(yard: Yard) -> None:
     assert yaml.safe_load(yard.text())["services"]["bind"]["port"] == "5300"
