@@ -73,7 +73,8 @@ def run_cycle(
 ) -> BuildRecord:
     """Carry out the farm's build cycle; returns its record if all went well.
 
-    A VM whose first step is its reset is built on only once its disk is proven to be the checkpoint.
+    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
+    uses one before it resets it is refused, where its disk is ours.
     ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
     failed or interrupted cycle; the record says of which. ``keep_going``: later steps are tried after a
     failed one, but not on a VM whose reset failed.
@@ -92,7 +93,7 @@ def run_cycle(
     with _cycle_lock(site, doing), site.locks.hold(*map(lock_of, vms), doing=doing):
         meter = Meter()
         with meter.hypervisor():
-            check(site, steps)
+            check(site, steps, whole=start_from is None and not only)
         source = resolve_source(site, revision, snapshot=True)
         build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
         # Journaled, so that after a kill the next command brings the VMs' memory down again.

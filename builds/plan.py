@@ -79,13 +79,22 @@ def batches(steps: Iterable[Step]) -> list[list[Step]]:
     return result
 
 
-def check(site: Site, steps: Sequence[Step]) -> None:
+def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
     """Everything that can be known beforehand: the VMs exist, can be driven over ssh, and those not
-    reset first are running. NotFound, Unsupported, WrongState."""
+    reset first are running. In a ``whole`` cycle each VM with a disk of ours is reset before it is
+    built on: a build begins on a proven disk. NotFound, Unsupported, WrongState, UsageError."""
     ready: set[str] = set()
     for step in steps:
         for vm in vms_of(step):
             site.vms([vm])
+            first = vm not in ready and not isinstance(step, ResetStep)
+            if whole and first and site.has_disks(site.farm.host_of(vm)):
+                raise UsageError(
+                    f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
+                    "its disk is no known state to build on",
+                    remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
+                    f"record say so: cycle --from {steps[0].name}",
+                )
             driver = site.host(vm).driver
             if driver == "fake" and not isinstance(step, ResetStep):
                 raise Unsupported(
@@ -138,7 +147,7 @@ def plan_cycle(
     cycle = cycle_of(site)
     chosen = choose(cycle, start_from, only)
     steps = [step for step in cycle.steps if step.name in chosen]
-    check(site, steps)
+    check(site, steps, whole=start_from is None and not only)
     source = resolve_source(site, revision, snapshot=False)
     lines: list[Action] = []
     if source is not None:

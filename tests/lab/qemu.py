@@ -24,6 +24,7 @@ from tests.lab.image import Image
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
 _MACHINE = "farmhand-lab-"
+EMULATED = "emulated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def engine(runner: Runner) -> Engine:
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
-    return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"emulated: {why}")
+    return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"{EMULATED}: {why}")
 
 
 def _nested() -> bool:

@@ -268,6 +268,24 @@ def test_a_vm_that_is_not_reset_first_is_recorded_as_no_known_state(lab):
         assert run_cycle(site).vms[0].pristine is False, "reset only after it was built on"
 
 
+def test_a_whole_cycle_resets_what_it_builds_on(lab):
+    """Where the disk is ours to prove; what an ssh host's machine holds nobody can tell."""
+    path = lab.farm_file([reset("box"), run("build", "true")])
+    farm = json.loads(path.read_text())
+    farm["hosts"]["here"] = {"driver": "fake"}
+    farm["templates"] = {"base": {"build": "debian-12"}}
+    farm["vms"]["box"] = {"host": "here", "address": "127.0.0.1", "ssh_port": "2"}
+    carry = {"name": "carry", "transfer": "a", "from": "dev2", "to": "box", "into": "."}
+    farm["cycle"]["steps"] = [run("first", "true"), carry]
+    path.write_text(json.dumps(farm))
+    with Site(load(path), reporter=lab.told) as site:
+        clone_farm(site, ["box"])
+        for whole in (run_cycle, plan_cycle):
+            with pytest.raises(UsageError, match="carry uses box before the cycle resets it") as caught:
+                whole(site)
+            assert "cycle --from first" in caught.value.remedy
+
+
 def test_nothing_is_built_on_a_vm_whose_reset_failed(lab):
     steps = [reset("dev2"), run("build", "touch built"), run("other", "touch other", vm="prod")]
     path = lab.farm_file(steps)
