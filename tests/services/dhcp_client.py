@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
-from ipaddress import IPv4Address
+import tempfile
+import time
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 
 
 def lease(mac: str, *, tries: int = 4) -> IPv4Address | None:
@@ -23,5 +28,32 @@ def lease(mac: str, *, tries: int = 4) -> IPv4Address | None:
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         match = re.search(r"lease of ([0-9.]+) obtained", done.stdout + done.stderr)
         return IPv4Address(match[1]) if match else None
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def lease6(mac: str) -> IPv6Address | None:
+    """As ``lease``, over IPv6, by ISC dhclient (busybox has no client for it everywhere)."""
+    name = f"fhc{mac.replace(':', '')[-6:]}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            for line in (
+                f"link add {name} type veth peer name eth0 address {mac} netns {name}",
+                f"link set {name} master br0 up",
+                f"-n {name} link set lo up",
+                f"-n {name} link set eth0 up",
+            ):
+                subprocess.run(["ip", *line.split()], check=True)
+            time.sleep(2.5)  # its link-local address is tentative for so long
+            leases = Path(directory) / "leases"
+            argv = ["ip", "netns", "exec", name, "dhclient", "-6", "-1", "-v", "-D", "LL"]
+            argv += ["-sf", "/bin/true", "-lf", str(leases), "-pf", f"{directory}/pid", "eth0"]
+            subprocess.run(argv, capture_output=True, timeout=60, check=False)
+            pid = Path(directory) / "pid"
+            if pid.exists():
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+            match = re.search(r"iaaddr (\S+)", leases.read_text() if leases.exists() else "")
+            return IPv6Address(match[1]) if match else None
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True)

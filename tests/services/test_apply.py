@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import dns.message
@@ -251,6 +251,15 @@ def test_dhcp(yard: Yard, daemons: Daemons, service: str) -> None:
     yard.apply()
     got = lease("52:54:00:00:00:09")
     assert got is None or IPv4Address("10.77.0.200") <= got <= IPv4Address("10.77.0.210")
+
+
+@pytest.mark.parametrize("service", ["kea", "dnsmasq"])
+def test_dhcp6(yard: Yard, daemons: Daemons, service: str) -> None:
+    from dhcp_client import lease6
+
+    yard.use(service)
+    yard.apply()
+    assert lease6("52:54:86:b3:3f:10") == IPv6Address("fd77::6")
 
 
 def test_a_checker_that_refuses_stops_everything(yard: Yard) -> None:
