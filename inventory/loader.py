@@ -7,10 +7,7 @@ is looked at even when something else is wrong.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from pydantic import ValidationError
 
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
+from inventory.collector import without_collector
 from inventory.errors import InventoryError, NotFound, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places
@@ -53,22 +51,8 @@ def load(path: Path) -> Farm:
 
 def loads(data: bytes, path: Path) -> Farm:
     """The farm in these bytes, as if they were that file's. InventoryError as of ``load``."""
-    with _without_collector():
+    with without_collector():
         return _loads(data, path)
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """A large file makes a million objects that all stay: looking through them for garbage again and
-    again would be a third of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _loads(data: bytes, path: Path) -> Farm:

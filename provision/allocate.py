@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -336,7 +337,7 @@ class Allocator:
                 if until > now
             },
         }
-        write_atomic(self.lock_file, (json.dumps(data, indent=2) + "\n").encode())
+        write_atomic(self.lock_file, _pretty(data).encode())
 
     def _read_claims(self) -> dict[str, str]:
         claims = _load(self._claims)
@@ -391,6 +392,17 @@ def port_free(port: int) -> bool:
     return True
 
 
+def _pretty(data: dict[str, Any]) -> str:
+    """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
+    vms = data["vms"]
+    text = json.dumps({**data, "vms": {}}, indent=2)
+    if not vms:
+        return f"{text}\n"
+    entries = ",\n".join(f"    {json.dumps(vm)}: {json.dumps(entry)}" for vm, entry in vms.items())
+    return text.replace('"vms": {}', f'"vms": {{\n{entries}\n  }}', 1) + "\n"
+
+
+@lru_cache(65536)
 def _maybe_address(text: str | None) -> IPv4Address | None:
     return IPv4Address(text) if text else None
 
@@ -416,5 +428,5 @@ def _load(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, why: str) -> WrongState:
     return WrongState(
         f"{path} is not readable as farmhand's record of what was given out: {why}",
-        remedy="put it back from version control, or mend it; each VM's entry is one short block",
+        remedy="put it back from version control, or mend it; each VM's entry is one line",
     )

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -46,6 +47,7 @@ _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 VERB = "network-apply"
 
 
+@without_collector()
 def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
     """Make the services' live files, and the daemons, as the farm file says, for every declared VM;
     those not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
@@ -62,6 +64,7 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
         return run.outcome()
 
 
+@without_collector()
 def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> None:
     """For clone-farm and destroy: the services have the VMs that something was given to, those ``new``
     ones, and not those that are ``gone`` (None: nobody stays). Waits for others that do the same."""

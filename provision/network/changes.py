@@ -11,6 +11,7 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 
+from inventory.collector import without_collector
 from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -69,6 +70,7 @@ class Examiner:
         self._edited: list[str] = []
         self._serials: dict[str, int] = {}
 
+    @without_collector()
     def examine(self, allocations: Mapping[str, Allocation], services: Sequence[str]) -> Changes:
         """What applying these services would change.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from inventory.collector import without_collector
 from inventory.errors import NotFound, UsageError
 from provision.files import make_directory, write_atomic
 from provision.network.document import Document, embed, whole
@@ -40,6 +41,7 @@ def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in used if not services or name in services)
 
 
+@without_collector()
 def rendered(site: Site, services: Sequence[str] = ()) -> tuple[Rendered, ...]:
     """Of all declared VMs: those not made yet get what clone-farm would give them now. Zones have the
     serial number 1 here: network-apply counts on from the live one."""

@@ -201,7 +201,8 @@ def _reverse4(subnet: IPv4Network | None, rows: tuple[VmRow, ...]) -> list[Zone]
         if not row.address:
             continue
         parts = row.address.split(".")
-        if not 0 <= int(IPv4Address(row.address)) - network < size or row.address in seen:
+        number = int(parts[0]) << 24 | int(parts[1]) << 16 | int(parts[2]) << 8 | int(parts[3])
+        if not 0 <= number - network < size or row.address in seen:
             continue
         seen.add(row.address)  # machines may share one, each with its ssh port
         origin = f"{'.'.join(reversed(parts[:octets]))}.in-addr.arpa"
