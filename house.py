@@ -14,7 +14,7 @@ from provision.paths import cache_dir
 
 from cli import ROOT, Result, Run
 
-_SUITES = ("unit", "contract", "faults", "system")
+_SUITES = ("unit", "contract", "services", "faults", "system")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 
 

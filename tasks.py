@@ -261,6 +261,85 @@ def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     return cli.ssh(run, argv)
 
 
+# ---- Network services.
+
+_SERVICE = "A service the farm uses; repeatable. Absent: all of them."
+
+
+@command(
+    {"service": _SERVICE, "out": "Write the files below this directory instead."},
+    iterable=["service"],
+    plans=False,
+)
+def render(run: Run, service: Names = None, out: str = "") -> Result:
+    """Show the network services' files as they should be."""
+    from pathlib import Path
+
+    from provision.network.rendered import rendered, write_out
+
+    with run.site() as site:
+        files = rendered(site, tuple(service or ()))
+        if out:
+            write_out(files, Path(out).expanduser())
+        return views.rendered(files, out)
+
+
+@command(
+    {
+        "service": _SERVICE,
+        "force": "Write anew what is farmhand's also where somebody edited it.",
+        "verify": "Whether to ask the services afterwards, as network-verify does.",
+    },
+    iterable=["service"],
+)
+def network_apply(run: Run, service: Names = None, force: bool = False, verify: bool = True) -> Result:
+    """Bring the network services in step, all of them or none."""
+    from provision.network.apply import network_apply as apply
+    from provision.network.verify import network_verify
+
+    with run.site() as site:
+        names = tuple(service or ())
+        done = apply(site, names, force=force)
+        asked = network_verify(site, names) if verify and not run.plan else None
+        return views.applied(done, asked)
+
+
+@command({"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"])
+def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
+    """Ask the live services as their clients do."""
+    from provision.network.verify import network_verify as verify
+
+    with run.site() as site:
+        return views.verified(verify(site, tuple(service or ()), cli.names(vm)))
+
+
+@command(
+    {
+        "zone": "A zone file to read, such as /etc/bind/db.farm.",
+        "origin": "The zone's name; absent: what follows db. in the file's name.",
+        "dhcpd": "A dhcpd.conf to read.",
+        "name": "The new farm's name.",
+        "out": "Write the farm file there, if there is none.",
+    },
+    plans=False,
+)
+def network_import(
+    _run: Run, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
+) -> Result:
+    """Make a farm file from a zone and a dhcpd.conf."""
+    from pathlib import Path
+
+    from provision.network.importing import network_import as read
+
+    first, second = (
+        Path(cli.needed(f"--{key}", given, "a file to read")).expanduser()
+        for key, given in (("zone", zone), ("dhcpd", dhcpd))
+    )
+    to = Path(out).expanduser() if out else None
+    found = read(first, second, origin=origin, name=name, out=to)
+    return Result(found.as_dict(), f"{out} written" if out else found.text)
+
+
 # ---- Building.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import cache
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # At most 15 digits, ASCII ones: more is never meant, and would overflow what computes with them.
@@ -15,6 +16,7 @@ _DURATION = re.compile(rf"(?:{_NUMBER}[smhd]\s*)+|{_NUMBER}")
 _LARGEST = 2**60
 
 
+@cache
 def parse_size(text: str) -> int:
     """Bytes. ValueError, in words for an admin, if it isn't a size."""
     match = _SIZE.fullmatch(text.strip())

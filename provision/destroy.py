@@ -39,6 +39,10 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
                 jobs[vm] = [Job(action, partial(_destroy_one, site, vm))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "is not there"))]
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
         run.carry_out(jobs)
         return run.outcome()
 
@@ -157,6 +161,10 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
                 run.add(Action("note", "", text))
         elif not there:
             run.add(Action("keep", "", "nothing is there"))
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=None)
         if not site.plan:
             with site.journal.operation("destroy", whole=True, purge=purge):
                 side_by_side(site, {vm: (partial(_destroy_one, site, vm)) for vm in there})

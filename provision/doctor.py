@@ -123,6 +123,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     checks.append(check)
     if farm is not None:
         checks.append(_memory(farm))
+        checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
     return Report(tuple(checks))
@@ -323,6 +324,42 @@ def _memory(farm: Farm) -> Check:
         f"{about(available)} available; this farm's VMs here take {about(wanted)} at most",
         "lower 'memory' in the farm file, or use idle_memory, or stop other things",
     )
+
+
+# Service: commands that check it or tell it, each with its Debian package
+_SERVICE_TOOLS: Mapping[str, Mapping[str, str]] = {
+    "bind": {"named-checkconf": "bind9-utils", "named-checkzone": "bind9-utils"},
+    "dhcpd": {"dhcpd": "isc-dhcp-server"},
+    "kea": {"kea-dhcp4": "kea-dhcp4-server"},
+    "dnsmasq": {"dnsmasq": "dnsmasq-base", "dhcp_release": "dnsmasq-utils"},
+    "ssh_config": {"ssh": "openssh-client"},
+    "nginx": {"nginx": "nginx-light"},
+    "haproxy": {"haproxy": "haproxy"},
+    "nftables": {"nft": "nftables"},
+    "shorewall": {"shorewall": "shorewall"},
+    "libvirt": {"virt-xml-validate": "libvirt-clients", "xmllint": "libxml2-utils"},
+}
+
+
+def _services(farm: Farm) -> Iterator[Check]:
+    """Their checkers, and what can't be changed live."""
+    used = farm.services.used
+    if not used:
+        return
+    wanted = {tool: package for name in used for tool, package in _SERVICE_TOOLS.get(name, {}).items()}
+    missing = [tool for tool in wanted if which(tool) is None]
+    packages = " ".join(dict.fromkeys(wanted[tool] for tool in missing))
+    yield Check(
+        "network services",
+        not missing,
+        "needed",
+        f"not found: {', '.join(missing)}" if missing else ", ".join(used),
+        f"as root: apt-get install -y --no-install-recommends {packages}",
+    )
+    from provision.network.daemons import not_live
+
+    for name, why in not_live(farm):
+        yield Check(f"service {name}", True, "note", why)
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:

@@ -7,6 +7,7 @@
     merge       gone on with
     destroy     finished
     cycle       its VMs' memory goes down again; the build record says by itself how far it came
+    network-apply   the old files are put back, and the daemons told
     others      noted as interrupted: each is safe to call again
 
 Each operation is recovered under its VMs' locks, and stays unfinished until its recovery is complete:
@@ -105,6 +106,11 @@ def _job(site: Site, record: Record) -> Job:
         return _cycle(site, record, what)
     if record.verb in ("reset", "checkpoint"):
         return _several(site, record, what)
+    if record.verb == "network-apply":
+        from provision.network.apply import recover_apply
+
+        text, run = recover_apply(site, record)
+        return job(text, run)
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
     if not can_power(site, vm):
@@ -213,4 +219,6 @@ def _sweep(site: Site) -> None:
 def _locks(site: Site, record: Record) -> tuple[str, ...]:
     if record.facts.get("whole"):
         return tuple(map(lock_of, site.farm.vms))
+    if record.verb == "network-apply":
+        return ("network",)
     return tuple(map(lock_of, record.vms)) or ("recover",)
