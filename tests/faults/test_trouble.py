@@ -1,7 +1,7 @@
 """What a host may do to us in the middle: a full pool, a full thin pool's data or metadata, a snapshot
 that overflows, a module that is missing, a volume that somebody has open, a libvirtd that dies. Each
-gives one clear line, nothing is lost, recovery has nothing left to do or does it, and once the trouble is
-over the same command goes through."""
+gives one clear line, nothing is lost, recovery has nothing left to do or does it, and once it is over
+the same command goes through."""
 
 from __future__ import annotations
 
