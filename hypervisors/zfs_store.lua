@@ -189,6 +189,24 @@ local function remove(name, volume)
   end
 end
 
+-- A checkpoint of a volume that was written with fsync holds the head of its intent log, which a rollback
+-- clears (dsl_dataset_zero_zil): a block that counts as written. So what the volume is then becomes a
+-- snapshot of its own, from which on it counts.
+local function roll_back(name, volume)
+  local _, own = newest(volume)
+  local errno = zfs.sync.rollback(name)
+  if errno ~= 0 or volume.snapshots[own].marks.kind ~= "checkpoint" then
+    return errno
+  end
+  local start = name .. "@_start." .. own
+  errno = zfs.sync.snapshot(start)
+  if errno == 0 then
+    mark(start, "name", volume.snapshots[own].marks.name)
+    mark(start, "kind", "start")
+  end
+  return errno
+end
+
 local function has_checkpoint(volume)
   for _, snapshot in pairs(volume.snapshots) do
     if snapshot.marks.kind == "checkpoint" then
@@ -242,12 +260,11 @@ local function operate()
         return {refused = "busy", at = name}
       end
       if back then
-        local errno = zfs.sync.rollback(name)
+        local errno = roll_back(name, disk)
         if errno ~= 0 then
           return {errno = errno, at = name}
         end
-        disk.written = 0
-        disk.used = value(name, "used")
+        volumes[name] = look_at(name)
       elseif untouched then -- what it is now is what resets are rolled back to, from now on
         local errno = start(name, argv[5])
         if errno ~= 0 then
@@ -308,15 +325,15 @@ local function operate()
     for i = 4, #argv do
       local name, short = string.match(argv[i], "^(.+)@(.+)$")
       if name then
-        local any = newest({snapshots = snapshots(name)})
-        if any ~= short then
+        local volume = {snapshots = snapshots(name)}
+        if newest(volume) ~= short then
           return {refused = "changed", at = name}
         end
         local errno = zfs.check.rollback(name)
         if errno ~= 0 then
           return {errno = errno, at = name}
         end
-        back[name] = true
+        back[name] = volume
       elseif string.sub(argv[i], 1, 5) == "same:" then
         name = string.sub(argv[i], 6)
         local volume = look_at(name)
@@ -358,8 +375,8 @@ local function operate()
     for name in pairs(fresh) do
       mark(name, "state", "disk")
     end
-    for name in pairs(back) do
-      zfs.sync.rollback(name)
+    for name, volume in pairs(back) do
+      roll_back(name, volume)
     end
     for name in pairs(former) do
       mark(name, "state", "kept")

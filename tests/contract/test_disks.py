@@ -91,6 +91,20 @@ def test_any_checkpoint_in_any_order(store, made):
         assert not made.pristine("kata-prod", name)
 
 
+def test_going_back_to_the_newest_is_proven_each_time(store, made):
+    for letter in "AB":
+        store.write("kata-prod", letter)
+        made.checkpoint("kata-prod", letter)
+        for _ in range(2):
+            store.write("kata-prod", "X")
+            made.restore("kata-prod", letter)
+            assert store.read("kata-prod") == letter
+            assert made.pristine("kata-prod", letter)
+    assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean", "A", "B"]
+    made.destroy("kata-prod")
+    assert list(made.leftovers()) == []
+
+
 def test_checkpoint_names_are_taken_once(made):
     made.checkpoint("kata-prod", "one")
     for name in ("one", "clean"):
