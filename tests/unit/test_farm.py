@@ -442,7 +442,7 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
 
 
 SLOW = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from hypervisors.fake import FakeHypervisor
 from inventory.errors import Interrupted
 from provision import farm
@@ -456,6 +456,7 @@ def define(self, spec, template):
         time.sleep(0.02)
         current_step("another step")
 FakeHypervisor.define = define
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 try:
     with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:
         farm.clone_farm(site)
