@@ -277,6 +277,9 @@ class LvmClassicDisks(LvmStore):
                 remedy="./invoke gc, or vgextend the group",
             )
 
+    def _space(self, seen: Seen, source: Volume) -> int:
+        return seen.group.rounded(self._area(source.size))
+
     def _tend(self, disk: Volume, group: Group) -> None:
         if not disk.snapshot:
             return
