@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from hypervisors.run import Runner
 from inventory.errors import NotFound, UsageError
+from inventory.sizes import parse_size
 
 from cli import Result, Run, replace_process
 
@@ -19,16 +20,25 @@ def prepare(run: Run) -> None:
     image.ensure(Runner(), run.screen.say)
 
 
-def up(run: Run, name: str, *, cold: bool) -> Result:
-    """A lab with clean disks and the working tree in it; one that runs is left as it is."""
+def up(run: Run, name: str, *, cold: bool, memory: str, disk: str) -> Result:
+    """A lab with clean disks and the working tree in it; one that runs is left as it is. UsageError."""
     from tests.lab import machine as machines
+    from tests.lab import qemu
+
+    try:
+        size = qemu.Size(
+            parse_size(memory) if memory else qemu.USUAL.memory,
+            parse_size(disk) if disk else qemu.USUAL.disk,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
     started = time.monotonic()
     machines.sweep(Runner(), run.screen.say)
     machine = machines.Machine(name, Runner(), run.screen.say)
     there = machine.running()
     if not there:
-        machine.start(warm=not cold)
+        machine.start(warm=not cold, size=size)
         machine.deliver_tree()
     seconds = time.monotonic() - started
     facts = machine.facts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inventory.errors import UsageError
+
 import cli
 import views
 from cli import Result, Run, command
@@ -129,7 +131,7 @@ def reset(
     start: bool = True,
     wait: bool = True,
 ) -> Result:
-    """Put VMs back to a checkpoint."""
+    """Put VMs back to a checkpoint, all of them or none."""
     from provision import farm
 
     with run.site() as site:
@@ -168,12 +170,26 @@ def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) ->
         return views.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
 
 
-@command({"vm": _VM, "all_": _ALL, "name": "The new checkpoint's name."}, iterable=["vm"])
-def checkpoint(run: Run, vm: Names = None, all_: bool = False, name: str = "") -> Result:
-    """Keep stopped VMs' state, for reset to go back to."""
+@command(
+    {
+        "vm": _VM,
+        "all_": _ALL,
+        "name": "The new checkpoint's name.",
+        "merge": "No new one: write the disk's changes into the one it grew from (store lvm, linked).",
+    },
+    iterable=["vm"],
+)
+def checkpoint(
+    run: Run, vm: Names = None, all_: bool = False, name: str = "", merge: bool = False
+) -> Result:
+    """Keep VMs' state, for reset to go back to."""
     from provision import farm
 
     with run.site() as site:
+        if merge and name:
+            raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
+        if merge:
+            return views.outcome(farm.merge(site, cli.vms_or_all(site, vm, all_)))
         label = cli.needed("--name", name, "the new checkpoint's name")
         return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
 
@@ -243,6 +259,85 @@ def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     with run.site() as site:
         argv = site.ssh_argv(cli.one_vm(site, vm), command)
     return cli.ssh(run, argv)
+
+
+# ---- Network services.
+
+_SERVICE = "A service the farm uses; repeatable. Absent: all of them."
+
+
+@command(
+    {"service": _SERVICE, "out": "Write the files below this directory instead."},
+    iterable=["service"],
+    plans=False,
+)
+def render(run: Run, service: Names = None, out: str = "") -> Result:
+    """Show the network services' files as they should be."""
+    from pathlib import Path
+
+    from provision.network.rendered import rendered, write_out
+
+    with run.site() as site:
+        files = rendered(site, tuple(service or ()))
+        if out:
+            write_out(files, Path(out).expanduser())
+        return views.rendered(files, out)
+
+
+@command(
+    {
+        "service": _SERVICE,
+        "force": "Write anew what is farmhand's also where somebody edited it.",
+        "verify": "Whether to ask the services afterwards, as network-verify does.",
+    },
+    iterable=["service"],
+)
+def network_apply(run: Run, service: Names = None, force: bool = False, verify: bool = True) -> Result:
+    """Bring the network services in step, all of them or none."""
+    from provision.network.apply import network_apply as apply
+    from provision.network.verify import network_verify
+
+    with run.site() as site:
+        names = tuple(service or ())
+        done = apply(site, names, force=force)
+        asked = network_verify(site, names) if verify and not run.plan else None
+        return views.applied(done, asked)
+
+
+@command({"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"])
+def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
+    """Ask the live services as their clients do."""
+    from provision.network.verify import network_verify as verify
+
+    with run.site() as site:
+        return views.verified(verify(site, tuple(service or ()), cli.names(vm)))
+
+
+@command(
+    {
+        "zone": "A zone file to read, such as /etc/bind/db.farm.",
+        "origin": "The zone's name; absent: what follows db. in the file's name.",
+        "dhcpd": "A dhcpd.conf to read.",
+        "name": "The new farm's name.",
+        "out": "Write the farm file there, if there is none.",
+    },
+    plans=False,
+)
+def network_import(
+    _run: Run, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
+) -> Result:
+    """Make a farm file from a zone and a dhcpd.conf."""
+    from pathlib import Path
+
+    from provision.network.importing import network_import as read
+
+    first, second = (
+        Path(cli.needed(f"--{key}", given, "a file to read")).expanduser()
+        for key, given in (("zone", zone), ("dhcpd", dhcpd))
+    )
+    to = Path(out).expanduser() if out else None
+    found = read(first, second, origin=origin, name=name, out=to)
+    return Result(found.as_dict(), f"{out} written" if out else found.text)
 
 
 # ---- Building.
@@ -361,13 +456,21 @@ _LAB = "The lab's name; several can run at once."
 _COLD = "Boot it, instead of going on from the saved state."
 
 
-@command({"name": _LAB, "cold": _COLD}, plans=False)
-def lab_up(run: Run, name: str = "lab", cold: bool = False) -> Result:
+@command(
+    {
+        "name": _LAB,
+        "cold": _COLD,
+        "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
+        "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
+    },
+    plans=False,
+)
+def lab_up(run: Run, name: str = "lab", cold: bool = False, memory: str = "", disk: str = "") -> Result:
     """Start a lab with clean disks; its image is built once."""
     import labhouse
 
     run.resume = "type the same again: what is built is kept"
-    return labhouse.up(run, name, cold=cold)
+    return labhouse.up(run, name, cold=cold, memory=memory, disk=disk)
 
 
 @command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)

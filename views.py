@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from builds.record import BuildRecord
     from hypervisors.api import Template
     from provision.journal import Record
+    from provision.network.rendered import Rendered
+    from provision.network.verify import Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
     from provision.status import FarmStatus
@@ -115,7 +117,9 @@ def farm_status(status: FarmStatus) -> Result:
             vm.state,
             _memory(vm.memory, vm.memory_max),
             vm.template,
-            f"{vm.checkpoint} ({vm.condition})" if vm.checkpoint and vm.condition else vm.checkpoint,
+            f"{vm.checkpoint} ({vm.condition})"
+            if vm.checkpoint and vm.condition
+            else vm.checkpoint or vm.condition,
             "" if vm.disk_used is None else _about(vm.disk_used),
             f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
         )
@@ -123,7 +127,8 @@ def farm_status(status: FarmStatus) -> Result:
     ]
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
     lines = [head, *hosts, "", table(headings, rows)]
-    notes = [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
+    notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
@@ -161,7 +166,8 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
         if o.verb == "cycle":  # stands below as the build it made
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
-        row = (when(o.started), o.verb, o.vm, o.outcome or "not ended", took, o.error.partition("\n")[0])
+        on, ended, why = ", ".join(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        row = (when(o.started), o.verb, on, ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
@@ -250,3 +256,57 @@ def step_log(record: BuildRecord, name: str) -> Result:
         )
     text = path.read_text(errors="replace")
     return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+
+
+def rendered(files: Sequence[Rendered], out: str) -> Result:
+    """The files one after the other, or where they were written."""
+    data = {
+        "files": [
+            {
+                "service": file.document.service,
+                "path": file.document.path,
+                "own": file.document.own,
+                "mode": f"{file.document.mode:04o}",
+                "text": file.text,
+            }
+            for file in files
+        ]
+    }
+    if out:
+        return Result(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
+    return Result(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
+
+
+def applied(result: Outcome, asked: Report | None) -> Result:
+    """What was done, or would be, how the files differ, and what the services then answered."""
+    shown = outcome(result)
+    parts = [str(result.facts.get("diff", "")), shown.text]
+    if asked is None:
+        return Result(shown.data, "\n".join(filter(None, parts)))
+    answers = verified(asked)
+    data = {**shown.data, **answers.data}
+    text = "\n".join(filter(None, (*parts, answers.text)))
+    return Result(data, text, answers.ok, answers.problem, answers.remedy)
+
+
+def verified(report: Report) -> Result:
+    """What was asked, and each answer that is not the expected one."""
+    if report.planned or not report.answers:
+        return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
+    lines = [
+        f"{'wrong' if answer.ok is False else 'unknown':<7}  {answer.service}: {answer.vm}: "
+        f"{answer.text}: expected {answer.expected}, seen {answer.seen}"
+        for answer in (*report.unknown, *report.wrong)
+    ]
+    right = len(report.answers) - len(lines)
+    lines.append(f"{right} of {len(report.answers)} answers are as expected")
+    if report.ok:
+        return Result(report.as_dict(), "\n".join(lines))
+    services = ", ".join(dict.fromkeys(answer.service for answer in report.wrong))
+    return Result(
+        report.as_dict(),
+        "\n".join(lines),
+        False,
+        f"{len(report.wrong)} wrong answers from {services}",
+        "./invoke network-apply --plan shows whether the files are right; else see the service's log",
+    )

@@ -21,7 +21,17 @@ from pathlib import Path
 from builds import page
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.plan import batches, check, choose, cycle_of, describe, plan_cycle, resolve_source, vms_of
+from builds.plan import (
+    batches,
+    check,
+    choose,
+    cycle_of,
+    describe,
+    plan_cycle,
+    reset_first,
+    resolve_source,
+    vms_of,
+)
 from builds.record import (
     CYCLE_LOCK,
     BuildRecord,
@@ -63,8 +73,11 @@ def run_cycle(
 ) -> BuildRecord:
     """Carry out the farm's build cycle; returns its record if all went well.
 
-    ``start_from`` skips the steps before it: the VMs are taken as they are, which makes sense after a
-    failed or interrupted cycle. ``keep_going``: later steps are tried after a failed one.
+    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
+    uses one before it resets it is refused, where its disk is ours.
+    ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
+    failed or interrupted cycle; the record says of which. ``keep_going``: later steps are tried after a
+    failed one, but not on a VM whose reset failed.
     ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
 
     Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
@@ -80,7 +93,7 @@ def run_cycle(
     with _cycle_lock(site, doing), site.locks.hold(*map(lock_of, vms), doing=doing):
         meter = Meter()
         with meter.hypervisor():
-            check(site, steps)
+            check(site, steps, whole=start_from is None and not only)
         source = resolve_source(site, revision, snapshot=True)
         build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
@@ -208,8 +221,9 @@ class _Build:
 
     async def _all(self, vms: Sequence[str]) -> None:
         try:
+            chosen = [step for step in self._cycle.steps if step.name in self._chosen]
             for vm in vms:
-                self._machines.begin(vm)
+                self._machines.begin(vm, resets=reset_first(chosen, vm))
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error

@@ -15,7 +15,7 @@ from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved
 from hypervisors.api import Power
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
@@ -73,13 +73,16 @@ class Machines:
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, str] = {}  # by VM, as long as its connection lasts
         self._locks: dict[str, asyncio.Lock] = {}
+        self._as_it_was: set[str] = set()  # not reset before it was built on
+        self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
 
     # -- as the record sees them --------------------------------------------------------------
 
-    def begin(self, vm: str) -> None:
-        """Note what the VM is, before anything is done to it."""
+    def begin(self, vm: str, *, resets: bool) -> None:
+        """Note what the VM is, before anything is done to it. ``resets``: that is the first thing this
+        build does to it; else it is taken as it is, which the record says."""
         site, host = self._site, self._site.farm.host_of(vm)
         with self._meter.hypervisor():
             capabilities = site.hypervisor_of(vm).capabilities()
@@ -92,6 +95,10 @@ class Machines:
                         self.templates[template.label] = FileRecord(
                             name=f"template {template.label}", size=template.size, sha256=template.sha256
                         )
+        if not resets:
+            record = replace(record, pristine=False)
+            self._as_it_was.add(vm)
+            self._note(f"{vm}: taken as it was, not reset in this build: its disk is no known state")
         self.records[vm] = record
 
     def _update(self, vm: str, **values: object) -> None:
@@ -103,15 +110,19 @@ class Machines:
         """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
         site, vm = self._site, step.reset
         await self.drop(vm)
+        self._not_reset.add(vm)
+        self._update(vm, pristine=False)
         since = time.monotonic()
         with self._meter.hypervisor():
             outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
+        self._not_reset.remove(vm)
         proof = _proof(outcome.facts, vm)
         pristine = proof.get("pristine")
+        known = pristine if isinstance(pristine, bool) else None
         self._update(
             vm,
             checkpoint=step.to,
-            pristine=pristine if isinstance(pristine, bool) else None,
+            pristine=known if vm not in self._as_it_was else False,
             template=str(proof.get("template") or self.records[vm].template),
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
@@ -140,7 +151,10 @@ class Machines:
     # -- connections --------------------------------------------------------------------------
 
     async def connection(self, vm: str) -> Connection:
-        """The VM's one connection, made when it is needed, its clock right."""
+        """The VM's one connection, made when it is needed, its clock right. WrongState where its reset
+        failed in this build: nothing is built on a disk that isn't its checkpoint."""
+        if vm in self._not_reset:
+            raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
         async with self._locks.setdefault(vm, asyncio.Lock()):
             connection = self._connections.get(vm)
             if connection is not None and not connection.closed:

@@ -39,6 +39,12 @@ def vms_of(step: Step) -> tuple[str, ...]:
     return (step.source, step.to)
 
 
+def reset_first(steps: Iterable[Step], vm: str) -> bool:
+    """Whether the first of these steps that uses the VM resets it."""
+    first = next((step for step in steps if vm in vms_of(step)), None)
+    return isinstance(first, ResetStep)
+
+
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
     """Names of the steps to take. ``start_from`` skips those before it, ``only`` all others; both:
     what both leave. NotFound names the nearest step."""
@@ -73,13 +79,22 @@ def batches(steps: Iterable[Step]) -> list[list[Step]]:
     return result
 
 
-def check(site: Site, steps: Sequence[Step]) -> None:
+def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
     """Everything that can be known beforehand: the VMs exist, can be driven over ssh, and those not
-    reset first are running. NotFound, Unsupported, WrongState."""
+    reset first are running. In a ``whole`` cycle each VM with a disk of ours is reset before it is
+    built on: a build begins on a proven disk. NotFound, Unsupported, WrongState, UsageError."""
     ready: set[str] = set()
     for step in steps:
         for vm in vms_of(step):
             site.vms([vm])
+            first = vm not in ready and not isinstance(step, ResetStep)
+            if whole and first and site.has_disks(site.farm.host_of(vm)):
+                raise UsageError(
+                    f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
+                    "its disk is no known state to build on",
+                    remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
+                    f"record say so: cycle --from {steps[0].name}",
+                )
             driver = site.host(vm).driver
             if driver == "fake" and not isinstance(step, ResetStep):
                 raise Unsupported(
@@ -132,7 +147,7 @@ def plan_cycle(
     cycle = cycle_of(site)
     chosen = choose(cycle, start_from, only)
     steps = [step for step in cycle.steps if step.name in chosen]
-    check(site, steps)
+    check(site, steps, whole=start_from is None and not only)
     source = resolve_source(site, revision, snapshot=False)
     lines: list[Action] = []
     if source is not None:
@@ -143,6 +158,9 @@ def plan_cycle(
             what = f"{source.asked}, {where}"
         lines.append(Action("source", "", f"build {source.shown} at {what}"))
         lines += [Action("note", "", note) for note in source.notes]
+    for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
+        if not reset_first(steps, vm):
+            lines.append(Action("note", vm, "taken as it is, not reset: the record will say so"))
     inflated: set[str] = set()
     for step in cycle.steps:
         if step.name not in chosen:

@@ -76,7 +76,9 @@ class VmRecord:
     driver: str = ""
     template: str = ""  # generation, such as base@3
     checkpoint: str = ""
-    pristine: bool | None = None  # its disk was that checkpoint, as the store proves; None: can't tell
+    # its disk was that checkpoint when this build began on it, as the store proves; False: it was taken
+    # as it was; None: on the word of its reset command, or not used yet
+    pristine: bool | None = None
     boot_id: str = ""
     clock_skew: float | None = None  # seconds, guest minus host, as found
     clock_set: bool = False

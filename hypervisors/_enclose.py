@@ -44,26 +44,26 @@ def _check(result: int, what: str) -> None:
         raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
-def _mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
+def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
     result = _libc.mount(
         source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode()
     )
     _check(result, f"mount {source} on {target}")
 
 
-def _enter_as_root() -> None:
+def enter_as_root() -> None:
     _check(_libc.unshare(CLONE_NEWNS), "unshare")
-    _mount("none", "/", "", MS_REC | MS_SLAVE)
+    mount("none", "/", "", MS_REC | MS_SLAVE)
 
 
-def _enter_as_user() -> None:
+def enter_as_user() -> None:
     """With a user namespace that maps only ourselves to ourselves; rights end with the exec."""
     uid, gid = os.geteuid(), os.getegid()
     _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    _mount("none", "/", "", MS_REC | MS_SLAVE)
+    mount("none", "/", "", MS_REC | MS_SLAVE)
 
 
 def _cover_kvm(kvm: str, over: str) -> None:
@@ -72,26 +72,26 @@ def _cover_kvm(kvm: str, over: str) -> None:
     if kvm == "as-is" or not Path(KVM).exists():
         return
     number = Path(KVM).stat().st_rdev
-    _mount("farmhand", over, "tmpfs", 0, "size=64k,mode=0711")
+    mount("farmhand", over, "tmpfs", 0, "size=64k,mode=0711")
     node = f"{over}/kvm"
     if kvm == "hide":
         os.close(os.open(node, os.O_CREAT | os.O_WRONLY, 0))
     else:
         os.mknod(node, stat.S_IFCHR | 0o600, number)
         os.chown(node, int(kvm.removeprefix("uid:")), -1)
-    _mount(node, KVM, "", MS_BIND)
+    mount(node, KVM, "", MS_BIND)
 
 
 def main() -> None:
     order = json.loads(sys.argv[1])
     if os.geteuid() == 0:
-        _enter_as_root()
+        enter_as_root()
         for ours, host in order["binds"]:
-            _mount(ours, host, "", MS_BIND)
+            mount(ours, host, "", MS_BIND)
         _cover_kvm(order["kvm"], order["over"])
     elif order["kvm"] == "hide":
         try:
-            _enter_as_user()
+            enter_as_user()
             _cover_kvm(order["kvm"], order["over"])
         except OSError as error:  # user namespaces are switched off: slower, not wrong
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")

@@ -128,8 +128,9 @@ class Disks(Protocol):
         """Swap in a fresh disk grown from that checkpoint; atomic; newer checkpoints stay.
         The caller has stopped the VM. NotFound for an unknown checkpoint."""
 
-    def pristine(self, machine: str, name: str) -> bool:
-        """True only if the present disk provably equals that checkpoint: nothing written since."""
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
+        """True only if the present disk provably equals that checkpoint: nothing written since.
+        ``quick``, for a look: None where that takes reading a disk whole, or waiting for others."""
 
     def destroy(self, machine: str) -> None:
         """The disk and its checkpoints, in the order their dependencies allow."""
@@ -143,14 +144,19 @@ class Disks(Protocol):
 
 @runtime_checkable
 class FarmDisks(Protocol):
-    """What a store offers besides ``Disks`` where it can change several disks in one transaction:
-    all of them, or none, whatever happens. The caller has stopped the VMs."""
+    """What a store offers besides ``Disks`` where it changes several disks as one. The caller has
+    stopped the VMs.
+
+    All that can be refused or run out is seen to before the first disk changes, and an error later on
+    puts back what was changed: an error means that none is. A kill leaves all or none where the store
+    has transactions; else perhaps some, and then the caller goes on (its journal knows): ``restore_all``
+    may be called again, ``checkpoint_all`` for those that have no such checkpoint yet."""
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         """One moment for all of them. Conflict where one has such a checkpoint."""
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
-        """NotFound, and nothing changed, where one has no such checkpoint."""
+        """NotFound where one has no such checkpoint."""
 
 
 @runtime_checkable
@@ -160,6 +166,25 @@ class DeviceDisks(Protocol):
 
     def ready(self, machine: str) -> Disk:
         """To be called right before a start: the device is there, and the hypervisor may open it."""
+
+
+@runtime_checkable
+class WatchedDisks(Protocol):
+    """What a store offers besides ``Disks`` where it may run full in ways that its capacity doesn't
+    show."""
+
+    def notes(self) -> Sequence[str]:
+        """What an admin should look at, a line each; none: all is well. Quick, changes nothing."""
+
+
+@runtime_checkable
+class MergingDisks(Protocol):
+    """What a store offers besides ``Disks`` where a disk can be written back into its checkpoint."""
+
+    def merge(self, machine: str) -> None:
+        """The disk's changes go into the checkpoint it grew from, which then is what the disk is now.
+        The caller has stopped the VM. Cut off, it is gone on with by calling it again. Unsupported for
+        ``clean``, the template's."""
 
 
 class Power(StrEnum):

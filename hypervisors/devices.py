@@ -36,6 +36,19 @@ def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout
         pause = min(pause * 1.5, 0.05)
 
 
+def await_no_link(path: Path, *, timeout: float = 60) -> None:
+    """Until udev has removed the link of a device that is gone; it may lead to another's device by now.
+    DriverFailed when it stays."""
+    limit = time.monotonic() + timeout
+    while path.is_symlink():
+        if time.monotonic() > limit:
+            raise DriverFailed(
+                f"{path} is still there, {timeout:g} s after its volume went",
+                remedy="is udev running? udevadm settle; if it stays: rm it",
+            )
+        time.sleep(0.02)
+
+
 def give(path: Path, uid: int | None) -> None:
     """The device's owner, and nothing more: its group stays ``disk``, so that user gets at this one
     device and at no other. udev's later events set group and mode only, so it lasts until the node is

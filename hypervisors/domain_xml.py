@@ -37,7 +37,8 @@ class Seen:
     memory: int
     vcpus: int
     mac: str
-    disk: Path | None
+    disk: Path | None  # the first one
+    disks: tuple[Path, ...]  # all images and devices it opens
     console_log: Path | None
     ports: tuple[int, ...]
     started: datetime | None
@@ -68,7 +69,9 @@ def domain_xml(
         _text(domain, "uuid", uuid)
     metadata = ET.SubElement(domain, "metadata")
     mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
-    mark.attrib.update(farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template)
+    mark.attrib.update(
+        name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
+    )
     _text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     _text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
     _text(domain, "vcpu", str(spec.vcpus))
@@ -166,9 +169,13 @@ def start_mark(when: datetime) -> str:
 
 
 def read_domain(text: str) -> Seen:
-    """Of any domain, ours or not."""
+    """Of any domain, ours or not. A mark that speaks of another machine came with a copy somebody made
+    (virt-clone(1) copies metadata): that one is theirs."""
     domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
+    name = domain.findtext("name", "")
+    if mark is not None and mark.get("name", name) != name:
+        mark = None
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [
         a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
@@ -190,6 +197,11 @@ def read_domain(text: str) -> Seen:
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,
         disk=Path(place) if place else None,
+        disks=tuple(
+            Path(path)
+            for source in domain.iterfind("devices/disk/source")
+            if (path := source.get("file") or source.get("dev"))
+        ),
         console_log=Path(log_file) if log_file else None,
         ports=tuple(int(p) for a in arguments for p in _FORWARD.findall(a)),
         started=datetime.fromisoformat(start.get("at", "")) if start is not None else None,

@@ -1,5 +1,6 @@
 """A hypervisor and a disk store in memory, that ship: ``driver: fake`` lets an admin try every command
-out, and the contract's tests hold both to the same behaviour as the real ones.
+out, and the contract's tests hold both to the same behaviour as the real ones. The hypervisor works over
+any disk store; a change of a machine and one of its disk are two, as in reality.
 
 With a state file all processes see the same machines: each call reads it, works on it and writes it
 back (atomically) under a flock. Guests do not exist; a running machine's balloon always obeys, down to
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import threading
@@ -26,7 +28,9 @@ from hypervisors.api import (
     Capacity,
     Checkpoint,
     Console,
+    DeviceDisks,
     Disk,
+    Disks,
     Leftover,
     Machine,
     MachineSpec,
@@ -115,13 +119,19 @@ class _Store:
             os.close(handle)
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[_World]:
+    """Once a process: to make it takes far longer than to use it."""
+    return TypeAdapter(_World)
+
+
 def _as_json(world: _World) -> bytes:
-    return TypeAdapter(_World).dump_json(world)
+    return _adapter().dump_json(world)
 
 
 def _from_json(text: bytes, path: Path) -> _World:
     try:
-        return TypeAdapter(_World).validate_json(text)
+        return _adapter().validate_json(text)
     except ValidationError as error:
         raise DriverFailed(
             f"{path}: not the fake driver's state: {error.errors()[0]['msg']}",
@@ -130,7 +140,7 @@ def _from_json(text: bytes, path: Path) -> _World:
 
 
 class FakeDisks:
-    """Implements ``hypervisors.api.Disks``."""
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
 
     def __init__(
         self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
@@ -200,31 +210,42 @@ class FakeDisks:
             return self._seen(machine, world.disks[machine])
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         with self.store.change() as world:
-            disk = self._ours(world, machine)
-            if name in disk.checkpoints:
-                raise Conflict(
-                    f"{machine} has a checkpoint {name} already", remedy="give it another name"
-                )
-            self._step(f"freeze the disk of {machine} as {name}")
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name in disk.checkpoints:
+                    raise Conflict(
+                        f"{machine} has a checkpoint {name} already", remedy="give it another name"
+                    )
+            self._step(f"freeze the disk of {', '.join(machines)} as {name}")
             made = datetime.now(UTC)
-            disk.checkpoints[name] = (made, disk.content)
-            disk.base = name
-            return Checkpoint(name=name, created=made)
+            for disk in disks.values():
+                disk.checkpoints[name] = (made, disk.content)
+                disk.base = name
+            return {machine: Checkpoint(name=name, created=made) for machine in machines}
 
     def restore(self, machine: str, name: str) -> Disk:
-        with self.store.change() as world:
-            disk = self._ours(world, machine)
-            if name not in disk.checkpoints:
-                raise NotFound(
-                    f"{machine} has no checkpoint {name}",
-                    remedy=f"it has: {', '.join(disk.checkpoints)}",
-                )
-            self._step(f"swap in a fresh disk of {machine} from {name}")
-            disk.content, disk.base = disk.checkpoints[name][1], name
-            return self._seen(machine, disk)
+        return self.restore_all([machine], name)[0]
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        with self.store.change() as world:
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name not in disk.checkpoints:
+                    raise NotFound(
+                        f"{machine} has no checkpoint {name}",
+                        remedy=f"it has: {', '.join(disk.checkpoints)}",
+                    )
+            self._step(f"swap in a fresh disk of {', '.join(machines)} from {name}")
+            for disk in disks.values():
+                disk.content, disk.base = disk.checkpoints[name][1], name
+            return [self._seen(machine, disk) for machine, disk in disks.items()]
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        del quick  # it is anyway
         with self.store.change() as world:
             disk = self._ours(world, machine)
             return disk.base == name and disk.content == disk.checkpoints[name][1]
@@ -285,13 +306,14 @@ class FakeDisks:
 class FakeHypervisor:
     """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
 
-    def __init__(
-        self, farm: str, disks: FakeDisks, state: Path | None, *, step: StepFn = no_step
-    ) -> None:
+    def __init__(self, farm: str, disks: Disks, state: Path | None, *, step: StepFn = no_step) -> None:
         self._farm = farm
         self._disks = disks
         # one file for both is one lock for both
-        self._store = disks.store if state == disks.store.path else _Store(state)
+        if isinstance(disks, FakeDisks) and state == disks.store.path:
+            self._store = disks.store
+        else:
+            self._store = _Store(state)
         self._step = step
 
     def capabilities(self) -> Capabilities:
@@ -318,30 +340,27 @@ class FakeHypervisor:
         return [m for m in machines if m.owner and m.owner.farm == self._farm]
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
-        with self._store.change() as world:
-            if existing := world.machines.get(spec.name):
-                owner = existing.machine.owner
-                if owner is None or owner.farm != self._farm:
-                    raise NotOurs(f"{spec.name} exists and is not of farm {self._farm}")
-                raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
-            disk = self._disks.find(spec.name)
-            if disk is not None and not self._disks.pristine(spec.name, disk.base):
-                raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy="./invoke gc")
-            if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
-                self._disks.destroy(spec.name)
-                disk = None
-            made = disk is None
-            if disk is None:
-                disk = self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
-            try:
+        self._check_name(spec.name)
+        disk = self._disks.find(spec.name)
+        if disk is not None and not self._disks.pristine(spec.name, disk.base):
+            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy="./invoke gc")
+        if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
+            self._disks.destroy(spec.name)
+            disk = None
+        made = disk is None
+        if disk is None:
+            disk = self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
+        machine = self._from(spec, disk.path, template.label)
+        try:
+            with self._store.change() as world:
+                self._check_name(spec.name)
                 self._step(f"define {spec.name}")
-            except BaseException:
-                if made:
-                    self._disks.destroy(spec.name)
-                raise
-            machine = self._from(spec, disk.path, template.label)
-            world.machines[spec.name] = _FakeMachine(machine, spec)
-            return machine
+                world.machines[spec.name] = _FakeMachine(machine, spec)
+        except BaseException:
+            if made:
+                self._disks.destroy(spec.name)
+            raise
+        return machine
 
     def redefine(self, spec: MachineSpec) -> Machine:
         with self._store.change() as world:
@@ -355,13 +374,16 @@ class FakeHypervisor:
 
     def start(self, name: str) -> None:
         with self._store.change() as world:
+            self._ours(world, name)
+        ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
+        if ready(name) is None:
+            raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+        with self._store.change() as world:
             fake = self._ours(world, name)
             if fake.machine.power is not Power.STOPPED:
                 raise WrongState(
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
-            if self._disks.find(name) is None:
-                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             ports = {f.host for f in fake.spec.nic.forwards} if fake.spec else set()
             for other in world.machines.values():
                 if other.spec and other.machine.power is Power.RUNNING:
@@ -384,20 +406,20 @@ class FakeHypervisor:
         with self._store.change() as world:
             if self._ours(world, name).machine.power is not Power.STOPPED:
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
-            return self._disks.checkpoint(name, checkpoint)
+        return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
         with self._store.change() as world:
+            self._ours(world, name)
+        disk = self._disks.find(name)
+        if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
+            raise NotFound(f"{name} has no checkpoint {checkpoint}", remedy="./invoke status shows them")
+        with self._store.change() as world:
             fake = self._ours(world, name)
-            disk = self._disks.find(name)
-            if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
-                raise NotFound(
-                    f"{name} has no checkpoint {checkpoint}", remedy="./invoke status shows them"
-                )
             if fake.machine.power is not Power.STOPPED:
                 self._step(f"cut the power of {name}")
                 self._off(fake)
-            self._disks.restore(name, checkpoint)
+        self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         del timeout  # a fake guest obeys at once
@@ -444,7 +466,9 @@ class FakeHypervisor:
         return found
 
     def discard(self, leftover: Leftover) -> None:
-        if leftover.ref in (now.ref for now in self.leftovers()):
+        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+            self._disks.discard(leftover)
+        elif leftover.ref in (now.ref for now in self.leftovers()):
             self.destroy(leftover.ref)
 
     def close(self) -> None:
@@ -458,6 +482,14 @@ class FakeHypervisor:
                 mac="", disk=None, spec_hash="", template="",
             )  # fmt: skip
             world.machines[name] = _FakeMachine(machine, None)
+
+    def _check_name(self, name: str) -> None:
+        with self._store.change() as world:
+            if existing := world.machines.get(name):
+                owner = existing.machine.owner
+                if owner is None or owner.farm != self._farm:
+                    raise NotOurs(f"{name} exists and is not of farm {self._farm}")
+                raise Conflict(f"{name} exists already", remedy="destroy it first")
 
     def _ours(self, world: _World, name: str) -> _FakeMachine:
         fake = world.machines.get(name)

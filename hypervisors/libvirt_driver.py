@@ -44,7 +44,7 @@ from hypervisors.domain_xml import (
     with_disk,
 )
 from hypervisors.kvm import KvmVerdict
-from hypervisors.libvirt_errors import connection_lost, translate
+from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.qemu_process import kill_qemu
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
-_CONNECT_TRIES = 5
+_CONNECT_PATIENCE = 10.0  # seconds
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
 _PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
@@ -242,6 +242,8 @@ class LibvirtHypervisor:
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
+        with self._translated("list the machines"):
+            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in _opens(d)}
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -252,6 +254,8 @@ class LibvirtHypervisor:
             )  # fmt: skip
         for name in sorted(disks.keys() - machines.keys()):
             disk = disks[name]
+            if disk.path.resolve() in used:  # by a machine that somebody renamed, or made by hand
+                continue
             found.append(
                 Leftover(
                     kind="disk", ref=name, owner=disk.owner, created=disk.checkpoints[0].created,
@@ -281,17 +285,18 @@ class LibvirtHypervisor:
                 import libvirt
 
                 libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
-                for left in reversed(range(_CONNECT_TRIES)):
+                end = time.monotonic() + _CONNECT_PATIENCE
+                while self._connection is None:
                     where = self._where()
                     try:
                         self._connection = libvirt.open(where)
-                        break
                     except libvirt.libvirtError as error:
-                        # a daemon that is just dying still takes connections, and then drops them
-                        if not left or not connection_lost(error):
+                        # A daemon that is just dying still takes connections, drops them, then refuses
+                        # them. ``_where`` starts ours once it is gone; another's we wait for no longer.
+                        dying = connection_lost(error) or (callable(self._uri) and unreachable(error))
+                        if not dying or time.monotonic() > end:
                             raise translate(error, f"connect to {where}") from error
-                    time.sleep(0.05)
-            assert self._connection
+                        time.sleep(0.05)
             return self._connection
 
     def _drop(self) -> None:
@@ -470,6 +475,18 @@ class LibvirtHypervisor:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
                 raise
+
+
+def _opens(domain: libvirt.virDomain) -> tuple[Path, ...]:
+    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
+    import libvirt
+
+    try:
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return ()
+        raise
 
 
 def _turn_over(log: Path) -> None:

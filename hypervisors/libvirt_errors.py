@@ -38,6 +38,12 @@ def connection_lost(error: libvirt.libvirtError) -> bool:
     )
 
 
+def unreachable(error: libvirt.libvirtError) -> bool:
+    """Nobody listens there."""
+    message = error.get_error_message() or ""
+    return error.get_error_code() in {_NO_CONNECT, _SYSTEM} and "connect socket" in message
+
+
 def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
     """``doing``: "start kata-prod"; part of the message."""
     code = error.get_error_code()
@@ -52,7 +58,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             f"{doing}: the connection to libvirtd was lost: {message}",
             remedy="run the command again: it finishes what was begun",
         )
-    if code in {_NO_CONNECT, _SYSTEM} and "connect socket" in message:
+    if unreachable(error):
         return DriverFailed(
             f"{doing}: no libvirtd there: {message}",
             remedy="systemctl start libvirtd, or leave out 'uri' so that farmhand runs its own",

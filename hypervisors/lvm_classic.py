@@ -47,7 +47,8 @@ _CHUNK = 4096  # of a snapshot: LVM's default, given explicitly so that sizes ca
 
 
 class LvmClassicDisks(LvmStore):
-    """Implements ``hypervisors.api.Disks``. Thread-safe; any number of processes may share a group."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``DeviceDisks``, ``WatchedDisks`` and
+    ``MergingDisks``. Thread-safe; any number of processes may share a group."""
 
     def __init__(
         self,
@@ -264,18 +265,26 @@ class LvmClassicDisks(LvmStore):
         return name
 
     def _room(
-        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
-    ) -> None:
+        self,
+        seen: Seen,
+        what: str,
+        *,
+        copy: int | None,
+        source: Volume | None,
+        swap: bool = False,
+        beside: int = 0,
+    ) -> int:
         linked = self._copy == "linked" and source is not None
         need = seen.group.rounded(copy or 0)
         if source is not None and (linked or "checkpoint" in what):
             need += seen.group.rounded(self._area(max(source.size, copy or 0)))
-        if seen.group.free < need + self._headroom:
+        if seen.group.free < beside + need + self._headroom:
             raise NoSpace(
                 f"{self._vg}: {format_size(seen.group.free)} free, "
-                f"{what} needs {format_size(need + self._headroom)}",
+                f"{what} needs {format_size(beside + need + self._headroom)}",
                 remedy="./invoke gc, or vgextend the group",
             )
+        return need
 
     def _space(self, seen: Seen, source: Volume) -> int:
         return seen.group.rounded(self._area(source.size))
@@ -306,7 +315,7 @@ class LvmClassicDisks(LvmStore):
     def _used(self, seen: Seen, disk: Volume) -> int:
         return disk.space + sum(v.space for v in seen.checkpoints(disk.facts["machine"]))
 
-    def _equal(self, seen: Seen, disk: Volume, base: Volume) -> bool:
+    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None:
         """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
         count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""
         if disk.snapshot:
@@ -316,6 +325,8 @@ class LvmClassicDisks(LvmStore):
             words = self._runner.read("dmsetup", "status", device).stdout.split()
             used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
             return words[2] == "snapshot" and slash == "/" and used == words[-1]
+        if quick:
+            return None
         node, other = self._lvm.ready(disk.name), self._lvm.ready(base.name)
         return same_content(node, other, min(disk.size, base.size)) and empty_from(node, base.size)
 

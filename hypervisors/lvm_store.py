@@ -45,7 +45,8 @@ from inventory.sizes import format_size
 
 
 class LvmStore(LvmVolumes, abc.ABC):
-    """Implements ``hypervisors.api.Disks`` but for how a volume is made from another."""
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks`` but for how a volume is made from
+    another."""
 
     # -- what differs -----------------------------------------------------------------------------
 
@@ -74,17 +75,25 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     @abc.abstractmethod
     def _room(
-        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
-    ) -> None:
+        self,
+        seen: Seen,
+        what: str,
+        *,
+        copy: int | None,
+        source: Volume | None,
+        swap: bool = False,
+        beside: int = 0,
+    ) -> int:
         """NoSpace unless it fits to the end: ``copy`` bytes written in full, or a snapshot's worth.
-        ``swap``: another disk goes in exchange."""
+        ``swap``: another disk goes in exchange, later. ``beside``: bytes spoken for already. Returns
+        those that this will take."""
 
     @abc.abstractmethod
     def _space(self, seen: Seen, source: Volume) -> int:
         """Bytes that a clone of it takes of the group at once."""
 
     @abc.abstractmethod
-    def _equal(self, seen: Seen, disk: Volume, base: Volume) -> bool: ...
+    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None: ...
 
     @abc.abstractmethod
     def _used(self, seen: Seen, disk: Volume) -> int: ...
@@ -223,72 +232,96 @@ class LvmStore(LvmVolumes, abc.ABC):
         return self._made(facts, ())
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``: all are frozen, then each disk is made to grow from its own
+        checkpoint, old disks go last. Killed in between, some have the checkpoint."""
         plain(name)
+        which = ", ".join(machines)
         with self._locked() as held:
             seen = self._look()
-            disk = self._ours(seen, machine)
-            if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
-                raise Conflict(
-                    f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
-                )
-            self._unused(disk)
-            self._tend(disk, seen.group)
-            what = f"checkpoint {name} of {machine}"
-            self._room(seen, what, copy=self._copied(disk, disk.size, frozen=True), source=disk)
-            self._step(f"freeze the disk of {machine} as {name}")
-            self._remove(seen, [*seen.half_made(machine), *seen.kind("source", machine)])
+            disks = [self._freezable(seen, machine, name) for machine in machines]
+            taken = 0
+            for disk in disks:
+                copy = self._copied(disk, disk.size, frozen=True)
+                what = f"checkpoint {name} of {which}"
+                taken += self._room(seen, what, copy=copy, source=disk, beside=taken)
+            self._step(f"freeze the disk of {which} as {name}")
+            for machine in machines:
+                self._remove(seen, [*seen.half_made(machine), *seen.kind("source", machine)])
             self._sweep(seen)
-            sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
             now = datetime.now(UTC)
-            facts = {
-                **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
-                "prev": disk.facts["base"],
-                "created": now.isoformat(), "seq": disk.facts["seq"],
-            }  # fmt: skip
-            frozen = self._freeze(held, seen, disk, facts)
+            frozen: list[str] = []
+            rebased: list[tuple[Volume, str]] = []
             try:
-                self._step(f"let the disk of {machine} grow from {name}")
-                current = self._rebase(held, seen, disk, frozen, name)
+                for disk in disks:
+                    sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
+                    facts = {
+                        **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
+                        "prev": disk.facts["base"],
+                        "created": now.isoformat(), "seq": disk.facts["seq"],
+                    }  # fmt: skip
+                    frozen.append(self._freeze(held, seen, disk, facts))
+                for disk, copied in zip(disks, frozen, strict=True):
+                    self._step(f"let the disk of {disk.facts['machine']} grow from {name}")
+                    rebased.append((disk, self._rebase(held, seen, disk, copied, name)))
             except BaseException:
-                self._drop(frozen)
+                for disk, current in rebased:
+                    self._unrebase(disk, current, name)
+                for copied in frozen:
+                    self._drop(copied)
                 raise
-            if current != disk.name:
-                self._remove_old([disk.name])
-        return Checkpoint(name=name, created=now)
+            self._remove_old([disk.name for disk, current in rebased if current != disk.name])
+        return {machine: Checkpoint(name=name, created=now) for machine in machines}
 
     def restore(self, machine: str, name: str) -> Disk:
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``: all fresh disks are made beside, then each link is swapped, old
+        disks go last. Killed in between, some are swapped."""
+        which = ", ".join(machines)
         with self._locked() as held:
             seen = self._look()
-            disk = self._ours(seen, machine)
-            base = seen.base(disk, name)
-            if base is None:
-                known = ", ".join(c.name for c in self._checkpoints(seen, disk))
-                raise NotFound(f"{machine} has no checkpoint {name}", remedy=f"it has: {known}")
-            self._unused(disk)
-            copy = self._copied(base, int(disk.facts["size"]))
-            self._room(seen, f"the disk of {machine}", copy=copy, source=base, swap=True)
-            old = [
-                *seen.kind("disk", machine), *seen.half_made(machine), *seen.kind("source", machine)
-            ]  # fmt: skip
+            pairs = [self._way_back(seen, machine, name) for machine in machines]
+            taken = 0
+            for disk, base in pairs:
+                copy = self._copied(base, int(disk.facts["size"]))
+                what = f"the disk of {which}"
+                taken += self._room(seen, what, copy=copy, source=base, swap=True, beside=taken)
+            old: list[Volume] = []
+            for machine in machines:
+                old += seen.kind("disk", machine)
+                old += [*seen.half_made(machine), *seen.kind("source", machine)]
             self._check_dependents(seen, old)
-            self._step(f"make a fresh disk of {machine} from {name}")
+            self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
-            facts = {
-                **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
-                "created": datetime.now(UTC).isoformat(),
-            }  # fmt: skip
-            new = self._grow(held, seen, base, facts, first=False)
+            fresh: list[tuple[Volume, str, dict[str, str]]] = []
+            swapped: list[Volume] = []
             try:
-                self._give(new)
-                self._step(f"swap in the fresh disk of {machine}")
-                self._point(machine, new)
+                for disk, base in pairs:
+                    facts = {
+                        **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
+                        "created": datetime.now(UTC).isoformat(),
+                    }  # fmt: skip
+                    new = self._grow(held, seen, base, facts, first=False)
+                    fresh.append((disk, new, facts))
+                    self._give(new)
+                for disk, new, facts in fresh:
+                    self._step(f"swap in the fresh disk of {facts['machine']}")
+                    self._point(facts["machine"], new)
+                    swapped.append(disk)
             except BaseException:
-                self._drop(new)
+                for disk in swapped:
+                    self._point(disk.facts["machine"], disk.name)
+                for _, new, _ in fresh:
+                    self._drop(new)
                 raise
             self._remove_old([v.name for v in old])
-        return self._made(facts, self._checkpoints(seen, disk))
+        return [self._made(facts, self._checkpoints(seen, disk)) for disk, _, facts in fresh]
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
         """See the store's own page for what proves it."""
         seen = self._look()
         disk = self._ours(seen, machine)
@@ -297,7 +330,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             return False
         if disk.active:
             sync(self._lvm.ready(disk.name))
-        return self._equal(seen, disk, base)
+        return self._equal(seen, disk, base, quick=quick)
 
     def destroy(self, machine: str) -> None:
         """Nothing there: nothing done."""
@@ -351,6 +384,34 @@ class LvmStore(LvmVolumes, abc.ABC):
                 self._remove(seen, [volume])
 
     # -- parts of the above -----------------------------------------------------------------------
+
+    def _freezable(self, seen: Seen, machine: str, name: str) -> Volume:
+        disk = self._ours(seen, machine)
+        if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
+            raise Conflict(
+                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
+            )
+        self._unused(disk)
+        self._tend(disk, seen.group)
+        return disk
+
+    def _unrebase(self, disk: Volume, current: str, name: str) -> None:
+        """Take a ``_rebase`` back."""
+        if current == disk.name:
+            self._change(disk.name, *retagged({**disk.facts, "base": name}, disk.facts))
+        else:
+            self._point(disk.facts["machine"], disk.name)
+            self._drop(current)
+
+    def _way_back(self, seen: Seen, machine: str, name: str) -> tuple[Volume, Volume]:
+        """The disk, and what a fresh one is made of."""
+        disk = self._ours(seen, machine)
+        base = seen.base(disk, name)
+        if base is None:
+            known = ", ".join(c.name for c in self._checkpoints(seen, disk))
+            raise NotFound(f"{machine} has no checkpoint {name}", remedy=f"it has: {known}")
+        self._unused(disk)
+        return disk, base
 
     def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
         """Bytes a clone (``frozen``: a checkpoint) copies in full; None: a snapshot does."""

@@ -36,7 +36,8 @@ _WARN = 80.0
 
 
 class LvmThinDisks(LvmStore):
-    """Implements ``hypervisors.api.Disks``. Thread-safe; any number of processes may share a pool."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``DeviceDisks`` and ``WatchedDisks``.
+    Thread-safe; any number of processes may share a pool."""
 
     def __init__(
         self,
@@ -125,11 +126,18 @@ class LvmThinDisks(LvmStore):
         self._lvm.change("lvcreate", "-s", *options, "-n", name, *marked(facts), f"{self._vg}/{source}")
 
     def _room(
-        self, seen: Seen, what: str, *, copy: int | None, source: Volume | None, swap: bool = False
-    ) -> None:
+        self,
+        seen: Seen,
+        what: str,
+        *,
+        copy: int | None,
+        source: Volume | None,
+        swap: bool = False,
+        beside: int = 0,
+    ) -> int:
         pool = self._pool(seen)
         place = f"{self._vg}/{pool.name}"
-        free, need = int(pool.size * (100 - pool.data) / 100), (copy or 0) + self._headroom
+        free, need = int(pool.size * (100 - pool.data) / 100), (copy or 0) + beside + self._headroom
         if not swap and (pool.health == "out_of_data" or free < need):  # a swap frees more than it takes
             self._full(
                 seen, f"{place}: {format_size(free)} of data free, {what} needs", need, need - free
@@ -137,6 +145,7 @@ class LvmThinDisks(LvmStore):
         if pool.metadata >= _METADATA_LIMIT:
             short = pool.metadata_size // 4
             self._full(seen, f"{place}: metadata {pool.metadata:.0f} % full, {what} needs", short, short)
+        return copy or 0
 
     def _full(self, seen: Seen, text: str, need: int, missing: int) -> None:
         """NoSpace, unless LVM is set to extend the pool and the group has what is missing."""
@@ -188,11 +197,15 @@ class LvmThinDisks(LvmStore):
 
     # -- pristine ---------------------------------------------------------------------------------
 
-    def _equal(self, seen: Seen, disk: Volume, base: Volume) -> bool:
+    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None:
+        if quick and self._lock.held():
+            return None
         if which("thin_delta"):
             with self._locked(), self._metadata_snapshot() as metadata:
                 if metadata:
                     return self._no_difference(disk, base, metadata)
+        if quick:
+            return None
         with self._locked(), self._readable(base) as other, self._readable(disk) as one:
             return same_content(one, other, min(disk.size, base.size)) and empty_from(one, base.size)
 

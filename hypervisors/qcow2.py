@@ -13,6 +13,10 @@ its own header; ``clean`` has no file of its own, it *is* the template.
 
 A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
 complete. Until then both names are one inode, which is how a half-made one is told.
+
+Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
+disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
+their names back. A kill amid the second step leaves some swapped, and the same call again swaps all.
 """
 
 from __future__ import annotations
@@ -24,13 +28,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
 from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
+from hypervisors.qcow2_leftovers import CHECKPOINT, find_leftovers, half_made, marks
 from hypervisors.qcow2_store import (
     CLEAN,
     NEW,
@@ -53,11 +58,11 @@ from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs,
 from inventory.sizes import format_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_CHECKPOINT = "checkpoint-"
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks``. Thread-safe; any number of processes may share a root."""
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``. Thread-safe; any number of processes may
+    share a root."""
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
-            users = [m.machine for m in self._marks() if m.template == label]
+            users = [m.machine for m in marks(self._vms) if m.template == label]
             if users:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(sorted(users))}",
@@ -146,7 +151,7 @@ class Qcow2Disks:
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
-        disks = (self._disk(mark) for mark in self._marks() if mark.owner.farm == self._farm)
+        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
@@ -187,47 +192,69 @@ class Qcow2Disks:
         return disk
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
-        mark, disk = self._ours(machine)
-        frozen = self._frozen(machine, name)
-        if name == CLEAN or name in (c.name for c in disk.checkpoints):
-            raise Conflict(
-                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
-            )
-        self._need(0, f"checkpoint {name} of {machine}")
-        self._step(f"freeze the disk of {machine} as {name}")
-        frozen.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
-        sync(disk.path)  # QEMU may have been told not to: from here on it must last
-        os.utime(disk.path)
-        frozen.hardlink_to(disk.path)
-        sync(frozen.parent)
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``."""
+        ours = [self._ours(machine) for machine in machines]
+        for mark, disk in ours:
+            if name == CLEAN or name in (c.name for c in disk.checkpoints):
+                raise Conflict(
+                    f"{mark.machine} has a checkpoint {name} already",
+                    remedy="give the new one another name",
+                )
+        which = ", ".join(machines)
+        self._need(0, f"checkpoint {name} of {which}")
+        self._step(f"freeze the disk of {which} as {name}")
+        frozen = {mark.machine: self._frozen(mark.machine, name) for mark, _ in ours}
         try:
-            self._swap(mark, frozen.name, f"give {machine} a fresh disk over {name}")
+            for mark, disk in ours:
+                kept = frozen[mark.machine]
+                kept.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
+                sync(disk.path)  # QEMU may have been told not to: from here on it must last
+                os.utime(disk.path)
+                kept.hardlink_to(disk.path)
+                sync(kept.parent)
+            fresh = [(mark, frozen[mark.machine].name) for mark, _ in ours]
+            self._swap(fresh, f"give {{}} a fresh disk over {name}")
         except BaseException:
-            if self._half_made(frozen):
-                frozen.unlink()
+            for kept in frozen.values():
+                if half_made(kept):
+                    kept.unlink()
             raise
-        frozen.chmod(0o400)
-        return Checkpoint(name=name, created=changed(frozen))
+        for kept in frozen.values():
+            kept.chmod(0o400)
+        return {m: Checkpoint(name=name, created=changed(kept)) for m, kept in frozen.items()}
 
     def restore(self, machine: str, name: str) -> Disk:
-        mark = self._mark_of(machine)
-        if name not in (c.name for c in self._checkpoints(mark)):
-            raise NotFound(
-                f"{machine} has no checkpoint {name}",
-                remedy="it has: " + ", ".join(c.name for c in self._checkpoints(mark)),
-            )
-        if name == CLEAN and read_template(self._template_path(mark.template)) is None:
-            raise NotFound(f"template {mark.template} of {machine} is gone", remedy="clone it anew")
-        for path in matching(self._home(machine), f"{_CHECKPOINT}*.qcow2"):
-            if self._half_made(path):  # with the disk's name gone it would pass for a whole one
-                path.unlink()
-        self._swap(mark, self._backing(mark, name), f"swap in a fresh disk of {machine} from {name}")
-        disk = self._disk(mark)
-        assert disk
-        return disk
+        return self.restore_all([machine], name)[0]
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``. Also for a disk whose file is damaged or gone."""
+        ours = [self._mark_of(machine) for machine in machines]
+        for mark in ours:
+            known = [c.name for c in self._checkpoints(mark)]
+            if name not in known:
+                raise NotFound(
+                    f"{mark.machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
+                )
+            if name == CLEAN and read_template(self._template_path(mark.template)) is None:
+                raise NotFound(
+                    f"template {mark.template} of {mark.machine} is gone", remedy="clone it anew"
+                )
+        for mark in ours:
+            for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+                if half_made(path):  # with the disk's name gone it would pass for a whole one
+                    path.unlink()
+        fresh = [(mark, self._backing(mark, name)) for mark in ours]
+        self._swap(fresh, f"swap in a fresh disk of {{}} from {name}")
+        disks = [disk for mark in ours if (disk := self._disk(mark))]
+        assert len(disks) == len(ours)
+        return disks
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """By the disk's own header: over that very file, and not one cluster allocated."""
+        del quick  # it is anyway
         mark, disk = self._ours(machine)
         header = read_header(disk.path)
         return header.sound and header.empty and header.backing == self._backing(mark, name)
@@ -241,7 +268,7 @@ class Qcow2Disks:
         self._check_farm(mark)
         self._step(f"remove the disk of {machine}")
         (home / "disk.qcow2").unlink(missing_ok=True)  # from here on it isn't a disk any more
-        for path in sorted(home.glob(f"{_CHECKPOINT}*.qcow2"), key=changed, reverse=True):
+        for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
             path.unlink(missing_ok=True)
         for path in home.glob(f"{NEW}*"):
             path.unlink(missing_ok=True)
@@ -251,7 +278,7 @@ class Qcow2Disks:
         sync(self._vms)
 
     def leftovers(self) -> Sequence[Leftover]:
-        return [*self._dead_temporaries(), *self._half_templates(), *self._half_disks()]
+        return find_leftovers(self._root, self._farm)
 
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
@@ -290,16 +317,11 @@ class Qcow2Disks:
         return self._vms / _plain(machine)
 
     def _frozen(self, machine: str, name: str) -> Path:
-        return self._home(machine) / f"{_CHECKPOINT}{_plain(name)}.qcow2"
+        return self._home(machine) / f"{CHECKPOINT}{_plain(name)}.qcow2"
 
     def _template_path(self, label: str) -> Path:
         name, _, generation = label.rpartition("@")
         return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
-
-    def _marks(self) -> Iterator[Mark]:
-        for home in matching(self._vms, "*"):
-            if not home.name.startswith(".") and (mark := read_mark(home)):
-                yield mark
 
     def _mark_of(self, machine: str) -> Mark:
         mark = read_mark(self._home(machine))
@@ -329,34 +351,27 @@ class Qcow2Disks:
         except DriverFailed:  # damaged by a power cut: still ours to reset or destroy
             header = None
         backing = Path(header.backing).name if header else ""
-        base = backing.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+        base = backing.removeprefix(CHECKPOINT).removesuffix(".qcow2")
         return Disk(
             machine=mark.machine,
             owner=mark.owner,
             path=path,
             format="qcow2",
             size=header.size if header else mark.size,
-            used=sum(blocks(p) for p in (path, *matching(home, f"{_CHECKPOINT}*.qcow2")) if p.exists()),
+            used=sum(blocks(p) for p in (path, *matching(home, f"{CHECKPOINT}*.qcow2")) if p.exists()),
             template=mark.template,
-            base=base if backing.startswith(_CHECKPOINT) else CLEAN if header else "",
+            base=base if backing.startswith(CHECKPOINT) else CLEAN if header else "",
             checkpoints=self._checkpoints(mark),
         )
 
     def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
         found = []
-        for path in matching(self._home(mark.machine), f"{_CHECKPOINT}*.qcow2"):
-            if not self._half_made(path):
-                name = path.name.removeprefix(_CHECKPOINT).removesuffix(".qcow2")
+        for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+            if not half_made(path):
+                name = path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
                 found.append(Checkpoint(name=name, created=changed(path)))
         found.sort(key=lambda c: (c.created, c.name))
         return (Checkpoint(name=CLEAN, created=mark.created), *found)
-
-    @staticmethod
-    def _half_made(frozen: Path) -> bool:
-        try:
-            return frozen.samefile(frozen.parent / "disk.qcow2")
-        except FileNotFoundError:
-            return False
 
     def _backing(self, mark: Mark, name: str) -> str:
         """As the overlay's header says it."""
@@ -366,14 +381,34 @@ class Qcow2Disks:
 
     # -- changes ----------------------------------------------------------------------------------
 
-    def _swap(self, mark: Mark, backing: str, step: str) -> None:
-        """A fresh overlay takes the disk's name; the old file, if nothing else names it, goes."""
-        home = self._home(mark.machine)
-        with self._lock.hold(shared=True), self._temporary(home, "disk.qcow2") as fresh:
-            self._write_overlay(fresh, mark.size, backing)
-            self._step(step)
-            fresh.rename(home / "disk.qcow2")
-            sync(home)
+    def _swap(self, backings: Sequence[tuple[Mark, str]], step: str) -> None:
+        """Fresh overlays take the disks' names, see the module's head; the old files, if nothing else
+        names them, go. ``step``: with {} for the machine."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock.hold(shared=True))
+            ready: list[tuple[str, Path, Path, Path]] = []
+            for mark, backing in backings:
+                home = self._home(mark.machine)
+                fresh = stack.enter_context(self._temporary(home, "disk.qcow2"))
+                self._write_overlay(fresh, mark.size, backing)
+                old = fresh
+                if len(backings) > 1:
+                    old = stack.enter_context(self._temporary(home, "old.qcow2"))
+                ready.append((mark.machine, fresh, home / "disk.qcow2", old))
+            try:
+                for machine, fresh, disk, old in ready:
+                    self._step(step.format(machine))
+                    if old != fresh:  # one alone needs none: rename(2) is all there is
+                        with contextlib.suppress(FileNotFoundError):
+                            old.hardlink_to(disk)
+                    fresh.rename(disk)
+                    sync(disk.parent)
+            except BaseException:
+                for _, fresh, disk, old in ready:
+                    if not fresh.exists() and old.exists():
+                        old.rename(disk)
+                        sync(disk.parent)
+                raise
 
     def _write_overlay(self, path: Path, size: int, backing: str) -> None:
         write_new(path, empty_overlay(size, backing), mode=0o600)
@@ -429,45 +464,6 @@ class Qcow2Disks:
                 remedy="make room there (./invoke gc), or point the host's disks elsewhere",
             )
 
-    # -- leftovers --------------------------------------------------------------------------------
-
-    def _dead_temporaries(self) -> Iterator[Leftover]:
-        places = [
-            self._templates,
-            self._vms,
-            *(self._home(m.machine) for m in self._marks() if self._is_mine(m)),
-        ]
-        for path in (p for place in places for p in matching(place, f"{NEW}*")):
-            twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
-            if FileLock(twin).held() or (path.suffix != ".lock" and not path.exists()):
-                continue
-            mark = read_mark(path, moved=True) if path.is_dir() else None
-            if mark and not self._is_mine(mark):
-                continue
-            yield _leftover(
-                "file", path, mark.owner if mark else None, "under construction when it was killed"
-            )
-
-    def _half_templates(self) -> Iterator[Leftover]:
-        for path in matching(self._templates, "*.json"):
-            image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
-            if not image.exists() and read_template(image, half=True):
-                yield _leftover("template", path, None, "its image is gone")
-
-    def _half_disks(self) -> Iterator[Leftover]:
-        for mark in self._marks():
-            home = self._home(mark.machine)
-            if not self._is_mine(mark):
-                continue
-            if not (home / "disk.qcow2").exists():
-                yield _leftover("disk", home, mark.owner, "half removed")
-            for path in matching(home, f"{_CHECKPOINT}*.qcow2"):
-                if self._half_made(path):
-                    yield _leftover("checkpoint", path, mark.owner, "half made")
-
-    def _is_mine(self, mark: Mark) -> bool:
-        return mark.owner.farm == self._farm
-
 
 def _plain(name: str) -> str:
     """Names reach paths: only plain ones do. The loader checks them as well."""
@@ -482,15 +478,3 @@ def _same_store(image: Path, directory: Path) -> bool:
         return image.stat().st_dev == place.stat().st_dev
     except FileNotFoundError:
         raise NotFound(f"no image {image}") from None
-
-
-def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:
-    files = [path, *matching(path, "*")]
-    return Leftover(
-        kind=kind,
-        ref=str(path),
-        owner=owner,
-        created=changed(path),
-        bytes=sum(map(blocks, files)),
-        why=why,
-    )

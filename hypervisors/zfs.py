@@ -159,8 +159,9 @@ class ZfsDisks(ZfsStore):
         self._shut(machines)
         return self._grow(machines, name, self._look())
 
-    def pristine(self, machine: str, name: str) -> bool:
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """Grown from that checkpoint, and ``written`` since (zfsprops(7)) exactly 0."""
+        del quick  # it is, but for the sync of a pool that is being written to
         path = self._disk(self._look(plain(machine)), machine).path
         if path.exists():
             self._zfs.flush(path)  # what a writer that still has it open put into the page cache
@@ -217,7 +218,13 @@ class ZfsDisks(ZfsStore):
             self._check_farm(look, machine)
             self.destroy(machine)
             look = self._look(machine)
-        return look.next_name(self._vms, machine)
+        return self._next_name(look, machine)
+
+    def _next_name(self, look: Look, machine: str) -> str:
+        """Nor one of a disk that is gone, as long as something is left of it."""
+        stem = f"{self._vms}/{machine}"
+        number = int(look.next_name(self._vms, machine).rpartition(".")[2])
+        return f"{stem}.{max(number, self._kind.free_from(stem))}"
 
     def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
         """``size``: 0 for the source's. Conflict where the name is taken."""
@@ -250,7 +257,7 @@ class ZfsDisks(ZfsStore):
                     disks.append(disk)
                     continue
                 self._need(0, f"the disk of {machine}")
-                target = look.next_name(self._vms, machine)
+                target = self._next_name(look, machine)
                 marks = state.disk_marks(machine, disk.owner, disk.template, name, disk.size)
                 marks |= {"created": disk.checkpoints[0].created.isoformat(), "state": "new"}
                 source, size = self._source(look, machine, disk, name), disk.size if name == CLEAN else 0

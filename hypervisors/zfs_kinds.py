@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hypervisors.devices import await_node, give
+from hypervisors.devices import await_no_link, await_node, give
 from hypervisors.qcow2_store import reachable
 from hypervisors.run import Runner
 from hypervisors.zfs_command import Zfs
@@ -48,6 +48,12 @@ class Kind(Protocol):
 
     def paths(self, stem: str, /) -> list[Path]:
         """Of the disks STEM.NUMBER what is there to be opened now."""
+
+    def free_from(self, stem: str, /) -> int:
+        """The first NUMBER that no disk STEM.NUMBER that is gone has left anything of."""
+
+    def await_gone(self, dataset: str, /) -> None:
+        """Until nothing is left of a disk of that name that is gone."""
 
     def opened(self, stem: str, /) -> list[str]:
         """Of the datasets STEM.NUMBER those that must be shut before they are changed."""
@@ -102,6 +108,14 @@ class Volumes:
     def paths(self, stem: str) -> list[Path]:
         place = self.path(stem)
         return [p for p in place.parent.glob(f"{place.name}.*") if p.suffix[1:].isdigit()]
+
+    def free_from(self, stem: str) -> int:
+        """udev removes the link of a volume that is gone some time later; until then it may lead to
+        somebody else's new device of the same number."""
+        return 1 + max((int(path.suffix[1:]) for path in self.paths(stem)), default=0)
+
+    def await_gone(self, dataset: str) -> None:
+        await_no_link(self.path(dataset))
 
     def opened(self, _stem: str, /) -> list[str]:
         return []
@@ -172,6 +186,12 @@ class Files:
 
     def paths(self, stem: str) -> list[Path]:
         return [path for path in map(self.path, self.opened(stem)) if path.exists()]
+
+    def free_from(self, _stem: str, /) -> int:
+        return 1  # a directory nobody is mounted on harms nobody
+
+    def await_gone(self, _dataset: str, /) -> None:
+        pass
 
     def opened(self, stem: str) -> list[str]:
         found = (path.name.replace("%", "/") for path in self._mounts.glob(f"{_flat(stem)}.*"))

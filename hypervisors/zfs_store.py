@@ -101,6 +101,7 @@ class ZfsStore:
         if any(known.name == volume for known in look.templates):
             self._kind.shut(self._kind.opened(f"{self._templates}/{template.name}"))
             self._zfs.program("drop", volume, "state=new")
+        self._kind.await_gone(volume)  # such as the one that was just dropped
         done = replace(template, ref=f"{volume}@{SEALED}", sha256=sha256_file(image), size=size)
         marks = {"state": "new", "maker": myself(), "token": secrets.token_hex(8)}
         self._create(volume, marks, "create", *self._kind.made(size), "-o", "sync=disabled")

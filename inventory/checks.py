@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
 
+from inventory.checks_services import check_services
 from inventory.errors import Problem
-from inventory.fields import quote
+from inventory.fields import parse_range, quote
 from inventory.model import STEP_KINDS, Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
@@ -26,6 +27,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _subnet,
         _room,
         _steps,
+        check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
 
@@ -49,6 +51,9 @@ def _hosts(farm: Farm, places: Places) -> Collection[str]:
 def _driver(farm: Farm, places: Places, vm: str) -> str:
     """The driver of a VM's host; "" where the file leaves that in doubt."""
     host = farm.vms[vm].host
+    if not places.bad and (host or len(farm.hosts) == 1):  # the way of nearly all, ten thousand times
+        found = farm.hosts.get(host or next(iter(farm.hosts)))
+        return found.driver if found else ""
     known = _hosts(farm, places)
     if host is None:
         if len(known) != 1 or places.is_bad(("vms", vm, "host")):
@@ -214,9 +219,11 @@ def _subnet(farm: Farm, places: Places) -> Found:
     subnet = network.subnet
     if subnet is None:
         return
-    for number, (first, last) in enumerate(network.reserved_ranges):
-        if first not in subnet or last not in subnet:
-            yield places.problem(("network", "reserved", number), f"outside the subnet, {subnet}")
+    for key in ("reserved", "pool"):
+        for number, entry in enumerate(getattr(network, key)):
+            if not all(address in subnet for address in parse_range(entry)):
+                yield places.problem(("network", key, number), f"outside the subnet, {subnet}")
+    ranges = network.reserved_ranges
     for name, path in _vms(farm, places):
         address = farm.vms[name].address
         if address is None or _driver(farm, places, name) in ("ssh", ""):
@@ -231,9 +238,9 @@ def _subnet(farm: Farm, places: Places) -> Found:
         elif address == network.gateway:
             problem = "the gateway's address"
         else:
-            for entry, (first, last) in zip(network.reserved, network.reserved_ranges, strict=True):
+            for first, last in ranges:
                 if first <= address <= last:
-                    problem = f"reserved ({entry})"
+                    problem = f"reserved ({first}{f'-{last}' if last != first else ''})"
         if problem:
             yield places.problem((*path, "address"), f"{address} is {problem}")
 

@@ -3,6 +3,7 @@
     FarmhandError
     ├── UsageError        the words on the command line are off
     ├── InventoryError    the farm file is wrong: all its problems at once
+    ├── TemplateFailed    a template of a service's file is wrong: its name, line, the lines around
     ├── NotFound          no such VM, template, checkpoint, build, file
     ├── Conflict          the name, address or port is taken
     │   └── NotOurs       ... by something without our ownership mark: never touched
@@ -82,6 +83,10 @@ class InventoryError(FarmhandError):
                 for p in self.problems
             ],
         }
+
+
+class TemplateFailed(FarmhandError):
+    pass
 
 
 class NotFound(FarmhandError):

@@ -10,7 +10,7 @@ import base64
 import binascii
 import os
 import re
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,10 @@ _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _LABEL_ALL = f"^{_LABEL.pattern}$"
 _MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# As BIND, dhcpd, Kea, dnsmasq, nginx, haproxy and the shell of shorewall's params all read it alike,
+# unquoted and quoted.
+_CONFIG_PATH = re.compile(r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+")
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # IFNAMSIZ of netdevice(7)
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?")  # Debian policy 5.6.1
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}")
 
@@ -51,10 +55,21 @@ def _check_label(value: str) -> str:
     return value
 
 
+def _idna(value: str) -> str:
+    """As DNS has it (RFC 3490); "" where that can't be, or is no host name."""
+    try:
+        encoded = value.encode("idna").decode()
+    except UnicodeError:
+        return ""
+    return encoded if all(_LABEL.fullmatch(label) for label in encoded.split(".")) else ""
+
+
 def _check_hostname(value: str) -> str:
     if len(value) > 253:
         raise ValueError("a host name has at most 253 characters (RFC 1035)")
     labels = value.split(".")
+    if not value.isascii() and (encoded := _idna(value)):
+        raise ValueError(f"{quote(value)} is not ASCII: write {encoded} (IDNA)")
     for label in labels:
         _check_label(label)
     if labels[-1].isdigit():  # RFC 1123 section 2.1: else it could be read as an address
@@ -139,6 +154,21 @@ def _check_path(value: object) -> object:
     return value
 
 
+def _check_config_path(value: str) -> str:
+    if not _CONFIG_PATH.fullmatch(value) or len(value) > 1024:
+        raise ValueError(
+            f"{quote(value)} is not a path for a service's file: begin with '/', use letters, digits "
+            "and '_', '@', '+', '.', '-', and no '..'"
+        )
+    return value
+
+
+def _check_interface(value: str) -> str:
+    if not _INTERFACE.fullmatch(value):
+        raise ValueError(f"{quote(value)} is not the name of a network interface")
+    return value
+
+
 def _check_range(value: str) -> str:
     parse_range(value)
     return value
@@ -198,6 +228,33 @@ def _to_subnet(value: object) -> object:
     return value
 
 
+def _to_address6(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            if "%" in value:
+                raise ValueError
+            return IPv6Address(value)
+        except ValueError:
+            raise ValueError(f"{quote(value)} is not an IPv6 address such as fd00:10:60::6") from None
+    return value
+
+
+def _to_subnet6(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            if "/" not in value:
+                raise ValueError
+            subnet = IPv6Network(value)
+        except ValueError:
+            raise ValueError(
+                f"{quote(value)} is not a subnet such as fd00:10:60::/64 (no host bits set)"
+            ) from None
+        if subnet.prefixlen % 4 or not 16 <= subnet.prefixlen <= 120:
+            raise ValueError(f"{subnet}: a length from 16 to 120 that 4 divides, for the reverse zone")
+        return subnet
+    return value
+
+
 def _to_size(value: object) -> object:
     return parse_size(value) if isinstance(value, str) else value
 
@@ -230,6 +287,12 @@ Mac = Annotated[
 Name = Annotated[
     str, AfterValidator(_check_filename), _text("plain name", pattern=f"^{_FILENAME.pattern}$")
 ]
+ConfigPath = Annotated[
+    str, AfterValidator(_check_config_path), _text("absolute path", pattern=f"^{_CONFIG_PATH.pattern}$")
+]
+Interface = Annotated[
+    str, AfterValidator(_check_interface), _text("interface", pattern=f"^{_INTERFACE.pattern}$")
+]
 Line = Annotated[_Line, _text("text on one line", minLength=1)]
 Key = Annotated[_KeyLine, _text("public key, or a file of them", minLength=1)]
 FilePath = Annotated[Path, BeforeValidator(_check_path), _text("path", minLength=1)]
@@ -242,6 +305,16 @@ Subnet = Annotated[
     IPv4Network,
     BeforeValidator(_to_subnet),
     WithJsonSchema({"title": "subnet such as 10.10.60.0/24", "type": "string"}),
+]
+Address6 = Annotated[
+    IPv6Address,
+    BeforeValidator(_to_address6),
+    WithJsonSchema({"title": "IPv6 address", "type": "string"}),
+]
+Subnet6 = Annotated[
+    IPv6Network,
+    BeforeValidator(_to_subnet6),
+    WithJsonSchema({"title": "subnet such as fd00:10:60::/64", "type": "string"}),
 ]
 Range = Annotated[
     str,

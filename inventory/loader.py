@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
+from inventory.collector import without_collector
 from inventory.errors import InventoryError, NotFound, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places
@@ -50,6 +51,11 @@ def load(path: Path) -> Farm:
 
 def loads(data: bytes, path: Path) -> Farm:
     """The farm in these bytes, as if they were that file's. InventoryError as of ``load``."""
+    with without_collector():
+        return _loads(data, path)
+
+
+def _loads(data: bytes, path: Path) -> Farm:
     tree, problems = parse(data, str(path))
     if tree is None:
         raise InventoryError(problems)

@@ -11,12 +11,15 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
+from inventory.base import Model
 from inventory.fields import (
     Address,
+    Address6,
     Addresses,
     Bool,
+    ConfigPath,
     Count,
     Cpus,
     FilePath,
@@ -37,17 +40,56 @@ from inventory.fields import (
     Seconds,
     Size,
     Subnet,
+    Subnet6,
     at_key,
     parse_range,
     quote,
 )
+from inventory.services import (
+    Ansible,
+    Bind,
+    Dhcpd,
+    Dnsmasq,
+    Haproxy,
+    Hosts,
+    Kea,
+    LibvirtNetwork,
+    Nftables,
+    Nginx,
+    Services,
+    Shorewall,
+    SshConfig,
+)
 from inventory.sizes import format_size
 
-
-class Model(BaseModel):
-    # The descriptions below the fields are read by inventory.schema when it needs them, and the
-    # validators of the parts are built with the whole farm's: both are time off every command.
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+__all__ = [
+    "Ansible",
+    "Bind",
+    "Cycle",
+    "Dhcpd",
+    "DiskStore",
+    "Dnsmasq",
+    "Farm",
+    "Haproxy",
+    "Host",
+    "Hosts",
+    "Kea",
+    "LibvirtNetwork",
+    "Network",
+    "Nftables",
+    "Nginx",
+    "Proxy",
+    "ResetStep",
+    "RunStep",
+    "Services",
+    "Shorewall",
+    "Source",
+    "Ssh",
+    "SshConfig",
+    "TemplateSource",
+    "TransferStep",
+    "Vm",
+]
 
 
 class DiskStore(Model):
@@ -125,6 +167,15 @@ class Network(Model):
     """The VMs' name servers."""
     reserved: Ranges = ()
     """Addresses never given out: single ones, or ranges such as 10.10.60.200-10.10.60.254."""
+    subnet6: Subnet6 | None = None
+    """IPv6 beside it: each VM's address has the same host number here as in `subnet`."""
+    gateway6: Address6 | None = None
+    """The VMs' IPv6 default route, told to DHCP servers' clients by router advertisements only."""
+    pool: Ranges = ()
+    """Addresses that DHCP gives to machines that are not the farm's; they are reserved too. Absent:
+    none, only the farm's own get an answer."""
+    lease_time: Seconds = Field(default=43200, ge=60, le=31536000)
+    """How long DHCP leases last."""
     domain: Hostname | None = None
     """DNS domain of the VMs."""
     internet: Bool = False
@@ -150,12 +201,25 @@ class Network(Model):
                 raise at_key("gateway", f"{self.gateway} is outside {self.subnet}", "subnet")
             if self.gateway in (self.subnet.network_address, self.subnet.broadcast_address):
                 raise at_key("gateway", f"{self.gateway} is not a machine's address", "subnet")
+        if self.subnet6 and self.subnet is None:
+            raise at_key(
+                "subnet6", "'subnet6' needs 'subnet': host numbers are taken from there", "subnet"
+            )
+        if self.subnet6 and self.subnet and 128 - self.subnet6.prefixlen < 32 - self.subnet.prefixlen:
+            raise at_key("subnet6", f"{self.subnet6} is smaller than {self.subnet}", "subnet")
+        if self.gateway6 and (self.subnet6 is None or self.gateway6 not in self.subnet6):
+            raise at_key("gateway6", f"{self.gateway6} is outside of 'subnet6'", "subnet6")
         return self
 
     @property
     def reserved_ranges(self) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
-        """First and last address of each entry of ``reserved``."""
-        return tuple(parse_range(entry) for entry in self.reserved)
+        """First and last address of each entry of ``reserved`` and ``pool``."""
+        return tuple(parse_range(entry) for entry in (*self.reserved, *self.pool))
+
+    @property
+    def pool_ranges(self) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
+        """First and last address of each entry of ``pool``."""
+        return tuple(parse_range(entry) for entry in self.pool)
 
 
 class TemplateSource(Model):
@@ -191,6 +255,23 @@ class Proxy(Model):
     """The public server name."""
     port: Port = 80
     """The port of the VM behind it."""
+    certificate: ConfigPath | None = None
+    """TLS: the certificate's file with its chain; for haproxy the key is in the same file. Plain HTTP
+    is then sent on to https."""
+    key: ConfigPath | None = None
+    """TLS: the private key's file, for nginx; absent: it is in the certificate's."""
+    websocket: Bool = False
+    """Whether connections may be upgraded (RFC 6455)."""
+    body_size: Size | None = None
+    """The largest request body, for nginx; absent: the server's own limit."""
+    access_log: ConfigPath | None = None
+    """nginx: the access log; absent: NAME.access.log among the server's logs."""
+
+    @model_validator(mode="after")
+    def _key_with_certificate(self) -> Proxy:
+        if self.key is not None and self.certificate is None:
+            raise at_key("key", "a key without 'certificate'", "certificate")
+        return self
 
 
 class Vm(Model):
@@ -202,6 +283,8 @@ class Vm(Model):
     """One of `templates`; may be left out where there is only one. Not for ssh hosts."""
     hostname: Hostname | None = None
     """Its own host name; absent: the VM's name."""
+    description: Line | None = None
+    """What it is for; shown in rendered files."""
     aliases: Hostnames = ()
     """More names for DNS and /etc/hosts."""
     memory: Size = 2**30
@@ -216,6 +299,8 @@ class Vm(Model):
     """Absent: derived from farm and VM, the same each time."""
     address: Address | None = None
     """Absent: from the subnet's pool, recorded in the lock file. A VM on an ssh host needs one."""
+    address6: Address6 | None = None
+    """Absent: the host number of its IPv4 address, in the network's `subnet6`."""
     ssh_port: Port | None = None
     """Where its ssh answers on the host's loopback (mode user), or the port of its address."""
     nat_port: Port | None = None
@@ -352,6 +437,8 @@ class Farm(Model):
     """Hosts by name."""
     network: Network = Field(default_factory=Network)
     """How the VMs are connected."""
+    services: Services = Field(default_factory=Services)
+    """Network services that are kept in step."""
     templates: dict[Name, TemplateSource] = {}
     """Templates by name."""
     ssh: Ssh = Field(default_factory=Ssh)
@@ -385,3 +472,8 @@ class Farm(Model):
 
     def hostname_of(self, vm: str) -> str:
         return self.vms[vm].hostname or vm
+
+    def qualified(self, name: str) -> str:
+        """In the network's domain, unless it has dots of its own."""
+        domain = self.network.domain
+        return name if domain is None or "." in name or name == domain else f"{name}.{domain}"

@@ -35,6 +35,8 @@ class Places:
 
     def is_bad(self, path: Sequence[str | int]) -> bool:
         """Whether this, something that holds it, or something in it was not accepted."""
+        if not self.bad:
+            return False
         whole = self.in_file(path)
         return self.is_gone(path) or any(bad[: len(whole)] == whole for bad in self.bad)
 

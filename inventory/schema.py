@@ -8,13 +8,16 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 import inventory.model as model_module
-from inventory.model import Farm, Model
+import inventory.services as services_module
+from inventory.base import Model
+from inventory.model import Farm
 from inventory.sizes import format_duration, format_size
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
@@ -25,6 +28,19 @@ _SECTIONS = (
     ("Host", "hosts.NAME"),
     ("DiskStore", "hosts.NAME.disks"),
     ("Network", "network"),
+    ("Services", "services"),
+    ("Bind", "services.bind"),
+    ("Dhcpd", "services.dhcpd"),
+    ("Kea", "services.kea"),
+    ("Dnsmasq", "services.dnsmasq"),
+    ("Hosts", "services.hosts"),
+    ("SshConfig", "services.ssh_config"),
+    ("Nginx", "services.nginx"),
+    ("Haproxy", "services.haproxy"),
+    ("Nftables", "services.nftables"),
+    ("Shorewall", "services.shorewall"),
+    ("LibvirtNetwork", "services.libvirt"),
+    ("Ansible", "services.ansible"),
     ("TemplateSource", "templates.NAME"),
     ("Ssh", "ssh"),
     ("Vm", "vms.NAME"),
@@ -140,9 +156,10 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
 
 def _documents() -> dict[str, dict[str, str]]:
     """Descriptions of classes (under "") and their fields: the strings below them in the source."""
-    tree = ast.parse(Path(model_module.__file__).read_text(encoding="utf-8"))
+    sources = (services_module.__file__, model_module.__file__)
+    nodes = [n for source in sources for n in ast.parse(Path(source).read_text(encoding="utf-8")).body]
     found: dict[str, dict[str, str]] = {}
-    for node in tree.body:
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         texts = {"": _one_line(ast.get_docstring(node) or "")}
@@ -191,14 +208,16 @@ def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
 def _default(default: Any, value: dict[str, Any]) -> str:
     if default is None or default in ((), {}):
         return ""
+    if isinstance(default, tuple) and all(isinstance(part, str) for part in default):
+        return f"`[{', '.join(default)}]`"
     if isinstance(default, bool):
         return "yes" if default else "no"
     title = str(value.get("title", ""))
     if title.startswith("size"):
         return f"`{format_size(default)}`"
     if title.startswith("duration"):
-        return f"`{format_duration(default).removesuffix('00s')}`"
-    if isinstance(default, str | int):
+        return f"`{format_duration(default).removesuffix('00s').removesuffix('00m')}`"
+    if isinstance(default, str | int | IPv4Address):
         return f"`{default}`"
     return ""
 

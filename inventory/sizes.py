@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import cache
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # At most 15 digits, ASCII ones: more is never meant, and would overflow what computes with them.
@@ -15,6 +16,7 @@ _DURATION = re.compile(rf"(?:{_NUMBER}[smhd]\s*)+|{_NUMBER}")
 _LARGEST = 2**60
 
 
+@cache
 def parse_size(text: str) -> int:
     """Bytes. ValueError, in words for an admin, if it isn't a size."""
     match = _SIZE.fullmatch(text.strip())
@@ -28,6 +30,11 @@ def parse_size(text: str) -> int:
     if value > _LARGEST:
         raise ValueError(f"{text!r} is more than any machine has")
     return int(value)
+
+
+def about(size: int) -> str:
+    """For reading, where exact bytes say nothing: ``6.4G``, ``812M``."""
+    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
 
 
 def format_size(size: int) -> str:

@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,60 @@ class _Book:
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
 
 
+class _Index:
+    """Who has what and what is free, looked up once for any number of VMs."""
+
+    def __init__(self, farm: Farm, book: _Book, claims: Mapping[str, str]) -> None:
+        vms, network = farm.vms, farm.network
+        self.recorded = dict(book.vms)
+        self.resting, self.claims = book.resting, claims
+        self.now = datetime.now(UTC)
+        self.macs: dict[str, str] = {}
+        self.addresses: dict[IPv4Address, str] = {}
+        self.ports: dict[int, str] = {}
+        for got in book.vms.values():
+            self.add(got)
+        self.declared_macs = {vm.mac for vm in vms.values() if vm.mac}
+        self.declared_ports = {vm.ssh_port for vm in vms.values() if vm.ssh_port}
+        self.declared_ports |= {vm.nat_port for vm in vms.values() if vm.nat_port}
+        self.claimed_ports: dict[str, int] = {}
+        for key, owner in claims.items():
+            if key.isdigit():
+                self.claimed_ports[owner] = min(int(key), self.claimed_ports.get(owner, 65536))
+        self._subnet = network.subnet
+        self._closed = {vm.address for vm in vms.values() if vm.address}
+        self._closed |= {a for a in (network.gateway, *network.nameservers) if a}
+        self._ranges = network.reserved_ranges
+        self._free = self._walk()
+
+    def add(self, got: Allocation) -> None:
+        self.recorded[got.vm] = got
+        self.macs[got.mac] = self.ports[got.ssh_port] = got.vm
+        if got.address:
+            self.addresses[got.address] = got.vm
+
+    def may_be_given(self, address: IPv4Address) -> bool:
+        """Whether the farm file leaves it to the pool."""
+        net = self._subnet
+        return (
+            net is not None
+            and address not in (net.network_address, net.broadcast_address)
+            and address not in self._closed
+            and not any(first <= address <= last for first, last in self._ranges)
+        )
+
+    def next_free(self) -> IPv4Address | None:
+        return next(self._free, None)
+
+    def _walk(self) -> Iterator[IPv4Address]:
+        """What is taken meanwhile was behind us or is closed: no address comes twice."""
+        for address in self._subnet.hosts() if self._subnet else ():
+            if address in self.addresses or self.resting.get(address, self.now) > self.now:
+                continue
+            if self.may_be_given(address):
+                yield address
+
+
 class Allocator:
     """One farm's. Safe between threads and processes."""
 
@@ -68,26 +123,42 @@ class Allocator:
 
     def peek(self, vm: str) -> Allocation:
         """What ``allocate`` would give now; nothing is recorded. Takes no lock."""
-        return self._choose(vm, self._read(), self._read_claims())
+        return self.peek_all([vm])[vm]
+
+    def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
+        """What ``allocate_all`` would give them now, each something else. Takes no lock."""
+        index = _Index(self._farm, self._read(), self._read_claims())
+        return {vm: self._choose(vm, index) for vm in vms}
 
     def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
         """The recorded one, or a new one, durably recorded when this returns. ``move_port``: another
         ssh port than the recorded one, which somebody else has taken meanwhile.
 
         Errors: Conflict (declared, but another VM has it), NotFound (nothing left in the pool)."""
+        return self._allocate([vm], move_port=move_port)[vm]
+
+    def allocate_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
+        """As ``allocate``, of many at once."""
+        return self._allocate(vms)
+
+    def _allocate(self, vms: Iterable[str], *, move_port: bool = False) -> dict[str, Allocation]:
         with self._exclusively():
             book, claims = self._read(), self._read_claims()
-            got = self._choose(vm, book, claims, move_port=move_port)
-            self._claim(got, claims)  # first the host's, then ours: a kill between leaks no duplicate
-            if book.vms.get(vm) != got:
+            index = _Index(self._farm, book, claims)
+            given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
+            self._claim(given, claims)  # first the host's, then ours: a kill between leaks no duplicate
+            changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != got}
+            for vm, got in changed.items():
                 old = book.vms.get(vm)
                 if old and old.address and old.address != got.address:
                     book.resting[old.address] = datetime.now(UTC) + HOLD
                 book.vms[vm] = got
+            for got in changed.values():
                 if got.address:
                     book.resting.pop(got.address, None)
+            if changed:
                 self._write(book)
-            return got
+            return given
 
     def release(self, vm: str) -> None:
         """Give all back; the address rests for a while. Nothing recorded: nothing done."""
@@ -114,116 +185,92 @@ class Allocator:
                 self._write_claims(left)
             self.lock_file.unlink(missing_ok=True)
 
-    def _choose(
-        self, vm: str, book: _Book, claims: Mapping[str, str], *, move_port: bool = False
-    ) -> Allocation:
-        others = {name: got for name, got in book.vms.items() if name != vm}
-        recorded = book.vms.get(vm)
-        return Allocation(
-            vm,
-            self._mac(vm, recorded, others, claims),
-            self._address(vm, recorded, others, book.resting),
-            self._port(vm, recorded, others, claims, move=move_port),
+    def _choose(self, vm: str, index: _Index, *, move_port: bool = False) -> Allocation:
+        got = Allocation(
+            vm, self._mac(vm, index), self._address(vm, index), self._port(vm, index, move=move_port)
         )
+        index.add(got)
+        return got
 
-    def _mac(
-        self,
-        vm: str,
-        recorded: Allocation | None,
-        others: Mapping[str, Allocation],
-        claims: Mapping[str, str],
-    ) -> str:
-        taken = {got.mac: name for name, got in others.items()}
+    def _mac(self, vm: str, index: _Index) -> str:
         declared = self._farm.vms[vm].mac
         if declared:
-            if declared in taken:
-                raise self._taken(vm, f"MAC {declared}", taken[declared])
+            if index.macs.get(declared, vm) != vm:
+                raise self._taken(vm, f"MAC {declared}", index.macs[declared])
             return declared
-        explicit = {v.mac for name, v in self._farm.vms.items() if name != vm and v.mac}
         host = self._farm.hosts[self._farm.host_of(vm)]
         prefix = "00:16:3e" if host.driver in ("xen", "xenapi") else "52:54:00"
-        if recorded and recorded.mac.startswith(prefix) and recorded.mac not in explicit:
+        recorded = index.recorded.get(vm)
+        if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared_macs:
             return recorded.mac
         mine = f"{self._farm.farm}/{vm}"
         attempt = 0
         while True:
             digest = hashlib.sha256(f"{mine}/{attempt}".encode()).digest()
             mac = f"{prefix}:{digest[0]:02x}:{digest[1]:02x}:{digest[2]:02x}"
-            if mac not in taken and mac not in explicit and claims.get(mac, mine) == mine:
+            free = index.macs.get(mac, vm) == vm and mac not in index.declared_macs
+            if free and index.claims.get(mac, mine) == mine:
                 return mac
             attempt += 1
 
-    def _address(
-        self,
-        vm: str,
-        recorded: Allocation | None,
-        others: Mapping[str, Allocation],
-        resting: Mapping[IPv4Address, datetime],
-    ) -> IPv4Address | None:
-        taken = {got.address: name for name, got in others.items() if got.address}
+    def _address(self, vm: str, index: _Index) -> IPv4Address | None:
         declared = self._farm.vms[vm].address
         if declared:
-            if declared in taken:
-                raise self._taken(vm, f"address {declared}", taken[declared])
+            if index.addresses.get(declared, vm) != vm:
+                raise self._taken(vm, f"address {declared}", index.addresses[declared])
             return declared
         network = self._farm.network
         if network.subnet is None or network.mode == "user":
             return None
-        closed = {v.address for name, v in self._farm.vms.items() if name != vm and v.address}
-        closed |= {a for a in (network.gateway, *network.nameservers) if a}
-        closed |= {network.subnet.network_address, network.subnet.broadcast_address}
-        ranges = [_range(text) for text in network.reserved]
-
-        def open_(address: IPv4Address) -> bool:
-            return address not in closed and not any(a <= address <= b for a, b in ranges)
-
+        recorded = index.recorded.get(vm)
         kept = recorded.address if recorded else None
-        if kept and kept in network.subnet and kept not in taken and open_(kept):
+        if (
+            kept
+            and kept in network.subnet
+            and index.addresses.get(kept, vm) == vm
+            and index.may_be_given(kept)
+        ):
             return kept
-        now = datetime.now(UTC)
-        for address in network.subnet.hosts():
-            if open_(address) and address not in taken and resting.get(address, now) <= now:
-                return address
-        asleep = sum(1 for until in resting.values() if until > now)
+        found = index.next_free()
+        if found is not None:
+            return found
+        asleep = sum(1 for until in index.resting.values() if until > index.now)
+        given = sum(1 for other in index.addresses.values() if other != vm)
         raise NotFound(
-            f"{self._name}: no address is left for {vm} in {network.subnet}: {len(taken)} given out, "
+            f"{self._name}: no address is left for {vm} in {network.subnet}: {given} given out, "
             f"{asleep} resting for up to {HOLD.total_seconds() / 3600:g} h after a destroy",
             remedy=f"widen 'subnet' or narrow 'reserved', or take resting ones out of {self.lock_file}",
         )
 
-    def _port(
-        self,
-        vm: str,
-        recorded: Allocation | None,
-        others: Mapping[str, Allocation],
-        claims: Mapping[str, str],
-        *,
-        move: bool,
-    ) -> int:
+    def _port(self, vm: str, index: _Index, *, move: bool) -> int:
         declared = self._farm.vms[vm].ssh_port
         host = self._farm.hosts[self._farm.host_of(vm)]
         if self._farm.network.mode != "user" or host.driver == "ssh":
             return declared or 22
         mine = f"{self._farm.farm}/{vm}"
-        taken = {got.ssh_port: name for name, got in others.items()}
+        claims = index.claims
         if declared:
-            owner = claims.get(str(declared), mine)
-            if declared in taken or owner != mine:
-                raise self._taken(vm, f"ssh port {declared}", taken.get(declared, owner))
+            holder, owner = index.ports.get(declared, vm), claims.get(str(declared), mine)
+            if holder != vm or owner != mine:
+                raise self._taken(vm, f"ssh port {declared}", holder if holder != vm else owner)
             return declared
-        explicit = {v.ssh_port for name, v in self._farm.vms.items() if name != vm and v.ssh_port}
-        explicit |= {v.nat_port for v in self._farm.vms.values() if v.nat_port}
-        if recorded and not move and recorded.ssh_port in PORTS and recorded.ssh_port not in explicit:
-            return recorded.ssh_port
+
+        def open_(port: int) -> bool:
+            return index.ports.get(port, vm) == vm and port not in index.declared_ports
+
+        recorded = index.recorded.get(vm)
+        kept = recorded.ssh_port if recorded and not move else None
+        if kept is not None and kept in PORTS and kept not in index.declared_ports:
+            return kept
         # A lost lock file must not move a running VM's port: the host's claims still know it.
-        known = sorted(int(key) for key, owner in claims.items() if owner == mine and key.isdigit())
-        if known and not move and known[0] not in taken and known[0] not in explicit:
-            return known[0]
+        known = index.claimed_ports.get(mine)
+        if known and not move and open_(known):
+            return known
         seed = f"{state_dir()}/{mine}".encode()
         first = int.from_bytes(hashlib.sha256(seed).digest()[:4]) % len(PORTS)
         for offset in range(len(PORTS)):
             port = PORTS[(first + offset) % len(PORTS)]
-            if port in taken or port in explicit or str(port) in claims:
+            if port in index.ports or port in index.declared_ports or str(port) in claims:
                 continue
             if port_free(port):
                 return port
@@ -290,7 +337,7 @@ class Allocator:
                 if until > now
             },
         }
-        write_atomic(self.lock_file, (json.dumps(data, indent=2) + "\n").encode())
+        write_atomic(self.lock_file, _pretty(data).encode())
 
     def _read_claims(self) -> dict[str, str]:
         claims = _load(self._claims)
@@ -302,13 +349,13 @@ class Allocator:
                 kept[str(key)] = str(owner)
         return kept
 
-    def _claim(self, got: Allocation, claims: dict[str, str]) -> None:
-        mine = f"{self._farm.farm}/{got.vm}"
-        wanted = {got.mac}
-        if got.ssh_port in PORTS or self._farm.network.mode == "user":
-            wanted.add(str(got.ssh_port))
-        new = {key: owner for key, owner in claims.items() if owner != mine}
-        new |= dict.fromkeys(sorted(wanted), mine)
+    def _claim(self, given: Mapping[str, Allocation], claims: dict[str, str]) -> None:
+        mine = {f"{self._farm.farm}/{vm}" for vm in given}
+        new = {key: owner for key, owner in claims.items() if owner not in mine}
+        for vm, got in given.items():
+            new[got.mac] = f"{self._farm.farm}/{vm}"
+            if got.ssh_port in PORTS or self._farm.network.mode == "user":
+                new[str(got.ssh_port)] = f"{self._farm.farm}/{vm}"
         if new != claims:
             self._write_claims(new)
 
@@ -345,12 +392,17 @@ def port_free(port: int) -> bool:
     return True
 
 
-def _range(text: str) -> tuple[IPv4Address, IPv4Address]:
-    first, _, last = text.partition("-")
-    low = IPv4Address(first.strip())
-    return low, IPv4Address(last.strip()) if last else low
+def _pretty(data: dict[str, Any]) -> str:
+    """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
+    vms = data["vms"]
+    text = json.dumps({**data, "vms": {}}, indent=2)
+    if not vms:
+        return f"{text}\n"
+    entries = ",\n".join(f"    {json.dumps(vm)}: {json.dumps(entry)}" for vm, entry in vms.items())
+    return text.replace('"vms": {}', f'"vms": {{\n{entries}\n  }}', 1) + "\n"
 
 
+@lru_cache(65536)
 def _maybe_address(text: str | None) -> IPv4Address | None:
     return IPv4Address(text) if text else None
 
@@ -376,5 +428,5 @@ def _load(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, why: str) -> WrongState:
     return WrongState(
         f"{path} is not readable as farmhand's record of what was given out: {why}",
-        remedy="put it back from version control, or mend it; each VM's entry is one short block",
+        remedy="put it back from version control, or mend it; each VM's entry is one line",
     )

@@ -74,6 +74,10 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
                 jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
             if not jobs[vm]:
                 jobs[vm] = [Job(Action("keep", vm, "already as declared"))]
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, new=names)  # before they start: DHCP is the first thing they ask for
         run.carry_out(jobs)
         return run.outcome()
 

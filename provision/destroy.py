@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
-from inventory.errors import Busy, NotFound, NotOurs
+from inventory.errors import Busy, NotFound, NotOurs, WrongState
 from provision import identity
 from provision.files import remove
 from provision.gc import leftovers
@@ -38,6 +39,10 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
                 jobs[vm] = [Job(action, partial(_destroy_one, site, vm))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "is not there"))]
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
         run.carry_out(jobs)
         return run.outcome()
 
@@ -136,6 +141,7 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
     locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
     with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
         _refuse_if_in_use(site)
+        _refuse_strangers(site)
         there = [vm for vm in names if _exists(site, vm)]
         run.add(
             *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
@@ -150,8 +156,15 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
         if site.paths.root.exists():
             daemon = "stop its daemon, " if site.private_directory.exists() else ""
             run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
+            if others := _others_files(site):
+                text = f"stays: files that aren't farmhand's, such as {others[0]}"
+                run.add(Action("note", "", text))
         elif not there:
             run.add(Action("keep", "", "nothing is there"))
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=None)
         if not site.plan:
             with site.journal.operation("destroy", whole=True, purge=purge):
                 side_by_side(site, {vm: (partial(_destroy_one, site, vm)) for vm in there})
@@ -169,7 +182,10 @@ def raze(site: Site, *, purge: bool) -> None:
         item.discard()
     for host, label in _templates(site):
         current_step(f"remove template {label}")
-        site.disks(host).remove_template(label)
+        try:
+            site.disks(host).remove_template(label)
+        except WrongState as error:  # of a store that other farms clone from too
+            site.reporter.warn(f"stays: {error.message}")
     current_step("forget what was given out")
     site.allocator.forget()
     if any(map(site.uses_private, site.farm.hosts)) and site.private_directory.exists():
@@ -181,6 +197,8 @@ def raze(site: Site, *, purge: bool) -> None:
     keep |= {f"{site.paths.journal.name}{end}" for end in ("-wal", "-shm")}
     if not purge:
         keep.add(site.paths.builds.name)
+    if _others_files(site):
+        keep.add(site.paths.disks.name)
     if site.paths.root.is_dir():
         for path in sorted(site.paths.root.iterdir()):
             if path.name not in keep:
@@ -201,8 +219,11 @@ def last_of(site: Site) -> None:
     """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
     site.journal.close()
     if site.paths.root.is_dir():
+        keep = [site.paths.builds, site.paths.locks]
+        if _others_files(site):
+            keep.append(site.paths.disks)
         for path in site.paths.root.iterdir():
-            if path not in (site.paths.builds, site.paths.locks):
+            if path not in keep:
                 remove(path)
     site.locks.remove_all()
     for directory in (site.paths.builds, site.paths.root, site.paths.root.parent):
@@ -211,12 +232,14 @@ def last_of(site: Site) -> None:
 
 
 def _templates(site: Site) -> list[tuple[str, str]]:
-    """(host, label), newest first; a store shared by hosts counts once."""
+    """(host, label) of what the farm file declares, newest first; a store shared by hosts counts once.
+    Others in a store may be another farm's."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for host in site.farm.hosts:
         if site.has_disks(host):
             for template in sorted(site.disks(host).templates(), key=lambda t: -t.generation):
-                seen.setdefault((template.ref, template.label), (host, template.label))
+                if template.name in site.farm.templates:
+                    seen.setdefault((template.ref, template.label), (host, template.label))
     return list(seen.values())
 
 
@@ -228,3 +251,30 @@ def _refuse_if_in_use(site: Site) -> None:
                 f"{site.name}: the farm is in use by {holder}",
                 remedy=f"wait until that ends, or end it (kill {holder.pid}) and try again",
             )
+
+
+def _refuse_strangers(site: Site) -> None:
+    """Machines that somebody defined in the farm's own libvirtd by hand: they would go with it."""
+    if not any(map(site.uses_private, site.farm.hosts)):
+        return
+    ours = {
+        machine.name
+        for host in site.farm.hosts
+        if site.uses_private(host)
+        for machine in site.hypervisor(host, look=True).list()
+    }
+    defined = {path.stem for path in site.private_directory.rglob("qemu/*.xml")}
+    if strangers := sorted(defined - ours):
+        raise NotOurs(
+            f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
+            "the daemon is not taken away under it",
+            remedy="undefine that yourself, or name the VMs to destroy (--vm)",
+        )
+
+
+def _others_files(site: Site) -> list[Path]:
+    """What lies among the farm's own disks and isn't a template's, a VM's or a lock: an image, or a
+    copy of a VM's directory, that somebody put there."""
+    from hypervisors.qcow2_leftovers import strangers
+
+    return strangers(site.paths.disks)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from hypervisors.run import Runner, which
 from inventory.errors import FarmhandError
 from inventory.model import Farm
-from inventory.sizes import format_size
+from inventory.sizes import about
 from provision import paths
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     checks.append(check)
     if farm is not None:
         checks.append(_memory(farm))
+        checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
     return Report(tuple(checks))
@@ -249,11 +250,6 @@ def _kvm() -> Check:
     )
 
 
-def _round(size: int) -> str:
-    """For reading: exact bytes say nothing here."""
-    return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
-
-
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
@@ -276,8 +272,8 @@ def _space() -> Iterator[Check]:
             name,
             free >= wanted,
             "note",
-            f"{_round(free)} free for {path}",
-            f"two VMs and a template take {_round(wanted)}: make room, or set "
+            f"{about(free)} free for {path}",
+            f"two VMs and a template take {about(wanted)}: make room, or set "
             f"FARMHAND_{name.split()[0].upper()}_DIR",
         )
 
@@ -312,17 +308,58 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
 
 
 def _memory(farm: Farm) -> Check:
+    from provision.site import is_remote
+
     facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
     available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
-    local = [vm for name, vm in farm.vms.items() if farm.hosts[farm.host_of(name)].uri == "private"]
+    hosts = {
+        name for name, host in farm.hosts.items() if host.driver == "kvm" and not is_remote(host.uri)
+    }
+    local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     return Check(
         "memory",
         available >= wanted,
         "note",
-        f"{_round(available)} available; this farm's VMs here take {_round(wanted)} at most",
+        f"{about(available)} available; this farm's VMs here take {about(wanted)} at most",
         "lower 'memory' in the farm file, or use idle_memory, or stop other things",
     )
+
+
+# Service: commands that check it or tell it, each with its Debian package
+_SERVICE_TOOLS: Mapping[str, Mapping[str, str]] = {
+    "bind": {"named-checkconf": "bind9-utils", "named-checkzone": "bind9-utils"},
+    "dhcpd": {"dhcpd": "isc-dhcp-server"},
+    "kea": {"kea-dhcp4": "kea-dhcp4-server"},
+    "dnsmasq": {"dnsmasq": "dnsmasq-base", "dhcp_release": "dnsmasq-utils"},
+    "ssh_config": {"ssh": "openssh-client"},
+    "nginx": {"nginx": "nginx-light"},
+    "haproxy": {"haproxy": "haproxy"},
+    "nftables": {"nft": "nftables"},
+    "shorewall": {"shorewall": "shorewall"},
+    "libvirt": {"virt-xml-validate": "libvirt-clients", "xmllint": "libxml2-utils"},
+}
+
+
+def _services(farm: Farm) -> Iterator[Check]:
+    """Their checkers, and what can't be changed live."""
+    used = farm.services.used
+    if not used:
+        return
+    wanted = {tool: package for name in used for tool, package in _SERVICE_TOOLS.get(name, {}).items()}
+    missing = [tool for tool in wanted if which(tool) is None]
+    packages = " ".join(dict.fromkeys(wanted[tool] for tool in missing))
+    yield Check(
+        "network services",
+        not missing,
+        "needed",
+        f"not found: {', '.join(missing)}" if missing else ", ".join(used),
+        f"as root: apt-get install -y --no-install-recommends {packages}",
+    )
+    from provision.network.daemons import not_live
+
+    for name, why in not_live(farm):
+        yield Check(f"service {name}", True, "note", why)
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
@@ -332,6 +369,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
             yield _host(site, name, host.driver)
+            yield from _store(site, name)
 
 
 def _host(site: Site, name: str, driver: str) -> Check:
@@ -340,3 +378,20 @@ def _host(site: Site, name: str, driver: str) -> Check:
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
+
+
+def _store(site: Site, name: str) -> Iterator[Check]:
+    """What the host's disk store says of itself."""
+    from hypervisors.api import WatchedDisks
+
+    notes: tuple[str, ...] = ()
+    try:
+        store = site.disks(name) if site.has_disks(name) else None
+        if isinstance(store, WatchedDisks):
+            notes = tuple(store.notes())
+    except FarmhandError as error:
+        yield Check(f"disks of {name}", False, "needed", error.message, error.remedy)
+        return
+    for note in notes:
+        remedy = "make room before it is full: ./invoke gc, or extend it"
+        yield Check(f"disks of {name}", False, "note", note, remedy)

@@ -7,12 +7,13 @@ done: no lock, no file, no daemon.
 
 from __future__ import annotations
 
+from provision.checkpoint import checkpoint, merge
 from provision.clone import clone_farm
 from provision.destroy import destroy
 from provision.gc import gc
 from provision.power import balloon, start, stop
 from provision.recover import recover
-from provision.reset import checkpoint, reset
+from provision.reset import reset
 from provision.status import FarmStatus, HostStatus, VmStatus, status
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "clone_farm",
     "destroy",
     "gc",
+    "merge",
     "recover",
     "reset",
     "start",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +19,9 @@ from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
 
+_SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
+_CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
+_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.pub)?(?:\.\d+)*")
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
@@ -28,8 +33,10 @@ class Found:
 
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
+        owner = self.what.owner
+        whose = f"of {owner.farm}/{owner.vm}" if owner else "of no VM yet"
         return (
-            f"remove {self.what.kind} {self.what.ref} ({self.what.why}; {age} old, "
+            f"remove {self.what.kind} {self.what.ref} ({whose}; {self.what.why}; {age} old, "
             f"{format_size(self.what.bytes)})"
         )
 
@@ -55,6 +62,8 @@ def gc(site: Site) -> Outcome:
                     "kind": item.what.kind,
                     "ref": item.what.ref,
                     "owner": item.what.owner.vm if item.what.owner else None,
+                    "farm": item.what.owner.farm if item.what.owner else None,
+                    "created": item.what.created.isoformat(timespec="seconds"),
                     "age": round((now - item.what.created).total_seconds(), 1),
                     "bytes": item.what.bytes,
                     "why": item.what.why,
@@ -77,8 +86,9 @@ def leftovers(site: Site) -> Iterator[Found]:
             if key not in seen:
                 seen.add(key)
                 yield item
-    yield from _files(site)
-    yield from _allocations(site)
+    machines = _machines(site, going={ref for kind, ref in seen if kind == "disk"})
+    yield from _files(site, machines)
+    yield from _allocations(site, machines)
 
 
 def discard_of(site: Site, vm: str) -> int:
@@ -107,50 +117,65 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
                 yield Found(what, partial(store.discard, what))
 
 
-def _machines(site: Site) -> set[str]:
-    return {
-        machine.name for host in site.farm.hosts for machine in site.hypervisor(host, look=True).list()
-    }
+def _machines(site: Site, *, going: set[str]) -> set[str]:
+    """Those that are there, as machine or as a disk that isn't left over: it may be in use under another
+    machine's name, and so may the seed."""
+    found: set[str] = set()
+    for host in site.farm.hosts:
+        found |= {machine.name for machine in site.hypervisor(host, look=True).list()}
+        if site.has_disks(host):
+            found |= {disk.machine for disk in site.disks(host).list()} - going
+    return found
 
 
-def _files(site: Site) -> Iterator[Found]:
-    """Seeds, console logs and host keys of machines that are not there."""
+def _files(site: Site, machines: set[str]) -> Iterator[Found]:
+    """Seeds, console logs and host keys of machines that are not there, by the names that we give them:
+    whatever else lies beside them is somebody's."""
     paths, farm = site.paths, site.farm
-    machines = _machines(site)
     prefix = f"{farm.farm}-"
-    candidates: list[tuple[str, str, Path]] = []
-    for kind, directory, pattern in (("seed", paths.seeds, "*"), ("console log", paths.consoles, "*")):
-        for path in sorted(directory.glob(pattern)):
-            machine = path.name.lstrip(".").split(".")[0]
-            candidates.append((kind, machine.removeprefix(prefix), path))
     kept = identity.known_hosts(paths)
-    for path in sorted(kept.parent.glob("*")):
-        if path != kept:
-            candidates.append(("host key", path.name.lstrip(".").split(".")[0], path))
     now = datetime.now(UTC)
-    for kind, vm, path in candidates:
-        try:
-            info = path.stat()
-        except FileNotFoundError:
-            continue
+    for kind, directory, name in (
+        ("seed", paths.seeds, _SEED), ("console log", paths.consoles, _CONSOLE),
+        ("host key", kept.parent, _HOST_KEY),
+    ):  # fmt: skip
+        for path in sorted(directory.glob("*")):
+            match = name.fullmatch(path.name)
+            if not match or path == kept:
+                continue
+            vm = match[1]
+            if kind != "host key":
+                if not vm.startswith(prefix):
+                    continue
+                vm = vm.removeprefix(prefix)
+            yield from _file(site, kind, vm, path, machines, now)
+
+
+def _file(
+    site: Site, kind: str, vm: str, path: Path, machines: set[str], now: datetime
+) -> Iterator[Found]:
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(info.st_mode):
         temporary = path.name.startswith(".")
-        young = now - datetime.fromtimestamp(info.st_mtime, UTC) < _YOUNG
-        if f"{prefix}{vm}" in machines and (young or not temporary):
-            continue
+        made = datetime.fromtimestamp(info.st_mtime, UTC)
+        if site.machine(vm) in machines and (now - made < _YOUNG or not temporary):
+            return
         what = Leftover(
             kind=kind,
             ref=str(path),
-            owner=Owner(farm.farm, vm),
-            created=datetime.fromtimestamp(info.st_mtime, UTC),
+            owner=Owner(site.farm.farm, vm),
+            created=made,
             bytes=info.st_size,
             why="its VM doesn't exist",
         )
         yield Found(what, partial(_remove_file, site, path))
 
 
-def _allocations(site: Site) -> Iterator[Found]:
+def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
     """What undeclared VMs were given. Declared ones keep theirs for when they are made."""
-    machines = _machines(site)
     for vm in site.allocator.recorded():
         if vm in site.farm.vms or site.machine(vm) in machines:
             continue

@@ -106,7 +106,7 @@ def template_import(site: Site, name: str, image: Path | None = None) -> Outcome
             return _seal_all(site, name, generation, hosts, None, source, first)
         with _cache_lock(site) as cache:
             _need(cache, path.stat().st_blocks * 512 + 2**26)
-            site.reporter.working(f"converting {path}")
+            site.reporter.say(f"importing {path}: it is read, copied and hashed")
             work = cache / f".import-{os.getpid()}.qcow2"
             try:
                 convert(site.runner, path, work, format=info.format, size=source.size)

@@ -69,6 +69,14 @@ class Record:
     settled: bool
     steps: tuple[tuple[datetime, str], ...] = ()
 
+    @property
+    def vms(self) -> tuple[str, ...]:
+        """Those it is about, in the farm file's order; none: the whole farm, or no VM."""
+        several = self.facts.get("vms")
+        if isinstance(several, list):
+            return tuple(map(str, several))
+        return (self.vm,) if self.vm else ()
+
     def as_dict(self) -> dict[str, object]:
         return {
             "id": self.id,
@@ -90,6 +98,7 @@ class Operation:
     def __init__(self, journal: Journal, id: int, facts: dict[str, object], steps: int = 0) -> None:
         self.id = id
         self.facts = facts
+        self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
         self._journal = journal
         self._steps = steps
         self._guard = threading.Lock()
@@ -146,7 +155,7 @@ class Journal:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         except Exception as error:
-            self._end_quietly(row, "failed", str(error), settled=True)
+            self._end_quietly(row, "failed", str(error), settled=not operation.must_finish)
             raise
         except BaseException:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)

@@ -20,7 +20,7 @@ from inventory.errors import (
     UsageError,
     WrongState,
 )
-from inventory.sizes import format_duration, format_size
+from inventory.sizes import about, format_duration, format_size
 from provision import identity
 from provision.allocate import port_free
 from provision.files import make_directory
@@ -138,7 +138,7 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
     """Within an operation under way: bring its definition up to date, start, wait, balloon down."""
     bring_up_to_date(site, vm)
     _secure_port(site, vm)
-    current_step("start it")
+    current_step(f"start {vm}")
     since = time.monotonic()
     site.hypervisor_of(vm).start(site.machine(vm))
     if wait:
@@ -283,7 +283,7 @@ def check_memory(site: Site, vms: Sequence[str]) -> None:
     if here > free:
         raise NoSpace(
             f"{site.name}: starting {', '.join(vms)} takes {format_size(here)}, "
-            f"this machine has {format_size(free)} free",
+            f"this machine has {about(free)} free",
             remedy="stop other VMs, balloon them down, or start fewer at once (--vm)",
         )
 

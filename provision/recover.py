@@ -1,22 +1,27 @@
 """What killed processes left half-done: finished or undone, by the journal and by what is there.
 
     clone       no machine: undone; a machine: it is complete, the next clone-farm goes on
-    reset       power was cut: done again, and started if that was asked; not yet begun: nothing
-    checkpoint  what was half-made goes; started again if it ran before
+    reset       not decided yet: undone, those that ran are started again; decided: all are put back,
+                and started if that was asked (see provision.together)
+    checkpoint  likewise
+    merge       gone on with
     destroy     finished
     cycle       its VMs' memory goes down again; the build record says by itself how far it came
+    network-apply   the old files are put back, and the daemons told
     others      noted as interrupted: each is safe to call again
 
-Each operation is recovered under its VM's lock, and stays unfinished until its recovery is complete:
+Each operation is recovered under its VMs' locks, and stays unfinished until its recovery is complete:
 a recovery that is killed is recovered by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from inventory.errors import Busy, FarmhandError, WrongState
+from provision.checkpoint import GRACE, keep, merge_on
 from provision.clone import undo_clone
 from provision.destroy import erase, finish_farm, last_of
 from provision.files import sweep
@@ -26,9 +31,10 @@ from provision.journal import Record, current_operation
 from provision.paths import state_dir
 from provision.power import can_power, deflate, power_on
 from provision.report import Action, Outcome
-from provision.reset import put_back
+from provision.reset import proven, restore
 from provision.site import Site
-from provision.work import Job, is_on, lock_of, look
+from provision.together import as_before, finish, ran_before, stop_all
+from provision.work import Job, is_on, lock_of, look, side_by_side
 
 
 def recover(site: Site) -> Outcome:
@@ -77,9 +83,9 @@ def _recover_one(site: Site, record: Record) -> Action:
     with site.journal.resume(record):
         if job.run is not None:
             job.run()
-        if record.vm in site.farm.vms:
-            discard_of(site, record.vm)
-            sweep_seed(site.paths, site.machine(record.vm))
+        for vm in (vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"):
+            discard_of(site, vm)
+            sweep_seed(site.paths, site.machine(vm))
     with contextlib.suppress(WrongState):  # the journal may have gone with its farm
         site.journal.settle(record.id, "recovered", job.action.text)
     site.reporter.warn(job.action.text, vm=record.vm)
@@ -98,6 +104,13 @@ def _job(site: Site, record: Record) -> Job:
         return _destroy(site, record, what)
     if record.verb == "cycle":
         return _cycle(site, record, what)
+    if record.verb in ("reset", "checkpoint"):
+        return _several(site, record, what)
+    if record.verb == "network-apply":
+        from provision.network.apply import recover_apply
+
+        text, run = recover_apply(site, record)
+        return job(text, run)
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
     if not can_power(site, vm):
@@ -109,39 +122,68 @@ def _job(site: Site, record: Record) -> Job:
         return job("undone, nothing of it stays", lambda: undo_clone(site, vm))
     if machine is None:
         return job("its machine is gone; noted")
-    if record.verb == "reset":
-        return _reset(site, record, what, on=is_on(machine))
-    if record.verb == "checkpoint" and record.facts.get("was_on") and not is_on(machine):
-        return job("start it again", lambda: power_on(site, vm, wait=False))
+    if record.verb == "merge":
+        return job("merge it to the end", lambda: _merge(site, record))
     return job("noted")
 
 
-def _reset(site: Site, record: Record, what: str, *, on: bool) -> Job:
-    vm, to = record.vm, str(record.facts.get("to", "clean"))
-    start = bool(record.facts.get("start"))
-    if on and not record.facts.get("swapped"):
-        # Cutting its power is the first thing a reset does: nothing else was done.
-        return Job(Action("recover", vm, f"{what}: it had not begun, its disk is the old one"))
-    if record.facts.get("swapped") and (on or not start):
-        return Job(Action("recover", vm, f"{what}: its disk is {to}; noted"))
+def _several(site: Site, record: Record, what: str) -> Job:
+    """A reset or a checkpoint of one VM or more."""
+    declared = [vm for vm in record.vms if vm in site.farm.vms and can_power(site, vm)]
+    machines = {vm: machine for vm in declared if (machine := look(site, vm))}
+    vms, facts = list(machines), record.facts
+    resets, name = record.verb == "reset", str(facts.get("to" if record.verb == "reset" else "name"))
+    off = [vm for vm in vms if not is_on(machines[vm])]
+    ran = [vm for vm in ran_before(site, facts) if vm in vms]
+
+    def job(text: str, run: Callable[[], None] | None = None) -> Job:
+        of = f" of {', '.join(record.vms)}" if len(record.vms) > 1 else ""
+        text = f"{what.replace(record.verb, record.verb + of, 1)}: {text}"
+        return Job(Action("recover", record.vm, text), run)
+
+    def start(wanted: Sequence[str]) -> None:
+        side_by_side(site, {vm: partial(power_on, site, vm, wait=False) for vm in wanted})
+
+    if not vms:
+        return job("its machine is gone, or not ours to power; noted")
+    if not facts.get("decided"):
+        again = [vm for vm in ran if vm in off]
+        text = "it had not begun, all disks are as they were"
+        if not again:
+            return job(text)
+        return job(f"{text}; start {', '.join(again)} again", lambda: start(again))
+    then = (vms if facts.get("start") else []) if resets else ran
+    done = f"put back to {name}" if resets else f"keep as {name}"
+    if facts.get("changed"):
+        wanted = [vm for vm in then if vm in off]
+        if not wanted:
+            return job("its disks are done; noted")
+        return job(f"start {', '.join(wanted)}", lambda: start(wanted))
 
     def redo() -> None:
-        if not record.facts.get("swapped"):
-            proof = put_back(site, vm, to)
-            if operation := current_operation():  # before it runs again: see the first case above
-                operation.note(proof=proof, swapped=True)
-        if start:
-            power_on(site, vm, wait=False)
+        operation = current_operation()
+        assert operation is not None, "recovered within its operation"
+        operation.must_finish = True
+        stop_all(site, vms, grace=0 if resets else GRACE)
+        if resets:
+            finish(site, operation, vms, partial(restore, name))
+            proven(site, operation, vms, name)
+        else:
+            finish(site, operation, vms, partial(keep, name))
+            operation.note(changed=True)
+        start(then)
 
-    text = "start it" if record.facts.get("swapped") else f"put it back to {to}"
-    if start and not record.facts.get("swapped"):
-        text += " and start it"
-    return Job(Action("recover", vm, f"{what}: {text}"), redo)
+    return job(done + (f" and start {', '.join(then)}" if then else ""), redo)
+
+
+def _merge(site: Site, record: Record) -> None:
+    merge_on(site, record.vm)
+    as_before(site, record.facts)
 
 
 def _cycle(site: Site, record: Record, what: str) -> Job:
     inflated = []
-    for vm in _vms_of(site, record):
+    for vm in (vm for vm in record.vms if vm in site.farm.vms):
         machine = look(site, vm) if can_power(site, vm) else None
         idle = site.farm.vms[vm].idle_memory
         if machine is not None and is_on(machine) and idle is not None and machine.current > idle:
@@ -153,11 +195,6 @@ def _cycle(site: Site, record: Record, what: str) -> Job:
 
     text = f"balloon down {', '.join(inflated)}" if inflated else "noted"
     return Job(Action("recover", "", f"{what}: {text}; log shows how far it came"), calm)
-
-
-def _vms_of(site: Site, record: Record) -> tuple[str, ...]:
-    named = record.facts.get("vms")
-    return tuple(vm for vm in site.farm.vms if isinstance(named, list) and vm in named)
 
 
 def _destroy(site: Site, record: Record, what: str) -> Job:
@@ -182,6 +219,6 @@ def _sweep(site: Site) -> None:
 def _locks(site: Site, record: Record) -> tuple[str, ...]:
     if record.facts.get("whole"):
         return tuple(map(lock_of, site.farm.vms))
-    if record.verb == "cycle":
-        return tuple(map(lock_of, _vms_of(site, record)))
-    return (lock_of(record.vm) if record.vm else "recover",)
+    if record.verb == "network-apply":
+        return ("network",)
+    return tuple(map(lock_of, record.vms)) or ("recover",)

@@ -187,7 +187,7 @@ class Site:
             from hypervisors.kvm import kvm_usable
             from hypervisors.libvirt_driver import LibvirtHypervisor
 
-            if _remote(declared.uri):
+            if is_remote(declared.uri):
                 raise self._not_yet(host, f"the libvirt URI {declared.uri} of another machine")
             return LibvirtHypervisor(
                 self.private().uri if declared.uri == "private" else declared.uri,
@@ -366,8 +366,9 @@ def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Sit
     return Site(load(farm_file), reporter=reporter, plan=plan)
 
 
-def _remote(uri: str) -> bool:
-    """qemu+ssh://HOST/..., but not qemu:///system or qemu+unix:///system?socket=..."""
+def is_remote(uri: str) -> bool:
+    """A libvirt URI of another machine: qemu+ssh://HOST/..., but not "private", qemu:///system or
+    qemu+unix:///system?socket=..."""
     from urllib.parse import urlsplit
 
     return urlsplit(uri).hostname not in (None, "", "localhost")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from hypervisors.api import Disk, Machine, Power
+from hypervisors.api import Disk, Machine, Power, WatchedDisks
 from inventory.errors import FarmhandError
 from provision.locks import Holder
 from provision.site import Site
 from provision.work import is_on, lock_of
+
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
     """``state``: "not made", "running", "stopped", "paused", "unknown" (ssh host, host out of reach),
     "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or running),
-    "building" (a cycle holds it), "" where nobody can tell. Bytes; None: not known."""
+    "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole disk (LVM's
+    full copies). Bytes; None: not known."""
 
     vm: str
     machine: str
@@ -68,6 +72,7 @@ class HostStatus:
     driver: str
     notes: tuple[str, ...] = ()
     free: int | None = None  # bytes of its disk store
+    disk_notes: tuple[str, ...] = ()  # what to look at in the store, before it is full
     error: str = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -76,6 +81,7 @@ class HostStatus:
             "driver": self.driver,
             "notes": list(self.notes),
             "free": self.free,
+            "disk_notes": list(self.disk_notes),
             "error": self.error,
         }
 
@@ -114,7 +120,7 @@ def status(site: Site) -> FarmStatus:
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     unfinished: tuple[str, ...] = ()
     try:
-        unfinished = tuple(f"{r.verb} {r.vm}".strip() for r in site.journal.unfinished())
+        unfinished = tuple(f"{r.verb} {' '.join(r.vms)}".strip() for r in site.journal.unfinished())
     except FarmhandError as error:
         warnings.append(error.message)
     return FarmStatus(
@@ -137,21 +143,28 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
         machines = {machine.name: machine for machine in driver.list()}
         disks: dict[str, Disk] = {}
         free = None
+        disk_notes: tuple[str, ...] = ()
         if site.has_disks(host):
             store = site.disks(host)
             disks = {disk.machine: disk for disk in store.list()}
             free = store.capacity().free
+            if isinstance(store, WatchedDisks):
+                disk_notes = tuple(store.notes())
     except FarmhandError as error:
         line = error.message.splitlines()[0]
         return (
             HostStatus(host=host, driver=declared.driver, error=line),
             [_unreached(site, vm, line) for vm in vms],
         )
-    rows = [_vm(site, vm, machines.pop(site.machine(vm), None), disks) for vm in vms]
+    ours = {vm: machines.pop(site.machine(vm), None) for vm in vms}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may ask its store whether the disk is clean
+        rows = list(pool.map(lambda vm: _vm(site, vm, ours[vm], disks), vms))
     for machine in machines.values():
         if machine.owner is not None and machine.owner.vm not in site.farm.vms:
             rows.append(_undeclared(host, machine, disks.get(machine.name)))
-    return HostStatus(host=host, driver=can.driver, notes=can.notes, free=free), rows
+    return HostStatus(
+        host=host, driver=can.driver, notes=can.notes, free=free, disk_notes=disk_notes
+    ), rows
 
 
 def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) -> VmStatus:
@@ -177,17 +190,15 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
             vm=vm, machine=name, host=host, state="not made", holder=holder,
             memory_max=site.farm.vms[vm].memory, error=error,
         )  # fmt: skip
-    condition = ""
-    if disk is not None:
-        condition = "dirty"
-        if holder is not None and holder.doing.startswith("cycle"):
-            condition = "building"
-        elif not is_on(machine):
-            try:
-                if site.disks(host).pristine(name, disk.base):
-                    condition = "clean"
-            except FarmhandError as problem:
-                condition, error = "", problem.message.splitlines()[0]
+    condition = "dirty" if disk is not None else ""
+    if holder is not None and holder.doing.partition(" ")[0] == "cycle":
+        condition = "building"
+    elif disk is not None and not is_on(machine):
+        try:
+            pristine = site.disks(host).pristine(name, disk.base, quick=True)
+            condition = {True: "clean", False: "dirty", None: ""}[pristine]
+        except FarmhandError as problem:
+            condition, error = "", problem.message.splitlines()[0]
     return VmStatus(
         vm=vm,
         machine=name,

@@ -90,8 +90,9 @@ def begin(
 ) -> Iterator[Run]:
     """What every changing use case begins with: finish or undo what a killed one left, then lock the
     VMs (and what ``locks`` name besides). A plan says what would be recovered, and takes no lock.
-    Busy if a VM is in use."""
+    Busy if a VM is in use, WrongState if it is part of a change that can't be finished."""
     from provision.recover import recover_all
+    from provision.together import refuse_unfinished
 
     run = Run(site, verb)
     if site.plan:
@@ -101,6 +102,7 @@ def begin(
     site.prepare()
     run.add(*recover_all(site))
     with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or " ".join((verb, *vms))):
+        refuse_unfinished(site, verb, vms)
         yield run
 
 

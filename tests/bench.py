@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,7 +37,18 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         directory = Path(name)
         directory.chmod(0o711)  # QEMU runs as another user and passes through
         figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
+        figures += _network(rounds, say)
     return Figures(tuple(figures))
+
+
+def _network(rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
+    """On real daemons in a network namespace: for root."""
+    if os.geteuid() != 0:
+        say("the network services' figures need root: left out")
+        return
+    measured = import_module("tests.services.figures").measure  # beside the tests' own modules
+    for name, seconds, limit in measured(rounds, say):
+        yield Figure(name, seconds, limit)
 
 
 # ---- Drivers: a disk and a definition, against qemu-img and libvirt by themselves.

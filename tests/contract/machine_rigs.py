@@ -139,7 +139,7 @@ class LibvirtRig:
 
         connection = libvirt.open(self.private.uri())
         for domain in connection.listAllDomains(0):
-            if domain.isActive():
+            with contextlib.suppress(libvirt.libvirtError):  # not running, or it just ended
                 domain.destroy()
             domain.undefine()
         connection.close()

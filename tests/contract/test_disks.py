@@ -7,8 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rigs import FARM, SIZE, template
 
-from hypervisors.api import Owner
-from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from hypervisors.api import FarmDisks, Owner
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    NoSpace,
+    NotFound,
+    NotOurs,
+    UsageError,
+    WrongState,
+)
 
 PROD = Owner(FARM, "prod")
 
@@ -203,3 +211,78 @@ def test_abandoned_at_a_step_it_can_be_done_again(store, made, what):
         else:
             break
     assert steps >= 1
+
+
+BOTH = ["kata-prod", "kata-dev2"]
+
+
+@pytest.fixture
+def both(store, made):
+    """Two machines with a checkpoint "one" of content A; prod now holds B, dev2 C."""
+    assert isinstance(made, FarmDisks)
+    made.clone(made.templates()[0], "kata-dev2", Owner(FARM, "dev2"), SIZE)
+    for machine in BOTH:
+        store.write(machine, "A")
+    made.checkpoint_all(BOTH, "one")
+    store.write("kata-prod", "B")
+    store.write("kata-dev2", "C")
+    return made
+
+
+def contents(store):
+    return [store.read(machine) for machine in BOTH]
+
+
+def test_several_go_back_and_forth_as_one(store, both):
+    both.checkpoint_all(BOTH, "two")
+    for name, content in [("one", ["A", "A"]), ("clean", ["T", "T"]), ("two", ["B", "C"])]:
+        disks = both.restore_all(BOTH, name)
+        assert [(d.machine, d.base) for d in disks] == [(machine, name) for machine in BOTH]
+        assert contents(store) == content
+        assert all(both.pristine(machine, name) for machine in BOTH)
+    for machine in BOTH:
+        assert [c.name for c in both.find(machine).checkpoints] == ["clean", "one", "two"]
+    assert list(both.leftovers()) == []
+
+
+def test_what_one_cannot_none_does(store, both):
+    both.checkpoint("kata-dev2", "hers")
+    with pytest.raises(NotFound):
+        both.restore_all(BOTH, "hers")
+    with pytest.raises(Conflict):
+        both.checkpoint_all(BOTH, "hers")
+    with pytest.raises(NotFound):
+        both.restore_all(["kata-prod", "kata-nobody"], "clean")
+    with pytest.raises(NotOurs):
+        store.disks("other").restore_all(BOTH, "clean")
+    assert contents(store) == ["B", "C"]
+    assert [c.name for c in both.find("kata-prod").checkpoints] == ["clean", "one"]
+
+
+@pytest.mark.parametrize("error", [Killed, DriverFailed], ids=["abandoned", "failed"])
+@pytest.mark.parametrize("what", ["checkpoint_all", "restore_all"])
+def test_several_failing_at_any_step_are_as_before(store, both, what, error):
+    name = "one" if what == "restore_all" else "two"
+    steps = 0
+    while True:
+        left = steps
+
+        def step(text):
+            nonlocal left
+            if left == 0:
+                raise error(text)
+            left -= 1
+
+        try:
+            getattr(store.disks(step=step), what)(BOTH, name)
+        except error:
+            steps += 1
+            assert contents(store) == ["B", "C"]
+            for machine in BOTH:
+                assert [c.name for c in both.find(machine).checkpoints] == ["clean", "one"]
+                assert both.find(machine).base == "one"
+            assert list(both.leftovers()) == []
+        else:
+            break
+    assert steps >= 1
+    assert contents(store) == (["A", "A"] if name == "one" else ["B", "C"])

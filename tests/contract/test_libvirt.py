@@ -66,6 +66,18 @@ def test_many_find_a_dead_libvirtd_at_once(real):
     assert len(found) == 8 and all(found)
 
 
+def test_a_daemon_that_dies_between_the_look_and_the_call(real, tmp_path):
+    """Nobody listens any more where one was seen a moment ago."""
+    define(real)
+    answers = iter([f"qemu+unix:///system?socket={tmp_path}/gone"])
+    hypervisor = LibvirtHypervisor(
+        lambda: next(answers, None) or real.private.uri(),
+        "kata", real.disks(), Runner(), kvm=kvm_usable(Runner(), tmp_path),
+    )  # fmt: skip
+    assert hypervisor.find(NAME)
+    hypervisor.close()
+
+
 def test_without_a_balloon_driver(real):
     hypervisor = define(real, options="balloon=off")
     real.boot("prod", "A")

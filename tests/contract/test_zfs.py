@@ -3,9 +3,13 @@ pools, and disks somebody has open."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -319,6 +323,53 @@ def test_a_template_survives_a_recursive_destroy(store, made):
     done = subprocess.run(["zfs", "destroy", "-R", ref], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "busy" in done.stderr
     made.remove_template("base@1")
+
+
+@contextlib.contextmanager
+def stale_link(store: ZfsRig, link: Path, remove: Callable[[], object]) -> Iterator[Path]:
+    """The link of a volume that ``remove`` takes away stays, and leads to somebody else's; udev goes on
+    in 10 s. Yields that device."""
+    subprocess.run(["udevadm", "settle"], check=True)
+    device = link.resolve()
+    subprocess.run(["udevadm", "control", "--stop-exec-queue"], check=True)
+    go_on = ["udevadm", "control", "--start-exec-queue"]
+
+    def resume() -> None:
+        for _ in range(5):  # the lab's udev was seen to overhear it
+            subprocess.run(go_on, check=True)
+            time.sleep(1)
+
+    again = threading.Timer(10, resume)
+    again.start()
+    try:
+        remove()
+        for n in range(8):  # one of them gets its device number
+            zfs("create", "-s", "-V", "64M", f"{store.root}/foreign{n}")
+            if link.exists():
+                break
+        assert link.resolve() == device
+        yield device
+    finally:
+        again.join()
+
+
+def test_a_clone_doesnt_take_the_link_of_one_that_is_gone(store, made):
+    path, sealed = made.find("kata-prod").path, made.templates()[0]
+    with stale_link(store, path, lambda: made.destroy("kata-prod")) as device:
+        disk = made.clone(sealed, "kata-prod", PROD, SIZE)
+    assert disk.path.resolve() != device
+    assert store.read("kata-prod") == "T" and made.pristine("kata-prod", "clean")
+
+
+def test_a_template_isnt_written_to_the_link_of_one_that_is_gone(store, made):
+    volume = f"{store.root}/templates/base.2"
+    zfs("create", "-s", "-V", "64M", volume)
+    image = store.image()
+    with stale_link(store, Path("/dev/zvol", volume), lambda: zfs("destroy", volume)) as device:
+        sealed = made.seal(image, template(2))
+    assert device.read_bytes().count(0) == SIZE  # somebody else's
+    made.clone(sealed, "kata-two", Owner(FARM, "two"), SIZE)
+    assert store.read("kata-two") == "T"
 
 
 def test_clones_reserve_nothing(store, made):

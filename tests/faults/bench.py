@@ -1,39 +1,53 @@
-"""A small farm to kill things in, on a driver of choice, and what must hold after each kill."""
+"""A small farm to kill things in, on a store of choice, and what must hold after each kill.
+
+A kill is at a journal step (right when it was written, or right when what it announced was done), or at
+a moment drawn from the operation's measured length: then either the process alone, whose commands live
+on, or with all commands it had started. ``FARMHAND_KILLS=many`` in the environment: every step, and many
+moments, also where a kill takes seconds; ``FARMHAND_SEED`` draws the same moments again.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from places import SIZE, Place
+from still import StillSite
+
 from hypervisors.api import Template
-from hypervisors.fake import FakeDisks
 from inventory.loader import load
 from provision import farm
 from provision.identity import host_key, seed_file
+from provision.paths import state_dir
 from provision.report import QuietReporter
 from provision.site import Site
 from provision.work import is_on, look
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")
-SIZE = 64 * 2**20
-PATTERN = "0xab"
+MANY = os.environ.get("FARMHAND_KILLS") == "many"
+SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10**6))
 
 FARM = """\
 farm: kill
-hosts: {{here: {{driver: {driver}}}}}
-templates: {{base: {{build: debian-12, size: 64M}}}}
+hosts: {{here: {{{host}}}}}
+templates:
+  base: {{build: debian-12, size: 64M}}
+  spare: {{import: spare.qcow2, size: 16M, firstboot: none}}
 vms:
-  dev2: {{memory: 64M}}
-  prod: {{memory: 64M}}
+{vms}
+{more}
 """
 
 
@@ -42,20 +56,35 @@ class Kills:
     """What happened, for the summary."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    open: dict[str, None] = field(default_factory=dict)
+    """Not yet recovered and found to be right: at the end, what was lost."""
 
-    def add(self, operation: str, driver: str) -> None:
-        self.counts[operation, driver] = self.counts.get((operation, driver), 0) + 1
+    def add(self, operation: str, label: str) -> None:
+        self.counts[operation, label] = self.counts.get((operation, label), 0) + 1
 
 
 KILLS = Kills()
 
 
+@dataclass(frozen=True)
+class Kill:
+    """At step ``number``, "written" or "done"; or after so many seconds, "alone" or "together"."""
+
+    when: str
+    number: float
+
+    def __str__(self) -> str:
+        if self.when in ("written", "done"):
+            return f"killed when step {self.number} was {self.when}"
+        return f"killed {self.when} after {self.number:.3f} s"
+
+
 class Children:
     """The process whose forks are killed, see child.py."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, still: bool) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, CHILD],
+            [sys.executable, CHILD, *(["still"] if still else [])],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -63,13 +92,13 @@ class Children:
             text=True,
         )
 
-    def ask(self, request: object) -> tuple[int, str]:
-        """The wait status, and what it printed."""
+    def ask(self, request: object) -> tuple[int, str, float]:
+        """The wait status, what it printed, and how long it took, in seconds."""
         assert self._server.stdin and self._server.stdout
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        status, text = json.loads(self._server.stdout.readline())
-        return status, text
+        status, text, seconds = json.loads(self._server.stdout.readline())
+        return status, text, seconds
 
     def close(self) -> None:
         with self._server:
@@ -78,23 +107,45 @@ class Children:
 
 
 class Bench:
-    def __init__(self, directory: Path, driver: str) -> None:
-        self._children = Children()
-        self.driver = driver
+    """``chosen`` and ``moments``: how many kills at steps (None: at all) and at random moments each
+    operation gets. ``more``: lines for the farm file."""
+
+    def __init__(
+        self,
+        directory: Path,
+        place: Place,
+        *,
+        chosen: int | None = None,
+        moments: int = 4,
+        vms: Sequence[str] = ("dev2", "prod"),
+        disk: str = "",
+        more: str = "",
+    ) -> None:
+        self._children = Children(still=place.still)
+        self.place = place
+        self.driver = place.label
+        self.chosen = None if MANY else chosen
+        self.moments = moments * 4 if MANY else moments
         self.file = directory / "kill.yaml"
-        self.file.write_text(FARM.format(driver=driver), encoding="utf-8")
+        size = f", disk: {disk}" if disk else ""
+        lines = "\n".join(f"  {vm}: {{template: base, memory: 64M{size}}}" for vm in vms)
+        text = FARM.format(host=place.host, vms=lines, more=more)
+        self.file.write_text(text, encoding="utf-8")
+        self.vms = tuple(vms)
+        self.shapes: list[dict[str, list[str]]] = []
 
     def site(self, *, plan: bool = False) -> Site:
-        return Site(load(self.file), reporter=QuietReporter(), plan=plan)
+        kind = StillSite if self.place.still else Site
+        return kind(load(self.file), reporter=QuietReporter(), plan=plan)
 
     def seal(self) -> None:
-        """A template with nothing on it: its guests run, and boot nothing."""
+        """A template, as it would be built; its guests boot nothing."""
         with self.site() as site:
             site.prepare()
-            if site.disks("here").templates():
+            if any(t.name == "base" for t in site.disks("here").templates()):
                 return
-            image = self.file.with_name("empty.qcow2")
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+            image = self.file.with_name("base.qcow2")
+            self.place.make_image(image)
             site.disks("here").seal(
                 image,
                 Template(
@@ -115,23 +166,49 @@ class Bench:
         verb: str,
         arguments: Mapping[str, Any],
         put_back: Callable[[], None],
+        *,
+        shapes: bool = True,
     ) -> Iterator[str]:
-        """Run it again and again, each time killed one step later, until it comes through. After each
-        kill the caller looks and recovers; ``put_back`` then makes all as it was before."""
-        for when in ("written", "done"):
+        """Run it again and again, each time killed elsewhere. After each kill the caller looks and
+        recovers; ``put_back`` makes all as it was before. ``shapes``: what there is after a recovery is
+        what there was before the operation, or what there is after it."""
+        dice = random.Random(f"{SEED} {operation} {self.driver}")
+        put_back()
+        before = self.shape()
+        steps, seconds = self.uninterrupted(verb, arguments)
+        self.shapes = [before, self.shape()] if shapes else []
+        for kill in self._drawn(steps, seconds, dice):
             put_back()
-            for number in range(1, 100):
-                text = self.killed_at(when, number, verb, arguments)
-                if text is None:
-                    break
-                KILLS.add(operation, self.driver)
-                yield f"{operation}, killed when step {number} was {when}: {text}"
-                put_back()
+            text = self.killed_at(kill.when, kill.number, verb, arguments)
+            if text is None:
+                continue  # it was through before
+            KILLS.add(operation, self.driver)
+            context = f"{operation} on {self.driver}, {kill}: {text} (FARMHAND_SEED={SEED})"
+            KILLS.open[context] = None
+            yield context
+            del KILLS.open[context]
+        self.shapes = []
 
-    def killed_at(self, when: str, number: int, verb: str, arguments: Mapping[str, Any]) -> str | None:
-        """The step's text; None if the run ended before it came that far."""
+    def _drawn(self, steps: int, seconds: float, dice: random.Random) -> list[Kill]:
+        kills = [Kill(when, n) for n in range(1, steps + 1) for when in ("written", "done")]
+        if self.chosen is not None:
+            kills = sorted(dice.sample(kills, min(self.chosen, len(kills))), key=kills.index)
+        for n in range(self.moments):
+            # one in each part of its length
+            moment = (n + dice.random()) / self.moments * seconds
+            kills.append(Kill(dice.choice(("alone", "together")), moment))
+        return kills
+
+    def uninterrupted(self, verb: str, arguments: Mapping[str, Any]) -> tuple[int, float]:
+        """How many steps it has, and how long it takes."""
+        status, text, seconds = self._children.ask([str(self.file), "never", 0, verb, dict(arguments)])
+        assert status == 0, f"{verb} {arguments} failed by itself; see its standard error"
+        return int(text), seconds
+
+    def killed_at(self, when: str, number: float, verb: str, arguments: Mapping[str, Any]) -> str | None:
+        """The step's text, or what ran; None if it was through before that."""
         request = [str(self.file), when, number, verb, dict(arguments)]
-        status, step = self._children.ask(request)
+        status, step, _ = self._children.ask(request)
         if status == 0:
             return None
         assert status == signal.SIGKILL, f"wait status {status}: {request}; see its standard error"
@@ -139,6 +216,52 @@ class Bench:
 
     def close(self) -> None:
         self._children.close()
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    def shape(self) -> dict[str, list[str]]:
+        """All objects and files of the farm's, by VM; found without any of our code but names."""
+        found = [*self.place.everything(), *self._files()]
+        if self.place.real_qemu:
+            found += [f"qemu {line}" for line in _running()]
+        parts: dict[str, list[str]] = {vm: [] for vm in (*self.vms, "")}
+        for line in sorted(found):
+            vm = next((vm for vm in self.vms if re.search(rf"\b{vm}\b", line)), "")
+            parts["" if line.startswith("allocation") else vm].append(line)
+        return parts
+
+    def _check_shape(self, context: str) -> None:
+        """Each VM is as it was before the operation or as it is after it, in all that there is of it;
+        what belongs to none of them is there before or after."""
+        now, (before, after) = self.shape(), self.shapes
+        for vm in self.vms:
+            if now[vm] not in (before[vm], after[vm]):
+                what = {"before": before[vm], "after": after[vm], "now": now[vm]}
+                raise AssertionError(f"{context}: of {vm} there is\n{json.dumps(what, indent=1)}")
+        seen, one, other = Counter(now[""]), Counter(before[""]), Counter(after[""])
+        surplus, missing = seen - (one | other), (one & other) - seen
+        assert not surplus and not missing, f"{context}: left over {surplus}, missing {missing}"
+
+    def _files(self) -> list[str]:
+        """But for journal, logs, lock files, what libvirtd keeps for itself, and the world of machines
+        that run nothing, where each is a line."""
+        found = []
+        for path in state_dir().rglob("*"):
+            name = str(path.relative_to(state_dir()))
+            if path.is_dir() or re.search(
+                r"journal\.db|/locks/|\.log(\.\d)?$|^lvm/|\.lock$|generations\.json", name
+            ):
+                continue
+            if "/libvirt/" in name and not re.search(r"qemu/[^/]*\.xml$", name):
+                continue
+            if path.name.endswith(".state"):
+                found += [f"machine {m}" for m in json.loads(path.read_text())["machines"]]
+                continue
+            found.append(re.sub(r"[0-9a-f]{8,}|@\d+", "N", f"file {name}"))
+        lock = self.file.with_name(self.file.name + ".lock")
+        if lock.exists():
+            found += [f"allocation {vm}" for vm in json.loads(lock.read_text())["vms"]]
+        return found
 
     # -- what must hold ---------------------------------------------------------------------------
 
@@ -157,8 +280,7 @@ class Bench:
             assert next(c.name for c in disk.checkpoints) == "clean", context
             assert seed_file(site.paths, machine.name).exists(), context
             assert host_key(site.paths, vm), context
-            if self.driver == "kvm":
-                subprocess.run(["qemu-img", "check", "-q", "-U", disk.path], check=True)
+            self.place.check(disk)
 
     def recovered(self, context: str) -> list[str]:
         """Recover, as planned, to the end; nothing is left. What was done."""
@@ -174,6 +296,8 @@ class Bench:
             left = farm.gc(site)
             assert not left.changed, f"{context}: {[str(a) for a in left.actions]}"
             assert site.locks.held() == (), context
+        if self.shapes:
+            self._check_shape(context)
         return [str(action) for action in done]
 
     def usable(self, context: str) -> None:
@@ -188,31 +312,23 @@ class Bench:
 
     def write_on(self, site: Site, vm: str) -> None:
         """So that the old disk can be told from a fresh one; the VM is stopped."""
-        store = site.disks("here")
-        if isinstance(store, FakeDisks):
-            store.write(site.machine(vm), b"old")
-            return
-        disk = store.find(site.machine(vm))
+        disk = site.disks("here").find(site.machine(vm))
         assert disk
-        subprocess.run(
-            ["qemu-io", "-f", "qcow2", "-c", f"write -q -P {PATTERN} 1M 64k", disk.path],
-            check=True,
-            capture_output=True,
-        )
+        self.place.write(disk, site)
 
     def content(self, site: Site, vm: str) -> str:
         """ "old": what was written is there, all of it; "new": provably the checkpoint."""
-        machine, store = site.machine(vm), site.disks("here")
-        if store.pristine(machine, "clean"):
-            return "new"
-        if isinstance(store, FakeDisks):
-            return "old" if store.content(machine) == b"old" else "torn"
-        disk = store.find(machine)
-        assert disk
-        read = subprocess.run(
-            ["qemu-io", "-r", "-U", "-f", "qcow2", "-c", f"read -q -P {PATTERN} 1M 64k", disk.path],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return "torn" if "fail" in read.stdout else "old"
+        return self.place.content(site, site.machine(vm))
+
+
+def _running() -> list[str]:
+    """Machines of ours that QEMU runs, by its own command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"qemu-system" in words[0]:
+            found += re.findall(r"guest=(kill-\w+)", " ".join(w.decode() for w in words))
+    return found

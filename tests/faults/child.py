@@ -1,31 +1,44 @@
 """Runs use cases, each in a process of its own that kills itself at a chosen journal step.
 
-One JSON list a line on standard input: FARM_FILE WHEN NUMBER VERB ARGUMENTS; one back: the wait status
-and the step's text. Each request is a fork of this process, which has imported everything and opened
-nothing: hundreds of kills would else be mostly hundreds of starts of Python.
+One JSON list a line on standard input: FARM_FILE WHEN NUMBER VERB ARGUMENTS; one back: the wait status,
+the step's text, and how long it took. Each request is a fork of this process, which has imported
+everything and opened nothing: hundreds of kills would else be mostly hundreds of starts of Python.
 
 WHEN "written": right after step NUMBER was written, its change not begun. "done": at the first thing
 written after that, so its change was made. Product code has no hook for this: the journal's own
-methods are wrapped here.
+methods are wrapped here. "alone": after NUMBER seconds, its commands live on; "together": they are
+killed too. "never": the text is the number of steps.
+
+An argument "still": machines run nothing, see still.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import provision.golden
-import provision.seed  # noqa: F401 - imported for the forks
+from still import StillSite
+
+import hypervisors.lvm_classic  # imported for the forks, as the next ones are
+import hypervisors.lvm_thin
+import hypervisors.zfs  # noqa: F401
+import provision.seed  # noqa: F401
+from hypervisors import fake
 from inventory.loader import load
-from provision import farm, journal, reset
+from provision import checkpoint, farm, golden, journal
 from provision.report import QuietReporter
 from provision.site import Site
+
+_kind: type[Site] = Site
 
 
 def arm(when: str, number: int) -> None:
@@ -54,23 +67,79 @@ def arm(when: str, number: int) -> None:
     journal.Journal.write = write  # type: ignore[method-assign]
 
 
-def use_case(file: str, when: str, number: int, verb: str, arguments: dict[str, Any]) -> None:
-    arm(when, number)
-    reset.CHECKPOINT_GRACE = 0.2  # its guests boot nothing: nobody there to shut down
-    with Site(load(Path(file)), reporter=QuietReporter()) as site:
-        getattr(farm, verb)(site, **arguments)
+def count() -> list[str]:
+    """The steps, as they are written."""
+    real_step = journal.Operation.step
+    texts: list[str] = []
+
+    def step(self: journal.Operation, text: str) -> None:
+        real_step(self, text)
+        texts.append(text)
+
+    journal.Operation.step = step  # type: ignore[method-assign]
+    return texts
+
+
+def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str, Any]) -> None:
+    texts = count() if when == "never" else None
+    if when in ("written", "done"):
+        arm(when, int(number))
+    checkpoint.GRACE = 0.2  # its guests boot nothing: nobody there to shut down
+    with _kind(load(Path(file)), reporter=QuietReporter()) as site:
+        (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
+    if texts is not None:
+        print(len(texts))
+
+
+def kill_after(seconds: float, pid: int, *, together: bool) -> str:
+    """Unless it ended by itself. What it was running, as text."""
+    handle = os.pidfd_open(pid)
+    try:
+        waiting = select.poll()
+        waiting.register(handle, select.POLLIN)
+        if waiting.poll(seconds * 1000):
+            return ""
+        signal.pidfd_send_signal(handle, signal.SIGSTOP)  # starts nothing more meanwhile
+        commands = descendants(pid)
+        if together:
+            for command in commands:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(command, signal.SIGKILL)
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
+    return f"while it ran {', '.join(commands.values()) or 'nothing'}"
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Children and theirs: pid and name. A daemon has another parent by now."""
+    children: dict[int, list[tuple[int, str]]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            children.setdefault(int(rest.split()[1]), []).append((int(stat.parent.name), name))
+    found: dict[int, str] = {}
+    todo = [pid]
+    while todo:
+        for child, name in children.get(todo.pop(), ()):
+            found[child] = name
+            todo.append(child)
+    return found
 
 
 def serve() -> None:
     for line in sys.stdin:
+        request = json.loads(line)
+        when, seconds = request[1], float(request[2])
         read, write = os.pipe()
+        started = time.monotonic()
         pid = os.fork()
         if pid == 0:
             os.close(read)
             os.dup2(write, 1)  # what it prints is the step's text
             status = 1
             try:
-                use_case(*json.loads(line))
+                use_case(*request)
                 status = 0
             except BaseException:  # noqa: BLE001 - a child tells all
                 traceback.print_exc()
@@ -78,11 +147,17 @@ def serve() -> None:
                 sys.stdout.flush()
                 os._exit(status)
         os.close(write)
-        with os.fdopen(read) as told:
-            text = told.read()
+        ran = ""
+        if when in ("alone", "together"):
+            ran = kill_after(seconds, pid, together=when == "together")
         _, status = os.waitpid(pid, 0)
-        print(json.dumps([status, text.strip()]), flush=True)
+        took = time.monotonic() - started
+        with os.fdopen(read) as told:  # a step's text fits into the pipe
+            text = told.read()
+        print(json.dumps([status, ran or text.strip(), took]), flush=True)
 
 
 if __name__ == "__main__":
+    fake._adapter()  # for the forks, too
+    _kind = StillSite if sys.argv[1:] == ["still"] else Site
     serve()

@@ -1,5 +1,6 @@
-"""SIGKILL at every journal step of every changing use case, and right after each step's change: what is
-left is never half-made, recovery puts it right, nothing stays over, no name is blocked."""
+"""SIGKILL at every journal step of every changing use case, right after each step's change, and at any
+moment: what is left is never half-made, recovery puts it right, nothing stays over, no name is
+blocked."""
 
 from __future__ import annotations
 
@@ -8,11 +9,19 @@ from functools import partial
 import pytest
 from bench import KILLS, Bench
 
-from provision import farm
+from provision import farm, golden
+from provision.site import Site
 from provision.work import is_on, look
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
+NOTHING = ["nothing was left unfinished"]
 fake_only = pytest.mark.parametrize("bench", ["fake"], indirect=True)  # the drivers' part is the same
+
+
+@pytest.fixture(autouse=True)
+def _forget(bench: Bench) -> None:
+    """What a test expected that failed in the midst of its kills."""
+    bench.shapes = []
 
 
 def test_clone_farm(bench: Bench) -> None:
@@ -30,11 +39,13 @@ def test_the_next_clone_farm_recovers_by_itself(bench: Bench) -> None:
     """Without a recover in between."""
     arguments = {"wait": False, "vms": ["prod"]}
     for context in bench.kills(
-        "clone-farm, then clone-farm", "clone_farm", arguments, partial(_remove, bench)
+        "clone-farm, then clone-farm", "clone_farm", arguments, partial(_remove, bench), shapes=False
     ):
         with bench.site() as site:
+            unfinished = bool(site.journal.unfinished())
             outcome = farm.clone_farm(site, wait=False)
-            assert any(action.verb == "recover" for action in outcome.actions), context
+            recovered = any(action.verb == "recover" for action in outcome.actions)
+            assert recovered == unfinished, context
         bench.usable(context)
         bench.recovered(context)
 
@@ -85,6 +96,20 @@ def test_a_recovery_that_is_killed_too(bench: Bench, when: str) -> None:
     assert number > 1 or (bench.driver, when) == ("fake", "written")
 
 
+def test_reset_to_an_older_checkpoint(bench: Bench) -> None:
+    """Newer ones stay, so the store has to grow another disk."""
+    arguments = {"vms": ["prod"], "to": "clean", "start": False, "wait": False}
+    for context in bench.kills("reset, older", "reset", arguments, partial(_written_on, bench, "kept")):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+            assert bench.content(site, "prod") in ("old", "new"), context
+        _after_reset(bench, context, running=False)
+        with bench.site() as site:
+            disk = site.disks("here").find(site.machine("prod"))
+            assert disk
+            assert [kept.name for kept in disk.checkpoints] == ["clean", "kept"], context
+
+
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_checkpoint(bench: Bench, running: bool) -> None:
     operation = f"checkpoint, {'running' if running else 'stopped'}"
@@ -105,25 +130,130 @@ def test_checkpoint(bench: Bench, running: bool) -> None:
             assert bench.content(site, "prod") == "old", f"{context}: nothing written is lost"
 
 
+def test_reset_all(bench: Bench) -> None:
+    """Both VMs get there or none does; so it is, too, that both run or none."""
+    arguments = {"vms": [], "wait": False}
+    for context in bench.kills("reset --all", "reset", arguments, partial(_both_written, bench)):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+            assert {bench.content(site, vm) for vm in site.farm.vms} <= {"old", "new"}, context
+        done = bench.recovered(context)
+        with bench.site() as site:
+            not_begun = any("had not begun" in line for line in done)
+            expected = "old" if not_begun else "new"
+            if done == NOTHING:  # killed before it wrote anything down, or after its end
+                expected = bench.content(site, "prod")
+                assert expected in ("old", "new"), context
+            assert [bench.content(site, vm) for vm in site.farm.vms] == [expected] * 2, context
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+
+
+def test_checkpoint_all(bench: Bench) -> None:
+    arguments = {"vms": [], "name": "kept", "wait": False}
+    ready = partial(_both_written, bench, anew=True)
+    for context in bench.kills("checkpoint --all", "checkpoint", arguments, ready):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+        bench.recovered(context)
+        with bench.site() as site:
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+            disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+            kept = {"kept" in [c.name for c in disk.checkpoints] for disk in disks if disk}
+            assert len(disks) == 2, context
+            assert len(kept) == 1, f"{context}: of both or of none"
+            if kept == {True}:
+                farm.reset(site, to="kept", start=False)
+            farm.stop(site, force=True)
+            for vm in site.farm.vms:
+                assert bench.content(site, vm) == "old", f"{context}: nothing written is lost"
+
+
+@fake_only
+def test_a_recovery_of_all_that_is_killed_too(bench: Bench) -> None:
+    number = 1
+    while True:
+        _both_written(bench)
+        assert bench.killed_at("written", 4, "reset", {"vms": [], "wait": False})
+        again = bench.killed_at("written", number, "recover", {})
+        if again is None:
+            break
+        KILLS.add("recover of a reset --all", bench.driver)
+        bench.recovered(again)
+        with bench.site() as site:
+            assert [bench.content(site, vm) for vm in site.farm.vms] == ["new", "new"], again
+            assert all(is_on(look(site, vm)) for vm in site.farm.vms), again
+        number += 1
+    assert number > 1
+
+
 def test_destroy_a_vm(bench: Bench) -> None:
     ready = partial(bench.usable, "made again")
     for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}, ready):
         with bench.site() as site:
             bench.nothing_half_made(site, context)
-        bench.recovered(context)
+        done = bench.recovered(context)
         with bench.site() as site:
+            assert is_on(look(site, "dev2")), f"{context}: the other one is untouched"
+            if done == NOTHING and look(site, "prod") is not None:
+                bench.nothing_half_made(site, context)
+                continue
             assert look(site, "prod") is None, context
             assert site.disks("here").find(site.machine("prod")) is None, context
             assert "prod" not in site.allocator.recorded(), context
-            assert is_on(look(site, "dev2")), f"{context}: the other one is untouched"
 
 
 def test_destroy_the_farm(bench: Bench) -> None:
     for context in bench.kills("destroy the farm", "destroy", {}, partial(_whole, bench)):
-        bench.recovered(context)
+        done = bench.recovered(context)
         with bench.site() as site:
+            if done == NOTHING and site.paths.root.exists():
+                assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+                continue
             assert not site.paths.root.exists(), context
             assert not site.allocator.lock_file.exists(), context
+
+
+def test_template_import(bench: Bench) -> None:
+    image = bench.file.with_name("spare.qcow2")
+    bench.place.make_image(image)
+    for context in bench.kills(
+        "template-import", "template_import", {"name": "spare"}, partial(_no_spare, bench)
+    ):
+        bench.recovered(context)
+        with bench.site() as site:
+            assert len(_spare(site)) <= 1, context
+            golden.template_import(site, "spare")
+            assert len(_spare(site)) >= 1, context
+        assert image.exists(), context
+
+
+def test_template_remove(bench: Bench) -> None:
+    bench.place.make_image(bench.file.with_name("spare.qcow2"))
+    label = ""
+
+    def ready() -> None:
+        nonlocal label
+        with bench.site() as site:
+            if not _spare(site):
+                golden.template_import(site, "spare")
+            (label,) = _spare(site)
+            arguments["label"] = label
+
+    arguments: dict[str, str] = {}
+    for context in bench.kills("template-remove", "template_remove", arguments, ready):
+        bench.recovered(context)
+        with bench.site() as site:
+            assert _spare(site) in ([], [label]), context
+
+
+def _spare(site: Site) -> list[str]:
+    return [t.label for t in golden.template_list(site) if t.name == "spare"]
+
+
+def _no_spare(bench: Bench) -> None:
+    with bench.site() as site:
+        for label in _spare(site):
+            golden.template_remove(site, label)
 
 
 def _whole(bench: Bench) -> None:
@@ -142,12 +272,43 @@ def _written(bench: Bench, *, running: bool) -> None:
             farm.start(site, ["prod"], wait=False)
 
 
+def _written_on(bench: Bench, name: str) -> None:
+    """prod stopped, with something written since checkpoint ``name``."""
+    with bench.site() as site:
+        farm.clone_farm(site, wait=False)
+        farm.stop(site, ["prod"], force=True)
+        disk = site.disks("here").find(site.machine("prod"))
+        assert disk
+        if name not in [kept.name for kept in disk.checkpoints]:
+            farm.checkpoint(site, ["prod"], name)
+        else:
+            farm.reset(site, ["prod"], to=name, start=False)
+        bench.write_on(site, "prod")
+        assert bench.content(site, "prod") == "old"
+
+
+def _both_written(bench: Bench, *, anew: bool = False) -> None:
+    """Both VMs running, with something on their disks; ``anew``: without checkpoints of their own."""
+    with bench.site() as site:
+        disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+        if anew and any(disk and len(disk.checkpoints) > 1 for disk in disks):
+            farm.destroy(site, list(site.farm.vms))
+        farm.clone_farm(site, wait=False)
+        farm.stop(site, force=True)
+        for vm in site.farm.vms:
+            bench.write_on(site, vm)
+        farm.start(site, wait=False)
+
+
 def _after_reset(bench: Bench, context: str, *, running: bool) -> None:
     done = bench.recovered(context)
     with bench.site() as site:
         content = bench.content(site, "prod")
-        not_begun = any("had not begun" in line for line in done)
-        assert content == ("old" if not_begun else "new"), f"{context}: {done}"
+        if done == NOTHING:  # killed before it wrote anything down, or after its end
+            assert content in ("old", "new"), context
+        else:
+            not_begun = any("had not begun" in line for line in done)
+            assert content == ("old" if not_begun else "new"), f"{context}: {done}"
         assert is_on(look(site, "prod")) == running, context
 
 

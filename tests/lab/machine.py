@@ -56,16 +56,16 @@ class Facts:
     warm: bool
     owner: Process | None
     engine: str
+    size: qemu.Size = qemu.USUAL
 
     @classmethod
     def read(cls, path: Path) -> Facts | None:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            owner = data.pop("owner")
-            return cls(
-                **{**data, "process": Process(**data["process"])},
-                owner=Process(**owner) if owner else None,
-            )
+            data["process"] = Process(**data["process"])
+            data["owner"] = Process(**data["owner"]) if data["owner"] else None
+            data["size"] = qemu.Size(**data.get("size", {}))
+            return cls(**data)
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -112,9 +112,10 @@ class Machine:
 
     # -- start and end ------------------------------------------------------------------------------
 
-    def start(self, *, warm: bool = True, temporary: bool = False) -> None:
+    def start(self, *, warm: bool = True, temporary: bool = False, size: qemu.Size = qemu.USUAL) -> None:
         """Boot with clean disks, and wait until it answers: from the saved state (made now if there is
-        none), else from cold. Busy where a lab of this name runs."""
+        none), else, and where it is to have another ``size``, from cold. Busy where a lab of this name
+        runs."""
         image = images.ensure(self.runner, self.say)
         engine = qemu.engine(self.runner)
         packages = parcel.packages()
@@ -125,6 +126,7 @@ class Machine:
                     f"the lab {self.name} is running", remedy=f"./invoke lab-down --name {self.name}"
                 )
             owner = Process.this() if temporary else None
+            warm = warm and size == qemu.USUAL
             if warm and (saved := self._saved_state(image, engine, packages)):
                 try:
                     self._boot(image, engine, saved=saved, owner=owner)
@@ -132,7 +134,7 @@ class Machine:
                 except (TimedOut, CommandFailed) as error:
                     self.say(f"{self.name}: the saved state did not come up, booting from cold: {error}")
                     self._end()
-            self._boot(image, engine, saved=None, owner=owner)
+            self._boot(image, engine, saved=None, owner=owner, size=size)
             self.deliver(packages)
 
     def boot_again(self) -> None:
@@ -142,7 +144,7 @@ class Machine:
             raise Busy(f"the lab {self.name} is running", remedy="pull the plug first")
         with self._lock():
             engine = qemu.engine(self.runner)
-            self._run(self.image, engine, None, old.owner)
+            self._run(self.image, engine, None, old.owner, old.size)
             self._wait()
 
     def pull_the_plug(self) -> None:
@@ -222,8 +224,9 @@ class Machine:
             yield
 
     def _boot(
-        self, image: Image, engine: qemu.Engine, *, saved: Path | None, owner: Process | None
-    ) -> None:
+        self, image: Image, engine: qemu.Engine, *, saved: Path | None, owner: Process | None,
+        size: qemu.Size = qemu.USUAL,
+    ) -> None:  # fmt: skip
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, mode=0o700)
         run = self.directory / "run.qcow2"
@@ -231,17 +234,25 @@ class Machine:
             qemu.make_overlay(self.runner, saved / "run.qcow2", "qcow2", run)
         else:
             qemu.make_overlay(self.runner, image.disk, "raw", run)
-        qemu.make_spare_disks(self.directory)
-        self._run(image, engine, saved, owner)
+        qemu.make_spare_disks(self.directory, size.disk)
+        self._run(image, engine, saved, owner, size)
         self._wait()
 
-    def _run(self, image: Image, engine: qemu.Engine, saved: Path | None, owner: Process | None) -> None:
+    def _run(
+        self,
+        image: Image,
+        engine: qemu.Engine,
+        saved: Path | None,
+        owner: Process | None,
+        size: qemu.Size,
+    ) -> None:
         self._boots = self._boots_ended()
         process, port = qemu.start(
             self.runner, engine, image, self.directory, self.monitor, self.name,
-            memory=saved / "memory" if saved else None,
+            size=size, saved=saved / "memory" if saved else None,
         )  # fmt: skip
-        self._facts = Facts(self.name, process, port, image.digest, saved is not None, owner, engine.why)
+        warm = saved is not None
+        self._facts = Facts(self.name, process, port, image.digest, warm, owner, engine.why, size)
         note = self.directory / ".lab.json"
         note.write_text(json.dumps(asdict(self._facts), indent=2) + "\n", encoding="utf-8")
         note.replace(self.directory / "lab.json")
@@ -345,8 +356,8 @@ def labs_dir() -> Path:
 
 
 def known(runner: Runner, say: Say) -> tuple[Machine, ...]:
-    """All labs of this user that have notes, running or not."""
-    found = sorted(p.parent.name for p in labs_dir().glob("*/lab.json"))
+    """All labs of this user that have notes we can read, running or not."""
+    found = sorted(p.parent.name for p in labs_dir().glob("*/lab.json") if Facts.read(p))
     return tuple(Machine(name, runner, say) for name in found)
 
 

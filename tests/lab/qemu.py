@@ -23,9 +23,16 @@ from provision.processes import Process
 from tests.lab.image import Image
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
-SPARE_SIZE = 8 * 2**30
-MEMORY = 4096  # MiB
 _MACHINE = "farmhand-lab-"
+EMULATED = "emulated"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a lab, in bytes: its memory, and each of its spare disks."""
+
+    memory: int = 4 * 2**30
+    disk: int = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,11 @@ class Engine:
     def digest(self) -> str:
         """What a saved memory depends on, beside what is in it."""
         host = _cpu_flags() if self.cpu == "host" else ""
-        facts = (self.version, self.accelerator, self.cpu, self.cpus, MEMORY, SPARE_SIZE, host)
+        facts = (self.version, self.accelerator, self.cpu, self.cpus, USUAL, host)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+USUAL = Size()
 
 
 def engine(runner: Runner) -> Engine:
@@ -63,7 +73,7 @@ def engine(runner: Runner) -> Engine:
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
-    return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"emulated: {why}")
+    return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"{EMULATED}: {why}")
 
 
 def _nested() -> bool:
@@ -83,20 +93,21 @@ def make_overlay(runner: Runner, base: Path, kind: str, out: Path) -> None:
     runner.change("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", kind, out)
 
 
-def make_spare_disks(directory: Path) -> None:
+def make_spare_disks(directory: Path, size: int) -> None:
     """Sparse, and raw: a write that was answered is in this host's page cache, whatever happens to QEMU.
     (qcow2 keeps its tables to itself until the guest flushes, and LVM never does after its metadata.)"""
     for name in SPARE_DISKS:
         with (directory / f"{name}.raw").open("wb") as file:
-            file.truncate(SPARE_SIZE)
+            file.truncate(size)
 
 
 def start(
     runner: Runner, engine: Engine, image: Image, directory: Path, monitor: Path, name: str,
-    *, memory: Path | None = None,
+    *, size: Size = USUAL, saved: Path | None = None,
 ) -> tuple[Process, int]:  # fmt: skip
     """Start it over the disks in ``directory``; returns the process and the port of its ssh.
-    ``memory``: a saved state to go on from. It outlives us. CommandFailed with QEMU's words."""
+    ``saved``: the memory of a saved state to go on from. It outlives us. CommandFailed with QEMU's
+    words."""
     monitor.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     pidfile = directory / "pid"
     for attempt in range(5):
@@ -106,14 +117,16 @@ def start(
         argv: list[str | Path] = [
             engine.program, "-name", f"{_MACHINE}{name}", "-nodefaults", "-no-user-config", "-no-reboot",
             "-display", "none", "-machine", "pc", "-accel", *engine.accelerator, "-cpu", engine.cpu,
-            "-smp", str(engine.cpus), "-m", str(MEMORY),
+            "-smp", str(engine.cpus), "-m", str(size.memory // 2**20),
             "-kernel", image.kernel, "-initrd", image.initrd,
             "-append", "console=ttyS0 loglevel=4 mitigations=off panic=-1",
         ]  # fmt: skip
         disks = [("run.qcow2", "qcow2"), *((f"{name}.raw", "raw") for name in SPARE_DISKS)]
         for file, kind in disks:
             path = str(directory / file).replace(",", ",,")
-            options = f"file={path},format={kind},if=virtio,cache=unsafe,discard=unmap"
+            options = (
+                f"file={path},format={kind},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
+            )
             argv += ["-drive", options]
         argv += [
             "-netdev", f"user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22",
@@ -125,8 +138,8 @@ def start(
             "-qmp", f"unix:{monitor},server=on,wait=off",
             "-pidfile", pidfile, "-daemonize",
         ]  # fmt: skip
-        if memory is not None:
-            argv += ["-incoming", f"exec:exec cat {shlex.quote(str(memory))}"]
+        if saved is not None:
+            argv += ["-incoming", f"exec:exec cat {shlex.quote(str(saved))}"]
         try:
             runner.change(*argv, timeout=120)
             break

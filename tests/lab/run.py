@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from hypervisors.run import Runner
-from inventory.errors import FarmhandError, TimedOut
+from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from provision.paths import state_dir
 from tests.lab import machine as machines
+from tests.lab import qemu
 from tests.lab.image import Say
 from tests.lab.machine import Machine
 from tests.lab.parcel import CHECKOUT
@@ -34,6 +35,7 @@ LIMIT = 90  # minutes
 _KEPT = 10  # results
 _OUT = "/root/results"
 _LARGEST = "2M"  # of the logs and journals brought back, each
+_CRASH = re.compile(r"Kernel panic - not syncing|soft lockup - CPU|rcu_\w+ detected stalls")
 _CLOSING = re.compile(r"^=*\s*(\d+ .*|no tests ran.*) in [\d.]+s.*$")
 
 
@@ -72,13 +74,38 @@ def run_tests(
     """Run the tests marked ``lab``, and the contract suites, in the running lab ``name``, or, without a
     name, in a lab of their own, ended afterwards. ``show`` gets pytest's output as it is made.
 
-    A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back."""
+    A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back. Nested
+    guests can crash an emulated lab's kernel (see docs/lab.md): where that ended the tests, they run
+    again, all of them and once, in a new lab; a failed test never does."""
+    for again in (True, False):
+        try:
+            return _run_tests(runner, say, name, warm, only, match, limit, show)
+        except _KernelDied as died:
+            if name or not again:
+                raise
+            say(f"{died.message}; its tests run again in a new lab, once")
+    raise AssertionError("the second one returns or raises")
+
+
+class _KernelDied(FarmhandError):
+    """The lab's own kernel, not a test."""
+
+
+def _run_tests(
+    runner: Runner, say: Say, name: str, warm: bool, only: Sequence[str], match: str, limit: float,
+    show: Callable[[bytes], None],
+) -> Report:  # fmt: skip
     started = time.monotonic()
     with _lab(runner, say, name, warm=warm) as machine:
         results = _results_directory(machine.name)
         log = results / "pytest.log"
         try:
             status = _stream(machine.ssh_argv(_script(only, match)), log, show, limit)
+            if status == 255:
+                _look_for_a_crash(machine, results)
+        except TimedOut:
+            _look_for_a_crash(machine, results)
+            raise
         finally:
             _bring_back(machine, results, say)
     lines = log.read_text(errors="replace").splitlines()
@@ -166,6 +193,24 @@ def _stream(argv: Sequence[str], log: Path, show: Callable[[bytes], None], limit
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
+
+
+def _look_for_a_crash(machine: Machine, results: Path) -> None:
+    """_KernelDied where its console tells of it, or where it is there and doesn't answer."""
+    if not machine.facts.engine.startswith(qemu.EMULATED):
+        return
+    found = _CRASH.search(machine.console.read_text(errors="replace"))
+    why = found[0] if found else ""
+    if not found and machine.running():
+        try:
+            machine.run("true", timeout=60)
+        except (CommandFailed, TimedOut):
+            why = "it doesn't answer"
+    if why:
+        raise _KernelDied(
+            f"the kernel of the lab {machine.name} died under emulation ({why})",
+            remedy=f"see {results}/console.log",
+        )
 
 
 def _bring_back(machine: Machine, results: Path, say: Say) -> None:

@@ -17,6 +17,7 @@ TASKS = [
     "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
     "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
     "destroy", "gc", "recover", "status", "console", "ssh",
+    "render", "network-apply", "network-verify", "network-import",
     "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 

@@ -16,12 +16,16 @@ from sshd_machine import gone, wait_for
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record, load_records
+from hypervisors.fake import FakeDisks
 from inventory.errors import (
     BuildFailed,
     Busy,
     NotFound,
     UsageError,
 )
+from inventory.loader import load
+from provision.farm import clone_farm
+from provision.site import Site
 
 HERE = Path(__file__).resolve()
 
@@ -95,9 +99,6 @@ def test_resets_that_follow_one_another_run_side_by_side(lab):
             script = f"touch {meet}-{vm}; while [ ! -e {meet}-{other} ]; do sleep 0.02; done"
             farm["vms"][vm]["reset"] = ["/bin/sh", "-c", script]
         path.write_text(json.dumps(farm))
-        from inventory.loader import load
-        from provision.site import Site
-
         with Site(load(path), reporter=site.reporter) as both:
             assert run_cycle(both).result == "passed"
 
@@ -249,6 +250,83 @@ def test_from_and_only(lab):
         assert "two" in caught.value.remedy
         with pytest.raises(UsageError, match="leave no step"):
             run_cycle(site, start_from="two", only=("one",))
+
+
+def test_a_vm_that_is_not_reset_first_is_recorded_as_no_known_state(lab):
+    with lab.site(STEPS) as site:
+        record = run_cycle(site)
+        assert {vm.vm: vm.pristine for vm in record.vms} == {"dev2": None, "prod": None}
+        assert not any("not reset" in note for note in record.notes)
+        notes = [a.text for a in plan_cycle(site, start_from="build") if a.verb == "note"]
+        assert notes == ["taken as it is, not reset: the record will say so"] * 2
+        (lab.dev2.home / "out/prod.rpm").unlink()
+        (lab.dev2.home / "out").rmdir()
+        record = run_cycle(site, start_from="build")
+        assert {vm.vm: vm.pristine for vm in record.vms} == {"dev2": False, "prod": False}
+        assert sum("taken as it was, not reset in this build" in note for note in record.notes) == 2
+    with lab.site([run("build", "true"), reset("dev2")]) as site:
+        assert run_cycle(site).vms[0].pristine is False, "reset only after it was built on"
+
+
+def test_a_whole_cycle_resets_what_it_builds_on(lab):
+    """Where the disk is ours to prove; what an ssh host's machine holds nobody can tell."""
+    path = lab.farm_file([reset("box"), run("build", "true")])
+    farm = json.loads(path.read_text())
+    farm["hosts"]["here"] = {"driver": "fake"}
+    farm["templates"] = {"base": {"build": "debian-12"}}
+    farm["vms"]["box"] = {"host": "here", "address": "127.0.0.1", "ssh_port": "2"}
+    carry = {"name": "carry", "transfer": "a", "from": "dev2", "to": "box", "into": "."}
+    farm["cycle"]["steps"] = [run("first", "true"), carry]
+    path.write_text(json.dumps(farm))
+    with Site(load(path), reporter=lab.told) as site:
+        clone_farm(site, ["box"])
+        for whole in (run_cycle, plan_cycle):
+            with pytest.raises(UsageError, match="carry uses box before the cycle resets it") as caught:
+                whole(site)
+            assert "cycle --from first" in caught.value.remedy
+
+
+def test_nothing_is_built_on_a_vm_whose_reset_failed(lab):
+    steps = [reset("dev2"), run("build", "touch built"), run("other", "touch other", vm="prod")]
+    path = lab.farm_file(steps)
+    farm = json.loads(path.read_text())
+    farm["vms"]["dev2"]["reset"] = ["/bin/false"]
+    path.write_text(json.dumps(farm))
+    with Site(load(path), reporter=lab.told) as site:
+        for keep_going, expected in ((False, "skipped"), (True, "failed")):
+            _, record = fails(site, keep_going=keep_going)
+            assert statuses(record)[:2] == ["failed", expected]
+            assert not (lab.dev2.home / "built").exists()
+            assert record.vms[0].pristine is False
+        assert "its reset failed" in record.steps[1].message
+        assert (lab.prod.home / "other").exists(), "another VM is built on: --keep-going"
+
+
+def test_a_disk_that_is_not_its_checkpoint_is_not_built_on(lab, monkeypatch):
+    """The store's word is what counts: here it swaps the disk, and something has written to it since."""
+    steps = [reset("box"), run("build", "touch built")]
+    path = lab.farm_file(steps)
+    farm = json.loads(path.read_text())
+    farm["hosts"]["here"] = {"driver": "fake"}
+    farm["templates"] = {"base": {"build": "debian-12"}}
+    farm["vms"]["box"] = {"host": "here", "address": "127.0.0.1", "ssh_port": "2"}
+    path.write_text(json.dumps(farm))
+    with Site(load(path), reporter=lab.told) as site:
+        clone_farm(site, ["box"])
+        restored = FakeDisks.restore_all
+
+        def written_to(self, machines, name):
+            disks = restored(self, machines, name)
+            self.write(machines[0], b"by somebody")
+            return disks
+
+        monkeypatch.setattr(FakeDisks, "restore_all", written_to)
+        error, record = fails(site)
+        assert "isn't provably checkpoint clean: not started" in error.message
+        assert statuses(record) == ["failed", "skipped"]
+        assert {vm.vm: vm.pristine for vm in record.vms}["box"] is False
+        assert site.hypervisor_of("box").find("lab-box").power == "stopped"
+        assert not (lab.dev2.home / "built").exists()
 
 
 def test_a_time_limit_ends_the_step_and_what_it_started(lab):

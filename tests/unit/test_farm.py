@@ -239,7 +239,7 @@ def test_reset_is_proven_and_goes_to_any_checkpoint(made: Desk) -> None:
         assert row.checkpoints == ("clean", "one", "two")
         record = site.journal.history(1)[0]
         assert record.verb == "reset"
-        assert record.facts["swapped"] is True
+        assert record.facts["changed"] is True
     made.run(farm.reset)
     assert made.machine("prod").power == "running"
     assert made.machine("dev2").current == 256 * MIB

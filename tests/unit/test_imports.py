@@ -27,6 +27,7 @@ HEAVY = {
     "pydantic",
     "libvirt",
     "cryptography",
+    "dns",
     "sqlite3",
     "yaml",
     "hypothesis",

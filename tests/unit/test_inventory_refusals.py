@@ -116,7 +116,7 @@ VM_VALUES = {
     "hostname: a b": f"6:15: vms.prod.hostname: 'a b' {LABEL}",
     'hostname: "a\\nb"': f"6:15: vms.prod.hostname: 'a\\nb' {LABEL}",
     "hostname: '\"'": f"6:15: vms.prod.hostname: '\"' {LABEL}",
-    "hostname: k\u00e4ta": f"6:15: vms.prod.hostname: 'k\u00e4ta' {LABEL}",
+    "hostname: k\u00e4ta": "6:15: vms.prod.hostname: 'k\u00e4ta' is not ASCII: write xn--kta-qla (IDNA)",
     f"hostname: {'a' * 64}": f"6:15: vms.prod.hostname: '{'a' * 57}...' {LABEL}",
     f"hostname: {'a.' * 127}a": "6:15: vms.prod.hostname: a host name has at most 253 characters (RFC 1035)",
     "hostname: 10.0.0.1": "6:15: vms.prod.hostname: '10.0.0.1' is not a host name: its last part is a number",

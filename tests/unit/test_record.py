@@ -251,7 +251,7 @@ def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
 
         async def go() -> None:
             for vm in ("dev2", "prod"):
-                machines.begin(vm)
+                machines.begin(vm, resets=True)
                 await machines.deflate(vm)
             assert (memory("dev2"), memory("prod")) == (256 * 2**20, 2**30)
             for vm in ("dev2", "prod"):

@@ -1,0 +1,454 @@
+"""network-apply: all services have the farm's records, or none has anything of it.
+
+    1  render, and compare with the live files
+    2  each daemon's own checker, on the new files in a staging area
+    3  the old files are kept in the state directory
+    4  each new file takes the old one's place
+    5  each daemon that it concerns is told, and seen to have taken it
+    6  what was written where is recorded; the old files go
+
+A refusal in 1 or 2 leaves everything as it is. A failure in 4 or 5 puts every file back, and tells every
+daemon that was told. A kill is undone in the same way by the next command, from what 3 kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inventory.collector import without_collector
+from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
+from inventory.model import Farm
+from provision.allocate import Allocation
+from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
+from provision.journal import Operation, Record, current_step
+from provision.network import checkers, live_dns
+from provision.network.changes import Changes, Examiner, FileChange, difference
+from provision.network.daemons import Step, loaded_serial, steps
+from provision.network.document import Document
+from provision.network.rendered import chosen
+from provision.network.serial import following, later, serial_of, with_serial
+from provision.network.state import NetworkState, read_state, write_state
+from provision.report import Action, Outcome
+from provision.site import Site
+from provision.work import Run, begin
+
+LOCK = "network"
+_PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
+VERB = "network-apply"
+
+
+@without_collector()
+def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
+    """Make the services' live files, and the daemons, as the farm file says, for every declared VM;
+    those not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
+
+    Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
+    CommandFailed (a checker or daemon refuses: everything is as before), Busy."""
+    names = chosen(site, services)
+    with begin(site, VERB, (), locks=[LOCK], doing=VERB) as run:
+        declared = site.vms(None)
+        given = [vm for vm in declared if site.host(vm).driver != "ssh"]
+        give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
+        if not bring(run, names, give(given), force=force, thorough=True):
+            run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
+        return run.outcome()
+
+
+@without_collector()
+def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> None:
+    """For clone-farm and destroy: the services have the VMs that something was given to, those ``new``
+    ones, and not those that are ``gone`` (None: nobody stays). Waits for others that do the same."""
+    site = run.site
+    used = site.farm.services.used
+    if not used:
+        return
+    allocator = site.allocator
+    given = [vm for vm in new if site.host(vm).driver != "ssh"]
+    with contextlib.ExitStack() as stack:
+        if not site.plan:
+            _patiently(site, stack, run.verb)
+            allocator.allocate_all(given)
+        known = dict(allocator.recorded())
+        if site.plan:
+            known |= allocator.peek_all(given)
+        left = {vm: got for vm, got in known.items() if gone is not None and vm not in gone}
+        bring(run, used, left, nobody=gone is None)
+
+
+def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            stack.enter_context(site.locks.hold(LOCK, doing=doing))
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            site.reporter.working("wait for another command that changes the network services")
+        else:
+            return
+
+
+def bring(
+    run: Run,
+    services: Sequence[str],
+    allocations: Mapping[str, Allocation],
+    *,
+    force: bool = False,
+    nobody: bool = False,
+    thorough: bool = False,
+) -> bool:
+    """Within a use case that holds the lock: the services get these VMs, and lose all others; with
+    ``nobody`` also those that nothing is given to. Whether anything was to do."""
+    site = run.site
+    state = read_state(_state_file(site))
+    farm = site.farm.model_copy(update={"vms": {}}) if nobody else site.farm
+    examiner = Examiner(farm, state, today=datetime.now(UTC).date())
+    changes = examiner.examine(allocations, services)
+    told = steps(site.farm, changes.files)
+    updates = _updates(site, farm, changes, state, services, thorough=thorough, force=force)
+    run.add(*_actions(changes, told, updates))
+    if not changes.files and not updates.ops:
+        return False
+    run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
+    if changes.edited and not force:
+        raise WrongState(
+            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
+            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
+            "is farmhand's there is written anew",
+            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
+        )
+    texts = {change.path: change.after for change in changes.files}
+    checkers.check(site.runner, site.farm, _concerned(changes), texts)
+    if site.plan:
+        return True
+    with site.journal.operation(VERB) as operation:
+        if updates.ops:  # until they are through nobody knows what the zones have
+            write_state(_state_file(site), replace(state, records=None))
+        _carry_out(site, operation, changes.files, told, updates)
+        current_step("record what was written")
+        _record(site, state, changes, services, updates)
+        remove(_kept(site, operation.id))
+    for action in _actions(changes, told, updates):
+        site.reporter.say(action.text)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Updates:
+    """Of dynamic zones. ``records``: what they have afterwards; None: there are none."""
+
+    ops: Sequence[live_dns.Op] = ()
+    server: live_dns.Server | None = None
+    records: live_dns.Zones | None = None
+
+
+def _updates(
+    site: Site,
+    farm: Farm,
+    changes: Changes,
+    state: NetworkState,
+    services: Sequence[str],
+    *,
+    thorough: bool,
+    force: bool,
+) -> _Updates:
+    """``thorough``: by what the server has; else by what was applied last, if that is known: each
+    update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
+    bind = farm.services.bind
+    if bind is None or not bind.dynamic or "bind" not in services:
+        return _Updates(records=state.records)
+    zone = bind.zone or farm.network.domain or ""
+    wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
+    server = live_dns.Server(bind, f"farmhand {farm.farm}")
+    new = {change.zone for change in changes.files if change.before is None and change.zone}
+    if state.records is not None and not thorough:
+        return _Updates(live_dns.compare(state.records, wanted), server, wanted)
+    there = {name: names for name, names in wanted.items() if name not in new}
+    ops, trouble = server.judge(state.records, there, force=force)
+    ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
+    if trouble and not force:
+        raise Conflict(
+            f"{site.name}: {len(trouble)} records are there by hand: {trouble[0]}",
+            remedy="remove them, or take theirs into the farm file; --force overwrites them",
+            detail="\n".join(trouble),
+        )
+    return _Updates(ops, server, wanted)
+
+
+def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[Action]:
+    actions = []
+    for change in changes.files:
+        if change.after is None:
+            text = f"remove {change.path}"
+        else:
+            text = f"{'write' if change.before is None else 'change'} {change.path}"
+        edited = " (edited by hand)" if change.path in changes.edited else ""
+        actions.append(Action("write", "", text + edited))
+    actions += [Action("tell", "", step.text) for step in told]
+    return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
+
+
+def _concerned(changes: Changes) -> list[Document]:
+    paths = {change.path for change in changes.files if change.after is not None}
+    services = {change.service for change in changes.files}
+    changed = [document for document in changes.documents if document.path in paths]
+    # a service that only loses files is checked as well, by its whole configuration
+    rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
+    return [*changed, *rest]
+
+
+def _carry_out(
+    site: Site,
+    operation: Operation,
+    files: Sequence[FileChange],
+    told: Sequence[Step],
+    updates: _Updates,
+) -> None:
+    keep(site, operation, files)
+    done: list[Step] = []
+    written: list[FileChange] = []
+    try:
+        for change in files:
+            operation.step(f"write {change.path}")
+            written.append(change)
+            put(change)
+        for step in told:
+            operation.step(step.text)
+            done.append(step)
+            step.run(site.runner)
+        if updates.server is not None:
+            operation.note(updates=[asdict(op) for op in updates.ops])
+            updates.server.update(updates.ops, operation.step)
+    except Interrupted:
+        raise  # undone by the next command, as after a kill
+    except Exception as error:
+        trouble = undo(site, written, {step.service for step in done}, current_step)
+        if trouble:
+            trouble.append(f"the old files are in {_kept(site, operation.id)}, by the journal's numbers")
+        else:
+            remove(_kept(site, operation.id))
+        if isinstance(error, FarmhandError):
+            _tell_of_undoing(error, trouble)
+        raise
+
+
+def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
+    state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
+    error.remedy = f"{error.remedy}{'; ' if error.remedy else ''}{state}"
+
+
+def undo(
+    site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
+) -> list[str]:
+    """Put the old files back, the last one first, and tell these services. What went wrong with it, in
+    words. A file that somebody else has written since is left alone."""
+    trouble: list[str] = []
+    inverse = []
+    for change in reversed(files):
+        back = change.inverse()
+        try:
+            if _text(change.path) not in (change.after, change.before):
+                trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
+                continue
+            if "bind" in services and change.zone and change.before is not None:
+                back = _forward(site, back)
+            say(f"put back {change.path}")
+            put(back)
+            inverse.append(back)
+        except FarmhandError as error:
+            trouble.append(f"{change.path} could not be put back: {error.message}")
+    for step in steps(site.farm, inverse):
+        if step.service in services:
+            try:
+                say(f"again {step.text}")
+                step.run(site.runner)
+            except FarmhandError as error:
+                trouble.append(f"{step.service} could not be told about its old files: {error.message}")
+    return trouble
+
+
+def _forward(site: Site, back: FileChange) -> FileChange:
+    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
+    may have it, and would not take an older one."""
+    bind = site.farm.services.bind
+    old = serial_of(back.after or "")
+    if bind is None or old is None:
+        return back
+    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
+    if loaded is None or not later(loaded, old):
+        return back
+    serial = following([old, loaded], datetime.now(UTC).date())
+    text = with_serial(back.after or "", serial)
+    return replace(back, after=_marked_again(text, back.after or ""))
+
+
+def _marked_again(text: str, before: str) -> str:
+    """With the digest in our mark made to fit, for a whole file of ours."""
+    from provision.network.document import digest
+
+    first, _, rest = before.partition("\n")
+    if digest(rest) not in first:
+        return text
+    new = text.partition("\n")[2]
+    return f"{first.replace(digest(rest), digest(new))}\n{new}"
+
+
+# ---- Files
+
+
+def put(change: FileChange) -> None:
+    """The new file in the old one's place in one step, with its owner and mode; through a symbolic
+    link, to what it points to."""
+    path = Path(os.path.realpath(change.path))
+    if change.after is None:
+        remove(path)
+        return
+    make_directory(path.parent, mode=0o755)
+    if change.zone and change.before is None:
+        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(change.after.encode(errors="surrogateescape"))
+            file.flush()
+            if (change.uid, change.gid) != (-1, -1):
+                os.fchown(file.fileno(), change.uid, change.gid)
+            os.fchmod(file.fileno(), change.mode)
+            _same_attributes(path, temporary)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno == errno.EBUSY:
+            raise WrongState(
+                f"cannot write {path}: it is a mount point by itself, as in a container",
+                remedy="give the service another path",
+            ) from error
+        raise file_error(error, path, "write") from error
+
+
+def _same_attributes(old: Path, new: Path) -> None:
+    """Access control lists and the like, where the file system has them."""
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(old):
+            os.setxattr(new, name, os.getxattr(old, name))
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_bytes().decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise file_error(error, Path(path), "read") from error
+
+
+# ---- What is kept for a kill
+
+
+def keep(site: Site, operation: Operation, files: Sequence[FileChange]) -> None:
+    """The old files, and what of them the new ones are, before the first is written."""
+    directory = _kept(site, operation.id)
+    make_directory(directory, mode=0o700)
+    facts = []
+    for number, change in enumerate(files):
+        if change.before is not None:
+            data = change.before.encode(errors="surrogateescape")
+            write_atomic(directory / str(number), data, mode=0o600)
+        entry: dict[str, object] = asdict(change)
+        entry["before"] = change.before is not None
+        entry["after"] = None if change.after is None else _sum(change.after)
+        facts.append(entry)
+    operation.note(files=facts)
+
+
+def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
+    """For an apply that was killed: what is to do, in words, and doing it."""
+    found = record.facts.get("files")
+    begun = {text for _, text in record.steps}
+    files = [_remembered(site, record, n, entry) for n, entry in enumerate(_entries(found))]
+    written = [change for change in files if f"write {change.path}" in begun]
+    if "record what was written" in begun:
+        return "it was complete; noted", lambda: _forget(site, record.id, files)
+
+    def run() -> None:
+        trouble = undo(site, written, {change.service for change in written}, current_step)
+        for text in trouble:
+            site.reporter.warn(text)
+        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
+        if ops and site.farm.services.bind:
+            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
+        _forget(site, record.id, files)
+
+    if not written and not record.facts.get("updates"):
+        return "it had not begun to write", run
+    return "put the old files back, and tell the daemons", run
+
+
+def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any]) -> FileChange:
+    """As it was, but for ``after``: what is live, if that is what was to be written."""
+    path = str(entry["path"])
+    before = _text(str(_kept(site, record.id) / str(number))) if entry["before"] else None
+    live = _text(path)
+    ours = entry["after"] is not None and live is not None and _sum(live) == entry["after"]
+    after = live if ours or entry["after"] is None else before
+    return FileChange(
+        str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
+        int(entry["gid"]), str(entry["zone"]),
+    )  # fmt: skip
+
+
+def _op(entry: Mapping[str, Any]) -> live_dns.Op:
+    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
+    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
+
+
+def _entries(found: object) -> list[Mapping[str, Any]]:
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def _forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:
+    for change in files:
+        path = Path(os.path.realpath(change.path))
+        if path.parent.is_dir():
+            sweep(path.parent, path.name)
+    remove(_kept(site, operation))
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _kept(site: Site, operation: int) -> Path:
+    return site.paths.root / "network" / str(operation)
+
+
+def _state_file(site: Site) -> Path:
+    return site.paths.root / "network.json"
+
+
+def _record(
+    site: Site, state: NetworkState, changes: Changes, services: Sequence[str], updates: _Updates
+) -> None:
+    used = site.farm.services.used
+    files = {
+        path: document
+        for path, document in state.files.items()
+        if document.service not in services and document.service in used
+    }
+    files |= {document.path: replace(document, text="") for document in changes.documents}
+    serials = {**state.serials, **changes.serials}
+    write_state(_state_file(site), NetworkState(files, serials, updates.records))

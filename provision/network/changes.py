@@ -1,0 +1,244 @@
+"""What has to change in the live files, by reading them; nothing is written here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from itertools import islice
+from pathlib import Path
+
+from inventory.collector import without_collector
+from inventory.errors import Conflict, NotOurs, WrongState
+from inventory.model import Farm
+from provision.allocate import Allocation
+from provision.files import file_error
+from provision.network.document import Document, Live, Whose, embed, read, whole
+from provision.network.render import Renderer
+from provision.network.serial import following, serial_of, with_serial
+from provision.network.state import NetworkState
+from provision.network.view import View
+
+_SHOWN = 200  # lines of a file's difference
+_COMPARED = 20_000  # lines of it that are compared one with the other
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """One file, whole: ``before`` None: there is none; ``after`` None: it goes. Owner and mode are those
+    of the live file."""
+
+    service: str
+    path: str
+    before: str | None
+    after: str | None
+    mode: int
+    uid: int = -1
+    gid: int = -1
+    zone: str = ""
+
+    def inverse(self) -> FileChange:
+        return replace(self, before=self.after, after=self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """``files`` in the order they are written. ``documents``: all that should be, changed or not.
+    ``edited``: paths where somebody edited what is ours. ``serials``: the zones' after the change."""
+
+    files: tuple[FileChange, ...]
+    documents: tuple[Document, ...]
+    edited: tuple[str, ...]
+    serials: Mapping[str, int]
+    view: View
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(change.service for change in self.files))
+
+
+class Examiner:
+    """Compares one farm's documents with the live files."""
+
+    def __init__(self, farm: Farm, state: NetworkState, *, today: date) -> None:
+        self._farm = farm
+        self._state = state
+        self._today = today
+        self._edited: list[str] = []
+        self._serials: dict[str, int] = {}
+
+    @without_collector()
+    def examine(self, allocations: Mapping[str, Allocation], services: Sequence[str]) -> Changes:
+        """What applying these services would change.
+
+        Errors: NotOurs (a whole file of ours would take the place of another's), WrongState (marks in
+        disorder, unreadable files), TemplateFailed, Conflict (one path twice)."""
+        renderer = Renderer(self._farm, allocations, serials=self._live_serials())
+        documents = renderer.documents(services)
+        zones = {str(zone.path): zone for zone in renderer.zones()}
+        changes: dict[str, FileChange] = {}
+        for document in documents:
+            if document.path in changes:
+                raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
+            text, known = _read(document.path)
+            live = read(document, self._farm.farm, text)
+            if document.zone:
+                zone = zones.get(document.path)
+                if zone is not None and document.own == "file" and not self._same(document, live):
+                    serial = self._next_serial(document, text)
+                    document = renderer.zone(zone, serial)  # noqa: PLW2901
+                    self._serials[document.zone] = serial
+            change = self._change(document, live, text, known)
+            if change is not None:
+                changes[document.path] = change
+        for document in self._gone({d.path for d in documents}, services):
+            text, known = _read(document.path)
+            change = self._removal(document, read(document, self._farm.farm, text), text, known)
+            if change is not None:
+                changes[document.path] = change
+        files = tuple(changes.values())
+        return Changes(files, documents, tuple(self._edited), dict(self._serials), renderer.view)
+
+    def _live_serials(self) -> dict[str, int]:
+        """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""
+        found = {}
+        for zone in Renderer(self._farm, {}).zones():
+            text, _ = _read(zone.path)
+            serial = serial_of(text) if text is not None else self._state.serials.get(zone.name)
+            if serial is not None:
+                found[str(zone.name)] = serial
+        return found
+
+    def _same(self, document: Document, live: Live) -> bool:
+        if document.initial and live.whose is not Whose.ABSENT:
+            return True  # the server's own by now
+        return live.whose is Whose.OURS and live.body == document.text
+
+    def _next_serial(self, document: Document, text: str | None) -> int:
+        known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
+        return following([serial for serial in known if serial is not None], self._today)
+
+    def _change(
+        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+    ) -> FileChange | None:
+        if self._same(document, live):
+            return None
+        if live.whose is Whose.EDITED:
+            self._edited.append(document.path)
+        if document.own == "file":
+            if live.whose is Whose.OTHERS:
+                raise NotOurs(
+                    f"{document.path} is there, and is not farmhand's: it is not touched",
+                    remedy=_make_room(document),
+                )
+            after = whole(document, self._farm.farm)
+        else:
+            after = embed(document, self._farm.farm, text or "")
+            if after == (text or ""):
+                return None
+            if document.zone:
+                if text is None or serial_of(text) is None:
+                    raise WrongState(
+                        f"{document.path}: no SOA record is in it, and 'own: block' takes one as given",
+                        remedy="write the zone's head, or let farmhand own the file ('own: file')",
+                    )
+                serial = self._next_serial(document, text)
+                after = with_serial(after, serial)
+                self._serials[document.zone] = serial
+        return _file_change(document, text, after, known)
+
+    def _gone(self, wanted: set[str], services: Sequence[str]) -> list[Document]:
+        """What we wrote once and should not be there any more, of these services or of ones that the
+        farm has given up."""
+        used = self._farm.services.used
+        return [
+            document
+            for path, document in self._state.files.items()
+            if path not in wanted and (document.service in services or document.service not in used)
+        ]
+
+    def _removal(
+        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+    ) -> FileChange | None:
+        if live.whose is Whose.EDITED:
+            self._edited.append(document.path)
+        elif live.whose is not Whose.OURS:
+            return None
+        after = None
+        if document.own == "block":
+            after = embed(document, self._farm.farm, text or "")
+            if document.zone and serial_of(after) is not None:
+                after = with_serial(after, self._next_serial(document, text))
+        return _file_change(document, text, after, known)
+
+
+def difference(change: FileChange) -> str:
+    """A unified diff. Lines of an admin's around a block of ours are not shown: they are nobody's
+    business here, and may hold secrets."""
+    before = (change.before or "").splitlines(keepends=True)
+    after = (change.after or "").splitlines(keepends=True)
+    start, limit = 0, min(len(before), len(after))
+    while start < limit and before[start] == after[start]:
+        start += 1
+    end = 0
+    while end < limit - start and before[-1 - end] == after[-1 - end]:
+        end += 1
+    old, new = before[start : len(before) - end], after[start : len(after) - end]
+    head = f"--- {change.path}\n+++ {change.path}\n"
+    if len(old) > _COMPARED and len(new) > _COMPARED:
+        return f"{head}@@ {len(old)} lines become {len(new)} @@\n"
+    lines = difflib.unified_diff(old, new, n=0)
+    shown = [line if line.endswith("\n") else f"{line}\n" for line in islice(lines, 2, _SHOWN + 2)]
+    shown = [_numbered(line, start) for line in shown]
+    more = sum(1 for _ in lines)
+    return head + "".join(shown) + (f"... and {more} lines more\n" if more else "")
+
+
+def _numbered(line: str, offset: int) -> str:
+    """A hunk's head with the file's line numbers."""
+    if not line.startswith("@@"):
+        return line
+    parts = []
+    for part in line.split()[1:3]:
+        number, _, count = part[1:].partition(",")
+        parts.append(f"{part[0]}{int(number) + offset}{f',{count}' if count else ''}")
+    return f"@@ {' '.join(parts)} @@\n"
+
+
+def _read(path: str) -> tuple[str | None, os.stat_result | None]:
+    """Text and facts of a live file; None where there is none. WrongState where it isn't a file."""
+    try:
+        with Path(path).open("rb") as file:
+            known = os.fstat(file.fileno())
+            if not stat.S_ISREG(known.st_mode):
+                raise WrongState(f"{path} is not a regular file", remedy="give the service another path")
+            return file.read().decode(errors="surrogateescape"), known
+    except FileNotFoundError:
+        return None, None
+    except OSError as error:
+        raise file_error(error, Path(path), "read") from error
+
+
+def _file_change(
+    document: Document, before: str | None, after: str | None, known: os.stat_result | None
+) -> FileChange:
+    if known is None:
+        return FileChange(
+            document.service, document.path, before, after, document.mode, zone=document.zone
+        )
+    mode = stat.S_IMODE(known.st_mode)
+    return FileChange(
+        document.service, document.path, before, after, mode, known.st_uid, known.st_gid, document.zone
+    )
+
+
+def _make_room(document: Document) -> str:
+    if document.service in ("dhcpd", "haproxy", "ssh_config") or document.zone:
+        return (
+            "keep it and set 'own: block', or move its content into the farm file "
+            f"(network-import) and the file aside: mv {document.path} {document.path}.before-farmhand"
+        )
+    return f"give the service another path, or move it aside: mv {document.path} {document.path}.old"

@@ -1,0 +1,124 @@
+"""A file of a service, or a marked block in an admin's file: what it should hold, and whose it is.
+
+The mark is in the file itself, so that nothing else has to be remembered: who it belongs to, and a
+digest of what we wrote, which shows whether somebody edited it since.
+
+    # farmhand xivo 3f2a...: made from the farm file, edit that        a whole file's first line
+    # BEGIN farmhand xivo 3f2a...: made from the farm file, edit that  a block
+    # END farmhand xivo
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from inventory.errors import WrongState
+
+_ABOUT = "made from the farm file, edit that"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """``text`` without the mark. ``mode``: of a file that isn't there yet. ``comment``: how the format's
+    comments begin and end. ``zone``: the zone that this is the file of; its serial number is ``serial``.
+    ``initial``: written where there is none, then the server's own (a dynamic zone)."""
+
+    service: str
+    path: str
+    text: str
+    mode: int = 0o644
+    own: Literal["file", "block"] = "file"
+    comment: tuple[str, str] = ("# ", "")
+    zone: str = ""
+    serial: int = 0
+    initial: bool = False
+
+
+class Whose(StrEnum):
+    """What a live file is to us."""
+
+    ABSENT = "absent"
+    OURS = "ours"
+    EDITED = "edited"  # ours, and somebody changed it since we wrote it
+    OTHERS = "others"  # a file without our mark; for a block: a file that has none of ours yet
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A live file as it was found. ``text``: all of it; ``body``: our part, without the mark."""
+
+    whose: Whose
+    text: str = ""
+    body: str = ""
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def whole(document: Document, farm: str) -> str:
+    """The file's whole text, for a document that is a file."""
+    begin, end = document.comment
+    return f"{begin}farmhand {farm} {digest(document.text)}: {_ABOUT}{end}\n{document.text}"
+
+
+def read(document: Document, farm: str, text: str | None) -> Live:
+    """What the live file (None: there is none) is. WrongState where its marks are in disorder."""
+    if text is None or (document.own == "file" and not text.strip()):
+        return Live(Whose.ABSENT)  # an empty one was put there to be filled, as for BIND's include
+    if document.own == "file":
+        first, _, rest = text.partition("\n")
+        match = _mark(document, farm, "").fullmatch(first)
+        if not match:
+            return Live(Whose.OTHERS, text)
+        return Live(Whose.OURS if match[1] == digest(rest) else Whose.EDITED, text, rest)
+    found = _find(document, farm, text)
+    if found is None:
+        return Live(Whose.OTHERS, text)
+    start, stop, written = found
+    body = text[text.index("\n", start) + 1 : text.rindex("\n", start, stop - 1) + 1]
+    return Live(Whose.OURS if written == digest(body) else Whose.EDITED, text, body)
+
+
+def embed(document: Document, farm: str, text: str) -> str:
+    """The admin's file with our block in it: where it was, else at the end; none for an empty one."""
+    begin, end = document.comment
+    block = ""
+    if document.text:
+        block = (
+            f"{begin}BEGIN farmhand {farm} {digest(document.text)}: {_ABOUT}{end}\n"
+            f"{document.text}{begin}END farmhand {farm}{end}\n"
+        )
+    found = _find(document, farm, text)
+    if found is not None:
+        return text[: found[0]] + block + text[found[1] :]
+    if not block:
+        return text
+    return text + ("" if not text or text.endswith("\n") else "\n") + block
+
+
+def _mark(document: Document, farm: str, word: str) -> re.Pattern[str]:
+    begin, end = map(re.escape, document.comment)
+    return re.compile(rf"{begin}{word}farmhand {re.escape(farm)} ([0-9a-f]{{16}}): .*{end}\r?")
+
+
+def _find(document: Document, farm: str, text: str) -> tuple[int, int, str] | None:
+    """Where our block begins and ends in a text, and the digest in its mark."""
+    begin, end = map(re.escape, document.comment)
+    name = re.escape(farm)
+    begins = list(re.finditer(rf"^{begin}BEGIN farmhand {name} (.*)$", text, re.MULTILINE))
+    ends = list(re.finditer(rf"^{begin}END farmhand {name}{end}\r?$\n?", text, re.MULTILINE))
+    if not begins and not ends:
+        return None
+    if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
+        raise WrongState(
+            f"{document.path}: the marks of farmhand's block are in disorder: {len(begins)} BEGIN, "
+            f"{len(ends)} END",
+            remedy=f"make it one pair, or remove all of them with what is between; then again ({farm})",
+        )
+    match = re.match(r"([0-9a-f]{16}): ", begins[0][1])
+    return begins[0].start(), ends[0].end(), match[1] if match else ""

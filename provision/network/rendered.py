@@ -1,0 +1,64 @@
+"""render: the files as they should be, shown or written to a directory; nothing live is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from inventory.collector import without_collector
+from inventory.errors import NotFound, UsageError
+from provision.files import make_directory, write_atomic
+from provision.network.document import Document, embed, whole
+from provision.network.render import render
+from provision.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """``text``: of a file all of it; of a block the block alone, with its marks."""
+
+    document: Document
+    text: str
+
+
+def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
+    """The services meant: those named, else all that the farm uses. NotFound, UsageError."""
+    used = site.farm.services.used
+    if not used:
+        raise UsageError(
+            f"{site.name}: the farm uses no network service",
+            remedy="name them under 'services:' (docs/network.md)",
+        )
+    for name in services:
+        if name not in used:
+            near = get_close_matches(name, used, 1)
+            raise NotFound(
+                f"{site.name}: the farm uses no service {name!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"it uses {', '.join(used)}",
+            )
+    return tuple(name for name in used if not services or name in services)
+
+
+@without_collector()
+def rendered(site: Site, services: Sequence[str] = ()) -> tuple[Rendered, ...]:
+    """Of all declared VMs: those not made yet get what clone-farm would give them now. Zones have the
+    serial number 1 here: network-apply counts on from the live one."""
+    names = chosen(site, services)
+    documents = render(site.farm, site.allocator.peek_all(site.farm.vms), services=names)
+    return tuple(Rendered(document, full_text(document, site.farm.farm)) for document in documents)
+
+
+def full_text(document: Document, farm: str) -> str:
+    return whole(document, farm) if document.own == "file" else embed(document, farm, "")
+
+
+def write_out(files: Sequence[Rendered], directory: Path) -> None:
+    """Each at its path below the directory. UsageError where that is the root itself."""
+    if directory.resolve() == Path("/"):
+        raise UsageError("--out /: these are the live files", remedy="network-apply writes them")
+    for file in files:
+        path = directory / file.document.path.lstrip("/")
+        make_directory(path.parent, mode=0o755)
+        write_atomic(path, file.text.encode(errors="surrogateescape"), mode=file.document.mode)

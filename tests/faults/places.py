@@ -1,0 +1,226 @@
+"""Where a bench keeps its disks: each store, and how to look at it and at a disk with bare tools."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from hypervisors.api import Disk
+from hypervisors.fake import FakeDisks
+from provision.paths import state_dir
+from provision.site import Site
+
+MIB = 2**20
+SIZE = 16 * MIB
+SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
+SPOT = 65536
+TEMPLATE, OLD = "T", "O"  # what the template holds, and what a VM wrote
+_ZEROS = bytes(SIZE)
+
+
+def image(letter: str) -> bytes:
+    """A whole disk: zeros, and the letter in some spots, the first and the last bytes among them."""
+    data = bytearray(SIZE)
+    for spot in SPOTS:
+        data[spot : spot + SPOT] = letter.encode() * SPOT
+    return bytes(data)
+
+
+def letter_of(disk: bytes) -> str:
+    """The one whose image this is, bytes beyond it zero (a store may round up); else "torn"."""
+    letter = disk[:1].decode(errors="replace")
+    same = disk[:SIZE] == image(letter) and disk[SIZE:] == _ZEROS[: len(disk) - SIZE]
+    return letter if letter.isupper() and same else "torn"
+
+
+def run(*argv: str | Path) -> str:
+    """A command that must succeed."""
+    done = subprocess.run(
+        [str(a) for a in argv], check=False, capture_output=True, text=True,
+        env={**os.environ, "LVM_SUPPRESS_FD_WARNINGS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Place:
+    """``host`` is the farm file's. ``still``: its machines are the fake's, so that a kill costs no more
+    than what the store takes."""
+
+    label = ""
+    host = ""
+    still = False
+    real_qemu = False
+
+    def close(self) -> None:
+        """Nothing of the tests' stays."""
+
+    def make_image(self, path: Path) -> None:
+        """An image for a template, as qcow2."""
+        raw = path.with_suffix(".raw")
+        raw.write_bytes(image(TEMPLATE))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
+        raw.unlink()
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        """Make its content ``image(letter)``."""
+        raise NotImplementedError
+
+    def read(self, disk: Disk, site: Site) -> str:
+        """The letter it was written with last, or "torn"."""
+        raise NotImplementedError
+
+    def content(self, site: Site, machine: str) -> str:
+        """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
+        "torn": neither."""
+        store = site.disks("here")
+        disk = store.find(machine)
+        assert disk
+        seen = self.read(disk, site)
+        if seen == OLD:
+            return "old" if disk.base != "clean" or not store.pristine(machine, "clean") else "torn"
+        return "new" if seen == TEMPLATE and store.pristine(machine, "clean") else "torn"
+
+    def check(self, disk: Disk) -> None:
+        """That it is sound in itself."""
+
+    def everything(self) -> list[str]:
+        """Every object of the store's, by bare tools; numbers and random parts of names left out."""
+        return []
+
+
+class FakePlace(Place):
+    label = "fake"
+    host = "driver: fake"
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        store.write(disk.machine, letter.encode())
+
+    def read(self, disk: Disk, site: Site) -> str:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        return store.content(disk.machine).decode() or TEMPLATE
+
+
+class Qcow2Place(Place):
+    label = "kvm"
+    host = "driver: kvm"
+    real_qemu = True
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        spots = [f"write -q -P {ord(letter)} {spot} {SPOT}" for spot in SPOTS]
+        run("qemu-io", "-f", "qcow2", *(word for spot in spots for word in ("-c", spot)), disk.path)
+
+    def read(self, disk: Disk, site: Site) -> str:
+        out = state_dir() / ".content"
+        try:
+            run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", disk.path, out)
+            return letter_of(out.read_bytes())
+        finally:
+            out.unlink(missing_ok=True)
+
+    def check(self, disk: Disk) -> None:
+        run("qemu-img", "check", "-q", "-U", disk.path)
+
+
+class BlockPlace(Place):
+    """Disks are block devices."""
+
+    still = True
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        handle = os.open(self._present(disk), os.O_WRONLY)
+        try:
+            for spot in SPOTS:
+                os.pwrite(handle, letter.encode() * SPOT, spot)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def read(self, disk: Disk, site: Site) -> str:
+        return letter_of(self._present(disk).read_bytes())
+
+    @staticmethod
+    def _present(disk: Disk) -> Path:
+        limit = time.monotonic() + 60
+        while not disk.path.exists():  # udev makes it
+            assert time.monotonic() < limit, f"{disk.path} never came"
+            time.sleep(0.01)
+        return disk.path
+
+
+class ZfsPlace(BlockPlace):
+    label = "zfs"
+
+    def __init__(self, pool: str, number: int) -> None:
+        self.root = f"{pool}/kills{number}"
+        self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{store: zfs, pool: {pool}, "
+        self.host += f"dataset: kills{number}}}"
+
+    def everything(self) -> list[str]:
+        """With holds and what our marks say."""
+        columns = "name,userrefs,farmhand:state"
+        done = subprocess.run(
+            ["zfs", "list", "-H", "-t", "all", "-o", columns, "-r", self.root],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 or "does not exist" in done.stderr, done.stderr
+        return [re.sub(r"\.\d+(?=[@\t])", ".N", line) for line in done.stdout.splitlines()]
+
+    def close(self) -> None:
+        assert set(self.everything()) <= {
+            f"{self.root}{end}\t-\t-" for end in ("", "/templates", "/vms")
+        }
+
+
+class LvmPlace(BlockPlace):
+    """``kind``: "lvm-thin", "lvm-linked" or "lvm-full"."""
+
+    def __init__(self, vg: str, pool: str, kind: str) -> None:
+        self.label = kind
+        self.vg = vg
+        store = f"store: lvm-thin, pool: {vg}, dataset: {pool}"
+        if kind != "lvm-thin":
+            store = f"store: lvm, pool: {vg}, copy: {kind.removeprefix('lvm-')}"
+        self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{{store}}}"
+        self._untouched = self.everything()
+
+    def everything(self) -> list[str]:
+        """Volumes with their kind, mappings and whether they are suspended, links and files beside."""
+        found = []
+        for line in run("lvs", "-a", "--noheadings", "-o", "lv_name,lv_tags", self.vg).splitlines():
+            name, *tags = line.split()
+            kind = re.search(r"fh\.kind=(\w+)", "".join(tags))
+            found.append(f"volume {name} {kind[1] if kind else ''}")
+        for line in run("dmsetup", "info", "-C", "--noheadings", "-o", "name,suspended").splitlines():
+            if line.startswith(self.vg.replace("-", "--")):
+                found.append(f"mapping {line}")
+        links = state_dir() / "lvm" / self.vg
+        found += [f"file {p.name}" for p in links.glob("*") if p.name != ".lock"]
+        assert not [line for line in found if line.endswith("Suspended")], found
+        return sorted(re.sub(r"(\.\d+)?\.[0-9a-f]{8}(?=[ :-]|$)", ".N", line) for line in found)
+
+    def close(self) -> None:
+        assert self.everything() == self._untouched
+
+
+class Machines(Place):
+    """The same store with real machines: the farm's own libvirtd and QEMU."""
+
+    still = False
+    real_qemu = True
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.label = f"kvm+{place.label}"
+        self.host = place.host.replace("uri: 'qemu:///system', ", "")
+        self.make_image = place.make_image  # type: ignore[method-assign]
+        self.write = place.write  # type: ignore[method-assign]
+        self.read = place.read  # type: ignore[method-assign]
+        self.everything = place.everything  # type: ignore[method-assign]
+        self.close = place.close  # type: ignore[method-assign]

@@ -1,0 +1,212 @@
+"""A random walk: operations drawn at random, each killed somewhere, its recovery killed too, one after
+the other on the same two VMs. What a kill left meets all that came before it, and a kill costs no more
+than the operation and a look; so the lab's stores get most of theirs here.
+
+After each recovery a VM is, in content and checkpoints, what it was before the operation or what it is
+after it; of one that isn't there, there is nothing: no volume, mapping, file, definition. At the end all
+is destroyed, and nothing is left. (FARMHAND_KILLS and FARMHAND_SEED: see bench.py.)
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import KILLS, MANY, SEED, Bench
+from benches import HERE, STORES, bench_on, lab, make_place
+from places import TEMPLATE
+
+from provision import farm
+from provision.site import Site
+from provision.work import is_on, look
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
+ROUNDS = {
+    "fake": 25, "kvm": 5, "zfs": 40, "lvm-thin": 12, "lvm-linked": 8, "lvm-full": 8, "kvm+zfs": 6,
+    "kvm+lvm-thin": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vm:
+    """What a VM has. ``letter`` is its disk's content; ``kept`` that of each checkpoint."""
+
+    letter: str
+    kept: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An operation, and what it makes of the VM."""
+
+    vm: str
+    verb: str
+    arguments: dict[str, Any]
+    after: Vm | None
+
+
+class Walk:
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.dice = random.Random(f"{SEED} walk {bench.driver}")
+        self.vms: dict[str, Vm | None] = {"dev2": None, "prod": None}
+        self.on: dict[str, bool] = {"dev2": False, "prod": False}
+        self.lengths: dict[str, tuple[int, float]] = {}  # steps, seconds
+        self.story: list[str] = []
+        self._letters = iter(string.ascii_uppercase * 1000)
+        self._names = iter(f"c{n}" for n in range(10000))
+
+    def learn(self) -> None:
+        """Each operation once, uninterrupted: how long it takes, and how many steps it has."""
+        new = Vm(TEMPLATE, {"clean": TEMPLATE})
+        kept = replace(new, kept={**new.kept, "c": TEMPLATE})
+        for verb, arguments, after in (
+            ("clone_farm", {"wait": False}, new),
+            ("checkpoint", {"name": "c", "wait": False}, kept),
+            ("reset", {"to": "clean", "wait": False}, kept),
+            ("destroy", {}, None),
+        ):
+            self.lengths[verb] = self.bench.uninterrupted(verb, {"vms": ["prod"], **arguments})
+            self.vms["prod"] = after
+            self.look("")
+
+    def draw(self) -> Draw:
+        vm = self.dice.choice(("dev2", "prod"))
+        now = self.vms[vm]
+        if now is None:
+            after = Vm(TEMPLATE, {"clean": TEMPLATE})
+            return Draw(vm, "clone_farm", {"vms": [vm], "wait": False}, after)
+        what = self.dice.choice(("reset", "reset", "reset", "checkpoint", "checkpoint", "destroy"))
+        if what == "destroy":
+            return Draw(vm, what, {"vms": [vm]}, None)
+        if what == "reset" or len(now.kept) > 3:
+            to = self.dice.choice(list(now.kept))
+            arguments = {"vms": [vm], "to": to, "wait": False}
+            return Draw(vm, "reset", arguments, replace(now, letter=now.kept[to]))
+        name = next(self._names)
+        arguments = {"vms": [vm], "name": name, "wait": False}
+        return Draw(vm, what, arguments, replace(now, kept={**now.kept, name: now.letter}))
+
+    def kill(self, draw: Draw) -> str | None:
+        """None: it was through before."""
+        steps, seconds = self.lengths[draw.verb]
+        when = self.dice.choice(("written", "done", "alone", "together", "alone", "together"))
+        at: float = self.dice.randrange(1, steps + 1)
+        if when in ("alone", "together"):
+            at = self.dice.random() * seconds
+        text = self.bench.killed_at(when, at, draw.verb, draw.arguments)
+        self.story.append(
+            f"{draw.verb} {draw.arguments}: {when} {at:.3g} of {steps}, {seconds:.2f} s: {text}"
+        )
+        if text is not None:
+            KILLS.add(f"{draw.verb.replace('_', '-')}, walk", self.bench.driver)
+        return text
+
+    def kill_recovery(self, draw: Draw) -> None:
+        seconds = self.lengths[draw.verb][1]
+        for _ in range(self.dice.choice((0, 1, 1, 2))):
+            when, at = self.dice.choice(("alone", "together")), self.dice.random() * seconds
+            text = self.bench.killed_at(when, at, "recover", {})
+            self.story.append(f"recover: {when} {at:.3f} s: {text}")
+            if text is None:
+                break
+            KILLS.add(f"recover of {draw.verb.replace('_', '-')}, walk", self.bench.driver)
+
+    def step(self) -> None:
+        try:
+            self._step()
+        except AssertionError as error:
+            raise AssertionError(self.told(str(error))) from error
+
+    def _step(self) -> None:
+        draw = self.draw()
+        with self.bench.site() as site:
+            self.write(site, draw.vm)
+        before = self.vms[draw.vm]
+        if before and draw.verb == "checkpoint":  # it keeps what was just written
+            kept = {**before.kept, draw.arguments["name"]: before.letter}
+            draw = replace(draw, after=replace(before, kept=kept))
+        context = f"{draw.verb} of {draw.vm} on {self.bench.driver}, FARMHAND_SEED={SEED}"
+        KILLS.open[context] = None
+        killed = None
+        if before is None and self.story and self.story[-1].startswith(("clone", "recover")):
+            status = self.bench.uninterrupted(draw.verb, draw.arguments)  # else it would never be there
+            self.story.append(f"{draw.verb} {draw.arguments}: {status[1]:.2f} s")
+        else:
+            killed = self.kill(draw)
+        if killed is not None:
+            self.kill_recovery(draw)
+            with self.bench.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == (), context
+                assert site.locks.held() == (), context
+        self.look(context, draw, through=killed is None)
+        del KILLS.open[context]
+
+    def write(self, site: Site, vm: str) -> None:
+        now = self.vms[vm]
+        disk = site.disks("here").find(site.machine(vm)) if now else None
+        if now and disk:
+            letter = next(self._letters)
+            self.bench.place.write(disk, site, letter)
+            self.vms[vm] = replace(now, letter=letter)
+
+    def look(self, context: str, draw: Draw | None = None, *, through: bool = False) -> None:
+        with self.bench.site() as site:
+            store = site.disks("here")
+            disks = {disk.owner.vm: disk for disk in store.list()}
+            assert list(store.leftovers()) == [], context
+            shape = self.bench.shape()
+            for vm, before in self.vms.items():
+                disk, machine = disks.get(vm), look(site, vm)
+                now = None
+                if disk:
+                    assert machine, f"{context}: {vm} has a disk and no machine"
+                    letter = self.bench.place.read(disk, site)
+                    kept = {c.name for c in disk.checkpoints}
+                    now = (letter, kept)
+                    self.bench.place.check(disk)
+                else:
+                    assert shape[vm] == [], f"{context}: of {vm} is left {shape[vm]}"
+                allowed = [before]
+                if draw and vm == draw.vm:
+                    allowed = [draw.after] if through else [before, draw.after]
+                found = [a for a in allowed if now == (a and (a.letter, set(a.kept)))]
+                assert found, f"{context}: {vm} is {now}, and should be in {allowed}"
+                if draw and draw.verb in ("reset", "checkpoint") and self.on[vm] and disk:
+                    assert is_on(machine), f"{context}: {vm} ran, and doesn't now"
+                # what cannot be told apart is taken for the new one
+                self.vms[vm], self.on[vm] = found[-1], is_on(machine)
+
+    def told(self, context: str) -> str:
+        return "\n".join([context, *self.story[-12:], *self.bench.place.everything()])
+
+
+@pytest.fixture(
+    params=[
+        *HERE,
+        *(pytest.param(label, marks=lab) for label in (*STORES, "kvm+zfs", "kvm+lvm-thin")),
+    ]
+)
+def walk(request: pytest.FixtureRequest, cache: Path) -> Iterator[Walk]:
+    with bench_on(make_place(request.param, request), cache) as bench:
+        yield Walk(bench)
+
+
+def test_walk(walk: Walk) -> None:
+    before = walk.bench.shape()
+    walk.learn()
+    for _ in range(ROUNDS[walk.bench.driver] * (8 if MANY else 1)):
+        walk.step()
+    with walk.bench.site() as site:
+        farm.destroy(site, list(site.farm.vms))
+    after = walk.bench.shape()
+    assert after["dev2"] == after["prod"] == [], walk.told("after destroy")
+    surplus = Counter(after[""]) - Counter(before[""])
+    assert all("/keys/" in line for line in surplus), surplus

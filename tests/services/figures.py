@@ -1,0 +1,180 @@
+"""The network services' figures, on real daemons in a network namespace of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from daemons import Daemons, own_network
+from yard import SECRET, Yard
+
+MANY = 10_000
+LIVE = 1_000
+
+
+def measure(rounds: int, say: Callable[[str], None]) -> Iterator[tuple[str, tuple[float, ...], float]]:
+    """Name, seconds of each round, limit. Needs root, and the daemons of packages-dev.txt."""
+    directory = Path(tempfile.mkdtemp(prefix="fhn-"))
+    directory.chmod(0o755)
+    os.environ["FARMHAND_STATE_DIR"] = str(directory / "state")
+    try:
+        with own_network():
+            yard = Yard(directory)
+            daemons = Daemons(yard)
+            try:
+                yield from _measure(yard, daemons, rounds, say)
+            finally:
+                daemons.stop()
+    finally:
+        del os.environ["FARMHAND_STATE_DIR"]
+        shutil.rmtree(directory)
+
+
+def _measure(
+    yard: Yard, daemons: Daemons, rounds: int, say: Callable[[str], None]
+) -> Iterator[tuple[str, tuple[float, ...], float]]:
+    yard.network |= {"subnet": "10.77.0.0/16", "pool": []}
+    subprocess.run(["ip", "addr", "add", "10.77.0.1/16", "dev", "br0"], check=True)
+    every = dict(yard.services)
+    yard.vms = {f"vm{n}": _vm(n) for n in range(MANY)}
+    say(f"network: {MANY} VMs rendered for every service")
+    name = f"network: {MANY} VMs loaded, rendered for {len(every)} services, diffed"
+    (yard.directory / "whole").mkdir()
+    whole = Yard(yard.directory / "whole")  # nobody serves its files
+    whole.network, whole.vms = yard.network, yard.vms
+    yield name, tuple(_whole(whole) for _ in range(rounds)), 2.0
+
+    key = yard.directory / "bind" / "farmhand.key"
+    key.write_text(f'key "farmhand" {{ algorithm hmac-sha256; secret "{SECRET}"; }};\n')
+    key.chmod(0o640)
+    yard.services = {"bind": every["bind"] | {"dynamic": "yes", "key": str(key)}}
+    say(f"network: {MANY} VMs into a dynamic zone")
+    daemons.start("bind")
+    yard.apply()
+    more = [_one_more_name(yard, n) for n in range(rounds)]
+    yield f"network: one VM more among {MANY}, until DNS answers", tuple(more), 0.2
+    say(f"network: {LIVE} VMs more into a dynamic zone")
+    yield f"network: {LIVE} VMs more, live, forward and reverse", tuple(_live(yard, rounds)), 1.0
+
+    for service, limit in (("dnsmasq", 0.2), ("kea", 0.2)):
+        yard.services = {service: every[service]}
+        say(f"network: {MANY} VMs into {service}")
+        yard.vms = {f"vm{n}": _vm(n) for n in range(MANY)}
+        yard.apply()
+        times = tuple(_one_more_lease(yard, n) for n in range(rounds))
+        yield f"network: one VM more among {MANY}, until {service} answers", times, limit
+        daemons.stop()
+
+
+def _vm(number: int) -> dict[str, Any]:
+    place = number + 10
+    return {
+        "memory": "1G",
+        "mac": f"52:54:01:{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
+        "address": f"10.77.{place >> 8}.{place & 255}",
+        "nat_port": str(20000 + number),
+        "proxy": [{"name": f"vm{number}.pub.example"}],
+    }
+
+
+def _whole(yard: Yard) -> float:
+    """As a command does it, beside live files of which one VM's line differs."""
+    from inventory.loader import load
+    from provision.allocate import Allocator
+    from provision.network.apply import put
+    from provision.network.changes import Examiner, difference
+    from provision.network.state import NetworkState
+
+    file = yard.directory / "farm.yaml"
+    file.write_text(yard.text())
+    times = []
+    for turn in range(2):
+        started = time.perf_counter()
+        farm = load(file)
+        allocator = Allocator(farm, yard.directory / "farm.lock", yard.directory / "claims.json")
+        examiner = Examiner(farm, NetworkState(), today=datetime.now(UTC).date())
+        changes = examiner.examine(allocator.peek_all(farm.vms), farm.services.used)
+        diff = "".join(map(difference, changes.files))
+        times.append(time.perf_counter() - started)
+        assert diff or turn == 0
+        if turn == 0:
+            for change in changes.files:
+                put(change)
+            text = file.read_text()
+            file.write_text(text.replace("address: 10.77.0.11\n", "address: 10.77.200.200\n"))
+    return times[1]
+
+
+def _one_more_name(yard: Yard, number: int) -> float:
+    """From the call, with the farm loaded, until forward and reverse answers are right."""
+    from test_apply import ask
+
+    yard.vms[f"more{number}"] = {"address": f"10.77.100.{number + 1}"}
+    with yard.site() as site:
+        keep = _kept(site, [f"more{number}"])
+        started = time.perf_counter()
+        keep()
+        assert ask(f"more{number}.try.example", "A") == [f"10.77.100.{number + 1}"]
+        assert ask(f"{number + 1}.100.77.10.in-addr.arpa", "PTR") == [f"more{number}.try.example."]
+        return time.perf_counter() - started
+
+
+def _kept(site: Any, new: list[str]) -> Callable[[], None]:
+    from provision.network.apply import keep_in_step
+    from provision.work import begin
+
+    def keep() -> None:
+        with begin(site, "clone-farm", new) as run:
+            keep_in_step(run, new=new)
+
+    return keep
+
+
+def _live(yard: Yard, rounds: int) -> Iterator[float]:
+    """Records alone, forward and reverse, beside what the zone has."""
+    from provision.network.live_dns import Op, Server
+
+    farm = yard.farm()
+    assert farm.services.bind is not None
+    server = Server(farm.services.bind, f"farmhand {farm.farm}")
+    forward, back = "try.example", "77.10.in-addr.arpa"
+    for turn in range(rounds):
+        ops = []
+        for n in range(LIVE):
+            third, fourth = 110 + turn * 4 + n // 250, n % 250
+            name = f"live{turn}-{n}.try.example"
+            ops.append(Op(forward, name, (), (("A", f"10.77.{third}.{fourth}"),)))
+            pointer = f"{fourth}.{third}.{back}"
+            ops.append(Op(back, pointer, (), (("PTR", f"{name}."),)))
+        ops.sort(key=lambda op: op.zone == back)
+        started = time.perf_counter()
+        server.update(ops, lambda _text: None)
+        yield time.perf_counter() - started
+
+
+def _one_more_lease(yard: Yard, number: int) -> float:
+    """From the call, with the farm loaded, until a client in its namespace has the address. The
+    client's own start is in it."""
+    from hypervisors.dhcp_probe import probe
+
+    mac, address = f"52:54:00:00:01:{number:02x}", f"10.77.100.{number + 1}"
+    yard.vms[f"more{number}"] = {"address": address, "mac": mac}
+    with yard.site() as site:
+        keep = _kept(site, [f"more{number}"])
+        started = time.perf_counter()
+        keep()
+        told = time.perf_counter() - started
+        asked = time.perf_counter()
+        while (seen := probe(site.runner, "br0", [mac], seconds=0.2)[mac]) != address:
+            assert time.perf_counter() - asked < 10, seen
+        return told

@@ -1,0 +1,320 @@
+"""Failures and kills in the midst of an apply: all of the old, or all of the new."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from daemons import Daemons
+from dhcp_client import lease
+from http_machine import answer_of, machine
+from test_apply import ask
+from yard import Yard
+
+from inventory.errors import FarmhandError
+from provision import farm, journal
+from provision.network.serial import later, serial_of
+
+DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
+ALL = ("bind", "dhcpd", "kea", "dnsmasq", "hosts", "nginx", "haproxy", "nftables")
+
+
+def contents(yard: Yard) -> dict[str, bytes]:
+    """Of the services' files, without what daemons write themselves."""
+    own = ("pid", ".sock", ".lock", "leases", "serverid", ".csv", "session.key", "mkeys", "managed-keys")
+    return {k: v[0] for k, v in yard.snapshot().items() if not any(part in k for part in own)}
+
+
+def without_serials(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A rolled back zone may have a newer serial number, and its digest with it."""
+    import re
+
+    return {
+        name: re.sub(rb"\d+ ; serial|farmhand try-it [0-9a-f]{16}", b"", data)
+        if "/db." in name
+        else data
+        for name, data in files.items()
+    }
+
+
+def killed(yard: Yard, when: str, number: int) -> str | None:
+    """An apply in a process of its own, killed at its step of that number: right after it was written
+    down, or before the next one is. The step's text; None: it has fewer."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        try:
+            _arm(when, number, write)
+            yard.apply()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as told:
+        text = told.read()
+    _, status = os.waitpid(pid, 0)
+    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) == bool(text)
+    return text or None
+
+
+def _arm(when: str, number: int, pipe: int) -> None:
+    real, settle = journal.Operation.step, journal.Journal.settle
+    seen = 0
+
+    def settled(self: journal.Journal, id: int, outcome: str, error: str = "") -> None:
+        if when == "done" and seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        settle(self, id, outcome, error)
+
+    def step(self: journal.Operation, text: str) -> None:
+        nonlocal seen
+        if when == "done" and seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, text)
+        seen += 1
+        if seen == number:
+            os.write(pipe, text.encode())
+            if when == "written":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.Operation.step = step  # type: ignore[method-assign]
+    journal.Journal.settle = settled  # type: ignore[method-assign]
+
+
+def serving(yard: Yard, *, more: bool) -> None:
+    """Every daemon has the first VMs; and the one more, or not."""
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    assert ask("more.try.example", "A") == (["10.77.0.9"] if more else [])
+    for port in (8001, 8003):
+        assert answer_of("127.0.0.1", port, "dev2.example.org") == "10.77.0.6:8080"
+
+
+@pytest.mark.parametrize("when", ["written", "done"])
+def test_killed_at_every_step(yard: Yard, daemons: Daemons, when: str) -> None:
+    yard.use(*DAEMONS)
+    yard.vms["dev2"]["proxy"][0]["port"] = "8080"
+    daemons.start("bind", "nginx", "haproxy")
+    with machine("10.77.0.6", 8080):
+        yard.apply()
+        number, texts = 1, []
+        while True:
+            old = contents(yard)
+            yard.vms["more"] = {"address": "10.77.0.9", "nat_port": "22009",
+                                "proxy": [{"name": "more.example.org"}]}  # fmt: skip
+            text = killed(yard, when, number)
+            if text is None:
+                break
+            texts.append(text)
+            new = contents(yard) if text == "record what was written" else None
+            with yard.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == ()
+                assert not any((site.paths.root / "network").iterdir()), text
+            found = contents(yard)
+            if new is not None:
+                assert found == new, text
+                serving(yard, more=True)
+            else:
+                assert without_serials(found) == without_serials(old), text
+                serving(yard, more=False)
+            del yard.vms["more"]
+            yard.apply()  # what it was killed in, undone by the farm file: nothing is in the way
+            serving(yard, more=False)
+            number += 1
+        assert sum(text.startswith("write ") for text in texts) == 8
+        assert any("reload nginx" in t or "nginx" in t for t in texts[8:])
+        serving(yard, more=True)
+
+
+def test_serials_go_on_after_a_rollback(yard: Yard, daemons: Daemons) -> None:
+    """BIND has the new zone, then another zone of the same apply fails: no serial is seen to go back."""
+    yard.use("bind")
+    daemons.start("bind")
+    yard.apply()
+    seen = serial_of((yard.directory / "bind" / "db.try.example").read_text())
+    old = contents(yard)
+    yard.vms["more"] = {"address": "10.77.0.9"}
+    steps = 0
+    while (text := killed(yard, "done", steps + 1)) is not None:
+        steps += 1
+        with yard.site() as site:
+            farm.recover(site)
+        if text == "record what was written":
+            break
+        [answer] = ask("try.example", "SOA")
+        serial = int(answer.split()[2])
+        assert serial == seen or later(serial, seen), text
+        assert ask("more.try.example", "A") == [], text
+        assert without_serials(contents(yard)) == without_serials(old)
+        seen = serial
+    assert steps >= 5
+
+
+FAILING = {
+    "nginx": ("nginx", "reload", ["false"]),
+    "haproxy": ("haproxy", "reload", ["sh", "-c", "echo no >&2; exit 3"]),
+    "nginx dies": ("nginx", "alive", ["false"]),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_daemon_that_refuses_its_reload(yard: Yard, daemons: Daemons, case: str) -> None:
+    yard.use(*DAEMONS)
+    yard.vms["dev2"]["proxy"][0]["port"] = "8080"
+    daemons.start("bind", "nginx", "haproxy")
+    with machine("10.77.0.6", 8080):
+        yard.apply()
+        old = contents(yard)
+        service, key, command = FAILING[case]
+        good = yard.services[service][key]
+        yard.services[service][key] = command
+        yard.vms["more"] = {"address": "10.77.0.9", "proxy": [{"name": "more.example.org"}]}
+        with pytest.raises(FarmhandError) as caught:
+            yard.apply()
+        assert service in caught.value.message or command[0] in caught.value.message
+        assert without_serials(contents(yard)) == without_serials(old)
+        yard.services[service][key] = good
+        serving(yard, more=False)
+        yard.apply()
+        serving(yard, more=True)
+
+
+def test_what_could_not_be_put_back_is_kept(yard: Yard) -> None:
+    """Somebody writes the file while the daemon is told: theirs stays, the old one is kept."""
+    yard.use("hosts", "nginx")
+    (yard.directory / "hosts").write_text("127.0.0.1 localhost\n")
+    thief = f"echo mine >{yard.directory}/hosts; exit 1"
+    yard.services["nginx"] |= {"reload": ["sh", "-c", thief], "alive": ["true"]}
+    with pytest.raises(FarmhandError) as caught:
+        yard.apply()
+    assert "was changed by somebody else meanwhile" in caught.value.remedy
+    assert (yard.directory / "hosts").read_text() == "mine\n"
+    with yard.site() as site:
+        [kept] = (site.paths.root / "network").iterdir()
+    assert str(kept) in caught.value.remedy
+    assert "127.0.0.1 localhost\n" in [path.read_text() for path in kept.iterdir()]
+
+
+def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
+    yard.use("hosts", "ansible")
+    (yard.directory / "hosts").write_text("127.0.0.1 localhost\n")
+    assert killed(yard, "done", 1) == f"write {yard.directory}/hosts"
+    (yard.directory / "hosts").write_text("all mine\n")
+    with yard.site() as site:
+        farm.recover(site)
+    assert (yard.directory / "hosts").read_text() == "all mine\n"
+
+
+TEMPLATES = {
+    "bind": "zone",
+    "dhcpd": "dhcpd",
+    "dnsmasq": "dnsmasq",
+    "nginx": "nginx",
+    "haproxy": "haproxy",
+    "nftables": "nftables",
+}
+
+
+class Clients:
+    """Asks each service over and over; ``failed`` has what was wrong."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.answers = dict.fromkeys(("dns", "dnsmasq", "nginx", "haproxy", "nat"), 0)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._loop, args=(name,)) for name in self.answers]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _loop(self, name: str) -> None:
+        while not self._stop.wait(0.01):
+            try:
+                said = self._ask(name)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is a failed answer
+                said = repr(error)
+            if said not in ("10.77.0.6", "10.77.0.6:8080"):
+                self.failed.append(f"{name}: {said}")
+            self.answers[name] += 1
+
+    def _ask(self, name: str) -> str:
+        if name == "dns":
+            return ask("dev2.try.example", "A")[0]
+        if name == "dnsmasq":
+            return ask("dev2.try.example", "A", 5301, "10.77.0.1")[0]
+        if name == "nat":
+            return answer_of("10.77.0.1", 22006, "x", patience=0)
+        return answer_of(
+            "127.0.0.1", {"nginx": 8001, "haproxy": 8003}[name], "dev2.example.org", patience=0
+        )
+
+
+@pytest.fixture
+def all_services(yard: Yard, daemons: Daemons) -> Iterator[Yard]:
+    """All of them, serving. Two DHCP servers can't have one port: dnsmasq has it here."""
+    yard.use("bind", "dnsmasq", "hosts", "nginx", "haproxy", "nftables")
+    yard.vms["dev2"] |= {"proxy": [{"name": "dev2.example.org", "port": "8080"}], "ssh_port": "8080"}
+    daemons.start("bind", "nginx", "haproxy")
+    with machine("10.77.0.6", 8080):
+        yard.apply()
+        assert answer_of("127.0.0.1", 8003, "dev2.example.org") == "10.77.0.6:8080"
+        yield yard
+
+
+@pytest.mark.parametrize("how", ["undefined", "rubbish"])
+def test_a_broken_template_disturbs_nobody(all_services: Yard, how: str) -> None:
+    """Every service's template broken in turn, while clients ask the others without a pause."""
+    yard = all_services
+    old = contents(yard)
+    spoilt = {"undefined": "{{ nothing.there }}", "rubbish": "\n} rubbish ( here ;\n"}[how]
+    directory = yard.directory / "templates"
+    directory.mkdir()
+    yard.services["templates"] = str(directory)
+    yard.vms["more"] = {"address": "10.77.0.9", "proxy": [{"name": "more.example.org"}]}
+    with Clients() as clients:
+        for service, template in TEMPLATES.items():
+            if service not in yard.services:
+                continue
+            path = directory / f"{template}.j2"
+            path.write_text(f'{{% include "farmhand/{template}.j2" %}}{spoilt}')
+            with pytest.raises(FarmhandError) as caught:
+                yard.apply()
+            said = caught.value.message
+            assert str(path) in said if how == "undefined" else "refuses" in said, said
+            path.unlink()
+            assert {k: v for k, v in contents(yard).items() if "templates" not in k} == old
+    assert clients.failed == []
+    assert all(count > 3 for count in clients.answers.values()), clients.answers
+
+
+def test_changes_disturb_nobody(all_services: Yard) -> None:
+    yard = all_services
+    with Clients() as clients:
+        for number in range(4):
+            yard.vms["more"] = {"address": f"10.77.0.{9 + number}", "nat_port": str(23000 + number),
+                                "proxy": [{"name": "more.example.org"}]}  # fmt: skip
+            yard.apply()
+            assert ask("more.try.example", "A") == [f"10.77.0.{9 + number}"]
+    assert clients.failed == []
+
+
+def test_a_reset_lease_is_of_the_new_address(yard: Yard, daemons: Daemons) -> None:
+    yard.use("dnsmasq")
+    yard.apply()
+    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.6"
+    yard.vms["dev2"]["address"] = "10.77.0.16"
+    yard.apply()
+    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.16"
+    leases = Path(yard.directory / "dnsmasq" / "leases").read_text()
+    assert "10.77.0.6 " not in leases

@@ -1,0 +1,98 @@
+"""network-verify sees what clients see: right answers, and each kind of wrong one."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from daemons import Daemons
+from http_machine import machine
+from yard import Yard
+
+from provision.network.verify import Report, network_verify
+
+
+def verify(yard: Yard, *services: str) -> Report:
+    with yard.site() as site:
+        return network_verify(site, services)
+
+
+def kinds(report: Report) -> set[tuple[str, bool | None]]:
+    return {(answer.service, answer.ok) for answer in report.answers}
+
+
+@pytest.mark.parametrize("service", ["dhcpd", "kea", "dnsmasq"])
+def test_dhcp(yard: Yard, daemons: Daemons, service: str) -> None:
+    yard.use(service)
+    yard.apply()
+    report = verify(yard)
+    assert report.ok, report.wrong
+    exchanged = [answer.seen for answer in report.answers if answer.text.startswith("exchange")]
+    assert exchanged == ["10.77.0.6", "10.77.0.7"]
+    assert (
+        "fhv" not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_no_dhcp_server(yard: Yard, daemons: Daemons) -> None:
+    yard.use("dhcpd")
+    yard.apply()
+    daemons.stop()
+    [first, _] = verify(yard).wrong
+    assert (first.service, first.vm, first.expected, first.seen) == (
+        "dhcpd", "dev2", "10.77.0.6", "no answer",
+    )  # fmt: skip
+
+
+def test_dns(yard: Yard, daemons: Daemons) -> None:
+    yard.use("bind")
+    daemons.start("bind")
+    yard.apply()
+    report = verify(yard)
+    assert report.ok, report.wrong
+    assert len(report.answers) == 2 * 3 + 2 * 2  # two addresses of three names, and back from four
+    zone = yard.directory / "bind" / "db.try.example"
+    zone.write_text(zone.read_text().replace("10.77.0.6", "10.77.0.66").replace("00 ; s", "50 ; s"))
+    subprocess.run([*yard.services["bind"]["rndc"], "reload"], check=True)
+    wrong = verify(yard).wrong
+    assert {(a.vm, a.expected, a.seen) for a in wrong} == {("dev2", "10.77.0.6", "10.77.0.66")}
+
+
+def test_classless_reverse(yard: Yard, daemons: Daemons) -> None:
+    yard.network |= {"subnet": "10.77.0.0/25", "pool": []}
+    yard.use("bind")
+    daemons.start("bind")
+    yard.apply()
+    assert verify(yard).ok
+    assert any("PTR" in answer.text for answer in verify(yard).answers)
+
+
+def test_proxies_and_nat(yard: Yard, daemons: Daemons) -> None:
+    yard.use("nginx", "haproxy", "nftables")
+    yard.vms["dev2"] |= {"proxy": [{"name": "dev2.example.org", "port": "8080"}], "ssh_port": "8080"}
+    daemons.start("nginx", "haproxy")
+    with machine("10.77.0.6", 8080):
+        yard.apply()
+        report = verify(yard)
+        assert report.ok, report.wrong
+        right = {(a.service, a.vm) for a in report.answers if a.ok}
+        assert right == {("nginx", "dev2"), ("haproxy", "dev2"), ("nftables", "dev2")}
+        assert {a.vm for a in report.unknown} == {"prod"}, "it is off: nothing can be told"
+        subprocess.run(["nft", "flush", "ruleset"], check=True)
+        config = Path(yard.services["nginx"]["config"])
+        config.write_text(config.read_text().replace("10.77.0.6:8080", "10.77.0.6:8081"))
+        subprocess.run(yard.services["nginx"]["reload"], check=True)
+        wrong = verify(yard).wrong
+        assert {(a.service, a.vm) for a in wrong} >= {("nftables", "dev2")}
+
+
+def test_a_plan_asks_nothing(yard: Yard) -> None:
+    yard.use("bind", "dhcpd", "nginx", "nftables")
+    with yard.site() as site:
+        site.allocator.allocate_all(site.farm.vms)
+    with yard.site(plan=True) as site:
+        report = network_verify(site)
+    assert report.answers == ()
+    assert "dhcp: dev2: exchange for 52:54:86:b3:3f:10, expect 10.77.0.6" in report.planned
+    assert "bind: dev2: dev2.try.example A, expect 10.77.0.6" in report.planned

@@ -1,0 +1,305 @@
+"""Several VMs' disks changed as one, over the fake driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_farm import Desk
+
+from hypervisors.api import FarmDisks
+from hypervisors.fake import FakeDisks, FakeHypervisor
+from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
+from provision import farm
+from provision.doctor import examine
+
+from views import farm_status
+
+TWO_HOSTS = """\
+farm: kata
+hosts: {here: {driver: fake}, there: {driver: fake}}
+templates: {base: {build: debian-12, size: 64M}}
+vms:
+  dev2: {host: here}
+  prod: {host: there}
+  repo: {host: there}
+"""
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    desk = Desk(tmp_path)
+    desk.run(farm.clone_farm)
+    write(desk, b"old")
+    return desk
+
+
+@pytest.fixture
+def apart(made: Desk) -> Desk:
+    """Three VMs on two hosts."""
+    made.run(farm.destroy)
+    made.file.write_text(TWO_HOSTS)
+    made.run(farm.clone_farm)
+    write(made, b"old")
+    return made
+
+
+def write(desk: Desk, content: bytes) -> None:
+    with desk.site() as site:
+        for vm in site.farm.vms:
+            store = site.disks(site.farm.host_of(vm))
+            assert isinstance(store, FakeDisks)
+            store.write(site.machine(vm), content)
+
+
+def contents(desk: Desk) -> list[bytes]:
+    with desk.site() as site:
+        stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in site.farm.vms]
+        return [s.content(site.machine(vm)) for s, vm in zip(stores, site.farm.vms, strict=True)]
+
+
+def powers(desk: Desk) -> list[str]:
+    with desk.site() as site:
+        return [str(row.state) for row in farm.status(site).vms]
+
+
+def test_what_one_vm_lacks_is_found_before_anything_changes(made: Desk) -> None:
+    made.run(farm.checkpoint, ["dev2"], "hers")
+    for use_case, arguments, kind in (
+        (farm.reset, {"to": "hers"}, NotFound),
+        (farm.checkpoint, {"vms": [], "name": "hers"}, Conflict),
+    ):
+        with made.site() as site, pytest.raises(kind):
+            before = site.journal.history(1)[0].id
+            use_case(site, **arguments)  # type: ignore[operator]
+        with made.site() as site:
+            assert site.journal.history(1)[0].id == before, "not even begun"
+    assert powers(made) == ["running", "running"]
+    assert contents(made) == [b"old", b"old"]
+
+
+@pytest.mark.parametrize("what", ["restore_all", "checkpoint_all"])
+def test_a_store_that_refuses_leaves_all_as_it_was(
+    made: Desk, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    made.run(farm.stop, ["prod"])
+
+    def full(self: FakeDisks, machines: Sequence[str], name: str) -> None:
+        raise NoSpace("the pool is full")
+
+    monkeypatch.setattr(FakeDisks, what, full)
+    with made.site() as site, pytest.raises(NoSpace, match="the pool is full"):
+        farm.reset(site) if what == "restore_all" else farm.checkpoint(site, [], "kept")
+    assert powers(made) == ["running", "stopped"], "the one that ran runs again"
+    assert contents(made) == [b"old", b"old"]
+    with made.site() as site:
+        assert site.journal.unfinished() == ()
+
+
+def test_a_vm_that_cannot_be_stopped_leaves_all_as_it_was(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = FakeHypervisor.stop
+
+    def stuck(self: FakeHypervisor, name: str, *, grace: float) -> None:
+        if name == "kata-prod":
+            raise DriverFailed("its QEMU is stuck")
+        stop(self, name, grace=grace)
+
+    monkeypatch.setattr(FakeHypervisor, "stop", stuck)
+    with made.site() as site, pytest.raises(DriverFailed, match="stuck"):
+        farm.reset(site)
+    assert powers(made) == ["running", "running"]
+    assert contents(made) == [b"old", b"old"]
+
+
+def test_one_disk_that_cannot_be_proven_lets_none_start(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored = FakeDisks.restore_all
+
+    def written_to(self: FakeDisks, machines: Sequence[str], name: str) -> Any:
+        disks = restored(self, machines, name)
+        self.write("kata-dev2", b"by somebody")
+        return disks
+
+    monkeypatch.setattr(FakeDisks, "restore_all", written_to)
+    with made.site() as site, pytest.raises(DriverFailed, match="dev2's disk was reset, but isn't"):
+        farm.reset(site)
+    assert powers(made) == ["stopped", "stopped"]
+
+
+def test_a_second_store_that_fails_holds_all_until_it_is_mended(
+    apart: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restored, broken = FakeDisks.restore_all, True
+
+    def full(self: FakeDisks, machines: Sequence[str], name: str) -> Any:
+        if broken and "kata-prod" in machines:
+            raise NoSpace("the pool is full", remedy="make room")
+        return restored(self, machines, name)
+
+    monkeypatch.setattr(FakeDisks, "restore_all", full)
+    with apart.site() as site, pytest.raises(WrongState) as halted:
+        farm.reset(site)
+    assert "the pool is full; dev2 is done, prod, repo not yet" in halted.value.message
+    assert halted.value.remedy == "make room; then ./invoke recover takes the rest there"
+    assert contents(apart) == [b"", b"old", b"old"]
+    assert powers(apart) == ["stopped"] * 3
+    for use_case, arguments in (
+        (farm.start, [["dev2"]]),
+        (farm.clone_farm, []),
+        (farm.reset, [["repo"]]),
+        (farm.checkpoint, [["prod"], "kept"]),
+    ):
+        with (
+            apart.site() as site,
+            pytest.raises(WrongState, match="a reset of dev2, prod, repo is half"),
+        ):
+            use_case(site, *arguments)  # type: ignore[operator]
+    assert powers(apart) == ["stopped"] * 3
+    broken = False
+    with apart.site() as site:
+        (done,) = farm.recover(site).actions
+        assert "a reset of dev2, prod, repo of" in done.text
+    assert contents(apart) == [b""] * 3
+    assert powers(apart) == ["running"] * 3
+    apart.run(farm.checkpoint, [], "kept")
+
+
+def test_what_can_never_get_there_can_be_destroyed(apart: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored = FakeDisks.restore_all
+
+    def lost(self: FakeDisks, machines: Sequence[str], name: str) -> Any:
+        if "kata-prod" in machines:
+            raise DriverFailed("its disk is lost")
+        return restored(self, machines, name)
+
+    monkeypatch.setattr(FakeDisks, "restore_all", lost)
+    with apart.site() as site, pytest.raises(WrongState):
+        farm.reset(site)
+    with apart.site() as site:
+        farm.destroy(site, ["prod"])
+        farm.start(site, ["dev2", "repo"])
+    assert contents_of(apart, "dev2", "repo") == [b"", b""]
+
+
+def contents_of(desk: Desk, *vms: str) -> list[bytes]:
+    with desk.site() as site:
+        stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in vms]
+        return [store.content(site.machine(vm)) for store, vm in zip(stores, vms, strict=True)]
+
+
+class OneByOne:
+    """A store that knows nothing of several."""
+
+    def __init__(self, store: FakeDisks) -> None:
+        self._store = store
+        self.restored: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("_all"):
+            raise AttributeError(name)
+        return getattr(self._store, name)
+
+    def restore(self, machine: str, name: str) -> Any:
+        if machine == "kata-prod" and not self.restored.count("kata-prod"):
+            self.restored.append(machine)
+            raise DriverFailed("not today")
+        self.restored.append(machine)
+        return self._store.restore(machine, name)
+
+
+def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
+    with made.site() as site:
+        store = site.disks("here")
+        assert isinstance(store, FakeDisks)
+        site.hypervisor("here")
+        plain: Any = OneByOne(store)
+        assert not isinstance(plain, FarmDisks)
+        site._disks["here"] = plain
+        with pytest.raises(WrongState, match="dev2 is done, prod not yet"):
+            farm.reset(site)
+        farm.start(site)
+        assert plain.restored == ["kata-dev2", "kata-prod", "kata-dev2", "kata-prod"]
+        assert [action.verb for action in farm.start(site).actions] == ["keep", "keep"]
+    assert contents(made) == [b"", b""]
+
+
+def test_a_merge_goes_into_the_checkpoint_and_the_vm_runs_again(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made.site() as site, pytest.raises(Unsupported, match="can't merge"):
+        farm.merge(site, ["prod"])
+
+    def into(self: FakeDisks, machine: str) -> None:
+        with self.store.change() as world:
+            assert world.machines[machine].machine.power == "stopped"
+            disk = world.disks[machine]
+            disk.checkpoints[disk.base] = (disk.checkpoints[disk.base][0], disk.content)
+
+    monkeypatch.setattr(FakeDisks, "merge", into, raising=False)
+    with made.site() as site, pytest.raises(Unsupported, match="grew from clean, its template"):
+        farm.merge(site, ["prod"])
+    made.run(farm.checkpoint, ["prod"], "kept")
+    write(made, b"newer")
+    done = made.run(farm.merge, ["prod"])
+    assert [str(a) for a in done.actions] == [
+        "prod: shut down, merge what changed since kept into it, start again"
+    ]
+    assert powers(made) == ["running", "running"]
+    made.run(farm.reset, ["prod"], to="kept")
+    assert contents(made) == [b"newer", b"newer"]
+
+
+def test_a_merge_that_was_killed_is_gone_on_with(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def merge(self: FakeDisks, machine: str) -> None:
+        calls.append(machine)
+        if len(calls) == 1:
+            raise KeyboardInterrupt  # unwinds, and leaves the journal as a kill does
+
+    monkeypatch.setattr(FakeDisks, "merge", merge, raising=False)
+    made.run(farm.checkpoint, ["prod"], "kept")
+    with made.site() as site, pytest.raises(KeyboardInterrupt):
+        farm.merge(site, ["prod"])
+    assert powers(made) == ["running", "stopped"]
+    made.run(farm.start, ["dev2"])
+    assert calls == ["kata-prod", "kata-prod"]
+    assert powers(made) == ["running", "running"]
+
+
+def test_status_and_doctor_show_what_a_store_says(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDisks, "notes", lambda self: ("vg/pool: data 93 % full",), raising=False)
+    with made.site() as site:
+        shown = farm_status(farm.status(site))
+    assert "host here: vg/pool: data 93 % full" in shown.text
+    assert shown.data["hosts"][0]["disk_notes"] == ["vg/pool: data 93 % full"]  # type: ignore[index]
+    (check,) = [c for c in examine(made.file).checks if c.name == "disks of here"]
+    assert (check.level, check.text) == ("note", "vg/pool: data 93 % full")
+
+
+def test_status_tells_clean_from_dirty_and_asks_for_no_more_than_a_look(
+    made: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.run(farm.reset, ["prod"], start=False)
+    made.run(farm.stop, ["dev2"])
+
+    def conditions() -> list[str]:
+        with made.site() as site:
+            return [row.condition for row in farm.status(site).vms]
+
+    assert conditions() == ["dirty", "clean"]
+    asked: list[bool] = []
+
+    def dear(self: FakeDisks, machine: str, name: str, *, quick: bool = False) -> None:
+        asked.append(quick)
+
+    monkeypatch.setattr(FakeDisks, "pristine", dear)
+    assert conditions() == ["", ""]
+    assert asked == [True, True]
