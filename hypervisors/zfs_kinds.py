@@ -96,9 +96,9 @@ class Volumes:
         while True:
             self._zfs.change("set", "readonly=on", "volmode=none", dataset)
             again = time.monotonic() + 1
-            while self.path(dataset).exists() and time.monotonic() < again:
+            while self.path(dataset).is_symlink() and time.monotonic() < again:
                 time.sleep(0.02)
-            if not self.path(dataset).exists() or time.monotonic() > limit:
+            if not self.path(dataset).is_symlink() or time.monotonic() > limit:
                 return  # at the latest the next boot takes it away
 
     def may_exist(self, stem: str) -> bool:
