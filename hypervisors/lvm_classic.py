@@ -286,6 +286,9 @@ class LvmClassicDisks(LvmStore):
             )
         return need
 
+    def _space(self, seen: Seen, source: Volume) -> int:
+        return seen.group.rounded(self._area(source.size))
+
     def _tend(self, disk: Volume, group: Group) -> None:
         if not disk.snapshot:
             return

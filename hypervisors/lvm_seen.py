@@ -70,9 +70,11 @@ class Seen:
 
 
 class Held:
-    """The store's lock while it is held, and the locks of parts that go with it. None: no lock."""
+    """The store's lock while it is held, and the locks of parts that go with it. None: no lock.
+    ``seen``: an earlier look, if it still holds good."""
 
     def __init__(self, lock: FileLock | None) -> None:
+        self.seen: Seen | None = None
         self._lock = lock
         self._own = contextlib.ExitStack()
         self._kept = contextlib.ExitStack()

@@ -89,6 +89,10 @@ class LvmStore(LvmVolumes, abc.ABC):
         those that this will take."""
 
     @abc.abstractmethod
+    def _space(self, seen: Seen, source: Volume) -> int:
+        """Bytes that a clone of it takes of the group at once."""
+
+    @abc.abstractmethod
     def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None: ...
 
     @abc.abstractmethod
@@ -145,7 +149,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         return done
 
     def templates(self) -> Sequence[Template]:
-        found = (read_template(v, self._vg) for v in self._look().templates.values())
+        found = (read_template(v, self._vg) for v in self._glance().templates.values())
         return sorted(found, key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
@@ -176,7 +180,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         return self._disk(seen, volume) if volume else None
 
     def list(self) -> Sequence[Disk]:
-        seen = self._look()
+        seen = self._glance()
         present = (seen.present(machine) for machine in seen.machines())
         return [self._disk(seen, v) for v in present if v and v.facts.get("farm") == self._farm]
 
@@ -189,7 +193,9 @@ class LvmStore(LvmVolumes, abc.ABC):
                 remedy="leave 'disk' out, or make it at least as large",
             )
         with self._locked() as held:
-            seen = self._look()
+            seen = held.seen
+            if seen is None or template.label not in seen.templates or seen.of(machine):
+                seen = self._look()
             source = seen.templates.get(template.label)
             if source is None:
                 raise NotFound(
@@ -220,6 +226,9 @@ class LvmStore(LvmVolumes, abc.ABC):
                 (self._links / machine).unlink(missing_ok=True)
                 self._drop_all(machine)
                 raise
+            if self._copied(source, size) is None:  # else others have had the lock meanwhile
+                new = replace(source, name=name, facts=facts)
+                self._remember(seen, new, space=self._space(seen, source))
         return self._made(facts, ())
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:

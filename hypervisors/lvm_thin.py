@@ -167,6 +167,9 @@ class LvmThinDisks(LvmStore):
             remedy=f"./invoke gc, or lvextend {option} +SIZE {self._vg}/{self._pool_name}",
         )
 
+    def _space(self, _seen: Seen, _source: Volume) -> int:
+        return 0
+
     def _pool(self, seen: Seen) -> Volume:
         pool = seen.group.get(self._pool_name)
         if pool is None or pool.metadata_size == 0:

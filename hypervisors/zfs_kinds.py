@@ -5,23 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from hypervisors.devices import await_no_link, await_node, give
 from hypervisors.qcow2_store import reachable
 from hypervisors.run import Runner
+from hypervisors.zfs_command import Zfs
 from inventory.errors import Busy, CommandFailed, DriverFailed
 
 BLOCK = 16 * 2**10
 _DEV = Path("/dev/zvol")
+_CLOSING = 10.0  # seconds that udev may take to look at a device
 
 
 class Kind(Protocol):
     name: str  # the value of "farmhand:store" on the store's own datasets
     parents: Sequence[str]  # properties of these, inherited by all that is made
-    sealed: Sequence[str]  # properties of a complete template
 
     def path(self, dataset: str) -> Path:
         """What the hypervisor opens; there once the dataset is opened up."""
@@ -37,6 +39,9 @@ class Kind(Protocol):
 
     def open_up(self, dataset: str, size: int = 0, /) -> None:
         """Until QEMU's user can open it. ``size``: what it is to have, if not what it has."""
+
+    def seal(self, dataset: str) -> None:
+        """Read-only from now on, and not to be opened."""
 
     def may_exist(self, stem: str, /) -> bool:
         """False: there is no disk STEM.NUMBER of ours. Asked before each clone, so it runs nothing."""
@@ -62,11 +67,10 @@ class Volumes:
 
     name = "1"
     parents: Sequence[str] = ("-o", "mountpoint=none", "-o", "canmount=off", "-o", "volmode=dev")
-    sealed: Sequence[str] = ("readonly=on", "volmode=none")
 
-    def __init__(self, reader: int | None, nudge: Callable[[], object]) -> None:
+    def __init__(self, reader: int | None, zfs: Zfs) -> None:
         self._reader = reader
-        self._nudge = nudge
+        self._zfs = zfs
 
     def path(self, dataset: str) -> Path:
         return _DEV / dataset
@@ -83,8 +87,19 @@ class Volumes:
     def open_up(self, dataset: str, _size: int = 0, /) -> None:
         """The kernel writes to a volume once when it makes its device, if its origin has a ZIL header
         (zil_replay): from then on ``written`` tells what others wrote."""
-        await_node(self.path(dataset), nudge=self._nudge)
+        await_node(self.path(dataset), nudge=self._zfs.nudge)
         give(self.path(dataset), self._reader)
+
+    def seal(self, dataset: str) -> None:
+        """The kernel leaves a device that is open just then, as by udev. Told again, it tries again."""
+        limit = time.monotonic() + _CLOSING
+        while True:
+            self._zfs.change("set", "readonly=on", "volmode=none", dataset)
+            again = time.monotonic() + 1
+            while self.path(dataset).is_symlink() and time.monotonic() < again:
+                time.sleep(0.02)
+            if not self.path(dataset).is_symlink() or time.monotonic() > limit:
+                return  # at the latest the next boot takes it away
 
     def may_exist(self, stem: str) -> bool:
         """By its device: what is a disk has had one since before its maker returned."""
@@ -120,10 +135,10 @@ class Files:
     parents: Sequence[str] = (
         "-o", "mountpoint=legacy", "-o", "atime=off", "-o", f"recordsize={BLOCK}", "-o", "xattr=sa",
     )  # fmt: skip
-    sealed: Sequence[str] = ("readonly=on",)
 
-    def __init__(self, reader: int | None, runner: Runner, mounts: Path) -> None:
+    def __init__(self, reader: int | None, zfs: Zfs, runner: Runner, mounts: Path) -> None:
         self._reader = reader
+        self._zfs = zfs
         self._runner = runner
         self._mounts = mounts.absolute()
 
@@ -161,6 +176,10 @@ class Files:
             with self.path(dataset).open("ab") as file:
                 file.truncate(size)
                 os.fchmod(file.fileno(), 0o666)
+
+    def seal(self, dataset: str) -> None:
+        self.shut([dataset])
+        self._zfs.change("set", "readonly=on", dataset)
 
     def may_exist(self, _stem: str, /) -> bool:
         return True  # mounted or not

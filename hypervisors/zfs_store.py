@@ -61,7 +61,9 @@ class ZfsStore:
         reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
         self._zfs = Zfs(runner, pool, self._root, farm)
-        self._kind: Kind = Files(reader, runner, files) if files else Volumes(reader, self._zfs.nudge)
+        self._kind: Kind = (
+            Files(reader, self._zfs, runner, files) if files else Volumes(reader, self._zfs)
+        )
         self._room: tuple[float, int] | None = None  # when it was read, available
 
     # -- templates --------------------------------------------------------------------------------
@@ -111,8 +113,7 @@ class ZfsStore:
                 timeout=3600,
             )  # fmt: skip
             self._zfs.flush(device)
-            self._kind.shut([volume])
-            self._zfs.change("set", *self._kind.sealed, volume)
+            self._kind.seal(volume)
             properties = state.options(state.template_marks(done, identity))
             self._zfs.change("snapshot", *properties, done.ref)
         self._hold(volume)

@@ -231,8 +231,8 @@ class Site:
             raise self._not_yet(host, f"driver {declared.driver}")
         if declared.disks.store != "qcow2":
             self.reporter.warn(
-                f"host {host}: the {declared.disks.store} store is new: its disks passed the stores' "
-                "contract, its guests were not yet seen to boot; keep nothing there that you can't lose"
+                f"host {host}: the {declared.disks.store} store is new: keep nothing there that you "
+                "can't lose"
             )
         if declared.disks.store in ("zfs", "zfs-files"):
             from hypervisors.zfs import ZfsDisks

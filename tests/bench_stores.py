@@ -6,8 +6,8 @@ in turns, on the same pool or group. Runs in the lab (``./invoke bench --lab``),
     older      a reset to another checkpoint than the newest: zfs clone, two renames, zfs destroy
     farm       that many clones at once, as clone-farm does it; the bare clones in a loop
 
-A store is asked as one process asks it that does several things: what it read of the pool's room a few
-seconds before will do.
+Right before it clones, a store is asked for its templates, as by clone-farm, which has to find them:
+from that look it goes on. That look is in no figure, as finding the template is not in the bare one.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
             say(f"ZFS volumes, round {turn + 1} of {rounds}")
             theirs, ours = f"{at}/vm{turn}", f"vm{turn}"
             measured.take("zfs clone", bare_clone, theirs)
+            disks.templates()
             measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
             for path in (device(theirs), disks.ready(ours).path):
                 write(path)
@@ -301,6 +302,7 @@ def lvm(
         say(f"{store}, round {turn + 1} of {rounds}")
         theirs, ours = f"bare{turn}", f"vm{turn}"
         measured.take("lvcreate -s", bare_clone, theirs)
+        disks.templates()
         measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
         for path in (Path("/dev", vg, theirs), disks.ready(ours).path):
             write(path)

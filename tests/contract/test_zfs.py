@@ -398,6 +398,7 @@ def test_seals_what_it_was_given(store):
     sealed = disks.seal(qcow2, odd)
     assert (sealed.origin, sealed.created) == (odd.origin, made)
     assert disks.templates() == [sealed]
+    subprocess.run(["udevadm", "settle"], check=True)
     assert not Path("/dev/zvol", sealed.ref.partition("@")[0]).exists()
     overlay = store.place / "overlay.qcow2"
     subprocess.run(
