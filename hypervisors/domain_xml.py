@@ -116,7 +116,8 @@ def _disk(
     devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool, system: bool
 ) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    if path.parts[:2] == ("/", "dev") or path.is_block_device():  # a link to one counts
+    below = path.parts[:2] == ("/", "dev") and path.parts[2] != "shm"  # it may not be there yet
+    if below or path.is_block_device():  # a link to one counts
         disk.set("type", "block")
     driver = ET.SubElement(disk, "driver", name="qemu", type=form)
     if not readonly:

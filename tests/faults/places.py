@@ -206,7 +206,8 @@ class LvmPlace(BlockPlace):
         return sorted(re.sub(r"(\.\d+)?\.[0-9a-f]{8}(?=[ :-]|$)", ".N", line) for line in found)
 
     def close(self) -> None:
-        assert self.everything() == self._untouched
+        now = self.everything()
+        assert now == self._untouched, f"{now}, before: {self._untouched}"
 
 
 class Machines(Place):

@@ -34,6 +34,7 @@ from tests.lab.parcel import CHECKOUT
 LIMIT = 90  # minutes
 _KEPT = 10  # results
 _OUT = "/root/results"
+_HANDED_ON = ("FARMHAND_KILLS", "FARMHAND_SEED")  # see tests/faults/bench.py
 _LARGEST = "2M"  # of the logs and journals brought back, each
 _CRASH = re.compile(r"Kernel panic - not syncing|soft lockup - CPU|rcu_\w+ detected stalls")
 _CLOSING = re.compile(r"^=*\s*(\d+ .*|no tests ran.*) in [\d.]+s.*$")
@@ -156,6 +157,7 @@ def _script(only: Sequence[str], match: str) -> str:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/var/tmp/hypothesis",
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",
+        **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
     }
     settings = " ".join(f"{key}={value}" for key, value in environment.items())
     return f"mkdir -p {_OUT} && cd /{CHECKOUT} && exec env {settings} {shlex.join(pytest)}"
