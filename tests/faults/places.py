@@ -198,7 +198,8 @@ class LvmPlace(BlockPlace):
             kind = re.search(r"fh\.kind=(\w+)", "".join(tags))
             found.append(f"volume {name} {kind[1] if kind else ''}")
         for line in run("dmsetup", "info", "-C", "--noheadings", "-o", "name,suspended").splitlines():
-            if line.startswith(self.vg.replace("-", "--")):
+            # a pool gets "-tpool" when its first volume is made
+            if line.startswith(self.vg.replace("-", "--")) and "-tpool:" not in line:
                 found.append(f"mapping {line}")
         links = state_dir() / "lvm" / self.vg
         found += [f"file {p.name}" for p in links.glob("*") if p.name != ".lock"]
