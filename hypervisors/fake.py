@@ -92,7 +92,8 @@ class _Store:
             if outermost and self.path:
                 text = _as_json(self._world)
                 if text != self._read:  # a look writes nothing
-                    fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+                    # by a name that recovery sweeps up, see provision.files
+                    fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}.0")
                     fresh.write_bytes(text)
                     fresh.replace(self.path)
 

@@ -223,7 +223,7 @@ class Bench:
         """All objects and files of the farm's, by VM; found without any of our code but names."""
         found = [*self.place.everything(), *self._files()]
         if self.place.real_qemu:
-            found += [f"qemu {line}" for line in _running()]
+            found += [f"qemu {line}" for line in _running(self.file.parent)]
         parts: dict[str, list[str]] = {vm: [] for vm in (*self.vms, "")}
         for line in sorted(found):
             vm = next((vm for vm in self.vms if re.search(rf"\b{vm}\b", line)), "")
@@ -321,14 +321,14 @@ class Bench:
         return self.place.content(site, site.machine(vm))
 
 
-def _running() -> list[str]:
-    """Machines of ours that QEMU runs, by its own command line."""
+def _running(directory: Path) -> list[str]:
+    """Machines of the bench in that directory that QEMU runs, by its own command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = process.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"qemu-system" in words[0]:
+        if b"qemu-system" in words[0] and any(os.fsencode(directory) in word for word in words):
             found += re.findall(r"guest=(kill-\w+)", " ".join(w.decode() for w in words))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -117,7 +118,7 @@ class Qcow2Place(Place):
         run("qemu-io", "-f", "qcow2", *(word for spot in spots for word in ("-c", spot)), disk.path)
 
     def read(self, disk: Disk, site: Site) -> str:
-        out = state_dir() / ".content"
+        out = state_dir() / f".content-{os.getpid()}-{threading.get_ident()}"  # others read too
         try:
             run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", disk.path, out)
             return letter_of(out.read_bytes())

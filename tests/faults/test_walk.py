@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from benches import HERE, STORES, bench_on, lab, make_place
+from benches import AT_RANDOM, HERE, STORES, bench_on, lab, make_place
 from places import TEMPLATE
 
 from provision import farm
@@ -190,7 +190,7 @@ class Walk:
 
 @pytest.fixture(
     params=[
-        *HERE,
+        *(HERE if AT_RANDOM else ()),
         *(pytest.param(label, marks=lab) for label in (*STORES, "kvm+zfs", "kvm+lvm-thin")),
     ]
 )
