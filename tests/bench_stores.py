@@ -277,7 +277,7 @@ def lvm_classic(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
         sealed = disks.seal(image(place, 2**30), template("base", 2**30))
 
         def bare_clone(name: str) -> None:
-            run("lvcreate", "-q", "-y", "-s", "-L", f"{2**30 // 10}b", "-c", "4096b", "-kn", "-ay", "-n",
+            run("lvcreate", "-q", "-y", "-s", "-L", "100M", "-c", "4096b", "-kn", "-ay", "-n",
                 name, "--addtag", "vm", sealed.ref)  # fmt: skip
 
         yield from lvm("lvm", vg, disks, sealed, bare_clone, rounds, say)
