@@ -110,7 +110,8 @@ class Measured:
         for bare, ours in pairs:
             first = f"{self._store}: {bare}"
             yield Figure(first, tuple(self._seconds[bare]))
-            yield Figure(f"{self._store}: {ours}", tuple(self._seconds[ours]), LIMIT, first)
+            limit = None if ours == "checkpoint" else LIMIT  # it flushes first; a bare snapshot doesn't
+            yield Figure(f"{self._store}: {ours}", tuple(self._seconds[ours]), limit, first)
 
 
 # ---- ZFS
