@@ -210,7 +210,8 @@ class LvmClassicDisks(LvmStore):
 
     def _area(self, size: int) -> int:
         """Bytes of a copy-on-write area; all of the disk and its table of exceptions at most."""
-        return min(max(int(size * self._share), _SMALLEST), size + size // 128 + 2**22)
+        area = min(max(int(size * self._share), _SMALLEST), size + size // 128 + 2**22)
+        return -(-area // 512) * 512  # lvcreate takes no other
 
     def _snapshot(self, source: Volume, name: str, facts: Mapping[str, str]) -> None:
         self._lvm.change(

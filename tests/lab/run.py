@@ -123,7 +123,18 @@ def run_bench(runner: Runner, say: Say, *, name: str, rounds: int) -> Mapping[st
     with _lab(runner, say, name, warm=True) as machine:
         say("measuring ZFS and LVM, beside the bare commands: about 20 minutes under emulation")
         script = f"cd /{CHECKOUT} && exec /opt/venv/bin/python -m tests.bench_stores --rounds {rounds}"
-        found: Mapping[str, Any] = json.loads(machine.run(script, timeout=LIMIT * 60).stdout)
+        log = _results_directory(machine.name) / "bench.log"
+
+        def show(data: bytes) -> None:
+            for line in data.decode(errors="replace").splitlines():
+                if not line.startswith("{"):
+                    say(line)
+
+        status = _stream(machine.ssh_argv(script), log, show, LIMIT * 60)
+        lines = log.read_text(errors="replace").splitlines() or [""]
+        if status:
+            raise FarmhandError(f"measuring failed in the lab: {lines[-1].strip()}", remedy=f"see {log}")
+        found: Mapping[str, Any] = json.loads(lines[-1])
         return found
 
 
