@@ -260,6 +260,21 @@ def test_thin_full_of_metadata(small: tuple[Bench, lvm_rig.ThinRig]) -> None:
     all_well(bench)
 
 
+def test_thin_module_missing(small: tuple[Bench, lvm_rig.ThinRig]) -> None:
+    bench, rig = small
+    half(bench)
+    run("vgchange", "-q", "-an", rig.vg)
+    with not_loadable("dm_thin_pool"), bench.site() as site:
+        for act in (clone_dev2, reset_prod):
+            with pytest.raises(DriverFailed, match="device-mapper module") as raised:
+                act(site)
+            assert "modprobe dm-thin-pool" in raised.value.remedy
+    run("vgchange", "-q", "-ay", rig.vg)
+    bench.recovered("module missing")
+    holds(bench, "prod")
+    all_well(bench)
+
+
 def _fill(device: Path, size: int) -> None:
     data = os.urandom(MIB)
     handle = os.open(device, os.O_WRONLY)
@@ -312,18 +327,3 @@ def test_classic_group_full(linked: Bench, group: lvm_rig.ThinRig) -> None:
     finally:
         run("lvremove", "-q", "-f", f"{group.vg}/filler")
     all_well(linked)
-
-
-def test_thin_module_missing(small: tuple[Bench, lvm_rig.ThinRig]) -> None:
-    bench, rig = small
-    half(bench)
-    run("vgchange", "-q", "-an", rig.vg)
-    with not_loadable("dm_thin_pool"), bench.site() as site:
-        for act in (clone_dev2, reset_prod):
-            with pytest.raises(DriverFailed, match="device-mapper module") as raised:
-                act(site)
-            assert "modprobe dm-thin-pool" in raised.value.remedy
-    run("vgchange", "-q", "-ay", rig.vg)
-    bench.recovered("module missing")
-    holds(bench, "prod")
-    all_well(bench)
