@@ -228,6 +228,7 @@ def test_template_import(bench: Bench) -> None:
 
 
 def test_template_remove(bench: Bench) -> None:
+    _no_spare(bench)
     bench.place.make_image(bench.file.with_name("spare.qcow2"))
     label = ""
 
