@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,9 @@ from hypervisors.qcow2_store import CLEAN, FileLock
 class Seen:
     """One report, read by its marks."""
 
-    def __init__(self, group: Group, links: Path) -> None:
+    def __init__(self, group: Group, links: Path, when: float = 0.0) -> None:
+        """``when``: of the report, time.monotonic(); 0: now."""
+        self.when = when or time.monotonic()
         self.group = group
         self.links = links
         self.ours = tuple(v for v in group.volumes if v.ours)

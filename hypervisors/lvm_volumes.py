@@ -56,7 +56,7 @@ class LvmVolumes:
         self._headroom = headroom
         self._warn = warn
         self._lock = FileLock(self._links / ".lock")
-        self._last: tuple[float, str, Seen] | None = None  # when, under which stamp, what
+        self._last: tuple[str, Seen] | None = None  # the stamp, and what was seen under it
 
     def _look(self) -> Seen:
         return Seen(self._lvm.report(), self._links)
@@ -66,9 +66,9 @@ class LvmVolumes:
         is a third of what a clone takes. The lock file's content, its stamp, is new whenever somebody
         holds the lock; if that didn't happen meanwhile, nobody changed anything of ours."""
         stamp, quiet = self._stamp(), not self._lock.held()
-        seen, now = self._look(), time.monotonic()
+        seen = self._look()
         if quiet and not self._lock.held() and stamp and stamp == self._stamp():
-            self._last = (now, stamp, seen)
+            self._last = (stamp, seen)
         return seen
 
     def _stamp(self) -> str:
@@ -80,15 +80,15 @@ class LvmVolumes:
     def _take_over(self) -> Seen | None:
         """The lock has just been taken: what was seen last, if it still holds good; and a new stamp."""
         last, self._last = self._last, None
-        good = last and last[1] == self._stamp() and time.monotonic() - last[0] < _FRESH
+        good = last and last[0] == self._stamp() and time.monotonic() - last[1].when < _FRESH
         (self._links / ".lock").write_text(secrets.token_hex(8))
-        return last[2] if last and good else None
+        return last[1] if last and good else None
 
     def _remember(self, seen: Seen, new: Volume, *, space: int) -> None:
         """This very call, which has the lock, made ``new`` and no other change since ``seen``."""
         group = seen.group
         group = replace(group, free=group.free - space, volumes=(*group.volumes, new))
-        self._last = (time.monotonic(), self._stamp(), Seen(group, self._links))
+        self._last = (self._stamp(), Seen(group, self._links, seen.when))
 
     @contextlib.contextmanager
     def _locked(self, *, read: bool = False) -> Iterator[Held]:
