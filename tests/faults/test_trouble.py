@@ -252,11 +252,13 @@ def test_thin_full_of_metadata(small: tuple[Bench, lvm_rig.ThinRig]) -> None:
     bench, rig = small
     half(bench)
     device, made = f"{rig.vg}-pool-tpool", range(10_000, 11_000)
-    full = 0
+    last = 0
     for n in made:
         run("dmsetup", "message", device, "0", f"create_thin {n}")
+        if n % 25:
+            continue
         used, total = map(int, run("dmsetup", "status", device).split()[4].split("/"))
-        full = n
+        last = n
         if used > total * 0.91:
             break
     else:
@@ -266,7 +268,7 @@ def test_thin_full_of_metadata(small: tuple[Bench, lvm_rig.ThinRig]) -> None:
             refused(bench, NoSpace, "metadata", act)
         holds(bench, "prod")
     finally:
-        for n in range(made[0], full + 1):
+        for n in range(last - 400, last + 1):
             run("dmsetup", "message", device, "0", f"delete {n}")
     all_well(bench)
 
