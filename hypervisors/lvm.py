@@ -139,7 +139,8 @@ class Lvm:
     def explain(self, error: CommandFailed) -> FarmhandError:
         """The same failure, told apart by what LVM wrote."""
         text = error.stderr
-        why = next((line.strip() for line in text.splitlines() if line.strip()), error.message)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        why = next((line for line in lines if not line.startswith("WARNING")), error.message)
         detail = error.detail
         if re.search(r"Permission denied|not running as.*root|must be run as root", text):
             return DriverFailed(
@@ -160,7 +161,8 @@ class Lvm:
                 remedy=f"modprobe {module}", detail=detail,
             )  # fmt: skip
         if re.search(
-            r"insufficient free space|Insufficient|above threshold|not enough free|No space", text
+            r"insufficient free space|Insufficient|(?:above|reached) threshold|not enough free|No space",
+            text,
         ):
             return NoSpace(
                 f"{self.vg}: {why}", remedy="./invoke gc, or extend the group or its pool", detail=detail

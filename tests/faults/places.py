@@ -19,7 +19,6 @@ SIZE = 16 * MIB
 SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
 SPOT = 65536
 TEMPLATE, OLD = "T", "O"  # what the template holds, and what a VM wrote
-_ZEROS = bytes(SIZE)
 
 
 def image(letter: str) -> bytes:
@@ -33,7 +32,7 @@ def image(letter: str) -> bytes:
 def letter_of(disk: bytes) -> str:
     """The one whose image this is, bytes beyond it zero (a store may round up); else "torn"."""
     letter = disk[:1].decode(errors="replace")
-    same = disk[:SIZE] == image(letter) and disk[SIZE:] == _ZEROS[: len(disk) - SIZE]
+    same = disk[:SIZE] == image(letter) and disk.count(0, SIZE) == len(disk) - SIZE
     return letter if letter.isupper() and same else "torn"
 
 
