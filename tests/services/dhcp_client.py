@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -50,9 +51,13 @@ def lease6(mac: str) -> IPv6Address | None:
             argv = ["ip", "netns", "exec", name, "dhclient", "-6", "-1", "-v", "-D", "LL"]
             argv += ["-sf", "/bin/true", "-lf", str(leases), "-pf", f"{directory}/pid", "eth0"]
             subprocess.run(argv, capture_output=True, timeout=60, check=False)
-            pid = Path(directory) / "pid"
-            if pid.exists():
-                os.kill(int(pid.read_text()), signal.SIGKILL)
+            # it goes into the background before it has written its pid
+            found = subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True, check=True
+            )
+            for pid in found.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             match = re.search(r"iaaddr (\S+)", leases.read_text() if leases.exists() else "")
             return IPv6Address(match[1]) if match else None
     finally:
