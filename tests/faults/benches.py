@@ -77,6 +77,7 @@ def bench_on(place: Place, cache: Path, **options: Any) -> Iterator[Bench]:
         patch.setenv("FARMHAND_STATE_DIR", str(directory / "s"))
         patch.setenv("FARMHAND_RUNTIME_DIR", str(directory / "r"))
         patch.setenv("FARMHAND_CACHE_DIR", str(cache))
+        place.open()
         chosen, moments = KILLS_EACH[place.label]
         if not AT_RANDOM:
             moments = 0

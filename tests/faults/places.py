@@ -55,8 +55,11 @@ class Place:
     still = False
     real_qemu = False
 
+    def open(self) -> None:
+        """Before anything of the tests' is made."""
+
     def close(self) -> None:
-        """Nothing of the tests' stays."""
+        """Nothing of it stays."""
 
     def make_image(self, path: Path) -> None:
         """An image for a template, as qcow2."""
@@ -188,6 +191,9 @@ class LvmPlace(BlockPlace):
         if kind != "lvm-thin":
             store = f"store: lvm, pool: {vg}, copy: {kind.removeprefix('lvm-')}"
         self.host = f"driver: kvm, uri: 'qemu:///system', disks: {{{store}}}"
+        self._untouched: list[str] = []
+
+    def open(self) -> None:
         self._untouched = self.everything()
 
     def everything(self) -> list[str]:
@@ -225,4 +231,5 @@ class Machines(Place):
         self.write = place.write  # type: ignore[method-assign]
         self.read = place.read  # type: ignore[method-assign]
         self.everything = place.everything  # type: ignore[method-assign]
+        self.open = place.open  # type: ignore[method-assign]
         self.close = place.close  # type: ignore[method-assign]
