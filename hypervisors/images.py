@@ -172,6 +172,8 @@ def write_iso(
                 for offset, date in _ISO_DATES.items():
                     iso.seek(sector * _SECTOR + offset)
                     iso.write(date)
+            iso.flush()
+            os.fsync(iso.fileno())  # who notes that it is there may do so durably
         image.chmod(0o600)
         image.replace(out)
     finally:

@@ -108,6 +108,8 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
+        if what.kind == "domain" and _has_disk_elsewhere(site, host, what.ref):
+            continue
         seen.add((what.kind, what.ref))
         yield Found(what, partial(driver.discard, what))
     if site.has_disks(host):
@@ -115,6 +117,12 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
         for what in store.leftovers():
             if (what.kind, what.ref) not in seen:
                 yield Found(what, partial(store.discard, what))
+
+
+def _has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
+    """Two hosts of the farm file may be one hypervisor with two stores, and a driver knows only its own."""
+    others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
+    return any(store.find(machine) is not None for store in others)
 
 
 def _machines(site: Site, *, going: set[str]) -> set[str]:

@@ -28,6 +28,7 @@ from places import SIZE, TEMPLATE, LvmPlace, Place, ZfsPlace, run
 from hypervisors.api import Template
 from inventory.loader import load
 from provision import farm
+from provision.identity import seed_file
 from provision.report import Reporter
 from provision.site import Site
 from provision.work import look
@@ -177,6 +178,10 @@ def check() -> None:
                     assert not others, others
                     found[vm] = None
                     continue
+                seed = seed_file(opened.paths, opened.machine(vm)).read_bytes()
+                assert seed[32769:32774] == b"CD001", (
+                    f"{vm}: its seed is no ISO 9660 image (ECMA-119, 8.1)"
+                )
                 disk = replace(opened.disks(host).ready(opened.machine(vm)))  # type: ignore[attr-defined]
                 found[vm] = {
                     "letter": place.read(disk, opened),

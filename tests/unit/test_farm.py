@@ -28,6 +28,7 @@ from inventory.errors import (
 )
 from inventory.loader import load
 from provision import farm
+from provision.journal import current_step
 from provision.locks import Locks
 from provision.report import Outcome, QuietReporter
 from provision.site import Site, open_site
@@ -439,6 +440,29 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
         assert [row.state for row in farm.status(site).vms] == ["unknown", "unknown"]
         assert site.endpoint("dev2").place == "192.0.2.1:22"
     assert not desk.run(farm.destroy, ["dev2"]).changed
+
+
+class OneHypervisor(Site):
+    """Two hosts of the farm file are two stores of one hypervisor."""
+
+    def _connect(self, host: str) -> Any:
+        state = self.paths.root / "one.state"
+        return FakeHypervisor(self.farm.farm, self.disks(host), state, step=current_step)
+
+
+def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) -> None:
+    desk.file.write_text(
+        "farm: kata\nhosts: {fast: {driver: fake}, large: {driver: fake}}\n"
+        "templates: {base: {build: debian-12, size: 64M}}\n"
+        "vms:\n  dev2: {host: fast, memory: 512M}\n  prod: {host: large, memory: 512M}\n"
+    )
+    with OneHypervisor(load(desk.file), reporter=desk.heard) as site:
+        farm.clone_farm(site)
+        assert not farm.gc(site).changed
+        assert {machine.owner.vm for machine in site.hypervisor("fast").list()} == {"dev2", "prod"}
+        site.disks("large").destroy("kata-prod")
+        assert [action.vm for action in farm.gc(site).actions if action.verb == "discard"][0] == "prod"
+        assert [machine.owner.vm for machine in site.hypervisor("large").list()] == ["dev2"]
 
 
 SLOW = """

@@ -1,11 +1,12 @@
 """Images of every kind, made by the real qemu-img."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from hypervisors.images import ImageInfo, convert, image_info
+from hypervisors.images import ImageInfo, convert, image_info, write_iso
 from hypervisors.run import Runner
 from inventory.errors import NotFound, UsageError
 
@@ -65,3 +66,15 @@ def test_what_is_no_disk_is_refused(tmp_path: Path, disk: Path) -> None:
         image_info(Runner(), tmp_path / "none")
     with pytest.raises(UsageError, match="cannot read"):
         image_info(Runner(), tmp_path)
+
+
+def test_an_iso_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves an empty one beside a note that it is right."""
+    synced = set()
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), real(fd)))
+    out = tmp_path / "seed.iso"
+    write_iso(Runner(), {"user-data": b"x"}, out, "CIDATA")
+    assert out.stat().st_ino in synced
