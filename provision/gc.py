@@ -120,7 +120,7 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
 
 
 def _has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
-    """Two hosts of the farm file may be one hypervisor with two stores, and a driver knows only its own."""
+    """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
     others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
     return any(store.find(machine) is not None for store in others)
 
