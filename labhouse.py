@@ -83,15 +83,39 @@ def down(run: Run, name: str, *, all_: bool) -> Result:
     return Result({"ended": names}, text)
 
 
-def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int) -> Result:
-    """pytest's closing line is the last on stdout; the status is its own."""
+def test(
+    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+) -> Result:
+    """In one lab, with a choice of tests; all of them in two labs side by side, and then, on this
+    host, the tests of the labs themselves. pytest's closing line is the last on stdout."""
+    if name or only or match or brief:
+        return _in_a_lab(run, name, cold=cold, only=only, match=match, minutes=minutes, brief=brief)
+    import house
+
+    prepare(run)
+    options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
+    with house.LabTest(run, "--match", f"not ({_FIRST_HALF})", *options) as other:
+        first = _in_a_lab(run, "", cold=cold, only=(), match=_FIRST_HALF, minutes=minutes, brief=False)
+        second = other.finish()
+    third = house.of_the_lab(run)
+    problems = [part.problem for part in (first, second, third) if not part.ok]
+    data = {"labs": [first.data, second.data], "host": third.data}
+    return Result(data, "", ok=not problems, problem="; ".join(filter(None, problems)))
+
+
+_FIRST_HALF = "lvm or thin or classic"  # by what they take
+
+
+def _in_a_lab(
+    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+) -> Result:
     from tests.lab import run as labrun
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
+    choice = labrun.Choice(only, match, brief)
     report = labrun.run_tests(
-        Runner(), run.screen.say, name=name, warm=not cold, only=only, match=match,
-        limit=minutes * 60, show=show,
-    )  # fmt: skip
+        Runner(), run.screen.say, name=name, warm=not cold, choice=choice, limit=minutes * 60, show=show
+    )
     run.screen.say(f"results, journals and logs of the lab: {report.results}")
     problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
     return Result(report.as_dict(), "", ok=report.ok, problem=problem)
