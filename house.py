@@ -149,8 +149,7 @@ class LabTest:
             sys.stdout.flush()
         if self._process.returncode == 0:
             return Result(data, "")
-        error = data.get("error", {})
-        said = "; ".join(str(error[key]) for key in ("message", "remedy") if error.get(key))
+        said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
         return Result(data, "", ok=False, problem=said or "tests in a lab failed")
 
 
