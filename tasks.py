@@ -486,7 +486,7 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
         "cold": _COLD,
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
-        "brief": "Without those that take long, as ./invoke test has it.",
+        "brief": "The few minutes of them that ./invoke test runs.",
         "minutes": "End a lab that hangs after so long.",
     },
     iterable=["only"],
