@@ -19,6 +19,7 @@ from inventory.fields import (
     Hostname,
     Hostnames,
     Interface,
+    Line,
     Lines,
     Name,
     Port,
@@ -234,8 +235,8 @@ class LibvirtNetwork(Model):
     """The bridge libvirt makes; absent: it chooses."""
     forward: Literal["nat", "route", "none"] = "nat"
     """How it is connected to the outside."""
-    virsh: Lines = ("virsh", "--connect", "qemu:///system")
-    """The command, an argument list."""
+    uri: Line = "qemu:///system"
+    """The libvirt that it is in: its URI."""
 
 
 class Ansible(Model):

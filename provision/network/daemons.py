@@ -12,7 +12,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from hypervisors.libvirt_network import drop_network, set_network
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
 from inventory.model import Farm
@@ -316,9 +318,19 @@ def _shorewall(farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
 def _libvirt(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
     service = farm.services.libvirt
     assert service is not None
+    name, uri = farm.network.network or "", service.uri
     for change in changes:
-        if change.after is not None:
-            yield _command("libvirt", (*service.virsh, "net-define", change.path))
+        if change.after is None:
+            yield Step(
+                "libvirt", f"libvirt: remove the network {name}", lambda _: drop_network(uri, name)
+            )
+        else:
+            done = partial(_libvirt_set, uri, change.after)
+            yield Step("libvirt", f"libvirt: define the network {name}, and change it live", done)
+
+
+def _libvirt_set(uri: str, text: str, _runner: Runner) -> None:
+    set_network(uri, text)
 
 
 _TELLERS: Mapping[str, Callable[[Farm, Sequence[FileChange]], Iterator[Step]]] = {
@@ -350,4 +362,4 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     if services.dnsmasq:
         yield "dnsmasq", "new hosts are read live; for a removed one it reads all of them again (SIGHUP)"
     if services.libvirt:
-        yield "libvirt", "hosts are defined; a running network takes them at its next start"
+        yield "libvirt", "hosts are changed live; what else changes, at the network's next start"
