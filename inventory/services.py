@@ -113,6 +113,9 @@ class Kea(Model):
     """The command that restarts kea-dhcp4, for when its socket doesn't answer."""
     reload6: Lines = ("systemctl", "restart", "kea-dhcp6-server")
     """The command that restarts kea-dhcp6."""
+    lease_commands: ConfigPath | None = None
+    """Kea's libdhcp_lease_cmds.so, in Debian /usr/lib/x86_64-linux-gnu/kea/hooks/libdhcp_lease_cmds.so:
+    with it the lease of a removed VM is freed; absent: it runs out."""
 
 
 class Dnsmasq(Model):

@@ -25,6 +25,8 @@ SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
 
+_KEA_EMPTY = 3  # Kea's result: the command is understood, and there was nothing
+
 _ELEMENTS = re.compile(r"^\t\telements = \{\n(.*?)^\t\t\}\n", re.MULTILINE | re.DOTALL)
 
 
@@ -152,9 +154,41 @@ def _kea(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
         if change.after is None:
             continue
         if change.path == service.config4:
-            yield _kea_set("Dhcp4", service.socket4, service.reload, change.after)
+            number, socket_path, restart = "4", service.socket4, service.reload
         elif change.path == service.config6:
-            yield _kea_set("Dhcp6", service.socket6, service.reload6, change.after)
+            number, socket_path, restart = "6", service.socket6, service.reload6
+        else:
+            continue
+        yield _kea_set(f"Dhcp{number}", socket_path, restart, change.after)
+        gone = sorted(_kea_addresses(change.before, number) - _kea_addresses(change.after, number))
+        if gone and service.lease_commands:
+            yield _kea_free(f"lease{number}-del", socket_path, [address for address, _ in gone])
+
+
+def _kea_addresses(text: str | None, number: str) -> set[tuple[str, str]]:
+    """Reserved addresses, and who has them."""
+    if text is None:
+        return set()
+    try:
+        [subnet] = json.loads(without_comments(text))[f"Dhcp{number}"][f"subnet{number}"]
+        return {
+            (address, host["hw-address"])
+            for host in subnet["reservations"]
+            for address in host.get("ip-addresses", [host.get("ip-address")])
+        }
+    except (ValueError, KeyError, TypeError):
+        return set()  # by a template that is not ours, or edited: those leases run out
+
+
+def _kea_free(command: str, path: str, addresses: Sequence[str]) -> Step:
+    """A lease lives on without its reservation, and keeps the address from the next who has it."""
+
+    def run(_runner: Runner) -> None:
+        for address in addresses:
+            kea_command(path, command, {"ip-address": address}, ok=(0, _KEA_EMPTY))
+
+    count = f"{len(addresses)} address{'es' * (len(addresses) != 1)}"
+    return Step("kea", f"kea: free the leases of {count} ({command})", run)
 
 
 def _kea_set(kind: str, path: str, restart: Sequence[str], text: str) -> Step:
@@ -183,7 +217,9 @@ def _kea_set(kind: str, path: str, restart: Sequence[str], text: str) -> Step:
     return Step("kea", f"kea: set its {kind} configuration", run)
 
 
-def kea_command(path: str, command: str, arguments: object = None) -> object:
+def kea_command(
+    path: str, command: str, arguments: object = None, *, ok: Sequence[int] = (0,)
+) -> object:
     """One command on a control socket; the answer's arguments. FileNotFoundError: nobody is there;
     DriverFailed: it refuses. https://kea.readthedocs.io/en/kea-2.2.0/arm/ctrl-channel.html"""
     order: dict[str, object] = {"command": command}
@@ -204,7 +240,7 @@ def kea_command(path: str, command: str, arguments: object = None) -> object:
         except TimeoutError as error:
             raise TimedOut(f"kea: no answer on {path} to {command}") from error
     answer = json.loads(received or b"{}")
-    if answer.get("result") != 0:
+    if answer.get("result") not in ok:
         raise DriverFailed(f"kea refuses {command}: {answer.get('text', 'no reason given')}")
     return answer.get("arguments")
 
@@ -352,6 +388,8 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     bind, services = farm.services.bind, farm.services
     if services.dhcpd:
         yield "dhcpd", "it reads its file at start only: each change restarts it, in about a second"
+    if services.kea and not services.kea.lease_commands:
+        yield "kea", "a removed VM's lease runs out by itself ('lease_commands' frees it)"
     if bind and not bind.dynamic:
         yield "bind", "its zones are reloaded, one by one ('dynamic: yes' changes records instead)"
     for name in ("nginx", "haproxy"):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from daemons import Daemons
-from dhcp_client import lease
 from http_machine import answer_of, machine
 from test_apply import ask
 from yard import Yard
@@ -205,14 +203,3 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
     with yard.site() as site:
         farm.recover(site)
     assert (yard.directory / "hosts").read_text() == "all mine\n"
-
-
-def test_a_reset_lease_is_of_the_new_address(yard: Yard, daemons: Daemons) -> None:
-    yard.use("dnsmasq")
-    yard.apply()
-    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.6"
-    yard.vms["dev2"]["address"] = "10.77.0.16"
-    yard.apply()
-    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.16"
-    leases = Path(yard.directory / "dnsmasq" / "leases").read_text()
-    assert "10.77.0.6 " not in leases
