@@ -138,11 +138,14 @@ def _questions(
         elif service == "nftables" and farm.services.nftables:
             for row in seen.nat:
                 if row.vm in rows:
-                    yield _nat(str(farm.services.nftables.address or farm.network.gateway or ""), row)
-        elif service == "shorewall":
+                    address = farm.services.nftables.address or farm.network.gateway
+                    yield _nat(str(address or ""), row, service)
+        elif service == "shorewall" and farm.services.shorewall:
+            outer = farm.services.shorewall.address
+            outside = outer is not None and not _ours(str(outer))
             for row in seen.nat:
                 if row.vm in rows:
-                    yield _rule(row)
+                    yield _nat(str(outer), row, service) if outside else _rule(row)
         elif service == "hosts":
             yield from _hosts_file(farm, rows)
 
@@ -324,10 +327,20 @@ def _presented(server: tuple[str, int], name: str, file: str, right: str) -> str
     return right if given == ssl.PEM_cert_to_DER_cert(found[0]) else "another: the file is newer"
 
 
-def _nat(address: str, row: VmRow) -> Question:
+def _nat(address: str, row: VmRow, service: str) -> Question:
     text = f"connect to port {row.nat_port} of {address}, expect {row.address}:{row.port}"
     own = partial(_banner, str(row.address), row.port)
-    return Question("nftables", row.vm, text, own, partial(_banner, address, row.nat_port or 0))
+    return Question(service, row.vm, text, own, partial(_banner, address, row.nat_port or 0))
+
+
+def _ours(address: str) -> bool:
+    """Whether this machine has the address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _banner(address: str, port: int) -> str:
