@@ -138,8 +138,6 @@ def bring(
         current_step("record what was written")
         _record(site, state, changes, services, updates)
         remove(_kept(site, operation.id))
-    for action in _actions(changes, told, updates):
-        site.reporter.say(action.text)
     return True
 
 

@@ -289,7 +289,7 @@ def _http(address: str, port: int, host: str, *, secure: bool = False) -> str:
         response = connection.getresponse()
         size = len(response.read(1 << 20))
     except (OSError, http.client.HTTPException) as error:
-        return f"{NO_ANSWER} ({getattr(error, 'strerror', None) or type(error).__name__})"
+        return f"{NO_ANSWER} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
     finally:
         connection.close()
     return f"{response.status}, {size} bytes"
