@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 from daemons import Daemons
 from http_machine import answer_of, machine
+from networks import wait_for
 from test_apply import ask
 from yard import Yard
 
 from inventory.errors import FarmhandError
 from provision import farm, journal
+from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
@@ -203,3 +208,54 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
     with yard.site() as site:
         farm.recover(site)
     assert (yard.directory / "hosts").read_text() == "all mine\n"
+
+
+def live(yard: Yard) -> tuple[list[str], list[str], bool]:
+    """What the daemons themselves have: Kea's reservations, dnsmasq's address of more, nft's map."""
+    told = kea_command(yard.services["kea"]["socket4"], "config-get")
+    assert isinstance(told, dict)
+    [subnet] = told["Dhcp4"]["subnet4"]
+    nft = ["nft", "list", "map", "ip", "farmhand_try_it", "ssh"]
+    ports = subprocess.run(nft, capture_output=True, text=True, check=True).stdout
+    names = ask("more.try.example", "A", 5301, "10.77.0.1")
+    return sorted(host["ip-address"] for host in subnet["reservations"]), names, "22009" in ports
+
+
+@pytest.mark.parametrize("when", ["written", "done"])
+def test_killed_at_every_live_change(yard: Yard, daemons: Daemons, when: str) -> None:
+    """Kea over its socket, with the leases it frees; dnsmasq by its directory; nft's elements."""
+    [library] = Path("/usr/lib").glob("*/kea/hooks/libdhcp_lease_cmds.so")
+    with contextlib.ExitStack() as stack:
+        daemons.apart(stack, "kea")
+        stack.callback(daemons.stop)
+        yard.use("kea", "dnsmasq", "nftables")
+        yard.services["kea"]["lease_commands"] = str(library)
+        yard.vms["gone"] = {"address": "10.77.0.11", "mac": "52:54:00:00:00:11"}
+        yard.apply()
+        before, after = ["10.77.0.11", "10.77.0.6", "10.77.0.7"], ["10.77.0.6", "10.77.0.7", "10.77.0.9"]
+        assert live(yard) == (before, [], False)
+        number, texts = 1, []
+        while True:
+            old = contents(yard)
+            gone = yard.vms.pop("gone")
+            yard.vms["more"] = {"address": "10.77.0.9", "nat_port": "22009"}
+            text = killed(yard, when, number)
+            if text is None:
+                break
+            texts.append(text)
+            with yard.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == ()
+            if text == "record what was written":
+                assert live(yard) == (after, ["10.77.0.9"], True), text
+            else:
+                assert contents(yard) == old, text
+                assert live(yard) == (before, [], False), text
+            del yard.vms["more"]
+            yard.vms["gone"] = gone
+            yard.apply()
+            wait_for(lambda: live(yard) == (before, [], False))  # dnsmasq heeds a signal when it can
+            number += 1
+        for part in ("Dhcp4", "Dhcp6", "lease4-del", "lease6-del", "dnsmasq:", "the map's elements"):
+            assert any(part in text for text in texts), (part, texts)
+        assert live(yard) == (after, ["10.77.0.9"], True)
