@@ -132,14 +132,17 @@ def bring(
     if site.plan:
         return True
     with site.journal.operation(VERB) as operation:
-        if updates.ops:  # until they are through nobody knows what the zones have
-            write_state(_state_file(site), replace(state, records=None))
+        new = {d.path: replace(d, text="") for d in changes.documents if d.path not in state.files}
+        if updates.ops or new:
+            # Until updates are through nobody knows what the zones have; a new file is known for ours
+            # before it is there, so that it goes again even if this run is killed right at its end.
+            records = None if updates.ops else state.records
+            known = replace(state, files={**state.files, **new}, records=records)
+            write_state(_state_file(site), known)
         _carry_out(site, operation, changes.files, told, updates)
         current_step("record what was written")
         _record(site, state, changes, services, updates)
         remove(_kept(site, operation.id))
-    for action in _actions(changes, told, updates):
-        site.reporter.say(action.text)
     return True
 
 

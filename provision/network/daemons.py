@@ -12,7 +12,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from hypervisors.libvirt_network import drop_network, set_network
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
 from inventory.model import Farm
@@ -22,6 +24,8 @@ from provision.network.serial import serial_of
 SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
+
+_KEA_EMPTY = 3  # Kea's result: the command is understood, and there was nothing
 
 _ELEMENTS = re.compile(r"^\t\telements = \{\n(.*?)^\t\t\}\n", re.MULTILINE | re.DOTALL)
 
@@ -150,9 +154,41 @@ def _kea(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
         if change.after is None:
             continue
         if change.path == service.config4:
-            yield _kea_set("Dhcp4", service.socket4, service.reload, change.after)
+            number, socket_path, restart = "4", service.socket4, service.reload
         elif change.path == service.config6:
-            yield _kea_set("Dhcp6", service.socket6, service.reload6, change.after)
+            number, socket_path, restart = "6", service.socket6, service.reload6
+        else:
+            continue
+        yield _kea_set(f"Dhcp{number}", socket_path, restart, change.after)
+        gone = sorted(_kea_addresses(change.before, number) - _kea_addresses(change.after, number))
+        if gone and service.lease_commands:
+            yield _kea_free(f"lease{number}-del", socket_path, [address for address, _ in gone])
+
+
+def _kea_addresses(text: str | None, number: str) -> set[tuple[str, str]]:
+    """Reserved addresses, and who has them."""
+    if text is None:
+        return set()
+    try:
+        [subnet] = json.loads(without_comments(text))[f"Dhcp{number}"][f"subnet{number}"]
+        return {
+            (address, host["hw-address"])
+            for host in subnet["reservations"]
+            for address in host.get("ip-addresses", [host.get("ip-address")])
+        }
+    except (ValueError, KeyError, TypeError):
+        return set()  # by a template that is not ours, or edited: those leases run out
+
+
+def _kea_free(command: str, path: str, addresses: Sequence[str]) -> Step:
+    """A lease lives on without its reservation, and keeps the address from the next who has it."""
+
+    def run(_runner: Runner) -> None:
+        for address in addresses:
+            kea_command(path, command, {"ip-address": address}, ok=(0, _KEA_EMPTY))
+
+    count = f"{len(addresses)} address{'es' * (len(addresses) != 1)}"
+    return Step("kea", f"kea: free the leases of {count} ({command})", run)
 
 
 def _kea_set(kind: str, path: str, restart: Sequence[str], text: str) -> Step:
@@ -181,7 +217,9 @@ def _kea_set(kind: str, path: str, restart: Sequence[str], text: str) -> Step:
     return Step("kea", f"kea: set its {kind} configuration", run)
 
 
-def kea_command(path: str, command: str, arguments: object = None) -> object:
+def kea_command(
+    path: str, command: str, arguments: object = None, *, ok: Sequence[int] = (0,)
+) -> object:
     """One command on a control socket; the answer's arguments. FileNotFoundError: nobody is there;
     DriverFailed: it refuses. https://kea.readthedocs.io/en/kea-2.2.0/arm/ctrl-channel.html"""
     order: dict[str, object] = {"command": command}
@@ -202,7 +240,7 @@ def kea_command(path: str, command: str, arguments: object = None) -> object:
         except TimeoutError as error:
             raise TimedOut(f"kea: no answer on {path} to {command}") from error
     answer = json.loads(received or b"{}")
-    if answer.get("result") != 0:
+    if answer.get("result") not in ok:
         raise DriverFailed(f"kea refuses {command}: {answer.get('text', 'no reason given')}")
     return answer.get("arguments")
 
@@ -316,9 +354,19 @@ def _shorewall(farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
 def _libvirt(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
     service = farm.services.libvirt
     assert service is not None
+    name, uri = farm.network.network or "", service.uri
     for change in changes:
-        if change.after is not None:
-            yield _command("libvirt", (*service.virsh, "net-define", change.path))
+        if change.after is None:
+            yield Step(
+                "libvirt", f"libvirt: remove the network {name}", lambda _: drop_network(uri, name)
+            )
+        else:
+            done = partial(_libvirt_set, uri, change.after)
+            yield Step("libvirt", f"libvirt: define the network {name}, and change it live", done)
+
+
+def _libvirt_set(uri: str, text: str, _runner: Runner) -> None:
+    set_network(uri, text)
 
 
 _TELLERS: Mapping[str, Callable[[Farm, Sequence[FileChange]], Iterator[Step]]] = {
@@ -340,6 +388,8 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     bind, services = farm.services.bind, farm.services
     if services.dhcpd:
         yield "dhcpd", "it reads its file at start only: each change restarts it, in about a second"
+    if services.kea and not services.kea.lease_commands:
+        yield "kea", "a removed VM's lease runs out by itself ('lease_commands' frees it)"
     if bind and not bind.dynamic:
         yield "bind", "its zones are reloaded, one by one ('dynamic: yes' changes records instead)"
     for name in ("nginx", "haproxy"):
@@ -350,4 +400,4 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     if services.dnsmasq:
         yield "dnsmasq", "new hosts are read live; for a removed one it reads all of them again (SIGHUP)"
     if services.libvirt:
-        yield "libvirt", "hosts are defined; a running network takes them at its next start"
+        yield "libvirt", "hosts are changed live; what else changes, at the network's next start"

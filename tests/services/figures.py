@@ -15,7 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from daemons import Daemons, own_network
+from daemons import Daemons
+from networks import own_network
 from yard import SECRET, Yard
 
 MANY = 10_000
