@@ -1,5 +1,5 @@
-"""The lab of farmhand's own tests: a Debian host with KVM, ZFS and LVM under QEMU. See docs/lab.md; what
-it does is in tests/lab/."""
+"""The labs of farmhand's own tests: Debian hosts under QEMU, with KVM or Xen, ZFS and LVM. See
+docs/lab.md; what they do is in tests/lab/."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from cli import Result, Run, replace_process
 
 
 def prepare(run: Run) -> None:
-    """Build the lab's image, where there is none: minutes, with progress on the screen."""
+    """Build the labs' images, where there are none: minutes, with progress on the screen."""
     from tests.lab import image
+    from tests.lab.kinds import KINDS
 
-    image.ensure(Runner(), run.screen.say)
+    for kind in KINDS.values():
+        image.ensure(Runner(), run.screen.say, kind)
 
 
-def up(run: Run, name: str, *, cold: bool, memory: str, disk: str) -> Result:
+def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> Result:
     """A lab with clean disks and the working tree in it; one that runs is left as it is. UsageError."""
     from tests.lab import machine as machines
     from tests.lab import qemu
+    from tests.lab.kinds import KVM, XEN
+
+    kind = XEN if xen else KVM
+    name = name or usual_name(xen)
 
     try:
         size = qemu.Size(
@@ -37,21 +43,31 @@ def up(run: Run, name: str, *, cold: bool, memory: str, disk: str) -> Result:
     machines.sweep(Runner(), run.screen.say)
     machine = machines.Machine(name, Runner(), run.screen.say)
     there = machine.running()
+    if there and machine.kind != kind:
+        raise UsageError(
+            f"the lab {name} runs already, and is a {machine.kind.title} lab",
+            remedy=f"./invoke lab-down --name {name}, or give the new one another name",
+        )
     if not there:
-        machine.start(warm=not cold, size=size)
+        machine.start(kind, warm=not cold, size=size)
         machine.deliver_tree()
     seconds = time.monotonic() - started
     facts = machine.facts
     how = "runs already" if there else f"is up, from {'its saved state' if facts.warm else 'cold'}"
-    data = {"lab": name, "port": facts.port, "pid": facts.process.pid, "warm": facts.warm,
-            "started": not there, "seconds": round(seconds, 1), "engine": facts.engine}  # fmt: skip
+    data = {"lab": name, "kind": kind.name, "port": facts.port, "pid": facts.process.pid,
+            "warm": facts.warm, "started": not there, "seconds": round(seconds, 1),
+            "engine": facts.engine}  # fmt: skip
     option = "" if name == "lab" else f" --name {name}"
     text = (
-        f"{name} {how} ({seconds:.1f} s; {facts.engine})\n"
+        f"{name} ({kind.title}) {how} ({seconds:.1f} s; {facts.engine})\n"
         f"the working tree is in /root/farmhand; spare disks: /dev/vdb, /dev/vdc, /dev/vdd\n"
         f"go in: ./invoke lab-ssh{option}; end it: ./invoke lab-down{option}"
     )
     return Result(data, text)
+
+
+def usual_name(xen: bool) -> str:
+    return "xen" if xen else "lab"
 
 
 def ssh(run: Run, name: str, command: str) -> Result | None:
@@ -83,18 +99,43 @@ def down(run: Run, name: str, *, all_: bool) -> Result:
     return Result({"ended": names}, text)
 
 
-def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int) -> Result:
-    """pytest's closing line is the last on stdout; the status is its own."""
+def test(
+    run: Run,
+    name: str,
+    *,
+    xen: bool = False,
+    cold: bool,
+    only: tuple[str, ...],
+    match: str,
+    minutes: int,
+) -> Result:
+    """In the running lab ``name``; else in a Xen lab with ``xen``, and without in one of each kind, one
+    after the other. pytest's closing line is the last on stdout."""
+    from tests.lab import machine as machines
     from tests.lab import run as labrun
+    from tests.lab.kinds import KINDS, XEN
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
-    report = labrun.run_tests(
-        Runner(), run.screen.say, name=name, warm=not cold, only=only, match=match,
-        limit=minutes * 60, show=show,
-    )  # fmt: skip
-    run.screen.say(f"results, journals and logs of the lab: {report.results}")
-    problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
-    return Result(report.as_dict(), "", ok=report.ok, problem=problem)
+    kinds = [XEN] if xen else list(KINDS.values())
+    if name:
+        kinds = [machines.Machine(name, Runner(), run.screen.say).kind]
+    reports = []
+    for kind in kinds:
+        report = labrun.run_tests(
+            Runner(), run.screen.say, name=name, kind=kind, warm=not cold, only=only, match=match,
+            limit=minutes * 60, show=show,
+        )  # fmt: skip
+        run.screen.say(f"results, journals and logs of the {kind.title} lab: {report.results}")
+        reports.append(report)
+    # a choice may well have tests for one of them only
+    ran = [report for report in reports if not (report.nothing and (only or match))] or reports[:1]
+    bad = [report for report in ran if not report.ok]
+    problem = "; ".join(
+        f"the tests in the {KINDS[report.kind].title} lab failed (pytest's status {report.status})"
+        for report in bad
+    )
+    data = {**(bad or ran)[0].as_dict(), "labs": [report.as_dict() for report in reports]}
+    return Result(data, "", ok=not bad, problem=problem)
 
 
 def bench(run: Run, name: str, *, rounds: int) -> Result:

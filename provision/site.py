@@ -186,6 +186,7 @@ class Site:
         if declared.driver == "kvm":
             from hypervisors.kvm import kvm_usable
             from hypervisors.libvirt_driver import LibvirtHypervisor
+            from hypervisors.libvirt_kinds import Qemu
 
             if is_remote(declared.uri):
                 raise self._not_yet(host, f"the libvirt URI {declared.uri} of another machine")
@@ -195,7 +196,7 @@ class Site:
                 self.disks(host),
                 self.runner,
                 step=current_step,
-                kvm=kvm_usable(Runner(), cache_dir()),
+                kind=Qemu(kvm_usable(Runner(), cache_dir())),
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor

@@ -19,6 +19,7 @@ from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner,
 from hypervisors.fake import FakeDisks, FakeHypervisor
 from hypervisors.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt_driver import LibvirtHypervisor
+from hypervisors.libvirt_kinds import Qemu
 from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner
 from provision.paths import cache_dir
@@ -85,7 +86,7 @@ class LibvirtRig:
 
     def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
         hypervisor = LibvirtHypervisor(
-            self.private.uri, farm, self.disks(farm), Runner(), step=step, kvm=self.kvm
+            self.private.uri, farm, self.disks(farm), Runner(), step=step, kind=Qemu(self.kvm)
         )
         self.opened.append(hypervisor)
         return hypervisor

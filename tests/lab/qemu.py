@@ -21,6 +21,7 @@ from inventory.errors import CommandFailed, TimedOut, Unsupported
 from provision.paths import cache_dir
 from provision.processes import Process
 from tests.lab.image import Image
+from tests.lab.kinds import KVM, Kind
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
 _MACHINE = "farmhand-lab-"
@@ -56,7 +57,7 @@ class Engine:
 USUAL = Size()
 
 
-def engine(runner: Runner) -> Engine:
+def engine(runner: Runner, kind: Kind = KVM) -> Engine:
     """KVM where a guest really runs under it and can have guests of its own; else emulation, which
     offers AMD's SVM whatever this CPU is. Unsupported without QEMU."""
     program = which("qemu-system-x86_64")
@@ -73,7 +74,8 @@ def engine(runner: Runner) -> Engine:
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
-    return Engine(program, version, ("tcg,thread=multi,tb-size=512",), "max", cpus, f"{EMULATED}: {why}")
+    accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
+    return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}")
 
 
 def _nested() -> bool:
@@ -103,7 +105,7 @@ def make_spare_disks(directory: Path, size: int) -> None:
 
 def start(
     runner: Runner, engine: Engine, image: Image, directory: Path, monitor: Path, name: str,
-    *, size: Size = USUAL, saved: Path | None = None,
+    *, kind: Kind = KVM, size: Size = USUAL, saved: Path | None = None,
 ) -> tuple[Process, int]:  # fmt: skip
     """Start it over the disks in ``directory``; returns the process and the port of its ssh.
     ``saved``: the memory of a saved state to go on from. It outlives us. CommandFailed with QEMU's
@@ -118,14 +120,13 @@ def start(
             engine.program, "-name", f"{_MACHINE}{name}", "-nodefaults", "-no-user-config", "-no-reboot",
             "-display", "none", "-machine", "pc", "-accel", *engine.accelerator, "-cpu", engine.cpu,
             "-smp", str(engine.cpus), "-m", str(size.memory // 2**20),
-            "-kernel", image.kernel, "-initrd", image.initrd,
-            "-append", "console=ttyS0 loglevel=4 mitigations=off panic=-1",
+            *kind.boot(image.directory),
         ]  # fmt: skip
         disks = [("run.qcow2", "qcow2"), *((f"{name}.raw", "raw") for name in SPARE_DISKS)]
-        for file, kind in disks:
+        for file, form in disks:
             path = str(directory / file).replace(",", ",,")
             options = (
-                f"file={path},format={kind},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
+                f"file={path},format={form},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
             )
             argv += ["-drive", options]
         argv += [

@@ -118,6 +118,7 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
 
     from hypervisors.api import MachineSpec, Nic, Owner, Template
     from hypervisors.libvirt_driver import LibvirtHypervisor
+    from hypervisors.libvirt_kinds import Qemu
     from hypervisors.private import PrivateLibvirt
     from hypervisors.qcow2 import Qcow2Disks
     from provision.paths import cache_dir
@@ -131,7 +132,9 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
     private = PrivateLibvirt(place / "s", place / "r", place / "c", hide_kvm=False)
     runner = Runner()
     disks = Qcow2Disks(place / "disks", "smoke", runner, reader_uid=private.qemu_uid())
-    hypervisor = LibvirtHypervisor(private.uri, "smoke", disks, runner, kvm=kvm_usable(runner, tmp_path))
+    hypervisor = LibvirtHypervisor(
+        private.uri, "smoke", disks, runner, kind=Qemu(kvm_usable(runner, tmp_path))
+    )
     try:
         image = place / "image.qcow2"
         run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "64M")
