@@ -129,7 +129,7 @@ class Bench:
         self.file = directory / "kill.yaml"
         size = f", disk: {disk}" if disk else ""
         lines = "\n".join(f"  {vm}: {{template: base, memory: 64M{size}}}" for vm in vms)
-        text = FARM.format(host=place.host, vms=lines, more=more)
+        text = FARM.format(host=place.host, vms=lines, more=f"{place.more}\n{more}")
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []
@@ -222,8 +222,7 @@ class Bench:
     def shape(self) -> dict[str, list[str]]:
         """All objects and files of the farm's, by VM; found without any of our code but names."""
         found = [*self.place.everything(), *self._files()]
-        if self.place.real_qemu:
-            found += [f"qemu {line}" for line in _running(self.file.parent)]
+        found += [f"runs {name}" for name in self.place.running(self.file.parent)]
         parts: dict[str, list[str]] = {vm: [] for vm in (*self.vms, "")}
         for line in sorted(found):
             vm = next((vm for vm in self.vms if re.search(rf"\b{vm}\b", line)), "")
@@ -323,17 +322,4 @@ class Bench:
 
 def _whole(lines: list[str]) -> list[str]:
     """Of a VM: a machine that is all there may run or not, one that is gone does not run."""
-    return [line for line in lines if not line.startswith("qemu ")] or lines
-
-
-def _running(directory: Path) -> list[str]:
-    """Machines of the bench in that directory that QEMU runs, by its own command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = process.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"qemu-system" in words[0] and any(os.fsencode(directory) in word for word in words):
-            found += re.findall(r"guest=(kill-\w+)", " ".join(w.decode() for w in words))
-    return found
+    return [line for line in lines if not line.startswith("runs ")] or lines
