@@ -196,8 +196,11 @@ class LibvirtHypervisor:
 
     def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
         with self._translated(f"checkpoint {name}"):
-            if self._ours(name).isActive():
+            domain = self._ours(name)
+            if domain.isActive():
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+            if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine
+                raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
         return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
@@ -213,6 +216,9 @@ class LibvirtHypervisor:
                     f"{name} has no checkpoint {checkpoint}", remedy=f"it has: {', '.join(known)}"
                 )
             self._cut_power(domain, name, read_domain(domain.XMLDesc(0)))
+            if domain.hasManagedSaveImage(0):  # memory that goes with the disk as it is now
+                self._step(f"forget the saved memory of {name}")
+                domain.managedSaveRemove(0)
         self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:

@@ -7,12 +7,14 @@ import contextlib
 import shutil
 import subprocess
 import time
+import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import libvirt
 import pytest
 import small_guest
 from rigs import FARM, IN_THE_LAB, MIB, SIZE, STORES, StoreRig, opened, short_directory, template
@@ -130,15 +132,11 @@ class Guests:
         raise AssertionError(f"the guest never said {word}:\n{text}")
 
     def add_foreign(self, name: str) -> None:
-        import libvirt
-
         connection = libvirt.open(self.uri())
         connection.defineXML(self.foreign.format(name=name))
         connection.close()
 
     def foreign_there(self, name: str) -> bool:
-        import libvirt
-
         connection = libvirt.open(self.uri())
         try:
             return name in [d.name() for d in connection.listAllDomains(0)]
@@ -147,8 +145,6 @@ class Guests:
 
     def close(self) -> None:
         """All machines of this test, also the foreign ones; but not Xen's own, dom0."""
-        import libvirt
-
         connection = libvirt.open(self.uri())
         for domain in connection.listAllDomains(0):
             if domain.ID() == 0:
@@ -205,6 +201,18 @@ class XenRig(Guests):
         last = zlib.crc32(vm.encode()).to_bytes(4, "big").hex(":")[3:]
         nic = Nic(mac=f"00:16:3e:{last}", mode="bridge", target="xenbr0")
         return spec if port else replace(spec, nic=nic)
+
+    def raw_copy(self, name: str, other: str) -> libvirt.virDomain:
+        """A machine of somebody else's with the same disk, for it was made by copying a definition."""
+        connection = libvirt.open(self.uri())
+        definition = ET.fromstring(
+            connection.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        )
+        definition.find("name").text = other
+        for tag in ("uuid", "metadata"):
+            definition.remove(definition.find(tag))
+        definition.find("devices").remove(definition.find("devices/interface"))
+        return connection.defineXML(ET.tostring(definition, encoding="unicode"))
 
     def said(self, vm: str) -> int:
         """xenconsoled goes on with the log of the last machine of that name."""
