@@ -3,8 +3,11 @@ docs/lab.md; what they do is in tests/lab/."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hypervisors.run import Runner
 from inventory.errors import NotFound, UsageError
@@ -12,14 +15,15 @@ from inventory.sizes import parse_size
 
 from cli import Result, Run, replace_process
 
+if TYPE_CHECKING:
+    from tests.lab.kinds import Kind
+
 
 def prepare(run: Run) -> None:
-    """Build the labs' images, where there are none: minutes, with progress on the screen."""
+    """Build the KVM lab's image, where there is none: minutes, with progress on the screen."""
     from tests.lab import image
-    from tests.lab.kinds import KINDS
 
-    for kind in KINDS.values():
-        image.ensure(Runner(), run.screen.say, kind)
+    image.ensure(Runner(), run.screen.say)
 
 
 def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> Result:
@@ -103,39 +107,69 @@ def test(
     run: Run,
     name: str,
     *,
-    xen: bool = False,
+    xen: bool,
     cold: bool,
     only: tuple[str, ...],
     match: str,
     minutes: int,
+    brief: bool,
 ) -> Result:
-    """In the running lab ``name``; else in a Xen lab with ``xen``, and without in one of each kind, one
-    after the other. pytest's closing line is the last on stdout."""
+    """A choice of tests in one lab, a Xen lab with ``xen``; or all of them: of the KVM lab, side by side
+    in two where the machine has the cores, then of the Xen lab, and then, on this host, the tests of the
+    labs themselves. pytest's closing line is the last on stdout."""
     from tests.lab import machine as machines
+    from tests.lab.kinds import KVM, XEN
+
+    one = partial(_in_a_lab, run, cold=cold, only=only, minutes=minutes, brief=brief)
+    if name:
+        return one(machines.Machine(name, Runner(), run.screen.say).kind, name, match=match)
+    if xen or only or match or brief:
+        return one(XEN if xen else KVM, "", match=match)
+    import house
+
+    parts: list[Result] = []
+    if len(os.sched_getaffinity(0)) < _CORES:
+        parts.append(one(KVM, "", match=""))
+    else:
+        prepare(run)
+        options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
+        with house.LabTest(run, "--match", f"not ({_FIRST_HALF})", *options) as other:
+            parts += [one(KVM, "", match=_FIRST_HALF), other.finish()]
+    parts.append(one(XEN, "", match=""))
+    parts.append(house.of_the_lab(run))
+    problems = [part.problem for part in parts if not part.ok]
+    data = {"parts": [part.data for part in parts]}
+    return Result(data, "", ok=not problems, problem="; ".join(problems))
+
+
+_CORES = 4  # two labs on two cores take as long as one after the other
+_FIRST_HALF = "lvm or thin or classic"  # by what they take
+
+
+def _in_a_lab(
+    run: Run,
+    kind: Kind,
+    name: str,
+    *,
+    cold: bool,
+    only: tuple[str, ...],
+    match: str,
+    minutes: int,
+    brief: bool,
+) -> Result:
     from tests.lab import run as labrun
-    from tests.lab.kinds import KINDS, XEN
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
-    kinds = [XEN] if xen else list(KINDS.values())
-    if name:
-        kinds = [machines.Machine(name, Runner(), run.screen.say).kind]
-    reports = []
-    for kind in kinds:
-        report = labrun.run_tests(
-            Runner(), run.screen.say, name=name, kind=kind, warm=not cold, only=only, match=match,
-            limit=minutes * 60, show=show,
-        )  # fmt: skip
-        run.screen.say(f"results, journals and logs of the {kind.title} lab: {report.results}")
-        reports.append(report)
-    # a choice may well have tests for one of them only
-    ran = [report for report in reports if not (report.nothing and (only or match))] or reports[:1]
-    bad = [report for report in ran if not report.ok]
-    problem = "; ".join(
-        f"the tests in the {KINDS[report.kind].title} lab failed (pytest's status {report.status})"
-        for report in bad
-    )
-    data = {**(bad or ran)[0].as_dict(), "labs": [report.as_dict() for report in reports]}
-    return Result(data, "", ok=not bad, problem=problem)
+    choice = labrun.Choice(only, match, brief)
+    report = labrun.run_tests(
+        Runner(), run.screen.say, name=name, kind=kind, warm=not cold, choice=choice,
+        limit=minutes * 60, show=show,
+    )  # fmt: skip
+    run.screen.say(f"results, journals and logs of the {kind.title} lab: {report.results}")
+    problem = ""
+    if not report.ok:
+        problem = f"the tests in the {kind.title} lab failed (pytest's status {report.status})"
+    return Result(report.as_dict(), "", ok=report.ok, problem=problem)
 
 
 def bench(run: Run, name: str, *, rounds: int) -> Result:

@@ -4,6 +4,7 @@ real host: in the Xen lab those of the disk stores, and of hypervisors what is m
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import pytest
 IN_LAB = Path("/etc/lab/load").exists()
 IN_XEN_LAB = Path("/etc/lab-kind").exists()
 _STORES = ("tests/contract/test_disks.py", "tests/contract/test_lvm.py")
+# What of the lab's tests ./invoke test runs: real stores, guests and kills, but a few minutes only
+BRIEF = re.compile(
+    r"test_disks\.py.*\b(zfs|lvm-thin)\]$|test_a_life\[guests-(zfs|lvm-thin)\]|test_walk\[zfs\]|/test_smoke\.py"
+)
 _left_out: list[str] = []
 
 
@@ -24,6 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "tests/contract/" in item.nodeid and not item.get_closest_marker("xen"):
                 item.add_marker("lab")
+            if BRIEF.search(item.nodeid):
+                item.add_marker("brief")
         return
     lab = [item for item in items if any(item.iter_markers("lab")) or any(item.iter_markers("xen"))]
     if lab:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-_LINUX = "console={console} loglevel=4 mitigations=off panic=-1"
+_LINUX = "console={console} loglevel=4 mitigations=off panic=-1{words}"
 # A fixed size for dom0: it would else give memory to guests, and the tests with it.
 _XEN = (
     "console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning dom0_mem=1536M,max:1536M "
@@ -18,13 +18,15 @@ _XEN = (
 @dataclass(frozen=True, slots=True)
 class Kind:
     """``files``: directories below this one; of two files of the same name the later one's is taken.
-    ``emulated_cpu``: where the lab doesn't run under KVM. ``marker``: pytest's, of the tests for it."""
+    ``emulated_cpu``, ``emulated_kernel`` (more of its command line): where there is no KVM for the lab.
+    ``marker``: pytest's, of the tests for it."""
 
     name: str
     title: str
     recipe: str
     files: tuple[str, ...]
     emulated_cpu: str
+    emulated_kernel: str
     marker: str
 
     @property
@@ -45,16 +47,16 @@ class Kind:
             digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
         return digest.hexdigest()[:16]
 
-    def boot(self, directory: Path) -> list[str | Path]:
+    def boot(self, directory: Path, words: str = "") -> list[str | Path]:
         """QEMU's options that boot an image's kernel. Xen's modules stand with their arguments,
         parted by commas; dom0's kernel is an ELF file, for Xen would take long to unpack it."""
         if not self.hypervisor:
             return [
                 "-kernel", directory / "vmlinuz", "-initrd", directory / "initrd",
-                "-append", _LINUX.format(console="ttyS0"),
+                "-append", _LINUX.format(console="ttyS0", words=words),
             ]  # fmt: skip
         place = str(directory).replace(",", ",,")
-        modules = f"{place}/vmlinux {_LINUX.format(console='hvc0')},{place}/initrd"
+        modules = f"{place}/vmlinux {_LINUX.format(console='hvc0', words=words)},{place}/initrd"
         return ["-kernel", directory / "xen", "-append", _XEN, "-initrd", modules]
 
 
@@ -64,11 +66,15 @@ def bases(recipe: Path) -> tuple[Path, ...]:
     return (recipe.with_name(first.removeprefix("base: ").strip()),) if first else ()
 
 
-KVM = Kind("kvm", "KVM", "recipe.yaml", ("files",), "max", "lab")
-# What QEMU's emulation and Xen 4.17 don't go well together with: SMAP crashes dom0; with AVX and XSAVE
-# guests were seen to die now and then.
+# Emulation is slow at string instructions byte by byte, at reading a timer chip for the time, and at
+# zeroing each page twice: together a quarter of an lvs(8). And what it and Xen 4.17 don't go well
+# together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
+_ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
+KVM = Kind(
+    "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" tsc=reliable {_ERMS}", "lab",
+)  # fmt: skip
 XEN = Kind(
     "xen", "Xen", "recipe-xen.yaml", ("files", "files-xen"),
-    "max,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", "xen",
+    "max,erms=off,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", " init_on_alloc=0", "xen",
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in (KVM, XEN)}

@@ -327,7 +327,7 @@ class Machine:
         made = image.disk.stat().st_mtime_ns
         facts: tuple[object, ...] = (image.digest, made, engine.digest(), packages.digest)
         if kind.hypervisor:  # what its hypervisor is told is in no recipe
-            facts = (*facts, repr(kind.boot(Path())))
+            facts = (*facts, repr(kind.boot(Path(), engine.kernel_words)))
         place = images.place()
         saved = place / f"start-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
         if saved.is_dir():

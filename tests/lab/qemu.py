@@ -46,11 +46,12 @@ class Engine:
     cpu: str
     cpus: int
     why: str  # one line for people
+    kernel_words: str = ""  # for the kernel's command line
 
     def digest(self) -> str:
         """What a saved memory depends on, beside what is in it."""
         host = _cpu_flags() if self.cpu == "host" else ""
-        facts = (self.version, self.accelerator, self.cpu, self.cpus, USUAL, host)
+        facts = (self.version, self.accelerator, self.cpu, self.cpus, self.kernel_words, USUAL, host)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -75,7 +76,8 @@ def engine(runner: Runner, kind: Kind = KVM) -> Engine:
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
     accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
-    return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}")
+    words = kind.emulated_kernel
+    return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
 
 
 def _nested() -> bool:
@@ -120,7 +122,7 @@ def start(
             engine.program, "-name", f"{_MACHINE}{name}", "-nodefaults", "-no-user-config", "-no-reboot",
             "-display", "none", "-machine", "pc", "-accel", *engine.accelerator, "-cpu", engine.cpu,
             "-smp", str(engine.cpus), "-m", str(size.memory // 2**20),
-            *kind.boot(image.directory),
+            *kind.boot(image.directory, engine.kernel_words),
         ]  # fmt: skip
         disks = [("run.qcow2", "qcow2"), *((f"{name}.raw", "raw") for name in SPARE_DISKS)]
         for file, form in disks:

@@ -53,11 +53,6 @@ class Report:
     kind: str
 
     @property
-    def nothing(self) -> bool:
-        """No test was chosen (pytest's status 5)."""
-        return self.status == 5
-
-    @property
     def ok(self) -> bool:
         return self.status == 0
 
@@ -68,6 +63,16 @@ class Report:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which tests. ``only``: files or directories; ``match``: as pytest's -k; ``brief``: the share
+    of ./invoke test."""
+
+    only: tuple[str, ...] = ()
+    match: str = ""
+    brief: bool = False
+
+
 def run_tests(
     runner: Runner,
     say: Say,
@@ -75,8 +80,7 @@ def run_tests(
     name: str = "",
     kind: Kind = KVM,
     warm: bool = True,
-    only: Sequence[str] = (),
-    match: str = "",
+    choice: Choice,
     limit: float = LIMIT * 60,
     show: Callable[[bytes], None],
 ) -> Report:
@@ -89,7 +93,7 @@ def run_tests(
     again, all of them and once, in a new lab; a failed test never does."""
     for again in (True, False):
         try:
-            return _run_tests(runner, say, name, kind, warm, only, match, limit, show)
+            return _run_tests(runner, say, name, kind, warm, choice, limit, show)
         except _KernelDied as died:
             if name or not again:
                 raise
@@ -102,15 +106,15 @@ class _KernelDied(FarmhandError):
 
 
 def _run_tests(
-    runner: Runner, say: Say, name: str, kind: Kind, warm: bool, only: Sequence[str], match: str,
-    limit: float, show: Callable[[bytes], None],
+    runner: Runner, say: Say, name: str, kind: Kind, warm: bool, choice: Choice, limit: float,
+    show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
     with _lab(runner, say, name, kind, warm=warm) as machine:
         results = _results_directory(machine.name)
         log = results / "pytest.log"
         try:
-            status = _stream(machine.ssh_argv(_script(machine.kind, only, match)), log, show, limit)
+            status = _stream(machine.ssh_argv(_script(machine.kind, choice)), log, show, limit)
             if status == 255:
                 _look_for_a_crash(machine, results)
         except TimedOut:
@@ -166,11 +170,12 @@ def _lab(runner: Runner, say: Say, name: str, kind: Kind, *, warm: bool) -> Iter
             machine.remove()
 
 
-def _script(kind: Kind, only: Sequence[str], match: str) -> str:
+def _script(kind: Kind, choice: Choice) -> str:
+    marks = f"{kind.marker} and brief" if choice.brief else kind.marker
     pytest = [
-        "/opt/venv/bin/python", "-P", "-m", "pytest", *(only or ["tests"]), "-m", kind.marker,
+        "/opt/venv/bin/python", "-P", "-m", "pytest", *(choice.only or ["tests"]), "-m", marks,
         f"--junit-xml={_OUT}/junit.xml", "--basetemp=/var/tmp/tests", "-o", "cache_dir=/var/tmp/pytest",
-        *(["-k", match] if match else []),
+        *(["-k", choice.match] if choice.match else []),
     ]  # fmt: skip
     environment = {
         "FARMHAND_TEST_GUEST": "/var/cache/farmhand/test-guest",
