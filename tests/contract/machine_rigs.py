@@ -291,7 +291,13 @@ def xen_machines(kind: str, guest: small_guest.Guest) -> Iterator[XenRig]:
 
 @pytest.fixture
 def xen(guest: small_guest.Guest) -> Iterator[XenRig]:
-    with xen_machines("pv-lvm-thin", guest) as rig:
+    with xen_machines("pv-qcow2", guest) as rig:
+        yield rig
+
+
+@pytest.fixture
+def xen_on_devices(guest: small_guest.Guest) -> Iterator[XenRig]:
+    with xen_machines("pv-lvm-linked", guest) as rig:
         yield rig
 
 

@@ -79,10 +79,10 @@ def test_a_guest_that_tells_nothing_is_left_what_its_kernel_needs(xen):
     assert abs(hypervisor.balloon(NAME, 96 * MIB, timeout=120) - 96 * MIB) < MIB
 
 
-def test_a_device_in_use_is_named_with_who_has_it(xen):
-    hypervisor = define(xen)
-    xen.boot("prod", "A")
-    other = xen.raw_copy(NAME, "borrower")
+def test_a_device_in_use_is_named_with_who_has_it(xen_on_devices):
+    hypervisor = define(xen_on_devices)
+    xen_on_devices.boot("prod", "A")
+    other = xen_on_devices.raw_copy(NAME, "borrower")
     with pytest.raises(libvirt.libvirtError):
         other.create()
     hypervisor.stop(NAME, grace=0)
