@@ -121,10 +121,11 @@ class Guests:
         return 0
 
     def wait_for(self, vm: str, word: str, *, after: int = 0) -> str:
+        hypervisor = self.hypervisor()
         limit = time.monotonic() + 300
         text = ""
         while time.monotonic() < limit:
-            log = self.hypervisor().console(f"{FARM}-{vm}").log
+            log = hypervisor.console(f"{FARM}-{vm}").log
             text = log.read_bytes()[after:].decode(errors="replace") if log else ""
             if word in text:
                 return text
