@@ -74,7 +74,7 @@ def test_the_floor_follows_what_the_guest_uses(xen):
 def test_a_guest_that_tells_nothing_is_left_what_its_kernel_needs(xen):
     hypervisor = define(xen, options="agent=off")
     xen.boot("prod", "A")
-    with pytest.raises(UsageError, match="it should keep 88 MiB"):
+    with pytest.raises(UsageError, match="it should keep 88M"):
         hypervisor.balloon(NAME, 80 * MIB, timeout=20)
     assert abs(hypervisor.balloon(NAME, 96 * MIB, timeout=120) - 96 * MIB) < MIB
 
