@@ -1,5 +1,5 @@
-"""The lab of farmhand's own tests: a Debian host with KVM, ZFS and LVM under QEMU. See docs/lab.md; what
-it does is in tests/lab/."""
+"""The labs of farmhand's own tests: Debian hosts under QEMU, with KVM or Xen, ZFS and LVM. See
+docs/lab.md; what they do is in tests/lab/."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hypervisors.run import Runner
 from inventory.errors import NotFound, UsageError
@@ -14,18 +15,25 @@ from inventory.sizes import parse_size
 
 from cli import Result, Run, replace_process
 
+if TYPE_CHECKING:
+    from tests.lab.kinds import Kind
+
 
 def prepare(run: Run) -> None:
-    """Build the lab's image, where there is none: minutes, with progress on the screen."""
+    """Build the KVM lab's image, where there is none: minutes, with progress on the screen."""
     from tests.lab import image
 
     image.ensure(Runner(), run.screen.say)
 
 
-def up(run: Run, name: str, *, cold: bool, memory: str, disk: str) -> Result:
+def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> Result:
     """A lab with clean disks and the working tree in it; one that runs is left as it is. UsageError."""
     from tests.lab import machine as machines
     from tests.lab import qemu
+    from tests.lab.kinds import KVM, XEN
+
+    kind = XEN if xen else KVM
+    name = name or usual_name(xen)
 
     try:
         size = qemu.Size(
@@ -39,21 +47,31 @@ def up(run: Run, name: str, *, cold: bool, memory: str, disk: str) -> Result:
     machines.sweep(Runner(), run.screen.say)
     machine = machines.Machine(name, Runner(), run.screen.say)
     there = machine.running()
+    if there and machine.kind != kind:
+        raise UsageError(
+            f"the lab {name} runs already, and is a {machine.kind.title} lab",
+            remedy=f"./invoke lab-down --name {name}, or give the new one another name",
+        )
     if not there:
-        machine.start(warm=not cold, size=size)
+        machine.start(kind, warm=not cold, size=size)
         machine.deliver_tree()
     seconds = time.monotonic() - started
     facts = machine.facts
     how = "runs already" if there else f"is up, from {'its saved state' if facts.warm else 'cold'}"
-    data = {"lab": name, "port": facts.port, "pid": facts.process.pid, "warm": facts.warm,
-            "started": not there, "seconds": round(seconds, 1), "engine": facts.engine}  # fmt: skip
+    data = {"lab": name, "kind": kind.name, "port": facts.port, "pid": facts.process.pid,
+            "warm": facts.warm, "started": not there, "seconds": round(seconds, 1),
+            "engine": facts.engine}  # fmt: skip
     option = "" if name == "lab" else f" --name {name}"
     text = (
-        f"{name} {how} ({seconds:.1f} s; {facts.engine})\n"
+        f"{name} ({kind.title}) {how} ({seconds:.1f} s; {facts.engine})\n"
         f"the working tree is in /root/farmhand; spare disks: /dev/vdb, /dev/vdc, /dev/vdd\n"
         f"go in: ./invoke lab-ssh{option}; end it: ./invoke lab-down{option}"
     )
     return Result(data, text)
+
+
+def usual_name(xen: bool) -> str:
+    return "xen" if xen else "lab"
 
 
 def ssh(run: Run, name: str, command: str) -> Result | None:
@@ -86,24 +104,38 @@ def down(run: Run, name: str, *, all_: bool) -> Result:
 
 
 def test(
-    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+    run: Run,
+    name: str,
+    *,
+    xen: bool,
+    cold: bool,
+    only: tuple[str, ...],
+    match: str,
+    minutes: int,
+    brief: bool,
 ) -> Result:
-    """A choice of tests in one lab; or all of them, side by side in two where the machine has the cores,
-    and then, on this host, the tests of the labs themselves. pytest's closing line is the last on
-    stdout."""
+    """A choice of tests in one lab, a Xen lab with ``xen``; or all of them: of the KVM lab, side by side
+    in two where the machine has the cores, then of the Xen lab, and then, on this host, the tests of the
+    labs themselves. pytest's closing line is the last on stdout."""
+    from tests.lab import machine as machines
+    from tests.lab.kinds import KVM, XEN
+
     one = partial(_in_a_lab, run, cold=cold, only=only, minutes=minutes, brief=brief)
-    if name or only or match or brief:
-        return one(name, match=match)
+    if name:
+        return one(machines.Machine(name, Runner(), run.screen.say).kind, name, match=match)
+    if xen or only or match or brief:
+        return one(XEN if xen else KVM, "", match=match)
     import house
 
     parts: list[Result] = []
     if len(os.sched_getaffinity(0)) < _CORES:
-        parts.append(one("", match=""))
+        parts.append(one(KVM, "", match=""))
     else:
         prepare(run)
         options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
         with house.LabTest(run, "--match", f"not ({_FIRST_HALF})", *options) as other:
-            parts += [one("", match=_FIRST_HALF), other.finish()]
+            parts += [one(KVM, "", match=_FIRST_HALF), other.finish()]
+    parts.append(one(XEN, "", match=""))
     parts.append(house.of_the_lab(run))
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}
@@ -115,17 +147,28 @@ _FIRST_HALF = "lvm or thin or classic"  # by what they take
 
 
 def _in_a_lab(
-    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+    run: Run,
+    kind: Kind,
+    name: str,
+    *,
+    cold: bool,
+    only: tuple[str, ...],
+    match: str,
+    minutes: int,
+    brief: bool,
 ) -> Result:
     from tests.lab import run as labrun
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
     choice = labrun.Choice(only, match, brief)
     report = labrun.run_tests(
-        Runner(), run.screen.say, name=name, warm=not cold, choice=choice, limit=minutes * 60, show=show
-    )
-    run.screen.say(f"results, journals and logs of the lab: {report.results}")
-    problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
+        Runner(), run.screen.say, name=name, kind=kind, warm=not cold, choice=choice,
+        limit=minutes * 60, show=show,
+    )  # fmt: skip
+    run.screen.say(f"results, journals and logs of the {kind.title} lab: {report.results}")
+    problem = ""
+    if not report.ok:
+        problem = f"the tests in the {kind.title} lab failed (pytest's status {report.status})"
     return Result(report.as_dict(), "", ok=report.ok, problem=problem)
 
 

@@ -449,7 +449,7 @@ def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Res
     return house.bench(run, rounds=number)
 
 
-# ---- The lab: a host with KVM, ZFS and LVM under QEMU, for farmhand's own tests.
+# ---- The labs: hosts with KVM or Xen, ZFS and LVM under QEMU, for farmhand's own tests.
 
 _LAB = "The lab's name; several can run at once."
 _COLD = "Boot it, instead of going on from the saved state."
@@ -457,19 +457,22 @@ _COLD = "Boot it, instead of going on from the saved state."
 
 @command(
     {
-        "name": _LAB,
+        "name": _LAB + " Absent: lab, or xen.",
+        "xen": "A Xen lab.",
         "cold": _COLD,
         "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
         "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
     },
     plans=False,
 )
-def lab_up(run: Run, name: str = "lab", cold: bool = False, memory: str = "", disk: str = "") -> Result:
+def lab_up(
+    run: Run, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
+) -> Result:  # fmt: skip
     """Start a lab with clean disks; its image is built once."""
     import labhouse
 
     run.resume = "type the same again: what is built is kept"
-    return labhouse.up(run, name, cold=cold, memory=memory, disk=disk)
+    return labhouse.up(run, name, xen=xen, cold=cold, memory=memory, disk=disk)
 
 
 @command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)
@@ -482,7 +485,8 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
 
 @command(
     {
-        "name": "A running lab to use; absent: one of its own, ended afterwards.",
+        "name": "A running lab to use; absent: one of each kind, one after the other, ended afterwards.",
+        "xen": "Only a Xen lab.",
         "cold": _COLD,
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
@@ -493,15 +497,17 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
     plans=False,
 )
 def lab_test(
-    run: Run, name: str = "", cold: bool = False, only: Names = None, match: str = "",
-    brief: bool = False, minutes: str = "90",
+    run: Run, name: str = "", xen: bool = False, cold: bool = False, only: Names = None,
+    match: str = "", brief: bool = False, minutes: str = "90",
 ) -> Result:  # fmt: skip
     """Run the contract suites and the lab's own tests there."""
     import labhouse
 
     run.resume = "the lab is ended; what it left over is removed by the next lab command"
     most, paths = cli.count("--minutes", minutes), tuple(only or ())
-    return labhouse.test(run, name, cold=cold, only=paths, match=match, minutes=most, brief=brief)
+    return labhouse.test(
+        run, name, xen=xen, cold=cold, only=paths, match=match, minutes=most, brief=brief
+    )
 
 
 @command({"name": _LAB + " Absent: lab.", "all_": "All labs of this user."}, plans=False)

@@ -63,34 +63,20 @@ def domain_xml(
     next reset throws away. What must outlast a power cut does: templates and checkpoints are synced
     by the disk store before they get their names, a swap is durable, and the driver syncs the disk of
     a guest that was shut down. A killed QEMU loses nothing that it reported as written."""
-    domain = ET.Element("domain", type="kvm" if kvm else "qemu")
-    _text(domain, "name", spec.name)
-    if uuid:
-        _text(domain, "uuid", uuid)
-    metadata = ET.SubElement(domain, "metadata")
-    mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
-    mark.attrib.update(
-        name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
-    )
-    _text(domain, "memory", str(spec.memory // 1024), unit="KiB")
-    _text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
-    _text(domain, "vcpu", str(spec.vcpus))
+    domain = head("kvm" if kvm else "qemu", spec, template, uuid)
     machine = ET.SubElement(domain, "os")
-    _text(machine, "type", "hvm", arch="x86_64", machine="pc")
+    text(machine, "type", "hvm", arch="x86_64", machine="pc")
     if spec.kernel:
-        _text(machine, "kernel", str(spec.kernel))
+        text(machine, "kernel", str(spec.kernel))
         if spec.initrd:
-            _text(machine, "initrd", str(spec.initrd))
-        _text(machine, "cmdline", spec.cmdline)
+            text(machine, "initrd", str(spec.initrd))
+        text(machine, "cmdline", spec.cmdline)
     else:
         ET.SubElement(machine, "boot", dev="hd")
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.
     ET.SubElement(domain, "cpu", mode="host-passthrough" if kvm else "maximum")
-    ET.SubElement(domain, "clock", offset="utc")
-    _text(domain, "on_poweroff", "destroy")
-    _text(domain, "on_reboot", "restart")
-    _text(domain, "on_crash", "destroy")  # a crashed guest stays stopped, for somebody to look at
+    add_ends(domain)
     devices = ET.SubElement(domain, "devices")
     _disk(devices, disk, disk_format, "vda", readonly=False, system=system)
     if spec.seed:
@@ -103,21 +89,50 @@ def domain_xml(
     balloon = ET.SubElement(devices, "memballoon", model="virtio")
     ET.SubElement(balloon, "stats", period="1")
     rng = ET.SubElement(devices, "rng", model="virtio")
-    _text(rng, "backend", "/dev/urandom", model="random")
+    text(rng, "backend", "/dev/urandom", model="random")
     _nic(domain, devices, spec.nic)
     return ET.tostring(domain, encoding="unicode")
 
 
-def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:
-    ET.SubElement(parent, tag, attributes).text = text
+def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
+    """What any kind of domain begins with: its names, our mark, memory and CPUs."""
+    domain = ET.Element("domain", type=kind)
+    text(domain, "name", spec.name)
+    if uuid:
+        text(domain, "uuid", uuid)
+    metadata = ET.SubElement(domain, "metadata")
+    mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
+    mark.attrib.update(
+        name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
+    )
+    text(domain, "memory", str(spec.memory // 1024), unit="KiB")
+    text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
+    text(domain, "vcpu", str(spec.vcpus))
+    return domain
+
+
+def add_ends(domain: ET.Element) -> None:
+    ET.SubElement(domain, "clock", offset="utc")
+    text(domain, "on_poweroff", "destroy")
+    text(domain, "on_reboot", "restart")
+    text(domain, "on_crash", "destroy")  # a crashed guest stays stopped, for somebody to look at
+
+
+def text(parent: ET.Element, tag: str, value: str, **attributes: str) -> None:
+    ET.SubElement(parent, tag, attributes).text = value
+
+
+def is_device(path: Path) -> bool:
+    """A block device, or a place where one will be: it may not be there yet. A link to one counts."""
+    below = path.parts[:2] == ("/", "dev") and path.parts[2] != "shm"
+    return below or path.is_block_device()
 
 
 def _disk(
     devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool, system: bool
 ) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    below = path.parts[:2] == ("/", "dev") and path.parts[2] != "shm"  # it may not be there yet
-    if below or path.is_block_device():  # a link to one counts
+    if is_device(path):
         disk.set("type", "block")
     driver = ET.SubElement(disk, "driver", name="qemu", type=form)
     if not readonly:
@@ -154,9 +169,9 @@ def _nic(domain: ET.Element, devices: ET.Element, nic: Nic) -> None:
     ET.SubElement(interface, "rom", enabled="no")
 
 
-def with_disk(text: str, path: Path) -> str:
+def with_disk(xml: str, path: Path) -> str:
     """A definition of ours whose first disk is another device or file of the same format."""
-    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     source = domain.find("devices/disk[@device='disk']/source")
     assert source is not None, "definitions of ours have a disk"
     source.set("dev" if "dev" in source.attrib else "file", str(path))
@@ -169,10 +184,10 @@ def start_mark(when: datetime) -> str:
     return ET.tostring(ET.Element("start", at=when.isoformat()), encoding="unicode")
 
 
-def read_domain(text: str) -> Seen:
+def read_domain(xml: str) -> Seen:
     """Of any domain, ours or not. A mark that speaks of another machine came with a copy somebody made
     (virt-clone(1) copies metadata): that one is theirs."""
-    domain = ET.fromstring(text)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
     name = domain.findtext("name", "")
     if mark is not None and mark.get("name", name) != name:

@@ -1,5 +1,5 @@
-"""Machines under KVM, or QEMU's own emulation, through libvirt: the private daemon's, the session's
-or the system's.
+"""Machines through libvirt: the private daemon's, the session's or the system's. Which hypervisor that
+is, and what differs with it, is a ``libvirt_kinds.Kind``.
 
 Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
 anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an
@@ -33,19 +33,16 @@ from hypervisors.api import (
     Template,
     no_step,
 )
-from hypervisors.balloon import set_memory
 from hypervisors.domain_xml import (
     START_KEY,
     START_URI,
     Seen,
-    domain_xml,
     read_domain,
     start_mark,
     with_disk,
 )
-from hypervisors.kvm import KvmVerdict
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
-from hypervisors.qemu_process import kill_qemu
+from hypervisors.libvirt_kinds import Kind
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
 
@@ -71,7 +68,7 @@ class LibvirtHypervisor:
         runner: Runner,
         *,
         step: StepFn = no_step,
-        kvm: KvmVerdict,
+        kind: Kind,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
         daemon back). Connects on first use."""
@@ -80,24 +77,14 @@ class LibvirtHypervisor:
         self._disks = disks
         self._runner = runner
         self._step = step
-        self._kvm = kvm
+        self._kind = kind
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
 
     # -- looking ----------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            driver="kvm" if self._kvm.usable else "qemu",
-            accelerated=self._kvm.usable,
-            power=True,
-            reset=True,
-            linked_clones=True,
-            live_balloon=True,
-            warm_checkpoints=False,
-            console=True,
-            notes=(self._kvm.why,),
-        )
+        return self._kind.capabilities()
 
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
@@ -117,7 +104,7 @@ class LibvirtHypervisor:
             seen = read_domain(domain.XMLDesc(0))
         # --force: a viewer that lost its terminal would lock the next one out
         argv = ("virsh", "-c", self._where(), "console", "--force", name)
-        return Console(argv=argv, log=seen.console_log)
+        return Console(argv=argv, log=self._kind.console_log(name, seen))
 
     # -- making and unmaking ----------------------------------------------------------------------
 
@@ -191,7 +178,7 @@ class LibvirtHypervisor:
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(_INACTIVE), disk.path))
             if seen.console_log:
                 _turn_over(seen.console_log)
-            domain.create()
+            self._create(domain, seen)
             self._note_start(domain)
 
     def stop(self, name: str, *, grace: float) -> None:
@@ -209,8 +196,11 @@ class LibvirtHypervisor:
 
     def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
         with self._translated(f"checkpoint {name}"):
-            if self._ours(name).isActive():
+            domain = self._ours(name)
+            if domain.isActive():
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+            if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine
+                raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
         return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
@@ -226,12 +216,14 @@ class LibvirtHypervisor:
                     f"{name} has no checkpoint {checkpoint}", remedy=f"it has: {', '.join(known)}"
                 )
             self._cut_power(domain, name, read_domain(domain.XMLDesc(0)))
+            if domain.hasManagedSaveImage(0):  # memory that goes with the disk as it is now
+                self._step(f"forget the saved memory of {name}")
+                domain.managedSaveRemove(0)
         self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
-        """See ``hypervisors.balloon.set_memory``."""
         with self._translated(f"balloon {name}"):
-            return set_memory(self._ours(name), name, target, timeout, self._step)
+            return self._kind.set_memory(self._ours(name), name, target, timeout, self._step)
 
     # -- leftovers --------------------------------------------------------------------------------
 
@@ -414,20 +406,20 @@ class LibvirtHypervisor:
             spec.console_log.parent.mkdir(parents=True, exist_ok=True)
         connection = self._connect()
         system = urlsplit(connection.getURI()).path == "/system"
-        xml = domain_xml(
-            spec, disk.path, disk.format, template, kvm=self._kvm.usable, system=system, uuid=uuid
-        )
-        connection.defineXML(xml)
+        connection.defineXML(self._kind.xml(spec, disk, template, system=system, uuid=uuid))
 
     def _undefine(self, domain: libvirt.virDomain) -> None:
+        domain.undefineFlags(self._kind.undefine)
+
+    def _create(self, domain: libvirt.virDomain, seen: Seen) -> None:
         import libvirt
 
-        domain.undefineFlags(
-            libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-            | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-            | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
-            | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-        )
+        try:
+            domain.create()
+        except libvirt.libvirtError as error:
+            if known := self._kind.why_no_start(domain, seen):
+                raise known from error
+            raise
 
     def _note_start(self, domain: libvirt.virDomain) -> None:
         """On the running machine only, so it goes when the machine stops."""
@@ -452,19 +444,17 @@ class LibvirtHypervisor:
             if now >= again:
                 again = now + _PRESS_AGAIN
                 with contextlib.suppress(libvirt.libvirtError):  # it went down meanwhile
-                    domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+                    domain.shutdownFlags(self._kind.shutdown)
             time.sleep(0.05)
         return not domain.isActive()
 
     def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
-        """libvirt's own destroy looks every 0.2 s whether QEMU is gone; a QEMU that is killed
-        directly is noted in a few milliseconds. Where it isn't ours to kill, libvirt does it."""
         import libvirt
 
         if not domain.isActive():
             return
         self._step(f"cut the power of {name}")
-        if kill_qemu(name, seen.uuid):
+        if self._kind.cut_power(name, seen.uuid):
             limit = time.monotonic() + _KILL_PATIENCE
             while time.monotonic() < limit:
                 if not domain.isActive():

@@ -133,6 +133,9 @@ class Host(Model):
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, xen:///system; or a XenAPI https URL."""
+    guests: Literal["pv", "pvh"] | None = None
+    """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
+    virtualization, and guests with a kernel of their own for it."""
     disks: DiskStore = Field(default_factory=DiskStore)
     """The disk store."""
     memory: Size | None = None
@@ -144,6 +147,8 @@ class Host(Model):
             raise at_key("driver", "driver xen needs 'uri', such as xen:///system", "uri")
         if self.driver == "xenapi" and not self.uri.startswith("https://"):
             raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
+        if self.guests is not None and self.driver != "xen":
+            raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
             raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
         return self

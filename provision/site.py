@@ -25,6 +25,7 @@ from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
 
 if TYPE_CHECKING:
+    from hypervisors.libvirt_kinds import Kind
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
 
@@ -183,8 +184,7 @@ class Site:
 
     def _connect(self, host: str) -> Hypervisor:
         declared = self.farm.hosts[host]
-        if declared.driver == "kvm":
-            from hypervisors.kvm import kvm_usable
+        if declared.driver in ("kvm", "xen"):
             from hypervisors.libvirt_driver import LibvirtHypervisor
 
             if is_remote(declared.uri):
@@ -195,7 +195,7 @@ class Site:
                 self.disks(host),
                 self.runner,
                 step=current_step,
-                kvm=kvm_usable(Runner(), cache_dir()),
+                kind=self._kind(host),
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -216,6 +216,17 @@ class Site:
             return SshHypervisor(self.farm.farm, machines, self.runner, step=current_step)
         raise self._not_yet(host, f"driver {declared.driver}")
 
+    def _kind(self, host: str) -> Kind:
+        declared = self.farm.hosts[host]
+        if declared.driver == "xen":
+            from hypervisors.libxl import Xen
+
+            return Xen(Runner(), declared.guests or "pv")
+        from hypervisors.kvm import kvm_usable
+        from hypervisors.libvirt_kinds import Qemu
+
+        return Qemu(kvm_usable(Runner(), cache_dir()))
+
     def _open_store(self, host: str) -> Disks:
         declared = self.farm.hosts[host]
         if declared.driver == "fake":
@@ -227,7 +238,7 @@ class Site:
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
                 remedy="its machines are not cloned, checkpointed or destroyed here",
             )
-        if declared.driver != "kvm":
+        if declared.driver not in ("kvm", "xen"):
             raise self._not_yet(host, f"driver {declared.driver}")
         if declared.disks.store != "qcow2":
             self.reporter.warn(
@@ -278,8 +289,8 @@ class Site:
     def _not_yet(self, host: str, what: str) -> Unsupported:
         return Unsupported(
             f"{self.name}: host {host}: {what} is not in this version",
-            remedy="this version drives kvm (uri private, or a libvirt URI of this machine) on qcow2 "
-            "files, zfs or LVM, ssh and fake; the farm file itself is fine",
+            remedy="this version drives kvm (uri private, or a libvirt URI of this machine) and xen "
+            "(xen:///system) on qcow2 files, zfs or LVM, ssh and fake; the farm file itself is fine",
         )
 
     def _ssh_address(self, vm: str) -> str:

@@ -73,6 +73,7 @@ def _spec(name: str, port: int) -> MachineSpec:
 def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
     from hypervisors.kvm import kvm_usable
     from hypervisors.libvirt_driver import LibvirtHypervisor
+    from hypervisors.libvirt_kinds import Qemu
     from hypervisors.private import PrivateLibvirt
     from hypervisors.qcow2 import Qcow2Disks
     from provision.paths import cache_dir
@@ -96,7 +97,7 @@ def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
             firstboot="none",
         ),
     )
-    hypervisor = LibvirtHypervisor(private.uri(), _FARM, disks, runner, kvm=kvm)
+    hypervisor = LibvirtHypervisor(private.uri(), _FARM, disks, runner, kind=Qemu(kvm))
     try:
         yield hypervisor, template, private.uri()
     finally:

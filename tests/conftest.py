@@ -1,5 +1,6 @@
-"""Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, and run only in the lab; there
-the contract suites count as such too, to be held on a real host."""
+"""Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, those marked ``xen`` one with
+Xen, and run only in the lab of that kind. The contract suites count as such there too, to be held on a
+real host: in the Xen lab those of the disk stores, and of hypervisors what is marked."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 IN_LAB = Path("/etc/lab/load").exists()
+IN_XEN_LAB = Path("/etc/lab-kind").exists()
+_STORES = ("tests/contract/test_disks.py", "tests/contract/test_lvm.py")
 # What of the lab's tests ./invoke test runs: real stores, guests and kills, but a few minutes only
 BRIEF = re.compile(
     r"test_disks\.py.*\b(zfs|lvm-thin)\]$|test_a_life\[guests-(zfs|lvm-thin)\]|test_walk\[zfs\]|/test_smoke\.py"
@@ -17,17 +20,22 @@ _left_out: list[str] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if IN_XEN_LAB:
+        for item in items:
+            if item.nodeid.startswith(_STORES):
+                item.add_marker("xen")
+        return
     if IN_LAB:
         for item in items:
-            if "tests/contract/" in item.nodeid:
+            if "tests/contract/" in item.nodeid and not item.get_closest_marker("xen"):
                 item.add_marker("lab")
             if BRIEF.search(item.nodeid):
                 item.add_marker("brief")
         return
-    lab = [item for item in items if item.get_closest_marker("lab")]
+    lab = [item for item in items if any(item.iter_markers("lab")) or any(item.iter_markers("xen"))]
     if lab:
         _left_out.extend(item.nodeid for item in lab)
-        items[:] = [item for item in items if not item.get_closest_marker("lab")]
+        items[:] = [item for item in items if item not in lab]
         config.hook.pytest_deselected(items=lab)
 
 

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 
 import lvm_rig
 import pytest
-from machine_rigs import guest, kvm, private, real, rig
+from machine_rigs import guest, kvm, private, real, rig, xen, xen_on_devices
 from rigs import pytest_terminal_summary, store, zfs_pool
 
-__all__ = ["guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "zfs_pool"]
+__all__ = [
+    "guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "xen",
+    "xen_on_devices", "zfs_pool",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -1,5 +1,5 @@
 """Rigs for the contract of a hypervisor: the fake, and libvirt with real guests over each disk store;
-accelerated where KVM works, as it does in the lab."""
+accelerated where KVM works, as it does in the lab; in the Xen lab PV and PVH guests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import contextlib
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+import xml.etree.ElementTree as ET
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import libvirt
 import pytest
 import small_guest
 from rigs import FARM, IN_THE_LAB, MIB, SIZE, STORES, StoreRig, opened, short_directory, template
@@ -19,12 +23,16 @@ from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner,
 from hypervisors.fake import FakeDisks, FakeHypervisor
 from hypervisors.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt_driver import LibvirtHypervisor
+from hypervisors.libvirt_kinds import Kind, Qemu
+from hypervisors.libxl import Xen
 from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner
 from provision.paths import cache_dir
 
 
 class FakeRig:
+    forwards = True  # of ports of the host
+
     def __init__(self, place: Path) -> None:
         self.place = place
         self.state = place / "world"
@@ -59,8 +67,105 @@ class FakeRig:
         return self.hypervisor().find(name) is not None
 
 
-class LibvirtRig:
-    """Real guests, on whichever store."""
+class Guests:
+    """Real guests under libvirt, on whichever store."""
+
+    forwards = True
+    foreign = ""  # the definition of a machine of somebody else's, without its name
+    console = ""
+
+    def __init__(
+        self, place: Path, store: StoreRig, guest: small_guest.Guest, uri: Callable[[], str], kind: Kind
+    ) -> None:
+        self.place = place
+        self.store = store
+        self.guest = guest
+        self.uri = uri
+        self.kind = kind
+        self.reader: int | None = None
+        self.opened: list[LibvirtHypervisor] = []
+
+    def seal(self) -> None:
+        image = self.place / "image.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+        self.template = self.disks().seal(image, template())
+
+    def disks(self, farm: str = FARM) -> Disks:
+        return self.store.disks(farm, reader_uid=self.reader)
+
+    def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
+        hypervisor = LibvirtHypervisor(
+            self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind
+        )
+        self.opened.append(hypervisor)
+        return hypervisor
+
+    def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
+        cmdline = f"console={self.console} quiet panic=-1 {options}"
+        return replace(
+            _spec(FARM, vm, port, self.place),
+            kernel=self.guest.kernel, initrd=self.guest.initrd,
+            cmdline=cmdline + (f" stamp={stamp}" if stamp else ""),
+        )  # fmt: skip
+
+    def boot(self, vm: str, stamp: str = "") -> str:
+        """Start, wait until it is up; returns what the guest found on its disk before it wrote."""
+        before = self.said(vm)
+        self.hypervisor().start(f"{FARM}-{vm}")
+        text = self.wait_for(vm, "READY", after=before)
+        assert not stamp or f"STAMPED={stamp}" in text
+        return text.partition("FOUND=")[2].split("\n")[0].strip()
+
+    def said(self, vm: str) -> int:
+        """How much of its console log is of earlier starts."""
+        return 0
+
+    def wait_for(self, vm: str, word: str, *, after: int = 0) -> str:
+        hypervisor = self.hypervisor()
+        limit = time.monotonic() + 300
+        text = ""
+        while time.monotonic() < limit:
+            log = hypervisor.console(f"{FARM}-{vm}").log
+            text = log.read_bytes()[after:].decode(errors="replace") if log else ""
+            if word in text:
+                return text
+            time.sleep(0.05)
+        raise AssertionError(f"the guest never said {word}:\n{text}")
+
+    def add_foreign(self, name: str) -> None:
+        connection = libvirt.open(self.uri())
+        connection.defineXML(self.foreign.format(name=name))
+        connection.close()
+
+    def foreign_there(self, name: str) -> bool:
+        connection = libvirt.open(self.uri())
+        try:
+            return name in [d.name() for d in connection.listAllDomains(0)]
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        """All machines of this test, also the foreign ones; but not Xen's own, dom0."""
+        connection = libvirt.open(self.uri())
+        for domain in connection.listAllDomains(0):
+            if domain.ID() == 0:
+                continue
+            with contextlib.suppress(libvirt.libvirtError):  # not running, or it just ended
+                domain.destroy()
+            domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE)
+        connection.close()
+        for hypervisor in self.opened:
+            hypervisor.close()
+
+
+class LibvirtRig(Guests):
+    """Under a private libvirtd, with KVM or without."""
+
+    console = "ttyS0"
+    foreign = (
+        "<domain type='qemu'><name>{name}</name><memory>65536</memory>"
+        "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"
+    )
 
     def __init__(
         self,
@@ -70,81 +175,50 @@ class LibvirtRig:
         guest: small_guest.Guest,
         kvm: KvmVerdict,
     ) -> None:
-        self.place = place
-        self.store = store
+        super().__init__(place, store, guest, private.uri, Qemu(kvm))
         self.private = private
-        self.guest = guest
-        self.kvm = kvm
-        self.opened: list[LibvirtHypervisor] = []
-        image = place / "image.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
-        self.template = self.disks().seal(image, template())
+        self.reader = private.qemu_uid()
+        self.seal()
 
-    def disks(self, farm: str = FARM) -> Disks:
-        return self.store.disks(farm, reader_uid=self.private.qemu_uid())
 
-    def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
-        hypervisor = LibvirtHypervisor(
-            self.private.uri, farm, self.disks(farm), Runner(), step=step, kvm=self.kvm
-        )
-        self.opened.append(hypervisor)
-        return hypervisor
+class XenRig(Guests):
+    """Under Xen's libxl."""
+
+    forwards = False
+    console = "hvc0"
+    foreign = (
+        "<domain type='xen'><name>{name}</name><memory>65536</memory><os><type arch='x86_64' "
+        "machine='xenpv'>linux</type><kernel>/boot/none</kernel></os></domain>"
+    )
+
+    def __init__(
+        self, place: Path, store: StoreRig, guest: small_guest.Guest, guests: Literal["pv", "pvh"]
+    ) -> None:
+        super().__init__(place, store, guest, lambda: "xen:///system", Xen(Runner(), guests))
+        self.seal()
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
-        cmdline = f"console=ttyS0 quiet panic=-1 {options}" + (f" stamp={stamp}" if stamp else "")
-        return replace(
-            _spec(FARM, vm, port, self.place),
-            kernel=self.guest.kernel, initrd=self.guest.initrd, cmdline=cmdline,
-        )  # fmt: skip
+        spec = super().spec(vm, port=port, stamp=stamp, options=options)
+        last = zlib.crc32(vm.encode()).to_bytes(4, "big").hex(":")[3:]
+        nic = Nic(mac=f"00:16:3e:{last}", mode="bridge", target="xenbr0")
+        return spec if port else replace(spec, nic=nic)
 
-    def boot(self, vm: str, stamp: str = "") -> str:
-        hypervisor = self.hypervisor()
-        hypervisor.start(f"{FARM}-{vm}")
-        text = self.wait_for(vm, "READY")
-        assert not stamp or f"STAMPED={stamp}" in text
-        return text.partition("FOUND=")[2].split("\n")[0].strip()
-
-    def wait_for(self, vm: str, word: str) -> str:
-        log = self.place / f"{vm}.log"
-        limit = time.monotonic() + 300
-        while time.monotonic() < limit:
-            text = log.read_text(errors="replace")
-            if word in text:
-                return text
-            time.sleep(0.05)
-        raise AssertionError(f"the guest ({self.kvm.why}) never said {word}:\n{text}")
-
-    def add_foreign(self, name: str) -> None:
-        import libvirt
-
-        connection = libvirt.open(self.private.uri())
-        connection.defineXML(
-            f"<domain type='qemu'><name>{name}</name><memory>65536</memory>"
-            "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"
+    def raw_copy(self, name: str, other: str) -> libvirt.virDomain:
+        """A machine of somebody else's with the same disk, for it was made by copying a definition."""
+        connection = libvirt.open(self.uri())
+        definition = ET.fromstring(
+            connection.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
         )
-        connection.close()
+        definition.find("name").text = other
+        for tag in ("uuid", "metadata"):
+            definition.remove(definition.find(tag))
+        definition.find("devices").remove(definition.find("devices/interface"))
+        return connection.defineXML(ET.tostring(definition, encoding="unicode"))
 
-    def foreign_there(self, name: str) -> bool:
-        import libvirt
-
-        connection = libvirt.open(self.private.uri())
-        try:
-            return name in [d.name() for d in connection.listAllDomains(0)]
-        finally:
-            connection.close()
-
-    def close(self) -> None:
-        """All machines of this test, also the foreign ones."""
-        import libvirt
-
-        connection = libvirt.open(self.private.uri())
-        for domain in connection.listAllDomains(0):
-            with contextlib.suppress(libvirt.libvirtError):  # not running, or it just ended
-                domain.destroy()
-            domain.undefine()
-        connection.close()
-        for hypervisor in self.opened:
-            hypervisor.close()
+    def said(self, vm: str) -> int:
+        """xenconsoled goes on with the log of the last machine of that name."""
+        log = Path(f"/var/log/xen/console/guest-{FARM}-{vm}.log")
+        return log.stat().st_size if log.exists() else 0
 
 
 def _spec(farm: str, vm: str, port: int, place: Path) -> MachineSpec:
@@ -199,16 +273,54 @@ def real(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> 
 
 
 GUESTS = tuple(f"guests-{kind}" for kind in STORES if kind.startswith(IN_THE_LAB))
+XEN = ("pv-lvm-thin", "pv-lvm-linked", "pv-lvm-full", "pv-zfs", "pv-qcow2", "pvh-lvm-thin")
 
 
-@pytest.fixture(params=["fake", "libvirt", *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS)])
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeRig | LibvirtRig]:
+@contextlib.contextmanager
+def xen_machines(kind: str, guest: small_guest.Guest) -> Iterator[XenRig]:
+    """``kind``: one of XEN."""
+    guests, _, store = kind.partition("-")
+    place = short_directory()
+    with opened(store, place) as disks:
+        rig = XenRig(place, disks, guest, "pvh" if guests == "pvh" else "pv")
+        try:
+            yield rig
+        finally:
+            rig.close()
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def xen(guest: small_guest.Guest) -> Iterator[XenRig]:
+    with xen_machines("pv-qcow2", guest) as rig:
+        yield rig
+
+
+@pytest.fixture
+def xen_on_devices(guest: small_guest.Guest) -> Iterator[XenRig]:
+    with xen_machines("pv-lvm-linked", guest) as rig:
+        yield rig
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        "libvirt",
+        *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS),
+        *(pytest.param(x, marks=pytest.mark.xen) for x in XEN),
+    ]
+)
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeRig | Guests]:
     if request.param == "fake":
         yield FakeRig(tmp_path)
         return
     store = request.param.removeprefix("guests-") if request.param in GUESTS else "qcow2"
-    if store.startswith("zfs"):
+    if "zfs" in request.param:
         request.getfixturevalue("zfs_pool")
+    if request.param in XEN:
+        with xen_machines(request.param, request.getfixturevalue("guest")) as xen:
+            yield xen
+        return
     parts = (request.getfixturevalue(name) for name in ("private", "guest", "kvm"))
     with machines(store, *parts) as made:
         yield made

@@ -39,6 +39,13 @@ REAL = {
     "guests-lvm-thin": "real guests on LVM thin volumes",
     "guests-lvm-linked": "real guests on LVM snapshots",
     "guests-lvm-full": "real guests on copied LVM volumes",
+    "pv-lvm-thin": "real Xen PV guests on LVM thin volumes",
+    "pv-lvm-linked": "real Xen PV guests on LVM snapshots",
+    "pv-lvm-full": "real Xen PV guests on copied LVM volumes",
+    "pv-zfs": "real Xen PV guests on ZFS volumes",
+    "pv-qcow2": "real Xen PV guests on qcow2 files",
+    "pvh-lvm-thin": "real Xen PVH guests on LVM thin volumes",
+    "xen": "real Xen",
 }
 
 

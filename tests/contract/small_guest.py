@@ -1,8 +1,10 @@
-"""A small real guest: Debian's cloud kernel with a busybox initramfs, booted directly. Up in 2 s under
-emulation; made once and kept in the cache directory, by the hash of all that goes into it.
+"""A small real guest for KVM and Xen: Debian's cloud kernel with a busybox initramfs, booted directly.
+Up in 2 s under emulation; made once and kept in the cache directory, by the hash of all that goes into
+it.
 
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out. It
-writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds there.
+writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. Under Xen it
+says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 MODULES = (
     "virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci",
     "virtio_blk", "virtio_balloon", "failover", "net_failover", "virtio_net", "button", "evdev",
+    "xen-blkfront", "xen-netfront",
 )  # fmt: skip
 
 INIT = """#!/bin/busybox sh
@@ -31,11 +34,17 @@ option() { sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" /proc/cmdline; }
 for m in MODULES; do
     [ "$m$(option balloon)" = virtio_balloonoff ] || insmod /lib/$m.ko 2>/dev/null
 done
-if [ -b /dev/vda ]; then
-    echo "FOUND=$(dd if=/dev/vda bs=1M skip=8 count=1 2>/dev/null | head -c 16 | tr -d '\\0')"
+disk=/dev/vda
+[ -d /proc/xen ] && disk=/dev/xvda
+for try in 1 2 3 4 5 6 7 8 9 10; do
+    [ -b $disk ] && break
+    sleep 0.2
+done
+if [ -b $disk ]; then
+    echo "FOUND=$(dd if=$disk bs=1M skip=8 count=1 2>/dev/null | head -c 16 | tr -d '\\0')"
     stamp=$(option stamp)
     if [ -n "$stamp" ]; then
-        printf %s "$stamp" | dd of=/dev/vda bs=1M seek=8 conv=notrunc,fsync 2>/dev/null
+        printf %s "$stamp" | dd of=$disk bs=1M seek=8 conv=notrunc,fsync 2>/dev/null
         echo "STAMPED=$stamp"
     fi
 fi
@@ -47,13 +56,36 @@ fi
 mkdir -p /etc/acpi/PWRF /var/log
 printf '#!/bin/sh\\necho POWER BUTTON\\npoweroff -f\\n' > /etc/acpi/PWRF/00000080
 chmod 755 /etc/acpi/PWRF/00000080
-[ "$(option acpi)" = ignore ] || acpid -d >/dev/null 2>&1 &
+if [ "$(option acpi)" != ignore ]; then
+    acpid -d >/dev/null 2>&1 &
+    mkdir -p /sbin  # Xen's kernel asks for a shutdown by running this
+    printf '#!/bin/sh\\necho POWER BUTTON\\npoweroff -f\\n' > /sbin/poweroff
+    chmod 755 /sbin/poweroff
+fi
 case "$(option then)" in
     poweroff) poweroff -f ;;
     crash) echo c > /proc/sysrq-trigger ;;
 esac
+memory() { sed -n "s/^$1: *\\([0-9]*\\) kB/\\1/p" /proc/meminfo; }
+tell() {  # XS_WRITE of Xen's io/xs_wire.h: type, request, transaction, length; then path, 0, value
+    length=$((${#1} + 1 + ${#2}))
+    printf "\\013\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\\\$(printf %o $length)\\0\\0\\0$1\\000$2" >&3
+}
+if [ -c /dev/xen/xenbus ]; then
+    exec 3<>/dev/xen/xenbus
+    (cat <&3 >/dev/null) &
+fi
 echo READY
-while true; do sleep 3600; done
+while true; do
+    [ -c /dev/xen/xenbus ] || sleep 3600
+    if [ "$(option agent)" != off ]; then
+        tell data/meminfo_free "$(memory MemAvailable)"
+        now=$(memory MemTotal)
+        [ "$now" = "$last" ] || echo "MEM=$now"
+        last=$now
+    fi
+    sleep 1
+done
 """
 
 

@@ -17,6 +17,7 @@ from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
 from hypervisors.kvm import kvm_usable, try_boot
 from hypervisors.libvirt_driver import LibvirtHypervisor
+from hypervisors.libvirt_kinds import Qemu
 from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner, which
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
@@ -72,7 +73,7 @@ def test_a_daemon_that_dies_between_the_look_and_the_call(real, tmp_path):
     answers = iter([f"qemu+unix:///system?socket={tmp_path}/gone"])
     hypervisor = LibvirtHypervisor(
         lambda: next(answers, None) or real.private.uri(),
-        "kata", real.disks(), Runner(), kvm=kvm_usable(Runner(), tmp_path),
+        "kata", real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path)),
     )  # fmt: skip
     assert hypervisor.find(NAME)
     hypervisor.close()
@@ -135,7 +136,9 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
 
 def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
     where = f"qemu+unix:///system?socket={tmp_path}/none"
-    lost = LibvirtHypervisor(where, "kata", real.disks(), Runner(), kvm=kvm_usable(Runner(), tmp_path))
+    lost = LibvirtHypervisor(
+        where, "kata", real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path))
+    )
     with pytest.raises(DriverFailed) as caught:
         lost.list()
     assert caught.value.remedy and "\n" not in str(caught.value)

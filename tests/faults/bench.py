@@ -135,7 +135,7 @@ class Bench:
             f"  {vm}: {{host: {host}, template: base, memory: 64M{size}}}" for vm, host in turns
         )
         hosts = "\n".join(f"  {host}: {{{place.host}}}" for host in place.hosts)
-        text = FARM.format(hosts=hosts, vms=lines, more=more)
+        text = FARM.format(hosts=hosts, vms=lines, more=f"{place.more}\n{more}")
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []
@@ -224,8 +224,7 @@ class Bench:
     def shape(self) -> dict[str, list[str]]:
         """All objects and files of the farm's, by VM; found without any of our code but names."""
         found = [*self.place.everything(), *self._files()]
-        if self.place.real_qemu:
-            found += [f"qemu {line}" for line in _running(self.file.parent)]
+        found += [f"runs {name}" for name in self.place.running(self.file.parent)]
         parts: dict[str, list[str]] = {vm: [] for vm in (*self.vms, "")}
         for line in sorted(found):
             vm = next((vm for vm in self.vms if re.search(rf"\b{vm}\b", line)), "")
@@ -325,17 +324,4 @@ class Bench:
 
 def _whole(lines: list[str]) -> list[str]:
     """Of a VM: a machine that is all there may run or not, one that is gone does not run."""
-    return [line for line in lines if not line.startswith("qemu ")] or lines
-
-
-def _running(directory: Path) -> list[str]:
-    """Machines of the bench in that directory that QEMU runs, by its own command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = process.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"qemu-system" in words[0] and any(os.fsencode(directory) in word for word in words):
-            found += re.findall(r"guest=(kill-\w+)", " ".join(w.decode() for w in words))
-    return found
+    return [line for line in lines if not line.startswith("runs ")] or lines

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from places import FakePlace, LvmPlace, Machines, Place, Qcow2Place, TwoFakes, ZfsPlace
+from places import (
+    FakePlace,
+    LvmPlace,
+    Machines,
+    Place,
+    Qcow2Place,
+    TwoFakes,
+    XenMachines,
+    ZfsPlace,
+)
 
 from provision import farm
 from tests.contract import lvm_rig, zfs_rig
@@ -42,7 +51,7 @@ _numbers = itertools.count(1)
 
 def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
     """``kind`` is its label."""
-    store = kind.removeprefix("kvm+")
+    store = kind.removeprefix("kvm+").removeprefix("xen+")
     if store == "zfs":
         place: Place = ZfsPlace(request.getfixturevalue("pool"), next(_numbers))
     elif store.startswith("lvm-"):
@@ -50,6 +59,8 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
         place = LvmPlace(rig.vg, rig.pool, store)
     else:
         return {"fake": FakePlace, "two fakes": TwoFakes, "kvm": Qcow2Place}[store]()
+    if kind.startswith("xen+"):
+        return XenMachines(place)
     return Machines(place) if kind.startswith("kvm+") else place
 
 
@@ -58,12 +69,17 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
     "fake": (None, 8), "two fakes": (None, 8), "kvm": (None, 2), "zfs": (5, 5), "lvm-thin": (2, 2),
     "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
+    "xen+lvm-thin": (1, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
-lab = pytest.mark.lab
+lab, xen = pytest.mark.lab, pytest.mark.xen
 HERE = ("fake", "kvm")
 STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
+
+
+def of_lab(label: str) -> pytest.MarkDecorator:
+    return xen if label.startswith("xen+") else lab
 
 
 @contextmanager
@@ -97,7 +113,11 @@ def bench_on(place: Place, cache: Path, **options: Any) -> Iterator[Bench]:
 STORES_HERE = [
     *HERE,
     # a kill with all that goes with it takes half a minute there: see test_walk
-    *(pytest.param(label, marks=lab) for label in LABELS if MANY and label not in (*HERE, "two fakes")),
+    *(
+        pytest.param(label, marks=of_lab(label))
+        for label in LABELS
+        if MANY and label not in (*HERE, "two fakes")
+    ),
 ]
 on_two_as_well = pytest.mark.parametrize("bench", [*STORES_HERE, "two fakes"], indirect=True)
 

@@ -52,9 +52,9 @@ class Place:
 
     label = ""
     host = ""
+    more = ""  # lines of the farm file
     hosts: tuple[str, ...] = ("here",)
     still = False
-    real_qemu = False
 
     def open(self) -> None:
         """Before anything of the tests' is made."""
@@ -95,6 +95,10 @@ class Place:
         """Every object of the store's, by bare tools; numbers and random parts of names left out."""
         return []
 
+    def running(self, directory: Path) -> list[str]:
+        """Machines of the bench in that directory that really run, by bare tools."""
+        return []
+
 
 class FakePlace(Place):
     label = "fake"
@@ -121,7 +125,9 @@ class TwoFakes(FakePlace):
 class Qcow2Place(Place):
     label = "kvm"
     host = "driver: kvm"
-    real_qemu = True
+
+    def running(self, directory: Path) -> list[str]:
+        return _of_qemu(directory)
 
     def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
         spots = [f"write -q -P {ord(letter)} {spot} {SPOT}" for spot in SPOTS]
@@ -229,7 +235,6 @@ class Machines(Place):
     """The same store with real machines: the farm's own libvirtd and QEMU."""
 
     still = False
-    real_qemu = True
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -241,3 +246,41 @@ class Machines(Place):
         self.everything = place.everything  # type: ignore[method-assign]
         self.open = place.open  # type: ignore[method-assign]
         self.close = place.close  # type: ignore[method-assign]
+
+    def running(self, directory: Path) -> list[str]:
+        return _of_qemu(directory)
+
+
+class XenMachines(Machines):
+    """The same with Xen: PV guests, in which GRUB finds nothing to boot, and waits."""
+
+    more = "network: {mode: bridge, bridge: xenbr0, subnet: 10.10.60.0/24, gateway: 10.10.60.1}"
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.label = f"xen+{place.label}"
+        xen = "driver: xen, uri: 'xen:///system'"
+        self.host = place.host.replace("driver: kvm, uri: 'qemu:///system'", xen)
+        self.everything = self._everything  # type: ignore[method-assign]
+
+    def _everything(self) -> list[str]:
+        """With libvirt's definitions, which are outside of the farm's state."""
+        names = run("virsh", "-c", "xen:///system", "list", "--all", "--name").split()
+        return [*self._place.everything(), *(f"definition {n}" for n in names if n.startswith("kill-"))]
+
+    def running(self, directory: Path) -> list[str]:
+        names = [line.split()[0] for line in run("xl", "list").splitlines()]
+        return [name for name in names if name.startswith("kill-")]
+
+
+def _of_qemu(directory: Path) -> list[str]:
+    """What QEMU runs, by its own command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"qemu-system" in words[0] and any(os.fsencode(directory) in word for word in words):
+            found += re.findall(r"guest=(kill-\w+)", " ".join(w.decode() for w in words))
+    return found

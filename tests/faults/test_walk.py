@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from benches import AT_RANDOM, HERE, STORES, bench_on, lab, make_place
+from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
 from provision import farm
@@ -29,7 +29,7 @@ from provision.work import is_on, look
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 ROUNDS = {
     "fake": 25, "kvm": 5, "zfs": 40, "lvm-thin": 12, "lvm-linked": 8, "lvm-full": 8, "kvm+zfs": 6,
-    "kvm+lvm-thin": 4,
+    "kvm+lvm-thin": 4, "xen+lvm-thin": 3,
 }  # fmt: skip
 
 
@@ -215,7 +215,10 @@ def _shown(draw: Draw) -> str:
 @pytest.fixture(
     params=[
         *(HERE if AT_RANDOM else ()),
-        *(pytest.param(label, marks=lab) for label in (*STORES, "kvm+zfs", "kvm+lvm-thin")),
+        *(
+            pytest.param(label, marks=of_lab(label))
+            for label in (*STORES, "kvm+zfs", "kvm+lvm-thin", "xen+lvm-thin")
+        ),
     ]
 )
 def walk(request: pytest.FixtureRequest, cache: Path) -> Iterator[Walk]:

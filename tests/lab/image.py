@@ -1,4 +1,4 @@
-"""The lab's image, made once from recipe.yaml and files/, kept in the cache directory.
+"""A lab's image, made once from its kind's recipe and files, kept in the cache directory.
 
     CACHE/lab/zfs-KERNEL-VERSION/     the kernel and its modules, with ZFS among them (5 minutes)
     CACHE/lab/image-HASH/             root file system, kernel, initrd, keys (a minute and a half)
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -25,14 +25,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hypervisors.debian import apt_settings, remove_build, write_sources
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, Unsupported
 from provision.paths import cache_dir
+from tests.lab.kinds import HERE, KVM, Kind, bases
 
-HERE = Path(__file__).resolve().parent
-FILES = HERE / "files"
 _ROOM = 8 * 2**30  # two chroots, their archives, the image: 6.1 GB with the recipe as it is
 _OLD = 30 * 86400.0  # seconds: an image that nobody booted for so long is removed
 _TOOLS = {
@@ -48,7 +48,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """recipe.yaml, as it stands there."""
+    """A recipe, as it stands there; one with a base has the base's lists before its own. ``without``:
+    packages of the base that are left out. ``customize``: of the kind's files, the one that is run with
+    the root directory when the packages are in."""
 
     suite: str
     components: str
@@ -58,6 +60,8 @@ class Recipe:
     modules: tuple[str, ...]
     initrd: tuple[str, ...]
     load: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    customize: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +73,6 @@ class Image:
     @property
     def disk(self) -> Path:
         return self.directory / "lab.img"
-
-    @property
-    def kernel(self) -> Path:
-        return self.directory / "vmlinuz"
-
-    @property
-    def initrd(self) -> Path:
-        return self.directory / "initrd"
 
     @property
     def key(self) -> Path:
@@ -91,38 +87,41 @@ class Image:
         return self.directory.name.removeprefix("image-")
 
 
-def load_recipe() -> Recipe:
+def load_recipe(kind: Kind = KVM) -> Recipe:
+    recipe = HERE / kind.recipe
+    data: dict[str, Any] = {}
+    for path in (*bases(recipe), recipe):
+        for key, value in _read(path).items():
+            data[key] = (*data.get(key, ()), *value) if isinstance(value, list) else value
+    data.pop("base", None)
+    data["packages"] = tuple(p for p in data["packages"] if p not in data.get("without", ()))
+    return Recipe(**data)
+
+
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
-    with (HERE / "recipe.yaml").open(encoding="utf-8") as file:
-        data = yaml.load(file, yaml.CBaseLoader)
-    lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
-    return Recipe(**{**data, **lists})
-
-
-def recipe_digest() -> str:
-    digest = hashlib.sha256()
-    for path in (HERE / "recipe.yaml", *sorted(FILES.iterdir())):
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    with path.open(encoding="utf-8") as file:
+        found: dict[str, Any] = yaml.load(file, yaml.CBaseLoader)
+    return found
 
 
 def place() -> Path:
     return cache_dir() / "lab"
 
 
-def find() -> Image | None:
+def find(kind: Kind = KVM) -> Image | None:
     """The image of the recipe as it is now, if it was built."""
-    image = Image(place() / f"image-{recipe_digest()}")
+    image = Image(place() / f"image-{kind.digest()}")
     return image if image.directory.is_dir() else None
 
 
-def ensure(runner: Runner, say: Say) -> Image:
+def ensure(runner: Runner, say: Say, kind: Kind = KVM) -> Image:
     """The image, built where there is none (about 6 minutes; 1.5 with the modules at hand). A second
     builder waits for the first.
 
     NoSpace, Unsupported (a tool is missing), CommandFailed naming the log."""
-    if image := find():
+    if image := find(kind):
         image.directory.touch()  # used now: see _OLD
         return image
     for tool, package in _TOOLS.items():
@@ -132,7 +131,7 @@ def ensure(runner: Runner, say: Say) -> Image:
     cache.mkdir(parents=True, exist_ok=True)
     waiting = "another build of the lab's image is under way: waiting"
     with locked(cache / "build.lock", lambda: say(waiting)):
-        if image := find():
+        if image := find(kind):
             return image
         _sweep(runner, cache)
         free = shutil.disk_usage(cache).free
@@ -141,28 +140,28 @@ def ensure(runner: Runner, say: Say) -> Image:
                 f"building the lab takes {_ROOM >> 30} GiB in {cache}, {free / 2**30:.1f} are free",
                 remedy=f"make room on the file system of {cache}, or set FARMHAND_CACHE_DIR",
             )
-        return _build(runner, load_recipe(), cache, say)
+        return _build(runner, kind, cache, say)
 
 
-def _build(runner: Runner, recipe: Recipe, cache: Path, say: Say) -> Image:
-    digest = recipe_digest()
+def _build(runner: Runner, kind: Kind, cache: Path, say: Say) -> Image:
+    recipe, digest = load_recipe(kind), kind.digest()
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
     work.chmod(0o755)
     try:
-        boot = _Bootstrap(runner, recipe, work)
+        boot = _Bootstrap(runner, recipe, work, _gather(kind, work))
         kernel, zfs = boot.versions(cache / "versions.log")
         modules = cache / f"zfs-{zfs}-{kernel}"
-        say(f"building the lab's image: Debian {recipe.suite}, kernel {kernel}, ZFS {zfs}")
+        say(f"building the {kind.title} lab's image: Debian {recipe.suite}, kernel {kernel}, ZFS {zfs}")
         jobs: dict[str, Callable[[], None]] = {
-            "root file system": lambda: boot.root(work / "root.tar", cache / "root.log")
+            "root file system": lambda: boot.root(work / "root.tar", cache / "root.log", kind)
         }
         if not modules.is_dir():
             say("the ZFS module is compiled for this kernel: about 5 minutes, once")
             jobs["ZFS module"] = lambda: boot.modules(kernel, modules, cache / "zfs.log")
         _side_by_side(jobs, say)
         say("putting the image together")
-        _compose(runner, recipe, work, modules, kernel)
+        _compose(runner, recipe, kind, work, modules, kernel)
         made = {"suite": recipe.suite, "kernel": kernel, "zfs": zfs, "recipe": digest}
         (work / "made.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         image = Image(cache / f"image-{digest}")
@@ -184,8 +183,8 @@ def _build(runner: Runner, recipe: Recipe, cache: Path, say: Say) -> Image:
 class _Bootstrap:
     """mmdebstrap for this recipe, with this machine's own package sources and settings for apt."""
 
-    def __init__(self, runner: Runner, recipe: Recipe, work: Path) -> None:
-        self._runner, self._recipe, self._work = runner, recipe, work
+    def __init__(self, runner: Runner, recipe: Recipe, work: Path, files: Path) -> None:
+        self._runner, self._recipe, self._work, self._files = runner, recipe, work, files
         self._root = os.geteuid() == 0
         self._argv: list[str | Path] = [
             # ended with us, though we be killed: it runs in a session of its own
@@ -215,10 +214,18 @@ class _Bootstrap:
             raise CommandFailed(f"the package sources have no kernel or no zfs-dkms: see {log}")
         return kernel[1], zfs[1].replace(":", "-")
 
-    def root(self, out: Path, log: Path) -> None:
+    def root(self, out: Path, log: Path, kind: Kind) -> None:
         log.unlink(missing_ok=True)
+        hooks = []
+        if script := self._recipe.customize:
+            hooks.append(f'--customize-hook={self._files / script} "$1" {self._files / "host"}')
+        if kind.hypervisor:
+            hooks.append(f"--customize-hook=download /boot/xen {self._files}/xen")
+            self._files.chmod(0o777)
         packages = f"--include={','.join(self._recipe.packages)}"
-        self._run(log, "essential", "--format=tar", packages, target=out)
+        self._run(log, "essential", "--format=tar", packages, *hooks, target=out)
+        if kind.hypervisor:
+            (self._files / "xen").rename(self._work / "xen")
 
     def modules(self, kernel: str, out: Path, log: Path) -> None:
         """Build ZFS against the kernel, in a chroot; keep the modules as a tar, and the kernel."""
@@ -268,7 +275,19 @@ class _Bootstrap:
                 remove_build(self._runner, scratch)
 
 
-def _compose(runner: Runner, recipe: Recipe, work: Path, modules: Path, kernel: str) -> None:
+def _gather(kind: Kind, work: Path) -> Path:
+    """The kind's files in one directory, which the hooks of another user's namespace can read."""
+    out = work / "files"
+    out.mkdir()
+    out.chmod(0o755)
+    for path in kind.sources()[1:]:
+        if path.suffix != ".yaml":
+            shutil.copy(path, out / path.name)
+    shutil.copytree(HERE / kind.files[0], out / "host")  # also those that the kind's own replace
+    return out
+
+
+def _compose(runner: Runner, recipe: Recipe, kind: Kind, work: Path, modules: Path, kernel: str) -> None:
     lists = {"load": recipe.load, "modules": recipe.modules, "initrd-modules": recipe.initrd}
     for name, values in lists.items():
         (work / name).write_text("".join(f"{value}\n" for value in values), encoding="utf-8")
@@ -279,17 +298,28 @@ def _compose(runner: Runner, recipe: Recipe, work: Path, modules: Path, kernel: 
     (work / "known_hosts").write_text(f"farmhand-lab {public}", encoding="utf-8")
     shutil.copy(modules / "modules.tar", work / "modules.tar")
     shutil.copy(modules / "vmlinuz", work / "vmlinuz")
+    if kind.hypervisor:
+        (work / "vmlinux").write_bytes(_unpacked((work / "vmlinuz").read_bytes()))
     mebibytes = (work / "root.tar").stat().st_size // 2**20 + int(recipe.spare)
     log = place() / "image.log"
     log.unlink(missing_ok=True)
     fakeroot = () if os.geteuid() == 0 else ("fakeroot", "--")
     runner.change(
-        *fakeroot, "sh", "-eu", FILES / "make-image.sh", FILES, work, kernel, str(mebibytes), log=log
-    )
+        *fakeroot, "sh", "-eu", work / "files" / "make-image.sh", work / "files", work, kernel,
+        str(mebibytes), log=log,
+    )  # fmt: skip
     for name in ("load", "modules", "initrd-modules", "hostkey", "hostkey.pub", "apt.conf"):
         (work / name).unlink(missing_ok=True)
+    shutil.rmtree(work / "files")
     for path in work.glob("host.*"):
         path.unlink()
+
+
+def _unpacked(kernel: bytes) -> bytes:
+    """The ELF file inside a bzImage that is compressed with xz, as Debian's are (the kernel's own
+    scripts/extract-vmlinux looks for the same magic)."""
+    at = kernel.index(b"\xfd7zXZ\0")
+    return lzma.LZMADecompressor().decompress(kernel[at:])
 
 
 def _side_by_side(jobs: dict[str, Callable[[], None]], say: Say) -> None:

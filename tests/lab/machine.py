@@ -38,6 +38,7 @@ from provision.processes import Process
 from tests.lab import image as images
 from tests.lab import parcel, qemu
 from tests.lab.image import Image, Say
+from tests.lab.kinds import KINDS, KVM, Kind
 
 _COLD_LIMIT = 300.0  # seconds; 13 on an idle machine with two cores and without KVM
 _WARM_LIMIT = 60.0  # 2 there
@@ -57,6 +58,7 @@ class Facts:
     owner: Process | None
     engine: str
     size: qemu.Size = qemu.USUAL
+    kind: str = KVM.name
 
     @classmethod
     def read(cls, path: Path) -> Facts | None:
@@ -103,6 +105,10 @@ class Machine:
         return False
 
     @property
+    def kind(self) -> Kind:
+        return KINDS[self.facts.kind]
+
+    @property
     def image(self) -> Image:
         return Image(images.place() / f"image-{self.facts.image}")
 
@@ -112,12 +118,15 @@ class Machine:
 
     # -- start and end ------------------------------------------------------------------------------
 
-    def start(self, *, warm: bool = True, temporary: bool = False, size: qemu.Size = qemu.USUAL) -> None:
+    def start(
+        self, kind: Kind = KVM, *, warm: bool = True, temporary: bool = False,
+        size: qemu.Size = qemu.USUAL,
+    ) -> None:  # fmt: skip
         """Boot with clean disks, and wait until it answers: from the saved state (made now if there is
         none), else, and where it is to have another ``size``, from cold. Busy where a lab of this name
         runs."""
-        image = images.ensure(self.runner, self.say)
-        engine = qemu.engine(self.runner)
+        image = images.ensure(self.runner, self.say, kind)
+        engine = qemu.engine(self.runner, kind)
         packages = parcel.packages()
         with self._lock():
             self._facts = None
@@ -127,14 +136,14 @@ class Machine:
                 )
             owner = Process.this() if temporary else None
             warm = warm and size == qemu.USUAL
-            if warm and (saved := self._saved_state(image, engine, packages)):
+            if warm and (saved := self._saved_state(image, kind, engine, packages)):
                 try:
-                    self._boot(image, engine, saved=saved, owner=owner)
+                    self._boot(image, kind, engine, saved=saved, owner=owner)
                     return
                 except (TimedOut, CommandFailed) as error:
                     self.say(f"{self.name}: the saved state did not come up, booting from cold: {error}")
                     self._end()
-            self._boot(image, engine, saved=None, owner=owner, size=size)
+            self._boot(image, kind, engine, saved=None, owner=owner, size=size)
             self.deliver(packages)
 
     def boot_again(self) -> None:
@@ -143,8 +152,8 @@ class Machine:
         if self.running():
             raise Busy(f"the lab {self.name} is running", remedy="pull the plug first")
         with self._lock():
-            engine = qemu.engine(self.runner)
-            self._run(self.image, engine, None, old.owner, old.size)
+            engine = qemu.engine(self.runner, self.kind)
+            self._run(self.image, self.kind, engine, None, old.owner, old.size)
             self._wait()
 
     def pull_the_plug(self) -> None:
@@ -224,8 +233,8 @@ class Machine:
             yield
 
     def _boot(
-        self, image: Image, engine: qemu.Engine, *, saved: Path | None, owner: Process | None,
-        size: qemu.Size = qemu.USUAL,
+        self, image: Image, kind: Kind, engine: qemu.Engine, *, saved: Path | None,
+        owner: Process | None, size: qemu.Size = qemu.USUAL,
     ) -> None:  # fmt: skip
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True, mode=0o700)
@@ -235,12 +244,13 @@ class Machine:
         else:
             qemu.make_overlay(self.runner, image.disk, "raw", run)
         qemu.make_spare_disks(self.directory, size.disk)
-        self._run(image, engine, saved, owner, size)
+        self._run(image, kind, engine, saved, owner, size)
         self._wait()
 
     def _run(
         self,
         image: Image,
+        kind: Kind,
         engine: qemu.Engine,
         saved: Path | None,
         owner: Process | None,
@@ -249,10 +259,12 @@ class Machine:
         self._boots = self._boots_ended()
         process, port = qemu.start(
             self.runner, engine, image, self.directory, self.monitor, self.name,
-            size=size, saved=saved / "memory" if saved else None,
+            kind=kind, size=size, saved=saved / "memory" if saved else None,
         )  # fmt: skip
         warm = saved is not None
-        self._facts = Facts(self.name, process, port, image.digest, warm, owner, engine.why, size)
+        self._facts = Facts(
+            self.name, process, port, image.digest, warm, owner, engine.why, size, kind.name
+        )
         note = self.directory / ".lab.json"
         note.write_text(json.dumps(asdict(self._facts), indent=2) + "\n", encoding="utf-8")
         note.replace(self.directory / "lab.json")
@@ -307,10 +319,15 @@ class Machine:
         self.monitor.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _saved_state(self, image: Image, engine: qemu.Engine, packages: parcel.Parcel) -> Path | None:
+    def _saved_state(
+        self, image: Image, kind: Kind, engine: qemu.Engine, packages: parcel.Parcel
+    ) -> Path | None:
         """The state to start from, made where there is none (a cold boot and a few seconds). None where
         it can't be made: a cold boot works all the same."""
-        facts = (image.digest, image.disk.stat().st_mtime_ns, engine.digest(), packages.digest)
+        made = image.disk.stat().st_mtime_ns
+        facts: tuple[object, ...] = (image.digest, made, engine.digest(), packages.digest)
+        if kind.hypervisor:  # what its hypervisor is told is in no recipe
+            facts = (*facts, repr(kind.boot(Path(), engine.kernel_words)))
         place = images.place()
         saved = place / f"start-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
         if saved.is_dir():
@@ -322,12 +339,12 @@ class Machine:
                 return saved
             for old in place.glob(".start-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            self.say(f"booting a lab from cold once, to save its state ({engine.why})")
+            self.say(f"booting a {kind.title} lab from cold once, to save its state ({engine.why})")
             work = Path(tempfile.mkdtemp(prefix=".start-", dir=place))
             maker = Machine(f"start-{os.getpid()}", self.runner, self.say)
             maker.directory = work
             try:
-                maker._boot(image, engine, saved=None, owner=Process.this())
+                maker._boot(image, kind, engine, saved=None, owner=Process.this())
                 maker.deliver(packages)
                 # Without the ZFS modules: spl's random numbers are its own from when it is loaded, and
                 # all pools of all labs would have one guid. modprobe -r leaves out what another of them

@@ -21,14 +21,11 @@ from inventory.errors import CommandFailed, TimedOut, Unsupported
 from provision.paths import cache_dir
 from provision.processes import Process
 from tests.lab.image import Image
+from tests.lab.kinds import KVM, Kind
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
 _MACHINE = "farmhand-lab-"
 EMULATED = "emulated"
-# Emulation is slow at string instructions byte by byte, at reading a timer chip for the time, and at
-# zeroing each page twice: together a quarter of an lvs(8).
-_EMULATED_CPU = "max,erms=off"
-_EMULATED_KERNEL = " tsc=reliable init_on_alloc=0 clearcpuid=erms,rep_good"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +46,7 @@ class Engine:
     cpu: str
     cpus: int
     why: str  # one line for people
-
-    @property
-    def kernel_words(self) -> str:
-        """For the kernel's command line."""
-        return _EMULATED_KERNEL if self.cpu == _EMULATED_CPU else ""
+    kernel_words: str = ""  # for the kernel's command line
 
     def digest(self) -> str:
         """What a saved memory depends on, beside what is in it."""
@@ -65,7 +58,7 @@ class Engine:
 USUAL = Size()
 
 
-def engine(runner: Runner) -> Engine:
+def engine(runner: Runner, kind: Kind = KVM) -> Engine:
     """KVM where a guest really runs under it and can have guests of its own; else emulation, which
     offers AMD's SVM whatever this CPU is. Unsupported without QEMU."""
     program = which("qemu-system-x86_64")
@@ -82,9 +75,9 @@ def engine(runner: Runner) -> Engine:
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
-    return Engine(
-        program, version, ("tcg,thread=multi,tb-size=512",), _EMULATED_CPU, cpus, f"{EMULATED}: {why}"
-    )
+    accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
+    words = kind.emulated_kernel
+    return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
 
 
 def _nested() -> bool:
@@ -114,7 +107,7 @@ def make_spare_disks(directory: Path, size: int) -> None:
 
 def start(
     runner: Runner, engine: Engine, image: Image, directory: Path, monitor: Path, name: str,
-    *, size: Size = USUAL, saved: Path | None = None,
+    *, kind: Kind = KVM, size: Size = USUAL, saved: Path | None = None,
 ) -> tuple[Process, int]:  # fmt: skip
     """Start it over the disks in ``directory``; returns the process and the port of its ssh.
     ``saved``: the memory of a saved state to go on from. It outlives us. CommandFailed with QEMU's
@@ -129,14 +122,13 @@ def start(
             engine.program, "-name", f"{_MACHINE}{name}", "-nodefaults", "-no-user-config", "-no-reboot",
             "-display", "none", "-machine", "pc", "-accel", *engine.accelerator, "-cpu", engine.cpu,
             "-smp", str(engine.cpus), "-m", str(size.memory // 2**20),
-            "-kernel", image.kernel, "-initrd", image.initrd,
-            "-append", f"console=ttyS0 loglevel=4 mitigations=off panic=-1{engine.kernel_words}",
+            *kind.boot(image.directory, engine.kernel_words),
         ]  # fmt: skip
         disks = [("run.qcow2", "qcow2"), *((f"{name}.raw", "raw") for name in SPARE_DISKS)]
-        for file, kind in disks:
+        for file, form in disks:
             path = str(directory / file).replace(",", ",,")
             options = (
-                f"file={path},format={kind},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
+                f"file={path},format={form},if=virtio,cache=unsafe,discard=unmap,detect-zeroes=unmap"
             )
             argv += ["-drive", options]
         argv += [

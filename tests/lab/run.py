@@ -28,6 +28,7 @@ from provision.paths import state_dir
 from tests.lab import machine as machines
 from tests.lab import qemu
 from tests.lab.image import Say
+from tests.lab.kinds import KVM, Kind
 from tests.lab.machine import Machine
 from tests.lab.parcel import CHECKOUT
 
@@ -49,6 +50,7 @@ class Report:
     closing: str
     results: Path
     seconds: float
+    kind: str
 
     @property
     def ok(self) -> bool:
@@ -56,7 +58,7 @@ class Report:
 
     def as_dict(self) -> Mapping[str, object]:
         return {
-            "lab": self.name, "status": self.status, "closing": self.closing,
+            "lab": self.name, "kind": self.kind, "status": self.status, "closing": self.closing,
             "results": str(self.results), "seconds": round(self.seconds, 1),
         }  # fmt: skip
 
@@ -76,20 +78,22 @@ def run_tests(
     say: Say,
     *,
     name: str = "",
+    kind: Kind = KVM,
     warm: bool = True,
     choice: Choice,
     limit: float = LIMIT * 60,
     show: Callable[[bytes], None],
 ) -> Report:
-    """Run the tests marked ``lab``, and the contract suites, in the running lab ``name``, or, without a
-    name, in a lab of their own, ended afterwards. ``show`` gets pytest's output as it is made.
+    """Run the tests marked for the kind of lab, and the contract suites, in the running lab ``name``,
+    or, without a name, in a lab of their own, ended afterwards. ``show`` gets pytest's output as it is
+    made.
 
     A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back. Nested
     guests can crash an emulated lab's kernel (see docs/lab.md): where that ended the tests, they run
     again, all of them and once, in a new lab; a failed test never does."""
     for again in (True, False):
         try:
-            return _run_tests(runner, say, name, warm, choice, limit, show)
+            return _run_tests(runner, say, name, kind, warm, choice, limit, show)
         except _KernelDied as died:
             if name or not again:
                 raise
@@ -102,15 +106,15 @@ class _KernelDied(FarmhandError):
 
 
 def _run_tests(
-    runner: Runner, say: Say, name: str, warm: bool, choice: Choice, limit: float,
+    runner: Runner, say: Say, name: str, kind: Kind, warm: bool, choice: Choice, limit: float,
     show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
-    with _lab(runner, say, name, warm=warm) as machine:
+    with _lab(runner, say, name, kind, warm=warm) as machine:
         results = _results_directory(machine.name)
         log = results / "pytest.log"
         try:
-            status = _stream(machine.ssh_argv(_script(choice)), log, show, limit)
+            status = _stream(machine.ssh_argv(_script(machine.kind, choice)), log, show, limit)
             if status == 255:
                 _look_for_a_crash(machine, results)
         except TimedOut:
@@ -124,12 +128,12 @@ def _run_tests(
         raise FarmhandError(
             f"the lab {machine.name} went away under the tests", remedy=f"see {results}/console.log"
         )
-    return Report(machine.name, status, _plain(closing), results, time.monotonic() - started)
+    return Report(machine.name, status, _plain(closing), results, time.monotonic() - started, kind.name)
 
 
 def run_bench(runner: Runner, say: Say, *, name: str, rounds: int) -> Mapping[str, Any]:
     """What tests/bench_stores.py found in the running lab ``name``, or in a lab of its own."""
-    with _lab(runner, say, name, warm=True) as machine:
+    with _lab(runner, say, name, KVM, warm=True) as machine:
         say("measuring ZFS and LVM, beside the bare commands: about 20 minutes under emulation")
         script = f"cd /{CHECKOUT} && exec /opt/venv/bin/python -m tests.bench_stores --rounds {rounds}"
         log = _results_directory(machine.name) / "bench.log"
@@ -148,13 +152,13 @@ def run_bench(runner: Runner, say: Say, *, name: str, rounds: int) -> Mapping[st
 
 
 @contextlib.contextmanager
-def _lab(runner: Runner, say: Say, name: str, *, warm: bool) -> Iterator[Machine]:
+def _lab(runner: Runner, say: Say, name: str, kind: Kind, *, warm: bool) -> Iterator[Machine]:
     """The running lab ``name``, or one that is ended afterwards; with the working tree as it is now."""
     started = time.monotonic()
     machines.sweep(runner, say)
-    machine = Machine(name or f"test-{os.getpid()}", runner, say)
+    machine = Machine(name or f"test-{kind.name}-{os.getpid()}", runner, say)
     if not name:
-        machine.start(warm=warm, temporary=True)
+        machine.start(kind, warm=warm, temporary=True)
         seconds = time.monotonic() - started
         how = "from its saved state" if machine.facts.warm else "from cold"
         say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
@@ -166,8 +170,8 @@ def _lab(runner: Runner, say: Say, name: str, *, warm: bool) -> Iterator[Machine
             machine.remove()
 
 
-def _script(choice: Choice) -> str:
-    marks = "lab and brief" if choice.brief else "lab"
+def _script(kind: Kind, choice: Choice) -> str:
+    marks = f"{kind.marker} and brief" if choice.brief else kind.marker
     pytest = [
         "/opt/venv/bin/python", "-P", "-m", "pytest", *(choice.only or ["tests"]), "-m", marks,
         f"--junit-xml={_OUT}/junit.xml", "--basetemp=/var/tmp/tests", "-o", "cache_dir=/var/tmp/pytest",

@@ -1,5 +1,5 @@
-"""The lab is what it is said to be: a host on which ZFS, LVM, KVM and libvirt really work. Each test
-takes spare disks, and gives them back empty."""
+"""The labs are what they are said to be: hosts on which ZFS, LVM, KVM and libvirt really work (Xen:
+test_smoke_xen.py). Each test takes spare disks, and gives them back empty."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypervisors.kvm import kvm_usable
 from hypervisors.run import Runner
 
 pytestmark = pytest.mark.lab
+in_both = pytest.mark.xen
 
 SPARE = ("/dev/vdb", "/dev/vdc", "/dev/vdd")
 
@@ -53,6 +54,7 @@ def group() -> Iterator[str]:
     run("pvremove", "-qq", "-y", SPARE[1])
 
 
+@in_both
 def test_zfs_clones_a_volume_and_goes_back(pool: str) -> None:
     run("zfs", "create", "-V", "64M", f"{pool}/golden")
     golden = wait_for(f"/dev/zvol/{pool}/golden")
@@ -66,6 +68,7 @@ def test_zfs_clones_a_volume_and_goes_back(pool: str) -> None:
     assert written.isdigit()
 
 
+@in_both
 def test_pyzfs_snapshots_two_datasets_at_one_txg(pool: str) -> None:
     import libzfs_core
 
@@ -78,6 +81,7 @@ def test_pyzfs_snapshots_two_datasets_at_one_txg(pool: str) -> None:
     assert len(set(txgs.split())) == 1
 
 
+@in_both
 def test_lvm_makes_thin_snapshots(group: str) -> None:
     run("lvcreate", "-qq", "-y", "--type", "thin-pool", "-L", "256M", "-n", "thin", group)
     run("lvcreate", "-qq", "-y", "-V", "128M", "--thinpool", "thin", "-n", "golden", group)
@@ -87,6 +91,7 @@ def test_lvm_makes_thin_snapshots(group: str) -> None:
     assert wait_for(f"/dev/{group}/vm").open("rb").read(6) == b"golden"
 
 
+@in_both
 def test_lvm_makes_classic_snapshots(group: str) -> None:
     run("lvcreate", "-qq", "-y", "-L", "64M", "-n", "golden", group)
     run("lvcreate", "-qq", "-y", "-s", "-L", "32M", "-n", "vm", f"{group}/golden")
@@ -94,6 +99,7 @@ def test_lvm_makes_classic_snapshots(group: str) -> None:
     assert run("lvs", "--noheadings", "-o", "lv_attr", f"{group}/vm").strip().startswith("s")
 
 
+@in_both
 @pytest.mark.parametrize("kind", ["btrfs", "xfs"])
 def test_files_can_share_their_blocks(kind: str, tmp_path: Path) -> None:
     run(f"mkfs.{kind}", "-q", "-f", SPARE[2])
@@ -118,6 +124,7 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
 
     from hypervisors.api import MachineSpec, Nic, Owner, Template
     from hypervisors.libvirt_driver import LibvirtHypervisor
+    from hypervisors.libvirt_kinds import Qemu
     from hypervisors.private import PrivateLibvirt
     from hypervisors.qcow2 import Qcow2Disks
     from provision.paths import cache_dir
@@ -131,7 +138,9 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
     private = PrivateLibvirt(place / "s", place / "r", place / "c", hide_kvm=False)
     runner = Runner()
     disks = Qcow2Disks(place / "disks", "smoke", runner, reader_uid=private.qemu_uid())
-    hypervisor = LibvirtHypervisor(private.uri, "smoke", disks, runner, kvm=kvm_usable(runner, tmp_path))
+    hypervisor = LibvirtHypervisor(
+        private.uri, "smoke", disks, runner, kind=Qemu(kvm_usable(runner, tmp_path))
+    )
     try:
         image = place / "image.qcow2"
         run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "64M")
