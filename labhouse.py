@@ -114,9 +114,9 @@ def test(
     minutes: int,
     brief: bool,
 ) -> Result:
-    """A choice of tests in one lab, a Xen lab with ``xen``; or all of them: of the KVM lab, side by side
-    in two where the machine has the cores, then of the Xen lab, and then, on this host, the tests of the
-    labs themselves. pytest's closing line is the last on stdout."""
+    """Of a Xen lab with ``xen``, a choice or all; of a KVM lab a choice; or all of it, side by side in
+    two where the machine has the cores, and then, on this host, the tests of the labs themselves.
+    pytest's closing line is the last on stdout."""
     from tests.lab import machine as machines
     from tests.lab.kinds import KVM, XEN
 
@@ -135,7 +135,6 @@ def test(
         options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
         with house.LabTest(run, "--match", f"not ({_FIRST_HALF})", *options) as other:
             parts += [one(KVM, "", match=_FIRST_HALF), other.finish()]
-    parts.append(one(XEN, "", match=""))
     parts.append(house.of_the_lab(run))
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}

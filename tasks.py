@@ -485,8 +485,8 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
 
 @command(
     {
-        "name": "A running lab to use; absent: one of each kind, one after the other, ended afterwards.",
-        "xen": "Only a Xen lab.",
+        "name": "A running lab to use; absent: one of its own, ended afterwards.",
+        "xen": "A Xen lab, instead of one with KVM.",
         "cold": _COLD,
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
