@@ -2,6 +2,16 @@
 can import."""
 
 from machine_rigs import guest, kvm, private, real, rig
-from rigs import pytest_terminal_summary, store, zfs_pool
+from rigs import pytest_terminal_summary, store, xenapi, zfs_pool
 
-__all__ = ["guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "zfs_pool"]
+__all__ = [
+    "guest",
+    "kvm",
+    "private",
+    "pytest_terminal_summary",
+    "real",
+    "rig",
+    "store",
+    "xenapi",
+    "zfs_pool",
+]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import small_guest
+import xenapi_rig
 from rigs import FARM, IN_THE_LAB, MIB, SIZE, STORES, StoreRig, opened, short_directory, template
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
@@ -201,8 +202,20 @@ def real(private: PrivateLibvirt, guest: small_guest.Guest, kvm: KvmVerdict) -> 
 GUESTS = tuple(f"guests-{kind}" for kind in STORES if kind.startswith(IN_THE_LAB))
 
 
-@pytest.fixture(params=["fake", "libvirt", *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS)])
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeRig | LibvirtRig]:
+WITH_PORTS = ["fake", "libvirt", *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS)]
+"""Those with user-mode networks, whose guests answer at ports of this host."""
+
+
+@pytest.fixture(params=[*WITH_PORTS, "xenapi"])
+def rig(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[FakeRig | LibvirtRig | xenapi_rig.XenApiMachines]:
+    if request.param == "xenapi":
+        with xenapi_rig.opened(
+            xenapi_rig.XenApiMachines, tmp_path, request.getfixturevalue("xenapi")
+        ) as served:
+            yield served
+        return
     if request.param == "fake":
         yield FakeRig(tmp_path)
         return

@@ -129,7 +129,7 @@ class Bench:
         self.file = directory / "kill.yaml"
         size = f", disk: {disk}" if disk else ""
         lines = "\n".join(f"  {vm}: {{template: base, memory: 64M{size}}}" for vm in vms)
-        text = FARM.format(host=place.host, vms=lines, more=more)
+        text = FARM.format(host=place.host, vms=lines, more="\n".join(filter(None, (place.more, more))))
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []

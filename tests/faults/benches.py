@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from places import FakePlace, LvmPlace, Machines, Place, Qcow2Place, ZfsPlace
+from places import FakePlace, LvmPlace, Machines, Place, Qcow2Place, XenApiPlace, ZfsPlace
 
 from provision import farm
-from tests.contract import lvm_rig, zfs_rig
+from tests.contract import lvm_rig, xenapi_rig, zfs_rig
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +37,13 @@ def group() -> Iterator[lvm_rig.ThinRig]:
         yield rig
 
 
+@pytest.fixture(scope="session")
+def xenapi() -> Iterator[xenapi_rig.TestServer]:
+    server = xenapi_rig.TestServer()
+    yield server
+    server.close()
+
+
 _numbers = itertools.count(1)
 
 
@@ -48,6 +55,10 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
     elif store.startswith("lvm-"):
         rig = request.getfixturevalue("group")
         place = LvmPlace(rig.vg, rig.pool, store)
+    elif store == "xenapi":
+        server = request.getfixturevalue("xenapi")
+        server.tell(begin=True)
+        return XenApiPlace(xenapi_rig.XenApiRig(server.directory, server), server)
     else:
         return {"fake": FakePlace, "kvm": Qcow2Place}[store]()
     return Machines(place) if kind.startswith("kvm+") else place
@@ -56,13 +67,13 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
 # How many kills at steps (None: all) and at random moments an operation gets, see Bench. Outside the lab
 # the latter only with FARMHAND_KILLS=many: what they find is rare, and for whoever goes looking for it.
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
-    "fake": (None, 8), "kvm": (None, 2), "zfs": (5, 5), "lvm-thin": (2, 2), "lvm-linked": (1, 2),
+    "fake": (None, 8), "kvm": (None, 2), "xenapi": (None, 6), "zfs": (5, 5), "lvm-thin": (2, 2), "lvm-linked": (1, 2),
     "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
 lab = pytest.mark.lab
-HERE = ("fake", "kvm")
+HERE = ("fake", "kvm", "xenapi")
 STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
 
 
