@@ -67,8 +67,8 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
 # How many kills at steps (None: all) and at random moments an operation gets, see Bench. Outside the lab
 # the latter only with FARMHAND_KILLS=many: what they find is rare, and for whoever goes looking for it.
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
-    "fake": (None, 8), "kvm": (None, 2), "xenapi": (None, 6), "zfs": (5, 5), "lvm-thin": (2, 2), "lvm-linked": (1, 2),
-    "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
+    "fake": (None, 8), "kvm": (None, 2), "xenapi": (None, 6), "zfs": (5, 5), "lvm-thin": (2, 2),
+    "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()

@@ -3,14 +3,15 @@
 It speaks XML-RPC (POST /) and JSON-RPC 1.0 and 2.0 (POST /jsonrpc) over https and http, and PUT
 /import_raw_vdi and GET /export_raw_vdi. It prints one JSON line: the ports, and the fingerprint of the
 certificate it made itself; the certificate is in DIRECTORY/ca.pem, the credentials (root, secret) in
-DIRECTORY/credentials. It lives until its standard input closes. What it does and refuses: world.py; what
-it holds callers to: model.py.
+DIRECTORY/credentials. It lives until its standard input closes. What it does and refuses is in world.py,
+what it holds callers to in model.py.
 
-POST /test-control {"fail": [...], "knobs": {...}, "begin": true, "log": true, "world": true} is the tests' own. An
-entry of "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that
-name that come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"]
-hang up without an answer, before doing it or when it is done; ["block", SECONDS] does it that much
-later; ["expire"] has the session forgotten. Async.X counts as X, and fails in its task.
+POST /test-control is the tests' own: {"begin": true} forgets all, "knobs" sets world.Knobs, "log" gives
+the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. An entry of
+"fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
+come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
+without an answer, before doing it or when it is done; ["block", SECONDS] does it that much later;
+["expire"] has the session forgotten. Async.X counts as X, and fails in its task.
 """
 
 from __future__ import annotations
@@ -290,9 +291,9 @@ def certificate(directory: Path) -> str:
     """Made for 127.0.0.1 by openssl(1); its SHA-256."""
     pem, key = directory / "ca.pem", directory / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", "2", "-subj", "/CN=xen", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
-         "-out", pem],
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=xen", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", key, "-out", pem],
         check=True, capture_output=True,
     )  # fmt: skip
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.read_text())).hexdigest()
