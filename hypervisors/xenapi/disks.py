@@ -402,7 +402,8 @@ class XenApiDisks:
         assert seen.vdi
         owner, vm, call = _owner(seen), seen.vm, self.pool.call
         before = {**vm.marks, "before": seen.base, "base": name, "fresh": ""}
-        undo.callback(self._remark, vm, dict(vm.marks))
+        # whether it was pristine is no longer known then: a snapshot begins a new leaf
+        undo.callback(self._remark, vm, {**vm.marks, "fresh": ""})
         call("VM.set_other_config", vm.ref, vm.other_config(before))
         seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
         ref = call("VM.snapshot", vm.ref, label, seeds)
@@ -430,39 +431,50 @@ class XenApiDisks:
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         with self.translated(f"put {', '.join(machines)} back to {name}"):
-            everyone = [self._ready(machine) for machine in machines]
-            for seen in everyone:
-                if name not in seen.checkpoint_names:
-                    raise NotFound(
-                        f"{seen.vm.name} has no checkpoint {name}",
-                        remedy=f"it has: {', '.join(seen.checkpoint_names)}",
-                    )
-            sources = [self._checkpoint_source(seen, name) for seen in everyone]
-            with contextlib.ExitStack() as names, contextlib.ExitStack() as undo:
-                labels = [names.enter_context(making(_owner(seen))) for seen in everyone]
-                self._step(f"grow a fresh disk for {', '.join(machines)} from {name}")
-                swaps = [
-                    self._fresh(seen, name, source, label, undo)
-                    for seen, source, label in zip(everyone, sources, labels, strict=True)
-                ]
-                self._step(f"switch {', '.join(machines)} to it")
-                for swap in swaps:
-                    vm = swap.seen.vm
-                    undo.callback(self._remark, vm, dict(vm.marks))
-                    self.pool.call("VM.set_other_config", vm.ref, vm.other_config(swap.marks))
-                undo.pop_all()
-                return [self._settled(swap) for swap in swaps]
+            return self.restore_seen([self._ready(machine) for machine in machines], name)
+
+    def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
+        """Of machines that were just looked at, and are stopped by now."""
+        machines = ", ".join(seen.vm.name for seen in everyone)
+        for seen in everyone:
+            if name not in seen.checkpoint_names:
+                raise NotFound(
+                    f"{seen.vm.name} has no checkpoint {name}",
+                    remedy=f"it has: {', '.join(seen.checkpoint_names)}",
+                )
+        sources = [self._checkpoint_source(seen, name) for seen in everyone]
+        with contextlib.ExitStack() as names, contextlib.ExitStack() as undo:
+            labels = [names.enter_context(making(_owner(seen))) for seen in everyone]
+            self._step(f"grow a fresh disk for {machines} from {name}")
+            swaps = [
+                self._fresh(seen, name, source, label, undo)
+                for seen, source, label in zip(everyone, sources, labels, strict=True)
+            ]
+            self._step(f"switch {machines} to it")
+            for swap in swaps:
+                vm = swap.seen.vm
+                undo.callback(self._remark, vm, dict(vm.marks))
+                self.pool.call("VM.set_other_config", vm.ref, vm.other_config(swap.marks))
+            undo.pop_all()
+            return [self._settled(swap) for swap in swaps]
 
     def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
         assert seen.vdi
         temporary, vdi = self.pool.grow(source, label, seen.token)
-        undo.callback(self.pool.undo, temporary.ref)
+        undo.callback(self._unmake, seen.vm, temporary, vdi)
         vdi = self._sized(vdi, seen.vdi.size)
         marks = {
             **seen.vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "",
             "fresh": seen.freshness(vdi),
         }  # fmt: skip
         return _Swap(seen, temporary, vdi, marks)
+
+    def _unmake(self, vm: Vm, temporary: Vm, vdi: Vdi) -> None:
+        """Not what the machine's marks name: a switch may be done and its answer lost."""
+        with contextlib.suppress(XenApiError, FarmhandError):
+            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            if now.disk is None or now.disk[0] != vdi.uuid:
+                self.pool.undo(temporary.ref)
 
     def _settled(self, swap: _Swap) -> Disk:
         self.pool.settle(swap.seen, swap.vdi)

@@ -340,7 +340,10 @@ class XenApiHypervisor:
                     remedy=f"it has: {', '.join(seen.checkpoint_names)}",
                 )
             self._cut(seen.vm, name)
-        self._disks.restore(name, checkpoint)
+            if seen.attached and seen.attached[1] == seen.vdi.ref:
+                self._disks.restore_seen([seen], checkpoint)
+            else:  # a killed reset's
+                self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         """VM.set_memory_dynamic_range to just this size, inside the static limits; then VM_metrics'

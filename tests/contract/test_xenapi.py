@@ -377,16 +377,16 @@ def test_both_protocols_say_the_same(server):
     }  # fmt: skip
     one = ask("VM.get_record", session, "OpaqueRef:no", version="1.0")["result"]
     assert one["ErrorDescription"] == ["HANDLE_INVALID", "VM", "OpaqueRef:no"]
-    refused = {
-        ("VM.start", session, ref): "MESSAGE_PARAMETER_COUNT_MISMATCH",
-        ("VM.start", session, ref, "no", False): "FIELD_TYPE_ERROR",
-        ("VM.begin", session, ref): "MESSAGE_METHOD_UNKNOWN",
-        ("VM.start", "OpaqueRef:old", ref, False, False): "SESSION_INVALID",
-        ("VM.get_by_uuid", session, "no"): "UUID_INVALID",
-        ("event.from", session, ["vm"], "bad", 0.0): "EVENT_FROM_TOKEN_PARSE_FAILURE",
-        ("VM.add_to_other_config", session, ref, "k", "v"): None,
-    }
-    for (method, *arguments), code in refused.items():
+    refused: list[tuple[str | None, str, list[object]]] = [
+        ("MESSAGE_PARAMETER_COUNT_MISMATCH", "VM.start", [session, ref]),
+        ("FIELD_TYPE_ERROR", "VM.start", [session, ref, "no", False]),
+        ("MESSAGE_METHOD_UNKNOWN", "VM.begin", [session, ref]),
+        ("SESSION_INVALID", "VM.start", ["OpaqueRef:old", ref, False, False]),
+        ("UUID_INVALID", "VM.get_by_uuid", [session, "no"]),
+        ("EVENT_FROM_TOKEN_PARSE_FAILURE", "event.from", [session, ["vm"], "bad", 0.0]),
+        (None, "VM.add_to_other_config", [session, ref, "k", "v"]),
+    ]
+    for code, method, arguments in refused:
         answer = ask(method, *arguments)
         assert answer.get("error", {}).get("message") == code, answer
     again = ask("VM.add_to_other_config", session, ref, "k", "v")["error"]

@@ -6,8 +6,8 @@ certificate it made itself; the certificate is in DIRECTORY/ca.pem, the credenti
 DIRECTORY/credentials. It lives until its standard input closes. What it does and refuses is in world.py,
 what it holds callers to in model.py.
 
-POST /test-control is the tests' own: {"begin": true} forgets all, "knobs" sets world.Knobs, "log" gives
-the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. An entry of
+POST /test-control is the tests' own: {"begin": true} forgets all, "knobs" sets world.Knobs, "log" has
+the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. One of
 "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
 without an answer, before doing it or when it is done; ["block", SECONDS] does it that much later;

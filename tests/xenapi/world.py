@@ -132,14 +132,16 @@ class World:
 
     def _touch(self, class_: str, ref: str, *, made: bool = False) -> None:
         """Those that list it have changed with it."""
-        self._generation += 1
-        first = self._generation if made else self._stamps.get((class_, ref), (1, 1))[0]
-        self._stamps[class_, ref] = (first, self._generation)
-        for (owner, _), (lister, by) in _BACK.items():
-            if lister == class_ and (other := self.objects[class_][ref].get(by)) in self.objects[owner]:
-                made_at = self._stamps.get((owner, other), (1, 1))[0]
-                self._stamps[owner, other] = (made_at, self._generation)
-        self.changed.notify_all()
+        with self.changed:
+            self._generation += 1
+            first = self._generation if made else self._stamps.get((class_, ref), (1, 1))[0]
+            self._stamps[class_, ref] = (first, self._generation)
+            for (owner, _), (lister, by) in _BACK.items():
+                other = self.objects[class_][ref].get(by) if lister == class_ else None
+                if other in self.objects[owner]:
+                    made_at = self._stamps.get((owner, other), (1, 1))[0]
+                    self._stamps[owner, other] = (made_at, self._generation)
+            self.changed.notify_all()
 
     def record(self, class_: str, ref: str) -> dict[str, Any]:
         """As it is told: with the lists of those that refer to it, and what is computed."""
