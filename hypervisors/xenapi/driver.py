@@ -266,6 +266,7 @@ class XenApiHypervisor:
             try:
                 self._pool.sessions.put(vdi, file, size)
                 self._disks.attach(vm.ref, vdi, SEED, read_only=True)
+                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
             except BaseException:
                 with contextlib.suppress(Exception):  # found later, by its name
                     self._pool.ignoring_gone("VDI.destroy", vdi)

@@ -160,7 +160,7 @@ class XenApiPlace(Place):
     def everything(self) -> list[str]:
         """Every VM, template, snapshot, disk and device of the server's, with what it is to us."""
         world = self._server.tell(world=True)
-        return [re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|:\d+:\d+:\d+:\d+$", "N", line) for line in world]
+        return [re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|:\d+:\d+:\d+:\d+", "N", line) for line in world]
 
     def close(self) -> None:
         found = [line for line in self.everything() if not line.startswith("server's")]
