@@ -95,10 +95,14 @@ class Pool:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
         found = []
         for ref in self.call("VM.get_by_name_label", name):
-            with contextlib.suppress(XenApiError):  # it went between the two
+            try:
                 vm = Vm(ref, self.call("VM.get_record", ref))
-                if vm.is_machine and vm.kind != "gone":
-                    found.append(vm)
+            except XenApiError as error:
+                if error.code in GONE:  # it went between the two
+                    continue
+                raise
+            if vm.is_machine and vm.kind != "gone":
+                found.append(vm)
         return max(
             found,
             key=lambda vm: (vm.kind == "machine", bool(vm.owner and vm.owner.farm == self.farm)),
