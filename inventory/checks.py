@@ -90,6 +90,10 @@ def _references(farm: Farm, places: Places) -> Found:
                 key=True,
             )
         driver = _driver(farm, places, name)
+        if driver == "xenapi" and farm.network.mode == "user" and not places.is_bad(("network",)):
+            yield places.problem(
+                path, "it is on a xenapi host: 'network' needs mode network or bridge", key=True
+            )
         if vm.template is not None and driver == "ssh":
             yield places.problem((*path, "template"), "a VM on an ssh host is not made from a template")
         elif vm.template is not None and vm.template not in templates:

@@ -7,6 +7,7 @@ reference documentation and the JSON Schema.
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,7 +138,21 @@ class Host(Model):
     """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
     virtualization, and guests with a kernel of their own for it."""
     disks: DiskStore = Field(default_factory=DiskStore)
-    """The disk store."""
+    """The disk store. Not for xenapi: such a server owns its storage, see `sr`."""
+    credentials: FilePath | None = None
+    """xenapi: a file (relative to the farm file, readable by its owner alone) with the user's name on
+    its first line and the password on its second."""
+    ca: FilePath | None = None
+    """xenapi: the PEM file of the CA, or the certificate itself, that the server's certificate is
+    checked by. Absent, without `fingerprint` and `insecure`: the system's CAs."""
+    fingerprint: Line | None = None
+    """xenapi: the SHA-256 of the server's certificate, 64 hexadecimal digits, instead of a CA."""
+    insecure: Bool = False
+    """xenapi: whoever answers is believed. Every command warns of it."""
+    sr: Line | None = None
+    """xenapi: the name of the storage repository; absent: the pool's default."""
+    copy_mode: Literal["linked", "full"] = Field(default="linked", alias="copy")
+    """xenapi: `full` makes disks that share nothing with their template (VM.copy), in `sr`."""
     memory: Size | None = None
     """What the farm's VMs may use of this host's memory, all together; absent: no limit of ours."""
 
@@ -149,9 +164,31 @@ class Host(Model):
             raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
         if self.guests is not None and self.driver != "xen":
             raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
+        self._xenapi_keys()
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
             raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
         return self
+
+    def _xenapi_keys(self) -> None:
+        only = {"credentials": self.credentials, "ca": self.ca, "fingerprint": self.fingerprint,
+                "insecure": self.insecure or None, "sr": self.sr,
+                "copy": self.copy_mode if self.copy_mode != "linked" else None}  # fmt: skip
+        given = [key for key, value in only.items() if value is not None]
+        if self.driver != "xenapi":
+            for key in given:
+                raise at_key(key, f"'{key}' is for driver xenapi; this one is {self.driver}", "driver")
+            return
+        if self.credentials is None:
+            raise at_key("driver", "driver xenapi needs 'credentials', a file", "credentials")
+        if self.disks != DiskStore():
+            raise at_key("disks", "a xenapi server owns its storage: 'sr' names it", "driver")
+        trust = [key for key in given if key in ("ca", "fingerprint", "insecure")]
+        if len(trust) > 1:
+            raise at_key(trust[1], f"either '{trust[0]}' or '{trust[1]}', not both", trust[0])
+        if self.fingerprint is not None and not re.fullmatch(
+            r"[0-9A-Fa-f]{64}|([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}", self.fingerprint
+        ):
+            raise at_key("fingerprint", "a SHA-256 has 64 hexadecimal digits, colons between or not")
 
 
 class Network(Model):

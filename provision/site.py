@@ -130,7 +130,7 @@ class Site:
             return store
 
     def has_disks(self, host: str) -> bool:
-        return self.farm.hosts[host].driver not in ("ssh", "xenapi")
+        return self.farm.hosts[host].driver != "ssh"
 
     def private(self) -> PrivateLibvirt:
         """The farm's own libvirtd, running or not."""
@@ -214,6 +214,13 @@ class Site:
                 if self.farm.host_of(name) == host and vm.address  # the loader saw to that
             }
             return SshHypervisor(self.farm.farm, machines, self.runner, step=current_step)
+        if declared.driver == "xenapi":
+            from hypervisors.xenapi.disks import XenApiDisks
+            from hypervisors.xenapi.driver import XenApiHypervisor
+
+            served = self.disks(host)
+            assert isinstance(served, XenApiDisks)
+            return XenApiHypervisor(served, step=current_step)
         raise self._not_yet(host, f"driver {declared.driver}")
 
     def _kind(self, host: str) -> Kind:
@@ -238,6 +245,8 @@ class Site:
                 f"{self.name}: host {host} (driver {declared.driver}) keeps no disks of ours",
                 remedy="its machines are not cloned, checkpointed or destroyed here",
             )
+        if declared.driver == "xenapi":
+            return self._open_xenapi(host)
         if declared.driver not in ("kvm", "xen"):
             raise self._not_yet(host, f"driver {declared.driver}")
         if declared.disks.store != "qcow2":
@@ -286,11 +295,37 @@ class Site:
             progress=lambda what, done, total: self.reporter.working(f"{what}: {done * 100 // total} %"),
         )  # fmt: skip
 
+    def _open_xenapi(self, host: str) -> Disks:
+        from hypervisors.xenapi.disks import XenApiDisks
+        from hypervisors.xenapi.pool import Pool
+        from hypervisors.xenapi.session import Server, Sessions
+
+        declared, beside = self.farm.hosts[host], self.farm.path.parent
+        if declared.insecure:
+            self.reporter.warn(
+                f"host {host}: 'insecure': whoever answers at {declared.uri} gets the password"
+            )
+        assert declared.credentials  # the loader saw to that
+        server = Server(
+            url=declared.uri,
+            credentials=beside / declared.credentials.expanduser(),
+            ca=beside / declared.ca.expanduser() if declared.ca else None,
+            fingerprint=declared.fingerprint or "",
+            insecure=declared.insecure,
+        )
+        pool = Pool(
+            Sessions(server), self.farm.farm, sr=declared.sr or "",
+            copy=declared.copy_mode == "full",
+            progress=lambda what, part: self.reporter.working(f"{what}: {part:.0%}"),
+        )  # fmt: skip
+        return XenApiDisks(pool, self.runner, step=current_step)
+
     def _not_yet(self, host: str, what: str) -> Unsupported:
         return Unsupported(
             f"{self.name}: host {host}: {what} is not in this version",
             remedy="this version drives kvm (uri private, or a libvirt URI of this machine) and xen "
-            "(xen:///system) on qcow2 files, zfs or LVM, ssh and fake; the farm file itself is fine",
+            "(xen:///system) on qcow2 files, zfs or LVM, xenapi, ssh and fake; the farm file itself is "
+            "fine",
         )
 
     def _ssh_address(self, vm: str) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import lvm_rig
 import pytest
 from machine_rigs import guest, kvm, private, real, rig, xen, xen_on_devices
-from rigs import pytest_terminal_summary, store, zfs_pool
+from rigs import pytest_terminal_summary, store, xenapi, zfs_pool
 
 __all__ = [
     "guest", "kvm", "private", "pytest_terminal_summary", "real", "rig", "store", "xen",
-    "xen_on_devices", "zfs_pool",
+    "xen_on_devices", "xenapi", "zfs_pool",
 ]  # fmt: skip
 
 

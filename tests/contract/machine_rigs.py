@@ -17,6 +17,7 @@ from typing import Literal
 import libvirt
 import pytest
 import small_guest
+import xenapi_rig
 from rigs import FARM, IN_THE_LAB, MIB, SIZE, STORES, StoreRig, opened, short_directory, template
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
@@ -302,15 +303,20 @@ def xen_on_devices(guest: small_guest.Guest) -> Iterator[XenRig]:
         yield rig
 
 
-@pytest.fixture(
-    params=[
-        "fake",
-        "libvirt",
-        *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS),
-        *(pytest.param(x, marks=pytest.mark.xen) for x in XEN),
-    ]
-)
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeRig | Guests]:
+WITH_PORTS = ["fake", "libvirt", *(pytest.param(g, marks=pytest.mark.lab) for g in GUESTS)]
+"""Those with user-mode networks, whose guests answer at ports of this host."""
+
+
+@pytest.fixture(params=[*WITH_PORTS, "xenapi", *(pytest.param(x, marks=pytest.mark.xen) for x in XEN)])
+def rig(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[FakeRig | Guests | xenapi_rig.XenApiMachines]:
+    if request.param == "xenapi":
+        with xenapi_rig.opened(
+            xenapi_rig.XenApiMachines, tmp_path, request.getfixturevalue("xenapi")
+        ) as served:
+            yield served
+        return
     if request.param == "fake":
         yield FakeRig(tmp_path)
         return

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import lvm_rig
 import pytest
+import xenapi_rig
 import zfs_rig
 from _pytest.mark import ParameterSet
 
@@ -27,6 +28,7 @@ SIZE = 64 * MIB
 FARM = "kata"
 REAL = {
     "fake": "simulated",
+    "xenapi": xenapi_rig.HOW,
     "qcow2": "real qemu-img files",
     "zfs": "real ZFS, a pool on a file",
     "zfs-files": "real ZFS, raw files on datasets",
@@ -141,6 +143,7 @@ STORES = {
     "zfs-files": zfs_rig.ZfsFilesRig,
     **{rig.kind: rig for rig in lvm_rig.RIGS},
 }
+SERVED = ("xenapi",)  # they own their storage: no hypervisor of ours is put over it
 IN_THE_LAB = ("zfs", "lvm")  # how the names begin of stores that need it
 
 
@@ -159,6 +162,12 @@ def opened(kind: str, place: Path) -> Iterator[StoreRig]:
             rig.close()
 
 
+@pytest.fixture(scope="session")
+def xenapi() -> Iterator[xenapi_rig.TestServer | xenapi_rig.RealServer]:
+    with xenapi_rig.xenapi_server() as server:
+        yield server
+
+
 def params(kinds: Iterable[str]) -> list[ParameterSet]:
     return [
         pytest.param(kind, marks=[pytest.mark.lab] if kind.startswith(IN_THE_LAB) else [])
@@ -166,8 +175,14 @@ def params(kinds: Iterable[str]) -> list[ParameterSet]:
     ]
 
 
-@pytest.fixture(params=params(STORES))
+@pytest.fixture(params=params([*STORES, *SERVED]))
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreRig]:
+    if request.param == "xenapi":
+        with xenapi_rig.opened(
+            xenapi_rig.XenApiRig, tmp_path, request.getfixturevalue("xenapi")
+        ) as served:
+            yield served
+        return
     if request.param.startswith("zfs"):
         request.getfixturevalue("zfs_pool")
     with opened(request.param, tmp_path) as rig:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from machine_rigs import WITH_PORTS
 from rigs import FARM, MIB, SIZE
 
 from hypervisors.api import Owner, Power, spec_hash
@@ -199,6 +200,7 @@ def test_two_clients_at_once(rig, made):
     assert made.find(NAME).power is Power.STOPPED
 
 
+@pytest.mark.parametrize("rig", WITH_PORTS, indirect=True)
 def test_a_port_that_is_taken_is_named(rig):
     hypervisor = rig.hypervisor()
     with socket.socket() as free:

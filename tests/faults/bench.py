@@ -135,7 +135,7 @@ class Bench:
             f"  {vm}: {{host: {host}, template: base, memory: 64M{size}}}" for vm, host in turns
         )
         hosts = "\n".join(f"  {host}: {{{place.host}}}" for host in place.hosts)
-        text = FARM.format(hosts=hosts, vms=lines, more=f"{place.more}\n{more}")
+        text = FARM.format(hosts=hosts, vms=lines, more="\n".join(filter(None, (place.more, more))))
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []

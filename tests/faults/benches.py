@@ -20,12 +20,13 @@ from places import (
     Place,
     Qcow2Place,
     TwoFakes,
+    XenApiPlace,
     XenMachines,
     ZfsPlace,
 )
 
 from provision import farm
-from tests.contract import lvm_rig, zfs_rig
+from tests.contract import lvm_rig, xenapi_rig, zfs_rig
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,13 @@ def group() -> Iterator[lvm_rig.ThinRig]:
         yield rig
 
 
+@pytest.fixture(scope="session")
+def xenapi() -> Iterator[xenapi_rig.TestServer]:
+    server = xenapi_rig.TestServer()
+    yield server
+    server.close()
+
+
 _numbers = itertools.count(1)
 
 
@@ -57,6 +65,10 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
     elif store.startswith("lvm-"):
         rig = request.getfixturevalue("group")
         place = LvmPlace(rig.vg, rig.pool, store)
+    elif store == "xenapi":
+        server = request.getfixturevalue("xenapi")
+        server.tell(begin=True)
+        return XenApiPlace(xenapi_rig.XenApiRig(server.directory, server), server)
     else:
         return {"fake": FakePlace, "two fakes": TwoFakes, "kvm": Qcow2Place}[store]()
     if kind.startswith("xen+"):
@@ -67,14 +79,14 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
 # How many kills at steps (None: all) and at random moments an operation gets, see Bench. Outside the lab
 # the latter only with FARMHAND_KILLS=many: what they find is rare, and for whoever goes looking for it.
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
-    "fake": (None, 8), "two fakes": (None, 8), "kvm": (None, 2), "zfs": (5, 5), "lvm-thin": (2, 2),
-    "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
-    "xen+lvm-thin": (1, 1),
+    "fake": (None, 8), "two fakes": (None, 8), "kvm": (None, 2), "xenapi": (4, 2), "zfs": (5, 5),
+    "lvm-thin": (2, 2), "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1),
+    "kvm+lvm-thin": (1, 1), "xen+lvm-thin": (1, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
 lab, xen = pytest.mark.lab, pytest.mark.xen
-HERE = ("fake", "kvm")
+HERE = ("fake", "kvm", "xenapi")
 STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
 
 

@@ -13,6 +13,7 @@ from hypervisors.api import Disk
 from hypervisors.fake import FakeDisks
 from provision.paths import state_dir
 from provision.site import Site
+from tests.contract import xenapi_rig
 
 MIB = 2**20
 SIZE = 16 * MIB
@@ -143,6 +144,40 @@ class Qcow2Place(Place):
 
     def check(self, disk: Disk) -> None:
         run("qemu-img", "check", "-q", "-U", disk.path)
+
+
+class XenApiPlace(Place):
+    """The XenAPI test server: machines and disks are its own."""
+
+    label = "xenapi"
+    more = "network: {mode: network, network: build, addressing: dhcp}"
+
+    def __init__(self, rig: xenapi_rig.XenApiRig, server: xenapi_rig.TestServer) -> None:
+        self._rig, self._server = rig, server
+        self.host = (
+            f"driver: xenapi, uri: '{server.https}', credentials: {server.credentials}, "
+            f"fingerprint: '{server.fingerprint}'"
+        )
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        path = state_dir() / f".content-{os.getpid()}-{threading.get_ident()}"
+        path.write_bytes(image(letter))
+        sessions = self._rig.sessions()
+        sessions.put(sessions.call("VDI.get_by_uuid", disk.path.name), path, SIZE)
+        path.unlink()
+
+    def read(self, disk: Disk, site: Site) -> str:
+        return letter_of(self._rig.export(disk.path.name, SIZE))
+
+    def everything(self) -> list[str]:
+        """Every VM, template, snapshot, disk and device of the server's, with what it is to us."""
+        world = self._server.tell(world=True)
+        return [re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|:\d+:\d+:\d+:\d+", "N", line) for line in world]
+
+    def close(self) -> None:
+        found = [line for line in self.everything() if not line.startswith("server's")]
+        assert not found, found
+        self._rig.close()
 
 
 class BlockPlace(Place):

@@ -1,0 +1,662 @@
+"""Implements ``hypervisors.api.Disks`` and ``FarmDisks`` on a XenAPI server, which owns its storage.
+
+A template is a XenAPI template with one disk; a machine's disk is the VDI that the machine's mark names;
+a checkpoint is a snapshot of the machine (VM.snapshot). A disk without a machine is a VM record all the
+same, only that nobody has defined it yet.
+
+Reset does not use VM.revert: the server may destroy the old disks before it has cloned the new ones
+(it does on storage that can't revert by itself), so that a server killed in between has neither.
+Instead:
+
+1. grow: VM.clone of the checkpoint, under a name that is plainly temporary: a fresh disk.
+2. switch: the machine's marks are written, in one call; they name the fresh disk from then on.
+3. settle: the old disk is destroyed, the fresh one attached, the temporary VM record removed.
+
+Killed before 2 it is the old state, after it the new; ``leftovers`` knows what 1 and 3 leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hypervisors.api import (
+    Capacity,
+    Checkpoint,
+    Disk,
+    Leftover,
+    Owner,
+    Power,
+    StepFn,
+    Template,
+    no_step,
+)
+from hypervisors.run import Runner
+from hypervisors.xenapi.errors import XenApiError, translate
+from hypervisors.xenapi.making import is_dead, made_for, making
+from hypervisors.xenapi.pool import Pool, Seen, freshness
+from hypervisors.xenapi.records import (
+    DISK,
+    NULL,
+    PREFIX,
+    Vdi,
+    Vm,
+    checkpoint_of,
+    template_of,
+    when,
+)
+from hypervisors.xenapi.wait import look
+from inventory.errors import (
+    Conflict,
+    FarmhandError,
+    NoSpace,
+    NotFound,
+    NotOurs,
+    UsageError,
+    WrongState,
+)
+from inventory.sizes import format_size
+
+_HEADROOM = 2**28
+"""Bytes that must be free for a linked clone to begin its work."""
+_LEAST_MEMORY = 2**24
+
+_HVM = {
+    "user_version": "1", "is_a_template": True, "affinity": NULL, "memory_target": "0",
+    "VCPUs_params": {}, "VCPUs_max": "1", "VCPUs_at_startup": "1",
+    "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
+    "actions_after_crash": "destroy", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "",
+    "PV_args": "", "PV_bootloader_args": "", "PV_legacy_args": "", "HVM_boot_policy": "BIOS order",
+    "HVM_boot_params": {"order": "c"}, "PCI_bus": "", "recommendations": "", "domain_type": "hvm",
+    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "false"},
+}  # fmt: skip
+"""A machine that boots from its disk as a PC does; the fields VM.create wants (data model 2.20)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """A fresh disk that is ready to be switched to."""
+
+    seen: Seen
+    temporary: Vm
+    vdi: Vdi
+    marks: Mapping[str, str]
+
+
+class XenApiDisks:
+    def __init__(
+        self,
+        pool: Pool,
+        runner: Runner,
+        *,
+        step: StepFn = no_step,
+        headroom: int = _HEADROOM,
+    ) -> None:
+        self.pool = pool
+        self._farm = pool.farm
+        self._runner = runner
+        self._step = step
+        self._headroom = headroom
+
+    # -- templates --------------------------------------------------------------------------------
+
+    def seal(self, image: Path, template: Template) -> Template:
+        from hypervisors.images import sha256_file
+
+        with self.translated(f"seal {template.label}"):
+            if any(found.label == template.label for found in self.templates()):
+                raise Conflict(
+                    f"{template.label} exists already", remedy="a sealed generation never changes"
+                )
+            digest = sha256_file(image)
+            with self._raw(image) as (raw, size):
+                self._step(f"import {template.label}")
+                ready = replace(template, sha256=digest, size=size)
+                sealed = self._import(raw, ready)
+            image.unlink()
+            return sealed
+
+    @contextlib.contextmanager
+    def _raw(self, image: Path) -> Iterator[tuple[Path, int]]:
+        """The image's content as a raw file, and its virtual size; the file is sparse."""
+        from hypervisors.images import image_info
+
+        with image.open("rb") as file:
+            qcow2 = file.read(4) == b"QFI\xfb"
+        if not qcow2:
+            yield image, image.stat().st_size
+            return
+        size = image_info(self._runner, image).size
+        raw = image.with_name(f".{image.name}.{os.getpid()}.raw")
+        try:
+            self._runner.change(
+                "qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw, timeout=3600
+            )
+            yield raw, size
+        finally:
+            raw.unlink(missing_ok=True)
+
+    def _import(self, raw: Path, template: Template) -> Template:
+        call = self.pool.call
+        marks = {"farm": self._farm, "kind": "making"}
+        config = {PREFIX + key: value for key, value in marks.items()}
+        with making(Owner(self._farm, "")) as name:
+            vdi, vm = "", ""
+            try:
+                vdi = self.new_vdi(name, template.size, config)
+                self.pool.sessions.put(vdi, raw, template.size)
+                memory = str(2**28)
+                vm = call(
+                    "VM.create",
+                    _HVM | {
+                        "name_label": name,
+                        "name_description": f"farmhand's golden disk {template.label}, "
+                        f"farm {self._farm}: {template.origin}",
+                        "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
+                        "memory_dynamic_min": memory, "memory_dynamic_max": memory,
+                        "other_config": config,
+                    },
+                )  # fmt: skip
+                self.attach(vm, vdi, DISK, read_only=False)
+                label = f"{self._farm} {template.label}"
+                call("VDI.set_name_label", vdi, label)
+                made = Vm(vm, call("VM.get_record", vm))
+                sealed = {
+                    "farm": self._farm, "kind": "template", "label": template.label,
+                    "size": str(template.size), "sha256": template.sha256,
+                    "created": template.created.isoformat(), "origin": template.origin,
+                    "firstboot": template.firstboot,
+                }  # fmt: skip
+                call("VM.set_other_config", vm, made.other_config(sealed))
+                call("VM.set_name_label", vm, label)
+            except BaseException:
+                if vm:
+                    self.pool.undo(vm)
+                if vdi:
+                    with contextlib.suppress(XenApiError, FarmhandError):
+                        self.pool.ignoring_gone("VDI.destroy", vdi)
+                raise
+        return replace(template, ref=f"{made.uuid} {vm}")
+
+    def new_vdi(self, name: str, size: int, config: Mapping[str, str]) -> str:
+        return str(
+            self.pool.call(
+                "VDI.create",
+                {
+                    "name_label": name, "name_description": "", "SR": self.pool.sr(),
+                    "virtual_size": str(size), "type": "user", "sharable": False,
+                    "read_only": False, "other_config": dict(config),
+                },
+            )
+        )  # fmt: skip
+
+    def attach(self, vm: str, vdi: str, device: str, *, read_only: bool) -> None:
+        self.pool.call(
+            "VBD.create",
+            {
+                "VM": vm, "VDI": vdi, "userdevice": device, "bootable": not read_only,
+                "mode": "RO" if read_only else "RW", "type": "Disk", "empty": False,
+                "unpluggable": True, "other_config": {}, "qos_algorithm_type": "",
+                "qos_algorithm_params": {},
+            },
+        )  # fmt: skip
+
+    def templates(self) -> Sequence[Template]:
+        with self.translated("list the templates"):
+            found = [template_of(vm) for vm in self._templates(self.pool.all_vms())]
+            return sorted(found, key=lambda t: (t.name, t.generation))
+
+    def _templates(self, vms: Sequence[Vm]) -> list[Vm]:
+        return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
+
+    def remove_template(self, label: str) -> None:
+        with self.translated(f"remove template {label}"):
+            vms = self.pool.all_vms()
+            found = [vm for vm in self._templates(vms) if vm.marks["label"] == label]
+            if not found:
+                raise NotFound(f"there is no template {label}")
+            users = [
+                vm.name for vm in vms
+                if vm.kind == "machine" and vm.marks.get("template") == label
+                and vm.marks["farm"] == self._farm
+            ]  # fmt: skip
+            if users:
+                raise WrongState(
+                    f"{label} stays: the disks of {', '.join(sorted(users))} depend on it",
+                    remedy="destroy them first",
+                )
+            self._step(f"remove template {label}")
+            for vm in found:
+                self._give_up(vm)
+                self.pool.raze([vm])
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def find(self, machine: str) -> Disk | None:
+        with self.translated(f"look for the disk of {machine}"):
+            vm = self.pool.machine(machine)
+            if vm is None or vm.kind != "machine" or vm.disk is None:
+                return None
+            seen = self.pool.seen(vm)
+            return self.disk(seen) if seen.vdi else None
+
+    def disk(self, seen: Seen) -> Disk:
+        assert seen.vdi and seen.vm.owner
+        marks = seen.vm.marks
+        clean = Checkpoint(name="clean", created=when(marks["created"]))
+        return Disk(
+            machine=seen.vm.name,
+            owner=seen.vm.owner,
+            path=seen.vdi.path,
+            format="raw",
+            size=seen.vdi.size,
+            used=seen.vdi.used,
+            template=marks["template"],
+            base=seen.base,
+            checkpoints=(clean, *(checkpoint_of(vm) for vm in seen.checkpoints)),
+        )
+
+    def list(self) -> Sequence[Disk]:
+        with self.translated("list the disks"):
+            vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
+            found = []
+            for vm in vms:
+                if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
+                    continue
+                vdi = next((v for v in vdis.values() if v.uuid == vm.disk[0]), None)
+                if vdi is not None:
+                    found.append(self.disk(_from_lists(vm, vdi, vms)))
+            return sorted(found, key=lambda disk: disk.machine)
+
+    def capacity(self) -> Capacity:
+        with self.translated("look at the storage repository"):
+            return _capacity(self.pool.call("SR.get_record", self.pool.sr()))
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        """By what the store says of the disk and the machine since it was swapped in
+        (``Seen.freshness``); our own start takes the proof away first."""
+        with self.translated(f"look at the disk of {machine}"):
+            seen = self.ours(machine)
+            if seen.vdi and not quick:
+                with contextlib.suppress(XenApiError):  # storage that can't: it is always up to date
+                    self.pool.call("VDI.update", seen.vdi.ref)
+                    record = self.pool.call("VDI.get_record", seen.vdi.ref)
+                    seen = replace(seen, vdi=Vdi(seen.vdi.ref, record))
+            return (
+                seen.base == name
+                and seen.vm.power is Power.STOPPED
+                and bool(seen.vm.marks.get("fresh"))
+                and seen.vm.marks["fresh"] == seen.freshness()
+            )
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        with self.translated(f"clone {machine}"):
+            self.check_name(machine)
+            with self.growing(template, owner, size) as (vm, vdi, marks):
+                self._step(f"clone the disk of {machine} from {template.label}")
+                self.pool.call("VM.provision", vm.ref)
+                self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+                self.pool.call("VM.set_name_label", vm.ref, machine)
+            made = dict(vm.record) | {"name_label": machine, "other_config": vm.other_config(marks)}
+            return self.disk(Seen(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
+
+    def check_name(self, machine: str) -> None:
+        """Conflict where a machine of that name has a disk; NotOurs where it is somebody else's."""
+        vm = self.pool.machine(machine)
+        if vm is None:
+            return
+        if vm.owner is None or vm.owner.farm != self._farm:
+            raise NotOurs(f"{machine} exists on the server and is not of farm {self._farm}")
+        raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+
+    @contextlib.contextmanager
+    def growing(
+        self, template: Template, owner: Owner, size: int
+    ) -> Iterator[tuple[Vm, Vdi, dict[str, str]]]:
+        """A VM with a disk of its own, and the marks that make it one of ours, to be written last; an
+        error within takes it away again."""
+        source, record, token = self._source(template, size)
+        free = _capacity(record).free
+        need = max(self._headroom, size if self.pool.copy else 0)
+        if free < need:
+            raise NoSpace(
+                f"the storage repository has {format_size(free)} free; this takes "
+                f"{format_size(need)} at least",
+                remedy="./invoke gc shows what can go",
+            )
+        with making(owner) as name:
+            vm, vdi = self.pool.grow(source, name, token)
+            try:
+                vdi = self._sized(vdi, size)
+                yield vm, vdi, {
+                    "farm": owner.farm, "vm": owner.vm, "kind": "machine",
+                    "disk": f"{vdi.uuid} {vdi.ref}", "template": template.label, "base": "clean",
+                    "source": template.ref, "created": datetime.now(UTC).isoformat(),
+                    "fresh": freshness(vdi),
+                }  # fmt: skip
+            except BaseException:
+                self.pool.undo(vm.ref)
+                raise
+
+    def _source(self, template: Template, size: int) -> tuple[Vm, Mapping[str, Any], str]:
+        """The template's VM and the storage repository's record, in one call."""
+        _, _, ref = template.ref.partition(" ")
+        sr = self.pool.sr()
+        batch = look(self.pool.sessions, [f"vm/{ref}", f"sr/{sr}"])
+        record, room = batch.records.get(ref), batch.records.get(sr)
+        source = Vm(ref, record) if record else None
+        if source is None or source.marks.get("label") != template.label:
+            raise NotFound(
+                f"there is no template {template.label}", remedy="./invoke template-list shows them"
+            )
+        if room is None:
+            raise NotFound("the storage repository is gone", remedy="xe sr-list shows them")
+        if size < int(source.marks["size"]):
+            raise UsageError(
+                f"a disk of {format_size(size)} is smaller than {template.label}, "
+                f"{format_size(int(source.marks['size']))}"
+            )
+        return source, room, batch.token
+
+    def _sized(self, vdi: Vdi, size: int) -> Vdi:
+        if vdi.size >= size:
+            return vdi
+        self.pool.call("VDI.resize", vdi.ref, str(size))
+        return Vdi(vdi.ref, self.pool.call("VDI.get_record", vdi.ref))
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """The marks say first that what the disk grew from is no longer known for sure, then that it is
+        the new checkpoint; this counts only once that one is complete (``Seen.base``)."""
+        with self.translated(f"checkpoint {', '.join(machines)}"), contextlib.ExitStack() as names:
+            everyone = [self._ready(machine) for machine in machines]
+            for seen in everyone:
+                if seen.checkpoint(name) or name == "clean":
+                    raise Conflict(
+                        f"{seen.vm.name} has a checkpoint {name}", remedy="choose another name"
+                    )
+            self._step(f"checkpoint {', '.join(machines)} as {name}")
+            done = {}
+            with contextlib.ExitStack() as undo:
+                made = []
+                for seen in everyone:
+                    label = names.enter_context(making(_owner(seen)))
+                    made.append(self._snapshot(seen, name, label, undo))
+                for machine, snapshot in zip(machines, made, strict=True):
+                    self.pool.call("VM.set_name_label", snapshot.ref, f"{machine} {name}")
+                    done[machine] = checkpoint_of(snapshot)
+                undo.pop_all()
+            return done
+
+    def _snapshot(self, seen: Seen, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
+        """Complete but for its name."""
+        assert seen.vdi
+        owner, vm, call = _owner(seen), seen.vm, self.pool.call
+        before = {**vm.marks, "before": seen.base, "base": name, "fresh": ""}
+        # whether it was pristine is no longer known then: a snapshot begins a new leaf
+        undo.callback(self._remark, vm, {**vm.marks, "fresh": ""})
+        call("VM.set_other_config", vm.ref, vm.other_config(before))
+        seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
+        ref = call("VM.snapshot", vm.ref, label, seeds)
+        undo.callback(self.pool.undo, ref)
+        batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}"])
+        record, vdi = batch.records[ref], batch.records[seen.vdi.ref]
+        assert record and vdi
+        fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
+        call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
+        snapshot = Vm(ref, record)
+        marks = {
+            "farm": owner.farm, "vm": owner.vm, "kind": "checkpoint",
+            "checkpoint": name, "created": datetime.now(UTC).isoformat(),
+        }  # fmt: skip
+        config = snapshot.other_config(marks)
+        call("VM.set_other_config", ref, config)
+        return Vm(ref, {**record, "other_config": config})
+
+    def _remark(self, vm: Vm, marks: Mapping[str, str]) -> None:
+        with contextlib.suppress(XenApiError, FarmhandError):
+            self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+
+    def restore(self, machine: str, name: str) -> Disk:
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        with self.translated(f"put {', '.join(machines)} back to {name}"):
+            return self.restore_seen([self._ready(machine) for machine in machines], name)
+
+    def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
+        """Of machines that were just looked at, and are stopped by now."""
+        machines = ", ".join(seen.vm.name for seen in everyone)
+        for seen in everyone:
+            if name not in seen.checkpoint_names:
+                raise NotFound(
+                    f"{seen.vm.name} has no checkpoint {name}",
+                    remedy=f"it has: {', '.join(seen.checkpoint_names)}",
+                )
+        sources = [self._checkpoint_source(seen, name) for seen in everyone]
+        with contextlib.ExitStack() as names, contextlib.ExitStack() as undo:
+            labels = [names.enter_context(making(_owner(seen))) for seen in everyone]
+            self._step(f"grow a fresh disk for {machines} from {name}")
+            swaps = [
+                self._fresh(seen, name, source, label, undo)
+                for seen, source, label in zip(everyone, sources, labels, strict=True)
+            ]
+            self._step(f"switch {machines} to it")
+            for swap in swaps:
+                vm = swap.seen.vm
+                undo.callback(self._remark, vm, dict(vm.marks))
+                self.pool.call("VM.set_other_config", vm.ref, vm.other_config(swap.marks))
+            undo.pop_all()
+            return [self._settled(swap) for swap in swaps]
+
+    def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
+        assert seen.vdi
+        temporary, vdi = self.pool.grow(source, label, seen.token)
+        undo.callback(self._unmake, seen.vm, temporary, vdi)
+        vdi = self._sized(vdi, seen.vdi.size)
+        marks = {
+            **seen.vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "",
+            "fresh": seen.freshness(vdi),
+        }  # fmt: skip
+        return _Swap(seen, temporary, vdi, marks)
+
+    def _unmake(self, vm: Vm, temporary: Vm, vdi: Vdi) -> None:
+        """Not what the machine's marks name: a switch may be done and its answer lost."""
+        with contextlib.suppress(XenApiError, FarmhandError):
+            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            if now.disk is None or now.disk[0] != vdi.uuid:
+                self.pool.undo(temporary.ref)
+
+    def _settled(self, swap: _Swap) -> Disk:
+        self.pool.settle(swap.seen, swap.vdi)
+        self.pool.ignoring_gone("VM.destroy", swap.temporary.ref)  # the disk is the machine's
+        vm = swap.seen.vm
+        record = dict(vm.record) | {"other_config": vm.other_config(swap.marks)}
+        return self.disk(replace(swap.seen, vm=Vm(vm.ref, record), vdi=swap.vdi))
+
+    def _checkpoint_source(self, seen: Seen, name: str) -> Vm:
+        kept = seen.checkpoint(name)
+        if kept is not None:
+            return kept
+        label = seen.vm.marks["template"]
+        _, _, ref = seen.vm.marks.get("source", "").partition(" ")
+        if ref:
+            with contextlib.suppress(XenApiError):
+                vm = Vm(ref, self.pool.call("VM.get_record", ref))
+                if vm.kind == "template" and vm.marks["label"] == label:
+                    return vm
+        found = [vm for vm in self._templates(self.pool.all_vms()) if vm.marks["label"] == label]
+        if not found:
+            raise NotFound(
+                f"{label}, the template of {seen.vm.name}, is gone: clean can't be made again",
+                remedy="clone the VM again from another template",
+            )
+        return found[0]
+
+    def _ready(self, machine: str) -> Seen:
+        """A stopped machine of ours, its disk attached as its marks say."""
+        seen = self.ours(machine)
+        if seen.vm.power is not Power.STOPPED:
+            raise WrongState(f"{machine} is not stopped", remedy=f"./invoke stop --vm {machine}")
+        if seen.vdi is None:
+            raise NotFound(f"{machine} has no disk", remedy="destroy it, then ./invoke clone-farm")
+        if seen.attached is None or seen.attached[1] != seen.vdi.ref:
+            self.pool.settle(seen)
+            seen = self.ours(machine)
+        return seen
+
+    def ours(self, machine: str) -> Seen:
+        vm = self.pool.machine(machine)
+        if vm is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        if vm.owner is None or vm.owner.farm != self._farm:
+            whose = f"of farm {vm.owner.farm}" if vm.owner else "not farmhand's"
+            raise NotOurs(f"{machine} is {whose}: left alone")
+        return self.pool.seen(vm)
+
+    # -- removing ---------------------------------------------------------------------------------
+
+    def destroy(self, machine: str) -> None:
+        """All of it, where nobody defined the machine; else the definition stays, without a disk."""
+        with self.translated(f"destroy the disk of {machine}"):
+            vm = self.pool.machine(machine)
+            if vm is None:
+                return
+            seen = self.ours(machine)
+            self._step(f"remove the disk of {machine}")
+            if not seen.vm.marks.get("spec"):
+                self.remove(seen)
+                return
+            bare = {k: v for k, v in seen.vm.marks.items() if k in ("farm", "vm", "kind", "spec", "mac")}
+            self.pool.call("VM.set_other_config", vm.ref, vm.other_config(bare))
+            self.pool.raze(seen.checkpoints)
+            for vbd in seen.vbds.values():
+                if vbd["VDI"] != NULL:
+                    self.pool.remove_vdi(vbd["VDI"], seen.vbds)
+
+    def remove(self, seen: Seen) -> None:
+        """The whole machine. From the first call on it isn't there any more, only its remains."""
+        self._give_up(seen.vm)
+        swept = [s for s in seen.unfinished if made_for(s.name)]
+        self.pool.raze([*seen.checkpoints, *swept, seen.vm])
+
+    def _give_up(self, vm: Vm) -> None:
+        marks = {key: vm.marks.get(key, "") for key in ("farm", "vm", "label")} | {"kind": "gone"}
+        self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+
+    def leftovers(self) -> Sequence[Leftover]:
+        with self.translated("look for leftovers"):
+            vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
+            found = [
+                Leftover(
+                    kind=kind, ref=f"vm/{vm.uuid}", owner=owner, created=datetime.now(UTC),
+                    bytes=0, why=why,
+                )
+                for vm in vms
+                for kind, owner, why in self._why_left(vm, vms)
+            ]  # fmt: skip
+            found += [
+                Leftover(
+                    kind="file", ref=f"vdi/{vdi.uuid}", owner=_meant_for(vdi.record["name_label"]),
+                    created=datetime.now(UTC), bytes=vdi.used, why="it was being made",
+                )
+                for vdi in vdis.values()
+                if self._is_left(vdi)
+            ]  # fmt: skip
+            return found
+
+    def _why_left(self, vm: Vm, vms: Sequence[Vm]) -> Iterator[tuple[str, Owner | None, str]]:
+        written = vm.written
+        if written.get("farm") != self._farm:
+            return
+        if vm.kind == "gone":
+            yield "file", Owner(self._farm, written["vm"]) if written.get("vm") else None, \
+                "its removal was interrupted"  # fmt: skip
+        elif vm.kind in ("", "making") and is_dead(vm.name):
+            yield "file", _meant_for(vm.name), "it was being made"
+        elif vm.kind == "checkpoint" and vm.record["snapshot_of"] not in (v.ref for v in vms):
+            yield "checkpoint", vm.owner, "its machine is gone"
+
+    def _is_left(self, vdi: Vdi) -> bool:
+        config = vdi.record["other_config"]
+        name = str(vdi.record["name_label"])
+        return config.get(PREFIX + "farm") == self._farm and not vdi.record["VBDs"] and is_dead(name)
+
+    def discard(self, leftover: Leftover) -> None:
+        """Looked at once more: what is no leftover any more stays."""
+        kind, _, uuid = leftover.ref.partition("/")
+        with self.translated(f"discard {leftover.ref}"):
+            vms = self.pool.all_vms()
+            if kind == "vdi":
+                for vdi in self.pool.all_vdis().values():
+                    if vdi.uuid == uuid and self._is_left(vdi):
+                        self._step(f"remove VDI {uuid}")
+                        self.pool.ignoring_gone("VDI.destroy", vdi.ref)
+                return
+            for vm in vms:
+                if vm.uuid == uuid and any(self._why_left(vm, vms)):
+                    self._step(f"remove VM {uuid}")
+                    self._sweep(vm, vms)
+
+    def _sweep(self, vm: Vm, vms: Sequence[Vm]) -> None:
+        """A disk that some machine's mark names by now is that machine's: it is attached there."""
+        named = {}
+        for other in vms:
+            if other.kind == "machine" and other.marks["farm"] == self._farm and other.disk:
+                named[other.disk[1]] = other
+        refs = look(self.pool.sessions, [f"vbd/{v}" for v in vm.record["VBDs"]]).records \
+            if vm.record["VBDs"] else {}  # fmt: skip
+        for vbd in refs.values():
+            machine = named.get(vbd["VDI"]) if vbd else None
+            if machine is not None and machine.power is Power.STOPPED:
+                self.pool.settle(self.pool.seen(machine))
+        if vm.kind == "gone" and not vm.record["is_a_snapshot"]:
+            seen = self.pool.seen(vm)
+            swept = [s for s in seen.unfinished if made_for(s.name)]
+            self.pool.raze([*seen.checkpoints, *swept, vm], keep=named)
+        else:
+            self.pool.raze([vm], keep=named)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except XenApiError as error:
+            raise translate(error, doing) from error
+
+
+def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
+    ours = [
+        s for s in vms
+        if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref
+        and s.marks["farm"] == vm.marks["farm"]
+    ]  # fmt: skip
+    ours.sort(key=lambda s: checkpoint_of(s).created)
+    return Seen(vm, vdi, tuple(ours), (), {}, None, "")
+
+
+def _capacity(sr: Mapping[str, Any]) -> Capacity:
+    total = int(sr["physical_size"])
+    return Capacity(total, max(0, total - int(sr["physical_utilisation"])))
+
+
+def _owner(seen: Seen) -> Owner:
+    assert seen.vm.owner, "it was looked at as one of ours"
+    return seen.vm.owner
+
+
+def _meant_for(name: str) -> Owner | None:
+    """None where it was for no VM in particular, as a template."""
+    owner = made_for(name)
+    return owner if owner and owner.vm else None

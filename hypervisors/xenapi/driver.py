@@ -1,0 +1,453 @@
+"""Implements ``hypervisors.api.Hypervisor`` on a XenAPI server (XenServer, XCP-ng).
+
+A machine is defined when its marks hold the hash of what it was defined from. It is made on the VM
+record that its disk comes with, and gets its name last: until then it isn't there. See ``disks``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hypervisors.api import (
+    Capabilities,
+    Checkpoint,
+    Console,
+    Leftover,
+    Machine,
+    MachineSpec,
+    Owner,
+    Power,
+    StepFn,
+    Template,
+    no_step,
+    spec_hash,
+)
+from hypervisors.xenapi.disks import XenApiDisks
+from hypervisors.xenapi.errors import XenApiError
+from hypervisors.xenapi.making import making
+from hypervisors.xenapi.pool import Pool
+from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
+from hypervisors.xenapi.wait import do, watch
+from inventory.errors import (
+    Conflict,
+    NotFound,
+    NotOurs,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
+from inventory.sizes import format_size
+
+_FLOOR_PART = 4
+"""A machine's static minimum is this part of its memory: what XenServer allows a Linux guest."""
+_NEAR = 2**20
+"""Bytes a guest may be off its target and still have reached it: xapi counts in pages and rounds."""
+_DEAF = ("VM_LACKS_FEATURE", "VM_MISSING_PV_DRIVERS", "VM_FAILED_SHUTDOWN_ACKNOWLEDGMENT")
+
+
+class XenApiHypervisor:
+    def __init__(self, disks: XenApiDisks, *, step: StepFn = no_step) -> None:
+        self._disks = disks
+        self._pool: Pool = disks.pool
+        self._farm = disks.pool.farm
+        self._step = step
+        self._networks: dict[str, str] = {}
+
+    def capabilities(self) -> Capabilities:
+        with self._disks.translated("ask the server what it can"):
+            (pool,) = self._pool.call("pool.get_all_records").values()
+        notes = []
+        if pool["suspend_image_SR"] == NULL:
+            notes.append("the pool has no suspend image SR")
+        notes.append("checkpoints are cold: a machine is shut down for them")
+        notes.append("guests without xe-guest-utilities can't be asked to shut down: they are cut off")
+        return Capabilities(
+            driver="xenapi",
+            accelerated=True,
+            power=True,
+            reset=True,
+            linked_clones=not self._pool.copy,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=False,
+            notes=tuple(notes),
+        )
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Machine | None:
+        with self._disks.translated(f"look for {name}"):
+            vm = self._pool.machine(name)
+            if vm is None or (vm.owner and not vm.marks.get("spec")):
+                return None
+            return self._machine(vm, self._metrics(vm))
+
+    def list(self) -> Sequence[Machine]:
+        with self._disks.translated("list the machines"):
+            found = [
+                vm for vm in self._pool.all_vms()
+                if vm.kind == "machine" and vm.marks["farm"] == self._farm and vm.marks.get("spec")
+            ]  # fmt: skip
+            running = any(vm.power is not Power.STOPPED for vm in found)
+            metrics = self._pool.call("VM_metrics.get_all_records") if running else {}
+            machines = [self._machine(vm, metrics.get(vm.record["metrics"])) for vm in found]
+            return sorted(machines, key=lambda machine: machine.name)
+
+    def _metrics(self, vm: Vm) -> Mapping[str, Any] | None:
+        """Of one that runs: else they say nothing that the record doesn't."""
+        if vm.power is Power.STOPPED or vm.record["metrics"] == NULL:
+            return None
+        record: Mapping[str, Any] = self._pool.call("VM_metrics.get_record", vm.record["metrics"])
+        return record
+
+    def _machine(self, vm: Vm, metrics: Mapping[str, Any] | None) -> Machine:
+        marks, record = vm.marks, vm.record
+        on = vm.power is not Power.STOPPED and metrics is not None
+        memory = int(record["memory_static_max"])
+        return Machine(
+            name=vm.name,
+            owner=vm.owner,
+            power=vm.power,
+            memory=memory,
+            current=int(metrics["memory_actual"]) if on and metrics else memory,
+            vcpus=int(record["VCPUs_max"]),
+            mac=marks.get("mac", ""),
+            disk=vdi_path(vm.disk[0]) if vm.disk else None,
+            spec_hash=marks.get("spec", ""),
+            template=marks.get("template", ""),
+            started=started(metrics) if on and metrics else None,
+        )
+
+    # -- defining ---------------------------------------------------------------------------------
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        with self._disks.translated(f"define {spec.name}"):
+            vm = self._pool.machine(spec.name)
+            if vm is not None:
+                self._check(vm, spec.name)
+                if vm.marks.get("spec"):
+                    raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
+                if self._taken_up(spec, template):
+                    return self._redefined(spec, f"define {spec.name}")
+            return self._made(spec, template)
+
+    def _taken_up(self, spec: MachineSpec, template: Template) -> bool:
+        """Whether the untouched disk that a killed ``define`` left is the one that is wanted."""
+        disk = self._disks.find(spec.name)
+        if disk is None:
+            return False
+        if not self._disks.pristine(spec.name, disk.base):
+            raise Conflict(
+                f"{spec.name} has a disk with data, and no machine",
+                remedy="./invoke gc removes it, then try again",
+            )
+        if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
+            return True
+        self._disks.destroy(spec.name)
+        return False
+
+    def _made(self, spec: MachineSpec, template: Template) -> Machine:
+        call = self._pool.call
+        with self._disks.growing(template, spec.owner, spec.disk_size) as (vm, _, grown):
+            call("VM.provision", vm.ref)
+            marks = grown | self._configure(vm, spec, {})
+            self._step(f"define {spec.name}")
+            config = vm.other_config(marks)
+            call("VM.set_other_config", vm.ref, config)
+            call("VM.set_name_label", vm.ref, spec.name)
+        return self._as_set(vm, spec, config)
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        with self._disks.translated(f"redefine {spec.name}"):
+            vm = self._ours(spec.name)
+            if vm.power is not Power.STOPPED:
+                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+            return self._redefined(spec, f"redefine {spec.name}")
+
+    def _redefined(self, spec: MachineSpec, doing: str) -> Machine:
+        seen = self._disks.ours(spec.name)
+        self._step(doing)
+        marks = {**seen.vm.marks, **self._configure(seen.vm, spec, seen.vbds)}
+        config = seen.vm.other_config(marks)
+        self._pool.call("VM.set_other_config", seen.vm.ref, config)
+        return self._as_set(seen.vm, spec, config)
+
+    def _as_set(self, vm: Vm, spec: MachineSpec, config: Mapping[str, str]) -> Machine:
+        record = {
+            **vm.record, "name_label": spec.name, "other_config": config, "power_state": "Halted",
+            "memory_static_max": spec.memory, "VCPUs_max": spec.vcpus, "is_a_template": False,
+        }  # fmt: skip
+        return self._machine(Vm(vm.ref, record), None)
+
+    def _configure(
+        self, vm: Vm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """All that the definition says, but for the disk; the marks that note it. May be done again.
+        Unsupported for what a XenAPI server doesn't have."""
+        if spec.nic.mode == "user":
+            raise Unsupported(
+                f"{spec.name}: a XenAPI server has no user-mode network",
+                remedy="give the farm's network 'mode: network' or 'mode: bridge'",
+            )
+        if spec.kernel:
+            raise Unsupported(f"{spec.name}: a XenAPI server boots from the disk, not a kernel of ours")
+        call, record, marks = self._pool.call, vm.record, vm.marks
+        least, most = str(spec.memory // _FLOOR_PART), str(spec.memory)
+        wanted = (least, most, most, most)
+        limits = ("static_min", "static_max", "dynamic_min", "dynamic_max")
+        if tuple(str(record[f"memory_{limit}"]) for limit in limits) != wanted:
+            call("VM.set_memory_limits", vm.ref, *wanted)
+        now, vcpus = int(record["VCPUs_max"]), str(spec.vcpus)
+        order = ["VM.set_VCPUs_max", "VM.set_VCPUs_at_startup"]  # never more at start than at most
+        if now != spec.vcpus:
+            for name in order if now < spec.vcpus else reversed(order):
+                call(name, vm.ref, vcpus)
+        wired = f"{spec.nic.mac} {spec.nic.mode} {spec.nic.target}"
+        if marks.get("wired") != wired or not record["VIFs"]:
+            for vif in record["VIFs"]:
+                self._pool.ignoring_gone("VIF.destroy", vif)
+            self._plug(vm.ref, spec)
+        noted = {"spec": spec_hash(spec), "mac": spec.nic.mac, "wired": wired}
+        if spec.console_log:
+            noted["log"] = str(spec.console_log)
+        return noted | self._seeded(vm, spec.owner, str(spec.seed or ""), vbds)
+
+    def _plug(self, vm: str, spec: MachineSpec) -> None:
+        self._pool.call(
+            "VIF.create",
+            {
+                "device": "0", "network": self._network(spec), "VM": vm, "MAC": spec.nic.mac,
+                "MTU": "1500", "other_config": {}, "qos_algorithm_type": "",
+                "qos_algorithm_params": {},
+            },
+        )  # fmt: skip
+
+    def _network(self, spec: MachineSpec) -> str:
+        """By its name, or its bridge's; all networks looked up once."""
+        key = "bridge" if spec.nic.mode == "bridge" else "name_label"
+        if spec.nic.target not in self._networks:
+            for ref, record in self._pool.call("network.get_all_records").items():
+                self._networks.setdefault(str(record[key]), ref)
+        if spec.nic.target not in self._networks:
+            raise NotFound(
+                f"{self._pool.sessions.url}: there is no network with {key} {spec.nic.target!r}",
+                remedy="xe network-list shows them",
+            )
+        return self._networks[spec.nic.target]
+
+    # -- the seed: first-boot data as a small disk of its own -----------------------------------------
+
+    def _seeded(
+        self, vm: Vm, owner: Owner, path: str, vbds: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """The file's present content is attached; what was there before is removed. Nothing is done
+        where it is there already, or where there is no such file."""
+        file = Path(path)
+        if not path or not file.is_file():
+            return {"seed": path}
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        old = {ref: vbd for ref, vbd in vbds.items() if vbd["userdevice"] == SEED}
+        if old and vm.marks.get("seedsum") == digest:
+            return {"seed": path, "seedsum": digest}
+        for ref, vbd in old.items():
+            if vbd["VDI"] != NULL:
+                self._pool.remove_vdi(vbd["VDI"], {ref})
+            self._pool.ignoring_gone("VBD.destroy", ref)
+        size = -(-file.stat().st_size // 2**20) * 2**20
+        marks = {"farm": self._farm, "kind": "seed"}
+        with making(owner) as name:
+            vdi = self._disks.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
+            try:
+                self._pool.sessions.put(vdi, file, size)
+                self._disks.attach(vm.ref, vdi, SEED, read_only=True)
+                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
+            except BaseException:
+                with contextlib.suppress(Exception):  # found later, by its name
+                    self._pool.ignoring_gone("VDI.destroy", vdi)
+                raise
+        return {"seed": path, "seedsum": digest}
+
+    # -- power ------------------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        doing = f"start {name}"
+        with self._disks.translated(doing):
+            seen = self._disks.ours(name)
+            self._defined(seen.vm, name)
+            if seen.vm.power is not Power.STOPPED:
+                raise WrongState(
+                    f"{name} is running already", remedy="stop it first, or use it as it is"
+                )
+            if seen.vdi is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            self._step(doing)
+            self._pool.settle(seen)
+            vm = seen.vm
+            assert vm.owner
+            seeded = self._seeded(vm, vm.owner, vm.marks.get("seed", ""), seen.vbds)
+            marks = {**vm.marks, **seeded, "fresh": ""}  # from now on it may be written to
+            if marks != {**vm.marks}:
+                self._pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+            self._pool.call("VM.start", vm.ref, False, False)
+
+    def stop(self, name: str, *, grace: float) -> None:
+        with self._disks.translated(f"stop {name}"):
+            vm = self._ours(name)
+            if vm.power is Power.STOPPED:
+                return
+            if grace > 0 and vm.power is Power.RUNNING:
+                self._step(f"ask {name} to shut down")
+                try:
+                    do(self._pool.sessions, "VM.clean_shutdown", vm.ref, limit=grace)
+                    return
+                except TimedOut:
+                    pass
+                except XenApiError as error:
+                    if error.code not in _DEAF and not _halted(error):
+                        raise
+            self._cut(vm, name)
+
+    def _cut(self, vm: Vm, name: str) -> None:
+        if vm.power is Power.STOPPED:
+            return
+        self._step(f"cut the power of {name}")
+        try:
+            self._pool.call("VM.hard_shutdown", vm.ref)
+        except XenApiError as error:
+            if not _halted(error):  # it just ended
+                raise
+
+    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+        with self._disks.translated(f"checkpoint {name}"):
+            if self._ours(name).power is not Power.STOPPED:
+                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+        return self._disks.checkpoint(name, checkpoint)
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        with self._disks.translated(f"reset {name}"):
+            seen = self._disks.ours(name)
+            self._defined(seen.vm, name)
+            if seen.vdi is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            if checkpoint not in seen.checkpoint_names:  # before its power is cut
+                raise NotFound(
+                    f"{name} has no checkpoint {checkpoint}",
+                    remedy=f"it has: {', '.join(seen.checkpoint_names)}",
+                )
+            self._cut(seen.vm, name)
+            if seen.attached and seen.attached[1] == seen.vdi.ref:
+                self._disks.restore_seen([seen], checkpoint)
+            else:  # a killed reset's
+                self._disks.restore(name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        """VM.set_memory_dynamic_range to just this size, inside the static limits; then VM_metrics'
+        memory_actual is watched until the guest got there."""
+        with self._disks.translated(f"balloon {name}"):
+            vm = self._ours(name)
+            if vm.power is not Power.RUNNING:
+                raise WrongState(f"{name} is stopped: only a running guest's memory can change")
+            least, most = (int(vm.record[f"memory_static_{end}"]) for end in ("min", "max"))
+            if target > most:
+                raise UsageError(
+                    f"{name} can't have {format_size(target)}: its maximum is {format_size(most)}"
+                )
+            if target < least:
+                raise UsageError(
+                    f"{name} can't go down to {format_size(target)}: it needs {format_size(least)}"
+                )
+            self._step(f"set the memory of {name} to {format_size(target)}")
+            self._pool.call("VM.set_memory_dynamic_range", vm.ref, str(target), str(target))
+            reached = 0
+            metrics = f"vm_metrics/{vm.record['metrics']}"
+            for record in watch(self._pool.sessions, metrics, timeout):
+                if record is None:
+                    raise WrongState(f"{name} ended meanwhile", remedy="./invoke status")
+                reached = int(record["memory_actual"])
+                if abs(reached - target) <= _NEAR:
+                    return reached
+            raise TimedOut(
+                f"{name} reached {format_size(reached)} instead of {format_size(target)} in "
+                f"{timeout:.0f} s",
+                remedy="the guest needs its balloon driver, and memory that it can give away",
+            )
+
+    def console(self, name: str) -> Console:
+        """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
+        with self._disks.translated(f"console of {name}"):
+            self._ours(name)
+        return Console(argv=(), log=None)
+
+    # -- removing ---------------------------------------------------------------------------------
+
+    def destroy(self, name: str) -> None:
+        with self._disks.translated(f"destroy {name}"):
+            vm = self._pool.machine(name)
+            if vm is None:
+                return
+            self._check(vm, name)
+            self._cut(vm, name)
+            seen = self._pool.seen(vm)
+            self._step(f"remove {name} and its disk")
+            self._disks.remove(seen)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        found = list(self._disks.leftovers())
+        with self._disks.translated("look for leftovers"):
+            vdis = {vdi.uuid: vdi for vdi in self._pool.all_vdis().values()}
+            ours = [
+                vm for vm in self._pool.all_vms()
+                if vm.kind == "machine" and vm.marks["farm"] == self._farm
+            ]  # fmt: skip
+        for vm in sorted(ours, key=lambda vm: vm.name):
+            if vm.marks.get("spec") and (vm.disk is None or vm.disk[0] not in vdis):
+                found.append(_orphan("domain", vm, 0, "its disk is gone"))
+        for vm in sorted(ours, key=lambda vm: vm.name):
+            if not vm.marks.get("spec"):
+                disk = vdis.get(vm.disk[0]) if vm.disk else None
+                found.append(_orphan("disk", vm, disk.used if disk else 0, "no machine has it"))
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+            self._disks.discard(leftover)
+        elif leftover.ref in (now.ref for now in self.leftovers()):
+            self.destroy(leftover.ref)
+
+    def close(self) -> None:
+        self._pool.sessions.close()
+
+    # -- whose it is --------------------------------------------------------------------------------
+
+    def _ours(self, name: str) -> Vm:
+        vm = self._pool.machine(name)
+        if vm is None:
+            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+        self._check(vm, name)
+        return self._defined(vm, name)
+
+    def _defined(self, vm: Vm, name: str) -> Vm:
+        if not vm.marks.get("spec"):
+            raise NotFound(f"{name} is a disk without a machine", remedy="./invoke clone-farm makes it")
+        return vm
+
+    def _check(self, vm: Vm, name: str) -> None:
+        if vm.owner is None or vm.owner.farm != self._farm:
+            whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
+            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+
+
+def _halted(error: XenApiError) -> bool:
+    return error.code == "VM_BAD_POWER_STATE" and error.parameters[-1].lower() == "halted"
+
+
+def _orphan(kind: str, vm: Vm, size: int, why: str) -> Leftover:
+    return Leftover(
+        kind=kind, ref=vm.name, owner=vm.owner, created=datetime.now(UTC), bytes=size, why=why
+    )

@@ -1,0 +1,67 @@
+"""What a XenAPI server says when it refuses, made one of ours, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    FarmhandError,
+    NoSpace,
+    NotFound,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
+
+GONE = ("HANDLE_INVALID", "UUID_INVALID")
+"""The object isn't there, or isn't any more."""
+
+_KINDS: dict[str, tuple[type[FarmhandError], str]] = {
+    "HANDLE_INVALID": (NotFound, "it is gone: somebody removed it meanwhile; ./invoke status"),
+    "UUID_INVALID": (NotFound, "it is gone: somebody removed it meanwhile; ./invoke status"),
+    "VM_BAD_POWER_STATE": (WrongState, "somebody else starts or stops it too: look again"),
+    "OTHER_OPERATION_IN_PROGRESS": (WrongState, "wait for it: xe task-list shows what is going on"),
+    "OPERATION_NOT_ALLOWED": (WrongState, "xe vm-param-get param-name=blocked-operations tells more"),
+    "OPERATION_BLOCKED": (WrongState, "an admin blocked it: xe vm-param-get "
+                          "param-name=blocked-operations"),
+    "VM_IS_TEMPLATE": (WrongState, "./invoke recover"),
+    "VM_IS_SNAPSHOT": (WrongState, "./invoke recover"),
+    "VDI_IN_USE": (WrongState, "it is attached elsewhere: xe vbd-list vdi-uuid=..."),
+    "DEVICE_ALREADY_EXISTS": (WrongState, "something was attached by hand: xe vbd-list"),
+    "VM_LACKS_FEATURE": (Unsupported, "install xe-guest-utilities in the template"),
+    "VM_MISSING_PV_DRIVERS": (Unsupported, "install xe-guest-utilities in the template"),
+    "VM_NO_SUSPEND_SR": (Unsupported, "give the pool a suspend image SR: xe pool-param-set "
+                         "suspend-image-SR=..."),
+    "FEATURE_RESTRICTED": (Unsupported, "the server's licence doesn't cover it"),
+    "LICENCE_RESTRICTION": (Unsupported, "the server's licence doesn't cover it"),
+    "SR_FULL": (NoSpace, "make room in the storage repository: ./invoke gc shows what can go"),
+    "SR_BACKEND_FAILURE_44": (NoSpace, "make room in the storage repository: ./invoke gc"),
+    "NO_HOSTS_AVAILABLE": (NoSpace, "no host has the memory for it: stop or balloon another VM"),
+    "HOST_NOT_ENOUGH_FREE_MEMORY": (NoSpace, "stop or balloon another VM"),
+    "MEMORY_CONSTRAINT_VIOLATION": (UsageError, "give a size within the VM's limits"),
+    "MEMORY_CONSTRAINT_VIOLATION_ORDER": (UsageError, "give a size within the VM's limits"),
+    "MAC_INVALID": (UsageError, "give the VM another 'mac'"),
+    "DUPLICATE_VM": (Conflict, "another VM has its name"),
+    "SESSION_AUTHENTICATION_FAILED": (DriverFailed, "check user and password in the host's "
+                                      "'credentials' file"),
+    "RBAC_PERMISSION_DENIED": (DriverFailed, "the user needs the role vm-admin or higher"),
+    "HOST_STILL_BOOTING": (DriverFailed, "wait until the server is up, then again"),
+    "TASK_CANCELLED": (DriverFailed, "somebody cancelled it on the server: do it again"),
+}  # fmt: skip
+
+
+class XenApiError(Exception):
+    """As the server put it: a code and its parameters. Stays within this package."""
+
+    def __init__(self, description: Sequence[str]) -> None:
+        super().__init__(" ".join(description))
+        self.code = description[0] if description else "UNKNOWN"
+        self.parameters = tuple(description[1:])
+
+
+def translate(error: XenApiError, doing: str) -> FarmhandError:
+    kind, remedy = _KINDS.get(error.code, (DriverFailed, "see /var/log/xensource.log on the server"))
+    words = ", ".join(part for part in error.parameters if part)
+    return kind(f"{doing}: {error.code}{f' ({words})' if words else ''}"[:500], remedy=remedy)

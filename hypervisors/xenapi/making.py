@@ -1,0 +1,78 @@
+"""Names for what is being made, that tell whether anybody still makes it.
+
+A XenAPI server knows no locks of ours. So what isn't finished carries in its name for whom it is, and
+which process makes it: what a living one makes is left to it, what a dead one left is swept up."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hypervisors.api import Owner
+from hypervisors.xenapi.records import NEW
+
+_ELSEWHERE = 6 * 3600.0
+"""Seconds after which what another machine began counts as dead: longer than any call or task lasts."""
+_NAME = re.compile(
+    re.escape(NEW) + r"(?P<farm>[^/ ]+)/(?P<vm>[^/ ]*) (?P<host>\S+):(?P<pid>\d+):(?P<start>\d+):"
+    r"(?P<time>\d+):(?P<number>\d+)"
+)
+_numbers = itertools.count(1)
+_active: set[str] = set()
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def making(owner: Owner) -> Iterator[str]:
+    """A new name, of something alive within the context."""
+    pid = os.getpid()
+    name = (
+        f"{NEW}{owner.farm}/{owner.vm} {_here()}:{pid}:{_start(pid)}:{int(time.time())}:{next(_numbers)}"
+    )
+    with _guard:
+        _active.add(name)
+    try:
+        yield name
+    finally:
+        with _guard:
+            _active.discard(name)
+
+
+def made_for(name: str) -> Owner | None:
+    """For whom it was meant to be; None for names that aren't ours."""
+    match = _NAME.fullmatch(name)
+    return Owner(match["farm"], match["vm"]) if match else None
+
+
+def is_dead(name: str) -> bool:
+    """Whether nobody makes it any more; False for names that aren't ours."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return False
+    if match["host"] != _here():
+        return time.time() - int(match["time"]) > _ELSEWHERE
+    if int(match["pid"]) == os.getpid() and match["start"] == _start(os.getpid()):
+        with _guard:
+            return name not in _active
+    return match["start"] != _start(int(match["pid"]))
+
+
+def _here() -> str:
+    return re.sub(r"[^A-Za-z0-9.-]", "-", platform.node()) or "nowhere"
+
+
+def _start(pid: int) -> str:
+    """In clock ticks since boot (proc(5), /proc/PID/stat, field 22); "0" where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "0"
+    fields = text[text.rindex(")") + 2 :].split()
+    return "0" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,285 @@
+"""One XenAPI pool as farmhand uses it: objects looked up with few calls, disks grown beside the old ones
+and swapped by a mark, things removed in the order that loses nothing.
+
+A machine's disk is the VDI that its mark ``farmhand:disk`` names, whatever is attached at the moment: to
+write that mark is one atomic call, which is how disks are swapped (``settle`` then attaches what the
+mark names). How a VM of ours is known, and what is not: see ``records``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypervisors.xenapi.errors import GONE, XenApiError
+from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, checkpoint_of
+from hypervisors.xenapi.session import Sessions
+from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress
+from inventory.errors import DriverFailed, FarmhandError, NotFound
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A machine with all that belongs to it. ``token``: of the moment it was seen, for what changed
+    since (``wait.look``)."""
+
+    vm: Vm
+    vdi: Vdi | None  # the one the mark names, if it is there
+    checkpoints: tuple[Vm, ...]  # our snapshots of it, oldest first
+    unfinished: tuple[Vm, ...]  # other snapshots of it
+    vbds: Mapping[str, Record]
+    metrics: Record | None
+    token: str
+    others: Mapping[str, Record] = field(default_factory=dict)
+
+    @property
+    def attached(self) -> tuple[str, str] | None:
+        """The VBD and the VDI at the disk's place."""
+        for ref, record in self.vbds.items():
+            if record["userdevice"] == DISK and record["VDI"] != NULL:
+                return ref, str(record["VDI"])
+        return None
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        return ("clean", *(vm.marks["checkpoint"] for vm in self.checkpoints))
+
+    def checkpoint(self, name: str) -> Vm | None:
+        return next((vm for vm in self.checkpoints if vm.marks["checkpoint"] == name), None)
+
+    @property
+    def base(self) -> str:
+        """The checkpoint the present disk grew from. A checkpoint that was cut off is not there; then
+        it is the one before."""
+        base = self.vm.marks.get("base", "clean")
+        return base if base in self.checkpoint_names else self.vm.marks.get("before", "clean")
+
+    def freshness(self, vdi: Vdi | None = None) -> str:
+        """What changes when anything is written to the disk: its own bytes in the store, the snapshots
+        of it, the machine's last start."""
+        seen = vdi or self.vdi
+        if seen is None:
+            return ""
+        start = str(self.metrics["start_time"]) if self.metrics else ""
+        return freshness(seen, start)
+
+
+def freshness(vdi: Vdi, start: str = "") -> str:
+    """``start``: VM_metrics.start_time, 1970 where it never ran."""
+    ran = "never" if start.startswith("1970") or not start else start
+    return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])} {ran}"
+
+
+class Pool:
+    def __init__(
+        self,
+        sessions: Sessions,
+        farm: str,
+        *,
+        sr: str = "",
+        copy: bool = False,
+        progress: ProgressFn = no_progress,
+    ) -> None:
+        self.sessions, self.farm, self.copy = sessions, farm, copy
+        self.call = sessions.call
+        self._sr_name, self._sr = sr, ""
+        self._progress = progress
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    def machine(self, name: str) -> Vm | None:
+        """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
+        found = []
+        for ref in self.call("VM.get_by_name_label", name):
+            try:
+                vm = Vm(ref, self.call("VM.get_record", ref))
+            except XenApiError as error:
+                if error.code in GONE:  # it went between the two
+                    continue
+                raise
+            if vm.is_machine and vm.kind != "gone":
+                found.append(vm)
+        return max(
+            found,
+            key=lambda vm: (vm.kind == "machine", bool(vm.owner and vm.owner.farm == self.farm)),
+            default=None,
+        )
+
+    def seen(self, vm: Vm) -> Seen:
+        wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
+        wanted += [f"vbd/{ref}" for ref in vm.record["VBDs"]]
+        wanted += [f"vm_metrics/{vm.record['metrics']}"]
+        if vm.disk:
+            wanted.append(f"vdi/{vm.disk[1]}")
+        batch = look(self.sessions, wanted)
+        records = {ref: record for ref, record in batch.records.items() if record is not None}
+        snapshots = [Vm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
+        ours = [s for s in snapshots if s.kind == "checkpoint" and s.marks["farm"] == self.farm_of(vm)]
+        return Seen(
+            vm=vm,
+            vdi=self._disk(vm, records),
+            checkpoints=tuple(sorted(ours, key=lambda s: checkpoint_of(s).created)),
+            unfinished=tuple(s for s in snapshots if s not in ours),
+            vbds={ref: records[ref] for ref in vm.record["VBDs"] if ref in records},
+            metrics=records.get(vm.record["metrics"]),
+            token=batch.token,
+        )
+
+    @staticmethod
+    def farm_of(vm: Vm) -> str:
+        return vm.marks.get("farm", "")
+
+    def _disk(self, vm: Vm, records: Mapping[str, Record]) -> Vdi | None:
+        """By the mark's uuid; its reference may have changed, as when storage was moved."""
+        if vm.disk is None:
+            return None
+        uuid, ref = vm.disk
+        if ref in records and records[ref]["uuid"] == uuid:
+            return Vdi(ref, records[ref])
+        try:
+            ref = self.call("VDI.get_by_uuid", uuid)
+            return Vdi(ref, self.call("VDI.get_record", ref))
+        except XenApiError as error:
+            if error.code in GONE:
+                return None
+            raise
+
+    def all_vms(self) -> list[Vm]:
+        return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+
+    def all_vdis(self) -> dict[str, Vdi]:
+        records = self.call("VDI.get_all_records")
+        return {ref: Vdi(ref, record) for ref, record in records.items()}
+
+    def sr(self) -> str:
+        """The storage repository's reference; looked up once."""
+        if not self._sr:
+            if self._sr_name:
+                found = self.call("SR.get_by_name_label", self._sr_name)
+                if len(found) != 1:
+                    many = "several" if found else "no"
+                    raise NotFound(
+                        f"{self.sessions.url}: there is {many} storage repository {self._sr_name!r}",
+                        remedy="xe sr-list shows them; name one in the host's 'sr'",
+                    )
+                self._sr = str(found[0])
+            else:
+                (pool,) = self.call("pool.get_all_records").values()
+                self._sr = str(pool["default_SR"])
+                if self._sr == NULL:
+                    raise NotFound(
+                        f"{self.sessions.url}: the pool has no default storage repository",
+                        remedy="name one in the host's 'sr'",
+                    )
+        return self._sr
+
+    # -- growing and swapping ---------------------------------------------------------------------
+
+    def grow(self, source: Vm, name: str, token: str) -> tuple[Vm, Vdi]:
+        """A new VM ``name`` with a disk of its own grown from ``source``'s (a template or a snapshot);
+        ``token``: of before."""
+        if self.copy:
+            ref = do(self.sessions, "VM.copy", source.ref, name, self.sr(), progress=self._progress)
+        else:
+            ref = self.call("VM.clone", source.ref, name)
+        try:
+            batch = look(self.sessions, [f"vm/{ref}", "vbd", "vdi"], token)
+            found = self._disk_at(ref, batch)
+            if found is None:  # as where the server dropped events
+                vm = Vm(ref, self.call("VM.get_record", ref))
+                attached = look(self.sessions, [f"vbd/{vbd}" for vbd in vm.record["VBDs"]])
+                refs = [r["VDI"] for r in attached.records.values() if r and r["userdevice"] == DISK]
+                if not refs:
+                    raise DriverFailed(
+                        f"{source.name} has no disk at place {DISK}",
+                        remedy="a template of ours has one: was it changed by hand?",
+                    )
+                found = vm, Vdi(refs[0], self.call("VDI.get_record", refs[0]))
+            return found
+        except BaseException:
+            self.undo(ref)
+            raise
+
+    @staticmethod
+    def _disk_at(ref: str, batch: Batch) -> tuple[Vm, Vdi] | None:
+        record = batch.records.get(ref)
+        for seen in batch.records.values():
+            if seen and seen.get("VM") == ref and seen.get("userdevice") == DISK:
+                vdi = batch.records.get(seen["VDI"])
+                if record and vdi:
+                    return Vm(ref, record), Vdi(seen["VDI"], vdi)
+        return None
+
+    def settle(self, seen: Seen, vdi: Vdi | None = None) -> None:
+        """Attach the disk that the mark names; what was attached in its place is an old one of the
+        machine's, and is removed. ``vdi``: the mark's, where it was just written."""
+        wanted = vdi or seen.vdi
+        if wanted is None or (seen.attached and seen.attached[1] == wanted.ref):
+            return
+        if seen.attached:
+            vbd, old = seen.attached
+            record = seen.vdi.record if seen.vdi and seen.vdi.ref == old else None
+            self.remove_vdi(old, {vbd}, record)
+        arguments = {
+            "VM": seen.vm.ref, "VDI": wanted.ref, "userdevice": DISK, "bootable": True, "mode": "RW",
+            "type": "Disk", "empty": False, "unpluggable": True, "other_config": {},
+            "qos_algorithm_type": "", "qos_algorithm_params": {},
+        }  # fmt: skip
+        try:
+            self.call("VBD.create", arguments)
+        except XenApiError as error:
+            if error.code != "DEVICE_ALREADY_EXISTS" or not seen.attached:
+                raise
+            self.ignoring_gone("VBD.destroy", seen.attached[0])  # the old disk's, not yet swept up
+            self.call("VBD.create", arguments)
+
+    # -- removing ---------------------------------------------------------------------------------
+
+    def ignoring_gone(self, name: str, *arguments: object) -> None:
+        try:
+            self.call(name, *arguments)
+        except XenApiError as error:
+            if error.code not in GONE:
+                raise
+
+    def remove_vdi(self, ref: str, vbds: Iterable[str], record: Record | None = None) -> None:
+        """Unless somebody attached it elsewhere, beside these VBDs: then it is theirs now, too."""
+        if record is None:
+            try:
+                record = self.call("VDI.get_record", ref)
+            except XenApiError as error:
+                if error.code in GONE:
+                    return
+                raise
+        if set(record["VBDs"]) <= set(vbds):
+            self.ignoring_gone("VDI.destroy", ref)
+
+    def raze(self, vms: Sequence[Vm], *, keep: Iterable[str] = ()) -> None:
+        """VMs, templates and snapshots with their disks, in the order given; each one's disks first, so
+        that none is ever left that nothing refers to. ``keep``: VDIs of others."""
+        wanted = [f"vbd/{ref}" for vm in vms for ref in vm.record["VBDs"]]
+        vbds = look(self.sessions, wanted).records if wanted else {}
+        disks: dict[str, list[str]] = {
+            vm.ref: [r["VDI"] for v in vm.record["VBDs"] if (r := vbds.get(v)) and r["VDI"] != NULL]
+            for vm in vms
+        }
+        kept = set(keep)
+        refs = {ref for found in disks.values() for ref in found} - kept
+        records = look(self.sessions, [f"vdi/{ref}" for ref in refs]).records if refs else {}
+        for vm in vms:
+            for ref in disks[vm.ref]:
+                record = records.get(ref)
+                if ref not in kept and record is not None:
+                    self.remove_vdi(ref, vbds, record)
+            if vm.record["suspend_VDI"] != NULL:
+                self.ignoring_gone("VDI.destroy", vm.record["suspend_VDI"])
+            self.ignoring_gone("VM.destroy", vm.ref)
+
+    def undo(self, ref: str, *, keep: Iterable[str] = ()) -> None:
+        """Of what was just being made; what can't be removed now is found later."""
+        with contextlib.suppress(XenApiError, FarmhandError):
+            self.raze([Vm(ref, self.call("VM.get_record", ref))], keep=keep)

@@ -1,0 +1,160 @@
+"""What we see of a XenAPI server's objects, and our marks on them.
+
+Marks are keys of ``other_config`` that begin with ``farmhand:``. A clone, a copy and a snapshot take
+their source's ``other_config`` along, whoever makes them; so each mark names the object that it was
+written for (``farmhand:uuid``), and on any other one it counts for nothing but where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hypervisors.api import Checkpoint, Owner, Power, Template
+from inventory.errors import DriverFailed
+
+PREFIX = "farmhand:"
+NULL = "OpaqueRef:NULL"
+NEW = "farmhand new "
+"""How the names begin of what is being made. To give it its final name is the one call that makes it
+count; until then it is not there."""
+DISK = "0"
+"""The user device of a machine's disk; its seed's is ``SEED``."""
+SEED = "3"
+
+_POWER = {
+    "Running": Power.RUNNING,
+    "Halted": Power.STOPPED,
+    "Paused": Power.PAUSED,
+    "Suspended": Power.PAUSED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """A VM, template or snapshot as the server has it."""
+
+    ref: str
+    record: Mapping[str, Any]
+
+    @property
+    def uuid(self) -> str:
+        return str(self.record["uuid"])
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name_label"])
+
+    @property
+    def power(self) -> Power:
+        return _POWER.get(self.record["power_state"], Power.UNKNOWN)
+
+    @property
+    def is_machine(self) -> bool:
+        """No template, no snapshot (which says that it is a template, too), no control domain."""
+        return not (
+            self.record["is_a_template"]
+            or self.record["is_a_snapshot"]
+            or self.record["is_control_domain"]
+        )
+
+    @property
+    def written(self) -> Mapping[str, str]:
+        """Our marks, also those inherited from elsewhere."""
+        config = self.record["other_config"]
+        return {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
+
+    @property
+    def marks(self) -> Mapping[str, str]:
+        """Our marks that were written for this very object; empty: it isn't ours."""
+        written = self.written
+        return written if written.get("uuid") == self.uuid else {}
+
+    @property
+    def kind(self) -> str:
+        """ "machine", "template", "checkpoint", "gone", or "making"; "" for what isn't ours."""
+        kind = self.marks.get("kind", "")
+        return "making" if kind and kind != "gone" and self.name.startswith(NEW) else kind
+
+    @property
+    def owner(self) -> Owner | None:
+        marks = self.marks
+        return Owner(marks["farm"], marks.get("vm", "")) if "farm" in marks else None
+
+    @property
+    def disk(self) -> tuple[str, str] | None:
+        """The uuid and the reference of the VDI that is the machine's disk, whatever is attached."""
+        uuid, _, ref = self.marks.get("disk", "").partition(" ")
+        return (uuid, ref) if ref else None
+
+    def other_config(self, marks: Mapping[str, str]) -> dict[str, str]:
+        """Everybody else's keys as they are, ours as given (an empty value: none), written for this
+        object."""
+        config = self.record["other_config"]
+        kept = {key: value for key, value in config.items() if not key.startswith(PREFIX)}
+        ours = {**marks, "uuid": self.uuid}
+        return kept | {PREFIX + key: value for key, value in ours.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Vdi:
+    ref: str
+    record: Mapping[str, Any]
+
+    @property
+    def uuid(self) -> str:
+        return str(self.record["uuid"])
+
+    @property
+    def size(self) -> int:
+        return int(self.record["virtual_size"])
+
+    @property
+    def used(self) -> int:
+        return int(self.record["physical_utilisation"])
+
+    @property
+    def path(self) -> Path:
+        return vdi_path(self.uuid)
+
+
+def vdi_path(uuid: str) -> Path:
+    """A name, not a file of this host: the disk is in the server's storage."""
+    return Path("/xenapi/vdi", uuid)
+
+
+def checkpoint_of(vm: Vm) -> Checkpoint:
+    marks = vm.marks
+    return Checkpoint(
+        name=marks["checkpoint"], created=when(marks["created"]), warm=marks.get("warm") == "yes"
+    )
+
+
+def template_of(vm: Vm) -> Template:
+    """DriverFailed where somebody changed its marks by hand."""
+    marks = vm.marks
+    try:
+        name, _, generation = marks["label"].rpartition("@")
+        return Template(
+            name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
+            sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
+            firstboot=marks["firstboot"],
+        )  # fmt: skip
+    except (KeyError, ValueError) as error:
+        raise DriverFailed(
+            f"template {vm.name} ({vm.uuid}): its farmhand marks are damaged: {error}",
+            remedy="xe template-param-list shows them, in other-config",
+        ) from None
+
+
+def when(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def started(metrics: Mapping[str, Any]) -> datetime:
+    """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what never ran."""
+    text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
+    return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)

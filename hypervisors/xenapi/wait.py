@@ -1,0 +1,88 @@
+"""Waiting for a XenAPI server by its events (event.from), never by asking again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypervisors.xenapi.errors import XenApiError
+from hypervisors.xenapi.session import Sessions
+from inventory.errors import FarmhandError, TimedOut
+
+PATIENCE = 3600.0
+"""Seconds that a task, such as a full copy, may take."""
+_ROUND = 30.0  # seconds that one event.from waits at most: well within what a proxy lets stand
+
+ProgressFn = Callable[[str, float], None]
+"""Told what goes on and how far it is, 0 to 1."""
+
+
+def no_progress(_what: str, _part: float) -> None:
+    """For callers that show none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one event.from brought: records by reference (None: it is gone), and where to go on."""
+
+    records: Mapping[str, Mapping[str, Any] | None]
+    token: str
+
+
+def look(sessions: Sessions, classes: Sequence[str], token: str = "", timeout: float = 0.0) -> Batch:
+    """All objects of these classes ("vm"), or these ("vm/OpaqueRef:..."), in one call: as they are
+    (``token`` empty), or those that changed since. ``timeout``, in seconds: for a first change."""
+    answer = sessions.call("event.from", list(classes), token, float(timeout))
+    records: dict[str, Mapping[str, Any] | None] = {}
+    for event in answer["events"]:
+        records[event["ref"]] = event.get("snapshot") if event["operation"] != "del" else None
+    return Batch(records, answer["token"])
+
+
+def watch(sessions: Sessions, object_: str, limit: float) -> Iterator[Mapping[str, Any] | None]:
+    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over."""
+    end, token = time.monotonic() + limit, ""
+    while True:
+        batch = look(sessions, [object_], token, min(_ROUND, max(0.0, end - time.monotonic())))
+        token = batch.token
+        yield from batch.records.values()
+        if time.monotonic() >= end:
+            return
+
+
+def do(
+    sessions: Sessions,
+    name: str,
+    *arguments: object,
+    progress: ProgressFn = no_progress,
+    limit: float = PATIENCE,
+) -> str:
+    """A call that takes long, as a task of the server's; what it returned, as text. A task that is
+    over its limit is cancelled: TimedOut. XenApiError as the call itself would."""
+    task = str(sessions.call(f"Async.{name}", *arguments))
+    try:
+        for record in watch(sessions, f"task/{task}", limit):
+            if record is None:
+                raise XenApiError(["TASK_CANCELLED", task])
+            progress(name, float(record["progress"]))
+            match record["status"]:
+                case "success":
+                    found = re.fullmatch(r"(?:<value>)?(.*?)(?:</value>)?", str(record["result"]), re.S)
+                    return found[1] if found else ""
+                case "failure":
+                    raise XenApiError([str(part) for part in record["error_info"]])
+                case "cancelled":
+                    raise XenApiError(["TASK_CANCELLED", task])
+        with contextlib.suppress(XenApiError):  # one that can't be cancelled goes on by itself
+            sessions.call("task.cancel", task)
+        raise TimedOut(
+            f"{sessions.url}: {name} took more than {limit:.0f} s and was cancelled",
+            remedy="look at the server's load (xe task-list), then ./invoke recover",
+        )
+    finally:
+        with contextlib.suppress(XenApiError, FarmhandError):  # xapi removes it after a day
+            sessions.call("task.destroy", task)

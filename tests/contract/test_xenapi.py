@@ -1,0 +1,406 @@
+"""What only XenAPI's driver has: certificates, sessions, the pool's master, what each call may fail
+with; and how few calls it takes. On the test server: simulated."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import xenapi_rig
+from rigs import FARM, MIB, SIZE, template
+
+from hypervisors.api import Owner, Power
+from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.session import Sessions
+from inventory.errors import (
+    DriverFailed,
+    FarmhandError,
+    NoSpace,
+    TimedOut,
+    Unsupported,
+    UsageError,
+)
+
+pytestmark = pytest.mark.skipif(
+    bool(xenapi_rig.REAL_URL), reason="FARMHAND_XENAPI_URL: a real server can't be told to fail"
+)
+ROOT = Path(__file__).parents[2]
+NAME = "kata-prod"
+PROD = Owner(FARM, "prod")
+
+
+@pytest.fixture
+def rig(request, tmp_path):
+    server = request.getfixturevalue("xenapi")
+    with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
+        yield made
+
+
+@pytest.fixture
+def server(rig):
+    return rig.server
+
+
+@pytest.fixture
+def made(rig):
+    """Written to, with a checkpoint "one" of content A; now it holds B."""
+    hypervisor = rig.hypervisor()
+    hypervisor.define(rig.spec("prod"), rig.template)
+    rig.write(NAME, "A")
+    hypervisor.checkpoint(NAME, "one")
+    rig.write(NAME, "B")
+    return hypervisor
+
+
+# -- the connection ---------------------------------------------------------------------------------
+
+
+def test_a_certificate_of_another_is_refused_and_no_password_sent(server, tmp_path):
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    other = xenapi_rig.TestServer()
+    try:
+        for trust in ({"ca": other.ca}, {"ca": None}, {"ca": None, "fingerprint": "00" * 32}):
+            server.log()
+            with pytest.raises(DriverFailed, match="not trusted"):
+                Sessions(server.server(**trust)).call("pool.get_all")
+            assert server.log() == []
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("how", ["ca", "fingerprint", "insecure"])
+def test_each_way_to_trust_it(server, how):
+    trust = {"ca": server.ca} if how == "ca" else {"ca": None, "fingerprint": server.fingerprint}
+    if how == "insecure":
+        trust = {"ca": None, "insecure": True}
+    sessions = Sessions(server.server(**trust))
+    assert len(sessions.call("pool.get_all")) == 1
+    sessions.close()
+
+
+def test_credentials_are_ours_alone_and_never_shown(server, tmp_path):
+    loose = tmp_path / "credentials"
+    loose.write_text("root\nwrong\n")
+    for mode, kind, words in ((0o644, UsageError, "by others"), (0o600, DriverFailed, "AUTHENTICATION")):
+        loose.chmod(mode)
+        with pytest.raises(kind, match=words) as caught:
+            Sessions(replace(server.server(), credentials=loose)).call("pool.get_all")
+        assert "wrong" not in str(caught.value)
+
+
+def test_a_slave_names_the_master(server):
+    """The one address here is master and slave: told by where it was asked."""
+    slave = xenapi_rig.TestServer()
+    try:
+        slave.tell(knobs={"slave_of": "127.0.0.1"})
+        with pytest.raises(DriverFailed, match="master"):  # it names itself
+            Sessions(slave.server()).call("pool.get_all")
+        assert slave.log() == ["session.login_with_password"] * 2
+    finally:
+        slave.close()
+
+
+def test_an_expired_session_is_renewed_and_the_call_done_once(rig, server, made):
+    server.tell(expire=True)
+    server.log()
+    assert made.find(NAME).name == NAME
+    assert server.log().count("session.login_with_password") == 1
+    server.fail("VM.clone", ["expire"])
+    rig.disks().restore(NAME, "clean")
+    assert list(made.leftovers()) == []
+
+
+def test_a_server_that_blocks_is_waited_for_and_one_that_hangs_is_not(rig, server, made):
+    server.fail("VM.clone", ["block", 3])
+    rig.disks().restore(NAME, "clean")
+    short = rig.disks()
+    short.pool.sessions._server = replace(short.pool.sessions._server, call_limit=1.0)
+    server.fail("VM.clone", ["block", 4])
+    with pytest.raises(TimedOut, match="no answer"):
+        short.restore(NAME, "one")
+    assert rig.read(NAME) == "\0"
+
+
+def test_callers_wait_for_each_other(rig, server, made):
+    server.tell(knobs={"slow": 0.2, "back_off": 0.3})
+    with ThreadPoolExecutor(3) as pool:
+        owners = [Owner(FARM, f"n{n}") for n in range(3)]
+        disks = rig.disks()
+        list(pool.map(lambda o: disks.clone(rig.template, f"kata-{o.vm}", o, SIZE), owners))
+    assert len(disks.list()) == 4
+
+
+# -- refusals ---------------------------------------------------------------------------------------
+
+
+def test_refusals_are_told_apart(rig, server, made):
+    server.tell(knobs={"host_memory": 2**31 + MIB})
+    server.tell(knobs={"host_memory": 64 * MIB})
+    with pytest.raises(NoSpace, match="NO_HOSTS_AVAILABLE"):
+        made.start(NAME)
+    server.tell(knobs={"host_memory": 2**36, "sr_size": 2**29})
+    server.fail("VM.clone", ["error", "SR_FULL", "10", "5"])
+    with pytest.raises(NoSpace, match="SR_FULL"):
+        rig.disks().restore(NAME, "clean")
+    assert rig.read(NAME) == "B"
+    user = replace(rig.spec("dev2").nic, mode="user")
+    with pytest.raises(Unsupported, match="user-mode"):
+        made.define(replace(rig.spec("dev2"), nic=user), rig.template)
+    assert made.find("kata-dev2") is None and list(made.leftovers()) == []
+
+
+def test_a_guest_without_agent_is_switched_off(rig, server, made):
+    server.tell(knobs={"agent": False})
+    made.start(NAME)
+    made.stop(NAME, grace=30)
+    assert made.find(NAME).power is Power.STOPPED
+
+
+def test_a_guest_that_does_not_obey_is_told_as_it_is(rig, server, made):
+    server.tell(knobs={"obeys": False})
+    made.start(NAME)
+    with pytest.raises(TimedOut, match="192M"):
+        made.balloon(NAME, 96 * MIB, timeout=0.5)
+
+
+def test_a_full_copy_is_a_task_with_progress(rig, server):
+    told = []
+    pool = rig.pool(copy=True, progress=lambda what, part: told.append((what, part)))
+    disks = type(rig.disks())(pool, rig.disks()._runner)
+    server.log()
+    disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+    log = server.log()
+    assert "VM.copy" in log and "task.destroy" in log and "VM.clone" not in log
+    assert told[-1] == ("VM.copy", 1.0)
+    assert disks.find("kata-full").used >= SIZE
+
+
+def test_a_task_that_fails(rig, server):
+    disks = type(rig.disks())(rig.pool(copy=True), rig.disks()._runner)
+    server.fail("VM.copy", ["error", "SR_FULL", "10", "5"])
+    with pytest.raises(NoSpace):
+        disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+    assert disks.find("kata-full") is None and list(disks.leftovers()) == []
+
+
+def test_the_seed_is_a_disk_of_its_own_and_follows_the_file(rig, server, tmp_path):
+    seed = tmp_path / "seed.iso"
+    seed.write_bytes(b"one" * 1000)
+    hypervisor = rig.hypervisor()
+    hypervisor.define(replace(rig.spec("prod"), seed=seed), rig.template)
+    disks = [line for line in server.tell(world=True) if line.startswith("VBD 3")]
+    assert len(disks) == 1
+    hypervisor.checkpoint(NAME, "one")
+    seed.write_bytes(b"two" * 1000)
+    hypervisor.start(NAME)
+    hypervisor.reset(NAME, "one")
+    hypervisor.destroy(NAME)
+    assert list(hypervisor.leftovers()) == []
+    assert not [line for line in server.tell(world=True) if "prod" in line or "new" in line]
+
+
+def test_vbds_that_stay_a_while_are_not_in_the_way(rig, server, made):
+    server.tell(knobs={"lazy_vbds": True})
+    made.reset(NAME, "one")
+    assert rig.read(NAME) == "A"
+    made.start(NAME)
+
+
+def test_copies_that_an_admin_made_of_ours_are_not_ours(rig, made):
+    call = rig.sessions().call
+    (ref,) = call("VM.get_by_name_label", NAME)
+    copy = call("VM.clone", ref, "kata-mine")
+    snapshot = call("VM.snapshot", ref, "my snapshot")
+    assert made.find("kata-mine").owner is None
+    assert [m.name for m in made.list()] == [NAME]
+    assert list(made.leftovers()) == []
+    made.reset(NAME, "one")
+    made.destroy(NAME)
+    assert list(made.leftovers()) == []
+    for kept in (copy, snapshot):
+        assert call("VM.get_record", kept)["VBDs"]
+        (vbd,) = call("VM.get_record", kept)["VBDs"]
+        assert call("VDI.get_record", call("VBD.get_record", vbd)["VDI"])
+
+
+# -- every call may fail ------------------------------------------------------------------------------
+
+OPERATIONS = ("define", "checkpoint", "reset", "reset, clean", "destroy", "seal")
+HOWS = {
+    "refused": ["error", "INTERNAL_ERROR", "told to"],
+    "before": ["drop-before"],
+    "after": ["drop-after"],
+}
+
+
+def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
+    match operation:
+        case "define":
+            hypervisor.define(rig.spec("dev2"), rig.template)
+        case "checkpoint":
+            hypervisor.checkpoint(NAME, "two")
+        case "reset":
+            hypervisor.reset(NAME, "one")
+        case "reset, clean":
+            hypervisor.reset(NAME, "clean")
+        case "destroy":
+            hypervisor.destroy(NAME)
+        case "seal":
+            hypervisor._disks.seal(rig.image(), template(2))
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whatever_call_fails_all_is_old_or_new(rig, server, made, operation, how):
+    """Each call of each operation in turn, refused or hung up on: the state is the old or the new one,
+    what is left over is found and removed, and the operation can be done again."""
+    server.log()
+    number = 0
+    while True:
+        number += 1
+        hypervisor = rig.hypervisor()
+        server.fail("*", HOWS[how], nth=number)
+        try:
+            act(operation, hypervisor, rig)
+        except FarmhandError:
+            pass
+        else:
+            server.tell(fail=[])
+            break
+        server.tell(fail=[])
+        fresh = rig.hypervisor()
+        for left in fresh.leftovers():
+            fresh.discard(left)
+        assert list(fresh.leftovers()) == [], f"{operation}, call {number} {how}"
+        prod = fresh.find(NAME)
+        if operation == "destroy":
+            assert (prod is None) == (rig.disks().find(NAME) is None)
+            if prod is None:
+                break
+        disk = rig.disks().find(NAME)
+        content = {"reset": "A", "reset, clean": "\0"}
+        assert rig.read(NAME) in ("B", content.get(operation, "B")), f"call {number} {how}"
+        names = [c.name for c in disk.checkpoints]
+        assert names[:2] == ["clean", "one"]
+        if disk.base != "clean" and rig.read(NAME) == "B":
+            assert not rig.disks().pristine(NAME, disk.base) or names[2:] == ["two"]
+        if operation == "checkpoint" and names[2:]:
+            break
+        if operation == "define" and fresh.find("kata-dev2"):
+            fresh.destroy("kata-dev2")
+        if operation == "seal" and len(rig.disks().templates()) == 2:
+            break
+        if operation.startswith("reset"):
+            fresh.start(NAME)  # whatever was left, it can be used
+            fresh.stop(NAME, grace=0)
+            if rig.read(NAME) != "B":
+                rig.write(NAME, "B")
+    assert number > 3
+    print(f"{operation}: {number - 1} calls, each {how}")
+
+
+# -- how few calls ------------------------------------------------------------------------------------
+
+LOOKING = re.compile(r"get_|event\.from")
+MOST = {"clone": 11, "reset": 11, "start": 6}
+"""Calls a VM, at most: see docs/xenapi.md."""
+
+
+def test_calls_per_vm_are_few_and_no_more_for_fifty(rig, server, capsys):
+    hypervisor = rig.hypervisor()
+    counts: dict[int, dict[str, int]] = {}
+    for vms in (1, 50):
+        names = [f"v{vms}x{n}" for n in range(vms)]
+        counted = counts[vms] = {}
+        server.log()
+        for what, do in (
+            ("clone", lambda vm: hypervisor.define(rig.spec(vm), rig.template)),
+            ("start", lambda vm: hypervisor.start(f"kata-{vm}")),
+            ("reset", lambda vm: hypervisor.reset(f"kata-{vm}", "clean")),
+        ):
+            for vm in names:
+                do(vm)
+            log = [c for c in server.log() if not c.startswith("session.")]
+            once = ("SR.", "pool.", "network.")  # looked up once for all
+            counted[what] = round(sum(not c.startswith(once) for c in log) / vms, 2)
+    with capsys.disabled():
+        print(f"\nXenAPI calls a VM: {counts[1]} for one VM, {counts[50]} each for fifty")
+    for what, most in MOST.items():
+        assert counts[50][what] <= counts[1][what] <= most
+
+
+# -- the calls, and how each was checked ------------------------------------------------------------
+
+MODEL = json.loads((ROOT / "tests/xenapi/datamodel.json").read_text())
+
+
+def used_calls() -> set[str]:
+    """Every call the driver's text names."""
+    text = "".join(p.read_text() for p in (ROOT / "hypervisors/xenapi").glob("*.py"))
+    classes = "|".join(MODEL["classes"])
+    found = set(re.findall(rf'"((?:{classes})\.[A-Za-z_]+)"', text))
+    return found | {"session.login_with_password"}
+
+
+def test_every_call_is_in_the_data_model_and_in_the_table():
+    table = (ROOT / "docs/xenapi.md").read_text()
+    for name in sorted(used_calls()):
+        assert name in MODEL["calls"], f"{name} is no call of XenAPI's"
+        assert f"| `{name}` |" in table, f"{name} is missing in the table of docs/xenapi.md"
+    listed = set(re.findall(r"\| `(\w+\.\w+)` \|", table))
+    assert listed == used_calls(), "the table of docs/xenapi.md has calls that we don't make"
+
+
+def test_both_protocols_say_the_same(server):
+    """JSON-RPC, as XML-RPC has it: types, arity, errors with their parameters."""
+
+    def ask(method: str, *arguments: object, version: str = "2.0") -> dict:
+        body = {"jsonrpc": version, "method": method, "params": arguments, "id": 1}
+        if version == "1.0":
+            del body["jsonrpc"]
+        with urllib.request.urlopen(
+            f"{server.http}/jsonrpc", json.dumps(body).encode(), timeout=10
+        ) as answer:
+            return json.loads(answer.read())
+
+    session = ask("session.login_with_password", "root", "secret")["result"]
+    (ref,) = ask("VM.get_by_name_label", session, "Other install media")["result"]
+    assert ask("VM.start", session, ref, False, False)["error"] == {
+        "code": 1, "message": "VM_IS_TEMPLATE", "data": [ref],
+    }  # fmt: skip
+    one = ask("VM.get_record", session, "OpaqueRef:no", version="1.0")["result"]
+    assert one["ErrorDescription"] == ["HANDLE_INVALID", "VM", "OpaqueRef:no"]
+    refused: list[tuple[str | None, str, list[object]]] = [
+        ("MESSAGE_PARAMETER_COUNT_MISMATCH", "VM.start", [session, ref]),
+        ("FIELD_TYPE_ERROR", "VM.start", [session, ref, "no", False]),
+        ("MESSAGE_METHOD_UNKNOWN", "VM.begin", [session, ref]),
+        ("SESSION_INVALID", "VM.start", ["OpaqueRef:old", ref, False, False]),
+        ("UUID_INVALID", "VM.get_by_uuid", [session, "no"]),
+        ("EVENT_FROM_TOKEN_PARSE_FAILURE", "event.from", [session, ["vm"], "bad", 0.0]),
+        (None, "VM.add_to_other_config", [session, ref, "k", "v"]),
+    ]
+    for code, method, arguments in refused:
+        answer = ask(method, *arguments)
+        assert answer.get("error", {}).get("message") == code, answer
+    again = ask("VM.add_to_other_config", session, ref, "k", "v")["error"]
+    assert again["message"] == "MAP_DUPLICATE_KEY"
+
+
+def test_the_servers_own_revert_would_lose_a_disk(rig, server, made):
+    """Why we don't use it: cut off in the middle, neither the old disk is there nor the new."""
+    call = rig.sessions().call
+    (ref,) = call("VM.get_by_name_label", NAME)
+    vm = call("VM.get_record", ref)
+    server.tell(knobs={"dies_in_revert": True})
+    with pytest.raises(Exception, match="restarted"):
+        call("VM.revert", vm["snapshots"][0])
+    assert call("VM.get_record", ref)["VBDs"] == []
+    assert rig.disks().find(NAME) is None
+    assert os.environ.get("FARMHAND_XENAPI_URL") is None

@@ -1,0 +1,257 @@
+"""A XenAPI server for the contract's tests, and both protocols on it.
+
+By default the test server, tests/xenapi/server.py: simulated, no machine runs. With FARMHAND_XENAPI_URL
+in the environment a real one, its credentials (user, password: two lines, mode 0600) in the file that
+FARMHAND_XENAPI_CREDENTIALS names; FARMHAND_XENAPI_CA or FARMHAND_XENAPI_FINGERPRINT for its certificate,
+FARMHAND_XENAPI_SR and FARMHAND_XENAPI_NETWORK for where. There a test begins only where no VM's name
+begins with "kata-"; afterwards all that carries the marks of its farms is removed, and nothing else is
+touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypervisors.api import MachineSpec, Nic, Owner, Template, no_step
+from hypervisors.run import Runner
+from hypervisors.xenapi.disks import XenApiDisks
+from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.pool import Pool
+from hypervisors.xenapi.session import Server, Sessions, connection
+
+MIB = 2**20
+SIZE = 64 * MIB
+FARM = "kata"
+REAL_URL = os.environ.get("FARMHAND_XENAPI_URL", "")
+HOW = "a real XenAPI server" if REAL_URL else "simulated: the XenAPI test server"
+_SERVER = Path(__file__).parents[1] / "xenapi" / "server.py"
+
+
+class TestServer:
+    """A process of its own, so that its state outlives a killed client."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="fh-xenapi-", dir="/dev/shm"))
+        self._process = subprocess.Popen(
+            [sys.executable, _SERVER, self.directory],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._process.stdout
+        told = json.loads(self._process.stdout.readline())
+        self.http = f"http://127.0.0.1:{told['http']}"
+        self.https = f"https://127.0.0.1:{told['https']}"
+        self.fingerprint = str(told["fingerprint"])
+        self.credentials = self.directory / "credentials"
+        self.ca = self.directory / "ca.pem"
+        self.sr, self.network = "", "build"
+
+    def server(self, **options: Any) -> Server:
+        return Server(url=self.https, credentials=self.credentials, **({"ca": self.ca} | options))
+
+    def tell(self, **request: Any) -> Any:
+        """See server.py, /test-control."""
+        with urllib.request.urlopen(
+            f"{self.http}/test-control", json.dumps(request).encode(), timeout=60
+        ) as answer:
+            return json.loads(answer.read())
+
+    def fail(self, call: str, how: list[object], nth: int = 1) -> None:
+        self.tell(fail=[{"call": call, "nth": nth, "how": how}])
+
+    def log(self) -> list[str]:
+        return list(self.tell(log=True))
+
+    def close(self) -> None:
+        with self._process:
+            assert self._process.stdin
+            self._process.stdin.close()
+        for path in sorted(self.directory.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        self.directory.rmdir()
+
+
+class RealServer:
+    def __init__(self) -> None:
+        env = os.environ
+        self.https = REAL_URL
+        self.credentials = Path(env["FARMHAND_XENAPI_CREDENTIALS"])
+        self.ca = Path(env["FARMHAND_XENAPI_CA"]) if "FARMHAND_XENAPI_CA" in env else None
+        self.fingerprint = env.get("FARMHAND_XENAPI_FINGERPRINT", "")
+        self.sr = env.get("FARMHAND_XENAPI_SR", "")
+        self.network = env.get("FARMHAND_XENAPI_NETWORK", "Pool-wide network associated with eth0")
+
+    def server(self, **options: Any) -> Server:
+        trust = {"ca": self.ca, "fingerprint": self.fingerprint}
+        return Server(url=self.https, credentials=self.credentials, **(trust | options))
+
+    def close(self) -> None:
+        """It was there before."""
+
+
+@contextlib.contextmanager
+def xenapi_server() -> Iterator[TestServer | RealServer]:
+    server = RealServer() if REAL_URL else TestServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class XenApiRig:
+    """Implements the contract's StoreRig; a letter at 1 MiB stands for a disk's content."""
+
+    kind = "xenapi"
+
+    def __init__(self, place: Path, server: TestServer | RealServer) -> None:
+        self.place, self.server = place, server
+        self._sessions: list[Sessions] = []
+        self._foreign: list[str] = []
+        if REAL_URL:
+            taken = [vm.name for vm in self.pool().all_vms() if vm.name.startswith(f"{FARM}-")]
+            assert not taken, f"{REAL_URL} has VMs that the tests would take for theirs: {taken}"
+
+    def sessions(self, **options: Any) -> Sessions:
+        made = Sessions(self.server.server(**options))
+        self._sessions.append(made)
+        return made
+
+    def pool(self, farm: str = FARM, **options: Any) -> Pool:
+        return Pool(self.sessions(), farm, sr=self.server.sr, **options)
+
+    def disks(self, farm: str = FARM, *, step=no_step, **options: Any) -> XenApiDisks:
+        return XenApiDisks(self.pool(farm), Runner(), step=step, **options)
+
+    def image(self, letter: str = "T", name: str = "image") -> Path:
+        path = self.place / name
+        with path.open("wb") as file:
+            file.truncate(SIZE)
+            file.seek(MIB)
+            file.write(letter.encode() * 65536)
+        return path
+
+    def write(self, machine: str, letter: str) -> None:
+        sessions = self.sessions()
+        ref = sessions.call("VDI.get_by_uuid", self._uuid(machine))
+        image = self.image(letter, f"content-{secrets.token_hex(4)}")
+        sessions.put(ref, image, 2 * MIB)
+        image.unlink()
+
+    def read(self, machine: str) -> str:
+        data = self.export(self._uuid(machine), 2 * MIB)
+        letter = data[MIB : MIB + 1]
+        assert data[MIB : MIB + 65536] == letter * 65536
+        return letter.decode()
+
+    def export(self, uuid: str, count: int = SIZE) -> bytes:
+        """GET /export_raw_vdi, its first bytes."""
+        sessions = self.sessions()
+        ref = sessions.call("VDI.get_by_uuid", uuid)
+        with (
+            sessions._session() as session,
+            contextlib.closing(connection(self.server.server(), self.server.https)) as link,
+        ):
+            link.request("GET", f"/export_raw_vdi?session_id={session.handle}&vdi={ref}&format=raw")
+            answer = link.getresponse()
+            data = answer.read(count)
+            assert answer.status == 200, data
+            return data
+
+    def _uuid(self, machine: str) -> str:
+        disk = self.disks().find(machine)
+        assert disk
+        return disk.path.name
+
+    def close(self) -> None:
+        """All that this test made, on a real server; the test server is thrown away."""
+        if REAL_URL:
+            for farm in (FARM, "other"):
+                self._remove(self.disks(farm))
+        for sessions in self._sessions:
+            sessions.close()
+
+    def _remove(self, disks: XenApiDisks) -> None:
+        for ref in self._foreign:  # made by add_foreign, which knows it by this reference
+            disks.pool.ignoring_gone("VM.destroy", ref)
+        hypervisor = XenApiHypervisor(disks)
+        for vm in disks.pool.all_vms():
+            if vm.kind == "machine" and vm.marks["farm"] == disks.pool.farm:
+                hypervisor.destroy(vm.name)
+        for left in hypervisor.leftovers():
+            hypervisor.discard(left)
+        for template in disks.templates():
+            disks.remove_template(template.label)
+
+
+class XenApiMachines(XenApiRig):
+    """The rig for hypervisors: what the guest would do to its disk is done through the server."""
+
+    def __init__(self, place: Path, server: TestServer | RealServer) -> None:
+        super().__init__(place, server)
+        disks = self.disks()
+        path = self.place / "empty"
+        with path.open("wb") as file:
+            file.truncate(SIZE)
+        self.template: Template = disks.seal(path, _template())
+
+    def hypervisor(self, farm: str = FARM, step=no_step) -> XenApiHypervisor:
+        return XenApiHypervisor(self.disks(farm, step=step), step=step)
+
+    def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
+        assert not port, "no user-mode network here"
+        return MachineSpec(
+            name=f"{FARM}-{vm}", owner=Owner(FARM, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
+            nic=Nic(mac="00:16:3e:0a:0b:0c", mode="network", target=self.server.network),
+        )  # fmt: skip
+
+    def boot(self, vm: str, stamp: str = "") -> str:
+        """Start; what the guest found on its disk. It writes when it is up: here, while it is off, for
+        the server lets nobody else at a disk in use; the proof of being pristine is gone by then."""
+        machine = f"{FARM}-{vm}"
+        found = self.read(machine).strip("\0")
+        if stamp and not found:
+            self.write(machine, stamp)
+        self.hypervisor().start(machine)
+        return found
+
+    def add_foreign(self, name: str) -> None:
+        sessions = self.sessions()
+        (default,) = sessions.call("VM.get_by_name_label", "Other install media")
+        ref = sessions.call("VM.clone", default, name)
+        sessions.call("VM.provision", ref)
+        self._foreign.append(ref)
+
+    def foreign_there(self, name: str) -> bool:
+        return bool(self.sessions().call("VM.get_by_name_label", name))
+
+
+def _template() -> Template:
+    from rigs import template
+
+    return replace(template(), firstboot="none")
+
+
+_Rig = TypeVar("_Rig", bound=XenApiRig)
+
+
+@contextlib.contextmanager
+def opened(kind: type[_Rig], place: Path, server: TestServer | RealServer) -> Iterator[_Rig]:
+    """The test server with nothing on it yet; or the real one, left as it was."""
+    if isinstance(server, TestServer):
+        server.tell(begin=True)
+    rig = kind(place, server)
+    try:
+        yield rig
+    finally:
+        rig.close()
