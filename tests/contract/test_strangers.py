@@ -212,12 +212,8 @@ def test_a_disk_that_somebody_elses_machine_uses_is_no_leftover(town: Town) -> N
         assert [row.state for row in farm.status(site).vms] == ["stopped", "stopped"], "ours again"
 
 
-def test_a_file_of_somebodys_among_the_farms_own_disks_outlives_the_farm(
-    town: Town, tmp_path: Path
-) -> None:
-    if town.store.kind != "qcow2":
-        pytest.skip("only files lie in the farm's own directory")
-    del tmp_path
+@pytest.mark.parametrize("town", ["qcow2"], indirect=True)  # only files lie in the farm's own directory
+def test_a_file_of_somebodys_among_the_farms_own_disks_outlives_the_farm(town: Town) -> None:
     town.store.root = town.place / "s/farms/kata/disks"  # where no path was given
     farm_file = town.place / "kata.yaml"
     with town.site() as site:

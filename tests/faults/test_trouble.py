@@ -143,8 +143,14 @@ def test_zfs_full_pool(zfs: Bench, pool: str) -> None:
         refused(zfs, NoSpace, "available", keep_prod)
         refused(zfs, NoSpace, "available", reset_prod)
         holds(zfs, "prod")
-        run("zfs", "set", f"reservation={free - MIB // 2}", f"{pool}/filler")
-        with zfs.site() as site:  # the newest: that frees, and needs no room
+        with zfs.site() as site:
+            disk = site.disks("here").find(site.machine("prod"))
+            assert disk
+        _fill(disk.path, 8 * MIB)
+        left = int(run("zfs", "get", "-Hpo", "value", "available", pool))
+        reserved = int(run("zfs", "get", "-Hpo", "value", "reservation", f"{pool}/filler"))
+        run("zfs", "set", f"reservation={reserved + left - MIB // 2}", f"{pool}/filler")
+        with zfs.site() as site:  # the newest: that frees what filled the pool
             farm.reset(site, ["prod"], to="kept", start=False)
         holds(zfs, "prod")
     finally:
@@ -158,7 +164,8 @@ def test_zfs_open_elsewhere(zfs: Bench) -> None:
 
 def test_zfs_module_missing(zfs: Bench, pool: str) -> None:
     half(zfs)
-    (vdev,) = Path("/dev/shm").glob("fh-zpool-*/vdev")
+    listed = run("zpool", "list", "-HvPo", "name", pool).splitlines()
+    vdev = Path(listed[1].split()[0])
     run("udevadm", "settle", "--timeout=60")
     run("zpool", "export", pool)
     with not_loadable("zfs"), zfs.site() as site:
