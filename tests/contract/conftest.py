@@ -14,7 +14,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _empty_disks() -> Iterator[None]:
     yield
     lvm_rig.drop_all()

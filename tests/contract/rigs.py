@@ -130,7 +130,7 @@ class Qcow2Rig:
         return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def zfs_pool() -> Iterator[str]:
     with zfs_rig.pool() as name:
         yield name
