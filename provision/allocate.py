@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from ipaddress import IPv4Address
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Allocator:
         self._farm = farm
         self.lock_file = lock_file
         self._claims = claims or state_dir() / "claims.json"
+        self._seen: tuple[tuple[int, ...], _Book] | None = None  # which file, and what is in it
 
     def recorded(self) -> Mapping[str, Allocation]:
         """What the lock file says, of VMs that are declared or not."""
@@ -306,6 +308,19 @@ class Allocator:
             yield
 
     def _read(self) -> _Book:
+        """A copy of the caller's own. The file is replaced, never changed: one that was read is not
+        read again."""
+        try:
+            now = os.stat(self.lock_file)  # noqa: PTH116 - a file that can't be reached is _load's to say
+            which = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+        except OSError:
+            which = ()
+        seen = self._seen
+        if seen is None or not which or seen[0] != which:
+            seen = self._seen = (which, self._read_file())
+        return _Book(dict(seen[1].vms), dict(seen[1].resting))
+
+    def _read_file(self) -> _Book:
         data = _load(self.lock_file)
         try:
             vms = {
@@ -327,17 +342,14 @@ class Allocator:
         data = {
             "about": _ABOUT,
             "farm": self._farm.farm,
-            "vms": {
-                vm: {"mac": a.mac, "address": a.address and str(a.address), "ssh_port": a.ssh_port}
-                for vm, a in sorted(book.vms.items())
-            },
+            "vms": {},
             "resting": {
                 str(a): until.isoformat(timespec="seconds")
                 for a, until in sorted(book.resting.items())
                 if until > now
             },
         }
-        write_atomic(self.lock_file, _pretty(data).encode())
+        write_atomic(self.lock_file, _pretty(data, book.vms).encode())
 
     def _read_claims(self) -> dict[str, str]:
         claims = _load(self._claims)
@@ -363,8 +375,9 @@ class Allocator:
         if not claims:
             self._claims.unlink(missing_ok=True)
             return
-        text = json.dumps(dict(sorted(claims.items())), indent=1) + "\n"
-        write_atomic(self._claims, text.encode())
+        # a claim a line, without the slow encoder that 'indent' means
+        text = json.dumps(dict(sorted(claims.items())), separators=(",\n ", ": "))
+        write_atomic(self._claims, f"{{\n {text[1:-1]}\n}}\n".encode())
 
 
 def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
@@ -392,14 +405,19 @@ def port_free(port: int) -> bool:
     return True
 
 
-def _pretty(data: dict[str, Any]) -> str:
+def _pretty(data: dict[str, Any], vms: Mapping[str, Allocation]) -> str:
     """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
-    vms = data["vms"]
-    text = json.dumps({**data, "vms": {}}, indent=2)
+    text = json.dumps(data, indent=2)
     if not vms:
         return f"{text}\n"
-    entries = ",\n".join(f"    {json.dumps(vm)}: {json.dumps(entry)}" for vm, entry in vms.items())
+    entries = ",\n".join(_line(vm, vms[vm]) for vm in sorted(vms))
     return text.replace('"vms": {}', f'"vms": {{\n{entries}\n  }}', 1) + "\n"
+
+
+def _line(vm: str, a: Allocation) -> str:
+    address = f'"{a.address}"' if a.address else "null"
+    mac = _quoted(a.mac)
+    return f'    {_quoted(vm)}: {{"mac": {mac}, "address": {address}, "ssh_port": {a.ssh_port}}}'
 
 
 @lru_cache(65536)
