@@ -310,11 +310,9 @@ class Allocator:
     def _read(self) -> _Book:
         """A copy of the caller's own. The file is replaced, never changed: one that was read is not
         read again."""
-        try:
-            now = os.stat(self.lock_file)  # noqa: PTH116 - a file that can't be reached is _load's to say
-            which = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-        except OSError:
-            which = ()
+        which: tuple[int, ...] = ()
+        with contextlib.suppress(OSError):  # one that can't be reached is _load's to say
+            which = _which(self.lock_file)
         seen = self._seen
         if seen is None or not which or seen[0] != which:
             seen = self._seen = (which, self._read_file())
@@ -350,6 +348,7 @@ class Allocator:
             },
         }
         write_atomic(self.lock_file, _pretty(data, book.vms).encode())
+        self._seen = (_which(self.lock_file), book)  # nobody else writes while we hold the locks
 
     def _read_claims(self) -> dict[str, str]:
         claims = _load(self._claims)
@@ -405,6 +404,11 @@ def port_free(port: int) -> bool:
     return True
 
 
+def _which(path: Path) -> tuple[int, ...]:
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
 def _pretty(data: dict[str, Any], vms: Mapping[str, Allocation]) -> str:
     """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
     text = json.dumps(data, indent=2)
@@ -415,7 +419,8 @@ def _pretty(data: dict[str, Any], vms: Mapping[str, Allocation]) -> str:
 
 
 def _line(vm: str, a: Allocation) -> str:
-    address = f'"{a.address}"' if a.address else "null"
+    n = int(a.address) if a.address else 0
+    address = f'"{n >> 24}.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}"' if a.address else "null"
     mac = _quoted(a.mac)
     return f'    {_quoted(vm)}: {{"mac": {mac}, "address": {address}, "ssh_port": {a.ssh_port}}}'
 

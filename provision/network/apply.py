@@ -7,6 +7,10 @@
     5  each daemon that it concerns is told, and seen to have taken it
     6  what was written where is recorded; the old files go
 
+For a few VMs that come, change or go (clone-farm, destroy), 1 looks at no more than they concern, where
+a service keeps VMs apart, and 2 leaves out what the daemon itself checks as well before it takes it. The
+whole is looked at again by network-apply, and whenever anything but VMs has changed in the farm file.
+
 A refusal in 1 or 2 leaves everything as it is. A failure in 4 or 5 puts every file back, and tells every
 daemon that was told. A kill is undone in the same way by the next command, from what 3 kept.
 """
@@ -33,11 +37,12 @@ from provision.files import file_error, make_directory, remove, sweep, sync_dire
 from provision.journal import Operation, Record, current_step
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
-from provision.network.daemons import Step, loaded_serial, steps
+from provision.network.daemons import Step, kea_sockets, loaded_serial, steps
 from provision.network.document import Document
+from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.serial import following, later, serial_of, with_serial
-from provision.network.state import NetworkState, read_state, write_state
+from provision.network.state import NetworkState, StateFile
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin
@@ -45,6 +50,8 @@ from provision.work import Run, begin
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 VERB = "network-apply"
+FEW = 50
+"""VMs that come, change or go at once; with more of them the whole is looked at."""
 
 
 @without_collector()
@@ -82,7 +89,7 @@ def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | Non
         if site.plan:
             known |= allocator.peek_all(given)
         left = {vm: got for vm, got in known.items() if gone is not None and vm not in gone}
-        bring(run, used, left, nobody=gone is None)
+        bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -106,18 +113,26 @@ def bring(
     force: bool = False,
     nobody: bool = False,
     thorough: bool = False,
+    vms: Sequence[str] | None = None,
 ) -> bool:
     """Within a use case that holds the lock: the services get these VMs, and lose all others; with
-    ``nobody`` also those that nothing is given to. Whether anything was to do."""
+    ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
+    the last time. Whether anything was to do."""
     site = run.site
-    state = read_state(_state_file(site))
-    farm = site.farm.model_copy(update={"vms": {}}) if nobody else site.farm
+    store = StateFile(_state_file(site))
+    state = store.read()
+    farm = part_of(site.farm, {}) if nobody else site.farm
+    basis = _basis(site.farm) if {*services} >= {*site.farm.services.used} else ""
+    if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
+        vms = None
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
-    changes = examiner.examine(allocations, services)
+    changes = examiner.examine(allocations, services, vms)
     told = steps(site.farm, changes.files)
-    updates = _updates(site, farm, changes, state, services, thorough=thorough, force=force)
+    updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
     run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
+        if state.basis != basis and not site.plan:
+            _record(store, site.farm, state, changes, services, updates, vms, basis)
         return False
     run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
@@ -128,24 +143,44 @@ def bring(
             detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
         )
     texts = {change.path: change.after for change in changes.files}
-    checkers.check(site.runner, site.farm, _concerned(changes), texts)
+    checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
     if site.plan:
         return True
     with site.journal.operation(VERB) as operation:
         if updates.ops:  # until they are through nobody knows what the zones have
-            write_state(_state_file(site), replace(state, records=None))
+            store.doubt()
         _carry_out(site, operation, changes.files, told, updates)
         current_step("record what was written")
-        _record(site, state, changes, services, updates)
+        _record(store, site.farm, state, changes, services, updates, vms, basis)
         remove(_kept(site, operation.id))
     for action in _actions(changes, told, updates):
         site.reporter.say(action.text)
     return True
 
 
+def _basis(farm: Farm) -> str:
+    """Of all that isn't a VM in the farm file."""
+    return hashlib.sha256(farm.model_dump_json(exclude={"vms"}).encode()).hexdigest()
+
+
+def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
+    """Whether what these VMs concern can be told without looking at the others: templates of an admin's
+    own may show any VM anywhere; machines of ssh hosts may share an address, and declared IPv6 addresses
+    may be those that others' are made to; a zone's records may be in doubt."""
+    bind = farm.services.bind
+    return (
+        len(vms) <= FEW
+        and farm.services.templates is None
+        and not any(host.driver == "ssh" for host in farm.hosts.values())
+        and not (farm.network.subnet6 and any(vm.address6 for vm in farm.vms.values()))
+        and (bind is None or not bind.dynamic or state.known)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Updates:
-    """Of dynamic zones. ``records``: what they have afterwards; None: there are none."""
+    """Of dynamic zones. ``records``: what they have afterwards, of all VMs or of those concerned; None:
+    there are none."""
 
     ops: Sequence[live_dns.Op] = ()
     server: live_dns.Server | None = None
@@ -153,11 +188,12 @@ class _Updates:
 
 
 def _updates(
-    site: Site,
+    store: StateFile,
     farm: Farm,
     changes: Changes,
     state: NetworkState,
     services: Sequence[str],
+    vms: Sequence[str] | None,
     *,
     thorough: bool,
     force: bool,
@@ -166,19 +202,24 @@ def _updates(
     update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
     bind = farm.services.bind
     if bind is None or not bind.dynamic or "bind" not in services:
-        return _Updates(records=state.records)
+        return _Updates()
     zone = bind.zone or farm.network.domain or ""
     wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
     server = live_dns.Server(bind, f"farmhand {farm.farm}")
     new = {change.zone for change in changes.files if change.before is None and change.zone}
-    if state.records is not None and not thorough:
-        return _Updates(live_dns.compare(state.records, wanted), server, wanted)
+    if vms is not None:
+        places = [(at, name) for at, names in wanted.items() for name in names]
+        known = store.records_of(vms, places)
+        return _Updates(live_dns.compare(known, wanted), server, wanted)
+    before = store.records() if state.known else None
+    if before is not None and not thorough:
+        return _Updates(live_dns.compare(before, wanted), server, wanted)
     there = {name: names for name, names in wanted.items() if name not in new}
-    ops, trouble = server.judge(state.records, there, force=force)
+    ops, trouble = server.judge(before, there, force=force)
     ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
     if trouble and not force:
         raise Conflict(
-            f"{site.name}: {len(trouble)} records are there by hand: {trouble[0]}",
+            f"{farm.path.name or farm.farm}: {len(trouble)} records are there by hand: {trouble[0]}",
             remedy="remove them, or take theirs into the farm file; --force overwrites them",
             detail="\n".join(trouble),
         )
@@ -198,13 +239,21 @@ def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[
     return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
 
 
-def _concerned(changes: Changes) -> list[Document]:
+def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
+    """What the checkers are to look at. Of a few VMs' words not what no checker reads (dnsmasq's hosts),
+    nor what a daemon that can be asked refuses by itself, keeping what it has (Kea)."""
+    by_itself = {"dnsmasq"} | ({"kea"} if _kea_answers(farm) else set()) if vms is not None else set()
     paths = {change.path for change in changes.files if change.after is not None}
-    services = {change.service for change in changes.files}
-    changed = [document for document in changes.documents if document.path in paths]
+    services = {change.service for change in changes.files} - by_itself
+    changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
     return [*changed, *rest]
+
+
+def _kea_answers(farm: Farm) -> bool:
+    kea = farm.services.kea
+    return kea is not None and all(Path(p).is_socket() for p in kea_sockets(farm))
 
 
 def _carry_out(
@@ -437,18 +486,39 @@ def _kept(site: Site, operation: int) -> Path:
 
 
 def _state_file(site: Site) -> Path:
-    return site.paths.root / "network.json"
+    return site.paths.root / "network.db"
 
 
 def _record(
-    site: Site, state: NetworkState, changes: Changes, services: Sequence[str], updates: _Updates
+    store: StateFile,
+    farm: Farm,
+    state: NetworkState,
+    changes: Changes,
+    services: Sequence[str],
+    updates: _Updates,
+    vms: Sequence[str] | None,
+    basis: str,
 ) -> None:
-    used = site.farm.services.used
+    dynamic = updates.records is not None
+    known = replace(state, known=state.known or dynamic, basis=basis)
+    owners = live_dns.owners(changes.view, updates.records or {})
+    written = [replace(document, text="") for document in changes.documents]
+    if vms is not None:
+        store.change(
+            known,
+            files=[document for document in written if state.files.get(document.path) != document],
+            gone=[change.path for change in changes.files if change.after is None],
+            serials=changes.serials,
+            ops=updates.ops,
+            owners=owners,
+        )
+        return
+    used = farm.services.used
     files = {
         path: document
         for path, document in state.files.items()
         if document.service not in services and document.service in used
     }
-    files |= {document.path: replace(document, text="") for document in changes.documents}
-    serials = {**state.serials, **changes.serials}
-    write_state(_state_file(site), NetworkState(files, serials, updates.records))
+    files |= {document.path: document for document in written}
+    known = replace(known, files=files, serials={**state.serials, **changes.serials})
+    store.replace(known, updates.records, owners)

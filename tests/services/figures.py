@@ -22,8 +22,12 @@ MANY = 10_000
 LIVE = 1_000
 
 
-def measure(rounds: int, say: Callable[[str], None]) -> Iterator[tuple[str, tuple[float, ...], float]]:
-    """Name, seconds of each round, limit. Needs root, and the daemons of packages-dev.txt."""
+Found = tuple[str, tuple[float, ...], float | None]
+"""Name, seconds of each round, limit."""
+
+
+def measure(rounds: int, say: Callable[[str], None]) -> Iterator[Found]:
+    """Needs root, and the daemons of packages-dev.txt."""
     directory = Path(tempfile.mkdtemp(prefix="fhn-"))
     directory.chmod(0o755)
     os.environ["FARMHAND_STATE_DIR"] = str(directory / "state")
@@ -40,9 +44,7 @@ def measure(rounds: int, say: Callable[[str], None]) -> Iterator[tuple[str, tupl
         shutil.rmtree(directory)
 
 
-def _measure(
-    yard: Yard, daemons: Daemons, rounds: int, say: Callable[[str], None]
-) -> Iterator[tuple[str, tuple[float, ...], float]]:
+def _measure(yard: Yard, daemons: Daemons, rounds: int, say: Callable[[str], None]) -> Iterator[Found]:
     yard.network |= {"subnet": "10.77.0.0/16", "pool": []}
     subprocess.run(["ip", "addr", "add", "10.77.0.1/16", "dev", "br0"], check=True)
     every = dict(yard.services)
@@ -73,7 +75,21 @@ def _measure(
         yard.apply()
         times = tuple(_one_more_lease(yard, n) for n in range(rounds))
         yield f"network: one VM more among {MANY}, until {service} answers", times, limit
+        if service == "kea":
+            yield "network: Kea alone, to read its two files again", tuple(_kea(yard, rounds)), None
         daemons.stop()
+
+
+def _kea(yard: Yard, rounds: int) -> Iterator[float]:
+    """What the daemons take by themselves, told on their sockets; nothing has changed."""
+    from provision.network.daemons import kea_command, kea_sockets
+
+    sockets = kea_sockets(yard.farm())
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for path in sockets:
+            kea_command(path, "config-reload")
+        yield time.perf_counter() - started
 
 
 def _vm(number: int) -> dict[str, Any]:
