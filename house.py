@@ -3,7 +3,10 @@ are the developer's tools, they own the terminal, and nothing of a farm's is at 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +19,8 @@ from cli import ROOT, Result, Run
 
 _SUITES = ("unit", "contract", "services", "faults", "system")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
+_CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
+_LAB_MINUTES = 40
 
 
 def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
@@ -81,14 +86,9 @@ def lint(run: Run) -> Result:
     return _result(_linters(run))
 
 
-def test(run: Run, *, fast: bool, lab: bool, only: tuple[str, ...], match: str) -> Result:
-    """ruff, mypy, pytest here, then with ``lab`` pytest in the lab: its closing line is the last on
-    stdout. UsageError for a lab together with a choice of tests."""
-    if lab and (fast or only or match):
-        raise UsageError(
-            "--lab is all the tests",
-            remedy="./invoke lab-test takes --only and --match",
-        )
+def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
+    """ruff, mypy, pytest here, and at the same time, but with ``fast`` or a choice of tests, pytest in a
+    lab. The closing lines of both are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -98,34 +98,74 @@ def test(run: Run, *, fast: bool, lab: bool, only: tuple[str, ...], match: str) 
             )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
-    if lab:  # minutes, the first time: before pytest, which shows no progress
-        import labhouse
-
-        labhouse.prepare(run)
-    arguments = [*chosen, "-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}"]
+    arguments = [*chosen, *_CACHE]
     if fast:
         arguments += ["-m", "not system"]
-    if not lab and not only:
+    if not only:
         arguments += [word for path in _OF_THE_LAB for word in ("--ignore", str(path))]
     if match:
         arguments += ["-k", match]
-    started = time.monotonic()
-    status, output = _tool(run, "pytest", *arguments)
-    seconds = round(time.monotonic() - started, 2)
-    steps.append({"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output})
-    if lab:
-        steps.append(_lab(run))
+    with contextlib.ExitStack() as stack:
+        lab = None
+        if not (fast or only or match):
+            import labhouse
+
+            labhouse.prepare(run)  # minutes, the first time
+            lab = stack.enter_context(LabTest(run, "--brief", "--minutes", str(_LAB_MINUTES)))
+        steps.append(_pytest(run, arguments))
+        if lab:
+            found = lab.finish()
+            steps.append({"name": found.problem or "lab-test", "ok": found.ok, **found.data})
     return _result(steps)
 
 
-def _lab(run: Run) -> dict[str, object]:
-    """The tests that need KVM, ZFS and LVM, in a lab of their own."""
-    import labhouse
+class LabTest:
+    """A lab-test with these options in a process of its own, while this one does something else. What
+    pytest says there is shown when it is through. Ctrl-C reaches it too; left by an error, it is
+    interrupted."""
 
+    def __init__(self, run: Run, *options: str) -> None:
+        self._run = run
+        self._process = subprocess.Popen(
+            [ROOT / "invoke", "lab-test", "--json", *options], cwd=ROOT, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def __enter__(self) -> LabTest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        self._process.communicate()
+
+    def finish(self) -> Result:
+        """Waits for it."""
+        answer, _ = self._process.communicate()
+        data = json.loads(answer or "{}")
+        results = data.get("results")
+        if results and not self._run.json:
+            sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
+            sys.stdout.flush()
+        if self._process.returncode == 0:
+            return Result(data, "")
+        said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
+        return Result(data, "", ok=False, problem=said or "tests in a lab failed")
+
+
+def of_the_lab(run: Run) -> Result:
+    """The tests that start labs of their own, on this host: power cuts, saved states."""
+    step = _pytest(run, [*map(str, _OF_THE_LAB), *_CACHE])
+    return Result(
+        step, "", ok=bool(step["ok"]), problem="" if step["ok"] else "the tests of the lab failed"
+    )
+
+
+def _pytest(run: Run, arguments: list[str]) -> dict[str, object]:
     started = time.monotonic()
-    found = labhouse.test(run, "", cold=False, only=(), match="", minutes=90)
+    status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
-    return {"name": "lab-test", "ok": found.ok, "seconds": seconds, **found.data}
+    return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
 
 
 def bench(run: Run, *, rounds: int) -> Result:

@@ -3,8 +3,10 @@ it does is in tests/lab/."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 from hypervisors.run import Runner
 from inventory.errors import NotFound, UsageError
@@ -83,15 +85,45 @@ def down(run: Run, name: str, *, all_: bool) -> Result:
     return Result({"ended": names}, text)
 
 
-def test(run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int) -> Result:
-    """pytest's closing line is the last on stdout; the status is its own."""
+def test(
+    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+) -> Result:
+    """A choice of tests in one lab; or all of them, side by side in two where the machine has the cores,
+    and then, on this host, the tests of the labs themselves. pytest's closing line is the last on
+    stdout."""
+    one = partial(_in_a_lab, run, cold=cold, only=only, minutes=minutes, brief=brief)
+    if name or only or match or brief:
+        return one(name, match=match)
+    import house
+
+    parts: list[Result] = []
+    if len(os.sched_getaffinity(0)) < _CORES:
+        parts.append(one("", match=""))
+    else:
+        prepare(run)
+        options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
+        with house.LabTest(run, "--match", f"not ({_FIRST_HALF})", *options) as other:
+            parts += [one("", match=_FIRST_HALF), other.finish()]
+    parts.append(house.of_the_lab(run))
+    problems = [part.problem for part in parts if not part.ok]
+    data = {"parts": [part.data for part in parts]}
+    return Result(data, "", ok=not problems, problem="; ".join(problems))
+
+
+_CORES = 4  # two labs on two cores take as long as one after the other
+_FIRST_HALF = "lvm or thin or classic"  # by what they take
+
+
+def _in_a_lab(
+    run: Run, name: str, *, cold: bool, only: tuple[str, ...], match: str, minutes: int, brief: bool
+) -> Result:
     from tests.lab import run as labrun
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
+    choice = labrun.Choice(only, match, brief)
     report = labrun.run_tests(
-        Runner(), run.screen.say, name=name, warm=not cold, only=only, match=match,
-        limit=minutes * 60, show=show,
-    )  # fmt: skip
+        Runner(), run.screen.say, name=name, warm=not cold, choice=choice, limit=minutes * 60, show=show
+    )
     run.screen.say(f"results, journals and logs of the lab: {report.results}")
     problem = "" if report.ok else f"the tests in the lab failed (pytest's status {report.status})"
     return Result(report.as_dict(), "", ok=report.ok, problem=problem)

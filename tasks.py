@@ -407,19 +407,18 @@ def history(run: Run, limit: str = "20") -> Result:
 
 @command(
     {
-        "fast": "Without the tests that start VMs.",
-        "lab": "With those that need KVM, ZFS and LVM, in a lab; as lab-test.",
+        "fast": "Without the tests that start VMs, and without the lab.",
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
     },
     iterable=["only"],
     plans=False,
 )
-def test(run: Run, fast: bool = False, lab: bool = False, only: Names = None, match: str = "") -> Result:
-    """Run ruff, mypy and the tests."""
+def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
+    """Run ruff, mypy and the tests, in the lab too."""
     import house
 
-    return house.test(run, fast=fast, lab=lab, only=tuple(only or ()), match=match)
+    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
 
 
 @command(plans=False)
@@ -487,6 +486,7 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
         "cold": _COLD,
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
+        "brief": "The few minutes of them that ./invoke test runs.",
         "minutes": "End a lab that hangs after so long.",
     },
     iterable=["only"],
@@ -494,14 +494,14 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
 )
 def lab_test(
     run: Run, name: str = "", cold: bool = False, only: Names = None, match: str = "",
-    minutes: str = "90",
+    brief: bool = False, minutes: str = "90",
 ) -> Result:  # fmt: skip
     """Run the contract suites and the lab's own tests there."""
     import labhouse
 
     run.resume = "the lab is ended; what it left over is removed by the next lab command"
-    most = cli.count("--minutes", minutes)
-    return labhouse.test(run, name, cold=cold, only=tuple(only or ()), match=match, minutes=most)
+    most, paths = cli.count("--minutes", minutes), tuple(only or ())
+    return labhouse.test(run, name, cold=cold, only=paths, match=match, minutes=most, brief=brief)
 
 
 @command({"name": _LAB + " Absent: lab.", "all_": "All labs of this user."}, plans=False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hypervisors.api import Template
     from provision.journal import Record
     from provision.network.rendered import Rendered
-    from provision.network.verify import Report
+    from provision.network.verify import Answer, Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
     from provision.status import FarmStatus
@@ -289,17 +289,29 @@ def applied(result: Outcome, asked: Report | None) -> Result:
     return Result(data, text, answers.ok, answers.problem, answers.remedy)
 
 
+def _unknown(answer: Answer) -> str:
+    """Why it could not be told."""
+    if answer.seen.startswith("could not"):
+        return answer.seen
+    return f"the VM itself: {answer.expected}"
+
+
 def verified(report: Report) -> Result:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
         return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
     lines = [
-        f"{'wrong' if answer.ok is False else 'unknown':<7}  {answer.service}: {answer.vm}: "
-        f"{answer.text}: expected {answer.expected}, seen {answer.seen}"
-        for answer in (*report.unknown, *report.wrong)
+        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {_unknown(answer)}"
+        for answer in report.unknown
+    ]
+    lines += [
+        f"wrong    {answer.service}: {answer.vm}: {answer.text}; expected {answer.expected}, "
+        f"seen {answer.seen}"
+        for answer in report.wrong
     ]
     right = len(report.answers) - len(lines)
-    lines.append(f"{right} of {len(report.answers)} answers are as expected")
+    rest = f", {len(report.unknown)} can't be told" if report.unknown else ""
+    lines.append(f"{right} of {len(report.answers)} answers are as expected{rest}")
     if report.ok:
         return Result(report.as_dict(), "\n".join(lines))
     services = ", ".join(dict.fromkeys(answer.service for answer in report.wrong))

@@ -19,6 +19,7 @@ from inventory.fields import (
     Hostname,
     Hostnames,
     Interface,
+    Line,
     Lines,
     Name,
     Port,
@@ -112,6 +113,9 @@ class Kea(Model):
     """The command that restarts kea-dhcp4, for when its socket doesn't answer."""
     reload6: Lines = ("systemctl", "restart", "kea-dhcp6-server")
     """The command that restarts kea-dhcp6."""
+    lease_commands: ConfigPath | None = None
+    """Kea's libdhcp_lease_cmds.so, in Debian /usr/lib/x86_64-linux-gnu/kea/hooks/libdhcp_lease_cmds.so:
+    with it the lease of a removed VM is freed; absent: it runs out."""
 
 
 class Dnsmasq(Model):
@@ -234,8 +238,8 @@ class LibvirtNetwork(Model):
     """The bridge libvirt makes; absent: it chooses."""
     forward: Literal["nat", "route", "none"] = "nat"
     """How it is connected to the outside."""
-    virsh: Lines = ("virsh", "--connect", "qemu:///system")
-    """The command, an argument list."""
+    uri: Line = "qemu:///system"
+    """The libvirt that it is in: its URI."""
 
 
 class Ansible(Model):

@@ -3,11 +3,16 @@ the contract suites count as such too, to be held on a real host."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 IN_LAB = Path("/etc/lab/load").exists()
+# What of the lab's tests ./invoke test runs: real stores, guests and kills, but a few minutes only
+BRIEF = re.compile(
+    r"test_disks\.py.*\b(zfs|lvm-thin)\]$|test_a_life\[guests-(zfs|lvm-thin)\]|test_walk\[zfs\]|/test_smoke\.py"
+)
 _left_out: list[str] = []
 
 
@@ -16,6 +21,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "tests/contract/" in item.nodeid:
                 item.add_marker("lab")
+            if BRIEF.search(item.nodeid):
+                item.add_marker("brief")
         return
     lab = [item for item in items if item.get_closest_marker("lab")]
     if lab:

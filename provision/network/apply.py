@@ -18,31 +18,27 @@ daemon that was told. A kill is undone in the same way by the next command, from
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
-from provision.journal import Operation, Record, current_step
+from provision.files import remove
+from provision.journal import Operation, current_step
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
-from provision.network.daemons import Step, kea_sockets, loaded_serial, steps
+from provision.network.daemons import Step, kea_sockets, steps
 from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
-from provision.network.serial import following, later, serial_of, with_serial
-from provision.network.state import NetworkState, StateFile
+from provision.network.state import NetworkState, StateFile, noted
+from provision.network.undo import RECORD, keep, kept, put, undo
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin
@@ -85,10 +81,9 @@ def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | Non
         if not site.plan:
             _patiently(site, stack, run.verb)
             allocator.allocate_all(given)
-        known = dict(allocator.recorded())
-        if site.plan:
-            known |= allocator.peek_all(given)
-        left = {vm: got for vm, got in known.items() if gone is not None and vm not in gone}
+        left = {} if gone is None else allocator.recorded(without=gone)
+        if site.plan and gone is not None:
+            left = {**left, **allocator.peek_all(given)}
         bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
 
 
@@ -121,6 +116,7 @@ def bring(
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
+    _say_what_is_forgotten(site, store)
     farm = part_of(site.farm, {}) if nobody else site.farm
     basis = _basis(site.farm) if {*services} >= {*site.farm.services.used} else ""
     if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
@@ -132,7 +128,7 @@ def bring(
     run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
         if state.basis != basis and not site.plan:
-            _record(store, site.farm, state, changes, services, updates, vms, basis)
+            _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return False
     run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
@@ -147,14 +143,12 @@ def bring(
     if site.plan:
         return True
     with site.journal.operation(VERB) as operation:
-        if updates.ops:  # until they are through nobody knows what the zones have
-            store.doubt()
+        new = [d for d in changes.documents if d.path not in state.files]
+        store.begin(new, updates=bool(updates.ops))
         _carry_out(site, operation, changes.files, told, updates)
-        current_step("record what was written")
-        _record(store, site.farm, state, changes, services, updates, vms, basis)
-        remove(_kept(site, operation.id))
-    for action in _actions(changes, told, updates):
-        site.reporter.say(action.text)
+        current_step(RECORD)
+        _record(store, state, changes, updates, few=vms is not None, basis=basis)
+        remove(kept(site, operation.id))
     return True
 
 
@@ -283,9 +277,9 @@ def _carry_out(
     except Exception as error:
         trouble = undo(site, written, {step.service for step in done}, current_step)
         if trouble:
-            trouble.append(f"the old files are in {_kept(site, operation.id)}, by the journal's numbers")
+            trouble.append(f"the old files are in {kept(site, operation.id)}, by the journal's numbers")
         else:
-            remove(_kept(site, operation.id))
+            remove(kept(site, operation.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise
@@ -296,229 +290,43 @@ def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     error.remedy = f"{error.remedy}{'; ' if error.remedy else ''}{state}"
 
 
-def undo(
-    site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
-) -> list[str]:
-    """Put the old files back, the last one first, and tell these services. What went wrong with it, in
-    words. A file that somebody else has written since is left alone."""
-    trouble: list[str] = []
-    inverse = []
-    for change in reversed(files):
-        back = change.inverse()
-        try:
-            if _text(change.path) not in (change.after, change.before):
-                trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
-                continue
-            if "bind" in services and change.zone and change.before is not None:
-                back = _forward(site, back)
-            say(f"put back {change.path}")
-            put(back)
-            inverse.append(back)
-        except FarmhandError as error:
-            trouble.append(f"{change.path} could not be put back: {error.message}")
-    for step in steps(site.farm, inverse):
-        if step.service in services:
-            try:
-                say(f"again {step.text}")
-                step.run(site.runner)
-            except FarmhandError as error:
-                trouble.append(f"{step.service} could not be told about its old files: {error.message}")
-    return trouble
-
-
-def _forward(site: Site, back: FileChange) -> FileChange:
-    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
-    may have it, and would not take an older one."""
-    bind = site.farm.services.bind
-    old = serial_of(back.after or "")
-    if bind is None or old is None:
-        return back
-    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
-    if loaded is None or not later(loaded, old):
-        return back
-    serial = following([old, loaded], datetime.now(UTC).date())
-    text = with_serial(back.after or "", serial)
-    return replace(back, after=_marked_again(text, back.after or ""))
-
-
-def _marked_again(text: str, before: str) -> str:
-    """With the digest in our mark made to fit, for a whole file of ours."""
-    from provision.network.document import digest
-
-    first, _, rest = before.partition("\n")
-    if digest(rest) not in first:
-        return text
-    new = text.partition("\n")[2]
-    return f"{first.replace(digest(rest), digest(new))}\n{new}"
-
-
-# ---- Files
-
-
-def put(change: FileChange) -> None:
-    """The new file in the old one's place in one step, with its owner and mode; through a symbolic
-    link, to what it points to."""
-    path = Path(os.path.realpath(change.path))
-    if change.after is None:
-        remove(path)
-        return
-    make_directory(path.parent, mode=0o755)
-    if change.zone and change.before is None:
-        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(change.after.encode(errors="surrogateescape"))
-            file.flush()
-            if (change.uid, change.gid) != (-1, -1):
-                os.fchown(file.fileno(), change.uid, change.gid)
-            os.fchmod(file.fileno(), change.mode)
-            _same_attributes(path, temporary)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if error.errno == errno.EBUSY:
-            raise WrongState(
-                f"cannot write {path}: it is a mount point by itself, as in a container",
-                remedy="give the service another path",
-            ) from error
-        raise file_error(error, path, "write") from error
-
-
-def _same_attributes(old: Path, new: Path) -> None:
-    """Access control lists and the like, where the file system has them."""
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(old):
-            os.setxattr(new, name, os.getxattr(old, name))
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_bytes().decode(errors="surrogateescape")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise file_error(error, Path(path), "read") from error
-
-
-# ---- What is kept for a kill
-
-
-def keep(site: Site, operation: Operation, files: Sequence[FileChange]) -> None:
-    """The old files, and what of them the new ones are, before the first is written."""
-    directory = _kept(site, operation.id)
-    make_directory(directory, mode=0o700)
-    facts = []
-    for number, change in enumerate(files):
-        if change.before is not None:
-            data = change.before.encode(errors="surrogateescape")
-            write_atomic(directory / str(number), data, mode=0o600)
-        entry: dict[str, object] = asdict(change)
-        entry["before"] = change.before is not None
-        entry["after"] = None if change.after is None else _sum(change.after)
-        facts.append(entry)
-    operation.note(files=facts)
-
-
-def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
-    """For an apply that was killed: what is to do, in words, and doing it."""
-    found = record.facts.get("files")
-    begun = {text for _, text in record.steps}
-    files = [_remembered(site, record, n, entry) for n, entry in enumerate(_entries(found))]
-    written = [change for change in files if f"write {change.path}" in begun]
-    if "record what was written" in begun:
-        return "it was complete; noted", lambda: _forget(site, record.id, files)
-
-    def run() -> None:
-        trouble = undo(site, written, {change.service for change in written}, current_step)
-        for text in trouble:
-            site.reporter.warn(text)
-        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
-        if ops and site.farm.services.bind:
-            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
-        _forget(site, record.id, files)
-
-    if not written and not record.facts.get("updates"):
-        return "it had not begun to write", run
-    return "put the old files back, and tell the daemons", run
-
-
-def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any]) -> FileChange:
-    """As it was, but for ``after``: what is live, if that is what was to be written."""
-    path = str(entry["path"])
-    before = _text(str(_kept(site, record.id) / str(number))) if entry["before"] else None
-    live = _text(path)
-    ours = entry["after"] is not None and live is not None and _sum(live) == entry["after"]
-    after = live if ours or entry["after"] is None else before
-    return FileChange(
-        str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
-        int(entry["gid"]), str(entry["zone"]),
-    )  # fmt: skip
-
-
-def _op(entry: Mapping[str, Any]) -> live_dns.Op:
-    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
-    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
-
-
-def _entries(found: object) -> list[Mapping[str, Any]]:
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
-def _forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:
-    for change in files:
-        path = Path(os.path.realpath(change.path))
-        if path.parent.is_dir():
-            sweep(path.parent, path.name)
-    remove(_kept(site, operation))
-
-
-def _sum(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def _kept(site: Site, operation: int) -> Path:
-    return site.paths.root / "network" / str(operation)
-
-
 def _state_file(site: Site) -> Path:
     return site.paths.root / "network.db"
 
 
+def _say_what_is_forgotten(site: Site, store: StateFile) -> None:
+    """Files have our mark in them, and records theirs: only what left the farm file is known by the
+    state alone."""
+    old = site.paths.root / "network.json"
+    if old.exists() and not store.path.exists():
+        site.reporter.warn(
+            f"{old} is an earlier farmhand's and is not read: a file named in it that the farm "
+            "file no longer leads to must be removed by hand; then remove it too"
+        )
+
+
 def _record(
     store: StateFile,
-    farm: Farm,
     state: NetworkState,
     changes: Changes,
-    services: Sequence[str],
     updates: _Updates,
-    vms: Sequence[str] | None,
+    *,
+    few: bool,
     basis: str,
 ) -> None:
     dynamic = updates.records is not None
-    known = replace(state, known=state.known or dynamic, basis=basis)
     owners = live_dns.owners(changes.view, updates.records or {})
-    written = [replace(document, text="") for document in changes.documents]
-    if vms is not None:
-        store.change(
-            known,
-            files=[document for document in written if state.files.get(document.path) != document],
-            gone=[change.path for change in changes.files if change.after is None],
-            serials=changes.serials,
-            ops=updates.ops,
-            owners=owners,
-        )
-        return
-    used = farm.services.used
-    files = {
-        path: document
-        for path, document in state.files.items()
-        if document.service not in services and document.service in used
-    }
-    files |= {document.path: document for document in written}
-    known = replace(known, files=files, serials={**state.serials, **changes.serials})
-    store.replace(known, updates.records, owners)
+    if few:
+        names = {(op.zone, op.name): op.new for op in updates.ops}
+    else:
+        names = {(z, n): r for z, found in (updates.records or {}).items() for n, r in found.items()}
+    documents = map(noted, changes.documents)
+    store.finish(
+        files=[document for document in documents if state.files.get(document.path) != document],
+        gone=changes.gone,
+        serials=changes.serials,
+        names={at: (owners.get(at, ""), records) for at, records in names.items()},
+        anew=dynamic and not few,
+        known=state.known or dynamic,
+        basis=basis,
+    )

@@ -47,11 +47,13 @@ class FileChange:
 @dataclass(frozen=True, slots=True)
 class Changes:
     """``files`` in the order they are written. ``documents``: all that should be, changed or not.
+    ``gone``: paths of ours that should be no more, changed now or lost before.
     ``edited``: paths where somebody edited what is ours. ``serials``: the zones' after the change.
     ``view``: of all VMs, or of those that were asked about."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
+    gone: tuple[str, ...]
     edited: tuple[str, ...]
     serials: Mapping[str, int]
     view: View
@@ -110,7 +112,8 @@ class Examiner:
             change = self._change(document, live, text, known)
             if change is not None:
                 changes[document.path] = change
-        for document in self._gone({d.path for d in documents}, whole_ones, paths):
+        gone = self._gone({d.path for d in documents}, whole_ones, paths)
+        for document in gone:
             text, known = _read(document.path)
             change = self._removal(document, read(document, self._farm.farm, text), text, known)
             if change is not None:
@@ -119,7 +122,14 @@ class Examiner:
         if vms is not None:
             some = {vm: self._farm.vms[vm] for vm in vms if vm in self._farm.vms}
             renderer = Renderer(part_of(self._farm, some), allocations)
-        return Changes(files, documents, tuple(self._edited), dict(self._serials), renderer.view)
+        return Changes(
+            files,
+            documents,
+            tuple(document.path for document in gone),
+            tuple(self._edited),
+            dict(self._serials),
+            renderer.view,
+        )
 
     def _live_serials(self) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""

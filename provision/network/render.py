@@ -214,7 +214,7 @@ def host_files(
     service = farm.services.dnsmasq
     assert service is not None
     shards = {_shard(vm) for vm in vms}
-    some = {vm: d for vm, d in farm.vms.items() if vm in allocations and _shard(vm) in shards}
+    some = {vm: d for vm, d in farm.vms.items() if _shard(vm) in shards and vm in allocations}
     documents = Renderer(part_of(farm, some), allocations).documents(("dnsmasq",))
     paths = {f"{service.hosts}/{k}/{farm.farm}-{shard:02}" for k in ("dhcp", "dns") for shard in shards}
     return tuple(document for document in documents if document.path in paths), paths

@@ -15,7 +15,7 @@ from pathlib import Path
 from inventory.errors import FarmhandError, NoSpace, WrongState
 from provision.files import make_directory
 from provision.network.document import Document
-from provision.network.live_dns import Op, Records, Zones
+from provision.network.live_dns import Records, Zones
 
 _SCHEMA = """
 BEGIN IMMEDIATE;
@@ -34,20 +34,27 @@ COMMIT;
 """
 _FILE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)"
 _SERIAL = "INSERT OR REPLACE INTO serials VALUES (?, ?)"
-_RECORD = "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)"
+_RECORD = "INSERT INTO records VALUES (?, ?, ?, ?)"
 _FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
 _KNOWN, _BASIS = "records", "basis"
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """``files``: documents without text, by path. ``known``: whether it is sure what dynamic zones have
-    of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a whole."""
+    """``files``: documents as they are ``noted``, by path. ``known``: whether it is sure what dynamic
+    zones have of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a
+    whole; "": none, or an apply has begun since."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
     known: bool = False
     basis: str = ""
+
+
+def noted(document: Document) -> Document:
+    """What is remembered of one: whose part of which file it is."""
+    d = document
+    return Document(d.service, d.path, "", own=d.own, comment=d.comment, zone=d.zone)
 
 
 class StateFile:
@@ -87,58 +94,44 @@ class StateFile:
                     rows += db.execute(f"{query} zone = ? AND name = ?", place)
         return _zones(rows)
 
-    def doubt(self) -> None:
-        """Until updates are through nobody knows what the zones have."""
+    def begin(self, new: Iterable[Document], *, updates: bool) -> None:
+        """Before an apply writes anything. New files are known for ours before they are there, so that
+        they go again even if the apply is killed right at its end; until it is through, nobody knows
+        that all is as the farm file has it, nor, with ``updates``, what the zones have."""
         with self._open(write=True) as db:
             assert db is not None
-            db.execute(_FACT, (_KNOWN, "unknown"))
+            db.executemany(_FILE, map(_row, new))
+            db.execute(_FACT, (_BASIS, ""))
+            if updates:
+                db.execute(_FACT, (_KNOWN, "unknown"))
 
-    def replace(
-        self, state: NetworkState, records: Zones | None, owners: Mapping[tuple[str, str], str]
-    ) -> None:
-        """All of it. ``records`` None: those noted stay. ``owners``: the VM of each zone and name."""
-        with self._open(write=True) as db:
-            assert db is not None
-            for table in ("files", "serials", *(("records",) if records is not None else ())):
-                db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own words
-            self._common(db, state, state.files.values(), state.serials)
-            for zone, names in (records or {}).items():
-                rows = ((zone, n, owners.get((zone, n), ""), json.dumps(r)) for n, r in names.items())
-                db.executemany(_RECORD, rows)
-
-    def change(
+    def finish(
         self,
-        state: NetworkState,
         *,
         files: Iterable[Document],
         gone: Iterable[str],
         serials: Mapping[str, int],
-        ops: Iterable[Op],
-        owners: Mapping[tuple[str, str], str],
+        names: Mapping[tuple[str, str], tuple[str, Records]],
+        anew: bool,
+        known: bool,
+        basis: str,
     ) -> None:
-        """What differs: files that are new, paths that are gone, serials, names of dynamic zones."""
+        """What was applied: files that differ from what is noted, paths that are ours no more, serials,
+        and the VM and records of zones and names, none where there are no records. ``anew``: these
+        names are all that there are."""
         with self._open(write=True) as db:
             assert db is not None
-            self._common(db, state, files, serials)
+            db.executemany(_FILE, map(_row, files))
             db.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in gone))
-            for op in ops:
-                if op.new:
-                    owner = owners.get((op.zone, op.name), "")
-                    db.execute(_RECORD, (op.zone, op.name, owner, json.dumps(op.new)))
-                else:
-                    db.execute("DELETE FROM records WHERE zone = ? AND name = ?", (op.zone, op.name))
-
-    def _common(
-        self,
-        db: sqlite3.Connection,
-        state: NetworkState,
-        files: Iterable[Document],
-        serials: Mapping[str, int],
-    ) -> None:
-        db.executemany(_FILE, ((d.path, d.service, d.own, *d.comment, d.zone) for d in files))
-        db.executemany(_SERIAL, serials.items())
-        db.execute(_FACT, (_KNOWN, "known" if state.known else "unknown"))
-        db.execute(_FACT, (_BASIS, state.basis))
+            db.executemany(_SERIAL, serials.items())
+            if anew:
+                db.execute("DELETE FROM records")
+            else:
+                db.executemany("DELETE FROM records WHERE zone = ? AND name = ?", names)
+            rows = ((*at, vm, json.dumps(records)) for at, (vm, records) in names.items() if records)
+            db.executemany(_RECORD, rows)
+            db.execute(_FACT, (_KNOWN, "known" if known else "unknown"))
+            db.execute(_FACT, (_BASIS, basis))
 
     @contextlib.contextmanager
     def _open(self, *, write: bool) -> Iterator[sqlite3.Connection | None]:
@@ -173,6 +166,10 @@ class StateFile:
             f"{self.path} is damaged, or not to be read: {error}",
             remedy="move it aside: what left the farm file since must then be removed by hand",
         )
+
+
+def _row(document: Document) -> tuple[str, ...]:
+    return document.path, document.service, document.own, *document.comment, document.zone
 
 
 def _zones(rows: Iterable[tuple[str, str, str]]) -> Zones:

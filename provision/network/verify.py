@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 
 from hypervisors.dhcp_probe import probe
 from inventory.errors import FarmhandError
@@ -26,6 +27,7 @@ from provision.network.view import ProxyRow, View, VmRow, view
 from provision.site import Site
 
 _AT_ONCE = 16
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _PATIENCE = 3.0  # seconds for each answer
 NO_ANSWER = "no answer"
 
@@ -131,14 +133,19 @@ def _questions(
             section = getattr(farm.services, service)
             for vm, proxy in _proxies(farm, seen, rows):
                 yield _proxy(service, str(section.address), section.port, section.tls_port, vm, proxy)
+                if proxy.certificate:
+                    yield _certificate(service, (str(section.address), section.tls_port), vm, proxy)
         elif service == "nftables" and farm.services.nftables:
             for row in seen.nat:
                 if row.vm in rows:
-                    yield _nat(str(farm.services.nftables.address or farm.network.gateway or ""), row)
-        elif service == "shorewall":
+                    address = farm.services.nftables.address or farm.network.gateway
+                    yield _nat(str(address or ""), row, service)
+        elif service == "shorewall" and farm.services.shorewall:
+            outer = farm.services.shorewall.address
+            outside = outer is not None and not _ours(str(outer))
             for row in seen.nat:
                 if row.vm in rows:
-                    yield _rule(row)
+                    yield _nat(str(outer), row, service) if outside else _rule(row)
         elif service == "hosts":
             yield from _hosts_file(farm, rows)
 
@@ -271,28 +278,69 @@ def _proxy(service: str, address: str, port: int, tls: int, vm: str, proxy: Prox
 
 def _http(address: str, port: int, host: str, *, secure: bool = False) -> str:
     """Status and a little of what identifies the answer."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is: not asked here
-    connection = (
-        http.client.HTTPSConnection(address, port, timeout=_PATIENCE, context=context)
-        if secure
-        else http.client.HTTPConnection(address, port, timeout=_PATIENCE)
-    )
+    connection = http.client.HTTPConnection(address, port, timeout=_PATIENCE)
     try:
+        if secure:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # another question
+            connection.connect()
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
         connection.request("GET", "/", headers={"Host": host, "User-Agent": "farmhand"})
         response = connection.getresponse()
         size = len(response.read(1 << 20))
     except (OSError, http.client.HTTPException) as error:
-        return f"{NO_ANSWER} ({getattr(error, 'strerror', None) or type(error).__name__})"
+        return f"{NO_ANSWER} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
     finally:
         connection.close()
     return f"{response.status}, {size} bytes"
 
 
-def _nat(address: str, row: VmRow) -> Question:
+def _certificate(service: str, server: tuple[str, int], vm: str, proxy: ProxyRow) -> Question:
+    """Asked apart from the page: it is there whether or not the VM answers."""
+    right = f"that of {proxy.certificate}, valid for {proxy.name}"
+    text = f"certificate on port {server[1]} for {proxy.name}, expect {right}"
+    ask = partial(_presented, server, str(proxy.name), str(proxy.certificate), right)
+    return Question(service, vm, text, partial(str, right), ask)
+
+
+def _presented(server: tuple[str, int], name: str, file: str, right: str) -> str:
+    """The first of the file's certificates is the server's own; it and the others vouch for it. So the
+    name and the dates are checked, and nothing is asked of this machine's authorities."""
+    try:
+        found = _PEM.findall(Path(file).read_text(encoding="ascii", errors="replace"))
+    except OSError as error:
+        return f"could not read {file}: {error.strerror}"
+    if not found:
+        return f"could not find a certificate in {file}"
+    try:
+        context = ssl.create_default_context(cadata="\n".join(found))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        with (
+            socket.create_connection(server, timeout=_PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname=name) as peer,
+        ):
+            given = peer.getpeercert(binary_form=True)
+    except ssl.SSLCertVerificationError as error:
+        return f"refused: {error.verify_message}"
+    except OSError as error:
+        return f"{NO_ANSWER} ({error.strerror or error})"
+    return right if given == ssl.PEM_cert_to_DER_cert(found[0]) else "another: the file is newer"
+
+
+def _nat(address: str, row: VmRow, service: str) -> Question:
     text = f"connect to port {row.nat_port} of {address}, expect {row.address}:{row.port}"
     own = partial(_banner, str(row.address), row.port)
-    return Question("nftables", row.vm, text, own, partial(_banner, address, row.nat_port or 0))
+    return Question(service, row.vm, text, own, partial(_banner, address, row.nat_port or 0))
+
+
+def _ours(address: str) -> bool:
+    """Whether this machine has the address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _banner(address: str, port: int) -> str:

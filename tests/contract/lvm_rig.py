@@ -1,4 +1,7 @@
-"""A volume group of its own on a spare disk of the lab, and both LVM stores on it."""
+"""A volume group of its own on a spare disk of the lab, and both LVM stores on it.
+
+To make a group and a pool takes longer than most tests, so one that a test left empty is the next one's.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from hypervisors.run import Runner
 MIB = 2**20
 SIZE = 64 * MIB
 FARM = "kata"
-DEVICE = os.environ.get("FARMHAND_LAB_LVM_DEVICE", "/dev/vdb")
+_kept: dict[str, str] = {}
+"""By device: the group that the next test takes."""
 
 
 def run(*argv: str | Path, check: bool = True) -> str:
@@ -30,18 +34,38 @@ def run(*argv: str | Path, check: bool = True) -> str:
     return done.stdout
 
 
+def drop(device: str) -> None:
+    """The group that an earlier test left there."""
+    _kept.pop(device, None)
+    vg = run("pvs", "--noheadings", "-o", "vg_name", device, check=False).strip()
+    if vg.startswith("fhtest"):
+        run("vgremove", "-q", "-f", "-y", vg)
+        run("pvremove", "-q", "-f", "-y", device)
+
+
+def drop_all() -> None:
+    for device in tuple(_kept):
+        drop(device)
+
+
 class LvmRig:
-    """A letter at 1 MiB stands for a disk's content."""
+    """A letter at 1 MiB stands for a disk's content. ``size``: the group has no more than this free."""
 
     kind = ""
     pool = ""
+    device = "/dev/vdb"
 
-    def __init__(self, size: str = "") -> None:
-        self.vg = f"fhtest{secrets.token_hex(3)}"
+    def __init__(self, size: str = "", *, usual: bool = True) -> None:
         self.place = Path(tempfile.mkdtemp(prefix="fh-"))
         self.place.chmod(0o711)
         self.links = self.place / "links"
-        run("vgcreate", "-q", "-y", self.vg, DEVICE)
+        self._usual = usual and not size
+        self.vg = _kept.pop(self.device, "") if self._usual else ""
+        self.fresh = not self.vg
+        if self.fresh:
+            drop(self.device)
+            self.vg = f"fhtest{secrets.token_hex(3)}"
+            run("vgcreate", "-q", "-y", self.vg, self.device)
         if size:
             run("lvcreate", "-q", "-l", "100%FREE", "-n", "filler", self.vg)
             run("lvreduce", "-q", "-f", "-L", f"-{size}", f"{self.vg}/filler")
@@ -86,9 +110,14 @@ class LvmRig:
         self.close()
 
     def close(self) -> None:
-        run("vgremove", "-q", "-f", "-y", self.vg)
-        run("pvremove", "-q", "-f", "-y", DEVICE)
         shutil.rmtree(self.place)
+        if not self._usual:
+            drop(self.device)
+            return
+        names = run("lvs", "--noheadings", "-o", "lv_name", self.vg).split()
+        if names := [f"{self.vg}/{name}" for name in names if name != self.pool]:
+            run("lvremove", "-q", "-f", *names)
+        _kept[self.device] = self.vg
 
 
 class ThinRig(LvmRig):
@@ -96,11 +125,12 @@ class ThinRig(LvmRig):
     pool = "pool"
 
     def __init__(self, data: str = "2G", metadata: str = "8M", size: str = "") -> None:
-        super().__init__(size)
-        run(
-            "lvcreate", "-q", "--type", "thin-pool", "-L", data, "--poolmetadatasize", metadata,
-            "-n", self.pool, self.vg,
-        )  # fmt: skip
+        super().__init__(size, usual=(data, metadata) == ("2G", "8M"))
+        if self.fresh:
+            run(
+                "lvcreate", "-q", "--type", "thin-pool", "-L", data, "--poolmetadatasize", metadata,
+                "-n", self.pool, self.vg,
+            )  # fmt: skip
 
     def disks(self, farm: str = FARM, **options) -> LvmThinDisks:
         return LvmThinDisks(self.vg, self.pool, farm, Runner(), links=self.links, **options)
@@ -108,6 +138,7 @@ class ThinRig(LvmRig):
 
 class ClassicRig(LvmRig):
     kind = "lvm-linked"
+    device = "/dev/vdd"
 
     def disks(self, farm: str = FARM, **options) -> LvmClassicDisks:
         return LvmClassicDisks(self.vg, farm, Runner(), links=self.links, copy="linked", **options)
@@ -115,6 +146,7 @@ class ClassicRig(LvmRig):
 
 class FullRig(LvmRig):
     kind = "lvm-full"
+    device = "/dev/vdd"
 
     def disks(self, farm: str = FARM, **options) -> LvmClassicDisks:
         return LvmClassicDisks(self.vg, farm, Runner(), links=self.links, copy="full", **options)

@@ -8,6 +8,7 @@ moments, also where a kill takes seconds; ``FARMHAND_SEED`` draws the same momen
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from typing import Any
 from places import SIZE, Place
 from still import StillSite
 
-from hypervisors.api import Template
+from hypervisors.api import Disk, Template
 from inventory.loader import load
 from provision import farm
 from provision.identity import host_key, seed_file
@@ -41,7 +42,8 @@ SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10
 
 FARM = """\
 farm: kill
-hosts: {{here: {{{host}}}}}
+hosts:
+{hosts}
 templates:
   base: {{build: debian-12, size: 64M}}
   spare: {{import: spare.qcow2, size: 16M, firstboot: none}}
@@ -128,8 +130,12 @@ class Bench:
         self.moments = moments * 4 if MANY else moments
         self.file = directory / "kill.yaml"
         size = f", disk: {disk}" if disk else ""
-        lines = "\n".join(f"  {vm}: {{template: base, memory: 64M{size}}}" for vm in vms)
-        text = FARM.format(host=place.host, vms=lines, more=more)
+        turns = zip(vms, itertools.cycle(place.hosts), strict=False)
+        lines = "\n".join(
+            f"  {vm}: {{host: {host}, template: base, memory: 64M{size}}}" for vm, host in turns
+        )
+        hosts = "\n".join(f"  {host}: {{{place.host}}}" for host in place.hosts)
+        text = FARM.format(hosts=hosts, vms=lines, more=more)
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []
@@ -142,23 +148,19 @@ class Bench:
         """A template, as it would be built; its guests boot nothing."""
         with self.site() as site:
             site.prepare()
-            if any(t.name == "base" for t in site.disks("here").templates()):
-                return
-            image = self.file.with_name("base.qcow2")
-            self.place.make_image(image)
-            site.disks("here").seal(
-                image,
-                Template(
-                    name="base",
-                    generation=1,
-                    ref="",
-                    size=SIZE,
-                    sha256="",
-                    created=datetime.now(UTC),
-                    origin="nothing",
-                    firstboot="farmhand",
-                ),
-            )
+            for host in self.place.hosts:
+                if any(t.name == "base" for t in site.disks(host).templates()):
+                    continue
+                image = self.file.with_name("base.qcow2")
+                self.place.make_image(image)
+                template = Template(
+                    name="base", generation=1, ref="", size=SIZE, sha256="",
+                    created=datetime.now(UTC), origin="nothing", firstboot="farmhand",
+                )  # fmt: skip
+                site.disks(host).seal(image, template)
+
+    def disk(self, site: Site, vm: str) -> Disk | None:
+        return site.disks(site.farm.host_of(vm)).find(site.machine(vm))
 
     def kills(
         self,
@@ -272,7 +274,7 @@ class Bench:
             machine = look(site, vm)
             if machine is None:
                 continue
-            disk = site.disks("here").find(machine.name)
+            disk = self.disk(site, vm)
             if disk is None:
                 assert not is_on(machine), context
                 continue
@@ -312,13 +314,13 @@ class Bench:
 
     def write_on(self, site: Site, vm: str) -> None:
         """So that the old disk can be told from a fresh one; the VM is stopped."""
-        disk = site.disks("here").find(site.machine(vm))
+        disk = self.disk(site, vm)
         assert disk
         self.place.write(disk, site)
 
     def content(self, site: Site, vm: str) -> str:
         """ "old": what was written is there, all of it; "new": provably the checkpoint."""
-        return self.place.content(site, site.machine(vm))
+        return self.place.content(site, vm)
 
 
 def _whole(lines: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from places import FakePlace, LvmPlace, Machines, Place, Qcow2Place, ZfsPlace
+from places import FakePlace, LvmPlace, Machines, Place, Qcow2Place, TwoFakes, ZfsPlace
 
 from provision import farm
 from tests.contract import lvm_rig, zfs_rig
@@ -49,15 +49,15 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
         rig = request.getfixturevalue("group")
         place = LvmPlace(rig.vg, rig.pool, store)
     else:
-        return {"fake": FakePlace, "kvm": Qcow2Place}[store]()
+        return {"fake": FakePlace, "two fakes": TwoFakes, "kvm": Qcow2Place}[store]()
     return Machines(place) if kind.startswith("kvm+") else place
 
 
 # How many kills at steps (None: all) and at random moments an operation gets, see Bench. Outside the lab
 # the latter only with FARMHAND_KILLS=many: what they find is rare, and for whoever goes looking for it.
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
-    "fake": (None, 8), "kvm": (None, 2), "zfs": (5, 5), "lvm-thin": (2, 2), "lvm-linked": (1, 2),
-    "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
+    "fake": (None, 8), "two fakes": (None, 8), "kvm": (None, 2), "zfs": (5, 5), "lvm-thin": (2, 2),
+    "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1), "kvm+lvm-thin": (1, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
@@ -94,14 +94,15 @@ def bench_on(place: Place, cache: Path, **options: Any) -> Iterator[Bench]:
         shutil.rmtree(directory)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *HERE,
-        # a kill with all that goes with it takes half a minute there: see test_walk
-        *(pytest.param(label, marks=lab) for label in LABELS if MANY and label not in HERE),
-    ],
-)
+STORES_HERE = [
+    *HERE,
+    # a kill with all that goes with it takes half a minute there: see test_walk
+    *(pytest.param(label, marks=lab) for label in LABELS if MANY and label not in (*HERE, "two fakes")),
+]
+on_two_as_well = pytest.mark.parametrize("bench", [*STORES_HERE, "two fakes"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=STORES_HERE)
 def bench(request: pytest.FixtureRequest, cache: Path) -> Iterator[Bench]:
     """One for all tests of a module: in the lab to make one takes as long as many kills."""
     with bench_on(make_place(request.param, request), cache) as made:

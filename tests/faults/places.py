@@ -47,11 +47,12 @@ def run(*argv: str | Path) -> str:
 
 
 class Place:
-    """``host`` is the farm file's. ``still``: its machines are the fake's, so that a kill costs no more
-    than what the store takes."""
+    """``host`` is what the farm file says of each of ``hosts``. ``still``: its machines are the fake's,
+    so that a kill costs no more than what the store takes."""
 
     label = ""
     host = ""
+    hosts: tuple[str, ...] = ("here",)
     still = False
     real_qemu = False
 
@@ -76,16 +77,16 @@ class Place:
         """The letter it was written with last, or "torn"."""
         raise NotImplementedError
 
-    def content(self, site: Site, machine: str) -> str:
+    def content(self, site: Site, vm: str) -> str:
         """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
         "torn": neither."""
-        store = site.disks("here")
-        disk = store.find(machine)
+        store = site.disks(site.farm.host_of(vm))
+        disk = store.find(site.machine(vm))
         assert disk
         seen = self.read(disk, site)
         if seen == OLD:
-            return "old" if disk.base != "clean" or not store.pristine(machine, "clean") else "torn"
-        return "new" if seen == TEMPLATE and store.pristine(machine, "clean") else "torn"
+            return "old" if disk.base != "clean" or not store.pristine(disk.machine, "clean") else "torn"
+        return "new" if seen == TEMPLATE and store.pristine(disk.machine, "clean") else "torn"
 
     def check(self, disk: Disk) -> None:
         """That it is sound in itself."""
@@ -100,14 +101,21 @@ class FakePlace(Place):
     host = "driver: fake"
 
     def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
-        store = site.disks("here")
+        store = site.disks(site.farm.host_of(disk.owner.vm))
         assert isinstance(store, FakeDisks)
         store.write(disk.machine, letter.encode())
 
     def read(self, disk: Disk, site: Site) -> str:
-        store = site.disks("here")
+        store = site.disks(site.farm.host_of(disk.owner.vm))
         assert isinstance(store, FakeDisks)
         return store.content(disk.machine).decode() or TEMPLATE
+
+
+class TwoFakes(FakePlace):
+    """Each VM on a host with a store of its own."""
+
+    label = "two fakes"
+    hosts = ("here", "there")
 
 
 class Qcow2Place(Place):

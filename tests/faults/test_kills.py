@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 from bench import KILLS, Bench
+from benches import on_two_as_well
 
 from provision import farm, golden
 from provision.site import Site
@@ -130,6 +131,7 @@ def test_checkpoint(bench: Bench, running: bool) -> None:
             assert bench.content(site, "prod") == "old", f"{context}: nothing written is lost"
 
 
+@on_two_as_well
 def test_reset_all(bench: Bench) -> None:
     """Both VMs get there or none does; so it is, too, that both run or none."""
     arguments = {"vms": [], "wait": False}
@@ -148,6 +150,7 @@ def test_reset_all(bench: Bench) -> None:
             assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
 
 
+@on_two_as_well
 def test_checkpoint_all(bench: Bench) -> None:
     arguments = {"vms": [], "name": "kept", "wait": False}
     ready = partial(_both_written, bench, anew=True)
@@ -157,7 +160,7 @@ def test_checkpoint_all(bench: Bench) -> None:
         bench.recovered(context)
         with bench.site() as site:
             assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
-            disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+            disks = [bench.disk(site, vm) for vm in site.farm.vms]
             kept = {"kept" in [c.name for c in disk.checkpoints] for disk in disks if disk}
             assert len(disks) == 2, context
             assert len(kept) == 1, f"{context}: of both or of none"
@@ -168,7 +171,7 @@ def test_checkpoint_all(bench: Bench) -> None:
                 assert bench.content(site, vm) == "old", f"{context}: nothing written is lost"
 
 
-@fake_only
+@pytest.mark.parametrize("bench", ["fake", "two fakes"], indirect=True)
 def test_a_recovery_of_all_that_is_killed_too(bench: Bench) -> None:
     number = 1
     while True:
@@ -291,7 +294,7 @@ def _written_on(bench: Bench, name: str) -> None:
 def _both_written(bench: Bench, *, anew: bool = False) -> None:
     """Both VMs running, with something on their disks; ``anew``: without checkpoints of their own."""
     with bench.site() as site:
-        disks = [site.disks("here").find(site.machine(vm)) for vm in site.farm.vms]
+        disks = [bench.disk(site, vm) for vm in site.farm.vms]
         if anew and any(disk and len(disk.checkpoints) > 1 for disk in disks):
             farm.destroy(site, list(site.farm.vms))
         farm.clone_farm(site, wait=False)

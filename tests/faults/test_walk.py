@@ -45,10 +45,13 @@ class Vm:
 class Draw:
     """An operation, and what it makes of the VM."""
 
-    vm: str
     verb: str
     arguments: dict[str, Any]
-    after: Vm | None
+    after: Mapping[str, Vm | None]
+    """Of each VM it changes. Several are changed as one."""
+
+    def __str__(self) -> str:
+        return f"{self.verb} of {' and '.join(self.after)}"
 
 
 class Walk:
@@ -77,21 +80,25 @@ class Walk:
             self.look("")
 
     def draw(self) -> Draw:
-        vm = self.dice.choice(("dev2", "prod"))
-        now = self.vms[vm]
-        if now is None:
-            after = Vm(TEMPLATE, {"clean": TEMPLATE})
-            return Draw(vm, "clone_farm", {"vms": [vm], "wait": False}, after)
+        vms = self.dice.choice((["dev2"], ["prod"], ["dev2", "prod"]))
+        there = {vm: now for vm in vms if (now := self.vms[vm])}
+        if len(there) < len(vms):
+            vm = next(vm for vm in vms if vm not in there)
+            after = {vm: Vm(TEMPLATE, {"clean": TEMPLATE})}
+            return Draw("clone_farm", {"vms": [vm], "wait": False}, after)
         what = self.dice.choice(("reset", "reset", "reset", "checkpoint", "checkpoint", "destroy"))
         if what == "destroy":
-            return Draw(vm, what, {"vms": [vm]}, None)
-        if what == "reset" or len(now.kept) > 3:
-            to = self.dice.choice(list(now.kept))
-            arguments = {"vms": [vm], "to": to, "wait": False}
-            return Draw(vm, "reset", arguments, replace(now, letter=now.kept[to]))
+            return Draw(what, {"vms": vms[:1]}, {vms[0]: None})
+        if what == "reset" or any(len(now.kept) > 3 for now in there.values()):
+            of_all = set.intersection(*(set(now.kept) for now in there.values()))
+            to = self.dice.choice(sorted(of_all))
+            arguments = {"vms": vms, "to": to, "wait": False}
+            return Draw(
+                "reset", arguments, {vm: replace(now, letter=now.kept[to]) for vm, now in there.items()}
+            )
         name = next(self._names)
-        arguments = {"vms": [vm], "name": name, "wait": False}
-        return Draw(vm, what, arguments, replace(now, kept={**now.kept, name: now.letter}))
+        arguments = {"vms": vms, "name": name, "wait": False}
+        return Draw(what, arguments, {vm: _keeping(now, name) for vm, now in there.items()})
 
     def kill(self, draw: Draw) -> str | None:
         """None: it was through before."""
@@ -105,7 +112,7 @@ class Walk:
             f"{draw.verb} {draw.arguments}: {when} {at:.3g} of {steps}, {seconds:.2f} s: {text}"
         )
         if text is not None:
-            KILLS.add(f"{draw.verb.replace('_', '-')}, walk", self.bench.driver)
+            KILLS.add(f"{_shown(draw)}, walk", self.bench.driver)
         return text
 
     def kill_recovery(self, draw: Draw) -> None:
@@ -116,7 +123,7 @@ class Walk:
             self.story.append(f"recover: {when} {at:.3f} s: {text}")
             if text is None:
                 break
-            KILLS.add(f"recover of {draw.verb.replace('_', '-')}, walk", self.bench.driver)
+            KILLS.add(f"recover of {_shown(draw)}, walk", self.bench.driver)
 
     def step(self) -> None:
         try:
@@ -127,15 +134,16 @@ class Walk:
     def _step(self) -> None:
         draw = self.draw()
         with self.bench.site() as site:
-            self.write(site, draw.vm)
-        before = self.vms[draw.vm]
-        if before and draw.verb == "checkpoint":  # it keeps what was just written
-            kept = {**before.kept, draw.arguments["name"]: before.letter}
-            draw = replace(draw, after=replace(before, kept=kept))
-        context = f"{draw.verb} of {draw.vm} on {self.bench.driver}, FARMHAND_SEED={SEED}"
+            for vm in draw.after:
+                self.write(site, vm)
+        if draw.verb == "checkpoint":  # it keeps what was just written
+            there = {vm: now for vm in draw.after if (now := self.vms[vm])}
+            name = draw.arguments["name"]
+            draw = replace(draw, after={vm: _keeping(now, name) for vm, now in there.items()})
+        context = f"{draw} on {self.bench.driver}, FARMHAND_SEED={SEED}"
         KILLS.open[context] = None
         killed = None
-        if before is None and self.story and self.story[-1].startswith(("clone", "recover")):
+        if draw.verb == "clone_farm" and self.story and self.story[-1].startswith(("clone", "recover")):
             status = self.bench.uninterrupted(draw.verb, draw.arguments)  # else it would never be there
             self.story.append(f"{draw.verb} {draw.arguments}: {status[1]:.2f} s")
         else:
@@ -163,6 +171,7 @@ class Walk:
             disks = {disk.owner.vm: disk for disk in store.list()}
             assert list(store.leftovers()) == [], context
             shape = self.bench.shape()
+            old, new = True, True  # may all that the operation changes be what it was, or what it makes
             for vm, before in self.vms.items():
                 disk, machine = disks.get(vm), look(site, vm)
                 now = None
@@ -175,17 +184,32 @@ class Walk:
                 else:
                     assert shape[vm] == [], f"{context}: of {vm} is left {shape[vm]}"
                 allowed = [before]
-                if draw and vm == draw.vm:
-                    allowed = [draw.after] if through else [before, draw.after]
-                found = [a for a in allowed if now == (a and (a.letter, set(a.kept)))]
+                if draw and vm in draw.after:
+                    allowed = [draw.after[vm]] if through else [before, draw.after[vm]]
+                    old, new = old and now == _told(before), new and now == _told(draw.after[vm])
+                found = [a for a in allowed if now == _told(a)]
                 assert found, f"{context}: {vm} is {now}, and should be in {allowed}"
                 if draw and draw.verb in ("reset", "checkpoint") and self.on[vm] and disk:
                     assert is_on(machine), f"{context}: {vm} ran, and doesn't now"
                 # what cannot be told apart is taken for the new one
                 self.vms[vm], self.on[vm] = found[-1], is_on(machine)
+            assert old or new, f"{context}: some are what they were, and some are not: {self.vms}"
 
     def told(self, context: str) -> str:
         return "\n".join([context, *self.story[-12:], *self.bench.place.everything()])
+
+
+def _keeping(now: Vm, name: str) -> Vm:
+    return replace(now, kept={**now.kept, name: now.letter})
+
+
+def _told(vm: Vm | None) -> tuple[str, set[str]] | None:
+    """What can be seen of it."""
+    return (vm.letter, set(vm.kept)) if vm else None
+
+
+def _shown(draw: Draw) -> str:
+    return draw.verb.replace("_", "-") + (" --all" if len(draw.after) > 1 else "")
 
 
 @pytest.fixture(

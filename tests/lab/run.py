@@ -61,14 +61,23 @@ class Report:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which tests. ``only``: files or directories; ``match``: as pytest's -k; ``brief``: the share
+    of ./invoke test."""
+
+    only: tuple[str, ...] = ()
+    match: str = ""
+    brief: bool = False
+
+
 def run_tests(
     runner: Runner,
     say: Say,
     *,
     name: str = "",
     warm: bool = True,
-    only: Sequence[str] = (),
-    match: str = "",
+    choice: Choice,
     limit: float = LIMIT * 60,
     show: Callable[[bytes], None],
 ) -> Report:
@@ -80,7 +89,7 @@ def run_tests(
     again, all of them and once, in a new lab; a failed test never does."""
     for again in (True, False):
         try:
-            return _run_tests(runner, say, name, warm, only, match, limit, show)
+            return _run_tests(runner, say, name, warm, choice, limit, show)
         except _KernelDied as died:
             if name or not again:
                 raise
@@ -93,7 +102,7 @@ class _KernelDied(FarmhandError):
 
 
 def _run_tests(
-    runner: Runner, say: Say, name: str, warm: bool, only: Sequence[str], match: str, limit: float,
+    runner: Runner, say: Say, name: str, warm: bool, choice: Choice, limit: float,
     show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
@@ -101,7 +110,7 @@ def _run_tests(
         results = _results_directory(machine.name)
         log = results / "pytest.log"
         try:
-            status = _stream(machine.ssh_argv(_script(only, match)), log, show, limit)
+            status = _stream(machine.ssh_argv(_script(choice)), log, show, limit)
             if status == 255:
                 _look_for_a_crash(machine, results)
         except TimedOut:
@@ -157,11 +166,12 @@ def _lab(runner: Runner, say: Say, name: str, *, warm: bool) -> Iterator[Machine
             machine.remove()
 
 
-def _script(only: Sequence[str], match: str) -> str:
+def _script(choice: Choice) -> str:
+    marks = "lab and brief" if choice.brief else "lab"
     pytest = [
-        "/opt/venv/bin/python", "-P", "-m", "pytest", *(only or ["tests"]), "-m", "lab",
+        "/opt/venv/bin/python", "-P", "-m", "pytest", *(choice.only or ["tests"]), "-m", marks,
         f"--junit-xml={_OUT}/junit.xml", "--basetemp=/var/tmp/tests", "-o", "cache_dir=/var/tmp/pytest",
-        *(["-k", match] if match else []),
+        *(["-k", choice.match] if choice.match else []),
     ]  # fmt: skip
     environment = {
         "FARMHAND_TEST_GUEST": "/var/cache/farmhand/test-guest",

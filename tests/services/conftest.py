@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from daemons import Daemons, own_network
+from daemons import Daemons
+from networks import own_network
 from yard import Yard
 
 

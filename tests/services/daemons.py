@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from networks import ip, place, wait_for, within
 from yard import SECRET, Yard
 
-CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@contextlib.contextmanager
-def own_network() -> Iterator[None]:
-    """This thread, and what it starts, in a network namespace of its own: br0 with the gateway and
-    a port, for IPv6 waits for a carrier."""
-    outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    try:
-        if _libc.unshare(CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare: these tests need root")
-        for scope in ("all", "default"):  # its addresses are good at once
-            Path(f"/proc/sys/net/ipv6/conf/{scope}/accept_dad").write_text("0")
-        for words in (
-            "link set lo up",
-            "link add br0 type bridge",
-            "addr add 10.77.0.1/24 dev br0",
-            "addr add fd77::1/64 dev br0 nodad",
-            "link add port0 type veth peer name port1",
-            "link set port1 up",
-            "link set port0 master br0 up",
-            "link set br0 up",
-        ):
-            subprocess.run(["ip", *words.split()], check=True)
-        yield
-    finally:
-        if _libc.setns(outside, CLONE_NEWNET):
-            os._exit(70)  # else every later test would run in a lost network
-        os.close(outside)
-
-
-def wait_for(what: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it didn't happen"
-        time.sleep(0.02)
+# Its drivers are those that it finds: without QEMU's it wants nothing of the machine but a network.
+# Ended by a signal it leaves its networks up: their dnsmasq is ended with it.
+_LIBVIRTD = """
+d=$1
+drivers=$(dirname "$(find /usr/lib -name libvirt_driver_network.so)")
+cp "$drivers/libvirt_driver_network.so" "$d/"
+mount -t tmpfs farmhand "$drivers"
+mv "$d/libvirt_driver_network.so" "$drivers/"
+mount -t sysfs farmhand /sys
+for place in etc/libvirt var/lib/libvirt run/libvirt var/log/libvirt var/cache/libvirt; do
+    mkdir -p "$d/over/$place" "/$place"
+    mount --bind "$d/over/$place" "/$place"
+done
+libvirtd -f "$d/conf" -p "$d/pid" &
+trap 'kill $!; wait; cat /run/libvirt/network/*.pid | xargs -r kill' TERM
+wait
+"""
 
 
 class Daemons:
@@ -103,6 +81,74 @@ class Daemons:
         )
         for name in ("bind/farm.conf", "nginx/farm", "dhcp/leases"):
             (d / name).touch()
+
+    def apart(self, stack: contextlib.ExitStack, *services: str) -> dict[str, str]:
+        """Each of these in a place of its own, for there is one DHCP server's port, and one firewall, in
+        each network: the places by the services' names. dhcpd and Kea begin with the first apply;
+        shorewall and libvirt's daemon run."""
+        return {service: getattr(self, f"_{service}_apart")(stack) for service in services}
+
+    def _dhcpd_apart(self, stack: contextlib.ExitStack) -> str:
+        where = stack.enter_context(place())
+        service = self.yard.services["dhcpd"]
+        service["reload"] = [*within(where), *service["reload"]]
+        return where
+
+    def _kea_apart(self, stack: contextlib.ExitStack) -> str:
+        where = stack.enter_context(place())
+        service = self.yard.services["kea"]
+        for key in ("reload", "reload6"):
+            service[key] = [*within(where), *service[key]]
+        return where
+
+    def _shorewall_apart(self, stack: contextlib.ExitStack) -> str:
+        """A router with eth0 (192.0.2.7) to a client outside (192.0.2.1): the client's place."""
+        router = stack.enter_context(place())
+        outside = stack.enter_context(place(bridge=False))
+        for line in (
+            f"-n {router} link add eth0 type veth peer name eth0 netns {outside}",
+            f"-n {router} addr add 192.0.2.7/24 dev eth0",
+            f"-n {outside} addr add 192.0.2.1/24 dev eth0",
+            f"-n {router} link set eth0 up",
+            f"-n {outside} link set eth0 up",
+        ):
+            ip(line)
+        forwarding = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+        subprocess.run([*within(router), "sh", "-c", forwarding], check=True)
+        d = self.directory
+        (d / "shorewall-var").mkdir()
+        script = d / "shorewall-there"
+        script.write_text(
+            "#!/bin/sh\nexec unshare --mount --propagation private sh -euc '"
+            f"mount --bind {d}/shorewall-var /var/lib/shorewall\n"
+            f'exec shorewall "$1" {d}/shorewall\' sh "$1"\n'
+        )
+        script.chmod(0o755)
+        there = [*within(router), str(script)]
+        self.yard.services["shorewall"] |= {"address": "192.0.2.7", "reload": [*there, "reload"]}
+        done = subprocess.run([*there, "start"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.router = router
+        return outside
+
+    def _libvirt_apart(self, stack: contextlib.ExitStack) -> str:
+        """libvirtd with nothing but its network driver, over private directories; it makes br0 itself,
+        and a dnsmasq of its own."""
+        where = stack.enter_context(place(bridge=False))
+        d = self.directory / "libvirt"
+        d.mkdir()
+        (d / "conf").write_text(
+            f'unix_sock_dir = "{d}"\nauth_unix_rw = "none"\nlog_outputs = "3:file:{d}/log"\n'
+        )
+        argv = [*within(where), "unshare", "--mount", "--propagation", "private"]
+        self._run([*argv, "sh", "-eu", "-c", _LIBVIRTD, "sh", str(d)], "libvirtd")
+        uri = f"network+unix:///system?socket={d}/libvirt-sock"
+        self.yard.services["libvirt"] = {
+            "config": f"{d}/network.xml", "bridge": "br0", "uri": uri,
+        }  # fmt: skip
+        asked = ["virsh", "--connect", uri, "uri"]
+        wait_for(lambda: subprocess.run(asked, capture_output=True, check=False).returncode == 0)
+        return where
 
     def _alive(self, pidfile: str) -> list[str]:
         self._pidfiles.append(self.directory / pidfile)
@@ -158,13 +204,25 @@ class Daemons:
         log.close()
 
     def stop(self) -> None:
+        """All have ended when this returns: nobody writes in the yard any more."""
         for process in self._processes:
             process.terminate()
+        others = []
         for pidfile in self._pidfiles:
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(pidfile.read_text()), signal.SIGTERM)
+                others.append(int(pidfile.read_text()))
+                os.kill(others[-1], signal.SIGTERM)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
             process.wait()
+        wait_for(lambda: all(map(_ended, others)))
+
+
+def _ended(pid: int) -> bool:
+    """Or only waits for its parent to notice."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from networks import place, unique, within
+
 _SERVER = """
 import socket, sys
 with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
@@ -24,32 +26,30 @@ with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
 
 
 @contextlib.contextmanager
-def machine(address: str, port: int) -> Iterator[None]:
-    name = f"fhm{address.replace('.', '')[-6:]}"
-    words = (
-        f"link add {name} type veth peer name eth0 netns {name}",
-        f"link set {name} master br0 up",
-        f"-n {name} addr add {address}/24 dev eth0",
-        f"-n {name} link set eth0 up",
-        f"-n {name} route add default via 10.77.0.1",
-    )
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    server = None
-    try:
+def machine(address: str, port: int, *, where: str = "") -> Iterator[None]:
+    """``where``: the place whose bridge it is on."""
+    link, here = unique("m"), within(where)
+    with place(bridge=False) as name:
+        words = (
+            f"link add {link} type veth peer name eth0 netns {name}",
+            f"link set {link} master br0 up",
+            f"-n {name} addr add {address}/24 dev eth0",
+            f"-n {name} link set eth0 up",
+            f"-n {name} route add default via 10.77.0.1",
+        )
         for line in words:
-            subprocess.run(["ip", *line.split()], check=True)
-        argv = ["ip", "netns", "exec", name, sys.executable, "-c", _SERVER, address, str(port)]
+            subprocess.run([*here, "ip", *line.split()], check=True)
+        argv = [*within(name), sys.executable, "-c", _SERVER, address, str(port)]
         server = subprocess.Popen(argv, stdout=subprocess.PIPE)
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"up\n"
-        yield
-    finally:
-        if server is not None:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"up\n"
+            yield
+        finally:
             server.kill()
             server.wait()
             assert server.stdout is not None
             server.stdout.close()
-        subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 def answer_of(address: str, port: int, host: str, *, patience: float = 5) -> str:

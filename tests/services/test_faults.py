@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import threading
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from daemons import Daemons
 from dhcp_client import lease
 from http_machine import answer_of, machine
+from networks import enter, wait_for, within
 from test_apply import ask
 from yard import Yard
 
 from inventory.errors import FarmhandError
 from provision import farm, journal
+from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
+from provision.network.undo import RECORD
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
-ALL = ("bind", "dhcpd", "kea", "dnsmasq", "hosts", "nginx", "haproxy", "nftables")
 
 
 def contents(yard: Yard) -> dict[str, bytes]:
     """Of the services' files, without what daemons write themselves."""
-    own = ("pid", ".sock", ".lock", "leases", "serverid", ".csv", "session.key", "mkeys", "managed-keys")
+    own = ("pid", ".sock", ".lock", "leases", "serverid", ".csv", "session.key", "mkeys", "managed-keys",
+           "libvirt/over/", "shorewall-var/")  # fmt: skip
     return {k: v[0] for k, v in yard.snapshot().items() if not any(part in k for part in own)}
 
 
@@ -109,7 +114,7 @@ def test_killed_at_every_step(yard: Yard, daemons: Daemons, when: str) -> None:
             if text is None:
                 break
             texts.append(text)
-            new = contents(yard) if text == "record what was written" else None
+            new = contents(yard) if text == RECORD else None
             with yard.site() as site:
                 farm.recover(site)
                 assert site.journal.unfinished() == ()
@@ -143,7 +148,7 @@ def test_serials_go_on_after_a_rollback(yard: Yard, daemons: Daemons) -> None:
         steps += 1
         with yard.site() as site:
             farm.recover(site)
-        if text == "record what was written":
+        if text == RECORD:
             break
         [answer] = ask("try.example", "SOA")
         serial = int(answer.split()[2])
@@ -209,112 +214,98 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
     assert (yard.directory / "hosts").read_text() == "all mine\n"
 
 
-TEMPLATES = {
-    "bind": "zone",
-    "dhcpd": "dhcpd",
-    "dnsmasq": "dnsmasq",
-    "nginx": "nginx",
-    "haproxy": "haproxy",
-    "nftables": "nftables",
-}
+def live(yard: Yard) -> tuple[list[str], list[str], bool]:
+    """What the daemons themselves have: Kea's reservations, dnsmasq's address of more, nft's map."""
+    told = kea_command(yard.services["kea"]["socket4"], "config-get")
+    assert isinstance(told, dict)
+    [subnet] = told["Dhcp4"]["subnet4"]
+    nft = ["nft", "list", "map", "ip", "farmhand_try_it", "ssh"]
+    ports = subprocess.run(nft, capture_output=True, text=True, check=True).stdout
+    names = ask("more.try.example", "A", 5301, "10.77.0.1")
+    return sorted(host["ip-address"] for host in subnet["reservations"]), names, "22009" in ports
 
 
-class Clients:
-    """Asks each service over and over; ``failed`` has what was wrong."""
-
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-        self.answers = dict.fromkeys(("dns", "dnsmasq", "nginx", "haproxy", "nat"), 0)
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._loop, args=(name,)) for name in self.answers]
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _loop(self, name: str) -> None:
-        while not self._stop.wait(0.01):
-            try:
-                said = self._ask(name)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is a failed answer
-                said = repr(error)
-            if said not in ("10.77.0.6", "10.77.0.6:8080"):
-                self.failed.append(f"{name}: {said}")
-            self.answers[name] += 1
-
-    def _ask(self, name: str) -> str:
-        if name == "dns":
-            return ask("dev2.try.example", "A")[0]
-        if name == "dnsmasq":
-            return ask("dev2.try.example", "A", 5301, "10.77.0.1")[0]
-        if name == "nat":
-            return answer_of("10.77.0.1", 22006, "x", patience=0)
-        return answer_of(
-            "127.0.0.1", {"nginx": 8001, "haproxy": 8003}[name], "dev2.example.org", patience=0
-        )
-
-
-@pytest.fixture
-def all_services(yard: Yard, daemons: Daemons) -> Iterator[Yard]:
-    """All of them, serving. Two DHCP servers can't have one port: dnsmasq has it here."""
-    yard.use("bind", "dnsmasq", "hosts", "nginx", "haproxy", "nftables")
-    yard.vms["dev2"] |= {"proxy": [{"name": "dev2.example.org", "port": "8080"}], "ssh_port": "8080"}
-    daemons.start("bind", "nginx", "haproxy")
-    with machine("10.77.0.6", 8080):
+@pytest.mark.parametrize("when", ["written", "done"])
+def test_killed_at_every_live_change(yard: Yard, daemons: Daemons, when: str) -> None:
+    """Kea over its socket, with the leases it frees; dnsmasq by its directory; nft's elements."""
+    [library] = Path("/usr/lib").glob("*/kea/hooks/libdhcp_lease_cmds.so")
+    with contextlib.ExitStack() as stack:
+        daemons.apart(stack, "kea")
+        stack.callback(daemons.stop)
+        yard.use("kea", "dnsmasq", "nftables")
+        yard.services["kea"]["lease_commands"] = str(library)
+        yard.vms["gone"] = {"address": "10.77.0.11", "mac": "52:54:00:00:00:11"}
         yard.apply()
-        assert answer_of("127.0.0.1", 8003, "dev2.example.org") == "10.77.0.6:8080"
-        yield yard
-
-
-@pytest.mark.parametrize("how", ["undefined", "rubbish"])
-def test_a_broken_template_disturbs_nobody(all_services: Yard, how: str) -> None:
-    """Every service's template broken in turn, while clients ask the others without a pause."""
-    yard = all_services
-    old = contents(yard)
-    spoilt = {"undefined": "{{ nothing.there }}", "rubbish": "\n} rubbish ( here ;\n"}[how]
-    directory = yard.directory / "templates"
-    directory.mkdir()
-    yard.services["templates"] = str(directory)
-    yard.vms["more"] = {"address": "10.77.0.9", "proxy": [{"name": "more.example.org"}]}
-    with Clients() as clients:
-        for service, template in TEMPLATES.items():
-            if service not in yard.services:
-                continue
-            path = directory / f"{template}.j2"
-            path.write_text(f'{{% include "farmhand/{template}.j2" %}}{spoilt}')
-            with pytest.raises(FarmhandError) as caught:
-                yard.apply()
-            said = caught.value.message
-            assert str(path) in said if how == "undefined" else "refuses" in said, said
-            path.unlink()
-            assert {k: v for k, v in contents(yard).items() if "templates" not in k} == old
-    assert clients.failed == []
-    assert all(count > 3 for count in clients.answers.values()), clients.answers
-
-
-def test_changes_disturb_nobody(all_services: Yard) -> None:
-    yard = all_services
-    with Clients() as clients:
-        for number in range(4):
-            yard.vms["more"] = {"address": f"10.77.0.{9 + number}", "nat_port": str(23000 + number),
-                                "proxy": [{"name": "more.example.org"}]}  # fmt: skip
+        before, after = ["10.77.0.11", "10.77.0.6", "10.77.0.7"], ["10.77.0.6", "10.77.0.7", "10.77.0.9"]
+        assert live(yard) == (before, [], False)
+        number, texts = 1, []
+        while True:
+            old = contents(yard)
+            gone = yard.vms.pop("gone")
+            yard.vms["more"] = {"address": "10.77.0.9", "nat_port": "22009"}
+            text = killed(yard, when, number)
+            if text is None:
+                break
+            texts.append(text)
+            with yard.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == ()
+            if text == RECORD:
+                assert live(yard) == (after, ["10.77.0.9"], True), text
+            else:
+                assert contents(yard) == old, text
+                assert live(yard) == (before, [], False), text
+            del yard.vms["more"]
+            yard.vms["gone"] = gone
             yard.apply()
-            assert ask("more.try.example", "A") == [f"10.77.0.{9 + number}"]
-    assert clients.failed == []
+            wait_for(lambda: live(yard) == (before, [], False))  # dnsmasq heeds a signal when it can
+            number += 1
+        for part in ("Dhcp4", "Dhcp6", "lease4-del", "lease6-del", "dnsmasq:", "the map's elements"):
+            assert any(part in text for text in texts), (part, texts)
+        assert live(yard) == (after, ["10.77.0.9"], True)
 
 
-def test_a_reset_lease_is_of_the_new_address(yard: Yard, daemons: Daemons) -> None:
-    yard.use("dnsmasq")
-    yard.apply()
-    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.6"
-    yard.vms["dev2"]["address"] = "10.77.0.16"
-    yard.apply()
-    assert str(lease("52:54:86:b3:3f:10")) == "10.77.0.16"
-    leases = Path(yard.directory / "dnsmasq" / "leases").read_text()
-    assert "10.77.0.6 " not in leases
+def told(daemons: Daemons, places: Mapping[str, str]) -> tuple[bool, bool, bool]:
+    """Whether dhcpd, shorewall's kernel and libvirt's network have more."""
+
+    def there(service: str, work: Callable[..., object], *arguments: object) -> object:
+        with ThreadPoolExecutor(1, initializer=enter, initargs=(places[service],)) as thread:
+            return thread.submit(work, *arguments).result()
+
+    nat = [*within(daemons.router), "iptables-save", "-t", "nat"]
+    ports = subprocess.run(nat, capture_output=True, text=True, check=True).stdout
+    assert "22006" in ports
+    return (
+        str(there("dhcpd", lease, "52:54:00:00:00:09")) == "10.77.0.9",
+        "22009" in ports,
+        there("libvirt", ask, "more.try.example", "A", 53, "10.77.0.1") == ["10.77.0.9"],
+    )
+
+
+def test_killed_at_every_restart(yard: Yard, daemons: Daemons) -> None:
+    """dhcpd, shorewall and libvirt's network: each is told once more what it had. Killed before the
+    first of them, and after each."""
+    del yard.network["bridge"]
+    yard.network |= {"mode": "network", "network": "try"}
+    with contextlib.ExitStack() as stack:
+        stack.callback(daemons.stop)
+        places = daemons.apart(stack, "dhcpd", "shorewall", "libvirt")
+        yard.use("dhcpd", "shorewall", "libvirt")
+        yard.apply()
+        writes, texts = 4, []
+        for number in range(4):
+            old = contents(yard)
+            yard.vms["more"] = {"address": "10.77.0.9", "mac": "52:54:00:00:00:09", "nat_port": "22009"}
+            text = killed(yard, "written", writes + 1 + number)
+            texts.append(str(text))
+            with yard.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == ()
+            new = number == 3
+            assert (contents(yard) == old) is not new
+            assert told(daemons, places) == (new, new, new), text
+            del yard.vms["more"]
+        yard.apply()
+        assert told(daemons, places) == (False, False, False)
+        for text, part in zip(texts, ("dhcpd", "shorewall", "libvirt", RECORD), strict=True):
+            assert part in text and not text.startswith("write "), texts

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from daemons import Daemons
 from http_machine import machine
+from networks import enter, ip, within
 from yard import Yard
 
 from provision.network.verify import Report, network_verify
@@ -96,3 +99,27 @@ def test_a_plan_asks_nothing(yard: Yard) -> None:
     assert report.answers == ()
     assert "dhcp: dev2: exchange for 52:54:86:b3:3f:10, expect 10.77.0.6" in report.planned
     assert "bind: dev2: dev2.try.example A, expect 10.77.0.6" in report.planned
+
+
+def test_shorewall_from_outside(yard: Yard, daemons: Daemons) -> None:
+    """A client beyond a router with shorewall, a VM behind it; and what it says on the router."""
+    yard.vms["dev2"]["ssh_port"] = "8080"
+    with contextlib.ExitStack() as stack:
+        outside = daemons.apart(stack, "shorewall")["shorewall"]
+        # The VM's own answer, to compare with: this client may ask it too.
+        (yard.directory / "shorewall" / "policy").write_text("net loc ACCEPT\nall all REJECT\n")
+        ip(f"-n {outside} route add 10.77.0.0/24 via 192.0.2.7")
+        stack.enter_context(machine("10.77.0.6", 8080, where=daemons.router))
+        yard.use("shorewall")
+        yard.apply()
+
+        def seen(where: str) -> list[tuple[str, str, bool | None]]:
+            with ThreadPoolExecutor(1, initializer=enter, initargs=(where,)) as thread:
+                report = thread.submit(verify, yard).result()
+            return [(a.vm, a.text.split()[0], a.ok) for a in report.answers]
+
+        assert seen(outside) == [("dev2", "connect", True), ("prod", "connect", None)]
+        assert seen(daemons.router) == [("dev2", "the", True), ("prod", "the", True)]
+        subprocess.run([*within(daemons.router), "iptables", "-t", "nat", "-F"], check=True)
+        assert seen(outside)[0] == ("dev2", "connect", False)
+        assert seen(daemons.router)[0] == ("dev2", "the", False)
