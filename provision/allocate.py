@@ -98,7 +98,7 @@ class _Index:
 
     def __init__(self, farm: Farm, book: _Book, claims: Mapping[str, str]) -> None:
         self._vms, self._network = farm.vms.values(), farm.network
-        self._recorded = dict(book.vms)
+        self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.resting, self.claims = book.resting, claims
         self.now = datetime.now(UTC)
         entries = book.vms.items()
@@ -134,13 +134,13 @@ class _Index:
 
     def recorded(self, vm: str) -> Allocation | None:
         entry = self._recorded.get(vm)
-        return _allocation(vm, entry) if entry else None
+        return self._given.get(vm) or (_allocation(vm, entry) if entry else None)
 
     def holder(self, address: IPv4Address) -> str | None:
         return self.addresses.get(str(address))
 
     def add(self, got: Allocation) -> None:
-        self._recorded[got.vm] = _entry(got)
+        self._given[got.vm] = got
         self.macs[got.mac] = self.ports[got.ssh_port] = got.vm
         if got.address:
             self.addresses[str(got.address)] = got.vm
