@@ -16,10 +16,11 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import cached_property
 from ipaddress import IPv4Address
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 from inventory.model import Farm
@@ -49,43 +50,100 @@ class Allocation:
     ssh_port: int
 
 
+class _Entry(TypedDict):
+    """One VM's in the lock file, checked to be such."""
+
+    mac: str
+    address: str | None
+    ssh_port: int
+
+
+class _Given(Mapping[str, Allocation]):
+    """Of ten thousand entries the few that somebody asks for are made into values."""
+
+    def __init__(self, entries: Mapping[str, _Entry]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, vm: str) -> Allocation:
+        return _allocation(vm, self._entries[vm])
+
+    def __contains__(self, vm: object) -> bool:
+        return vm in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _allocation(vm: str, entry: _Entry) -> Allocation:
+    address = entry["address"]
+    return Allocation(vm, entry["mac"], IPv4Address(address) if address else None, entry["ssh_port"])
+
+
+def _entry(got: Allocation) -> _Entry:
+    return {"mac": got.mac, "address": str(got.address or "") or None, "ssh_port": got.ssh_port}
+
+
 @dataclass(slots=True)
 class _Book:
-    vms: dict[str, Allocation] = field(default_factory=dict)
+    vms: dict[str, _Entry] = field(default_factory=dict)
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
 
 
 class _Index:
-    """Who has what and what is free, looked up once for any number of VMs."""
+    """Who has what and what is free, looked up once for any number of VMs, and only what is asked.
+    Addresses are texts, of which each has one."""
 
     def __init__(self, farm: Farm, book: _Book, claims: Mapping[str, str]) -> None:
-        vms, network = farm.vms, farm.network
-        self.recorded = dict(book.vms)
+        self._vms, self._network = farm.vms.values(), farm.network
+        self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.resting, self.claims = book.resting, claims
         self.now = datetime.now(UTC)
-        self.macs: dict[str, str] = {}
-        self.addresses: dict[IPv4Address, str] = {}
-        self.ports: dict[int, str] = {}
-        for got in book.vms.values():
-            self.add(got)
-        self.declared_macs = {vm.mac for vm in vms.values() if vm.mac}
-        self.declared_ports = {vm.ssh_port for vm in vms.values() if vm.ssh_port}
-        self.declared_ports |= {vm.nat_port for vm in vms.values() if vm.nat_port}
-        self.claimed_ports: dict[str, int] = {}
-        for key, owner in claims.items():
-            if key.isdigit():
-                self.claimed_ports[owner] = min(int(key), self.claimed_ports.get(owner, 65536))
-        self._subnet = network.subnet
-        self._closed = {vm.address for vm in vms.values() if vm.address}
-        self._closed |= {a for a in (network.gateway, *network.nameservers) if a}
-        self._ranges = network.reserved_ranges
+        entries = book.vms.items()
+        self.macs = {entry["mac"]: vm for vm, entry in entries}
+        self.addresses = {entry["address"]: vm for vm, entry in entries if entry["address"]}
+        self.ports = {entry["ssh_port"]: vm for vm, entry in entries}
+        self._subnet = farm.network.subnet
+        self._ranges = farm.network.reserved_ranges
         self._free = self._walk()
 
+    @cached_property
+    def declared_macs(self) -> set[str]:
+        return {vm.mac for vm in self._vms if vm.mac}
+
+    @cached_property
+    def declared_ports(self) -> set[int]:
+        return {port for vm in self._vms for port in (vm.ssh_port, vm.nat_port) if port}
+
+    @cached_property
+    def claimed_ports(self) -> dict[str, int]:
+        """By owner, the lowest."""
+        found: dict[str, int] = {}
+        for key, owner in self.claims.items():
+            if key.isdigit():
+                found[owner] = min(int(key), found.get(owner, 65536))
+        return found
+
+    @cached_property
+    def _closed(self) -> set[IPv4Address]:
+        network = self._network
+        others = {a for a in (network.gateway, *network.nameservers) if a}
+        return {vm.address for vm in self._vms if vm.address} | others
+
+    def recorded(self, vm: str) -> Allocation | None:
+        entry = self._recorded.get(vm)
+        return self._given.get(vm) or (_allocation(vm, entry) if entry else None)
+
+    def holder(self, address: IPv4Address) -> str | None:
+        return self.addresses.get(str(address))
+
     def add(self, got: Allocation) -> None:
-        self.recorded[got.vm] = got
+        self._given[got.vm] = got
         self.macs[got.mac] = self.ports[got.ssh_port] = got.vm
         if got.address:
-            self.addresses[got.address] = got.vm
+            self.addresses[str(got.address)] = got.vm
 
     def may_be_given(self, address: IPv4Address) -> bool:
         """Whether the farm file leaves it to the pool."""
@@ -103,7 +161,7 @@ class _Index:
     def _walk(self) -> Iterator[IPv4Address]:
         """What is taken meanwhile was behind us or is closed: no address comes twice."""
         for address in self._subnet.hosts() if self._subnet else ():
-            if address in self.addresses or self.resting.get(address, self.now) > self.now:
+            if self.holder(address) or self.resting.get(address, self.now) > self.now:
                 continue
             if self.may_be_given(address):
                 yield address
@@ -116,10 +174,14 @@ class Allocator:
         self._farm = farm
         self.lock_file = lock_file
         self._claims = claims or state_dir() / "claims.json"
+        self._seen: tuple[tuple[int, ...], _Book] | None = None  # which file, and what is in it
 
-    def recorded(self) -> Mapping[str, Allocation]:
-        """What the lock file says, of VMs that are declared or not."""
-        return self._read().vms
+    def recorded(self, *, without: Iterable[str] = ()) -> Mapping[str, Allocation]:
+        """What the lock file says, of VMs that are declared or not, but for those ``without``."""
+        entries = self._read().vms
+        for vm in without:
+            entries.pop(vm, None)
+        return _Given(entries)
 
     def peek(self, vm: str) -> Allocation:
         """What ``allocate`` would give now; nothing is recorded. Takes no lock."""
@@ -147,12 +209,12 @@ class Allocator:
             index = _Index(self._farm, book, claims)
             given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
             self._claim(given, claims)  # first the host's, then ours: a kill between leaks no duplicate
-            changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != got}
+            changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != _entry(got)}
             for vm, got in changed.items():
                 old = book.vms.get(vm)
-                if old and old.address and old.address != got.address:
-                    book.resting[old.address] = datetime.now(UTC) + HOLD
-                book.vms[vm] = got
+                if old and old["address"] not in (None, str(got.address)):
+                    book.resting[IPv4Address(old["address"])] = datetime.now(UTC) + HOLD
+                book.vms[vm] = _entry(got)
             for got in changed.values():
                 if got.address:
                     book.resting.pop(got.address, None)
@@ -166,8 +228,8 @@ class Allocator:
             book = self._read()
             got = book.vms.pop(vm, None)
             if got is not None:
-                if got.address:
-                    book.resting[got.address] = datetime.now(UTC) + HOLD
+                if got["address"]:
+                    book.resting[IPv4Address(got["address"])] = datetime.now(UTC) + HOLD
                 self._write(book)
             claims = self._read_claims()
             mine = f"{self._farm.farm}/{vm}"
@@ -200,7 +262,7 @@ class Allocator:
             return declared
         host = self._farm.hosts[self._farm.host_of(vm)]
         prefix = "00:16:3e" if host.driver in ("xen", "xenapi") else "52:54:00"
-        recorded = index.recorded.get(vm)
+        recorded = index.recorded(vm)
         if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared_macs:
             return recorded.mac
         mine = f"{self._farm.farm}/{vm}"
@@ -216,18 +278,19 @@ class Allocator:
     def _address(self, vm: str, index: _Index) -> IPv4Address | None:
         declared = self._farm.vms[vm].address
         if declared:
-            if index.addresses.get(declared, vm) != vm:
-                raise self._taken(vm, f"address {declared}", index.addresses[declared])
+            holder = index.holder(declared)
+            if holder not in (None, vm):
+                raise self._taken(vm, f"address {declared}", str(holder))
             return declared
         network = self._farm.network
         if network.subnet is None or network.mode == "user":
             return None
-        recorded = index.recorded.get(vm)
+        recorded = index.recorded(vm)
         kept = recorded.address if recorded else None
         if (
             kept
             and kept in network.subnet
-            and index.addresses.get(kept, vm) == vm
+            and index.holder(kept) in (None, vm)
             and index.may_be_given(kept)
         ):
             return kept
@@ -258,7 +321,7 @@ class Allocator:
         def open_(port: int) -> bool:
             return index.ports.get(port, vm) == vm and port not in index.declared_ports
 
-        recorded = index.recorded.get(vm)
+        recorded = index.recorded(vm)
         kept = recorded.ssh_port if recorded and not move else None
         if kept is not None and kept in PORTS and kept not in index.declared_ports:
             return kept
@@ -306,19 +369,27 @@ class Allocator:
             yield
 
     def _read(self) -> _Book:
+        """A copy of the caller's own. The file is replaced, never changed: one that was read is not
+        read again."""
+        which: tuple[int, ...] = ()
+        with contextlib.suppress(OSError):  # one that can't be reached is _load's to say
+            which = _which(self.lock_file)
+        seen = self._seen
+        if seen is None or not which or seen[0] != which:
+            seen = self._seen = (which, self._read_file())
+        return _Book(dict(seen[1].vms), dict(seen[1].resting))
+
+    def _read_file(self) -> _Book:
         data = _load(self.lock_file)
         try:
-            vms = {
-                vm: Allocation(
-                    vm, entry["mac"], _maybe_address(entry["address"]), int(entry["ssh_port"])
-                )
-                for vm, entry in data.get("vms", {}).items()
-            }
+            vms = data.get("vms", {})
+            for entry in vms.values():
+                _check(**entry)
             resting = {
                 IPv4Address(address): datetime.fromisoformat(until)
                 for address, until in data.get("resting", {}).items()
             }
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _unreadable(self.lock_file, f"{type(error).__name__} {error}") from error
         return _Book(vms, resting)
 
@@ -327,17 +398,15 @@ class Allocator:
         data = {
             "about": _ABOUT,
             "farm": self._farm.farm,
-            "vms": {
-                vm: {"mac": a.mac, "address": a.address and str(a.address), "ssh_port": a.ssh_port}
-                for vm, a in sorted(book.vms.items())
-            },
+            "vms": {},
             "resting": {
                 str(a): until.isoformat(timespec="seconds")
                 for a, until in sorted(book.resting.items())
                 if until > now
             },
         }
-        write_atomic(self.lock_file, _pretty(data).encode())
+        write_atomic(self.lock_file, _pretty(data, book.vms).encode())
+        self._seen = (_which(self.lock_file), book)  # nobody else writes while we hold the locks
 
     def _read_claims(self) -> dict[str, str]:
         claims = _load(self._claims)
@@ -363,8 +432,9 @@ class Allocator:
         if not claims:
             self._claims.unlink(missing_ok=True)
             return
-        text = json.dumps(dict(sorted(claims.items())), indent=1) + "\n"
-        write_atomic(self._claims, text.encode())
+        # a claim a line, without the slow encoder that 'indent' means
+        text = json.dumps(dict(sorted(claims.items())), separators=(",\n ", ": "))
+        write_atomic(self._claims, f"{{\n {text[1:-1]}\n}}\n".encode())
 
 
 def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
@@ -392,19 +462,33 @@ def port_free(port: int) -> bool:
     return True
 
 
-def _pretty(data: dict[str, Any]) -> str:
+def _which(path: Path) -> tuple[int, ...]:
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def _pretty(data: dict[str, Any], vms: Mapping[str, _Entry]) -> str:
     """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
-    vms = data["vms"]
-    text = json.dumps({**data, "vms": {}}, indent=2)
+    text = json.dumps(data, indent=2)
     if not vms:
         return f"{text}\n"
-    entries = ",\n".join(f"    {json.dumps(vm)}: {json.dumps(entry)}" for vm, entry in vms.items())
+    entries = ",\n".join([_line(vm, vms[vm]) for vm in sorted(vms)])
     return text.replace('"vms": {}', f'"vms": {{\n{entries}\n  }}', 1) + "\n"
 
 
-@lru_cache(65536)
-def _maybe_address(text: str | None) -> IPv4Address | None:
-    return IPv4Address(text) if text else None
+def _line(vm: str, entry: _Entry) -> str:
+    address = f'"{entry["address"]}"' if entry["address"] else "null"
+    start = f'    {_quoted(vm)}: {{"mac": {_quoted(entry["mac"])}, "address": {address}'
+    return f'{start}, "ssh_port": {entry["ssh_port"]}}}'
+
+
+def _check(mac: str, address: str | None, ssh_port: int) -> None:
+    """An entry's fields by their types, and an address in its one form (inet_pton(3) takes no other):
+    TypeError, OSError."""
+    if type(mac) is not str or type(ssh_port) is not int:
+        raise TypeError(f"mac {mac!r}, ssh_port {ssh_port!r}")
+    if address is not None:
+        socket.inet_pton(socket.AF_INET, address)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _job(site: Site, record: Record) -> Job:
     if record.verb in ("reset", "checkpoint"):
         return _several(site, record, what)
     if record.verb == "network-apply":
-        from provision.network.apply import recover_apply
+        from provision.network.undo import recover_apply
 
         text, run = recover_apply(site, record)
         return job(text, run)

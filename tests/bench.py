@@ -47,8 +47,8 @@ def _network(rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
         say("the network services' figures need root: left out")
         return
     measured = import_module("tests.services.figures").measure  # beside the tests' own modules
-    for name, seconds, limit in measured(rounds, say):
-        yield Figure(name, seconds, limit)
+    for name, seconds, limit, beside in measured(rounds, say):
+        yield Figure(name, seconds, limit, beside)
 
 
 # ---- Drivers: a disk and a definition, against qemu-img and libvirt by themselves.

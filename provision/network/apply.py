@@ -7,6 +7,10 @@
     5  each daemon that it concerns is told, and seen to have taken it
     6  what was written where is recorded; the old files go
 
+For a few VMs that come, change or go (clone-farm, destroy), 1 looks at no more than they concern, where
+a service keeps VMs apart, and 2 leaves out what the daemon itself checks as well before it takes it. The
+whole is looked at again by network-apply, and whenever anything but VMs has changed in the farm file.
+
 A refusal in 1 or 2 leaves everything as it is. A failure in 4 or 5 puts every file back, and tells every
 daemon that was told. A kill is undone in the same way by the next command, from what 3 kept.
 """
@@ -14,30 +18,27 @@ daemon that was told. A kill is undone in the same way by the next command, from
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import os
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
-from provision.journal import Operation, Record, current_step
+from provision.files import remove
+from provision.journal import Operation, current_step
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
-from provision.network.daemons import Step, loaded_serial, steps
+from provision.network.daemons import Step, kea_sockets, steps
 from provision.network.document import Document
+from provision.network.render import part_of
 from provision.network.rendered import chosen
-from provision.network.serial import following, later, serial_of, with_serial
-from provision.network.state import NetworkState, read_state, write_state
+from provision.network.state import NetworkState, StateFile, noted
+from provision.network.undo import RECORD, keep, kept, put, undo
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin
@@ -45,6 +46,8 @@ from provision.work import Run, begin
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 VERB = "network-apply"
+FEW = 50
+"""VMs that come, change or go at once; with more of them the whole is looked at."""
 
 
 @without_collector()
@@ -78,11 +81,10 @@ def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | Non
         if not site.plan:
             _patiently(site, stack, run.verb)
             allocator.allocate_all(given)
-        known = dict(allocator.recorded())
-        if site.plan:
-            known |= allocator.peek_all(given)
-        left = {vm: got for vm, got in known.items() if gone is not None and vm not in gone}
-        bring(run, used, left, nobody=gone is None)
+        left = {} if gone is None else allocator.recorded(without=gone)
+        if site.plan and gone is not None:
+            left = {**left, **allocator.peek_all(given)}
+        bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -106,18 +108,27 @@ def bring(
     force: bool = False,
     nobody: bool = False,
     thorough: bool = False,
+    vms: Sequence[str] | None = None,
 ) -> bool:
     """Within a use case that holds the lock: the services get these VMs, and lose all others; with
-    ``nobody`` also those that nothing is given to. Whether anything was to do."""
+    ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
+    the last time. Whether anything was to do."""
     site = run.site
-    state = read_state(_state_file(site))
-    farm = site.farm.model_copy(update={"vms": {}}) if nobody else site.farm
+    store = StateFile(_state_file(site))
+    state = store.read()
+    _say_what_is_forgotten(site, store)
+    farm = part_of(site.farm, {}) if nobody else site.farm
+    basis = _basis(site.farm) if {*services} >= {*site.farm.services.used} else ""
+    if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
+        vms = None
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
-    changes = examiner.examine(allocations, services)
+    changes = examiner.examine(allocations, services, vms)
     told = steps(site.farm, changes.files)
-    updates = _updates(site, farm, changes, state, services, thorough=thorough, force=force)
+    updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
     run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
+        if state.basis != basis and not site.plan:
+            _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return False
     run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
@@ -128,27 +139,42 @@ def bring(
             detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
         )
     texts = {change.path: change.after for change in changes.files}
-    checkers.check(site.runner, site.farm, _concerned(changes), texts)
+    checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
     if site.plan:
         return True
     with site.journal.operation(VERB) as operation:
-        new = {d.path: replace(d, text="") for d in changes.documents if d.path not in state.files}
-        if updates.ops or new:
-            # Until updates are through nobody knows what the zones have; a new file is known for ours
-            # before it is there, so that it goes again even if this run is killed right at its end.
-            records = None if updates.ops else state.records
-            known = replace(state, files={**state.files, **new}, records=records)
-            write_state(_state_file(site), known)
+        new = [d for d in changes.documents if d.path not in state.files]
+        store.begin(new, updates=bool(updates.ops))
         _carry_out(site, operation, changes.files, told, updates)
-        current_step("record what was written")
-        _record(site, state, changes, services, updates)
-        remove(_kept(site, operation.id))
+        current_step(RECORD)
+        _record(store, state, changes, updates, few=vms is not None, basis=basis)
+        remove(kept(site, operation.id))
     return True
+
+
+def _basis(farm: Farm) -> str:
+    """Of all that isn't a VM in the farm file."""
+    return hashlib.sha256(farm.model_dump_json(exclude={"vms"}).encode()).hexdigest()
+
+
+def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
+    """Whether what these VMs concern can be told without looking at the others: templates of an admin's
+    own may show any VM anywhere; machines of ssh hosts may share an address, and declared IPv6 addresses
+    may be those that others' are made to; a zone's records may be in doubt."""
+    bind = farm.services.bind
+    return (
+        len(vms) <= FEW
+        and farm.services.templates is None
+        and not any(host.driver == "ssh" for host in farm.hosts.values())
+        and not (farm.network.subnet6 and any(vm.address6 for vm in farm.vms.values()))
+        and (bind is None or not bind.dynamic or state.known)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Updates:
-    """Of dynamic zones. ``records``: what they have afterwards; None: there are none."""
+    """Of dynamic zones. ``records``: what they have afterwards, of all VMs or of those concerned; None:
+    there are none."""
 
     ops: Sequence[live_dns.Op] = ()
     server: live_dns.Server | None = None
@@ -156,11 +182,12 @@ class _Updates:
 
 
 def _updates(
-    site: Site,
+    store: StateFile,
     farm: Farm,
     changes: Changes,
     state: NetworkState,
     services: Sequence[str],
+    vms: Sequence[str] | None,
     *,
     thorough: bool,
     force: bool,
@@ -169,19 +196,24 @@ def _updates(
     update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
     bind = farm.services.bind
     if bind is None or not bind.dynamic or "bind" not in services:
-        return _Updates(records=state.records)
+        return _Updates()
     zone = bind.zone or farm.network.domain or ""
     wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
     server = live_dns.Server(bind, f"farmhand {farm.farm}")
     new = {change.zone for change in changes.files if change.before is None and change.zone}
-    if state.records is not None and not thorough:
-        return _Updates(live_dns.compare(state.records, wanted), server, wanted)
+    if vms is not None:
+        places = [(at, name) for at, names in wanted.items() for name in names]
+        known = store.records_of(vms, places)
+        return _Updates(live_dns.compare(known, wanted), server, wanted)
+    before = store.records() if state.known else None
+    if before is not None and not thorough:
+        return _Updates(live_dns.compare(before, wanted), server, wanted)
     there = {name: names for name, names in wanted.items() if name not in new}
-    ops, trouble = server.judge(state.records, there, force=force)
+    ops, trouble = server.judge(before, there, force=force)
     ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
     if trouble and not force:
         raise Conflict(
-            f"{site.name}: {len(trouble)} records are there by hand: {trouble[0]}",
+            f"{farm.path.name or farm.farm}: {len(trouble)} records are there by hand: {trouble[0]}",
             remedy="remove them, or take theirs into the farm file; --force overwrites them",
             detail="\n".join(trouble),
         )
@@ -201,13 +233,21 @@ def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[
     return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
 
 
-def _concerned(changes: Changes) -> list[Document]:
+def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
+    """What the checkers are to look at. Of a few VMs' words not what no checker reads (dnsmasq's hosts),
+    nor what a daemon that can be asked refuses by itself, keeping what it has (Kea)."""
+    by_itself = {"dnsmasq"} | ({"kea"} if _kea_answers(farm) else set()) if vms is not None else set()
     paths = {change.path for change in changes.files if change.after is not None}
-    services = {change.service for change in changes.files}
-    changed = [document for document in changes.documents if document.path in paths]
+    services = {change.service for change in changes.files} - by_itself
+    changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
     return [*changed, *rest]
+
+
+def _kea_answers(farm: Farm) -> bool:
+    kea = farm.services.kea
+    return kea is not None and all(Path(p).is_socket() for p in kea_sockets(farm))
 
 
 def _carry_out(
@@ -237,9 +277,9 @@ def _carry_out(
     except Exception as error:
         trouble = undo(site, written, {step.service for step in done}, current_step)
         if trouble:
-            trouble.append(f"the old files are in {_kept(site, operation.id)}, by the journal's numbers")
+            trouble.append(f"the old files are in {kept(site, operation.id)}, by the journal's numbers")
         else:
-            remove(_kept(site, operation.id))
+            remove(kept(site, operation.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise
@@ -250,208 +290,43 @@ def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     error.remedy = f"{error.remedy}{'; ' if error.remedy else ''}{state}"
 
 
-def undo(
-    site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
-) -> list[str]:
-    """Put the old files back, the last one first, and tell these services. What went wrong with it, in
-    words. A file that somebody else has written since is left alone."""
-    trouble: list[str] = []
-    inverse = []
-    for change in reversed(files):
-        back = change.inverse()
-        try:
-            if _text(change.path) not in (change.after, change.before):
-                trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
-                continue
-            if "bind" in services and change.zone and change.before is not None:
-                back = _forward(site, back)
-            say(f"put back {change.path}")
-            put(back)
-            inverse.append(back)
-        except FarmhandError as error:
-            trouble.append(f"{change.path} could not be put back: {error.message}")
-    for step in steps(site.farm, inverse):
-        if step.service in services:
-            try:
-                say(f"again {step.text}")
-                step.run(site.runner)
-            except FarmhandError as error:
-                trouble.append(f"{step.service} could not be told about its old files: {error.message}")
-    return trouble
-
-
-def _forward(site: Site, back: FileChange) -> FileChange:
-    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
-    may have it, and would not take an older one."""
-    bind = site.farm.services.bind
-    old = serial_of(back.after or "")
-    if bind is None or old is None:
-        return back
-    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
-    if loaded is None or not later(loaded, old):
-        return back
-    serial = following([old, loaded], datetime.now(UTC).date())
-    text = with_serial(back.after or "", serial)
-    return replace(back, after=_marked_again(text, back.after or ""))
-
-
-def _marked_again(text: str, before: str) -> str:
-    """With the digest in our mark made to fit, for a whole file of ours."""
-    from provision.network.document import digest
-
-    first, _, rest = before.partition("\n")
-    if digest(rest) not in first:
-        return text
-    new = text.partition("\n")[2]
-    return f"{first.replace(digest(rest), digest(new))}\n{new}"
-
-
-# ---- Files
-
-
-def put(change: FileChange) -> None:
-    """The new file in the old one's place in one step, with its owner and mode; through a symbolic
-    link, to what it points to."""
-    path = Path(os.path.realpath(change.path))
-    if change.after is None:
-        remove(path)
-        return
-    make_directory(path.parent, mode=0o755)
-    if change.zone and change.before is None:
-        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(change.after.encode(errors="surrogateescape"))
-            file.flush()
-            if (change.uid, change.gid) != (-1, -1):
-                os.fchown(file.fileno(), change.uid, change.gid)
-            os.fchmod(file.fileno(), change.mode)
-            _same_attributes(path, temporary)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if error.errno == errno.EBUSY:
-            raise WrongState(
-                f"cannot write {path}: it is a mount point by itself, as in a container",
-                remedy="give the service another path",
-            ) from error
-        raise file_error(error, path, "write") from error
-
-
-def _same_attributes(old: Path, new: Path) -> None:
-    """Access control lists and the like, where the file system has them."""
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(old):
-            os.setxattr(new, name, os.getxattr(old, name))
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_bytes().decode(errors="surrogateescape")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise file_error(error, Path(path), "read") from error
-
-
-# ---- What is kept for a kill
-
-
-def keep(site: Site, operation: Operation, files: Sequence[FileChange]) -> None:
-    """The old files, and what of them the new ones are, before the first is written."""
-    directory = _kept(site, operation.id)
-    make_directory(directory, mode=0o700)
-    facts = []
-    for number, change in enumerate(files):
-        if change.before is not None:
-            data = change.before.encode(errors="surrogateescape")
-            write_atomic(directory / str(number), data, mode=0o600)
-        entry: dict[str, object] = asdict(change)
-        entry["before"] = change.before is not None
-        entry["after"] = None if change.after is None else _sum(change.after)
-        facts.append(entry)
-    operation.note(files=facts)
-
-
-def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
-    """For an apply that was killed: what is to do, in words, and doing it."""
-    found = record.facts.get("files")
-    begun = {text for _, text in record.steps}
-    files = [_remembered(site, record, n, entry) for n, entry in enumerate(_entries(found))]
-    written = [change for change in files if f"write {change.path}" in begun]
-    if "record what was written" in begun:
-        return "it was complete; noted", lambda: _forget(site, record.id, files)
-
-    def run() -> None:
-        trouble = undo(site, written, {change.service for change in written}, current_step)
-        for text in trouble:
-            site.reporter.warn(text)
-        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
-        if ops and site.farm.services.bind:
-            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
-        _forget(site, record.id, files)
-
-    if not written and not record.facts.get("updates"):
-        return "it had not begun to write", run
-    return "put the old files back, and tell the daemons", run
-
-
-def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any]) -> FileChange:
-    """As it was, but for ``after``: what is live, if that is what was to be written."""
-    path = str(entry["path"])
-    before = _text(str(_kept(site, record.id) / str(number))) if entry["before"] else None
-    live = _text(path)
-    ours = entry["after"] is not None and live is not None and _sum(live) == entry["after"]
-    after = live if ours or entry["after"] is None else before
-    return FileChange(
-        str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
-        int(entry["gid"]), str(entry["zone"]),
-    )  # fmt: skip
-
-
-def _op(entry: Mapping[str, Any]) -> live_dns.Op:
-    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
-    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
-
-
-def _entries(found: object) -> list[Mapping[str, Any]]:
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
-def _forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:
-    for change in files:
-        path = Path(os.path.realpath(change.path))
-        if path.parent.is_dir():
-            sweep(path.parent, path.name)
-    remove(_kept(site, operation))
-
-
-def _sum(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
-def _kept(site: Site, operation: int) -> Path:
-    return site.paths.root / "network" / str(operation)
-
-
 def _state_file(site: Site) -> Path:
-    return site.paths.root / "network.json"
+    return site.paths.root / "network.db"
+
+
+def _say_what_is_forgotten(site: Site, store: StateFile) -> None:
+    """Files have our mark in them, and records theirs: only what left the farm file is known by the
+    state alone."""
+    old = site.paths.root / "network.json"
+    if old.exists() and not store.path.exists():
+        site.reporter.warn(
+            f"{old} is an earlier farmhand's and is not read: a file named in it that the farm "
+            "file no longer leads to must be removed by hand; then remove it too"
+        )
 
 
 def _record(
-    site: Site, state: NetworkState, changes: Changes, services: Sequence[str], updates: _Updates
+    store: StateFile,
+    state: NetworkState,
+    changes: Changes,
+    updates: _Updates,
+    *,
+    few: bool,
+    basis: str,
 ) -> None:
-    used = site.farm.services.used
-    files = {
-        path: document
-        for path, document in state.files.items()
-        if document.service not in services and document.service in used
-    }
-    files |= {document.path: replace(document, text="") for document in changes.documents}
-    serials = {**state.serials, **changes.serials}
-    write_state(_state_file(site), NetworkState(files, serials, updates.records))
+    dynamic = updates.records is not None
+    owners = live_dns.owners(changes.view, updates.records or {})
+    if few:
+        names = {(op.zone, op.name): op.new for op in updates.ops}
+    else:
+        names = {(z, n): r for z, found in (updates.records or {}).items() for n, r in found.items()}
+    documents = map(noted, changes.documents)
+    store.finish(
+        files=[document for document in documents if state.files.get(document.path) != document],
+        gone=changes.gone,
+        serials=changes.serials,
+        names={at: (owners.get(at, ""), records) for at, records in names.items()},
+        anew=dynamic and not few,
+        known=state.known or dynamic,
+        basis=basis,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import islice
@@ -17,7 +17,7 @@ from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.files import file_error
 from provision.network.document import Document, Live, Whose, embed, read, whole
-from provision.network.render import Renderer
+from provision.network.render import Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.state import NetworkState
 from provision.network.view import View
@@ -47,10 +47,13 @@ class FileChange:
 @dataclass(frozen=True, slots=True)
 class Changes:
     """``files`` in the order they are written. ``documents``: all that should be, changed or not.
-    ``edited``: paths where somebody edited what is ours. ``serials``: the zones' after the change."""
+    ``gone``: paths of ours that should be no more, changed now or lost before.
+    ``edited``: paths where somebody edited what is ours. ``serials``: the zones' after the change.
+    ``view``: of all VMs, or of those that were asked about."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
+    gone: tuple[str, ...]
     edited: tuple[str, ...]
     serials: Mapping[str, int]
     view: View
@@ -71,14 +74,29 @@ class Examiner:
         self._serials: dict[str, int] = {}
 
     @without_collector()
-    def examine(self, allocations: Mapping[str, Allocation], services: Sequence[str]) -> Changes:
-        """What applying these services would change.
+    def examine(
+        self,
+        allocations: Mapping[str, Allocation],
+        services: Sequence[str],
+        vms: Collection[str] | None = None,
+    ) -> Changes:
+        """What applying these services would change. ``vms``: only these came, changed or went; where a
+        service keeps VMs apart (dnsmasq's files of hosts, dynamic zones) nothing else is looked at.
 
         Errors: NotOurs (a whole file of ours would take the place of another's), WrongState (marks in
         disorder, unreadable files), TemplateFailed, Conflict (one path twice)."""
-        renderer = Renderer(self._farm, allocations, serials=self._live_serials())
-        documents = renderer.documents(services)
-        zones = {str(zone.path): zone for zone in renderer.zones()}
+        bind = self._farm.services.bind
+        apart = {"dnsmasq"} | ({"bind"} if bind and bind.dynamic else set()) if vms is not None else ()
+        whole_ones = [name for name in services if name not in apart]
+        with_zones = "bind" in whole_ones
+        serials = self._live_serials() if with_zones else {}
+        renderer = Renderer(self._farm, allocations, serials=serials)
+        documents = renderer.documents(whole_ones)
+        zones = {str(zone.path): zone for zone in renderer.zones()} if with_zones else {}
+        paths: set[str] = set()
+        if vms is not None and "dnsmasq" in services:
+            hosts, paths = host_files(self._farm, allocations, vms)
+            documents += hosts
         changes: dict[str, FileChange] = {}
         for document in documents:
             if document.path in changes:
@@ -94,13 +112,24 @@ class Examiner:
             change = self._change(document, live, text, known)
             if change is not None:
                 changes[document.path] = change
-        for document in self._gone({d.path for d in documents}, services):
+        gone = self._gone({d.path for d in documents}, whole_ones, paths)
+        for document in gone:
             text, known = _read(document.path)
             change = self._removal(document, read(document, self._farm.farm, text), text, known)
             if change is not None:
                 changes[document.path] = change
         files = tuple(changes.values())
-        return Changes(files, documents, tuple(self._edited), dict(self._serials), renderer.view)
+        if vms is not None:
+            some = {vm: self._farm.vms[vm] for vm in vms if vm in self._farm.vms}
+            renderer = Renderer(part_of(self._farm, some), allocations)
+        return Changes(
+            files,
+            documents,
+            tuple(document.path for document in gone),
+            tuple(self._edited),
+            dict(self._serials),
+            renderer.view,
+        )
 
     def _live_serials(self) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""
@@ -150,14 +179,15 @@ class Examiner:
                 self._serials[document.zone] = serial
         return _file_change(document, text, after, known)
 
-    def _gone(self, wanted: set[str], services: Sequence[str]) -> list[Document]:
-        """What we wrote once and should not be there any more, of these services or of ones that the
-        farm has given up."""
+    def _gone(self, wanted: set[str], services: Sequence[str], paths: set[str]) -> list[Document]:
+        """What we wrote once and should not be there any more, of these services and paths, or of
+        services that the farm has given up."""
         used = self._farm.services.used
         return [
             document
             for path, document in self._state.files.items()
-            if path not in wanted and (document.service in services or document.service not in used)
+            if path not in wanted
+            and (path in paths or document.service in services or document.service not in used)
         ]
 
     def _removal(

@@ -6,13 +6,19 @@ steps of a change's inverse put the daemon back.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from hypervisors.libvirt_network import drop_network, set_network
 from hypervisors.run import Runner, which
@@ -150,6 +156,8 @@ def _dhcpd(farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
 def _kea(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
     service = farm.services.kea
     assert service is not None
+    sets: dict[str, Callable[[Runner], None]] = {}
+    frees = []
     for change in changes:
         if change.after is None:
             continue
@@ -159,25 +167,36 @@ def _kea(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
             number, socket_path, restart = "6", service.socket6, service.reload6
         else:
             continue
-        yield _kea_set(f"Dhcp{number}", socket_path, restart, change.after)
-        gone = sorted(_kea_addresses(change.before, number) - _kea_addresses(change.after, number))
+        sets[f"Dhcp{number}"] = partial(_kea_set, socket_path, restart, change)
+        before, after = _lines(change.before), _lines(change.after)
+        gone = sorted(_kea_addresses(before - after) - _kea_addresses(after - before))
         if gone and service.lease_commands:
-            yield _kea_free(f"lease{number}-del", socket_path, [address for address, _ in gone])
+            addresses = [address for address, _ in gone]
+            frees.append(_kea_free(f"lease{number}-del", socket_path, addresses))
+    if sets:
+        text = f"kea: set its {' and '.join(sets)} configuration{'s' * (len(sets) > 1)}"
+        yield Step("kea", text, partial(_at_once, tuple(sets.values())))
+    yield from frees
 
 
-def _kea_addresses(text: str | None, number: str) -> set[tuple[str, str]]:
-    """Reserved addresses, and who has them."""
-    if text is None:
-        return set()
-    try:
-        [subnet] = json.loads(without_comments(text))[f"Dhcp{number}"][f"subnet{number}"]
-        return {
-            (address, host["hw-address"])
-            for host in subnet["reservations"]
-            for address in host.get("ip-addresses", [host.get("ip-address")])
-        }
-    except (ValueError, KeyError, TypeError):
-        return set()  # by a template that is not ours, or edited: those leases run out
+def _at_once(tasks: Sequence[Callable[[Runner], None]], runner: Runner) -> None:
+    """All to their end; then the first one's error, if there is one."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        told = [pool.submit(copy_context().run, task, runner) for task in tasks]
+    for task in told:
+        task.result()
+
+
+def _kea_addresses(lines: Iterable[str]) -> set[tuple[str, str]]:
+    """Reserved addresses, and who has them: of our templates' lines, one a host. By one that is not
+    ours, or edited: those leases run out."""
+    found = set()
+    for line in lines:
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            host = json.loads(line.strip().removesuffix(","))
+            for address in host.get("ip-addresses") or [host["ip-address"]]:
+                found.add((address, host["hw-address"]))
+    return found
 
 
 def _kea_free(command: str, path: str, addresses: Sequence[str]) -> Step:
@@ -191,30 +210,54 @@ def _kea_free(command: str, path: str, addresses: Sequence[str]) -> Step:
     return Step("kea", f"kea: free the leases of {count} ({command})", run)
 
 
-def _kea_set(kind: str, path: str, restart: Sequence[str], text: str) -> Step:
+def kea_sockets(farm: Farm) -> tuple[str, ...]:
+    """Its control sockets, of what it serves."""
+    service = farm.services.kea
+    assert service is not None
+    return (service.socket4, service.socket6) if farm.network.subnet6 else (service.socket4,)
+
+
+def _kea_set(path: str, restart: Sequence[str], change: FileChange, runner: Runner) -> None:
     """Over its control socket: a configuration it refuses leaves the old one in force. Where nobody
-    answers there, by a restart."""
+    answers there, by a restart. A file it reads by itself in half the time that the socket takes."""
+    try:
+        if _kea_file(path) == os.path.realpath(change.path):
+            kea_command(path, "config-reload")
+        else:
+            kea_command(path, "config-set", json.loads(without_comments(change.after or "")))
+    except FileNotFoundError:
+        runner.change(*restart, timeout=120)
+        deadline = time.monotonic() + SETTLE
+        while True:
+            try:
+                kea_command(path, "version-get")
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise DriverFailed(
+                        f"kea: nobody answers on {path} after its restart: {error.strerror}",
+                        remedy="see its log",
+                    ) from error
+                time.sleep(0.05)
+            else:
+                return
 
-    def run(runner: Runner) -> None:
+
+def _kea_file(path: str) -> str | None:
+    """The configuration file of the server behind a control socket, by its command line: what
+    config-reload reads. None: it can't be told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         try:
-            kea_command(path, "config-set", json.loads(without_comments(text)))
-        except FileNotFoundError:
-            runner.change(*restart, timeout=120)
-            deadline = time.monotonic() + SETTLE
-            while True:
-                try:
-                    kea_command(path, "version-get")
-                except OSError as error:
-                    if time.monotonic() > deadline:
-                        raise DriverFailed(
-                            f"kea: nobody answers on {path} after its restart: {error.strerror}",
-                            remedy="see its log",
-                        ) from error
-                    time.sleep(0.05)
-                else:
-                    return
-
-    return Step("kea", f"kea: set its {kind} configuration", run)
+            channel.connect(path)
+        except ConnectionRefusedError as error:
+            raise FileNotFoundError(error.errno, error.strerror, path) from error
+        found = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # pid, uid, gid
+    pid = int.from_bytes(found[:4], sys.byteorder)
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+        where = Path(f"/proc/{pid}/cwd").readlink()
+        return os.path.realpath(where / words[words.index("-c") + 1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def kea_command(
@@ -395,6 +438,11 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     for name in ("nginx", "haproxy"):
         if getattr(services, name):
             yield name, "reloaded for each change; connections go on"
+    if services.kea:
+        yield (
+            "kea",
+            "it reads all hosts again for each change: of 10,000 in about 0.2 s, side by side for IPv6",
+        )
     if services.shorewall:
         yield "shorewall", "its rules are compiled and loaded anew for each change, in seconds"
     if services.dnsmasq:

@@ -86,6 +86,17 @@ def desired(view: View, zone: str, *, reverse: bool) -> dict[str, dict[str, Reco
     }
 
 
+def owners(view: View, zones: Zones) -> dict[tuple[str, str], str]:
+    """Which VM each zone's name is of."""
+    vms = {str(name): str(row.vm) for row in view.vms for name in row.full}
+    found = {}
+    for zone, names in zones.items():
+        for name, records in names.items():
+            owner = vms.get(name) or vms.get(records[0][1].removesuffix("."), "")
+            found[zone, name] = owner
+    return found
+
+
 def compare(known: Zones, wanted: Zones) -> list[Op]:
     """From what was applied last, without asking the server."""
     ops = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,14 @@ class Renderer:
     ) -> None:
         own = farm.services.templates
         self.farm = farm
-        self.view: View = view(farm, allocations)
+        self._allocations = allocations
         self._serials = dict(serials or {})
         self._templates = Templates(Path(own) if own else None)
+
+    @cached_property
+    def view(self) -> View:
+        """Made when something is rendered that has VMs in it."""
+        return view(self.farm, self._allocations)
 
     def documents(self, services: Collection[str] | None = None) -> tuple[Document, ...]:
         """Of the services the farm uses, or of those among them, in the order they are applied."""
@@ -196,6 +202,28 @@ def _kea(r: Renderer) -> Iterator[Document]:
         yield Document("kea", service.config6, text, 0o644, comment=_SLASHES)
 
 
+def part_of(farm: Farm, vms: Mapping[str, Any]) -> Farm:
+    """The farm with these of its VMs alone."""
+    return farm.model_copy(update={"vms": vms})
+
+
+def host_files(
+    farm: Farm, allocations: Mapping[str, Allocation], vms: Collection[str]
+) -> tuple[tuple[Document, ...], set[str]]:
+    """dnsmasq's files of hosts that have these VMs in them, or had: documents, and all their paths."""
+    service = farm.services.dnsmasq
+    assert service is not None
+    shards = {_shard(vm) for vm in vms}
+    some = {vm: d for vm, d in farm.vms.items() if _shard(vm) in shards and vm in allocations}
+    documents = Renderer(part_of(farm, some), allocations).documents(("dnsmasq",))
+    paths = {f"{service.hosts}/{k}/{farm.farm}-{shard:02}" for k in ("dhcp", "dns") for shard in shards}
+    return tuple(document for document in documents if document.path in paths), paths
+
+
+def _shard(vm: str) -> int:
+    return crc32(vm.encode()) % SHARDS
+
+
 def _dnsmasq(r: Renderer) -> Iterator[Document]:
     service = r.farm.services.dnsmasq
     assert service is not None
@@ -214,7 +242,7 @@ def _dnsmasq(r: Renderer) -> Iterator[Document]:
 def _sharded(rows: tuple[VmRow, ...]) -> dict[int, list[VmRow]]:
     shards: dict[int, list[VmRow]] = {}
     for row in rows:
-        shards.setdefault(crc32(row.vm.encode()) % SHARDS, []).append(row)
+        shards.setdefault(_shard(row.vm), []).append(row)
     return shards
 
 

@@ -1,72 +1,179 @@
-"""What was written where, so that it can be taken away again after it left the farm file; and the newest
-serial number of each zone, so that a lost zone file doesn't take it back."""
+"""What was written where, so that it can be taken away again after it left the farm file; the newest
+serial number of each zone, so that a lost zone file doesn't take it back; and each VM's records in
+dynamic zones. In SQLite: one VM more among ten thousand is a few rows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from inventory.errors import WrongState
-from provision.files import file_error, write_atomic
+from inventory.errors import FarmhandError, NoSpace, WrongState
+from provision.files import make_directory
 from provision.network.document import Document
 from provision.network.live_dns import Records, Zones
+
+_SCHEMA = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS files (
+    path TEXT PRIMARY KEY, service TEXT NOT NULL, own TEXT NOT NULL,
+    begins TEXT NOT NULL, ends TEXT NOT NULL, zone TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS serials (zone TEXT PRIMARY KEY, serial INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS records (
+    zone TEXT NOT NULL, name TEXT NOT NULL, vm TEXT NOT NULL, records TEXT NOT NULL,
+    PRIMARY KEY (zone, name)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS records_of ON records (vm);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+COMMIT;
+"""
+_FILE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)"
+_SERIAL = "INSERT OR REPLACE INTO serials VALUES (?, ?)"
+_RECORD = "INSERT INTO records VALUES (?, ?, ?, ?)"
+_FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
+_KNOWN, _BASIS = "records", "basis"
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """``files``: documents without text, by path. ``records``: of dynamic zones, as applied last; None
-    while that is not known for sure."""
+    """``files``: documents as they are ``noted``, by path. ``known``: whether it is sure what dynamic
+    zones have of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a
+    whole; "": none, or an apply has begun since."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
-    records: Zones | None = None
+    known: bool = False
+    basis: str = ""
 
 
-def read_state(path: Path) -> NetworkState:
-    """Empty where there is none. WrongState where it can't be read."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-        files = {
-            name: Document(
-                entry["service"],
-                name,
-                "",
-                own=entry["own"],
-                comment=(entry["comment"][0], entry["comment"][1]),
-                zone=entry["zone"],
+def noted(document: Document) -> Document:
+    """What is remembered of one: whose part of which file it is."""
+    d = document
+    return Document(d.service, d.path, "", own=d.own, comment=d.comment, zone=d.zone)
+
+
+class StateFile:
+    """One farm's. Its writers hold the lock of network-apply. Errors: WrongState, NoSpace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> NetworkState:
+        """Empty where there is none."""
+        with self._open(write=False) as db:
+            if db is None:
+                return NetworkState()
+            files = {
+                path: Document(service, path, "", own=own, comment=(begins, ends), zone=zone)
+                for path, service, own, begins, ends, zone in db.execute("SELECT * FROM files")
+            }
+            serials = dict(db.execute("SELECT zone, serial FROM serials"))
+            facts = dict(db.execute("SELECT name, value FROM facts"))
+        return NetworkState(files, serials, facts.get(_KNOWN) == "known", facts.get(_BASIS, ""))
+
+    def records(self) -> Zones:
+        """All that was applied last."""
+        with self._open(write=False) as db:
+            rows = db.execute("SELECT zone, name, records FROM records").fetchall() if db else ()
+        return _zones(rows)
+
+    def records_of(self, vms: Iterable[str], names: Collection[tuple[str, str]]) -> Zones:
+        """These VMs', and what is at these names (zone and name), whoever has them."""
+        query = "SELECT zone, name, records FROM records WHERE"
+        rows: list[tuple[str, str, str]] = []
+        with self._open(write=False) as db:
+            if db is not None:
+                for vm in vms:
+                    rows += db.execute(f"{query} vm = ?", (vm,))
+                for place in names:
+                    rows += db.execute(f"{query} zone = ? AND name = ?", place)
+        return _zones(rows)
+
+    def begin(self, new: Iterable[Document], *, updates: bool) -> None:
+        """Before an apply writes anything. New files are known for ours before they are there, so that
+        they go again even if the apply is killed right at its end; until it is through, nobody knows
+        that all is as the farm file has it, nor, with ``updates``, what the zones have."""
+        with self._open(write=True) as db:
+            assert db is not None
+            db.executemany(_FILE, map(_row, new))
+            db.execute(_FACT, (_BASIS, ""))
+            if updates:
+                db.execute(_FACT, (_KNOWN, "unknown"))
+
+    def finish(
+        self,
+        *,
+        files: Iterable[Document],
+        gone: Iterable[str],
+        serials: Mapping[str, int],
+        names: Mapping[tuple[str, str], tuple[str, Records]],
+        anew: bool,
+        known: bool,
+        basis: str,
+    ) -> None:
+        """What was applied: files that differ from what is noted, paths that are ours no more, serials,
+        and the VM and records of zones and names, none where there are no records. ``anew``: these
+        names are all that there are."""
+        with self._open(write=True) as db:
+            assert db is not None
+            db.executemany(_FILE, map(_row, files))
+            db.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in gone))
+            db.executemany(_SERIAL, serials.items())
+            if anew:
+                db.execute("DELETE FROM records")
+            else:
+                db.executemany("DELETE FROM records WHERE zone = ? AND name = ?", names)
+            rows = ((*at, vm, json.dumps(records)) for at, (vm, records) in names.items() if records)
+            db.executemany(_RECORD, rows)
+            db.execute(_FACT, (_KNOWN, "known" if known else "unknown"))
+            db.execute(_FACT, (_BASIS, basis))
+
+    @contextlib.contextmanager
+    def _open(self, *, write: bool) -> Iterator[sqlite3.Connection | None]:
+        """A transaction, durable when it is left; None: to read, and there is none."""
+        if not write and not self.path.exists():
+            yield None
+            return
+        if write:
+            make_directory(self.path.parent, mode=0o711)
+        try:
+            uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if write else 'rw'}"
+            with contextlib.closing(
+                sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
+            ) as db:
+                if write:
+                    db.executescript(f"PRAGMA synchronous = FULL; {_SCHEMA}")
+                    db.execute("BEGIN IMMEDIATE")
+                yield db
+                if write:
+                    db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: sqlite3.Error) -> FarmhandError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            return NoSpace(
+                f"cannot write {self.path}: {error}",
+                remedy=f"make room on the file system of {self.path.parent}",
             )
-            for name, entry in data["files"].items()
-        }
-        records = None
-        if data.get("records") is not None:
-            records = {zone: _names(names) for zone, names in data["records"].items()}
-        serials = {str(zone): int(serial) for zone, serial in data["serials"].items()}
-    except FileNotFoundError:
-        return NetworkState()
-    except OSError as error:
-        raise file_error(error, path, "read") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WrongState(
-            f"{path} is damaged: {error}",
+        return WrongState(
+            f"{self.path} is damaged, or not to be read: {error}",
             remedy="move it aside: what left the farm file since must then be removed by hand",
-        ) from error
-    return NetworkState(files, serials, records)
+        )
 
 
-def _names(names: Mapping[str, Any]) -> dict[str, Records]:
-    return {name: tuple((kind, value) for kind, value in found) for name, found in names.items()}
+def _row(document: Document) -> tuple[str, ...]:
+    return document.path, document.service, document.own, *document.comment, document.zone
 
 
-def write_state(path: Path, state: NetworkState) -> None:
-    data = {
-        "files": {
-            name: {"service": d.service, "own": d.own, "comment": list(d.comment), "zone": d.zone}
-            for name, d in sorted(state.files.items())
-        },
-        "serials": dict(sorted(state.serials.items())),
-        "records": state.records,
-    }
-    write_atomic(path, (json.dumps(data) + "\n").encode())
+def _zones(rows: Iterable[tuple[str, str, str]]) -> Zones:
+    found: dict[str, dict[str, Records]] = {}
+    for zone, name, text in rows:
+        found.setdefault(zone, {})[name] = tuple((kind, value) for kind, value in json.loads(text))
+    return found

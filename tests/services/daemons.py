@@ -204,13 +204,25 @@ class Daemons:
         log.close()
 
     def stop(self) -> None:
+        """All have ended when this returns: nobody writes in the yard any more."""
         for process in self._processes:
             process.terminate()
+        others = []
         for pidfile in self._pidfiles:
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(pidfile.read_text()), signal.SIGTERM)
+                others.append(int(pidfile.read_text()))
+                os.kill(others[-1], signal.SIGTERM)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
             process.wait()
+        wait_for(lambda: all(map(_ended, others)))
+
+
+def _ended(pid: int) -> bool:
+    """Or only waits for its parent to notice."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True

@@ -6,12 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from daemons import Daemons
+from dhcp_client import lease
 from http_machine import answer_of, machine
-from networks import wait_for
+from networks import enter, wait_for, within
 from test_apply import ask
 from yard import Yard
 
@@ -19,6 +22,7 @@ from inventory.errors import FarmhandError
 from provision import farm, journal
 from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
+from provision.network.undo import RECORD
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
 
@@ -110,7 +114,7 @@ def test_killed_at_every_step(yard: Yard, daemons: Daemons, when: str) -> None:
             if text is None:
                 break
             texts.append(text)
-            new = contents(yard) if text == "record what was written" else None
+            new = contents(yard) if text == RECORD else None
             with yard.site() as site:
                 farm.recover(site)
                 assert site.journal.unfinished() == ()
@@ -144,7 +148,7 @@ def test_serials_go_on_after_a_rollback(yard: Yard, daemons: Daemons) -> None:
         steps += 1
         with yard.site() as site:
             farm.recover(site)
-        if text == "record what was written":
+        if text == RECORD:
             break
         [answer] = ask("try.example", "SOA")
         serial = int(answer.split()[2])
@@ -246,7 +250,7 @@ def test_killed_at_every_live_change(yard: Yard, daemons: Daemons, when: str) ->
             with yard.site() as site:
                 farm.recover(site)
                 assert site.journal.unfinished() == ()
-            if text == "record what was written":
+            if text == RECORD:
                 assert live(yard) == (after, ["10.77.0.9"], True), text
             else:
                 assert contents(yard) == old, text
@@ -259,3 +263,49 @@ def test_killed_at_every_live_change(yard: Yard, daemons: Daemons, when: str) ->
         for part in ("Dhcp4", "Dhcp6", "lease4-del", "lease6-del", "dnsmasq:", "the map's elements"):
             assert any(part in text for text in texts), (part, texts)
         assert live(yard) == (after, ["10.77.0.9"], True)
+
+
+def told(daemons: Daemons, places: Mapping[str, str]) -> tuple[bool, bool, bool]:
+    """Whether dhcpd, shorewall's kernel and libvirt's network have more."""
+
+    def there(service: str, work: Callable[..., object], *arguments: object) -> object:
+        with ThreadPoolExecutor(1, initializer=enter, initargs=(places[service],)) as thread:
+            return thread.submit(work, *arguments).result()
+
+    nat = [*within(daemons.router), "iptables-save", "-t", "nat"]
+    ports = subprocess.run(nat, capture_output=True, text=True, check=True).stdout
+    assert "22006" in ports
+    return (
+        str(there("dhcpd", lease, "52:54:00:00:00:09")) == "10.77.0.9",
+        "22009" in ports,
+        there("libvirt", ask, "more.try.example", "A", 53, "10.77.0.1") == ["10.77.0.9"],
+    )
+
+
+def test_killed_at_every_restart(yard: Yard, daemons: Daemons) -> None:
+    """dhcpd, shorewall and libvirt's network: each is told once more what it had. Killed before the
+    first of them, and after each."""
+    del yard.network["bridge"]
+    yard.network |= {"mode": "network", "network": "try"}
+    with contextlib.ExitStack() as stack:
+        stack.callback(daemons.stop)
+        places = daemons.apart(stack, "dhcpd", "shorewall", "libvirt")
+        yard.use("dhcpd", "shorewall", "libvirt")
+        yard.apply()
+        writes, texts = 4, []
+        for number in range(4):
+            old = contents(yard)
+            yard.vms["more"] = {"address": "10.77.0.9", "mac": "52:54:00:00:00:09", "nat_port": "22009"}
+            text = killed(yard, "written", writes + 1 + number)
+            texts.append(str(text))
+            with yard.site() as site:
+                farm.recover(site)
+                assert site.journal.unfinished() == ()
+            new = number == 3
+            assert (contents(yard) == old) is not new
+            assert told(daemons, places) == (new, new, new), text
+            del yard.vms["more"]
+        yard.apply()
+        assert told(daemons, places) == (False, False, False)
+        for text, part in zip(texts, ("dhcpd", "shorewall", "libvirt", RECORD), strict=True):
+            assert part in text and not text.startswith("write "), texts

@@ -141,7 +141,7 @@ def test_a_lost_state_file_loses_nothing(dynamic: Yard) -> None:
     yard.vms["more"] = {"address": "10.77.0.9"}
     yard.apply()
     with yard.site() as site:
-        (site.paths.root / "network.json").unlink()
+        (site.paths.root / "network.db").unlink()
     del yard.vms["more"]
     yard.apply()
     assert ask("more.try.example", "A") == []

@@ -1,0 +1,218 @@
+"""How an apply is taken back: by itself, when a daemon refuses; by the next command, after a kill.
+
+The old files are kept in the state directory, by numbers, and the journal says which is which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from inventory.errors import FarmhandError, WrongState
+from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
+from provision.journal import Operation, Record, current_step
+from provision.network import live_dns
+from provision.network.changes import FileChange
+from provision.network.daemons import loaded_serial, steps
+from provision.network.document import digest
+from provision.network.serial import following, later, serial_of, with_serial
+from provision.site import Site
+
+RECORD = "record what was written"
+"""An apply's last step: from then on it is complete."""
+
+
+def undo(
+    site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
+) -> list[str]:
+    """Put the old files back, the last one first, and tell these services. What went wrong with it, in
+    words. A file that somebody else has written since is left alone."""
+    trouble: list[str] = []
+    inverse = []
+    for change in reversed(files):
+        back = change.inverse()
+        try:
+            if _text(change.path) not in (change.after, change.before):
+                trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
+                continue
+            if "bind" in services and change.zone and change.before is not None:
+                back = _forward(site, back)
+            say(f"put back {change.path}")
+            put(back)
+            inverse.append(back)
+        except FarmhandError as error:
+            trouble.append(f"{change.path} could not be put back: {error.message}")
+    for step in steps(site.farm, inverse):
+        if step.service in services:
+            try:
+                say(f"again {step.text}")
+                step.run(site.runner)
+            except FarmhandError as error:
+                trouble.append(f"{step.service} could not be told about its old files: {error.message}")
+    return trouble
+
+
+def _forward(site: Site, back: FileChange) -> FileChange:
+    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
+    may have it, and would not take an older one."""
+    bind = site.farm.services.bind
+    old = serial_of(back.after or "")
+    if bind is None or old is None:
+        return back
+    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
+    if loaded is None or not later(loaded, old):
+        return back
+    serial = following([old, loaded], datetime.now(UTC).date())
+    text = with_serial(back.after or "", serial)
+    return replace(back, after=_marked_again(text, back.after or ""))
+
+
+def _marked_again(text: str, before: str) -> str:
+    """With the digest in our mark made to fit, for a whole file of ours."""
+    first, _, rest = before.partition("\n")
+    if digest(rest) not in first:
+        return text
+    new = text.partition("\n")[2]
+    return f"{first.replace(digest(rest), digest(new))}\n{new}"
+
+
+# ---- Files
+
+
+def put(change: FileChange) -> None:
+    """The new file in the old one's place in one step, with its owner and mode; through a symbolic
+    link, to what it points to."""
+    path = Path(os.path.realpath(change.path))
+    if change.after is None:
+        remove(path)
+        return
+    make_directory(path.parent, mode=0o755)
+    if change.zone and change.before is None:
+        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(change.after.encode(errors="surrogateescape"))
+            file.flush()
+            if (change.uid, change.gid) != (-1, -1):
+                os.fchown(file.fileno(), change.uid, change.gid)
+            os.fchmod(file.fileno(), change.mode)
+            _same_attributes(path, temporary)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno == errno.EBUSY:
+            raise WrongState(
+                f"cannot write {path}: it is a mount point by itself, as in a container",
+                remedy="give the service another path",
+            ) from error
+        raise file_error(error, path, "write") from error
+
+
+def _same_attributes(old: Path, new: Path) -> None:
+    """Access control lists and the like, where the file system has them."""
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(old):
+            os.setxattr(new, name, os.getxattr(old, name))
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_bytes().decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise file_error(error, Path(path), "read") from error
+
+
+# ---- What is kept for a kill
+
+
+def keep(site: Site, operation: Operation, files: Sequence[FileChange]) -> None:
+    """The old files, and what of them the new ones are, before the first is written."""
+    directory = kept(site, operation.id)
+    make_directory(directory, mode=0o700)
+    facts = []
+    for number, change in enumerate(files):
+        if change.before is not None:
+            data = change.before.encode(errors="surrogateescape")
+            write_atomic(directory / str(number), data, mode=0o600)
+        entry: dict[str, object] = asdict(change)
+        entry["before"] = change.before is not None
+        entry["after"] = None if change.after is None else _sum(change.after)
+        facts.append(entry)
+    operation.note(files=facts)
+
+
+def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
+    """For an apply that was killed: what is to do, in words, and doing it."""
+    found = record.facts.get("files")
+    begun = {text for _, text in record.steps}
+    files = [_remembered(site, record, n, entry) for n, entry in enumerate(_entries(found))]
+    written = [change for change in files if f"write {change.path}" in begun]
+    if RECORD in begun:
+        return "it was complete; noted", lambda: forget(site, record.id, files)
+
+    def run() -> None:
+        trouble = undo(site, written, {change.service for change in written}, current_step)
+        for text in trouble:
+            site.reporter.warn(text)
+        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
+        if ops and site.farm.services.bind:
+            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
+        forget(site, record.id, files)
+
+    if not written and not record.facts.get("updates"):
+        return "it had not begun to write", run
+    return "put the old files back, and tell the daemons", run
+
+
+def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any]) -> FileChange:
+    """As it was, but for ``after``: what is live, if that is what was to be written."""
+    path = str(entry["path"])
+    before = _text(str(kept(site, record.id) / str(number))) if entry["before"] else None
+    live = _text(path)
+    ours = entry["after"] is not None and live is not None and _sum(live) == entry["after"]
+    after = live if ours or entry["after"] is None else before
+    return FileChange(
+        str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
+        int(entry["gid"]), str(entry["zone"]),
+    )  # fmt: skip
+
+
+def _op(entry: Mapping[str, Any]) -> live_dns.Op:
+    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
+    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
+
+
+def _entries(found: object) -> list[Mapping[str, Any]]:
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:
+    for change in files:
+        path = Path(os.path.realpath(change.path))
+        if path.parent.is_dir():
+            sweep(path.parent, path.name)
+    remove(kept(site, operation))
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def kept(site: Site, operation: int) -> Path:
+    """Where an operation's old files are, until it is through."""
+    return site.paths.root / "network" / str(operation)
