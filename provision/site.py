@@ -249,11 +249,6 @@ class Site:
             return self._open_xenapi(host)
         if declared.driver not in ("kvm", "xen"):
             raise self._not_yet(host, f"driver {declared.driver}")
-        if declared.disks.store != "qcow2":
-            self.reporter.warn(
-                f"host {host}: the {declared.disks.store} store is new: keep nothing there that you "
-                "can't lose"
-            )
         if declared.disks.store in ("zfs", "zfs-files"):
             from hypervisors.zfs import ZfsDisks
 

@@ -14,7 +14,8 @@ IN_XEN_LAB = Path("/etc/lab-kind").exists()
 _STORES = ("tests/contract/test_disks.py", "tests/contract/test_lvm.py")
 # What of the lab's tests ./invoke test runs: real stores, guests and kills, but a few minutes only
 BRIEF = re.compile(
-    r"test_disks\.py.*\b(zfs|lvm-thin)\]$|test_a_life\[guests-(zfs|lvm-thin)\]|test_walk\[zfs\]|/test_smoke\.py"
+    r"test_disks\.py.*\bzfs\]$|test_a_life\[guests-zfs\]|test_walk\[zfs\]|/test_smoke\.py"
+    r"|test_(writing_ends|any_checkpoint|ten_clones|several_go).*\[lvm-(thin|linked|full)\]"
 )
 _left_out: list[str] = []
 

@@ -38,6 +38,7 @@ from provision.work import is_on, look
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
+FEW = os.environ.get("FARMHAND_KILLS") == "few"
 SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10**6))
 
 FARM = """\

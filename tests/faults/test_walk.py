@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import KILLS, MANY, SEED, Bench
+from bench import FEW, KILLS, MANY, SEED, Bench
 from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
@@ -229,7 +229,8 @@ def walk(request: pytest.FixtureRequest, cache: Path) -> Iterator[Walk]:
 def test_walk(walk: Walk) -> None:
     before = walk.bench.shape()
     walk.learn()
-    for _ in range(ROUNDS[walk.bench.driver] * (8 if MANY else 1)):
+    rounds = ROUNDS[walk.bench.driver]
+    for _ in range(rounds * 8 if MANY else rounds // 3 if FEW else rounds):
         walk.step()
     with walk.bench.site() as site:
         farm.destroy(site, list(site.farm.vms))

@@ -182,6 +182,7 @@ def _script(kind: Kind, choice: Choice) -> str:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/var/tmp/hypothesis",
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",
+        **({"FARMHAND_KILLS": "few"} if choice.brief else {}),
         **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
     }
     settings = " ".join(f"{key}={value}" for key, value in environment.items())
