@@ -137,7 +137,7 @@ class LabTest:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
-        self._process.communicate()
+            self._process.communicate()
 
     def finish(self) -> Result:
         """Waits for it."""
