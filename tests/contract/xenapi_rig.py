@@ -156,12 +156,12 @@ class XenApiRig:
 
     def export(self, uuid: str, count: int = SIZE) -> bytes:
         """GET /export_raw_vdi, its first bytes."""
-        sessions = self.sessions()
-        ref = sessions.call("VDI.get_by_uuid", uuid)
         with (
+            contextlib.closing(self.sessions()) as sessions,
             sessions._session() as session,
             contextlib.closing(connection(self.server.server(), self.server.https)) as link,
         ):
+            ref = sessions.call("VDI.get_by_uuid", uuid)
             link.request("GET", f"/export_raw_vdi?session_id={session.handle}&vdi={ref}&format=raw")
             answer = link.getresponse()
             data = answer.read(count)

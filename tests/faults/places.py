@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -162,8 +163,8 @@ class XenApiPlace(Place):
     def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
         path = state_dir() / f".content-{os.getpid()}-{threading.get_ident()}"
         path.write_bytes(image(letter))
-        sessions = self._rig.sessions()
-        sessions.put(sessions.call("VDI.get_by_uuid", disk.path.name), path, SIZE)
+        with contextlib.closing(self._rig.sessions()) as sessions:
+            sessions.put(sessions.call("VDI.get_by_uuid", disk.path.name), path, SIZE)
         path.unlink()
 
     def read(self, disk: Disk, site: Site) -> str:

@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 EIGHT = tuple(f"vm{n}" for n in range(8))
 ON_ALL = [*HERE, *(pytest.param(label, marks=lab) for label in STORES)]
 # How many times each of eight processes clones, resets and destroys; and the rounds of one for long.
-TIMES = {"fake": 3, "kvm": 2, "zfs": 1, "lvm-thin": 1, "lvm-linked": 1, "lvm-full": 1}
-ROUNDS = {"fake": 100, "kvm": 30, "zfs": 10, "lvm-thin": 3, "lvm-linked": 3, "lvm-full": 3}
+TIMES = {"fake": 3, "xenapi": 1, "kvm": 2, "zfs": 1, "lvm-thin": 1, "lvm-linked": 1, "lvm-full": 1}
+ROUNDS = {"fake": 100, "xenapi": 5, "kvm": 30, "zfs": 10, "lvm-thin": 3, "lvm-linked": 3, "lvm-full": 3}
 MOST_GROWTH = 3 * 2**20
 """Bytes that the process may be larger at the end than after the first third of its rounds: what Python
 and its allocator do by themselves. 100 rounds that lose a buffer of a disk's block each would show."""
@@ -93,7 +93,8 @@ def test_eight_processes_on_one_farm(eight: Bench) -> None:
         given = json.loads(site.allocator.lock_file.read_text())["vms"]
         assert sorted(given) == sorted(EIGHT)
         assert len({facts["mac"] for facts in given.values()}) == len(EIGHT)
-        assert len({facts["ssh_port"] for facts in given.values()}) == len(EIGHT)
+        ports = {facts["ssh_port"] for facts in given.values()}
+        assert len(ports) == len(EIGHT) or ports == {22}  # where each has an address of its own
         disks = {disk.owner.vm: disk for disk in site.disks("here").list()}
         assert sorted(disks) == sorted(EIGHT)
         assert [eight.place.read(disks[vm], site) for vm in EIGHT] == [OLD] * 8
