@@ -86,7 +86,7 @@ KILLS_EACH: dict[str, tuple[int | None, int]] = {
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
 lab, xen = pytest.mark.lab, pytest.mark.xen
-HERE = ("fake", "kvm", "xenapi")
+HERE = ("fake", "kvm")
 STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
 
 
@@ -124,11 +124,12 @@ def bench_on(place: Place, cache: Path, **options: Any) -> Iterator[Bench]:
 
 STORES_HERE = [
     *HERE,
+    *(["xenapi"] if MANY else []),  # not yet without a loss
     # a kill with all that goes with it takes half a minute there: see test_walk
     *(
         pytest.param(label, marks=of_lab(label))
         for label in LABELS
-        if MANY and label not in (*HERE, "two fakes")
+        if MANY and label not in (*HERE, "xenapi", "two fakes")
     ),
 ]
 on_two_as_well = pytest.mark.parametrize("bench", [*STORES_HERE, "two fakes"], indirect=True)

@@ -370,7 +370,7 @@ def test_gc_takes_leftovers_with_owner_age_and_size(made: Desk) -> None:
 
 def test_status_makes_nothing_and_survives_a_bad_host(desk: Desk) -> None:
     desk.file.write_text(
-        "farm: kata\nhosts:\n  here: {driver: kvm}\n  far: {driver: xen, uri: 'xen:///system'}\n"
+        "farm: kata\nhosts:\n  here: {driver: kvm}\n  far: {driver: xen, uri: 'xen+ssh://far/system'}\n"
         "templates: {base: {build: debian-12}}\n"
         "vms:\n  dev2: {host: here}\n  prod: {host: far}\n",
         encoding="utf-8",
