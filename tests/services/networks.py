@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,8 @@ def own_network() -> Iterator[None]:
 
 @contextlib.contextmanager
 def place(*, bridge: bool = True) -> Iterator[str]:
-    """A namespace beside, by name, with a bridge and gateway like the test's own."""
+    """A namespace beside, by name, with a bridge and gateway like the test's own. What still runs in it
+    ends with it: nobody writes in a yard any more when this returns."""
     name = unique("fhp")
     ip(f"netns add {name}")
     try:
@@ -65,7 +67,17 @@ def place(*, bridge: bool = True) -> Iterator[str]:
             subprocess.run([*within(name), "sh", "-eu", "-c", BRIDGE], check=True)
         yield name
     finally:
+        for pid in _inside(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not _inside(name))
         ip(f"netns del {name}")
+
+
+def _inside(name: str) -> list[int]:
+    argv = ["ip", "netns", "pids", name]
+    listed = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return [int(pid) for pid in listed.split()]
 
 
 def within(name: str) -> tuple[str, ...]:
