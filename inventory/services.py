@@ -101,6 +101,8 @@ class Kea(Model):
     """The configuration of kea-dhcp4."""
     config6: ConfigPath = "/etc/kea/kea-dhcp6.conf"
     """The configuration of kea-dhcp6."""
+    hosts: ConfigPath = "/etc/kea/farmhand"
+    """A directory of ours, which both include: the hosts."""
     interfaces: tuple[Interface, ...] = ()
     """Where they listen; absent: the network's `bridge`, else all."""
     socket4: ConfigPath = "/run/kea/kea4-ctrl-socket"

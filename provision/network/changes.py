@@ -17,7 +17,7 @@ from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.files import file_error
 from provision.network.document import Document, Live, Whose, embed, read, whole
-from provision.network.render import Renderer, host_files, part_of
+from provision.network.render import APART, Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.state import NetworkState
 from provision.network.view import View
@@ -81,12 +81,12 @@ class Examiner:
         vms: Collection[str] | None = None,
     ) -> Changes:
         """What applying these services would change. ``vms``: only these came, changed or went; where a
-        service keeps VMs apart (dnsmasq's files of hosts, dynamic zones) nothing else is looked at.
+        service keeps VMs apart (files of hosts, dynamic zones) nothing else is looked at.
 
         Errors: NotOurs (a whole file of ours would take the place of another's), WrongState (marks in
         disorder, unreadable files), TemplateFailed, Conflict (one path twice)."""
         bind = self._farm.services.bind
-        apart = {"dnsmasq"} | ({"bind"} if bind and bind.dynamic else set()) if vms is not None else ()
+        apart = APART | ({"bind"} if bind and bind.dynamic else set()) if vms is not None else ()
         whole_ones = [name for name in services if name not in apart]
         with_zones = "bind" in whole_ones
         serials = self._live_serials() if with_zones else {}
@@ -94,8 +94,9 @@ class Examiner:
         documents = renderer.documents(whole_ones)
         zones = {str(zone.path): zone for zone in renderer.zones()} if with_zones else {}
         paths: set[str] = set()
-        if vms is not None and "dnsmasq" in services:
-            hosts, paths = host_files(self._farm, allocations, vms)
+        if vms is not None and APART & {*services}:
+            there = self._state.files
+            hosts, paths = host_files(self._farm, allocations, vms, services, there)
             documents += hosts
         changes: dict[str, FileChange] = {}
         for document in documents:

@@ -64,9 +64,9 @@ def _dhcpd(farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
 def _kea(farm: Farm, documents: Sequence[Document]) -> Iterator[Checker]:
     service = farm.services.kea
     assert service is not None
-    for document in documents:
-        program = "kea-dhcp4" if document.path == service.config4 else "kea-dhcp6"
-        yield Checker((program, "-t", document.path))
+    for program, config in (("kea-dhcp4", service.config4), ("kea-dhcp6", service.config6)):
+        if any(document.path == config for document in documents):
+            yield Checker((program, "-t", config))
 
 
 def _dnsmasq(farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:

@@ -25,12 +25,14 @@ from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
 from inventory.model import Farm
 from provision.network.changes import FileChange
+from provision.network.render import kea_path
 from provision.network.serial import serial_of
 
 SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
 
+_INCLUDED = re.compile(r'\s*<\?include "([^"]*)"\?>(.*\n?)')
 _KEA_EMPTY = 3  # Kea's result: the command is understood, and there was nothing
 
 _ELEMENTS = re.compile(r"^\t\telements = \{\n(.*?)^\t\t\}\n", re.MULTILINE | re.DOTALL)
@@ -158,21 +160,21 @@ def _kea(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
     assert service is not None
     sets: dict[str, Callable[[Runner], None]] = {}
     frees = []
-    for change in changes:
-        if change.after is None:
+    for kind, config, socket_path, restart in (
+        ("4", service.config4, service.socket4, service.reload),
+        ("6", service.config6, service.socket6, service.reload6),
+    ):
+        hosts = kea_path(farm, kind)
+        its = [change for change in changes if change.path == config or change.path.startswith(hosts)]
+        if not its or any(change.path == config and change.after is None for change in its):
             continue
-        if change.path == service.config4:
-            number, socket_path, restart = "4", service.socket4, service.reload
-        elif change.path == service.config6:
-            number, socket_path, restart = "6", service.socket6, service.reload6
-        else:
-            continue
-        sets[f"Dhcp{number}"] = partial(_kea_set, socket_path, restart, change)
-        before, after = _lines(change.before), _lines(change.after)
+        sets[f"Dhcp{kind}"] = partial(_kea_set, socket_path, restart, config)
+        before = {line for change in its for line in _lines(change.before)}
+        after = {line for change in its for line in _lines(change.after)}
         gone = sorted(_kea_addresses(before - after) - _kea_addresses(after - before))
         if gone and service.lease_commands:
             addresses = [address for address, _ in gone]
-            frees.append(_kea_free(f"lease{number}-del", socket_path, addresses))
+            frees.append(_kea_free(f"lease{kind}-del", socket_path, addresses))
     if sets:
         text = f"kea: set its {' and '.join(sets)} configuration{'s' * (len(sets) > 1)}"
         yield Step("kea", text, partial(_at_once, tuple(sets.values())))
@@ -217,14 +219,14 @@ def kea_sockets(farm: Farm) -> tuple[str, ...]:
     return (service.socket4, service.socket6) if farm.network.subnet6 else (service.socket4,)
 
 
-def _kea_set(path: str, restart: Sequence[str], change: FileChange, runner: Runner) -> None:
+def _kea_set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None:
     """Over its control socket: a configuration it refuses leaves the old one in force. Where nobody
     answers there, by a restart. A file it reads by itself in half the time that the socket takes."""
     try:
-        if _kea_file(path) == os.path.realpath(change.path):
+        if _kea_file(path) == os.path.realpath(config):
             kea_command(path, "config-reload")
         else:
-            kea_command(path, "config-set", json.loads(without_comments(change.after or "")))
+            kea_command(path, "config-set", kea_configuration(Path(config)))
     except FileNotFoundError:
         runner.change(*restart, timeout=120)
         deadline = time.monotonic() + SETTLE
@@ -288,9 +290,19 @@ def kea_command(
     return answer.get("arguments")
 
 
-def without_comments(text: str) -> str:
-    """Kea's JSON as JSON: whole lines of comments only, which is what our templates write."""
-    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("//", "#")))
+def kea_configuration(path: Path) -> object:
+    """Kea's JSON as JSON: with what it includes, and without comments, each on lines of their own, which
+    is what our templates write. OSError: a file can't be read."""
+    return json.loads("".join(_kea_lines(path)))
+
+
+def _kea_lines(path: Path) -> Iterator[str]:
+    for line in path.read_text(errors="surrogateescape").splitlines(keepends=True):
+        if included := _INCLUDED.fullmatch(line):
+            yield from _kea_lines(Path(included[1]))
+            yield included[2]
+        elif not line.lstrip().startswith(("//", "#")):
+            yield line
 
 
 def _dnsmasq(farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
@@ -441,7 +453,7 @@ def not_live(farm: Farm) -> Iterator[tuple[str, str]]:
     if services.kea:
         yield (
             "kea",
-            "it reads all hosts again for each change: of 10,000 in about 0.2 s, side by side for IPv6",
+            "it reads all hosts again for each change: of 10,000 in about 0.15 s, side by side for IPv6",
         )
     if services.shorewall:
         yield "shorewall", "its rules are compiled and loaded anew for each change, in seconds"

@@ -18,7 +18,7 @@ from provision.network.templating import Templates
 from provision.network.view import View, VmRow, Word, Zone, pools, view
 
 SHARDS = 64
-"""Files that dnsmasq's hosts are spread over: one VM more rewrites a small one."""
+"""Files that dnsmasq's and Kea's hosts are spread over: one VM more rewrites a small one."""
 
 _ZONE = ("; ", "")
 _SLASHES = ("// ", "")
@@ -52,7 +52,8 @@ class ZoneFile:
 
 
 class Renderer:
-    """One farm's documents. ``serials``: the serial number that each zone's file should hold."""
+    """One farm's documents. ``serials``: the serial number that each zone's file should hold.
+    ``others``: paths of files of hosts that are there too, for VMs that are left out here."""
 
     def __init__(
         self,
@@ -60,10 +61,12 @@ class Renderer:
         allocations: Mapping[str, Allocation],
         *,
         serials: Mapping[str, int] | None = None,
+        others: Collection[str] = (),
     ) -> None:
         own = farm.services.templates
         self.farm = farm
         self._allocations = allocations
+        self._others = others
         self._serials = dict(serials or {})
         self._templates = Templates(Path(own) if own else None)
 
@@ -195,11 +198,34 @@ def _kea(r: Renderer) -> Iterator[Document]:
         "options4": [{"name": name, "data": data} for name, data in options.items() if data],
         "options6": [{"name": "domain-search", "data": network.domain}] if network.domain else [],
     }
-    text = r._render("kea4", service, **values)
-    yield Document("kea", service.config4, text, 0o644, comment=_SLASHES)
+    rows = r.view.dhcp
+    yield from _kea_files(r, "4", service.config4, rows, values)
     if network.subnet6:
-        text = r._render("kea6", service, **values)
-        yield Document("kea", service.config6, text, 0o644, comment=_SLASHES)
+        rows = tuple(row for row in rows if row.address6)
+        yield from _kea_files(r, "6", service.config6, rows, values)
+
+
+def _kea_files(
+    r: Renderer, kind: str, config: str, rows: tuple[VmRow, ...], values: Mapping[str, Any]
+) -> Iterator[Document]:
+    """The hosts first: a server that reads the configuration finds all that it includes."""
+    service = r.farm.services.kea
+    assert service is not None
+    begin = kea_path(r.farm, kind)
+    included = {path for path in r._others if path.startswith(begin)}
+    for shard, some in sorted(_sharded(rows).items()):
+        path = f"{begin}{shard:02}.json"
+        included.add(path)
+        text = r._render(f"kea{kind}-hosts", service, vms=some)
+        yield Document("kea", path, text, comment=_SLASHES)
+    text = r._render(f"kea{kind}", service, hosts=tuple(map(Word, sorted(included))), **values)
+    yield Document("kea", config, text, comment=_SLASHES)
+
+
+def kea_path(farm: Farm, kind: str) -> str:
+    """What the paths of its files of hosts begin with."""
+    assert farm.services.kea is not None
+    return f"{farm.services.kea.hosts}/{farm.farm}-dhcp{kind}-"
 
 
 def part_of(farm: Farm, vms: Mapping[str, Any]) -> Farm:
@@ -207,17 +233,35 @@ def part_of(farm: Farm, vms: Mapping[str, Any]) -> Farm:
     return farm.model_copy(update={"vms": vms})
 
 
+APART = frozenset(("dnsmasq", "kea"))
+"""Services whose hosts are spread over files."""
+
+
 def host_files(
-    farm: Farm, allocations: Mapping[str, Allocation], vms: Collection[str]
+    farm: Farm,
+    allocations: Mapping[str, Allocation],
+    vms: Collection[str],
+    services: Collection[str],
+    known: Collection[str],
 ) -> tuple[tuple[Document, ...], set[str]]:
-    """dnsmasq's files of hosts that have these VMs in them, or had: documents, and all their paths."""
-    service = farm.services.dnsmasq
-    assert service is not None
+    """The files of hosts, of those of these services that are ``APART``, which have these VMs in them,
+    or had, and the configurations that include them: documents, and all paths that the former may
+    have. ``known``: paths of all files that are there."""
     shards = {_shard(vm) for vm in vms}
     some = {vm: d for vm, d in farm.vms.items() if _shard(vm) in shards and vm in allocations}
-    documents = Renderer(part_of(farm, some), allocations).documents(("dnsmasq",))
-    paths = {f"{service.hosts}/{k}/{farm.farm}-{shard:02}" for k in ("dhcp", "dns") for shard in shards}
-    return tuple(document for document in documents if document.path in paths), paths
+    paths = set()
+    configs = set()
+    if "dnsmasq" in services and (dnsmasq := farm.services.dnsmasq):
+        begins = [f"{dnsmasq.hosts}/{kind}/{farm.farm}-" for kind in ("dhcp", "dns")]
+        paths |= {f"{begin}{shard:02}" for begin in begins for shard in shards}
+    if "kea" in services and (kea := farm.services.kea):
+        begins = [kea_path(farm, kind) for kind in ("4", "6")]
+        paths |= {f"{begin}{shard:02}.json" for begin in begins for shard in shards}
+        configs = {kea.config4, kea.config6}
+    others = {path for path in known if path not in paths}
+    renderer = Renderer(part_of(farm, some), allocations, others=others)
+    documents = renderer.documents(APART & {*services})
+    return tuple(d for d in documents if d.path in paths or d.path in configs), paths
 
 
 def _shard(vm: str) -> int:

@@ -139,6 +139,8 @@ _STRINGS: Mapping[str, Callable[[str], Word]] = {
     "dhcpd": _dhcpd_string,
     "kea4": _json,
     "kea6": _json,
+    "kea4-hosts": _json,
+    "kea6-hosts": _json,
     "nginx": _nginx_string,
     "haproxy": _haproxy_string,
     "nftables": _nft_string,

@@ -11,6 +11,7 @@ from test_live_dns import dynamic  # noqa: F401 - a fixture
 from yard import Yard
 
 from provision.network.apply import keep_in_step
+from provision.network.daemons import kea_command
 from provision.work import begin
 
 MANY = 300
@@ -58,6 +59,59 @@ def test_the_last_host_of_a_file(yard: Yard, daemons: Daemons) -> None:
     del yard.vms["prod"]
     assert not [path for path, (data, *_) in yard.snapshot().items() if b"10.77.0.7" in data]
     assert not yard.apply().changed
+
+
+def test_hosts_of_kea(yard: Yard, daemons: Daemons) -> None:
+    """Of more files than one has hosts, and of the first and last host of a file."""
+    yard.use("kea")
+    yard.network |= {"subnet": "10.77.0.0/16"}
+    yard.vms = {f"vm{n}": {"address": f"10.77.{1 + n // 200}.{1 + n % 200}"} for n in range(MANY)}
+    yard.apply()
+    first = yard.snapshot()
+    yard.vms["more"] = {"address": "10.77.100.1"}
+    step(yard, new=["more"])
+    second = yard.snapshot()
+    differ = [path for path in {*first, *second} if first.get(path) != second.get(path)]
+    ours = [path for path in differ if "/kea/" in path and "leases" not in path]
+    assert len(ours) == 2 and all("/kea/hosts/" in path for path in ours)  # one of each of the two
+    assert len(reservations(yard)) == MANY + 1
+    assert not yard.apply().changed
+
+    yard.vms = {"dev2": {"address": "10.77.0.6"}, "prod": {"address": "10.77.0.7"}}
+    yard.apply()
+    assert reservations(yard) == {"dev2": "10.77.0.6", "prod": "10.77.0.7"}
+    step(yard, gone=["prod"])
+    assert reservations(yard) == {"dev2": "10.77.0.6"}
+    del yard.vms["prod"]
+    assert not yard.apply().changed
+    yard.vms["prod"] = {"address": "10.77.0.8"}
+    step(yard, new=["prod"])
+    assert reservations(yard) == {"dev2": "10.77.0.6", "prod": "10.77.0.8"}
+    assert not yard.apply().changed
+
+
+def test_a_kea_that_was_started_with_another_file(yard: Yard, daemons: Daemons) -> None:
+    """It is sent all, with what the files of hosts have."""
+    yard.use("kea")
+    yard.apply()
+    yard.services["kea"] |= {f"config{kind}": f"{yard.directory}/kea/moved{kind}" for kind in "46"}
+    yard.vms["more"] = {"address": "10.77.0.9"}
+    yard.apply()
+    assert reservations(yard) == {"dev2": "10.77.0.6", "prod": "10.77.0.7", "more": "10.77.0.9"}
+    step(yard, gone=["dev2"])
+    assert reservations(yard) == {"prod": "10.77.0.7", "more": "10.77.0.9"}
+
+
+def reservations(yard: Yard) -> dict[str, str]:
+    """What Kea itself has, of both kinds: the IPv4 addresses."""
+    found = {}
+    for kind, where in (("4", "ip-address"), ("6", "ip-addresses")):
+        told = kea_command(yard.services["kea"][f"socket{kind}"], "config-get")
+        assert isinstance(told, dict)
+        [subnet] = told[f"Dhcp{kind}"][f"subnet{kind}"]
+        found[kind] = {host["hostname"]: host[where] for host in subnet["reservations"]}
+    assert {*found["4"]} == {*found["6"]}
+    return found["4"]
 
 
 def test_names_of_a_dynamic_zone(dynamic: Yard) -> None:  # noqa: F811

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from yard import Yard
 
 from inventory.errors import InventoryError
+from provision.network.daemons import kea_configuration
 
 FARMS = int(os.environ.get("FARMHAND_FUZZ", "12"))
 CHECKED = ("bind", "dhcpd", "kea", "dnsmasq", "nginx", "haproxy", "nftables")
@@ -60,8 +61,8 @@ farms = st.dictionaries(label, vm, min_size=1, max_size=4)
 
 def read_back(yard: Yard) -> None:
     farm, files = yard.farm(), yard.write()
-    kea = "\n".join(line for line in files["kea/kea4.conf"].read_text().splitlines() if line[:2] != "//")
-    [subnet] = json.loads(kea)["Dhcp4"]["subnet4"]
+    kea: Any = kea_configuration(files["kea/kea4.conf"])
+    [subnet] = kea["Dhcp4"]["subnet4"]
     hosts = {host["hostname"]: host for host in subnet["reservations"]}
     compiled = subprocess.run(
         ["named-compilezone", "-q", "-o", "-", "try.example", files["bind/db.try.example"]],

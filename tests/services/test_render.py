@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import dns.rdatatype
 import dns.reversename
@@ -14,6 +16,7 @@ import yaml
 from yard import Yard
 
 from inventory.errors import CommandFailed, TemplateFailed
+from provision.network.daemons import kea_configuration
 
 SERVICES = (
     "bind", "dhcpd", "kea", "dnsmasq", "hosts", "ssh_config", "nginx", "haproxy", "nftables",
@@ -113,10 +116,9 @@ def test_classless_delegation_resolves(yard: Yard) -> None:
 
 
 def test_kea_reads_the_values_back(yard: Yard) -> None:
-    path = yard.write("kea")["kea/kea4.conf"]
-    text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("//"))
-    [subnet] = json.loads(text)["Dhcp4"]["subnet4"]
-    first, second = subnet["reservations"]
+    kea: Any = kea_configuration(yard.write("kea")["kea/kea4.conf"])
+    [subnet] = kea["Dhcp4"]["subnet4"]
+    first, second = sorted(subnet["reservations"], key=itemgetter("hostname"))
     assert first["user-context"]["description"] == yard.vms["dev2"]["description"]
     assert (first["ip-address"], first["hw-address"]) == ("10.77.0.6", "52:54:86:b3:3f:10")
     assert second["hostname"] == "prod"

@@ -50,7 +50,7 @@ class Yard:
                      "directory": f"{d}/bind", "port": "5300"},
             "dhcpd": {"config": f"{d}/dhcp/dhcpd.conf"},
             "kea": {"config4": f"{d}/kea/kea4.conf", "config6": f"{d}/kea/kea6.conf",
-                    "interfaces": ["lo"], "leases": f"{d}/kea",
+                    "interfaces": ["lo"], "leases": f"{d}/kea", "hosts": f"{d}/kea/hosts",
                     "socket4": f"{d}/kea/kea4.sock", "socket6": f"{d}/kea/kea6.sock"},
             "dnsmasq": {"config": f"{d}/dnsmasq/dnsmasq.conf", "main": f"{d}/dnsmasq/none",
                         "hosts": f"{d}/dnsmasq/hosts", "port": "5301", "interface": "lo"},
