@@ -123,6 +123,11 @@ def build_image(
             f"linux (hd0,msdos1)/vmlinuz {recipe.cmdline}\ninitrd (hd0,msdos1)/initrd.img\nboot\n",
             encoding="utf-8",
         )
+        outside = work / "outside.cfg"  # for Xen's GRUB, which is a guest's kernel and reads this
+        outside.write_text(
+            f"linux /vmlinuz {recipe.cmdline} console=hvc0\ninitrd /initrd.img\nboot\n",
+            encoding="utf-8",
+        )
         runner.change(
             tools["grub-mkimage"], "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-c", early,
             "-o", core, "biosdisk", "part_msdos", "ext2", "linux", log=log,
@@ -131,7 +136,7 @@ def build_image(
         fakeroot = () if root else (tools["fakeroot"], "--")
         runner.change(
             *fakeroot, "sh", "-eu", _FIRSTBOOT / "make-disk.sh", tree, disk, str(size // 2**20), core,
-            _GRUB / "boot.img", log=log,
+            _GRUB / "boot.img", outside, log=log,
         )  # fmt: skip
         convert(runner, disk, out, format="raw")
     except CommandFailed as error:

@@ -1,11 +1,12 @@
 #!/bin/sh -eu
-# usage: make-disk.sh ROOT.tar DISK.raw SIZE-IN-MiB CORE.img BOOT.img
+# usage: make-disk.sh ROOT.tar DISK.raw SIZE-IN-MiB CORE.img BOOT.img GRUB.cfg
 # A bootable disk from a root file system, with no loop device and no mount. Run by root, or inside one
 # fakeroot(1) session: tar's ownership then lives just long enough for mke2fs to read it.
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 tree=$(mktemp -d "$2.XXXXXX")
 tar -C "$tree" --numeric-owner -xf "$1"
 rm -f "$1"
+install -D -m 644 "$6" "$tree/boot/grub/grub.cfg"
 truncate -s "$3M" "$2"
 # sectors 1 to 2047 are the boot loader's
 printf 'label: dos\nstart=2048,type=83,bootable\n' | sfdisk -q "$2"
