@@ -55,7 +55,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             for vm in names
             if start and site.farm.vms[vm].start and can_power(site, vm) and not is_on(machines[vm])
         ]
-        check_memory(site, to_start)
+        run.add(*check_memory(site, to_start, wait=wait))
         unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
         run.add(
             *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
