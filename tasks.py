@@ -154,6 +154,7 @@ def balloon(run: Run, vm: str = "", to: str = "", all_: bool = False, plan_host:
     if (all_ or plan_host) and (vm or to or (all_ and plan_host)):
         words = "--all" if all_ else "--plan-host"
         raise UsageError(f"{words} is for the whole farm", remedy=f"{words} alone, or --vm and --to")
+    run.plan = run.plan or plan_host  # a look, and nothing else
     with run.site() as site:
         if plan_host:
             return views.memory_plan(farm.memory_plan(site))
