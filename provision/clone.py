@@ -238,7 +238,9 @@ def _await(site: Site, vm: str) -> None:
     with site.journal.operation("wait", vm=vm):
         # Since when it runs isn't known for sure: any boot of this machine is the one meant.
         wait_until_ready(site, vm, since=float("-inf"))
-        deflate(site, vm)
+        machine, idle = look(site, vm), site.farm.vms[vm].idle_memory
+        if machine is not None and idle is not None and machine.current > idle:
+            deflate(site, vm)
 
 
 def _check_space(site: Site, missing: Sequence[str]) -> None:

@@ -92,12 +92,10 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
     _secure_port(site, vm)
     high, low = _sizes(site, vm, wait=wait)
     try:
-        with room_for(site, vm, high, f"starting {vm}"):
+        with room_for(site, vm, high, f"starting {vm}", falls=low < high):
             current_step(f"start {vm}")
             since = time.monotonic()
             site.hypervisor_of(vm).start(site.machine(vm))
-            if low < high:
-                site.turns.falls(vm, site.farm.host_of(vm))
         if wait:
             wait_until_ready(site, vm, since=since)
             deflate(site, vm)

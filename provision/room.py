@@ -1,9 +1,10 @@
 """Room in a host's memory: looked at, made, and kept until it is taken, so that VMs of this farm never
 have more together than the host's ``memory``, however many commands run at once.
 
-Whoever starts a VM, or gives one more, has the host's turn (``provision.turns``) from the look until the
-hypervisor has done it; from then on the hypervisor itself shows it. What is needed and not there is made
-first, by ballooning down VMs that idle (``provision.memory`` says which), each under its own lock.
+A process that starts VMs, or gives one more, has the host's turn (``provision.turns``) from the look
+until the hypervisor has done it; from then on the hypervisor itself shows it. What is needed and not
+there is made first, by ballooning down VMs that idle (``provision.memory`` says which), each under its
+own lock.
 
 A command that is killed within its turn leaves an operation unfinished. What that may be doing still,
 in the guest or in libvirt's daemon, is counted in full until it is recovered.
@@ -36,9 +37,11 @@ _STARTING = ("start", "reset", "checkpoint", "merge")
 """Verbs of the journal that start VMs."""
 
 
-def host_memory(site: Site, host: str, *, but: Collection[str] = (), needs: bool = False) -> HostMemory:
-    """As it is now, without the VMs ``but``, as if they had nothing. ``needs``: also what the guests
-    need, which takes a question to each."""
+def host_memory(
+    site: Site, host: str, *, but: Collection[str] = (), taken: int = 0, needs: bool = False
+) -> HostMemory:
+    """As it is now, without the VMs ``but``, as if they had nothing. ``taken``: of what the machine
+    has free, for others. ``needs``: also what the guests need, which takes a question to each."""
     declared = site.farm.hosts[host]
     vms = [vm for vm in site.farm.vms if site.farm.host_of(vm) == host and vm not in but]
     driver = site.hypervisor(host, look=True)
@@ -57,28 +60,37 @@ def host_memory(site: Site, host: str, *, but: Collection[str] = (), needs: bool
     ]  # fmt: skip
     free = None
     if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
-        free = _memory_available() + sum(m.current for m in gone if m is not None and is_on(m))
+        soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
+        free = _memory_available() - taken - soon + sum(map(_current, gone))
     return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
 
 
 @contextlib.contextmanager
-def room_for(site: Site, vm: str, size: int, doing: str) -> Iterator[None]:
+def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False) -> Iterator[None]:
     """Within it there is room for ``vm`` to have ``size``, whatever it has now, and nobody else takes
-    it. VMs that this command has started, and that will fall to their idle memory, are waited for.
-    NoSpace, saying who has how much."""
+    it. ``falls``: it is started, and falls to its idle memory later (the caller says when, to
+    ``Turns.fell``); those of this command that do are waited for. NoSpace, saying who has how much."""
     host = site.farm.host_of(vm)
+    name = f"memory-{host}"
 
     def waiting(text: str) -> None:
         site.reporter.working(f"waits for its turn: {text}", vm=vm)
 
-    while True:
-        with site.turns.take(f"memory-{host}", doing=doing, waiting=waiting):
-            since = _make_room(site, host, vm, size, doing)
-            if since is None:
-                yield
-                return
-        site.reporter.working("waits until others have fallen to their idle memory", vm=vm)
-        site.turns.wait_for_fall(since)
+    with contextlib.ExitStack() as stack:
+        while True:
+            with site.turns.take(name, doing=doing, waiting=waiting):
+                since = _make_room(site, host, vm, size, doing)
+                if since is None:
+                    # Threads of this process may look again, for they see what is reserved; others
+                    # wait until the hypervisor shows it.
+                    stack.enter_context(site.locks.hold(name, doing=doing))
+                    stack.enter_context(site.turns.reserved(vm, size))
+                    if falls:
+                        site.turns.falls(vm, host)
+                    break
+            site.reporter.working("waits until others have fallen to their idle memory", vm=vm)
+            site.turns.wait_for_fall(since)
+        yield
 
 
 def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tuple[Action, ...]:
@@ -91,11 +103,14 @@ def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tu
         if not here:
             continue
         wanted = at_once(here.values())
-        more = taken if declared.driver == "kvm" else 0  # they share this machine
-        now = host_memory(site, host, but=here)
-        if now.short_of(wanted + more):
-            now = host_memory(site, host, but=here, needs=True)
-            targets = squeeze(now, now.short_of(wanted + more))
+        here_too = declared.driver == "kvm"  # several of them share this machine
+        if _plainly_there(site, host, wanted + taken):
+            taken += wanted if here_too else 0
+            continue
+        now = host_memory(site, host, but=here, taken=taken)
+        if now.short_of(wanted):
+            now = host_memory(site, host, but=here, taken=taken, needs=True)
+            targets = squeeze(now, now.short_of(wanted))
             if targets is None:
                 raise no_room(site, now, doing, wanted)
             had = {guest.vm: guest.now for guest in now.guests}
@@ -103,7 +118,7 @@ def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tu
                 Action("balloon", vm, f"memory {format_size(had[vm])} -> {brief(to)}, to make room")
                 for vm, to in targets.items()
             ]
-        taken += wanted if declared.driver == "kvm" else 0
+        taken += wanted if here_too else 0
     return tuple(actions)
 
 
@@ -125,6 +140,8 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
 
 def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | None:
     """With the turn. None: it is there; else what to wait for."""
+    if _plainly_there(site, host, size):
+        return None
     asked: set[str] = set()
     while True:
         now = host_memory(site, host, but=[vm], needs=bool(asked))
@@ -141,6 +158,14 @@ def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | N
         for other, target in targets.items():
             asked.add(other)
             _take_from(site, other, had[other], target, vm)
+
+
+def _plainly_there(site: Site, host: str, size: int) -> bool:
+    """Whether that can be told without a look at the host's machines: it has no limit."""
+    declared = site.farm.hosts[host]
+    if declared.memory is not None or declared.driver != "kvm":
+        return declared.memory is None
+    return size + sum(site.turns.reservations().values()) <= _memory_available()
 
 
 def _take_from(site: Site, vm: str, had: int, target: int, needy: str) -> None:
@@ -172,12 +197,16 @@ def _guest(site: Site, vm: str, machine: Machine | None, reserved: int) -> Guest
     return Guest(
         vm=vm,
         on=on,
-        now=max(machine.current if machine is not None and on else 0, reserved),
+        now=max(_current(machine), reserved),
         maximum=min(declared.memory, machine.memory) if machine is not None and on else declared.memory,
         idle=declared.idle_memory,
         user=_user(site, vm),
         fixed=fixed,
     )
+
+
+def _current(machine: Machine | None) -> int:
+    return machine.current if machine is not None and is_on(machine) else 0
 
 
 def _asked(site: Site, guest: Guest) -> Guest:
@@ -207,8 +236,8 @@ def _user(site: Site, vm: str) -> str:
 
 
 def _reserved(site: Site) -> dict[str, int]:
-    """What commands that were killed may be giving VMs still."""
-    reserved: dict[str, int] = {}
+    """What this process is giving VMs, and what commands that were killed may be giving them still."""
+    reserved = site.turns.reservations()
     for record in site.journal.unfinished():
         for vm in (vm for vm in record.vms if vm in site.farm.vms):
             size = site.farm.vms[vm].memory if record.verb in _STARTING else 0

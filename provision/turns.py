@@ -24,6 +24,7 @@ class Turns:
         self._interrupted = interrupted
         self._condition = threading.Condition()
         self._taken: set[str] = set()
+        self._reserved: dict[str, int] = {}  # by VM, bytes
         self._falling: dict[str, str] = {}  # by VM, its host
         self._fallen = 0
 
@@ -56,8 +57,24 @@ class Turns:
                 self._taken.discard(name)
                 self._condition.notify_all()
 
+    @contextlib.contextmanager
+    def reserved(self, vm: str, size: int) -> Iterator[None]:
+        """What this process is about to give a VM."""
+        with self._condition:
+            self._reserved[vm] = size
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._reserved.pop(vm, None)
+
+    def reservations(self) -> dict[str, int]:
+        """All of this process's, by VM."""
+        with self._condition:
+            return dict(self._reserved)
+
     def falls(self, vm: str, host: str) -> None:
-        """It runs, and this process will balloon it down as soon as it answers."""
+        """This process starts it, and will balloon it down as soon as it answers."""
         with self._condition:
             self._falling[vm] = host
 

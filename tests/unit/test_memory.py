@@ -18,6 +18,7 @@ from provision import farm
 from provision.locks import Locks
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
 from provision.processes import Process
+from provision.room import room_for
 from tests.unit.test_farm import MIB, Desk, lines
 
 GIB = 2**30
@@ -371,6 +372,23 @@ def test_a_turn_is_waited_for(desk: Desk) -> None:
             assert desk.machine("a").power == "stopped"
         thread.join()
         assert over.is_set()
+
+
+def test_what_one_thread_is_about_to_take_the_others_see(desk: Desk) -> None:
+    limit(desk, "  a: {memory: 512M, start: no}\n  b: {memory: 512M, start: no}\n", "800M")
+    desk.run(farm.clone_farm)
+    with desk.site() as site:
+        with room_for(site, "a", 512 * MIB, "starting a"):
+            with (
+                pytest.raises(NoSpace, match="a has 512M"),
+                room_for(site, "b", 512 * MIB, "starting b"),
+            ):
+                raise AssertionError("there was none")
+            with room_for(site, "b", 288 * MIB, "ballooning b"):
+                (seen,) = farm.memory_plan(site).hosts.values()
+                assert seen.left == 0
+        assert site.locks.held() == ()
+        farm.start(site, ["b"])
 
 
 def test_what_is_on_the_host_is_told(desk: Desk) -> None:
