@@ -139,12 +139,27 @@ def reset(
         return views.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
 
 
-@command({"vm": _ONE, "to": "The memory to give it, such as 512M or 2G."})
-def balloon(run: Run, vm: str = "", to: str = "") -> Result:
-    """Change a running VM's memory, and see that it took."""
+@command(
+    {
+        "vm": _ONE,
+        "to": "The memory to give it, such as 512M or 2G.",
+        "all_": "All VMs: idle ones down to idle_memory, then the others up, as far as their host may.",
+        "plan_host": "Show who may have how much memory now, and who could give some; changes nothing.",
+    }
+)
+def balloon(run: Run, vm: str = "", to: str = "", all_: bool = False, plan_host: bool = False) -> Result:
+    """Change running VMs' memory, and see that it took."""
     from provision import farm
 
+    if (all_ or plan_host) and (vm or to or (all_ and plan_host)):
+        words = "--all" if all_ else "--plan-host"
+        raise UsageError(f"{words} is for the whole farm", remedy=f"{words} alone, or --vm and --to")
+    run.plan = run.plan or plan_host  # a look, and nothing else
     with run.site() as site:
+        if plan_host:
+            return views.memory_plan(farm.memory_plan(site))
+        if all_:
+            return views.outcome(farm.balloon_all(site))
         target = cli.size("--to", to)
         return views.outcome(farm.balloon(site, cli.one_vm(site, vm), target))
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from inventory.errors import BuildFailed
-from inventory.sizes import format_duration, format_size
+from inventory.sizes import about, brief, format_duration, format_size
 from provision.report import UNCHANGING
 
 from cli import Result
@@ -18,6 +18,7 @@ from cli import Result
 if TYPE_CHECKING:
     from builds.record import BuildRecord
     from hypervisors.api import Template
+    from provision.balloon import MemoryPlan
     from provision.journal import Record
     from provision.network.rendered import Rendered
     from provision.network.verify import Answer, Report
@@ -147,6 +148,35 @@ def _about(size: int) -> str:
             value = size / unit
             return f"{value:.0f}{name}" if value >= 10 or value == int(value) else f"{value:.1f}{name}"
     return f"{size}B"
+
+
+def memory_plan(found: MemoryPlan) -> Result:
+    """A block for each host: what its VMs have, may have, and could give."""
+    blocks = [f"host {host}: {error}" for host, error in found.errors.items()]
+    for name, host in found.hosts.items():
+        may = "no limit declared" if host.limit is None else f"{brief(host.limit)} for this farm's VMs"
+        parts = [f"host {name}: {may}", f"{brief(host.in_use)} in use"]
+        if host.free is not None:
+            parts.append(f"the machine has {about(host.free)} free")
+        if host.left is not None:
+            over = host.left < 0
+            parts.append(f"{brief(abs(host.left))} {'too much' if over else 'left'}")
+        rows = [
+            (
+                seen.guest.vm,
+                brief(seen.guest.now) if seen.guest.now else "-",
+                "" if seen.guest.least is None else about(seen.guest.least),
+                "" if seen.guest.idle is None else brief(seen.guest.idle),
+                brief(seen.guest.maximum),
+                brief(seen.grow_to) if seen.grow_to else "-",
+                brief(seen.guest.gives) if seen.guest.gives else "",
+                seen.why,
+            )
+            for seen in found.prospects(name)
+        ]
+        headings = ("VM", "HAS", "NEEDS", "IDLE", "MAXIMUM", "MAY HAVE", "COULD GIVE", "")
+        blocks.append(f"{', '.join(parts)}\n\n{table(headings, rows)}")
+    return Result(found.as_dict(), "\n\n".join(blocks))
 
 
 def _memory(now: int | None, most: int | None) -> str:

@@ -250,6 +250,15 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """A running machine's memory, as asked just now. Bytes."""
+
+    actual: int  # given to the guest
+    maximum: int  # it can't be ballooned above
+    least: int | None  # nor below: what its guest needs now, and a reserve; None: nobody tells
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """Data that ``status`` and ``doctor`` show."""
 
@@ -306,6 +315,10 @@ class Hypervisor(Protocol):
         """Set the guest's memory and wait until the guest says it is there; returns what it
         reached. Errors: WrongState (stopped), Unsupported (no balloon driver), UsageError (above
         maximum or under the guest's need), TimedOut (with what it did reach)."""
+
+    def memory(self, name: str) -> MemoryUse:
+        """What it has, and within what ``balloon`` can change it; changes nothing. WrongState
+        (stopped), Unsupported where nobody knows."""
 
     def console(self, name: str) -> Console: ...
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from hypervisors.api import StepFn
+from hypervisors.api import MemoryUse, StepFn
 from inventory.errors import TimedOut, Unsupported, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -39,15 +39,25 @@ def floor(stats: dict[str, int], maximum: int) -> int | None:
     return need + max(_RESERVE, maximum // 16)
 
 
+def memory(domain: libvirt.virDomain, name: str) -> MemoryUse:
+    """As ``Hypervisor.memory``. Unsupported where no driver answers in the guest, or not yet."""
+    if not domain.isActive():
+        raise stopped(name)
+    maximum, stats = domain.maxMemory() * 1024, _listening(domain, name, 0)
+    return MemoryUse(actual=stats["actual"] * 1024, maximum=maximum, least=floor(stats, maximum))
+
+
+def stopped(name: str) -> WrongState:
+    return WrongState(f"{name} is stopped: only a running guest's memory can change", remedy="start it")
+
+
 def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn) -> int:
     """As ``Hypervisor.balloon``. On TimedOut the target becomes what was reached, so that the guest
     is not pressed any further."""
     import libvirt
 
     if not domain.isActive():
-        raise WrongState(
-            f"{name} is stopped: only a running guest's memory can change", remedy="start it"
-        )
+        raise stopped(name)
     maximum = domain.maxMemory() * 1024
     if target > maximum:
         raise UsageError(
@@ -72,6 +82,7 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
             return reached
         if time.monotonic() >= limit:
             domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            _wait_for_libvirt(domain, reached)
             raise TimedOut(
                 f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
                 remedy="the guest gives no more now: end programs in it, or ask for less",

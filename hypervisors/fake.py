@@ -34,6 +34,7 @@ from hypervisors.api import (
     Leftover,
     Machine,
     MachineSpec,
+    MemoryUse,
     Owner,
     Power,
     StepFn,
@@ -73,6 +74,7 @@ class _World:
     templates: dict[str, tuple[Template, bytes]] = field(default_factory=dict)
     disks: dict[str, _FakeDisk] = field(default_factory=dict)
     machines: dict[str, _FakeMachine] = field(default_factory=dict)
+    peak: int = 0  # bytes: the most that machines which ran at once ever had
 
 
 class _Store:
@@ -89,6 +91,7 @@ class _Store:
     def change(self) -> Iterator[_World]:
         with self._lock, self._shared() as outermost:
             yield self._world
+            self._world.peak = max(self._world.peak, _given(self._world))
             if outermost and self.path:
                 text = _as_json(self._world)
                 if text != self._read:  # a look writes nothing
@@ -428,7 +431,7 @@ class FakeHypervisor:
             fake = self._ours(world, name)
             machine = fake.machine
             if machine.power is not Power.RUNNING:
-                raise WrongState(f"{name} is stopped: only a running guest's memory can change")
+                raise _stopped(name)
             if target > machine.memory:
                 raise UsageError(
                     f"{name} can't have {format_size(target)}: "
@@ -439,6 +442,15 @@ class FakeHypervisor:
             self._step(f"set the memory of {name} to {format_size(target)}")
             fake.machine = replace(machine, current=target)
             return target
+
+    def memory(self, name: str) -> MemoryUse:
+        with self._store.change() as world:
+            machine = self._ours(world, name).machine
+        if machine.power is not Power.RUNNING:
+            raise _stopped(name)
+        return MemoryUse(
+            actual=machine.current, maximum=machine.memory, least=machine.memory // _FLOOR_PART
+        )
 
     def console(self, name: str) -> Console:
         with self._store.change() as world:
@@ -474,6 +486,11 @@ class FakeHypervisor:
 
     def close(self) -> None:
         """It holds nothing open between calls."""
+
+    def peak(self) -> int:
+        """Bytes: the most that machines which ran at once ever had, by this host's own count."""
+        with self._store.change() as world:
+            return world.peak
 
     def add_foreign(self, name: str) -> None:
         """A machine that isn't farmhand's, as an admin might have made by hand."""
@@ -519,6 +536,15 @@ class FakeHypervisor:
             spec_hash=spec_hash(spec),
             template=template,
         )
+
+
+def _given(world: _World) -> int:
+    machines = (fake.machine for fake in world.machines.values())
+    return sum(m.current for m in machines if m.power is not Power.STOPPED)
+
+
+def _stopped(name: str) -> WrongState:
+    return WrongState(f"{name} is stopped: only a running guest's memory can change")
 
 
 def _orphan(kind: str, name: str, owner: Owner | None, size: int, why: str) -> Leftover:

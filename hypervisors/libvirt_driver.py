@@ -28,6 +28,7 @@ from hypervisors.api import (
     Leftover,
     Machine,
     MachineSpec,
+    MemoryUse,
     Power,
     StepFn,
     Template,
@@ -224,6 +225,10 @@ class LibvirtHypervisor:
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         with self._translated(f"balloon {name}"):
             return self._kind.set_memory(self._ours(name), name, target, timeout, self._step)
+
+    def memory(self, name: str) -> MemoryUse:
+        with self._translated(f"ask for the memory of {name}"):
+            return self._kind.memory(self._ours(name), name)
 
     # -- leftovers --------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hypervisors import balloon
-from hypervisors.api import Capabilities, Disk, MachineSpec, StepFn
+from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
 from hypervisors.domain_xml import Seen, domain_xml
 from hypervisors.kvm import KvmVerdict
 from hypervisors.qemu_process import kill_qemu
@@ -46,6 +46,9 @@ class Kind(Protocol):
         self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
     ) -> int:
         """As ``Hypervisor.balloon``."""
+
+    def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
+        """As ``Hypervisor.memory``."""
 
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
         """What it was that libvirt's own words don't tell, after a start has failed."""
@@ -89,6 +92,9 @@ class Qemu:
         self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
     ) -> int:
         return balloon.set_memory(domain, name, target, timeout, step)
+
+    def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
+        return balloon.memory(domain, name)
 
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> None:  # noqa: ARG002
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hypervisors import libxl_balloon
-from hypervisors.api import Capabilities, Disk, MachineSpec, StepFn
+from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
 from hypervisors.domain_xml import Seen, add_ends, head, is_device, read_domain, text
 from hypervisors.libvirt_kinds import SHUTDOWN_PARAVIRT, UNDEFINE_MANAGED_SAVE
 from hypervisors.run import Runner
@@ -107,6 +107,9 @@ class Xen:
     ) -> int:
         store = libxl_balloon.Xenstore(self.runner, domain.ID())
         return libxl_balloon.set_memory(domain, name, target, timeout, step, store)
+
+    def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
+        return libxl_balloon.memory(domain, name, libxl_balloon.Xenstore(self.runner, domain.ID()))
 
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
         """libxl says only that it failed. A device that another guest has open is the usual reason."""

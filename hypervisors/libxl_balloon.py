@@ -20,10 +20,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hypervisors.api import StepFn
-from hypervisors.balloon import floor
+from hypervisors.api import MemoryUse, StepFn
+from hypervisors.balloon import floor, stopped
 from hypervisors.run import Runner, which
-from inventory.errors import TimedOut, UsageError, WrongState
+from inventory.errors import TimedOut, UsageError
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:
@@ -59,6 +59,24 @@ def least(maximum: int) -> int:
     return (base + mebibytes // part) * _MIB
 
 
+def memory(domain: libvirt.virDomain, name: str, store: Xenstore) -> MemoryUse:
+    """As ``Hypervisor.memory``."""
+    if not domain.isActive():
+        raise stopped(name)
+    actual, maximum = _actual(domain), domain.maxMemory() * 1024
+    booted = store.read("memory/static-max")
+    top = maximum if booted is None else min(maximum, booted * 1024)
+    return MemoryUse(actual=actual, maximum=top, least=_floor(store, actual, maximum)[0])
+
+
+def _floor(store: Xenstore, actual: int, maximum: int) -> tuple[int, bool]:
+    """Bytes below which this guest is not squeezed, and whether it told so itself."""
+    keep, free = least(maximum), store.read("data/meminfo_free")
+    if free is None:
+        return keep, False
+    return floor({"actual": actual // 1024, "usable": free}, maximum) or keep, True
+
+
 def set_memory(
     domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn, store: Xenstore
 ) -> int:
@@ -66,9 +84,7 @@ def set_memory(
     import libvirt
 
     if not domain.isActive():
-        raise WrongState(
-            f"{name} is stopped: only a running guest's memory can change", remedy="start it"
-        )
+        raise stopped(name)
     maximum = domain.maxMemory() * 1024
     if target > maximum:
         raise UsageError(
@@ -83,12 +99,9 @@ def set_memory(
             remedy="stop it and start it: then its new maximum holds",
         )
     actual = _actual(domain)
-    keep = least(maximum)
-    free = store.read("data/meminfo_free")
-    if free is not None:
-        keep = floor({"actual": actual // 1024, "usable": free}, maximum) or keep
+    keep, told = _floor(store, actual, maximum)
     if target < actual and target < keep:
-        why = "with what it uses now it needs" if free is not None else "it should keep"
+        why = "with what it uses now it needs" if told else "it should keep"
         raise UsageError(
             f"{name} can't go down to {format_size(target)}: {why} "
             f"{format_size(-(-keep // _MIB) * _MIB)}",

@@ -18,6 +18,7 @@ from hypervisors.api import (
     Leftover,
     Machine,
     MachineSpec,
+    MemoryUse,
     Owner,
     Power,
     StepFn,
@@ -111,6 +112,9 @@ class SshHypervisor:
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         del target, timeout
         self._refuse(name, "be ballooned", "leave 'idle_memory' out")
+
+    def memory(self, name: str) -> MemoryUse:
+        self._refuse(name, "have its memory looked at", "./invoke ssh reaches it")
 
     def console(self, name: str) -> Console:
         self._refuse(name, "show a console", "./invoke ssh reaches it")

@@ -154,7 +154,8 @@ class Host(Model):
     copy_mode: Literal["linked", "full"] = Field(default="linked", alias="copy")
     """xenapi: `full` makes disks that share nothing with their template (VM.copy), in `sr`."""
     memory: Size | None = None
-    """What the farm's VMs may use of this host's memory, all together; absent: no limit of ours."""
+    """What this farm's VMs may have of the host's memory, all together, at any time; absent: no limit of
+    ours. Of several farms on a host each keeps to its own."""
 
     @model_validator(mode="after")
     def _uri_fits_the_driver(self) -> Host:
@@ -332,7 +333,8 @@ class Vm(Model):
     memory: Size = 2**30
     """Memory at start and while building: the maximum."""
     idle_memory: Size | None = None
-    """Memory it is ballooned down to when idle; absent: it keeps `memory`."""
+    """Memory it is ballooned down to when idle, and may be at any time while nobody uses it; never below
+    what its guest needs. Absent: it keeps `memory`."""
     vcpus: Cpus = 1
     """Virtual CPUs."""
     disk: Size | None = None

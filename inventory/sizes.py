@@ -37,6 +37,11 @@ def about(size: int) -> str:
     return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
 
 
+def brief(size: int) -> str:
+    """As ``about``, but ``4G`` for what is just that."""
+    return about(size) if size % 2**30 else format_size(size)
+
+
 def format_size(size: int) -> str:
     """Shortest exact form where there is one (``512M``), else two digits (``1.3G``)."""
     if size == 0:

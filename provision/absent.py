@@ -13,6 +13,7 @@ from hypervisors.api import (
     Leftover,
     Machine,
     MachineSpec,
+    MemoryUse,
     Template,
 )
 from inventory.errors import NotFound
@@ -59,6 +60,9 @@ class NoMachines:
         self._refuse(name)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:  # noqa: ARG002
+        self._refuse(name)
+
+    def memory(self, name: str) -> MemoryUse:
         self._refuse(name)
 
     def console(self, name: str) -> Console:

@@ -9,7 +9,7 @@ from functools import partial
 from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, MergingDisks
 from inventory.errors import Conflict, FarmhandError, Interrupted, Unsupported, UsageError
 from provision.journal import Operation, current_step
-from provision.power import power_on
+from provision.power import check_memory, power_on
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import as_before, change_disks, ran_before, stop_all
@@ -43,6 +43,7 @@ def checkpoint(site: Site, vms: Sequence[str], name: str, *, wait: bool = True) 
                     remedy="choose another name; checkpoints never change",
                 )
         was_on = [vm for vm in names if is_on(machines[vm])]
+        run.add(*check_memory(site, was_on, wait=wait))
         for vm in names:
             text = f"shut down, keep as {name}, start again" if vm in was_on else f"keep as {name}"
             run.add(Action("checkpoint", vm, text))
@@ -86,8 +87,10 @@ def merge(site: Site, vms: Sequence[str], *, wait: bool = True) -> Outcome:
     names = site.vms(vms)
     with begin(site, "merge", names) as run:
         jobs: dict[str, list[Job]] = {}
+        on = {vm: is_on(present(site, vm)) for vm in names}
+        run.add(*check_memory(site, [vm for vm in names if on[vm]], wait=wait))
         for vm in names:
-            was_on = is_on(present(site, vm))
+            was_on = on[vm]
             disk, store = _disk(site, vm), site.disks(site.farm.host_of(vm))
             if not isinstance(store, MergingDisks):
                 raise Unsupported(

@@ -55,7 +55,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             for vm in names
             if start and site.farm.vms[vm].start and can_power(site, vm) and not is_on(machines[vm])
         ]
-        check_memory(site, to_start)
+        run.add(*check_memory(site, to_start, wait=wait))
         unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
         run.add(
             *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
@@ -238,7 +238,9 @@ def _await(site: Site, vm: str) -> None:
     with site.journal.operation("wait", vm=vm):
         # Since when it runs isn't known for sure: any boot of this machine is the one meant.
         wait_until_ready(site, vm, since=float("-inf"))
-        deflate(site, vm)
+        machine, idle = look(site, vm), site.farm.vms[vm].idle_memory
+        if machine is not None and idle is not None and machine.current > idle:
+            deflate(site, vm)
 
 
 def _check_space(site: Site, missing: Sequence[str]) -> None:

@@ -1,38 +1,35 @@
-"""Starting, stopping, ballooning; and what a start takes: definition, port, memory, patience."""
+"""Starting and stopping; and what a start takes: definition, port, memory, patience."""
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from hypervisors.api import Power, spec_hash
 from inventory.errors import (
     Conflict,
     Interrupted,
-    NoSpace,
     TimedOut,
     Unsupported,
     UsageError,
     WrongState,
 )
-from inventory.sizes import about, format_duration, format_size
+from inventory.sizes import format_duration, format_size
 from provision import identity
 from provision.allocate import port_free
 from provision.files import make_directory
 from provision.journal import current_step
 from provision.report import Action, Outcome
+from provision.room import PATIENCE, forecast, room_for
 from provision.site import Site
 from provision.work import Job, begin, disk_of, is_on, look, present
 
 GRACE = 60.0
 """Seconds a guest gets to shut down by itself before its power is cut."""
 
-_BALLOON_PATIENCE = 30.0
 _TAIL = 15  # lines of the console
 
 
@@ -44,7 +41,7 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
     with begin(site, "start", names) as run:
         machines = {vm: present(site, vm) for vm in names}
         cold = [vm for vm in names if not is_on(machines[vm])]
-        check_memory(site, cold)
+        run.add(*check_memory(site, cold, wait=wait))
         jobs: dict[str, list[Job]] = {}
         for vm in names:
             if vm in cold and can_power(site, vm):
@@ -79,52 +76,6 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
         return run.outcome()
 
 
-def balloon(site: Site, vm: str, target: int) -> Outcome:
-    """Give a running VM ``target`` bytes of memory; facts say what the guest reached.
-
-    Errors: NotFound, WrongState (stopped), UsageError (above its maximum, below its need),
-    Unsupported (no balloon driver), TimedOut (with what it reached)."""
-    (vm,) = site.vms([vm])
-    with begin(site, "balloon", [vm], doing=f"balloon {vm} to {format_size(target)}") as run:
-        machine = present(site, vm)
-        if not site.hypervisor_of(vm).capabilities().live_balloon:
-            raise Unsupported(
-                f"{site.name}: {vm}'s host {site.farm.host_of(vm)} can't change a running VM's memory",
-                remedy="set 'memory' in the farm file instead",
-            )
-        if not is_on(machine):
-            raise WrongState(
-                f"{site.name}: {vm} is stopped: memory is given to running VMs",
-                remedy=f"./invoke start --vm {vm}",
-            )
-        if target > machine.memory:
-            raise UsageError(
-                f"{vm} has at most {format_size(machine.memory)}, {format_size(target)} was asked for",
-                remedy="raise 'memory' in the farm file; it takes effect at the next stop or reset",
-            )
-        run.vm_fact(vm, before=machine.current, asked=target)
-        if machine.current == target:
-            run.vm_fact(vm, reached=target)
-            run.carry_out({vm: [Job(Action("keep", vm, f"has {format_size(target)}"))]})
-            return run.outcome()
-
-        def inflate() -> None:
-            with site.journal.operation("balloon", vm=vm, target=target) as operation:
-                operation.step(f"set its memory to {target}")
-                driver = site.hypervisor_of(vm)
-                reached = driver.balloon(machine.name, target, timeout=_BALLOON_PATIENCE)
-                operation.note(reached=reached)
-            run.vm_fact(vm, reached=reached)
-            site.reporter.say(
-                f"memory {format_size(machine.current)} -> {format_size(reached)}, as the guest says",
-                vm=vm,
-            )
-
-        text = f"memory {format_size(machine.current)} -> {format_size(target)}"
-        run.carry_out({vm: [Job(Action("balloon", vm, text), inflate)]})
-        return run.outcome()
-
-
 def start_one(site: Site, vm: str, *, wait: bool) -> None:
     """A journaled start of a stopped machine."""
     with site.journal.operation("start", vm=vm):
@@ -135,15 +86,21 @@ def start_one(site: Site, vm: str, *, wait: bool) -> None:
 
 
 def power_on(site: Site, vm: str, *, wait: bool) -> None:
-    """Within an operation under way: bring its definition up to date, start, wait, balloon down."""
+    """Within an operation under way: bring its definition up to date, start it when there is room in
+    the host's memory, wait, balloon down. NoSpace."""
     bring_up_to_date(site, vm)
     _secure_port(site, vm)
-    current_step(f"start {vm}")
-    since = time.monotonic()
-    site.hypervisor_of(vm).start(site.machine(vm))
-    if wait:
-        wait_until_ready(site, vm, since=since)
-        deflate(site, vm)
+    high, low = _sizes(site, vm, wait=wait)
+    try:
+        with room_for(site, vm, high, f"starting {vm}", falls=low < high):
+            current_step(f"start {vm}")
+            since = time.monotonic()
+            site.hypervisor_of(vm).start(site.machine(vm))
+        if wait:
+            wait_until_ready(site, vm, since=since)
+            deflate(site, vm)
+    finally:
+        site.turns.fell(vm)
 
 
 def bring_up_to_date(site: Site, vm: str) -> bool:
@@ -237,7 +194,7 @@ def deflate(site: Site, vm: str) -> None:
     driver, machine = site.hypervisor_of(vm), site.machine(vm)
     try:
         current_step(f"balloon it down to {idle}")
-        reached = driver.balloon(machine, idle, timeout=_BALLOON_PATIENCE)
+        reached = driver.balloon(machine, idle, timeout=PATIENCE)
         site.reporter.say(f"idles at {format_size(reached)}", vm=vm)
     except (Unsupported, TimedOut, UsageError, WrongState) as error:
         site.reporter.warn(f"stays at {format_size(declared.memory)} while idle: {error.message}", vm=vm)
@@ -258,42 +215,19 @@ def can_power(site: Site, vm: str) -> bool:
     return site.host(vm).driver != "ssh"
 
 
-def check_memory(site: Site, vms: Sequence[str]) -> None:
-    """Whether these stopped VMs may be started beside what runs: within each host's ``memory``, and
-    within what this machine has free. NoSpace before anything was begun."""
-    here = 0
-    for host, declared in site.farm.hosts.items():
-        new = [vm for vm in vms if site.farm.host_of(vm) == host and can_power(site, vm)]
-        wanted = sum(site.farm.vms[vm].memory for vm in new)
-        if not new:
-            continue
-        here += wanted if declared.driver == "kvm" else 0
-        if declared.memory is None:
-            continue
-        used = {m.name: m.current for m in site.hypervisor(host, look=True).list() if is_on(m)}
-        total = wanted + sum(used.values())
-        if total > declared.memory:
-            raise NoSpace(
-                f"{site.name}: starting {', '.join(new)} takes {format_size(wanted)}, with "
-                f"{format_size(sum(used.values()))} in use on host {host}, which may use "
-                f"{format_size(declared.memory)}",
-                remedy="stop or balloon down others, or raise the host's 'memory'",
-            )
-    free = _memory_available()
-    if here > free:
-        raise NoSpace(
-            f"{site.name}: starting {', '.join(vms)} takes {format_size(here)}, "
-            f"this machine has {about(free)} free",
-            remedy="stop other VMs, balloon them down, or start fewer at once (--vm)",
-        )
+def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
+    """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
+    this machine has free; what others give for it. NoSpace before anything was begun."""
+    new = [vm for vm in vms if can_power(site, vm)]
+    if not new:
+        return ()
+    return forecast(site, {vm: _sizes(site, vm, wait=wait) for vm in new}, f"starting {', '.join(new)}")
 
 
-def _memory_available() -> int:
-    """MemAvailable of proc(5), in bytes."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:
+    """What it starts with, and what it then falls to."""
+    declared = site.farm.vms[vm]
+    return declared.memory, (declared.idle_memory if wait else None) or declared.memory
 
 
 def _secure_port(site: Site, vm: str) -> None:

@@ -4,6 +4,7 @@
     reset       not decided yet: undone, those that ran are started again; decided: all are put back,
                 and started if that was asked (see provision.together)
     checkpoint  likewise
+    balloon     finished: the memory was there for it, and stays reserved until then
     merge       gone on with
     destroy     finished
     cycle       its VMs' memory goes down again; the build record says by itself how far it came
@@ -20,7 +21,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from inventory.errors import Busy, FarmhandError, WrongState
+from inventory.errors import Busy, FarmhandError, NoSpace, WrongState
+from inventory.sizes import format_size
+from provision.balloon import finish_balloon
 from provision.checkpoint import GRACE, keep, merge_on
 from provision.clone import undo_clone
 from provision.destroy import erase, finish_farm, last_of
@@ -122,6 +125,9 @@ def _job(site: Site, record: Record) -> Job:
         return job("undone, nothing of it stays", lambda: undo_clone(site, vm))
     if machine is None:
         return job("its machine is gone; noted")
+    target = record.facts.get("target")
+    if record.verb == "balloon" and is_on(machine) and isinstance(target, int):
+        return job(f"set its memory to {format_size(target)}", lambda: finish_balloon(site, vm, target))
     if record.verb == "merge":
         return job("merge it to the end", lambda: _merge(site, record))
     return job("noted")
@@ -141,8 +147,14 @@ def _several(site: Site, record: Record, what: str) -> Job:
         text = f"{what.replace(record.verb, record.verb + of, 1)}: {text}"
         return Job(Action("recover", record.vm, text), run)
 
+    def start_one(vm: str) -> None:
+        try:
+            power_on(site, vm, wait=False)
+        except NoSpace as error:  # of memory: nothing is lost with that
+            site.reporter.warn(f"stays stopped: {error.message}", vm=vm)
+
     def start(wanted: Sequence[str]) -> None:
-        side_by_side(site, {vm: partial(power_on, site, vm, wait=False) for vm in wanted})
+        side_by_side(site, {vm: partial(start_one, vm) for vm in wanted})
 
     if not vms:
         return job("its machine is gone, or not ours to power; noted")

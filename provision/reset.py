@@ -47,11 +47,11 @@ def reset(
     names = site.vms(vms)
     doing = f"reset {' '.join(names)} to {to}"
     with begin(site, "reset", names, doing=doing) as run:
-        machines = {vm: present(site, vm) for vm in names}
         for vm in names:
+            present(site, vm)
             _check_checkpoint(site, vm, to)
         if start:
-            check_memory(site, [vm for vm in names if not is_on(machines[vm])])
+            run.add(*check_memory(site, names, wait=wait))
         for vm in names:
             text = f"put back to {to}"
             if start:

@@ -23,6 +23,7 @@ from provision.journal import Journal, current_step
 from provision.locks import Locks
 from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
+from provision.turns import Turns
 
 if TYPE_CHECKING:
     from hypervisors.libvirt_kinds import Kind
@@ -42,6 +43,7 @@ class Site:
         self.runner = Runner(changes=not plan)
         self.journal = Journal(self.paths.journal, writable=not plan)
         self.locks = Locks(self.paths.locks)
+        self.turns = Turns(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
         self._hypervisors: dict[str, Hypervisor] = {}

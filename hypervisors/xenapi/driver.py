@@ -20,6 +20,7 @@ from hypervisors.api import (
     Leftover,
     Machine,
     MachineSpec,
+    MemoryUse,
     Owner,
     Power,
     StepFn,
@@ -352,7 +353,7 @@ class XenApiHypervisor:
         with self._disks.translated(f"balloon {name}"):
             vm = self._ours(name)
             if vm.power is not Power.RUNNING:
-                raise WrongState(f"{name} is stopped: only a running guest's memory can change")
+                raise _stopped(name)
             least, most = (int(vm.record[f"memory_static_{end}"]) for end in ("min", "max"))
             if target > most:
                 raise UsageError(
@@ -372,11 +373,24 @@ class XenApiHypervisor:
                 reached = int(record["memory_actual"])
                 if abs(reached - target) <= _NEAR:
                     return reached
+            kept = str(min(max(reached, least), most))  # it is not pressed, nor fed, any further
+            self._pool.call("VM.set_memory_dynamic_range", vm.ref, kept, kept)
             raise TimedOut(
                 f"{name} reached {format_size(reached)} instead of {format_size(target)} in "
                 f"{timeout:.0f} s",
                 remedy="the guest needs its balloon driver, and memory that it can give away",
             )
+
+    def memory(self, name: str) -> MemoryUse:
+        """The least is the static minimum: servers no longer tell what a guest uses
+        (VM_guest_metrics.memory is there, and empty)."""
+        with self._disks.translated(f"ask for the memory of {name}"):
+            vm = self._ours(name)
+            metrics = self._metrics(vm)
+            if vm.power is not Power.RUNNING or metrics is None:
+                raise _stopped(name)
+            least, most = (int(vm.record[f"memory_static_{end}"]) for end in ("min", "max"))
+            return MemoryUse(actual=int(metrics["memory_actual"]), maximum=most, least=least)
 
     def console(self, name: str) -> Console:
         """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
@@ -445,6 +459,10 @@ class XenApiHypervisor:
 
 def _halted(error: XenApiError) -> bool:
     return error.code == "VM_BAD_POWER_STATE" and error.parameters[-1].lower() == "halted"
+
+
+def _stopped(name: str) -> WrongState:
+    return WrongState(f"{name} is stopped: only a running guest's memory can change")
 
 
 def _orphan(kind: str, vm: Vm, size: int, why: str) -> Leftover:

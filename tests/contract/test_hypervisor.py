@@ -120,6 +120,7 @@ def test_machines_that_are_not_there(rig):
         lambda: hypervisor.start("kata-nobody"),
         lambda: hypervisor.stop("kata-nobody", grace=0),
         lambda: hypervisor.reset("kata-nobody", "clean"),
+        lambda: hypervisor.memory("kata-nobody"),
     ):
         with pytest.raises(NotFound):
             change()
@@ -190,6 +191,25 @@ def test_ballooning(rig, made):
         made.balloon(NAME, 16 * MIB, timeout=5)
     assert abs(made.find(NAME).current - 192 * MIB) < MIB
     made.stop(NAME, grace=0)
+
+
+def test_memory_says_within_what_a_guest_can_be_ballooned(rig, made):
+    with pytest.raises(WrongState):
+        made.memory(NAME)
+    rig.boot("prod", "A")
+    made.balloon(NAME, 160 * MIB, timeout=60)  # its driver listens, then
+    use = made.memory(NAME)
+    assert abs(use.actual - 160 * MIB) < MIB
+    assert use.maximum == 192 * MIB
+    assert use.least is not None and MIB < use.least < 160 * MIB
+    with pytest.raises(UsageError, match="go down"):
+        made.balloon(NAME, use.least - 16 * MIB, timeout=5)
+    lower = max(use.least, 128 * MIB)
+    assert abs(made.balloon(NAME, lower, timeout=60) - lower) < MIB
+    assert abs(made.memory(NAME).actual - lower) < MIB
+    made.stop(NAME, grace=0)
+    with pytest.raises(WrongState):
+        made.memory(NAME)
 
 
 def test_two_clients_at_once(rig, made):

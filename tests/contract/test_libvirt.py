@@ -84,6 +84,8 @@ def test_without_a_balloon_driver(real):
     real.boot("prod", "A")
     with pytest.raises(Unsupported, match="no balloon driver"):
         hypervisor.balloon(NAME, 128 * MIB, timeout=2)
+    with pytest.raises(Unsupported, match="no balloon driver"):
+        hypervisor.memory(NAME)
 
 
 def test_the_floor_follows_what_the_guest_uses(real):
@@ -92,6 +94,7 @@ def test_the_floor_follows_what_the_guest_uses(real):
     time.sleep(1.2)  # the statistics' period
     with pytest.raises(UsageError, match="needs"):
         hypervisor.balloon(NAME, 112 * MIB, timeout=20)
+    assert hypervisor.memory(NAME).least > 112 * MIB
     assert hypervisor.find(NAME).power is Power.RUNNING
 
 

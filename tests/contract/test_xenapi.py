@@ -168,6 +168,9 @@ def test_a_guest_that_does_not_obey_is_told_as_it_is(rig, server, made):
     made.start(NAME)
     with pytest.raises(TimedOut, match="192M"):
         made.balloon(NAME, 96 * MIB, timeout=0.5)
+    vm = rig.pool().machine(NAME)  # and is pressed no further
+    limits = {int(vm.record[f"memory_dynamic_{end}"]) // MIB for end in ("min", "max")}
+    assert limits == {192}
 
 
 def test_a_full_copy_is_a_task_with_progress(rig, server):

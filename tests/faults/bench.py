@@ -122,6 +122,7 @@ class Bench:
         moments: int = 4,
         vms: Sequence[str] = ("dev2", "prod"),
         disk: str = "",
+        idle: str = "",
         more: str = "",
     ) -> None:
         self._children = Children(still=place.still)
@@ -130,7 +131,7 @@ class Bench:
         self.chosen = None if MANY else chosen
         self.moments = moments * 4 if MANY else moments
         self.file = directory / "kill.yaml"
-        size = f", disk: {disk}" if disk else ""
+        size = (f", disk: {disk}" if disk else "") + (f", idle_memory: {idle}" if idle else "")
         turns = zip(vms, itertools.cycle(place.hosts), strict=False)
         lines = "\n".join(
             f"  {vm}: {{host: {host}, template: base, memory: 64M{size}}}" for vm, host in turns

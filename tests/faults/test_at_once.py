@@ -1,12 +1,15 @@
-"""Many at once, and for long: eight processes on the VMs of one farm; 200 VMs given addresses; a hundred
-rounds in one process, which at their end holds no more than at their beginning."""
+"""Many at once, and for long: eight processes on the VMs of one farm, and on one host's memory; 200 VMs
+given addresses; a hundred rounds in one process, which at their end holds no more than at their
+beginning."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
+import random
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,14 +17,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from bench import MANY, Bench
+from bench import MANY, SEED, Bench
 from benches import HERE, STORES, bench_on, lab, make_place
 from places import OLD, TEMPLATE, FakePlace
 
+from hypervisors.fake import FakeHypervisor
+from inventory.errors import Busy, NoSpace, WrongState
 from provision import farm
 from provision.work import look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
+MIB = 2**20
 EIGHT = tuple(f"vm{n}" for n in range(8))
 ON_ALL = [*HERE, "xenapi", *(pytest.param(label, marks=lab) for label in STORES)]
 # How many times each of eight processes clones, resets and destroys; and the rounds of one for long.
@@ -109,6 +115,115 @@ def test_eight_processes_on_one_farm(eight: Bench) -> None:
     assert [after[vm] for vm in EIGHT] == [[]] * 8
     surplus = Counter(after[""]) - Counter(before[""])
     assert all("/keys/" in line for line in surplus), surplus
+
+
+class NarrowPlace(FakePlace):
+    """A host on which not all of the eight VMs can have their 64M, but all their 16M and one its 64M."""
+
+    most = 200
+    host = f"driver: fake, memory: {most}M"
+
+    def peak(self, bench: Bench) -> float:
+        """MiB that running machines had at once at most, by the host's own count."""
+        with bench.site() as site:
+            driver = site.hypervisor("here")
+            assert isinstance(driver, FakeHypervisor)
+            return driver.peak() / MIB
+
+
+@pytest.fixture
+def narrow(cache: Path) -> Iterator[tuple[Bench, NarrowPlace]]:
+    place = NarrowPlace()
+    with bench_on(place, cache, vms=EIGHT, idle="16M") as bench:
+        with bench.site() as site:
+            farm.clone_farm(site, start=False)
+        yield bench, place
+
+
+def takes_memory(bench: Bench, vm: str, turn: int) -> int:
+    """What a cycle does with a VM's memory, or an admin beside it. How often it was refused."""
+    refused = 0
+    cycle = turn % 2 == 0
+    with bench.site() as site:
+
+        def tries(work: Callable[[], object]) -> None:
+            nonlocal refused
+            try:
+                work()
+            except (NoSpace, Busy):  # the host is full; or this VM is giving to another just now
+                refused += 1
+            except WrongState as error:  # it could not be started before
+                assert "is stopped" in error.message, error
+
+        def all_of_it() -> None:
+            tries(lambda: farm.reset(site, [vm], wait=not cycle))
+            tries(lambda: farm.balloon(site, vm, 64 * MIB))
+            tries(lambda: farm.balloon(site, vm, 16 * MIB))
+            tries(lambda: farm.balloon(site, vm, 48 * MIB))
+
+        if cycle:
+            with contextlib.suppress(Busy), site.locks.hold(f"vm-{vm}", doing="cycle"):
+                all_of_it()
+        else:
+            all_of_it()
+            tries(lambda: farm.stop(site, [vm], force=True))
+            tries(lambda: farm.start(site, [vm]))
+    return refused
+
+
+def test_eight_processes_never_have_more_than_their_host_allows(
+    narrow: tuple[Bench, NarrowPlace],
+) -> None:
+    bench, place = narrow
+
+    def work(vm: str) -> int:
+        return sum(takes_memory(bench, vm, turn) for turn in range(24 if MANY else 6))
+
+    refused = processes([lambda vm=vm: work(vm) for vm in EIGHT])  # type: ignore[misc]
+    print(f"{refused} refusals, at most {place.peak(bench):.0f}M of {place.most}M")
+    assert place.most - 64 < place.peak(bench) <= place.most, "it was full, and never more than that"
+    with bench.site() as site:
+        assert site.journal.unfinished() == ()
+        given = sum(m.current for m in site.hypervisor("here").list() if m.power == "running")
+        assert given <= place.most * MIB
+
+
+def test_processes_that_are_killed_keep_no_memory_and_give_none_away(
+    narrow: tuple[Bench, NarrowPlace],
+) -> None:
+    """Killed at any moment, eight at a time: the rest goes on within what the host allows, and once all
+    is recovered all the memory is there for those that ask."""
+    bench, place = narrow
+    dice = random.Random(SEED)
+    context = multiprocessing.get_context("fork")
+
+    def forever(vm: str) -> None:
+        turn = 0
+        while True:
+            with contextlib.suppress(Busy):  # while a killed one's work on this VM is recovered
+                takes_memory(bench, vm, turn)
+            turn += 1
+
+    for _ in range(20 if MANY else 4):
+        started = [context.Process(target=forever, args=(vm,)) for vm in EIGHT]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(dice.uniform(0.1, 0.5))
+            assert process.exitcode is None, "it ended by itself"
+            process.kill()
+        for process in started:
+            process.join()
+    print(f"at most {place.peak(bench):.0f}M of {place.most}M (FARMHAND_SEED={SEED})")
+    assert place.most - 64 < place.peak(bench) <= place.most
+    with bench.site() as site:
+        farm.recover(site)
+        assert site.journal.unfinished() == ()
+        farm.stop(site, force=True)
+        (seen,) = farm.memory_plan(site).hosts.values()
+        assert (seen.in_use, seen.left) == (0, place.most * MIB)
+        farm.start(site)
+        assert place.peak(bench) <= place.most
 
 
 def test_two_hundred_vms_by_eight_processes_share_nothing(cache: Path) -> None:

@@ -15,6 +15,7 @@ from provision.site import Site
 from provision.work import is_on, look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
+MIB = 2**20
 NOTHING = ["nothing was left unfinished"]
 fake_only = pytest.mark.parametrize("bench", ["fake"], indirect=True)  # the drivers' part is the same
 
@@ -187,6 +188,36 @@ def test_a_recovery_of_all_that_is_killed_too(bench: Bench) -> None:
             assert all(is_on(look(site, vm)) for vm in site.farm.vms), again
         number += 1
     assert number > 1
+
+
+@fake_only
+@pytest.mark.parametrize(("has", "target"), [(32, 64), (64, 32)], ids=["up", "down"])
+def test_balloon(bench: Bench, has: int, target: int) -> None:
+    """What it may have been given counts until it is recovered, and then it has it."""
+
+    def ready() -> None:
+        with bench.site() as site:
+            farm.clone_farm(site, ["prod"], wait=False)
+            farm.balloon(site, "prod", has * MIB)
+
+    def memory(site: Site) -> tuple[int, int]:
+        """Of prod: what it has, and what counts."""
+        machine = look(site, "prod")
+        assert machine
+        (seen,) = [p.guest for p in farm.memory_plan(site).prospects("here") if p.guest.vm == "prod"]
+        return machine.current // MIB, seen.now // MIB
+
+    operation = f"balloon, {'up' if target > has else 'down'}"
+    arguments = {"vm": "prod", "target": target * MIB}
+    for context in bench.kills(operation, "balloon", arguments, ready, shapes=False):
+        with bench.site() as site:
+            unfinished = bool(site.journal.unfinished())
+            now, counts = memory(site)
+            assert now in (has, target), context
+            assert counts == (max(now, target) if unfinished else now), context
+        bench.recovered(context)
+        with bench.site() as site:
+            assert memory(site) == ((target, target) if unfinished else (now, now)), context
 
 
 def test_destroy_a_vm(bench: Bench) -> None:

@@ -87,6 +87,8 @@ def test_no_vm_is_never_all_vms(cli: CommandLine, task: str) -> None:
         (("balloon", "--vm", "prod"), "--to is missing"),
         (("balloon", "--vm", "prod", "--to", "lots"), "--to: 'lots' is not a size"),
         (("balloon", "--to", "512M"), "which VM?"),
+        (("balloon", "--all", "--to", "512M"), "--all is for the whole farm"),
+        (("balloon", "--plan-host", "--vm", "prod"), "--plan-host is for the whole farm"),
         (("checkpoint", "--vm", "prod"), "--name is missing"),
         (("template-remove",), "--template is missing"),
         (("template-build", "--name", "bass"), "there is no template 'bass'"),
@@ -124,6 +126,36 @@ def test_clone_reset_destroy(cli: CommandLine) -> None:
     assert cli("destroy", "--all").status == 0
     state = cli.directory / "state" / "farms" / "try"
     assert not state.exists(), sorted(state.rglob("*"))
+
+
+def test_the_memory_of_a_host(cli: CommandLine) -> None:
+    farm = cli.farm.read_text().replace("driver: fake", "driver: fake\n    memory: 2G")
+    cli.farm.write_text(farm.replace("dev2: {memory: 1G}", "dev2: {memory: 1G, idle_memory: 512M}"))
+    empty = cli("balloon", "--plan-host", "--json").json["hosts"][0]
+    assert (empty["limit"], empty["in_use"], empty["left"]) == (2**31, 0, 2**31)
+    assert not (cli.directory / "state" / "farms").exists(), "a look makes nothing"
+    assert cli("clone-farm", "--no-wait").status == 0
+    shown = cli("balloon", "--plan-host")
+    assert shown.status == 0
+    head, _, titles, *rows = shown.out.splitlines()
+    assert head == "host here: 2G for this farm's VMs, 2G in use, 0 left"
+    assert titles.split() == ["VM", "HAS", "NEEDS", "IDLE", "MAXIMUM", "MAY", "HAVE", "COULD", "GIVE"]
+    assert [row.split() for row in rows] == [
+        ["dev2", "1G", "256M", "512M", "1G", "1G", "512M"],
+        ["prod", "1G", "256M", "1G", "1G"],
+    ]
+    plan = cli("balloon", "--all", "--plan")
+    assert "would: dev2  memory 1G -> 512M" in plan.out
+    done = cli("balloon", "--all", "--json").json
+    assert done["facts"]["vms"]["dev2"]["reached"] == 2**29
+    cli.farm.write_text(cli.farm.read_text().replace("memory: 2G", "memory: 1600M"))
+    full = cli("balloon", "--vm", "dev2", "--to", "1G")
+    assert full.status == 1
+    assert full.error.endswith(
+        "ballooning dev2 to 1G takes 1G, with 1G in use by others on host here, which may use 1600M: "
+        "prod has 1G"
+    )
+    assert "--plan-host" in full.err
 
 
 def test_ssh_is_shown_and_knows_the_host_key(cli: CommandLine) -> None:

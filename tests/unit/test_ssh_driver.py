@@ -59,6 +59,7 @@ def test_a_plan_runs_no_reset_command(tmp_path: Path) -> None:
         lambda d: d.stop("kata-dev2", grace=0),
         lambda d: d.checkpoint("kata-dev2", "x"),
         lambda d: d.balloon("kata-dev2", 2**30, timeout=1),
+        lambda d: d.memory("kata-dev2"),
         lambda d: d.console("kata-dev2"),
     ],
 )
