@@ -114,8 +114,8 @@ def test(
     minutes: int,
     brief: bool,
 ) -> Result:
-    """Of a Xen lab with ``xen``, a choice or all; of a KVM lab a choice; or all of it in two labs, side by
-    side where the machine has the cores, and then, on this host, the tests of the labs themselves.
+    """Of a Xen lab with ``xen``, a choice or all; of a KVM lab a choice; or all of it in two labs, side
+    by side where the machine has the cores, and then, on this host, the tests of the labs themselves.
     pytest's closing line is the last on stdout."""
     from tests.lab import machine as machines
     from tests.lab.kinds import KVM, XEN
