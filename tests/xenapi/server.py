@@ -6,12 +6,14 @@ certificate it made itself; the certificate is in DIRECTORY/ca.pem, the credenti
 DIRECTORY/credentials. It lives until its standard input closes. What it does and refuses is in world.py,
 what it holds callers to in model.py.
 
-POST /test-control is the tests' own: {"begin": true} forgets all, "knobs" sets world.Knobs, "log" has
+POST /test-control is the tests' own: {"begin": true} forgets all, "keep" and
+"put_back" make it as it was once, "knobs" sets world.Knobs, "log" has
 the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. One of
 "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
 without an answer, before doing it or when it is done; ["block", SECONDS] does it that much later;
-["expire"] has the session forgotten. Async.X counts as X, and fails in its task.
+["expire"] has the session forgotten; ["dies"] does it by half, where it has halves, as a host does whose
+power goes, and hangs up. Async.X counts as X, and fails in its task.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._made = 0
+        self._kept: dict[str, Any] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -118,6 +121,9 @@ class Server:
                 time.sleep(float(how[1]))
             return handler(*typed)
 
+        if how[:1] == ["dies"]:
+            self.world.call_and_die(lambda: handler(*typed))
+            raise Dropped
         if plain != name:
             value: Any = str(self.world.run_task(plain, do))
         elif plain == "event.from":
@@ -137,6 +143,10 @@ class Server:
             self.world.turn(**request["knobs"])
         if "fail" in request:
             self.faults.want(request["fail"])
+        if request.get("keep"):
+            self._kept = self.world.kept()
+        if request.get("put_back"):
+            self.world.put_back(self._kept)
         if request.get("expire"):
             for handle in list(self.world.objects["session"]):
                 self.world.drop("session", handle)
@@ -176,7 +186,11 @@ class Handler(BaseHTTPRequestHandler):
     xenapi: Server
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # a client that was killed while it asked
+            self.close_connection = True
+            return
         path = urlsplit(self.path).path
         try:
             if path == _TEST:
@@ -220,10 +234,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if how[:1] == ["drop-before"]:
                 raise Dropped
-            vdi = self._authorized("/import_raw_vdi")
+            vdi, world = self._authorized("/import_raw_vdi"), self.xenapi.world
             if how[:1] == ["error"]:
                 raise Failure(*how[1:])
-            self.xenapi.world.write(vdi, self.rfile, length)
+            if how[:1] == ["dies"]:
+                world.call_and_die(lambda: world.write(vdi, self.rfile, length // 2))
+                raise Dropped
+            world.write(vdi, self.rfile, length)
             if how[:1] == ["drop-after"]:
                 raise Dropped
             self._answer("", "text/plain")
