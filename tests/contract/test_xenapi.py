@@ -98,15 +98,21 @@ def test_credentials_are_ours_alone_and_never_shown(server, tmp_path):
 
 
 def test_a_slave_names_the_master(server):
-    """The one address here is master and slave: told by where it was asked."""
-    slave = xenapi_rig.TestServer()
-    try:
-        slave.tell(knobs={"slave_of": "127.0.0.1"})
-        with pytest.raises(DriverFailed, match="master"):  # it names itself
-            Sessions(slave.server()).call("pool.get_all")
-        assert slave.log() == ["session.login_with_password"] * 2
-    finally:
-        slave.close()
+    server.tell(knobs={"slave_of": "127.0.0.2", "master_at": "127.0.0.2"})
+    sessions = Sessions(server.server())
+    server.log()
+    assert len(sessions.call("pool.get_all")) == 1
+    assert sessions.url == server.https.replace("127.0.0.1", "127.0.0.2")
+    sessions.close()
+    assert server.log() == ["session.login_with_password"] * 2 + ["pool.get_all", "session.logout"]
+
+
+def test_a_pool_whose_hosts_name_each_other_is_refused(server):
+    server.tell(knobs={"slave_of": "127.0.0.2", "master_at": "nowhere"})
+    server.log()
+    with pytest.raises(DriverFailed, match="master"):
+        Sessions(server.server()).call("pool.get_all")
+    assert server.log() == ["session.login_with_password"] * 2
 
 
 def test_an_expired_session_is_renewed_and_the_call_done_once(rig, server, made):

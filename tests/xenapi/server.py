@@ -86,8 +86,8 @@ class Server:
         self.world = World(contents, Knobs(users={"root": "secret"}))
         self.faults = Faults()
 
-    def call(self, name: str, given: list[Any], *, json_: bool = False) -> Any:
-        """The value as it goes on the wire, or Failure; Dropped."""
+    def call(self, name: str, given: list[Any], *, json_: bool = False, at: str = "") -> Any:
+        """The value as it goes on the wire, or Failure; Dropped. ``at``: the address it was asked at."""
         plain = name.removeprefix("Async.")
         how = self.faults.of(plain)
         if how[:1] == ["drop-before"]:
@@ -109,6 +109,9 @@ class Server:
                 self.world.logout(handle)
                 return ""
             given, parameters = given[1:], parameters[1:]
+        knobs = self.world.knobs
+        if plain.startswith("session.login") and knobs.slave_of and at != knobs.master_at:
+            raise Failure("HOST_IS_SLAVE", knobs.slave_of)
         typed = [check(p[1], value, p[0]) for value, p in zip(given, parameters, strict=False)]
         handler = self.world.handler(plain)
         if handler is None:
@@ -202,10 +205,13 @@ class Handler(BaseHTTPRequestHandler):
         except Dropped:
             self.close_connection = True
 
+    def _asked_at(self) -> str:
+        return str(self.connection.getsockname()[0])
+
     def _xml(self, body: bytes) -> str:
         arguments, name = xmlrpc.client.loads(body)
         try:
-            value = self.xenapi.call(str(name), list(arguments))
+            value = self.xenapi.call(str(name), list(arguments), at=self._asked_at())
             answer = {"Status": "Success", "Value": value}
         except Failure as failure:
             answer = {"Status": "Failure", "ErrorDescription": failure.description}
@@ -305,12 +311,12 @@ class _TlsListener(_Listener):
 
 
 def certificate(directory: Path) -> str:
-    """Made for 127.0.0.1 by openssl(1); its SHA-256."""
+    """Made for 127.0.0.1 and .2 by openssl(1); its SHA-256."""
     pem, key = directory / "ca.pem", directory / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=xen", "-addext", "subjectAltName=IP:127.0.0.1",
-         "-keyout", key, "-out", pem],
+         "-nodes", "-days", "2", "-subj", "/CN=xen",
+         "-addext", "subjectAltName=IP:127.0.0.1,IP:127.0.0.2", "-keyout", key, "-out", pem],
         check=True, capture_output=True,
     )  # fmt: skip
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.read_text())).hexdigest()
@@ -328,7 +334,9 @@ def serve(directory: Path) -> dict[str, Any]:
     https = _TlsListener(("127.0.0.1", 0), handler)
     https.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     https.context.load_cert_chain(directory / "ca.pem", directory / "key.pem")
-    for listener in (http, https):
+    second = _TlsListener(("127.0.0.2", https.server_port), handler)  # the pool's other host
+    second.context = https.context
+    for listener in (http, https, second):
         threading.Thread(target=listener.serve_forever, daemon=True).start()
     return {"http": http.server_port, "https": https.server_port, "fingerprint": fingerprint}
 
