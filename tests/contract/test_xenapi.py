@@ -305,7 +305,7 @@ OPERATIONS = (
 
 
 # the others' calls are among those of these
-OFTEN = ("define", "checkpoint", "reset, running", "reset to clean", "destroy, running", "seal",
+OFTEN = ("define", "start", "checkpoint", "reset, running", "reset to clean", "destroy, running", "seal",
          "remove the template")  # fmt: skip
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
 
