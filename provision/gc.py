@@ -104,6 +104,16 @@ def discard_of(site: Site, vm: str) -> int:
     return count
 
 
+def discard_unowned(site: Site) -> None:
+    """Remove on all hosts what is left of making and removing templates, which are no VM's."""
+    for host, declared in site.farm.hosts.items():
+        if declared.driver == "ssh":
+            continue
+        for item in _of_host(site, host):
+            if item.what.owner is None:
+                item.discard()
+
+
 def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()

@@ -28,7 +28,7 @@ from provision.checkpoint import GRACE, keep, merge_on
 from provision.clone import undo_clone
 from provision.destroy import erase, finish_farm, last_of
 from provision.files import sweep
-from provision.gc import discard_of
+from provision.gc import discard_of, discard_unowned
 from provision.identity import sweep_seed
 from provision.journal import Record, current_operation
 from provision.paths import state_dir
@@ -114,6 +114,8 @@ def _job(site: Site, record: Record) -> Job:
 
         text, run = recover_apply(site, record)
         return job(text, run)
+    if record.verb in ("template-seal", "template-remove"):
+        return job("what was left of it is removed", lambda: discard_unowned(site))
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
     if not can_power(site, vm):

@@ -18,7 +18,6 @@ Killed before 2 it is the old state, after it the new; ``leftovers`` knows what 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,19 +36,19 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.run import Runner
-from hypervisors.xenapi.errors import XenApiError, translate
-from hypervisors.xenapi.making import is_dead, made_for, making
+from hypervisors.xenapi.errors import XenApiError, translated
+from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, Seen, freshness
 from hypervisors.xenapi.records import (
     DISK,
     NULL,
-    PREFIX,
     Vdi,
     Vm,
     checkpoint_of,
-    template_of,
     when,
 )
+from hypervisors.xenapi.remains import Remains
+from hypervisors.xenapi.templates import Templates
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Conflict,
@@ -64,18 +63,6 @@ from inventory.sizes import format_size
 
 _HEADROOM = 2**28
 """Bytes that must be free for a linked clone to begin its work."""
-_LEAST_MEMORY = 2**24
-
-_HVM = {
-    "user_version": "1", "is_a_template": True, "affinity": NULL, "memory_target": "0",
-    "VCPUs_params": {}, "VCPUs_max": "1", "VCPUs_at_startup": "1",
-    "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
-    "actions_after_crash": "destroy", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "",
-    "PV_args": "", "PV_bootloader_args": "", "PV_legacy_args": "", "HVM_boot_policy": "BIOS order",
-    "HVM_boot_params": {"order": "c"}, "PCI_bus": "", "recommendations": "", "domain_type": "hvm",
-    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "false"},
-}  # fmt: skip
-"""A machine that boots from its disk as a PC does; the fields VM.create wants (data model 2.20)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,143 +89,24 @@ class XenApiDisks:
         self._runner = runner
         self._step = step
         self._headroom = headroom
+        self._sealed = Templates(pool, runner, step)
+        self._remains = Remains(pool, step)
 
     # -- templates --------------------------------------------------------------------------------
 
     def seal(self, image: Path, template: Template) -> Template:
-        from hypervisors.images import sha256_file
-
-        with self.translated(f"seal {template.label}"):
-            if any(found.label == template.label for found in self.templates()):
-                raise Conflict(
-                    f"{template.label} exists already", remedy="a sealed generation never changes"
-                )
-            digest = sha256_file(image)
-            with self._raw(image) as (raw, size):
-                self._step(f"import {template.label}")
-                ready = replace(template, sha256=digest, size=size)
-                sealed = self._import(raw, ready)
-            image.unlink()
-            return sealed
-
-    @contextlib.contextmanager
-    def _raw(self, image: Path) -> Iterator[tuple[Path, int]]:
-        """The image's content as a raw file, and its virtual size; the file is sparse."""
-        from hypervisors.images import image_info
-
-        with image.open("rb") as file:
-            qcow2 = file.read(4) == b"QFI\xfb"
-        if not qcow2:
-            yield image, image.stat().st_size
-            return
-        size = image_info(self._runner, image).size
-        raw = image.with_name(f".{image.name}.{os.getpid()}.raw")
-        try:
-            self._runner.change(
-                "qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw, timeout=3600
-            )
-            yield raw, size
-        finally:
-            raw.unlink(missing_ok=True)
-
-    def _import(self, raw: Path, template: Template) -> Template:
-        call = self.pool.call
-        marks = {"farm": self._farm, "kind": "making"}
-        config = {PREFIX + key: value for key, value in marks.items()}
-        with making(Owner(self._farm, "")) as name:
-            vdi, vm = "", ""
-            try:
-                vdi = self.new_vdi(name, template.size, config)
-                self.pool.sessions.put(vdi, raw, template.size)
-                memory = str(2**28)
-                vm = call(
-                    "VM.create",
-                    _HVM | {
-                        "name_label": name,
-                        "name_description": f"farmhand's golden disk {template.label}, "
-                        f"farm {self._farm}: {template.origin}",
-                        "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
-                        "memory_dynamic_min": memory, "memory_dynamic_max": memory,
-                        "other_config": config,
-                    },
-                )  # fmt: skip
-                self.attach(vm, vdi, DISK, read_only=False)
-                label = f"{self._farm} {template.label}"
-                call("VDI.set_name_label", vdi, label)
-                made = Vm(vm, call("VM.get_record", vm))
-                sealed = {
-                    "farm": self._farm, "kind": "template", "label": template.label,
-                    "size": str(template.size), "sha256": template.sha256,
-                    "created": template.created.isoformat(), "origin": template.origin,
-                    "firstboot": template.firstboot,
-                }  # fmt: skip
-                call("VM.set_other_config", vm, made.other_config(sealed))
-                call("VM.set_name_label", vm, label)
-            except BaseException:
-                if vm:
-                    self.pool.undo(vm)
-                if vdi:
-                    with contextlib.suppress(XenApiError, FarmhandError):
-                        self.pool.ignoring_gone("VDI.destroy", vdi)
-                raise
-        return replace(template, ref=f"{made.uuid} {vm}")
-
-    def new_vdi(self, name: str, size: int, config: Mapping[str, str]) -> str:
-        return str(
-            self.pool.call(
-                "VDI.create",
-                {
-                    "name_label": name, "name_description": "", "SR": self.pool.sr(),
-                    "virtual_size": str(size), "type": "user", "sharable": False,
-                    "read_only": False, "other_config": dict(config),
-                },
-            )
-        )  # fmt: skip
-
-    def attach(self, vm: str, vdi: str, device: str, *, read_only: bool) -> None:
-        self.pool.call(
-            "VBD.create",
-            {
-                "VM": vm, "VDI": vdi, "userdevice": device, "bootable": not read_only,
-                "mode": "RO" if read_only else "RW", "type": "Disk", "empty": False,
-                "unpluggable": True, "other_config": {}, "qos_algorithm_type": "",
-                "qos_algorithm_params": {},
-            },
-        )  # fmt: skip
+        return self._sealed.seal(image, template)
 
     def templates(self) -> Sequence[Template]:
-        with self.translated("list the templates"):
-            found = [template_of(vm) for vm in self._templates(self.pool.all_vms())]
-            return sorted(found, key=lambda t: (t.name, t.generation))
-
-    def _templates(self, vms: Sequence[Vm]) -> list[Vm]:
-        return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
+        return self._sealed.list()
 
     def remove_template(self, label: str) -> None:
-        with self.translated(f"remove template {label}"):
-            vms = self.pool.all_vms()
-            found = [vm for vm in self._templates(vms) if vm.marks["label"] == label]
-            if not found:
-                raise NotFound(f"there is no template {label}")
-            users = [
-                vm.name for vm in vms
-                if vm.kind == "machine" and vm.marks.get("template") == label
-                and vm.marks["farm"] == self._farm
-            ]  # fmt: skip
-            if users:
-                raise WrongState(
-                    f"{label} stays: the disks of {', '.join(sorted(users))} depend on it",
-                    remedy="destroy them first",
-                )
-            self._step(f"remove template {label}")
-            for vm in found:
-                self._give_up(vm)
-                self.pool.raze([vm])
+        self._sealed.remove(label)
 
     # -- looking ----------------------------------------------------------------------------------
 
     def find(self, machine: str) -> Disk | None:
-        with self.translated(f"look for the disk of {machine}"):
+        with translated(f"look for the disk of {machine}"):
             vm = self.pool.machine(machine)
             if vm is None or vm.kind != "machine" or vm.disk is None:
                 return None
@@ -262,25 +130,25 @@ class XenApiDisks:
         )
 
     def list(self) -> Sequence[Disk]:
-        with self.translated("list the disks"):
+        with translated("list the disks"):
             vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
             found = []
             for vm in vms:
                 if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
                     continue
-                vdi = next((v for v in vdis.values() if v.uuid == vm.disk[0]), None)
+                vdi = self.pool.disk_among(vm, vdis.values())
                 if vdi is not None:
                     found.append(self.disk(_from_lists(vm, vdi, vms)))
             return sorted(found, key=lambda disk: disk.machine)
 
     def capacity(self) -> Capacity:
-        with self.translated("look at the storage repository"):
+        with translated("look at the storage repository"):
             return _capacity(self.pool.call("SR.get_record", self.pool.sr()))
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """By what the store says of the disk and the machine since it was swapped in
         (``Seen.freshness``); our own start takes the proof away first."""
-        with self.translated(f"look at the disk of {machine}"):
+        with translated(f"look at the disk of {machine}"):
             seen = self.ours(machine)
             if seen.vdi and not quick:
                 with contextlib.suppress(XenApiError):  # storage that can't: it is always up to date
@@ -297,7 +165,7 @@ class XenApiDisks:
     # -- changing ---------------------------------------------------------------------------------
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
-        with self.translated(f"clone {machine}"):
+        with translated(f"clone {machine}"):
             self.check_name(machine)
             with self.growing(template, owner, size) as (vm, vdi, marks):
                 self._step(f"clone the disk of {machine} from {template.label}")
@@ -377,7 +245,7 @@ class XenApiDisks:
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         """The marks say first that what the disk grew from is no longer known for sure, then that it is
         the new checkpoint; this counts only once that one is complete (``Seen.base``)."""
-        with self.translated(f"checkpoint {', '.join(machines)}"), contextlib.ExitStack() as names:
+        with translated(f"checkpoint {', '.join(machines)}"), contextlib.ExitStack() as names:
             everyone = [self._ready(machine) for machine in machines]
             for seen in everyone:
                 if seen.checkpoint(name) or name == "clean":
@@ -430,7 +298,7 @@ class XenApiDisks:
         return self.restore_all([machine], name)[0]
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
-        with self.translated(f"put {', '.join(machines)} back to {name}"):
+        with translated(f"put {', '.join(machines)} back to {name}"):
             return self.restore_seen([self._ready(machine) for machine in machines], name)
 
     def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
@@ -494,7 +362,7 @@ class XenApiDisks:
                 vm = Vm(ref, self.pool.call("VM.get_record", ref))
                 if vm.kind == "template" and vm.marks["label"] == label:
                     return vm
-        found = [vm for vm in self._templates(self.pool.all_vms()) if vm.marks["label"] == label]
+        found = [vm for vm in self._sealed.among(self.pool.all_vms()) if vm.marks["label"] == label]
         if not found:
             raise NotFound(
                 f"{label}, the template of {seen.vm.name}, is gone: clean can't be made again",
@@ -527,7 +395,7 @@ class XenApiDisks:
 
     def destroy(self, machine: str) -> None:
         """All of it, where nobody defined the machine; else the definition stays, without a disk."""
-        with self.translated(f"destroy the disk of {machine}"):
+        with translated(f"destroy the disk of {machine}"):
             vm = self.pool.machine(machine)
             if vm is None:
                 return
@@ -544,96 +412,13 @@ class XenApiDisks:
                     self.pool.remove_vdi(vbd["VDI"], seen.vbds)
 
     def remove(self, seen: Seen) -> None:
-        """The whole machine. From the first call on it isn't there any more, only its remains."""
-        self._give_up(seen.vm)
-        swept = [s for s in seen.unfinished if made_for(s.name)]
-        self.pool.raze([*seen.checkpoints, *swept, seen.vm])
-
-    def _give_up(self, vm: Vm) -> None:
-        marks = {key: vm.marks.get(key, "") for key in ("farm", "vm", "label")} | {"kind": "gone"}
-        self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+        self._remains.remove(seen)
 
     def leftovers(self) -> Sequence[Leftover]:
-        with self.translated("look for leftovers"):
-            vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
-            found = [
-                Leftover(
-                    kind=kind, ref=f"vm/{vm.uuid}", owner=owner, created=datetime.now(UTC),
-                    bytes=0, why=why,
-                )
-                for vm in vms
-                for kind, owner, why in self._why_left(vm, vms)
-            ]  # fmt: skip
-            found += [
-                Leftover(
-                    kind="file", ref=f"vdi/{vdi.uuid}", owner=_meant_for(vdi.record["name_label"]),
-                    created=datetime.now(UTC), bytes=vdi.used, why="it was being made",
-                )
-                for vdi in vdis.values()
-                if self._is_left(vdi)
-            ]  # fmt: skip
-            return found
-
-    def _why_left(self, vm: Vm, vms: Sequence[Vm]) -> Iterator[tuple[str, Owner | None, str]]:
-        written = vm.written
-        if written.get("farm") != self._farm:
-            return
-        if vm.kind == "gone":
-            yield "file", Owner(self._farm, written["vm"]) if written.get("vm") else None, \
-                "its removal was interrupted"  # fmt: skip
-        elif vm.kind in ("", "making") and is_dead(vm.name):
-            yield "file", _meant_for(vm.name), "it was being made"
-        elif vm.kind == "checkpoint" and vm.record["snapshot_of"] not in (v.ref for v in vms):
-            yield "checkpoint", vm.owner, "its machine is gone"
-
-    def _is_left(self, vdi: Vdi) -> bool:
-        config = vdi.record["other_config"]
-        name = str(vdi.record["name_label"])
-        return config.get(PREFIX + "farm") == self._farm and not vdi.record["VBDs"] and is_dead(name)
+        return self._remains.leftovers()
 
     def discard(self, leftover: Leftover) -> None:
-        """Looked at once more: what is no leftover any more stays."""
-        kind, _, uuid = leftover.ref.partition("/")
-        with self.translated(f"discard {leftover.ref}"):
-            vms = self.pool.all_vms()
-            if kind == "vdi":
-                for vdi in self.pool.all_vdis().values():
-                    if vdi.uuid == uuid and self._is_left(vdi):
-                        self._step(f"remove VDI {uuid}")
-                        self.pool.ignoring_gone("VDI.destroy", vdi.ref)
-                return
-            for vm in vms:
-                if vm.uuid == uuid and any(self._why_left(vm, vms)):
-                    self._step(f"remove VM {uuid}")
-                    self._sweep(vm, vms)
-
-    def _sweep(self, vm: Vm, vms: Sequence[Vm]) -> None:
-        """A disk that some machine's mark names by now is that machine's: it is attached there."""
-        named = {}
-        for other in vms:
-            if other.kind == "machine" and other.marks["farm"] == self._farm and other.disk:
-                named[other.disk[1]] = other
-        refs = look(self.pool.sessions, [f"vbd/{v}" for v in vm.record["VBDs"]]).records \
-            if vm.record["VBDs"] else {}  # fmt: skip
-        for vbd in refs.values():
-            machine = named.get(vbd["VDI"]) if vbd else None
-            if machine is not None and machine.power is Power.STOPPED:
-                self.pool.settle(self.pool.seen(machine))
-        if vm.kind == "gone" and not vm.record["is_a_snapshot"]:
-            seen = self.pool.seen(vm)
-            swept = [s for s in seen.unfinished if made_for(s.name)]
-            self.pool.raze([*seen.checkpoints, *swept, vm], keep=named)
-        else:
-            self.pool.raze([vm], keep=named)
-
-    # -- errors -----------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def translated(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except XenApiError as error:
-            raise translate(error, doing) from error
+        self._remains.discard(leftover)
 
 
 def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
@@ -654,9 +439,3 @@ def _capacity(sr: Mapping[str, Any]) -> Capacity:
 def _owner(seen: Seen) -> Owner:
     assert seen.vm.owner, "it was looked at as one of ours"
     return seen.vm.owner
-
-
-def _meant_for(name: str) -> Owner | None:
-    """None where it was for no VM in particular, as a template."""
-    owner = made_for(name)
-    return owner if owner and owner.vm else None

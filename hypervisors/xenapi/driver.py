@@ -29,7 +29,7 @@ from hypervisors.api import (
     spec_hash,
 )
 from hypervisors.xenapi.disks import XenApiDisks
-from hypervisors.xenapi.errors import XenApiError
+from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
@@ -61,7 +61,7 @@ class XenApiHypervisor:
         self._networks: dict[str, str] = {}
 
     def capabilities(self) -> Capabilities:
-        with self._disks.translated("ask the server what it can"):
+        with translated("ask the server what it can"):
             (pool,) = self._pool.call("pool.get_all_records").values()
         notes = []
         if pool["suspend_image_SR"] == NULL:
@@ -83,14 +83,14 @@ class XenApiHypervisor:
     # -- looking ----------------------------------------------------------------------------------
 
     def find(self, name: str) -> Machine | None:
-        with self._disks.translated(f"look for {name}"):
+        with translated(f"look for {name}"):
             vm = self._pool.machine(name)
             if vm is None or (vm.owner and not vm.marks.get("spec")):
                 return None
             return self._machine(vm, self._metrics(vm))
 
     def list(self) -> Sequence[Machine]:
-        with self._disks.translated("list the machines"):
+        with translated("list the machines"):
             found = [
                 vm for vm in self._pool.all_vms()
                 if vm.kind == "machine" and vm.marks["farm"] == self._farm and vm.marks.get("spec")
@@ -128,7 +128,7 @@ class XenApiHypervisor:
     # -- defining ---------------------------------------------------------------------------------
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
-        with self._disks.translated(f"define {spec.name}"):
+        with translated(f"define {spec.name}"):
             vm = self._pool.machine(spec.name)
             if vm is not None:
                 self._check(vm, spec.name)
@@ -165,7 +165,7 @@ class XenApiHypervisor:
         return self._as_set(vm, spec, config)
 
     def redefine(self, spec: MachineSpec) -> Machine:
-        with self._disks.translated(f"redefine {spec.name}"):
+        with translated(f"redefine {spec.name}"):
             vm = self._ours(spec.name)
             if vm.power is not Power.STOPPED:
                 raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
@@ -254,7 +254,8 @@ class XenApiHypervisor:
             return {"seed": path}
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         old = {ref: vbd for ref, vbd in vbds.items() if vbd["userdevice"] == SEED}
-        if old and vm.marks.get("seedsum") == digest:
+        there = any(vbd["VDI"] != NULL for vbd in old.values())
+        if there and vm.marks.get("seedsum") == digest:
             return {"seed": path, "seedsum": digest}
         for ref, vbd in old.items():
             if vbd["VDI"] != NULL:
@@ -263,10 +264,10 @@ class XenApiHypervisor:
         size = -(-file.stat().st_size // 2**20) * 2**20
         marks = {"farm": self._farm, "kind": "seed"}
         with making(owner) as name:
-            vdi = self._disks.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
+            vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
                 self._pool.sessions.put(vdi, file, size)
-                self._disks.attach(vm.ref, vdi, SEED, read_only=True)
+                self._pool.attach(vm.ref, vdi, SEED, read_only=True)
                 self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
             except BaseException:
                 with contextlib.suppress(Exception):  # found later, by its name
@@ -278,7 +279,7 @@ class XenApiHypervisor:
 
     def start(self, name: str) -> None:
         doing = f"start {name}"
-        with self._disks.translated(doing):
+        with translated(doing):
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
             if seen.vm.power is not Power.STOPPED:
@@ -298,7 +299,7 @@ class XenApiHypervisor:
             self._pool.call("VM.start", vm.ref, False, False)
 
     def stop(self, name: str, *, grace: float) -> None:
-        with self._disks.translated(f"stop {name}"):
+        with translated(f"stop {name}"):
             vm = self._ours(name)
             if vm.power is Power.STOPPED:
                 return
@@ -325,13 +326,13 @@ class XenApiHypervisor:
                 raise
 
     def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
-        with self._disks.translated(f"checkpoint {name}"):
+        with translated(f"checkpoint {name}"):
             if self._ours(name).power is not Power.STOPPED:
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
         return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
-        with self._disks.translated(f"reset {name}"):
+        with translated(f"reset {name}"):
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
             if seen.vdi is None:
@@ -350,7 +351,7 @@ class XenApiHypervisor:
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         """VM.set_memory_dynamic_range to just this size, inside the static limits; then VM_metrics'
         memory_actual is watched until the guest got there."""
-        with self._disks.translated(f"balloon {name}"):
+        with translated(f"balloon {name}"):
             vm = self._ours(name)
             if vm.power is not Power.RUNNING:
                 raise _stopped(name)
@@ -394,14 +395,14 @@ class XenApiHypervisor:
 
     def console(self, name: str) -> Console:
         """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
-        with self._disks.translated(f"console of {name}"):
+        with translated(f"console of {name}"):
             self._ours(name)
         return Console(argv=(), log=None)
 
     # -- removing ---------------------------------------------------------------------------------
 
     def destroy(self, name: str) -> None:
-        with self._disks.translated(f"destroy {name}"):
+        with translated(f"destroy {name}"):
             vm = self._pool.machine(name)
             if vm is None:
                 return
@@ -413,18 +414,18 @@ class XenApiHypervisor:
 
     def leftovers(self) -> Sequence[Leftover]:
         found = list(self._disks.leftovers())
-        with self._disks.translated("look for leftovers"):
-            vdis = {vdi.uuid: vdi for vdi in self._pool.all_vdis().values()}
+        with translated("look for leftovers"):
+            vdis = self._pool.all_vdis().values()
             ours = [
                 vm for vm in self._pool.all_vms()
                 if vm.kind == "machine" and vm.marks["farm"] == self._farm
             ]  # fmt: skip
         for vm in sorted(ours, key=lambda vm: vm.name):
-            if vm.marks.get("spec") and (vm.disk is None or vm.disk[0] not in vdis):
+            if vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None:
                 found.append(_orphan("domain", vm, 0, "its disk is gone"))
         for vm in sorted(ours, key=lambda vm: vm.name):
             if not vm.marks.get("spec"):
-                disk = vdis.get(vm.disk[0]) if vm.disk else None
+                disk = self._pool.disk_among(vm, vdis)
                 found.append(_orphan("disk", vm, disk.used if disk else 0, "no machine has it"))
         return found
 

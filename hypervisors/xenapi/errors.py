@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from inventory.errors import (
     Conflict,
@@ -65,3 +66,12 @@ def translate(error: XenApiError, doing: str) -> FarmhandError:
     kind, remedy = _KINDS.get(error.code, (DriverFailed, "see /var/log/xensource.log on the server"))
     words = ", ".join(part for part in error.parameters if part)
     return kind(f"{doing}: {error.code}{f' ({words})' if words else ''}"[:500], remedy=remedy)
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """What the server refuses within is one of ours outside."""
+    try:
+        yield
+    except XenApiError as error:
+        raise translate(error, doing) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypervisors.xenapi.errors import GONE, XenApiError
-from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, checkpoint_of
+from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, Vm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress
 from inventory.errors import DriverFailed, FarmhandError, NotFound
@@ -134,7 +134,9 @@ class Pool:
         return vm.marks.get("farm", "")
 
     def _disk(self, vm: Vm, records: Mapping[str, Record]) -> Vdi | None:
-        """By the mark's uuid; its reference may have changed, as when storage was moved."""
+        """By the mark's uuid; its reference may have changed, as when storage was moved. Where that one
+        is gone, and another attached, a switch landed late: whoever had asked for it was killed or had
+        given up, and the fresh disk was removed again. The old one is the machine's as it was."""
         if vm.disk is None:
             return None
         uuid, ref = vm.disk
@@ -144,9 +146,27 @@ class Pool:
             ref = self.call("VDI.get_by_uuid", uuid)
             return Vdi(ref, self.call("VDI.get_record", ref))
         except XenApiError as error:
-            if error.code in GONE:
-                return None
-            raise
+            if error.code not in GONE:
+                raise
+        for vbd in (records[v] for v in vm.record["VBDs"] if v in records):
+            if vbd["userdevice"] == DISK and vbd["VDI"] != NULL:
+                with contextlib.suppress(XenApiError):
+                    return Vdi(vbd["VDI"], self.call("VDI.get_record", vbd["VDI"]))
+        return None
+
+    @staticmethod
+    def disk_among(vm: Vm, vdis: Iterable[Vdi]) -> Vdi | None:
+        """The same, of a list of all."""
+        if vm.disk is None:
+            return None
+        found = None
+        for vdi in vdis:
+            if vdi.uuid == vm.disk[0]:
+                return vdi
+            is_seed = vdi.record["other_config"].get(f"{PREFIX}kind") == "seed"
+            if not is_seed and set(vdi.record["VBDs"]) & set(vm.record["VBDs"]):
+                found = vdi
+        return found
 
     def all_vms(self) -> list[Vm]:
         return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
@@ -176,6 +196,31 @@ class Pool:
                         remedy="name one in the host's 'sr'",
                     )
         return self._sr
+
+    # -- making disks ---------------------------------------------------------------------------------
+
+    def new_vdi(self, name: str, size: int, config: Mapping[str, str]) -> str:
+        return str(
+            self.call(
+                "VDI.create",
+                {
+                    "name_label": name, "name_description": "", "SR": self.sr(),
+                    "virtual_size": str(size), "type": "user", "sharable": False,
+                    "read_only": False, "other_config": dict(config),
+                },
+            )
+        )  # fmt: skip
+
+    def attach(self, vm: str, vdi: str, device: str, *, read_only: bool) -> None:
+        self.call(
+            "VBD.create",
+            {
+                "VM": vm, "VDI": vdi, "userdevice": device, "bootable": not read_only,
+                "mode": "RO" if read_only else "RW", "type": "Disk", "empty": False,
+                "unpluggable": True, "other_config": {}, "qos_algorithm_type": "",
+                "qos_algorithm_params": {},
+            },
+        )  # fmt: skip
 
     # -- growing and swapping ---------------------------------------------------------------------
 
@@ -224,18 +269,15 @@ class Pool:
             vbd, old = seen.attached
             record = seen.vdi.record if seen.vdi and seen.vdi.ref == old else None
             self.remove_vdi(old, {vbd}, record)
-        arguments = {
-            "VM": seen.vm.ref, "VDI": wanted.ref, "userdevice": DISK, "bootable": True, "mode": "RW",
-            "type": "Disk", "empty": False, "unpluggable": True, "other_config": {},
-            "qos_algorithm_type": "", "qos_algorithm_params": {},
-        }  # fmt: skip
         try:
-            self.call("VBD.create", arguments)
+            self.attach(seen.vm.ref, wanted.ref, DISK, read_only=False)
         except XenApiError as error:
-            if error.code != "DEVICE_ALREADY_EXISTS" or not seen.attached:
+            stale = [v for v, r in seen.vbds.items() if (r["userdevice"], r["type"]) == (DISK, "Disk")]
+            if error.code != "DEVICE_ALREADY_EXISTS" or not stale:
                 raise
-            self.ignoring_gone("VBD.destroy", seen.attached[0])  # the old disk's, not yet swept up
-            self.call("VBD.create", arguments)
+            for vbd in stale:  # the old disk's: not yet swept up, or never, by a server that died
+                self.ignoring_gone("VBD.destroy", vbd)
+            self.attach(seen.vm.ref, wanted.ref, DISK, read_only=False)
 
     # -- removing ---------------------------------------------------------------------------------
 
@@ -278,6 +320,11 @@ class Pool:
             if vm.record["suspend_VDI"] != NULL:
                 self.ignoring_gone("VDI.destroy", vm.record["suspend_VDI"])
             self.ignoring_gone("VM.destroy", vm.ref)
+
+    def give_up(self, vm: Vm) -> None:
+        """Mark what is about to be removed: from here on it isn't there any more, only its remains."""
+        marks = {key: vm.marks.get(key, "") for key in ("farm", "vm", "label")} | {"kind": "gone"}
+        self.call("VM.set_other_config", vm.ref, vm.other_config(marks))
 
     def undo(self, ref: str, *, keep: Iterable[str] = ()) -> None:
         """Of what was just being made; what can't be removed now is found later."""

@@ -3,6 +3,7 @@ with; and how few calls it takes. On the test server: simulated."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from rigs import FARM, MIB, SIZE, template
 from hypervisors.api import Owner, Power
 from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.session import Sessions
+from hypervisors.xenapi.wait import watch
 from inventory.errors import (
     DriverFailed,
     FarmhandError,
@@ -96,15 +98,21 @@ def test_credentials_are_ours_alone_and_never_shown(server, tmp_path):
 
 
 def test_a_slave_names_the_master(server):
-    """The one address here is master and slave: told by where it was asked."""
-    slave = xenapi_rig.TestServer()
-    try:
-        slave.tell(knobs={"slave_of": "127.0.0.1"})
-        with pytest.raises(DriverFailed, match="master"):  # it names itself
-            Sessions(slave.server()).call("pool.get_all")
-        assert slave.log() == ["session.login_with_password"] * 2
-    finally:
-        slave.close()
+    server.tell(knobs={"slave_of": "127.0.0.2", "master_at": "127.0.0.2"})
+    sessions = Sessions(server.server())
+    server.log()
+    assert len(sessions.call("pool.get_all")) == 1
+    assert sessions.url == server.https.replace("127.0.0.1", "127.0.0.2")
+    sessions.close()
+    assert server.log() == ["session.login_with_password"] * 2 + ["pool.get_all", "session.logout"]
+
+
+def test_a_pool_whose_hosts_name_each_other_is_refused(server):
+    server.tell(knobs={"slave_of": "127.0.0.2", "master_at": "nowhere"})
+    server.log()
+    with pytest.raises(DriverFailed, match="master"):
+        Sessions(server.server()).call("pool.get_all")
+    assert server.log() == ["session.login_with_password"] * 2
 
 
 def test_an_expired_session_is_renewed_and_the_call_done_once(rig, server, made):
@@ -126,6 +134,30 @@ def test_a_server_that_blocks_is_waited_for_and_one_that_hangs_is_not(rig, serve
     with pytest.raises(TimedOut, match="no answer"):
         short.restore(NAME, "one")
     assert rig.read(NAME) == "\0"
+
+
+def test_a_switch_that_lands_late_loses_nothing(rig, server, made):
+    """Its caller had given up, and the fresh disk is removed again, before the server gets to it."""
+    short = rig.disks()
+    short.pool.sessions._server = replace(short.pool.sessions._server, call_limit=0.5)
+    (ref,) = rig.sessions().call("VM.get_by_name_label", NAME)
+    disk = short.find(NAME)
+    server.fail("VM.set_other_config", ["block", 2])
+    with pytest.raises(TimedOut):
+        short.restore(NAME, "clean")
+    for record in watch(rig.sessions(), f"VM/{ref}", 30):
+        if record["other_config"]["farmhand:disk"].split()[0] != disk.path.name:
+            break
+    again = rig.disks()
+    for left in made.leftovers():
+        made.discard(left)
+    assert again.find(NAME).path == disk.path
+    assert [d.path for d in again.list()] == [disk.path]
+    assert rig.read(NAME) == "B" and not again.pristine(NAME, "clean")
+    made.start(NAME)
+    made.reset(NAME, "one")
+    assert rig.read(NAME) == "A" and again.pristine(NAME, "one")
+    assert list(made.leftovers()) == []
 
 
 def test_callers_wait_for_each_other(rig, server, made):
@@ -235,83 +267,152 @@ def test_copies_that_an_admin_made_of_ours_are_not_ours(rig, made):
 
 # -- every call may fail ------------------------------------------------------------------------------
 
-OPERATIONS = ("define", "checkpoint", "reset", "reset, clean", "destroy", "seal")
 HOWS = {
     "refused": ["error", "INTERNAL_ERROR", "told to"],
     "before": ["drop-before"],
     "after": ["drop-after"],
+    "dies": ["dies"],
 }
 
 
 def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
-    match operation:
+    disks = hypervisor._disks
+    match operation.removesuffix(", running"):
         case "define":
             hypervisor.define(rig.spec("dev2"), rig.template)
+        case "clone":
+            disks.clone(rig.template, "kata-dev2", Owner(FARM, "dev2"), SIZE)
+        case "start":
+            hypervisor.start(NAME)
         case "checkpoint":
             hypervisor.checkpoint(NAME, "two")
         case "reset":
             hypervisor.reset(NAME, "one")
-        case "reset, clean":
+        case "reset to clean":
             hypervisor.reset(NAME, "clean")
         case "destroy":
             hypervisor.destroy(NAME)
+        case "destroy the disk":
+            disks.destroy(NAME)
         case "seal":
-            hypervisor._disks.seal(rig.image(), template(2))
+            disks.seal(rig.image("U"), template(2))
+        case "remove the template":
+            disks.remove_template("base@2")
+
+
+UNCHANGING = re.compile(r"get_|event\.from|session\.|PUT ")
+OPERATIONS = (
+    "define", "clone", "start", "checkpoint", "reset", "reset to clean", "reset, running", "destroy",
+    "destroy, running", "destroy the disk", "seal", "remove the template",
+)  # fmt: skip
+
+
+# the others' calls are among those of these
+OFTEN = ("define", "start", "checkpoint", "reset, running", "reset to clean", "destroy, running", "seal",
+         "remove the template")  # fmt: skip
+MANY = os.environ.get("FARMHAND_KILLS") == "many"
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS if MANY else OFTEN)
 def test_whatever_call_fails_all_is_old_or_new(rig, server, made, operation, how):
-    """Each call of each operation in turn, refused or hung up on: the state is the old or the new one,
-    what is left over is found and removed, and the operation can be done again."""
+    """Each call of each operation in turn, refused, hung up on, or cut by the host's death: the state is
+    the old or the new one, what is left over is found and removed, and the operation can be done."""
+    _prepare(operation, made, rig)
+    server.tell(keep=True)
     server.log()
-    number = 0
-    while True:
-        number += 1
+    act(operation, rig.hypervisor(), rig)
+    calls = server.log()
+    assert len(calls) > 3
+    for number, call in enumerate(calls, 1):
+        server.tell(put_back=True)
         hypervisor = rig.hypervisor()
         server.fail("*", HOWS[how], nth=number)
-        try:
+        # it goes through where the failed call only tidies up, or the session is made anew
+        with contextlib.suppress(FarmhandError):
             act(operation, hypervisor, rig)
-        except FarmhandError:
-            pass
-        else:
-            server.tell(fail=[])
-            break
         server.tell(fail=[])
-        fresh = rig.hypervisor()
-        for left in fresh.leftovers():
-            fresh.discard(left)
-        assert list(fresh.leftovers()) == [], f"{operation}, call {number} {how}"
-        prod = fresh.find(NAME)
-        if operation == "destroy":
-            assert (prod is None) == (rig.disks().find(NAME) is None)
-            if prod is None:
-                break
-        disk = rig.disks().find(NAME)
-        content = {"reset": "A", "reset, clean": "\0"}
-        assert rig.read(NAME) in ("B", content.get(operation, "B")), f"call {number} {how}"
-        names = [c.name for c in disk.checkpoints]
-        assert names[:2] == ["clean", "one"]
-        if disk.base != "clean" and rig.read(NAME) == "B":
-            assert not rig.disks().pristine(NAME, disk.base) or names[2:] == ["two"]
-        if operation == "checkpoint" and names[2:]:
-            break
-        if operation == "define" and fresh.find("kata-dev2"):
-            fresh.destroy("kata-dev2")
-        if operation == "seal" and len(rig.disks().templates()) == 2:
-            break
-        if operation.startswith("reset"):
-            fresh.start(NAME)  # whatever was left, it can be used
-            fresh.stop(NAME, grace=0)
-            if rig.read(NAME) != "B":
-                rig.write(NAME, "B")
-    assert number > 3
-    print(f"{operation}: {number - 1} calls, each {how}")
+        _old_or_new(rig, operation, f"{operation}, call {number}, {call}, {how}")
+        left = _all_removed(rig)
+        # of a host that dies while it clones, disks stay that are nobody's: see docs/xenapi.md
+        assert not left or (how == "dies" and {line.split()[0] for line in left} == {"VDI"}), left
+
+
+def test_the_table_names_the_calls_that_fail_in_turn(rig, server, made):
+    server.tell(keep=True)
+    called: set[str] = set()
+    for operation in OPERATIONS:
+        server.tell(put_back=True)
+        _prepare(operation, made, rig)
+        server.log()
+        act(operation, rig.hypervisor(), rig)
+        called |= {call for call in server.log() if not UNCHANGING.search(call)}
+    table = (ROOT / "docs/xenapi.md").read_text()
+    assert set(re.findall(r"\| `(\S+)` \|.*each call fails in turn", table)) == called
+
+
+def _prepare(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
+    if operation == "remove the template":
+        hypervisor._disks.seal(rig.image("U"), template(2))
+    if operation.endswith(", running"):
+        hypervisor.start(NAME)
+
+
+def _all_removed(rig) -> list[str]:
+    """What is there yet when all that we know of is removed."""
+    hypervisor, disks = rig.hypervisor(), rig.disks()
+    for disk in disks.list():
+        hypervisor.destroy(disk.machine)
+    for sealed in disks.templates():
+        disks.remove_template(sealed.label)
+    for left in hypervisor.leftovers():
+        hypervisor.discard(left)
+    return rig.server.tell(world=True)
+
+
+def _old_or_new(rig, operation: str, context: str) -> None:
+    hypervisor, disks = rig.hypervisor(), rig.disks()
+    for left in hypervisor.leftovers():
+        hypervisor.discard(left)
+    assert list(hypervisor.leftovers()) == [], context
+    prod, disk = hypervisor.find(NAME), disks.find(NAME)
+    assert (prod is None) == (disk is None), context
+    if disk is None:
+        assert operation.startswith("destroy"), context
+        return
+    new = {"reset": "A", "reset, running": "A", "reset to clean": "\0"}.get(operation, "B")
+    content = rig.read(NAME)
+    assert content in ("B", new), context
+    assert content != "B" or not disks.pristine(NAME, disk.base) or disk.base == "two", context
+    kept = [c.name for c in disk.checkpoints]
+    assert kept == ["clean", "one"] or (operation, kept[2:]) == ("checkpoint", ["two"]), context
+    labels = [t.label for t in disks.templates()]
+    assert labels == ["base@1"] or operation in ("seal", "remove the template"), context
+    through = {
+        "define": bool(hypervisor.find("kata-dev2")),
+        "clone": bool(disks.find("kata-dev2")),
+        "start": prod.power is Power.RUNNING,
+        "checkpoint": kept[2:] == ["two"],
+        "seal": "base@2" in labels,
+        "remove the template": "base@2" not in labels,
+    }
+    if not through.get(operation):
+        act(operation, hypervisor, rig)
+    if operation.startswith("destroy"):
+        assert hypervisor.find(NAME) is None or operation == "destroy the disk", context
+        return
+    for sealed in disks.templates() if operation in ("seal", "remove the template") else ():
+        disks.clone(sealed, f"kata-{sealed.generation}", Owner(FARM, str(sealed.generation)), SIZE)
+        assert rig.read(f"kata-{sealed.generation}") == "\0U"[sealed.generation - 1], context
+    for name, letter in (("one", "A"), ("two", "B")):
+        if name == "one" or operation == "checkpoint":
+            hypervisor.reset(NAME, name)
+            assert rig.read(NAME) == letter, context
+            assert disks.pristine(NAME, name), context
 
 
 # -- how few calls ------------------------------------------------------------------------------------
 
-LOOKING = re.compile(r"get_|event\.from")
 MOST = {"clone": 11, "reset": 11, "start": 6}
 """Calls a VM, at most: see docs/xenapi.md."""
 

@@ -1,9 +1,10 @@
 """A small farm to kill things in, on a store of choice, and what must hold after each kill.
 
-A kill is at a journal step (right when it was written, or right when what it announced was done), or at
-a moment drawn from the operation's measured length: then either the process alone, whose commands live
-on, or with all commands it had started. ``FARMHAND_KILLS=many`` in the environment: every step, and many
-moments, also where a kill takes seconds; ``FARMHAND_SEED`` draws the same moments again.
+A kill is at a journal step (right when it was written, or right when what it announced was done), at a
+call of a server's API (right when it was answered), or at a moment drawn from the operation's measured
+length: then either the process alone, whose commands live on, or with all commands it had started.
+``FARMHAND_KILLS=many`` in the environment: every step and call, and many moments, also where a kill
+takes seconds; ``FARMHAND_SEED`` draws the same moments again.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ KILLS = Kills()
 
 @dataclass(frozen=True)
 class Kill:
-    """At step ``number``, "written" or "done"; or after so many seconds, "alone" or "together"."""
+    """At step ``number``, "written" or "done"; at call ``number``, "called"; or after so many seconds,
+    "alone" or "together"."""
 
     when: str
     number: float
@@ -79,7 +81,18 @@ class Kill:
     def __str__(self) -> str:
         if self.when in ("written", "done"):
             return f"killed when step {self.number} was {self.when}"
+        if self.when == "called":
+            return f"killed when call {self.number} was answered"
         return f"killed {self.when} after {self.number:.3f} s"
+
+
+@dataclass(frozen=True)
+class Length:
+    """Of an operation that nobody interrupts."""
+
+    steps: int
+    calls: int
+    seconds: float
 
 
 class Children:
@@ -110,8 +123,8 @@ class Children:
 
 
 class Bench:
-    """``chosen`` and ``moments``: how many kills at steps (None: at all) and at random moments each
-    operation gets. ``more``: lines for the farm file."""
+    """``chosen`` and ``moments``: how many kills at steps and calls (None: at all) and at random moments
+    each operation gets. ``more``: lines for the farm file."""
 
     def __init__(
         self,
@@ -179,9 +192,9 @@ class Bench:
         dice = random.Random(f"{SEED} {operation} {self.driver}")
         put_back()
         before = self.shape()
-        steps, seconds = self.uninterrupted(verb, arguments)
+        length = self.uninterrupted(verb, arguments)
         self.shapes = [before, self.shape()] if shapes else []
-        for kill in self._drawn(steps, seconds, dice):
+        for kill in self._drawn(length, dice):
             put_back()
             text = self.killed_at(kill.when, kill.number, verb, arguments)
             if text is None:
@@ -193,21 +206,22 @@ class Bench:
             del KILLS.open[context]
         self.shapes = []
 
-    def _drawn(self, steps: int, seconds: float, dice: random.Random) -> list[Kill]:
-        kills = [Kill(when, n) for n in range(1, steps + 1) for when in ("written", "done")]
+    def _drawn(self, length: Length, dice: random.Random) -> list[Kill]:
+        kills = [Kill(when, n) for n in range(1, length.steps + 1) for when in ("written", "done")]
+        kills += [Kill("called", n) for n in range(1, length.calls + 1)]
         if self.chosen is not None:
             kills = sorted(dice.sample(kills, min(self.chosen, len(kills))), key=kills.index)
         for n in range(self.moments):
             # one in each part of its length
-            moment = (n + dice.random()) / self.moments * seconds
+            moment = (n + dice.random()) / self.moments * length.seconds
             kills.append(Kill(dice.choice(("alone", "together")), moment))
         return kills
 
-    def uninterrupted(self, verb: str, arguments: Mapping[str, Any]) -> tuple[int, float]:
-        """How many steps it has, and how long it takes."""
+    def uninterrupted(self, verb: str, arguments: Mapping[str, Any]) -> Length:
         status, text, seconds = self._children.ask([str(self.file), "never", 0, verb, dict(arguments)])
         assert status == 0, f"{verb} {arguments} failed by itself; see its standard error"
-        return int(text), seconds
+        steps, calls = text.split()
+        return Length(int(steps), int(calls), seconds)
 
     def killed_at(self, when: str, number: float, verb: str, arguments: Mapping[str, Any]) -> str | None:
         """The step's text, or what ran; None if it was through before that."""

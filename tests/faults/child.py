@@ -6,8 +6,9 @@ everything and opened nothing: hundreds of kills would else be mostly hundreds o
 
 WHEN "written": right after step NUMBER was written, its change not begun. "done": at the first thing
 written after that, so its change was made. Product code has no hook for this: the journal's own
-methods are wrapped here. "alone": after NUMBER seconds, its commands live on; "together": they are
-killed too. "never": the text is the number of steps.
+methods are wrapped here. "called": when call NUMBER of a server's API was answered; the text is the
+call's name. "alone": after NUMBER seconds, its commands live on; "together": they are
+killed too. "never": the text is the numbers of steps and of calls.
 
 An argument "still": machines run nothing, see still.py.
 """
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import hypervisors.lvm_thin
 import hypervisors.zfs  # noqa: F401
 import provision.seed  # noqa: F401
 from hypervisors import fake
+from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
 from provision import checkpoint, farm, golden, journal
 from provision.report import QuietReporter
@@ -67,6 +70,37 @@ def arm(when: str, number: int) -> None:
     journal.Journal.write = write  # type: ignore[method-assign]
 
 
+def watch_calls(told: Callable[[str], None]) -> None:
+    """Told a XenAPI server's calls, each once it was answered, and all that it did is done."""
+    real_call, real_put = Sessions.call, Sessions.put
+
+    def call(self: Sessions, name: str, *arguments: object) -> Any:
+        answer = real_call(self, name, *arguments)
+        told(name)
+        return answer
+
+    def put(self: Sessions, vdi: str, image: Path, size: int) -> None:
+        real_put(self, vdi, image, size)
+        told("PUT /import_raw_vdi")
+
+    Sessions.call, Sessions.put = call, put  # type: ignore[method-assign]
+
+
+def arm_calls(number: int) -> None:
+    guard = threading.Lock()
+    seen = 0
+
+    def told(name: str) -> None:
+        nonlocal seen
+        with guard:
+            seen += 1
+            if seen == number:
+                print(f"call {name}", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_calls(told)
+
+
 def count() -> list[str]:
     """The steps, as they are written."""
     real_step = journal.Operation.step
@@ -81,14 +115,19 @@ def count() -> list[str]:
 
 
 def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str, Any]) -> None:
+    calls: list[str] = []
     texts = count() if when == "never" else None
+    if when == "never":
+        watch_calls(calls.append)
+    if when == "called":
+        arm_calls(int(number))
     if when in ("written", "done"):
         arm(when, int(number))
     checkpoint.GRACE = 0.2  # its guests boot nothing: nobody there to shut down
     with _kind(load(Path(file)), reporter=QuietReporter()) as site:
         (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
     if texts is not None:
-        print(len(texts))
+        print(len(texts), len(calls))
 
 
 def kill_after(seconds: float, pid: int, *, together: bool) -> str:

@@ -170,10 +170,29 @@ class XenApiPlace(Place):
     def read(self, disk: Disk, site: Site) -> str:
         return letter_of(self._rig.export(disk.path.name, SIZE))
 
+    def content(self, site: Site, vm: str) -> str:
+        """The driver can't prove of a disk that it is pristine once its machine was told to start; of
+        such a one all its bytes alone say whose it is."""
+        store = site.disks(site.farm.host_of(vm))
+        disk = store.find(site.machine(vm))
+        assert disk
+        seen, proven = self.read(disk, site), store.pristine(disk.machine, "clean")
+        if seen == TEMPLATE and not proven and self._was_started(disk.machine):
+            return "new"
+        return super().content(site, vm)
+
+    def _was_started(self, machine: str) -> bool:
+        """By bare calls: it runs, or the mark of its fresh disk is gone."""
+        with contextlib.closing(self._rig.sessions()) as sessions:
+            (ref,) = sessions.call("VM.get_by_name_label", machine)
+            record = sessions.call("VM.get_record", ref)
+        return record["power_state"] != "Halted" or "farmhand:fresh" not in record["other_config"]
+
     def everything(self) -> list[str]:
         """Every VM, template, snapshot, disk and device of the server's, with what it is to us."""
         world = self._server.tell(world=True)
-        return [re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|:\d+:\d+:\d+:\d+", "N", line) for line in world]
+        numbers = r"[0-9a-f]{8}-[0-9a-f-]{27}|:\d+:\d+:\d+:\d+|(?<=@)\d+"
+        return [re.sub(numbers, "N", line) for line in world]
 
     def close(self) -> None:
         found = [line for line in self.everything() if not line.startswith("server's")]

@@ -29,7 +29,7 @@ from provision.work import look
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 MIB = 2**20
 EIGHT = tuple(f"vm{n}" for n in range(8))
-ON_ALL = [*HERE, "xenapi", *(pytest.param(label, marks=lab) for label in STORES)]
+ON_ALL = [*HERE, *(pytest.param(label, marks=lab) for label in STORES)]
 # How many times each of eight processes clones, resets and destroys; and the rounds of one for long.
 TIMES = {"fake": 3, "xenapi": 1, "kvm": 2, "zfs": 1, "lvm-thin": 1, "lvm-linked": 1, "lvm-full": 1}
 ROUNDS = {"fake": 100, "xenapi": 5, "kvm": 30, "zfs": 10, "lvm-thin": 3, "lvm-linked": 3, "lvm-full": 3}

@@ -221,6 +221,7 @@ def test_balloon(bench: Bench, has: int, target: int) -> None:
 
 
 def test_destroy_a_vm(bench: Bench) -> None:
+    _remove(bench)  # and with them the checkpoints of tests before
     ready = partial(bench.usable, "made again")
     for context in bench.kills("destroy a VM", "destroy", {"vms": ["prod"]}, ready):
         with bench.site() as site:
@@ -237,6 +238,7 @@ def test_destroy_a_vm(bench: Bench) -> None:
 
 
 def test_destroy_the_farm(bench: Bench) -> None:
+    _remove(bench)
     for context in bench.kills("destroy the farm", "destroy", {}, partial(_whole, bench)):
         done = bench.recovered(context)
         with bench.site() as site:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import FEW, KILLS, MANY, SEED, Bench
+from bench import FEW, KILLS, MANY, SEED, Bench, Length
 from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
@@ -60,7 +60,7 @@ class Walk:
         self.dice = random.Random(f"{SEED} walk {bench.driver}")
         self.vms: dict[str, Vm | None] = {"dev2": None, "prod": None}
         self.on: dict[str, bool] = {"dev2": False, "prod": False}
-        self.lengths: dict[str, tuple[int, float]] = {}  # steps, seconds
+        self.lengths: dict[str, Length] = {}
         self.story: list[str] = []
         self._letters = iter(string.ascii_uppercase * 1000)
         self._names = iter(f"c{n}" for n in range(10000))
@@ -102,21 +102,22 @@ class Walk:
 
     def kill(self, draw: Draw) -> str | None:
         """None: it was through before."""
-        steps, seconds = self.lengths[draw.verb]
+        length = self.lengths[draw.verb]
         when = self.dice.choice(("written", "done", "alone", "together", "alone", "together"))
-        at: float = self.dice.randrange(1, steps + 1)
+        at: float = self.dice.randrange(1, length.steps + 1)
         if when in ("alone", "together"):
-            at = self.dice.random() * seconds
+            at = self.dice.random() * length.seconds
         text = self.bench.killed_at(when, at, draw.verb, draw.arguments)
         self.story.append(
-            f"{draw.verb} {draw.arguments}: {when} {at:.3g} of {steps}, {seconds:.2f} s: {text}"
+            f"{draw.verb} {draw.arguments}: {when} {at:.3g} of {length.steps}, {length.seconds:.2f} s: "
+            f"{text}"
         )
         if text is not None:
             KILLS.add(f"{_shown(draw)}, walk", self.bench.driver)
         return text
 
     def kill_recovery(self, draw: Draw) -> None:
-        seconds = self.lengths[draw.verb][1]
+        seconds = self.lengths[draw.verb].seconds
         for _ in range(self.dice.choice((0, 1, 1, 2))):
             when, at = self.dice.choice(("alone", "together")), self.dice.random() * seconds
             text = self.bench.killed_at(when, at, "recover", {})
@@ -144,8 +145,8 @@ class Walk:
         KILLS.open[context] = None
         killed = None
         if draw.verb == "clone_farm" and self.story and self.story[-1].startswith(("clone", "recover")):
-            status = self.bench.uninterrupted(draw.verb, draw.arguments)  # else it would never be there
-            self.story.append(f"{draw.verb} {draw.arguments}: {status[1]:.2f} s")
+            length = self.bench.uninterrupted(draw.verb, draw.arguments)  # else it would never be there
+            self.story.append(f"{draw.verb} {draw.arguments}: {length.seconds:.2f} s")
         else:
             killed = self.kill(draw)
         if killed is not None:

@@ -247,6 +247,38 @@ def test_one_wrong_step(step: str) -> None:
     assert refused(f"{BASE}cycle:\n  steps:\n    - {step}\n") == [STEPS[step]]
 
 
+XENAPI = {
+    "credentials: x.cred": "6:29: hosts.here.credentials: 'credentials' is for driver xenapi; this one is kvm",
+    "ca: x.pem": "6:20: hosts.here.ca: 'ca' is for driver xenapi; this one is kvm",
+    "fingerprint: x": "6:29: hosts.here.fingerprint: 'fingerprint' is for driver xenapi; this one is kvm",
+    "insecure: yes": "6:26: hosts.here.insecure: 'insecure' is for driver xenapi; this one is kvm",
+    "sr: x": "6:20: hosts.here.sr: 'sr' is for driver xenapi; this one is kvm",
+    "copy: full": "6:22: hosts.here.copy: 'copy' is for driver xenapi; this one is kvm",
+    "driver: xenapi, uri: 'https://x'": "6:24: hosts.here.driver: driver xenapi needs 'credentials', a file",
+    "driver: xenapi, uri: 'http://x', credentials: c": "6:24: hosts.here.driver: driver xenapi needs 'uri', an https URL",
+    "driver: xenapi, uri: 'https://x', credentials: c, insecure: maybe": "6:76: hosts.here.insecure: "
+    "'maybe' is not yes or no",
+    "driver: xenapi, uri: 'https://x', credentials: c, ca: x, insecure: yes": "6:83: hosts.here.insecure: "
+    "either 'ca' or 'insecure', not both",
+    "driver: xenapi, uri: 'https://x', credentials: c, ca: x, fingerprint: y": "6:86: hosts.here.fingerprint: "
+    "either 'ca' or 'fingerprint', not both",
+    "driver: xenapi, uri: 'https://x', credentials: c, fingerprint: '00:11'": "6:79: hosts.here.fingerprint: "
+    "a SHA-256 has 64 hexadecimal digits, colons between or not",
+    "driver: xenapi, uri: 'https://x', credentials: c, sr: ''": "6:70: hosts.here.sr: at least one is needed",
+    "driver: xenapi, uri: 'https://x', credentials: c, copy: half": "6:72: hosts.here.copy: "
+    "'half' is not one of linked, full",
+    "driver: xenapi, uri: 'https://x', credentials: c, disks: {store: zfs, pool: x}": "6:73: hosts.here.disks: "
+    "a xenapi server owns its storage: 'sr' names it",
+}
+
+
+@pytest.mark.parametrize("keys", XENAPI, ids=repr)
+def test_one_wrong_key_of_a_xenapi_host(keys: str) -> None:
+    network = "network: {mode: network, network: build, addressing: dhcp}"
+    found = refused(f"{BASE}hosts: {{here: {{{keys}}}}}\n{network}\n")
+    assert [line for line in found if line.startswith("6:")] == [XENAPI[keys]]
+
+
 def test_what_a_file_can_not_be_without() -> None:
     assert refused("source: {repository: x}\n") == ["1:1: 'farm' is missing", "1:1: 'vms' is missing"]
     assert refused("farm: a\nvms: {}\n") == ["2:6: vms: at least one is needed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class Contents:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._own: dict[str, set[int]] = {}
+        self._kept, self._kept_own = directory.with_name(f"{directory.name}-kept"), self._own
         self._guard = threading.Lock()
 
     def path(self, uuid: str) -> Path:
@@ -80,5 +82,20 @@ class Contents:
                     self._own[uuid].add(at // BLOCK)
                 at += len(piece)
 
+    def keep(self) -> None:
+        self._kept_own = {uuid: set(own) for uuid, own in self._own.items()}
+        _copy(self._directory, self._kept)
+
+    def put_back(self) -> None:
+        self._own = {uuid: set(own) for uuid, own in self._kept_own.items()}
+        _copy(self._kept, self._directory)
+
     def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+        for directory in (self._directory, self._kept):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Sparse files as they are."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-r", "--sparse=always", source, target], check=True)

@@ -6,12 +6,14 @@ certificate it made itself; the certificate is in DIRECTORY/ca.pem, the credenti
 DIRECTORY/credentials. It lives until its standard input closes. What it does and refuses is in world.py,
 what it holds callers to in model.py.
 
-POST /test-control is the tests' own: {"begin": true} forgets all, "knobs" sets world.Knobs, "log" has
+POST /test-control is the tests' own: {"begin": true} forgets all, "keep" and
+"put_back" make it as it was once, "knobs" sets world.Knobs, "log" has
 the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. One of
 "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
 without an answer, before doing it or when it is done; ["block", SECONDS] does it that much later;
-["expire"] has the session forgotten. Async.X counts as X, and fails in its task.
+["expire"] has the session forgotten; ["dies"] does it by half, where it has halves, as a host does whose
+power goes, and hangs up. Async.X counts as X, and fails in its task.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._made = 0
+        self._kept: dict[str, Any] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -83,8 +86,8 @@ class Server:
         self.world = World(contents, Knobs(users={"root": "secret"}))
         self.faults = Faults()
 
-    def call(self, name: str, given: list[Any], *, json_: bool = False) -> Any:
-        """The value as it goes on the wire, or Failure; Dropped."""
+    def call(self, name: str, given: list[Any], *, json_: bool = False, at: str = "") -> Any:
+        """The value as it goes on the wire, or Failure; Dropped. ``at``: the address it was asked at."""
         plain = name.removeprefix("Async.")
         how = self.faults.of(plain)
         if how[:1] == ["drop-before"]:
@@ -106,6 +109,9 @@ class Server:
                 self.world.logout(handle)
                 return ""
             given, parameters = given[1:], parameters[1:]
+        knobs = self.world.knobs
+        if plain.startswith("session.login") and knobs.slave_of and at != knobs.master_at:
+            raise Failure("HOST_IS_SLAVE", knobs.slave_of)
         typed = [check(p[1], value, p[0]) for value, p in zip(given, parameters, strict=False)]
         handler = self.world.handler(plain)
         if handler is None:
@@ -118,6 +124,9 @@ class Server:
                 time.sleep(float(how[1]))
             return handler(*typed)
 
+        if how[:1] == ["dies"]:
+            self.world.call_and_die(lambda: handler(*typed))
+            raise Dropped
         if plain != name:
             value: Any = str(self.world.run_task(plain, do))
         elif plain == "event.from":
@@ -137,6 +146,10 @@ class Server:
             self.world.turn(**request["knobs"])
         if "fail" in request:
             self.faults.want(request["fail"])
+        if request.get("keep"):
+            self._kept = self.world.kept()
+        if request.get("put_back"):
+            self.world.put_back(self._kept)
         if request.get("expire"):
             for handle in list(self.world.objects["session"]):
                 self.world.drop("session", handle)
@@ -176,7 +189,11 @@ class Handler(BaseHTTPRequestHandler):
     xenapi: Server
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # a client that was killed while it asked
+            self.close_connection = True
+            return
         path = urlsplit(self.path).path
         try:
             if path == _TEST:
@@ -188,10 +205,13 @@ class Handler(BaseHTTPRequestHandler):
         except Dropped:
             self.close_connection = True
 
+    def _asked_at(self) -> str:
+        return str(self.connection.getsockname()[0])
+
     def _xml(self, body: bytes) -> str:
         arguments, name = xmlrpc.client.loads(body)
         try:
-            value = self.xenapi.call(str(name), list(arguments))
+            value = self.xenapi.call(str(name), list(arguments), at=self._asked_at())
             answer = {"Status": "Success", "Value": value}
         except Failure as failure:
             answer = {"Status": "Failure", "ErrorDescription": failure.description}
@@ -220,10 +240,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if how[:1] == ["drop-before"]:
                 raise Dropped
-            vdi = self._authorized("/import_raw_vdi")
+            vdi, world = self._authorized("/import_raw_vdi"), self.xenapi.world
             if how[:1] == ["error"]:
                 raise Failure(*how[1:])
-            self.xenapi.world.write(vdi, self.rfile, length)
+            if how[:1] == ["dies"]:
+                world.call_and_die(lambda: world.write(vdi, self.rfile, length // 2))
+                raise Dropped
+            world.write(vdi, self.rfile, length)
             if how[:1] == ["drop-after"]:
                 raise Dropped
             self._answer("", "text/plain")
@@ -288,12 +311,12 @@ class _TlsListener(_Listener):
 
 
 def certificate(directory: Path) -> str:
-    """Made for 127.0.0.1 by openssl(1); its SHA-256."""
+    """Made for 127.0.0.1 and .2 by openssl(1); its SHA-256."""
     pem, key = directory / "ca.pem", directory / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-days", "2", "-subj", "/CN=xen", "-addext", "subjectAltName=IP:127.0.0.1",
-         "-keyout", key, "-out", pem],
+         "-nodes", "-days", "2", "-subj", "/CN=xen",
+         "-addext", "subjectAltName=IP:127.0.0.1,IP:127.0.0.2", "-keyout", key, "-out", pem],
         check=True, capture_output=True,
     )  # fmt: skip
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.read_text())).hexdigest()
@@ -311,7 +334,9 @@ def serve(directory: Path) -> dict[str, Any]:
     https = _TlsListener(("127.0.0.1", 0), handler)
     https.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     https.context.load_cert_chain(directory / "ca.pem", directory / "key.pem")
-    for listener in (http, https):
+    second = _TlsListener(("127.0.0.2", https.server_port), handler)  # the pool's other host
+    second.context = https.context
+    for listener in (http, https, second):
         threading.Thread(target=listener.serve_forever, daemon=True).start()
     return {"http": http.server_port, "https": https.server_port, "fingerprint": fingerprint}
 

@@ -36,6 +36,13 @@ _BACK = {  # which field of whom names which field's owners
     ("SR", "VDIs"): ("VDI", "SR"),
     ("network", "VIFs"): ("VIF", "network"),
 }
+_STATE = ("objects", "_generation", "_stamps", "_gone")
+
+
+class Died(Exception):
+    """The server's host lost its power in the midst of a call."""
+
+
 _RESTORED = (
     "name_label", "name_description", "memory_static_min", "memory_static_max", "memory_dynamic_min",
     "memory_dynamic_max", "VCPUs_max", "VCPUs_at_startup", "other_config", "platform",
@@ -57,7 +64,8 @@ class Knobs:
     lazy_vbds: bool = False
     dies_in_revert: bool = False  # cut off between destroying the old disks and cloning the new ones
     session_life: int = 0  # calls after which a session has expired; 0: never
-    slave_of: str = ""
+    slave_of: str = ""  # told to whoever logs in, but for at the address ``master_at``
+    master_at: str = ""
 
 
 class World:
@@ -71,6 +79,7 @@ class World:
         self._gone: list[tuple[int, str, str]] = []
         self._busy: dict[str, threading.Lock] = {}
         self._sessions: dict[str, int] = {}
+        self._dying = threading.local()
         host = self.add("host", name_label="xen", enabled=True, hostname="xen")
         sr = self.add(
             "SR", name_label="Local storage", type="ext", content_type="user",
@@ -101,6 +110,18 @@ class World:
             self._set_suspend_sr()
             for sr in self.objects["SR"].values():
                 sr["physical_size"] = self.knobs.sr_size
+
+    def kept(self) -> dict[str, Any]:
+        """All that it holds, disks too: for ``put_back``."""
+        with self.changed:
+            self.contents.keep()
+            return copy.deepcopy({name: getattr(self, name) for name in _STATE})
+
+    def put_back(self, kept: dict[str, Any]) -> None:
+        with self.changed:
+            self.contents.put_back()
+            for name, value in copy.deepcopy(kept).items():
+                setattr(self, name, value)
 
     # -- objects ----------------------------------------------------------------------------------
 
@@ -195,6 +216,27 @@ class World:
             for lock in locks:
                 lock.release()
 
+    # -- dying ------------------------------------------------------------------------------------
+
+    def call_and_die(self, call: Callable[[], Any]) -> None:
+        """The call is half done, where it has halves, else done; then nothing runs any more, nobody is
+        logged in, and no task goes on. What is in the database and in the storage is what stays."""
+        self._dying.now = True
+        with contextlib.suppress(Died):
+            call()
+        self._dying.now = False
+        with self.changed:
+            for ref, vm in list(self.objects["VM"].items()):
+                if not (vm["is_control_domain"] or vm["is_a_template"]):
+                    self._off(ref)
+            for class_ in ("session", "task"):
+                for ref in list(self.objects[class_]):
+                    self.drop(class_, ref)
+
+    def _half_done(self) -> None:
+        if getattr(self._dying, "now", False):
+            raise Died
+
     # -- calls ------------------------------------------------------------------------------------
 
     def session_of(self, handle: str) -> None:
@@ -258,8 +300,6 @@ class World:
     # -- session, events, tasks ---------------------------------------------------------------------
 
     def session_login_with_password(self, user: str, password: str, *_: str) -> str:
-        if self.knobs.slave_of:
-            raise Failure("HOST_IS_SLAVE", self.knobs.slave_of)
         if self.knobs.users.get(user) != password:
             raise Failure("SESSION_AUTHENTICATION_FAILED")
         return self.add("session", auth_user_name=user, pool=True)
@@ -358,9 +398,10 @@ class World:
             self._attached(ref, "destroy")
             self.drop("VDI", ref)
             self.contents.remove(record["uuid"])
+            dying = getattr(self._dying, "now", False)
             for vbd, found in list(self.objects["VBD"].items()):
                 if found["VDI"] == ref:
-                    if self.knobs.lazy_vbds:
+                    if self.knobs.lazy_vbds or dying:
                         self.change("VBD", vbd, VDI=Ref(NULL))
                     else:
                         self.drop("VBD", vbd)
@@ -498,6 +539,7 @@ class World:
             for vdi in vdis.values():
                 self.VDI_destroy(vdi)
             raise
+        self._half_done()
         made = self.add("VM", **kept, metrics=self.add("VM_metrics"))
         self._devices(ref, made, vdis, macs=False)
         return made
@@ -530,6 +572,7 @@ class World:
                 )
                 self.contents.leaf(self.get("VDI", vdi)["uuid"])
                 self._touch("VDI", vdi)
+        self._half_done()
         kept = {f: copy.deepcopy(v) for f, v in source.items() if f not in ("uuid", "guest_metrics")}
         made = self.add("VM", **(kept | {
             "name_label": name, "is_a_snapshot": True, "is_a_template": True, "snapshot_of": Ref(ref),
@@ -597,6 +640,7 @@ class World:
             for class_ in ("VBD", "VIF"):
                 for device in [d for d, r in self.objects[class_].items() if r["VM"] == ref]:
                     self.drop(class_, device)
+            self._half_done()
             for snapshot in self.objects["VM"].values():
                 if snapshot["snapshot_of"] == ref:
                     snapshot["snapshot_of"] = Ref(NULL)
@@ -624,6 +668,7 @@ class World:
                     self._attached(vbd["VDI"], "attach")
             for device, _ in mine:
                 self.change("VBD", device, currently_attached=True)
+            self._half_done()
             for device in [r for r, v in self.objects["VIF"].items() if v["VM"] == ref]:
                 self.change("VIF", device, currently_attached=True)
             self.change("VM_metrics", record["metrics"], start_time=now(),

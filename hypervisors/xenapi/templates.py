@@ -1,0 +1,148 @@
+"""Templates on a XenAPI server: a XenAPI template each, with one disk that was imported once and never
+changes. What a killed import leaves has a name that says so, see ``making``; what a killed removal
+leaves was marked as gone first of all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hypervisors.api import Owner, StepFn, Template
+from hypervisors.run import Runner
+from hypervisors.xenapi.errors import XenApiError, translated
+from hypervisors.xenapi.making import making
+from hypervisors.xenapi.pool import Pool
+from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vm, template_of
+from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
+
+_LEAST_MEMORY = 2**24
+
+_HVM = {
+    "user_version": "1", "is_a_template": True, "affinity": NULL, "memory_target": "0",
+    "VCPUs_params": {}, "VCPUs_max": "1", "VCPUs_at_startup": "1",
+    "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
+    "actions_after_crash": "destroy", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "",
+    "PV_args": "", "PV_bootloader_args": "", "PV_legacy_args": "", "HVM_boot_policy": "BIOS order",
+    "HVM_boot_params": {"order": "c"}, "PCI_bus": "", "recommendations": "", "domain_type": "hvm",
+    "platform": {"acpi": "1", "apic": "true", "pae": "true", "nx": "true", "viridian": "false"},
+}  # fmt: skip
+"""A machine that boots from its disk as a PC does; the fields VM.create wants (data model 2.20)."""
+
+
+class Templates:
+    def __init__(self, pool: Pool, runner: Runner, step: StepFn) -> None:
+        self.pool = pool
+        self._farm = pool.farm
+        self._runner = runner
+        self._step = step
+
+    def seal(self, image: Path, template: Template) -> Template:
+        from hypervisors.images import sha256_file
+
+        with translated(f"seal {template.label}"):
+            if any(found.label == template.label for found in self.list()):
+                raise Conflict(
+                    f"{template.label} exists already", remedy="a sealed generation never changes"
+                )
+            digest = sha256_file(image)
+            with self._raw(image) as (raw, size):
+                self._step(f"import {template.label}")
+                ready = replace(template, sha256=digest, size=size)
+                sealed = self._import(raw, ready)
+            image.unlink()
+            return sealed
+
+    @contextlib.contextmanager
+    def _raw(self, image: Path) -> Iterator[tuple[Path, int]]:
+        """The image's content as a raw file, and its virtual size; the file is sparse."""
+        from hypervisors.images import image_info
+
+        with image.open("rb") as file:
+            qcow2 = file.read(4) == b"QFI\xfb"
+        if not qcow2:
+            yield image, image.stat().st_size
+            return
+        size = image_info(self._runner, image).size
+        raw = image.with_name(f".{image.name}.{os.getpid()}.raw")
+        try:
+            self._runner.change(
+                "qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, raw, timeout=3600
+            )
+            yield raw, size
+        finally:
+            raw.unlink(missing_ok=True)
+
+    def _import(self, raw: Path, template: Template) -> Template:
+        call = self.pool.call
+        marks = {"farm": self._farm, "kind": "making"}
+        config = {PREFIX + key: value for key, value in marks.items()}
+        with making(Owner(self._farm, "")) as name:
+            vdi, vm = "", ""
+            try:
+                vdi = self.pool.new_vdi(name, template.size, config)
+                self.pool.sessions.put(vdi, raw, template.size)
+                memory = str(2**28)
+                vm = call(
+                    "VM.create",
+                    _HVM | {
+                        "name_label": name,
+                        "name_description": f"farmhand's golden disk {template.label}, "
+                        f"farm {self._farm}: {template.origin}",
+                        "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
+                        "memory_dynamic_min": memory, "memory_dynamic_max": memory,
+                        "other_config": config,
+                    },
+                )  # fmt: skip
+                self.pool.attach(vm, vdi, DISK, read_only=False)
+                label = f"{self._farm} {template.label}"
+                call("VDI.set_name_label", vdi, label)
+                made = Vm(vm, call("VM.get_record", vm))
+                sealed = {
+                    "farm": self._farm, "kind": "template", "label": template.label,
+                    "size": str(template.size), "sha256": template.sha256,
+                    "created": template.created.isoformat(), "origin": template.origin,
+                    "firstboot": template.firstboot,
+                }  # fmt: skip
+                call("VM.set_other_config", vm, made.other_config(sealed))
+                call("VM.set_name_label", vm, label)
+            except BaseException:
+                if vm:
+                    self.pool.undo(vm)
+                if vdi:
+                    with contextlib.suppress(XenApiError, FarmhandError):
+                        self.pool.ignoring_gone("VDI.destroy", vdi)
+                raise
+        return replace(template, ref=f"{made.uuid} {vm}")
+
+    def list(self) -> Sequence[Template]:
+        with translated("list the templates"):
+            found = [template_of(vm) for vm in self.among(self.pool.all_vms())]
+            return sorted(found, key=lambda t: (t.name, t.generation))
+
+    def among(self, vms: Sequence[Vm]) -> Sequence[Vm]:
+        """Those of the farm's."""
+        return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
+
+    def remove(self, label: str) -> None:
+        with translated(f"remove template {label}"):
+            vms = self.pool.all_vms()
+            found = [vm for vm in self.among(vms) if vm.marks["label"] == label]
+            if not found:
+                raise NotFound(f"there is no template {label}")
+            users = [
+                vm.name for vm in vms
+                if vm.kind == "machine" and vm.marks.get("template") == label
+                and vm.marks["farm"] == self._farm
+            ]  # fmt: skip
+            if users:
+                raise WrongState(
+                    f"{label} stays: the disks of {', '.join(sorted(users))} depend on it",
+                    remedy="destroy them first",
+                )
+            self._step(f"remove template {label}")
+            for vm in found:
+                self.pool.give_up(vm)
+                self.pool.raze([vm])
