@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from hypervisors.api import Leftover, Owner
-from inventory.errors import Busy, FarmhandError
+from inventory.errors import Busy, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
 from provision import identity
 from provision.files import remove
@@ -105,13 +105,19 @@ def discard_of(site: Site, vm: str) -> int:
 
 
 def discard_unowned(site: Site) -> None:
-    """Remove on all hosts what is left of making and removing templates, which are no VM's."""
+    """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
+    doesn't answer keeps nobody from going on: what is left there is for gc."""
     for host, declared in site.farm.hosts.items():
         if declared.driver == "ssh":
             continue
-        for item in _of_host(site, host):
-            if item.what.owner is None:
-                item.discard()
+        try:
+            for item in _of_host(site, host):
+                if item.what.owner is None:
+                    item.discard()
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            site.reporter.warn(f"host {host}: what is left there is for gc: {error.message}")
 
 
 def _of_host(site: Site, host: str) -> Iterator[Found]:
