@@ -385,7 +385,7 @@ class XenApiHypervisor:
     def memory(self, name: str) -> MemoryUse:
         """The least is the static minimum: servers no longer tell what a guest uses
         (VM_guest_metrics.memory is there, and empty)."""
-        with self._disks.translated(f"ask for the memory of {name}"):
+        with translated(f"ask for the memory of {name}"):
             vm = self._ours(name)
             metrics = self._metrics(vm)
             if vm.power is not Power.RUNNING or metrics is None:
