@@ -2,26 +2,18 @@
 out, and the contract's tests hold both to the same behaviour as the real ones. The hypervisor works over
 any disk store; a change of a machine and one of its disk are two, as in reality.
 
-With a state file all processes see the same machines: each call reads it, works on it and writes it
-back (atomically) under a flock. Guests do not exist; a running machine's balloon always obeys, down to
-a floor of a quarter of its maximum. ``write`` stands for a guest that writes to its disk.
+With a state file all processes see the same machines (``hypervisors.fake_world``). Guests do not exist;
+a running machine's balloon always obeys, down to a floor of a quarter of its maximum. ``write`` stands
+for a guest that writes to its disk.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
 import hashlib
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
-
-from pydantic import TypeAdapter, ValidationError
 
 from hypervisors.api import (
     Capabilities,
@@ -42,105 +34,13 @@ from hypervisors.api import (
     no_step,
     spec_hash,
 )
-from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from hypervisors.fake_world import Store, StoredDisk, StoredMachine, World
+from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
 _TOTAL = 2**40
 _RESERVE = 2**28
-_BYTES = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}  # disks' contents, as JSON
 _FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
-
-
-@dataclass(slots=True)
-class _FakeDisk:
-    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
-    owner: Owner
-    size: int
-    template: str
-    base: str
-    content: bytes
-    checkpoints: dict[str, tuple[datetime, bytes]]  # oldest first; clean is the template
-
-
-@dataclass(slots=True)
-class _FakeMachine:
-    machine: Machine
-    spec: MachineSpec | None
-
-
-@dataclass(slots=True)
-class _World:
-    __pydantic_config__: ClassVar[Mapping[str, object]] = _BYTES
-    templates: dict[str, tuple[Template, bytes]] = field(default_factory=dict)
-    disks: dict[str, _FakeDisk] = field(default_factory=dict)
-    machines: dict[str, _FakeMachine] = field(default_factory=dict)
-    peak: int = 0  # bytes: the most that machines which ran at once ever had
-
-
-class _Store:
-    """A world in memory, or in a file shared by processes. ``change`` writes back only on success."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._world = _World()
-        self._read = b""
-
-    @contextlib.contextmanager
-    def change(self) -> Iterator[_World]:
-        with self._lock, self._shared() as outermost:
-            yield self._world
-            self._world.peak = max(self._world.peak, _given(self._world))
-            if outermost and self.path:
-                text = _as_json(self._world)
-                if text != self._read:  # a look writes nothing
-                    # by a name that recovery sweeps up, see provision.files
-                    fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}.0")
-                    fresh.write_bytes(text)
-                    fresh.replace(self.path)
-
-    @contextlib.contextmanager
-    def _shared(self) -> Iterator[bool]:
-        """True for the outermost use by this thread, which reads the file and will write it."""
-        if self._depth or self.path is None:
-            yield False
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            self._depth += 1
-            try:
-                self._read = self.path.read_bytes()
-            except FileNotFoundError:
-                self._read, self._world = b"", _World()
-            else:
-                self._world = _from_json(self._read, self.path)
-            yield True
-        finally:
-            self._depth -= 1
-            os.close(handle)
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[_World]:
-    """Once a process: to make it takes far longer than to use it."""
-    return TypeAdapter(_World)
-
-
-def _as_json(world: _World) -> bytes:
-    return _adapter().dump_json(world)
-
-
-def _from_json(text: bytes, path: Path) -> _World:
-    try:
-        return _adapter().validate_json(text)
-    except ValidationError as error:
-        raise DriverFailed(
-            f"{path}: not the fake driver's state: {error.errors()[0]['msg']}",
-            remedy="remove it: the fake machines in it are gone then",
-        ) from None
 
 
 class FakeDisks:
@@ -150,7 +50,7 @@ class FakeDisks:
         self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
     ) -> None:
         self._farm = farm
-        self.store = _Store(state)
+        self.store = Store(state)
         self._step = step
         self._reserve = reserve
 
@@ -210,7 +110,9 @@ class FakeDisks:
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
             self._step(f"clone the disk of {machine} from {template.label}")
             clean = (datetime.now(UTC), b"")
-            world.disks[machine] = _FakeDisk(owner, size, template.label, "clean", b"", {"clean": clean})
+            world.disks[machine] = StoredDisk(
+                owner, size, template.label, "clean", b"", {"clean": clean}
+            )
             return self._seen(machine, world.disks[machine])
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
@@ -285,7 +187,7 @@ class FakeDisks:
         with self.store.change() as world:
             return self._ours(world, machine).content
 
-    def _ours(self, world: _World, machine: str) -> _FakeDisk:
+    def _ours(self, world: World, machine: str) -> StoredDisk:
         disk = world.disks.get(machine)
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
@@ -293,7 +195,7 @@ class FakeDisks:
             raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
         return disk
 
-    def _seen(self, machine: str, disk: _FakeDisk) -> Disk:
+    def _seen(self, machine: str, disk: StoredDisk) -> Disk:
         return Disk(
             machine=machine,
             owner=disk.owner,
@@ -317,7 +219,7 @@ class FakeHypervisor:
         if isinstance(disks, FakeDisks) and state == disks.store.path:
             self._store = disks.store
         else:
-            self._store = _Store(state)
+            self._store = Store(state)
         self._step = step
 
     def capabilities(self) -> Capabilities:
@@ -359,7 +261,7 @@ class FakeHypervisor:
             with self._store.change() as world:
                 self._check_name(spec.name)
                 self._step(f"define {spec.name}")
-                world.machines[spec.name] = _FakeMachine(machine, spec)
+                world.machines[spec.name] = StoredMachine(machine, spec)
         except BaseException:
             if made:
                 self._disks.destroy(spec.name)
@@ -499,7 +401,7 @@ class FakeHypervisor:
                 name=name, owner=None, power=Power.STOPPED, memory=2**28, current=2**28, vcpus=1,
                 mac="", disk=None, spec_hash="", template="",
             )  # fmt: skip
-            world.machines[name] = _FakeMachine(machine, None)
+            world.machines[name] = StoredMachine(machine, None)
 
     def _check_name(self, name: str) -> None:
         with self._store.change() as world:
@@ -509,7 +411,7 @@ class FakeHypervisor:
                     raise NotOurs(f"{name} exists and is not of farm {self._farm}")
                 raise Conflict(f"{name} exists already", remedy="destroy it first")
 
-    def _ours(self, world: _World, name: str) -> _FakeMachine:
+    def _ours(self, world: World, name: str) -> StoredMachine:
         fake = world.machines.get(name)
         if fake is None:
             raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
@@ -518,7 +420,7 @@ class FakeHypervisor:
             raise NotOurs(f"{name} is not of farm {self._farm}: left alone")
         return fake
 
-    def _off(self, fake: _FakeMachine) -> None:
+    def _off(self, fake: StoredMachine) -> None:
         fake.machine = replace(
             fake.machine, power=Power.STOPPED, current=fake.machine.memory, started=None
         )
@@ -536,11 +438,6 @@ class FakeHypervisor:
             spec_hash=spec_hash(spec),
             template=template,
         )
-
-
-def _given(world: _World) -> int:
-    machines = (fake.machine for fake in world.machines.values())
-    return sum(m.current for m in machines if m.power is not Power.STOPPED)
 
 
 def _stopped(name: str) -> WrongState:

@@ -34,7 +34,7 @@ import hypervisors.lvm_classic  # imported for the forks, as the next ones are
 import hypervisors.lvm_thin
 import hypervisors.zfs  # noqa: F401
 import provision.seed  # noqa: F401
-from hypervisors import fake
+from hypervisors import fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
 from provision import checkpoint, farm, golden, journal
@@ -197,6 +197,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    fake._adapter()  # for the forks, too
+    fake_world.adapter()  # for the forks, too
     _kind = StillSite if sys.argv[1:] == ["still"] else Site
     serve()
