@@ -174,10 +174,19 @@ def _in_a_lab(
 
 
 def bench(run: Run, name: str, *, rounds: int) -> Result:
-    """The disk stores' figures, from a lab; not ok where one is over its limit."""
-    from tests.figures import Figures
+    """The figures of the disk stores, of Xen and of XenAPI's calls; with ``name`` those of that
+    lab alone. Not ok where one is over its limit."""
+    from tests import bench_xenapi
+    from tests.figures import Figure, Figures
     from tests.lab import run as labrun
+    from tests.lab.kinds import KVM, XEN
 
-    figures = Figures.from_dict(labrun.run_bench(Runner(), run.screen.say, name=name, rounds=rounds))
+    found: list[Figure] = []
+    for kind in (KVM,) if name else (KVM, XEN):
+        data = labrun.run_bench(Runner(), run.screen.say, name=name, kind=kind, rounds=rounds)
+        found += Figures.from_dict(data).figures
+    if not name:
+        found += bench_xenapi.measure()
+    figures = Figures(tuple(found))
     problem = "" if figures.all_within else "a figure is over its limit"
     return Result(figures.as_dict(), figures.text(), ok=figures.all_within, problem=problem)

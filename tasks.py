@@ -447,7 +447,7 @@ def lint(run: Run) -> Result:
 @command(
     {
         "rounds": "Rounds that medians are taken of.",
-        "lab": "The ZFS and LVM stores, beside the bare commands, in a lab.",
+        "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
         "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
     },
     plans=False,

@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -239,87 +240,88 @@ def group() -> Iterator[str]:
         run("pvremove", "-q", "-f", "-y", LVM_DEVICE)
 
 
-def lvm_thin(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A volume group with a sealed template, ``disks`` of ours in it, and what clones that by hand."""
+
+    name: str
+    disks: LvmThinDisks | LvmClassicDisks
+    sealed: Template
+    options: tuple[str, ...]  # lvcreate's
+
+    def bare_clone(self, volume: str) -> None:
+        run("lvcreate", "-q", "-y", "-s", *self.options, "-kn", "-ay", "-n", volume, "--addtag", "vm",
+            self.sealed.ref)  # fmt: skip
+
+    def bare_reset(self, volume: str) -> None:
+        run("lvremove", "-q", "-f", f"{self.name}/{volume}")
+        self.bare_clone(volume)
+
+
+@contextlib.contextmanager
+def thin(place: Path) -> Iterator[Group]:
     with group() as vg:
-        run(
-            "lvcreate",
-            "-q",
-            "--type",
-            "thin-pool",
-            "-L",
-            "6G",
-            "--poolmetadatasize",
-            "64M",
-            "-n",
-            "pool",
-            vg,
-        )
+        run("lvcreate", "-q", "--type", "thin-pool", "-L", "6G", "--poolmetadatasize", "64M",
+            "-n", "pool", vg)  # fmt: skip
         disks = LvmThinDisks(vg, "pool", FARM, Runner(), links=place / "links")
         sealed = disks.seal(image(place, 2**30), template("base", 2**30))
+        yield Group(vg, disks, sealed, ("-prw",))
 
-        def bare_clone(name: str) -> None:
-            run("lvcreate", "-q", "-s", "-kn", "-ay", "-prw", "-n", name, "--addtag", "vm", sealed.ref)
 
-        yield from lvm("lvm-thin", vg, disks, sealed, bare_clone, rounds, say)
+@contextlib.contextmanager
+def classic(place: Path) -> Iterator[Group]:
+    with group() as vg:
+        disks = LvmClassicDisks(vg, FARM, Runner(), links=place / "links", share=0.1)
+        sealed = disks.seal(image(place, 2**30), template("base", 2**30))
+        yield Group(vg, disks, sealed, ("-L", "100M", "-c", "4096b"))
+
+
+def lvm_thin(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
+    with thin(place) as made:
+        yield from lvm("lvm-thin", made, rounds, say)
         say(f"LVM thin, space of {HUNDRED} clones")
 
         def used() -> int:
             """By the kernel's count: metadata blocks of 4 KiB, data blocks of the pool's chunk size
             (kernel: admin-guide/device-mapper/thin-provisioning)."""
-            words = run("dmsetup", "status", f"{vg}-pool-tpool").split()
+            words = run("dmsetup", "status", f"{made.name}-pool-tpool").split()
             metadata, data = (int(word.partition("/")[0]) for word in words[4:6])
             argv = ("lvs", "--noheadings", "--units", "b", "--nosuffix", "-o", "chunk_size")
-            return metadata * 4096 + data * int(run(*argv, f"{vg}/pool"))
+            return metadata * 4096 + data * int(run(*argv, f"{made.name}/pool"))
 
-        yield space("lvm-thin", disks, place, used)
+        yield space("lvm-thin", made.disks, place, used)
 
 
 def lvm_classic(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
-    with group() as vg:
-        disks = LvmClassicDisks(vg, FARM, Runner(), links=place / "links", share=0.1)
-        sealed = disks.seal(image(place, 2**30), template("base", 2**30))
-
-        def bare_clone(name: str) -> None:
-            run("lvcreate", "-q", "-y", "-s", "-L", "100M", "-c", "4096b", "-kn", "-ay", "-n",
-                name, "--addtag", "vm", sealed.ref)  # fmt: skip
-
-        yield from lvm("lvm", vg, disks, sealed, bare_clone, rounds, say)
+    with classic(place) as made:
+        yield from lvm("lvm", made, rounds, say)
 
 
-def lvm(
-    store: str,
-    vg: str,
-    disks: LvmThinDisks | LvmClassicDisks,
-    sealed: Template,
-    bare_clone: Callable[[str], None],
-    rounds: int,
-    say: Say,
-) -> Iterator[Figure]:
-    measured = Measured(store)
+def lvm(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
+    measured, vg, disks, sealed = Measured(store), made.name, made.disks, made.sealed
+    loop = [f"loop{n}" for n in range(MANY)]
 
-    def bare_reset(name: str) -> None:
-        run("lvremove", "-q", "-f", f"{vg}/{name}")
-        bare_clone(name)
+    def one_by_one() -> None:
+        for volume in loop:
+            made.bare_clone(volume)
 
     for turn in range(rounds):
         say(f"{store}, round {turn + 1} of {rounds}")
         theirs, ours = f"bare{turn}", f"vm{turn}"
-        measured.take("lvcreate -s", bare_clone, theirs)
+        measured.take("lvcreate -s", made.bare_clone, theirs)
         disks.templates()
         measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
         for path in (Path("/dev", vg, theirs), disks.ready(ours).path):
             write(path)
-        measured.take("lvremove, lvcreate -s", bare_reset, theirs)
+        measured.take("lvremove, lvcreate -s", made.bare_reset, theirs)
         measured.take("reset", disks.restore, ours, "clean")
     for turn in range(rounds):
         disks.destroy(f"vm{turn}")
         run("lvremove", "-q", "-f", f"{vg}/bare{turn}")
     for turn in range(max(1, rounds // 2)):
         say(f"{store}, a farm of {MANY}, round {turn + 1}")
-        measured.take(
-            f"lvcreate -s, {MANY} in a loop", lambda: [bare_clone(f"loop{n}") for n in range(MANY)]
-        )
-        run("lvremove", "-q", "-f", *(f"{vg}/loop{n}" for n in range(MANY)))
+        measured.take(f"lvcreate -s, {MANY} in a loop", one_by_one)
+        run("lvremove", "-q", "-f", *(f"{vg}/{n}" for n in loop))
         measured.take(f"farm of {MANY}", clone_all, disks, sealed, [f"f{n}" for n in range(MANY)])
         for n in range(MANY):
             disks.destroy(f"f{n}")
@@ -332,23 +334,24 @@ def lvm(
     )
 
 
-STORES = {"zfs": zfs, "lvm-thin": lvm_thin, "lvm": lvm_classic}
+Measure = Callable[[Path, int, Say], Iterator[Figure]]
+STORES: Mapping[str, Measure] = {"zfs": zfs, "lvm-thin": lvm_thin, "lvm": lvm_classic}
 
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(stores: Mapping[str, Measure] = STORES) -> int:
     """One JSON object on standard output, progress on standard error."""
     parser = argparse.ArgumentParser(description="Measure the disk stores. Takes the spare disks.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("stores", nargs="*", choices=[[], *STORES], default=[])
+    parser.add_argument("stores", nargs="*", choices=[[], *stores], default=[])
     options = parser.parse_args()
     found: list[Figure] = []
-    for name in options.stores or STORES:
+    for name in options.stores or stores:
         with tempfile.TemporaryDirectory(prefix="fhb") as place:
-            for figure in STORES[name](Path(place), options.rounds, tell):
+            for figure in stores[name](Path(place), options.rounds, tell):
                 tell(f"{figure.name}: {figure.show(figure.median)}")
                 found.append(figure)
     json.dump(Figures(tuple(found)).as_dict(), sys.stdout)

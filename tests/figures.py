@@ -13,21 +13,26 @@ from inventory.sizes import format_size
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """``values`` of each round: seconds, or bytes. ``limit``: what it must stay under, in the same or,
-    where ``beside`` names another figure, as a multiple of that one. None: nothing is asked."""
+    """``values`` of each round: seconds, bytes or calls. ``limit``: what it must stay under, in the same
+    or, where ``beside`` names another figure, as a multiple of that one. None: nothing is asked."""
 
     name: str
     values: tuple[float, ...]
     limit: float | None = None
     beside: str = ""
-    unit: str = "s"  # or "B"
+    unit: str = "s"  # or "B", "calls"
 
     @property
     def median(self) -> float:
         return median(self.values)
 
     def show(self, value: float) -> str:
-        return f"{value * 1000:.0f} ms" if self.unit == "s" else format_size(int(value))
+        match self.unit:
+            case "s":
+                return f"{value * 1000:.0f} ms"
+            case "B":
+                return format_size(int(value))
+        return f"{value:g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -413,31 +413,13 @@ def _old_or_new(rig, operation: str, context: str) -> None:
 
 # -- how few calls ------------------------------------------------------------------------------------
 
-MOST = {"clone": 11, "reset": 11, "start": 6}
-"""Calls a VM, at most: see docs/xenapi.md."""
 
-
-def test_calls_per_vm_are_few_and_no_more_for_fifty(rig, server, capsys):
-    hypervisor = rig.hypervisor()
-    counts: dict[int, dict[str, int]] = {}
-    for vms in (1, 50):
-        names = [f"v{vms}x{n}" for n in range(vms)]
-        counted = counts[vms] = {}
-        server.log()
-        for what, do in (
-            ("clone", lambda vm: hypervisor.define(rig.spec(vm), rig.template)),
-            ("start", lambda vm: hypervisor.start(f"kata-{vm}")),
-            ("reset", lambda vm: hypervisor.reset(f"kata-{vm}", "clean")),
-        ):
-            for vm in names:
-                do(vm)
-            log = [c for c in server.log() if not c.startswith("session.")]
-            once = ("SR.", "pool.", "network.")  # looked up once for all
-            counted[what] = round(sum(not c.startswith(once) for c in log) / vms, 2)
+def test_calls_per_vm_are_few_and_no_more_for_fifty(rig, capsys):
+    one, each = rig.calls_a_vm(1), rig.calls_a_vm(50)
     with capsys.disabled():
-        print(f"\nXenAPI calls a VM: {counts[1]} for one VM, {counts[50]} each for fifty")
-    for what, most in MOST.items():
-        assert counts[50][what] <= counts[1][what] <= most
+        print(f"\nXenAPI calls a VM: {one} for one VM, {each} each for fifty")
+    for what, most in xenapi_rig.MOST_CALLS.items():
+        assert each[what] <= one[what] <= most
 
 
 # -- the calls, and how each was checked ------------------------------------------------------------

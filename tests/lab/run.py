@@ -35,6 +35,11 @@ from tests.lab.parcel import CHECKOUT
 LIMIT = 90  # minutes
 _KEPT = 10  # results
 _OUT = "/root/results"
+_GUEST = "/var/cache/farmhand/test-guest"  # where tests/lab/parcel.py puts it
+_BENCHES = {
+    "kvm": ("tests.bench_stores", "ZFS and LVM, beside the bare commands: about 20 minutes"),
+    "xen": ("tests.bench_xen", "Xen and its disks, beside the bare commands: about 10 minutes"),
+}
 _HANDED_ON = ("FARMHAND_KILLS", "FARMHAND_SEED")  # see tests/faults/bench.py
 _LARGEST = "2M"  # of the logs and journals brought back, each
 _CRASH = re.compile(r"Kernel panic - not syncing|soft lockup - CPU|rcu_\w+ detected stalls")
@@ -131,11 +136,13 @@ def _run_tests(
     return Report(machine.name, status, _plain(closing), results, time.monotonic() - started, kind.name)
 
 
-def run_bench(runner: Runner, say: Say, *, name: str, rounds: int) -> Mapping[str, Any]:
-    """What tests/bench_stores.py found in the running lab ``name``, or in a lab of its own."""
-    with _lab(runner, say, name, KVM, warm=True) as machine:
-        say("measuring ZFS and LVM, beside the bare commands: about 20 minutes under emulation")
-        script = f"cd /{CHECKOUT} && exec /opt/venv/bin/python -m tests.bench_stores --rounds {rounds}"
+def run_bench(runner: Runner, say: Say, *, name: str, kind: Kind, rounds: int) -> Mapping[str, Any]:
+    """What the kind's tests/bench_*.py found in the running lab ``name``, or in a lab of its own."""
+    with _lab(runner, say, name, kind, warm=True) as machine:
+        module, what = _BENCHES[machine.kind.name]
+        say(f"measuring {what} under emulation")
+        python = f"env FARMHAND_TEST_GUEST={_GUEST} /opt/venv/bin/python"
+        script = f"cd /{CHECKOUT} && exec {python} -m {module} --rounds {rounds}"
         log = _results_directory(machine.name) / "bench.log"
 
         def show(data: bytes) -> None:
@@ -178,7 +185,7 @@ def _script(kind: Kind, choice: Choice) -> str:
         *(["-k", choice.match] if choice.match else []),
     ]  # fmt: skip
     environment = {
-        "FARMHAND_TEST_GUEST": "/var/cache/farmhand/test-guest",
+        "FARMHAND_TEST_GUEST": _GUEST,
         "HYPOTHESIS_STORAGE_DIRECTORY": "/var/tmp/hypothesis",
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",
