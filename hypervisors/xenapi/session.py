@@ -198,11 +198,18 @@ class Sessions:
         link.putheader("Content-Length", str(size))
         link.endheaders()
         left = size
-        while left:
-            piece = file.read(min(_CHUNK, left)) or bytes(min(_CHUNK, left))
-            link.send(piece)
-            left -= len(piece)
-        answer = link.getresponse()
+        cut_off: OSError | None = None
+        try:
+            while left:
+                piece = file.read(min(_CHUNK, left)) or bytes(min(_CHUNK, left))
+                link.send(piece)
+                left -= len(piece)
+        except OSError as error:
+            cut_off = error  # it may have said why before it hung up
+        try:
+            answer = link.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise cut_off or error from None
         answer.read()
         if answer.status != 200:
             raise DriverFailed(

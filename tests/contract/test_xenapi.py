@@ -411,6 +411,13 @@ def _old_or_new(rig, operation: str, context: str) -> None:
             assert disks.pristine(NAME, name), context
 
 
+def test_a_server_that_refuses_a_disks_content_early_is_heard(rig, made):
+    """It answers and hangs up while we still send: the disk is in use."""
+    made.start(NAME)
+    with pytest.raises(DriverFailed, match="content was refused: HTTP 500"):
+        rig.write(NAME, "C")
+
+
 # -- how few calls ------------------------------------------------------------------------------------
 
 
