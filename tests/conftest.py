@@ -1,6 +1,7 @@
 """Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, those marked ``xen`` one with
 Xen, and run only in the lab of that kind. The contract suites count as such there too, to be held on a
-real host: in the Xen lab those of the disk stores, and of hypervisors what is marked."""
+real host: in the Xen lab those of the disk stores, and of hypervisors what is marked. Not those of
+XenAPI: to its server, simulated or real, it is all the same which host asks."""
 
 from __future__ import annotations
 
@@ -23,12 +24,13 @@ _left_out: list[str] = []
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if IN_XEN_LAB:
         for item in items:
-            if item.nodeid.startswith(_STORES):
+            if item.nodeid.startswith(_STORES) and "xenapi" not in item.nodeid:
                 item.add_marker("xen")
         return
     if IN_LAB:
         for item in items:
-            if "tests/contract/" in item.nodeid and not item.get_closest_marker("xen"):
+            of_hosts = "tests/contract/" in item.nodeid and "xenapi" not in item.nodeid
+            if of_hosts and not item.get_closest_marker("xen"):
                 item.add_marker("lab")
             if BRIEF.search(item.nodeid):
                 item.add_marker("brief")
