@@ -216,6 +216,8 @@ class Sessions:
                 f"{self._url}: the disk's content was refused: HTTP {answer.status} {answer.reason}",
                 remedy="see /var/log/xensource.log on the server",
             )
+        if cut_off:  # it can't have all of it, whatever it says
+            raise cut_off
 
     def close(self) -> None:
         with self._guard:

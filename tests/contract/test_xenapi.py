@@ -418,6 +418,16 @@ def test_a_server_that_refuses_a_disks_content_early_is_heard(rig, made):
         rig.write(NAME, "C")
 
 
+def test_a_server_that_hears_no_more_is_not_believed(rig, server, made):
+    """It says 200 to content that it did not read: more than the sockets between hold."""
+    image = rig.place / "whole"
+    image.write_bytes(b"C" * SIZE)
+    server.fail("PUT /import_raw_vdi", ["answer-early"])
+    ref = rig.sessions().call("VDI.get_by_uuid", rig.disks().find(NAME).path.name)
+    with pytest.raises(DriverFailed, match="import_raw_vdi"):
+        rig.sessions().put(ref, image, SIZE)
+
+
 # -- how few calls ------------------------------------------------------------------------------------
 
 

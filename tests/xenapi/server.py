@@ -11,9 +11,10 @@ POST /test-control is the tests' own: {"begin": true} forgets all, "keep" and
 the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. One of
 "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
-without an answer, before doing it or when it is done; ["block", SECONDS] does it that much later;
-["expire"] has the session forgotten; ["dies"] does it by half, where it has halves, as a host does whose
-power goes, and hangs up. Async.X counts as X, and fails in its task.
+without an answer, before doing it or when it is done; ["answer-early"], for PUT, says that it did what
+it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
+forgotten; ["dies"] does it by half, where it has halves, as a host does whose power goes, and hangs up.
+Async.X counts as X, and fails in its task.
 """
 
 from __future__ import annotations
@@ -240,6 +241,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if how[:1] == ["drop-before"]:
                 raise Dropped
+            if how == ["answer-early"]:
+                self.close_connection = True
+                self._answer("", "text/plain")
+                return
             vdi, world = self._authorized("/import_raw_vdi"), self.xenapi.world
             if how[:1] == ["error"]:
                 raise Failure(*how[1:])
