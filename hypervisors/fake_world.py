@@ -71,7 +71,7 @@ class Store:
         """The world, to look at or to work on, for this process alone."""
         with self._lock, self._shared() as outermost:
             yield self._world
-            self._world.peak = max(self._world.peak, given(self._world))
+            self._world.peak = max(self._world.peak, _given(self._world))
             if outermost and self.path:
                 text = _as_json(self._world)
                 if text != self._read:  # a look writes nothing
@@ -123,7 +123,7 @@ def _from_json(text: bytes, path: Path) -> World:
         ) from None
 
 
-def given(world: World) -> int:
+def _given(world: World) -> int:
     """Bytes that all machines which run have together."""
     machines = (fake.machine for fake in world.machines.values())
     return sum(m.current for m in machines if m.power is not Power.STOPPED)

@@ -7,11 +7,12 @@ Runs in the Xen lab (``./invoke bench --lab``), on its spare disk.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from hypervisors.api import MachineSpec, Nic, Owner
@@ -20,7 +21,8 @@ from hypervisors.libxl import Xen
 from hypervisors.run import Runner
 from provision.paths import cache_dir
 from tests import bench_stores
-from tests.bench_stores import FARM, MIB, Measure, Measured, Say, run
+from tests.bench_stores import FARM, MIB, Group, Measure, Measured, Say, run
+from tests.contract import small_guest
 from tests.figures import Figure
 
 LIMIT = 1.2  # of a whole reset
@@ -41,9 +43,7 @@ def _in_dom0(measure: Measure) -> Measure:
     return measured
 
 
-def _disks(store: str) -> Measure:
-    opened = {"lvm-thin": bench_stores.thin, "lvm": bench_stores.classic}[store]
-
+def _disks(store: str, opened: Callable[[Path], AbstractContextManager[Group]]) -> Measure:
     def measure(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
         with opened(place) as made:
             yield from bench_stores.lvm(store, made, rounds, say)
@@ -52,8 +52,7 @@ def _disks(store: str) -> Measure:
 
 
 def _whole(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
-    sys.path.insert(0, str(Path(__file__).parent / "contract"))
-    guest = import_module("small_guest").build(cache_dir())
+    guest = small_guest.build(cache_dir())
     words = "console=hvc0 quiet panic=-1"
     with bench_stores.thin(place) as made:
         ours, theirs = f"{FARM}-ours", "theirs"
@@ -92,8 +91,8 @@ def _whole(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
                 say(f"whole resets under Xen, round {turn + 1} of {rounds}")
                 _up(theirs, lambda: measured.take(_BY_HAND, by_hand))
                 _up(ours, lambda: measured.take("whole reset", reset))
-            run("xl", "destroy", theirs)
         finally:
+            subprocess.run(["xl", "destroy", theirs], check=False)
             hypervisor.destroy(ours)
             hypervisor.close()
         first, second = measured.figures([(_BY_HAND, "whole reset")])
@@ -113,8 +112,8 @@ def _up(name: str, start: Callable[[], object]) -> None:
 
 
 STORES = {
-    "lvm-thin": _in_dom0(_disks("lvm-thin")),
-    "lvm": _in_dom0(_disks("lvm")),
+    "lvm-thin": _in_dom0(_disks("lvm-thin", bench_stores.thin)),
+    "lvm": _in_dom0(_disks("lvm", bench_stores.classic)),
     "whole": _in_dom0(_whole),
 }
 

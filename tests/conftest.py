@@ -21,16 +21,19 @@ BRIEF = re.compile(
 _left_out: list[str] = []
 
 
+def _of_hosts(item: pytest.Item) -> bool:
+    return "tests/contract/" in item.nodeid and "xenapi" not in item.nodeid
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if IN_XEN_LAB:
         for item in items:
-            if item.nodeid.startswith(_STORES) and "xenapi" not in item.nodeid:
+            if item.nodeid.startswith(_STORES) and _of_hosts(item):
                 item.add_marker("xen")
         return
     if IN_LAB:
         for item in items:
-            of_hosts = "tests/contract/" in item.nodeid and "xenapi" not in item.nodeid
-            if of_hosts and not item.get_closest_marker("xen"):
+            if _of_hosts(item) and not item.get_closest_marker("xen"):
                 item.add_marker("lab")
             if BRIEF.search(item.nodeid):
                 item.add_marker("brief")

@@ -5,6 +5,7 @@ To make a group and a pool takes longer than most tests, so one that a test left
 
 from __future__ import annotations
 
+import abc
 import os
 import secrets
 import shutil
@@ -48,7 +49,7 @@ def drop_all() -> None:
         drop(device)
 
 
-class LvmRig:
+class LvmRig(abc.ABC):
     """A letter at 1 MiB stands for a disk's content. ``size``: the group has no more than this free."""
 
     kind = ""
@@ -70,8 +71,8 @@ class LvmRig:
             run("lvcreate", "-q", "-l", "100%FREE", "-n", "filler", self.vg)
             run("lvreduce", "-q", "-f", "-L", f"-{size}", f"{self.vg}/filler")
 
-    def disks(self, farm: str = FARM, **options) -> Disks:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def disks(self, farm: str = FARM, **options) -> Disks: ...
 
     def image(self) -> Path:
         path = self.place / f"image-{secrets.token_hex(3)}.qcow2"
