@@ -141,7 +141,7 @@ def test(
     return Result(data, "", ok=not problems, problem="; ".join(problems))
 
 
-_CORES = 4  # two labs on two cores take as long as one after the other
+_CORES = 2  # a lab's tests seldom keep more than one busy
 _GUESTS = "guests or kvm"
 """Tests with nested guests: emulated they may cost the lab's kernel its life, and then they run again,
 but they alone."""
