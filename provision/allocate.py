@@ -19,11 +19,13 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address
 from json.encoder import encode_basestring_ascii as _quoted
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypedDict
 
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 from inventory.model import Farm
+from provision.claims import Claimed, Claims
 from provision.files import file_error, make_directory, write_atomic
 from provision.paths import FarmPaths, state_dir
 
@@ -56,6 +58,9 @@ class _Entry(TypedDict):
     mac: str
     address: str | None
     ssh_port: int
+
+
+_FIELDS = ("mac", "address", "ssh_port")
 
 
 class _Given(Mapping[str, Allocation]):
@@ -96,18 +101,20 @@ class _Index:
     """Who has what and what is free, looked up once for any number of VMs, and only what is asked.
     Addresses are texts, of which each has one."""
 
-    def __init__(self, farm: Farm, book: _Book, claims: Mapping[str, str]) -> None:
+    def __init__(self, farm: Farm, book: _Book, claims: Claimed) -> None:
         self._vms, self._network = farm.vms.values(), farm.network
         self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.resting, self.claims = book.resting, claims
         self.now = datetime.now(UTC)
-        entries = book.vms.items()
-        self.macs = {entry["mac"]: vm for vm, entry in entries}
-        self.addresses = {entry["address"]: vm for vm, entry in entries if entry["address"]}
-        self.ports = {entry["ssh_port"]: vm for vm, entry in entries}
+        self.macs = self._by("mac")
+        self.addresses = self._by("address")  # and somebody by None
+        self.ports = self._by("ssh_port") if farm.network.mode == "user" else {}
         self._subnet = farm.network.subnet
         self._ranges = farm.network.reserved_ranges
         self._free = self._walk()
+
+    def _by(self, what: str) -> dict[Any, str]:
+        return dict(zip(map(itemgetter(what), self._recorded.values()), self._recorded, strict=True))
 
     @cached_property
     def declared_macs(self) -> set[str]:
@@ -116,15 +123,6 @@ class _Index:
     @cached_property
     def declared_ports(self) -> set[int]:
         return {port for vm in self._vms for port in (vm.ssh_port, vm.nat_port) if port}
-
-    @cached_property
-    def claimed_ports(self) -> dict[str, int]:
-        """By owner, the lowest."""
-        found: dict[str, int] = {}
-        for key, owner in self.claims.items():
-            if key.isdigit():
-                found[owner] = min(int(key), found.get(owner, 65536))
-        return found
 
     @cached_property
     def _closed(self) -> set[IPv4Address]:
@@ -173,7 +171,7 @@ class Allocator:
     def __init__(self, farm: Farm, lock_file: Path, claims: Path | None = None) -> None:
         self._farm = farm
         self.lock_file = lock_file
-        self._claims = claims or state_dir() / "claims.json"
+        self._claims = Claims(claims or state_dir() / "claims.db")
         self._seen: tuple[tuple[int, ...], _Book] | None = None  # which file, and what is in it
 
     def recorded(self, *, without: Iterable[str] = ()) -> Mapping[str, Allocation]:
@@ -189,8 +187,9 @@ class Allocator:
 
     def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
         """What ``allocate_all`` would give them now, each something else. Takes no lock."""
-        index = _Index(self._farm, self._read(), self._read_claims())
-        return {vm: self._choose(vm, index) for vm in vms}
+        with self._claims.reading() as claims:
+            index = _Index(self._farm, self._read(), claims)
+            return {vm: self._choose(vm, index) for vm in vms}
 
     def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
         """The recorded one, or a new one, durably recorded when this returns. ``move_port``: another
@@ -205,10 +204,12 @@ class Allocator:
 
     def _allocate(self, vms: Iterable[str], *, move_port: bool = False) -> dict[str, Allocation]:
         with self._exclusively():
-            book, claims = self._read(), self._read_claims()
-            index = _Index(self._farm, book, claims)
-            given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
-            self._claim(given, claims)  # first the host's, then ours: a kill between leaks no duplicate
+            book = self._read()
+            with self._claims.writing() as claims:
+                index = _Index(self._farm, book, claims)
+                given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
+                claims.give({self._owner(got.vm): self._keys(got) for got in given.values()})
+            # first the host's, then ours: a kill between leaks no duplicate
             changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != _entry(got)}
             for vm, got in changed.items():
                 old = book.vms.get(vm)
@@ -231,20 +232,14 @@ class Allocator:
                 if got["address"]:
                     book.resting[IPv4Address(got["address"])] = datetime.now(UTC) + HOLD
                 self._write(book)
-            claims = self._read_claims()
-            mine = f"{self._farm.farm}/{vm}"
-            left = {key: owner for key, owner in claims.items() if owner != mine}
-            if left != claims:
-                self._write_claims(left)
+            with self._claims.writing() as claims:
+                claims.drop(self._owner(vm))
 
     def forget(self) -> None:
         """The whole farm goes: its claims and its lock file."""
         with self._exclusively():
-            claims = self._read_claims()
-            prefix = f"{self._farm.farm}/"
-            left = {key: owner for key, owner in claims.items() if not owner.startswith(prefix)}
-            if left != claims:
-                self._write_claims(left)
+            with self._claims.writing() as claims:
+                claims.drop(self._owner(""))
             self.lock_file.unlink(missing_ok=True)
 
     def _choose(self, vm: str, index: _Index, *, move_port: bool = False) -> Allocation:
@@ -265,13 +260,13 @@ class Allocator:
         recorded = index.recorded(vm)
         if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared_macs:
             return recorded.mac
-        mine = f"{self._farm.farm}/{vm}"
+        mine = self._owner(vm)
         attempt = 0
         while True:
             digest = hashlib.sha256(f"{mine}/{attempt}".encode()).digest()
             mac = f"{prefix}:{digest[0]:02x}:{digest[1]:02x}:{digest[2]:02x}"
             free = index.macs.get(mac, vm) == vm and mac not in index.declared_macs
-            if free and index.claims.get(mac, mine) == mine:
+            if free and index.claims.owner(mac) in (None, mine):
                 return mac
             attempt += 1
 
@@ -298,7 +293,7 @@ class Allocator:
         if found is not None:
             return found
         asleep = sum(1 for until in index.resting.values() if until > index.now)
-        given = sum(1 for other in index.addresses.values() if other != vm)
+        given = sum(1 for address, other in index.addresses.items() if address and other != vm)
         raise NotFound(
             f"{self._name}: no address is left for {vm} in {network.subnet}: {given} given out, "
             f"{asleep} resting for up to {HOLD.total_seconds() / 3600:g} h after a destroy",
@@ -310,10 +305,10 @@ class Allocator:
         host = self._farm.hosts[self._farm.host_of(vm)]
         if self._farm.network.mode != "user" or host.driver == "ssh":
             return declared or 22
-        mine = f"{self._farm.farm}/{vm}"
+        mine = self._owner(vm)
         claims = index.claims
         if declared:
-            holder, owner = index.ports.get(declared, vm), claims.get(str(declared), mine)
+            holder, owner = index.ports.get(declared, vm), claims.owner(str(declared)) or mine
             if holder != vm or owner != mine:
                 raise self._taken(vm, f"ssh port {declared}", holder if holder != vm else owner)
             return declared
@@ -326,14 +321,14 @@ class Allocator:
         if kept is not None and kept in PORTS and kept not in index.declared_ports:
             return kept
         # A lost lock file must not move a running VM's port: the host's claims still know it.
-        known = index.claimed_ports.get(mine)
+        known = min((int(key) for key in claims.of(mine) if key.isdigit()), default=None)
         if known and not move and open_(known):
             return known
         seed = f"{state_dir()}/{mine}".encode()
         first = int.from_bytes(hashlib.sha256(seed).digest()[:4]) % len(PORTS)
         for offset in range(len(PORTS)):
             port = PORTS[(first + offset) % len(PORTS)]
-            if port in index.ports or port in index.declared_ports or str(port) in claims:
+            if port in index.ports or port in index.declared_ports or claims.owner(str(port)):
                 continue
             if port_free(port):
                 return port
@@ -356,10 +351,10 @@ class Allocator:
     def _exclusively(self) -> Iterator[None]:
         """The host's claims first, then the lock file's directory: the file itself is replaced, so a
         lock on it would be lost, and this leaves no file of its own beside the admin's."""
-        make_directory(self._claims.parent, mode=0o711)
+        make_directory(self._claims.path.parent, mode=0o711)
         make_directory(self.lock_file.parent, mode=0o711)
         with contextlib.ExitStack() as stack:
-            for directory in dict.fromkeys((self._claims.parent, self.lock_file.parent)):
+            for directory in dict.fromkeys((self._claims.path.parent, self.lock_file.parent)):
                 try:
                     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 except OSError as error:
@@ -383,13 +378,12 @@ class Allocator:
         data = _load(self.lock_file)
         try:
             vms = data.get("vms", {})
-            for entry in vms.values():
-                _check(**entry)
+            _check(vms)
             resting = {
                 IPv4Address(address): datetime.fromisoformat(until)
                 for address, until in data.get("resting", {}).items()
             }
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise _unreadable(self.lock_file, f"{type(error).__name__} {error}") from error
         return _Book(vms, resting)
 
@@ -408,33 +402,12 @@ class Allocator:
         write_atomic(self.lock_file, _pretty(data, book.vms).encode())
         self._seen = (_which(self.lock_file), book)  # nobody else writes while we hold the locks
 
-    def _read_claims(self) -> dict[str, str]:
-        claims = _load(self._claims)
-        farms = self._claims.parent / "farms"
-        kept: dict[str, str] = {}
-        for key, owner in claims.items():
-            farm = str(owner).split("/")[0]  # of a farm whose state was removed by hand: void
-            if farm == self._farm.farm or (farms / farm).exists():
-                kept[str(key)] = str(owner)
-        return kept
+    def _owner(self, vm: str) -> str:
+        return f"{self._farm.farm}/{vm}"
 
-    def _claim(self, given: Mapping[str, Allocation], claims: dict[str, str]) -> None:
-        mine = {f"{self._farm.farm}/{vm}" for vm in given}
-        new = {key: owner for key, owner in claims.items() if owner not in mine}
-        for vm, got in given.items():
-            new[got.mac] = f"{self._farm.farm}/{vm}"
-            if got.ssh_port in PORTS or self._farm.network.mode == "user":
-                new[str(got.ssh_port)] = f"{self._farm.farm}/{vm}"
-        if new != claims:
-            self._write_claims(new)
-
-    def _write_claims(self, claims: Mapping[str, str]) -> None:
-        if not claims:
-            self._claims.unlink(missing_ok=True)
-            return
-        # a claim a line, without the slow encoder that 'indent' means
-        text = json.dumps(dict(sorted(claims.items())), separators=(",\n ", ": "))
-        write_atomic(self._claims, f"{{\n {text[1:-1]}\n}}\n".encode())
+    def _keys(self, got: Allocation) -> set[str]:
+        loopback = got.ssh_port in PORTS or self._farm.network.mode == "user"
+        return {got.mac, str(got.ssh_port)} if loopback else {got.mac}
 
 
 def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
@@ -482,13 +455,18 @@ def _line(vm: str, entry: _Entry) -> str:
     return f'{start}, "ssh_port": {entry["ssh_port"]}}}'
 
 
-def _check(mac: str, address: str | None, ssh_port: int) -> None:
-    """An entry's fields by their types, and an address in its one form (inet_pton(3) takes no other):
-    TypeError, OSError."""
-    if type(mac) is not str or type(ssh_port) is not int:
-        raise TypeError(f"mac {mac!r}, ssh_port {ssh_port!r}")
-    if address is not None:
-        socket.inet_pton(socket.AF_INET, address)
+def _check(vms: Mapping[str, _Entry]) -> None:
+    """Entries' fields by their types, and addresses in their one form (inet_pton(3) takes no other):
+    KeyError, TypeError, OSError."""
+    entries = vms.values()
+    if odd := [vm for vm, entry in vms.items() if len(entry) != len(_FIELDS)]:
+        raise TypeError(f"of {odd[0]}: {vms[odd[0]]}")
+    macs, addresses, ports = (list(map(itemgetter(name), entries)) for name in _FIELDS)
+    if {*map(type, macs)} - {str} or {*map(type, ports)} - {int}:
+        raise TypeError("a MAC that is no text, or a port that is no number")
+    for address in addresses:
+        if address is not None:
+            socket.inet_pton(socket.AF_INET, address)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from provision.files import sweep
 from provision.gc import discard_of, discard_unowned
 from provision.identity import sweep_seed
 from provision.journal import Record, current_operation
-from provision.paths import state_dir
 from provision.power import can_power, deflate, power_on
 from provision.report import Action, Outcome
 from provision.reset import proven, restore
@@ -227,7 +226,6 @@ def _sweep(site: Site) -> None:
     for directory in (paths.root, paths.seeds, paths.keys, paths.keys / "hostkeys"):
         sweep(directory)
     sweep(lock_file.parent, lock_file.name)
-    sweep(state_dir(), "claims.json")
 
 
 def _locks(site: Site, record: Record) -> tuple[str, ...]:

@@ -190,14 +190,14 @@ def _at_once(tasks: Sequence[Callable[[Runner], None]], runner: Runner) -> None:
 
 
 def _kea_addresses(lines: Iterable[str]) -> set[tuple[str, str]]:
-    """Reserved addresses, and who has them: of our templates' lines, one a host. By one that is not
-    ours, or edited: those leases run out."""
+    """Reserved addresses, and who has them, however the MAC is written: of our templates' lines, one a
+    host. By one that is not ours, or edited: those leases run out."""
     found = set()
     for line in lines:
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             host = json.loads(line.strip().removesuffix(","))
             for address in host.get("ip-addresses") or [host["ip-address"]]:
-                found.add((address, host["hw-address"]))
+                found.add((address, host["hw-address"].replace(":", "")))
     return found
 
 

@@ -248,7 +248,8 @@ def host_files(
     or had, and the configurations that include them: documents, and all paths that the former may
     have. ``known``: paths of all files that are there."""
     shards = {_shard(vm) for vm in vms}
-    some = {vm: d for vm, d in farm.vms.items() if _shard(vm) in shards and vm in allocations}
+    names = [vm for vm in farm.vms if crc32(vm.encode()) % SHARDS in shards]  # _shard, of thousands
+    some = {vm: farm.vms[vm] for vm in names if vm in allocations}
     paths = set()
     configs = set()
     if "dnsmasq" in services and (dnsmasq := farm.services.dnsmasq):

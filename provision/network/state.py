@@ -8,17 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inventory.errors import FarmhandError, NoSpace, WrongState
-from provision.files import make_directory
+from provision.database import transaction
 from provision.network.document import Document
 from provision.network.live_dns import Records, Zones
 
 _SCHEMA = """
-BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, service TEXT NOT NULL, own TEXT NOT NULL,
     begins TEXT NOT NULL, ends TEXT NOT NULL, zone TEXT NOT NULL
@@ -30,7 +28,6 @@ CREATE TABLE IF NOT EXISTS records (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS records_of ON records (vm);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-COMMIT;
 """
 _FILE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)"
 _SERIAL = "INSERT OR REPLACE INTO serials VALUES (?, ?)"
@@ -133,39 +130,10 @@ class StateFile:
             db.execute(_FACT, (_KNOWN, "known" if known else "unknown"))
             db.execute(_FACT, (_BASIS, basis))
 
-    @contextlib.contextmanager
-    def _open(self, *, write: bool) -> Iterator[sqlite3.Connection | None]:
+    def _open(self, *, write: bool) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
         """A transaction, durable when it is left; None: to read, and there is none."""
-        if not write and not self.path.exists():
-            yield None
-            return
-        if write:
-            make_directory(self.path.parent, mode=0o711)
-        try:
-            uri = f"{self.path.absolute().as_uri()}?mode={'rwc' if write else 'rw'}"
-            with contextlib.closing(
-                sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
-            ) as db:
-                if write:
-                    db.executescript(f"PRAGMA synchronous = FULL; {_SCHEMA}")
-                    db.execute("BEGIN IMMEDIATE")
-                yield db
-                if write:
-                    db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: sqlite3.Error) -> FarmhandError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            return NoSpace(
-                f"cannot write {self.path}: {error}",
-                remedy=f"make room on the file system of {self.path.parent}",
-            )
-        return WrongState(
-            f"{self.path} is damaged, or not to be read: {error}",
-            remedy="move it aside: what left the farm file since must then be removed by hand",
-        )
+        remedy = "move it aside: what left the farm file since must then be removed by hand"
+        return transaction(self.path, _SCHEMA, write=write, remedy=remedy)
 
 
 def _row(document: Document) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def _whole(yard: Yard) -> float:
     for turn in range(2):
         started = time.perf_counter()
         farm = load(file)
-        allocator = Allocator(farm, yard.directory / "farm.lock", yard.directory / "claims.json")
+        allocator = Allocator(farm, yard.directory / "farm.lock", yard.directory / "claims.db")
         examiner = Examiner(farm, NetworkState(), today=datetime.now(UTC).date())
         changes = examiner.examine(allocator.peek_all(farm.vms), farm.services.used)
         diff = "".join(map(difference, changes.files))

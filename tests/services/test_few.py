@@ -105,13 +105,14 @@ def test_a_kea_that_was_started_with_another_file(yard: Yard, daemons: Daemons) 
 def reservations(yard: Yard) -> dict[str, str]:
     """What Kea itself has, of both kinds: the IPv4 addresses."""
     found = {}
-    for kind, where in (("4", "ip-address"), ("6", "ip-addresses")):
+    for kind in ("4", "6"):
         told = kea_command(yard.services["kea"][f"socket{kind}"], "config-get")
         assert isinstance(told, dict)
         [subnet] = told[f"Dhcp{kind}"][f"subnet{kind}"]
-        found[kind] = {host["hostname"]: host[where] for host in subnet["reservations"]}
+        found[kind] = {host["hw-address"]: host for host in subnet["reservations"]}
     assert {*found["4"]} == {*found["6"]}
-    return found["4"]
+    assert all(len(host["ip-addresses"]) == 1 for host in found["6"].values())
+    return {host["hostname"]: host["ip-address"] for host in found["4"].values()}
 
 
 def test_names_of_a_dynamic_zone(dynamic: Yard) -> None:  # noqa: F811

@@ -63,3 +63,23 @@ def test_kea(yard: Yard, daemons: Daemons, number: str) -> None:
     assert any(f"lease{number}-del" in action.text for action in done.actions)
     with pytest.raises(DriverFailed, match="not found"):
         kea_command(*asked)
+
+
+def test_a_mac_in_another_notation_keeps_its_lease(yard: Yard, daemons: Daemons) -> None:
+    """As an earlier farmhand wrote them, with colons."""
+    yard.use("kea")
+    [library] = Path("/usr/lib").glob("*/kea/hooks/libdhcp_lease_cmds.so")
+    yard.services["kea"]["lease_commands"] = str(library)
+    ours = Path("templates/network/kea4-hosts.j2").read_text()
+    theirs = yard.directory / "theirs"
+    theirs.mkdir()
+    (theirs / "kea4-hosts.j2").write_text(ours.replace("vm.mac | hex", "vm.mac"))
+    yard.services["templates"] = str(theirs)
+    yard.apply()
+    assert lease("52:54:86:b3:3f:10") == IPv4Address("10.77.0.6")
+    del yard.services["templates"]
+    done = yard.apply()
+    assert done.changed
+    assert not any("lease4-del" in action.text for action in done.actions)
+    asked = yard.services["kea"]["socket4"], "lease4-get", {"ip-address": "10.77.0.6"}
+    assert isinstance(kea_command(*asked), dict)

@@ -120,7 +120,7 @@ def test_kea_reads_the_values_back(yard: Yard) -> None:
     [subnet] = kea["Dhcp4"]["subnet4"]
     first, second = sorted(subnet["reservations"], key=itemgetter("hostname"))
     assert first["user-context"]["description"] == yard.vms["dev2"]["description"]
-    assert (first["ip-address"], first["hw-address"]) == ("10.77.0.6", "52:54:86:b3:3f:10")
+    assert (first["ip-address"], first["hw-address"]) == ("10.77.0.6", "525486b33f10")
     assert second["hostname"] == "prod"
 
 

@@ -96,7 +96,7 @@ class Yard:
 
     def allocations(self) -> dict[str, Allocation]:
         farm = self.farm()
-        allocator = Allocator(farm, self.directory / "farm.lock", self.directory / "claims.json")
+        allocator = Allocator(farm, self.directory / "farm.lock", self.directory / "claims.db")
         return allocator.peek_all(farm.vms)
 
     def documents(self, *services: str) -> dict[str, Document]:

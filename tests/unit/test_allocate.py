@@ -15,6 +15,7 @@ import pytest
 from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm
 from provision.allocate import PORTS, Allocator, lock_file_of
+from provision.claims import Claims
 from provision.paths import FarmPaths
 
 
@@ -119,7 +120,33 @@ def test_forgetting_a_farm_gives_all_back(tmp_path: Path) -> None:
     allocator.allocate("dev2")
     allocator.forget()
     assert not (tmp_path / "lock").exists()
-    assert not (tmp_path / "state/claims.json").exists()
+    with Claims(tmp_path / "state/claims.db").reading() as claims:
+        assert not claims.of("kata/prod") | claims.of("kata/dev2")
+
+
+def test_claims_of_an_earlier_farmhand_are_taken_over(tmp_path: Path) -> None:
+    one = Allocator(farm_of("one"), tmp_path / "1")
+    first = one.peek("prod")
+    earlier = tmp_path / "state/claims.json"
+    farm_of("two")
+    taken = {first.mac: "two/prod", str(first.ssh_port): "two/prod"}
+    earlier.write_text(json.dumps(taken | {"22999": "one/prod", "22998": "gone/x"}))
+    assert one.peek("prod").mac != first.mac
+    assert earlier.exists(), "peek changes nothing"
+    got = one.allocate("prod")
+    assert (got.mac != first.mac, got.ssh_port) == (True, 22999)
+    assert not earlier.exists()
+    with Claims(tmp_path / "state/claims.db").reading() as claims:
+        assert claims.of("two/prod") == {first.mac, str(first.ssh_port)}
+        assert claims.owner("22998") is None, "its farm's state was removed by hand"
+        assert claims.of("one/prod") == {got.mac, "22999"}
+
+
+def test_damaged_claims_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir(exist_ok=True)
+    (tmp_path / "state/claims.db").write_text("no database, but long enough to be looked at as one " * 9)
+    with pytest.raises(WrongState, match=r"claims\.db is damaged"):
+        Allocator(farm_of(), tmp_path / "1").allocate("prod")
 
 
 def test_a_broken_lock_file_is_an_error_not_an_empty_one(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Which VM of which farm has which MAC or loopback port, for the whole host."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from inventory.errors import WrongState
+from provision.database import transaction
+from provision.files import file_error
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS claims_of ON claims (owner);
+"""
+_REMEDY = "move it aside: what the farms' lock files say still holds"
+
+
+class Claims:
+    """In ``path``; writers hold the allocator's locks. A key is a MAC or a port's number, an owner
+    FARM/VM. Errors: WrongState, NoSpace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._earlier = path.with_suffix(".json")  # of farmhand before SQLite
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Claimed]:
+        """As they are now; takes no lock that a writer would wait for."""
+        with contextlib.ExitStack() as stack:
+            if self._earlier.exists():
+                db = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:")))
+                db.executescript(_SCHEMA)
+                db.executemany("INSERT INTO claims VALUES (?, ?)", self._read_earlier())
+                yield Claimed(db, self._farms)
+                return
+            yield Claimed(stack.enter_context(self._transaction(write=False)), self._farms)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Claimed]:
+        """To be changed: durable when it is left."""
+        if self._earlier.exists():
+            with self._transaction(write=True) as db:
+                assert db is not None
+                db.executemany("INSERT OR IGNORE INTO claims VALUES (?, ?)", self._read_earlier())
+            self._earlier.unlink()
+        with self._transaction(write=True) as db:
+            yield Claimed(db, self._farms)
+
+    @property
+    def _farms(self) -> Path:
+        return self.path.parent / "farms"
+
+    def _transaction(
+        self, *, write: bool
+    ) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
+        return transaction(self.path, _SCHEMA, write=write, remedy=_REMEDY)
+
+    def _read_earlier(self) -> list[tuple[str, str]]:
+        try:
+            data = json.loads(self._earlier.read_bytes() or b"{}")
+            return [(str(key), str(owner)) for key, owner in data.items()]
+        except OSError as error:
+            raise file_error(error, self._earlier, "read") from error
+        except (ValueError, AttributeError) as error:
+            raise WrongState(f"{self._earlier} is damaged: {error}", remedy=_REMEDY) from error
+
+
+class Claimed:
+    """Claims, while they are open."""
+
+    def __init__(self, db: sqlite3.Connection | None, farms: Path) -> None:
+        self._db = db
+        self._farms = farms
+        self._void: dict[str, bool] = {}
+
+    def owner(self, key: str) -> str | None:
+        """None: nobody, or a farm whose state was removed by hand."""
+        for (owner,) in self._rows("SELECT owner FROM claims WHERE key = ?", key):
+            farm = owner.split("/")[0]
+            if farm not in self._void:
+                self._void[farm] = not (self._farms / farm).exists()
+            return None if self._void[farm] else owner
+        return None
+
+    def of(self, owner: str) -> set[str]:
+        return {key for (key,) in self._rows("SELECT key FROM claims WHERE owner = ?", owner)}
+
+    def give(self, given: Mapping[str, set[str]]) -> None:
+        """Each of these owners has these keys, and no others."""
+        assert self._db is not None
+        for owner, keys in given.items():
+            if self.of(owner) != keys:
+                self.drop(owner)
+                rows = ((key, owner) for key in sorted(keys))
+                self._db.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", rows)
+
+    def drop(self, owner: str) -> None:
+        """Of one VM, or, where it ends in "/", of a whole farm."""
+        assert self._db is not None
+        if owner.endswith("/"):
+            query = "DELETE FROM claims WHERE substr(owner, 1, ?) = ?"
+            self._db.execute(query, (len(owner), owner))
+        else:
+            self._db.execute("DELETE FROM claims WHERE owner = ?", (owner,))
+
+    def _rows(self, query: str, value: str) -> Iterator[tuple[str]]:
+        return iter(self._db.execute(query, (value,)) if self._db is not None else ())
