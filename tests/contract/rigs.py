@@ -18,14 +18,16 @@ import xenapi_rig
 import zfs_rig
 from _pytest.mark import ParameterSet
 
-from hypervisors.api import Disks, Template
+from hypervisors.api import Disks, Owner, Template
 from hypervisors.fake import FakeDisks
 from hypervisors.qcow2 import Qcow2Disks
 from hypervisors.run import Runner
+from hypervisors.zfs import ZfsDisks
 
 MIB = 2**20
 SIZE = 64 * MIB
 FARM = "kata"
+PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
 REAL = {
     "fake": "simulated",
     "xenapi": xenapi_rig.HOW,
@@ -67,6 +69,15 @@ class StoreRig(Protocol):
     def image(self) -> Path: ...
     def write(self, machine: str, letter: str) -> None: ...
     def read(self, machine: str) -> str: ...
+
+
+def with_two_disks(rig: zfs_rig.ZfsRig) -> ZfsDisks:
+    """Of kata-prod and kata-dev2, just cloned."""
+    disks = rig.disks()
+    sealed = disks.seal(rig.image(), template())
+    disks.clone(sealed, "kata-prod", PROD, SIZE)
+    disks.clone(sealed, "kata-dev2", DEV, SIZE)
+    return disks
 
 
 class FakeDisksRig:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from rigs import FARM, SIZE, template
+from rigs import FARM, PROD, SIZE, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, zfs
 
 from hypervisors import zfs_state, zfs_store
@@ -32,7 +32,6 @@ from inventory.errors import (
 )
 
 pytestmark = pytest.mark.lab
-PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
 
 
 @pytest.fixture
@@ -42,11 +41,7 @@ def store(zfs_pool, tmp_path: Path) -> ZfsRig:
 
 @pytest.fixture
 def made(store) -> ZfsDisks:
-    disks = store.disks()
-    sealed = disks.seal(store.image(), template())
-    disks.clone(sealed, "kata-prod", PROD, SIZE)
-    disks.clone(sealed, "kata-dev2", DEV, SIZE)
-    return disks
+    return with_two_disks(store)
 
 
 class Counting(Runner):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rigs import FARM, SIZE, template
+from rigs import FARM, SIZE, template, with_two_disks
 from zfs_rig import ZfsRig, zfs
 
 from hypervisors import zfs_state
@@ -15,7 +15,6 @@ from hypervisors.run import Runner
 from hypervisors.zfs import ZfsDisks
 
 pytestmark = pytest.mark.lab
-PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
 
 
 @pytest.fixture
@@ -25,11 +24,7 @@ def store(zfs_pool, tmp_path: Path) -> ZfsRig:
 
 @pytest.fixture
 def made(store) -> ZfsDisks:
-    disks = store.disks()
-    sealed = disks.seal(store.image(), template())
-    disks.clone(sealed, "kata-prod", PROD, SIZE)
-    disks.clone(sealed, "kata-dev2", DEV, SIZE)
-    return disks
+    return with_two_disks(store)
 
 
 class Killed(BaseException):

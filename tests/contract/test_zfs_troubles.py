@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rigs import FARM, SIZE, short_directory, template
+from rigs import FARM, PROD, SIZE, short_directory, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, pool, zfs
 
 from hypervisors.api import Owner
@@ -25,7 +25,6 @@ from inventory.errors import (
 )
 
 pytestmark = pytest.mark.lab
-PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
 
 
 @pytest.fixture
@@ -35,11 +34,7 @@ def store(zfs_pool, tmp_path: Path) -> ZfsRig:
 
 @pytest.fixture
 def made(store) -> ZfsDisks:
-    disks = store.disks()
-    sealed = disks.seal(store.image(), template())
-    disks.clone(sealed, "kata-prod", PROD, SIZE)
-    disks.clone(sealed, "kata-dev2", DEV, SIZE)
-    return disks
+    return with_two_disks(store)
 
 
 def test_a_full_pool_is_said_and_loses_nothing(tmp_path):
