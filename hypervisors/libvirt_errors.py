@@ -61,7 +61,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
     if unreachable(error):
         return DriverFailed(
             f"{doing}: no libvirtd there: {message}",
-            remedy="systemctl start libvirtd, or leave out 'uri' so that farmhand runs its own",
+            remedy="systemctl start libvirtd; for KVM, without a 'uri' farmhand runs its own",
         )
     by_code: dict[int, tuple[type[FarmhandError], str]] = {
         42: (NotFound, "./invoke status shows what is there"),  # NO_DOMAIN

@@ -175,7 +175,8 @@ class Lvm:
             return Conflict(f"{self.vg}: {why}", detail=detail)
         if "not found" in text or "Failed to find" in text:
             return NotFound(f"{self.vg}: {why}", detail=detail)
-        return DriverFailed(f"{self.vg}: {why}", detail=detail or text)
+        remedy = "" if text else error.remedy  # it never ran
+        return DriverFailed(f"{self.vg}: {why}", remedy=remedy, detail=detail or text)
 
     def busy(self, name: str) -> Busy:
         """Says who has it open."""

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,22 +29,34 @@ if TYPE_CHECKING:
 
 Level = Literal["needed", "note"]
 
-# Command: (Debian package, what it is for, needed)
-_TOOLS: Mapping[str, tuple[str, str, Level]] = {
-    "qemu-system-x86_64": ("qemu-system-x86", "runs the VMs", "needed"),
-    "qemu-img": ("qemu-utils", "makes disks", "needed"),
-    "libvirtd": ("libvirt-daemon", "manages the VMs", "needed"),
-    "virsh": ("libvirt-clients", "consoles", "needed"),
-    "genisoimage": ("genisoimage", "writes first-boot data", "needed"),
-    "ssh": ("openssh-client", "the ssh task", "needed"),
-    "git": ("git", "fetches what is built", "needed"),
-    "mmdebstrap": ("mmdebstrap", "builds templates", "note"),
-    "mke2fs": ("e2fsprogs", "builds templates", "note"),
-    "sfdisk": ("fdisk", "builds templates", "note"),
-    "grub-mkimage": ("grub-common", "builds templates", "note"),
-    "unshare": ("util-linux", "the private libvirtd", "needed"),
+_LIBVIRT = frozenset(("kvm", "xen"))
+_CLONES = _LIBVIRT | {"xenapi"}
+_ALL = _CLONES | {"ssh"}
+
+# Command: (Debian package, what it is for, needed, by farms with hosts of these drivers)
+_TOOLS: Mapping[str, tuple[str, str, Level, frozenset[str]]] = {
+    "qemu-system-x86_64": ("qemu-system-x86", "runs the VMs", "needed", frozenset(("kvm",))),
+    "qemu-img": ("qemu-utils", "makes disks", "needed", _CLONES),
+    "libvirtd": ("libvirt-daemon", "manages the VMs", "needed", _LIBVIRT),
+    "virsh": ("libvirt-clients", "consoles", "needed", _LIBVIRT),
+    "genisoimage": ("genisoimage", "writes first-boot data", "needed", _CLONES),
+    "ssh": ("openssh-client", "the ssh task", "needed", _ALL),
+    "git": ("git", "fetches what is built", "needed", _ALL),
+    "mmdebstrap": ("mmdebstrap", "builds templates", "note", _CLONES),
+    "mke2fs": ("e2fsprogs", "builds templates", "note", _CLONES),
+    "sfdisk": ("fdisk", "builds templates", "note", _CLONES),
+    "grub-mkimage": ("grub-common", "builds templates", "note", _CLONES),
+    "unshare": ("util-linux", "the private libvirtd", "needed", frozenset(("kvm",))),
 }
-_FREE_NEEDED = 6 * 2**30
+# By disk store, where it is the host's own: command and Debian package
+_STORE_TOOLS: Mapping[str, tuple[str, str]] = {
+    "zfs": ("zfs", "zfsutils-linux"),
+    "zfs-files": ("zfs", "zfsutils-linux"),
+    "lvm-thin": ("lvm", "lvm2 thin-provisioning-tools"),
+    "lvm": ("lvm", "lvm2"),
+}
+_FREE_DISKS = 6 * 2**30
+_FREE_RECORDS = 2**28
 _FREE_BUILD = 4 * 2**30
 _MEMORY_RESERVE = 256 * 2**20
 
@@ -117,12 +129,16 @@ class Report:
 def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
     seconds: connecting to each host."""
-    checks: list[Check] = [_platform(), _python(), *_tools(), *_permissions(), _kvm()]
-    checks += [*_space(), _clock()]
     farm, check = _farm(farm_file)
-    checks.append(check)
+    drivers = {host.driver for host in farm.hosts.values()} if farm else _ALL
+    checks: list[Check] = [_platform(), _python(), *_tools(drivers), *_store_tools(farm)]
+    checks += _permissions(drivers)
+    if "kvm" in drivers:
+        checks.append(_kvm())
+    checks += [*_space(farm), _clock(), check]
     if farm is not None:
-        checks.append(_memory(farm))
+        if "kvm" in drivers:
+            checks.append(_memory(farm))
         checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
@@ -169,8 +185,9 @@ def _python() -> Check:
     return Check("python", True, "needed", f"Python {version}, all libraries found")
 
 
-def _tools() -> Iterator[Check]:
-    missing = [name for name in _TOOLS if which(name) is None]
+def _tools(drivers: Collection[str]) -> Iterator[Check]:
+    wanted = [name for name, (*_, whose) in _TOOLS.items() if whose & {*drivers}]
+    missing = [name for name in wanted if which(name) is None]
     for level in ("needed", "note"):
         names = [name for name in missing if _TOOLS[name][2] == level]
         if names:
@@ -184,26 +201,42 @@ def _tools() -> Iterator[Check]:
                 f"as root: apt-get install -y --no-install-recommends {packages}",
             )
     if not missing:
-        yield Check("tools", True, "needed", f"all {len(_TOOLS)} commands found")
+        yield Check("tools", True, "needed", f"all {len(wanted)} commands found")
 
 
-def _permissions() -> Iterator[Check]:
+def _store_tools(farm: Farm | None) -> Iterator[Check]:
+    hosts = farm.hosts.values() if farm else ()
+    stores = {host.disks.store for host in hosts if host.driver in _LIBVIRT}
+    for tool, packages in sorted({_STORE_TOOLS[s] for s in stores if s in _STORE_TOOLS}):
+        if which(tool) is None:
+            where = "with Debian's contrib, " if tool == "zfs" else ""
+            yield Check(
+                "tools",
+                False,
+                "needed",
+                f"not found: {tool} (the VMs' disks)",
+                f"{where}as root: apt-get install -y --no-install-recommends {packages}",
+            )
+
+
+def _permissions(drivers: Collection[str]) -> Iterator[Check]:
     if os.geteuid() == 0:
-        yield Check("permissions", True, "note", "root: VMs run as an account of their own")
+        own = ": VMs run as an account of their own" if "kvm" in drivers else ""
+        yield Check("permissions", True, "note", f"root{own}")
         return
     import grp
     import pwd
 
     user = pwd.getpwuid(os.geteuid()).pw_name
     held = {grp.getgrgid(gid).gr_name for gid in os.getgroups() if _known_group(gid)}
-    lacking = [group for group in ("kvm",) if group not in held]
-    yield Check(
-        "permissions",
-        not lacking,
-        "note",
-        f"{user}: {'in' if not lacking else 'not in'} the group kvm",
-        f"for KVM, as root: adduser {user} kvm, then log in again (for qemu:///system also libvirt)",
-    )
+    if "kvm" in drivers:
+        yield Check(
+            "permissions",
+            "kvm" in held,
+            "note",
+            f"{user}: {'in' if 'kvm' in held else 'not in'} the group kvm",
+            f"for KVM, as root: adduser {user} kvm, then log in again (for qemu:///system also libvirt)",
+        )
     entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
     yield Check(
         "subuid",
@@ -256,10 +289,12 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _space() -> Iterator[Check]:
-    for name, path, wanted in (
-        ("state space", paths.state_dir(), _FREE_NEEDED),
-        ("cache space", paths.cache_dir(), _FREE_BUILD),
+def _space(farm: Farm | None) -> Iterator[Check]:
+    disks, records = "two VMs and a template", "journals, logs and first-boot data"
+    state = (disks, _FREE_DISKS) if _disks_in_state(farm) else (records, _FREE_RECORDS)
+    for name, path, (what, wanted) in (
+        ("state space", paths.state_dir(), state),
+        ("cache space", paths.cache_dir(), ("a template's packages and image", _FREE_BUILD)),
     ):
         free = shutil.disk_usage(_existing(path)).free
         writable = os.access(_existing(path), os.W_OK)
@@ -273,9 +308,16 @@ def _space() -> Iterator[Check]:
             free >= wanted,
             "note",
             f"{about(free)} free for {path}",
-            f"two VMs and a template take {about(wanted)}: make room, or set "
-            f"FARMHAND_{name.split()[0].upper()}_DIR",
+            f"{what} take {about(wanted)}: make room, or set FARMHAND_{name.split()[0].upper()}_DIR",
         )
+
+
+def _disks_in_state(farm: Farm | None) -> bool:
+    """Of one host at least; of a file that can't be read it may be so."""
+    return farm is None or any(
+        host.driver in _LIBVIRT and host.disks.store == "qcow2" and host.disks.path is None
+        for host in farm.hosts.values()
+    )
 
 
 def _clock() -> Check:
@@ -374,7 +416,9 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
 def _host(site: Site, name: str, driver: str) -> Check:
     try:
-        notes = site.hypervisor(name, look=True).capabilities().notes
+        hypervisor = site.hypervisor(name, look=True)
+        hypervisor.list()  # what it can do is known without asking it
+        notes = hypervisor.capabilities().notes
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
@@ -384,14 +428,19 @@ def _store(site: Site, name: str) -> Iterator[Check]:
     """What the host's disk store says of itself."""
     from hypervisors.api import WatchedDisks
 
+    if not site.has_disks(name):
+        return
     notes: tuple[str, ...] = ()
     try:
-        store = site.disks(name) if site.has_disks(name) else None
+        store = site.disks(name)
+        room = store.capacity()
         if isinstance(store, WatchedDisks):
             notes = tuple(store.notes())
     except FarmhandError as error:
         yield Check(f"disks of {name}", False, "needed", error.message, error.remedy)
         return
+    text = f"{site.farm.hosts[name].disks.store}: {about(room.free)} of {about(room.total)} free"
+    yield Check(f"disks of {name}", True, "needed", text)
     for note in notes:
         remedy = "make room before it is full: ./invoke gc, or extend it"
         yield Check(f"disks of {name}", False, "note", note, remedy)

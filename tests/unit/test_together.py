@@ -280,7 +280,8 @@ def test_status_and_doctor_show_what_a_store_says(made: Desk, monkeypatch: pytes
         shown = farm_status(farm.status(site))
     assert "host here: vg/pool: data 93 % full" in shown.text
     assert shown.data["hosts"][0]["disk_notes"] == ["vg/pool: data 93 % full"]  # type: ignore[index]
-    (check,) = [c for c in examine(made.file).checks if c.name == "disks of here"]
+    room, check = [c for c in examine(made.file).checks if c.name == "disks of here"]
+    assert room.ok and room.text.endswith("free")
     assert (check.level, check.text) == ("note", "vg/pool: data 93 % full")
 
 

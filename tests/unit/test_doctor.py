@@ -1,0 +1,79 @@
+"""What doctor asks for: what the farm at hand needs, and whether its hosts really answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from provision import doctor
+from provision.doctor import Check, examine
+
+_FARM = """
+farm: asked
+hosts:
+  here: {{driver: {driver}, uri: '{uri}', disks: {{store: {store}, pool: nowhere, dataset: farm}}}}
+network: {{mode: bridge, bridge: br0, subnet: 10.0.0.0/24}}
+templates: {{base: {{build: debian-12}}}}
+vms: {{prod: {{}}}}
+"""
+_DEAF = "{driver}+unix:///system?socket=/nowhere/at/all"
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
+
+
+def checks(tmp_path: Path, driver: str, store: str) -> list[Check]:
+    file = tmp_path / "farm.yaml"
+    uri = _DEAF.format(driver="qemu" if driver == "kvm" else driver)
+    file.write_text(_FARM.format(driver=driver, uri=uri, store=store))
+    return list(examine(file).checks)
+
+
+def named(found: list[Check], name: str) -> list[Check]:
+    return [check for check in found if check.name == name]
+
+
+@pytest.mark.parametrize("driver", ["kvm", "xen"])
+def test_a_host_that_nobody_answers_for_is_broken(tmp_path: Path, driver: str) -> None:
+    [host] = named(checks(tmp_path, driver, "lvm-thin"), "host here")
+    assert not host.ok
+    assert host.level == "needed"
+    assert "no libvirtd there" in host.text
+
+
+def test_nothing_of_qemu_is_asked_for_where_xen_runs_the_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "which", lambda name: None if name.startswith("qemu-sys") else name)
+    xen, kvm = checks(tmp_path, "xen", "lvm-thin"), checks(tmp_path, "kvm", "lvm-thin")
+    assert [check.ok for check in named(xen, "tools")] == [True]
+    assert not named(xen, "kvm")
+    [missing] = named(kvm, "tools")
+    assert missing.text == "not found: qemu-system-x86_64 (runs the VMs)"
+
+
+@pytest.mark.parametrize(
+    ("store", "tool", "package"),
+    [("zfs", "zfs", "zfsutils-linux"), ("lvm-thin", "lvm", "thin-provisioning-tools")],
+)
+def test_a_disk_stores_command_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, tool: str, package: str
+) -> None:
+    monkeypatch.setattr(doctor, "which", lambda name: None if name == tool else name)
+    [_, missing] = named(checks(tmp_path, "xen", store), "tools")
+    assert (missing.ok, missing.level) == (False, "needed")
+    assert f"not found: {tool} " in missing.text
+    assert package in missing.remedy
+
+
+def test_room_in_the_state_directory_is_for_what_is_kept_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_FREE_DISKS", 2**60)
+    assert named(checks(tmp_path, "xen", "lvm-thin"), "state space")[0].ok
+    [space] = named(checks(tmp_path, "kvm", "qcow2"), "state space")
+    assert not space.ok
+    assert space.remedy.startswith("two VMs and a template take")
