@@ -72,10 +72,14 @@ class Recipe:
 
 
 def load_recipe(
-    name: str, *, packages: Sequence[str] = (), logins: Mapping[str, Sequence[str]] | None = None
+    name: str,
+    *,
+    packages: Sequence[str] = (),
+    logins: Mapping[str, Sequence[str]] | None = None,
+    paravirtual: bool = False,
 ) -> Recipe:
-    """A recipe of templates/recipes/, with a farm's own packages and logins. NotFound, naming those
-    there are."""
+    """A recipe of templates/recipes/, with a farm's own packages and logins. ``paravirtual``: for Xen's
+    PV guests, whose GRUB unpacks the kernel itself. NotFound, naming those there are."""
     import yaml
 
     directory = TEMPLATES / "recipes"
@@ -85,6 +89,9 @@ def load_recipe(
         raise NotFound(f"no recipe {name!r}", remedy=f"known recipes: {known}")
     with path.open(encoding="utf-8") as file:
         data = yaml.load(file, yaml.CBaseLoader)  # noqa: S506 (the base loader makes text of everything)
+    kernel = data.pop("paravirtual-kernel", data["kernel"])
+    if paravirtual:
+        data["kernel"] = kernel
     lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
     recipe = Recipe(name=name, **{**data, **lists})
     return replace(

@@ -55,6 +55,11 @@ _STORE_TOOLS: Mapping[str, tuple[str, str]] = {
     "lvm-thin": ("lvm", "lvm2 thin-provisioning-tools"),
     "lvm": ("lvm", "lvm2"),
 }
+# What Xen needs that is no command: file, package, what it is for
+_XEN_FILES: tuple[tuple[str, str, str], ...] = (
+    ("/usr/lib/grub-xen/grub-x86_64-xen.bin", "grub-xen-host", "starts the VMs"),
+    ("/usr/libexec/xen-qemu-system-i386", "qemu-system-xen", "disks that are files, as first-boot data"),
+)
 _FREE_DISKS = 6 * 2**30
 _FREE_RECORDS = 2**28
 _FREE_BUILD = 4 * 2**30
@@ -135,6 +140,8 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     checks += _permissions(drivers)
     if "kvm" in drivers:
         checks.append(_kvm())
+    if farm and "xen" in drivers:
+        checks += _xen_files()
     checks += [*_space(farm), _clock(), check]
     if farm is not None:
         if "kvm" in drivers:
@@ -217,6 +224,18 @@ def _store_tools(farm: Farm | None) -> Iterator[Check]:
                 f"not found: {tool} (the VMs' disks)",
                 f"{where}as root: apt-get install -y --no-install-recommends {packages}",
             )
+
+
+def _xen_files() -> Iterator[Check]:
+    missing = [row for row in _XEN_FILES if not Path(row[0]).exists()]
+    if missing:
+        yield Check(
+            "xen",
+            False,
+            "needed",
+            f"not found: {', '.join(f'{path} ({what})' for path, _, what in missing)}",
+            f"as root: apt-get install -y --no-install-recommends {' '.join(row[1] for row in missing)}",
+        )
 
 
 def _permissions(drivers: Collection[str]) -> Iterator[Check]:

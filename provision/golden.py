@@ -62,7 +62,7 @@ def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
         if _pretended(site, hosts):
             first = Action("build", "", "pretend a disk: the hosts are fake")
             return _seal_all(site, name, generation, hosts, None, source, first)
-        recipe = _recipe(site, source)
+        recipe = _recipe(site, source, hosts)
         key = recipe.digest(source.size)
         cached = None if fresh else _cached(key)
         origin = f"{source.build} {key}"
@@ -213,9 +213,9 @@ def _pretended(site: Site, hosts: Sequence[str]) -> bool:
     return all(site.farm.hosts[host].driver == "fake" for host in hosts)
 
 
-def _recipe(site: Site, source: TemplateSource) -> Recipe:
+def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
     """With the logins that the farm file names: those keys work even without a seed. The farm's own key
-    comes with each VM's seed."""
+    comes with each VM's seed. With a kernel that boots on all of these hosts."""
     from hypervisors.debian import load_recipe
     from provision.identity import authorized
 
@@ -225,7 +225,10 @@ def _recipe(site: Site, source: TemplateSource) -> Recipe:
         own = authorized(site.farm, ssh.authorized_keys)
         logins[ssh.user] = tuple(dict.fromkeys((*logins.get(ssh.user, ()), *own)))
     assert source.build is not None
-    return load_recipe(source.build, packages=source.packages, logins=logins)
+    declared = (site.farm.hosts[host] for host in hosts)
+    paravirtual = any(host.driver == "xen" and host.guests != "pvh" for host in declared)
+    packages = source.packages
+    return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
 
 
 # Generations

@@ -77,3 +77,16 @@ def test_room_in_the_state_directory_is_for_what_is_kept_there(
     [space] = named(checks(tmp_path, "kvm", "qcow2"), "state space")
     assert not space.ok
     assert space.remedy.startswith("two VMs and a template take")
+
+
+def test_what_xen_needs_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    files = ((str(there), "grub-xen-host", "starts the VMs"), (str(tmp_path / "lost"), "other", "runs"))
+    monkeypatch.setattr(doctor, "_XEN_FILES", files)
+    [missing] = named(checks(tmp_path, "xen", "lvm-thin"), "xen")
+    assert missing.text == f"not found: {tmp_path}/lost (runs)"
+    assert missing.remedy.endswith(" other")
+    assert not named(checks(tmp_path, "kvm", "lvm-thin"), "xen")

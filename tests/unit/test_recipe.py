@@ -32,8 +32,9 @@ def test_the_digest_follows_all_that_goes_in() -> None:
         plain.digest(5 << 30),
         load_recipe("debian-12", packages=("gdb",)).digest(4 << 30),
         load_recipe("debian-12", logins={"root": ("ssh-ed25519 A",)}).digest(4 << 30),
+        load_recipe("debian-12", paravirtual=True).digest(4 << 30),
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert plain.digest(4 << 30) == load_recipe("debian-12").digest(4 << 30)
 
 
