@@ -84,9 +84,9 @@ class Xen:
             text(machine, "cmdline", spec.cmdline)
         add_ends(domain)
         devices = ET.SubElement(domain, "devices")
-        _disk(devices, disk.path, disk.format, "xvda", readonly=False)
-        if spec.seed:
-            _disk(devices, spec.seed, "raw", "xvdb", readonly=True)
+        _disk(devices, "disk", disk.path, disk.format, "xvda")
+        if spec.seed:  # QEMU 7.2 opens a read-only disk for writing as well, and fails; not a CD-ROM
+            _disk(devices, "cdrom", spec.seed, "raw", "xvdb")
         interface = ET.SubElement(devices, "interface", type=spec.nic.mode)
         ET.SubElement(interface, "mac", address=spec.nic.mac)
         ET.SubElement(interface, "source", {spec.nic.mode: spec.nic.target})
@@ -128,11 +128,11 @@ class Xen:
         return None
 
 
-def _disk(devices: ET.Element, path: Path, form: str, target: str, *, readonly: bool) -> None:
+def _disk(devices: ET.Element, kind: str, path: Path, form: str, target: str) -> None:
     device = is_device(path)
-    disk = ET.SubElement(devices, "disk", type="block" if device else "file", device="disk")
+    disk = ET.SubElement(devices, "disk", type="block" if device else "file", device=kind)
     ET.SubElement(disk, "driver", name="phy" if device else "qemu", type=form)
     ET.SubElement(disk, "source", {"dev" if device else "file": str(path)})
     ET.SubElement(disk, "target", dev=target, bus="xen")
-    if readonly:
+    if kind == "cdrom":
         ET.SubElement(disk, "readonly")

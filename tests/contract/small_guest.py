@@ -75,6 +75,10 @@ if [ -c /dev/xen/xenbus ]; then
     exec 3<>/dev/xen/xenbus
     (cat <&3 >/dev/null) &
 fi
+if [ "$(option seed)" = yes ]; then
+    echo "SEED=$(dd if=/dev/xvdb bs=16 count=1 2>/dev/null)"
+    echo lost 2>/dev/null >/dev/xvdb && echo "SEED WRITTEN"
+fi
 echo READY
 while true; do
     [ -c /dev/xen/xenbus ] || sleep 3600

@@ -52,6 +52,21 @@ def test_the_guest_itself_sees_the_balloon(xen):
     wait_until(lambda: abs(before - told(xen, start)) < 2 * MIB)
 
 
+def test_the_guest_reads_its_first_boot_data_and_cannot_write_it(xen, tmp_path):
+    """A file, so QEMU in dom0 serves it."""
+    seed = tmp_path / "seed.iso"
+    seed.write_bytes(b"farmhand-seed 1\n" * 1024)
+    before = seed.read_bytes()
+    hypervisor = xen.hypervisor()
+    spec = replace(xen.spec("prod", stamp="A", options="seed=yes"), seed=seed)
+    hypervisor.define(spec, xen.template)
+    start = xen.said("prod")
+    xen.boot("prod", "A")
+    assert "SEED=farmhand-seed 1" in xen.wait_for("prod", "READY", after=start)
+    hypervisor.stop(NAME, grace=0)
+    assert seed.read_bytes() == before
+
+
 def test_not_above_the_maximum_that_it_was_booted_with(xen):
     """The definition's may have been raised meanwhile: the guest would stop at the old one."""
     hypervisor = define(xen)
