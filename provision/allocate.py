@@ -10,23 +10,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address
-from json.encoder import encode_basestring_ascii as _quoted
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
+from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
 from provision.claims import Claimed, Claims
-from provision.files import file_error, make_directory, write_atomic
+from provision.files import file_error, make_directory
+from provision.lockfile import Book, Entry, LockFile
 from provision.paths import FarmPaths, state_dir
 
 PORTS = range(22000, 23000)
@@ -34,11 +33,6 @@ PORTS = range(22000, 23000)
 
 HOLD = timedelta(hours=12)
 """How long an address rests before another VM may have it: leases and ARP caches forget slowly."""
-
-_ABOUT = (
-    "Written by farmhand: which MAC, address and ssh port each VM of this farm was given. "
-    "Keep it with the farm file; removing it lets VMs not yet made get others."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +46,10 @@ class Allocation:
     ssh_port: int
 
 
-class _Entry(TypedDict):
-    """One VM's in the lock file, checked to be such."""
-
-    mac: str
-    address: str | None
-    ssh_port: int
-
-
-_FIELDS = ("mac", "address", "ssh_port")
-
-
 class _Given(Mapping[str, Allocation]):
     """Of ten thousand entries the few that somebody asks for are made into values."""
 
-    def __init__(self, entries: Mapping[str, _Entry]) -> None:
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
 
     def __getitem__(self, vm: str) -> Allocation:
@@ -82,26 +65,20 @@ class _Given(Mapping[str, Allocation]):
         return len(self._entries)
 
 
-def _allocation(vm: str, entry: _Entry) -> Allocation:
+def _allocation(vm: str, entry: Entry) -> Allocation:
     address = entry["address"]
     return Allocation(vm, entry["mac"], IPv4Address(address) if address else None, entry["ssh_port"])
 
 
-def _entry(got: Allocation) -> _Entry:
+def _entry(got: Allocation) -> Entry:
     return {"mac": got.mac, "address": str(got.address or "") or None, "ssh_port": got.ssh_port}
-
-
-@dataclass(slots=True)
-class _Book:
-    vms: dict[str, _Entry] = field(default_factory=dict)
-    resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
 
 
 class _Index:
     """Who has what and what is free, looked up once for any number of VMs, and only what is asked.
     Addresses are texts, of which each has one."""
 
-    def __init__(self, farm: Farm, book: _Book, claims: Claimed) -> None:
+    def __init__(self, farm: Farm, book: Book, claims: Claimed) -> None:
         self._vms, self._network = farm.vms.values(), farm.network
         self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.resting, self.claims = book.resting, claims
@@ -170,13 +147,16 @@ class Allocator:
 
     def __init__(self, farm: Farm, lock_file: Path, claims: Path | None = None) -> None:
         self._farm = farm
-        self.lock_file = lock_file
+        self._file = LockFile(farm.farm, lock_file)
         self._claims = Claims(claims or state_dir() / "claims.db")
-        self._seen: tuple[tuple[int, ...], _Book] | None = None  # which file, and what is in it
+
+    @property
+    def lock_file(self) -> Path:
+        return self._file.path
 
     def recorded(self, *, without: Iterable[str] = ()) -> Mapping[str, Allocation]:
         """What the lock file says, of VMs that are declared or not, but for those ``without``."""
-        entries = self._read().vms
+        entries = self._file.read().vms
         for vm in without:
             entries.pop(vm, None)
         return _Given(entries)
@@ -188,7 +168,7 @@ class Allocator:
     def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
         """What ``allocate_all`` would give them now, each something else. Takes no lock."""
         with self._claims.reading() as claims:
-            index = _Index(self._farm, self._read(), claims)
+            index = _Index(self._farm, self._file.read(), claims)
             return {vm: self._choose(vm, index) for vm in vms}
 
     def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
@@ -204,7 +184,7 @@ class Allocator:
 
     def _allocate(self, vms: Iterable[str], *, move_port: bool = False) -> dict[str, Allocation]:
         with self._exclusively():
-            book = self._read()
+            book = self._file.read()
             with self._claims.writing() as claims:
                 index = _Index(self._farm, book, claims)
                 given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
@@ -220,18 +200,18 @@ class Allocator:
                 if got.address:
                     book.resting.pop(got.address, None)
             if changed:
-                self._write(book)
+                self._file.write(book, changed)
             return given
 
     def release(self, vm: str) -> None:
         """Give all back; the address rests for a while. Nothing recorded: nothing done."""
         with self._exclusively():
-            book = self._read()
+            book = self._file.read()
             got = book.vms.pop(vm, None)
             if got is not None:
                 if got["address"]:
                     book.resting[IPv4Address(got["address"])] = datetime.now(UTC) + HOLD
-                self._write(book)
+                self._file.write(book, [vm])
             with self._claims.writing() as claims:
                 claims.drop(self._owner(vm))
 
@@ -363,45 +343,6 @@ class Allocator:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def _read(self) -> _Book:
-        """A copy of the caller's own. The file is replaced, never changed: one that was read is not
-        read again."""
-        which: tuple[int, ...] = ()
-        with contextlib.suppress(OSError):  # one that can't be reached is _load's to say
-            which = _which(self.lock_file)
-        seen = self._seen
-        if seen is None or not which or seen[0] != which:
-            seen = self._seen = (which, self._read_file())
-        return _Book(dict(seen[1].vms), dict(seen[1].resting))
-
-    def _read_file(self) -> _Book:
-        data = _load(self.lock_file)
-        try:
-            vms = data.get("vms", {})
-            _check(vms)
-            resting = {
-                IPv4Address(address): datetime.fromisoformat(until)
-                for address, until in data.get("resting", {}).items()
-            }
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _unreadable(self.lock_file, f"{type(error).__name__} {error}") from error
-        return _Book(vms, resting)
-
-    def _write(self, book: _Book) -> None:
-        now = datetime.now(UTC)
-        data = {
-            "about": _ABOUT,
-            "farm": self._farm.farm,
-            "vms": {},
-            "resting": {
-                str(a): until.isoformat(timespec="seconds")
-                for a, until in sorted(book.resting.items())
-                if until > now
-            },
-        }
-        write_atomic(self.lock_file, _pretty(data, book.vms).encode())
-        self._seen = (_which(self.lock_file), book)  # nobody else writes while we hold the locks
-
     def _owner(self, vm: str) -> str:
         return f"{self._farm.farm}/{vm}"
 
@@ -433,62 +374,3 @@ def port_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _which(path: Path) -> tuple[int, ...]:
-    now = path.stat()
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
-
-
-def _pretty(data: dict[str, Any], vms: Mapping[str, _Entry]) -> str:
-    """As ``json.dumps(data, indent=2)``, but a line for each VM: good for people, diffs and speed."""
-    text = json.dumps(data, indent=2)
-    if not vms:
-        return f"{text}\n"
-    entries = ",\n".join([_line(vm, vms[vm]) for vm in sorted(vms)])
-    return text.replace('"vms": {}', f'"vms": {{\n{entries}\n  }}', 1) + "\n"
-
-
-def _line(vm: str, entry: _Entry) -> str:
-    address = f'"{entry["address"]}"' if entry["address"] else "null"
-    start = f'    {_quoted(vm)}: {{"mac": {_quoted(entry["mac"])}, "address": {address}'
-    return f'{start}, "ssh_port": {entry["ssh_port"]}}}'
-
-
-def _check(vms: Mapping[str, _Entry]) -> None:
-    """Entries' fields by their types, and addresses in their one form (inet_pton(3) takes no other):
-    KeyError, TypeError, OSError."""
-    entries = vms.values()
-    if odd := [vm for vm, entry in vms.items() if len(entry) != len(_FIELDS)]:
-        raise TypeError(f"of {odd[0]}: {vms[odd[0]]}")
-    macs, addresses, ports = (list(map(itemgetter(name), entries)) for name in _FIELDS)
-    if {*map(type, macs)} - {str} or {*map(type, ports)} - {int}:
-        raise TypeError("a MAC that is no text, or a port that is no number")
-    for address in addresses:
-        if address is not None:
-            socket.inet_pton(socket.AF_INET, address)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise file_error(error, path, "read") from error
-    if not text.strip():
-        return {}
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(data, dict):
-        raise _unreadable(path, "not an object")
-    return data
-
-
-def _unreadable(path: Path, why: str) -> WrongState:
-    return WrongState(
-        f"{path} is not readable as farmhand's record of what was given out: {why}",
-        remedy="put it back from version control, or mend it; each VM's entry is one line",
-    )

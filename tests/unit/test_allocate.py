@@ -124,6 +124,35 @@ def test_forgetting_a_farm_gives_all_back(tmp_path: Path) -> None:
         assert not claims.of("kata/prod") | claims.of("kata/dev2")
 
 
+def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None:
+    names = ["vm1", "vm10", "vm2", "a-b", "a1", "a", "zz"]
+    farm = farm_of(vms={name: {} for name in names})
+    Allocator(farm, tmp_path / "whole").allocate_all(names)
+    whole = (tmp_path / "whole").read_text()
+    assert list(json.loads(whole)["vms"]) == sorted(names)
+    lock = tmp_path / "lock"
+    for name in reversed(names):
+        Allocator(farm, lock).allocate(name)
+    assert lock.read_text() == whole
+    for name in ("vm1", "zz", "a"):
+        Allocator(farm, lock).release(name)
+        Allocator(farm, lock).allocate(name)
+        assert lock.read_text() == whole
+    lock.write_text(json.dumps(json.loads(whole), indent=2))
+    Allocator(farm, lock).release("a-b")
+    Allocator(farm, lock).allocate("a-b")
+    assert lock.read_text() == whole
+    lines = whole.splitlines(keepends=True)
+    lines[4], lines[5] = lines[5], lines[4]
+    lock.write_text("".join(lines))
+    Allocator(farm, lock).release("zz")
+    Allocator(farm, lock).allocate("zz")
+    assert lock.read_text() == whole
+    for name in names:
+        Allocator(farm, lock).release(name)
+    assert json.loads(lock.read_text())["vms"] == {}
+
+
 def test_claims_of_an_earlier_farmhand_are_taken_over(tmp_path: Path) -> None:
     one = Allocator(farm_of("one"), tmp_path / "1")
     first = one.peek("prod")
