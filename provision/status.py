@@ -19,8 +19,8 @@ _AT_ONCE = 8
 class VmStatus:
     """``state``: "not made", "running", "stopped", "suspended", "paused", "unknown" (ssh host, host out
     of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or
-    running), "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole disk (LVM's
-    full copies). Bytes; None: not known."""
+    running), "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole
+    disk (LVM's full copies). Bytes; None: not known."""
 
     vm: str
     machine: str

@@ -196,6 +196,18 @@ class XenApiPlace(Place):
             record = sessions.call("VM.get_record", ref)
         return record["power_state"] != "Halted" or "farmhand:fresh" not in record["other_config"]
 
+    def keeps_memory(self) -> None:
+        """From now on it can: see tests/xenapi."""
+        self._server.tell(knobs={"suspend_sr": True})
+
+    def settle(self) -> None:
+        """Until it has done all that it was told to."""
+        self._server.tell(settle=True)
+
+    def harm(self) -> list[str]:
+        """Memory that was resumed on a disk which it isn't of."""
+        return list(self._server.tell(harm=True))
+
     def everything(self) -> list[str]:
         """Every VM, template, snapshot, disk and device of the server's, with what it is to us."""
         world = self._server.tell(world=True)
