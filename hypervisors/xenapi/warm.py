@@ -245,8 +245,8 @@ class Warm:
             )
         vdi = Vdi(attached[1], call("VDI.get_record", attached[1]))
         marks = {
-            **vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "", "fresh": "",
-            "resume": "",
+            **(vm.marks or before.vm.marks), "disk": f"{vdi.uuid} {vdi.ref}", "base": name,
+            "before": "", "fresh": "", "resume": "",
         }  # fmt: skip
         call("VM.set_other_config", vm.ref, vm.other_config(marks))
         for old in _disks(before):

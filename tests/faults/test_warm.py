@@ -9,7 +9,7 @@ import pytest
 from bench import Bench
 from places import OLD, XenApiPlace
 
-from inventory.errors import WrongState
+from inventory.errors import FarmhandError, WrongState
 from provision import farm
 from provision.site import Site
 from provision.work import is_on, look
@@ -57,6 +57,30 @@ def test_a_recovery_of_it_that_is_killed_too(bench: Bench) -> None:
         with bench.site() as site:
             assert _content(bench, site) == OLD, context
             assert is_on(look(site, "prod")), context
+
+
+@on_xenapi
+@pytest.mark.parametrize(("call", "parts"), [("VM.revert", 6), ("VM.resume", 2)])
+def test_a_server_that_dies_within(bench: Bench, call: str, parts: int) -> None:
+    """The command fails and stays unfinished; recovery, or the next command, goes on with it."""
+    place = bench.place
+    assert isinstance(place, XenApiPlace)
+    for part in range(1, parts + 1):
+        context = f"{call}, {part} parts of it"
+        _newer(bench, running=True)
+        place.dies(call, part)
+        with bench.site() as site, pytest.raises(FarmhandError):
+            farm.reset(site, ["prod"], to="warm", wait=False)
+        _used_by_nobody(bench, context)
+        if part == 1:
+            with bench.site() as site:
+                farm.start(site, ["prod"], wait=False)
+        assert (bench.recovered(context) == NOTHING) == (part == 1), context
+        _unharmed(bench, context)
+        with bench.site() as site:
+            assert _content(bench, site) == OLD, context
+            assert is_on(look(site, "prod")), context
+        place.remove_nobodys()
 
 
 @on_xenapi
