@@ -145,7 +145,7 @@ class Warm:
         record = self._suspend_sr()
         if record is None:
             raise Unsupported(
-                f"{self.pool.sessions.url}: the pool has no suspend image SR",
+                f"{self.pool.sessions.url}: the pool has no suspend image SR for a machine's memory",
                 remedy="xe pool-param-set suspend-image-SR=... gives it one; or make a cold checkpoint: "
                 "without --warm",
             )
