@@ -190,12 +190,18 @@ def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) ->
         "vm": _VM,
         "all_": _ALL,
         "name": "The new checkpoint's name.",
+        "warm": "Of one running VM, which runs on: its memory too (driver xenapi).",
         "merge": "No new one: write the disk's changes into the one it grew from (store lvm, linked).",
     },
     iterable=["vm"],
 )
 def checkpoint(
-    run: Run, vm: Names = None, all_: bool = False, name: str = "", merge: bool = False
+    run: Run,
+    vm: Names = None,
+    all_: bool = False,
+    name: str = "",
+    warm: bool = False,
+    merge: bool = False,
 ) -> Result:
     """Keep VMs' state, for reset to go back to."""
     from provision import farm
@@ -203,10 +209,16 @@ def checkpoint(
     with run.site() as site:
         if merge and name:
             raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
+        if warm and (merge or all_):
+            raise UsageError(
+                f"--warm is for one VM's new checkpoint, not with {'--merge' if merge else '--all'}",
+                remedy="--vm NAME --name NAME --warm",
+            )
         if merge:
             return views.outcome(farm.merge(site, cli.vms_or_all(site, vm, all_)))
         label = cli.needed("--name", name, "the new checkpoint's name")
-        return views.outcome(farm.checkpoint(site, cli.vms_or_all(site, vm, all_), label))
+        chosen = cli.vms_or_all(site, vm, all_)
+        return views.outcome(farm.checkpoint(site, chosen, label, warm=warm))
 
 
 @command(

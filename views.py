@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from provision.network.verify import Answer, Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
-    from provision.status import FarmStatus
+    from provision.status import FarmStatus, VmStatus
 
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
@@ -118,9 +118,7 @@ def farm_status(status: FarmStatus) -> Result:
             vm.state,
             _memory(vm.memory, vm.memory_max),
             vm.template,
-            f"{vm.checkpoint} ({vm.condition})"
-            if vm.checkpoint and vm.condition
-            else vm.checkpoint or vm.condition,
+            _checkpoint(vm),
             "" if vm.disk_used is None else _about(vm.disk_used),
             f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
         )
@@ -139,6 +137,15 @@ def farm_status(status: FarmStatus) -> Result:
     if status.vms and all(vm.state == "not made" for vm in status.vms):
         lines += ["", "nothing is made yet: clone-farm makes it"]
     return Result(status.as_dict(), "\n".join(lines))
+
+
+def _checkpoint(vm: VmStatus) -> str:
+    """What its disk grew from, and what it is now."""
+    words = ["warm"] if vm.checkpoint in vm.warm else []
+    words += [vm.condition] if vm.condition else []
+    if not vm.checkpoint:
+        return vm.condition
+    return f"{vm.checkpoint} ({', '.join(words)})" if words else vm.checkpoint
 
 
 def _about(size: int) -> str:

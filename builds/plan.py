@@ -13,6 +13,7 @@ from inventory.errors import NotFound, Unsupported, UsageError, WrongState
 from inventory.model import Cycle, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
 from provision.report import Action
+from provision.work import disk_of
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -109,11 +110,24 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                 raise NotFound(
                     f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
                 )
-            if machine.power is Power.STOPPED and not isinstance(step, ResetStep):
+            if isinstance(step, ResetStep):
+                _check_cold(site, step)
+            elif machine.power in (Power.STOPPED, Power.SUSPENDED):
                 raise WrongState(
-                    f"{site.name}: step {step.name} needs {vm}, which is stopped",
+                    f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
                     remedy=f"./invoke start --vm {vm}",
                 )
+
+
+def _check_cold(site: Site, step: ResetStep) -> None:
+    """A guest whose memory runs on writes to its disk: that is never proven to be its checkpoint."""
+    disk = disk_of(site, step.reset)
+    if disk is not None and any(kept.warm for kept in disk.checkpoints if kept.name == step.to):
+        raise Unsupported(
+            f"{site.name}: step {step.name}: {step.reset}'s checkpoint {step.to} is warm, and a build "
+            "begins on a proven disk",
+            remedy="reset it to a cold checkpoint",
+        )
 
 
 def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:

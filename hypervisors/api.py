@@ -23,6 +23,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from inventory.errors import Unsupported
+
 StepFn = Callable[[str], None]
 """Told, in a few words, what is about to be changed. Raising from it abandons the change."""
 
@@ -187,9 +189,21 @@ class MergingDisks(Protocol):
         ``clean``, the template's."""
 
 
+@runtime_checkable
+class WarmDisks(Protocol):
+    """What a store offers besides ``Disks`` where a checkpoint may hold a running machine's memory
+    (``Checkpoint.warm``). ``restore`` to such a one leaves the machine suspended: a start runs on from
+    there. It is of one machine, and can't be undone: cut off, it is done again."""
+
+    def half_back(self, machine: str) -> str:
+        """The warm checkpoint that it has to be put back to once more before it can be started, for the
+        way there, or the first start from there, was cut off. "": it is whole."""
+
+
 class Power(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
+    SUSPENDED = "suspended"  # off; its memory is kept, and a start runs on from there
     PAUSED = "paused"
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
 
@@ -299,17 +313,20 @@ class Hypervisor(Protocol):
         """Change a stopped machine's definition (memory, NIC, ...), disk untouched."""
 
     def start(self, name: str) -> None:
-        """Returns once the guest's CPUs run. WrongState if it runs already."""
+        """Returns once the guest's CPUs run; of a suspended one, where it was. WrongState if it runs
+        already, or if its memory can't be trusted to be that of its disk."""
 
     def stop(self, name: str, *, grace: float) -> None:
         """Ask the guest to shut down, wait ``grace`` seconds, then cut power (0: at once).
-        A stopped machine is left alone."""
+        A stopped machine is left alone, a suspended one loses its memory."""
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
-        """WrongState while running where the driver has cold checkpoints only."""
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
+        """Cold: WrongState while running. ``warm``: of a running machine, which runs on, disk and
+        memory; WrongState where it doesn't run, Unsupported where the driver, or its host, can't."""
 
     def reset(self, name: str, checkpoint: str) -> None:
-        """Cut power, put the disk back; leaves it stopped on the old state or the new."""
+        """Cut power, put the disk back; leaves it stopped on the old state or the new. Back to a warm
+        checkpoint it is suspended; see ``WarmDisks``."""
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         """Set the guest's memory and wait until the guest says it is there; returns what it
@@ -331,6 +348,14 @@ class Hypervisor(Protocol):
     def discard(self, leftover: Leftover) -> None: ...
 
     def close(self) -> None: ...
+
+
+def no_warm(machine: str) -> Unsupported:
+    """What a driver with cold checkpoints only says to a warm one."""
+    return Unsupported(
+        f"{machine}: this driver's checkpoints are cold: a running machine's memory can't be kept",
+        remedy="without --warm: a cold one, for which it is shut down",
+    )
 
 
 def spec_hash(spec: MachineSpec) -> str:

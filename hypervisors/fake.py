@@ -32,6 +32,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     no_step,
+    no_warm,
     spec_hash,
 )
 from hypervisors.fake_world import Store, StoredDisk, StoredMachine, World
@@ -308,9 +309,12 @@ class FakeHypervisor:
             self._step(f"ask {name} to shut down" if grace > 0 else f"cut the power of {name}")
             self._off(fake)
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         with self._store.change() as world:
-            if self._ours(world, name).machine.power is not Power.STOPPED:
+            now = self._ours(world, name).machine.power
+            if warm:
+                raise no_warm(name)
+            if now is not Power.STOPPED:
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
         return self._disks.checkpoint(name, checkpoint)
 

@@ -33,6 +33,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     no_step,
+    no_warm,
 )
 from hypervisors.domain_xml import (
     START_KEY,
@@ -195,9 +196,11 @@ class LibvirtHypervisor:
                     return
             self._cut_power(domain, name, seen)
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         with self._translated(f"checkpoint {name}"):
             domain = self._ours(name)
+            if warm:
+                raise no_warm(name)
             if domain.isActive():
                 raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
             if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine

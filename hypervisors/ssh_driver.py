@@ -96,7 +96,7 @@ class SshHypervisor:
         del grace
         self._refuse(name, "be stopped", "shut it down by hand: ./invoke ssh, then poweroff")
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:  # noqa: ARG002
         self._refuse(name, f"be checkpointed as {checkpoint}", "its reset command knows one state only")
 
     def reset(self, name: str, checkpoint: str) -> None:

@@ -53,7 +53,7 @@ class NoMachines:
     def stop(self, name: str, *, grace: float) -> None:  # noqa: ARG002
         self._refuse(name)
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:  # noqa: ARG002
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:  # noqa: ARG002
         self._refuse(name)
 
     def reset(self, name: str, checkpoint: str) -> None:  # noqa: ARG002

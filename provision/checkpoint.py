@@ -6,14 +6,21 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, MergingDisks
-from inventory.errors import Conflict, FarmhandError, Interrupted, Unsupported, UsageError
+from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, Machine, MergingDisks, Power
+from inventory.errors import (
+    Conflict,
+    FarmhandError,
+    Interrupted,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from provision.journal import Operation, current_step
 from provision.power import check_memory, power_on
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import as_before, change_disks, ran_before, stop_all
-from provision.work import Job, begin, disk_of, is_on, present, side_by_side
+from provision.work import Job, begin, disk_of, is_on, look, present, side_by_side
 
 GRACE = 180.0
 """Seconds a guest gets to shut down before a checkpoint: its disk should be a clean one."""
@@ -21,19 +28,28 @@ GRACE = 180.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def checkpoint(site: Site, vms: Sequence[str], name: str, *, wait: bool = True) -> Outcome:
+def checkpoint(
+    site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
+) -> Outcome:
     """Keep the VMs' present state as a checkpoint, all at one moment: all are stopped, all are kept (or
     none, see ``provision.together``), those that ran are started again (``wait``: until they answer).
     What programs hold in memory is not part of it: running VMs are shut down by themselves first.
+    ``warm``: of one VM that runs, and runs on; its memory is part of it.
 
-    Errors: UsageError (the name), Conflict (the checkpoint exists), NotFound, Unsupported, NoSpace,
-    Busy, WrongState (one store of several failed midway)."""
+    Errors: UsageError (the name; several, ``warm``), Conflict (the checkpoint exists), NotFound,
+    Unsupported (also of a host that can't keep memory), NoSpace, Busy, WrongState (one store of several
+    failed midway; ``warm``: it doesn't run)."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} is not a checkpoint name",
             remedy="letters, digits, '.', '_' and '-', at most 64, such as before-upgrade",
         )
     names = site.vms(vms)
+    if warm and len(names) > 1:
+        raise UsageError(
+            "a warm checkpoint is of one VM: several can't be kept at one moment while they run",
+            remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
+        )
     with begin(site, "checkpoint", names, doing=f"checkpoint {' '.join(names)} as {name}") as run:
         machines = {vm: present(site, vm) for vm in names}
         for vm in names:
@@ -43,11 +59,17 @@ def checkpoint(site: Site, vms: Sequence[str], name: str, *, wait: bool = True) 
                     remedy="choose another name; checkpoints never change",
                 )
         was_on = [vm for vm in names if is_on(machines[vm])]
+        run.fact(checkpoint=name)
+        if warm:
+            _check_warm(site, names[0], machines[names[0]])
+            run.add(Action("checkpoint", names[0], f"keep as {name}, disk and memory; it runs on"))
+            if not site.plan:
+                _keep_warm(site, names[0], name)
+            return run.outcome()
         run.add(*check_memory(site, was_on, wait=wait))
         for vm in names:
             text = f"shut down, keep as {name}, start again" if vm in was_on else f"keep as {name}"
             run.add(Action("checkpoint", vm, text))
-        run.fact(checkpoint=name)
         if not site.plan:
             alone = names[0] if len(names) == 1 else ""
             with site.journal.operation(
@@ -56,6 +78,36 @@ def checkpoint(site: Site, vms: Sequence[str], name: str, *, wait: bool = True) 
                 change_disks(site, operation, names, partial(keep, name), grace=GRACE)
                 kept_all(site, operation, names, name, wait=wait)
         return run.outcome()
+
+
+def _check_warm(site: Site, vm: str, machine: Machine) -> None:
+    """Before anything is changed."""
+    can = site.hypervisor(site.farm.host_of(vm), look=True).capabilities()
+    if not can.warm_checkpoints:
+        why = "; ".join(note for note in can.notes if "warm" in note) or f"driver {can.driver} can't"
+        raise Unsupported(
+            f"{site.name}: {vm}'s host {site.farm.host_of(vm)} keeps no running machine's memory: {why}",
+            remedy="without --warm: a cold checkpoint, for which it is shut down",
+        )
+    if machine.power is not Power.RUNNING:
+        raise WrongState(
+            f"{site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
+            remedy=f"./invoke start --vm {vm}; or a cold one, without --warm",
+        )
+
+
+def _keep_warm(site: Site, vm: str, name: str) -> None:
+    """Killed, it is there or not, and the VM runs on; nothing is to be finished."""
+    with site.journal.operation("checkpoint", vm=vm, vms=[vm], name=name, was_on=[vm], warm=True):
+        try:
+            site.hypervisor_of(vm).checkpoint(site.machine(vm), name, warm=True)
+        except Interrupted:
+            raise
+        except FarmhandError:
+            if not is_on(look(site, vm)):
+                site.reporter.warn("it doesn't run any more: ./invoke start", vm=vm)
+            raise
+        site.reporter.say(f"kept as {name}, disk and memory; it runs on", vm=vm)
 
 
 def keep(name: str, store: Disks, machines: Sequence[str]) -> None:

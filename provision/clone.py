@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from hypervisors.api import Machine, Template, spec_hash
+from hypervisors.api import Machine, Power, Template, spec_hash
 from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
 from inventory.sizes import format_duration, format_size
 from provision import identity
@@ -205,7 +205,7 @@ def _keep(
     jobs: list[Job] = []
     declared = site.farm.vms[vm]
     wanted = spec_hash(site.spec(vm, site.allocator.peek(vm)))
-    running = is_on(machine)
+    running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
     if machine.spec_hash != wanted and running:
         text = "differs from the farm file: takes effect at its next stop or reset"
         jobs.append(Job(Action("note", vm, text)))
@@ -223,7 +223,7 @@ def _keep(
             "takes effect when it is destroyed and cloned again"
         )
         jobs.append(Job(Action("note", vm, text)))
-    if running and wait and not starting and declared.start and not answers(site, vm):
+    if is_on(machine) and wait and not starting and declared.start and not answers(site, vm):
         text = "runs, but its ssh doesn't answer: wait for it"
         jobs.append(Job(Action("wait", vm, text), lambda: _await(site, vm)))
     return jobs

@@ -25,7 +25,7 @@ from provision.journal import current_step
 from provision.report import Action, Outcome
 from provision.room import PATIENCE, forecast, room_for
 from provision.site import Site
-from provision.work import Job, begin, disk_of, is_on, look, present
+from provision.work import ON, Job, begin, disk_of, is_on, look, present
 
 GRACE = 60.0
 """Seconds a guest gets to shut down by itself before its power is cut."""
@@ -41,11 +41,13 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
     with begin(site, "start", names) as run:
         machines = {vm: present(site, vm) for vm in names}
         cold = [vm for vm in names if not is_on(machines[vm])]
+        asleep = [vm for vm in cold if machines[vm].power is Power.SUSPENDED]
         run.add(*check_memory(site, cold, wait=wait))
         jobs: dict[str, list[Job]] = {}
         for vm in names:
             if vm in cold and can_power(site, vm):
-                action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
+                how = "run on from where it was suspended" if vm in asleep else "start"
+                action = Action("start", vm, f"{how}{then_what(site, vm, wait=wait)}")
                 jobs[vm] = [Job(action, partial(start_one, site, vm, wait=wait))]
             elif vm in cold:
                 jobs[vm] = [Job(Action("note", vm, "on an ssh host: nobody can switch it on from here"))]
@@ -66,10 +68,12 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
                 jobs[vm] = [
                     Job(Action("note", vm, "on an ssh host: nobody can switch it off from here"))
                 ]
-            elif not is_on(machine):
+            elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
                 text = "cut its power" if force else f"shut down (power cut after {GRACE:g}s)"
+                if machine.power is Power.SUSPENDED:
+                    text = "give up the memory it was suspended with"
                 action = Action("stop", vm, text)
                 jobs[vm] = [Job(action, partial(_stop_one, site, vm, force=force))]
         run.carry_out(jobs)
@@ -87,9 +91,14 @@ def start_one(site: Site, vm: str, *, wait: bool) -> None:
 
 def power_on(site: Site, vm: str, *, wait: bool) -> None:
     """Within an operation under way: bring its definition up to date, start it when there is room in
-    the host's memory, wait, balloon down. NoSpace."""
-    bring_up_to_date(site, vm)
-    _secure_port(site, vm)
+    the host's memory, wait, balloon down. NoSpace.
+
+    A suspended one runs on as it was defined then, and up for as long as it was then: of it, any answer
+    with its host key counts as ready. It had no power before, so that none is from before."""
+    asleep = present(site, vm).power is Power.SUSPENDED
+    if not asleep:
+        bring_up_to_date(site, vm)
+        _secure_port(site, vm)
     high, low = _sizes(site, vm, wait=wait)
     try:
         with room_for(site, vm, high, f"starting {vm}", falls=low < high):
@@ -97,7 +106,7 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
             since = time.monotonic()
             site.hypervisor_of(vm).start(site.machine(vm))
         if wait:
-            wait_until_ready(site, vm, since=since)
+            wait_until_ready(site, vm, since=float("-inf") if asleep else since)
             deflate(site, vm)
     finally:
         site.turns.fell(vm)
@@ -153,7 +162,7 @@ def wait_until_ready(site: Site, vm: str, *, since: float) -> None:
             raise Interrupted("interrupted while waiting", remedy="./invoke recover")
         if time.monotonic() >= look_again:  # the daemon is asked once a second, whoever waits
             found = driver.find(machine)
-            runs = found is not None and found.power is not Power.STOPPED
+            runs = found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
             look_again = time.monotonic() + 1
         return runs
 

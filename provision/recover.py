@@ -3,7 +3,8 @@
     clone       no machine: undone; a machine: it is complete, the next clone-farm goes on
     reset       not decided yet: undone, those that ran are started again; decided: all are put back,
                 and started if that was asked (see provision.together)
-    checkpoint  likewise
+                back to a warm one: also put back again where its start was cut off
+    checkpoint  likewise; a warm one is there or not, nothing is to be finished
     balloon     finished: the memory was there for it, and stays reserved until then
     merge       gone on with
     destroy     finished
@@ -35,7 +36,7 @@ from provision.power import can_power, deflate, power_on
 from provision.report import Action, Outcome
 from provision.reset import proven, restore
 from provision.site import Site
-from provision.together import as_before, finish, ran_before, stop_all
+from provision.together import as_before, finish, is_half_back, ran_before, stop_all
 from provision.work import Job, is_on, lock_of, look, side_by_side
 
 
@@ -159,6 +160,8 @@ def _several(site: Site, record: Record, what: str) -> Job:
 
     if not vms:
         return job("its machine is gone, or not ours to power; noted")
+    if facts.get("warm") and not resets:
+        return job("it is there or not, and complete; noted")
     if not facts.get("decided"):
         again = [vm for vm in ran if vm in off]
         text = "it had not begun, all disks are as they were"
@@ -167,11 +170,6 @@ def _several(site: Site, record: Record, what: str) -> Job:
         return job(f"{text}; start {', '.join(again)} again", lambda: start(again))
     then = (vms if facts.get("start") else []) if resets else ran
     done = f"put back to {name}" if resets else f"keep as {name}"
-    if facts.get("changed"):
-        wanted = [vm for vm in then if vm in off]
-        if not wanted:
-            return job("its disks are done; noted")
-        return job(f"start {', '.join(wanted)}", lambda: start(wanted))
 
     def redo() -> None:
         operation = current_operation()
@@ -185,6 +183,15 @@ def _several(site: Site, record: Record, what: str) -> Job:
             finish(site, operation, vms, partial(keep, name))
             operation.note(changed=True)
         start(then)
+
+    if facts.get("changed"):
+        wanted = [vm for vm in then if vm in off]
+        if not wanted:
+            return job("its disks are done; noted")
+        half = [vm for vm in wanted if is_half_back(site.disks(site.farm.host_of(vm)), site.machine(vm))]
+        if half:
+            return job(f"{done} once more and start {', '.join(then)}", redo)
+        return job(f"start {', '.join(wanted)}", lambda: start(wanted))
 
     return job(done + (f" and start {', '.join(then)}" if then else ""), redo)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from hypervisors.api import Disks, FarmDisks
-from inventory.errors import DriverFailed, NotFound, Unsupported
+from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
 from provision.power import (
@@ -20,7 +20,7 @@ from provision.power import (
 )
 from provision.report import Action, Outcome
 from provision.site import Site
-from provision.together import change_disks
+from provision.together import change_disks, is_half_back
 from provision.work import Run, begin, disk_of, is_on, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
@@ -42,25 +42,38 @@ def reset(
     Before the first start the stores prove that each disk equals the checkpoint; the proof is in the
     outcome's facts and in the journal. If one doesn't, none is started: DriverFailed.
 
-    Errors: NotFound (VM, checkpoint), Unsupported (ssh host without a reset command), NoSpace,
-    TimedOut, Several, Busy, WrongState (one store of several failed midway)."""
+    Back to a warm checkpoint goes one VM at a time: its disk and its memory; with ``start`` it runs on
+    from there, else it is suspended. There is no proof of such a disk, for its guest goes on writing.
+
+    Errors: NotFound (VM, checkpoint), Unsupported (ssh host without a reset command, a warm checkpoint
+    of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
+    warm checkpoint's; recovery goes on with it)."""
     names = site.vms(vms)
     doing = f"reset {' '.join(names)} to {to}"
     with begin(site, "reset", names, doing=doing) as run:
+        warm = []
         for vm in names:
             present(site, vm)
-            _check_checkpoint(site, vm, to)
+            if _check_checkpoint(site, vm, to):
+                warm.append(vm)
+        if warm and len(names) > 1:
+            raise Unsupported(
+                f"{site.name}: {warm[0]}'s checkpoint {to} is warm: that is for one VM at a time",
+                remedy=f"one by one: ./invoke reset --vm {warm[0]} --to {to}",
+            )
         if start:
             run.add(*check_memory(site, names, wait=wait))
         for vm in names:
             text = f"put back to {to}"
+            if warm:
+                text += ", disk and memory"
             if start:
-                text += f", start{then_what(site, vm, wait=wait)}"
+                text += f", {'run on' if warm else 'start'}{then_what(site, vm, wait=wait)}"
             run.add(Action("reset", vm, text))
         if not site.plan:
             ours = [vm for vm in names if can_power(site, vm)]
             if ours:
-                _reset_disks(site, run, ours, to=to, start=start, wait=wait)
+                _reset_disks(site, run, ours, to=to, start=start, wait=wait, warm=bool(warm))
             theirs = {vm: partial(_reset_by_command, site, run, vm, to=to, wait=start and wait)
                       for vm in names if vm not in ours}  # fmt: skip
             side_by_side(site, theirs)
@@ -97,24 +110,33 @@ def prove(site: Site, vms: Sequence[str], to: str) -> Proofs:
     return {vm: proofs[vm] for vm in vms}
 
 
-def _reset_disks(site: Site, run: Run, vms: Sequence[str], *, to: str, start: bool, wait: bool) -> None:
+def _reset_disks(
+    site: Site, run: Run, vms: Sequence[str], *, to: str, start: bool, wait: bool, warm: bool
+) -> None:
     began = time.monotonic()
     was_on = [vm for vm in vms if is_on(present(site, vm))]
     alone = vms[0] if len(vms) == 1 else ""
     with site.journal.operation(
-        "reset", vm=alone, vms=list(vms), to=to, start=start, was_on=was_on
+        "reset", vm=alone, vms=list(vms), to=to, start=start, was_on=was_on, warm=warm
     ) as operation:
         current_step("refresh identities")
         side_by_side(site, {vm: partial(write_identity, site, vm) for vm in vms})
         change_disks(site, operation, vms, partial(restore, to), grace=0)
         proofs = proven(site, operation, vms, to)
         swapped = time.monotonic() - began
+        what = "disk and memory are" if warm else "disk is"
+        how = "" if warm else ", proven"
         for vm in vms:
-            site.reporter.say(f"disk is {to} again, proven, in {format_duration(swapped)}", vm=vm)
+            site.reporter.say(f"{what} {to} again{how}, in {format_duration(swapped)}", vm=vm)
 
         def finish(vm: str) -> None:
             if start:
-                power_on(site, vm, wait=wait)
+                try:
+                    power_on(site, vm, wait=wait)
+                except FarmhandError:
+                    if is_half_back(site.disks(site.farm.host_of(vm)), site.machine(vm)):
+                        operation.must_finish = True  # its memory has been used, perhaps
+                    raise
             run.vm_fact(
                 vm, proof=proofs[vm], reset_seconds=round(swapped, 3),
                 seconds=round(time.monotonic() - began, 3),
@@ -125,7 +147,11 @@ def _reset_disks(site: Site, run: Run, vms: Sequence[str], *, to: str, start: bo
 
 def proven(site: Site, operation: Operation, vms: Sequence[str], to: str) -> Proofs:
     """The proofs, noted before any of the VMs runs again: the disks need not be put back once more."""
-    proofs = prove(site, vms, to)
+    if operation.facts.get("warm"):
+        by = "its hypervisor: disk and memory are of one moment"
+        proofs: Proofs = {vm: {"checkpoint": to, "pristine": None, "by": by} for vm in vms}
+    else:
+        proofs = prove(site, vms, to)
     operation.note(proof=proofs, changed=True)
     return proofs
 
@@ -140,14 +166,15 @@ def _reset_by_command(site: Site, run: Run, vm: str, *, to: str, wait: bool) -> 
     run.vm_fact(vm, proof=proof, seconds=round(time.monotonic() - began, 3))
 
 
-def _check_checkpoint(site: Site, vm: str, to: str) -> None:
+def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
+    """Whether it is a warm one. NotFound, Unsupported."""
     if not can_power(site, vm):
         if not site.farm.vms[vm].reset:
             raise Unsupported(
                 f"{site.name}: {vm} is on an ssh host and has no reset command",
                 remedy=f"give vms.{vm} a 'reset' command in the farm file",
             )
-        return
+        return False
     disk = disk_of(site, vm)
     if disk is None:
         raise NotFound(
@@ -159,3 +186,4 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> None:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}", remedy=f"it has {', '.join(known) or 'none'}"
         )
+    return any(kept.warm for kept in disk.checkpoints if kept.name == to)

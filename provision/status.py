@@ -17,10 +17,10 @@ _AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
-    """``state``: "not made", "running", "stopped", "paused", "unknown" (ssh host, host out of reach),
-    "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or running),
-    "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole disk (LVM's
-    full copies). Bytes; None: not known."""
+    """``state``: "not made", "running", "stopped", "suspended", "paused", "unknown" (ssh host, host out
+    of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or
+    running), "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole
+    disk (LVM's full copies). Bytes; None: not known."""
 
     vm: str
     machine: str
@@ -32,6 +32,7 @@ class VmStatus:
     template: str = ""
     checkpoint: str = ""  # that its disk grew from
     checkpoints: tuple[str, ...] = ()
+    warm: tuple[str, ...] = ()  # those of them that hold a running machine's memory, too
     condition: str = ""
     disk_used: int | None = None
     ssh: str = ""  # the command
@@ -53,6 +54,7 @@ class VmStatus:
             "template": self.template,
             "checkpoint": self.checkpoint,
             "checkpoints": list(self.checkpoints),
+            "warm": list(self.warm),
             "condition": self.condition,
             "disk_used": self.disk_used,
             "ssh": self.ssh,
@@ -210,6 +212,7 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
         template=machine.template,
         checkpoint=disk.base if disk else "",
         checkpoints=tuple(kept.name for kept in disk.checkpoints) if disk else (),
+        warm=tuple(kept.name for kept in disk.checkpoints if kept.warm) if disk else (),
         condition=condition,
         disk_used=disk.used if disk else None,
         ssh=ssh,

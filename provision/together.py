@@ -9,7 +9,8 @@
 A farm on several stores takes them one after the other. There nobody can take the first one back when
 the second fails: the operation then stays unfinished, the VMs stay stopped, and until a recovery got
 the rest there too, none of them is started, cloned or reset (``refuse_unfinished``). A store that does
-not implement ``FarmDisks`` is treated the same, disk by disk.
+not implement ``FarmDisks`` is treated the same, disk by disk. Nor can anybody take back the way to a
+warm checkpoint once it is begun (``WarmDisks``): then it stays unfinished, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from hypervisors.api import Disks, FarmDisks
+from hypervisors.api import Disks, FarmDisks, WarmDisks
 from inventory.errors import FarmhandError, Interrupted, WrongState
 from provision.journal import Operation
 from provision.power import power_on
@@ -57,6 +58,8 @@ def finish(site: Site, operation: Operation, vms: Sequence[str], change: Change)
         except Interrupted:
             raise
         except FarmhandError as error:
+            if any(is_half_back(store, site.machine(vm)) for vm in here):
+                operation.must_finish = True
             if operation.must_finish:
                 raise _halfway(error, changed, vms) from error
             operation.note(decided=False)
@@ -65,6 +68,16 @@ def finish(site: Site, operation: Operation, vms: Sequence[str], change: Change)
         changed += here
         operation.must_finish = True
     operation.must_finish = False
+
+
+def is_half_back(store: Disks, machine: str) -> bool:
+    """Also where nobody can tell at the moment: then recovery looks again."""
+    if not isinstance(store, WarmDisks):
+        return False
+    try:
+        return bool(store.half_back(machine))
+    except FarmhandError:
+        return True
 
 
 def _groups(site: Site, vms: Sequence[str]) -> Iterator[tuple[Disks, list[str]]]:

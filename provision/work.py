@@ -18,6 +18,7 @@ from inventory.errors import FarmhandError, Interrupted, NotFound, NotOurs, Seve
 from provision.report import Action, Outcome
 from provision.site import Site
 
+ON = (Power.RUNNING, Power.PAUSED)
 _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
 
 
@@ -181,4 +182,4 @@ def disk_of(site: Site, vm: str) -> Disk | None:
 
 
 def is_on(machine: Machine | None) -> bool:
-    return machine is not None and machine.power in (Power.RUNNING, Power.PAUSED)
+    return machine is not None and machine.power in ON

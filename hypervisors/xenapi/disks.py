@@ -13,6 +13,7 @@ Instead:
 3. settle: the old disk is destroyed, the fresh one attached, the temporary VM record removed.
 
 Killed before 2 it is the old state, after it the new; ``leftovers`` knows what 1 and 3 leave.
+Warm checkpoints can't go this way: see ``warm``.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ from hypervisors.xenapi.records import (
 from hypervisors.xenapi.remains import Remains
 from hypervisors.xenapi.templates import Templates
 from hypervisors.xenapi.wait import look
+from hypervisors.xenapi.warm import Warm, half_back
 from inventory.errors import (
     Conflict,
     FarmhandError,
     NoSpace,
     NotFound,
     NotOurs,
+    Unsupported,
     UsageError,
     WrongState,
 )
@@ -91,6 +94,7 @@ class XenApiDisks:
         self._headroom = headroom
         self._sealed = Templates(pool, runner, step)
         self._remains = Remains(pool, step)
+        self.warm = Warm(pool, step, headroom)
 
     # -- templates --------------------------------------------------------------------------------
 
@@ -111,7 +115,7 @@ class XenApiDisks:
             if vm is None or vm.kind != "machine" or vm.disk is None:
                 return None
             seen = self.pool.seen(vm)
-            return self.disk(seen) if seen.vdi else None
+            return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen)
 
     def disk(self, seen: Seen) -> Disk:
         assert seen.vdi and seen.vm.owner
@@ -299,7 +303,26 @@ class XenApiDisks:
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
         with translated(f"put {', '.join(machines)} back to {name}"):
-            return self.restore_seen([self._ready(machine) for machine in machines], name)
+            everyone = [self.ours(machine) for machine in machines]
+            warm = [
+                seen for seen in everyone if (kept := seen.checkpoint(name)) and kept.marks.get("warm")
+            ]
+            if not warm:
+                return self.restore_seen([self._readied(seen) for seen in everyone], name)
+            if len(everyone) > 1:
+                raise Unsupported(
+                    f"{warm[0].vm.name}'s checkpoint {name} is warm: it can't be put back with others",
+                    remedy="reset each by itself",
+                )
+            self.warm.back(warm[0], name)
+            disk = self.find(machines[0])
+            assert disk, "it was just put back"
+            return [disk]
+
+    def half_back(self, machine: str) -> str:
+        with translated(f"look at {machine}"):
+            seen = self.ours(machine)
+            return half_back(seen.vm, seen.checkpoints)
 
     def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
         """Of machines that were just looked at, and are stopped by now."""
@@ -372,9 +395,19 @@ class XenApiDisks:
 
     def _ready(self, machine: str) -> Seen:
         """A stopped machine of ours, its disk attached as its marks say."""
-        seen = self.ours(machine)
+        return self._readied(self.ours(machine))
+
+    def _readied(self, seen: Seen) -> Seen:
+        """One that is half way back to a warm checkpoint is brought there first, for it has no disk."""
+        machine = seen.vm.name
         if seen.vm.power is not Power.STOPPED:
             raise WrongState(f"{machine} is not stopped", remedy=f"./invoke stop --vm {machine}")
+        half = half_back(seen.vm, seen.checkpoints)
+        if half:
+            self.warm.back(seen, half)
+            self._step(f"give up the memory of {machine}")
+            self.pool.call("VM.hard_shutdown", seen.vm.ref)
+            seen = self.ours(machine)
         if seen.vdi is None:
             raise NotFound(f"{machine} has no disk", remedy="destroy it, then ./invoke clone-farm")
         if seen.attached is None or seen.attached[1] != seen.vdi.ref:

@@ -34,6 +34,7 @@ from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
 from hypervisors.xenapi.wait import do, watch
+from hypervisors.xenapi.warm import half_back
 from inventory.errors import (
     Conflict,
     NotFound,
@@ -62,11 +63,8 @@ class XenApiHypervisor:
 
     def capabilities(self) -> Capabilities:
         with translated("ask the server what it can"):
-            (pool,) = self._pool.call("pool.get_all_records").values()
-        notes = []
-        if pool["suspend_image_SR"] == NULL:
-            notes.append("the pool has no suspend image SR")
-        notes.append("checkpoints are cold: a machine is shut down for them")
+            why_not = self._disks.warm.why_not()
+        notes = [why_not] if why_not else []
         notes.append("guests without xe-guest-utilities can't be asked to shut down: they are cut off")
         return Capabilities(
             driver="xenapi",
@@ -75,7 +73,7 @@ class XenApiHypervisor:
             reset=True,
             linked_clones=not self._pool.copy,
             live_balloon=True,
-            warm_checkpoints=False,
+            warm_checkpoints=not why_not,
             console=False,
             notes=tuple(notes),
         )
@@ -95,21 +93,21 @@ class XenApiHypervisor:
                 vm for vm in self._pool.all_vms()
                 if vm.kind == "machine" and vm.marks["farm"] == self._farm and vm.marks.get("spec")
             ]  # fmt: skip
-            running = any(vm.power is not Power.STOPPED for vm in found)
+            running = any(_is_on(vm) for vm in found)
             metrics = self._pool.call("VM_metrics.get_all_records") if running else {}
             machines = [self._machine(vm, metrics.get(vm.record["metrics"])) for vm in found]
             return sorted(machines, key=lambda machine: machine.name)
 
     def _metrics(self, vm: Vm) -> Mapping[str, Any] | None:
         """Of one that runs: else they say nothing that the record doesn't."""
-        if vm.power is Power.STOPPED or vm.record["metrics"] == NULL:
+        if not _is_on(vm) or vm.record["metrics"] == NULL:
             return None
         record: Mapping[str, Any] = self._pool.call("VM_metrics.get_record", vm.record["metrics"])
         return record
 
     def _machine(self, vm: Vm, metrics: Mapping[str, Any] | None) -> Machine:
         marks, record = vm.marks, vm.record
-        on = vm.power is not Power.STOPPED and metrics is not None
+        on = _is_on(vm) and metrics is not None
         memory = int(record["memory_static_max"])
         return Machine(
             name=vm.name,
@@ -168,7 +166,9 @@ class XenApiHypervisor:
         with translated(f"redefine {spec.name}"):
             vm = self._ours(spec.name)
             if vm.power is not Power.STOPPED:
-                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+                raise WrongState(
+                    f"{spec.name} is {vm.power}", remedy=f"./invoke stop --vm {spec.owner.vm}"
+                )
             return self._redefined(spec, f"redefine {spec.name}")
 
     def _redefined(self, spec: MachineSpec, doing: str) -> Machine:
@@ -282,10 +282,14 @@ class XenApiHypervisor:
         with translated(doing):
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
+            if seen.vm.power is Power.SUSPENDED:
+                self._disks.warm.resume(seen, doing)
+                return
             if seen.vm.power is not Power.STOPPED:
                 raise WrongState(
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
+            self._disks.warm.refuse_half(seen)
             if seen.vdi is None:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             self._step(doing)
@@ -293,7 +297,7 @@ class XenApiHypervisor:
             vm = seen.vm
             assert vm.owner
             seeded = self._seeded(vm, vm.owner, vm.marks.get("seed", ""), seen.vbds)
-            marks = {**vm.marks, **seeded, "fresh": ""}  # from now on it may be written to
+            marks = {**vm.marks, **seeded, "fresh": "", "resume": ""}  # now it may be written to
             if marks != {**vm.marks}:
                 self._pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
             self._pool.call("VM.start", vm.ref, False, False)
@@ -325,17 +329,23 @@ class XenApiHypervisor:
             if not _halted(error):  # it just ended
                 raise
 
-    def checkpoint(self, name: str, checkpoint: str) -> Checkpoint:
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
         with translated(f"checkpoint {name}"):
-            if self._ours(name).power is not Power.STOPPED:
-                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+            vm = self._ours(name)
+            if warm:
+                return self._disks.warm.checkpoint(self._pool.seen(vm), checkpoint)
+            if vm.power is not Power.STOPPED:
+                raise WrongState(
+                    f"{name} is {vm.power}: this checkpoint is cold", remedy="stop it first"
+                )
         return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
         with translated(f"reset {name}"):
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
-            if seen.vdi is None:
+            half = half_back(seen.vm, seen.checkpoints)
+            if seen.vdi is None and not half:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             if checkpoint not in seen.checkpoint_names:  # before its power is cut
                 raise NotFound(
@@ -343,9 +353,11 @@ class XenApiHypervisor:
                     remedy=f"it has: {', '.join(seen.checkpoint_names)}",
                 )
             self._cut(seen.vm, name)
-            if seen.attached and seen.attached[1] == seen.vdi.ref:
+            kept = seen.checkpoint(checkpoint)
+            whole = seen.vdi and seen.attached and seen.attached[1] == seen.vdi.ref and not half
+            if whole and not (kept and kept.marks.get("warm")):
                 self._disks.restore_seen([seen], checkpoint)
-            else:  # a killed reset's
+            else:  # warm; or a killed reset's
                 self._disks.restore(name, checkpoint)
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
@@ -415,13 +427,12 @@ class XenApiHypervisor:
     def leftovers(self) -> Sequence[Leftover]:
         found = list(self._disks.leftovers())
         with translated("look for leftovers"):
-            vdis = self._pool.all_vdis().values()
-            ours = [
-                vm for vm in self._pool.all_vms()
-                if vm.kind == "machine" and vm.marks["farm"] == self._farm
-            ]  # fmt: skip
+            vdis, vms = self._pool.all_vdis().values(), self._pool.all_vms()
+            ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
+            kept = [vm for vm in vms if vm.kind == "checkpoint" and vm.marks["farm"] == self._farm]
         for vm in sorted(ours, key=lambda vm: vm.name):
-            if vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None:
+            lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
+            if lost and not half_back(vm, [s for s in kept if s.record["snapshot_of"] == vm.ref]):
                 found.append(_orphan("domain", vm, 0, "its disk is gone"))
         for vm in sorted(ours, key=lambda vm: vm.name):
             if not vm.marks.get("spec"):
@@ -456,6 +467,10 @@ class XenApiHypervisor:
         if vm.owner is None or vm.owner.farm != self._farm:
             whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
             raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+
+
+def _is_on(vm: Vm) -> bool:
+    return vm.power not in (Power.STOPPED, Power.SUSPENDED)
 
 
 def _halted(error: XenApiError) -> bool:

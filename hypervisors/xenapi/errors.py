@@ -33,6 +33,7 @@ _KINDS: dict[str, tuple[type[FarmhandError], str]] = {
     "DEVICE_ALREADY_EXISTS": (WrongState, "something was attached by hand: xe vbd-list"),
     "VM_LACKS_FEATURE": (Unsupported, "install xe-guest-utilities in the template"),
     "VM_MISSING_PV_DRIVERS": (Unsupported, "install xe-guest-utilities in the template"),
+    "VM_LACKS_FEATURE_SUSPEND": (Unsupported, "install xe-guest-utilities in the template"),
     "VM_NO_SUSPEND_SR": (Unsupported, "give the pool a suspend image SR: xe pool-param-set "
                          "suspend-image-SR=..."),
     "FEATURE_RESTRICTED": (Unsupported, "the server's licence doesn't cover it"),

@@ -29,7 +29,7 @@ _POWER = {
     "Running": Power.RUNNING,
     "Halted": Power.STOPPED,
     "Paused": Power.PAUSED,
-    "Suspended": Power.PAUSED,
+    "Suspended": Power.SUSPENDED,
 }
 
 

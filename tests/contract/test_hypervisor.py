@@ -178,6 +178,20 @@ def test_a_life(rig, made):
     assert made.find(NAME) is None and rig.disks().find(NAME) is None
 
 
+def test_warm_checkpoints_are_made_or_refused(rig, made):
+    rig.boot("prod", "A")
+    names = ["clean"]
+    if made.capabilities().warm_checkpoints:
+        assert made.checkpoint(NAME, "x", warm=True).warm
+        names.append("x")
+    else:
+        with pytest.raises(Unsupported, match="memory"):
+            made.checkpoint(NAME, "x", warm=True)
+    assert made.find(NAME).power is Power.RUNNING
+    assert [c.name for c in rig.disks().find(NAME).checkpoints] == names
+    made.stop(NAME, grace=0)
+
+
 def test_ballooning(rig, made):
     with pytest.raises(WrongState):
         made.balloon(NAME, 128 * MIB, timeout=5)

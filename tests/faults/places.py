@@ -196,6 +196,31 @@ class XenApiPlace(Place):
             record = sessions.call("VM.get_record", ref)
         return record["power_state"] != "Halted" or "farmhand:fresh" not in record["other_config"]
 
+    def keeps_memory(self) -> None:
+        """From now on it can: see tests/xenapi."""
+        self._server.tell(knobs={"suspend_sr": True})
+
+    def settle(self) -> None:
+        """Until it has done all that it was told to."""
+        self._server.tell(settle=True)
+
+    def dies(self, call: str, parts: int) -> None:
+        """Its host's power fails when so many parts of the next such call are done."""
+        self._server.fail(call, ["dies", parts])
+
+    def remove_nobodys(self) -> None:
+        """The disks of its own death within a clone, see docs/xenapi.md."""
+        with contextlib.closing(self._rig.sessions()) as sessions:
+            vms = sessions.call("VM.get_all_records").values()
+            images = {vm["suspend_VDI"] for vm in vms}
+            for ref, vdi in sessions.call("VDI.get_all_records").items():
+                if not vdi["VBDs"] and ref not in images:
+                    sessions.call("VDI.destroy", ref)
+
+    def harm(self) -> list[str]:
+        """Memory that was resumed on a disk which it isn't of."""
+        return list(self._server.tell(harm=True))
+
     def everything(self) -> list[str]:
         """Every VM, template, snapshot, disk and device of the server's, with what it is to us."""
         world = self._server.tell(world=True)

@@ -266,6 +266,8 @@ def test_refusals_say_what_and_the_remedy(made: Desk) -> None:
         (NotFound, "there is no VM 'prd'", lambda s: farm.reset(s, ["prd"])),
         (NotFound, "no checkpoint 'cleen'", lambda s: farm.reset(s, ["prod"], to="cleen")),
         (UsageError, "not a checkpoint name", lambda s: farm.checkpoint(s, ["prod"], "../x")),
+        (UsageError, "of one VM", lambda s: farm.checkpoint(s, ["dev2", "prod"], "one", warm=True)),
+        (Unsupported, "driver fake can't", lambda s: farm.checkpoint(s, ["prod"], "one", warm=True)),
         (Conflict, "has a checkpoint 'clean'", lambda s: farm.checkpoint(s, ["prod"], "clean")),
         (WrongState, "is stopped", lambda s: farm.balloon(s, "prod", 256 * MIB)),
         (UsageError, "at most 512M", lambda s: farm.balloon(s, "dev2", 1024 * MIB)),

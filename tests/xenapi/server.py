@@ -13,7 +13,9 @@ the calls since it was asked last, "world" a line for each object, "expire" ends
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
 without an answer, before doing it or when it is done; ["answer-early"], for PUT, says that it did what
 it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
-forgotten; ["dies"] does it by half, where it has halves, as a host does whose power goes, and hangs up.
+forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
+and hangs up. "harm" has what went wrong within guests; "settle" waits
+until all tasks are over.
 Async.X counts as X, and fails in its task.
 """
 
@@ -126,7 +128,7 @@ class Server:
             return handler(*typed)
 
         if how[:1] == ["dies"]:
-            self.world.call_and_die(lambda: handler(*typed))
+            self.world.call_and_die(lambda: handler(*typed), int(how[1]) if how[1:] else 1)
             raise Dropped
         if plain != name:
             value: Any = str(self.world.run_task(plain, do))
@@ -156,6 +158,10 @@ class Server:
                 self.world.drop("session", handle)
         if request.get("world"):
             return self.world.told()
+        if request.get("settle"):
+            self.world.settle()
+        if request.get("harm"):
+            return self.world.harm
         return self.faults.take_log() if request.get("log") else None
 
 

@@ -7,6 +7,15 @@ anew, destroys the old disks first, and brings name and memory settings back; VM
 VM.checkpoint needs a suspend SR; calls on one object wait for each other, long, and do not fail;
 event.from with nothing new answers half a second after its time limit. Not measured: whether VDI.destroy
 takes the disk's VBDs along at once (the default here) or they stay a while (``lazy_vbds``).
+
+Not measured either, but read in xapi's source (ocaml/xapi/xapi_vm_snapshot.ml, xapi_xenops.ml,
+message_forwarding.ml): VM.revert sets back the VM's fields first of all, from what the snapshot kept of
+them; destroys those old disks that the snapshot has one of, and leaves the others unattached; and sets
+the power state last. VM.checkpoint suspends, clones, and resumes. VM.resume forgets the image when the
+guest runs already; VM.hard_shutdown of a suspended VM destroys it.
+
+A running guest writes to its disks. What they are then is a new version (``versions``); a suspend image
+knows the versions that it is of, and one that is resumed on others is told by ``harm``.
 """
 
 from __future__ import annotations
@@ -36,7 +45,7 @@ _BACK = {  # which field of whom names which field's owners
     ("SR", "VDIs"): ("VDI", "SR"),
     ("network", "VIFs"): ("VIF", "network"),
 }
-_STATE = ("objects", "_generation", "_stamps", "_gone")
+_STATE = ("objects", "_generation", "_stamps", "_gone", "_moments", "_versions", "_images", "harm")
 
 
 class Died(Exception):
@@ -62,7 +71,6 @@ class Knobs:
     slow: float = 0.0  # what a clone, snapshot or revert takes
     back_off: float = 0.0  # what a call that had to wait for another waits on top
     lazy_vbds: bool = False
-    dies_in_revert: bool = False  # cut off between destroying the old disks and cloning the new ones
     session_life: int = 0  # calls after which a session has expired; 0: never
     slave_of: str = ""  # told to whoever logs in, but for at the address ``master_at``
     master_at: str = ""
@@ -80,6 +88,11 @@ class World:
         self._busy: dict[str, threading.Lock] = {}
         self._sessions: dict[str, int] = {}
         self._dying = threading.local()
+        self._tasks: list[threading.Thread] = []
+        self._moments: dict[str, dict[str, Any]] = {}  # by snapshot, its VM's fields then
+        self._versions: dict[str, str] = {}  # by VDI, what it holds
+        self._images: dict[str, dict[str, str]] = {}  # by suspend image: by place, what the disks held
+        self.harm: list[str] = []  # images that were resumed on disks which they weren't of
         host = self.add("host", name_label="xen", enabled=True, hostname="xen")
         sr = self.add(
             "SR", name_label="Local storage", type="ext", content_type="user",
@@ -118,10 +131,16 @@ class World:
             return copy.deepcopy({name: getattr(self, name) for name in _STATE})
 
     def put_back(self, kept: dict[str, Any]) -> None:
+        self.settle()
         with self.changed:
             self.contents.put_back()
             for name, value in copy.deepcopy(kept).items():
                 setattr(self, name, value)
+
+    def settle(self) -> None:
+        """Until all tasks are over, also those that nobody waits for."""
+        for task in self._tasks:
+            task.join()
 
     # -- objects ----------------------------------------------------------------------------------
 
@@ -218,24 +237,27 @@ class World:
 
     # -- dying ------------------------------------------------------------------------------------
 
-    def call_and_die(self, call: Callable[[], Any]) -> None:
-        """The call is half done, where it has halves, else done; then nothing runs any more, nobody is
-        logged in, and no task goes on. What is in the database and in the storage is what stays."""
-        self._dying.now = True
-        with contextlib.suppress(Died):
+    def call_and_die(self, call: Callable[[], Any], parts: int = 1) -> None:
+        """So many parts of the call are done, where it has parts, else all; then nothing runs any more,
+        nobody is logged in, and no task goes on. What is in the database and in the storage is what
+        stays."""
+        self._dying.now, self._dying.parts = True, parts
+        with contextlib.suppress(Died, Failure):
             call()
         self._dying.now = False
         with self.changed:
             for ref, vm in list(self.objects["VM"].items()):
                 if not (vm["is_control_domain"] or vm["is_a_template"]):
-                    self._off(ref)
+                    self._off(ref, vm["power_state"] if vm["power_state"] == "Suspended" else "Halted")
             for class_ in ("session", "task"):
                 for ref in list(self.objects[class_]):
                     self.drop(class_, ref)
 
     def _half_done(self) -> None:
         if getattr(self._dying, "now", False):
-            raise Died
+            self._dying.parts -= 1
+            if self._dying.parts == 0:
+                raise Died
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -367,7 +389,9 @@ class World:
                 if self.get("task", ref)["status"] == "pending":
                     self.change("task", ref, finished=now(), **end)
 
-        threading.Thread(target=run, daemon=True).start()
+        thread = threading.Thread(target=run, daemon=True)
+        self._tasks = [task for task in self._tasks if task.is_alive()] + [thread]
+        thread.start()
         return ref
 
     # -- VDIs ---------------------------------------------------------------------------------------
@@ -393,6 +417,9 @@ class World:
                 raise Failure("VDI_IN_USE", vdi, operation)
 
     def VDI_destroy(self, ref: str) -> None:
+        self._destroyed(ref)
+
+    def _destroyed(self, ref: str, *, for_revert: bool = False) -> None:
         with self.busy(ref):
             record = self.get("VDI", ref)
             self._attached(ref, "destroy")
@@ -406,7 +433,7 @@ class World:
                     else:
                         self.drop("VBD", vbd)
             for other in self.objects["VDI"].values():
-                if other["snapshot_of"] == ref:
+                if other["snapshot_of"] == ref and not for_revert:
                     other["snapshot_of"] = Ref(NULL)
 
     def VDI_clone(self, ref: str, _parameters: dict[str, str] | None = None) -> Ref:
@@ -426,7 +453,23 @@ class World:
         made = self.add("VDI", **(kept | fields))
         target = self.get("VDI", made)["uuid"]
         (self.contents.copy if full else self.contents.clone)(source["uuid"], target)
+        self._versions[target] = self._versions.get(source["uuid"], "")
+        if source["uuid"] in self._images:
+            self._images[target] = self._images[source["uuid"]]
         return made
+
+    def _at(self, vm: str) -> dict[str, str]:
+        """By place, what its disks hold."""
+        return {
+            vbd["userdevice"]: self._versions.get(self.get("VDI", vbd["VDI"])["uuid"], "")
+            for vbd in self.objects["VBD"].values()
+            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] != NULL
+        }
+
+    def _guest_writes(self, vm: str) -> None:
+        for vbd in self.objects["VBD"].values():
+            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] != NULL:
+                self._versions[self.get("VDI", vbd["VDI"])["uuid"]] = str(uuid.uuid4())
 
     def VDI_resize(self, ref: str, size: int) -> None:
         record = self.get("VDI", ref)
@@ -449,6 +492,7 @@ class World:
         if length > record["virtual_size"]:
             raise Failure("INVALID_VALUE", "Content-Length", str(length))
         self.contents.write(record["uuid"], data, length)
+        self._versions[record["uuid"]] = str(uuid.uuid4())
         self.change("VDI", ref)
 
     # -- VBDs and VIFs ------------------------------------------------------------------------------
@@ -577,8 +621,9 @@ class World:
         made = self.add("VM", **(kept | {
             "name_label": name, "is_a_snapshot": True, "is_a_template": True, "snapshot_of": Ref(ref),
             "snapshot_time": stamp, "power_state": "Halted", "metrics": self.add("VM_metrics"),
-            "snapshot_metadata": source["name_label"],
+            "snapshot_metadata": source["name_label"], "suspend_VDI": Ref(NULL),
         }))  # fmt: skip
+        self._moments[made] = {f: copy.deepcopy(source[f]) for f in _RESTORED}
         self._devices(ref, made, vdis, macs=True)
         return made
 
@@ -588,13 +633,40 @@ class World:
             (pool,) = self.objects["pool"].values()
             if pool["suspend_image_SR"] == NULL:
                 raise Failure("VM_NO_SUSPEND_SR", ref)
+            runs = record["power_state"] == "Running"
+            if runs and not self.knobs.agent:
+                raise Failure("VM_LACKS_FEATURE_SUSPEND", ref)
+            if runs:
+                self._suspended(ref, pool["suspend_image_SR"])
+                self._half_done()
             made = self._snapshot(ref, name, [])
-            if record["power_state"] == "Running":
-                vdi = self.add("VDI", SR=pool["suspend_image_SR"], name_label="Suspend image",
-                               type="suspend", virtual_size=record["memory_static_max"])  # fmt: skip
-                self.contents.create(self.get("VDI", vdi)["uuid"], record["memory_static_max"])
-                self.change("VM", made, power_state="Suspended", suspend_VDI=vdi)
+            if record["suspend_VDI"] != NULL:
+                image = self._grown(record["suspend_VDI"])
+                self.change("VM", made, power_state="Suspended", suspend_VDI=image)
+            self._half_done()
+            if runs:
+                self._resumed(ref, paused=False)
             return made
+
+    def _suspended(self, ref: str, sr: str) -> None:
+        """Its memory as it is now is an image; the guest wrote until now."""
+        size = self.get("VM", ref)["memory_static_max"]
+        self._guest_writes(ref)
+        vdi = self.add("VDI", SR=Ref(sr), name_label="Suspend image", type="suspend", virtual_size=size,
+                       managed=True)  # fmt: skip
+        image = self.get("VDI", vdi)["uuid"]
+        self.contents.create(image, size)
+        self._images[image] = self._at(ref)
+        self._off(ref, "Suspended")
+        self.change("VM", ref, suspend_VDI=vdi)
+
+    def VM_suspend(self, ref: str) -> None:
+        with self.busy(ref):
+            self._state(ref, "Running")
+            (pool,) = self.objects["pool"].values()
+            if pool["suspend_image_SR"] == NULL:
+                raise Failure("VM_NO_SUSPEND_SR", ref)
+            self._suspended(ref, pool["suspend_image_SR"])
 
     def VM_revert(self, ref: str) -> None:
         snapshot = self.get("VM", ref)
@@ -602,29 +674,35 @@ class World:
             raise Failure("OPERATION_NOT_ALLOWED", "it is no snapshot")
         vm = snapshot["snapshot_of"]
         with self.busy(vm, ref):
-            record = self.get("VM", vm)
-            self._off(vm)
+            self._powerless(vm)
+            self.change("VM", vm, **copy.deepcopy(self._moments[ref]))
+            self._half_done()
+            kept = [
+                v["VDI"] for v in self.objects["VBD"].values() if v["VM"] == ref and v["VDI"] != NULL
+            ]
+            of_kept = {vdi: self.get("VDI", vdi)["snapshot_of"] for vdi in kept}
+            disks = [v["VDI"] for v in self.objects["VBD"].values() if v["VM"] == vm]
             for vbd in [v for v, r in self.objects["VBD"].items() if r["VM"] == vm]:
-                vdi = self.get("VBD", vbd)["VDI"]
-                self.drop("VBD", vbd)
-                if vdi != NULL and not any(v["VDI"] == vdi for v in self.objects["VBD"].values()):
-                    self.VDI_destroy(vdi)
+                self._drop_device("VBD", vbd)
+            self._half_done()
+            for vdi in disks:
+                if vdi in of_kept.values():
+                    self._destroyed(vdi, for_revert=True)  # its clone takes its place
+            self._half_done()
+            vdis = {vdi: self._grown(vdi) for vdi in kept}
+            for vdi, of in of_kept.items():
+                for other in self.objects["VDI"].values():
+                    if other["is_a_snapshot"] and of != NULL and other["snapshot_of"] == of:
+                        other["snapshot_of"] = vdis[vdi]
+            image = snapshot["suspend_VDI"]
+            image = self._grown(image) if image != NULL else Ref(NULL)
+            self._half_done()
             for vif in [v for v, r in self.objects["VIF"].items() if r["VM"] == vm]:
-                self.drop("VIF", vif)
-            self._touch("VM", vm)
-            if self.knobs.dies_in_revert:
-                raise Failure("INTERNAL_ERROR", "xapi was restarted")
-            vdis = {
-                vbd["VDI"]: self._grown(vbd["VDI"])
-                for vbd in [v for v in self.objects["VBD"].values() if v["VM"] == ref]
-                if vbd["VDI"] != NULL and vbd["type"] != "CD"
-            }
+                self._drop_device("VIF", vif)
             self._devices(ref, vm, vdis, macs=True)
-            back = {f: copy.deepcopy(snapshot[f]) for f in _RESTORED}
-            back["name_label"] = snapshot["snapshot_metadata"] or record["name_label"]
-            if snapshot["suspend_VDI"] != NULL:
-                back |= {"power_state": "Suspended", "suspend_VDI": self._grown(snapshot["suspend_VDI"])}
-            self.change("VM", vm, **back)
+            self.change("VM", vm, suspend_VDI=image)
+            self._half_done()
+            self.change("VM", vm, power_state=snapshot["power_state"])
 
     def VM_provision(self, ref: str) -> None:
         self._state(ref, "Halted")
@@ -656,47 +734,71 @@ class World:
             if record["is_a_template"]:
                 raise Failure("VM_IS_TEMPLATE", ref)
             self._state(ref, "Halted")
-            taken = sum(
-                self.get("VM_metrics", vm["metrics"])["memory_actual"]
-                for vm in self.objects["VM"].values() if vm["power_state"] == "Running"
-            )  # fmt: skip
-            if taken + record["memory_dynamic_min"] > self.knobs.host_memory:
-                raise Failure("NO_HOSTS_AVAILABLE")
-            mine = [(r, v) for r, v in self.objects["VBD"].items() if v["VM"] == ref]
-            for _, vbd in mine:
-                if vbd["mode"] == "RW" and vbd["VDI"] != NULL:
-                    self._attached(vbd["VDI"], "attach")
-            for device, _ in mine:
-                self.change("VBD", device, currently_attached=True)
-            self._half_done()
-            for device in [r for r, v in self.objects["VIF"].items() if v["VM"] == ref]:
-                self.change("VIF", device, currently_attached=True)
-            self.change("VM_metrics", record["metrics"], start_time=now(),
-                        memory_actual=record["memory_dynamic_max"])  # fmt: skip
-            guest = self.add("VM_guest_metrics", PV_drivers_detected=self.knobs.agent)
-            self.change("VM", ref, power_state="Paused" if paused else "Running", guest_metrics=guest)
+            self._runs(ref, paused)
+
+    def _runs(self, ref: str, paused: bool) -> None:
+        record = self.get("VM", ref)
+        taken = sum(
+            self.get("VM_metrics", vm["metrics"])["memory_actual"]
+            for vm in self.objects["VM"].values() if vm["power_state"] == "Running"
+        )  # fmt: skip
+        if taken + record["memory_dynamic_min"] > self.knobs.host_memory:
+            raise Failure("NO_HOSTS_AVAILABLE")
+        mine = [(r, v) for r, v in self.objects["VBD"].items() if v["VM"] == ref]
+        for _, vbd in mine:
+            if vbd["mode"] == "RW" and vbd["VDI"] != NULL:
+                self._attached(vbd["VDI"], "attach")
+        for device, _ in mine:
+            self.change("VBD", device, currently_attached=True)
+        self._half_done()
+        for device in [r for r, v in self.objects["VIF"].items() if v["VM"] == ref]:
+            self.change("VIF", device, currently_attached=True)
+        self.change("VM_metrics", record["metrics"], start_time=now(),
+                    memory_actual=record["memory_dynamic_max"])  # fmt: skip
+        guest = self.add("VM_guest_metrics", PV_drivers_detected=self.knobs.agent)
+        self.change("VM", ref, power_state="Paused" if paused else "Running", guest_metrics=guest)
+        self._guest_writes(ref)
 
     def VM_resume(self, ref: str, paused: bool, _force: bool) -> None:
-        record = self._state(ref, "Suspended")
-        vdi = record["suspend_VDI"]
-        self.change("VM", ref, power_state="Halted", suspend_VDI=Ref(NULL))
-        self.VM_start(ref, paused, False)
-        if vdi != NULL:
-            self.VDI_destroy(vdi)
+        with self.busy(ref):
+            if self._state(ref, "Suspended")["suspend_VDI"] == NULL:
+                raise Failure("VM_HAS_NO_SUSPEND_VDI", ref)
+            self._resumed(ref, paused)
 
-    def _off(self, ref: str) -> None:
+    def _resumed(self, ref: str, paused: bool) -> None:
+        vdi = self.get("VM", ref)["suspend_VDI"]
+        if self._images.get(self.get("VDI", vdi)["uuid"]) != self._at(ref):
+            self.harm.append(f"{self.get('VM', ref)['name_label']}: memory resumed on another disk")
+        try:
+            self._runs(ref, paused)
+        except Died:  # the guest has written, and nobody knows yet that it runs
+            self._guest_writes(ref)
+            raise
+        self._half_done()
+        self.change("VM", ref, suspend_VDI=Ref(NULL))
+        self.VDI_destroy(vdi)
+
+    def _off(self, ref: str, power: str = "Halted") -> None:
         for class_ in ("VBD", "VIF"):
             for device in [r for r, v in self.objects[class_].items() if v["VM"] == ref]:
                 self.change(class_, device, currently_attached=False)
         record = self.get("VM", ref)
         self.drop("VM_guest_metrics", record["guest_metrics"])
         self.change("VM_metrics", record["metrics"], memory_actual=0)
-        self.change("VM", ref, power_state="Halted", guest_metrics=Ref(NULL))
+        self.change("VM", ref, power_state=power, guest_metrics=Ref(NULL))
 
     def VM_hard_shutdown(self, ref: str) -> None:
         with self.busy(ref):
             self._state(ref, "Running", "Paused", "Suspended")
-            self._off(ref)
+            self._powerless(ref)
+
+    def _powerless(self, ref: str) -> None:
+        image = self.get("VM", ref)["suspend_VDI"]
+        if image != NULL:
+            self.change("VM", ref, suspend_VDI=Ref(NULL))
+            if image in self.objects["VDI"]:
+                self.VDI_destroy(image)
+        self._off(ref)
 
     def VM_clean_shutdown(self, ref: str) -> None:
         with self.busy(ref):
