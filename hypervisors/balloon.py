@@ -28,6 +28,7 @@ _CLOSE_ENOUGH = _MIB  # the balloon works in pages; libvirt rounds to KiB
 _DRIVER_PATIENCE = 5.0  # seconds for a driver to answer: it is asked every second
 _LOOK = 0.1
 _EVENT_PATIENCE = 1.5
+_STATISTICS_PATIENCE = 5.0
 
 
 def floor(stats: dict[str, int], maximum: int) -> int | None:
@@ -79,6 +80,7 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
         reached: int = domain.memoryStats()["actual"] * 1024
         if abs(reached - target) < _CLOSE_ENOUGH:
             _wait_for_libvirt(domain, reached)
+            _wait_for_statistics(domain, time.time())
             return reached
         if time.monotonic() >= limit:
             domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
@@ -110,3 +112,11 @@ def _wait_for_libvirt(domain: libvirt.virDomain, reached: int) -> None:
     limit = time.monotonic() + _EVENT_PATIENCE
     while abs(domain.info()[2] * 1024 - reached) >= _CLOSE_ENOUGH and time.monotonic() < limit:
         time.sleep(_LOOK / 4)
+
+
+def _wait_for_statistics(domain: libvirt.virDomain, since: float) -> None:
+    """What the guest uses (``floor``) is told once a second, later where the host is busy: told before
+    the balloon moved, it looks as if the guest used all that was just given."""
+    limit = time.monotonic() + _STATISTICS_PATIENCE
+    while domain.memoryStats().get("last_update", 0) <= since and time.monotonic() < limit:
+        time.sleep(_LOOK)

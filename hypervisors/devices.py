@@ -12,6 +12,7 @@ from inventory.errors import DriverFailed
 
 _STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
 _NUDGE = 3.0  # seconds
+_ERESTARTSYS = 512  # include/linux/errno.h; never meant for processes
 _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 
 
@@ -34,6 +35,20 @@ def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout
             )
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
+
+
+def open_node(path: Path, flags: int, *, timeout: float = 60) -> int:
+    """As open(2), of what may be a ZFS volume: where others work on its pool for longer than a second,
+    opening it ends with the kernel's own ERESTARTSYS, which means that it is to be tried again
+    (OpenZFS's zvol_open, zvol_open_timeout_ms). OSError."""
+    limit = time.monotonic() + timeout
+    while True:
+        try:
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno != _ERESTARTSYS or time.monotonic() > limit:
+                raise
+        time.sleep(0.05)
 
 
 def await_no_link(path: Path, *, timeout: float = 60) -> None:

@@ -45,6 +45,7 @@ from hypervisors.domain_xml import (
 )
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
+from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
 
@@ -500,8 +501,4 @@ def _sync(disk: Path | None) -> None:
     if disk is None:
         return
     with contextlib.suppress(OSError):  # another host's
-        handle = os.open(disk, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(disk)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hypervisors.api import Owner, Template
+from hypervisors.devices import open_node
 from inventory.errors import DriverFailed
 
 NEW = ".farmhand-new-"
@@ -125,8 +126,8 @@ def write_new(path: Path, data: bytes, *, mode: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync(2) a file's bytes, or a directory's names."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync(2) a file's or a device's bytes, or a directory's names."""
+    handle = open_node(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

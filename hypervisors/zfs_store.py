@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hypervisors import zfs_state as state
 from hypervisors.api import Disk, StepFn, Template, no_step
-from hypervisors.devices import alive, myself
+from hypervisors.devices import alive, myself, open_node
 from hypervisors.images import sha256_file
 from hypervisors.qcow2_format import measure
 from hypervisors.qcow2_store import blocks
@@ -108,10 +108,11 @@ class ZfsStore:
         with self._dropped_on_failure(volume, marks):
             self._kind.open_up(volume, size)
             device = self._kind.path(volume)
-            self._runner.change(
-                "qemu-img", "convert", "-n", "--target-is-zero", "-f", kind, "-O", "raw", image, device,
-                timeout=3600,
-            )  # fmt: skip
+            with os.fdopen(open_node(device, os.O_RDONLY)):  # else qemu-img might have to try twice
+                self._runner.change(
+                    "qemu-img", "convert", "-n", "--target-is-zero", "-f", kind, "-O", "raw", image,
+                    device, timeout=3600,
+                )  # fmt: skip
             self._zfs.flush(device)
             self._kind.seal(volume)
             properties = state.options(state.template_marks(done, identity))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from hypervisors.api import Disk
+from hypervisors.devices import open_node
 from hypervisors.fake import FakeDisks
 from provision.paths import state_dir
 from provision.site import Site
@@ -239,7 +240,7 @@ class BlockPlace(Place):
     still = True
 
     def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
-        handle = os.open(self._present(disk), os.O_WRONLY)
+        handle = open_node(self._present(disk), os.O_WRONLY)
         try:
             for spot in SPOTS:
                 os.pwrite(handle, letter.encode() * SPOT, spot)
@@ -248,7 +249,8 @@ class BlockPlace(Place):
             os.close(handle)
 
     def read(self, disk: Disk, site: Site) -> str:
-        return letter_of(self._present(disk).read_bytes())
+        with os.fdopen(open_node(self._present(disk), os.O_RDONLY), "rb") as file:
+            return letter_of(file.read())
 
     @staticmethod
     def _present(disk: Disk) -> Path:
