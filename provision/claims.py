@@ -41,14 +41,18 @@ class Claims:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Claimed]:
-        """To be changed: durable when it is left."""
+        """To be changed: durable when it is left. Without claims there is no file."""
         if self._earlier.exists():
             with self._transaction(write=True) as db:
                 assert db is not None
                 db.executemany("INSERT OR IGNORE INTO claims VALUES (?, ?)", self._read_earlier())
             self._earlier.unlink()
         with self._transaction(write=True) as db:
-            yield Claimed(db, self._farms)
+            claimed = Claimed(db, self._farms)
+            yield claimed
+            nobody = claimed.nobody()
+        if nobody:
+            self.path.unlink(missing_ok=True)
 
     @property
     def _farms(self) -> Path:
@@ -85,6 +89,9 @@ class Claimed:
                 self._void[farm] = not (self._farms / farm).exists()
             return None if self._void[farm] else owner
         return None
+
+    def nobody(self) -> bool:
+        return self._db is None or self._db.execute("SELECT 1 FROM claims LIMIT 1").fetchone() is None
 
     def of(self, owner: str) -> set[str]:
         return {key for (key,) in self._rows("SELECT key FROM claims WHERE owner = ?", owner)}
