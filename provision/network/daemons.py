@@ -30,6 +30,7 @@ from provision.network.serial import serial_of
 
 SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""
+_BLINK = 1.0
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
 
 _INCLUDED = re.compile(r'\s*<\?include "([^"]*)"\?>(.*\n?)')
@@ -78,19 +79,24 @@ def _command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> St
 
 
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
-    deadline = time.monotonic() + SETTLE
+    """One that was seen and is gone has a moment: haproxy, for one, empties its pid file and writes it
+    again when it is told to reload."""
+    limit = deadline = time.monotonic() + SETTLE
     since = None
     while True:
         now = time.monotonic()
         if running(runner, alive):
             since = now if since is None else since
+            deadline = min(limit, now + _BLINK)
             if now - since >= _STEADY:
                 return
-        elif since is not None or now > deadline:
-            raise DriverFailed(
-                f"{service} doesn't run with its new configuration ({runner.show(alive)} says so)",
-                remedy="see its log",
-            )
+        else:
+            since = None
+            if now > deadline:
+                raise DriverFailed(
+                    f"{service} doesn't run with its new configuration ({runner.show(alive)} says so)",
+                    remedy="see its log",
+                )
         time.sleep(0.05)
 
 
