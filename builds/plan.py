@@ -13,7 +13,7 @@ from inventory.errors import NotFound, Unsupported, UsageError, WrongState
 from inventory.model import Cycle, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
 from provision.report import Action
-from provision.work import disk_of
+from provision.work import disk_of, is_warm
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -122,7 +122,7 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
 def _check_cold(site: Site, step: ResetStep) -> None:
     """A guest whose memory runs on writes to its disk: that is never proven to be its checkpoint."""
     disk = disk_of(site, step.reset)
-    if disk is not None and any(kept.warm for kept in disk.checkpoints if kept.name == step.to):
+    if disk is not None and is_warm(disk, step.to):
         raise Unsupported(
             f"{site.name}: step {step.name}: {step.reset}'s checkpoint {step.to} is warm, and a build "
             "begins on a proven disk",

@@ -31,7 +31,7 @@ Level = Literal["needed", "note"]
 
 _LIBVIRT = frozenset(("kvm", "xen"))
 _CLONES = _LIBVIRT | {"xenapi"}
-_ALL = _CLONES | {"ssh"}
+_ALL = _CLONES | {"ssh", "fake"}
 
 # Command: (Debian package, what it is for, needed, by farms with hosts of these drivers)
 _TOOLS: Mapping[str, tuple[str, str, Level, frozenset[str]]] = {
@@ -205,10 +205,14 @@ def _tools(drivers: Collection[str]) -> Iterator[Check]:
                 False,
                 level,
                 f"not found: {purpose}",
-                f"as root: apt-get install -y --no-install-recommends {packages}",
+                _install(packages),
             )
     if not missing:
         yield Check("tools", True, "needed", f"all {len(wanted)} commands found")
+
+
+def _install(packages: str) -> str:
+    return f"as root: apt-get install -y --no-install-recommends {packages}"
 
 
 def _store_tools(farm: Farm | None) -> Iterator[Check]:
@@ -222,7 +226,7 @@ def _store_tools(farm: Farm | None) -> Iterator[Check]:
                 False,
                 "needed",
                 f"not found: {tool} (the VMs' disks)",
-                f"{where}as root: apt-get install -y --no-install-recommends {packages}",
+                where + _install(packages),
             )
 
 
@@ -234,7 +238,7 @@ def _xen_files() -> Iterator[Check]:
             False,
             "needed",
             f"not found: {', '.join(f'{path} ({what})' for path, _, what in missing)}",
-            f"as root: apt-get install -y --no-install-recommends {' '.join(row[1] for row in missing)}",
+            _install(" ".join(row[1] for row in missing)),
         )
 
 
@@ -415,7 +419,7 @@ def _services(farm: Farm) -> Iterator[Check]:
         not missing,
         "needed",
         f"not found: {', '.join(missing)}" if missing else ", ".join(used),
-        f"as root: apt-get install -y --no-install-recommends {packages}",
+        _install(packages),
     )
     from provision.network.daemons import not_live
 
@@ -458,7 +462,9 @@ def _store(site: Site, name: str) -> Iterator[Check]:
     except FarmhandError as error:
         yield Check(f"disks of {name}", False, "needed", error.message, error.remedy)
         return
-    text = f"{site.farm.hosts[name].disks.store}: {about(room.free)} of {about(room.total)} free"
+    host = site.farm.hosts[name]
+    kind = host.disks.store if host.driver in _LIBVIRT else "storage"  # of the server's own
+    text = f"{kind}: {about(room.free)} of {about(room.total)} free"
     yield Check(f"disks of {name}", True, "needed", text)
     for note in notes:
         remedy = "make room before it is full: ./invoke gc, or extend it"

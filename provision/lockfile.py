@@ -114,16 +114,15 @@ def _lines(book: Book, changed: Iterable[str]) -> Sequence[str]:
     """Of all VMs, by their names. Those of the others are as the file has them, if it is as we write it:
     a line for each, in this order."""
     lines = book.text.partition(_BEGIN)[2].partition(_END)[0].split(",\n")
-    if any(map(le, lines[1:], lines)):
-        return [_line(vm, book.vms[vm]) for vm in sorted(book.vms)]
-    for vm in changed:
+    in_order = not any(map(le, lines[1:], lines))
+    for vm in changed if in_order else ():
         start = f"    {_quoted(vm)}: "
         at = bisect_left(lines, start)
         there = at < len(lines) and lines[at].startswith(start)
         lines[at : at + there] = [_line(vm, book.vms[vm])] if vm in book.vms else []
-    if len(lines) != len(book.vms):
-        return [_line(vm, book.vms[vm]) for vm in sorted(book.vms)]
-    return lines
+    if in_order and len(lines) == len(book.vms):
+        return lines
+    return [_line(vm, book.vms[vm]) for vm in sorted(book.vms)]
 
 
 def _line(vm: str, entry: Entry) -> str:

@@ -21,7 +21,7 @@ from provision.power import (
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import change_disks, is_half_back
-from provision.work import Run, begin, disk_of, is_on, present, side_by_side
+from provision.work import Run, begin, disk_of, is_on, is_warm, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
 """By VM, JSON values."""
@@ -186,4 +186,4 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}", remedy=f"it has {', '.join(known) or 'none'}"
         )
-    return any(kept.warm for kept in disk.checkpoints if kept.name == to)
+    return is_warm(disk, to)

@@ -45,6 +45,7 @@ from hypervisors.xenapi.records import (
     NULL,
     Vdi,
     Vm,
+    capacity_of,
     checkpoint_of,
     when,
 )
@@ -147,7 +148,7 @@ class XenApiDisks:
 
     def capacity(self) -> Capacity:
         with translated("look at the storage repository"):
-            return _capacity(self.pool.call("SR.get_record", self.pool.sr()))
+            return capacity_of(self.pool.call("SR.get_record", self.pool.sr()))
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """By what the store says of the disk and the machine since it was swapped in
@@ -195,7 +196,7 @@ class XenApiDisks:
         """A VM with a disk of its own, and the marks that make it one of ours, to be written last; an
         error within takes it away again."""
         source, record, token = self._source(template, size)
-        free = _capacity(record).free
+        free = capacity_of(record).free
         need = max(self._headroom, size if self.pool.copy else 0)
         if free < need:
             raise NoSpace(
@@ -410,7 +411,7 @@ class XenApiDisks:
             seen = self.ours(machine)
         if seen.vdi is None:
             raise NotFound(f"{machine} has no disk", remedy="destroy it, then ./invoke clone-farm")
-        if seen.attached is None or seen.attached[1] != seen.vdi.ref:
+        if not seen.in_place:
             self.pool.settle(seen)
             seen = self.ours(machine)
         return seen
@@ -462,11 +463,6 @@ def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
     ]  # fmt: skip
     ours.sort(key=lambda s: checkpoint_of(s).created)
     return Seen(vm, vdi, tuple(ours), (), {}, None, "")
-
-
-def _capacity(sr: Mapping[str, Any]) -> Capacity:
-    total = int(sr["physical_size"])
-    return Capacity(total, max(0, total - int(sr["physical_utilisation"])))
 
 
 def _owner(seen: Seen) -> Owner:

@@ -354,7 +354,7 @@ class XenApiHypervisor:
                 )
             self._cut(seen.vm, name)
             kept = seen.checkpoint(checkpoint)
-            whole = seen.vdi and seen.attached and seen.attached[1] == seen.vdi.ref and not half
+            whole = seen.in_place and not half
             if whole and not (kept and kept.marks.get("warm")):
                 self._disks.restore_seen([seen], checkpoint)
             else:  # warm; or a killed reset's

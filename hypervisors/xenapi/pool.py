@@ -45,6 +45,11 @@ class Seen:
         return None
 
     @property
+    def in_place(self) -> bool:
+        """Whether the machine's own disk is the one attached."""
+        return bool(self.vdi and self.attached and self.attached[1] == self.vdi.ref)
+
+    @property
     def checkpoint_names(self) -> tuple[str, ...]:
         return ("clean", *(vm.marks["checkpoint"] for vm in self.checkpoints))
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hypervisors.api import Checkpoint, Owner, Power, Template
+from hypervisors.api import Capacity, Checkpoint, Owner, Power, Template
 from inventory.errors import DriverFailed
 
 PREFIX = "farmhand:"
@@ -158,3 +158,9 @@ def started(metrics: Mapping[str, Any]) -> datetime:
     """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what never ran."""
     text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
     return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
+
+
+def capacity_of(sr: Mapping[str, Any]) -> Capacity:
+    """Of a storage repository's record."""
+    total = int(sr["physical_size"])
+    return Capacity(total, max(0, total - int(sr["physical_utilisation"])))

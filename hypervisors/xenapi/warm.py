@@ -37,7 +37,7 @@ from hypervisors.api import Checkpoint, Disk, Power, StepFn
 from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, Seen
-from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, checkpoint_of, vdi_path, when
+from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
 from hypervisors.xenapi.wait import do, look
 from inventory.errors import (
     Conflict,
@@ -107,7 +107,7 @@ class Warm:
             )
         if seen.checkpoint(name) or name == "clean":
             raise Conflict(f"{vm.name} has a checkpoint {name}", remedy="choose another name")
-        if seen.vdi is None or seen.attached is None or seen.attached[1] != seen.vdi.ref:
+        if seen.vdi is None or not seen.in_place:
             raise WrongState(f"{vm.name} runs on another disk than its own", remedy="reset it")
         self._has_room(int(vm.record["memory_static_max"]))
         assert vm.owner
@@ -149,7 +149,7 @@ class Warm:
                 remedy="xe pool-param-set suspend-image-SR=... gives it one; or make a cold checkpoint: "
                 "without --warm",
             )
-        free = _free(record)
+        free = capacity_of(record).free
         if free < memory:
             raise NoSpace(
                 f"the suspend image SR has {format_size(free)} free; the memory takes "
@@ -183,7 +183,7 @@ class Warm:
             if seen.vdi is None:
                 raise NotFound(f"{vm.name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             self.pool.settle(seen)
-        if _free(self.pool.call("SR.get_record", self.pool.sr())) < self._headroom:
+        if capacity_of(self.pool.call("SR.get_record", self.pool.sr())).free < self._headroom:
             raise NoSpace(
                 f"the storage repository has less than {format_size(self._headroom)} free",
                 remedy="./invoke gc shows what can go",
@@ -260,7 +260,7 @@ class Warm:
         self.refuse_half(seen)
         assert vm.owner
         stale = vm.marks.get("resume") == _ANY and vm.disk and seen.vdi and vm.disk[0] == seen.vdi.uuid
-        if stale or not _whole_disk(seen):
+        if stale or not seen.in_place:
             why = "its server went down while it was kept" if stale else "another disk is attached"
             raise WrongState(
                 f"{name} is suspended, and its memory may not be that of its disk: {why}",
@@ -302,15 +302,6 @@ class Warm:
             base=kept.marks["checkpoint"],
             checkpoints=(clean, *(checkpoint_of(vm) for vm in seen.checkpoints)),
         )  # fmt: skip
-
-
-def _free(sr: Mapping[str, Any]) -> int:
-    return max(0, int(sr["physical_size"]) - int(sr["physical_utilisation"]))
-
-
-def _whole_disk(seen: Seen) -> bool:
-    """Whether the machine's own disk is the one attached."""
-    return bool(seen.vdi and seen.attached and seen.attached[1] == seen.vdi.ref)
 
 
 def _disks(seen: Seen) -> list[str]:
