@@ -64,6 +64,14 @@ class Seen:
             if disk and v.facts.get("of") == disk.name and v.facts.get("prev") == disk.facts.get("base")
         ]  # fmt: skip
 
+    def undone(self, machine: str) -> list[Volume]:
+        """What a checkpoint that was cut off has left, in the order to remove it: disks that grew from
+        half-made checkpoints but never became present, those checkpoints, what they were read from."""
+        half = self.half_made(machine)
+        names = {v.name for v in half}
+        grown = [v for v in self.kind("disk", machine) if v.snapshot and v.origin in names]
+        return [*grown, *half, *self.kind("source", machine)]
+
     def base(self, disk: Volume, name: str) -> Volume | None:
         """The sealed volume behind a checkpoint's name."""
         for volume in self.checkpoints(disk.facts["machine"]):

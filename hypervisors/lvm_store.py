@@ -249,7 +249,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 taken += self._room(seen, what, copy=copy, source=disk, beside=taken)
             self._step(f"freeze the disk of {which} as {name}")
             for machine in machines:
-                self._remove(seen, [*seen.half_made(machine), *seen.kind("source", machine)])
+                self._remove(seen, seen.undone(machine))
             self._sweep(seen)
             now = datetime.now(UTC)
             frozen: list[str] = []
@@ -469,7 +469,8 @@ class LvmStore(LvmVolumes, abc.ABC):
         )
 
     def _left(self, seen: Seen) -> Iterator[Leftover]:
-        for volume in seen.ours:
+        # Checkpoints last: a disk may have grown from one
+        for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
             if facts.get("farm") != self._farm:
                 continue

@@ -110,6 +110,24 @@ def test_killed_between_commands_nothing_is_lost_or_orphaned(kind, monkeypatch):
         assert [n for n in rig.everything() if "fh" in n.replace(rig.vg, "")] == []
 
 
+@pytest.mark.parametrize("tidy", [True, False], ids=["gc first", "at once"])
+def test_a_checkpoint_killed_right_before_its_disk_became_present(linked, monkeypatch, tidy):
+    """The disk that grew from the half-made checkpoint depends on it."""
+    disks = cloned(linked)
+    linked.write(VM, "A")
+    before = linked.everything()
+    with monkeypatch.context() as patch:
+        patch.setattr(kind_of(linked), "_point", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert dies(lambda: linked.disks().checkpoint(VM, "one"))
+    assert [leftover.kind for leftover in disks.leftovers()] == ["disk", "checkpoint"]
+    assert linked.read(VM) == "A" and [c.name for c in disks.find(VM).checkpoints] == ["clean"]
+    if tidy:
+        clean_up(disks)
+        assert sorted(linked.everything()) == sorted(before)
+    disks.checkpoint(VM, "one")
+    assert list(disks.leftovers()) == [] and disks.pristine(VM, "one") and linked.read(VM) == "A"
+
+
 def kind_of(rig: LvmRig) -> type:
     return type(rig.disks())
 
