@@ -76,6 +76,7 @@ class Run:
     farm: str
     json: bool
     plan: bool
+    changes: bool = True  # VMs, or what belongs to them
     resume: str = ""  # what to type after an interruption
     _screen: Screen | None = field(default=None)
 
@@ -142,6 +143,7 @@ def command(
                 farm=str(options.pop("farm")),
                 json=bool(options.pop("json")),
                 plan=bool(options.pop("plan", False)),
+                changes=plans,
             )
             _carry_out(run, functools.partial(body, run, **options))
 
@@ -210,10 +212,8 @@ def _first_line(error: BaseException) -> str:
 
 def _interrupted(run: Run, number: int) -> Interrupted:
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    return Interrupted(
-        how,
-        remedy=run.resume or "the next command finishes or undoes what was under way, as recover does",
-    )
+    remedy = "the next command finishes or undoes what was under way, as recover does"
+    return Interrupted(how, remedy=run.resume or (remedy if run.changes else ""))
 
 
 def _show(run: Run, result: Result) -> None:

@@ -37,16 +37,28 @@ def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
     }
     # What the admin has set for a farm of their own must not leak into the tests.
     environment.pop("FARMHAND_FARM", None)
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-P", "-m", name, *arguments],
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if run.json else None,
         stderr=subprocess.STDOUT if run.json else None,
-        check=False,
-    )
-    return done.returncode, (done.stdout or b"").decode(errors="replace")
+        process_group=0,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            # Interrupted. The terminal reached us alone: pytest tidies up at the first SIGINT, and stops
+            # doing so at a second one.
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate()
+            except BaseException:
+                process.kill()
+                raise
+            raise
+    return process.returncode, (output or b"").decode(errors="replace")
 
 
 def _need_tools() -> None:
