@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from inventory.errors import CommandFailed, TimedOut, UsageError
 
@@ -89,6 +89,22 @@ class Runner:
             start_new_session=True,
         )
 
+    def talk(self, *argv: str | Path, errors: BinaryIO) -> subprocess.Popen[bytes]:
+        """Start a command that is talked to over pipes for as long as it is needed (an agent on another
+        machine). Ctrl-C is not for it: it ends when its input does. CommandFailed: there is none."""
+        args = tuple(str(a) for a in argv)
+        try:
+            return subprocess.Popen(
+                args,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, **_LOCALE},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _not_there(args, error) from error
+
     def show(self, argv: Sequence[str | Path]) -> str:
         """The command as it can be pasted into a shell, secrets masked."""
         text = shlex.join(str(a) for a in argv)
@@ -118,11 +134,7 @@ class Runner:
                 start_new_session=True,  # so that a time-out ends its children too
             )
         except (FileNotFoundError, PermissionError) as error:
-            raise CommandFailed(
-                f"cannot run {args[0]}: {error.strerror}",
-                argv=args,
-                remedy=f"install it: ./invoke doctor names the package that has {args[0]}",
-            ) from error
+            raise _not_there(args, error) from error
         finally:
             if sink:
                 sink.close()
@@ -164,6 +176,14 @@ class Runner:
             stderr=result.stderr,
             detail=f"$ {self.show(result.argv)}\n{detail}".strip(),
         )
+
+
+def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
+    return CommandFailed(
+        f"cannot run {argv[0]}: {error.strerror}",
+        argv=argv,
+        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}",
+    )
 
 
 async def hang_up(process: asyncio.subprocess.Process) -> None:

@@ -133,7 +133,8 @@ class Host(Model):
     nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
-    qemu:///system, xen:///system; or a XenAPI https URL."""
+    qemu:///system, xen:///system, or another machine's, xen+ssh://root@HOST/system; or a XenAPI https
+    URL."""
     guests: Literal["pv", "pvh"] | None = None
     """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
     virtualization, and guests with a kernel of their own for it."""

@@ -205,6 +205,10 @@ def raze(site: Site, *, purge: bool) -> None:
                 current_step(f"remove {path.name}")
                 remove(path)
     remove(site.paths.runtime)
+    for host in site.farm.hosts:
+        if far := site.far(host):
+            current_step(f"remove what is empty on {host}")
+            far.tidy()
 
 
 def finish_farm(site: Site, *, purge: bool) -> None:

@@ -18,19 +18,22 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Literal
 
+from hypervisors.far.address import is_far
 from hypervisors.run import Runner, which
 from inventory.errors import FarmhandError
-from inventory.model import Farm
+from inventory.model import Farm, Host
 from inventory.sizes import about
 from provision import paths
 
 if TYPE_CHECKING:
+    from hypervisors.far.drivers import FarHypervisor
     from provision.site import Site
 
 Level = Literal["needed", "note"]
 
 _LIBVIRT = frozenset(("kvm", "xen"))
-_CLONES = _LIBVIRT | {"xenapi"}
+_FAR = "far"  # in place of the driver, for a host of libvirt's on another machine
+_CLONES = _LIBVIRT | {"xenapi", _FAR}
 _ALL = _CLONES | {"ssh", "fake"}
 
 # Command: (Debian package, what it is for, needed, by farms with hosts of these drivers)
@@ -135,7 +138,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
     seconds: connecting to each host."""
     farm, check = _farm(farm_file)
-    drivers = {host.driver for host in farm.hosts.values()} if farm else _ALL
+    drivers = {_where(host) for host in farm.hosts.values()} if farm else _ALL
     checks: list[Check] = [_platform(), _python(), *_tools(drivers), *_store_tools(farm)]
     checks += _permissions(drivers)
     if "kvm" in drivers:
@@ -155,6 +158,11 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
 def short(farm_file: Path) -> Report:
     """As ``examine``, in a fraction of a second."""
     return examine(farm_file, hosts=False)
+
+
+def _where(host: Host) -> str:
+    """Its driver, or ``_FAR``: then what that needs, it needs over there."""
+    return _FAR if host.driver in _LIBVIRT and is_far(host.uri) else host.driver
 
 
 def _platform() -> Check:
@@ -217,7 +225,7 @@ def _install(packages: str) -> str:
 
 def _store_tools(farm: Farm | None) -> Iterator[Check]:
     hosts = farm.hosts.values() if farm else ()
-    stores = {host.disks.store for host in hosts if host.driver in _LIBVIRT}
+    stores = {host.disks.store for host in hosts if _where(host) in _LIBVIRT}
     for tool, packages in sorted({_STORE_TOOLS[s] for s in stores if s in _STORE_TOOLS}):
         if which(tool) is None:
             where = "with Debian's contrib, " if tool == "zfs" else ""
@@ -373,13 +381,9 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
 
 
 def _memory(farm: Farm) -> Check:
-    from provision.site import is_remote
-
     facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
     available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
-    hosts = {
-        name for name, host in farm.hosts.items() if host.driver == "kvm" and not is_remote(host.uri)
-    }
+    hosts = {name for name, host in farm.hosts.items() if _where(host) == "kvm"}
     local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
     return Check(
@@ -433,7 +437,10 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
         for name, host in farm.hosts.items():
-            yield _host(site, name, host.driver)
+            answer = _host(site, name, host.driver)
+            yield answer
+            if answer.ok and (far := site.far(name)):
+                yield from _far_tools(name, host, far)
             yield from _store(site, name)
 
 
@@ -445,6 +452,22 @@ def _host(site: Site, name: str, driver: str) -> Check:
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
+
+
+def _far_tools(name: str, host: Host, far: FarHypervisor) -> Iterator[Check]:
+    """What its driver and its store run on that machine."""
+    wanted = {tool: _TOOLS[tool][0] for tool in ("qemu-img", "libvirtd", "virsh")}
+    if host.driver == "kvm":
+        wanted["qemu-system-x86_64"] = _TOOLS["qemu-system-x86_64"][0]
+    if host.disks.store in _STORE_TOOLS:
+        tool, package = _STORE_TOOLS[host.disks.store]
+        wanted[tool] = package
+    files = {path: package for path, package, _ in _XEN_FILES} if host.driver == "xen" else {}
+    missing = far.missing(list(wanted), [Path(path) for path in files])
+    if missing:
+        packages = " ".join(dict.fromkeys({**wanted, **files}[one] for one in missing))
+        text = f"not found there: {', '.join(missing)}"
+        yield Check(f"tools of {name}", False, "needed", text, f"there, {_install(packages)}")
 
 
 def _store(site: Site, name: str) -> Iterator[Check]:

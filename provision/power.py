@@ -142,6 +142,8 @@ def write_identity(site: Site, vm: str) -> None:
         reader_uid=site.reader_uid(site.farm.host_of(vm)),
     )
     make_directory(site.paths.consoles, mode=0o711)
+    if far := site.far(site.farm.host_of(vm)):
+        far.bring_seed(machine, identity.seed_file(site.paths, machine))
 
 
 def wait_until_ready(site: Site, vm: str, *, since: float) -> None:

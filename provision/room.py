@@ -13,14 +13,13 @@ in the guest or in libvirt's daemon, is counted in full until it is recovered.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from hypervisors.api import Machine, Power
+from hypervisors.memory import memory_available
 from inventory.errors import FarmhandError, Interrupted, NoSpace
 from inventory.sizes import brief, format_size
 from provision.journal import current_step
@@ -61,7 +60,7 @@ def host_memory(
     free = None
     if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
         soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
-        free = _memory_available() - taken - soon + sum(map(_current, gone))
+        free = _memory_available(site, host) - taken - soon + sum(map(_current, gone))
     return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
 
 
@@ -165,7 +164,7 @@ def _plainly_there(site: Site, host: str, size: int) -> bool:
     declared = site.farm.hosts[host]
     if declared.memory is not None or declared.driver != "kvm":
         return declared.memory is None
-    return size + sum(site.turns.reservations().values()) <= _memory_available()
+    return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
 
 
 def _take_from(site: Site, vm: str, had: int, target: int, needy: str) -> None:
@@ -248,9 +247,7 @@ def _reserved(site: Site) -> dict[str, int]:
     return reserved
 
 
-def _memory_available() -> int:
-    """MemAvailable of proc(5), in bytes."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _memory_available(site: Site, host: str) -> int:
+    """Bytes that the host's kernel could still give away."""
+    far = site.far(host)
+    return far.memory_available() if far else memory_available()

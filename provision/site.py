@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
+from hypervisors.far.address import is_far
 from hypervisors.run import Runner
-from inventory.errors import NotFound, Unsupported
+from inventory.errors import NotFound, Unsupported, UsageError
 from inventory.model import Farm, Host
 from provision import identity
 from provision.absent import NoMachines
@@ -26,9 +27,13 @@ from provision.report import Reporter
 from provision.turns import Turns
 
 if TYPE_CHECKING:
-    from hypervisors.libvirt_kinds import Kind
+    from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.far.link import Link
+    from hypervisors.opening import Directories, Place, Voices
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
+
+_LIBVIRT: Final = ("kvm", "xen")
 
 
 class Site:
@@ -48,6 +53,7 @@ class Site:
         self._guard = threading.RLock()
         self._hypervisors: dict[str, Hypervisor] = {}
         self._disks: dict[str, Disks] = {}
+        self._links: dict[str, Link] = {}
         self._private: PrivateLibvirt | None = None
 
     def __enter__(self) -> Site:
@@ -67,6 +73,9 @@ class Site:
             for hypervisor in self._hypervisors.values():
                 hypervisor.close()
             self._hypervisors.clear()
+            for link in self._links.values():
+                link.close()
+            self._links.clear()
             self._disks.clear()
             self.journal.close()
 
@@ -162,18 +171,27 @@ class Site:
         """Who must be able to read disks and seeds: QEMU's user, where that isn't ours and we may
         give files away (root)."""
         declared = self.farm.hosts[host]
-        if declared.driver != "kvm" or os.geteuid() != 0:
-            return None
-        if declared.uri == "private":
+        if self.uses_private(host) and os.geteuid() == 0:
             from hypervisors.private import qemu_user
 
             return qemu_user()
-        if "/system" in declared.uri:
-            import pwd
+        from hypervisors.opening import reader_of
 
-            with contextlib.suppress(KeyError):
-                return pwd.getpwnam("libvirt-qemu").pw_uid
-        return None
+        return None if self._is_far(host) else reader_of(declared.driver, declared.uri)
+
+    def _is_far(self, host: str) -> bool:
+        declared = self.farm.hosts[host]
+        return declared.driver in _LIBVIRT and is_far(declared.uri)
+
+    def far(self, host: str) -> FarHypervisor | None:
+        """The driver, where it works on another machine."""
+        if not self._is_far(host):
+            return None
+        from hypervisors.far.drivers import FarHypervisor
+
+        driver = self.hypervisor(host)
+        assert isinstance(driver, FarHypervisor)
+        return driver
 
     def _untouched(self, host: str) -> bool:
         """A private daemon that isn't needed to know that there is nothing: it has no directory, or
@@ -186,18 +204,25 @@ class Site:
 
     def _connect(self, host: str) -> Hypervisor:
         declared = self.farm.hosts[host]
-        if declared.driver in ("kvm", "xen"):
-            from hypervisors.libvirt_driver import LibvirtHypervisor
+        if self._is_far(host):
+            from hypervisors.far.address import far
+            from hypervisors.far.drivers import FarHypervisor
 
-            if is_remote(declared.uri):
-                raise self._not_yet(host, f"the libvirt URI {declared.uri} of another machine")
+            return FarHypervisor(
+                self._link(host), far(declared.uri).terminal,
+                lambda machine: identity.console_log(self.paths, machine), current_step,
+            )  # fmt: skip
+        if declared.driver in _LIBVIRT:
+            from hypervisors.libvirt_driver import LibvirtHypervisor
+            from hypervisors.opening import open_kind
+
             return LibvirtHypervisor(
                 self.private().uri if declared.uri == "private" else declared.uri,
                 self.farm.farm,
                 self.disks(host),
                 self.runner,
                 step=current_step,
-                kind=self._kind(host),
+                kind=open_kind(self._place(host), self._directories()),
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -223,18 +248,7 @@ class Site:
             served = self.disks(host)
             assert isinstance(served, XenApiDisks)
             return XenApiHypervisor(served, step=current_step)
-        raise self._not_yet(host, f"driver {declared.driver}")
-
-    def _kind(self, host: str) -> Kind:
-        declared = self.farm.hosts[host]
-        if declared.driver == "xen":
-            from hypervisors.libxl import Xen
-
-            return Xen(Runner(), declared.guests or "pv")
-        from hypervisors.kvm import kvm_usable
-        from hypervisors.libvirt_kinds import Qemu
-
-        return Qemu(kvm_usable(Runner(), cache_dir()))
+        raise AssertionError(declared.driver)
 
     def _open_store(self, host: str) -> Disks:
         declared = self.farm.hosts[host]
@@ -249,48 +263,72 @@ class Site:
             )
         if declared.driver == "xenapi":
             return self._open_xenapi(host)
-        if declared.driver not in ("kvm", "xen"):
-            raise self._not_yet(host, f"driver {declared.driver}")
-        if declared.disks.store in ("zfs", "zfs-files"):
-            from hypervisors.zfs import ZfsDisks
+        if self._is_far(host):
+            from hypervisors.far.drivers import far_disks
 
-            return ZfsDisks(
-                declared.disks.pool or "", declared.disks.dataset or "farmhand", self.farm.farm,
-                self.runner, step=current_step, reader_uid=self.reader_uid(host),
-                files=state_dir() / "zfs" if declared.disks.store == "zfs-files" else None,
-            )  # fmt: skip
-        if declared.disks.store in ("lvm-thin", "lvm"):
-            return self._open_lvm(host)
-        from hypervisors.qcow2 import Qcow2Disks
+            return far_disks(self._link(host), current_step)
+        from hypervisors.opening import open_disks
 
-        root = self.paths.disks
-        if declared.disks.path is not None:
-            root = self.farm.path.parent / declared.disks.path
-        return Qcow2Disks(
-            root, self.farm.farm, self.runner, step=current_step, reader_uid=self.reader_uid(host)
-        )
+        return open_disks(
+            self._place(host), self._directories(), self.runner, self._voices(),
+            reader_uid=self.reader_uid(host),
+        )  # fmt: skip
+
+    def _place(self, host: str) -> Place:
+        from hypervisors.opening import Place
+
+        declared = self.farm.hosts[host]
+        disks, path = declared.disks, declared.disks.path
+        assert declared.driver in _LIBVIRT
+        return Place(
+            farm=self.farm.farm, driver=declared.driver, uri=declared.uri,
+            guests=declared.guests or "pv", store=disks.store,
+            path=self.farm.path.parent / path if path else None, pool=disks.pool or "",
+            dataset=disks.dataset or "", copy=disks.copy_mode,
+        )  # fmt: skip
+
+    def _directories(self) -> Directories:
+        from hypervisors.opening import Directories
+
+        return Directories(state=state_dir(), farm=self.paths.root, cache=cache_dir())
+
+    def _voices(self) -> Voices:
+        from hypervisors.opening import Voices
+
+        return Voices(step=current_step, warn=self.reporter.warn, working=self.reporter.working)
+
+    def _link(self, host: str) -> Link:
+        """To the machine of that host: one for its driver and its store."""
+        with self._guard:
+            if host not in self._links:
+                from hypervisors.far.address import far
+                from hypervisors.far.link import Link
+
+                declared = self.farm.hosts[host]
+                if self.farm.network.mode == "user":
+                    raise Unsupported(
+                        f"{self.name}: host {host} is another machine, and user-mode networks have "
+                        "their ports on its loopback",
+                        remedy="network: {mode: bridge, bridge: NAME}, a bridge of that machine",
+                    )
+                path = declared.disks.path
+                if path is not None and not path.is_absolute():
+                    raise UsageError(
+                        f"{self.name}: host {host} is another machine: disks.path {path} is not "
+                        "beside a farm file there",
+                        remedy="give it from / on",
+                    )
+                there = far(declared.uri)
+                self._links[host] = Link(
+                    there.name, there.argv, replace(self._place(host), uri=there.uri),
+                    self._voices(), plan=self.plan,
+                )  # fmt: skip
+            return self._links[host]
 
     def _fake_state(self, host: str) -> Path | None:
         """In memory only for a plan over nothing: the fake would make its file by looking."""
         state = self.paths.root / f"fake-{host}.state"
         return None if self.plan and not state.exists() else state
-
-    def _open_lvm(self, host: str) -> Disks:
-        from hypervisors.lvm_classic import LvmClassicDisks
-        from hypervisors.lvm_thin import LvmThinDisks
-
-        disks, reader = self.farm.hosts[host].disks, self.reader_uid(host)
-        group, links = disks.pool or "", state_dir() / "lvm"
-        if disks.store == "lvm-thin":
-            return LvmThinDisks(
-                group, disks.dataset or "", self.farm.farm, self.runner, links=links,
-                step=current_step, reader_uid=reader, warn=self.reporter.warn,
-            )  # fmt: skip
-        return LvmClassicDisks(
-            group, self.farm.farm, self.runner, links=links, copy=disks.copy_mode,
-            step=current_step, reader_uid=reader, warn=self.reporter.warn,
-            progress=lambda what, done, total: self.reporter.working(f"{what}: {done * 100 // total} %"),
-        )  # fmt: skip
 
     def _open_xenapi(self, host: str) -> Disks:
         from hypervisors.xenapi.disks import XenApiDisks
@@ -317,14 +355,6 @@ class Site:
         )  # fmt: skip
         return XenApiDisks(pool, self.runner, step=current_step)
 
-    def _not_yet(self, host: str, what: str) -> Unsupported:
-        return Unsupported(
-            f"{self.name}: host {host}: {what} is not in this version",
-            remedy="this version drives kvm (uri private, or a libvirt URI of this machine) and xen "
-            "(xen:///system) on qcow2 files, zfs or LVM, xenapi, ssh and fake; the farm file itself is "
-            "fine",
-        )
-
     def _ssh_address(self, vm: str) -> str:
         declared = self.farm.vms[vm]
         if declared.address:
@@ -340,7 +370,7 @@ class Site:
         declared, network = self.farm.vms[vm], self.farm.network
         machine = self.machine(vm)
         user_mode = network.mode == "user"
-        return MachineSpec(
+        spec = MachineSpec(
             name=machine,
             owner=Owner(self.farm.farm, vm),
             memory=declared.memory,
@@ -358,6 +388,8 @@ class Site:
             seed=identity.seed_file(self.paths, machine),
             console_log=identity.console_log(self.paths, machine),
         )
+        far = self.far(self.farm.host_of(vm))
+        return far.at_home(spec) if far else spec
 
     def endpoint(self, vm: str) -> Endpoint:
         """Where the VM's ssh answers and as whom."""
@@ -407,11 +439,3 @@ def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Sit
     from inventory.loader import load
 
     return Site(load(farm_file), reporter=reporter, plan=plan)
-
-
-def is_remote(uri: str) -> bool:
-    """A libvirt URI of another machine: qemu+ssh://HOST/..., but not "private", qemu:///system or
-    qemu+unix:///system?socket=..."""
-    from urllib.parse import urlsplit
-
-    return urlsplit(uri).hostname not in (None, "", "localhost")

@@ -15,6 +15,7 @@ import pytest
 from bench import KILLS, MANY, SEED, Bench
 from places import (
     FakePlace,
+    FarPlace,
     LvmPlace,
     Machines,
     Place,
@@ -70,7 +71,7 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
         server.tell(begin=True)
         return XenApiPlace(xenapi_rig.XenApiRig(server.directory, server), server)
     else:
-        return {"fake": FakePlace, "two fakes": TwoFakes, "kvm": Qcow2Place}[store]()
+        return {"fake": FakePlace, "two fakes": TwoFakes, "kvm": Qcow2Place, "far": FarPlace}[store]()
     if kind.startswith("xen+"):
         return XenMachines(place)
     return Machines(place) if kind.startswith("kvm+") else place
@@ -82,12 +83,12 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
 KILLS_EACH: dict[str, tuple[int | None, int]] = {
     "fake": (None, 8), "two fakes": (None, 8), "kvm": (None, 2), "xenapi": (3, 2), "zfs": (5, 5),
     "lvm-thin": (2, 2), "lvm-linked": (1, 2), "lvm-full": (1, 1), "kvm+zfs": (1, 1),
-    "kvm+lvm-thin": (1, 1), "xen+lvm-thin": (1, 1),
+    "kvm+lvm-thin": (1, 1), "xen+lvm-thin": (1, 1), "far": (3, 1),
 }  # fmt: skip
 LABELS = tuple(KILLS_EACH)
 AT_RANDOM = MANY or Path("/etc/lab/load").exists()
 lab, xen = pytest.mark.lab, pytest.mark.xen
-HERE = ("fake", "kvm", "xenapi")
+HERE = ("fake", "kvm", "xenapi", "far")
 STORES = ("zfs", "lvm-thin", "lvm-linked", "lvm-full")
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from hypervisors.api import Disk
 from hypervisors.devices import open_node
 from hypervisors.fake import FakeDisks
-from provision.paths import state_dir
+from hypervisors.kvm import kvm_usable
+from hypervisors.private import PrivateLibvirt
+from hypervisors.run import Runner
+from provision.paths import cache_dir, state_dir
 from provision.site import Site
 from tests.contract import xenapi_rig
+from tests.contract.far_rig import FarMachine
 
+_BRIDGE = "fhkillbr0"
 MIB = 2**20
 SIZE = 16 * MIB
 SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
@@ -146,6 +154,49 @@ class Qcow2Place(Place):
 
     def check(self, disk: Disk) -> None:
         run("qemu-img", "check", "-q", "-U", disk.path)
+
+
+class FarPlace(Qcow2Place):
+    """Another machine, over ssh: its libvirtd, its qcow2 store, its copy of the seeds. A machine there
+    has the state that the farm has here, but for its own libvirtd, which lives longer than the farm."""
+
+    label = "far"
+    more = f"network: {{mode: bridge, bridge: {_BRIDGE}, subnet: 10.10.61.0/24, gateway: 10.10.61.1}}"
+
+    def open(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="fh-"))
+        self.directory.chmod(0o711)
+        verdict = kvm_usable(Runner(), cache_dir())
+        self.private = PrivateLibvirt(
+            self.directory / "s", self.directory / "r", cache_dir() / "libvirt", not verdict.usable
+        )
+        self.machine = FarMachine(self.directory, reader=self.private.qemu_uid()).__enter__()
+        [socket] = parse_qs(urlsplit(self.private.uri()).query)["socket"]
+        disks = f"{{path: {self.machine.state}/disks}}"
+        self.host = f"driver: kvm, uri: '{self.machine.uri(socket)}', disks: {disks}"
+        run("ip", "link", "add", _BRIDGE, "type", "bridge")
+        run("ip", "link", "set", _BRIDGE, "up")
+
+    def close(self) -> None:
+        left = [line for line in self.everything() if "template" not in line]
+        self.machine.__exit__()
+        self.private.stop(force=True)
+        run("ip", "link", "del", _BRIDGE)
+        shutil.rmtree(self.directory)
+        assert not left, left
+
+    def running(self, directory: Path) -> list[str]:
+        return _of_qemu(self.directory)
+
+    def everything(self) -> list[str]:
+        found = []
+        for path in sorted(self.machine.state.rglob("*")):
+            name = str(path.relative_to(self.machine.state))
+            if not path.is_dir() and not re.search(r"\.lock$|\.log(\.\d)?$", name):
+                found.append(re.sub(r"[0-9a-f]{8,}|@\d+", "N", f"there {name}"))
+        for path in (self.directory / "s").rglob("qemu/*.xml"):
+            found.append(f"definition {path.stem}")
+        return found
 
 
 class XenApiPlace(Place):

@@ -37,6 +37,7 @@ class Sshd:
     root: Path
     client_key: Path
     forwarding: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
 
@@ -69,7 +70,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 AllowTcpForwarding {"yes" if self.forwarding else "no"}
 Subsystem sftp {server}
-SetEnv HOME={self.home}
+SetEnv HOME={self.home} {" ".join(f"{key}={value}" for key, value in self.environment.items())}
 ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"
 """
         )

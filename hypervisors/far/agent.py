@@ -1,0 +1,387 @@
+"""The side that works: drivers on the machine whose host they drive, told by frames on standard input.
+
+``go`` is what the step of a change waits for: by then it is in the asker's journal. At the end of the
+input, or when nothing is heard for ``SILENCE`` seconds, the process ends at once, as if killed: whatever
+runs then, nobody waits for it any more, and each of the drivers' methods may be cut off anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hypervisors.api import Console, Disks, Leftover, Owner, Template
+from hypervisors.far.wire import Pipe, decode, encode
+from hypervisors.libvirt_driver import LibvirtHypervisor
+from hypervisors.memory import memory_available
+from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
+from hypervisors.run import Runner, which
+from inventory.errors import DriverFailed, FarmhandError, Interrupted
+
+PING = 0.5  # seconds between the asker's signs of life
+SILENCE = 30.0  # seconds: longer than ssh takes to see that a connection is dead
+_SEED = re.compile(r"([a-z0-9-]+)\.iso")
+_TAIL = 65_536  # bytes of a console's log that are of interest elsewhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """One farm's directories on this machine. ``runtime``: gone after a boot."""
+
+    directories: Directories
+    seeds: Path
+    consoles: Path
+    runtime: Path
+
+
+@dataclass(slots=True)
+class _Call:
+    number: int
+    answers: queue.Queue[bool]
+
+
+class Agent:
+    """Answers one asker, each call in a thread of its own."""
+
+    def __init__(self, pipe: Pipe, home: Callable[[str], Home]) -> None:
+        self._pipe = pipe
+        self._home = home
+        self._calls: dict[int, _Call] = {}
+        self._current = threading.local()
+        self._heard = time.monotonic()
+        self._files = Files(Path())
+        self._parts: dict[str, object] = {}
+
+    def serve(self) -> None:
+        """Returns when the input has ended; whatever still runs is then to be cut off."""
+        received = self._pipe.receive()
+        if received is None:
+            return
+        order, _ = received
+        place: Place = decode(order["open"])
+        home = self._home(place.farm)
+        with presence(home.runtime) as alive:
+            self._heard = time.monotonic()
+            threading.Thread(target=self._watch, daemon=True).start()
+            self._open(place, home, plan=bool(order["plan"]))
+            self._pipe.send({"ready": True})
+            while (received := self._pipe.receive()) is not None:
+                self._heard = time.monotonic()
+                if "ping" in received[0]:
+                    alive()
+                self._take(*received)
+
+    # -- being asked ------------------------------------------------------------------------------
+
+    def _open(self, place: Place, home: Home, *, plan: bool) -> None:
+        voices = Voices(
+            step=self._step,
+            warn=lambda text: self._pipe.send({"warn": text}),
+            working=lambda text: self._pipe.send({"working": text}),
+        )
+        runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
+        disks = open_disks(place, home.directories, runner, voices, reader_uid=reader)
+        machines = LibvirtHypervisor(
+            place.uri, place.farm, disks, runner, step=voices.step,
+            kind=open_kind(place, home.directories),
+        )  # fmt: skip
+        self._files = Files(home.directories.farm / "incoming")
+        if not plan:
+            self._files.sweep(home.runtime)
+        self._parts = {
+            "disks": disks,
+            "machines": machines,
+            "host": Host(place, home, disks, machines, self._files, reader),
+        }
+
+    def _take(self, frame: dict[str, Any], data: bytes) -> None:
+        if "call" in frame:
+            call = _Call(frame["call"], queue.Queue())
+            self._calls[call.number] = call
+            threading.Thread(target=self._carry_out, args=(call, frame), daemon=True).start()
+        elif "file" in frame:
+            self._files.add(frame["file"], data)
+        elif "go" in frame or "stop" in frame:
+            going = "go" in frame
+            if waiting := self._calls.get(frame["go" if going else "stop"]):
+                waiting.answers.put(going)
+
+    def _carry_out(self, call: _Call, frame: dict[str, Any]) -> None:
+        self._current.call = call
+        try:
+            method = getattr(self._parts[frame["of"]], frame["method"])
+            value = method(*decode(frame["args"]), **decode(frame["options"]))
+            answer = {"done": call.number, "value": encode(value)}
+        except Exception as error:  # noqa: BLE001 - it is raised again over there
+            answer = {"failed": call.number, "error": _told(error)}
+        del self._calls[call.number]
+        self._pipe.send(answer)
+
+    def _step(self, text: str) -> None:
+        call: _Call = self._current.call
+        self._pipe.send({"step": call.number, "text": text})
+        if not call.answers.get():
+            raise Interrupted(f"abandoned before: {text}")
+
+    def _watch(self) -> None:
+        while time.monotonic() - self._heard < SILENCE:
+            time.sleep(PING)
+        os._exit(1)
+
+
+def _told(error: Exception) -> object:
+    """One of the system's, or a defect of ours, is told whole: there it can be looked at."""
+    if isinstance(error, FarmhandError):
+        with contextlib.suppress(TypeError):
+            return encode(error)
+    detail = "".join(traceback.format_exception(error))
+    return encode(DriverFailed(f"{type(error).__name__}: {error}", detail=detail))
+
+
+class Host:
+    """What of the machine itself is of interest: its memory, its tools, and the files that the asker
+    would else have beside its own."""
+
+    def __init__(
+        self,
+        place: Place,
+        home: Home,
+        disks: Disks,
+        machines: LibvirtHypervisor,
+        files: Files,
+        reader_uid: int | None,
+    ) -> None:
+        self._place = place
+        self._home = home
+        self._disks = disks
+        self._machines = machines
+        self._files = files
+        self._reader = reader_uid
+
+    def places(self) -> tuple[Path, Path]:
+        """The directories of seeds and of console logs."""
+        return self._home.seeds, self._home.consoles
+
+    def memory_available(self) -> int:
+        return memory_available()
+
+    def missing(self, tools: Sequence[str], paths: Sequence[Path]) -> tuple[str, ...]:
+        return (
+            *(tool for tool in tools if which(tool) is None),
+            *(str(path) for path in paths if not path.exists()),
+        )
+
+    def tidy(self) -> None:
+        """The farm's directories, and a store's lock file; what has anything else in it stays."""
+        farm = self._home.directories.farm
+        disks = farm / "disks"
+        inner = (disks / "templates", disks / "vms")
+        for directory in (*inner, disks, farm / "incoming", self._home.seeds, self._home.consoles, farm):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+            if directory == inner[-1] and not any(part.exists() for part in inner):
+                (disks / ".lock").unlink(missing_ok=True)
+
+    # -- files that come over ---------------------------------------------------------------------
+
+    def new_file(self, name: str) -> Path:
+        return self._files.new(name)
+
+    def end_file(self, file: Path) -> None:
+        self._files.end(file)
+
+    def seal(self, file: Path, template: Template) -> Template:
+        """``Disks.seal`` of a file that came over."""
+        try:
+            return self._disks.seal(file, template)
+        finally:
+            file.unlink(missing_ok=True)
+
+    def has_seed(self, machine: str, sha256: str) -> bool:
+        try:
+            return hashlib.sha256(self._seed(machine).read_bytes()).hexdigest() == sha256
+        except FileNotFoundError:
+            return False
+
+    def take_seed(self, machine: str, file: Path) -> None:
+        """It holds the machine's host key: 0600, for who opens it and nobody else."""
+        seed = self._seed(machine)
+        for directory in (self._home.seeds, self._home.consoles):
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        if self._reader is not None:
+            os.chown(file, self._reader, -1)
+        file.replace(seed)
+        handle = os.open(seed.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _seed(self, machine: str) -> Path:
+        return self._home.seeds / f"{machine}.iso"
+
+    # -- machines, with those files ---------------------------------------------------------------
+
+    def destroy(self, machine: str) -> None:
+        self._machines.destroy(machine)
+        self._forget(machine)
+
+    def _forget(self, machine: str) -> None:
+        for path in (self._seed(machine), self._home.consoles / f"{machine}.log"):
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".1").unlink(missing_ok=True)
+
+    def console(self, machine: str) -> tuple[Console, str]:
+        """Also the end of its log."""
+        console = self._machines.console(machine)
+        text = ""
+        if console.log:
+            with contextlib.suppress(FileNotFoundError), console.log.open("rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
+                text = log.read(_TAIL).decode(errors="replace")
+        return console, text
+
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """The hypervisor's, and seeds of machines that are not there."""
+        return (*self._machines.leftovers(), *self._seeds_left())
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.kind != "seed":
+            self._machines.discard(leftover)
+            return
+        for left in self._seeds_left():
+            if left.ref == leftover.ref:
+                Path(left.ref).unlink(missing_ok=True)
+
+    def _seeds_left(self) -> Iterator[Leftover]:
+        """Only what has the name that we give to a seed of this farm."""
+        farm = self._place.farm
+        there = {m.name for m in self._machines.list()} | {d.machine for d in self._disks.list()}
+        for path in sorted(self._home.seeds.glob("*.iso")):
+            match = _SEED.fullmatch(path.name)
+            if not match or match[1] in there or not match[1].startswith(f"{farm}-"):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                seen = path.stat()
+                yield Leftover(
+                    kind="seed", ref=str(path), owner=Owner(farm, match[1].removeprefix(f"{farm}-")),
+                    created=datetime.fromtimestamp(seen.st_mtime, UTC), bytes=seen.st_size,
+                    why="its VM doesn't exist",
+                )  # fmt: skip
+
+
+class Files:
+    """What comes over, chunk by chunk, into a directory that is made when it is needed. The name says
+    for whom: what an agent that was cut off leaves, the next one removes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open: dict[str, BinaryIO] = {}
+        self._failed: dict[str, OSError] = {}
+
+    def new(self, name: str) -> Path:
+        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        path = self._directory / f"{os.getpid()}-{threading.get_ident()}-{Path(name).name}"
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._open[str(path)] = os.fdopen(handle, "wb")
+        return path
+
+    def sweep(self, presences: Path) -> None:
+        """``presences``: the directory of all agents' (see ``presence``)."""
+        for old in self._directory.glob("[0-9]*-*"):
+            if not (presences / f"far-{old.name.partition('-')[0]}").exists():
+                old.unlink(missing_ok=True)
+
+    def add(self, path: str, data: bytes) -> None:
+        """An error is told at the end: nobody waits for an answer to a chunk."""
+        if path not in self._failed and path in self._open:
+            try:
+                self._open[path].write(data)
+            except OSError as error:
+                self._failed[path] = error
+
+    def end(self, path: Path) -> None:
+        """All of it is on the disk; else it is gone, and OSError."""
+        file, error = self._open.pop(str(path)), self._failed.pop(str(path), None)
+        try:
+            with file:
+                if error:
+                    raise error
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def presence(directory: Path) -> Iterator[Callable[[], None]]:
+    """A file that is locked while this agent lives; what comes is called to touch it, whenever the
+    asker was heard from. Enters when every other agent of this farm that was there before has ended, or
+    was heard from since: one whose asker was cut off ends soon, and until then it may still be changing
+    what we are asked to recover."""
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    mine = directory / f"far-{os.getpid()}"
+    handle = os.open(mine, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        began = _heard(mine)
+        for other in sorted(directory.glob("far-*")):
+            if other != mine:
+                _wait_for(other, began)
+        yield partial(os.utime, handle)
+    finally:
+        mine.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _heard(presence: Path) -> tuple[int, int]:
+    """When its asker was heard from; with the process id, for two may begin in the same tick of the
+    clock, and one of them must not wait for the other."""
+    return presence.stat().st_mtime_ns, int(presence.name.removeprefix("far-"))
+
+
+def _wait_for(other: Path, since: tuple[int, int]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(other, os.O_RDWR)
+        try:
+            while _heard(other) < since:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(PING / 10)
+                    continue
+                other.unlink()  # it ended without a word
+        finally:
+            os.close(handle)
+
+
+def main(home: Callable[[str], Home]) -> None:
+    """Standard output is the frames' alone: what a library prints goes to standard error."""
+    outgoing = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    pipe = Pipe(sys.stdin.buffer, outgoing)
+    status = 0
+    try:
+        Agent(pipe, home).serve()
+    except FarmhandError as error:
+        pipe.send({"refused": encode(error)})
+        status = 1
+    finally:
+        with contextlib.suppress(Exception):
+            outgoing.flush()
+    os._exit(status)

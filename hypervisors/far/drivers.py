@@ -1,0 +1,251 @@
+"""Another machine's hypervisor and disk store: each method as ``hypervisors.api`` has it, asked of the
+agent there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypervisors.api import (
+    Capabilities,
+    Capacity,
+    Checkpoint,
+    Console,
+    DeviceDisks,
+    Disk,
+    Disks,
+    FarmDisks,
+    Leftover,
+    Machine,
+    MachineSpec,
+    MemoryUse,
+    MergingDisks,
+    Owner,
+    StepFn,
+    Template,
+    WatchedDisks,
+)
+from hypervisors.far.link import Link
+from hypervisors.opening import store_kind
+
+
+class FarDisks:
+    """Implements ``hypervisors.api.Disks``; see ``far_disks``."""
+
+    def __init__(self, link: Link, step: StepFn) -> None:
+        self._link = link
+        self._step = step
+
+    def seal(self, image: Path, template: Template) -> Template:
+        there = self._link.send(image, image.name)
+        sealed: Template = self._link.call("host", "seal", there, template, step=self._step)
+        image.unlink(missing_ok=True)
+        return sealed
+
+    def templates(self) -> Sequence[Template]:
+        found: Sequence[Template] = self._ask("templates")
+        return found
+
+    def remove_template(self, label: str) -> None:
+        self._ask("remove_template", label)
+
+    def find(self, machine: str) -> Disk | None:
+        found: Disk | None = self._ask("find", machine)
+        return found
+
+    def list(self) -> Sequence[Disk]:
+        found: Sequence[Disk] = self._ask("list")
+        return found
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        made: Disk = self._ask("clone", template, machine, owner, size)
+        return made
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        made: Checkpoint = self._ask("checkpoint", machine, name)
+        return made
+
+    def restore(self, machine: str, name: str) -> Disk:
+        restored: Disk = self._ask("restore", machine, name)
+        return restored
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
+        proven: bool | None = self._ask("pristine", machine, name, quick=quick)
+        return proven
+
+    def destroy(self, machine: str) -> None:
+        self._ask("destroy", machine)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        found: Sequence[Leftover] = self._ask("leftovers")
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        self._ask("discard", leftover)
+
+    def capacity(self) -> Capacity:
+        told: Capacity = self._ask("capacity")
+        return told
+
+    def _ask(self, method: str, *args: object, **options: object) -> Any:
+        return self._link.call("disks", method, *args, step=self._step, **options)
+
+
+class _OfFarms(FarDisks):
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        made: Mapping[str, Checkpoint] = self._ask("checkpoint_all", list(machines), name)
+        return made
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        restored: Sequence[Disk] = self._ask("restore_all", list(machines), name)
+        return restored
+
+
+class _OnDevices(FarDisks):
+    def ready(self, machine: str) -> Disk:
+        found: Disk = self._ask("ready", machine)
+        return found
+
+
+class _Watched(FarDisks):
+    def notes(self) -> Sequence[str]:
+        told: Sequence[str] = self._ask("notes")
+        return told
+
+
+class _Merging(FarDisks):
+    def merge(self, machine: str) -> None:
+        self._ask("merge", machine)
+
+
+_MORE = {FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging}
+
+
+def far_disks(link: Link, step: StepFn) -> Disks:
+    """Offers besides ``Disks`` what the store over there does. Nothing is asked yet."""
+    kind = store_kind(link.place.store)
+    offers = tuple(more for protocol, more in _MORE.items() if issubclass(kind, protocol))
+    store: Disks = type("FarDisks", offers or (FarDisks,), {})(link, step)
+    return store
+
+
+class FarHypervisor:
+    """Implements ``hypervisors.api.Hypervisor``. ``console_log``: where a copy of the end of a machine's
+    console log is kept here, by the machine's name."""
+
+    def __init__(
+        self,
+        link: Link,
+        terminal: Callable[[Sequence[str]], tuple[str, ...]],
+        console_log: Callable[[str], Path],
+        step: StepFn,
+    ) -> None:
+        self._link = link
+        self._terminal = terminal
+        self._console_log = console_log
+        self._step = step
+
+    # -- what only another machine's has ----------------------------------------------------------
+
+    def at_home(self, spec: MachineSpec) -> MachineSpec:
+        """With seed and console log where they are over there."""
+        seeds, consoles = self._link.call("host", "places")
+        return replace(
+            spec,
+            seed=seeds / spec.seed.name if spec.seed else None,
+            console_log=consoles / spec.console_log.name if spec.console_log else None,
+        )
+
+    def bring_seed(self, machine: str, seed: Path) -> None:
+        """Sent where it isn't the same over there."""
+        digest = hashlib.sha256(seed.read_bytes()).hexdigest()
+        if not self._link.call("host", "has_seed", machine, digest):
+            there = self._link.send(seed, seed.name)
+            self._step(f"put the seed of {machine} in its place")
+            self._link.call("host", "take_seed", machine, there)
+
+    def memory_available(self) -> int:
+        """Bytes that machine could still give away."""
+        found: int = self._link.call("host", "memory_available")
+        return found
+
+    def tidy(self) -> None:
+        """After the last VM and template: the farm's directories over there, where they are empty."""
+        self._link.call("host", "tidy")
+
+    def missing(self, tools: Sequence[str], paths: Sequence[Path]) -> Sequence[str]:
+        """Of these, what isn't there."""
+        found: Sequence[str] = self._link.call("host", "missing", list(tools), list(paths))
+        return found
+
+    # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
+
+    def capabilities(self) -> Capabilities:
+        told: Capabilities = self._ask("capabilities")
+        return replace(told, notes=(*told.notes, f"on {self._link.name}, over ssh"))
+
+    def find(self, name: str) -> Machine | None:
+        found: Machine | None = self._ask("find", name)
+        return found
+
+    def list(self) -> Sequence[Machine]:
+        found: Sequence[Machine] = self._ask("list")
+        return found
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        made: Machine = self._ask("define", spec, template)
+        return made
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        made: Machine = self._ask("redefine", spec)
+        return made
+
+    def start(self, name: str) -> None:
+        self._ask("start", name)
+
+    def stop(self, name: str, *, grace: float) -> None:
+        self._ask("stop", name, grace=grace)
+
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
+        made: Checkpoint = self._ask("checkpoint", name, checkpoint, warm=warm)
+        return made
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        self._ask("reset", name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        reached: int = self._ask("balloon", name, target, timeout=timeout)
+        return reached
+
+    def memory(self, name: str) -> MemoryUse:
+        told: MemoryUse = self._ask("memory", name)
+        return told
+
+    def console(self, name: str) -> Console:
+        found: Console
+        found, text = self._link.call("host", "console", name)
+        log = None
+        if text:
+            log = self._console_log(name)
+            log.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            log.write_text(text, encoding="utf-8")
+        return Console(argv=self._terminal(found.argv) if found.argv else (), log=log)
+
+    def destroy(self, name: str) -> None:
+        self._link.call("host", "destroy", name, step=self._step)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        found: Sequence[Leftover] = self._link.call("host", "leftovers")
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        self._link.call("host", "discard", leftover, step=self._step)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _ask(self, method: str, *args: object, **options: object) -> Any:
+        return self._link.call("machines", method, *args, step=self._step, **options)

@@ -1,0 +1,41 @@
+"""What an agent is made of, as a zip file in memory, and the line of Python that runs it over there
+without writing it to a disk (memfd_create(2), zipimport)."""
+
+from __future__ import annotations
+
+import functools
+import io
+import zipfile
+from pathlib import Path
+
+_TOP = Path(__file__).resolve().parents[2]
+_FILES = (
+    *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
+    *(f"provision/{name}.py" for name in ("__init__", "paths", "far_agent")),
+    "hypervisors/*.py",
+    "hypervisors/far/*.py",
+)
+_NEEDED = (3, 11)  # StrEnum, hashlib.file_digest
+BOOT = (
+    "import os, sys\n"
+    f"if sys.version_info < {_NEEDED}: sys.exit('farmhand needs Python {_NEEDED[0]}.{_NEEDED[1]} there, "
+    "it is ' + sys.version.split()[0])\n"
+    "parcel = os.memfd_create('farmhand')\n"
+    "with open(parcel, 'wb', closefd=False) as file:\n"
+    " file.write(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))\n"
+    "sys.path.insert(0, f'/proc/self/fd/{parcel}')\n"
+    "import provision.far_agent\n"
+    "provision.far_agent.main()\n"
+)
+"""First comes the parcel's length, a line, then the parcel; then frames."""
+COMMAND = ("python3", "-I", "-c", BOOT)
+
+
+@functools.cache
+def parcel() -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
+        for pattern in _FILES:
+            for path in sorted(_TOP.glob(pattern)):
+                file.writestr(zipfile.ZipInfo(str(path.relative_to(_TOP))), path.read_bytes())
+    return target.getvalue()

@@ -1,0 +1,115 @@
+"""Values of ``hypervisors.api`` as JSON, and the frames they travel in.
+
+A frame is a line: a JSON object. One with ``bytes`` is followed by that many bytes of a file. What JSON
+doesn't have is an object with one key, the type's name: ``{"Path": "/dev/vg/lv"}``. Sequences come back
+as tuples.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import IO, Any
+
+from hypervisors import api
+from hypervisors.opening import Place
+from inventory import errors
+from inventory.errors import FarmhandError
+
+_LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
+_VALUES = {
+    kind.__name__: kind
+    for kind in (
+        api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
+        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Place,
+    )
+}  # fmt: skip
+_PLAIN: Mapping[str, Callable[[str], object]] = {
+    "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": datetime.fromisoformat,
+}  # fmt: skip
+
+
+def encode(value: object) -> Any:
+    """TypeError for what is no value of a driver's."""
+    if isinstance(value, api.Power):  # which is a str, too
+        return {"Power": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, Path):
+        return {"Path": str(value)}
+    if isinstance(value, IPv4Address):
+        return {"IPv4Address": str(value)}
+    if isinstance(value, datetime):
+        return {"datetime": value.isoformat()}
+    if isinstance(value, Mapping):
+        return {"": {str(key): encode(item) for key, item in value.items()}}
+    if isinstance(value, FarmhandError):
+        known = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+        return {f"!{type(value).__name__}": encode(known)}
+    if is_dataclass(value) and type(value).__name__ in _VALUES:
+        return {type(value).__name__: {f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+    raise TypeError(f"not a value of a driver's: {type(value).__name__}")
+
+
+def decode(value: Any) -> Any:
+    """ValueError, KeyError or TypeError for what ``encode`` never made."""
+    if isinstance(value, list):
+        return tuple(decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    [(name, content)] = value.items()
+    if name in _PLAIN:
+        return _PLAIN[name](content)
+    if name.startswith("!"):
+        return _error(name[1:], decode(content))
+    found = {key: decode(item) for key, item in content.items()}
+    return _VALUES[name](**found) if name else found
+
+
+def _error(name: str, known: Mapping[str, object]) -> FarmhandError:
+    kind = getattr(errors, name)
+    if not issubclass(kind, FarmhandError):
+        raise TypeError(name)
+    error: FarmhandError = kind.__new__(kind)
+    FarmhandError.__init__(error, str(known["message"]))
+    vars(error).update(known)
+    return error
+
+
+class Pipe:
+    """Frames out and in. Any number of threads may send; one receives."""
+
+    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._sending = threading.Lock()
+
+    def send(self, frame: Mapping[str, object], data: bytes = b"") -> None:
+        """OSError (as BrokenPipeError) or ValueError where nobody is there any more."""
+        if data:
+            frame = {**frame, "bytes": len(data)}
+        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
+        with self._sending:
+            self._outgoing.write(line)
+            self._outgoing.write(data)
+            self._outgoing.flush()
+
+    def receive(self) -> tuple[dict[str, Any], bytes] | None:
+        """None at the end, also in the midst of a frame. ValueError for what is no frame: a login
+        script that prints, say."""
+        line = self._incoming.readline(_LONGEST)
+        if not line.endswith(b"\n"):
+            return None
+        frame = json.loads(line)
+        if not isinstance(frame, dict):
+            raise ValueError(line.decode(errors="replace"))
+        size = frame.pop("bytes", 0)
+        data = self._incoming.read(size) if size else b""
+        return (frame, data) if len(data) == size else None

@@ -1,0 +1,107 @@
+"""Another machine, as far as ssh can tell: a real sshd on loopback, with a farmhand state of its own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+from hypervisors.api import Disks, StepFn, no_step
+from hypervisors.far.address import Far, far
+from hypervisors.far.drivers import FarHypervisor, far_disks
+from hypervisors.far.link import Link
+from hypervisors.opening import Place, Voices
+from tests.unit.sshd_machine import Sshd, make_key
+
+MAIN = "provision.far_agent.main()"
+
+
+class FarMachine:
+    """``place`` is where its files are: below "there" what farmhand keeps on it. ``reader``: who QEMU
+    runs as there, for this machine need not know that user. A context manager."""
+
+    def __init__(self, place: Path, *, reader: int | None = None) -> None:
+        self.place = place
+        self.state = place / "there"
+        if reader is not None:
+            self._python(f"import hypervisors.far.agent as a\na.reader_of = lambda *_: {reader}")
+        key = place / "key"
+        make_key(key)
+        self.sshd = Sshd(
+            "far", place / "sshd", key,
+            environment={
+                "PATH": f"{place}/bin:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+                "FARMHAND_STATE_DIR": str(self.state),
+                "FARMHAND_RUNTIME_DIR": str(place / "run"),
+                "FARMHAND_CACHE_DIR": str(place / "cache"),
+            },
+        ).prepare()  # fmt: skip
+        self.known = place / "known_hosts"
+        self.known.write_text(f"[127.0.0.1]:{self.sshd.port} {self.sshd.host_key}\n")
+        self.links: list[Link] = []
+        self._shared: dict[str, Link] = {}
+
+    def _python(self, spoil: str) -> None:
+        """A python3 of that machine's that runs so much first."""
+        program = self.place / "bin" / "python3"
+        program.parent.mkdir()
+        program.write_text(
+            f"#!{sys.executable}\nimport os, sys\n*start, code = sys.argv[1:]\n"
+            f"code = code.replace({MAIN!r}, {spoil + chr(10) + MAIN!r})\n"
+            f"os.execv(sys.executable, [sys.executable, *start, code])\n"
+        )
+        program.chmod(0o755)
+
+    def __enter__(self) -> FarMachine:
+        self.sshd.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for link in self.links:
+            link.close()
+        self.sshd.stop()
+
+    def uri(self, socket: str = "", driver: str = "qemu") -> str:
+        """Its libvirt's, as a farm file has it."""
+        options = {"keyfile": self.sshd.client_key, "known_hosts": self.known, "socket": socket}
+        query = "&".join(f"{name}={quote(str(value))}" for name, value in options.items() if value)
+        return f"{driver}+ssh://127.0.0.1:{self.sshd.port}/system?{query}"
+
+    def link(
+        self, farm: str, uri: str = "", *, spoil: str = "", plan: bool = False, **place: object
+    ) -> Link:
+        """A connection of its own. ``spoil``: Python that is run over there first."""
+        there = far(uri or self.uri())
+        argv = spoilt(there, spoil) if spoil else there.argv
+        asked = replace(Place(farm=farm, driver="kvm", uri=there.uri), **place)
+        link = Link(there.name, argv, asked, Voices(), plan=plan)
+        self.links.append(link)
+        return link
+
+    def shared(self, *arguments: str, **options: object) -> Link:
+        """One that was made for the same before."""
+        key = repr((arguments, sorted(options.items())))
+        if key not in self._shared:
+            self._shared[key] = self.link(*arguments, **options)
+        return self._shared[key]
+
+    def disks(self, farm: str, step: StepFn = no_step, **options: object) -> Disks:
+        return far_disks(self.shared(farm, **options), step)
+
+    def hypervisor(self, farm: str, step: StepFn = no_step, **options: object) -> FarHypervisor:
+        numbers = itertools.count()
+        return FarHypervisor(
+            self.shared(farm, **options), tuple,
+            lambda name: self.place / f"{name}-{next(numbers)}.console", step,
+        )  # fmt: skip
+
+
+def spoilt(there: Far, spoil: str) -> Callable[[Sequence[str]], tuple[str, ...]]:
+    def argv(command: Sequence[str]) -> tuple[str, ...]:
+        *start, code = command
+        return there.argv((*start, code.replace(MAIN, f"{spoil}\n{MAIN}")))
+
+    return argv

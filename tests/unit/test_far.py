@@ -1,0 +1,353 @@
+"""Another machine's drivers, over a real ssh: what is special to the way between. What they do is held
+to by the contract suites."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from hypervisors.api import (
+    Capacity,
+    Checkpoint,
+    DeviceDisks,
+    Disk,
+    FarmDisks,
+    Machine,
+    MachineSpec,
+    MergingDisks,
+    Nic,
+    Owner,
+    Power,
+    Template,
+    WatchedDisks,
+)  # fmt: skip
+from hypervisors.far.address import far, is_far
+from hypervisors.far.drivers import FarDisks, far_disks
+from hypervisors.far.link import Link
+from hypervisors.far.wire import decode, encode
+from hypervisors.opening import Place, Voices
+from inventory.errors import (
+    CommandFailed,
+    Conflict,
+    DriverFailed,
+    Interrupted,
+    NotFound,
+    UsageError,
+)  # fmt: skip
+from tests.contract.far_rig import FarMachine
+
+OWNER = Owner("kata", "prod")
+SIZE = 16 * 2**20
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[FarMachine]:
+    with FarMachine(tmp_path) as made:
+        yield made
+
+
+def template() -> Template:
+    return Template(name="base", generation=1, ref="", size=SIZE, sha256="", created=datetime.now(UTC),
+                    origin="test", firstboot="none")  # fmt: skip
+
+
+def image(directory: Path) -> Path:
+    path = directory / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
+    return path
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+def test_values_come_over_as_they_are() -> None:
+    now = datetime.now(UTC)
+    disk = Disk(machine="m", owner=OWNER, path=Path("/dev/x"), format="raw", size=1, used=2,
+                template="t@1", base="clean",
+                checkpoints=(Checkpoint(name="clean", created=now),))  # fmt: skip
+    machine = Machine(name="m", owner=None, power=Power.PAUSED, memory=1, current=1, vcpus=1, mac="",
+                      disk=None, spec_hash="", template="", started=now)  # fmt: skip
+    spec = MachineSpec(name="m", owner=OWNER, memory=1, vcpus=1, disk_size=1, seed=Path("s"),
+                       nic=Nic(mac="", mode="user"), address=IPv4Address("10.0.0.1"))  # fmt: skip
+    for value in (disk, machine, spec, None, 1.5, "text", {"a": Capacity(1, 2)}, (disk, ("x", True))):
+        assert decode(encode(value)) == value
+        assert type(decode(encode(value))) is type(value)
+    assert decode(encode(machine)).power is Power.PAUSED
+
+
+def test_errors_come_over_with_all_that_they_say() -> None:
+    failed = CommandFailed("zfs exited", argv=("zfs", "list"), status=2, stderr="no", detail="$ zfs")
+    for error in (failed, Conflict("taken", remedy="another"), NotFound("gone")):
+        back = decode(encode(error))
+        assert type(back) is type(error)
+        assert (str(back), vars(back)) == (str(error), vars(error))
+
+
+def test_only_a_drivers_values_come_over() -> None:
+    with pytest.raises(TypeError):
+        encode(object())
+    text = {"": {"message": "x"}}
+    for forged in ({"!SystemExit": text}, {"Popen": {}}, {"!Mapping": text}):
+        with pytest.raises((KeyError, TypeError, AttributeError, ValueError)):
+            decode(forged)
+
+
+# -- addresses ------------------------------------------------------------------------------------
+
+
+def test_an_address_is_ssh_s() -> None:
+    there = far("xen+ssh://root@dom0.lan:2222/system?keyfile=/k%20y")
+    assert (there.name, there.uri) == ("root@dom0.lan", "xen:///system")
+    argv = there.argv(("python3", "-c", "a b"))
+    assert argv[0] == "ssh" and argv[-3:] == ("--", "dom0.lan", "python3 -c 'a b'")
+    assert "BatchMode=yes" in argv
+    for words in (["-p", "2222"], ["-l", "root"], ["-i", "/k y"]):
+        assert any(list(argv[n : n + 2]) == words for n in range(len(argv)))
+    assert far("qemu+ssh://h/system?socket=/run/s").uri == "qemu+unix:///system?socket=/run/s"
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("qemu+tls://host/system", "reached by ssh alone"),
+        ("xen+ssh://root@-oProxyCommand=x/system", "no user and host"),
+        ("xen+ssh://-lx@host/system", "no user and host"),
+        ("xen+ssh://host/system?no_verify=1", "'no_verify' is not understood"),
+        ("xen+ssh://host:port/system", "no port"),
+    ],
+)
+def test_what_is_no_address_is_refused(uri: str, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        far(uri)
+
+
+@pytest.mark.parametrize("uri", ["private", "qemu:///system", "qemu+unix:///system?socket=/x"])
+def test_this_machine_is_not_far(uri: str) -> None:
+    assert not is_far(uri)
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+
+def test_a_store_offers_there_what_it_offers_here() -> None:
+    def offers(store: str) -> set[str]:
+        place = Place(farm="kata", driver="xen", uri="xen:///system", store=store)
+        made = far_disks(Link("x", tuple, place, Voices()), lambda _: None)
+        assert isinstance(made, FarDisks)
+        more = (FarmDisks, DeviceDisks, WatchedDisks, MergingDisks)
+        return {protocol.__name__ for protocol in more if isinstance(made, protocol)}
+
+    assert offers("qcow2") == {"FarmDisks"}
+    assert "DeviceDisks" in offers("lvm-thin") and "WatchedDisks" in offers("lvm-thin")
+    assert "MergingDisks" in offers("lvm")
+
+
+def test_a_disk_is_made_there(machine: FarMachine, tmp_path: Path) -> None:
+    steps: list[str] = []
+    disks = machine.disks("kata", steps.append)
+    sent = image(tmp_path)
+    sealed = disks.seal(sent, template())
+    assert not sent.exists()
+    disk = disks.clone(sealed, "kata-prod", OWNER, SIZE)
+    assert disk.path.is_relative_to(machine.state) and disk.path.exists()
+    assert steps and not list(machine.state.rglob("incoming/*"))
+    with pytest.raises(Conflict):
+        disks.clone(sealed, "kata-prod", OWNER, SIZE)
+    with pytest.raises(NotFound):
+        disks.restore("kata-prod", "never")
+
+
+def test_a_step_that_raises_abandons_the_change(machine: FarMachine, tmp_path: Path) -> None:
+    sealed = machine.disks("kata").seal(image(tmp_path), template())
+
+    def stop(text: str) -> None:
+        raise Interrupted(text)
+
+    disks = machine.disks("kata", stop)
+    with pytest.raises(Interrupted):
+        disks.clone(sealed, "kata-prod", OWNER, SIZE)
+    assert disks.find("kata-prod") is None and not disks.leftovers()
+
+
+def test_a_change_waits_until_its_step_was_noted(machine: FarMachine, tmp_path: Path) -> None:
+    sealed = machine.disks("kata").seal(image(tmp_path), template())
+    other = machine.disks("kata")
+
+    def look(_: str) -> None:
+        time.sleep(0.2)
+        seen.append(other.find("kata-prod"))
+
+    seen: list[Disk | None] = []
+    machine.disks("kata", look).clone(sealed, "kata-prod", OWNER, SIZE)
+    assert seen[0] is None and other.find("kata-prod")
+
+
+def test_a_plan_changes_nothing_there(machine: FarMachine, tmp_path: Path) -> None:
+    sealed = machine.disks("kata").seal(image(tmp_path), template())
+    machine.disks("kata").clone(sealed, "kata-prod", OWNER, SIZE)
+    planning = machine.link("kata", plan=True)
+    assert planning.call("disks", "find", "kata-prod")
+    fresh = machine.link("other", plan=True)
+    assert fresh.call("disks", "list") == ()
+    assert not (machine.state / "farms" / "other").exists()
+
+
+def test_a_lost_connection_is_an_error_and_the_next_call_makes_another(
+    machine: FarMachine, tmp_path: Path
+) -> None:
+    sealed = machine.disks("kata").seal(image(tmp_path), template())
+    cut = threading.Event()
+
+    def lose(_: str) -> None:
+        if not cut.is_set():
+            cut.set()
+            machine.sshd.cut()
+            time.sleep(1)
+
+    disks = machine.disks("kata", lose)
+    with pytest.raises(DriverFailed, match=r"connection to 127\.0\.0\.1 was lost") as lost:
+        disks.clone(sealed, "kata-prod", OWNER, SIZE)
+    assert "run the command again" in lost.value.remedy
+    assert disks.clone(sealed, "kata-prod", OWNER, SIZE).path.exists()
+
+
+def test_many_calls_at_once(machine: FarMachine, tmp_path: Path) -> None:
+    disks = machine.disks("kata")
+    sealed = disks.seal(image(tmp_path), template())
+    names = [f"kata-vm{n}" for n in range(12)]
+    threads = [
+        threading.Thread(target=disks.clone, args=(sealed, name, Owner("kata", name[5:]), SIZE))
+        for name in names
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(disk.machine for disk in disks.list()) == sorted(names)
+
+
+def test_an_agent_ends_with_its_asker(machine: FarMachine, tmp_path: Path) -> None:
+    link = machine.link("kata")
+    assert link.call("disks", "list") == ()
+    [presence] = (machine.place / "run").rglob("far-*")
+    pid = int(presence.name.removeprefix("far-"))
+    link._line._process.send_signal(signal.SIGKILL)  # ssh's, as if we were killed
+    limit = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}/stat").exists()
+    assert machine.link("kata").call("disks", "list") == ()
+    assert len(list((machine.place / "run").rglob("far-*"))) == 1, "the dead one's is swept"
+
+
+def test_an_agent_waits_for_one_that_does_not_know_yet_that_it_is_alone(machine: FarMachine) -> None:
+    """A dead network: nobody tells the other end."""
+    alone = machine.link("kata", spoil="import hypervisors.far.agent as a; a.SILENCE = 4.0")
+    alone.call("disks", "list")
+    ssh = alone._line._process
+    ssh.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        machine.link("kata").call("disks", "list")
+        assert time.monotonic() - began > 2, "it waited until the other had ended"
+    finally:
+        ssh.send_signal(signal.SIGCONT)
+
+
+def test_two_askers_do_not_wait_for_each_other(machine: FarMachine) -> None:
+    first, second = machine.link("kata"), machine.link("kata")
+    for link in (first, second, first):
+        assert link.call("disks", "list") == ()
+
+
+def test_a_file_that_does_not_fit_is_an_error_and_goes(machine: FarMachine, tmp_path: Path) -> None:
+    full = (
+        "import hypervisors.far.agent as a, errno\n"
+        "def add(self, path, data): self._failed[path] = OSError(errno.ENOSPC, 'No space left')\n"
+        "a.Files.add = add"
+    )
+    disks = machine.disks("kata", spoil=full)
+    sent = image(tmp_path)
+    with pytest.raises(DriverFailed, match="No space left"):
+        disks.seal(sent, template())
+    assert sent.exists(), "it is not lost"
+    assert not list(machine.state.rglob("incoming/*"))
+
+
+def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        uri = f"xen+ssh://127.0.0.1:{nobody.getsockname()[1]}/system"
+        there = far(uri)
+        place = Place(farm="kata", driver="xen", uri=there.uri)
+        with pytest.raises(DriverFailed, match="Connection refused"):
+            Link(there.name, there.argv, place, Voices()).call("disks", "list")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ("sys.exit('farmhand needs Python 3.11 there, it is 3.9')", "needs Python 3.11 there"),
+        ("raise ModuleNotFoundError('no module libvirt')", "no module libvirt"),
+        ("print('Welcome to dom0!', flush=True)", "Welcome to dom0!"),
+    ],
+)
+def test_a_machine_that_can_not_run_it_says_why(machine: FarMachine, spoil: str, text: str) -> None:
+    with pytest.raises(DriverFailed, match=r"no farmhand agent on 127\.0\.0\.1") as failed:
+        machine.link("kata", spoil=spoil).call("disks", "list")
+    assert text in str(failed.value)
+    assert "python3" in failed.value.remedy
+
+
+def test_an_error_of_the_system_is_told_whole(machine: FarMachine) -> None:
+    broken = (
+        "import hypervisors.qcow2 as q\ndef list(self): raise OSError(5, 'Input/output error')\n"
+        "q.Qcow2Disks.list = list"
+    )
+    with pytest.raises(DriverFailed, match="Input/output error") as failed:
+        machine.disks("kata", spoil=broken).list()
+    assert "Traceback" in failed.value.detail
+
+
+def test_nothing_of_ours_stays_on_its_disk(machine: FarMachine) -> None:
+    machine.link("kata").call("disks", "list")
+    assert not machine.state.exists()
+
+
+def test_askers_that_begin_together_do_not_wait_for_each_other(machine: FarMachine) -> None:
+    links = [machine.link("kata") for _ in range(6)]
+    answers: list[object] = []
+    threads = [
+        threading.Thread(target=lambda link=link: answers.append(link.call("disks", "list")))
+        for link in links
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == [()] * len(links)
+
+
+def test_ctrl_c_waits_until_the_change_has_ended(machine: FarMachine, tmp_path: Path) -> None:
+    """A program that is interrupted while the other side works: nothing goes on behind its back."""
+    slow = (
+        "import time, hypervisors.qcow2 as q\nreal = q.Qcow2Disks.clone\n"
+        "def clone(self, *a):\n time.sleep(3)\n return real(self, *a)\nq.Qcow2Disks.clone = clone"
+    )
+    disks = machine.disks("kata", spoil=slow)
+    sealed = disks.seal(image(tmp_path), template())
+    disks.list()
+    timer = threading.Timer(1, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        disks.clone(sealed, "kata-prod", OWNER, SIZE)
+    assert disks.find("kata-prod") is None, "it was stopped at its first step"
