@@ -1,6 +1,6 @@
 """Tests marked ``lab`` want a host with KVM, ZFS and LVM to themselves, those marked ``xen`` one with
 Xen, and run only in the lab of that kind. The contract suites count as such there too, to be held on a
-real host: in the Xen lab those of the disk stores, and of hypervisors what is marked. Not those of
+real host: in the Xen lab those of real disk stores, and of hypervisors what is marked. Not those of
 XenAPI: to its server, simulated or real, it is all the same which host asks."""
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import told
+
 IN_LAB = Path("/etc/lab/load").exists()
 IN_XEN_LAB = Path("/etc/lab-kind").exists()
 _STORES = ("tests/contract/test_disks.py", "tests/contract/test_lvm.py")
@@ -18,7 +20,10 @@ BRIEF = re.compile(
     r"test_disks\.py.*\bzfs\]$|test_a_life\[guests-zfs\]|test_walk\[zfs\]|/test_smoke\.py"
     r"|test_(writing_ends|any_checkpoint|ten_clones|several_go).*\[lvm-(thin|linked|full)\]"
 )
+_ELSEWHERE = re.compile(r"\[.*\b(fake|far|xenapi)\b")
+"""Stores to which it is all the same whether the host runs under Xen."""
 _left_out: list[str] = []
+_unpassed: dict[str, str] = {}  # tests of which some phase did not pass: how it ended
 
 
 def _of_hosts(item: pytest.Item) -> bool:
@@ -26,9 +31,12 @@ def _of_hosts(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if before := told.passed_before():
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in before])
+        items[:] = [item for item in items if item.nodeid not in before]
     if IN_XEN_LAB:
         for item in items:
-            if item.nodeid.startswith(_STORES) and _of_hosts(item):
+            if item.nodeid.startswith(_STORES) and not _ELSEWHERE.search(item.nodeid):
                 item.add_marker("xen")
         return
     if IN_LAB:
@@ -45,7 +53,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=lab)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if not (IN_LAB or IN_XEN_LAB):
+        return
+    if not report.passed:
+        _unpassed[report.nodeid] = report.outcome
+    if report.when == "teardown" and _unpassed.get(report.nodeid) != "skipped":
+        told.tell(report.nodeid, ok=report.nodeid not in _unpassed)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if before := told.passed_before():
+        terminalreporter.write_line(
+            f"not run again: {len(before)} tests that had passed when the kernel of the lab before died"
+        )
     if _left_out:
         terminalreporter.write_line(
             f"not run here: {len(_left_out)} lab tests (./invoke lab-test runs them)"

@@ -351,7 +351,7 @@ def _sweep(runner: Runner, cache: Path) -> None:
     """What a killed build left (we hold the lock), and images of recipes long gone."""
     for path in cache.glob(".build-*"):
         remove_build(runner, path)
-    for path in (*cache.glob("image-*"), *cache.glob("start-*"), *cache.glob("zfs-*")):
+    for path in [old for kind in ("image", "start", "zfs", "qemu") for old in cache.glob(f"{kind}-*")]:
         if path.is_dir() and time.time() - path.stat().st_mtime > _OLD:
             remove_build(runner, path)
 

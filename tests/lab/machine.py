@@ -126,7 +126,7 @@ class Machine:
         none), else, and where it is to have another ``size``, from cold. Busy where a lab of this name
         runs."""
         image = images.ensure(self.runner, self.say, kind)
-        engine = qemu.engine(self.runner, kind)
+        engine = qemu.engine(self.runner, self.say, kind)
         packages = parcel.packages()
         with self._lock():
             self._facts = None
@@ -152,7 +152,7 @@ class Machine:
         if self.running():
             raise Busy(f"the lab {self.name} is running", remedy="pull the plug first")
         with self._lock():
-            engine = qemu.engine(self.runner, self.kind)
+            engine = qemu.engine(self.runner, self.say, self.kind)
             self._run(self.image, self.kind, engine, None, old.owner, old.size)
             self._wait()
 

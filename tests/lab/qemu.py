@@ -20,7 +20,8 @@ from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, TimedOut, Unsupported
 from provision.paths import cache_dir
 from provision.processes import Process
-from tests.lab.image import Image
+from tests.lab import emulator
+from tests.lab.image import Image, place
 from tests.lab.kinds import KVM, Kind
 
 SPARE_DISKS = ("d1", "d2", "d3")  # /dev/vdb to /dev/vdd in the lab
@@ -58,9 +59,10 @@ class Engine:
 USUAL = Size()
 
 
-def engine(runner: Runner, kind: Kind = KVM) -> Engine:
+def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM) -> Engine:
     """KVM where a guest really runs under it and can have guests of its own; else emulation, which
-    offers AMD's SVM whatever this CPU is. Unsupported without QEMU."""
+    offers AMD's SVM whatever this CPU is, by a newer QEMU where it can be had. Unsupported without
+    any."""
     program = which("qemu-system-x86_64")
     if program is None:
         raise Unsupported(
@@ -76,6 +78,9 @@ def engine(runner: Runner, kind: Kind = KVM) -> Engine:
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
     accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
+    if kind.newer_cpu and (newer := emulator.newer(runner, place(), say)):
+        program, cpu = str(newer), kind.newer_cpu
+        version = runner.read(program, "--version").stdout.splitlines()[0]
     words = kind.emulated_kernel
     return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
 

@@ -26,15 +26,17 @@ from hypervisors.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from provision.paths import state_dir
 from tests.lab import machine as machines
-from tests.lab import qemu
+from tests.lab import qemu, told
 from tests.lab.image import Say
 from tests.lab.kinds import KVM, Kind
 from tests.lab.machine import Machine
 from tests.lab.parcel import CHECKOUT
 
 LIMIT = 90  # minutes
-_KEPT = 10  # results
+_KEPT = 10  # results, and all of the last _DAY: another command may have use for its own still
+_DAY = 86400  # seconds
 _OUT = "/root/results"
+_PASSED = f"{_OUT}/passed"
 _GUEST = "/var/cache/farmhand/test-guest"  # where tests/lab/parcel.py puts it
 _BENCHES = {
     "kvm": ("tests.bench_stores", "ZFS and LVM, beside the bare commands: about 20 minutes"),
@@ -94,32 +96,44 @@ def run_tests(
     made.
 
     A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back. Nested
-    guests can crash an emulated lab's kernel (see docs/lab.md): where that ended the tests, they run
-    again, all of them and once, in a new lab; a failed test never does."""
+    guests can crash an emulated lab's kernel (see docs/lab.md): where that ended the tests, those that
+    it had not been through run in a new lab, once; a failed test is never run again."""
+    passed: tuple[str, ...] = ()
     for again in (True, False):
         try:
-            return _run_tests(runner, say, name, kind, warm, choice, limit, show)
+            return _run_tests(runner, say, name, kind, warm, choice, passed, limit, show)
         except _KernelDied as died:
-            if name or not again:
+            if name or not again or died.told.failed:
                 raise
-            say(f"{died.message}; its tests run again in a new lab, once")
+            passed = died.told.passed
+            say(f"{died.message}; {len(passed)} tests had passed, the others run in a new lab, once")
     raise AssertionError("the second one returns or raises")
 
 
 class _KernelDied(FarmhandError):
-    """The lab's own kernel, not a test."""
+    """The lab's own kernel, not a test. ``told``: what it had been through."""
+
+    def __init__(self, name: str, why: str, results: Path, through: told.Told) -> None:
+        message = f"the kernel of the lab {name} died under emulation ({why})"
+        if through.failed:
+            message += f", and before that there had failed {', '.join(through.failed)}"
+        super().__init__(message, remedy=f"see {results}/console.log")
+        self.told = through
 
 
 def _run_tests(
-    runner: Runner, say: Say, name: str, kind: Kind, warm: bool, choice: Choice, limit: float,
-    show: Callable[[bytes], None],
+    runner: Runner, say: Say, name: str, kind: Kind, warm: bool, choice: Choice,
+    passed: tuple[str, ...], limit: float, show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
     with _lab(runner, say, name, kind, warm=warm) as machine:
         results = _results_directory(machine.name)
         log = results / "pytest.log"
+        if passed:
+            machine.run(f"mkdir -p {_OUT} && cat >{_PASSED}", input="\n".join(passed).encode())
+        script = _script(machine.kind, choice, go_on=bool(passed))
         try:
-            status = _stream(machine.ssh_argv(_script(machine.kind, choice)), log, show, limit)
+            status = _stream(machine.ssh_argv(script), log, show, limit)
             if status == 255:
                 _look_for_a_crash(machine, results)
         except TimedOut:
@@ -177,7 +191,7 @@ def _lab(runner: Runner, say: Say, name: str, kind: Kind, *, warm: bool) -> Iter
             machine.remove()
 
 
-def _script(kind: Kind, choice: Choice) -> str:
+def _script(kind: Kind, choice: Choice, *, go_on: bool) -> str:
     marks = f"{kind.marker} and brief" if choice.brief else kind.marker
     pytest = [
         "/opt/venv/bin/python", "-P", "-m", "pytest", *(choice.only or ["tests"]), "-m", marks,
@@ -190,6 +204,7 @@ def _script(kind: Kind, choice: Choice) -> str:
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",
         **({"FARMHAND_KILLS": "few"} if choice.brief else {}),
+        **({told.LIST: _PASSED} if go_on else {}),
         **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
     }
     settings = " ".join(f"{key}={value}" for key, value in environment.items())
@@ -242,10 +257,7 @@ def _look_for_a_crash(machine: Machine, results: Path) -> None:
         except (CommandFailed, TimedOut):
             why = "it doesn't answer"
     if why:
-        raise _KernelDied(
-            f"the kernel of the lab {machine.name} died under emulation ({why})",
-            remedy=f"see {results}/console.log",
-        )
+        raise _KernelDied(machine.name, why, results, told.read(machine.console))
 
 
 def _bring_back(machine: Machine, results: Path, say: Say) -> None:
@@ -274,7 +286,8 @@ def _results_directory(name: str) -> Path:
     place = state_dir() / "lab-results"
     place.mkdir(parents=True, exist_ok=True)
     for old in sorted(p for p in place.iterdir() if p.is_dir())[: -(_KEPT - 1)]:
-        shutil.rmtree(old, ignore_errors=True)
+        if time.time() - old.stat().st_mtime > _DAY:
+            shutil.rmtree(old, ignore_errors=True)
     fresh = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     fresh.mkdir()
     return fresh

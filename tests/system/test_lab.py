@@ -1,15 +1,21 @@
-"""The lab as a machine: two from one saved state differ where they must, and a power cut takes what was
-not flushed at most."""
+"""The lab as a machine: two from one saved state differ where they must, a power cut takes what was not
+flushed at most, and when its kernel dies the tests go on in another."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from hypervisors.run import Runner
+from inventory.errors import CommandFailed, FarmhandError, TimedOut
+from tests.lab import qemu, told
 from tests.lab.machine import Machine
+from tests.lab.run import Choice, run_tests
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]  # the image may have to be built
 
@@ -66,3 +72,37 @@ def test_after_a_power_cut_all_that_was_flushed_is_there(lab: Callable[..., Mach
         "cat /root/kept /tank/kept/file; zpool list -H -o health tank; lvs --noheadings -o lv_name group"
     ).stdout.split()
     assert found == ["kept", "kept", "ONLINE", "kept"]
+
+
+def test_when_a_labs_kernel_dies_the_tests_go_on_in_another() -> None:
+    """An emulated one's: on real hardware it would be the fault of what is tested."""
+    machine = Machine(f"test-kvm-{os.getpid()}", Runner(), print)
+    said: list[str] = []
+    shown: list[bytes] = []
+    killed = False
+
+    def show(data: bytes) -> None:
+        nonlocal killed
+        shown.append(data)
+        if not killed and told.read(machine.console).passed:
+            killed = True
+            with contextlib.suppress(CommandFailed, TimedOut):
+                machine.run("echo c >/proc/sysrq-trigger", timeout=60)
+
+    choice = Choice(only=("tests/lab/test_smoke.py",))
+    if not qemu.engine(Runner(), said.append).why.startswith(qemu.EMULATED):
+        with pytest.raises(FarmhandError, match="went away under the tests"):
+            run_tests(Runner(), said.append, choice=choice, show=show)
+        return
+    report = run_tests(Runner(), said.append, choice=choice, show=show)
+    assert report.ok
+    before = re.search(r"Kernel panic - not syncing\); (\d+) tests had passed", "\n".join(said))
+    assert before
+    assert int(before[1]) >= 1
+    output = b"".join(shown).decode()
+    assert f"not run again: {before[1]} tests that had passed" in output
+    all_of_them = re.search(r"collected (\d+) items", output)
+    passed = re.search(r"(\d+) passed", report.closing)
+    assert all_of_them
+    assert passed
+    assert int(before[1]) + int(passed[1]) == int(all_of_them[1])

@@ -1,0 +1,41 @@
+"""What is kept of the labs' runs: enough, and nothing that another command is still writing to."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lab import told
+from tests.lab.run import _results_directory
+
+
+def test_results_of_the_last_day_are_never_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path))
+    place = tmp_path / "lab-results"
+    place.mkdir()
+    old = [place / f"20260101-0000{n:02}-lab" for n in range(12)]
+    young = [place / f"20260102-0000{n:02}-lab" for n in range(12)]
+    for directory in (*old, *young):
+        directory.mkdir()
+    for directory in old:
+        os.utime(directory, (time.time() - 2 * 86400,) * 2)
+    fresh = _results_directory("lab")
+    assert sorted(place.iterdir()) == [*young, fresh]
+
+
+def test_what_a_console_tells_of_tests_is_read_past_what_the_kernel_garbles(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    console.write_bytes(
+        b"lab: ready after 3 s\r\nlab: passed tests/a.py::test_one[two fakes]\r\n"
+        b"lab: pas[   12.5] zd0: p1\r\nsed tests/a.py::test_two\r\n"
+        b"[   13.0] BUG: lab: passed nothing\r\nlab: failed tests/a.py::test_three\r\n"
+        b"lab: passed tests/b"
+    )
+    assert told.read(console) == told.Told(
+        passed=("tests/a.py::test_one[two fakes]",), failed=("tests/a.py::test_three",)
+    )
