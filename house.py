@@ -9,8 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from inventory.errors import UsageError
 from provision.paths import cache_dir
@@ -123,43 +126,61 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             import labhouse
 
             labhouse.prepare(run)  # minutes, the first time
-            lab = stack.enter_context(LabTest(run, "--brief", "--minutes", str(_LAB_MINUTES)))
+            lab = stack.enter_context(LabTests(run, ("--brief", "--minutes", str(_LAB_MINUTES))))
         steps.append(_pytest(run, arguments))
-        if lab:
-            found = lab.finish()
+        for found in lab.finish() if lab else ():
             steps.append({"name": found.problem or "lab-test", "ok": found.ok, **found.data})
     return _result(steps)
 
 
-class LabTest:
-    """A lab-test with these options in a process of its own, while this one does something else. What
-    pytest says there is shown when it is through. Ctrl-C reaches it too; left by an error, it is
-    interrupted."""
+class LabTests:
+    """lab-test with these options, one run after another, in processes of their own, while this one
+    does something else. What pytest says there is shown when all are through. Ctrl-C reaches them too;
+    left by an error, the one under way is interrupted."""
 
-    def __init__(self, run: Run, *options: str) -> None:
+    def __init__(self, run: Run, *runs: Sequence[str]) -> None:
         self._run = run
-        self._process = subprocess.Popen(
-            [ROOT / "invoke", "lab-test", "--json", *options], cwd=ROOT, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        self._runs = runs
+        self._guard = threading.Lock()
+        self._left = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: list[tuple[int, bytes]] = []
+        self._lane = threading.Thread(target=self._work)
+        self._lane.start()
 
-    def __enter__(self) -> LabTest:
+    def _work(self) -> None:
+        for options in self._runs:
+            with self._guard:
+                if self._left:
+                    return
+                self._process = process = subprocess.Popen(
+                    [ROOT / "invoke", "lab-test", "--json", *options], cwd=ROOT,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+            answer, _ = process.communicate()
+            self._answers.append((process.returncode, answer))
+
+    def __enter__(self) -> LabTests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            self._process.communicate()
+        with self._guard:
+            self._left = True
+            if self._process and self._process.poll() is None:
+                self._process.send_signal(signal.SIGINT)
+        self._lane.join()
 
-    def finish(self) -> Result:
-        """Waits for it."""
-        answer, _ = self._process.communicate()
-        data = json.loads(answer or "{}")
+    def finish(self) -> list[Result]:
+        """Waits for them."""
+        self._lane.join()
+        return [self._told(status, json.loads(answer or "{}")) for status, answer in self._answers]
+
+    def _told(self, status: int, data: dict[str, Any]) -> Result:
         results = data.get("results")
         if results and not self._run.json:
             sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
             sys.stdout.flush()
-        if self._process.returncode == 0:
+        if status == 0:
             return Result(data, "")
         said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
         return Result(data, "", ok=False, problem=said or "tests in a lab failed")

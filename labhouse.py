@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from tests.lab.kinds import Kind
 
 
-def prepare(run: Run) -> None:
-    """Build the KVM lab's image, where there is none: minutes, with progress on the screen."""
+def prepare(run: Run, kind: Kind | None = None) -> None:
+    """Build the image of that kind of lab, else the KVM lab's, where there is none: minutes, with
+    progress on the screen."""
     from tests.lab import image
+    from tests.lab.kinds import KVM
 
-    image.ensure(Runner(), run.screen.say)
+    image.ensure(Runner(), run.screen.say, kind or KVM)
 
 
 def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> Result:
@@ -107,6 +109,7 @@ def test(
     run: Run,
     name: str,
     *,
+    kvm: bool,
     xen: bool,
     cold: bool,
     only: tuple[str, ...],
@@ -114,37 +117,42 @@ def test(
     minutes: int,
     brief: bool,
 ) -> Result:
-    """Of a Xen lab with ``xen``, a choice or all; of a KVM lab a choice; or all of it in two labs, side
-    by side where the machine has the cores, and then, on this host, the tests of the labs themselves.
-    pytest's closing line is the last on stdout."""
+    """In the running lab ``name``, or a choice in a lab of its own, the KVM lab but with ``xen``; or
+    all, of both kinds or of one: two labs of each, side by side where the machine has the cores, and at
+    last the tests of the labs themselves, on this host. pytest's closing line is the last on stdout.
+    UsageError."""
     from tests.lab import machine as machines
     from tests.lab.kinds import KVM, XEN
 
+    if kvm and xen:
+        raise UsageError("--kvm and --xen together: that is all of it", remedy="give neither")
     one = partial(_in_a_lab, run, cold=cold, only=only, minutes=minutes, brief=brief)
     if name:
         return one(machines.Machine(name, Runner(), run.screen.say).kind, name, match=match)
-    if xen or only or match or brief:
+    if only or match or brief:
         return one(XEN if xen else KVM, "", match=match)
     import house
 
+    kinds = (KVM,) if kvm else (XEN,) if xen else (KVM, XEN)
     parts: list[Result] = []
     if len(os.sched_getaffinity(0)) < _CORES:
-        parts += [one(KVM, "", match=match) for match in (_GUESTS, f"not ({_GUESTS})")]
+        parts += [one(kind, "", match=words) for kind in kinds for words in kind.halves]
     else:
-        prepare(run)
-        options = ["--minutes", str(minutes), *(["--cold"] if cold else [])]
-        with house.LabTest(run, "--match", _GUESTS, *options) as other:
-            parts += [one(KVM, "", match=f"not ({_GUESTS})"), other.finish()]
-    parts.append(house.of_the_lab(run))
+        for kind in kinds:
+            prepare(run, kind)
+        options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
+        runs = [(f"--{kind.name}", "--match", kind.halves[0], *options) for kind in kinds]
+        with house.LabTests(run, *runs) as others:
+            parts += [one(kind, "", match=kind.halves[1]) for kind in kinds]
+            parts += others.finish()
+    if KVM in kinds:
+        parts.append(house.of_the_lab(run))
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}
     return Result(data, "", ok=not problems, problem="; ".join(problems))
 
 
 _CORES = 2  # a lab's tests seldom keep more than one busy
-_GUESTS = "guests or kvm"
-"""Tests with nested guests: emulated they may cost the lab's kernel its life, and then they run again,
-but they alone."""
 
 
 def _in_a_lab(

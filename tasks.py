@@ -513,7 +513,8 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
 @command(
     {
         "name": "A running lab to use; absent: one of its own, ended afterwards.",
-        "xen": "A Xen lab, instead of one with KVM.",
+        "kvm": "In the KVM lab only; with a choice of tests it is the usual one.",
+        "xen": "In the Xen lab only.",
         "cold": _COLD,
         "only": "Only these test files or directories; repeatable.",
         "match": "Only tests whose names match (pytest -k).",
@@ -524,16 +525,16 @@ def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
     plans=False,
 )
 def lab_test(
-    run: Run, name: str = "", xen: bool = False, cold: bool = False, only: Names = None,
-    match: str = "", brief: bool = False, minutes: str = "90",
+    run: Run, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
+    only: Names = None, match: str = "", brief: bool = False, minutes: str = "180",
 ) -> Result:  # fmt: skip
-    """Run the contract suites and the lab's own tests there."""
+    """Run the contract suites and the labs' own tests there."""
     import labhouse
 
     run.resume = "the lab is ended; what it left over is removed by the next lab command"
     most, paths = cli.count("--minutes", minutes), tuple(only or ())
     return labhouse.test(
-        run, name, xen=xen, cold=cold, only=paths, match=match, minutes=most, brief=brief
+        run, name, kvm=kvm, xen=xen, cold=cold, only=paths, match=match, minutes=most, brief=brief
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import re
@@ -57,7 +58,7 @@ def run(*argv: str | Path) -> str:
     return done.stdout
 
 
-class Place:
+class Place(abc.ABC):
     """``host`` is what the farm file says of each of ``hosts``. ``still``: its machines are the fake's,
     so that a kill costs no more than what the store takes."""
 
@@ -67,10 +68,10 @@ class Place:
     hosts: tuple[str, ...] = ("here",)
     still = False
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - not every place has to
         """Before anything of the tests' is made."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Nothing of it stays."""
 
     def make_image(self, path: Path) -> None:
@@ -80,13 +81,13 @@ class Place:
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path)
         raw.unlink()
 
+    @abc.abstractmethod
     def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
         """Make its content ``image(letter)``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, disk: Disk, site: Site) -> str:
         """The letter it was written with last, or "torn"."""
-        raise NotImplementedError
 
     def content(self, site: Site, vm: str) -> str:
         """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
@@ -99,7 +100,7 @@ class Place:
             return "old" if disk.base != "clean" or not store.pristine(disk.machine, "clean") else "torn"
         return "new" if seen == TEMPLATE and store.pristine(disk.machine, "clean") else "torn"
 
-    def check(self, disk: Disk) -> None:
+    def check(self, disk: Disk) -> None:  # noqa: B027
         """That it is sound in itself."""
 
     def everything(self) -> list[str]:
@@ -381,12 +382,24 @@ class Machines(Place):
         self._place = place
         self.label = f"kvm+{place.label}"
         self.host = place.host.replace("uri: 'qemu:///system', ", "")
-        self.make_image = place.make_image  # type: ignore[method-assign]
-        self.write = place.write  # type: ignore[method-assign]
-        self.read = place.read  # type: ignore[method-assign]
-        self.everything = place.everything  # type: ignore[method-assign]
-        self.open = place.open  # type: ignore[method-assign]
-        self.close = place.close  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        self._place.open()
+
+    def close(self) -> None:
+        self._place.close()
+
+    def make_image(self, path: Path) -> None:
+        self._place.make_image(path)
+
+    def write(self, disk: Disk, site: Site, letter: str = OLD) -> None:
+        self._place.write(disk, site, letter)
+
+    def read(self, disk: Disk, site: Site) -> str:
+        return self._place.read(disk, site)
+
+    def everything(self) -> list[str]:
+        return self._place.everything()
 
     def running(self, directory: Path) -> list[str]:
         return _of_qemu(directory)
@@ -402,12 +415,11 @@ class XenMachines(Machines):
         self.label = f"xen+{place.label}"
         xen = "driver: xen, uri: 'xen:///system'"
         self.host = place.host.replace("driver: kvm, uri: 'qemu:///system'", xen)
-        self.everything = self._everything  # type: ignore[method-assign]
 
-    def _everything(self) -> list[str]:
+    def everything(self) -> list[str]:
         """With libvirt's definitions, which are outside of the farm's state."""
         names = run("virsh", "-c", "xen:///system", "list", "--all", "--name").split()
-        return [*self._place.everything(), *(f"definition {n}" for n in names if n.startswith("kill-"))]
+        return [*super().everything(), *(f"definition {n}" for n in names if n.startswith("kill-"))]
 
     def running(self, directory: Path) -> list[str]:
         names = [line.split()[0] for line in run("xl", "list").splitlines()]

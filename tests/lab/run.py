@@ -32,7 +32,7 @@ from tests.lab.kinds import KVM, Kind
 from tests.lab.machine import Machine
 from tests.lab.parcel import CHECKOUT
 
-LIMIT = 90  # minutes
+LIMIT = 180  # minutes
 _KEPT = 10  # results, and all of the last _DAY: another command may have use for its own still
 _DAY = 86400  # seconds
 _OUT = "/root/results"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import house
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -50,3 +55,39 @@ def test_interrupted_tests_tidy_up(tmp_path: Path, number: signal.Signals, json:
     process.send_signal(number)
     process.wait(timeout=60)
     assert tidied.exists()
+
+
+@pytest.fixture
+def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house.LabTests]:
+    """With a lab-test that says what it was asked for in ``asked``, and lasts as many seconds as that
+    says."""
+    program = tmp_path / "invoke"
+    program.write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n'
+        "trap 'kill $!; exit 130' INT; sleep \"$3\" >/dev/null & wait\n"
+        """echo '{"ok": false, "message": "the lab went away", "seconds": '"$3"'}'; [ "$3" = 0 ]\n"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    return lambda *runs: house.LabTests(SimpleNamespace(json=True), *runs)
+
+
+def test_labs_run_one_after_another(lane: Callable[..., house.LabTests], tmp_path: Path) -> None:
+    with lane(("0", "--kvm"), ("0.1", "--xen")) as labs:
+        first, second = labs.finish()
+    assert (first.ok, first.data["seconds"]) == (True, 0)
+    assert (second.ok, second.problem) == (False, "the lab went away")
+    assert (tmp_path / "asked").read_text() == "lab-test --json 0 --kvm\nlab-test --json 0.1 --xen\n"
+
+
+def test_labs_that_are_left_end_and_no_more_begin(
+    lane: Callable[..., house.LabTests], tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt), lane(("60", "--kvm"), ("60", "--xen")):
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)  # for its trap
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 30
+    assert (tmp_path / "asked").read_text() == "lab-test --json 60 --kvm\n"
