@@ -33,6 +33,7 @@ from tests.lab.machine import Machine
 from tests.lab.parcel import CHECKOUT
 
 LIMIT = 180  # minutes
+_LABS = 3  # as many may a run of the tests take, where their kernels die
 _KEPT = 10  # results, and all of the last _DAY: another command may have use for its own still
 _DAY = 86400  # seconds
 _OUT = "/root/results"
@@ -97,17 +98,17 @@ def run_tests(
 
     A lab that hangs is ended after ``limit`` seconds: TimedOut, with what could be brought back. Nested
     guests can crash an emulated lab's kernel (see docs/lab.md): where that ended the tests, those that
-    it had not been through run in a new lab, once; a failed test is never run again."""
+    it had not been through run in a new lab, three labs in all; a failed test is never run again."""
     passed: tuple[str, ...] = ()
-    for again in (True, False):
+    for left in reversed(range(_LABS)):
         try:
             return _run_tests(runner, say, name, kind, warm, choice, passed, limit, show)
         except _KernelDied as died:
-            if name or not again or died.told.failed:
+            if name or not left or died.told.failed:
                 raise
-            passed = died.told.passed
-            say(f"{died.message}; {len(passed)} tests had passed, the others run in a new lab, once")
-    raise AssertionError("the second one returns or raises")
+            passed += died.told.passed
+            say(f"{died.message}; {len(passed)} tests had passed, the others run in a new lab")
+    raise AssertionError("the last one returns or raises")
 
 
 class _KernelDied(FarmhandError):

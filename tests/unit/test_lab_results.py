@@ -1,4 +1,5 @@
-"""What is kept of the labs' runs: enough, and nothing that another command is still writing to."""
+"""What is kept of the labs' runs: enough, and nothing that another command is still writing to; and how
+often they go on where a lab's kernel died."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import told
-from tests.lab.run import _results_directory
+from hypervisors.run import Runner
+from inventory.errors import FarmhandError
+from tests.lab import run, told
+from tests.lab.run import Choice, _KernelDied, _results_directory
 
 
 def test_results_of_the_last_day_are_never_taken_away(
@@ -39,3 +42,22 @@ def test_what_a_console_tells_of_tests_is_read_past_what_the_kernel_garbles(tmp_
     assert told.read(console) == told.Told(
         passed=("tests/a.py::test_one[two fakes]",), failed=("tests/a.py::test_three",)
     )
+
+
+@pytest.mark.parametrize(("failed", "labs"), [((), 3), (("t",), 1)], ids=["none failed", "one failed"])
+def test_where_kernels_die_a_third_lab_goes_on_but_no_fourth(
+    monkeypatch: pytest.MonkeyPatch, failed: tuple[str, ...], labs: int
+) -> None:
+    """Each with what all before it had not been through."""
+    given: list[tuple[str, ...]] = []
+
+    def dies(*arguments: object) -> None:
+        passed = arguments[6]
+        assert isinstance(passed, tuple)
+        given.append(passed)
+        raise _KernelDied("lab", "panic", Path("results"), told.Told((f"t{len(given)}",), failed))
+
+    monkeypatch.setattr(run, "_run_tests", dies)
+    with pytest.raises(FarmhandError, match="the kernel of the lab lab died"):
+        run.run_tests(Runner(), lambda _: None, choice=Choice(), show=lambda _: None)
+    assert given == [(), ("t1",), ("t1", "t2")][:labs]
