@@ -29,6 +29,7 @@ from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.memory import memory_available
 from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
+from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner, which
 from inventory.errors import DriverFailed, FarmhandError, Interrupted
 
@@ -225,11 +226,7 @@ class Host:
         if self._reader is not None:
             os.chown(file, self._reader, -1)
         file.replace(seed)
-        handle = os.open(seed.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(seed.parent)
 
     def _seed(self, machine: str) -> Path:
         return self._home.seeds / f"{machine}.iso"
