@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
@@ -12,6 +13,7 @@ from inventory.errors import DriverFailed
 
 _STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
 _NUDGE = 3.0  # seconds
+_MOMENT = 0.01
 _ERESTARTSYS = 512  # include/linux/errno.h; never meant for processes
 _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 
@@ -83,15 +85,35 @@ def holders(path: Path) -> tuple[tuple[int, str], ...]:
         return ()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            for handle in (process / "fd").iterdir():
-                seen = handle.stat()
-                if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == device.st_rdev:
-                    found.append((int(process.name), (process / "comm").read_text().strip()))
-                    break
-        except OSError:  # it ended, closed it, or isn't ours to look into
-            continue
+        with contextlib.suppress(OSError):  # it ended, or isn't ours to look into
+            if _has_open(process, device.st_rdev):
+                found.append((int(process.name), (process / "comm").read_text().strip()))
     return tuple(found)
+
+
+def await_closed(path: Path, who: tuple[tuple[int, str], ...], *, timeout: float) -> None:
+    """Until none of these processes has the block device open any more, or time is up; a moment at
+    least, for one that can't be seen. Looks at them only, for all of /proc takes a while."""
+    limit = time.monotonic() + timeout
+    time.sleep(_MOMENT)
+    try:
+        device = path.stat()
+    except FileNotFoundError:
+        return
+    for pid, _ in who:
+        with contextlib.suppress(OSError):
+            while _has_open(Path("/proc", str(pid)), device.st_rdev) and time.monotonic() < limit:
+                time.sleep(_MOMENT)
+
+
+def _has_open(process: Path, device: int) -> bool:
+    """OSError where it isn't there any more, or not ours to look into."""
+    for handle in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            seen = handle.stat()
+            if stat.S_ISBLK(seen.st_mode) and seen.st_rdev == device:
+                return True
+    return False
 
 
 def passing(found: tuple[tuple[int, str], ...]) -> bool:

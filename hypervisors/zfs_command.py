@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypervisors.devices import holders, passing
+from hypervisors.devices import await_closed, holders, passing
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Result, Runner, which
 from inventory.errors import (
@@ -65,9 +65,10 @@ class Zfs:
             busy = refused == "busy" or answer.get("errno") == errno.EBUSY
             if not busy and not refused and not answer.get("errno"):
                 return answer
-            who = holders(Path("/dev/zvol") / at.partition("@")[0]) if busy else ()
+            path = Path("/dev/zvol") / at.partition("@")[0]
+            who = holders(path) if busy else ()
             if busy and passing(who) and time.monotonic() < limit:
-                time.sleep(0.05)
+                await_closed(path, who, timeout=limit - time.monotonic())
                 continue
             raise self._refusal(answer, at, who)
 

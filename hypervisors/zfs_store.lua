@@ -78,8 +78,19 @@ local function newest(volume)
   return any, ours
 end
 
+-- Bytes: all of it; and since the newest snapshot of ours, since the origin where there is none of
+-- anybody's.
+local function measure(name, volume)
+  volume.used = value(name, "used")
+  if volume.newest then
+    volume.written = value(name, "written@" .. volume.newest)
+  elseif not next(volume.snapshots) then
+    volume.written = value(name, "written")
+  end
+end
+
 local function look_at(name)
-  local volume = {marks = marks(name), snapshots = snapshots(name), used = value(name, "used")}
+  local volume = {marks = marks(name), snapshots = snapshots(name)}
   if not next(volume.marks) then
     volume.referenced = value(name, "referenced")
     volume.origin = value(name, "origin")
@@ -87,14 +98,9 @@ local function look_at(name)
   if volume.marks.state ~= "disk" then
     volume.created = value(name, "creation")
   end
-  local any, ours = newest(volume)
+  local _, ours = newest(volume)
   volume.newest = ours
-  -- Since the newest snapshot of ours; since the origin where there is none of anybody's.
-  if ours then
-    volume.written = value(name, "written@" .. ours)
-  elseif not any then
-    volume.written = value(name, "written")
-  end
+  measure(name, volume)
   return volume
 end
 
@@ -191,12 +197,12 @@ end
 
 -- A checkpoint of a volume that was written with fsync holds the head of its intent log, which a rollback
 -- clears (dsl_dataset_zero_zil): a block that counts as written. So what the volume is then becomes a
--- snapshot of its own, from which on it counts.
+-- snapshot of its own, from which on it counts: true is returned beside the error number.
 local function roll_back(name, volume)
   local _, own = newest(volume)
   local errno = zfs.sync.rollback(name)
   if errno ~= 0 or volume.snapshots[own].marks.kind ~= "checkpoint" then
-    return errno
+    return errno, false
   end
   local start = name .. "@_start." .. own
   errno = zfs.sync.snapshot(start)
@@ -204,7 +210,7 @@ local function roll_back(name, volume)
     mark(start, "name", volume.snapshots[own].marks.name)
     mark(start, "kind", "start")
   end
-  return 0 -- without room for the snapshot it has gone back all the same, and may be hard to prove
+  return 0, true -- without room for it, it has gone back all the same, and may be hard to prove
 end
 
 local function has_checkpoint(volume)
@@ -260,11 +266,15 @@ local function operate()
         return {refused = "busy", at = name}
       end
       if back then
-        local errno = roll_back(name, disk)
+        local errno, more = roll_back(name, disk)
         if errno ~= 0 then
           return {errno = errno, at = name}
         end
-        volumes[name] = look_at(name)
+        if more then
+          volumes[name] = look_at(name)
+        else
+          measure(name, disk)
+        end
       elseif untouched then -- what it is now is what resets are rolled back to, from now on
         local errno = start(name, argv[5])
         if errno ~= 0 then

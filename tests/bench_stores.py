@@ -3,6 +3,7 @@ in turns, on the same pool or group. Runs in the lab (``./invoke bench --lab``),
 
     clone      zfs clone -o ..., and its device there; lvcreate -s
     reset      zfs rollback; lvremove of the old and lvcreate -s under its name
+    written    the same reset right after the disk was written to, while udev looks at it
     older      a reset to another checkpoint than the newest: zfs clone, two renames, zfs destroy
     farm       that many clones at once, as clone-farm does it; the bare clones in a loop
 
@@ -25,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from hypervisors.api import Disks, Owner, Template
 from hypervisors.lvm_classic import LvmClassicDisks
@@ -85,6 +87,12 @@ def write(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def at_rest() -> None:
+    """Until udev has looked at what was written. ``zfs rollback`` works beneath whoever has a volume
+    open, and so beneath udev; ours refuses that, and waits for udev."""
+    run("udevadm", "settle")
+
+
 def until(path: Path) -> None:
     while not path.exists():
         time.sleep(0.01)
@@ -94,6 +102,10 @@ def clone_all(disks: Disks, sealed: Template, machines: Sequence[str]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(lambda m: disks.clone(sealed, m, Owner(FARM, m), sealed.size), machines):
             pass
+
+
+_MORE = ("checkpoint", "reset, just written")  # they do more than the bare command: flush, wait for udev
+Work = tuple[Any, ...]  # the sample's name, what to call, its arguments
 
 
 class Measured:
@@ -106,12 +118,19 @@ class Measured:
     def take(self, name: str, work: Callable[..., object], *arguments: object) -> None:
         self._seconds.setdefault(name, []).append(timed(work, *arguments))
 
+    def both(self, bare: Work, ours: Work) -> None:
+        """One after the other; who is first changes from time to time, for the second one has what udev
+        and the pool still do for the first."""
+        turns = len(self._seconds.get(bare[0], ()))
+        for name, work, *arguments in (bare, ours) if turns % 2 == 0 else (ours, bare):
+            self.take(name, work, *arguments)
+
     def figures(self, pairs: Sequence[tuple[str, str]]) -> Iterator[Figure]:
         """Bare and ours, in this order."""
         for bare, ours in pairs:
             first = f"{self._store}: {bare}"
             yield Figure(first, tuple(self._seconds[bare]))
-            limit = None if ours == "checkpoint" else LIMIT  # it flushes first; a bare snapshot doesn't
+            limit = None if ours in _MORE else LIMIT
             yield Figure(f"{self._store}: {ours}", tuple(self._seconds[ours]), limit, first)
 
 
@@ -155,24 +174,41 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
         for turn in range(rounds):
             say(f"ZFS volumes, round {turn + 1} of {rounds}")
             theirs, ours = f"{at}/vm{turn}", f"vm{turn}"
-            measured.take("zfs clone", bare_clone, theirs)
+            owner = Owner(FARM, ours)
             disks.templates()
-            measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
+            measured.both(
+                ("zfs clone", bare_clone, theirs), ("clone", disks.clone, sealed, ours, owner, 2**30)
+            )
             for path in (device(theirs), disks.ready(ours).path):
                 write(path)
-            measured.take("zfs clone, rename, destroy", bare_older, theirs)
-            measured.take("first reset", disks.restore, ours, "clean")
+            measured.both(
+                ("zfs clone, rename, destroy", bare_older, theirs),
+                ("first reset", disks.restore, ours, "clean"),
+            )
             run("zfs", "snapshot", f"{theirs}@start")
             for path in (device(theirs), disks.ready(ours).path):
                 write(path)
-            measured.take("zfs rollback", run, "zfs", "rollback", f"{theirs}@start")
-            measured.take("reset", disks.restore, ours, "clean")
-            measured.take("zfs snapshot", run, "zfs", "snapshot", f"{theirs}@one")
-            measured.take("checkpoint", disks.checkpoint, ours, "one")
+            measured.both(
+                ("zfs rollback, just written", run, "zfs", "rollback", f"{theirs}@start"),
+                ("reset, just written", disks.restore, ours, "clean"),
+            )
             for path in (device(theirs), disks.ready(ours).path):
                 write(path)
-            measured.take("zfs clone, rename, destroy (older)", bare_older, theirs)
-            measured.take("reset to an older one", disks.restore, ours, "clean")
+            at_rest()
+            measured.both(
+                ("zfs rollback", run, "zfs", "rollback", f"{theirs}@start"),
+                ("reset", disks.restore, ours, "clean"),
+            )
+            measured.both(
+                ("zfs snapshot", run, "zfs", "snapshot", f"{theirs}@one"),
+                ("checkpoint", disks.checkpoint, ours, "one"),
+            )
+            for path in (device(theirs), disks.ready(ours).path):
+                write(path)
+            measured.both(
+                ("zfs clone, rename, destroy (older)", bare_older, theirs),
+                ("reset to an older one", disks.restore, ours, "clean"),
+            )
         for turn in range(max(1, rounds // 2)):
             say(f"ZFS volumes, a farm of {MANY}, round {turn + 1}")
             names = [f"f{turn}-{n}" for n in range(MANY)]
@@ -196,6 +232,7 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
             [
                 ("zfs clone", "clone"),
                 ("zfs rollback", "reset"),
+                ("zfs rollback, just written", "reset, just written"),
                 ("zfs clone, rename, destroy", "first reset"),
                 ("zfs clone, rename, destroy (older)", "reset to an older one"),
                 ("zfs snapshot", "checkpoint"),
@@ -308,13 +345,17 @@ def lvm(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
     for turn in range(rounds):
         say(f"{store}, round {turn + 1} of {rounds}")
         theirs, ours = f"bare{turn}", f"vm{turn}"
-        measured.take("lvcreate -s", made.bare_clone, theirs)
+        owner = Owner(FARM, ours)
         disks.templates()
-        measured.take("clone", disks.clone, sealed, ours, Owner(FARM, ours), 2**30)
+        measured.both(
+            ("lvcreate -s", made.bare_clone, theirs), ("clone", disks.clone, sealed, ours, owner, 2**30)
+        )
         for path in (Path("/dev", vg, theirs), disks.ready(ours).path):
             write(path)
-        measured.take("lvremove, lvcreate -s", made.bare_reset, theirs)
-        measured.take("reset", disks.restore, ours, "clean")
+        measured.both(
+            ("lvremove, lvcreate -s", made.bare_reset, theirs),
+            ("reset", disks.restore, ours, "clean"),
+        )
     for turn in range(rounds):
         disks.destroy(f"vm{turn}")
         run("lvremove", "-q", "-f", f"{vg}/bare{turn}")
