@@ -20,8 +20,8 @@ class Kind:
     """``files``: directories below this one; of two files of the same name the later one's is taken.
     ``emulated_cpu``, ``emulated_kernel`` (more of its command line): where there is no KVM for the lab.
     ``newer_cpu``: the same with the QEMU of ``tests.lab.emulator``; empty: it is not for this kind.
-    ``marker``: pytest's, of the tests for it. ``apart``: which of them go to a lab of their own where
-    all are run, as pytest's -k."""
+    ``marker``: pytest's, of the tests for it. ``apart``: half of them, as pytest's -k, for a lab of
+    its own where all are run."""
 
     name: str
     title: str
@@ -80,14 +80,15 @@ def bases(recipe: Path) -> tuple[Path, ...]:
 # together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
 # The newer QEMU's "max" doesn't boot this kernel. Xen's guests start a sixth slower in it.
 _ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
-# Tests with nested guests may cost the emulated lab's kernel its life; then they alone go on in another.
+# The halves take about as long as each other. All nested guests are in one: they may cost the emulated
+# lab's kernel its life, and then that half alone goes on in another lab.
 KVM = Kind(
     "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" tsc=reliable {_ERMS}", "lab",
-    "guests or kvm", "EPYC,erms=off",
+    "guests or kvm or test_walk or test_trouble or test_at_once", "EPYC,erms=off",
 )  # fmt: skip
 XEN = Kind(
     "xen", "Xen", "recipe-xen.yaml", ("files", "files-xen"),
     "max,erms=off,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", " init_on_alloc=0", "xen",
-    "test_disks or test_lvm",
+    "test_disks or test_lvm or pv-zfs or pv-qcow2",
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in (KVM, XEN)}
