@@ -463,7 +463,11 @@ def _far_tools(name: str, host: Host, far: FarHypervisor) -> Iterator[Check]:
         tool, package = _STORE_TOOLS[host.disks.store]
         wanted[tool] = package
     files = {path: package for path, package, _ in _XEN_FILES} if host.driver == "xen" else {}
-    missing = far.missing(list(wanted), [Path(path) for path in files])
+    try:
+        missing = far.missing(list(wanted), [Path(path) for path in files])
+    except FarmhandError as error:  # the link was lost since it answered
+        yield Check(f"tools of {name}", False, "needed", error.message, error.remedy)
+        return
     if missing:
         packages = " ".join(dict.fromkeys({**wanted, **files}[one] for one in missing))
         text = f"not found there: {', '.join(missing)}"

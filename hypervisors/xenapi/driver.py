@@ -300,6 +300,9 @@ class XenApiHypervisor:
             marks = {**vm.marks, **seeded, "fresh": "", "resume": ""}  # now it may be written to
             if marks != {**vm.marks}:
                 self._pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+            most = str(vm.record["memory_static_max"])
+            if str(vm.record["memory_dynamic_min"]) != most:  # as it was ballooned to when it last ran
+                self._pool.call("VM.set_memory_dynamic_range", vm.ref, most, most)
             self._pool.call("VM.start", vm.ref, False, False)
 
     def stop(self, name: str, *, grace: float) -> None:

@@ -204,6 +204,10 @@ def test_ballooning(rig, made):
     with pytest.raises(UsageError, match="go down"):
         made.balloon(NAME, 16 * MIB, timeout=5)
     assert abs(made.find(NAME).current - 192 * MIB) < MIB
+    made.balloon(NAME, 128 * MIB, timeout=60)
+    made.stop(NAME, grace=0)
+    rig.boot("prod", "A")
+    assert abs(made.find(NAME).current - 192 * MIB) < MIB  # it lasts until the next start
     made.stop(NAME, grace=0)
 
 

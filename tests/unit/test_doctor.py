@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from hypervisors.far.drivers import FarHypervisor
+from inventory.errors import DriverFailed
+from inventory.model import Host
 from provision import doctor
 from provision.doctor import Check, examine
 
@@ -90,3 +94,13 @@ def test_what_xen_needs_is_named_with_its_package(
     assert missing.text == f"not found: {tmp_path}/lost (runs)"
     assert missing.remedy.endswith(" other")
     assert not named(checks(tmp_path, "kvm", "lvm-thin"), "xen")
+
+
+def test_a_link_lost_amid_the_questions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        def missing(self, *_: object) -> list[str]:
+            raise DriverFailed("the link to build2 is lost", remedy="is it up?")
+
+    [tools] = doctor._far_tools("far", Host(driver="kvm"), cast(FarHypervisor, Lost()))
+    assert (tools.name, tools.ok, tools.level) == ("tools of far", False, "needed")
+    assert (tools.text, tools.remedy) == ("the link to build2 is lost", "is it up?")
