@@ -7,7 +7,7 @@ DIRECTORY/credentials. It lives until its standard input closes. What it does an
 what it holds callers to in model.py.
 
 POST /test-control is the tests' own: {"begin": true} forgets all, "keep" and
-"put_back" make it as it was once, "knobs" sets world.Knobs, "log" has
+"put_back" make it as it was once, "knobs" sets database.Knobs, "log" has
 the calls since it was asked last, "world" a line for each object, "expire" ends all sessions. One of
 "fail" is {"call": "VM.clone" or "*", "nth": 1, "how": [...]}, counted among the calls of that name that
 come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["drop-after"] hang up
@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from database import Knobs
 from model import CALLS, Failure, arity, check, on_the_wire
-from world import Knobs, World
+from world import World
 
 _TEST = "/test-control"
 
