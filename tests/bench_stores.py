@@ -335,13 +335,13 @@ def lvm_classic(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
 
 
 def lvm(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
+    yield from lvm_disks(store, made, rounds, say)
+    yield from lvm_farm(store, made, rounds, say)
+
+
+def lvm_disks(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
+    """Disk by disk."""
     measured, vg, disks, sealed = Measured(store), made.name, made.disks, made.sealed
-    loop = [f"loop{n}" for n in range(MANY)]
-
-    def one_by_one() -> None:
-        for volume in loop:
-            made.bare_clone(volume)
-
     for turn in range(rounds):
         say(f"{store}, round {turn + 1} of {rounds}")
         theirs, ours = f"bare{turn}", f"vm{turn}"
@@ -359,20 +359,26 @@ def lvm(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
     for turn in range(rounds):
         disks.destroy(f"vm{turn}")
         run("lvremove", "-q", "-f", f"{vg}/bare{turn}")
+    yield from measured.figures([("lvcreate -s", "clone"), ("lvremove, lvcreate -s", "reset")])
+
+
+def lvm_farm(store: str, made: Group, rounds: int, say: Say) -> Iterator[Figure]:
+    measured, disks = Measured(store), made.disks
+    loop = [f"loop{n}" for n in range(MANY)]
+
+    def one_by_one() -> None:
+        for volume in loop:
+            made.bare_clone(volume)
+
     for turn in range(max(1, rounds // 2)):
         say(f"{store}, a farm of {MANY}, round {turn + 1}")
         measured.take(f"lvcreate -s, {MANY} in a loop", one_by_one)
-        run("lvremove", "-q", "-f", *(f"{vg}/{n}" for n in loop))
-        measured.take(f"farm of {MANY}", clone_all, disks, sealed, [f"f{n}" for n in range(MANY)])
-        for n in range(MANY):
-            disks.destroy(f"f{n}")
-    yield from measured.figures(
-        [
-            ("lvcreate -s", "clone"),
-            ("lvremove, lvcreate -s", "reset"),
-            (f"lvcreate -s, {MANY} in a loop", f"farm of {MANY}"),
-        ]
-    )
+        run("lvremove", "-q", "-f", *(f"{made.name}/{n}" for n in loop))
+        names = [f"f{n}" for n in range(MANY)]
+        measured.take(f"farm of {MANY}", clone_all, disks, made.sealed, names)
+        for name in names:
+            disks.destroy(name)
+    yield from measured.figures([(f"lvcreate -s, {MANY} in a loop", f"farm of {MANY}")])
 
 
 Measure = Callable[[Path, int, Say], Iterator[Figure]]

@@ -46,7 +46,7 @@ def _in_dom0(measure: Measure) -> Measure:
 def _disks(store: str, opened: Callable[[Path], AbstractContextManager[Group]]) -> Measure:
     def measure(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
         with opened(place) as made:
-            yield from bench_stores.lvm(store, made, rounds, say)
+            yield from bench_stores.lvm_disks(store, made, rounds, say)
 
     return measure
 
