@@ -13,7 +13,7 @@ from inventory.errors import DriverFailed
 
 _STAT_START = 21  # of /proc/PID/stat, proc(5), counted from 0
 _NUDGE = 3.0  # seconds
-_MOMENT = 0.01
+_MOMENT = 0.01  # seconds
 _ERESTARTSYS = 512  # include/linux/errno.h; never meant for processes
 _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 

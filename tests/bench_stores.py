@@ -160,6 +160,10 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
         def device(volume: str) -> Path:
             return Path("/dev/zvol", volume)
 
+        def write_both(theirs: str, ours: str) -> None:
+            for path in (device(theirs), disks.ready(ours).path):
+                write(path)
+
         def bare_clone(volume: str) -> None:
             run("zfs", "clone", "-o", "bench:vm=prod", "-o", "bench:farm=kata", sealed.ref, volume)
             until(device(volume))
@@ -179,21 +183,18 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
             measured.both(
                 ("zfs clone", bare_clone, theirs), ("clone", disks.clone, sealed, ours, owner, 2**30)
             )
-            for path in (device(theirs), disks.ready(ours).path):
-                write(path)
+            write_both(theirs, ours)
             measured.both(
                 ("zfs clone, rename, destroy", bare_older, theirs),
                 ("first reset", disks.restore, ours, "clean"),
             )
             run("zfs", "snapshot", f"{theirs}@start")
-            for path in (device(theirs), disks.ready(ours).path):
-                write(path)
+            write_both(theirs, ours)
             measured.both(
                 ("zfs rollback, just written", run, "zfs", "rollback", f"{theirs}@start"),
                 ("reset, just written", disks.restore, ours, "clean"),
             )
-            for path in (device(theirs), disks.ready(ours).path):
-                write(path)
+            write_both(theirs, ours)
             at_rest()
             measured.both(
                 ("zfs rollback", run, "zfs", "rollback", f"{theirs}@start"),
@@ -203,8 +204,7 @@ def zfs(place: Path, rounds: int, say: Say) -> Iterator[Figure]:
                 ("zfs snapshot", run, "zfs", "snapshot", f"{theirs}@one"),
                 ("checkpoint", disks.checkpoint, ours, "one"),
             )
-            for path in (device(theirs), disks.ready(ours).path):
-                write(path)
+            write_both(theirs, ours)
             measured.both(
                 ("zfs clone, rename, destroy (older)", bare_older, theirs),
                 ("reset to an older one", disks.restore, ours, "clean"),

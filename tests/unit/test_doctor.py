@@ -96,7 +96,7 @@ def test_what_xen_needs_is_named_with_its_package(
     assert not named(checks(tmp_path, "kvm", "lvm-thin"), "xen")
 
 
-def test_a_link_lost_amid_the_questions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_lost_amid_the_questions_is_told() -> None:
     class Lost:
         def missing(self, *_: object) -> list[str]:
             raise DriverFailed("the link to build2 is lost", remedy="is it up?")
