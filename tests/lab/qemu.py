@@ -81,7 +81,7 @@ def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM) -> Engine:
     if kind.newer_cpu and (newer := emulator.newer(runner, place(), say)):
         program, cpu = str(newer), kind.newer_cpu
         version = runner.read(program, "--version").stdout.splitlines()[0]
-    words = kind.emulated_kernel
+    words, cpus = kind.emulated_kernel, kind.emulated_cpus or cpus
     return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
 
 
