@@ -118,8 +118,8 @@ def test(
     brief: bool,
 ) -> Result:
     """In the running lab ``name``, or a choice in a lab of its own, the KVM lab but with ``xen``; or
-    all, of both kinds or of one: two labs of each, side by side where the machine has the cores, and at
-    last the tests of the labs themselves, on this host. pytest's closing line is the last on stdout.
+    all, of both kinds or of one: two labs of each, side by side where the machine has the cores, and
+    the tests of the labs themselves, on this host. pytest's closing line is the last on stdout.
     UsageError."""
     from tests.lab import machine as machines
     from tests.lab.kinds import KVM, XEN
@@ -134,19 +134,19 @@ def test(
     import house
 
     kinds = (KVM,) if kvm else (XEN,) if xen else (KVM, XEN)
-    parts: list[Result] = []
-    if len(os.sched_getaffinity(0)) < _CORES:
-        parts += [one(kind, "", match=words) for kind in kinds for words in kind.halves]
-    else:
+    aside: list[tuple[str, ...]] = []  # what another process does meanwhile
+    here = [(kind, words) for kind in kinds for words in kind.halves]
+    if len(os.sched_getaffinity(0)) >= _CORES:
         for kind in kinds:
             prepare(run, kind)
         options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
-        runs = [(f"--{kind.name}", "--match", kind.halves[0], *options) for kind in kinds]
-        with house.LabTests(run, *runs) as others:
-            parts += [one(kind, "", match=kind.halves[1]) for kind in kinds]
-            parts += others.finish()
-    if KVM in kinds:
-        parts.append(house.of_the_lab(run))
+        aside = [(f"--{kind.name}", "--match", kind.halves[0], *options) for kind in kinds]
+        here = [(kind, kind.halves[1]) for kind in kinds]
+    with house.LabTests(run, *aside) as others:
+        parts = [one(kind, "", match=words) for kind, words in here]
+        if KVM in kinds:
+            parts.append(house.of_the_lab(run))
+        parts += others.finish()
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}
     return Result(data, "", ok=not problems, problem="; ".join(problems))

@@ -21,8 +21,7 @@ class Kind:
     ``emulated_cpu``, ``emulated_kernel`` (more of its command line): where there is no KVM for the lab.
     ``newer_cpu``: the same with the QEMU of ``tests.lab.emulator``; empty: it is not for this kind.
     ``marker``: pytest's, of the tests for it. ``apart``: half of them, as pytest's -k, for a lab of
-    its own where all are run. ``emulated_cpus``: how many there are where there is no KVM for the lab;
-    0: as many as this host has, from two to four."""
+    its own where all are run."""
 
     name: str
     title: str
@@ -33,7 +32,6 @@ class Kind:
     marker: str
     apart: str
     newer_cpu: str = ""
-    emulated_cpus: int = 0
 
     @property
     def halves(self) -> tuple[str, str]:
@@ -82,9 +80,6 @@ def bases(recipe: Path) -> tuple[Path, ...]:
 # together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
 # The newer QEMU's "max" doesn't boot this kernel. Xen's guests start a sixth slower in it.
 _ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
-# One CPU for emulated Xen: two spend most of their time spinning until the other has flushed its TLB,
-# at each change of a page table of PV dom0 (lvs: 0.4 s with the host's two cores to itself, but 3.7 s
-# beside another such lab; with one CPU each 0.5 s).
 # The halves take about as long as each other. All nested guests are in one: they may cost the emulated
 # lab's kernel its life, and then that half alone goes on in another lab.
 KVM = Kind(
@@ -94,6 +89,6 @@ KVM = Kind(
 XEN = Kind(
     "xen", "Xen", "recipe-xen.yaml", ("files", "files-xen"),
     "max,erms=off,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", " init_on_alloc=0", "xen",
-    "test_disks or test_lvm or pv-zfs or pv-qcow2", emulated_cpus=1,
+    "test_disks or test_lvm",
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in (KVM, XEN)}

@@ -69,19 +69,23 @@ def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM) -> Engine:
             "qemu-system-x86_64 is not installed", remedy="apt-get install qemu-system-x86"
         )
     version = runner.read(program, "--version").stdout.splitlines()[0]
-    cpus = max(2, min(4, len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0))
     verdict = kvm_usable(runner, cache_dir())
     why = verdict.why
     if verdict.usable:
         if _nested():
-            return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
+            return Engine(program, version, ("kvm",), "host", max(2, min(4, cores)), "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
+    # No more CPUs than two labs side by side have cores for: each waits for the other to flush its TLB,
+    # spinning, and PV dom0 at each change of a page table. Two CPUs a lab on two cores took 3.7 s for
+    # an lvs(8) in the Xen lab, and 0.5 s with one.
+    cpus = max(1, min(4, cores // 2))
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
     accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
     if kind.newer_cpu and (newer := emulator.newer(runner, place(), say)):
         program, cpu = str(newer), kind.newer_cpu
         version = runner.read(program, "--version").stdout.splitlines()[0]
-    words, cpus = kind.emulated_kernel, kind.emulated_cpus or cpus
+    words = kind.emulated_kernel
     return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
 
 
