@@ -120,13 +120,13 @@ class Machine:
 
     def start(
         self, kind: Kind = KVM, *, warm: bool = True, temporary: bool = False,
-        size: qemu.Size = qemu.USUAL,
+        size: qemu.Size = qemu.USUAL, beside: bool = False,
     ) -> None:  # fmt: skip
         """Boot with clean disks, and wait until it answers: from the saved state (made now if there is
-        none), else, and where it is to have another ``size``, from cold. Busy where a lab of this name
-        runs."""
+        none), else, and where it is to have another ``size``, from cold. ``beside``: another lab runs
+        meanwhile. Busy where a lab of this name runs."""
         image = images.ensure(self.runner, self.say, kind)
-        engine = qemu.engine(self.runner, self.say, kind)
+        engine = qemu.engine(self.runner, self.say, kind, beside=beside)
         packages = parcel.packages()
         with self._lock():
             self._facts = None

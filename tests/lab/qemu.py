@@ -59,10 +59,10 @@ class Engine:
 USUAL = Size()
 
 
-def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM) -> Engine:
+def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM, *, beside: bool = False) -> Engine:
     """KVM where a guest really runs under it and can have guests of its own; else emulation, which
-    offers AMD's SVM whatever this CPU is, by a newer QEMU where it can be had. Unsupported without
-    any."""
+    offers AMD's SVM whatever this CPU is, by a newer QEMU where it can be had. ``beside``: another lab
+    runs meanwhile. Unsupported without any."""
     program = which("qemu-system-x86_64")
     if program is None:
         raise Unsupported(
@@ -70,16 +70,18 @@ def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM) -> Engine:
         )
     version = runner.read(program, "--version").stdout.splitlines()[0]
     cores = len(os.sched_getaffinity(0))
+    cpus = max(2, min(4, cores))
     verdict = kvm_usable(runner, cache_dir())
     why = verdict.why
     if verdict.usable:
         if _nested():
-            return Engine(program, version, ("kvm",), "host", max(2, min(4, cores)), "under KVM")
+            return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
-    # No more CPUs than two labs side by side have cores for: each waits for the other to flush its TLB,
-    # spinning, and PV dom0 at each change of a page table. Two CPUs a lab on two cores took 3.7 s for
-    # an lvs(8) in the Xen lab, and 0.5 s with one.
-    cpus = max(1, min(4, cores // 2))
+    if beside:
+        # No more CPUs than there are cores for: each waits for the others to flush their TLBs, spinning,
+        # and PV dom0 at each change of a page table. lvs(8) took 3.7 s in one of two Xen labs with two
+        # CPUs each on two cores, and 0.5 s with one CPU each (alone: 0.4 s with two, 0.47 s with one).
+        cpus = max(1, min(4, cores // 2))
     # one thread a virtual CPU; a translation buffer that a kernel with ZFS fits into
     accelerator, cpu = ("tcg,thread=multi,tb-size=512",), kind.emulated_cpu
     if kind.newer_cpu and (newer := emulator.newer(runner, place(), say)):

@@ -127,7 +127,7 @@ def _run_tests(
     passed: tuple[str, ...], limit: float, show: Callable[[bytes], None],
 ) -> Report:  # fmt: skip
     started = time.monotonic()
-    with _lab(runner, say, name, kind, warm=warm) as machine:
+    with _lab(runner, say, name, kind, warm=warm, beside=True) as machine:
         results = _results_directory(machine.name)
         log = results / "pytest.log"
         if passed:
@@ -153,7 +153,7 @@ def _run_tests(
 
 def run_bench(runner: Runner, say: Say, *, name: str, kind: Kind, rounds: int) -> Mapping[str, Any]:
     """What the kind's tests/bench_*.py found in the running lab ``name``, or in a lab of its own."""
-    with _lab(runner, say, name, kind, warm=True) as machine:
+    with _lab(runner, say, name, kind, warm=True, beside=False) as machine:
         module, what = _BENCHES[machine.kind.name]
         say(f"measuring {what} under emulation")
         python = f"env FARMHAND_TEST_GUEST={_GUEST} /opt/venv/bin/python"
@@ -174,13 +174,15 @@ def run_bench(runner: Runner, say: Say, *, name: str, kind: Kind, rounds: int) -
 
 
 @contextlib.contextmanager
-def _lab(runner: Runner, say: Say, name: str, kind: Kind, *, warm: bool) -> Iterator[Machine]:
+def _lab(
+    runner: Runner, say: Say, name: str, kind: Kind, *, warm: bool, beside: bool
+) -> Iterator[Machine]:
     """The running lab ``name``, or one that is ended afterwards; with the working tree as it is now."""
     started = time.monotonic()
     machines.sweep(runner, say)
     machine = Machine(name or f"test-{kind.name}-{os.getpid()}", runner, say)
     if not name:
-        machine.start(kind, warm=warm, temporary=True)
+        machine.start(kind, warm=warm, temporary=True, beside=beside)
         seconds = time.monotonic() - started
         how = "from its saved state" if machine.facts.warm else "from cold"
         say(f"{machine.name}: up {how} after {seconds:.1f} s ({machine.facts.engine})")
