@@ -89,6 +89,6 @@ KVM = Kind(
 XEN = Kind(
     "xen", "Xen", "recipe-xen.yaml", ("files", "files-xen"),
     "max,erms=off,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", " init_on_alloc=0", "xen",
-    "test_disks or test_lvm",
+    "test_disks or test_lvm or pv-zfs or pv-qcow2",
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in (KVM, XEN)}
