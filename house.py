@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             import labhouse
 
             labhouse.prepare(run)  # minutes, the first time
-            lab = stack.enter_context(LabTests(run, ("--brief", "--minutes", str(_LAB_MINUTES))))
+            lab = stack.enter_context(LabTests(run, [("--brief", "--minutes", str(_LAB_MINUTES))]))
         steps.append(_pytest(run, arguments))
         for found in lab.finish() if lab else ():
             steps.append({"name": found.problem or "lab-test", "ok": found.ok, **found.data})
@@ -134,11 +134,11 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
 
 
 class LabTests:
-    """lab-test with these options, one run after another, in processes of their own, while this one
+    """lab-test with these options each, one run after another, in processes of their own, while this one
     does something else. What pytest says there is shown when all are through. Ctrl-C reaches them too;
     left by an error, the one under way is interrupted."""
 
-    def __init__(self, run: Run, *runs: Sequence[str]) -> None:
+    def __init__(self, run: Run, runs: Iterable[Sequence[str]]) -> None:
         self._run = run
         self._runs = runs
         self._guard = threading.Lock()

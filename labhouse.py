@@ -3,9 +3,11 @@ docs/lab.md; what they do is in tests/lab/."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +65,7 @@ def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) ->
     data = {"lab": name, "kind": kind.name, "port": facts.port, "pid": facts.process.pid,
             "warm": facts.warm, "started": not there, "seconds": round(seconds, 1),
             "engine": facts.engine}  # fmt: skip
-    option = "" if name == "lab" else f" --name {name}"
+    option = _option(name)
     text = (
         f"{name} ({kind.title}) {how} ({seconds:.1f} s; {facts.engine})\n"
         f"the working tree is in /root/farmhand; spare disks: /dev/vdb, /dev/vdc, /dev/vdd\n"
@@ -76,26 +78,34 @@ def usual_name(xen: bool) -> str:
     return "xen" if xen else "lab"
 
 
-def ssh(run: Run, name: str, command: str) -> Result | None:
+def _option(name: str) -> str:
+    """What a command must say for it to be meant."""
+    usual = {usual_name(False): "", usual_name(True): " --xen"}
+    return usual.get(name, f" --name {name}")
+
+
+def ssh(run: Run, name: str, command: str, *, xen: bool) -> Result | None:
     """Log in as root, in place of this process. NotFound where no such lab runs."""
     from tests.lab import machine as machines
 
+    name = name or usual_name(xen)
     machine = machines.Machine(name, Runner(), run.screen.say)
     if not machine.running():
-        raise NotFound(f"the lab {name} is not running", remedy=f"./invoke lab-up --name {name}")
+        raise NotFound(f"the lab {name} is not running", remedy=f"./invoke lab-up{_option(name)}")
     argv = machine.ssh_argv(*([command] if command else []))
     if run.json:
         return Result({"argv": argv}, "")
     return replace_process(run, argv)
 
 
-def down(run: Run, name: str, *, all_: bool) -> Result:
+def down(run: Run, name: str, *, xen: bool, all_: bool) -> Result:
     """End labs and remove their disks."""
     from tests.lab import machine as machines
 
-    if all_ and name:
-        raise UsageError("--name and --all together: which is meant?", remedy="give one of them")
-    one = machines.Machine(name or "lab", Runner(), run.screen.say)
+    if all_ and (name or xen):
+        given = "--name" if name else "--xen"
+        raise UsageError(f"{given} and --all together: which is meant?", remedy="give one of them")
+    one = machines.Machine(name or usual_name(xen), Runner(), run.screen.say)
     chosen = machines.known(Runner(), run.screen.say) if all_ else (one,)
     there = [machine for machine in chosen if machine.directory.exists()]
     for machine in there:
@@ -118,9 +128,9 @@ def test(
     brief: bool,
 ) -> Result:
     """In the running lab ``name``, or a choice in a lab of its own, the KVM lab but with ``xen``; or
-    all, of both kinds or of one: two labs of each, side by side where the machine has the cores, and
-    the tests of the labs themselves, on this host. pytest's closing line is the last on stdout.
-    UsageError."""
+    all, of both kinds or of one: a lab for each portion, two side by side where the machine has the
+    cores, and the tests of the labs themselves, on this host. pytest's closing line is the last on
+    stdout. UsageError."""
     from tests.lab import machine as machines
     from tests.lab.kinds import KVM, XEN
 
@@ -134,16 +144,22 @@ def test(
     import house
 
     kinds = (KVM,) if kvm else (XEN,) if xen else (KVM, XEN)
-    aside: list[tuple[str, ...]] = []  # what another process does meanwhile
-    here = [(kind, words) for kind in kinds for words in kind.halves]
+    waiting = deque((kind, words) for kind in kinds for words in kind.portions)
+
+    def taken() -> Iterator[tuple[Kind, str]]:
+        """Each to whoever is first to ask for it."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield waiting.popleft()
+
+    aside: Iterable[Sequence[str]] = ()
     if len(os.sched_getaffinity(0)) >= _CORES:
         for kind in kinds:
             prepare(run, kind)
         options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
-        aside = [(f"--{kind.name}", "--match", kind.halves[0], *options) for kind in kinds]
-        here = [(kind, kind.halves[1]) for kind in kinds]
-    with house.LabTests(run, *aside) as others:
-        parts = [one(kind, "", match=words) for kind, words in here]
+        aside = ((f"--{kind.name}", "--match", words, *options) for kind, words in taken())
+    with house.LabTests(run, aside) as others:
+        parts = [one(kind, "", match=words) for kind, words in taken()]
         if KVM in kinds:
             parts.append(house.of_the_lab(run))
         parts += others.finish()

@@ -479,12 +479,13 @@ def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Res
 # ---- The labs: hosts with KVM or Xen, ZFS and LVM under QEMU, for farmhand's own tests.
 
 _LAB = "The lab's name; several can run at once."
+_USUAL = " Absent: lab, or xen."
 _COLD = "Boot it, instead of going on from the saved state."
 
 
 @command(
     {
-        "name": _LAB + " Absent: lab, or xen.",
+        "name": _LAB + _USUAL,
         "xen": "A Xen lab.",
         "cold": _COLD,
         "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
@@ -502,12 +503,19 @@ def lab_up(
     return labhouse.up(run, name, xen=xen, cold=cold, memory=memory, disk=disk)
 
 
-@command({"name": _LAB, "command": "A command to run there instead of a login shell."}, plans=False)
-def lab_ssh(run: Run, name: str = "lab", command: str = "") -> Result | None:
+@command(
+    {
+        "name": _LAB + _USUAL,
+        "xen": "The usual Xen lab.",
+        "command": "A command to run there instead of a login shell.",
+    },
+    plans=False,
+)
+def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> Result | None:
     """Log in to a lab as root, or run a command there."""
     import labhouse
 
-    return labhouse.ssh(run, name, command)
+    return labhouse.ssh(run, name, command, xen=xen)
 
 
 @command(
@@ -538,9 +546,11 @@ def lab_test(
     )
 
 
-@command({"name": _LAB + " Absent: lab.", "all_": "All labs of this user."}, plans=False)
-def lab_down(run: Run, name: str = "", all_: bool = False) -> Result:
+@command(
+    {"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."}, plans=False
+)
+def lab_down(run: Run, name: str = "", xen: bool = False, all_: bool = False) -> Result:
     """End a lab, and remove its disks."""
     import labhouse
 
-    return labhouse.down(run, name, all_=all_)
+    return labhouse.down(run, name, xen=xen, all_=all_)

@@ -22,6 +22,8 @@ BRIEF = re.compile(
 )
 _ELSEWHERE = re.compile(r"\[.*\b(fake|far|xenapi)\b")
 """Stores to which it is all the same whether the host runs under Xen."""
+_FAR = re.compile(r"\[.*\bfar\b")
+"""What is asked for over ssh is what the host's own tests have; the way there ./invoke test has."""
 _left_out: list[str] = []
 _unpassed: dict[str, str] = {}  # tests of which some phase did not pass: how it ended
 
@@ -41,7 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     if IN_LAB:
         for item in items:
-            if _of_hosts(item) and not item.get_closest_marker("xen"):
+            of_kvm = _of_hosts(item) and not _FAR.search(item.nodeid)
+            if of_kvm and not item.get_closest_marker("xen"):
                 item.add_marker("lab")
             if BRIEF.search(item.nodeid):
                 item.add_marker("brief")

@@ -20,8 +20,8 @@ class Kind:
     """``files``: directories below this one; of two files of the same name the later one's is taken.
     ``emulated_cpu``, ``emulated_kernel`` (more of its command line): where there is no KVM for the lab.
     ``newer_cpu``: the same with the QEMU of ``tests.lab.emulator``; empty: it is not for this kind.
-    ``marker``: pytest's, of the tests for it. ``apart``: half of them, as pytest's -k, for a lab of
-    its own where all are run."""
+    ``marker``: pytest's, of the tests for it. ``parts``: some of them each, as pytest's -k, for a lab of
+    its own where all are run; what none of them names is one more."""
 
     name: str
     title: str
@@ -30,13 +30,17 @@ class Kind:
     emulated_cpu: str
     emulated_kernel: str
     marker: str
-    apart: str
+    parts: tuple[str, ...]
     newer_cpu: str = ""
 
     @property
-    def halves(self) -> tuple[str, str]:
-        """Its tests, as pytest's -k, to be run side by side."""
-        return (self.apart, f"not ({self.apart})")
+    def portions(self) -> tuple[str, ...]:
+        """All its tests, each in one of them, as pytest's -k."""
+        found, others = [], []
+        for part in self.parts:
+            found.append(" and ".join([f"({part})", *others]))
+            others.append(f"not ({part})")
+        return (*found, " and ".join(others))
 
     @property
     def hypervisor(self) -> bool:
@@ -80,15 +84,14 @@ def bases(recipe: Path) -> tuple[Path, ...]:
 # together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
 # The newer QEMU's "max" doesn't boot this kernel. Xen's guests start a sixth slower in it.
 _ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
-# The halves take about as long as each other. All nested guests are in one: they may cost the emulated
-# lab's kernel its life, and then that half alone goes on in another lab.
+# What takes longest comes first: two labs at a time take the next one each.
 KVM = Kind(
     "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" tsc=reliable {_ERMS}", "lab",
-    "guests or kvm or test_walk or test_trouble or test_at_once", "EPYC,erms=off",
+    ("lvm and not guests", "guests or test_walk or test_trouble"), "EPYC,erms=off",
 )  # fmt: skip
 XEN = Kind(
     "xen", "Xen", "recipe-xen.yaml", ("files", "files-xen"),
     "max,erms=off,smap=off,rdtscp=off,xsave=off,avx=off,avx2=off", " init_on_alloc=0", "xen",
-    "test_disks or test_lvm or pv-zfs or pv-qcow2",
+    ("pv-lvm or pvh", "lvm"),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in (KVM, XEN)}

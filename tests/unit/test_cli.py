@@ -292,3 +292,10 @@ def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) ->
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=30) == 128 + signal.SIGHUP
     assert not (cli.directory / "state").exists()  # no crash report
+
+
+def test_the_usual_labs_are_meant_without_a_name(cli: CommandLine) -> None:
+    assert "./invoke lab-up --xen" in cli("lab-ssh", "--xen").err
+    assert cli("lab-ssh").error == "farmhand: the lab lab is not running"
+    assert cli("lab-down", "--xen").out == "no such lab: nothing to do\n"
+    assert cli("lab-down", "--xen", "--all").status == 2

@@ -69,7 +69,7 @@ def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house
     )
     program.chmod(0o755)
     monkeypatch.setattr(house, "ROOT", tmp_path)
-    return lambda *runs: house.LabTests(SimpleNamespace(json=True), *runs)
+    return lambda *runs: house.LabTests(SimpleNamespace(json=True), runs)
 
 
 def test_labs_run_one_after_another(lane: Callable[..., house.LabTests], tmp_path: Path) -> None:

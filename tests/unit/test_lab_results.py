@@ -1,17 +1,20 @@
-"""What is kept of the labs' runs: enough, and nothing that another command is still writing to; and how
-often they go on where a lab's kernel died."""
+"""What is kept of the labs' runs: enough, and nothing that another command is still writing to; how often
+they go on where a lab's kernel died; and which tests are run in one lab."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from hypervisors.run import Runner
 from inventory.errors import FarmhandError
 from tests.lab import run, told
+from tests.lab.kinds import KINDS, Kind
 from tests.lab.run import Choice, _KernelDied, _results_directory
 
 
@@ -61,3 +64,15 @@ def test_where_kernels_die_a_third_lab_goes_on_but_no_fourth(
     with pytest.raises(FarmhandError, match="the kernel of the lab lab died"):
         run.run_tests(Runner(), lambda _: None, choice=Choice(), show=lambda _: None)
     assert given == [(), ("t1",), ("t1", "t2")][:labs]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_each_test_is_in_one_portion_and_none_is_empty(kind: Kind) -> None:
+    guests = ("guests-zfs", "guests-lvm-thin", "pv-zfs", "pv-qcow2", "pv-lvm-full", "pvh-lvm-thin")
+    names = [f"test_hypervisor.py test_a_life[{rig}]" for rig in guests]
+    names += [f"test_disks.py test_a_larger_clone[{s}]" for s in ("zfs", "zfs-files", "lvm-linked")]
+    names += [f"test_walk.py test_walk[{label}]" for label in ("kvm+zfs", "lvm-full", "xen+lvm-thin")]
+    portions = [Expression.compile(words) for words in kind.portions]
+    taken = [[name for name in names if p.evaluate(name.__contains__)] for p in portions]
+    assert all(taken)
+    assert sorted(itertools.chain(*taken)) == sorted(names)
