@@ -12,6 +12,10 @@ The floor. Xen knows nothing of what a guest uses. A guest that tells its free m
 guest agents do (data/meminfo_free, in KiB), keeps what it uses and a reserve, as under KVM. Of others we
 know the maximum only, and keep to what the balloon driver of Xen's own kernels took for the least that a
 kernel of that size needs (minimum_target() in drivers/xen/balloon.c of linux-2.6.18-xen).
+
+What a guest told before the balloon moved is not true after it: taken for now, it looks after a squeeze
+as if what was taken were free still, and the next squeeze would starve it. So a balloon is done when
+the guest has told anew.
 """
 
 from __future__ import annotations
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _CLOSE_ENOUGH = _MIB
 _LOOK = 0.1
+_FREE = "data/meminfo_free"
+# Seconds for a guest to tell anew. XenServer's agents do once a minute, and are waited for where it had
+# to give: after a growth an old word is on the safe side.
+_GAVE_PATIENCE, _GOT_PATIENCE = 65.0, 5.0
 # Up to so many MiB of maximum: a base in MiB, and the part of the maximum that comes on top.
 _LEAST = ((128, 8, 2), (512, 40, 4), (2048, 104, 8), (None, 296, 32))
 
@@ -71,7 +79,7 @@ def memory(domain: libvirt.virDomain, name: str, store: Xenstore) -> MemoryUse:
 
 def _floor(store: Xenstore, actual: int, maximum: int) -> tuple[int, bool]:
     """Bytes below which this guest is not squeezed, and whether it told so itself."""
-    keep, free = least(maximum), store.read("data/meminfo_free")
+    keep, free = least(maximum), store.read(_FREE)
     if free is None:
         return keep, False
     return floor({"actual": actual // 1024, "usable": free}, maximum) or keep, True
@@ -107,19 +115,33 @@ def set_memory(
             f"{format_size(-(-keep // _MIB) * _MIB)}",
             remedy="ask for more, or end programs in the guest first",
         )
-    limit = time.monotonic() + timeout
     step(f"set the memory of {name} to {format_size(target)}")
     domain.setMemoryFlags(target // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    while True:
-        reached = _actual(domain)
-        if abs(reached - target) < _CLOSE_ENOUGH:
-            return reached
-        if time.monotonic() >= limit:
-            domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-            raise TimedOut(
-                f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
-                remedy="the guest gives no more now: end programs in it, or ask for less",
-            )
+    reached = _follow(domain, target, timeout)
+    obeyed = abs(reached - target) < _CLOSE_ENOUGH
+    if not obeyed:
+        domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    if told and abs(reached - actual) >= _CLOSE_ENOUGH:
+        _wait_until_told(store, _GAVE_PATIENCE if reached < actual else _GOT_PATIENCE)
+    if not obeyed:
+        raise TimedOut(
+            f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
+            remedy="the guest gives no more now: end programs in it, or ask for less",
+        )
+    return reached
+
+
+def _follow(domain: libvirt.virDomain, target: int, timeout: float) -> int:
+    """What it has when it is there, or after so many seconds."""
+    limit = time.monotonic() + timeout
+    while abs((reached := _actual(domain)) - target) >= _CLOSE_ENOUGH and time.monotonic() < limit:
+        time.sleep(_LOOK)
+    return reached
+
+
+def _wait_until_told(store: Xenstore, patience: float) -> None:
+    before, limit = store.read(_FREE), time.monotonic() + patience
+    while store.read(_FREE) == before and time.monotonic() < limit:
         time.sleep(_LOOK)
 
 

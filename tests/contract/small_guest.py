@@ -4,7 +4,8 @@ it.
 
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out. It
 writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. Under Xen it
-says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do.
+says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do:
+each second, or every ``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ if [ "$(option seed)" = yes ]; then
     echo "SEED=$(dd if=/dev/xvdb bs=16 count=1 2>/dev/null)"
     echo lost 2>/dev/null >/dev/xvdb && echo "SEED WRITTEN"
 fi
+period=$(option period)
 echo READY
 while true; do
     [ -c /dev/xen/xenbus ] || sleep 3600
@@ -88,7 +90,7 @@ while true; do
         [ "$now" = "$last" ] || echo "MEM=$now"
         last=$now
     fi
-    sleep 1
+    sleep ${period:-1}
 done
 """
 

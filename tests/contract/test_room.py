@@ -22,7 +22,7 @@ from provision.site import Site
 
 HOSTS = {
     "real": ("driver: kvm", "mode: user"),
-    "xen": ("driver: xen, uri: 'xen:///system'", "mode: bridge, bridge: xenbr0"),
+    "xen": ("driver: xen, uri: 'xen:///system'", "mode: bridge, bridge: xenbr0, addressing: dhcp"),
 }
 ROOM = 340 * MIB
 

@@ -86,6 +86,17 @@ def test_the_floor_follows_what_the_guest_uses(xen):
         hypervisor.balloon(NAME, 112 * MIB, timeout=20)
 
 
+def test_what_a_guest_told_before_it_gave_is_not_taken_for_now(xen):
+    """As XenServer's agents, it tells only now and then."""
+    hypervisor = define(xen, options="hog=32 period=8")
+    start = xen.said("prod")
+    xen.boot("prod", "A")
+    told(xen, start)
+    before = hypervisor.memory(NAME).least
+    hypervisor.balloon(NAME, 152 * MIB, timeout=120)
+    assert hypervisor.memory(NAME).least > before - 16 * MIB  # it gave 40
+
+
 def test_a_guest_that_tells_nothing_is_left_what_its_kernel_needs(xen):
     hypervisor = define(xen, options="agent=off")
     xen.boot("prod", "A")

@@ -36,7 +36,8 @@ class Kind:
     @property
     def portions(self) -> tuple[str, ...]:
         """All its tests, each in one of them, as pytest's -k."""
-        found, others = [], []
+        found: list[str] = []
+        others: list[str] = []
         for part in self.parts:
             found.append(" and ".join([f"({part})", *others]))
             others.append(f"not ({part})")

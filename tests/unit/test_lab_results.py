@@ -1,5 +1,5 @@
-"""What is kept of the labs' runs: enough, and nothing that another command is still writing to; how often
-they go on where a lab's kernel died; and which tests are run in one lab."""
+"""What is kept of the labs' runs: enough, and nothing that another command is still writing to; how
+often they go on where a lab's kernel died; and which tests are run in one lab."""
 
 from __future__ import annotations
 
