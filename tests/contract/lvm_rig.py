@@ -1,6 +1,7 @@
 """A volume group of its own on a spare disk of the lab, and both LVM stores on it.
 
-To make a group and a pool takes longer than most tests, so one that a test left empty is the next one's.
+To make a group and a pool takes longer than most tests, so one that a test left empty is the next one's;
+and so is the template in it that a test got by ``sealed``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from hypervisors.api import Disks
+from hypervisors.api import Disks, Template
 from hypervisors.lvm_classic import LvmClassicDisks
 from hypervisors.lvm_thin import LvmThinDisks
 from hypervisors.run import Runner
@@ -23,6 +24,8 @@ SIZE = 64 * MIB
 FARM = "kata"
 _kept: dict[str, str] = {}
 """By device: the group that the next test takes."""
+_left: dict[str, Template] = {}
+"""By device: the one in that group."""
 
 
 def run(*argv: str | Path, check: bool = True) -> str:
@@ -38,6 +41,7 @@ def run(*argv: str | Path, check: bool = True) -> str:
 def drop(device: str) -> None:
     """The group that an earlier test left there."""
     _kept.pop(device, None)
+    _left.pop(device, None)
     vg = run("pvs", "--noheadings", "-o", "vg_name", device, check=False).strip()
     if vg.startswith("fhtest"):
         run("vgremove", "-q", "-f", "-y", vg)
@@ -61,6 +65,7 @@ class LvmRig(abc.ABC):
         self.place.chmod(0o711)
         self.links = self.place / "links"
         self._usual = usual and not size
+        self._own = True
         self.vg = _kept.pop(self.device, "") if self._usual else ""
         self.fresh = not self.vg
         if self.fresh:
@@ -74,7 +79,17 @@ class LvmRig(abc.ABC):
     @abc.abstractmethod
     def disks(self, farm: str = FARM, **options) -> Disks: ...
 
+    def sealed(self, template: Template) -> Template:
+        """Of ``image``, as every such template here."""
+        if self.device not in _left:
+            _left[self.device] = self.disks().seal(self.image(), template)
+        self._own = False
+        return _left[self.device]
+
     def image(self) -> Path:
+        """To be sealed by a test of templates of its own, so a template that was left goes."""
+        if self._own and self.device in _left:
+            run("lvremove", "-q", "-f", _left.pop(self.device).ref)
         path = self.place / f"image-{secrets.token_hex(3)}.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
         run("qemu-io", "-f", "qcow2", "-c", f"write -P {ord('T')} 1M 64k", path)
@@ -121,8 +136,12 @@ class LvmRig(abc.ABC):
             drop(self.device)
             return
         names = run("lvs", "--noheadings", "-o", "lv_name", self.vg).split()
-        if names := [f"{self.vg}/{name}" for name in names if name != self.pool]:
-            run("lvremove", "-q", "-f", *names)
+        found = {f"{self.vg}/{name}" for name in names if name != self.pool}
+        template = _left.get(self.device)
+        if template and template.ref not in found:
+            del _left[self.device]
+        if others := found - {template.ref if template else ""}:
+            run("lvremove", "-q", "-f", *sorted(others))
         _kept[self.device] = self.vg
 
 

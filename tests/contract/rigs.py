@@ -78,6 +78,13 @@ class StoreRig(Protocol):
     def read(self, machine: str) -> str: ...
 
 
+def sealed(store: StoreRig) -> Template:
+    """base@1 of its image; on LVM, where that takes longer than most tests, maybe of a test before."""
+    if isinstance(store, lvm_rig.LvmRig):
+        return store.sealed(template())
+    return store.disks().seal(store.image(), template())
+
+
 def with_two_disks(rig: zfs_rig.ZfsRig) -> ZfsDisks:
     """Of kata-prod and kata-dev2, just cloned."""
     disks = rig.disks()

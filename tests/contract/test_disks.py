@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rigs import FARM, SIZE, template
+from rigs import FARM, SIZE, sealed, template
 
 from hypervisors.api import FarmDisks, Owner
 from inventory.errors import (
@@ -28,8 +28,7 @@ class Killed(BaseException):
 @pytest.fixture
 def made(store):
     disks = store.disks()
-    sealed = disks.seal(store.image(), template())
-    disks.clone(sealed, "kata-prod", PROD, SIZE)
+    disks.clone(sealed(store), "kata-prod", PROD, SIZE)
     return disks
 
 
