@@ -79,10 +79,10 @@ class LvmRig(abc.ABC):
     @abc.abstractmethod
     def disks(self, farm: str = FARM, **options) -> Disks: ...
 
-    def sealed(self, template: Template) -> Template:
+    def sealed(self, disks: Disks, template: Template) -> Template:
         """Of ``image``, as every such template here."""
         if self.device not in _left:
-            _left[self.device] = self.disks().seal(self.image(), template)
+            _left[self.device] = disks.seal(self.image(), template)
         self._own = False
         return _left[self.device]
 

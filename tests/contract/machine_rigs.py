@@ -29,6 +29,7 @@ from rigs import (
     STORES,
     StoreRig,
     opened,
+    sealed,
     short_directory,
     template,
 )
@@ -107,9 +108,7 @@ class Guests:
         self.opened: list[LibvirtHypervisor] = []
 
     def seal(self) -> None:
-        image = self.place / "image.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
-        self.template = self.disks().seal(image, template())
+        self.template = sealed(self.store, self.disks())
 
     def disks(self, farm: str = FARM) -> Disks:
         return self.store.disks(farm, reader_uid=self.reader)
@@ -235,6 +234,12 @@ class OverSsh(Guests):
 
     def hypervisor(self, farm: str = FARM, step=no_step) -> Hypervisor:
         return self.machine.hypervisor(farm, step, **self._there())
+
+    def seal(self) -> None:
+        """One of its own, whatever the store has."""
+        image = self.place / "image.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
+        self.template = self.disks().seal(image, template(name="far"))
 
     def close(self) -> None:
         super().close()

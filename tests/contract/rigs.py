@@ -78,11 +78,11 @@ class StoreRig(Protocol):
     def read(self, machine: str) -> str: ...
 
 
-def sealed(store: StoreRig) -> Template:
+def sealed(store: StoreRig, disks: Disks) -> Template:
     """base@1 of its image; on LVM, where that takes longer than most tests, maybe of a test before."""
     if isinstance(store, lvm_rig.LvmRig):
-        return store.sealed(template())
-    return store.disks().seal(store.image(), template())
+        return store.sealed(disks, template())
+    return disks.seal(store.image(), template())
 
 
 def with_two_disks(rig: zfs_rig.ZfsRig) -> ZfsDisks:

@@ -28,7 +28,7 @@ class Killed(BaseException):
 @pytest.fixture
 def made(store):
     disks = store.disks()
-    disks.clone(sealed(store), "kata-prod", PROD, SIZE)
+    disks.clone(sealed(store, disks), "kata-prod", PROD, SIZE)
     return disks
 
 

@@ -33,7 +33,7 @@ def test_a_defined_machine_is_complete_and_stopped(rig, made):
     assert machine.owner == Owner(FARM, "prod")
     assert machine.power is Power.STOPPED
     assert (machine.memory, machine.current, machine.vcpus) == (192 * MIB, 192 * MIB, 1)
-    assert (machine.mac, machine.template) == (spec.nic.mac, "base@1")
+    assert (machine.mac, machine.template) == (spec.nic.mac, rig.template.label)
     assert machine.spec_hash == spec_hash(spec)
     assert machine.disk == rig.disks().find(NAME).path
     assert machine.started is None
@@ -132,7 +132,7 @@ def test_redefining_keeps_the_disk(rig, made):
     changed = replace(rig.spec("prod"), memory=256 * MIB)
     machine = made.redefine(changed)
     assert (machine.memory, machine.spec_hash) == (256 * MIB, spec_hash(changed))
-    assert machine.template == "base@1"
+    assert machine.template == rig.template.label
     assert [c.name for c in rig.disks().find(NAME).checkpoints] == ["clean", "one"]
 
 
