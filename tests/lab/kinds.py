@@ -85,7 +85,6 @@ def bases(recipe: Path) -> tuple[Path, ...]:
 # together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
 # The newer QEMU's "max" doesn't boot this kernel. Xen's guests start a sixth slower in it.
 _ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
-# What takes longest comes first: two labs at a time take the next one each.
 KVM = Kind(
     "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" tsc=reliable {_ERMS}", "lab",
     ("lvm and not guests", "guests or test_walk or test_trouble"), "EPYC,erms=off",
