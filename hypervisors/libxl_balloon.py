@@ -40,6 +40,7 @@ _FREE = "data/meminfo_free"
 # Seconds for a guest to tell anew. XenServer's agents do once a minute, and are waited for where it had
 # to give: after a growth an old word is on the safe side.
 _GAVE_PATIENCE, _GOT_PATIENCE = 65.0, 5.0
+_ASK = 0.5  # each time a process
 # Up to so many MiB of maximum: a base in MiB, and the part of the maximum that comes on top.
 _LEAST = ((128, 8, 2), (512, 40, 4), (2048, 104, 8), (None, 296, 32))
 
@@ -142,7 +143,7 @@ def _follow(domain: libvirt.virDomain, target: int, timeout: float) -> int:
 def _wait_until_told(store: Xenstore, patience: float) -> None:
     before, limit = store.read(_FREE), time.monotonic() + patience
     while store.read(_FREE) == before and time.monotonic() < limit:
-        time.sleep(_LOOK)
+        time.sleep(_ASK)
 
 
 def _actual(domain: libvirt.virDomain) -> int:

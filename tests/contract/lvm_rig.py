@@ -25,7 +25,7 @@ FARM = "kata"
 _kept: dict[str, str] = {}
 """By device: the group that the next test takes."""
 _left: dict[str, Template] = {}
-"""By device: the one in that group."""
+"""By device: the template in that group, which the next test takes by ``sealed``."""
 
 
 def run(*argv: str | Path, check: bool = True) -> str:
@@ -65,7 +65,7 @@ class LvmRig(abc.ABC):
         self.place.chmod(0o711)
         self.links = self.place / "links"
         self._usual = usual and not size
-        self._own = True
+        self._own = True  # templates: until ``sealed`` is asked for one
         self.vg = _kept.pop(self.device, "") if self._usual else ""
         self.fresh = not self.vg
         if self.fresh:
