@@ -29,7 +29,7 @@ from provision.work import is_on, look
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 ROUNDS = {
     "fake": 25, "xenapi": 5, "kvm": 5, "zfs": 40, "lvm-thin": 12, "lvm-linked": 8, "lvm-full": 8,
-    "kvm+zfs": 6, "kvm+lvm-thin": 4, "xen+lvm-thin": 3,
+    "kvm+zfs": 6, "kvm+lvm-thin": 4, "xen+lvm-thin": 12,
 }  # fmt: skip
 
 

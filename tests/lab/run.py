@@ -43,7 +43,7 @@ _GUEST = "/var/cache/farmhand/test-guest"  # where tests/lab/parcel.py puts it
 # under emulation is a third of an lvcreate. bench --lab's hosts have it, as any.
 _LIGHTER = "ln -sf /dev/null /etc/udev/rules.d/69-vdev.rules && udevadm control --reload"
 _BENCHES = {
-    "kvm": ("tests.bench_stores", "ZFS and LVM, beside the bare commands: about 20 minutes"),
+    "kvm": ("tests.bench_stores", "ZFS and LVM, beside the bare commands: about 15 minutes"),
     "xen": ("tests.bench_xen", "Xen and its disks, beside the bare commands: about 10 minutes"),
 }
 _HANDED_ON = ("FARMHAND_KILLS", "FARMHAND_SEED")  # see tests/faults/bench.py
