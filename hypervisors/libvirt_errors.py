@@ -23,6 +23,7 @@ _RPC, _SYSTEM, _INTERNAL, _NO_CONNECT, _INVALID_CONN = 39, 38, 1, 5, 6
 _LOST = re.compile(
     r"[Ee]nd of file while|[Cc]onnection reset|[Bb]roken pipe|socket is closed|Cannot (write|recv)"
 )
+_LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
 _PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
 
 
@@ -63,6 +64,9 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             f"{doing}: no libvirtd there: {message}",
             remedy="systemctl start libvirtd; for KVM, without a 'uri' farmhand runs its own",
         )
+    if "libxenlight failed" in message:  # all that libvirt tells of it
+        remedy = f"see why at the end of that host's {_LIBXL_LOG}"
+        return DriverFailed(f"{doing}: {message}", remedy=remedy)
     by_code: dict[int, tuple[type[FarmhandError], str]] = {
         42: (NotFound, "./invoke status shows what is there"),  # NO_DOMAIN
         43: (NotFound, "virsh net-list --all shows libvirt's networks"),  # NO_NETWORK

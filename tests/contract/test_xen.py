@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import libvirt
 import pytest
 from rigs import MIB
 
 from hypervisors.api import Owner, Power
-from inventory.errors import Conflict, UsageError, WrongState
+from inventory.errors import Conflict, DriverFailed, UsageError, WrongState
 
 pytestmark = pytest.mark.xen
 NAME = "kata-prod"
@@ -103,6 +104,18 @@ def test_a_guest_that_tells_nothing_is_left_what_its_kernel_needs(xen):
     with pytest.raises(UsageError, match="it should keep 88M"):
         hypervisor.balloon(NAME, 80 * MIB, timeout=20)
     assert abs(hypervisor.balloon(NAME, 96 * MIB, timeout=120) - 96 * MIB) < MIB
+
+
+def test_where_libxl_alone_knows_why_nothing_started_its_log_is_named(xen, tmp_path):
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(b"no kernel at all")
+    hypervisor = xen.hypervisor()
+    hypervisor.define(replace(xen.spec("prod", stamp="A"), kernel=kernel), xen.template)
+    with pytest.raises(DriverFailed) as failed:
+        hypervisor.start(NAME)
+    log = Path(failed.value.remedy.split()[-1])
+    assert "kernel" in log.read_text()[-2000:]
+    assert hypervisor.find(NAME).power is Power.OFF
 
 
 def test_a_device_in_use_is_named_with_who_has_it(xen_on_devices):
