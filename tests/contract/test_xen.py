@@ -114,8 +114,8 @@ def test_where_libxl_alone_knows_why_nothing_started_its_log_is_named(xen, tmp_p
     with pytest.raises(DriverFailed) as failed:
         hypervisor.start(NAME)
     log = Path(failed.value.remedy.split()[-1])
-    assert "kernel" in log.read_text()[-2000:]
-    assert hypervisor.find(NAME).power is Power.OFF
+    assert "Invalid kernel" in log.read_text()[-2000:]
+    assert hypervisor.find(NAME).power is Power.STOPPED
 
 
 def test_a_device_in_use_is_named_with_who_has_it(xen_on_devices):
