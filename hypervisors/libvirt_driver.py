@@ -272,8 +272,7 @@ class LibvirtHypervisor:
             self.destroy(leftover.ref)
 
     def close(self) -> None:
-        with self._connecting:
-            self._drop()
+        self._drop()
 
     # -- libvirt ----------------------------------------------------------------------------------
 
@@ -300,11 +299,12 @@ class LibvirtHypervisor:
                         time.sleep(0.05)
             return self._connection
 
-    def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):  # of a dead daemon
-                connection.close()
+    def _drop(self, lost: libvirt.virConnect | None = None) -> None:
+        """Leave the connection, unless another thread has made a new one since this was ``lost``. Not by
+        its ``close()``, which frees it under the calls of others: it ends with the last of its users."""
+        with self._connecting:
+            if lost is None or self._connection is lost:
+                self._connection = None
 
     def _reading(self, read: Callable[[libvirt.virConnect], _T]) -> _T:
         """For look-ups only: on a dead connection once more, on a new one."""
@@ -316,9 +316,7 @@ class LibvirtHypervisor:
         except libvirt.libvirtError as error:
             if not connection_lost(error):
                 raise
-        with self._connecting:
-            if self._connection is connection:  # else another thread was here first
-                self._drop()
+        self._drop(connection)
         return read(self._connect())
 
     def _look_up(self, name: str) -> libvirt.virDomain | None:
@@ -339,8 +337,7 @@ class LibvirtHypervisor:
             yield
         except libvirt.libvirtError as error:
             if connection_lost(error):
-                with self._connecting:
-                    self._drop()
+                self._drop()
             raise translate(error, doing) from error
 
     def _ours(self, name: str) -> libvirt.virDomain:

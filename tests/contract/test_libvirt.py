@@ -59,12 +59,15 @@ def test_a_killed_libvirtd_comes_back_and_finds_its_guests(real, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_many_find_a_dead_libvirtd_at_once(real):
+def test_many_find_a_dead_libvirtd_at_once(real, capfd):
+    """None frees the lost connection under another's call: libvirt warns of that, when it lives on."""
     hypervisor = define(real)
-    kill_daemon(real.private)
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: hypervisor.find(NAME), range(8)))
-    assert len(found) == 8 and all(found)
+    for _ in range(40):
+        kill_daemon(real.private)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: hypervisor.find(NAME), range(8)))
+        assert len(found) == 8 and all(found)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_daemon_that_dies_between_the_look_and_the_call(real, tmp_path):
