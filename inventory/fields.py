@@ -157,7 +157,7 @@ def _check_path(value: object) -> object:
 def _check_config_path(value: str) -> str:
     if not _CONFIG_PATH.fullmatch(value) or len(value) > 1024:
         raise ValueError(
-            f"{quote(value)} is not a path for a service's file: begin with '/', use letters, digits "
+            f"{quote(value)} is not an absolute path as taken here: begin with '/', use letters, digits "
             "and '_', '@', '+', '.', '-', and no '..'"
         )
     return value

@@ -266,6 +266,18 @@ class Network(Model):
         return tuple(parse_range(entry) for entry in self.pool)
 
 
+class Boot(Model):
+    """Direct kernel boot: of a kernel that is the host's, instead of the disk's own boot loader."""
+
+    kernel: ConfigPath
+    """The kernel's file, on each host with VMs of this template. A new one there is taken at the next
+    start."""
+    initrd: ConfigPath | None = None
+    """Its initial RAM disk, in the same place."""
+    cmdline: Line
+    """The kernel's command line, such as `root=/dev/xvda1 ro console=hvc0`."""
+
+
 class TemplateSource(Model):
     """A golden disk: built from a recipe, or imported. Each build or import is a new generation."""
 
@@ -280,6 +292,8 @@ class TemplateSource(Model):
     firstboot: Literal["farmhand", "cloud-init", "none"] | None = None
     """Who makes a clone unique at its first boot. Absent: farmhand's own for built ones, cloud-init
     for imported ones."""
+    boot: Boot | None = None
+    """What its VMs boot; absent: what is on their disk. Not for xenapi hosts."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TemplateSource:
@@ -510,6 +524,11 @@ class Farm(Model):
         if self.hosts[self.host_of(vm)].driver == "ssh":
             return None
         return self.vms[vm].template or next(iter(self.templates), None)
+
+    def boot_of(self, vm: str) -> Boot | None:
+        """None where its disk says what it boots."""
+        template = self.template_of(vm)
+        return self.templates[template].boot if template else None
 
     def machine_of(self, vm: str) -> str:
         """The VM's name on its host."""

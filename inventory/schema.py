@@ -42,6 +42,7 @@ _SECTIONS = (
     ("LibvirtNetwork", "services.libvirt"),
     ("Ansible", "services.ansible"),
     ("TemplateSource", "templates.NAME"),
+    ("Boot", "templates.NAME.boot"),
     ("Ssh", "ssh"),
     ("Vm", "vms.NAME"),
     ("Proxy", "vms.NAME.proxy[]"),

@@ -11,12 +11,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import wrap
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner, which
@@ -24,12 +22,11 @@ from inventory.errors import FarmhandError
 from inventory.model import Farm, Host
 from inventory.sizes import about
 from provision import paths
+from provision.checkup import Check, Level, Report
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
     from provision.site import Site
-
-Level = Literal["needed", "note"]
 
 _LIBVIRT = frozenset(("kvm", "xen"))
 _FAR = "far"  # in place of the driver, for a host of libvirt's on another machine
@@ -69,71 +66,6 @@ _FREE_BUILD = 4 * 2**30
 _MEMORY_RESERVE = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at. ``remedy`` is what to type or do; empty where all is well."""
-
-    name: str
-    ok: bool
-    level: Level
-    text: str
-    remedy: str = ""
-
-    def as_dict(self) -> Mapping[str, object]:
-        return {
-            "name": self.name,
-            "ok": self.ok,
-            "level": self.level,
-            "text": self.text,
-            "remedy": self.remedy,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All checks. ``ok``: nothing that is needed is broken."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok or check.level == "note" for check in self.checks)
-
-    @property
-    def problems(self) -> tuple[Check, ...]:
-        """What is needed and broken."""
-        return tuple(check for check in self.checks if not check.ok and check.level == "needed")
-
-    def as_dict(self) -> Mapping[str, object]:
-        return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
-
-    def text(self, columns: int = 10_000) -> str:
-        """Wrapped to ``columns``, remedies below what they are for."""
-        width = max(len(check.name) for check in self.checks)
-        indent = " " * (width + 8)
-        lines = []
-        for check in self.checks:
-            mark = "ok" if check.ok else "note" if check.level == "note" else "FAIL"
-            head = f"{mark:<4}  {check.name:<{width}}  "
-            texts = [(head, check.text)]
-            if check.remedy and not check.ok:
-                texts.append((indent, check.remedy))
-            for first, text in texts:
-                lines += wrap(
-                    text,
-                    max(columns, width + 30),
-                    initial_indent=first,
-                    subsequent_indent=indent,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-        broken = len(self.problems)
-        lines.append("" if broken else "everything that is needed is there")
-        if broken:
-            lines[-1] = f"{broken} {'thing is' if broken == 1 else 'things are'} broken: see FAIL above"
-        return "\n".join(lines)
-
-
 def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
     seconds: connecting to each host."""
@@ -144,7 +76,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     if "kvm" in drivers:
         checks.append(_kvm())
     if farm and "xen" in drivers:
-        checks += _xen_files()
+        checks += _xen_files(farm)
     checks += [*_space(farm), _clock(), check]
     if farm is not None:
         if "kvm" in drivers:
@@ -238,8 +170,16 @@ def _store_tools(farm: Farm | None) -> Iterator[Check]:
             )
 
 
-def _xen_files() -> Iterator[Check]:
-    missing = [row for row in _XEN_FILES if not Path(row[0]).exists()]
+def _xen_wants(farm: Farm) -> Iterator[tuple[str, str, str]]:
+    """Of _XEN_FILES; GRUB is for VMs that boot what is on their disk."""
+    on_xen = [vm for vm in farm.vms if farm.hosts[farm.host_of(vm)].driver == "xen"]
+    for row in _XEN_FILES:
+        if row[1] != "grub-xen-host" or not all(farm.boot_of(vm) for vm in on_xen):
+            yield row
+
+
+def _xen_files(farm: Farm) -> Iterator[Check]:
+    missing = [row for row in _xen_wants(farm) if not Path(row[0]).exists()]
     if missing:
         yield Check(
             "xen",
@@ -439,8 +379,11 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
         for name, host in farm.hosts.items():
             answer = _host(site, name, host.driver)
             yield answer
-            if answer.ok and (far := site.far(name)):
-                yield from _far_tools(name, host, far)
+            if answer.ok:
+                far = site.far(name)
+                if far:
+                    yield from _far_tools(name, host, far, _xen_wants(farm))
+                yield from _kernels(farm, name, far)
             yield from _store(site, name)
 
 
@@ -454,15 +397,17 @@ def _host(site: Site, name: str, driver: str) -> Check:
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
 
 
-def _far_tools(name: str, host: Host, far: FarHypervisor) -> Iterator[Check]:
-    """What its driver and its store run on that machine."""
+def _far_tools(
+    name: str, host: Host, far: FarHypervisor, xen: Iterable[tuple[str, str, str]]
+) -> Iterator[Check]:
+    """What its driver and its store run on that machine; ``xen``: where that is the driver."""
     wanted = {tool: _TOOLS[tool][0] for tool in ("qemu-img", "libvirtd", "virsh")}
     if host.driver == "kvm":
         wanted["qemu-system-x86_64"] = _TOOLS["qemu-system-x86_64"][0]
     if host.disks.store in _STORE_TOOLS:
         tool, package = _STORE_TOOLS[host.disks.store]
         wanted[tool] = package
-    files = {path: package for path, package, _ in _XEN_FILES} if host.driver == "xen" else {}
+    files = {path: package for path, package, _ in xen} if host.driver == "xen" else {}
     try:
         missing = far.missing(list(wanted), [Path(path) for path in files])
     except FarmhandError as error:  # the link was lost since it answered
@@ -472,6 +417,25 @@ def _far_tools(name: str, host: Host, far: FarHypervisor) -> Iterator[Check]:
         packages = " ".join(dict.fromkeys({**wanted, **files}[one] for one in missing))
         text = f"not found there: {', '.join(missing)}"
         yield Check(f"tools of {name}", False, "needed", text, f"there, {_install(packages)}")
+
+
+def _kernels(farm: Farm, name: str, far: FarHypervisor | None) -> Iterator[Check]:
+    """What its VMs boot that is not on their disks."""
+    boots = {boot for vm in farm.vms if farm.host_of(vm) == name and (boot := farm.boot_of(vm))}
+    files = sorted({Path(file) for boot in boots for file in (boot.kernel, boot.initrd) if file})
+    if not files:
+        return
+    title = f"kernel of {name}"
+    try:
+        missing = far.missing([], files) if far else [str(f) for f in files if not f.exists()]
+    except FarmhandError as error:
+        yield Check(title, False, "needed", error.message, error.remedy)
+        return
+    if missing:
+        remedy = f"put it there, or name another in {farm.path}: 'boot' of its template"
+        yield Check(title, False, "needed", f"not found: {', '.join(missing)}", remedy)
+    else:
+        yield Check(title, True, "needed", ", ".join(map(str, files)))
 
 
 def _store(site: Site, name: str) -> Iterator[Check]:

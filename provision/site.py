@@ -370,6 +370,7 @@ class Site:
         declared, network = self.farm.vms[vm], self.farm.network
         machine = self.machine(vm)
         user_mode = network.mode == "user"
+        boot = self.farm.boot_of(vm)
         spec = MachineSpec(
             name=machine,
             owner=Owner(self.farm.farm, vm),
@@ -387,6 +388,9 @@ class Site:
             ssh_port=allocation.ssh_port,
             seed=identity.seed_file(self.paths, machine),
             console_log=identity.console_log(self.paths, machine),
+            kernel=Path(boot.kernel) if boot else None,
+            initrd=Path(boot.initrd) if boot and boot.initrd else None,
+            cmdline=boot.cmdline if boot else "",
         )
         far = self.far(self.farm.host_of(vm))
         return far.at_home(spec) if far else spec

@@ -18,7 +18,7 @@ farm: asked
 hosts:
   here: {{driver: {driver}, uri: '{uri}', disks: {{store: {store}, pool: nowhere, dataset: farm}}}}
 network: {{mode: bridge, bridge: br0, subnet: 10.0.0.0/24}}
-templates: {{base: {{build: debian-12}}}}
+templates: {{base: {{build: debian-12{more}}}}}
 vms: {{prod: {{}}}}
 """
 _DEAF = "{driver}+unix:///system?socket=/nowhere/at/all"
@@ -29,10 +29,12 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
 
 
-def checks(tmp_path: Path, driver: str, store: str) -> list[Check]:
+def checks(tmp_path: Path, driver: str, store: str, more: str = "") -> list[Check]:
+    """``more``: of its template."""
     file = tmp_path / "farm.yaml"
     uri = _DEAF.format(driver="qemu" if driver == "kvm" else driver)
-    file.write_text(_FARM.format(driver=driver, uri=uri, store=store))
+    more = f", {more}" if more else ""
+    file.write_text(_FARM.format(driver=driver, uri=uri, store=store, more=more))
     return list(examine(file).checks)
 
 
@@ -96,11 +98,35 @@ def test_what_xen_needs_is_named_with_its_package(
     assert not named(checks(tmp_path, "kvm", "lvm-thin"), "xen")
 
 
+def test_grub_is_not_asked_for_where_the_host_gives_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ((str(tmp_path / "grub"), "grub-xen-host", "starts the VMs"),)
+    monkeypatch.setattr(doctor, "_XEN_FILES", files)
+    assert named(checks(tmp_path, "xen", "lvm-thin"), "xen")
+    boot = "boot: {kernel: /boot/vmlinuz, cmdline: ro}"
+    assert not named(checks(tmp_path, "xen", "lvm-thin", boot), "xen")
+
+
+def test_a_kernel_that_is_not_there(tmp_path: Path) -> None:
+    kernel, initrd = tmp_path / "vmlinuz", tmp_path / "initrd.img"
+    kernel.touch()
+    boot = f"boot: {{kernel: {kernel}, initrd: {initrd}, cmdline: ro}}"
+    [missing] = named(checks(tmp_path, "fake", "lvm-thin", boot), "kernel of here")
+    assert (missing.ok, missing.text) == (False, f"not found: {initrd}")
+    assert "'boot' of its template" in missing.remedy
+    initrd.touch()
+    [there] = named(checks(tmp_path, "fake", "lvm-thin", boot), "kernel of here")
+    assert there.ok
+    assert not named(checks(tmp_path, "fake", "lvm-thin"), "kernel of here")
+
+
 def test_a_link_lost_amid_the_questions_is_told() -> None:
     class Lost:
         def missing(self, *_: object) -> list[str]:
             raise DriverFailed("the link to build2 is lost", remedy="is it up?")
 
-    [tools] = doctor._far_tools("far", Host(driver="kvm"), cast(FarHypervisor, Lost()))
+    far = cast(FarHypervisor, Lost())
+    [tools] = doctor._far_tools("far", Host(driver="kvm"), far, ())
     assert (tools.name, tools.ok, tools.level) == ("tools of far", False, "needed")
     assert (tools.text, tools.remedy) == ("the link to build2 is lost", "is it up?")

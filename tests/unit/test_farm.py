@@ -104,6 +104,19 @@ def made(desk: Desk) -> Desk:
     return desk
 
 
+def test_a_kernel_of_the_host(desk: Desk) -> None:
+    with desk.site() as site:
+        spec = site.spec("prod", site.allocator.peek("prod"))
+    assert (spec.kernel, spec.initrd, spec.cmdline) == (None, None, "")
+    text = desk.file.read_text()
+    boot = "boot: {kernel: /boot/vmlinuz, initrd: /boot/initrd.img, cmdline: 'root=/dev/xvda1 ro'}"
+    desk.file.write_text(text.replace("debian-12,", f"debian-12, {boot},"))
+    with desk.site() as site:
+        spec = site.spec("prod", site.allocator.peek("prod"))
+    assert (spec.kernel, spec.initrd) == (Path("/boot/vmlinuz"), Path("/boot/initrd.img"))
+    assert spec.cmdline == "root=/dev/xvda1 ro"
+
+
 def lines(outcome: Outcome) -> list[str]:
     return [str(action) for action in outcome.actions]
 

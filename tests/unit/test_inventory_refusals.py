@@ -279,6 +279,16 @@ def test_one_wrong_key_of_a_xenapi_host(keys: str) -> None:
     assert [line for line in found if line.startswith("6:")] == [XENAPI[keys]]
 
 
+def test_a_xenapi_server_boots_no_kernel_of_ours() -> None:
+    xenapi = "{here: {driver: xenapi, uri: 'https://x', credentials: c}}"
+    text = BASE.replace("debian-12", "debian-12, boot: {kernel: /vmlinuz, cmdline: ro}")
+    network = "network: {mode: network, network: build, addressing: dhcp}"
+    assert refused(f"{text}hosts: {xenapi}\n{network}\n") == [
+        f"{line}:3: vms.{vm}: it is on a xenapi host, which boots from the disk; its template has 'boot'"
+        for line, vm in ((4, "dev2"), (5, "prod"))
+    ]
+
+
 def test_what_a_file_can_not_be_without() -> None:
     assert refused("source: {repository: x}\n") == ["1:1: 'farm' is missing", "1:1: 'vms' is missing"]
     assert refused("farm: a\nvms: {}\n") == ["2:6: vms: at least one is needed"]
@@ -302,6 +312,13 @@ def test_templates() -> None:
     ]
     assert with_templates("{base: {import: b, packages: [gcc]}}") == [
         "2:41: templates.base.packages: 'packages' is for templates that are built"
+    ]
+    assert with_templates("{base: {build: a, boot: {kernel: vmlinuz, cmdline: ro}}}") == [
+        "2:45: templates.base.boot.kernel: 'vmlinuz' is not an absolute path as taken here: begin with "
+        "'/', use letters, digits and '_', '@', '+', '.', '-', and no '..'"
+    ]
+    assert with_templates("{base: {build: a, boot: {kernel: /boot/vmlinuz}}}") == [
+        "2:30: templates.base.boot: 'cmdline' is missing"
     ]
     assert with_templates("{a: {build: x}, b: {build: y}}") == [
         "4:3: vms.dev2: which template? It needs 'template', one of: a, b",

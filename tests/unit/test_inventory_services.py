@@ -46,7 +46,7 @@ def test_no_services() -> None:
 
 
 PATH = (
-    "is not a path for a service's file: begin with '/', use letters, digits and '_', '@', '+', '.', '-', "
+    "is not an absolute path as taken here: begin with '/', use letters, digits and '_', '@', '+', '.', '-', "
     "and no '..'"
 )
 SERVICES = {
