@@ -47,7 +47,7 @@ farm: kill
 hosts:
 {hosts}
 templates:
-  base: {{build: debian-12, size: 64M}}
+  base: {{build: debian-12, size: 64M{template}}}
   spare: {{import: spare.qcow2, size: 16M, firstboot: none}}
 vms:
 {vms}
@@ -147,10 +147,12 @@ class Bench:
         size = (f", disk: {disk}" if disk else "") + (f", idle_memory: {idle}" if idle else "")
         turns = zip(vms, itertools.cycle(place.hosts), strict=False)
         lines = "\n".join(
-            f"  {vm}: {{host: {host}, template: base, memory: 64M{size}}}" for vm, host in turns
+            f"  {vm}: {{host: {host}, template: base, memory: {place.memory[1]}M{size}}}"
+            for vm, host in turns
         )
         hosts = "\n".join(f"  {host}: {{{place.host}}}" for host in place.hosts)
-        text = FARM.format(hosts=hosts, vms=lines, more="\n".join(filter(None, (place.more, more))))
+        more = "\n".join(filter(None, (place.more, more)))
+        text = FARM.format(hosts=hosts, template=place.template, vms=lines, more=more)
         self.file.write_text(text, encoding="utf-8")
         self.vms = tuple(vms)
         self.shapes: list[dict[str, list[str]]] = []
@@ -160,7 +162,7 @@ class Bench:
         return kind(load(self.file), reporter=QuietReporter(), plan=plan)
 
     def seal(self) -> None:
-        """A template, as it would be built; its guests boot nothing."""
+        """A template, as it would be built, with nothing to boot on it."""
         with self.site() as site:
             site.prepare()
             for host in self.place.hosts:

@@ -22,7 +22,7 @@ from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner
 from provision.paths import cache_dir, state_dir
 from provision.site import Site
-from tests.contract import xenapi_rig
+from tests.contract import small_guest, xenapi_rig
 from tests.contract.far_rig import FarMachine
 
 _BRIDGE = "fhkillbr0"
@@ -59,11 +59,13 @@ def run(*argv: str | Path) -> str:
 
 
 class Place(abc.ABC):
-    """``host`` is what the farm file says of each of ``hosts``. ``still``: its machines are the fake's,
-    so that a kill costs no more than what the store takes."""
+    """``host`` is what the farm file says of each of ``hosts``, ``template`` of the template. ``still``:
+    its machines are the fake's, so that a kill costs no more than what the store takes."""
 
     label = ""
     host = ""
+    template = ""
+    memory = (32, 64)  # what a guest may be ballooned to, and its maximum, in MiB
     more = ""  # lines of the farm file
     hosts: tuple[str, ...] = ("here",)
     still = False
@@ -110,6 +112,9 @@ class Place(abc.ABC):
     def running(self, directory: Path) -> list[str]:
         """Machines of the bench in that directory that really run, by bare tools."""
         return []
+
+    def booted(self, machine: str) -> None:  # noqa: B027
+        """Wait until what was started there has a balloon."""
 
 
 class FakePlace(Place):
@@ -406,8 +411,9 @@ class Machines(Place):
 
 
 class XenMachines(Machines):
-    """The same with Xen: PV guests, in which GRUB finds nothing to boot, and waits."""
+    """The same with Xen, and PV guests that boot, so that they have a balloon, and wait then."""
 
+    memory = (128, 192)
     more = "network: {mode: bridge, bridge: xenbr0, subnet: 10.10.60.0/24, gateway: 10.10.60.1}"
 
     def __init__(self, place: Place) -> None:
@@ -415,6 +421,16 @@ class XenMachines(Machines):
         self.label = f"xen+{place.label}"
         xen = "driver: xen, uri: 'xen:///system'"
         self.host = place.host.replace("driver: kvm, uri: 'qemu:///system'", xen)
+        guest = small_guest.build(cache_dir())
+        kernel = f"kernel: {guest.kernel}, initrd: {guest.initrd}, cmdline: console=hvc0 quiet"
+        self.template = f", boot: {{{kernel}}}"
+
+    def booted(self, machine: str) -> None:
+        domain = run("xl", "domid", machine).strip()
+        limit = time.monotonic() + 120
+        while "meminfo_free" not in run("xenstore-ls", f"/local/domain/{domain}/data"):
+            assert time.monotonic() < limit, f"{machine} has not booted"
+            time.sleep(0.2)
 
     def everything(self) -> list[str]:
         """With libvirt's definitions, which are outside of the farm's state."""
