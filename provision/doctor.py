@@ -421,8 +421,9 @@ def _far_tools(
 
 def _kernels(farm: Farm, name: str, far: FarHypervisor | None) -> Iterator[Check]:
     """What its VMs boot that is not on their disks."""
-    boots = {boot for vm in farm.vms if farm.host_of(vm) == name and (boot := farm.boot_of(vm))}
-    files = sorted({Path(file) for boot in boots for file in (boot.kernel, boot.initrd) if file})
+    boots = (farm.boot_of(vm) for vm in farm.vms if farm.host_of(vm) == name)
+    wanted = (file for boot in boots if boot for file in (boot.kernel, boot.initrd) if file)
+    files = [Path(file) for file in dict.fromkeys(wanted)]
     if not files:
         return
     title = f"kernel of {name}"
