@@ -208,11 +208,14 @@ class _Build:
         if bad:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
+            # of a machine that failed by itself nobody knows that it answers
+            look = f"look at it: ./invoke status, ./invoke console --vm {first.vm}"
+            if first.failure != "infrastructure":
+                look = f"look inside: ./invoke ssh --vm {first.vm}"
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
-                remedy=f"look inside: ./invoke ssh --vm {first.vm}; "
-                f"then go on from there: ./invoke cycle --from {first.name}",
+                remedy=f"{look}; then go on from there: ./invoke cycle --from {first.name}",
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
             )
             failed.build = record.id

@@ -349,6 +349,8 @@ def test_a_lost_vm_leaves_the_partial_log(lab):
         error, record = fails(site, stream=stream, keep_going=True)
     assert record.steps[0].failure == "infrastructure"
     assert "dev2: the ssh connection to" in error.message
+    assert "./invoke console --vm dev2" in error.remedy
+    assert "./invoke ssh" not in error.remedy
     assert "halfway" in log_of(record, "build")
     assert record.steps[1].status == "passed"
 
