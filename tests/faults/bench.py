@@ -4,7 +4,8 @@ A kill is at a journal step (right when it was written, or right when what it an
 call of a server's API (right when it was answered), or at a moment drawn from the operation's measured
 length: then either the process alone, whose commands live on, or with all commands it had started.
 ``FARMHAND_KILLS=many`` in the environment: every step and call, and many moments, also where a kill
-takes seconds; ``FARMHAND_SEED`` draws the same moments again.
+takes seconds. A number instead of "many": so many steps and calls of each operation, and half as many
+moments. ``FARMHAND_SEED`` draws the same ones again.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from provision.work import is_on, look
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")
-MANY = os.environ.get("FARMHAND_KILLS") == "many"
-FEW = os.environ.get("FARMHAND_KILLS") == "few"
+_WISH = os.environ.get("FARMHAND_KILLS", "")
+MANY, FEW = _WISH == "many", _WISH == "few"
+EACH = int(_WISH) if _WISH.isdecimal() else 0
 SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10**6))
 
 FARM = """\
@@ -141,8 +143,8 @@ class Bench:
         self._children = Children(still=place.still)
         self.place = place
         self.driver = place.label
-        self.chosen = None if MANY else chosen
-        self.moments = moments * 4 if MANY else moments
+        self.chosen = None if MANY else EACH or chosen
+        self.moments = moments * 4 if MANY else -(-EACH // 2) or moments
         self.file = directory / "kill.yaml"
         size = (f", disk: {disk}" if disk else "") + (f", idle_memory: {idle}" if idle else "")
         turns = zip(vms, itertools.cycle(place.hosts), strict=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import KILLS, MANY, SEED, Bench
+from bench import EACH, KILLS, MANY, SEED, Bench
 from places import (
     FakePlace,
     FarPlace,
@@ -130,7 +130,7 @@ STORES_HERE = [
     *(
         pytest.param(label, marks=of_lab(label))
         for label in LABELS
-        if MANY and label not in (*HERE, "two fakes")
+        if (MANY or EACH) and label not in (*HERE, "two fakes")
     ),
 ]
 on_two_as_well = pytest.mark.parametrize("bench", [*STORES_HERE, "two fakes"], indirect=True)
