@@ -29,7 +29,6 @@ from hypervisors.api import (
     Machine,
     MachineSpec,
     MemoryUse,
-    Power,
     StepFn,
     Template,
     no_step,
@@ -45,6 +44,7 @@ from hypervisors.domain_xml import (
 )
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
+from hypervisors.libvirt_seen import as_machine, opened_by
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -92,12 +92,12 @@ class LibvirtHypervisor:
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
             domain = self._look_up(name)
-            return self._machine(domain) if domain else None
+            return as_machine(domain) if domain else None
 
     def list(self) -> Sequence[Machine]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [self._machine(domain) for domain in domains]
+            machines = [as_machine(domain) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
 
@@ -244,7 +244,7 @@ class LibvirtHypervisor:
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
         with self._translated("list the machines"):
-            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in _opens(d)}
+            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -358,40 +358,6 @@ class LibvirtHypervisor:
         if disk.owner.farm != self._farm:
             raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
 
-    def _machine(self, domain: libvirt.virDomain) -> Machine | None:
-        """None where it ceased to be between the list and the look."""
-        import libvirt
-
-        try:
-            seen = read_domain(domain.XMLDesc(0))
-            state, _, current, _, _ = domain.info()
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                return None
-            raise
-        power = {
-            libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
-            libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
-            libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,  # on its way down: its disk is still in use
-            libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
-            libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
-            libvirt.VIR_DOMAIN_CRASHED: Power.STOPPED,
-            libvirt.VIR_DOMAIN_SHUTOFF: Power.STOPPED,
-        }.get(state, Power.UNKNOWN)
-        return Machine(
-            name=domain.name(),
-            owner=seen.owner,
-            power=power,
-            memory=seen.memory,
-            current=current * 1024,
-            vcpus=seen.vcpus,
-            mac=seen.mac,
-            disk=seen.disk,
-            spec_hash=seen.spec_hash,
-            template=seen.template,
-            started=seen.started if power is not Power.STOPPED else None,
-        )
-
     def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
         """A new disk, or the untouched one that a killed ``define`` left."""
         disk = self._disks.find(spec.name)
@@ -471,18 +437,6 @@ class LibvirtHypervisor:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
                 raise
-
-
-def _opens(domain: libvirt.virDomain) -> tuple[Path, ...]:
-    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
-    import libvirt
-
-    try:
-        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-            return ()
-        raise
 
 
 def _turn_over(log: Path) -> None:

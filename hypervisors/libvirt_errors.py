@@ -45,6 +45,13 @@ def unreachable(error: libvirt.libvirtError) -> bool:
     return error.get_error_code() in {_NO_CONNECT, _SYSTEM} and "connect socket" in message
 
 
+def going_down(error: libvirt.libvirtError) -> bool:
+    """Xen has the domain no more, and libvirt calls it running still: it asks libxl to destroy one with
+    its own lock let go, and what is read meanwhile fails so (libxlDomainGetInfo() in libxl_driver.c)."""
+    message = error.get_error_message() or ""
+    return error.get_error_code() == _INTERNAL and "libxl_domain_info failed" in message
+
+
 def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
     """``doing``: "start kata-prod"; part of the message."""
     code = error.get_error_code()
@@ -64,6 +71,8 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             f"{doing}: no libvirtd there: {message}",
             remedy="systemctl start libvirtd; for KVM, without a 'uri' farmhand runs its own",
         )
+    if going_down(error):
+        return WrongState(f"{doing}: it is going down", remedy="./invoke status shows its state")
     if "libxenlight failed" in message:  # all that libvirt tells of it
         remedy = f"see why at the end of that host's {_LIBXL_LOG}"
         return DriverFailed(f"{doing}: {message}", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_the_guest_reads_its_first_boot_data_and_cannot_write_it(xen, tmp_path):
     assert "SEED=farmhand-seed 1" in xen.wait_for("prod", "READY", after=start)
     hypervisor.stop(NAME, grace=0)
     assert seed.read_bytes() == before
+
+
+def test_looks_at_one_that_is_being_destroyed(xen):
+    """libvirt calls it running until libxl is through with it, and Xen has it no more by then."""
+    hypervisor = define(xen)
+    xen.boot("prod", "A")
+    looks = []
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(xen.hypervisor().stop, NAME, grace=0)
+        while not stopped.done():
+            [machine] = hypervisor.list()
+            looks.append((machine.power, machine.current))
+        stopped.result()
+    assert (Power.RUNNING, 0) in looks, looks
+    assert {power for power, _ in looks} <= {Power.RUNNING, Power.STOPPED}
+    assert hypervisor.find(NAME).power is Power.STOPPED
 
 
 def test_not_above_the_maximum_that_it_was_booted_with(xen):

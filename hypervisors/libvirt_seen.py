@@ -1,0 +1,75 @@
+"""What libvirt tells of a domain, as what is told everywhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hypervisors.api import Machine, Power
+from hypervisors.domain_xml import read_domain
+from hypervisors.libvirt_errors import going_down
+
+if TYPE_CHECKING:
+    import libvirt
+
+_INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
+
+
+def as_machine(domain: libvirt.virDomain) -> Machine | None:
+    """None where it ceased to be between the list and the look."""
+    import libvirt
+
+    try:
+        seen = read_domain(domain.XMLDesc(0))
+        state, current = _state(domain)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+    power = {
+        libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
+        libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
+        libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,  # on its way down: its disk is still in use
+        libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
+        libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
+        libvirt.VIR_DOMAIN_CRASHED: Power.STOPPED,
+        libvirt.VIR_DOMAIN_SHUTOFF: Power.STOPPED,
+    }.get(state, Power.UNKNOWN)
+    return Machine(
+        name=domain.name(),
+        owner=seen.owner,
+        power=power,
+        memory=seen.memory,
+        current=current * 1024,
+        vcpus=seen.vcpus,
+        mac=seen.mac,
+        disk=seen.disk,
+        spec_hash=seen.spec_hash,
+        template=seen.template,
+        started=seen.started if power is not Power.STOPPED else None,
+    )
+
+
+def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
+    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
+    import libvirt
+
+    try:
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return ()
+        raise
+
+
+def _state(domain: libvirt.virDomain) -> tuple[int, int]:
+    """virDomainState, and KiB that it has now."""
+    import libvirt
+
+    try:
+        state, _, current, _, _ = domain.info()
+    except libvirt.libvirtError as error:
+        if not going_down(error):
+            raise
+        return libvirt.VIR_DOMAIN_SHUTDOWN, 0
+    return state, current
