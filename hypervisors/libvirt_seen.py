@@ -63,7 +63,8 @@ def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
 
 
 def _state(domain: libvirt.virDomain) -> tuple[int, int]:
-    """virDomainState, and KiB that it has now."""
+    """virDomainState, and KiB that it has now. Under Xen a domain is called shut off some time before it
+    has let go of its devices, and while it is destroyed nothing can be said of it (``going_down``)."""
     import libvirt
 
     try:
@@ -72,4 +73,6 @@ def _state(domain: libvirt.virDomain) -> tuple[int, int]:
         if not going_down(error):
             raise
         return libvirt.VIR_DOMAIN_SHUTDOWN, 0
+    if state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
+        return libvirt.VIR_DOMAIN_SHUTDOWN, current
     return state, current

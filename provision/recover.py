@@ -32,11 +32,11 @@ from provision.files import sweep
 from provision.gc import discard_of, discard_unowned
 from provision.identity import sweep_seed
 from provision.journal import Record, current_operation
-from provision.power import can_power, deflate, power_on
+from provision.power import can_power, deflate
 from provision.report import Action, Outcome
 from provision.reset import proven, restore
 from provision.site import Site
-from provision.together import as_before, finish, is_half_back, ran_before, stop_all
+from provision.together import as_before, finish, is_half_back, ran_before, run_again, stop_all
 from provision.work import Job, is_on, lock_of, look, side_by_side
 
 
@@ -151,7 +151,7 @@ def _several(site: Site, record: Record, what: str) -> Job:
 
     def start_one(vm: str) -> None:
         try:
-            power_on(site, vm, wait=False)
+            run_again(site, vm, facts)
         except NoSpace as error:  # of memory: nothing is lost with that
             site.reporter.warn(f"stays stopped: {error.message}", vm=vm)
 
@@ -165,6 +165,9 @@ def _several(site: Site, record: Record, what: str) -> Job:
     if not facts.get("decided"):
         again = [vm for vm in ran if vm in off]
         text = "it had not begun, all disks are as they were"
+        if "asked" in facts and ran:
+            runs = f"{', '.join(ran)} {'run' if len(ran) > 1 else 'runs'}"
+            return job(f"{text}; see that {runs} as before", lambda: start(ran))
         if not again:
             return job(text)
         return job(f"{text}; start {', '.join(again)} again", lambda: start(again))

@@ -1,7 +1,8 @@
 """Several VMs' disks changed as one: all of them, or none.
 
 1. The VMs are stopped. Up to here nothing was changed: killed, or refused, those that ran are started
-   again, and that was all.
+   again, and that was all. A guest that was asked to shut down goes on with it, whoever is killed: when
+   it was asked is noted, and recovery waits for it.
 2. The decision is noted in the journal.
 3. Each store changes all its disks (``FarmDisks``: an error means that none is changed, and undoes step
    1 too). Killed from here on, recovery does this step again, to its end.
@@ -15,7 +16,9 @@ warm checkpoint once it is begun (``WarmDisks``): then it stays unfinished, too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import Disks, FarmDisks, WarmDisks
@@ -29,6 +32,7 @@ Change = Callable[[Disks, Sequence[str]], None]
 """What is done to these machines' disks in their store: all or none of them, or an error. Safe to do
 again."""
 
+_LOOK = 0.5  # seconds between looks at a VM that goes down
 AT_ANY_TIME = ("destroy", "stop", "gc")
 """Use cases that a half-done change is not in the way of."""
 
@@ -38,6 +42,8 @@ def change_disks(
 ) -> None:
     """Within ``operation``, whose facts name in ``was_on`` those that ran before; see the module's head.
     Afterwards all are stopped and changed; ``grace`` seconds are given to each to shut down."""
+    if grace > 0:
+        operation.note(asked=datetime.now(UTC).isoformat(), grace=grace)
     try:
         stop_all(site, vms, grace=grace)
     except Interrupted:
@@ -99,6 +105,29 @@ def as_before(site: Site, facts: object) -> None:
                 power_on(site, vm, wait=False)
         except FarmhandError as error:
             site.reporter.warn(f"could not be started again: {error.message}", vm=vm)
+
+
+def run_again(site: Site, vm: str, facts: object) -> None:
+    """Start one that ran before. Where it may have been asked to shut down and not have got there yet,
+    that is waited for; if it doesn't listen, it runs on, and that is as before, too."""
+    end = time.monotonic() + _asked_for(facts)
+    if is_on(look(site, vm)) and time.monotonic() < end:
+        site.reporter.working("it was asked to shut down: when it has, it is started again", vm=vm)
+    while is_on(look(site, vm)):
+        if time.monotonic() > end:
+            return
+        time.sleep(_LOOK)
+    power_on(site, vm, wait=False)
+
+
+def _asked_for(facts: object) -> float:
+    """Seconds that are left of those which the guests were given to shut down; a clock that was set
+    back makes them no more."""
+    if not isinstance(facts, dict) or "asked" not in facts:
+        return 0.0
+    grace = float(facts["grace"])
+    gone = datetime.now(UTC) - datetime.fromisoformat(str(facts["asked"]))
+    return max(0.0, min(grace, grace - gone.total_seconds()))
 
 
 def ran_before(site: Site, facts: object) -> tuple[str, ...]:

@@ -100,9 +100,10 @@ class Length:
 class Children:
     """The process whose forks are killed, see child.py."""
 
-    def __init__(self, *, still: bool) -> None:
+    def __init__(self, place: Place) -> None:
+        words = (word for word in ("still", "listens") if getattr(place, word))
         self._server = subprocess.Popen(
-            [sys.executable, CHILD, *(["still"] if still else [])],
+            [sys.executable, CHILD, *words],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -140,7 +141,7 @@ class Bench:
         idle: str = "",
         more: str = "",
     ) -> None:
-        self._children = Children(still=place.still)
+        self._children = Children(place)
         self.place = place
         self.driver = place.label
         self.chosen = None if MANY else EACH or chosen

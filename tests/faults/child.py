@@ -10,7 +10,8 @@ methods are wrapped here. "called": when call NUMBER of a server's API was answe
 call's name. "alone": after NUMBER seconds, its commands live on; "together": they are
 killed too. "never": the text is the numbers of steps and of calls.
 
-An argument "still": machines run nothing, see still.py.
+Arguments: "still", machines run nothing, see still.py; "listens", there are guests that shut down when
+they are asked to.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str
         arm_calls(int(number))
     if when in ("written", "done"):
         arm(when, int(number))
-    checkpoint.GRACE = 0.2  # its guests boot nothing: nobody there to shut down
+    if "listens" not in sys.argv:
+        checkpoint.GRACE = 0.2
     with _kind(load(Path(file)), reporter=QuietReporter()) as site:
         (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
     if texts is not None:
@@ -198,5 +200,5 @@ def serve() -> None:
 
 if __name__ == "__main__":
     fake_world.adapter()  # for the forks, too
-    _kind = StillSite if sys.argv[1:] == ["still"] else Site
+    _kind = StillSite if "still" in sys.argv else Site
     serve()

@@ -60,7 +60,8 @@ def run(*argv: str | Path) -> str:
 
 class Place(abc.ABC):
     """``host`` is what the farm file says of each of ``hosts``, ``template`` of the template. ``still``:
-    its machines are the fake's, so that a kill costs no more than what the store takes."""
+    its machines are the fake's, so that a kill costs no more than what the store takes. ``listens``: its
+    guests shut down when they are asked to."""
 
     label = ""
     host = ""
@@ -69,6 +70,7 @@ class Place(abc.ABC):
     more = ""  # lines of the farm file
     hosts: tuple[str, ...] = ("here",)
     still = False
+    listens = False
 
     def open(self) -> None:  # noqa: B027 - not every place has to
         """Before anything of the tests' is made."""
@@ -414,6 +416,7 @@ class XenMachines(Machines):
     """The same with Xen, and PV guests that boot, so that they have a balloon, and wait then."""
 
     memory = (128, 192)
+    listens = True
     more = "network: {mode: bridge, bridge: xenbr0, subnet: 10.10.60.0/24, gateway: 10.10.60.1}"
 
     def __init__(self, place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,40 @@ def test_a_merge_that_was_killed_is_gone_on_with(made: Desk, monkeypatch: pytest
     made.run(farm.start, ["dev2"])
     assert calls == ["kata-prod", "kata-prod"]
     assert powers(made) == ["running", "running"]
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["goes down later", "does not listen"])
+def test_guests_that_were_asked_to_shut_down_when_we_were_killed(
+    made: Desk, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    """What was asked of them can't be taken back."""
+    stop = FakeHypervisor.stop
+    with monkeypatch.context() as patch, made.site() as site:
+        patch.setattr("provision.checkpoint.GRACE", 60.0 if listens else 0.4)
+        patch.setattr(FakeHypervisor, "stop", killed)
+        with pytest.raises(KeyboardInterrupt):
+            farm.checkpoint(site, [], "kept")
+    assert powers(made) == ["running", "running"]
+    started = made.machine("prod").started
+
+    def go_down() -> None:
+        with made.site() as site:
+            for vm in site.farm.vms:
+                stop(site.hypervisor_of(vm), site.machine(vm), grace=0)  # type: ignore[arg-type]
+
+    late = threading.Timer(0.7, go_down)
+    if listens:
+        late.start()
+    done = made.run(farm.recover)
+    [line] = [str(action) for action in done.actions]
+    assert "it had not begun, all disks are as they were; see that dev2, prod run as before" in line
+    assert powers(made) == ["running", "running"]
+    assert (made.machine("prod").started == started) is not listens
+    assert contents(made) == [b"old", b"old"]
+
+
+def killed(self: FakeHypervisor, name: str, *, grace: float) -> None:
+    raise KeyboardInterrupt
 
 
 def test_status_and_doctor_show_what_a_store_says(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
