@@ -24,6 +24,8 @@ _SUITES = ("unit", "contract", "services", "faults", "system")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
+# What runs beside the other tests, when the lab's are through: about as long as what is left of those
+_ASIDE = [ROOT / "tests" / "faults" / name for name in ("test_kills.py", "test_walk.py")]
 
 
 def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
@@ -103,7 +105,7 @@ def lint(run: Run) -> Result:
 
 def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     """ruff, mypy, pytest here, and at the same time, but with ``fast`` or a choice of tests, pytest in a
-    lab. The closing lines of both are the last on stdout. UsageError."""
+    lab, then the kills. The closing lines of all are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -121,26 +123,29 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     if match:
         arguments += ["-k", match]
     with contextlib.ExitStack() as stack:
-        lab = None
+        others = None
         if not (fast or only or match):
             import labhouse
 
             labhouse.prepare(run)  # minutes, the first time
-            lab = stack.enter_context(LabTests(run, [("--brief", "--minutes", str(_LAB_MINUTES))]))
+            kills = [word for path in _ASIDE for word in ("--only", str(path))]
+            arguments += [word for path in _ASIDE for word in ("--ignore", str(path))]
+            lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
+            others = stack.enter_context(Aside(run, [lab, ("test", *kills)]))
         steps.append(_pytest(run, arguments))
-        for found in lab.finish() if lab else ():
-            steps.append({"name": found.problem or "lab-test", "ok": found.ok, **found.data})
+        for found in others.finish() if others else ():
+            steps.append({"name": found.problem or "aside", "ok": found.ok, **found.data})
     return _result(steps)
 
 
-class LabTests:
-    """lab-test with these options each, one run after another, in processes of their own, while this one
-    does something else. What pytest says there is shown when all are through. Ctrl-C reaches them too;
-    left by an error, the one under way is interrupted."""
+class Aside:
+    """Tasks with their options, one after another, in processes of their own, while this one does
+    something else. What pytest says there is shown when all are through. Ctrl-C reaches them too; left
+    by an error, the one under way is interrupted."""
 
-    def __init__(self, run: Run, runs: Iterable[Sequence[str]]) -> None:
+    def __init__(self, run: Run, tasks: Iterable[Sequence[str]]) -> None:
         self._run = run
-        self._runs = runs
+        self._tasks = tasks
         self._guard = threading.Lock()
         self._left = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -149,18 +154,18 @@ class LabTests:
         self._lane.start()
 
     def _work(self) -> None:
-        for options in self._runs:
+        for task, *options in self._tasks:
             with self._guard:
                 if self._left:
                     return
                 self._process = process = subprocess.Popen(
-                    [ROOT / "invoke", "lab-test", "--json", *options], cwd=ROOT,
+                    [ROOT / "invoke", task, "--json", *options], cwd=ROOT,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 )  # fmt: skip
             answer, _ = process.communicate()
             self._answers.append((process.returncode, answer))
 
-    def __enter__(self) -> LabTests:
+    def __enter__(self) -> Aside:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,14 +181,16 @@ class LabTests:
         return [self._told(status, json.loads(answer or "{}")) for status, answer in self._answers]
 
     def _told(self, status: int, data: dict[str, Any]) -> Result:
-        results = data.get("results")
-        if results and not self._run.json:
-            sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
+        if not self._run.json:
+            if results := data.get("results"):
+                sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
+            for step in data.get("steps", ()):
+                sys.stdout.write(step["output"])
             sys.stdout.flush()
         if status == 0:
             return Result(data, "")
         said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
-        return Result(data, "", ok=False, problem=said or "tests in a lab failed")
+        return Result(data, "", ok=False, problem=said or "tests aside failed")
 
 
 def of_the_lab(run: Run) -> Result:

@@ -157,8 +157,10 @@ def test(
         for kind in kinds:
             prepare(run, kind)
         options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
-        aside = ((f"--{kind.name}", "--match", words, *options) for kind, words in taken())
-    with house.LabTests(run, aside) as others:
+        aside = (
+            ("lab-test", f"--{kind.name}", "--match", words, *options) for kind, words in taken()
+        )
+    with house.Aside(run, aside) as others:
         parts = [one(kind, "", match=words) for kind, words in taken()]
         if KVM in kinds:
             parts.append(house.of_the_lab(run))

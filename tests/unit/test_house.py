@@ -58,8 +58,8 @@ def test_interrupted_tests_tidy_up(tmp_path: Path, number: signal.Signals, json:
 
 
 @pytest.fixture
-def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house.LabTests]:
-    """With a lab-test that says what it was asked for in ``asked``, and lasts as many seconds as that
+def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house.Aside]:
+    """With tasks that say what they were asked for in ``asked``, and last as many seconds as that
     says."""
     program = tmp_path / "invoke"
     program.write_text(
@@ -69,22 +69,23 @@ def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house
     )
     program.chmod(0o755)
     monkeypatch.setattr(house, "ROOT", tmp_path)
-    return lambda *runs: house.LabTests(SimpleNamespace(json=True), runs)
+    return lambda *runs: house.Aside(SimpleNamespace(json=True), runs)
 
 
-def test_labs_run_one_after_another(lane: Callable[..., house.LabTests], tmp_path: Path) -> None:
-    with lane(("0", "--kvm"), ("0.1", "--xen")) as labs:
+def test_labs_run_one_after_another(lane: Callable[..., house.Aside], tmp_path: Path) -> None:
+    with lane(("lab-test", "0", "--kvm"), ("test", "0.1", "--only")) as labs:
         first, second = labs.finish()
     assert (first.ok, first.data["seconds"]) == (True, 0)
     assert (second.ok, second.problem) == (False, "the lab went away")
-    assert (tmp_path / "asked").read_text() == "lab-test --json 0 --kvm\nlab-test --json 0.1 --xen\n"
+    assert (tmp_path / "asked").read_text() == "lab-test --json 0 --kvm\ntest --json 0.1 --only\n"
 
 
 def test_labs_that_are_left_end_and_no_more_begin(
-    lane: Callable[..., house.LabTests], tmp_path: Path
+    lane: Callable[..., house.Aside], tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    with contextlib.suppress(KeyboardInterrupt), lane(("60", "--kvm"), ("60", "--xen")):
+    both = [("lab-test", "60", kind) for kind in ("--kvm", "--xen")]
+    with contextlib.suppress(KeyboardInterrupt), lane(*both):
         while not (tmp_path / "asked").exists():
             time.sleep(0.05)
         time.sleep(0.2)  # for its trap
