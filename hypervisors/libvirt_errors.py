@@ -67,9 +67,10 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             remedy="run the command again: it finishes what was begun",
         )
     if unreachable(error):
+        daemon = "virtlogd" if "virtlogd" in message else "libvirtd"  # the second asks the first
         return DriverFailed(
-            f"{doing}: no libvirtd there: {message}",
-            remedy="systemctl start libvirtd; for KVM, without a 'uri' farmhand runs its own",
+            f"{doing}: no {daemon} there: {message}",
+            remedy=f"systemctl start {daemon}; for KVM, without a 'uri' farmhand runs its own",
         )
     if going_down(error):
         return WrongState(f"{doing}: it is going down", remedy="./invoke status shows its state")
