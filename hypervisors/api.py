@@ -330,8 +330,9 @@ class Hypervisor(Protocol):
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
         """Set the guest's memory and wait until the guest says it is there; returns what it
-        reached. Errors: WrongState (stopped), Unsupported (no balloon driver), UsageError (above
-        maximum or under the guest's need), TimedOut (with what it did reach)."""
+        reached. ``timeout``: seconds without coming nearer. Errors: WrongState (stopped), Unsupported
+        (no balloon driver), UsageError (above maximum or under the guest's need), TimedOut (with what it
+        did reach)."""
 
     def memory(self, name: str) -> MemoryUse:
         """What it has, and within what ``balloon`` can change it; changes nothing. WrongState

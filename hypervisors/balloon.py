@@ -13,6 +13,7 @@ reserve of a sixteenth of its maximum, at least 32 MiB, for what is asked for be
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hypervisors.api import MemoryUse, StepFn
@@ -65,7 +66,6 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
             f"{name} can't have {format_size(target)}: its maximum is {format_size(maximum)}",
             remedy="raise 'memory' in the farm file; it takes effect when the VM is stopped and started",
         )
-    limit = time.monotonic() + timeout
     stats = _listening(domain, name, min(timeout, _DRIVER_PATIENCE))
     least = floor(stats, maximum)
     if target < stats["actual"] * 1024 and least is not None and target < least:
@@ -76,20 +76,39 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
         )
     step(f"set the memory of {name} to {format_size(target)}")
     domain.setMemoryFlags(target // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    while True:
-        reached: int = domain.memoryStats()["actual"] * 1024
-        if abs(reached - target) < _CLOSE_ENOUGH:
-            _wait_for_libvirt(domain, reached)
-            _wait_for_statistics(domain, time.time())
-            return reached
-        if time.monotonic() >= limit:
-            domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-            _wait_for_libvirt(domain, reached)
-            raise TimedOut(
-                f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
-                remedy="the guest gives no more now: end programs in it, or ask for less",
-            )
+    reached = follow(lambda: domain.memoryStats()["actual"] * 1024, target, timeout)
+    if near(reached, target):
+        _wait_for_libvirt(domain, reached)
+        _wait_for_statistics(domain, time.time())
+        return reached
+    domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    _wait_for_libvirt(domain, reached)
+    raise stuck(name, reached, target, timeout)
+
+
+def near(reached: int, target: int) -> bool:
+    return abs(reached - target) < _CLOSE_ENOUGH
+
+
+def follow(actual: Callable[[], int], target: int, patience: float) -> int:
+    """Bytes that the guest has when it is there, or when it came no nearer for so many seconds: a big
+    one that gives a gigabyte on a busy host takes its time, and is on its way."""
+    nearest, limit = 0, 0.0
+    while not near(reached := actual(), target):
+        away, now = abs(reached - target), time.monotonic()
+        if not limit or away <= nearest - _CLOSE_ENOUGH:
+            nearest, limit = away, now + patience
+        if now >= limit:
+            break
         time.sleep(_LOOK)
+    return reached
+
+
+def stuck(name: str, reached: int, target: int, patience: float) -> TimedOut:
+    return TimedOut(
+        f"{name} reached {format_size(reached)} of {format_size(target)}, and no more in {patience:g} s",
+        remedy="the guest gives no more now: end programs in it, or ask for less",
+    )
 
 
 def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[str, int]:

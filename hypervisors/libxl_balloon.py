@@ -25,17 +25,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypervisors.api import MemoryUse, StepFn
-from hypervisors.balloon import floor, stopped
+from hypervisors.balloon import floor, follow, near, stopped, stuck
 from hypervisors.run import Runner, which
-from inventory.errors import TimedOut, UsageError
+from inventory.errors import UsageError
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:
     import libvirt
 
 _MIB = 2**20
-_CLOSE_ENOUGH = _MIB
-_LOOK = 0.1
 _FREE = "data/meminfo_free"
 # Seconds for a guest to tell anew. XenServer's agents do once a minute, and are waited for where it had
 # to give: after a growth an old word is on the safe side.
@@ -118,25 +116,13 @@ def set_memory(
         )
     step(f"set the memory of {name} to {format_size(target)}")
     domain.setMemoryFlags(target // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    reached = _follow(domain, target, timeout)
-    obeyed = abs(reached - target) < _CLOSE_ENOUGH
-    if not obeyed:
+    reached = follow(lambda: _actual(domain), target, timeout)
+    if not near(reached, target):
         domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    if told and abs(reached - actual) >= _CLOSE_ENOUGH:
+    if told and not near(reached, actual):
         _wait_until_told(store, _GAVE_PATIENCE if reached < actual else _GOT_PATIENCE)
-    if not obeyed:
-        raise TimedOut(
-            f"{name} reached {format_size(reached)} of {format_size(target)} in {timeout:g} s",
-            remedy="the guest gives no more now: end programs in it, or ask for less",
-        )
-    return reached
-
-
-def _follow(domain: libvirt.virDomain, target: int, timeout: float) -> int:
-    """What it has when it is there, or after so many seconds."""
-    limit = time.monotonic() + timeout
-    while abs((reached := _actual(domain)) - target) >= _CLOSE_ENOUGH and time.monotonic() < limit:
-        time.sleep(_LOOK)
+    if not near(reached, target):
+        raise stuck(name, reached, target, timeout)
     return reached
 
 

@@ -29,7 +29,7 @@ from provision.site import Site
 from provision.work import is_on, lock_of
 
 PATIENCE = 30.0
-"""Seconds a guest gets to give memory, or to take it."""
+"""Seconds a guest gets to give some more memory, or to take it."""
 
 _AT_ONCE = 8
 _STARTING = ("start", "reset", "checkpoint", "merge")
