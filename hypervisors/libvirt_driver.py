@@ -164,6 +164,8 @@ class LibvirtHypervisor:
     # -- power ------------------------------------------------------------------------------------
 
     def start(self, name: str) -> None:
+        import libvirt
+
         doing = f"start {name}"
         with self._translated(doing):
             domain = self._ours(name)
@@ -181,16 +183,18 @@ class LibvirtHypervisor:
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(_INACTIVE), disk.path))
             if seen.console_log:
                 _turn_over(seen.console_log)
-            self._create(domain, seen)
+            try:
+                self._create(domain, seen)
+            except libvirt.libvirtError as error:
+                if not _runs_by_now(domain, disk, error):
+                    raise
             self._note_start(domain)
 
     def stop(self, name: str, *, grace: float) -> None:
         with self._translated(f"stop {name}"):
             domain = self._ours(name)
-            if not domain.isActive():
-                return
             seen = read_domain(domain.XMLDesc(0))
-            if grace > 0:
+            if grace > 0 and domain.isActive():
                 self._step(f"ask {name} to shut down")
                 if self._shut_down(domain, grace):
                     _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
@@ -421,22 +425,32 @@ class LibvirtHypervisor:
         return not domain.isActive()
 
     def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
+        """Also of one that is not running yet: what a killed command asked for, libvirtd goes on with,
+        and while libxl makes a domain it isn't active. To destroy it waits for that."""
         import libvirt
 
-        if not domain.isActive():
-            return
-        self._step(f"cut the power of {name}")
-        if self._kind.cut_power(name, seen.uuid):
-            limit = time.monotonic() + _KILL_PATIENCE
-            while time.monotonic() < limit:
-                if not domain.isActive():
-                    return
-                time.sleep(_POLL)
+        if domain.isActive():
+            self._step(f"cut the power of {name}")
+            if self._kind.cut_power(name, seen.uuid):
+                limit = time.monotonic() + _KILL_PATIENCE
+                while time.monotonic() < limit:
+                    if not domain.isActive():
+                        return
+                    time.sleep(_POLL)
         try:
             domain.destroy()
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
                 raise
+
+
+def _runs_by_now(domain: libvirt.virDomain, disk: Disk, error: libvirt.libvirtError) -> bool:
+    """Whether libvirtd was starting it already, from this disk, for a command that was killed."""
+    import libvirt
+
+    if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or not domain.isActive():
+        return False
+    return read_domain(domain.XMLDesc(0)).disk == disk.path
 
 
 def _turn_over(log: Path) -> None:

@@ -85,6 +85,31 @@ def test_looks_at_one_that_is_being_destroyed(xen):
     assert hypervisor.find(NAME).power is Power.STOPPED
 
 
+@pytest.fixture
+def half_started(xen):
+    """A killed command's: what it asked libvirtd for goes on, and there is no running domain yet."""
+    hypervisor = define(xen)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(raw().create)
+        time.sleep(0.5)
+        assert not raw().isActive() and not asked.done()
+        yield hypervisor
+        asked.result()
+
+
+def test_one_that_is_being_started_is_stopped_all_the_same(half_started):
+    half_started.stop(NAME, grace=0)
+    assert half_started.find(NAME).power is Power.STOPPED
+    time.sleep(5)
+    assert half_started.find(NAME).power is Power.STOPPED
+
+
+def test_one_that_is_being_started_is_started_once(half_started):
+    half_started.start(NAME)
+    machine = half_started.find(NAME)
+    assert machine.power is Power.RUNNING and machine.started is not None
+
+
 def test_not_above_the_maximum_that_it_was_booted_with(xen):
     """The definition's may have been raised meanwhile: the guest would stop at the old one."""
     hypervisor = define(xen)
