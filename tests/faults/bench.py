@@ -265,13 +265,13 @@ class Bench:
         assert not surplus and not missing, f"{context}: left over {surplus}, missing {missing}"
 
     def _files(self) -> list[str]:
-        """But for journal, logs, lock files, what libvirtd keeps for itself, and the world of machines
-        that run nothing, where each is a line."""
+        """But for journal, logs, lock files, what SQLite takes back when it looks, what libvirtd keeps
+        for itself, and the world of machines that run nothing, where each is a line."""
         found = []
         for path in state_dir().rglob("*"):
             name = str(path.relative_to(state_dir()))
             if path.is_dir() or re.search(
-                r"journal\.db|/locks/|\.log(\.\d)?$|^lvm/|\.lock$|generations\.json", name
+                r"journal\.db|\.db-journal$|/locks/|\.log(\.\d)?$|^lvm/|\.lock$|generations\.json", name
             ):
                 continue
             if "/libvirt/" in name and not re.search(r"qemu/[^/]*\.xml$", name):
