@@ -25,7 +25,7 @@ from provision.site import Site
 from tests.contract import small_guest, xenapi_rig
 from tests.contract.far_rig import FarMachine
 
-_BRIDGE = "fhkillbr0"
+_BRIDGE = f"fhkill{os.getpid()}"  # other tests run beside these
 MIB = 2**20
 SIZE = 16 * MIB
 SPOTS = (0, MIB, 5 * MIB + 12288, SIZE - 65536)
