@@ -119,7 +119,7 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     if fast:
         arguments += ["-m", "not system"]
     if not only:
-        arguments += [word for path in _OF_THE_LAB for word in ("--ignore", str(path))]
+        arguments += _each("--ignore", _OF_THE_LAB)
     if match:
         arguments += ["-k", match]
     with contextlib.ExitStack() as stack:
@@ -128,14 +128,17 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
             import labhouse
 
             labhouse.prepare(run)  # minutes, the first time
-            kills = [word for path in _ASIDE for word in ("--only", str(path))]
-            arguments += [word for path in _ASIDE for word in ("--ignore", str(path))]
+            arguments += _each("--ignore", _ASIDE)
             lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
-            others = stack.enter_context(Aside(run, [lab, ("test", *kills)]))
+            others = stack.enter_context(Aside(run, [lab, ("test", *_each("--only", _ASIDE))]))
         steps.append(_pytest(run, arguments))
         for found in others.finish() if others else ():
             steps.append({"name": found.problem or "aside", "ok": found.ok, **found.data})
     return _result(steps)
+
+
+def _each(option: str, paths: Iterable[Path]) -> list[str]:
+    return [word for path in paths for word in (option, str(path))]
 
 
 class Aside:

@@ -90,15 +90,31 @@ def near(reached: int, target: int) -> bool:
     return abs(reached - target) < _CLOSE_ENOUGH
 
 
+class Approach:
+    """How long a guest is still waited for: so many seconds since it last came nearer to ``target``. A
+    big one that gives a gigabyte on a busy host takes its time, and is on its way."""
+
+    def __init__(self, target: int, patience: float) -> None:
+        self._target, self._patience = target, patience
+        self._nearest: int | None = None
+        self._limit = time.monotonic() + patience
+
+    def saw(self, reached: int) -> None:
+        away = abs(reached - self._target)
+        if self._nearest is None or away <= self._nearest - _CLOSE_ENOUGH:
+            self._nearest, self._limit = away, time.monotonic() + self._patience
+
+    def left(self) -> float:
+        """Seconds; none or less: it is given up."""
+        return self._limit - time.monotonic()
+
+
 def follow(actual: Callable[[], int], target: int, patience: float) -> int:
-    """Bytes that the guest has when it is there, or when it came no nearer for so many seconds: a big
-    one that gives a gigabyte on a busy host takes its time, and is on its way."""
-    nearest, limit = 0, 0.0
+    """Bytes that the guest has when it is there, or when it is given up (``Approach``)."""
+    approach = Approach(target, patience)
     while not near(reached := actual(), target):
-        away, now = abs(reached - target), time.monotonic()
-        if not limit or away <= nearest - _CLOSE_ENOUGH:
-            nearest, limit = away, now + patience
-        if now >= limit:
+        approach.saw(reached)
+        if approach.left() <= 0:
             break
         time.sleep(_LOOK)
     return reached

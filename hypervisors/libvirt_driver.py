@@ -44,7 +44,7 @@ from hypervisors.domain_xml import (
 )
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
-from hypervisors.libvirt_seen import as_machine, opened_by
+from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     import libvirt
 
 _T = TypeVar("_T")
-_INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
 _CONNECT_PATIENCE = 10.0  # seconds
 _POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
 _KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
@@ -180,7 +179,7 @@ class LibvirtHypervisor:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which
-                domain = self._connect().defineXML(with_disk(domain.XMLDesc(_INACTIVE), disk.path))
+                domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
             if seen.console_log:
                 _turn_over(seen.console_log)
             try:

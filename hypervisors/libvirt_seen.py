@@ -12,7 +12,7 @@ from hypervisors.libvirt_errors import going_down
 if TYPE_CHECKING:
     import libvirt
 
-_INACTIVE = 2  # libvirt.VIR_DOMAIN_XML_INACTIVE, a module imported late
+INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
 
 
 def as_machine(domain: libvirt.virDomain) -> Machine | None:
@@ -55,7 +55,7 @@ def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
     import libvirt
 
     try:
-        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(_INACTIVE)).disks)
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(INACTIVE)).disks)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return ()

@@ -94,10 +94,11 @@ def _references(farm: Farm, places: Places) -> Found:
             yield places.problem(
                 path, "it is on a xenapi host: 'network' needs mode network or bridge", key=True
             )
-        template = farm.templates.get(vm.template or next(iter(farm.templates), ""))
-        if driver == "xenapi" and template and template.boot and not places.is_bad((*path, "template")):
-            words = "it is on a xenapi host, which boots from the disk; its template has 'boot'"
-            yield places.problem(path, words, key=True)
+        if driver == "xenapi" and not places.is_bad((*path, "template")):
+            template = farm.templates.get(vm.template or next(iter(farm.templates), ""))
+            if template and template.boot:
+                words = "it is on a xenapi host, which boots from the disk; its template has 'boot'"
+                yield places.problem(path, words, key=True)
         if vm.template is not None and driver == "ssh":
             yield places.problem((*path, "template"), "a VM on an ssh host is not made from a template")
         elif vm.template is not None and vm.template not in templates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import Literal
 
@@ -21,13 +21,7 @@ class Check:
     remedy: str = ""
 
     def as_dict(self) -> Mapping[str, object]:
-        return {
-            "name": self.name,
-            "ok": self.ok,
-            "level": self.level,
-            "text": self.text,
-            "remedy": self.remedy,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

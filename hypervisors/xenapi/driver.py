@@ -28,6 +28,7 @@ from hypervisors.api import (
     no_step,
     spec_hash,
 )
+from hypervisors.balloon import Approach
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
@@ -381,20 +382,16 @@ class XenApiHypervisor:
                 )
             self._step(f"set the memory of {name} to {format_size(target)}")
             self._pool.call("VM.set_memory_dynamic_range", vm.ref, str(target), str(target))
-            reached, nearer = 0, True
-            nearest: int | None = None
+            reached, approach = 0, Approach(target, timeout)
             metrics = f"vm_metrics/{vm.record['metrics']}"
-            while nearer:  # than before: as long again
-                nearer = False
-                for record in watch(self._pool.sessions, metrics, timeout):
+            while (left := approach.left()) > 0:
+                for record in watch(self._pool.sessions, metrics, left):
                     if record is None:
                         raise WrongState(f"{name} ended meanwhile", remedy="./invoke status")
                     reached = int(record["memory_actual"])
-                    away = abs(reached - target)
-                    if away <= _NEAR:
+                    if abs(reached - target) <= _NEAR:
                         return reached
-                    nearer = nearer or (nearest is not None and away < nearest)
-                    nearest = away if nearest is None else min(nearest, away)
+                    approach.saw(reached)
             kept = str(min(max(reached, least), most))  # it is not pressed, nor fed, any further
             self._pool.call("VM.set_memory_dynamic_range", vm.ref, kept, kept)
             raise TimedOut(

@@ -61,7 +61,7 @@ def run(*argv: str | Path) -> str:
 class Place(abc.ABC):
     """``host`` is what the farm file says of each of ``hosts``, ``template`` of the template. ``still``:
     its machines are the fake's, so that a kill costs no more than what the store takes. ``listens``: its
-    guests shut down when they are asked to."""
+    guests shut down when they are asked to. ``gradual``: they give and take memory bit by bit."""
 
     label = ""
     host = ""
@@ -71,6 +71,7 @@ class Place(abc.ABC):
     hosts: tuple[str, ...] = ("here",)
     still = False
     listens = False
+    gradual = False
 
     def open(self) -> None:  # noqa: B027 - not every place has to
         """Before anything of the tests' is made."""
@@ -417,6 +418,7 @@ class XenMachines(Machines):
 
     memory = (128, 192)
     listens = True
+    gradual = True
     more = "network: {mode: bridge, bridge: xenbr0, subnet: 10.10.60.0/24, gateway: 10.10.60.1}"
 
     def __init__(self, place: Place) -> None:
