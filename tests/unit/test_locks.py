@@ -94,15 +94,20 @@ def test_reentrant_in_one_site_also_from_its_threads(tmp_path: Path) -> None:
 def test_children_inherit_no_lock(tmp_path: Path) -> None:
     locks = Locks(tmp_path / "locks")
     with locks.hold("vm-prod", doing="reset"):
-        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+        child = subprocess.Popen(
+            ["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False, bufsize=0
+        )
     try:
+        assert child.stdin and child.stdout
+        child.stdin.write(b"there\n")  # an answer: no library is being opened and closed any more
+        assert child.stdout.readline() == b"there\n"
         with Locks(tmp_path / "locks").hold("vm-prod", doing="next"):
             pass
         fds = [str(fd.readlink()) for fd in Path(f"/proc/{child.pid}/fd").iterdir()]
         assert not any(str(tmp_path) in fd for fd in fds)
     finally:
         child.kill()
-        child.wait()
+        child.communicate()
 
 
 def test_a_lock_removed_with_its_farm_is_no_lock(tmp_path: Path) -> None:
