@@ -32,10 +32,12 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class KvmVerdict:
-    """``why``: one line for an admin, whichever way it went."""
+    """``why``: one line for an admin, whichever way it went. ``remedy``: what to do for another verdict,
+    where that is known."""
 
     usable: bool
     why: str
+    remedy: str = ""
 
 
 def kvm_usable(runner: Runner, cache: Path) -> KvmVerdict:
@@ -49,21 +51,48 @@ def kvm_usable(runner: Runner, cache: Path) -> KvmVerdict:
     qemu = which("qemu-system-x86_64")
     if qemu is None:
         return KvmVerdict(False, "qemu-system-x86_64 is not installed: apt-get install qemu-system-x86")
+    if kept := _remembered(cache, qemu):
+        return kept
+    verdict = try_boot(runner, qemu, "kvm")
+    _remember(cache, qemu, verdict)
+    return verdict
+
+
+def distrust_kvm(cache: Path, why: str) -> None:
+    """KVM failed a guest, whatever was found out before: ``kvm_usable`` says so, with ``why``, until this
+    host boots again or its QEMU changes."""
+    qemu = which("qemu-system-x86_64")
+    if qemu is None:  # then it isn't usable anyway
+        return
+    remedy = f"to have it tried again: rm {_note(cache)}, or boot this host anew"
+    _remember(cache, qemu, KvmVerdict(False, why, remedy))
+
+
+def _note(cache: Path) -> Path:
+    return cache / f"kvm-{os.geteuid()}.json"
+
+
+def _key(qemu: str) -> str:
+    """What a verdict is about: this boot, this user, this QEMU, this device."""
     seen, device = Path(qemu).stat(), _DEVICE.stat()
     facts = (_BOOT_ID.read_text(), os.geteuid(), qemu, seen.st_mtime_ns, seen.st_ino, device.st_rdev)
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()
-    note = cache / f"kvm-{os.geteuid()}.json"
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _remembered(cache: Path, qemu: str) -> KvmVerdict | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(note.read_text())
-        if kept.pop("key") == key:
+        kept = json.loads(_note(cache).read_text())
+        if kept.pop("key") == _key(qemu):
             return KvmVerdict(**kept)
-    verdict = try_boot(runner, qemu, "kvm")
+    return None
+
+
+def _remember(cache: Path, qemu: str, verdict: KvmVerdict) -> None:
     with contextlib.suppress(OSError):  # a cache that can't be written costs time, no more
         cache.mkdir(parents=True, exist_ok=True)
-        fresh = note.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": key, **asdict(verdict)}))
-        fresh.replace(note)
-    return verdict
+        fresh = _note(cache).with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({"key": _key(qemu), **asdict(verdict)}))
+        fresh.replace(_note(cache))
 
 
 def try_boot(runner: Runner, qemu: str, accelerator: str) -> KvmVerdict:
