@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 
+from hypervisors.progress import Progress
 from hypervisors.run import Runner
 from inventory.errors import Conflict, DriverFailed, NotFound, TimedOut, UsageError, WrongState
 from provision.connection import Connection
-from provision.remote import tail_of, wait_ready
+from provision.dial import wait_ready
+from provision.remote import tail_of
 
 
 @pytest.fixture
@@ -40,11 +42,15 @@ def prod(tmp_path: Path, key: Path):
     machine.stop()
 
 
-def ready(endpoint, *, since: float = 0.0, timeout: float = 20, running=lambda: True, tail=lambda: ""):
+def ready(
+    endpoint, *, since=0.0, timeout=20.0, running=lambda: True, tail=lambda: "", pulse=lambda: None
+):
     said: list[str] = []
-    return wait_ready(
-        endpoint, since=since, timeout=timeout, running=running, tail=tail, working=said.append
-    ), said
+    progress = Progress(pulse, timeout)
+    waiting = wait_ready(
+        endpoint, since=since, progress=progress, running=running, tail=tail, working=said.append
+    )
+    return asyncio.run(waiting), said
 
 
 def run(machine: Sshd, script: str, *, timeout: float = 30, env=None):
