@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -89,6 +90,64 @@ def test_without_a_balloon_driver(real):
         hypervisor.balloon(NAME, 128 * MIB, timeout=2)
     with pytest.raises(Unsupported, match="no balloon driver"):
         hypervisor.memory(NAME)
+
+
+def test_a_balloon_driver_that_went_away(real, monkeypatch):
+    """Its last numbers stand, and are no answer. It is told at once: nothing is asked of the guest."""
+    hypervisor = define(real, options="balloon=3")
+    real.boot("prod", "A")
+    time.sleep(1.2)  # the statistics' period
+    assert hypervisor.memory(NAME).least is not None
+    assert hypervisor.notes() == {}
+    real.wait_for("prod", "UNLOADED")
+    monkeypatch.setattr("hypervisors.balloon._STALE", 4.0)
+    wait_until(lambda: NAME in hypervisor.notes())
+    assert re.search(r"not told for [\d.]+s .*no balloon driver", hypervisor.notes()[NAME])
+    steps: list[str] = []
+    asked = real.hypervisor(step=steps.append)
+    for ask in (lambda: asked.memory(NAME), lambda: asked.balloon(NAME, 128 * MIB, timeout=600)):
+        with pytest.raises(Unsupported, match="not told for .* no balloon driver") as caught:
+            ask()
+        assert "modprobe virtio_balloon" in caught.value.remedy
+    assert steps == [], "no balloon was set, and nobody was waited for"
+
+
+def test_a_balloon_driver_that_never_was_is_noted(real, monkeypatch):
+    hypervisor = define(real, options="balloon=off")
+    real.boot("prod", "A")
+    assert hypervisor.notes() == {}, "it may be booting still"
+    monkeypatch.setattr("hypervisors.balloon._BOOTING", 0.0)
+    assert "not told yet" in hypervisor.notes()[NAME]
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.notes() == {}
+
+
+def test_a_pulse_is_what_a_guest_wrote_and_read(real):
+    hypervisor = define(real, options="balloon=2")
+    assert hypervisor.pulse(NAME) is None
+    real.boot("prod", "A")
+    pulse = hypervisor.pulse(NAME)
+    assert pulse.console == (real.place / "prod.log").stat().st_size
+    assert pulse.said.rstrip().endswith("READY")
+    assert pulse.read > 0 and pulse.written > 0
+    real.wait_for("prod", "UNLOADED")
+    assert hypervisor.pulse(NAME).console > pulse.console
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.pulse(NAME) is None
+
+
+def test_a_guest_that_is_seen_to_shut_down_keeps_its_power(real):
+    """It takes 6 s, with a word each second: longer than what one that shows nothing gets."""
+    define(real, options="down=6")
+    real.boot("prod", "A")
+    said: list[str] = []
+    hypervisor = LibvirtHypervisor(
+        real.uri, "kata", real.disks(), Runner(), kind=real.kind, working=said.append
+    )
+    hypervisor.stop(NAME, grace=3)
+    assert "DOWN 6" in (real.place / "prod.log").read_text()
+    assert any("console" in text and "DOWN" in text for text in said)
+    hypervisor.close()
 
 
 def test_the_floor_follows_what_the_guest_uses(real):
