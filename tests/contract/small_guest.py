@@ -4,9 +4,9 @@ it.
 
 On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
 ``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
-each second. It writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. Under Xen it
-says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do:
-each second, or every ``period=SECONDS``.
+each second. It writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds
+there. Under Xen it says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore,
+as guest agents do: each second, or every ``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ if [ -n "$hog" ]; then
 fi
 mkdir -p /etc/acpi/PWRF /var/log
 down=$(option down)
-printf '#!/bin/sh\\necho POWER BUTTON\\nfor n in $(seq %s); do sleep 1; echo DOWN $n >/dev/console; done\\npoweroff -f\\n' \
-    ${down:-0} > /etc/acpi/PWRF/00000080
+cat > /etc/acpi/PWRF/00000080 <<END
+#!/bin/sh
+echo POWER BUTTON
+for n in \\$(seq ${down:-0}); do sleep 1; echo DOWN \\$n >/dev/console; done
+poweroff -f
+END
 chmod 755 /etc/acpi/PWRF/00000080
 if [ "$(option acpi)" != ignore ]; then
     acpid -d >/dev/null 2>&1 &

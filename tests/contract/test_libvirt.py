@@ -106,7 +106,7 @@ def test_a_balloon_driver_that_went_away(real, monkeypatch):
     steps: list[str] = []
     asked = real.hypervisor(step=steps.append)
     for ask in (lambda: asked.memory(NAME), lambda: asked.balloon(NAME, 128 * MIB, timeout=600)):
-        with pytest.raises(Unsupported, match="not told for .* no balloon driver") as caught:
+        with pytest.raises(Unsupported, match=r"not told for .* no balloon driver") as caught:
             ask()
         assert "modprobe virtio_balloon" in caught.value.remedy
     assert steps == [], "no balloon was set, and nobody was waited for"
