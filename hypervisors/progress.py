@@ -80,11 +80,11 @@ class Progress:
 
     def verdict(self) -> str:
         """Why it is given up, as the end of a sentence."""
-        patience = format_duration(self.patience)
+        patience = _whole(self.patience)
         if self._last is None:
             return f"within {patience}"
         if self._began + self.patience * IN_ALL <= self._clock():
-            return f"within {format_duration(self.patience * IN_ALL)}, though it goes on ({self})"
+            return f"within {_whole(self.patience * IN_ALL)}, though it goes on ({self})"
         return f"and nothing has gone on in it for {patience} ({self})"
 
     def __str__(self) -> str:
@@ -93,13 +93,17 @@ class Progress:
         if seen is None:
             return ""
         if seen.console is not None:
-            ago = format_duration(round(now - self._spoke))
+            ago = _whole(now - self._spoke)
             line = last_line(seen.said)
             parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
                          else "nothing on its console")  # fmt: skip
         if seen.disk:
-            parts.append(f"disk {format_duration(round(now - self._worked))} ago: {about(seen.disk)}")
+            parts.append(f"disk {_whole(now - self._worked)} ago: {about(seen.disk)}")
         return ", ".join(parts)
+
+
+def _whole(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 60 else format_duration(seconds)
 
 
 def last_line(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import time
@@ -90,26 +89,6 @@ def test_without_a_balloon_driver(real):
         hypervisor.balloon(NAME, 128 * MIB, timeout=2)
     with pytest.raises(Unsupported, match="no balloon driver"):
         hypervisor.memory(NAME)
-
-
-def test_a_balloon_driver_that_went_away(real, monkeypatch):
-    """Its last numbers stand, and are no answer. It is told at once: nothing is asked of the guest."""
-    hypervisor = define(real, options="balloon=3")
-    real.boot("prod", "A")
-    time.sleep(1.2)  # the statistics' period
-    assert hypervisor.memory(NAME).least is not None
-    assert hypervisor.notes() == {}
-    real.wait_for("prod", "UNLOADED")
-    monkeypatch.setattr("hypervisors.balloon._STALE", 4.0)
-    wait_until(lambda: NAME in hypervisor.notes())
-    assert re.search(r"not told for [\d.]+s .*no balloon driver", hypervisor.notes()[NAME])
-    steps: list[str] = []
-    asked = real.hypervisor(step=steps.append)
-    for ask in (lambda: asked.memory(NAME), lambda: asked.balloon(NAME, 128 * MIB, timeout=600)):
-        with pytest.raises(Unsupported, match=r"not told for .* no balloon driver") as caught:
-            ask()
-        assert "modprobe virtio_balloon" in caught.value.remedy
-    assert steps == [], "no balloon was set, and nobody was waited for"
 
 
 def test_a_balloon_driver_that_never_was_is_noted(real, monkeypatch):
