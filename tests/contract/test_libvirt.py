@@ -15,7 +15,7 @@ from rigs import MIB, short_directory
 
 from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
-from hypervisors.kvm import kvm_usable, try_boot
+from hypervisors.kvm import kvm_usable, try_guest
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.libvirt_kinds import Qemu
 from hypervisors.private import PrivateLibvirt
