@@ -135,6 +135,10 @@ class Host(Model):
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, xen:///system, or another machine's, xen+ssh://root@HOST/system; or a XenAPI https
     URL."""
+    accelerator: Literal["auto", "kvm", "tcg"] | None = None
+    """driver kvm: `auto` (the same as absent) takes KVM where it works and QEMU's emulation elsewhere;
+    `kvm` refuses to start VMs where it doesn't work; `tcg` is always emulation. FARMHAND_ACCELERATOR in
+    the environment goes before it."""
     guests: Literal["pv", "pvh"] | None = None
     """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
     virtualization, and guests with a kernel of their own for it."""
@@ -166,6 +170,10 @@ class Host(Model):
             raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
         if self.guests is not None and self.driver != "xen":
             raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
+        if self.accelerator is not None and self.driver != "kvm":
+            raise at_key(
+                "accelerator", f"'accelerator' is for driver kvm; the driver is {self.driver}", "driver"
+            )
         self._xenapi_keys()
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
             raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
