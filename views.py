@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from provision.network.verify import Answer, Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
-    from provision.status import FarmStatus, VmStatus
+    from provision.status import FarmStatus, HostStatus, VmStatus
 
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
