@@ -31,6 +31,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _VARIABLE = "FARMHAND_ACCELERATOR"
 
 Accelerator = Literal["auto", "kvm", "tcg"]
+DO_WITHOUT = f"accelerator: auto (or {_VARIABLE}=auto) takes QEMU's emulation where KVM doesn't work"
+"""What to do where KVM is asked for and doesn't work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ def try_guest(runner: Runner, qemu: str, accelerator: Literal["kvm", "tcg"], lim
 def _words(stderr: str) -> str:
     """QEMU's first ones that are more than a warning."""
     lines = [line for line in stderr.strip().splitlines() if ": warning: " not in line]
-    return lines[0].removeprefix("qemu-system-x86_64: ") if lines else ""
+    return lines[0].removeprefix("qemu-system-x86_64: ").removeprefix("error: ") if lines else ""
 
 
 def _times(ratio: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner, which
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, UsageError
 from inventory.model import Farm, Host
 from inventory.sizes import about
 from provision import paths
@@ -238,11 +238,11 @@ def _lines(path: Path) -> list[str]:
 
 def _kvm(farm: Farm | None) -> Check:
     """Of this machine, for the farm's hosts that are this one."""
-    from hypervisors.kvm import asked_for, judge
+    from hypervisors.kvm import DO_WITHOUT, asked_for, judge
 
     hosts = [host for host in farm.hosts.values() if _where(host) == "kvm"] if farm else [Host()]
     try:
-        asked = {asked_for(host.accelerator or "auto") for host in hosts}
+        asked = {asked_for(host.accelerator) for host in hosts}
     except FarmhandError as error:
         return Check("kvm", False, "needed", error.message, error.remedy)
     if asked == {"tcg"}:
@@ -252,9 +252,8 @@ def _kvm(farm: Farm | None) -> Check:
     if verdict.usable:
         return Check("kvm", True, "note", f"KVM works: {verdict.why}")
     if "kvm" in asked:
-        remedy = "accelerator: auto takes QEMU's emulation (slower) where KVM doesn't work"
         text = f"KVM is asked for (accelerator: kvm), but doesn't work ({verdict.why})"
-        return Check("kvm", False, "needed", text, verdict.remedy or remedy)
+        return Check("kvm", False, "needed", text, verdict.remedy or DO_WITHOUT)
     return Check(
         "kvm",
         False,
@@ -386,7 +385,11 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
     from provision.report import QuietReporter
     from provision.site import open_site
 
-    with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
+    try:
+        opened = open_site(farm_file, reporter=QuietReporter(), plan=True)
+    except UsageError:  # FARMHAND_ACCELERATOR, of which _kvm tells
+        return
+    with opened as site:
         for name, host in farm.hosts.items():
             answer = _host(site, name, host.driver)
             yield answer

@@ -163,7 +163,7 @@ class Site:
         """Of a host with driver kvm. UsageError for what the environment has in its place."""
         from hypervisors.kvm import asked_for
 
-        return asked_for(self.farm.hosts[host].accelerator or "auto")
+        return asked_for(self.farm.hosts[host].accelerator)
 
     def kvm(self, host: str) -> KvmVerdict:
         """Whether KVM runs the VMs of a host with driver kvm: there, if that is another machine."""

@@ -15,7 +15,7 @@ from rigs import FARM, NOT_RUN, SIZE, short_directory, template
 
 from hypervisors import kvm
 from hypervisors.api import Machine, Power
-from hypervisors.kvm import KvmVerdict, distrust_kvm
+from hypervisors.kvm import KvmVerdict, distrust_kvm, kvm_usable, try_guest
 from hypervisors.run import Runner, which
 from inventory.errors import Unsupported, UsageError
 from inventory.loader import load
@@ -109,6 +109,19 @@ def desk(guest: small_guest.Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with made.site() as site:
         site.private().stop(force=True)
     shutil.rmtree(place)
+
+
+def test_our_guest_runs_under_kvm(tmp_path: Path) -> None:
+    verdict = kvm_usable(Runner(), tmp_path)
+    assert verdict.why and "\n" not in verdict.why
+    if not verdict.usable:
+        NOT_RUN.append(f"the guest that KVM is judged by, under KVM ({verdict.why})")
+        return
+    qemu = which("qemu-system-x86_64")
+    assert qemu
+    trial = try_guest(Runner(), qemu, "kvm", 60)
+    assert trial.why == ""
+    assert 0 < trial.work < trial.whole
 
 
 def test_a_vm_of_another_verdict_is_defined_anew_at_its_next_start(desk: Desk) -> None:

@@ -132,7 +132,7 @@ HALF = {
     "works": ("answered(35795)", WORKS.why),
     "refuses": (
         "sys.exit('qemu-system-x86_64: warning: x\\nqemu-system-x86_64: error: failed to set MSR 0x1')",
-        "KVM failed: error: failed to set MSR 0x1",
+        "KVM failed: failed to set MSR 0x1",
     ),
     "refuses and dies": (
         "sys.stderr.write('qemu-system-x86_64: no MSR\\n'); sys.stderr.flush(); os.abort()",
