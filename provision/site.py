@@ -180,11 +180,11 @@ class Site:
             return
         verdict = self.kvm(host)
         if not verdict.usable:
+            from hypervisors.kvm import DO_WITHOUT
+
             raise Unsupported(
                 f"{self.name}: host {host} is to use KVM (accelerator: kvm): {verdict.why}",
-                remedy=verdict.remedy
-                or "accelerator: auto (or FARMHAND_ACCELERATOR=auto) takes "
-                "QEMU's emulation where KVM doesn't work",
+                remedy=verdict.remedy or DO_WITHOUT,
             )
 
     @property
@@ -468,7 +468,13 @@ class Site:
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
+    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
+    environment asks for."""
     from inventory.loader import load
 
-    return Site(load(farm_file), reporter=reporter, plan=plan)
+    farm = load(farm_file)
+    if any(host.driver == "kvm" for host in farm.hosts.values()):
+        from hypervisors.kvm import asked_for
+
+        asked_for()
+    return Site(farm, reporter=reporter, plan=plan)
