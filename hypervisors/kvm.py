@@ -23,9 +23,9 @@ from inventory.errors import CommandFailed, TimedOut, UsageError
 
 # Seconds. Emulation takes 0.2, in a host that is emulated itself and busy some ten times that and more;
 # KVM then takes more, too. A wrong verdict would stay until the next boot.
-_EMULATION_LIMIT = 60.0
+_LIMIT = 60.0
 _KVM_LIMIT = 5.0
-_KVM_TIMES = 3  # of what emulation took, where that is more; all of it, with QEMU's start and firmware
+_KVM_TIMES = 3  # of what emulation took, where that is more: all of it, with QEMU's start and firmware
 _DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _VARIABLE = "FARMHAND_ACCELERATOR"
@@ -108,7 +108,7 @@ def _key(qemu: str) -> str:
 
 
 def _remembered(cache: Path, qemu: str) -> KvmVerdict | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         kept = json.loads(_note(cache).read_text())
         if kept.pop("key") == _key(qemu):
             return KvmVerdict(**kept)
@@ -134,8 +134,8 @@ class Trial:
 
 
 def _compare(runner: Runner, qemu: str) -> KvmVerdict:
-    emulated = try_guest(runner, qemu, "tcg", _EMULATION_LIMIT)
-    limit = max(_KVM_LIMIT, _KVM_TIMES * emulated.whole)
+    emulated = try_guest(runner, qemu, "tcg", _LIMIT)
+    limit = min(_LIMIT, max(_KVM_LIMIT, _KVM_TIMES * emulated.whole))
     accelerated = try_guest(runner, qemu, "kvm", limit)
     if accelerated.why:
         beside = "" if emulated.why else f"; emulation ran it in {emulated.whole:.1f} s"

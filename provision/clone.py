@@ -48,10 +48,10 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
     TimedOut with the console's tail, Several, Busy."""
     names = site.vms(vms)
     with begin(site, "clone-farm", names) as run:
+        check_accelerator(site, names)
         templates = _Templates(site)
         machines = {vm: look(site, vm) for vm in names}
         missing = [vm for vm in names if machines[vm] is None and can_power(site, vm)]
-        check_accelerator(site, names)
         _check_space(site, missing)
         to_start = [
             vm

@@ -240,7 +240,7 @@ def test_kvm_that_failed_a_guest_is_not_used_until_it_is_to_be_tried_again(
 def test_a_spoilt_note_is_made_anew(stand_in: SimpleNamespace) -> None:
     stand_in.verdict()
     [note] = stand_in.cache.iterdir()
-    for text in ("", "[]", "{}", json.dumps({**json.loads(note.read_text()), "more": 1})):
+    for text in ("", "[]", "{}", "1", json.dumps({**json.loads(note.read_text()), "more": 1})):
         note.write_text(text)
         assert kvm_usable(Runner(), stand_in.cache) == WORKS
 
