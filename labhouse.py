@@ -157,7 +157,9 @@ def test(
         for kind in kinds:
             prepare(run, kind)
         options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
-        aside = (("lab-test", f"--{kind.name}", "--match", words, *options) for kind, words in taken())
+        aside = (
+            ("lab-test", f"--{kind.name}", "--match", words, *options) for kind, words in taken()
+        )
     with house.Aside(run, aside) as others:
         parts = [one(kind, "", match=words) for kind, words in taken()]
         if KVM in kinds:
