@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Power, spec_hash
+from hypervisors.api import Machine, MachineSpec, Power, spec_hash
 from hypervisors.progress import Progress
 from inventory.errors import (
     Conflict,
@@ -133,19 +133,34 @@ def _switch_on(site: Site, vm: str, *, asleep: bool = False, falls: bool = False
 
 
 def bring_up_to_date(site: Site, vm: str) -> bool:
-    """A stopped machine's seed and definition, as the farm file wants them now. Whether it was
-    redefined."""
+    """A stopped machine's seed and definition, as the farm file and its host want them now. Whether it
+    was redefined. Unsupported where it is to run under KVM, and that doesn't work."""
+    check_accelerator(site, [vm])
     machine = present(site, vm)
     allocation = site.allocator.allocate(vm)
     write_identity(site, vm)
     spec = site.spec(vm, allocation)
-    if machine.spec_hash == spec_hash(spec):
+    reason = why_redefine(site, vm, machine, spec)
+    if not reason:
         return False
     disk = disk_of(site, vm)
     current_step("change its definition")
     site.hypervisor_of(vm).redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
-    site.reporter.say("its definition was changed as the farm file has been", vm=vm)
+    site.reporter.say(f"its definition was changed {reason}", vm=vm)
     return True
+
+
+def why_redefine(site: Site, vm: str, machine: Machine, spec: MachineSpec) -> str:
+    """For people; empty where its definition is what the farm file and its host ask for now."""
+    if machine.spec_hash != spec_hash(spec):
+        return "as the farm file has been"
+    if machine.accelerated is None:
+        return ""
+    able = site.hypervisor_of(vm).capabilities()
+    if machine.accelerated == able.accelerated:
+        return ""
+    what = "KVM" if able.accelerated else "QEMU's emulation"
+    return f"to run under {what}: {'; '.join(able.notes)}"
 
 
 def write_identity(site: Site, vm: str) -> None:
@@ -238,18 +253,17 @@ def console_tail(site: Site, vm: str, *, lines: int = _TAIL) -> str:
 
 def _on_trial(site: Site, vm: str) -> bool:
     """Whether it runs under KVM that no guest has answered under yet, and need not."""
-    return _under_kvm(site, vm) and not site.kvm_trust(site.farm.host_of(vm)).proven()
-
-
-def _under_kvm(site: Site, vm: str) -> bool:
-    can = site.hypervisor_of(vm).capabilities()
-    return can.driver == "kvm" and can.accelerated
+    host = site.farm.host_of(vm)
+    if not present(site, vm).accelerated or site.accelerator(host) != "auto":
+        return False
+    return not site.kvm_trust(host).proven()
 
 
 def _trust(site: Site, vm: str) -> None:
-    """It answered."""
-    if _under_kvm(site, vm):
-        site.kvm_trust(site.farm.host_of(vm)).prove()
+    """It answered. What can't be looked at, or noted, now will be another time."""
+    with contextlib.suppress(FarmhandError):
+        if present(site, vm).accelerated:
+            site.kvm_trust(site.farm.host_of(vm)).prove()
 
 
 def _start_emulated(site: Site, vm: str) -> float:
@@ -314,11 +328,19 @@ def can_power(site: Site, vm: str) -> bool:
 
 def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
     """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
-    this machine has free; what others give for it. NoSpace before anything was begun."""
+    this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
+    they are to run under KVM, and it doesn't work."""
     new = [vm for vm in vms if can_power(site, vm)]
     if not new:
         return ()
+    check_accelerator(site, new)
     return forecast(site, {vm: _sizes(site, vm, wait=wait) for vm in new}, f"starting {', '.join(new)}")
+
+
+def check_accelerator(site: Site, vms: Sequence[str]) -> None:
+    """Unsupported where these VMs are to run under KVM, and it doesn't work."""
+    for host in dict.fromkeys(map(site.farm.host_of, vms)):
+        site.demand_kvm(host)
 
 
 def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:

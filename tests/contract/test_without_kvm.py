@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from machine_rigs import LibvirtRig
 from rigs import FARM
 
-from hypervisors.api import Capabilities, Disks, Hypervisor, MachineSpec
+from hypervisors.api import Capabilities, Disks, Hypervisor, Machine, MachineSpec
 from hypervisors.kvm import KvmVerdict, kvm_usable
 from hypervisors.kvm_trust import KvmTrust
 from hypervisors.libvirt_driver import LibvirtHypervisor
@@ -32,12 +32,15 @@ from provision.report import QuietReporter
 from provision.site import Site
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed(Qemu):
-    """Says that KVM works."""
+class Claiming(LibvirtHypervisor):
+    """Says that KVM runs its machines."""
 
     def capabilities(self) -> Capabilities:
-        return replace(super(Claimed, self).capabilities(), driver="kvm", accelerated=True)
+        return replace(super().capabilities(), driver="kvm", accelerated=True)
+
+    def find(self, name: str) -> Machine | None:
+        found = super().find(name)
+        return replace(found, accelerated=True) if found else None
 
 
 class Heard(QuietReporter):
@@ -65,9 +68,10 @@ class ClaimingSite(Site):
 
     def _connect(self, host: str) -> Hypervisor:
         del host
-        guests = self.guests
-        kind = Qemu(KvmVerdict(False, self.distrusted)) if self.distrusted else Claimed(guests.kind.kvm)
-        return LibvirtHypervisor(
+        guests, kind = self.guests, self.guests.kind
+        if self.distrusted:
+            kind = Qemu(KvmVerdict(False, self.distrusted))
+        return (LibvirtHypervisor if self.distrusted else Claiming)(
             guests.uri, FARM, guests.disks(), Runner(), step=current_step, kind=kind
         )
 
