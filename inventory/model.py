@@ -404,9 +404,9 @@ class Ssh(Model):
     users: dict[Name, Keys] = {}
     """More logins on the VMs, each with its public keys or files of them."""
     ready_timeout: Seconds = 300
-    """How long a started VM is waited for without a sign that it goes on (its console grows, its disks are
-    read or written): until its ssh answers, and six times as long in all. Where nobody sees that (drivers
-    xenapi and ssh), how long it may take."""
+    """How long a started VM, whose ssh doesn't answer yet, is waited for without a sign that it goes on
+    (its console grows, its disks are read or written); in all, six times as long. Where nobody sees
+    that (drivers xenapi and ssh), how long it may take."""
 
 
 class Source(Model):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from hypervisors.api import Pulse
 from hypervisors.progress import IN_ALL, Progress, last_line
-from inventory.errors import DriverFailed
+from hypervisors.run import Runner
+from inventory.errors import DriverFailed, TimedOut
 
 MIB = 2**20
 
@@ -98,6 +102,16 @@ def test_no_sign_of_life() -> None:
     assert not lifeless(lambda _: Pulse(read=0, written=0)), "nobody sees its console"
     assert not lifeless(lambda _: Pulse(console=0)), "nobody sees its disks"
     assert not lifeless(lambda _: None)
+
+
+def test_a_command_with_a_log_runs_on_as_long_as_that_grows(tmp_path: Path) -> None:
+    log, runner = tmp_path / "log", Runner()
+    runner.change("sh", "-c", "for n in 1 2 3 4 5; do sleep 1; echo $n; done", timeout=3, log=log)
+    assert log.read_text().split() == ["1", "2", "3", "4", "5"]
+    with pytest.raises(TimedOut, match=r"still running after \d+ s, ended: sh"):
+        runner.change("sh", "-c", "echo 6; sleep 600", timeout=2, log=log)
+    with pytest.raises(TimedOut, match=r"still running after 0\.1 s"):
+        runner.change("sleep", "600", timeout=0.1)
 
 
 def test_a_guest_s_line_is_printable_and_short() -> None:
