@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -142,7 +143,9 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         raise NotYet("the port is open, but nothing speaks there yet") from None
     except OSError as error:
         sock.close()
-        raise NotYet(f"no connection ({error.strerror or error})") from None
+        # asyncio's own strerror is "Connect call failed", with the address
+        why = os.strerror(error.errno) if error.errno else error
+        raise NotYet(f"no connection ({why})") from None
     except BaseException:
         sock.close()
         raise

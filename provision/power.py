@@ -81,11 +81,9 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
             elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
-                text = (
-                    "cut its power"
-                    if force
-                    else f"shut down (power cut after {GRACE:g}s without a sign that it does)"
-                )
+                text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
+                if force:
+                    text = "cut its power"
                 if machine.power is Power.SUSPENDED:
                     text = "give up the memory it was suspended with"
                 action = Action("stop", vm, text)
@@ -268,16 +266,15 @@ def _trust(site: Site, vm: str) -> None:
 
 def _start_emulated(site: Site, vm: str) -> float:
     """Cut its power, and start it without KVM, as every machine of that host is from now on."""
-    new = not current_operation()
-    with site.journal.operation("start", vm=vm) if new else contextlib.nullcontext():
+    host, under_way = site.farm.host_of(vm), current_operation()
+    with contextlib.nullcontext() if under_way else site.journal.operation("start", vm=vm):
         site.hypervisor_of(vm).stop(site.machine(vm), grace=0)
-        site.distrust_kvm(
-            site.farm.host_of(vm), f"KVM ran {vm} for {LIFELESS:g} s without a sign of life from it"
-        )
+        site.distrust_kvm(host, f"it ran {vm} for {LIFELESS:g} s without a sign of life")
         since = _switch_on(site, vm)
+    where = f"host {host}" if site.far(host) else "this machine"
     site.reporter.warn(
         f"nothing on its console in {LIFELESS:g} s under KVM: started again under QEMU's emulation; "
-        "farmhand won't use KVM on this machine until it boots anew",
+        f"farmhand won't use KVM on {where} until it boots anew",
         vm=vm,
     )
     return since
