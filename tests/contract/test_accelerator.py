@@ -24,6 +24,7 @@ from provision.doctor import examine
 from provision.paths import cache_dir
 from provision.report import Outcome, QuietReporter
 from provision.site import Site, open_site
+
 from views import farm_status
 
 FAST = KvmVerdict(True, "KVM runs a guest 14 times as fast as emulation")
