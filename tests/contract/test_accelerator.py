@@ -25,6 +25,8 @@ from provision.paths import cache_dir
 from provision.report import Outcome, QuietReporter
 from provision.site import Site, open_site
 
+from views import farm_status
+
 FAST = KvmVerdict(True, "KVM runs a guest 14 times as fast as emulation")
 ASKED = "emulation is what was asked for (accelerator: tcg)"
 
@@ -202,7 +204,9 @@ def test_a_vm_that_may_not_start_can_be_looked_at_stopped_and_destroyed(desk: De
     desk.write("kvm")
     desk.verdict(KvmVerdict(False, "KVM failed: no MSR"))
     with desk.site() as site:
-        assert [row.error for row in farm.status(site).vms] == [""]
+        found = farm.status(site)
+    assert [row.error for row in found.vms] == [""]
+    assert re.search(r"host here: qemu, .* free; KVM failed: no MSR\n", farm_status(found).text)
     desk.run(farm.stop, force=True)
     for operation in (farm.start, farm.reset):
         with pytest.raises(Unsupported, match="is to use KVM"):
