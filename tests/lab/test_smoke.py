@@ -115,7 +115,6 @@ def test_files_can_share_their_blocks(kind: str, tmp_path: Path) -> None:
 def test_kvm_runs_a_guest(tmp_path: Path) -> None:
     verdict = kvm_usable(Runner(), tmp_path)
     assert verdict.usable, verdict.why
-    assert "times as fast as emulation" in verdict.why
 
 
 def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_where_it_hangs_it_is_known_how_far_it_came(monkeypatch: pytest.MonkeyPa
     assert kvm_guest.IMAGE.count(sti) == 1
     monkeypatch.setattr(kvm, "IMAGE", kvm_guest.IMAGE.replace(sti, hlt))
     trial = try_guest(Runner(), str(which("qemu-system-x86_64")), "tcg", 2)
-    assert trial.why == "QEMU's emulation starts a guest that hung: it had no timer interrupt in 2 s"
+    assert trial.why == (
+        "QEMU's emulation failed: its guest did not come to its end in 2 s: it had no timer interrupt"
+    )
 
 
 def test_a_guest_that_crashes_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,7 @@ def test_kvm_that_hangs_is_given_up(stand_in: SimpleNamespace, stages: str, miss
     """Within seconds, and it says how far its guest came."""
     verdict = stand_in.verdict(kvm=_HANG % stages)
     assert not verdict.usable
-    wanted = rf"KVM starts a guest that hung: {missing} in [\d.]+ s; emulation ran it in \d+\.\d s"
+    wanted = rf"KVM failed: its guest did not come to its end in [\d.]+ s: {missing}"
     assert re.fullmatch(wanted, verdict.why)
 
 
