@@ -21,6 +21,7 @@ from provision.absent import NoMachines
 from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
+from provision.known import known_farm
 from provision.locks import Locks
 from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
@@ -440,6 +441,4 @@ class Site:
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
-    from inventory.loader import load
-
-    return Site(load(farm_file), reporter=reporter, plan=plan)
+    return Site(known_farm(farm_file, cache_dir()), reporter=reporter, plan=plan)
