@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
@@ -39,7 +39,7 @@ _NAMES = {**vars(fields), **vars(services), **vars(model), "Steps": tuple[_STEP,
 
 
 @cache
-def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def adapter(kind: Any) -> TypeAdapter[Any]:
     """Of a section."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
     found.rebuild(force=True, _types_namespace=_NAMES)
@@ -48,7 +48,7 @@ def adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 def validated(kind: type[T], content: object) -> T:
     """The section that this is. ValidationError."""
-    section: T = adapter(kind).validate_python(content)
+    section: T = adapter(cast(Any, kind)).validate_python(content)
     return section
 
 

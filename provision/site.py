@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -92,6 +91,8 @@ class Site:
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
+                from difflib import get_close_matches
+
                 near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",

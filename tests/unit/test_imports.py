@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # From the top down. Each may import what stands below it (and its own).
 ORDER = ("face", "builds", "provision", "hypervisors", "inventory")
-FACE = ("tasks", "views", "house", "labhouse", "cli", "screen")
+FACE = ("tasks", "views", "house", "labhouse", "cli", "screen", "start")
 STARTERS = {"subprocess", "pty", "multiprocessing"}
 # Files above hypervisors/ that may start programs, and why.
 MAY_START = {
