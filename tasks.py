@@ -105,12 +105,12 @@ def template_remove(run: Run, template: str = "") -> Result:
 )
 def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
     """Make every declared VM exist, started and reachable."""
-    from provision import farm
+    from provision import clone  # not all of provision.farm: this one is to be quick
 
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
         chosen = site.vms(cli.names(vm) or None)
-        return views.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
+        return views.outcome(clone.clone_farm(site, chosen, start=start, wait=wait))
 
 
 @command(

@@ -182,7 +182,7 @@ def test_a_defect_is_one_line_and_a_file(cli: CommandLine) -> None:
         "    {}['absent']\n"
     )
     done = subprocess.run(
-        [*cli.argv()[:4], "--search-root", str(cli.directory), "fail", "--json"],
+        [*cli.argv()[:3], "--search-root", str(cli.directory), "fail", "--json"],
         env=cli.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 70
@@ -212,7 +212,7 @@ def test_an_interruption_says_how_to_go_on(
         "    time.sleep(60)\n"
     )
     process = subprocess.Popen(
-        [*cli.argv()[:4], "--search-root", str(cli.directory), "wait"],
+        [*cli.argv()[:3], "--search-root", str(cli.directory), "wait"],
         env=cli.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -282,7 +282,7 @@ def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) ->
     )
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [*cli.argv()[:4], "--search-root", str(cli.directory), "wait"],
+        [*cli.argv()[:3], "--search-root", str(cli.directory), "wait"],
         env={**cli.environment, "TERM": "xterm"},
         stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
     )  # fmt: skip
