@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -365,8 +366,6 @@ def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
 def port_free(port: int) -> bool:
     """Whether a listener could be put on the host's loopback now. SO_REUSEADDR as QEMU does it:
     connections that ended a moment ago are no obstacle (socket(7))."""
-    import socket
-
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
