@@ -10,6 +10,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,23 @@ def loads(text: bytes) -> Farm:
 
 def _encoded(value: object) -> Mapping[str, object]:
     if isinstance(value, Model):
-        given = {field.name: getattr(value, field.name) for field in fields(value)}
-        usual = {field.name: _default(field) for field in fields(value)}
-        own = {name: given[name] for name in given if given[name] != usual[name]}
-        return {_KIND: type(value).__name__, **own}
+        usual = _defaults(type(value))
+        given = ((field, getattr(value, field)) for field in usual)
+        return {_KIND: type(value).__name__, **{f: own for f, own in given if repr(own) != usual[f]}}
     kind = "Path" if isinstance(value, Path) else type(value).__name__
     if kind not in _VALUES:
         raise TypeError(f"no {kind} belongs into a farm")
     return {_KIND: kind, _TEXT: str(value)}
 
 
-def _default(field: Field[Any]) -> object:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+@cache
+def _defaults(kind: Any) -> Mapping[str, str]:
+    """Of each field, as text: 300 and 300.0 are equal, but not the same."""
+
+    def default(field: Field[Any]) -> object:
+        return field.default if field.default_factory is MISSING else field.default_factory()
+
+    return {field.name: repr(default(field)) for field in fields(kind)}
 
 
 def _decoded(found: dict[str, Any]) -> object:

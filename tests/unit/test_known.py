@@ -55,6 +55,12 @@ def test_every_farm_comes_back_equal(path: Path) -> None:
     assert repr(again) == repr(farm)  # to the types of what is in it
 
 
+def test_what_equals_the_default_comes_back_as_it_was() -> None:
+    text = TEXT + "ssh: {ready_timeout: 5m}\nnetwork: {lease_time: 12h}\n"
+    farm = loads(text.encode(), Path("f.yaml"))
+    assert repr(plain.loads(plain.dumps(farm))) == repr(farm)
+
+
 @settings(max_examples=60, deadline=None)
 @given(farms())
 def test_any_farm_comes_back_equal(content: dict[str, object]) -> None:
