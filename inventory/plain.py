@@ -47,9 +47,10 @@ def loads(text: bytes) -> Farm:
 
 def _encoded(value: object) -> Mapping[str, object]:
     if isinstance(value, Model):
-        usual = _defaults(type(value))
+        kind = type(value).__name__
+        usual = _defaults(kind)
         given = ((field, getattr(value, field)) for field in usual)
-        return {_KIND: type(value).__name__, **{f: own for f, own in given if repr(own) != usual[f]}}
+        return {_KIND: kind, **{field: own for field, own in given if repr(own) != usual[field]}}
     kind = "Path" if isinstance(value, Path) else type(value).__name__
     if kind not in _VALUES:
         raise TypeError(f"no {kind} belongs into a farm")
@@ -57,13 +58,13 @@ def _encoded(value: object) -> Mapping[str, object]:
 
 
 @cache
-def _defaults(kind: Any) -> Mapping[str, str]:
+def _defaults(section: str) -> Mapping[str, str]:
     """Of each field, as text: 300 and 300.0 are equal, but not the same."""
 
     def default(field: Field[Any]) -> object:
         return field.default if field.default_factory is MISSING else field.default_factory()
 
-    return {field.name: repr(default(field)) for field in fields(kind)}
+    return {field.name: repr(default(field)) for field in fields(_section(section))}
 
 
 def _decoded(found: dict[str, Any]) -> object:
