@@ -23,9 +23,10 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 @command(plans=False)
 def doctor(run: Run) -> Result:
     """Check this machine; each failure with its remedy."""
+    from builds.checkup import with_source
     from provision.doctor import examine
 
-    report = examine(run.farm_file())
+    report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
     return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
 
 
@@ -110,7 +111,12 @@ def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
         chosen = site.vms(cli.names(vm) or None)
-        return views.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
+        done = farm.clone_farm(site, chosen, start=start, wait=wait)
+        if run.plan:
+            from builds.checkup import noted
+
+            done = noted(site.farm, done)
+        return views.outcome(done)
 
 
 @command(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from builds.source import Resolved, resolve
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import NotFound, Unsupported, UsageError, WrongState
-from inventory.model import Cycle, ResetStep, RunStep, Step, TransferStep
+from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.loader import place
+from inventory.model import Cycle, Farm, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
 from provision.report import Action
 from provision.work import disk_of, is_warm
@@ -140,14 +141,24 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
                 remedy="write 'source: repository:' into the farm file",
             )
         return None
-    return resolve(
-        site.runner,
-        source.repository,
-        revision if revision is not None else source.revision,
-        base=site.farm.path.parent,
-        sources=site.paths.root / "sources",
-        snapshot=snapshot,
-    )
+    try:
+        return resolve(
+            site.runner,
+            source.place,
+            revision if revision is not None else source.revision,
+            base=site.farm.path.parent,
+            sources=site.paths.root / "sources",
+            snapshot=snapshot,
+        )
+    except FarmhandError as error:
+        error.message = f"{source_place(site.farm)}: {error.message}"
+        raise
+
+
+def source_place(farm: Farm) -> str:
+    """Where the farm file names its source: ``farm.yaml:42:15``."""
+    key = "example" if farm.source is not None and farm.source.example else "repository"
+    return place(farm, "source", key)
 
 
 def plan_cycle(

@@ -21,7 +21,7 @@ from inventory.model import Farm, ResetStep
 from inventory.places import Places
 from inventory.yamltree import MAX_BYTES, parse, plain
 
-__all__ = ["default_cycle", "load", "loads", "resolve"]
+__all__ = ["default_cycle", "load", "loads", "place", "resolve"]
 
 _ROUNDS = 50  # each takes at least one thing away; real files need three
 
@@ -88,6 +88,20 @@ def resolve(farm: Farm, path: Path | str) -> Path:
                 f"{path}: there is no such user's home", remedy=f"write the path out in {farm.path}"
             ) from None
     return farm.path.parent / given
+
+
+def place(farm: Farm, *path: str | int) -> str:
+    """Where in the farm file this stands, as ``farm.yaml:42:15``: for what only turns out later to be
+    wrong with it. The file is read once more; without it, its name alone."""
+    try:
+        data = farm.path.read_bytes()[: MAX_BYTES + 1]
+    except OSError:
+        return str(farm.path)
+    tree, _ = parse(data, str(farm.path))
+    if tree is None:
+        return str(farm.path)
+    line, column = Places(tree, str(farm.path)).of_value(path)
+    return f"{farm.path}:{line}:{column}"
 
 
 def _wants_default_cycle(content: dict[str, Any]) -> bool:
