@@ -390,9 +390,11 @@ def cycle(
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds import cycle as cycles
+    from builds.again import cycle_command, cycle_options
 
-    run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
     begin, which, of = from_ or None, cli.names(only), revision or None
+    again = cycle_command("STEP", cycle_options(only=which, revision=of, keep_going=keep_going))
+    run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
     with run.site() as site:
         if run.plan:
             return views.plan(

@@ -78,8 +78,8 @@ def _url(farm: Farm, url: str, revision: str, *, ask: bool) -> Check:
     except CommandFailed as error:
         why = (error.stderr.strip().splitlines() or [error.message])[0]
     else:
-        known = f"has {revision}" if answer.stdout else f"has no branch or tag {revision}: the VM looks it up"
-        return Check("source", True, "note", f"{mask(url)} answers, {known}")
+        known = "" if answer.stdout else f", but has no branch or tag {revision}: the VM looks it up"
+        return Check("source", True, "note", f"{mask(url)} answers{known}")
     return Check(
         "source",
         False,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from builds.again import command, cycle_command
+from builds.lineage import Before, look_back, reset_first, vms_of
 from builds.source import Resolved, resolve
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
@@ -31,20 +34,6 @@ def cycle_of(site: Site) -> Cycle:
             remedy="write a 'cycle' with its steps, see docs/inventory.md",
         )
     return default_cycle()
-
-
-def vms_of(step: Step) -> tuple[str, ...]:
-    if isinstance(step, ResetStep):
-        return (step.reset,)
-    if isinstance(step, RunStep):
-        return (step.vm,)
-    return (step.source, step.to)
-
-
-def reset_first(steps: Iterable[Step], vm: str) -> bool:
-    """Whether the first of these steps that uses the VM resets it."""
-    first = next((step for step in steps if vm in vms_of(step)), None)
-    return isinstance(first, ResetStep)
 
 
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
@@ -95,7 +84,7 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
                     remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
-                    f"record say so: cycle --from {steps[0].name}",
+                    f"record say so: {command('cycle', '--from', steps[0].name)}",
                 )
             driver = site.host(vm).driver
             if driver == "fake" and not isinstance(step, ResetStep):
@@ -161,6 +150,30 @@ def source_place(farm: Farm) -> str:
     return place(farm, "source", key)
 
 
+def source_for(
+    site: Site, before: Before, revision: str | None, *, cycle: Cycle, snapshot: bool
+) -> Resolved | None:
+    """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
+    farm file's. WrongState where the VMs hold another commit than ``revision``."""
+    held = before.source
+    if held is None or not held.commit or (before.why and revision is not None):
+        return resolve_source(site, revision, snapshot=snapshot)
+    found = resolve_source(site, revision if revision is not None else held.commit, snapshot=snapshot)
+    if found is None or revision is None:
+        return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
+    if found.commit == held.commit or (not snapshot and not found.commit and found.repository):
+        return found
+    name, build = next(iter(before.done.items()))
+    is_now = found.commit[:10] or "only known to the VM"
+    vm = vms_of(next(step for step in cycle.steps if step.name == name))[-1]
+    raise WrongState(
+        f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
+        f"--revision {revision} is {is_now}, and step {name} is skipped",
+        remedy=f"build that one: {cycle_command(name, ('--revision', revision))}; "
+        "or go on with what is there: leave --revision away",
+    )
+
+
 def plan_cycle(
     site: Site,
     *,
@@ -173,7 +186,8 @@ def plan_cycle(
     chosen = choose(cycle, start_from, only)
     steps = [step for step in cycle.steps if step.name in chosen]
     check(site, steps, whole=start_from is None and not only)
-    source = resolve_source(site, revision, snapshot=False)
+    before = look_back(site, cycle, chosen)
+    source = source_for(site, before, revision, cycle=cycle, snapshot=False)
     lines: list[Action] = []
     if source is not None:
         if source.commit:
@@ -183,6 +197,7 @@ def plan_cycle(
             what = f"{source.asked}, {where}"
         lines.append(Action("source", "", f"build {source.shown} at {what}"))
         lines += [Action("note", "", note) for note in source.notes]
+    lines += [Action("note", "", note) for note in before.notes]
     for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
         if not reset_first(steps, vm):
             lines.append(Action("note", vm, "taken as it is, not reset: the record will say so"))
