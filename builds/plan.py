@@ -195,7 +195,10 @@ def plan_cycle(
         else:
             where = "found in the VM" if source.repository is None else "its present state"
             what = f"{source.asked}, {where}"
-        lines.append(Action("source", "", f"build {source.shown} at {what}"))
+        text = f"build {source.shown} at {what}"
+        if before.why:
+            text = f"build what the VMs hold of {source.shown}; GIT_REVISION is {what}"
+        lines.append(Action("source", "", text))
         lines += [Action("note", "", note) for note in source.notes]
     lines += [Action("note", "", note) for note in before.notes]
     for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
