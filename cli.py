@@ -31,6 +31,7 @@ from inventory.errors import (
     Interrupted,
     InventoryError,
     NotFound,
+    Several,
     Unsupported,
     UsageError,
 )
@@ -181,7 +182,8 @@ def _naming_the_farm(run: Run, body: Callable[[], Result | None]) -> Result | No
     try:
         result = body()
     except FarmhandError as error:
-        error.remedy = with_farm(error.remedy, run)
+        for each in (error, *(error.errors.values() if isinstance(error, Several) else ())):
+            each.remedy = with_farm(each.remedy, run)
         raise
     finally:
         run.resume = with_farm(run.resume, run)

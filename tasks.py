@@ -27,6 +27,7 @@ def doctor(run: Run) -> Result:
     from provision.doctor import examine
 
     report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
+    report = report.worded(lambda text: cli.with_farm(text, run))
     return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
 
 

@@ -77,6 +77,8 @@ def _url(farm: Farm, url: str, revision: str, *, ask: bool) -> Check:
         why = f"no answer within {_PATIENCE:g} s"
     except CommandFailed as error:
         why = (error.stderr.strip().splitlines() or [error.message])[0]
+    except FarmhandError as error:
+        why = error.message
     else:
         known = "" if answer.stdout else f", but has no branch or tag {revision}: the VM looks it up"
         return Check("source", True, "note", f"{mask(url)} answers{known}")

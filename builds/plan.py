@@ -141,6 +141,7 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
         )
     except FarmhandError as error:
         error.message = f"{source_place(site.farm)}: {error.message}"
+        error.args = (error.message,)
         raise
 
 
@@ -155,10 +156,19 @@ def source_for(
 ) -> Resolved | None:
     """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
     farm file's. WrongState where the VMs hold another commit than ``revision``."""
-    held = before.source
+    held = before.source if site.farm.source else None
     if held is None or not held.commit or (before.why and revision is not None):
         return resolve_source(site, revision, snapshot=snapshot)
-    found = resolve_source(site, revision if revision is not None else held.commit, snapshot=snapshot)
+    asked = held.commit if revision is None else revision
+    try:
+        found = resolve_source(site, asked, snapshot=snapshot)
+    except NotFound as error:
+        if held.commit not in error.message:
+            raise
+        raise NotFound(  # nobody has typed that one
+            f"{error.message}, the commit that the VMs hold",
+            remedy=f"build what is there now: {command('cycle')}",
+        ) from None
     if found is None or revision is None:
         return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
     if found.commit == held.commit or (not snapshot and not found.commit and found.repository):

@@ -455,7 +455,8 @@ class RunStep(_StepBase):
     vm: Label
     """The VM."""
     run: Scripts
-    """Shell scripts, run by `sh -eu` one after the other, as the ssh login."""
+    """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
+    docs/cycle.md."""
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()

@@ -13,7 +13,7 @@ from cycle_farm import STEPS, Lab, environment, reset, run
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
-from inventory.errors import BuildFailed, FarmhandError, WrongState
+from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState
 from provision.farm import reset as reset_by_hand
 from provision.site import Site
 
@@ -142,6 +142,19 @@ def test_a_fetch_that_failed_is_not_what_the_vm_holds(lab):
         record = run_cycle(site, start_from="ci")
         assert (record.source.commit, record.result) == ("", "partial")
         assert record.source.unverified == f"fetch: failed in build {failed.id}"
+
+
+def test_a_commit_that_the_source_has_no_more(lab):
+    with lab.site(CI) as site:
+        held = run_cycle(site).source.commit
+        lab.git("checkout", "-q", "--orphan", "other")
+        lab.commit("Other", program="echo other\n")
+        lab.git("branch", "-qD", "master")
+        lab.git("reflog", "expire", "--expire=now", "--all")
+        lab.git("gc", "-q", "--prune=now")
+        with pytest.raises(NotFound, match=f"{held}', the commit that the VMs hold") as caught:
+            run_cycle(site, start_from="ci")
+        assert caught.value.remedy == "build what is there now: ./invoke cycle"
 
 
 def test_what_was_built_of_another_commit_is_not_taken_for_this_one(lab):
