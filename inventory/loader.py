@@ -19,11 +19,11 @@ from inventory.collector import without_collector
 from inventory.errors import InventoryError, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places
-from inventory.reading import read, resolve
+from inventory.reading import MAX_BYTES, read, resolve
 from inventory.validation import validated
 from inventory.yamltree import parse, plain
 
-__all__ = ["default_cycle", "load", "loads", "resolve"]
+__all__ = ["default_cycle", "load", "loads", "place", "resolve"]
 
 _ROUNDS = 50  # each takes at least one thing away; real files need three
 
@@ -61,6 +61,20 @@ def _loads(data: bytes, path: Path) -> Farm:
     if "cycle" not in tree.values:
         farm = _without_manual_resets(farm)
     return farm.at(path.absolute())
+
+
+def place(farm: Farm, *path: str | int) -> str:
+    """Where in the farm file this stands, as ``farm.yaml:42:15``: for what only turns out later to be
+    wrong with it. The file is read once more; without it, its name alone."""
+    try:
+        data = farm.path.read_bytes()[: MAX_BYTES + 1]
+    except OSError:
+        return str(farm.path)
+    tree, _ = parse(data, str(farm.path))
+    if tree is None:
+        return str(farm.path)
+    line, column = Places(tree, str(farm.path)).of_value(path)
+    return f"{farm.path}:{line}:{column}"
 
 
 def _wants_default_cycle(content: dict[str, Any]) -> bool:

@@ -64,6 +64,8 @@ if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluat
         SshConfig,
     )
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiskStore(Model):
@@ -377,13 +379,27 @@ class Ssh(Model):
 class Source(Model):
     """What is built."""
 
-    repository: Repository
+    repository: Repository | None = None
     """A git URL that the VM can reach; or a directory on this machine (relative to the farm file, or
     beginning with `~`), which is then offered to the VM through its ssh connection. A directory that
     is not a git repository by itself is offered as one that farmhand makes of it and keeps, outside
     the directory, with a commit for each change it finds."""
+    example: Literal["hello-deb", "kata"] | None = None
+    """Instead of `repository`: a project that comes with farmhand, from the `examples/` beside its
+    program, wherever the farm file lies."""
     revision: Revision = "HEAD"
     """gitrevisions(7); `--revision` overrides it. In the VM it is GIT_REVISION."""
+
+    def __post_init__(self) -> None:
+        if self.repository is None and self.example is None:
+            raise at_key("", "a source needs either 'repository' or 'example'", "repository", "example")
+        if self.repository is not None and self.example is not None:
+            raise at_key("example", "a source has 'repository' or 'example', not both", "repository")
+
+    @property
+    def place(self) -> str:
+        """The git URL or directory, whichever of the two says so."""
+        return self.repository or str(EXAMPLES / str(self.example))
 
 
 FailureClass = Literal["source", "dependencies", "environment", "infrastructure", "time-out"]
@@ -414,7 +430,8 @@ class RunStep(_StepBase):
     vm: Label
     """The VM."""
     run: Scripts
-    """Shell scripts, run by `sh -eu` one after the other, as the ssh login."""
+    """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
+    docs/cycle.md."""
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()

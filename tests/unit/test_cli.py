@@ -128,6 +128,16 @@ def test_clone_reset_destroy(cli: CommandLine) -> None:
     assert not state.exists(), sorted(state.rglob("*"))
 
 
+def test_a_plan_tells_of_a_source_that_is_gone(cli: CommandLine) -> None:
+    """Which the cycle would find only when all VMs are made."""
+    lines = cli.farm.read_text().count("\n")
+    cli.farm.write_text(f"{cli.farm.read_text()}source:\n  repository: ../examples/gone\n")
+    gone = f"{cli.directory.parent}/examples/gone"
+    where = f"{cli.farm}:{lines + 2}:15: the source {gone} is not a directory"
+    assert f"source: {where}" in cli("clone-farm", "--plan").out
+    assert where in cli("doctor").out
+
+
 def test_the_memory_of_a_host(cli: CommandLine) -> None:
     farm = cli.farm.read_text().replace("driver: fake", "driver: fake\n    memory: 2G")
     cli.farm.write_text(farm.replace("dev2: {memory: 1G}", "dev2: {memory: 1G, idle_memory: 512M}"))
