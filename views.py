@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from provision.network.verify import Answer, Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
-    from provision.status import FarmStatus, VmStatus
+    from provision.status import FarmStatus, HostStatus, VmStatus
 
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
@@ -104,12 +104,15 @@ def when(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
+def _free(host: HostStatus) -> str:
+    return f", {_about(host.free)} free" if host.free is not None else ""
+
+
 def farm_status(status: FarmStatus) -> Result:
     """One line a VM, then who is at work and what wants a look."""
     head = f"farm {status.farm} ({status.file})"
     hosts = [
-        f"host {h.host}: "
-        + (h.error or f"{h.driver}{f', {_about(h.free)} free' if h.free is not None else ''}")
+        f"host {h.host}: " + (h.error or "; ".join((f"{h.driver}{_free(h)}", *h.notes)))
         for h in status.hosts
     ]
     rows = [
