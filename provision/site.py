@@ -235,8 +235,11 @@ class Site:
     def distrust_kvm(self, host: str, why: str) -> None:
         """It failed a guest: from now on machines there are defined without it."""
         self.kvm_trust(host).distrust(why)
-        if not self._is_far(host):  # the agent there sees to that by itself
-            self.disconnect(host)
+        if self._is_far(host):  # the agent there sees to that by itself
+            return
+        for name, declared in self.farm.hosts.items():
+            if declared.driver == "kvm" and not self._is_far(name):
+                self.disconnect(name)
 
     def _untouched(self, host: str) -> bool:
         """A private daemon that isn't needed to know that there is nothing: it has no directory, or
