@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from inventory.errors import UsageError
 
 import cli
+import streams
 import views
 from cli import Result, Run, command
+
+# For those who type invoke, not ./invoke.
+streams.take_over()
 
 Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from inventory.sizes import about, brief, format_duration, format_size
 from provision.report import UNCHANGING
 
 from cli import Result
+from streams import columns
 
 if TYPE_CHECKING:
     from builds.record import BuildRecord, StepRecord
@@ -43,7 +43,7 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
 
 def width() -> int:
     """Columns of the terminal; where there is none, no limit."""
-    return shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+    return columns(sys.stdout, 200) if sys.stdout.isatty() else 10_000
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
-    "invoke", "start.py",
+    "invoke", "start.py", "streams.py",
     "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
 )  # fmt: skip
 
