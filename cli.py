@@ -15,6 +15,7 @@ we start (``nohup``, ``&`` in a script) stay ignored.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import inspect
 import json as jsonlib
@@ -110,11 +111,11 @@ class Run:
         here = Path.cwd() / "farm.yaml"
         return here if here.is_file() else ROOT / "inventory" / "default.yaml"
 
-    def site(self) -> Site:
-        """The farm, opened. A context manager."""
+    def site(self, *, plan: bool = False) -> Site:
+        """The farm, opened, with ``plan`` for looking only. A context manager."""
         from provision.site import open_site
 
-        return open_site(self.farm_file(), reporter=self.screen, plan=self.plan)
+        return open_site(self.farm_file(), reporter=self.screen, plan=plan or self.plan)
 
     def close(self) -> None:
         if self._screen is not None:
@@ -412,6 +413,43 @@ def template(site: Site, name: str, *, built: bool) -> str:
             remedy=f"--name NAME: {', '.join(fitting or known) or 'declare one in the farm file'}",
         )
     return fitting[0]
+
+
+# ---- Asking.
+
+
+def agree(run: Run, look: Callable[[], tuple[object, str]]) -> None:
+    """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
+    ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
+    done. Where nobody can answer, nothing is asked: a script means what it says."""
+    if run.plan or run.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    go_on, run.resume = run.resume, "nothing was done"
+    what, text = look()
+    while text:
+        run.close()
+        sys.stderr.write(f'{text}\n\nType "yes" to {run.task} it: ')
+        sys.stderr.flush()
+        if _answer() != b"yes":
+            raise FarmhandError("nothing was done", remedy='only "yes" does it; --yes does not ask')
+        agreed = what
+        what, text = look()
+        if what == agreed:
+            break
+        run.screen.warn("the farm has changed meanwhile, so that is no answer to this:")
+    run.resume = go_on
+
+
+def _answer() -> bytes:
+    """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
+    line = b""
+    try:
+        with contextlib.suppress(OSError):
+            line = sys.stdin.buffer.readline()
+    finally:
+        if not line.endswith(b"\n"):
+            sys.stderr.write("\n")
+    return line.strip()
 
 
 # ---- Handing the terminal over.
