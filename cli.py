@@ -262,6 +262,14 @@ def _was_done(run: Run, result: Result) -> str:
     return f"; {run.task} was done" if result.ok and run.changes and not run.plan else ""
 
 
+def _lost(run: Run, result: Result, why: str) -> str:
+    again = "status, log and history show" if run.changes and not run.plan else "then type the same for"
+    return (
+        f"farmhand: the result could not be written: {why}{_was_done(run, result)}\n"
+        f"  make room where it goes; {again} what is lost\n"
+    )
+
+
 def _show(run: Run, result: Result) -> int:
     """The exit status."""
     if run.json:
@@ -269,10 +277,7 @@ def _show(run: Run, result: Result) -> int:
     elif result.text:
         sys.stdout.write(result.text.rstrip("\n") + "\n")
     if why := streams.unwritten():
-        sys.stderr.write(
-            f"farmhand: the result could not be written: {why}{_was_done(run, result)}\n"
-            "  make room where it goes; status, log and history show again what was done\n"
-        )
+        sys.stderr.write(_lost(run, result, why))
     if result.problem:
         remedy = f"  {result.remedy}\n" if result.remedy else ""
         sys.stderr.write(f"farmhand: {result.problem}\n{remedy}")
@@ -431,12 +436,12 @@ def agree(run: Run, look: Callable[[], tuple[object, str]]) -> None:
         sys.stderr.write(f'{text}\n\nType "yes" to {run.task} it: ')
         sys.stderr.flush()
         if _answer() != b"yes":
-            raise FarmhandError("nothing was done", remedy='only "yes" does it; --yes does not ask')
+            raise FarmhandError(f'nothing was done: only "yes" would {run.task} it')
         agreed = what
         what, text = look()
         if what == agreed:
             break
-        run.screen.warn("the farm has changed meanwhile, so that is no answer to this:")
+        run.screen.warn("nothing was done: the farm has changed meanwhile, and is now as follows")
     run.resume = go_on
 
 
