@@ -117,6 +117,11 @@ class Run:
 
         return open_site(self.farm_file(), reporter=self.screen, plan=plan or self.plan)
 
+    @property
+    def acts(self) -> bool:
+        """Whether it is to change anything."""
+        return self.changes and not self.plan
+
     def close(self) -> None:
         if self._screen is not None:
             self._screen.close()
@@ -259,11 +264,11 @@ def _interrupted(run: Run, number: int, result: Result | None) -> Interrupted:
 
 
 def _was_done(run: Run, result: Result) -> str:
-    return f"; {run.task} was done" if result.ok and run.changes and not run.plan else ""
+    return f"; {run.task} was done" if result.ok and run.acts else ""
 
 
 def _lost(run: Run, result: Result, why: str) -> str:
-    again = "status, log and history show" if run.changes and not run.plan else "then type the same for"
+    again = "status, log and history show" if run.acts else "then type the same for"
     return (
         f"farmhand: the result could not be written: {why}{_was_done(run, result)}\n"
         f"  make room where it goes; {again} what is lost\n"
@@ -505,7 +510,7 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
 
 def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
     """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
-    handlers of signals end with this program, and what ignores a signal is Python, for itself."""
+    handlers of signals end with this program, and two signals are ignored by Python for itself."""
     run.close()
     sys.stdout.flush()
     sys.stderr.flush()

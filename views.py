@@ -87,11 +87,10 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, str]:
             vm.state,
             ", ".join(vm.checkpoints),
             "" if vm.disk_used is None else _about(vm.disk_used),
-            str(vm.holder or ""),
         )
         for vm in going
     ]
-    headings = ("VM", "STATE", "CHECKPOINTS", "DISK", "IN USE BY")
+    headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
     parts = [f"farm {status.farm} ({status.file}): all of this goes, for good", ""]
     if rows:
         parts += [table(headings, rows, sys.stderr), ""]

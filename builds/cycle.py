@@ -415,7 +415,7 @@ class _Build:
             return
         loop = asyncio.get_running_loop()
         known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: known[number] for number in known if known[number] is not signal.SIG_IGN}
+        before = {number: how for number, how in known.items() if how is not signal.SIG_IGN}
         for number in before:
             loop.add_signal_handler(number, self._interrupt)
         try:

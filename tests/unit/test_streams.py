@@ -73,6 +73,12 @@ def test_the_status_stays_true(cli: CommandLine, words: str, how: str, status: i
     assert (NO_ROOM in done.err) is (status == 74 and "2>" not in how)
 
 
+def test_invoke_itself_without_the_wrapper(cli: CommandLine) -> None:
+    words = ["-m", "invoke", "--search-root", str(ROOT), "--list"]
+    done = redirected([sys.executable, "-P", *words], ">/dev/full", cli.environment)
+    assert (done.status, done.err) == (74, f"farmhand: it {NO_ROOM}\n")
+
+
 def test_what_was_done_is_said_where_the_result_is_lost(cli: CommandLine) -> None:
     made = redirected(cli.argv("clone-farm", "--no-wait"), "<&- 2>/dev/full", cli.environment)
     assert made.status == 0
