@@ -438,9 +438,7 @@ def agree(run: Run, look: Callable[[], tuple[object, str]]) -> None:
     what, text = look()
     while text:
         run.close()
-        sys.stderr.write(f'{text}\n\nType "yes" to {run.task} it: ')
-        sys.stderr.flush()
-        if _answer() != b"yes":
+        if _answer(f'{text}\n\nType "yes" to {run.task} it: ') != b"yes":
             raise FarmhandError(f'nothing was done: only "yes" would {run.task} it')
         agreed = what
         what, text = look()
@@ -450,10 +448,12 @@ def agree(run: Run, look: Callable[[], tuple[object, str]]) -> None:
     run.resume = go_on
 
 
-def _answer() -> bytes:
+def _answer(question: str) -> bytes:
     """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
     line = b""
     try:
+        sys.stderr.write(question)
+        sys.stderr.flush()
         with contextlib.suppress(OSError):
             line = sys.stdin.buffer.readline()
     finally:

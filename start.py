@@ -13,7 +13,6 @@ compile all of farmhand again, and nothing is to be left in the checkout, which 
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -38,7 +37,7 @@ def main() -> None:
     if sys.prefix != sys.base_prefix and sys.pycache_prefix is None:
         sys.pycache_prefix = f"{sys.prefix}/bytecode"
     sys.dont_write_bytecode = False
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -P: nothing is found by itself
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")  # -P: nothing is found by itself
     import streams
 
     streams.take_over()
