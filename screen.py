@@ -18,6 +18,7 @@ from streams import columns
 _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
 _HEARTBEAT = 10.0
+_STILL = 60.0
 _ESCAPES = re.compile(rb"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 
 
@@ -39,7 +40,8 @@ class Screen:
     def working(self, text: str, *, vm: str = "") -> None:
         with self._lock:
             line = f"{vm} {text}"
-            if line != self._said and time.monotonic() - self._last >= _HEARTBEAT:
+            patience = _STILL if _what(line) == _what(self._said) else _HEARTBEAT
+            if line != self._said and time.monotonic() - self._last >= patience:
                 self._said = line
                 self._line(text, vm)
 
@@ -77,6 +79,11 @@ def _fit(text: str, end: str, width: int) -> str:
     return (text if len(text) <= room else text[: room - 1] + "…") + end
 
 
+def _what(text: str) -> str:
+    """Of what is under way, without how far it is."""
+    return text.partition(";")[0]
+
+
 def _printable(line: bytes) -> str:
     """What a progress bar overwrote is not worth a line, and a guest's control characters must not
     reach the admin's terminal."""
@@ -100,7 +107,8 @@ class LiveScreen(Screen):
         with self._lock:
             known, since = self._under_way.get(vm, ("", 0.0))
             first = text.splitlines()[0] if text else ""
-            self._under_way[vm] = (first, since if known == first else time.monotonic())
+            same = _what(known) == _what(first)
+            self._under_way[vm] = (first, since if same else time.monotonic())
             self._draw()
 
     def _line(self, text: str, vm: str) -> None:

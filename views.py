@@ -161,7 +161,7 @@ def farm_status(status: FarmStatus) -> Result:
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
     lines = [head, *hosts, "", table(headings, rows)]
     notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
-    notes += [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
+    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]

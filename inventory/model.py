@@ -380,7 +380,9 @@ class Ssh(Model):
     users: dict[Name, Keys] = field(default_factory=dict)
     """More logins on the VMs, each with its public keys or files of them."""
     ready_timeout: Seconds = 300
-    """How long a started VM may take until its ssh answers."""
+    """How long a started VM, whose ssh doesn't answer yet, is waited for without a sign that it goes on
+    (its console grows, its disks are read or written); in all, six times as long. Where nobody sees
+    that (drivers xenapi and ssh), how long it may take."""
 
 
 @dataclass(frozen=True, kw_only=True)

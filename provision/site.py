@@ -27,9 +27,10 @@ from provision.report import Reporter
 from provision.turns import Turns
 
 if TYPE_CHECKING:
-    from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.far.drivers import FarHypervisor, FarKvmTrust
     from hypervisors.far.link import Link
     from hypervisors.kvm import Accelerator, KvmVerdict
+    from hypervisors.kvm_trust import KvmTrust
     from hypervisors.opening import Directories, Place, Voices
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
@@ -223,6 +224,20 @@ class Site:
         assert isinstance(driver, FarHypervisor)
         return driver
 
+    def kvm_trust(self, host: str) -> KvmTrust | FarKvmTrust:
+        """What guests have shown of the KVM of that host's machine."""
+        if far := self.far(host):
+            return far.kvm_trust()
+        from hypervisors.kvm_trust import KvmTrust
+
+        return KvmTrust(cache_dir())
+
+    def distrust_kvm(self, host: str, why: str) -> None:
+        """It failed a guest: from now on machines there are defined without it."""
+        self.kvm_trust(host).distrust(why)
+        if not self._is_far(host):  # the agent there sees to that by itself
+            self.disconnect(host)
+
     def _untouched(self, host: str) -> bool:
         """A private daemon that isn't needed to know that there is nothing: it has no directory, or
         holds no definition and no disk."""
@@ -253,6 +268,7 @@ class Site:
                 self.runner,
                 step=current_step,
                 kind=open_kind(self._place(host), self._directories()),
+                working=self.reporter.working,
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor

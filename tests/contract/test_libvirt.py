@@ -91,6 +91,44 @@ def test_without_a_balloon_driver(real):
         hypervisor.memory(NAME)
 
 
+def test_a_balloon_driver_that_never_was_is_noted(real, monkeypatch):
+    hypervisor = define(real, options="balloon=off")
+    real.boot("prod", "A")
+    assert hypervisor.notes() == {}, "it may be booting still"
+    monkeypatch.setattr("hypervisors.balloon._BOOTING", 0.0)
+    assert "not told yet" in hypervisor.notes()[NAME]
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.notes() == {}
+
+
+def test_a_pulse_is_what_a_guest_wrote_and_read(real):
+    hypervisor = define(real, options="balloon=2")
+    assert hypervisor.pulse(NAME) is None
+    real.boot("prod", "A")
+    pulse = hypervisor.pulse(NAME)
+    assert pulse.console == (real.place / "prod.log").stat().st_size
+    assert pulse.said.rstrip().endswith("READY")
+    assert pulse.read > 0 and pulse.written > 0
+    real.wait_for("prod", "UNLOADED")
+    assert hypervisor.pulse(NAME).console > pulse.console
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.pulse(NAME) is None
+
+
+def test_a_guest_that_is_seen_to_shut_down_keeps_its_power(real):
+    """It takes 6 s, with a word each second: longer than what one that shows nothing gets."""
+    define(real, options="down=6")
+    real.boot("prod", "A")
+    said: list[str] = []
+    hypervisor = LibvirtHypervisor(
+        real.uri, "kata", real.disks(), Runner(), kind=real.kind, working=said.append
+    )
+    hypervisor.stop(NAME, grace=3)
+    assert "DOWN 6" in (real.place / "prod.log").read_text()
+    assert any("console" in text and "DOWN" in text for text in said)
+    hypervisor.close()
+
+
 def test_the_floor_follows_what_the_guest_uses(real):
     hypervisor = define(real, options="hog=64")
     real.boot("prod", "A")

@@ -47,6 +47,23 @@ def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
     assert any(part.endswith("dev2: ready") for part in drawn)
 
 
+def test_how_far_it_is_is_no_news(monkeypatch) -> None:
+    """What follows a semicolon: on a terminal the clock runs on, in a log there is a line a minute."""
+    now = 1000.0
+    monkeypatch.setattr("screen.time.monotonic", lambda: now)
+    out, live = io.StringIO(), LiveScreen(io.StringIO())
+    screen = Screen(out)
+    for _ in range(150):
+        now += 1
+        screen.working(f"waiting for ssh; console {now:g}", vm="dev2")
+        live.working(f"waiting for ssh; console {now:g}", vm="dev2")
+    assert live._under_way["dev2"] == (f"waiting for ssh; console {now:g}", 1001.0)
+    live.close()
+    assert len(out.getvalue().splitlines()) == 3
+    screen.working("stopping", vm="dev2")
+    assert len(out.getvalue().splitlines()) == 4
+
+
 def test_many_threads_never_mix_lines() -> None:
     out = io.StringIO()
     screen = Screen(out)
