@@ -349,7 +349,7 @@ def test_destroy_the_whole_farm_keeps_build_records(made: Desk) -> None:
     assert record.exists()
     assert [path.name for path in record.parents[2].iterdir()] == ["builds"]
     assert not (made.directory / "kata.yaml.lock").exists()
-    made.run(farm.destroy, purge=True)
+    assert "remove 1 build record" in lines(made.run(farm.destroy, purge=True))
     assert not (made.directory / "state/farms").exists()
     made.run(farm.destroy)
 
