@@ -23,7 +23,7 @@ from inventory.collector import without_collector
 from inventory.model import Farm
 from inventory.reading import read
 
-_KEPT = 100  # farms; of more, the oldest go
+_KEPT = 500  # farms; of more, those go that were not used for longest
 _SUM = hashlib.sha256().digest_size
 
 
@@ -60,6 +60,8 @@ def _kept(directory: Path, name: str) -> Farm | None:
             with os.fdopen(handle, "rb") as file:
                 _refuse_others(handle, stat.S_ISREG)
                 content = file.read()
+                with contextlib.suppress(OSError):
+                    os.utime(handle)
             if hashlib.sha256(content[_SUM:]).digest() != content[:_SUM]:
                 return None
             with without_collector():

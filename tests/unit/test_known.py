@@ -203,15 +203,20 @@ def test_without_a_cache_it_works_as_well(tmp_path: Path, file: Path) -> None:
     assert known_farm(file, Path("/proc/nowhere")).farm == "kata"
 
 
-def test_only_so_many_are_kept(tmp_path: Path, file: Path) -> None:
+def test_those_used_last_are_kept(tmp_path: Path, file: Path, validations: list[Path]) -> None:
     known_farm(file, tmp_path / "c")
-    directory = tmp_path / "c" / f"farms-{os.geteuid()}"
-    for n in range(150):
-        (directory / f"old{n}").touch()
-        os.utime(directory / f"old{n}", (n, n))
-    file.write_text(TEXT.replace("512M", "1G"))
+    [entry] = entries(tmp_path / "c")
+    os.utime(entry, (0, 0))
+    for n in range(1, 600):
+        (entry.parent / f"old{n}").touch()
+        os.utime(entry.parent / f"old{n}", (n, n))
     known_farm(file, tmp_path / "c")
+    other = tmp_path / "other.yaml"
+    other.write_text(TEXT.replace("512M", "1G"))
+    known_farm(other, tmp_path / "c")
     names = {path.name for path in entries(tmp_path / "c")}
-    assert len(names) == 100
-    assert "old149" in names
-    assert "old51" not in names
+    assert len(names) == 500
+    assert {"old599", "old102", entry.name} <= names
+    assert "old101" not in names
+    known_farm(file, tmp_path / "c")
+    assert validations == [file, other]
