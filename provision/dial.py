@@ -12,6 +12,7 @@ import asyncssh
 
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
 from provision.remote import Endpoint, Ready
+from provision.shell import ended, start
 
 KEEPALIVE_SECONDS = 10.0
 KEEPALIVE_MISSED = 4
@@ -247,18 +248,29 @@ def _remember(endpoint: Endpoint, key: str) -> None:
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
     """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
-    before = time.time()
+    answer: list[bytes] = []
     try:
-        answer = await connection.run(_FACTS, stdin=asyncssh.DEVNULL, check=False)
+        channel, shell = await start(connection, _FACTS, answer.append)
+        channel.write_eof()
+        await shell.exited.wait()
         after = time.time()
-        boot_id, uptime, now = str(answer.stdout).splitlines()
-        return Ready(boot_id.strip(), float(uptime.split()[0]), float(now) - (before + after) / 2)
+        await shell.drained(1)
+        await ended(channel)
     except (asyncssh.Error, OSError) as error:
         raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+    text = b"".join(answer).decode(errors="replace")
+    try:
+        boot_id, uptime, now = text.splitlines()
+        return Ready(boot_id.strip(), float(uptime.split()[0]), _seconds(now) - (shell.marked_at + after) / 2)
     except ValueError:
-        # A guest that is still coming up may refuse logins after authentication (pam_nologin).
-        said = str(answer.stderr or answer.stdout).strip().splitlines()
-        raise DriverFailed(f"it does not run commands yet{': ' + said[0] if said else ''}") from None
+        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
+        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
+
+
+def _seconds(date: str) -> float:
+    """Of a date(1) without %N the middle of its second."""
+    whole, _, rest = date.partition(".")
+    return float(date) if rest.isdigit() else float(whole) + 0.5
 
 
 def _words(error: Exception) -> str:

@@ -15,7 +15,15 @@ import pytest
 from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 
 from hypervisors.run import Runner
-from inventory.errors import Conflict, DriverFailed, NotFound, TimedOut, UsageError, WrongState
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    NotFound,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from provision.connection import Connection
 from provision.remote import tail_of, wait_ready
 
@@ -386,7 +394,7 @@ def test_git_is_not_offered_where_forwarding_is_off(tmp_path, key):
             await connection.offer_git(tmp_path / "kata", name="kata")
 
     try:
-        with pytest.raises(DriverFailed, match="forwards no ports"):
+        with pytest.raises(Unsupported, match="forwards no ports"):
             asyncio.run(go())
     finally:
         machine.stop()
