@@ -94,7 +94,7 @@ def run_cycle(
         meter = Meter()
         with meter.hypervisor():
             check(site, steps, whole=start_from is None and not only)
-        source = resolve_source(site, revision, snapshot=True)
+        source = resolve_source(site, cycle, revision, snapshot=True)
         build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
         with site.journal.operation("cycle", vms=vms, build=build.id), asyncio.Runner() as runner:
@@ -212,6 +212,7 @@ class _Build:
             look = f"look at it: ./invoke status, ./invoke console --vm {first.vm}"
             if first.failure != "infrastructure":
                 look = f"look inside: ./invoke ssh --vm {first.vm}"
+            look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
@@ -285,6 +286,7 @@ class _Build:
                 exit=failure.exit if failure else run.exit,
                 failure=failure.failure if failure and status == "failed" else "",
                 message=str(failure) if failure else "",
+                remedy=failure.remedy if failure else "",
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
                 files=tuple(run.files),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
-from builds.source import Resolved
+from builds.source import Resolved, pack
 from hypervisors.api import Power
-from inventory.errors import FarmhandError, WrongState
+from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
@@ -72,8 +75,11 @@ class Machines:
         self._note = note
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, str] = {}  # by VM, as long as its connection lasts
+        self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
+        self._packing = asyncio.Lock()
         self._locks: dict[str, asyncio.Lock] = {}
         self._as_it_was: set[str] = set()  # not reset before it was built on
+        self._unseen: list[str] = []  # of these, those not yet logged in to
         self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
@@ -98,6 +104,7 @@ class Machines:
         if not resets:
             record = replace(record, pristine=False)
             self._as_it_was.add(vm)
+            self._unseen.append(vm)
             self._note(f"{vm}: taken as it was, not reset in this build: its disk is no known state")
         self.records[vm] = record
 
@@ -147,6 +154,7 @@ class Machines:
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
+        await self.connection(vm)  # what is needed there is looked at now, not when its turn comes
 
     # -- connections --------------------------------------------------------------------------
 
@@ -169,6 +177,12 @@ class Machines:
                     raise
             self._connections[vm] = connection
             return connection
+
+    async def look(self) -> None:
+        """Before the first step: whether the VMs that are taken as they are can be built on. (Of one that
+        is reset, its reset tells.)"""
+        while self._unseen:
+            await self.connection(self._unseen.pop())
 
     async def _look(self, vm: str, connection: Connection) -> None:
         ready = await connection.facts()
@@ -193,7 +207,17 @@ class Machines:
             await connection.close()
 
     async def drop_all(self) -> None:
+        """At the end: what was carried there for the build is taken away."""
+        await asyncio.gather(*(self._tidy(vm) for vm in list(self._carried)))
         await asyncio.gather(*(self.drop(vm) for vm in list(self._connections)))
+        for packed in self._directory.glob(".*.tar"):
+            packed.unlink()
+
+    async def _tidy(self, vm: str) -> None:
+        connection = self._connections.get(vm)
+        if connection is not None and not connection.closed:
+            with contextlib.suppress(FarmhandError):
+                await connection.output(f"rm -rf {shlex.quote(self._carried[vm])}")
 
     async def source_url(self, vm: str) -> str:
         """The source's git URL as the VM reaches it; "" without a source."""
@@ -204,10 +228,26 @@ class Machines:
         connection = await self.connection(vm)
         if vm not in self._offers:
             with self._meter.guest():
-                self._offers[vm] = await connection.offer_git(
-                    self._source.repository, name=self._source.name
-                )
+                try:
+                    url = await connection.offer_git(self._source.repository, name=self._source.name)
+                except Unsupported as error:
+                    self._note(f"{error.message}; a copy is carried there instead")
+                    url = await self._carry_source(vm, connection, self._source)
+            self._offers[vm] = url
         return self._offers[vm]
+
+    async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
+        """A copy of the repository, in a directory of its own in the login's home, until the end."""
+        packed = self._directory / f".{source.name}.tar"
+        async with self._packing:
+            if not packed.exists():
+                await in_thread(lambda: pack(self._site.runner, source, packed))
+        where = (await connection.output('mktemp -d "$HOME/.farmhand-source-XXXXXX"')).rstrip("\n")
+        self._carried[vm] = where
+        await connection.put([packed], where)
+        tar = shlex.quote(packed.name)
+        await connection.output(f"cd {shlex.quote(where)}; tar -xf {tar}; rm {tar}", timeout=600)
+        return f"file://{quote(where)}/{source.name}.git"
 
     async def list_packages(self, vm: str) -> None:
         """Once a boot: what is installed before the build, into a file of the record."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from builds.source import Resolved, resolve
+from builds.source import Resolved, check_contents, resolve
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
 from inventory.errors import NotFound, Unsupported, UsageError, WrongState
@@ -130,8 +130,11 @@ def _check_cold(site: Site, step: ResetStep) -> None:
         )
 
 
-def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:
-    """What ``source`` and ``--revision`` mean now; None for a farm without a source."""
+def resolve_source(
+    site: Site, cycle: Cycle, revision: str | None, *, snapshot: bool
+) -> Resolved | None:
+    """What ``source`` and ``--revision`` mean now; None for a farm without a source. Refused where it
+    can't be served, or has what the ``cycle`` would leave out: see ``builds.source``."""
     source = site.farm.source
     if source is None:
         if revision is not None:
@@ -140,7 +143,7 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
                 remedy="write 'source: repository:' into the farm file",
             )
         return None
-    return resolve(
+    resolved = resolve(
         site.runner,
         source.repository,
         revision if revision is not None else source.revision,
@@ -148,6 +151,9 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
         sources=site.paths.root / "sources",
         snapshot=snapshot,
     )
+    scripts = (script for step in cycle.steps if isinstance(step, RunStep) for script in step.run)
+    check_contents(resolved, scripts)
+    return resolved
 
 
 def plan_cycle(
@@ -162,7 +168,7 @@ def plan_cycle(
     chosen = choose(cycle, start_from, only)
     steps = [step for step in cycle.steps if step.name in chosen]
     check(site, steps, whole=start_from is None and not only)
-    source = resolve_source(site, revision, snapshot=False)
+    source = resolve_source(site, cycle, revision, snapshot=False)
     lines: list[Action] = []
     if source is not None:
         if source.commit:

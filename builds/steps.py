@@ -29,13 +29,20 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 
 
 class StepFailed(Exception):
-    """``failure`` is the class; the message one line."""
+    """``failure`` is the class; the message one line; ``remedy`` what the error it comes from says."""
 
     def __init__(
-        self, failure: FailureClass, message: str, *, exit: int | None = None, console: str = ""
+        self,
+        failure: FailureClass,
+        message: str,
+        *,
+        remedy: str = "",
+        exit: int | None = None,
+        console: str = "",
     ) -> None:
         super().__init__(message)
         self.failure = failure
+        self.remedy = remedy
         self.exit = exit
         self.console = console
 
@@ -109,6 +116,7 @@ class StepRun:
         """StepFailed, with its class, for everything that can go wrong."""
         began = time.monotonic()
         try:
+            await self.machines.look()
             if isinstance(step, RunStep):
                 await self._run(step, began)
                 return
@@ -142,6 +150,9 @@ class StepRun:
                     script, env=environment, timeout=max(left, 0.001), log=self.log.write
                 )
             self.exit = result.status
+            served = connection.git_said()
+            for line in served:
+                self.log.say(f"git says here, on this machine: {line}")
             if result.status == 0:
                 continue
             kind, evidence = classify(
@@ -165,7 +176,9 @@ class StepRun:
                     async with asyncio.timeout(left):
                         fetched = await connection.get(step.artifacts, self.artifacts / f".{step.name}")
                 except NotFound as error:
-                    raise StepFailed("source", f"it left no artifact: {error.message}") from None
+                    raise StepFailed(
+                        "source", f"it left no artifact: {error.message}", remedy=error.remedy
+                    ) from None
             self._keep(step, fetched)
 
     def _keep(self, step: RunStep, fetched: tuple[Moved, ...]) -> None:
@@ -207,9 +220,9 @@ class StepRun:
     async def _judged(self, step: Step, error: FarmhandError) -> StepFailed:
         """The class of an error of ours. What a guest's own scripts print is judged elsewhere."""
         if isinstance(error, NotFound) and isinstance(step, TransferStep):
-            return StepFailed("source", error.message)
+            return StepFailed("source", error.message, remedy=error.remedy)
         if isinstance(error, NoSpace):
-            return StepFailed("environment", error.message)
+            return StepFailed("environment", error.message, remedy=error.remedy)
         vms = [step.reset] if isinstance(step, ResetStep) else (
             [step.vm] if isinstance(step, RunStep) else [step.source, step.to]
         )  # fmt: skip
@@ -220,5 +233,6 @@ class StepRun:
         return StepFailed(
             "infrastructure",
             f"{error.message}{f' ({state})' if state else ''}",
+            remedy=error.remedy,
             console=error.detail or self.machines.console(vm),
         )

@@ -22,6 +22,7 @@ import shlex
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ import asyncssh
 from hypervisors.run import Runner, hang_up
 from inventory.errors import Conflict, DriverFailed, NotFound, Unsupported, UsageError
 from provision.dial import dial, facts
+from provision.git import reading
 from provision.remote import Endpoint, Ready
 from provision.shell import Shell, ended, start
 
@@ -80,7 +82,7 @@ done
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """``status`` as the shell gives it: 128 + n for a script ended by signal n."""
+    """``status`` as the shell gives it: 128 + n for a script ended by signal n; 124 if ``timed_out``."""
 
     status: int
     timed_out: bool
@@ -182,7 +184,7 @@ class Connection:
         seconds = time.monotonic() - started
         await ended(channel)
         if late:
-            return RunResult(124 if shell.status is None else shell.status, True, seconds)
+            return RunResult(124, True, seconds)  # as timeout(1) has it
         if shell.status is None:
             raise self._lost(shell.error)
         return RunResult(shell.status, False, seconds)
@@ -230,8 +232,8 @@ class Connection:
         if lacks:
             raise Unsupported(
                 f"{self.endpoint.vm}: {self.endpoint.user} finds no {', '.join(lacks)} there",
-                remedy="they come with coreutils and util-linux, or busybox; and must be in the PATH that "
-                "a command over ssh gets",
+                remedy="they come with coreutils and util-linux, or busybox; and must be in the PATH "
+                "that a command over ssh gets",
             )
 
     async def _start(
@@ -318,36 +320,50 @@ class Connection:
         files = await self.list(patterns)
         for file in files:
             async with self._reading(file.path) as read:
-                moved = await target._receive(read, file.name, file.path, directory)
-            self._same(file, moved.sha256)
+                same = partial(self._same, file)
+                await target._receive(read, file.name, file.path, directory, same)
         return files
 
     @contextlib.asynccontextmanager
     async def _reading(self, path: str) -> AsyncIterator[Read]:
-        """A file's bytes, as fast as they are taken. DriverFailed, at the end, if they aren't all."""
+        """A file's bytes, as fast as they are taken. Reading raises DriverFailed if they aren't all."""
         ahead = asyncio.StreamReader(_BLOCK)
         channel, shell = await self._start(
             f"exec cat <{shlex.quote(path)}", ahead.feed_data, ahead.feed_eof
         )
         ahead.set_transport(channel)  # type: ignore[arg-type]  # it pauses and resumes reading
-        try:
-            yield ahead.read
+
+        async def read(size: int) -> bytes:
+            if data := await ahead.read(size):
+                return data
             await shell.exited.wait()
+            if shell.status is None:
+                raise self._lost(shell.error)
+            if shell.status:
+                raise self._failed(f"reading {path}", shell.said())
+            return b""
+
+        try:
+            yield read
         finally:
             await ended(channel)
-        if shell.status is None:
-            raise self._lost(shell.error)
-        if shell.status:
-            raise self._failed(f"reading {path}", shell.said())
 
-    async def _receive(self, read: Read, name: str, path: str, directory: str) -> Moved:
+    async def _receive(
+        self,
+        read: Read,
+        name: str,
+        path: str,
+        directory: str,
+        same: Callable[[str], None] = lambda _digest: None,
+    ) -> Moved:
         home = PurePosixPath(directory.removeprefix("~/"))
         part, final = str(home / f".{name}.{secrets.token_hex(4)}.part"), str(home / name)
         here, there = shlex.quote(part), shlex.quote(final)
         try:
             answer: list[bytes] = []
             channel, shell = await self._start(
-                f"mkdir -p -- {shlex.quote(str(home))} && cat >{here} && {self._sum} <{here} && wc -c <{here}",
+                f"mkdir -p -- {shlex.quote(str(home))} && cat >{here} && "
+                f"{self._sum} <{here} && wc -c <{here}",
                 answer.append,
             )
 
@@ -369,10 +385,12 @@ class Connection:
             if shell.status:
                 raise self._failed(f"writing {final}", shell.said())
             seen, *_, size = b"".join(answer).decode(errors="replace").split()
+            same(digest)
             self._same(Moved(name, path, int(size), seen), digest)
             # into a directory of that name it would be moved silently
             await self.output(
-                f"[ ! -d {there} ] || {{ echo {there} is a directory; exit 1; }}; mv -f -- {here} {there}"
+                f"[ ! -d {there} ] || {{ echo {there} is a directory; exit 1; }}\n"
+                f"mv -f -- {here} {there}"
             )
         except BaseException:
             if not self.closed:
@@ -409,7 +427,8 @@ class Connection:
             "--disable=receive-pack", "--disable=upload-archive",
             f"--interpolated-path={where.replace('%', '%%')}", where,
         )  # fmt: skip
-        env = serving()
+        # any commit may be asked for: GIT_REVISION may be one that no branch leads to
+        env = reading({"uploadpack.allowAnySHA1InWant": "true"})
 
         async def handle(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
             process = await self._runner.serve(*argv, env=env)
@@ -449,9 +468,10 @@ class Connection:
                 if len(self._git_said) < _GIT_SAID_MAX and text not in self._git_said:
                     self._git_said.append(text)
 
-    def git_said(self) -> list[str]:
+    def git_said(self) -> tuple[str, ...]:
         """What went wrong here, since this was last asked, while a repository was offered."""
-        said, self._git_said = self._git_said, []
+        said = tuple(self._git_said)
+        self._git_said.clear()
         return said
 
 
@@ -503,27 +523,3 @@ def _escape(pattern: str) -> str:
     home, rest = ('"$HOME"/', pattern[2:]) if pattern.startswith("~/") else ("", pattern)
     text = "".join(c if _PLAIN.match(c) else f"\\{c}" if c != "\n" else "'\n'" for c in rest)
     return home + (f"./{text}" if not home and text.startswith("-") else text)
-
-
-def git_config(values: Mapping[str, str]) -> dict[str, str]:
-    """git-config(1), ENVIRONMENT: settings for one git command, as strong as its ``-c``."""
-    env = {"GIT_CONFIG_COUNT": str(len(values))}
-    for index, (key, value) in enumerate(values.items()):
-        env[f"GIT_CONFIG_KEY_{index}"] = key
-        env[f"GIT_CONFIG_VALUE_{index}"] = value
-    return env
-
-
-def serving() -> dict[str, str]:
-    """The environment in which git serves a repository of this machine. The admin named it, so it is
-    read whoever owns its files (git-config(1), safe.directory; "*", since what git compares it with has
-    changed from version to version); none of its programs are run. Any commit of it may be asked for, for
-    GIT_REVISION may be one that no branch leads to."""
-    return git_config(
-        {
-            "safe.directory": "*",
-            "core.fsmonitor": "false",
-            "core.hooksPath": os.devnull,
-            "uploadpack.allowAnySHA1InWant": "true",
-        }
-    )

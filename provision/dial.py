@@ -261,7 +261,8 @@ async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
     text = b"".join(answer).decode(errors="replace")
     try:
         boot_id, uptime, now = text.splitlines()
-        return Ready(boot_id.strip(), float(uptime.split()[0]), _seconds(now) - (shell.marked_at + after) / 2)
+        skew = _seconds(now) - (shell.marked_at + after) / 2
+        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
     except ValueError:
         said = shell.said() or (text.splitlines() or ["nothing"])[-1]
         raise DriverFailed(f"its boot id and clock can't be read: {said}") from None

@@ -173,10 +173,10 @@ async def ended(channel: asyncssh.SSHClientChannel[bytes]) -> None:
 
 
 def _command(mark: str, end: str) -> str:
+    line = f'while IFS= read -r l; do [ "$l" = {end} ] && break'
     return (
         f"exec sh -c 'echo {mark[:8]}\"\"{mark[8:]}; "
-        f'while IFS= read -r l; do [ "$l" = {end} ] && break; done; '
-        f'p=$(while IFS= read -r l; do [ "$l" = {end} ] && break; printf "%s\\n" "$l"; done; echo "$l"); '
+        f'{line}; done; p=$({line}; printf "%s\\n" "$l"; done; echo "$l"); '
         f'case $p in *{end}) eval "${{p%{end}}}";; *) exit 125;; esac\''
     )
 
