@@ -179,8 +179,8 @@ class Machines:
             return connection
 
     async def look(self) -> None:
-        """Before the first step: whether the VMs that are taken as they are can be built on. (Of one that
-        is reset, its reset tells.)"""
+        """Before the first step: whether the VMs that are taken as they are can be built on. (Of one
+        that is reset, its reset tells.)"""
         while self._unseen:
             await self.connection(self._unseen.pop())
 

@@ -23,6 +23,18 @@ CLOCK_SLACK = 5.0
 """Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
 run unevenly, and the kernel counts from before the first instruction of ours."""
 
+_RSA = {"rsa-sha2-512": "ssh-rsa", "rsa-sha2-256": "ssh-rsa"}
+"""Signatures of the key that is called ssh-rsa (RFC 8332)."""
+_HOST_KEYS = (
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    *_RSA,
+    "ssh-rsa",
+)
+"""As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
+
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
 
 
@@ -158,7 +170,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         "client_factory": Client,
         "client_keys": [str(endpoint.key)],
         "known_hosts": _trusted(endpoint),
-        "server_host_key_algs": "default",  # so that a stranger's other kind of key is seen as such
+        "server_host_key_algs": _kinds(_trusted(endpoint)[0]),
         "config": None,
         "agent_path": None,
         "preferred_auth": "publickey",
@@ -236,6 +248,13 @@ def _trusted(
     if endpoint.host_key:
         return [asyncssh.import_public_key(endpoint.host_key)], [], []
     return _known(endpoint), [], []
+
+
+def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
+    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may have
+    keys of several. The others are asked for, too, so that a stranger's is seen as such."""
+    own = {key.get_algorithm() for key in known}
+    return sorted(_HOST_KEYS, key=lambda name: _RSA.get(name, name) not in own)
 
 
 def _remember(endpoint: Endpoint, key: str) -> None:

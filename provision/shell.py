@@ -25,6 +25,7 @@ START_SECONDS = 45.0
 """From the request to the mark. Below the patience for a login: its reason is told, not the clock's."""
 _ENTER = b"\n" * 8  # for questions in .bashrc; waiting for the program, sh passes them by
 _NOISE_MAX = 65536
+_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
@@ -135,7 +136,7 @@ async def start(
     mark, end = secrets.token_hex(8), secrets.token_hex(8)
     shell = Shell(mark, log, ended)
     try:
-        channel, _ = await ssh.create_session(lambda: shell, _command(mark, end), encoding=None)
+        channel = await _open(ssh, shell, _command(mark, end))
     except asyncssh.ChannelOpenError as error:
         if ssh.is_closed():
             raise
@@ -163,9 +164,20 @@ async def start(
     raise _refused(shell, "runs no commands")
 
 
+async def _open(
+    ssh: asyncssh.SSHClientConnection, shell: Shell, command: str
+) -> asyncssh.SSHClientChannel[bytes]:
+    """Where sshd allows one session at a time (sshd_config(5), MaxSessions), it counts the one before
+    for a moment after it has closed it: nothing tells when that is over."""
+    for pause in _PAUSES:
+        with contextlib.suppress(asyncssh.ChannelOpenError):
+            return (await ssh.create_session(lambda: shell, command, encoding=None))[0]
+        await asyncio.sleep(pause)
+    return (await ssh.create_session(lambda: shell, command, encoding=None))[0]
+
+
 async def ended(channel: asyncssh.SSHClientChannel[bytes]) -> None:
-    """Let go of a channel, and wait a little until its sshd has, too: it may allow one at a time
-    (sshd_config(5), MaxSessions)."""
+    """Let go of a channel, and wait a little until sshd has, too: it may allow one at a time."""
     channel.close()
     with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
         await asyncio.wait_for(channel.wait_closed(), 2)

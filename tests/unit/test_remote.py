@@ -100,6 +100,17 @@ def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
         ready(dev2.endpoint(host_key=other), timeout=600)
 
 
+def test_a_server_with_keys_of_several_kinds_is_known_by_the_one_it_is_known_by(dev2):
+    dev2.stop()
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", dev2.root / "rsa"], check=True)
+    rsa = (dev2.root / "rsa.pub").read_text().rsplit(None, 1)[0]
+    config = dev2.root / "config"
+    config.write_text(f"HostKey {dev2.root}/rsa\n{config.read_text()}")
+    dev2.start()
+    ready(dev2.endpoint())
+    ready(dev2.endpoint(host_key=rsa))
+
+
 def test_the_boot_from_before_is_not_ready(dev2):
     with pytest.raises(TimedOut, match="still the boot from before") as caught:
         ready(dev2.endpoint(), since=time.monotonic(), timeout=1, tail=lambda: "login:")
