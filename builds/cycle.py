@@ -58,6 +58,7 @@ __all__ = ["plan_cycle", "run_cycle"]
 Stream = Callable[[str, bytes], None]
 """Told which VM, and what it printed, as it prints it."""
 
+_SHA256_DIGITS = 64
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
@@ -298,8 +299,11 @@ class _Build:
         return status == "passed"
 
     def _environment(self, _vm: str) -> Mapping[str, str]:
+        commit = self._record.source.commit
         return {
-            "GIT_REVISION": self._record.source.commit or self._record.source.asked,
+            # git-init(1): a repository can only fetch from one of the same kind
+            **({"GIT_DEFAULT_HASH": "sha256"} if len(commit) == _SHA256_DIGITS else {}),
+            "GIT_REVISION": commit or self._record.source.asked,
             "BUILD_ID": self._record.id,
             "FARM": self._record.farm,
             "LC_ALL": "C.UTF-8",  # failures are judged by messages, which may be translated

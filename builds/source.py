@@ -44,12 +44,20 @@ _NOBODY = {
 }
 _EPOCH = 946684800  # 2000-01-01; the nth state is n seconds later
 _POINTER = "^version https://git-lfs.github.com/spec/v1$"  # git-lfs-spec, "The Pointer"
+# git-clone(1) takes settings in the environment for its own, and none of them for the other side.
+_SERVE = (
+    "--upload-pack=git -c 'safe.directory=*' -c core.fsmonitor=false "
+    "-c uploadpack.allowAnySHA1InWant=true upload-pack"
+)
 _RECENT = 1000  # commits whose files are looked for beforehand: enough to find a broken repository
 _SHOWN = 3
 
 RESOLVE_IN_GUEST = """\
 d=$(mktemp -d)
 trap 'rm -rf "$d"' EXIT
+head=$(git ls-remote "$SOURCE_URL" HEAD)
+head=${head%%[!0-9a-f]*}
+[ ${#head} -ne 64 ] || export GIT_DEFAULT_HASH=sha256
 git init -q --bare "$d"
 git -C "$d" fetch -q --filter=tree:0 "$SOURCE_URL" '+HEAD:refs/asked/HEAD' '+refs/*:refs/*' ||
     git -C "$d" fetch -q "$SOURCE_URL" '+HEAD:refs/asked/HEAD' '+refs/*:refs/*'
@@ -153,12 +161,10 @@ def resolve(
     else:
         where = directory
         git = Git(runner, directory)
-        status = "" if own == where else git("status", "--porcelain", "--untracked-files=no")
-        if status:
-            count = len(status.splitlines())
-            notes.append(f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built")
     commit, tree, subject = _commit(git, revision, directory)
     _check_complete(git, commit, directory)
+    if own != where:
+        notes += _uncommitted(git, directory)
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
         subject=subject, repository=own, notes=tuple(notes),
@@ -178,9 +184,7 @@ class Git:
         drivers = self.ask("config", "-z", "--name-only", "--get-regexp", r"^filter\.", ok=(0, 1)).stdout
         # what git-archive(1) makes must not hang on the admin's settings either
         filters = {key: "" for key in drivers.split("\0") if key}
-        self._env = reading(
-            {**filters, "core.autocrlf": "false", "uploadpack.allowAnySHA1InWant": "true"}
-        )
+        self._env = reading({**filters, "core.autocrlf": "false"})
 
     def __call__(self, *args: str | Path) -> str:
         return self.ask(*args).stdout
@@ -264,6 +268,14 @@ def _check_complete(git: Git, commit: str, directory: Path) -> None:
         raise _broken(directory, _reason(found))
 
 
+def _uncommitted(git: Git, directory: Path) -> list[str]:
+    status = git.ask("status", "--porcelain", "--untracked-files=no", ok=(0, 128))
+    if status.status:
+        return [f"whether {directory} has uncommitted changes is not known: {_reason(status)}"]
+    count = len(status.stdout.splitlines())
+    return [f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built"] if count else []
+
+
 def _submodules(git: Git, commit: str) -> tuple[str, ...]:
     lines = git("ls-tree", "-r", "-z", "--full-tree", commit).split("\0")
     return tuple(line.partition("\t")[2] for line in lines if line.startswith("160000 "))
@@ -304,9 +316,9 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
         copy = Path(scratch) / f"{source.name}.git"
         git = Git(runner, source.repository)
-        git("clone", "-q", "--mirror", "--no-local", "--template=", "--", source.repository, copy)
+        git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", source.repository, copy)
         git = Git(runner, copy)
-        git("fetch", "-q", "--", source.repository, f"{source.commit}:refs/farmhand/source")
+        git("fetch", "-q", _SERVE, "--", source.repository, f"{source.commit}:refs/farmhand/source")
         git("config", "--remove-section", "remote.origin")
         git("config", "uploadpack.allowAnySHA1InWant", "true")
         git("config", "uploadpack.allowFilter", "true")

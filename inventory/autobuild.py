@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 FETCH = """\
 git init -q "$HOME/src"
 cd "$HOME/src"
-git fetch -q -f -p -u --no-auto-maintenance "$SOURCE_URL" \\
+git fetch -q -f -p -u --update-shallow --no-auto-maintenance "$SOURCE_URL" \\
     '+HEAD:refs/source/HEAD' '+refs/heads/*:refs/heads/*' '+refs/tags/*:refs/tags/*'
 case $GIT_REVISION in
     HEAD | HEAD[~^@]*) revision=refs/source/$GIT_REVISION ;;
     *) revision=$GIT_REVISION ;;
 esac
 git checkout -q -f --detach "$revision" -- 2>/dev/null || {
-    git fetch -q --no-auto-maintenance "$SOURCE_URL" "$GIT_REVISION"
+    git fetch -q --update-shallow --no-auto-maintenance "$SOURCE_URL" "$GIT_REVISION"
     git checkout -q -f --detach FETCH_HEAD --
 }
 git --no-pager log -1 --format='source: %H %s'
