@@ -316,9 +316,10 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
         copy = Path(scratch) / f"{source.name}.git"
         git = Git(runner, source.repository)
-        git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", source.repository, copy)
+        where = source.repository
+        git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", where, copy)
         git = Git(runner, copy)
-        git("fetch", "-q", _SERVE, "--", source.repository, f"{source.commit}:refs/farmhand/source")
+        git("fetch", "-q", _SERVE, "--", where, f"{source.commit}:refs/farmhand/source")
         git("config", "--remove-section", "remote.origin")
         git("config", "uploadpack.allowAnySHA1InWant", "true")
         git("config", "uploadpack.allowFilter", "true")

@@ -168,6 +168,8 @@ class StepRun:
                 message = evidence
             else:
                 message = f"{which}exited with {result.status}"
+            if served:
+                message += f"; git says here, on this machine: {served[0]}"
             raise StepFailed(kind, message, exit=result.status)
         if step.artifacts:
             left = max(step.timeout - (time.monotonic() - began), 60.0)

@@ -251,8 +251,8 @@ def _trusted(
 
 
 def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
-    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may have
-    keys of several. The others are asked for, too, so that a stranger's is seen as such."""
+    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may
+    have keys of several. The others are asked for, too, so that a stranger's is seen as such."""
     own = {key.get_algorithm() for key in known}
     return sorted(_HOST_KEYS, key=lambda name: _RSA.get(name, name) not in own)
 

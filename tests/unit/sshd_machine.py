@@ -39,7 +39,7 @@ class Sshd:
     client_key: Path
     forwarding: bool = True
     environment: dict[str, str] = field(default_factory=dict)
-    options: tuple[str, ...] = ()  # further lines of sshd_config, before the others: the first one counts
+    options: tuple[str, ...] = ()  # lines of sshd_config before ours: the first one counts
     sftp: bool = True
     shell: str = ""  # the login shell of its account; "": the machine's own account, by sh
     dotfiles: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Sshd:
             if Path(p).exists()
         )  # fmt: skip
         environment = {**({} if self.shell else {"HOME": str(self.home)}), **self.environment}
-        force = "" if self.shell else """ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND\""""
+        force = """ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND\""""
         (self.root / "config").write_text(
             "\n".join(self.options)
             + f"""
@@ -98,7 +98,7 @@ PermitRootLogin prohibit-password
 AllowTcpForwarding {"yes" if self.forwarding else "no"}
 {f"Subsystem sftp {server}" if self.sftp else ""}
 {f"SetEnv {' '.join(f'{key}={value}' for key, value in environment.items())}" if environment else ""}
-{force}
+{"" if self.shell else force}
 """
         )
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from sshd_machine import Dropbear, Sshd, gone, make_key
 
+from hypervisors.run import which
 from inventory.errors import DriverFailed, Unsupported
 from provision import shell
 from provision.connection import Connection
@@ -100,10 +100,11 @@ def test_a_machine_with_busybox_alone(login, tmp_path):
     """Its sh, setsid, sha256sum and date are of another make; coreutils' timeout(1) is none of them."""
     applets = tmp_path / "applets"
     applets.mkdir()
-    busybox = subprocess.run(["sh", "-c", "command -v busybox"], check=True, capture_output=True, text=True)
+    busybox = which("busybox")
+    assert busybox, "these tests need busybox"
     for name in ("sh", "cat", "date", "kill", "mkdir", "mv", "rm", "setsid", "sha256sum", "sleep", "wc",
                  "pwd", "printf"):  # fmt: skip
-        (applets / name).symlink_to(busybox.stdout.strip())
+        (applets / name).symlink_to(busybox)
     asyncio.run(everything(login(environment={"PATH": str(applets)}, shell=BASH), tmp_path))
 
 
@@ -131,7 +132,8 @@ def test_what_a_machine_lacks_is_told_by_name(login, tmp_path):
          r"runs no command, and does not end: it says: Who are you\?"),
         ({"shell": BASH, "dotfiles": {".bashrc": "exec fish\n"}}, "runs no command, and does not end"),
     ],
-    ids=["nologin", "false", "rbash", "forced", "sftp only", "no sessions", "asks for ever", "another shell"],
+    ids=["nologin", "false", "rbash", "forced", "sftp only", "no sessions", "asks for ever",
+         "another shell"],
 )  # fmt: skip
 def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypatch, of, said):
     if of["shell"] == "RBASH":
