@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
-from builds.source import Resolved, pack
+from builds.source import Resolved, offered, pack, variables
 from hypervisors.api import Power
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
@@ -74,7 +74,7 @@ class Machines:
         self._meter = meter
         self._note = note
         self._connections: dict[str, Connection] = {}
-        self._offers: dict[str, str] = {}  # by VM, as long as its connection lasts
+        self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
         self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
         self._packing = asyncio.Lock()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -219,35 +219,41 @@ class Machines:
             with contextlib.suppress(FarmhandError):
                 await connection.output(f"rm -rf {shlex.quote(self._carried[vm])}")
 
-    async def source_url(self, vm: str) -> str:
-        """The source's git URL as the VM reaches it; "" without a source."""
-        if self._source is None:
-            return ""
-        if self._source.repository is None:
-            return self._source.url
+    async def source(self, vm: str) -> Mapping[str, str]:
+        """What tells the VM's scripts where the source is: SOURCE_URL, "" without one."""
+        source = self._source
+        if source is None:
+            return {"SOURCE_URL": ""}
+        if source.repository is None:
+            return {"SOURCE_URL": source.url}
         connection = await self.connection(vm)
         if vm not in self._offers:
             with self._meter.guest():
+                repositories = offered(source)
                 try:
-                    url = await connection.offer_git(self._source.repository, name=self._source.name)
+                    urls = [
+                        await connection.offer_git(where, name=name)
+                        for name, (where, _) in repositories.items()
+                    ]
                 except Unsupported as error:
                     self._note(f"{error.message}; a copy is carried there instead")
-                    url = await self._carry_source(vm, connection, self._source)
-            self._offers[vm] = url
+                    there = await self._carry_source(vm, connection, source)
+                    urls = [f"file://{quote(there)}/{name}.git" for name in repositories]
+            self._offers[vm] = variables(source, urls)
         return self._offers[vm]
 
     async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
-        """A copy of the repository, in a directory of its own in the login's home, until the end."""
+        """Copies of what is offered, in a directory of their own in the login's home, until the end."""
         packed = self._directory / f".{source.name}.tar"
         async with self._packing:
             if not packed.exists():
                 await in_thread(lambda: pack(self._site.runner, source, packed))
-        where = (await connection.output('mktemp -d "$HOME/.farmhand-source-XXXXXX"')).rstrip("\n")
-        self._carried[vm] = where
-        await connection.put([packed], where)
+        there = (await connection.output('mktemp -d "$HOME/.farmhand-source-XXXXXX"')).rstrip("\n")
+        self._carried[vm] = there
+        await connection.put([packed], there)
         tar = shlex.quote(packed.name)
-        await connection.output(f"cd {shlex.quote(where)}; tar -xf {tar}; rm {tar}", timeout=600)
-        return f"file://{quote(where)}/{source.name}.git"
+        await connection.output(f"cd {shlex.quote(there)}; tar -xf {tar}; rm {tar}", timeout=600)
+        return there
 
     async def list_packages(self, vm: str) -> None:
         """Once a boot: what is installed before the build, into a file of the record."""

@@ -17,17 +17,19 @@ import shlex
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from hypervisors.run import MASK, Result, Runner
 from inventory.errors import CommandFailed, NotFound, TimedOut, Unsupported, UsageError, WrongState
-from provision.git import reading
+from provision.git import git_config, reading
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no expression
+_ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
 _SCP_LIKE = re.compile(r"[^/]+:")  # git-clone(1): host:path, the colon before any slash
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 _LONG = 600.0
@@ -68,6 +70,17 @@ git -C "$d" --no-pager log -1 --no-show-signature --format='%H %s' "$ASKED" --
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Submodule:
+    """Another repository's ``commit`` within the source. ``name`` is as .gitmodules has it, or "";
+    ``repository`` is where it is on this machine, if it is."""
+
+    name: str
+    path: str
+    commit: str
+    repository: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
     """One revision. ``commit`` is "" where only the VM can tell; ``url`` is "" where the repository is
     offered through the connection; ``repository`` is the git directory that is offered then."""
@@ -81,7 +94,7 @@ class Resolved:
     url: str = ""
     repository: Path | None = None
     notes: tuple[str, ...] = field(default=())
-    submodules: tuple[str, ...] = ()  # paths in the commit that are commits of other repositories
+    submodules: tuple[Submodule, ...] = ()  # those within them, too, as far as they are here
     pointers: tuple[str, ...] = ()  # files in the commit whose content is kept by Git LFS
 
     @property
@@ -101,14 +114,20 @@ def directory_of(repository: str, base: Path) -> Path:
 
 
 def mask(url: str) -> str:
-    """A URL without the password it may hold."""
-    if "://" not in url:
+    """A URL without the password it may hold, or the token that stands in the user's place."""
+    if not (secret := _secret(url)):
         return url
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:{MASK}@{host}"))
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.replace(secret, MASK)}@{host}"))
+
+
+def _secret(url: str) -> str:
+    if "://" not in url:
+        return ""
+    user, _, _ = urlsplit(url).netloc.rpartition("@")
+    name, colon, password = user.partition(":")
+    return password if colon else name if url.startswith(("http:", "https:")) else ""
 
 
 def name_of(repository: str, base: Path) -> str:
@@ -165,10 +184,13 @@ def resolve(
     _check_complete(git, commit, directory)
     if own != where:
         notes += _uncommitted(git, directory)
+    submodules = tuple(_submodules(runner, git, commit, directory))
+    if away := [submodule.path for submodule in submodules if submodule.repository is None]:
+        notes.append(f"submodules not checked out here, the VM has to reach their URLs: {_some(away)}")
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
         subject=subject, repository=own, notes=tuple(notes),
-        submodules=_submodules(git, commit), pointers=_pointers(git, commit),
+        submodules=submodules, pointers=_pointers(git, commit),
     )  # fmt: skip
 
 
@@ -199,15 +221,16 @@ def check_contents(source: Resolved, scripts: Iterable[str]) -> None:
     """Unsupported where the commit has what git alone doesn't bring to the VM, and none of the cycle's
     ``scripts`` speaks of it."""
     text = "\n".join(scripts).lower()
+    submodules = tuple(submodule.path for submodule in source.submodules)
     for paths, word, what, how in (
-        (source.submodules, "submodule", "submodules", "`git submodule update --init`"),
+        (submodules, "submodule", "submodules", "`git submodule update --init`"),
         (source.pointers, "lfs", "files kept by Git LFS", "`git lfs pull`"),
     ):
         if paths and word not in text:
             raise Unsupported(
                 f"{source.shown} has {what} at {source.short}, which the VM would not get: "
                 f"{_some(paths)}",
-                remedy=f"have a run step of the cycle fetch them from where the VM reaches them: {how}; "
+                remedy=f"have a run step of the cycle fetch them: {how}; "
                 "or commit them to the repository itself",
             )
 
@@ -276,9 +299,28 @@ def _uncommitted(git: Git, directory: Path) -> list[str]:
     return [f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built"] if count else []
 
 
-def _submodules(git: Git, commit: str) -> tuple[str, ...]:
+def _submodules(runner: Runner, git: Git, commit: str, directory: Path) -> Iterator[Submodule]:
     lines = git("ls-tree", "-r", "-z", "--full-tree", commit).split("\0")
-    return tuple(line.partition("\t")[2] for line in lines if line.startswith("160000 "))
+    links = [line.partition("\t") for line in lines if line.startswith("160000 ")]
+    if not links:
+        return
+    declared = git.ask(
+        "config", "-z", "--blob", f"{commit}:.gitmodules", "--get-regexp", r"^submodule\..*\.path$",
+        ok=(0, 1, 128),
+    ).stdout  # fmt: skip
+    pairs = [entry.partition("\n") for entry in declared.split("\0") if entry]
+    names = {path: key[len("submodule.") : -len(".path")] for key, _, path in pairs}
+    for what, _, path in links:
+        pinned, inner = what.split()[2], directory / path
+        here = Submodule(name=names.get(path, ""), path=path, commit=pinned)
+        own = _own_git_directory(runner, inner) if (inner / ".git").exists() else None
+        its = None if own is None else Git(runner, inner)
+        if its is None or its.ask("cat-file", "-e", f"{pinned}^{{commit}}", ok=(0, 1, 128)).status:
+            yield here
+            continue
+        yield replace(here, repository=own)
+        for nested in _submodules(runner, its, pinned, inner):
+            yield replace(nested, path=f"{path}/{nested.path}")
 
 
 def _pointers(git: Git, commit: str) -> tuple[str, ...]:
@@ -303,10 +345,27 @@ def archive_sha256(runner: Runner, source: Resolved) -> tuple[str, int]:
             return hashlib.file_digest(file, "sha256").hexdigest(), out.stat().st_size
 
 
-def pack(runner: Runner, source: Resolved, out: Path) -> None:
-    """A tar file with NAME.git: a bare copy of the repository, made as a clone is, so that it holds what
-    a VM would get. Its owner is root, or whoever unpacks it."""
+def offered(source: Resolved) -> dict[str, tuple[Path, str]]:
+    """What the VMs are given: by name, each repository of this machine, and the commit meant in it."""
     assert source.repository is not None
+    here = [(s.repository, s.commit) for s in source.submodules if s.name and s.repository is not None]
+    numbered = {f"{source.name}-{number}": which for number, which in enumerate(here, 1)}
+    return {source.name: (source.repository, source.commit), **numbered}
+
+
+def variables(source: Resolved, urls: Sequence[str]) -> dict[str, str]:
+    """The environment of a build's scripts, given the URLs there of what is ``offered``, in its order.
+    Submodules are then fetched from there, whatever their own URLs: git-config(1), ENVIRONMENT."""
+    names = [s.name for s in source.submodules if s.name and s.repository is not None]
+    settings = {f"submodule.{name}.url": url for name, url in zip(names, urls[1:], strict=True)}
+    if not settings:
+        return {"SOURCE_URL": urls[0]}
+    return {"SOURCE_URL": urls[0], **git_config({**settings, "protocol.file.allow": "always"})}
+
+
+def pack(runner: Runner, source: Resolved, out: Path) -> None:
+    """A tar file with NAME.git for each repository that is ``offered``: a bare copy, made as a clone is,
+    so that it holds what a VM would get. Its owner is root, or whoever unpacks it."""
 
     def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
@@ -314,18 +373,18 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
         return entry
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
-        copy = Path(scratch) / f"{source.name}.git"
-        git = Git(runner, source.repository)
-        where = source.repository
-        git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", where, copy)
-        git = Git(runner, copy)
-        git("fetch", "-q", _SERVE, "--", where, f"{source.commit}:refs/farmhand/source")
-        git("config", "--remove-section", "remote.origin")
-        git("config", "uploadpack.allowAnySHA1InWant", "true")
-        git("config", "uploadpack.allowFilter", "true")
         part = Path(scratch) / "tar"
         with tarfile.open(part, "w") as tar:
-            tar.add(copy, copy.name, filter=nobodys)
+            for name, (where, commit) in offered(source).items():
+                copy = Path(scratch) / f"{name}.git"
+                git = Git(runner, where)
+                git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", where, copy)
+                git = Git(runner, copy)
+                git("fetch", "-q", _SERVE, "--", where, f"{commit}:refs/farmhand/source")
+                git("config", "--remove-section", "remote.origin")
+                git("config", "uploadpack.allowAnySHA1InWant", "true")
+                git("config", "uploadpack.allowFilter", "true")
+                tar.add(copy, copy.name, filter=nobodys)
         part.rename(out)
 
 
@@ -429,13 +488,16 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     if _COMMIT.fullmatch(revision):
         return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=revision)
     env = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
-    quiet = Runner(changes=False, secrets=[urlsplit(url).password or ""] if "://" in url else [])
+    quiet = Runner(changes=False, secrets=[_secret(url)])
     try:
         answer = quiet.read(
             *_GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
         )
-    except (CommandFailed, TimedOut):
-        return unresolved  # perhaps only the VM reaches it; if not, the fetch says why
+    except (CommandFailed, TimedOut) as error:
+        why = error.stderr.strip() if isinstance(error, CommandFailed) else ""
+        why = " ".join(why.split()) or error.message
+        note = f"{unresolved.shown} can't be asked from here, so the VM will be: {why}"
+        return replace(unresolved, notes=(note,))
     refs = {ref: commit for commit, ref in (line.split("\t") for line in answer.stdout.splitlines())}
     for ref in (
         revision,
@@ -447,4 +509,9 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     ):  # gitrevisions(7), <refname>: in its order; an annotated tag's commit before the tag itself
         if ref in refs:
             return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
+    if not refs and _NAME.fullmatch(revision) and not _ABBREVIATED.fullmatch(revision):
+        raise NotFound(
+            f"{mask(url)} has no branch or tag {revision!r}",
+            remedy="see 'source: revision:' in the farm file, or --revision",
+        )
     return unresolved

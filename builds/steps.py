@@ -141,7 +141,7 @@ class StepRun:
         connection = await machines.connection(step.vm)
         await machines.list_packages(step.vm)
         await self.before_run(step.vm, self.log)
-        environment = {**self.environment(step.vm), "SOURCE_URL": await machines.source_url(step.vm)}
+        environment = {**self.environment(step.vm), **await machines.source(step.vm)}
         for number, script in enumerate(step.run, 1):
             left = step.timeout - (time.monotonic() - began)
             self.log.mark()

@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from cycle_farm import STEPS, Lab, environment, reset, run
-from sshd_machine import Sshd, make_key, wait_for
+from sshd_machine import Sshd, free_port, make_key, wait_for
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record
@@ -384,22 +385,56 @@ def refused(lab: Lab, steps: list[dict], ways=(run_cycle, plan_cycle)) -> Farmha
     return errors[0]
 
 
-def test_submodules(lab):
+def with_submodules(lab: Lab) -> None:
+    """One in another, its URL relative, and the commits of both on no branch."""
+    repository(lab.root / "deep")
     repository(lab.root / "inner")
+    git(lab.root / "inner", "submodule", "--quiet", "add", "../deep", "sub deep")
+    commit(lab.root / "inner", "with one in it")
     git(lab.source, "submodule", "--quiet", "add", lab.root / "inner", "vendor/inner")
-    commit(lab.source, "with a submodule")
+    git(lab.source, "submodule", "--quiet", "update", "--init", "--recursive")
+    for place in ("vendor/inner/sub deep", "vendor/inner", "."):
+        commit(lab.source / place, f"changed in {place}")
+        git(lab.source / place, "checkout", "-q", "--detach")
+    git(lab.source / "vendor/inner", "branch", "-qD", "main")
+    for gone in ("inner", "deep"):
+        (lab.root / gone).rename(lab.root / f"{gone}.gone")
+
+
+@pytest.mark.parametrize("forwarding", [True, False], ids=["forwarded", "carried"])
+def test_submodules(lab, forwarding):
+    if not forwarding:
+        lab.dev2.stop()
+        config = lab.dev2.root / "config"
+        config.write_text(f"AllowTcpForwarding no\n{config.read_text()}")
+        lab.dev2.start()
+    with_submodules(lab)
     error = refused(lab, STEPS)
     assert isinstance(error, Unsupported)
     assert error.message.startswith(f"{lab.source} has submodules at ")
-    assert error.message.endswith(": vendor/inner")
+    assert error.message.endswith(": vendor/inner, vendor/inner/sub deep")
     assert "git submodule update --init" in error.remedy
-    fetch = (
-        'git clone -q "$SOURCE_URL" src; cd src; '
-        "git -c protocol.file.allow=always submodule update -q --init"
+    again = (
+        'rm -rf src; git clone -q "$SOURCE_URL" src; cd src; git submodule -q update --init --recursive'
     )
-    with lab.site([reset("dev2"), run("fetch", fetch)]) as site:
-        run_cycle(site)
-    assert (lab.dev2.home / "src/vendor/inner/file").read_text() == "three"
+    look = 'cat "src/file" "src/vendor/inner/file" "src/vendor/inner/sub deep/file"'
+    with lab.site([reset("dev2"), run("fetch", [FETCH, FETCH, look, again, look])]) as site:
+        record = run_cycle(site)
+    log = (record.directory / record.steps[1].log).read_text()
+    changed = "changed in .changed in vendor/innerchanged in vendor/inner/sub deep"
+    assert log.count(changed) == 2
+    assert not record.notes or not forwarding
+
+
+def test_submodules_that_are_not_here(lab):
+    with_submodules(lab)
+    git(lab.root, "clone", "-q", "--bare", lab.source, "kata.git")
+    lab.source.rename(lab.root / "away")
+    (lab.root / "kata.git").rename(lab.source)
+    with lab.site([reset("dev2"), run("fetch", "true # git submodule update")]) as site:
+        notes = [str(line) for line in plan_cycle(site)]
+    assert "submodules not checked out here, the VM has to reach their URLs: vendor/inner" in notes
+    assert "vendor/inner" in refused(lab, STEPS).message
 
 
 def test_files_kept_by_lfs(lab):
@@ -421,6 +456,28 @@ def test_a_repository_inside_a_directory_that_is_none(lab):
     subprocess.run(["rm", "-rf", lab.source / ".git"], check=True)
     error = refused(lab, STEPS, [run_cycle])  # a plan makes no commit of its state
     assert error.message.endswith(": part")
+
+
+def test_a_url_that_answers_and_has_no_such_branch(lab, tmp_path):
+    steps = [reset("dev2"), run("fetch", "git clone -q \"$SOURCE_URL\" src")]
+    port = free_port()
+    serve = ["git", "daemon", "--listen=127.0.0.1", f"--port={port}", f"--base-path={lab.root}",
+             "--export-all", "--reuseaddr"]  # fmt: skip
+    url = f"git://127.0.0.1:{port}/kata"
+    with lab.site(steps, source=url) as site:
+        warned = plan_cycle(site, revision="mastr")
+        assert any("can't be asked from here, so the VM will be: fatal: " in a.text for a in warned)
+    daemon = subprocess.Popen(serve, start_new_session=True)
+    try:
+        wait_for(lambda: not subprocess.call(["git", "ls-remote", "-q", url], stderr=subprocess.DEVNULL))
+        with lab.site(steps, source=url) as site:
+            for go in (run_cycle, plan_cycle):
+                with pytest.raises(NotFound, match=f"^{url} has no branch or tag 'mastr'"):
+                    go(site, revision="mastr")
+        assert (lab.dev2.home / "not reset").exists()
+    finally:
+        os.killpg(daemon.pid, signal.SIGTERM)
+        daemon.wait()
 
 
 def test_a_broken_repository(lab):
