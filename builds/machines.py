@@ -123,6 +123,7 @@ class Machines:
         with self._meter.hypervisor():
             outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
         self._not_reset.remove(vm)
+        self._carried.pop(vm, None)
         proof = _proof(outcome.facts, vm)
         pristine = proof.get("pristine")
         known = pristine if isinstance(pristine, bool) else None
@@ -214,10 +215,10 @@ class Machines:
             packed.unlink()
 
     async def _tidy(self, vm: str) -> None:
-        connection = self._connections.get(vm)
+        there, connection = self._carried.pop(vm), self._connections.get(vm)
         if connection is not None and not connection.closed:
             with contextlib.suppress(FarmhandError):
-                await connection.output(f"rm -rf {shlex.quote(self._carried[vm])}")
+                await connection.output(f"rm -rf {shlex.quote(there)}")
 
     async def source(self, vm: str) -> Mapping[str, str]:
         """What tells the VM's scripts where the source is: SOURCE_URL, "" without one."""
@@ -236,23 +237,35 @@ class Machines:
                         for name, (where, _) in repositories.items()
                     ]
                 except Unsupported as error:
-                    self._note(f"{error.message}; a copy is carried there instead")
-                    there = await self._carry_source(vm, connection, source)
+                    if vm not in self._carried:
+                        self._note(f"{error.message}; a copy is carried there instead")
+                    try:
+                        there = await self._carry_source(vm, connection, source)
+                    except FarmhandError as second:
+                        second.remedy = second.remedy or error.remedy
+                        raise
                     urls = [f"file://{quote(there)}/{name}.git" for name in repositories]
             self._offers[vm] = variables(source, urls)
         return self._offers[vm]
 
     async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
-        """Copies of what is offered, in a directory of their own in the login's home, until the end."""
+        """Copies of what is offered, in a directory of their own in the login's home: until the end, or
+        the VM's reset."""
+        if vm in self._carried:
+            return self._carried[vm]
         packed = self._directory / f".{source.name}.tar"
         async with self._packing:
             if not packed.exists():
                 await in_thread(lambda: pack(self._site.runner, source, packed))
         there = (await connection.output('mktemp -d "$HOME/.farmhand-source-XXXXXX"')).rstrip("\n")
         self._carried[vm] = there
-        await connection.put([packed], there)
         tar = shlex.quote(packed.name)
-        await connection.output(f"cd {shlex.quote(there)}; tar -xf {tar}; rm {tar}", timeout=600)
+        try:
+            await connection.put([packed], there)
+            await connection.output(f"cd {shlex.quote(there)}; tar -xf {tar}; rm {tar}", timeout=600)
+        except BaseException:
+            await self._tidy(vm)
+            raise
         return there
 
     async def list_packages(self, vm: str) -> None:

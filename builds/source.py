@@ -385,6 +385,7 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
                 git("config", "uploadpack.allowAnySHA1InWant", "true")
                 git("config", "uploadpack.allowFilter", "true")
                 tar.add(copy, copy.name, filter=nobodys)
+        part.chmod(0o600)  # the source may be for some eyes only
         part.rename(out)
 
 
@@ -434,7 +435,14 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
             "GIT_WORK_TREE": str(directory),
             "GIT_INDEX_FILE": str(Path(scratch) / "index"),
         }
-        runner.change("git", "-C", directory, "add", "-A", "--", ".", env=env, timeout=_LONG)
+        added = runner.change(
+            "git", "-C", directory, "add", "-A", "--", ".", ok=(0, 128), env=env, timeout=_LONG
+        )
+        if added.status:
+            raise WrongState(
+                f"the source {directory} can't be taken as it is: {_reason(added)}",
+                remedy="put that right; or make it a git repository, of which only commits are built",
+            )
         tree = runner.change("git", "write-tree", env=env).stdout.strip()
         head = runner.read("git", "rev-parse", "-q", "--verify", "main", ok=(0, 1), env=env)
         old = head.stdout.strip()

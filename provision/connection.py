@@ -73,7 +73,7 @@ exit "$r"
 
 # What is needed there, judged by its use where names differ.
 _LOOK = """
-for c in cat kill mkdir mv rm setsid wc; do command -v "$c" >/dev/null || echo "lacks $c"; done
+for c in cat kill mkdir mv rm setsid sleep wc; do command -v "$c" >/dev/null || echo "lacks $c"; done
 for c in sha256sum "shasum -a 256" "openssl dgst -sha256 -r" "sha256 -q" "busybox sha256sum"; do
   case $(printf abc | $c 2>/dev/null) in ba7816bf8f01cfea*) echo "sums $c"; break;; esac
 done

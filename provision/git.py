@@ -13,8 +13,13 @@ def reading(more: Mapping[str, str]) -> dict[str, str]:
 
     safe.directory is "*", for what git compares it with has changed from version to version: to some,
     git-daemon's repository is called "."."""
-    settings = {"safe.directory": "*", "core.fsmonitor": "false", "core.hooksPath": os.devnull, **more}
-    return {**git_config(settings), "GIT_OPTIONAL_LOCKS": "0"}
+    settings = {
+        "safe.directory": "*",
+        "safe.bareRepository": "all",
+        "core.fsmonitor": "false",
+        "core.hooksPath": os.devnull,
+    }
+    return {**git_config({**settings, **more}), "GIT_OPTIONAL_LOCKS": "0"}
 
 
 def git_config(values: Mapping[str, str]) -> dict[str, str]:

@@ -60,21 +60,21 @@ class Shell(asyncssh.SSHClientSession[bytes]):
         if datatype is not None:
             return
         self._before += data
-        before, mark, rest = self._before.partition(self._mark)
+        _, mark, rest = self._before.partition(self._mark)
         if not mark:
             del self._before[:-_NOISE_MAX]
             return
-        self._noise = before
+        self._noise.clear()
         self.marked, self.marked_at = True, time.time()
         self._answered.set()
         if rest:
             self._log(bytes(rest))
 
     def said(self) -> str:
-        """The last line of what the login (or, on standard error, the program) printed, or ""."""
+        """The last line of what the login printed; once the program runs, of its standard error."""
         text = self._noise.decode(errors="replace")
         lines = [_UNPRINTABLE.sub(" ", line).strip() for line in text.splitlines()]
-        return next((line for line in reversed(lines) if line), "")[:300]
+        return next((line for line in reversed(lines) if line), "")[:300].rstrip(".")
 
     def exit_status_received(self, status: int) -> None:
         self.status = status
@@ -197,6 +197,6 @@ def _refused(shell: Shell, how: str) -> DriverFailed:
     said = shell.said()
     return DriverFailed(
         f"its login {how}{f': it says: {said}' if said else ''}",
-        remedy="its account needs a shell that runs `sh -c` (not nologin or rbash, no ForceCommand of "
-        "another kind), and start-up files such as .bashrc that ask nothing and start no other shell",
+        remedy="see docs/logins.md: a shell that runs `sh -c` (not nologin, no ForceCommand of another "
+        "kind), and a .bashrc that neither goes on asking nor starts another shell",
     )

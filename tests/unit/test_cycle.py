@@ -17,6 +17,7 @@ from sshd_machine import gone, wait_for
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record, load_records
 from hypervisors.fake import FakeDisks
+from hypervisors.run import which
 from inventory.errors import (
     BuildFailed,
     Busy,
@@ -547,9 +548,28 @@ def test_what_an_account_lacks_is_known_before_the_build_begins(labs):
     assert not (lab.dev2.home / "built").exists()
     assert statuses(record) == ["failed", "skipped"]
     assert "prod: its login runs no commands: it says: This account is currently" in error.message
-    assert error.remedy.startswith("its account needs a shell that runs `sh -c`")
+    assert error.remedy.startswith("see docs/logins.md: a shell that runs `sh -c`")
     assert "cycle --from build" in error.remedy
     step = record.failed_step
     assert step is not None
     assert error.remedy.startswith(step.remedy) and step.remedy
     assert step.remedy.partition("`")[0] in record.page.read_text()
+
+
+def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_path):
+    applets = tmp_path / "applets"
+    applets.mkdir()
+    for name in ("sh", "cat", "date", "kill", "mkdir", "mktemp", "mv", "rm", "setsid", "sha256sum", "sleep",
+                 "wc"):  # fmt: skip
+        tool = which(name)
+        assert tool
+        (applets / name).symlink_to(tool)
+    lab = labs(
+        dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}}
+    )
+    with lab.site([run("fetch", FETCH)]) as site:
+        error, _ = fails(site)
+    assert "dev2: a command failed with 127: " in error.message
+    assert "tar: not found" in error.message
+    assert "AllowTcpForwarding yes" in error.remedy
+    assert not list(lab.dev2.home.glob(".farmhand-*"))

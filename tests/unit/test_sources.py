@@ -337,27 +337,32 @@ if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 path = Path(sys.argv[1])
 try:
-    resolve(Runner(changes=True), str(path), "HEAD", base=path.parent, sources=path / "none")
+    resolve(Runner(changes=True), str(path), "HEAD", base=path.parent, sources=Path(sys.argv[2]))
 except WrongState as error:
     print(error.message)
 """
 
 
-@pytest.mark.parametrize("closed", [".", "kata", "kata/.git"])
+@pytest.mark.parametrize("closed", [".", "kata", "kata/.git", "kata/file"])
 def test_a_source_that_may_not_be_read(closed):
     """By an ordinary user, in a process of its own."""
     with tempfile.TemporaryDirectory() as made:  # pytest's own directories are closed to others
         root = Path(made)
+        (root / "sources").mkdir()
+        (root / "sources").chmod(0o777)
         path = plain(root)
+        if closed == "kata/file":
+            shutil.rmtree(path / ".git")
         root.chmod(0o755)
         (root / closed).chmod(0)
         done = subprocess.run(
-            [sys.executable, "-P", "-c", ASK, path], capture_output=True, text=True,
+            [sys.executable, "-P", "-c", ASK, path, root / "sources"], capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/", check=False,
         )  # fmt: skip
         (root / closed).chmod(0o755)
         name = path / ".git" if closed == "kata/.git" else path
-        assert done.stdout.startswith(f"the source {name} can't be read by "), done.stdout + done.stderr
+        why = "can't be taken as it is: " if closed == "kata/file" else "can't be read by "
+        assert done.stdout.startswith(f"the source {name} {why}"), done.stdout + done.stderr
 
 
 # -- before anything is reset -----------------------------------------------------------------------
