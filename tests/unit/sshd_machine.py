@@ -69,6 +69,7 @@ class Sshd:
         for line in Path("/etc/passwd").read_text().splitlines():
             entry = line.split(":")
             if entry[2] == mine:
+                entry[1] = "*"  # no password, which is not the same as a locked account
                 entry[5:7] = [str(self.home), self.shell or "/bin/sh"]
             lines.append(":".join(entry))
         (self.root / "passwd").write_text("\n".join(lines) + "\n")
