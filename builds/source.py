@@ -292,7 +292,9 @@ def _check_complete(git: Git, commit: str, directory: Path) -> None:
 
 
 def _uncommitted(git: Git, directory: Path) -> list[str]:
-    status = git.ask("status", "--porcelain", "--untracked-files=no", ok=(0, 128))
+    # within submodules git would run what their own configurations name
+    only = ("--untracked-files=no", "--ignore-submodules=dirty")
+    status = git.ask("status", "--porcelain", *only, ok=(0, 128))
     if status.status:
         return [f"whether {directory} has uncommitted changes is not known: {_reason(status)}"]
     count = len(status.stdout.splitlines())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,15 @@ async def everything(machine: Sshd, tmp_path: Path) -> None:
         assert (got.size, got.sha256) == (len(data), hashlib.sha256(data).hexdigest())
         await connection.put([tmp_path / "local"], "in/here")
         assert (machine.home / "in/here/local").read_bytes() == data[:1000]
-        slow = await connection.run("sleep 300 & echo $! >pid; wait", timeout=1, log=parts.append)
-        assert slow.timed_out
+        begun = asyncio.Event()
+        script = "sleep 300 & echo $! >pid; echo begun; wait"
+        slow = asyncio.ensure_future(
+            connection.run(script, timeout=300, log=lambda _data: begun.set())
+        )
+        await begun.wait()
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
         assert gone(int((machine.home / "pid").read_text()))
 
 
@@ -146,15 +154,27 @@ def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypa
     assert caught.value.remedy
 
 
-def test_a_date_without_nanoseconds(login, tmp_path):
+def test_a_date_that_knows_whole_seconds_only(login, tmp_path):
+    """Asked for the time, and to set the clock; the machine's own is left alone."""
     applets = tmp_path / "applets"
     applets.mkdir()
-    (applets / "date").write_text("#!/bin/sh\n/bin/date +%s.%%N\n")
-    (applets / "date").chmod(0o755)
+    date = """#!/bin/sh
+case "$*" in
+    "+%s.%N") exec /bin/date +%s.%%N ;;
+    *.*) echo "date: invalid date" >&2; exit 1 ;;
+esac
+echo "$*" > set
+"""
+    for name, text in {"date": date, "sudo": '#!/bin/sh\nshift\nexec "$@"\n'}.items():
+        (applets / name).write_text(text)
+        (applets / name).chmod(0o755)
     machine = login(environment={"PATH": f"{applets}:/usr/bin:/bin"}, shell=BASH)
 
     async def go():
         async with await Connection.open(machine.endpoint()) as connection:
-            return await connection.facts()
+            return await connection.facts(), await connection.set_clock()
 
-    assert abs(asyncio.run(go()).skew) < 2
+    facts, left = asyncio.run(go())
+    assert abs(facts.skew) < 2
+    assert abs(left) < 2
+    assert re.fullmatch(r"-u -s @\d+\n", (machine.home / "set").read_text())

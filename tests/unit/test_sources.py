@@ -232,12 +232,17 @@ def test_any_repository_can_be_built(machines, tmp_path, kind):
 
 def test_programs_that_a_repository_names_are_not_run(tmp_path, machines):
     path = plain(tmp_path)
+    repository(tmp_path / "inner")
+    git(path, "submodule", "--quiet", "add", tmp_path / "inner", "inner")
     touch = f"touch {tmp_path}/ran; cat"
     (path / ".gitattributes").write_text("file filter=evil diff=evil\n")
     commit(path, "four")
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "filter.evil.process",
                 "diff.evil.textconv", "uploadpack.packObjectsHook", "core.pager"):  # fmt: skip
         git(path, "config", key, touch)
+        git(path / "inner", "config", key, touch)
+    (path / "inner/.gitattributes").write_text("file filter=evil diff=evil\n")
+    os.utime(path / "inner/file", (1, 1))
     for hook in ("post-checkout", "post-index-change", "reference-transaction", "pre-auto-gc"):
         (path / ".git/hooks" / hook).parent.mkdir(exist_ok=True)
         (path / ".git/hooks" / hook).write_text(f"#!/bin/sh\n{touch}\n")
