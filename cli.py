@@ -13,12 +13,13 @@ import functools
 import inspect
 import json as jsonlib
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +31,7 @@ from inventory.errors import (
     Interrupted,
     InventoryError,
     NotFound,
+    Several,
     Unsupported,
     UsageError,
 )
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from screen import Screen
 
 ROOT = Path(__file__).resolve().parent
+_TASKS: set[str] = set()  # names of those that @command made; each takes --farm
 DEFECT = 70  # EX_SOFTWARE of sysexits.h(3head)
 
 _COMMON_HELP = {
@@ -127,6 +130,7 @@ def command(
     texts = dict(help or {})
 
     def decorate(body: Callable[..., Result | None]) -> object:
+        _TASKS.add(name or body.__name__.replace("_", "-"))
         own = list(inspect.signature(body).parameters.values())
         flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
         extra = [
@@ -145,7 +149,8 @@ def command(
                 plan=bool(options.pop("plan", False)),
                 changes=plans,
             )
-            _carry_out(run, functools.partial(body, run, **options))
+            work = functools.partial(body, run, **options)
+            _carry_out(run, functools.partial(_naming_the_farm, run, work))
 
         shell.__signature__ = inspect.Signature(own[:1] + own[1:] + extra)  # type: ignore[attr-defined]
         return invoke_task(
@@ -156,6 +161,37 @@ def command(
         )(shell)
 
     return decorate
+
+
+def with_farm(text: str, run: Run) -> str:
+    """The text with ``--farm`` in each ``./invoke TASK`` of it, where without it the same words would be
+    about another farm."""
+    try:
+        path = run.farm_file()
+        if not run.farm or path == replace(run, farm="").farm_file():
+            return text
+    except FarmhandError:  # there is no such farm: nothing is to be typed about it
+        return text
+    flag = f" --farm {shlex.quote(str(path))}"
+    known = "|".join(sorted(_TASKS, key=len, reverse=True))
+    return re.sub(rf"(\./invoke (?:{known}))(?![\w-])(?! --farm\b)", lambda found: found[1] + flag, text)
+
+
+def _naming_the_farm(run: Run, body: Callable[[], Result | None]) -> Result | None:
+    """The task's body; what it says is to be typed then is about this farm."""
+    try:
+        result = body()
+    except FarmhandError as error:
+        for each in (error, *(error.errors.values() if isinstance(error, Several) else ())):
+            each.remedy = with_farm(each.remedy, run)
+        raise
+    finally:
+        run.resume = with_farm(run.resume, run)
+    if result is None or not result.remedy:
+        return result
+    remedy = with_farm(result.remedy, run)
+    data = {**result.data, "remedy": remedy} if "remedy" in result.data else result.data
+    return replace(result, data=data, remedy=remedy)
 
 
 class _Ended(KeyboardInterrupt):

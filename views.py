@@ -16,7 +16,7 @@ from provision.report import UNCHANGING
 from cli import Result
 
 if TYPE_CHECKING:
-    from builds.record import BuildRecord
+    from builds.record import BuildRecord, StepRecord
     from hypervisors.api import Template
     from provision.balloon import MemoryPlan
     from provision.journal import Record
@@ -209,7 +209,7 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
         took = format_duration(b.seconds) if b.ended else ""
-        lines.append((moment, (when(moment), "build", b.id, b.result, took, _why(b))))
+        lines.append((moment, (when(moment), "build", b.id, b.verdict, took, _why(b))))
     if not lines:
         return Result(data, "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
@@ -225,21 +225,31 @@ def _why(record: BuildRecord) -> str:
     return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
 
 
+def _of_step(step: StepRecord) -> str:
+    """What there is to say beside how it ended."""
+    if step.done_in:
+        return f"passed in build {step.done_in}"
+    if step.unverified:
+        return "not verified"
+    return f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}"
+
+
 def build_record(record: BuildRecord) -> Result:
     """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
-    lines = [f"build {record.id}  {record.result}, {moment}, {format_duration(record.seconds)}"]
+    lines = [f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"]
     if source.commit or source.repository:
         subject = f"  {source.subject}" if source.subject else ""
-        lines.append(f"source {source.repository} {source.commit[:12]}{subject}")
+        commit = "commit not verified" if source.unverified else source.commit[:12]
+        lines.append(f"source {source.repository} {commit}{subject}")
     rows = [
         (
             step.name,
             f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
             step.status,
             format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
-            f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}",
+            _of_step(step),
         )
         for step in record.steps
     ]

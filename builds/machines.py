@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
+from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
@@ -75,6 +76,7 @@ class Machines:
         self._note = note
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
+        self._in_use: set[str] = set()  # likewise: by a step
         self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
         self._packing = asyncio.Lock()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -155,35 +157,39 @@ class Machines:
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
-        await self.connection(vm)  # what is needed there is looked at now, not when its turn comes
+        await self._connected(vm)  # what is needed there is looked at now, not when its turn comes
 
     # -- connections --------------------------------------------------------------------------
 
     async def connection(self, vm: str) -> Connection:
-        """The VM's one connection, made when it is needed, its clock right. WrongState where its reset
-        failed in this build: nothing is built on a disk that isn't its checkpoint."""
+        """The VM's one connection, for work there: its clock is right, and it is marked as this build's.
+        WrongState where its reset failed in this build: nothing is built on a disk that isn't its
+        checkpoint."""
         if vm in self._not_reset:
             raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
         async with self._locks.setdefault(vm, asyncio.Lock()):
-            connection = self._connections.get(vm)
-            if connection is not None and not connection.closed:
-                return connection
-            await self.drop(vm)
-            with self._meter.guest():
-                connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
-                try:
+            connection = await self._connected(vm)
+            if vm not in self._in_use:
+                with self._meter.guest():
                     await self._look(vm, connection)
-                except BaseException:
-                    await connection.close()
-                    raise
-            self._connections[vm] = connection
+                    await self._mark(vm, connection)
+                self._in_use.add(vm)
             return connection
 
     async def look(self) -> None:
         """Before the first step: whether the VMs that are taken as they are can be built on. (Of one
         that is reset, its reset tells.)"""
         while self._unseen:
-            await self.connection(self._unseen.pop())
+            await self._connected(self._unseen.pop())
+
+    async def _connected(self, vm: str) -> Connection:
+        connection = self._connections.get(vm)
+        if connection is None or connection.closed:
+            await self.drop(vm)
+            with self._meter.guest():
+                connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
+            self._connections[vm] = connection
+        return connection
 
     async def _look(self, vm: str, connection: Connection) -> None:
         ready = await connection.facts()
@@ -200,9 +206,20 @@ class Machines:
         self._update(vm, clock_set=True)
         self._note(f"{vm}: its clock was {ready.skew:+.1f} s off; set, {left:+.2f} s left")
 
+    async def _mark(self, vm: str, connection: Connection) -> None:
+        """From here on the VM holds this build's work."""
+        said: list[bytes] = []
+        env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
+        done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
+        if done.status:
+            lines = b"".join(said).decode(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"status {done.status}"
+            self._note(f"{vm}: it can't be marked as this build's, so --from can't be verified: {why}")
+
     async def drop(self, vm: str) -> None:
         """Close the VM's connection, if there is one."""
         self._offers.pop(vm, None)
+        self._in_use.discard(vm)
         connection = self._connections.pop(vm, None)
         if connection is not None:
             await connection.close()

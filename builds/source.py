@@ -115,14 +115,15 @@ def directory_of(repository: str, base: Path) -> Path:
 
 def mask(url: str) -> str:
     """A URL without the password it may hold, or the token that stands in the user's place."""
-    if not (secret := _secret(url)):
+    if not (secret := secret_of(url)):
         return url
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"{user.replace(secret, MASK)}@{host}"))
 
 
-def _secret(url: str) -> str:
+def secret_of(url: str) -> str:
+    """What of a URL may be shown nowhere, or ""."""
     if "://" not in url:
         return ""
     user, _, _ = urlsplit(url).netloc.rpartition("@")
@@ -498,7 +499,7 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     if _COMMIT.fullmatch(revision):
         return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=revision)
     env = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
-    quiet = Runner(changes=False, secrets=[_secret(url)])
+    quiet = Runner(changes=False, secrets=[secret_of(url)])
     try:
         answer = quiet.read(
             *_GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30

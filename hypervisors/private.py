@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from hypervisors import _enclose
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
 
+_ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
 _QEMU_UID = 64055  # Debian's own number for it (base-passwd)
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
@@ -99,7 +99,7 @@ class PrivateLibvirt:
             for _, pid in self._guests():
                 _end(pid, signal.SIGKILL)
             for pid in reapers:
-                if _enclose.__file__ in _command_line(pid):
+                if _ENCLOSE in _command_line(pid):
                     _end(pid, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
@@ -168,7 +168,7 @@ class PrivateLibvirt:
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:
             Runner().change(
-                sys.executable, "-I", "-S", _enclose.__file__, json.dumps(order), timeout=_START_LIMIT
+                sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
             tail = _tail(self._log)

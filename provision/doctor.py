@@ -23,6 +23,7 @@ from inventory.model import Farm, Host
 from inventory.sizes import about
 from provision import paths
 from provision.checkup import Check, Level, Report
+from provision.known import known_farm
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -306,10 +307,8 @@ def _clock() -> Check:
 
 
 def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
-    from inventory.loader import load
-
     try:
-        farm = load(farm_file)
+        farm = known_farm(farm_file, paths.cache_dir())
     except FarmhandError as error:
         first, *more = error.message.splitlines()
         also = f" (and {len(more)} more)" if more else ""

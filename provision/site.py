@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -21,6 +20,7 @@ from provision.absent import NoMachines
 from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
+from provision.known import known_farm
 from provision.locks import Locks
 from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
@@ -91,6 +91,8 @@ class Site:
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
+                from difflib import get_close_matches
+
                 near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",
@@ -440,6 +442,4 @@ class Site:
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
-    from inventory.loader import load
-
-    return Site(load(farm_file), reporter=reporter, plan=plan)
+    return Site(known_farm(farm_file, cache_dir()), reporter=reporter, plan=plan)

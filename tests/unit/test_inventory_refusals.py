@@ -189,7 +189,7 @@ TOP = {
     "10.0.0.0/30 has 1 addresses left, and 2 VMs want one",
     "network: {mode: bridge, bridge: b, subnet: 10.0.0.0/24, internet: on}": "6:67: network.internet: "
     "'internet' is for mode user: elsewhere it's the host's matter",
-    "source: {revision: x}": "6:1: source: 'repository' is missing",
+    "source: {revision: x}": "6:1: source: a source needs either 'repository' or 'example'",
     "source: {repository: --upload-pack=x}": "6:22: source.repository: "
     "'--upload-pack=x' is not a git URL or a directory",
     "source: {repository: 'ext::sh -c x'}": "6:22: source.repository: "

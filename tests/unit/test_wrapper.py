@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("invoke", "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
+PARTS = (
+    "invoke", "start.py",
+    "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
+)  # fmt: skip
 
 
 def checkout(directory: Path) -> Path:
