@@ -561,7 +561,7 @@ def test_where_nothing_but_commands_is_allowed_all_is_carried_by_them(labs):
     assert (lab.prod.home / "incoming/prod.rpm").read_text() == "one\n"
     assert any("dev2: its sshd forwards no ports" in note and "carried" in note for note in record.notes)
     assert f"file://{lab.dev2.home}/.farmhand-source-" in log_of(record, "look")
-    assert not list(lab.dev2.home.glob(".farmhand-*"))
+    assert not list(lab.dev2.home.glob(".farmhand-source-*"))
     assert not list(record.directory.glob(".*"))
     packages = (record.directory / record.vms[0].packages).read_text()
     assert "bash " in packages
@@ -600,4 +600,4 @@ def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_pat
     assert "dev2: a command failed with 127: " in error.message
     assert "tar: not found" in error.message
     assert "AllowTcpForwarding yes" in error.remedy
-    assert not list(lab.dev2.home.glob(".farmhand-*"))
+    assert not list(lab.dev2.home.glob(".farmhand-source-*"))
