@@ -5,6 +5,8 @@ unittest.mock, and asyncio with it, for a class that tests of tasks may use; imp
 email with it, to know invoke's version; YAML, for configuration files that hardly anybody has. While
 invoke is imported, others stand in for the three.
 
+Standard streams may be closed or full: streams.py.
+
 Bytecode is kept in the virtual environment: invoke keeps none by default, so that each command would
 compile all of farmhand again, and nothing is to be left in the checkout, which may be another's.
 """
@@ -35,6 +37,10 @@ def main() -> None:
     if sys.prefix != sys.base_prefix and sys.pycache_prefix is None:
         sys.pycache_prefix = f"{sys.prefix}/bytecode"
     sys.dont_write_bytecode = False
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")  # -P: nothing is found by itself
+    import streams
+
+    streams.take_over()
     names = _USED if {"-V", "--version"}.isdisjoint(sys.argv) else ()  # it is asked for its version
     for name in names:
         sys.modules[name] = ModuleType(name)

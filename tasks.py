@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from inventory.errors import UsageError
 
 import cli
+import streams
 import views
 from cli import Result, Run, command
+
+# For those who type invoke, not ./invoke.
+streams.take_over()
 
 Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
@@ -233,17 +237,29 @@ def checkpoint(
         "vm": _VM,
         "all_": "The whole farm: VMs, templates, private daemon, state.",
         "purge": "With --all: the build records too.",
+        "yes": "With --all: don't ask first, as on a terminal it does.",
     },
     iterable=["vm"],
 )
-def destroy(run: Run, vm: Names = None, all_: bool = False, purge: bool = False) -> Result:
+def destroy(
+    run: Run, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
+) -> Result:
     """Remove VMs and their disks."""
     from provision import farm
 
+    if all_ and not vm and not yes:
+        cli.agree(run, lambda: _doomed(run, purge))
     with run.site() as site:
         # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
         chosen = () if cli.some_or_all(site, vm, all_) is None else cli.names(vm)
         return views.outcome(farm.destroy(site, chosen, purge=purge))
+
+
+def _doomed(run: Run, purge: bool) -> tuple[object, str]:
+    from provision import farm
+
+    with run.site(plan=True) as site:
+        return views.doomed(farm.destroy(site, (), purge=purge), farm.status(site))
 
 
 @command()

@@ -424,12 +424,14 @@ class _Build:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the cycle in good order. Only a main thread is told of signals."""
+        """SIGINT and SIGTERM end the cycle in good order; one that is ignored (``&`` in a script) stays
+        so. Only a main thread is told of signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: how for number, how in known.items() if how is not signal.SIG_IGN}
         for number in before:
             loop.add_signal_handler(number, self._interrupt)
         try:

@@ -8,29 +8,23 @@ import hashlib
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import quote
 
 from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
-from hypervisors.api import Power
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
 from provision.connection import Connection
-from provision.dial import wait_ready_async
-from provision.power import can_power
-from provision.remote import tail_of
+from provision.dial import in_thread
+from provision.power import can_power, console_tail, until_ready
 from provision.site import Site
 from provision.work import disk_of, is_on
-
-T = TypeVar("T")
 
 CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
@@ -43,18 +37,6 @@ export LC_ALL=C
     ! command -v rpm >/dev/null || rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE} %{ARCH}\n'
 } | sort
 """
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
-    nothing of ours goes on behind our back."""
-    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        future.exception()
-        raise
 
 
 class Machines:
@@ -139,21 +121,8 @@ class Machines:
         for action in outcome.actions:
             say(f"{action}")
         say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
-        driver, machine = site.hypervisor_of(vm), site.machine(vm)
-
-        def running() -> bool:
-            found = driver.find(machine)
-            return found is not None and found.power is not Power.STOPPED
-
         with self._meter.guest():
-            ready = await wait_ready_async(
-                site.endpoint(vm),
-                since=since if can_power(site, vm) else float("-inf"),
-                timeout=site.farm.ssh.ready_timeout,
-                running=running,
-                tail=lambda: self.console(vm),
-                working=lambda text: site.reporter.working(text, vm=vm),
-            )
+            ready = await until_ready(site, vm, since=since if can_power(site, vm) else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
@@ -348,11 +317,7 @@ class Machines:
 
     def console(self, vm: str) -> str:
         """The console's last lines, or ""."""
-        try:
-            log = self._site.hypervisor_of(vm).console(self._site.machine(vm)).log
-        except FarmhandError:
-            return ""
-        return tail_of(log, lines=_CONSOLE_LINES)
+        return console_tail(self._site, vm, lines=_CONSOLE_LINES)
 
     def state(self, vm: str) -> str:
         """What the hypervisor says of it now, in a word, or ""."""

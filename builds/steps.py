@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from builds.classify import classify
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord
+from hypervisors.progress import ESCAPES
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -25,7 +25,6 @@ from inventory.sizes import format_duration, format_size
 from provision.connection import Moved
 
 _TAIL_BYTES = 65536
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class StepFailed(Exception):
@@ -95,7 +94,7 @@ class StepLog:
 
 def plain(data: bytes) -> str:
     """Without colours and cursor movements; of a line rewritten by carriage returns, its last state."""
-    text = _ESCAPES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
+    text = ESCAPES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
     return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
 

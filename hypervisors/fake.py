@@ -363,6 +363,9 @@ class FakeHypervisor:
             fake = self._ours(world, name)
             return Console(argv=(), log=fake.spec.console_log if fake.spec else None)
 
+    def pulse(self, name: str) -> None:
+        """It has no guest."""
+
     def destroy(self, name: str) -> None:
         with self._store.change() as world:
             if name in world.machines:

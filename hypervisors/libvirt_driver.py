@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +29,7 @@ from hypervisors.api import (
     Machine,
     MachineSpec,
     MemoryUse,
+    Pulse,
     StepFn,
     Template,
     no_step,
@@ -44,7 +45,8 @@ from hypervisors.domain_xml import (
 )
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
-from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by
+from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by, pulse_of
+from hypervisors.progress import Progress
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -71,15 +73,17 @@ class LibvirtHypervisor:
         *,
         step: StepFn = no_step,
         kind: Kind,
+        working: Callable[[str], None] = no_step,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
-        daemon back). Connects on first use."""
+        daemon back). ``working``: told what is waited for. Connects on first use."""
         self._uri = uri
         self._farm = farm
         self._disks = disks
         self._runner = runner
         self._step = step
         self._kind = kind
+        self._working = working
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
 
@@ -107,6 +111,16 @@ class LibvirtHypervisor:
         # --force: a viewer that lost its terminal would lock the next one out
         argv = ("virsh", "-c", self._where(), "console", "--force", name)
         return Console(argv=argv, log=self._kind.console_log(name, seen))
+
+    def pulse(self, name: str) -> Pulse | None:
+        with self._translated(f"look at {name}"):
+            domain = self._ours(name)
+            return pulse_of(domain, self._kind.console_log(name, read_domain(domain.XMLDesc(0))))
+
+    def notes(self) -> Mapping[str, str]:
+        """As ``hypervisors.api.WatchedMachines``; of machines of others, too."""
+        with self._translated("look at the machines"):
+            return self._reading(self._kind.notes)
 
     # -- making and unmaking ----------------------------------------------------------------------
 
@@ -195,7 +209,7 @@ class LibvirtHypervisor:
             seen = read_domain(domain.XMLDesc(0))
             if grace > 0 and domain.isActive():
                 self._step(f"ask {name} to shut down")
-                if self._shut_down(domain, grace):
+                if self._shut_down(domain, name, grace):
                     _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
                     return
             self._cut_power(domain, name, seen)
@@ -409,17 +423,19 @@ class LibvirtHypervisor:
                 libvirt.VIR_DOMAIN_AFFECT_LIVE,
             )
 
-    def _shut_down(self, domain: libvirt.virDomain, grace: float) -> bool:
+    def _shut_down(self, domain: libvirt.virDomain, name: str, grace: float) -> bool:
         import libvirt
 
-        limit, again = time.monotonic() + grace, 0.0
-        while (now := time.monotonic()) < limit:
+        progress, again = Progress(lambda: self.pulse(name), grace), 0.0
+        while progress.left() > 0:
             if not domain.isActive():
                 return True
-            if now >= again:
+            if (now := time.monotonic()) >= again:
                 again = now + _PRESS_AGAIN
                 with contextlib.suppress(libvirt.libvirtError):  # it went down meanwhile
                     domain.shutdownFlags(self._kind.shutdown)
+                self._working(f"waiting for {name} to shut down; {progress}")
+            progress.look()
             time.sleep(0.05)
         return not domain.isActive()
 

@@ -69,8 +69,10 @@ class PrivateLibvirt:
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
         self._check_lengths()
-        if not self.running():
+        if not self.running() or self._lacks_kvm():
             with self._lock():
+                if self.running() and self._lacks_kvm():
+                    self._end_daemon()
                 if not self.running():
                     self._start()
         mode = "system" if self._root else "session"
@@ -120,6 +122,15 @@ class PrivateLibvirt:
         return self._run / "libvirt-sock" if self._root else self._run / "libvirt" / "libvirt-sock"
 
     @property
+    def _blind(self) -> Path:
+        """It is there while the daemon was started with ``hide_kvm``."""
+        return self._run / "no-kvm"
+
+    def _lacks_kvm(self) -> bool:
+        """KVM works by now, and the daemon that runs doesn't see it."""
+        return not self._hide_kvm and self._blind.exists()
+
+    @property
     def _pidfile(self) -> Path:
         return self._run / "libvirtd.pid"
 
@@ -164,6 +175,9 @@ class PrivateLibvirt:
         for path in (self._socket, self._pidfile):
             path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
         order = self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        self._blind.unlink(missing_ok=True)
+        if self._hide_kvm:
+            self._blind.touch()
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hypervisors.api import Pulse
+from hypervisors.progress import Progress
 from inventory.errors import CommandFailed, TimedOut, UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ class Runner:
         log: Path | None = None,
     ) -> Result:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
-        made, and the result's own are empty."""
+        made, and the result's own are empty; ``timeout`` is then for no output, see
+        ``hypervisors.progress``."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
         return self._run(argv, timeout, ok, env, input, log)
@@ -139,10 +142,11 @@ class Runner:
             if sink:
                 sink.close()
         try:
-            out, err = process.communicate(data, timeout)
+            out, err = _outputs(process, data, timeout, log)
         except subprocess.TimeoutExpired:
             _end(process)
-            raise TimedOut(f"still running after {timeout:g} s, ended: {self.show(args)}") from None
+            after = timeout if log is None else round(time.monotonic() - started)
+            raise TimedOut(f"still running after {after:g} s, ended: {self.show(args)}") from None
         except BaseException:  # Ctrl-C: the child is in its own session and did not get it
             _end(process)
             raise
@@ -184,6 +188,22 @@ def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
         argv=argv,
         remedy=f"install it: ./invoke doctor names the package that has {argv[0]}",
     )
+
+
+def _outputs(
+    process: subprocess.Popen[bytes], data: bytes | None, timeout: float, log: Path | None
+) -> tuple[bytes | None, bytes | None]:
+    """As ``Popen.communicate``. TimeoutExpired; one that writes a log goes on as long as that grows."""
+    if log is None:
+        return process.communicate(data, timeout)
+    progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)
+    while (left := progress.left()) > 0:
+        try:
+            return process.communicate(data, min(left, 1.0))
+        except subprocess.TimeoutExpired:
+            data = None  # it has that
+            progress.look()
+    raise subprocess.TimeoutExpired(process.args, timeout)
 
 
 async def hang_up(process: asyncio.subprocess.Process) -> None:

@@ -107,12 +107,16 @@ class Host(Model):
     KEYS: ClassVar = {"copy_mode": "copy"}
 
     driver: Literal["kvm", "xen", "xenapi", "ssh", "fake"] = "kvm"
-    """kvm falls back to QEMU's own emulation, saying so, where KVM doesn't work. ssh: machines that
-    nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
+    """kvm falls back to QEMU's own emulation, saying so, where KVM doesn't work (see `accelerator`).
+    ssh: machines that nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, xen:///system, or another machine's, xen+ssh://root@HOST/system; or a XenAPI https
     URL."""
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    """driver kvm: `auto` is KVM where it works, else QEMU's emulation; with `kvm` no VM is started where
+    it doesn't work; `tcg` is always emulation, and KVM is not even tried. The environment variable
+    FARMHAND_ACCELERATOR, with one of these, goes before it."""
     guests: Literal["pv", "pvh"] | None = None
     """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
     virtualization, and guests with a kernel of their own for it."""
@@ -143,6 +147,10 @@ class Host(Model):
             raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
         if self.guests is not None and self.driver != "xen":
             raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
+        if self.accelerator != "auto" and self.driver != "kvm":
+            raise at_key(
+                "accelerator", f"'accelerator' is for driver kvm; the driver is {self.driver}", "driver"
+            )
         self._xenapi_keys()
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
             raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
@@ -372,7 +380,9 @@ class Ssh(Model):
     users: dict[Name, Keys] = field(default_factory=dict)
     """More logins on the VMs, each with its public keys or files of them."""
     ready_timeout: Seconds = 300
-    """How long a started VM may take until its ssh answers."""
+    """How long a started VM, whose ssh doesn't answer yet, is waited for without a sign that it goes on
+    (its console grows, its disks are read or written); in all, six times as long. Where nobody sees
+    that (drivers xenapi and ssh), how long it may take."""
 
 
 @dataclass(frozen=True, kw_only=True)

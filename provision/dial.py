@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
+from typing import TypeVar
 
 import asyncssh
 
+from hypervisors.progress import Progress
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
 from provision.remote import Endpoint, Ready
 from provision.shell import ended, start
+
+T = TypeVar("T")
 
 KEEPALIVE_SECONDS = 10.0
 KEEPALIVE_MISSED = 4
@@ -42,28 +48,45 @@ class NotYet(Exception):
     """Nothing wrong so far, only not there: the text says how far it came."""
 
 
-async def wait_ready_async(
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
+    nothing of ours goes on behind our back."""
+    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        future.exception()
+        raise
+
+
+async def wait_ready(
     endpoint: Endpoint,
     *,
     since: float,
-    timeout: float,
+    progress: Progress,
     running: Callable[[], bool],
     tail: Callable[[], str],
     working: Callable[[str], None],
 ) -> Ready:
-    """``wait_ready`` for callers in an event loop; it can be cancelled."""
-    began = time.monotonic()
-    pause, patience, looked, last = 0.2, 1.0, began, ""
+    """Wait until the VM answers on ssh as itself since this very start.
+
+    ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
+    still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
+    is asked once a second, in a thread, and may raise what ends the wait.
+
+    Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
+    stops meanwhile, TimedOut with the console's tail. It can be cancelled.
+    """
+    pause, patience, looked, why, last = 0.2, 1.0, time.monotonic(), "", ""
     while True:
         try:
-            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(timeout, 1.0)))
+            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
             if ready.uptime <= time.monotonic() - since + CLOCK_SLACK:
                 return ready
             raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
         except NotYet as reason:
-            if str(reason) != last:
-                last = str(reason)
-                working(f"waiting for ssh: {last}")
+            why = str(reason)
         now = time.monotonic()
         if now - looked >= 1:
             looked = now
@@ -73,14 +96,19 @@ async def wait_ready_async(
                     remedy=f"see ./invoke console --vm {endpoint.vm}",
                     detail=tail(),
                 )
-        if now - began >= timeout:
+            await asyncio.to_thread(progress.look)
+        if (text := f"waiting for ssh: {'; '.join(filter(None, (why, str(progress))))}") != last:
+            last = text
+            working(text)
+        left = progress.left()
+        if left <= 0:
             raise TimedOut(
-                f"{endpoint.vm}: ssh at {endpoint.place} was not ready within {timeout:g} s: {last}",
+                f"{endpoint.vm}: ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
                 remedy=f"look at ./invoke console --vm {endpoint.vm}; "
                 "a slow machine needs a longer ssh: ready_timeout",
                 detail=tail(),
             )
-        await asyncio.sleep(min(pause, max(began + timeout - now, 0)))
+        await asyncio.sleep(min(pause, left))
         pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
 
 
@@ -128,7 +156,9 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         raise NotYet("the port is open, but nothing speaks there yet") from None
     except OSError as error:
         sock.close()
-        raise NotYet(f"no connection ({error.strerror or error})") from None
+        # asyncio's own strerror is "Connect call failed", with the address
+        why = os.strerror(error.errno) if error.errno else error
+        raise NotYet(f"no connection ({why})") from None
     except BaseException:
         sock.close()
         raise

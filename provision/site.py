@@ -27,8 +27,10 @@ from provision.report import Reporter
 from provision.turns import Turns
 
 if TYPE_CHECKING:
-    from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.far.drivers import FarHypervisor, FarKvmTrust
     from hypervisors.far.link import Link
+    from hypervisors.kvm import Accelerator, KvmVerdict
+    from hypervisors.kvm_trust import KvmTrust
     from hypervisors.opening import Directories, Place, Voices
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
@@ -149,17 +151,44 @@ class Site:
         """The farm's own libvirtd, running or not."""
         with self._guard:
             if self._private is None:
-                from hypervisors.kvm import kvm_usable
                 from hypervisors.private import PrivateLibvirt
 
-                verdict = kvm_usable(Runner(), cache_dir())
+                here = [self.kvm(host) for host in self.farm.hosts if self.uses_private(host)]
                 self._private = PrivateLibvirt(
                     self.private_directory,
                     self.paths.runtime,
                     cache_dir() / "libvirt",
-                    not verdict.usable,
+                    not any(verdict.usable for verdict in here),
                 )
             return self._private
+
+    def accelerator(self, host: str) -> Accelerator:
+        """Of a host with driver kvm. UsageError for what the environment has in its place."""
+        from hypervisors.kvm import asked_for
+
+        return asked_for(self.farm.hosts[host].accelerator)
+
+    def kvm(self, host: str) -> KvmVerdict:
+        """Whether KVM runs the VMs of a host with driver kvm: there, if that is another machine."""
+        from hypervisors.kvm import KvmVerdict, judge
+
+        if not self._is_far(host):
+            return judge(self.accelerator(host), Runner(), cache_dir())
+        able = self.hypervisor(host).capabilities()
+        return KvmVerdict(able.accelerated, "; ".join(able.notes))
+
+    def demand_kvm(self, host: str) -> None:
+        """Unsupported where KVM is asked for and doesn't work."""
+        if self.farm.hosts[host].driver != "kvm" or self.accelerator(host) != "kvm":
+            return
+        verdict = self.kvm(host)
+        if not verdict.usable:
+            from hypervisors.kvm import DO_WITHOUT
+
+            raise Unsupported(
+                f"{self.name}: host {host} is to use KVM (accelerator: kvm): {verdict.why}",
+                remedy=verdict.remedy or DO_WITHOUT,
+            )
 
     @property
     def private_directory(self) -> Path:
@@ -195,6 +224,20 @@ class Site:
         assert isinstance(driver, FarHypervisor)
         return driver
 
+    def kvm_trust(self, host: str) -> KvmTrust | FarKvmTrust:
+        """What guests have shown of the KVM of that host's machine."""
+        if far := self.far(host):
+            return far.kvm_trust()
+        from hypervisors.kvm_trust import KvmTrust
+
+        return KvmTrust(cache_dir())
+
+    def distrust_kvm(self, host: str, why: str) -> None:
+        """It failed a guest: from now on machines there are defined without it."""
+        self.kvm_trust(host).distrust(why)
+        if not self._is_far(host):  # the agent there sees to that by itself
+            self.disconnect(host)
+
     def _untouched(self, host: str) -> bool:
         """A private daemon that isn't needed to know that there is nothing: it has no directory, or
         holds no definition and no disk."""
@@ -225,6 +268,7 @@ class Site:
                 self.runner,
                 step=current_step,
                 kind=open_kind(self._place(host), self._directories()),
+                working=self.reporter.working,
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -284,6 +328,7 @@ class Site:
         assert declared.driver in _LIBVIRT
         return Place(
             farm=self.farm.farm, driver=declared.driver, uri=declared.uri,
+            accelerator=self.accelerator(host) if declared.driver == "kvm" else "auto",
             guests=declared.guests or "pv", store=disks.store,
             path=self.farm.path.parent / path if path else None, pool=disks.pool or "",
             dataset=disks.dataset or "", copy=disks.copy_mode,
@@ -441,5 +486,11 @@ class Site:
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
-    return Site(known_farm(farm_file, cache_dir()), reporter=reporter, plan=plan)
+    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
+    environment asks for."""
+    farm = known_farm(farm_file, cache_dir())
+    if any(host.driver == "kvm" for host in farm.hosts.values()):
+        from hypervisors.kvm import asked_for
+
+        asked_for()
+    return Site(farm, reporter=reporter, plan=plan)

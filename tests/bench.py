@@ -68,7 +68,7 @@ def _spec(name: str, port: int) -> MachineSpec:
 
 @contextmanager
 def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
-    from hypervisors.kvm import kvm_usable
+    from hypervisors.kvm import asked_for, judge
     from hypervisors.libvirt_driver import LibvirtHypervisor
     from hypervisors.libvirt_kinds import Qemu
     from hypervisors.private import PrivateLibvirt
@@ -76,7 +76,7 @@ def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
     from provision.paths import cache_dir
 
     runner = Runner()
-    kvm = kvm_usable(runner, cache_dir())
+    kvm = judge(asked_for(), runner, cache_dir())
     private = PrivateLibvirt(directory / "l", directory / "r", cache_dir(), not kvm.usable)
     disks = Qcow2Disks(directory / "d", _FARM, runner, reader_uid=private.qemu_uid())
     image = directory / "image.qcow2"

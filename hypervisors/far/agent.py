@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 from hypervisors.api import Console, Disks, Leftover, Owner, Template
 from hypervisors.far.wire import Pipe, decode, encode
+from hypervisors.kvm_trust import KvmTrust
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.memory import memory_available
 from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
@@ -96,18 +97,20 @@ class Agent:
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
         disks = open_disks(place, home.directories, runner, voices, reader_uid=reader)
-        machines = LibvirtHypervisor(
-            place.uri, place.farm, disks, runner, step=voices.step,
-            kind=open_kind(place, home.directories),
-        )  # fmt: skip
         self._files = Files(home.directories.farm / "incoming")
         if not plan:
             self._files.sweep(home.runtime)
-        self._parts = {
-            "disks": disks,
-            "machines": machines,
-            "host": Host(place, home, disks, machines, self._files, reader),
-        }
+
+        def open_machines() -> None:
+            machines = LibvirtHypervisor(
+                place.uri, place.farm, disks, runner, step=voices.step,
+                kind=open_kind(place, home.directories), working=voices.working,
+            )  # fmt: skip
+            self._parts["machines"] = machines
+            self._parts["host"] = Host(place, home, disks, machines, self._files, reader)
+
+        self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), open_machines)}
+        open_machines()
 
     def _take(self, frame: dict[str, Any], data: bytes) -> None:
         if "call" in frame:
@@ -142,6 +145,24 @@ class Agent:
         while time.monotonic() - self._heard < SILENCE:
             time.sleep(PING)
         os._exit(1)
+
+
+class _Kvm:
+    """``KvmTrust``; once it is distrusted, the driver of the machines is opened anew."""
+
+    def __init__(self, trust: KvmTrust, open_machines: Callable[[], None]) -> None:
+        self._trust = trust
+        self._open_machines = open_machines
+
+    def proven(self) -> bool:
+        return self._trust.proven()
+
+    def prove(self) -> None:
+        self._trust.prove()
+
+    def distrust(self, why: str) -> None:
+        self._trust.distrust(why)
+        self._open_machines()
 
 
 def _told(error: Exception) -> object:

@@ -24,6 +24,7 @@ from hypervisors.api import (
     MemoryUse,
     MergingDisks,
     Owner,
+    Pulse,
     StepFn,
     Template,
     WatchedDisks,
@@ -132,6 +133,23 @@ def far_disks(link: Link, step: StepFn) -> Disks:
     return store
 
 
+class FarKvmTrust:
+    """As ``hypervisors.kvm_trust.KvmTrust``, of another machine."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def proven(self) -> bool:
+        found: bool = self._link.call("kvm", "proven")
+        return found
+
+    def prove(self) -> None:
+        self._link.call("kvm", "prove")
+
+    def distrust(self, why: str) -> None:
+        self._link.call("kvm", "distrust", why)
+
+
 class FarHypervisor:
     """Implements ``hypervisors.api.Hypervisor``. ``console_log``: where a copy of the end of a machine's
     console log is kept here, by the machine's name."""
@@ -180,6 +198,10 @@ class FarHypervisor:
         """Of these, what isn't there."""
         found: Sequence[str] = self._link.call("host", "missing", list(tools), list(paths))
         return found
+
+    def kvm_trust(self) -> FarKvmTrust:
+        """Of that machine."""
+        return FarKvmTrust(self._link)
 
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
 
@@ -233,6 +255,14 @@ class FarHypervisor:
             log.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
             log.write_text(text, encoding="utf-8")
         return Console(argv=self._terminal(found.argv) if found.argv else (), log=log)
+
+    def pulse(self, name: str) -> Pulse | None:
+        seen: Pulse | None = self._ask("pulse", name)
+        return seen
+
+    def notes(self) -> Mapping[str, str]:
+        told: Mapping[str, str] = self._ask("notes")
+        return told
 
     def destroy(self, name: str) -> None:
         self._link.call("host", "destroy", name, step=self._step)

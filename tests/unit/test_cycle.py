@@ -438,10 +438,11 @@ with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:
 """
 
 
-def start_child(lab: Lab, steps: list[dict]) -> subprocess.Popen:
+def start_child(lab: Lab, steps: list[dict], *, before: str = "") -> subprocess.Popen:
+    """``before``: what a shell does first."""
     script = CHILD.format(root=str(HERE.parents[2]), tests=str(HERE.parent))
     return subprocess.Popen(
-        [sys.executable, "-c", script, lab.farm_file(steps)],
+        ["sh", "-c", f'{before}\nexec "$@"', "sh", sys.executable, "-c", script, lab.farm_file(steps)],
         stdout=subprocess.PIPE, env=environment(lab.root), text=True,
     )  # fmt: skip
 
@@ -473,6 +474,16 @@ def test_interrupted(lab, number):
         assert json.loads(record.path.read_text())["result"] == record.result == "interrupted"
         assert statuses(record) == ["passed", "interrupted", "skipped"]
         assert site.locks.held() == ()
+
+
+def test_signals_that_are_ignored_do_not_interrupt(lab):
+    child = start_child(lab, SLOW, before='trap "" INT TERM')
+    pid = ready_pid(lab)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        child.send_signal(number)
+    os.kill(pid, signal.SIGTERM)  # what the step waits for
+    output, _ = child.communicate(timeout=60)
+    assert (child.returncode, output) == (0, "")
 
 
 def test_killed(lab):

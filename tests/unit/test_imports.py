@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # From the top down. Each may import what stands below it (and its own).
 ORDER = ("face", "builds", "provision", "hypervisors", "inventory")
-FACE = ("tasks", "views", "house", "labhouse", "cli", "screen", "start")
+FACE = ("tasks", "views", "house", "labhouse", "cli", "screen", "streams", "start")
 STARTERS = {"subprocess", "pty", "multiprocessing"}
 # Files above hypervisors/ that may start programs, and why.
 MAY_START = {
@@ -19,7 +19,7 @@ MAY_START = {
     "house.py": "the developer's ruff, mypy and pytest, which own the terminal",
 }
 # Imported by every command, --list included: what they import at the top must be light.
-LIGHT = ("tasks.py", "cli.py", "views.py", "provision/report.py")
+LIGHT = ("tasks.py", "cli.py", "streams.py", "start.py", "views.py", "provision/report.py")
 # Of a farm file that hasn't changed: needs neither pydantic nor YAML.
 LIGHT_FARM = ("inventory/model.py", "inventory/plain.py", "provision/known.py", "provision/site.py")
 HEAVY = {

@@ -17,6 +17,7 @@ from inventory.errors import InventoryError
 from inventory.loader import default_cycle, load, loads, place, resolve
 from inventory.model import Farm, ResetStep, RunStep, Source, TransferStep
 from inventory.schema import render
+from inventory.validation import hints
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "inventory").glob("*.yaml"))
@@ -70,7 +71,7 @@ def test_examples_are_found_wherever_the_farm_file_lies(tmp_path: Path) -> None:
         found[shipped.stem] = Path(source.place)
     assert found["default"] == ROOT / "examples" / "kata"
     assert found["hello-deb"] == ROOT / "examples" / "hello-deb"
-    known = get_args(get_args(Source.model_fields["example"].annotation)[0])
+    known = get_args(get_args(hints(Source)["example"])[0])
     assert sorted(known) == sorted(path.name for path in (ROOT / "examples").iterdir())
 
 

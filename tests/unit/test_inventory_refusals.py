@@ -150,6 +150,10 @@ TOP = {
     "at most 64, beginning with a letter or digit",
     "hosts: {here: {driver: kvmm}}": "6:24: hosts.here.driver: 'kvmm' is not one of "
     "kvm, xen, xenapi, ssh, fake; did you mean 'kvm'?",
+    "hosts: {here: {accelerator: tgc}}": "6:29: hosts.here.accelerator: 'tgc' is not one of "
+    "auto, kvm, tcg; did you mean 'tcg'?",
+    "hosts: {here: {driver: xen, uri: 'xen:///', accelerator: tcg}}": "6:58: hosts.here.accelerator: "
+    "'accelerator' is for driver kvm; the driver is xen",
     "hosts: {here: {driver: xen}}": "6:24: hosts.here.driver: driver xen needs 'uri', such as xen:///system",
     "hosts: {here: {driver: xenapi}}": "6:24: hosts.here.driver: driver xenapi needs 'uri', an https URL",
     "hosts: {here: {uri: privat}}": "6:21: hosts.here.uri: 'privat' is neither 'private' nor a libvirt URI",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 
+from hypervisors.api import Pulse
+from hypervisors.progress import Progress
 from hypervisors.run import Runner
 from inventory.errors import (
     Conflict,
@@ -25,7 +28,8 @@ from inventory.errors import (
     WrongState,
 )
 from provision.connection import Connection
-from provision.remote import tail_of, wait_ready
+from provision.dial import wait_ready
+from provision.remote import tail_of
 
 
 @pytest.fixture
@@ -48,11 +52,16 @@ def prod(tmp_path: Path, key: Path):
     machine.stop()
 
 
-def ready(endpoint, *, since: float = 0.0, timeout: float = 20, running=lambda: True, tail=lambda: ""):
-    said: list[str] = []
-    return wait_ready(
-        endpoint, since=since, timeout=timeout, running=running, tail=tail, working=said.append
-    ), said
+def ready(
+    endpoint, *, since=0.0, timeout=20.0, running=lambda: True, tail=lambda: "",
+    pulse=lambda: None, said=None,
+):  # fmt: skip
+    said = [] if said is None else said
+    progress = Progress(pulse, timeout)
+    waiting = wait_ready(
+        endpoint, since=since, progress=progress, running=running, tail=tail, working=said.append
+    )
+    return asyncio.run(waiting), said
 
 
 def run(machine: Sshd, script: str, *, timeout: float = 30, env=None):
@@ -116,6 +125,27 @@ def test_the_boot_from_before_is_not_ready(dev2):
         ready(dev2.endpoint(), since=time.monotonic(), timeout=1, tail=lambda: "login:")
     assert caught.value.detail == "login:"
     assert "console" in caught.value.remedy
+
+
+def test_the_wait_says_what_it_sees(dev2):
+    dev2.stop()
+    pulse = Pulse(console=70, said="\x1b[32mStarting\x07 systemd-udevd\n", read=2**27, written=0)
+    with pytest.raises(TimedOut, match=r"nothing has gone on in it for 3s \(console") as caught:
+        ready(dev2.endpoint(), timeout=3, pulse=lambda: pulse)
+    said: list[str] = []
+    with pytest.raises(WrongState):
+        ready(dev2.endpoint(), running=_for(3), pulse=lambda: pulse, said=said)
+    assert re.search(
+        r"^waiting for ssh: no connection \(Connection refused\); "
+        r"console \ds ago: 'Starting  systemd-udevd', disk \ds ago: 128M$",
+        said[-1],
+    )
+    assert "no connection" in caught.value.message
+
+
+def _for(seconds):
+    began = time.monotonic()
+    return lambda: time.monotonic() < began + seconds
 
 
 def test_a_stopped_machine_ends_the_wait(dev2):
