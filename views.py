@@ -295,6 +295,8 @@ def build_record(record: BuildRecord) -> Result:
     if failed is not None and failed.tail:
         lines += ["", f"the last lines of {failed.name}:"]
         lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+    if failed is not None and failed.remedy:
+        lines += ["", f"what to do: {failed.remedy}"]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
     return Result(record.as_dict(), "\n".join(lines))
 

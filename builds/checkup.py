@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from builds.plan import source_place
-from builds.source import is_directory, mask, resolve
+from builds.source import is_directory, mask, resolve, secret_of
 from hypervisors.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
@@ -68,9 +67,8 @@ def examine(farm: Farm, *, ask: bool) -> Check | None:
 def _url(farm: Farm, url: str, revision: str, *, ask: bool) -> Check:
     if not ask:
         return Check("source", True, "note", f"{mask(url)}: not asked")
-    secret = urlsplit(url).password if "://" in url else None
     env = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=5"}
-    quiet = Runner(changes=False, secrets=[secret] if secret else [])
+    quiet = Runner(changes=False, secrets=[secret_of(url)])
     try:
         answer = quiet.read("git", "ls-remote", "--", url, revision, env=env, timeout=_PATIENCE)
     except TimedOut:

@@ -23,7 +23,16 @@ from builds.again import command, cycle_command, cycle_options
 from builds.lineage import Before, look_back, reset_first, vms_of
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.plan import batches, check, choose, cycle_of, describe, plan_cycle, source_for
+from builds.plan import (
+    batches,
+    check,
+    check_source,
+    choose,
+    cycle_of,
+    describe,
+    plan_cycle,
+    source_for,
+)
 from builds.record import (
     CYCLE_LOCK,
     BuildRecord,
@@ -50,6 +59,7 @@ __all__ = ["plan_cycle", "run_cycle"]
 Stream = Callable[[str, bytes], None]
 """Told which VM, and what it printed, as it prints it."""
 
+_SHA256_DIGITS = 64
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
@@ -90,6 +100,7 @@ def run_cycle(
             check(site, steps, whole=start_from is None and not only)
         before = look_back(site, cycle, chosen)
         source = source_for(site, before, revision, cycle=cycle, snapshot=True)
+        check_source(site.farm, cycle, source)
         options = cycle_options(only=only, revision=revision, keep_going=keep_going)
         build = _Build(
             site, cycle, chosen, before, source, meter,
@@ -217,6 +228,7 @@ class _Build:
             look = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
             if first.failure != "infrastructure":
                 look = f"look inside: {command('ssh', '--vm', first.vm)}"
+            look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
@@ -293,6 +305,7 @@ class _Build:
                 exit=failure.exit if failure else run.exit,
                 failure=failure.failure if failure and status == "failed" else "",
                 message=str(failure) if failure else "",
+                remedy=failure.remedy if failure else "",
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
                 files=tuple(run.files),
@@ -305,8 +318,11 @@ class _Build:
 
     def _environment(self, _vm: str) -> Mapping[str, str]:
         given = self._source.commit if self._source else ""  # also where the record can't vouch for it
+        commit = self._record.source.commit or given
         return {
-            "GIT_REVISION": self._record.source.commit or given or self._record.source.asked,
+            # git-init(1): a repository can only fetch from one of the same kind
+            **({"GIT_DEFAULT_HASH": "sha256"} if len(commit) == _SHA256_DIGITS else {}),
+            "GIT_REVISION": commit or self._record.source.asked,
             "BUILD_ID": self._record.id,
             "FARM": self._record.farm,
             "LC_ALL": "C.UTF-8",  # failures are judged by messages, which may be translated

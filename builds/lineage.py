@@ -25,7 +25,7 @@ _FILE = "$HOME/.farmhand-build"
 # Emptied first: on a full disk there is no mark then, rather than the one of a build before.
 WRITE_MARK = f'printf "%s %s\\n" "$FARM" "$BUILD_ID" > "{_FILE}"'
 """A script for the VM: from now on it holds $BUILD_ID's work."""
-_READ_MARK = f'[ ! -s "{_FILE}" ] || head -c 200 "{_FILE}"'
+_READ_MARK = f'[ ! -s "{_FILE}" ] || dd if="{_FILE}" bs=200 count=1 2>/dev/null'
 _MARK = re.compile(r"([a-z0-9-]{1,63}) ([0-9A-Za-z.-]{1,80})")
 _PATIENCE = 60.0
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from builds.again import command, cycle_command
 from builds.lineage import Before, look_back, reset_first, vms_of
-from builds.source import Resolved, resolve
+from builds.source import Resolved, check_contents, resolve
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
 from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
@@ -130,7 +131,7 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
                 remedy="write 'source: repository:' into the farm file",
             )
         return None
-    try:
+    with _placed(site.farm):
         return resolve(
             site.runner,
             source.place,
@@ -139,8 +140,22 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
             sources=site.paths.root / "sources",
             snapshot=snapshot,
         )
+
+
+def check_source(farm: Farm, cycle: Cycle, source: Resolved | None) -> None:
+    """Unsupported where it has what the cycle would leave out: see ``builds.source``."""
+    if source is not None:
+        with _placed(farm):
+            steps = (step for step in cycle.steps if isinstance(step, RunStep))
+            check_contents(source, (script for step in steps for script in step.run))
+
+
+@contextmanager
+def _placed(farm: Farm) -> Iterator[None]:
+    try:
+        yield
     except FarmhandError as error:
-        error.message = f"{source_place(site.farm)}: {error.message}"
+        error.message = f"{source_place(farm)}: {error.message}"
         error.args = (error.message,)
         raise
 
@@ -198,6 +213,7 @@ def plan_cycle(
     check(site, steps, whole=start_from is None and not only)
     before = look_back(site, cycle, chosen)
     source = source_for(site, before, revision, cycle=cycle, snapshot=False)
+    check_source(site.farm, cycle, source)
     lines: list[Action] = []
     if source is not None:
         if source.commit:

@@ -65,6 +65,7 @@ class StepRecord:
     exit: int | None = None
     failure: str = ""  # its class
     message: str = ""  # one line: what failed
+    remedy: str = ""  # what to do, where that is known
     tail: str = ""  # the last lines of the log
     console: str = ""  # the VM's console, where the VM or its connection was lost
     log: str = ""  # file name within the record

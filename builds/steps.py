@@ -28,13 +28,20 @@ _TAIL_BYTES = 65536
 
 
 class StepFailed(Exception):
-    """``failure`` is the class; the message one line."""
+    """``failure`` is the class; the message one line; ``remedy`` what the error it comes from says."""
 
     def __init__(
-        self, failure: FailureClass, message: str, *, exit: int | None = None, console: str = ""
+        self,
+        failure: FailureClass,
+        message: str,
+        *,
+        remedy: str = "",
+        exit: int | None = None,
+        console: str = "",
     ) -> None:
         super().__init__(message)
         self.failure = failure
+        self.remedy = remedy
         self.exit = exit
         self.console = console
 
@@ -108,6 +115,7 @@ class StepRun:
         """StepFailed, with its class, for everything that can go wrong."""
         began = time.monotonic()
         try:
+            await self.machines.look()
             if isinstance(step, RunStep):
                 await self._run(step, began)
                 return
@@ -132,7 +140,7 @@ class StepRun:
         connection = await machines.connection(step.vm)
         await machines.list_packages(step.vm)
         await self.before_run(step.vm, self.log)
-        environment = {**self.environment(step.vm), "SOURCE_URL": await machines.source_url(step.vm)}
+        environment = {**self.environment(step.vm), **await machines.source(step.vm)}
         for number, script in enumerate(step.run, 1):
             left = step.timeout - (time.monotonic() - began)
             self.log.mark()
@@ -141,6 +149,9 @@ class StepRun:
                     script, env=environment, timeout=max(left, 0.001), log=self.log.write
                 )
             self.exit = result.status
+            served = connection.git_said()
+            for line in served:
+                self.log.say(f"git says here, on this machine: {line}")
             if result.status == 0:
                 continue
             kind, evidence = classify(
@@ -156,6 +167,8 @@ class StepRun:
                 message = evidence
             else:
                 message = f"{which}exited with {result.status}"
+            if served:
+                message += f"; git says here, on this machine: {served[0]}"
             raise StepFailed(kind, message, exit=result.status)
         if step.artifacts:
             left = max(step.timeout - (time.monotonic() - began), 60.0)
@@ -164,7 +177,9 @@ class StepRun:
                     async with asyncio.timeout(left):
                         fetched = await connection.get(step.artifacts, self.artifacts / f".{step.name}")
                 except NotFound as error:
-                    raise StepFailed("source", f"it left no artifact: {error.message}") from None
+                    raise StepFailed(
+                        "source", f"it left no artifact: {error.message}", remedy=error.remedy
+                    ) from None
             self._keep(step, fetched)
 
     def _keep(self, step: RunStep, fetched: tuple[Moved, ...]) -> None:
@@ -206,9 +221,9 @@ class StepRun:
     async def _judged(self, step: Step, error: FarmhandError) -> StepFailed:
         """The class of an error of ours. What a guest's own scripts print is judged elsewhere."""
         if isinstance(error, NotFound) and isinstance(step, TransferStep):
-            return StepFailed("source", error.message)
+            return StepFailed("source", error.message, remedy=error.remedy)
         if isinstance(error, NoSpace):
-            return StepFailed("environment", error.message)
+            return StepFailed("environment", error.message, remedy=error.remedy)
         vms = [step.reset] if isinstance(step, ResetStep) else (
             [step.vm] if isinstance(step, RunStep) else [step.source, step.to]
         )  # fmt: skip
@@ -219,5 +234,6 @@ class StepRun:
         return StepFailed(
             "infrastructure",
             f"{error.message}{f' ({state})' if state else ''}",
+            remedy=error.remedy,
             console=error.detail or self.machines.console(vm),
         )

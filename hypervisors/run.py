@@ -79,15 +79,15 @@ class Runner:
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``). Its
-        errors go nowhere: the peer is told by the protocol. The caller ends it with ``hang_up``."""
+        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``), its
+        errors over one of their own. The caller reads them all, and ends it with ``hang_up``."""
         import asyncio  # 50 ms, and few commands need it
 
         return await asyncio.create_subprocess_exec(
             *(str(a) for a in argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **_LOCALE, **(env or {})},
             start_new_session=True,
         )

@@ -16,6 +16,7 @@ import asyncssh
 from hypervisors.progress import Progress
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
 from provision.remote import Endpoint, Ready
+from provision.shell import ended, start
 
 T = TypeVar("T")
 
@@ -27,6 +28,18 @@ LOGIN_SECONDS = 60.0
 CLOCK_SLACK = 5.0
 """Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
 run unevenly, and the kernel counts from before the first instruction of ours."""
+
+_RSA = {"rsa-sha2-512": "ssh-rsa", "rsa-sha2-256": "ssh-rsa"}
+"""Signatures of the key that is called ssh-rsa (RFC 8332)."""
+_HOST_KEYS = (
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    *_RSA,
+    "ssh-rsa",
+)
+"""As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
 
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
 
@@ -187,7 +200,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         "client_factory": Client,
         "client_keys": [str(endpoint.key)],
         "known_hosts": _trusted(endpoint),
-        "server_host_key_algs": "default",  # so that a stranger's other kind of key is seen as such
+        "server_host_key_algs": _kinds(_trusted(endpoint)[0]),
         "config": None,
         "agent_path": None,
         "preferred_auth": "publickey",
@@ -267,6 +280,13 @@ def _trusted(
     return _known(endpoint), [], []
 
 
+def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
+    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may
+    have keys of several. The others are asked for, too, so that a stranger's is seen as such."""
+    own = {key.get_algorithm() for key in known}
+    return sorted(_HOST_KEYS, key=lambda name: _RSA.get(name, name) not in own)
+
+
 def _remember(endpoint: Endpoint, key: str) -> None:
     """Appended in one write, so that two processes don't mix their lines."""
     path = _known_hosts(endpoint)
@@ -277,18 +297,30 @@ def _remember(endpoint: Endpoint, key: str) -> None:
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
     """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
-    before = time.time()
+    answer: list[bytes] = []
     try:
-        answer = await connection.run(_FACTS, stdin=asyncssh.DEVNULL, check=False)
+        channel, shell = await start(connection, _FACTS, answer.append)
+        channel.write_eof()
+        await shell.exited.wait()
         after = time.time()
-        boot_id, uptime, now = str(answer.stdout).splitlines()
-        return Ready(boot_id.strip(), float(uptime.split()[0]), float(now) - (before + after) / 2)
+        await shell.drained(1)
+        await ended(channel)
     except (asyncssh.Error, OSError) as error:
         raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+    text = b"".join(answer).decode(errors="replace")
+    try:
+        boot_id, uptime, now = text.splitlines()
+        skew = _seconds(now) - (shell.marked_at + after) / 2
+        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
     except ValueError:
-        # A guest that is still coming up may refuse logins after authentication (pam_nologin).
-        said = str(answer.stderr or answer.stdout).strip().splitlines()
-        raise DriverFailed(f"it does not run commands yet{': ' + said[0] if said else ''}") from None
+        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
+        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
+
+
+def _seconds(date: str) -> float:
+    """Of a date(1) without %N the middle of its second."""
+    whole, _, rest = date.partition(".")
+    return float(date) if rest.isdigit() else float(whole) + 0.5
 
 
 def _words(error: Exception) -> str:

@@ -18,6 +18,7 @@ from sshd_machine import alive, gone, wait_for
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record, load_records
 from hypervisors.fake import FakeDisks
+from hypervisors.run import which
 from inventory.errors import (
     BuildFailed,
     Busy,
@@ -533,3 +534,81 @@ def test_only_a_key_file_of_ours_is_used(lab):
             assert run_cycle(site).result == "passed"
     finally:
         del os.environ["SSH_AUTH_SOCK"]
+
+
+# -- accounts and servers ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in environment(tmp_path).items():
+        if name.startswith("FARMHAND_"):
+            monkeypatch.setenv(name, value)
+    made: list[Lab] = []
+
+    def make(**machines) -> Lab:
+        made.append(Lab(tmp_path, **machines))
+        return made[-1]
+
+    yield make
+    for laboratory in made:
+        laboratory.stop()
+
+
+def test_where_nothing_but_commands_is_allowed_all_is_carried_by_them(labs):
+    """No SFTP, no forwarding, one session at a time, and a login that prints."""
+    poor = {"shell": "/bin/bash", "sftp": False, "forwarding": False, "options": ("MaxSessions 1",)}
+    lab = labs(dev2=poor, prod=poor)
+    steps = [
+        run("login", "echo 'echo -- authorised use only --' > ~/.bashrc"),
+        run("fetch", FETCH),
+        run("build", "mkdir out; sh src/program > out/prod.rpm", artifacts="out/*.rpm"),
+        run("look", 'echo "$SOURCE_URL"; ls -A'),
+        STEPS[4],
+    ]
+    with lab.site(steps) as site:
+        record = run_cycle(site)
+    assert (record.directory / "artifacts/prod.rpm").read_text() == "one\n"
+    assert (lab.prod.home / "incoming/prod.rpm").read_text() == "one\n"
+    assert any("dev2: its sshd forwards no ports" in note and "carried" in note for note in record.notes)
+    assert f"file://{lab.dev2.home}/.farmhand-source-" in log_of(record, "look")
+    assert not list(lab.dev2.home.glob(".farmhand-source-*"))
+    assert not list(record.directory.glob(".*"))
+    packages = (record.directory / record.vms[0].packages).read_text()
+    assert "bash " in packages
+    assert "authorised" not in packages
+
+
+def test_what_an_account_lacks_is_known_before_the_build_begins(labs):
+    lab = labs(prod={"shell": "/usr/sbin/nologin"})
+    steps = [run("build", "touch built"), {**STEPS[4], "transfer": ["built"]}]
+    with lab.site(steps) as site:
+        error, record = fails(site)
+    assert not (lab.dev2.home / "built").exists()
+    assert statuses(record) == ["failed", "skipped"]
+    assert "prod: its login runs no commands: it says: This account is currently" in error.message
+    assert error.remedy.startswith("see docs/logins.md: a shell that runs `sh -c`")
+    assert "cycle --from build" in error.remedy
+    step = record.failed_step
+    assert step is not None
+    assert error.remedy.startswith(step.remedy) and step.remedy
+    assert step.remedy.partition("`")[0] in record.page.read_text()
+
+
+def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_path):
+    applets = tmp_path / "applets"
+    applets.mkdir()
+    for name in ("sh", "cat", "date", "kill", "mkdir", "mktemp", "mv", "rm", "setsid", "sha256sum",
+                 "sleep", "wc"):  # fmt: skip
+        tool = which(name)
+        assert tool
+        (applets / name).symlink_to(tool)
+    lab = labs(
+        dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}}
+    )
+    with lab.site([run("fetch", FETCH)]) as site:
+        error, _ = fails(site)
+    assert "dev2: a command failed with 127: " in error.message
+    assert "tar: not found" in error.message
+    assert "AllowTcpForwarding yes" in error.remedy
+    assert not list(lab.dev2.home.glob(".farmhand-source-*"))

@@ -238,6 +238,9 @@ def test_sources_by_name(tmp_path):
     assert name_of("git@example.org:team/kata.git", tmp_path) == "kata"
     assert name_of("../my kata", tmp_path) == "my-kata"
     assert mask("https://user:secret@example.org/x.git") == "https://user:********@example.org/x.git"
+    assert mask("https://user:a:b@example.org/x.git") == "https://user:********@example.org/x.git"
+    assert mask("https://token@example.org:8/x.git") == "https://********@example.org:8/x.git"
+    assert mask("ssh://git@example.org/x.git") == "ssh://git@example.org/x.git"
     assert mask("https://example.org/x.git") == "https://example.org/x.git"
 
 

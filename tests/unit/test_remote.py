@@ -18,7 +18,15 @@ from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 from hypervisors.api import Pulse
 from hypervisors.progress import Progress
 from hypervisors.run import Runner
-from inventory.errors import Conflict, DriverFailed, NotFound, TimedOut, UsageError, WrongState
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    NotFound,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from provision.connection import Connection
 from provision.dial import wait_ready
 from provision.remote import tail_of
@@ -99,6 +107,17 @@ def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
     other = (tmp_path / "ecdsa.pub").read_text().rsplit(None, 1)[0]
     with pytest.raises(Conflict, match="somebody else"):
         ready(dev2.endpoint(host_key=other), timeout=600)
+
+
+def test_a_server_with_keys_of_several_kinds_is_known_by_the_one_it_is_known_by(dev2):
+    dev2.stop()
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", dev2.root / "rsa"], check=True)
+    rsa = (dev2.root / "rsa.pub").read_text().rsplit(None, 1)[0]
+    config = dev2.root / "config"
+    config.write_text(f"HostKey {dev2.root}/rsa\n{config.read_text()}")
+    dev2.start()
+    ready(dev2.endpoint())
+    ready(dev2.endpoint(host_key=rsa))
 
 
 def test_the_boot_from_before_is_not_ready(dev2):
@@ -416,7 +435,7 @@ def test_git_is_not_offered_where_forwarding_is_off(tmp_path, key):
             await connection.offer_git(tmp_path / "kata", name="kata")
 
     try:
-        with pytest.raises(DriverFailed, match="forwards no ports"):
+        with pytest.raises(Unsupported, match="forwards no ports"):
             asyncio.run(go())
     finally:
         machine.stop()
