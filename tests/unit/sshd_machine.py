@@ -146,10 +146,15 @@ AllowTcpForwarding {"yes" if self.forwarding else "no"}
 
     def stop(self) -> None:
         if self.process:
+            enclosed = _namespace(self.process.pid)
             self.cut()
             self.process.terminate()
             self.process.wait(10)
             self.process = None
+            if enclosed not in ("", _namespace(os.getpid())):
+                for pid in (int(path.name) for path in Path("/proc").glob("[1-9]*")):
+                    if _namespace(pid) == enclosed:  # a login's loop that nobody answers any more
+                        _kill(pid)
 
     def endpoint(self, **changed: object) -> Endpoint:
         values = {
@@ -195,6 +200,14 @@ def _children(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
+
+
+def _namespace(pid: int) -> str:
+    """Of its mounts; "" where it is gone, or another user's."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+    except OSError:
+        return ""
 
 
 def _kill(pid: int) -> None:
