@@ -97,7 +97,8 @@ async def wait_ready(
                     detail=tail(),
                 )
             await asyncio.to_thread(progress.look)
-        if (text := f"waiting for ssh: {'; '.join(filter(None, (why, str(progress))))}") != last:
+        # what the guest does first: a narrow terminal cuts off the end
+        if (text := "; ".join(filter(None, ("waiting for ssh", str(progress), why)))) != last:
             last = text
             working(text)
         left = progress.left()
