@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +13,7 @@ from hypervisors.api import Machine, Power, Template, spec_hash
 from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
 from inventory.sizes import format_duration, format_size
 from provision import identity
+from provision.allocate import Allocation
 from provision.gc import discard_of
 from provision.power import (
     answers,
@@ -48,8 +49,10 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
     with begin(site, "clone-farm", names) as run:
         templates = _Templates(site)
         machines = {vm: look(site, vm) for vm in names}
-        missing = [vm for vm in names if machines[vm] is None and can_power(site, vm)]
+        ours = [vm for vm in names if can_power(site, vm)]
+        missing = [vm for vm in ours if machines[vm] is None]
         _check_space(site, missing)
+        given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)
         to_start = [
             vm
             for vm in names
@@ -60,6 +63,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
         run.add(
             *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
         )
+        starting = frozenset(to_start)
         jobs: dict[str, list[Job]] = {}
         for vm in names:
             machine = machines[vm]
@@ -68,8 +72,10 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             elif machine is None:
                 jobs[vm] = _make(site, vm, templates)
             else:
-                jobs[vm] = _keep(site, vm, machine, templates, starting=vm in to_start, wait=wait)
-            if vm in to_start:
+                jobs[vm] = _keep(
+                    site, vm, machine, templates, given[vm], starting=vm in starting, wait=wait
+                )
+            if vm in starting:
                 action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
                 jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
             if not jobs[vm]:
@@ -78,14 +84,11 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             from provision.network.apply import keep_in_step
 
             keep_in_step(run, new=names)  # before they start: DHCP is the first thing they ask for
+        if missing and not site.plan:
+            with contextlib.suppress(FarmhandError):  # then the one that it is about fails by itself
+                site.allocator.allocate_all(missing)  # as one: the lock file is written whole
         run.carry_out(jobs)
         return run.outcome()
-
-
-def newest(site: Site, vm: str, name: str) -> Template | None:
-    """The newest generation of a template in the VM's store."""
-    found = [t for t in site.disks(site.farm.host_of(vm)).templates() if t.name == name]
-    return max(found, key=lambda t: t.generation, default=None)
 
 
 def undo_clone(site: Site, vm: str) -> None:
@@ -93,19 +96,20 @@ def undo_clone(site: Site, vm: str) -> None:
     if look(site, vm) is not None:
         return
     machine = site.machine(vm)
-    discard_of(site, vm)
+    discard_of(site, [vm])
     if disk_of(site, vm) is not None:
         site.disks(site.farm.host_of(vm)).destroy(machine)
     identity.remove_identity(site.paths, vm, machine)
 
 
 class _Templates:
-    """The templates of this run's clones. One that is missing is made once, by whichever VM comes
-    first; a failure is every waiting VM's."""
+    """The templates of this run's clones, as they were when it began. One that is missing is made once,
+    by whichever VM comes first; a failure is every waiting VM's."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._guard = threading.Lock()
+        self._seen: dict[str, Mapping[str, Template]] = {}  # by host and name
         self._failed: dict[str, FarmhandError] = {}
 
     def name_of(self, vm: str) -> str:
@@ -118,7 +122,12 @@ class _Templates:
         return name
 
     def newest(self, vm: str) -> Template | None:
-        return newest(self._site, vm, self.name_of(vm))
+        """The newest generation in the VM's store."""
+        host = self._site.farm.host_of(vm)
+        if host not in self._seen:
+            found = sorted(self._site.disks(host).templates(), key=lambda t: t.generation)
+            self._seen[host] = {template.name: template for template in found}
+        return self._seen[host].get(self.name_of(vm))
 
     def get(self, vm: str) -> Template:
         name = self.name_of(vm)
@@ -135,6 +144,7 @@ class _Templates:
             except FarmhandError as error:
                 self._failed[name] = error
                 raise
+            self._seen.clear()
             found = self.newest(vm)
             if found is None:
                 raise NotFound(
@@ -200,11 +210,18 @@ def _clone(site: Site, vm: str, templates: _Templates) -> None:
 
 
 def _keep(
-    site: Site, vm: str, machine: Machine, templates: _Templates, *, starting: bool, wait: bool
+    site: Site,
+    vm: str,
+    machine: Machine,
+    templates: _Templates,
+    given: Allocation,
+    *,
+    starting: bool,
+    wait: bool,
 ) -> list[Job]:
     jobs: list[Job] = []
     declared = site.farm.vms[vm]
-    wanted = spec_hash(site.spec(vm, site.allocator.peek(vm)))
+    wanted = spec_hash(site.spec(vm, given))
     running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
     if machine.spec_hash != wanted and running:
         text = "differs from the farm file: takes effect at its next stop or reset"

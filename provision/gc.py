@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -13,7 +13,6 @@ from pathlib import Path
 from hypervisors.api import Leftover, Owner
 from inventory.errors import Busy, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
-from provision import identity
 from provision.files import remove
 from provision.report import Action, Outcome
 from provision.site import Site
@@ -21,7 +20,7 @@ from provision.work import Run, begin, lock_of
 
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
 _CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
-_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.pub)?(?:\.\d+)*")
+_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
@@ -29,7 +28,7 @@ _YOUNG = timedelta(minutes=10)
 @dataclass(frozen=True, slots=True)
 class Found:
     what: Leftover
-    discard: Callable[[], None]
+    discard: Callable[[], object]
 
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
@@ -91,17 +90,16 @@ def leftovers(site: Site) -> Iterator[Found]:
     yield from _allocations(site, machines)
 
 
-def discard_of(site: Site, vm: str) -> int:
-    """Remove one VM's leftovers in its drivers, and those that died before they could be marked as
-    anybody's; the caller holds its lock. How many there were."""
-    count = 0
-    if site.host(vm).driver == "ssh":
-        return 0
-    for item in _of_host(site, site.farm.host_of(vm)):
-        if item.what.owner in (None, Owner(site.farm.farm, vm)):
-            item.discard()
-            count += 1
-    return count
+def discard_of(site: Site, vms: Sequence[str]) -> None:
+    """Remove these VMs' leftovers in their drivers, and those that died before they could be marked as
+    anybody's; the caller holds their locks."""
+    owners = {None, *(Owner(site.farm.farm, vm) for vm in vms)}
+    for host in dict.fromkeys(map(site.farm.host_of, vms)):
+        if site.farm.hosts[host].driver == "ssh":
+            continue
+        for item in _of_host(site, host):
+            if item.what.owner in owners:
+                item.discard()
 
 
 def discard_unowned(site: Site) -> None:
@@ -157,15 +155,14 @@ def _files(site: Site, machines: set[str]) -> Iterator[Found]:
     whatever else lies beside them is somebody's."""
     paths, farm = site.paths, site.farm
     prefix = f"{farm.farm}-"
-    kept = identity.known_hosts(paths)
     now = datetime.now(UTC)
     for kind, directory, name in (
         ("seed", paths.seeds, _SEED), ("console log", paths.consoles, _CONSOLE),
-        ("host key", kept.parent, _HOST_KEY),
+        ("host key", paths.keys / "hostkeys", _HOST_KEY),
     ):  # fmt: skip
         for path in sorted(directory.glob("*")):
             match = name.fullmatch(path.name)
-            if not match or path == kept:
+            if not match:
                 continue
             vm = match[1]
             if kind != "host key":
@@ -195,7 +192,7 @@ def _file(
             bytes=info.st_size,
             why="its VM doesn't exist",
         )
-        yield Found(what, partial(_remove_file, site, path))
+        yield Found(what, partial(remove, path))
 
 
 def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
@@ -212,12 +209,6 @@ def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
             why="it is neither declared nor made",
         )
         yield Found(what, partial(site.allocator.release, vm))
-
-
-def _remove_file(site: Site, path: Path) -> None:
-    remove(path)
-    if path.parent == site.paths.keys / "hostkeys":
-        identity.write_known_hosts(site.paths)
 
 
 def _discard(site: Site, item: Found, vm: str, run: Run, text: str) -> bool:

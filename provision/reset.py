@@ -21,7 +21,7 @@ from provision.power import (
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import change_disks, is_half_back
-from provision.work import Run, begin, disk_of, is_on, is_warm, present, side_by_side
+from provision.work import Run, begin, disk_of, is_on, is_warm, named, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
 """By VM, JSON values."""
@@ -49,7 +49,7 @@ def reset(
     of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
     warm checkpoint's; recovery goes on with it)."""
     names = site.vms(vms)
-    doing = f"reset {' '.join(names)} to {to}"
+    doing = f"reset {named(names)} to {to}"
     with begin(site, "reset", names, doing=doing) as run:
         warm = []
         for vm in names:
