@@ -19,6 +19,7 @@ from hypervisors.qcow2_store import (
 )
 
 CHECKPOINT = "checkpoint-"
+GONE = "gone.qcow2"
 
 
 def marks(vms: Path) -> Iterator[Mark]:
@@ -34,6 +35,13 @@ def half_made(frozen: Path) -> bool:
         return frozen.samefile(frozen.parent / "disk.qcow2")
     except FileNotFoundError:
         return False
+
+
+def kept_alone(home: Path) -> bool:
+    """Whether somebody removed the disk, and its checkpoints are there: no leftover of a destroy."""
+    if (home / "disk.qcow2").exists() or (home / GONE).exists():
+        return False
+    return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
 
 
 def find_leftovers(root: Path, farm: str) -> list[Leftover]:
@@ -61,7 +69,7 @@ def _of_ours(root: Path, path: Path) -> bool:
         return path in (image, describe(image)) and read_template(image, half=True) is not None
     if path.parent.parent != root / "vms" or read_mark(path.parent) is None:
         return False
-    return path.name in ("owner.json", "disk.qcow2") or path.match(f"{CHECKPOINT}*.qcow2")
+    return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
 
 
 def _dead_temporaries(root: Path, mine: list[Mark], farm: str) -> Iterator[Leftover]:
@@ -89,7 +97,7 @@ def _half_templates(root: Path) -> Iterator[Leftover]:
 def _half_disks(root: Path, mine: list[Mark]) -> Iterator[Leftover]:
     for mark in mine:
         home = root / "vms" / mark.machine
-        if not (home / "disk.qcow2").exists():
+        if not (home / "disk.qcow2").exists() and not kept_alone(home):
             yield _leftover("disk", home, mark.owner, "half removed")
         for path in matching(home, f"{CHECKPOINT}*.qcow2"):
             if half_made(path):

@@ -16,6 +16,7 @@ from inventory.errors import (
     WrongState,
 )
 from provision.journal import Operation, current_step
+from provision.lost import require
 from provision.power import check_memory, power_on
 from provision.report import Action, Outcome
 from provision.site import Site
@@ -194,6 +195,7 @@ def _merge_one(site: Site, vm: str, base: str, *, was_on: bool, wait: bool) -> N
 
 def _disk(site: Site, vm: str) -> Disk:
     disk = disk_of(site, vm)
+    require(site, vm, present(site, vm), disk)
     if disk is None:
         raise Unsupported(
             f"{site.name}: {vm}'s host {site.farm.host_of(vm)} keeps no checkpoints",

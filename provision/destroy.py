@@ -13,6 +13,7 @@ from provision import identity
 from provision.files import remove
 from provision.gc import leftovers
 from provision.journal import current_step
+from provision.lost import left_of
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import begin, side_by_side
@@ -96,7 +97,7 @@ def _unmake(site: Site, vm: str) -> None:
                 )
             driver.destroy(name)
         store = site.disks(host)
-        if store.find(name) is not None:
+        if store.find(name) is not None or left_of(store, name):
             store.destroy(name)
 
 

@@ -14,6 +14,7 @@ from hypervisors.api import Leftover, Owner
 from inventory.errors import Busy, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
 from provision.files import remove
+from provision.lost import has_disk_elsewhere, left_of
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
@@ -122,7 +123,10 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
-        if what.kind == "domain" and _has_disk_elsewhere(site, host, what.ref):
+        if what.kind == "domain" and (
+            has_disk_elsewhere(site, host, what.ref)
+            or (site.has_disks(host) and left_of(site.disks(host), what.ref))
+        ):
             continue
         seen.add((what.kind, what.ref))
         yield Found(what, partial(driver.discard, what))
@@ -131,12 +135,6 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
         for what in store.leftovers():
             if (what.kind, what.ref) not in seen:
                 yield Found(what, partial(store.discard, what))
-
-
-def _has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
-    """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
-    others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
-    return any(store.find(machine) is not None for store in others)
 
 
 def _machines(site: Site, *, going: set[str]) -> set[str]:

@@ -123,7 +123,10 @@ def _job(site: Site, record: Record) -> Job:
     machine = look(site, vm)
     if record.verb == "clone":
         if machine is not None:
-            return job("the machine is complete; clone-farm goes on from there")
+            whole = (
+                "the machine is as it was" if record.facts.get("again") else "the machine is complete"
+            )
+            return job(f"{whole}; clone-farm goes on from there")
         return job("undone, nothing of it stays", lambda: undo_clone(site, vm))
     if machine is None:
         return job("its machine is gone; noted")

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from hypervisors.api import Disks, FarmDisks
+from hypervisors.api import Disks, FarmDisks, LostDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
+from provision.lost import require
 from provision.power import (
     can_power,
     check_memory,
@@ -176,14 +177,18 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
             )
         return False
     disk = disk_of(site, vm)
-    if disk is None:
-        raise NotFound(
-            f"{site.name}: {vm}'s machine has no disk of ours to put back",
-            remedy=f"./invoke destroy --vm {vm}, then clone it again",
-        )
-    known = [kept.name for kept in disk.checkpoints]
+    known = [kept.name for kept in disk.checkpoints] if disk is not None else _left(site, vm)
     if to not in known:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}", remedy=f"it has {', '.join(known) or 'none'}"
         )
-    return is_warm(disk, to)
+    return disk is not None and is_warm(disk, to)
+
+
+def _left(site: Site, vm: str) -> list[str]:
+    """What a VM whose disk is gone can be put back to. NotFound."""
+    store, machine = site.disks(site.farm.host_of(vm)), present(site, vm)
+    known = [kept.name for kept in store.left(machine.name)] if isinstance(store, LostDisks) else []
+    if not known:
+        require(site, vm, machine, None)
+    return known
