@@ -24,6 +24,7 @@ from uuid import uuid4
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
 from hypervisors.run import Runner
 from inventory.errors import DriverFailed
+from tests import bench_growth
 from tests.figures import Figure, Figures, timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         directory.chmod(0o711)  # QEMU runs as another user and passes through
         figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
         figures += _network(rounds, say)
+        figures += bench_growth.measure(say)
     return Figures(tuple(figures))
 
 
