@@ -58,6 +58,8 @@ class Locks:
         self._directory = directory
         self._guard = threading.Lock()
         self._held: dict[str, tuple[int, int]] = {}  # file descriptor, times taken
+        self._begun = 0
+        self._since: dict[str, int] = {}
 
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
@@ -74,6 +76,11 @@ class Locks:
         """Whether this object holds it."""
         with self._guard:
             return name in self._held
+
+    def held_since(self, name: str) -> int:
+        """Another number whenever this object took it anew: while it is the same, nobody else had it."""
+        with self._guard:
+            return self._since[name]
 
     def holder(self, name: str) -> Holder | None:
         """Who holds it now; None if nobody does. Takes no lock that could be in anybody's way."""
@@ -128,6 +135,8 @@ class Locks:
                 if got is not None:
                     _write(got, note)
                     self._held[name] = got, 1
+                    self._begun += 1
+                    self._since[name] = self._begun
                     return
             if time.monotonic() >= deadline:
                 raise self._refusal(name)
