@@ -298,13 +298,17 @@ def _given(fake: StoredMachine) -> int:
 
 
 def _failure(error: sqlite3.Error | ValidationError, path: Path | None) -> FarmhandError:
-    if isinstance(error, sqlite3.Error):
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            remedy = f"make room on the file system of {path.parent}" if path else ""
-            return NoSpace(f"cannot write {path}: {error}", remedy=remedy)
-        why = str(error)
-    else:
-        why = str(error.errors()[0]["msg"])
+    why = str(error)
+    if isinstance(error, ValidationError):
+        why = error.errors()[0]["msg"]
+    elif path:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            room = f"make room on the file system of {path.parent}"
+            return NoSpace(f"cannot write {path}: {why}", remedy=room)
+        if code not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            look = f"check owner, permissions and mount of {path.parent}"
+            return DriverFailed(f"cannot use {path}: {why}", remedy=look)
     return DriverFailed(
         f"{path}: not the fake driver's state: {why}",
         remedy="remove it: the fake machines in it are gone then",
