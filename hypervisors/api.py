@@ -195,8 +195,8 @@ class LostDisks(Protocol):
     They are no leftovers, and a ``clone`` is refused (Conflict) as long as they are there."""
 
     def left(self, machine: str) -> Sequence[Checkpoint]:
-        """Of a machine whose disk is gone: what is left, ``clean`` among it. Empty: a disk is there, or
-        nothing. Where the store can, ``restore`` makes a disk from one."""
+        """Of a machine whose disk is gone; ``clean`` among it where ``restore`` makes a disk from each.
+        Empty: a disk is there, or nothing."""
 
 
 @runtime_checkable

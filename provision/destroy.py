@@ -61,6 +61,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
         current_step("remove its seed, keys and console log")
         identity.remove_identity(site.paths, vm, site.machine(vm))
         gone[vm] = None
+        site.reporter.say("destroyed", vm=vm)
 
     try:
         side_by_side(site, {vm: partial(one, vm) for vm in vms})
@@ -80,8 +81,6 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
             item.discard()
     current_step("give back addresses, MACs and ports")
     site.allocator.release(*vms)
-    for vm in vms:
-        site.reporter.say("destroyed", vm=vm)
 
 
 def _unmake(site: Site, vm: str) -> None:

@@ -44,11 +44,10 @@ def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
             f"copy what you need out of it, ./invoke stop --vm {vm}, then ./invoke clone-farm",
         )
     if kept := left_of(store, machine.name):
-        return Lost(
-            f"{gone}, but not its checkpoints {', '.join(kept)}",
-            f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; "
-            f"./invoke destroy --vm {vm} gives them up",
-        )
+        again = f"./invoke destroy --vm {vm} gives them up; then ./invoke clone-farm"
+        if grows_from(store, machine.name):
+            again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; {again}"
+        return Lost(f"{gone}, but not its checkpoints {', '.join(kept)}", again)
     owner = Owner(site.farm.farm, vm)
     rest = [] if isinstance(store, LostDisks) else store.leftovers()
     if refs := [left.ref for left in rest if left.owner == owner]:
@@ -72,6 +71,13 @@ def left_of(store: Disks, machine: str) -> tuple[str, ...]:
     if not isinstance(store, LostDisks):
         return ()
     return tuple(kept.name for kept in store.left(machine) if kept.name != "clean")
+
+
+def grows_from(store: Disks, machine: str) -> tuple[str, ...]:
+    """What a reset can make a new disk from, the old one being gone."""
+    kept = store.left(machine) if isinstance(store, LostDisks) else ()
+    names = tuple(one.name for one in kept)
+    return names if "clean" in names else ()
 
 
 def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from hypervisors.api import Disks, FarmDisks, LostDisks
+from hypervisors.api import Disks, FarmDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
-from provision.lost import require
+from provision.lost import grows_from, require
 from provision.power import (
     can_power,
     check_memory,
@@ -187,8 +187,7 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
 
 def _left(site: Site, vm: str) -> list[str]:
     """What a VM whose disk is gone can be put back to. NotFound."""
-    store, machine = site.disks(site.farm.host_of(vm)), present(site, vm)
-    known = [kept.name for kept in store.left(machine.name)] if isinstance(store, LostDisks) else []
+    known = grows_from(site.disks(site.farm.host_of(vm)), site.machine(vm))
     if not known:
-        require(site, vm, machine, None)
-    return known
+        require(site, vm, present(site, vm), None)
+    return list(known)
