@@ -380,7 +380,10 @@ class FakeHypervisor:
     def discard(self, leftover: Leftover) -> None:
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
-        elif leftover.ref in (now.ref for now in self.leftovers()):
+            return
+        machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+        owner = machine.owner if machine else disk.owner if disk else None
+        if (machine is None) != (disk is None) and owner and owner.farm == self._farm:
             self.destroy(leftover.ref)
 
     def close(self) -> None:

@@ -301,10 +301,10 @@ class Qcow2Disks:
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
         with self._lock.hold():
-            if leftover.ref not in (now.ref for now in self.leftovers()):
+            path = Path(leftover.ref)
+            if leftover.ref not in (now.ref for now in find_leftovers(self._root, self._farm, at=path)):
                 return
             self._step(f"remove the leftover {leftover.ref}")
-            path = Path(leftover.ref)
             if path.is_dir() and path.name.startswith(NEW):
                 for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
                     file.unlink(missing_ok=True)

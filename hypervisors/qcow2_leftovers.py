@@ -44,9 +44,12 @@ def kept_alone(home: Path) -> bool:
     return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
 
 
-def find_leftovers(root: Path, farm: str) -> list[Leftover]:
-    """That farm's, and those of whoever died before it could mark them."""
-    mine = [mark for mark in marks(root / "vms") if mark.owner.farm == farm]
+def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
+    """That farm's, and those of whoever died before it could mark them. ``at``: of VMs' directories that
+    one only, or the one it lies in."""
+    homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
+    seen = (mark for home in homes if (mark := read_mark(home))) if at else marks(root / "vms")
+    mine = [mark for mark in seen if mark.owner.farm == farm]
     return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+
+import pytest
 
 from hypervisors.api import Template
 from inventory.loader import load
@@ -16,6 +19,14 @@ from tests.faults.still import StillSite
 MIB = 2**20
 KINDS = {"fake": "driver: fake", "qcow2": "driver: kvm, uri: 'qemu:///system'"}
 """Stores, and hosts that have them."""
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """In memory: nobody waits for the journal's fsync."""
+    with tempfile.TemporaryDirectory(prefix="fh-", dir="/dev/shm") as name:
+        monkeypatch.setenv("FARMHAND_STATE_DIR", str(Path(name, "state")))
+        yield Path(name)
 
 
 class _Site(StillSite):

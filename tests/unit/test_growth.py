@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from still_farm import KINDS, StillFarm
+from still_farm import KINDS, StillFarm, place
 
+from hypervisors.fake import FakeHypervisor
 from provision import farm
 from provision.site import Site
 from provision.status import status
 
+__all__ = ["place"]
 SMALL, LARGE = 5, 50
 FILES = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "fcntl.flock", "sqlite3.connect"}
 _heard: Counter[str] | None = None
@@ -62,8 +64,19 @@ OPERATIONS: dict[str, Use] = {
     "checkpoint": lambda site: farm.checkpoint(site, [], "kept"),
     "reset": partial(farm.reset, start=False),
     "destroy": lambda site: farm.destroy(site, list(site.farm.vms)),
+    "gc": farm.gc,
     "destroy the farm": farm.destroy,
 }
+MADE_AGAIN = ("gc", "destroy the farm")
+
+
+def undefine_all(site: Site) -> None:
+    """Their definitions are lost: all else is left over."""
+    driver = site.hypervisor("here")
+    assert isinstance(driver, FakeHypervisor)
+    with driver._store.change() as world:
+        for name in world.machines.all():
+            del world.machines[name]
 
 
 def names(count: int) -> list[str]:
@@ -72,19 +85,22 @@ def names(count: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_operation_grows_as_the_farm_does(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work: dict[int, dict[str, int]] = {}
     for count in (SMALL, LARGE):
-        directory = tmp_path / str(count)
+        directory = place / str(count)
         directory.mkdir()
         monkeypatch.setenv("FARMHAND_STATE_DIR", str(directory / "state"))
         here = StillFarm(directory, kind, names(count))
         work[count] = {}
         for name, use in OPERATIONS.items():
-            if name == "destroy the farm":
+            if name in MADE_AGAIN:
                 with here.site() as site:
                     farm.clone_farm(site, start=False)
+            if name == "gc":
+                with here.site() as site:
+                    undefine_all(site)
             with here.site() as site, counted() as done:
                 use(site)
             work[count][name] = done.total()
@@ -93,13 +109,11 @@ def test_every_operation_grows_as_the_farm_does(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_vm_more_is_one_vm_s_work(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_vm_more_is_one_vm_s_work(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are."""
     seen = {}
     for count in (SMALL, LARGE):
-        directory = tmp_path / str(count)
+        directory = place / str(count)
         directory.mkdir()
         monkeypatch.setenv("FARMHAND_STATE_DIR", str(directory / "state"))
         here = StillFarm(directory, kind, names(count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from still_farm import KINDS, StillFarm
+from still_farm import KINDS, StillFarm, place
 
 from hypervisors.fake import FakeDisks
 from inventory.errors import FarmhandError, NotFound
@@ -15,6 +15,7 @@ from provision.site import Site
 from provision.status import status
 from provision.work import is_on, look
 
+__all__ = ["place"]
 GONE = "its disk is gone"
 
 
@@ -59,15 +60,13 @@ class Town(StillFarm):
 
 
 @pytest.fixture(params=KINDS)
-def town(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Town:
-    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
-    return Town(tmp_path, request.param)
+def town(request: pytest.FixtureRequest, place: Path) -> Town:
+    return Town(place, request.param)
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Town:
-    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
-    return Town(tmp_path, "qcow2")
+def files(place: Path) -> Town:
+    return Town(place, "qcow2")
 
 
 def state_of(site: Site, vm: str) -> tuple[str, bool]:
@@ -154,11 +153,11 @@ def test_checkpoints_that_are_left_go_with_a_destroy(files: Town) -> None:
         assert state_of(site, "prod") == ("base@1", True)
 
 
-def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, tmp_path: Path) -> None:
+def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> None:
     """Such as one on a file system that is not mounted: nothing is made beside it."""
     with files.site() as site:
         disks = site.paths.disks
-    disks.rename(tmp_path / "elsewhere")
+    disks.rename(place / "elsewhere")
     disks.mkdir()
     with files.site() as site, pytest.raises(FarmhandError) as caught:
         farm.clone_farm(site, start=False)
@@ -167,5 +166,5 @@ def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, tmp_path: Path) 
     with files.site() as site:
         assert look(site, "prod"), "it is left as it is"
     disks.rmdir()
-    (tmp_path / "elsewhere").rename(disks)
+    (place / "elsewhere").rename(disks)
     assert not files.clone_farm().changed
