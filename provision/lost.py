@@ -36,6 +36,10 @@ def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
         return None
     if has_disk_elsewhere(site, host, machine.name):
         return None
+    if any(vm in record.vms for record in site.journal.unfinished() if record.verb == "merge"):
+        return Lost(
+            "its disk is being merged, and that is half done", "./invoke recover goes on with it"
+        )
     store = site.disks(host)
     gone = "its disk is gone"
     if is_on(machine):

@@ -8,7 +8,7 @@ import pytest
 from still_farm import KINDS, StillFarm, place
 
 from hypervisors.fake import FakeDisks
-from inventory.errors import FarmhandError, NotFound
+from inventory.errors import DriverFailed, FarmhandError, NotFound
 from provision import farm
 from provision.report import Outcome
 from provision.site import Site
@@ -151,6 +151,28 @@ def test_checkpoints_that_are_left_go_with_a_destroy(files: Town) -> None:
     with files.site() as site:
         farm.clone_farm(site, start=False)
         assert state_of(site, "prod") == ("base@1", True)
+
+
+def test_not_in_the_midst_of_a_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some stores have no disk while it is written back into its checkpoint."""
+    town = Town(place, "fake")
+
+    def merge(self: FakeDisks, machine: str) -> None:
+        with self.store.change() as world:
+            if machine not in world.disks:
+                raise DriverFailed("it can't be gone on with now")
+            del world.disks[machine]
+        raise KeyboardInterrupt  # unwinds, and leaves the journal as a kill does
+
+    monkeypatch.setattr(FakeDisks, "merge", merge, raising=False)
+    with town.site() as site:
+        farm.checkpoint(site, ["prod"], "kept")
+    with town.site() as site, pytest.raises(KeyboardInterrupt):
+        farm.merge(site, ["prod"])
+    with town.site() as site, pytest.raises(NotFound, match="being merged, and that is half done"):
+        farm.clone_farm(site, start=False)
+    with town.site() as site:
+        assert look(site, "prod")
 
 
 def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> None:
