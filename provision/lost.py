@@ -48,15 +48,15 @@ def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
             f"copy what you need out of it, ./invoke stop --vm {vm}, then ./invoke clone-farm",
         )
     if kept := left_of(store, machine.name):
-        again = f"./invoke destroy --vm {vm} gives them up; then ./invoke clone-farm"
+        again = f"./invoke destroy --vm {vm}, which gives them up, then ./invoke clone-farm"
         if grows_from(store, machine.name):
-            again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; {again}"
-        return Lost(f"{gone}, but not its checkpoints {', '.join(kept)}", again)
+            again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; or {again}"
+        return Lost(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
     owner = Owner(site.farm.farm, vm)
     rest = [] if isinstance(store, LostDisks) else store.leftovers()
     if refs := [left.ref for left in rest if left.owner == owner]:
         return Lost(
-            f"{gone}, but something of it is left: {', '.join(refs)}",
+            f"{gone}; something of it is left: {', '.join(refs)}",
             f"./invoke destroy --vm {vm} gives that up; then ./invoke clone-farm",
         )
     template = next((t for t in store.templates() if t.label == machine.template), None)

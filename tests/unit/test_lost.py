@@ -125,7 +125,7 @@ def test_not_where_checkpoints_are_left(files: Town) -> None:
         farm.checkpoint(site, ["prod"], "kept")
         farm.destroy(site, ["dev2"])
     files.lose("prod")
-    text = f"{GONE}, but not its checkpoints kept"
+    text = f"{GONE}; its checkpoints are left: kept"
     with files.site() as site, pytest.raises(NotFound, match=text) as caught:
         farm.clone_farm(site, start=False)
     assert "./invoke reset --vm prod --to kept" in caught.value.remedy
