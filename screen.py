@@ -1,17 +1,19 @@
 """Progress on stderr: dated lines, and on a terminal one live line below them.
 
 Plain control sequences (ECMA-48: erase line, carriage return) on one line that is never wider than the
-terminal, so that a narrow window, ``script`` and a slow ssh connection all show the same.
+terminal, so that a narrow window, ``script`` and a slow ssh connection all show the same. Nobody may
+read it, for a stream that was taken over (streams.py) never raises.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from typing import TextIO
+
+from streams import columns
 
 _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
@@ -27,7 +29,6 @@ class Screen:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lock = threading.RLock()
-        self._broken = False
         self._partial: dict[str, bytes] = {}
         self._last = time.monotonic()
         self._said = ""
@@ -67,14 +68,8 @@ class Screen:
             self._last = time.monotonic()
 
     def _write(self, text: str) -> None:
-        """Whoever read our progress has gone: the work goes on all the same."""
-        if self._broken:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, UnicodeEncodeError):  # a closed pipe, a terminal hung up (EIO), a full disk
-            self._broken = True
+        self._stream.write(text)
+        self._stream.flush()
 
 
 def _fit(text: str, end: str, width: int) -> str:
@@ -138,7 +133,7 @@ class LiveScreen(Screen):
                 self._write("")
             return
         now = time.monotonic()
-        width = shutil.get_terminal_size((80, 24)).columns - 1
+        width = columns(self._stream, 80) - 1
         share = (width - 2) // len(self._under_way) - 3  # each VM is seen, also in a narrow window
         parts = [
             _fit(f"{vm}: {text}" if vm else text, f" {now - since:.0f}s", share)

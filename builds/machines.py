@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved
@@ -164,6 +165,7 @@ class Machines:
                 connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
                 try:
                     await self._look(vm, connection)
+                    await self._mark(vm, connection)
                 except BaseException:
                     await connection.close()
                     raise
@@ -184,6 +186,16 @@ class Machines:
             return
         self._update(vm, clock_set=True)
         self._note(f"{vm}: its clock was {ready.skew:+.1f} s off; set, {left:+.2f} s left")
+
+    async def _mark(self, vm: str, connection: Connection) -> None:
+        """From here on the VM holds this build's work."""
+        said: list[bytes] = []
+        env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
+        done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
+        if done.status:
+            lines = b"".join(said).decode(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"status {done.status}"
+            self._note(f"{vm}: it can't be marked as this build's, so --from can't be verified: {why}")
 
     async def drop(self, vm: str) -> None:
         """Close the VM's connection, if there is one."""

@@ -271,6 +271,7 @@ class Machine:
     spec_hash: str  # of the MachineSpec it was defined from, see ``spec_hash``; "" if foreign
     template: str
     started: datetime | None = None
+    accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,7 +288,7 @@ class Capabilities:
     """Data that ``status`` and ``doctor`` show."""
 
     driver: str  # "kvm", "qemu" (no working KVM), "xen", "ssh", "fake"
-    accelerated: bool
+    accelerated: bool  # as a machine is defined now, see Machine
     power: bool  # can start and stop
     reset: bool
     linked_clones: bool

@@ -47,6 +47,7 @@ def as_machine(domain: libvirt.virDomain) -> Machine | None:
         spec_hash=seen.spec_hash,
         template=seen.template,
         started=seen.started if power is not Power.STOPPED else None,
+        accelerated={"kvm": True, "qemu": False}.get(seen.kind),
     )
 
 

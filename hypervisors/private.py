@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from hypervisors import _enclose
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
 
+_ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
 _QEMU_UID = 64055  # Debian's own number for it (base-passwd)
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
@@ -69,8 +69,10 @@ class PrivateLibvirt:
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
         self._check_lengths()
-        if not self.running():
+        if not self.running() or self._lacks_kvm():
             with self._lock():
+                if self.running() and self._lacks_kvm():
+                    self._end_daemon()
                 if not self.running():
                     self._start()
         mode = "system" if self._root else "session"
@@ -99,7 +101,7 @@ class PrivateLibvirt:
             for _, pid in self._guests():
                 _end(pid, signal.SIGKILL)
             for pid in reapers:
-                if _enclose.__file__ in _command_line(pid):
+                if _ENCLOSE in _command_line(pid):
                     _end(pid, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
@@ -118,6 +120,15 @@ class PrivateLibvirt:
     @property
     def _socket(self) -> Path:
         return self._run / "libvirt-sock" if self._root else self._run / "libvirt" / "libvirt-sock"
+
+    @property
+    def _blind(self) -> Path:
+        """It is there while the daemon was started with ``hide_kvm``."""
+        return self._run / "no-kvm"
+
+    def _lacks_kvm(self) -> bool:
+        """KVM works by now, and the daemon that runs doesn't see it."""
+        return not self._hide_kvm and self._blind.exists()
 
     @property
     def _pidfile(self) -> Path:
@@ -164,11 +175,14 @@ class PrivateLibvirt:
         for path in (self._socket, self._pidfile):
             path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
         order = self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        self._blind.unlink(missing_ok=True)
+        if self._hide_kvm:
+            self._blind.touch()
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:
             Runner().change(
-                sys.executable, "-I", "-S", _enclose.__file__, json.dumps(order), timeout=_START_LIMIT
+                sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
             tail = _tail(self._log)

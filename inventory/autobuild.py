@@ -130,5 +130,6 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
 def default_cycle(dev: str = "dev2", prod: str = "prod") -> Cycle:
     """The Autobuild cycle over two VMs."""
     from inventory.model import Cycle
+    from inventory.validation import validated
 
-    return Cycle.model_validate(default_steps(dev, prod))
+    return validated(Cycle, default_steps(dev, prod))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from hypervisors.api import Disk, Machine, Power, Template, spec_hash
+from hypervisors.api import Disk, Machine, Power, Template
 from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
 from inventory.sizes import format_duration, format_size
 from provision import identity
@@ -20,11 +20,13 @@ from provision.power import (
     answers,
     bring_up_to_date,
     can_power,
+    check_accelerator,
     check_memory,
     deflate,
     start_one,
     then_what,
     wait_until_ready,
+    why_redefine,
     write_identity,
 )
 from provision.report import Action, Outcome
@@ -50,6 +52,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
     TimedOut with the console's tail, Several, Busy."""
     names = site.vms(vms)
     with begin(site, "clone-farm", names) as run:
+        check_accelerator(site, names)
         templates = _Templates(site)
         machines = {vm: look(site, vm) for vm in names}
         ours = [vm for vm in names if can_power(site, vm)]
@@ -256,13 +259,13 @@ def _keep(
 ) -> list[Job]:
     jobs: list[Job] = []
     declared = site.farm.vms[vm]
-    wanted = spec_hash(site.spec(vm, given))
+    reason = why_redefine(site, vm, machine, site.spec(vm, given))
     running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
-    if machine.spec_hash != wanted and running:
-        text = "differs from the farm file: takes effect at its next stop or reset"
+    if reason and running:
+        text = f"takes effect at its next stop or reset: change its definition {reason}"
         jobs.append(Job(Action("note", vm, text)))
-    elif machine.spec_hash != wanted:
-        text = "change its definition as the farm file has been"
+    elif reason:
+        text = f"change its definition {reason}"
         jobs.append(Job(Action("redefine", vm, text), lambda: _redefine(site, vm)))
     found = templates.newest(vm)
     if found is not None and machine.template != found.label:

@@ -174,8 +174,10 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
         labels = _templates(site)
         run.add(*(Action("destroy", "", f"remove template {label}") for _, label in labels))
         builds = site.paths.builds
-        keeps = builds.is_dir() and any(builds.iterdir()) and not purge
-        if keeps:
+        records = _records(builds)
+        if records and purge:
+            run.add(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
+        elif records:
             run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
             run.fact(kept=str(builds))
         if site.paths.root.exists():
@@ -197,6 +199,12 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             last_of(site)
             site.reporter.say("the farm is destroyed")
         return run.outcome()
+
+
+def _records(builds: Path) -> int:
+    if not builds.is_dir():
+        return 0
+    return sum(path.is_dir() and not path.is_symlink() for path in builds.iterdir())  # "last" is a link
 
 
 def raze(site: Site, *, purge: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,9 @@ def runtime_dir() -> Path:
         return Path("/run/farmhand")
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(base) / "farmhand"
-    return Path(tempfile.gettempdir()) / f"farmhand-{os.getuid()}"
+    from tempfile import gettempdir
+
+    return Path(gettempdir()) / f"farmhand-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True)

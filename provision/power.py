@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from hypervisors.api import Power, spec_hash
+from hypervisors.api import Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
     Conflict,
     Interrupted,
@@ -116,19 +116,34 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
 
 
 def bring_up_to_date(site: Site, vm: str) -> bool:
-    """A stopped machine's seed and definition, as the farm file wants them now. Whether it was
-    redefined."""
+    """A stopped machine's seed and definition, as the farm file and its host want them now. Whether it
+    was redefined. Unsupported where it is to run under KVM, and that doesn't work."""
+    check_accelerator(site, [vm])
     machine = present(site, vm)
     allocation = site.allocator.allocate(vm)
     write_identity(site, vm)
     spec = site.spec(vm, allocation)
-    if machine.spec_hash == spec_hash(spec):
+    reason = why_redefine(site, vm, machine, spec)
+    if not reason:
         return False
     disk = disk_of(site, vm)
     current_step("change its definition")
     site.hypervisor_of(vm).redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
-    site.reporter.say("its definition was changed as the farm file has been", vm=vm)
+    site.reporter.say(f"its definition was changed {reason}", vm=vm)
     return True
+
+
+def why_redefine(site: Site, vm: str, machine: Machine, spec: MachineSpec) -> str:
+    """For people; empty where its definition is what the farm file and its host ask for now."""
+    if machine.spec_hash != spec_hash(spec):
+        return "as the farm file has been"
+    if machine.accelerated is None:
+        return ""
+    able = site.hypervisor_of(vm).capabilities()
+    if machine.accelerated == able.accelerated:
+        return ""
+    what = "KVM" if able.accelerated else "QEMU's emulation"
+    return f"to run under {what}: {'; '.join(able.notes)}"
 
 
 def write_identity(site: Site, vm: str) -> None:
@@ -231,11 +246,19 @@ def can_power(site: Site, vm: str) -> bool:
 
 def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
     """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
-    this machine has free; what others give for it. NoSpace before anything was begun."""
+    this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
+    they are to run under KVM, and it doesn't work."""
     new = [vm for vm in vms if can_power(site, vm)]
     if not new:
         return ()
+    check_accelerator(site, new)
     return forecast(site, {vm: _sizes(site, vm, wait=wait) for vm in new}, f"starting {', '.join(new)}")
+
+
+def check_accelerator(site: Site, vms: Sequence[str]) -> None:
+    """Unsupported where these VMs are to run under KVM, and it doesn't work."""
+    for host in dict.fromkeys(map(site.farm.host_of, vms)):
+        site.demand_kvm(host)
 
 
 def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -21,6 +20,7 @@ from provision.absent import NoMachines
 from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
+from provision.known import known_farm
 from provision.locks import Locks
 from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
@@ -29,6 +29,7 @@ from provision.turns import Turns
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
     from hypervisors.far.link import Link
+    from hypervisors.kvm import Accelerator, KvmVerdict
     from hypervisors.opening import Directories, Place, Voices
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
@@ -91,6 +92,8 @@ class Site:
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
+                from difflib import get_close_matches
+
                 near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",
@@ -147,17 +150,44 @@ class Site:
         """The farm's own libvirtd, running or not."""
         with self._guard:
             if self._private is None:
-                from hypervisors.kvm import kvm_usable
                 from hypervisors.private import PrivateLibvirt
 
-                verdict = kvm_usable(Runner(), cache_dir())
+                here = [self.kvm(host) for host in self.farm.hosts if self.uses_private(host)]
                 self._private = PrivateLibvirt(
                     self.private_directory,
                     self.paths.runtime,
                     cache_dir() / "libvirt",
-                    not verdict.usable,
+                    not any(verdict.usable for verdict in here),
                 )
             return self._private
+
+    def accelerator(self, host: str) -> Accelerator:
+        """Of a host with driver kvm. UsageError for what the environment has in its place."""
+        from hypervisors.kvm import asked_for
+
+        return asked_for(self.farm.hosts[host].accelerator)
+
+    def kvm(self, host: str) -> KvmVerdict:
+        """Whether KVM runs the VMs of a host with driver kvm: there, if that is another machine."""
+        from hypervisors.kvm import KvmVerdict, judge
+
+        if not self._is_far(host):
+            return judge(self.accelerator(host), Runner(), cache_dir())
+        able = self.hypervisor(host).capabilities()
+        return KvmVerdict(able.accelerated, "; ".join(able.notes))
+
+    def demand_kvm(self, host: str) -> None:
+        """Unsupported where KVM is asked for and doesn't work."""
+        if self.farm.hosts[host].driver != "kvm" or self.accelerator(host) != "kvm":
+            return
+        verdict = self.kvm(host)
+        if not verdict.usable:
+            from hypervisors.kvm import DO_WITHOUT
+
+            raise Unsupported(
+                f"{self.name}: host {host} is to use KVM (accelerator: kvm): {verdict.why}",
+                remedy=verdict.remedy or DO_WITHOUT,
+            )
 
     @property
     def private_directory(self) -> Path:
@@ -282,6 +312,7 @@ class Site:
         assert declared.driver in _LIBVIRT
         return Place(
             farm=self.farm.farm, driver=declared.driver, uri=declared.uri,
+            accelerator=self.accelerator(host) if declared.driver == "kvm" else "auto",
             guests=declared.guests or "pv", store=disks.store,
             path=self.farm.path.parent / path if path else None, pool=disks.pool or "",
             dataset=disks.dataset or "", copy=disks.copy_mode,
@@ -439,7 +470,11 @@ class Site:
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
-    from inventory.loader import load
+    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
+    environment asks for."""
+    farm = known_farm(farm_file, cache_dir())
+    if any(host.driver == "kvm" for host in farm.hosts.values()):
+        from hypervisors.kvm import asked_for
 
-    return Site(load(farm_file), reporter=reporter, plan=plan)
+        asked_for()
+    return Site(farm, reporter=reporter, plan=plan)

@@ -93,19 +93,28 @@ def begin(
     """What every changing use case begins with: finish or undo what a killed one left, then lock the
     VMs (and what ``locks`` name besides). A plan says what would be recovered, and takes no lock.
     Busy if a VM is in use, WrongState if it is part of a change that can't be finished."""
-    from provision.recover import recover_all
     from provision.together import refuse_unfinished
 
     run = Run(site, verb)
     if site.plan:
-        run.add(*recover_all(site))
+        run.add(*_recovered(site))
         yield run
         return
     site.prepare()
-    run.add(*recover_all(site))
+    run.add(*_recovered(site))
     with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {named(vms)}".strip()):
         refuse_unfinished(site, verb, vms)
         yield run
+
+
+def _recovered(site: Site) -> Sequence[Action]:
+    """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every use case
+    with it."""
+    if not site.journal.unfinished():
+        return ()
+    from provision.recover import recover_all
+
+    return recover_all(site)
 
 
 def lock_of(vm: str) -> str:

@@ -59,10 +59,10 @@ def measure(say: Callable[[str], None]) -> Iterator[Figure]:
         for name in costs[SMALL]:
             small, large = costs[SMALL][name], costs[LARGE][name]
             label = f"{name}, {driver}"
-            floor = f"{label}, {SMALL} VMs: CPU"
+            floor = f"{label}, {SMALL} VMs, CPU"
             yield Figure(floor, (small.cpu,))
-            yield Figure(f"{label}, {LARGE} VMs: CPU", (large.cpu,), LIMIT, floor)
-            yield Figure(f"{label}, {LARGE} VMs: wall", (large.wall,))
+            yield Figure(f"{label}, {LARGE} VMs, CPU", (large.cpu,), LIMIT, floor)
+            yield Figure(f"{label}, {LARGE} VMs", (large.wall,))
 
 
 def grown(driver: str, count: int, say: Callable[[str], None]) -> Mapping[str, Cost]:

@@ -15,11 +15,11 @@ from rigs import MIB, short_directory
 
 from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
-from hypervisors.kvm import kvm_usable, try_boot
+from hypervisors.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.libvirt_kinds import Qemu
 from hypervisors.private import PrivateLibvirt
-from hypervisors.run import Runner, which
+from hypervisors.run import Runner
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
 
 NAME = "kata-prod"
@@ -150,18 +150,6 @@ def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
     assert caught.value.remedy and "\n" not in str(caught.value)
 
 
-def test_the_boot_sector_runs():
-    qemu = which("qemu-system-x86_64")
-    assert try_boot(Runner(), qemu, "tcg").usable
-    assert not try_boot(Runner(), qemu, "nonsense").usable
-
-
-def test_the_kvm_verdict_is_kept(tmp_path):
-    first = kvm_usable(Runner(), tmp_path)
-    assert kvm_usable(Runner(), tmp_path) == first
-    assert first.why and "\n" not in first.why
-
-
 # -- the private daemon itself ----------------------------------------------------------------------
 
 
@@ -208,6 +196,35 @@ def test_a_daemon_with_guests_is_not_stopped_unless_forced(real):
     real.private.stop(force=True)
     assert real.private.machines_running() == ()
     assert hypervisor.find(NAME).power is Power.STOPPED  # its definition was kept
+
+
+def test_a_daemon_that_was_not_to_see_kvm_is_started_anew_when_it_is(real):
+    """Its guests don't notice."""
+    place = real.place
+    blind, seeing = (
+        PrivateLibvirt(place / "s", place / "r", real.private._cache, h) for h in (True, False)
+    )
+    hypervisor = LibvirtHypervisor(
+        blind.uri, "kata", real.disks(), Runner(), kind=Qemu(KvmVerdict(False, ""))
+    )  # fmt: skip
+    hypervisor.define(real.spec("prod", stamp="A"), real.template)
+    hypervisor.start(NAME)
+    first, guest = int(blind._pidfile.read_text()), blind._guests
+    [(_, qemu)] = guest()
+    try:
+        blind.uri()
+        assert int(blind._pidfile.read_text()) == first
+        seeing.uri()
+        second = int(seeing._pidfile.read_text())
+        assert second != first and not Path(f"/proc/{first}").exists()
+        assert hypervisor.find(NAME).power is Power.RUNNING
+        assert list(guest()) == [(NAME, qemu)]
+        blind.uri()  # nothing is gained by hiding it now
+        assert int(seeing._pidfile.read_text()) == second
+    finally:
+        hypervisor.destroy(NAME)
+        hypervisor.close()
+        seeing.stop(force=True)
 
 
 def test_too_long_a_runtime_directory_is_refused_in_words(place):

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 from hypervisors.api import Disk
 from hypervisors.devices import open_node
 from hypervisors.fake import FakeDisks
-from hypervisors.kvm import kvm_usable
+from hypervisors.kvm import asked_for, judge
 from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner
 from provision.paths import cache_dir, state_dir
@@ -188,7 +188,7 @@ class FarPlace(Qcow2Place):
     def open(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="fh-"))
         self.directory.chmod(0o711)
-        verdict = kvm_usable(Runner(), cache_dir())
+        verdict = judge(asked_for(), Runner(), cache_dir())
         self.private = PrivateLibvirt(
             self.directory / "s", self.directory / "r", cache_dir() / "libvirt", not verdict.usable
         )

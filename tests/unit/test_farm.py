@@ -161,7 +161,7 @@ def test_a_changed_declaration_waits_for_a_running_vm_and_changes_a_stopped_one(
     made.write("  dev2: {memory: 512M, idle_memory: 256M, vcpus: 2}\n  prod: {memory: 1G}\n")
     done = made.run(farm.clone_farm)
     assert lines(done) == [
-        "dev2: differs from the farm file: takes effect at its next stop or reset",
+        "dev2: takes effect at its next stop or reset: change its definition as the farm file has been",
         "prod: change its definition as the farm file has been",
         "prod: start, wait until its ssh answers",
     ]
@@ -352,7 +352,7 @@ def test_destroy_the_whole_farm_keeps_build_records(made: Desk) -> None:
     assert record.exists()
     assert [path.name for path in record.parents[2].iterdir()] == ["builds"]
     assert not (made.directory / "kata.yaml.lock").exists()
-    made.run(farm.destroy, purge=True)
+    assert "remove 1 build record" in lines(made.run(farm.destroy, purge=True))
     assert not (made.directory / "state/farms").exists()
     made.run(farm.destroy)
 

@@ -33,16 +33,6 @@ def test_a_guest_cannot_drive_the_terminal() -> None:
     assert out.getvalue() == "dev2 | 100%?\ndev2 | \ufffd\n"
 
 
-def test_a_stream_that_broke_does_not_stop_the_work() -> None:
-    class Gone(io.StringIO):
-        def write(self, _text: str) -> int:
-            raise BrokenPipeError
-
-    screen = Screen(Gone())
-    screen.say("one")
-    screen.say("two")
-
-
 def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     out = io.StringIO()

@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("invoke", "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
+PARTS = (
+    "invoke", "start.py", "streams.py",
+    "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
+)  # fmt: skip
 
 
 def checkout(directory: Path) -> Path:
@@ -64,6 +67,21 @@ def test_from_anywhere_through_links_and_spaces(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", ""), path
     done = run("./invoke", "hello", cwd=place, env=environment)
     assert done.stdout == "hello\n"
+
+
+def test_closed_standard_streams_are_no_others(tmp_path: Path) -> None:
+    """A file that is opened does not get the number of a closed one, and what is printed with it."""
+    place = checkout(tmp_path)
+    with (place / "tasks.py").open("a") as file:
+        file.write(
+            "\n\n@task\ndef streams(c):\n    import os\n    with open('seen', 'w') as seen:\n"
+            "        seen.write(' '.join(os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)))\n"
+        )
+    environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    shell = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+    done = run(*shell, place / "invoke", "streams", cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert (tmp_path / "seen").read_text() == "/dev/null /dev/null /dev/null"
 
 
 def test_modules_in_the_current_directory_are_not_ours(tmp_path: Path) -> None:
