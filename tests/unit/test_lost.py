@@ -153,23 +153,33 @@ def test_checkpoints_that_are_left_go_with_a_destroy(files: Town) -> None:
         assert state_of(site, "prod") == ("base@1", True)
 
 
-def test_not_in_the_midst_of_a_merge(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some stores have no disk while it is written back into its checkpoint."""
-    town = Town(place, "fake")
+class Merging(FakeDisks):
+    """Has no disk while it is written back into its checkpoint, as some stores."""
 
-    def merge(self: FakeDisks, machine: str) -> None:
+    def merge(self, machine: str) -> None:
         with self.store.change() as world:
             if machine not in world.disks:
                 raise DriverFailed("it can't be gone on with now")
             del world.disks[machine]
         raise KeyboardInterrupt  # unwinds, and leaves the journal as a kill does
 
-    monkeypatch.setattr(FakeDisks, "merge", merge, raising=False)
-    with town.site() as site:
+
+def test_not_in_the_midst_of_a_merge(place: Path) -> None:
+    town = Town(place, "fake")
+
+    def site_that_merges() -> Site:
+        site = town.site()
+        site._disks["here"] = Merging("still", site._fake_state("here"))
+        return site
+
+    with site_that_merges() as site:
         farm.checkpoint(site, ["prod"], "kept")
-    with town.site() as site, pytest.raises(KeyboardInterrupt):
+    with site_that_merges() as site, pytest.raises(KeyboardInterrupt):
         farm.merge(site, ["prod"])
-    with town.site() as site, pytest.raises(NotFound, match="being merged, and that is half done"):
+    with (
+        site_that_merges() as site,
+        pytest.raises(NotFound, match="being merged, and that is half done"),
+    ):
         farm.clone_farm(site, start=False)
     with town.site() as site:
         assert look(site, "prod")
