@@ -190,6 +190,16 @@ class MergingDisks(Protocol):
 
 
 @runtime_checkable
+class LostDisks(Protocol):
+    """What a store offers besides ``Disks`` where checkpoints may outlive a disk that somebody removed.
+    They are no leftovers, and a ``clone`` is refused (Conflict) as long as they are there."""
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """Of a machine whose disk is gone; ``clean`` among it where ``restore`` makes a disk from each.
+        Empty: a disk is there, or nothing."""
+
+
+@runtime_checkable
 class WarmDisks(Protocol):
     """What a store offers besides ``Disks`` where a checkpoint may hold a running machine's memory
     (``Checkpoint.warm``). ``restore`` to such a one leaves the machine suspended: a start runs on from

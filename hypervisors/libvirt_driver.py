@@ -260,8 +260,7 @@ class LibvirtHypervisor:
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
-        with self._translated("list the machines"):
-            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
+        used = self._opened()
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -285,8 +284,20 @@ class LibvirtHypervisor:
     def discard(self, leftover: Leftover) -> None:
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
-        elif leftover.ref in (now.ref for now in self.leftovers()):
-            self.destroy(leftover.ref)
+        else:  # looked up again first
+            machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+            if (machine is None) == (disk is None):
+                return
+            owner = machine.owner if machine else disk.owner if disk else None
+            if owner is None or owner.farm != self._farm:
+                return
+            if disk is None or disk.path.resolve() not in self._opened():
+                self.destroy(leftover.ref)
+
+    def _opened(self) -> set[Path]:
+        """What any machine has for a disk, links followed."""
+        with self._translated("list the machines"):
+            return {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
 
     def close(self) -> None:
         self._drop()

@@ -4,6 +4,7 @@
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
                 disk.qcow2            what the hypervisor opens
                 checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+                gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
     .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
 
@@ -35,7 +36,14 @@ from pathlib import Path
 
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
 from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
-from hypervisors.qcow2_leftovers import CHECKPOINT, find_leftovers, half_made, marks
+from hypervisors.qcow2_leftovers import (
+    CHECKPOINT,
+    GONE,
+    find_leftovers,
+    half_made,
+    kept_alone,
+    marks,
+)
 from hypervisors.qcow2_store import (
     CLEAN,
     NEW,
@@ -61,8 +69,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``. Thread-safe; any number of processes may
-    share a root."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LostDisks``. Thread-safe; any number of
+    processes may share a root."""
 
     def __init__(
         self,
@@ -267,15 +275,25 @@ class Qcow2Disks:
             return
         self._check_farm(mark)
         self._step(f"remove the disk of {machine}")
-        (home / "disk.qcow2").unlink(missing_ok=True)  # from here on it isn't a disk any more
+        try:
+            (home / "disk.qcow2").rename(home / GONE)  # from here on it isn't a disk any more
+        except FileNotFoundError:
+            (home / GONE).touch()
         for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
             path.unlink(missing_ok=True)
         for path in home.glob(f"{NEW}*"):
             path.unlink(missing_ok=True)
+        (home / GONE).unlink(missing_ok=True)
         (home / "owner.json").unlink(missing_ok=True)  # last: until here a second call goes on
         with contextlib.suppress(OSError):
             home.rmdir()
         sync(self._vms)
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """See ``LostDisks.left``."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        return self._checkpoints(mark) if mark and kept_alone(home) else ()
 
     def leftovers(self) -> Sequence[Leftover]:
         return find_leftovers(self._root, self._farm)
@@ -283,10 +301,10 @@ class Qcow2Disks:
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
         with self._lock.hold():
-            if leftover.ref not in (now.ref for now in self.leftovers()):
+            path = Path(leftover.ref)
+            if leftover.ref not in (now.ref for now in find_leftovers(self._root, self._farm, at=path)):
                 return
             self._step(f"remove the leftover {leftover.ref}")
-            path = Path(leftover.ref)
             if path.is_dir() and path.name.startswith(NEW):
                 for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
                     file.unlink(missing_ok=True)
@@ -437,6 +455,12 @@ class Qcow2Disks:
             self._check_farm(mark)
             if (home / "disk.qcow2").exists():
                 raise Conflict(f"{home.name} has a disk already", remedy="destroy it first")
+            if kept_alone(home):
+                kept = ", ".join(c.name for c in self._checkpoints(mark) if c.name != CLEAN)
+                raise Conflict(
+                    f"{home.name} has no disk, but checkpoints of one: {kept}",
+                    remedy="destroy it first: they go with it",
+                )
             self.destroy(home.name)
         if home.exists() and any(home.iterdir()):
             raise NotOurs(f"{home} holds files that are not farmhand's", remedy="move them away")

@@ -22,6 +22,10 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
     message = f"cannot {what} {path}: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return WrongState(
+            message, remedy="let it have more files open at once: ulimit -n, limits.conf(5)"
+        )
     return WrongState(message, remedy=f"check owner, permissions and mount of {path.parent}")
 
 

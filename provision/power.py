@@ -26,6 +26,7 @@ from provision import identity
 from provision.allocate import port_free
 from provision.files import make_directory
 from provision.journal import current_operation, current_step
+from provision.lost import require
 from provision.report import Action, Outcome
 from provision.room import PATIENCE, forecast, room_for
 from provision.site import Site
@@ -107,7 +108,9 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
 
     A suspended one runs on as it was defined then, and up for as long as it was then: of it, any answer
     with its host key counts as ready. It had no power before, so that none is from before."""
-    asleep = present(site, vm).power is Power.SUSPENDED
+    machine = present(site, vm)
+    require(site, vm, machine, disk_of(site, vm))
+    asleep = machine.power is Power.SUSPENDED
     high, low = _sizes(site, vm, wait=wait)
     try:
         since = _switch_on(site, vm, asleep=asleep, falls=low < high)

@@ -475,7 +475,7 @@ class Site:
         endpoint = self.endpoint(vm)
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
-            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths)}"'
+            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths, vm)}"'
             options["HostKeyAlias"] = self.machine(vm)
             options["StrictHostKeyChecking"] = "yes"
         else:

@@ -11,6 +11,7 @@ from threading import Thread
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError
 from provision.locks import Holder
+from provision.lost import lost
 from provision.site import Site
 from provision.work import is_on, lock_of
 
@@ -224,6 +225,12 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
             vm=vm, machine=name, host=host, state="not made", holder=holder,
             memory_max=site.farm.vms[vm].memory, error=error,
         )  # fmt: skip
+    if disk is None:
+        try:
+            gone = lost(site, vm, machine)
+            error = f"{gone.text}: {gone.remedy}" if gone else error
+        except FarmhandError as problem:
+            error = problem.message.splitlines()[0]
     condition = "dirty" if disk is not None else ""
     if holder is not None and holder.doing.partition(" ")[0] == "cycle":
         condition = "building"

@@ -20,6 +20,7 @@ from provision.site import Site
 
 ON = (Power.RUNNING, Power.PAUSED)
 _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
+_NAMED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def begin(
         return
     site.prepare()
     run.add(*_recovered(site))
-    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or " ".join((verb, *vms))):
+    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {named(vms)}".strip()):
         refuse_unfinished(site, verb, vms)
         yield run
 
@@ -118,6 +119,12 @@ def _recovered(site: Site) -> Sequence[Action]:
 
 def lock_of(vm: str) -> str:
     return f"vm-{vm}"
+
+
+def named(vms: Sequence[str]) -> str:
+    """In a few words: what is noted in each lock is no longer the more VMs there are."""
+    more = len(vms) - _NAMED
+    return " ".join(vms) if more <= 1 else f"{' '.join(vms[:_NAMED])} and {more} more"
 
 
 def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:

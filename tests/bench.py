@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
 from hypervisors.run import Runner
+from tests import bench_growth
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 
@@ -35,6 +36,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         directory.chmod(0o711)  # QEMU runs as another user and passes through
         figures = [*_drivers(directory, rounds, say), *commands(directory, rounds, say)]
         figures += _network(rounds, say)
+        figures += bench_growth.measure(say)
     return Figures(tuple(figures))
 
 

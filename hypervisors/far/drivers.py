@@ -19,6 +19,7 @@ from hypervisors.api import (
     Disks,
     FarmDisks,
     Leftover,
+    LostDisks,
     Machine,
     MachineSpec,
     MemoryUse,
@@ -122,7 +123,16 @@ class _Merging(FarDisks):
         self._ask("merge", machine)
 
 
-_MORE = {FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging}
+class _Lost(FarDisks):
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        found: Sequence[Checkpoint] = self._ask("left", machine)
+        return found
+
+
+_MORE = {
+    FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging,
+    LostDisks: _Lost,
+}  # fmt: skip
 
 
 def far_disks(link: Link, step: StepFn) -> Disks:

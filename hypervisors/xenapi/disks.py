@@ -118,6 +118,14 @@ class XenApiDisks:
             seen = self.pool.seen(vm)
             return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen)
 
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """See ``LostDisks.left``; none can be made a disk from here."""
+        with translated(f"look for what is left of the disk of {machine}"):
+            vm = self.pool.machine(machine)
+            seen = self.pool.seen(vm) if vm and vm.kind == "machine" else None
+            kept = seen.checkpoints if seen and not seen.vdi else ()
+            return [checkpoint_of(vm) for vm in kept]
+
     def disk(self, seen: Seen) -> Disk:
         assert seen.vdi and seen.vm.owner
         marks = seen.vm.marks

@@ -507,3 +507,14 @@ def test_the_servers_own_revert_would_lose_a_disk(rig, server, made):
     assert call("VM.get_record", ref)["VBDs"] == []
     assert rig.disks().find(NAME) is None
     assert os.environ.get("FARMHAND_XENAPI_URL") is None
+
+
+def test_checkpoints_that_outlive_their_disk_are_seen(made):
+    disks = made._disks
+    assert disks.left(NAME) == [] and disks.left("kata-nobody") == []
+    seen = disks.ours(NAME)
+    assert seen.attached
+    disks.pool.call("VBD.destroy", seen.attached[0])
+    disks.pool.call("VDI.destroy", seen.attached[1])
+    assert disks.find(NAME) is None
+    assert [kept.name for kept in disks.left(NAME)] == ["one"]

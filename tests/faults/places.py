@@ -105,6 +105,10 @@ class Place(abc.ABC):
             return "old" if disk.base != "clean" or not store.pristine(disk.machine, "clean") else "torn"
         return "new" if seen == TEMPLATE and store.pristine(disk.machine, "clean") else "torn"
 
+    def lose(self, disk: Disk, site: Site) -> None:
+        """Remove it by hand, under its machine."""
+        raise NotImplementedError(self.label)
+
     def check(self, disk: Disk) -> None:  # noqa: B027
         """That it is sound in itself."""
 
@@ -134,6 +138,12 @@ class FakePlace(Place):
         assert isinstance(store, FakeDisks)
         return store.content(disk.machine).decode() or TEMPLATE
 
+    def lose(self, disk: Disk, site: Site) -> None:
+        store = site.disks(site.farm.host_of(disk.owner.vm))
+        assert isinstance(store, FakeDisks)
+        with store.store.change() as world:
+            del world.disks[disk.machine]
+
 
 class TwoFakes(FakePlace):
     """Each VM on a host with a store of its own."""
@@ -160,6 +170,9 @@ class Qcow2Place(Place):
             return letter_of(out.read_bytes())
         finally:
             out.unlink(missing_ok=True)
+
+    def lose(self, disk: Disk, site: Site) -> None:
+        disk.path.unlink()
 
     def check(self, disk: Disk) -> None:
         run("qemu-img", "check", "-q", "-U", disk.path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypervisors.fake import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Busy,
     Conflict,
+    DriverFailed,
     FarmhandError,
     NoSpace,
     NotFound,
@@ -545,3 +548,24 @@ def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     assert done.returncode == 0, done.stderr
     with open_site(made.file, reporter=QuietReporter()) as site:
         assert site.name == "kata.yaml"
+
+
+def test_a_fake_world_that_is_damaged_is_named(made: Desk) -> None:
+    with made.site() as site:
+        state = site.paths.root / "fake-here.state"
+    with closing(sqlite3.connect(state)) as world:
+        world.execute("UPDATE items SET value = replace(value, '\"stopped\"', '\"asleep\"')")
+        world.execute("UPDATE items SET value = replace(value, '\"running\"', '\"asleep\"')")
+        world.commit()
+    with (
+        made.site() as site,
+        pytest.raises(DriverFailed, match=r"fake-here\.state: not the fake") as caught,
+    ):
+        farm.stop(site)
+    assert "remove it" in caught.value.remedy
+    state.write_text("{}" * 1000)
+    with made.site() as site, pytest.raises(DriverFailed, match="file is not a database"):
+        farm.stop(site)
+    state.unlink()
+    with made.site() as site:
+        assert farm.clone_farm(site).changed
