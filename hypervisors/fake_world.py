@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from hypervisors.api import Machine, MachineSpec, Owner, Power, Template
+from hypervisors.files import make_directory, make_file
 from inventory.errors import DriverFailed, FarmhandError, NoSpace
 
 _SCHEMA = """
@@ -241,7 +242,7 @@ class Store:
         if self.path is None:
             yield
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent, mode=0o711)
         handle = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
@@ -265,6 +266,8 @@ class Store:
         a fork."""
         if self._db is not None and self._db[0] == self._which():
             return self._db[1]
+        if self.path:
+            make_file(self.path)
         db = sqlite3.connect(
             self.path or ":memory:", timeout=_PATIENCE, isolation_level=None, check_same_thread=False
         )

@@ -57,6 +57,8 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
         machines = {vm: look(site, vm) for vm in names}
         ours = [vm for vm in names if can_power(site, vm)]
         missing = [vm for vm in ours if machines[vm] is None]
+        for host in dict.fromkeys(map(site.farm.host_of, missing)):
+            site.check_places(host)
         disks = {vm: disk_of(site, vm) for vm in ours}
         gone = _gone(site, machines, disks)
         given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner
+from hypervisors.ssh_words import path_option
 from inventory.errors import NotFound, Unsupported, UsageError
 from inventory.model import Farm, Host
 from provision import identity
@@ -209,6 +210,17 @@ class Site:
         from hypervisors.opening import reader_of
 
         return None if self._is_far(host) else reader_of(declared.driver, declared.uri)
+
+    def check_places(self, host: str) -> None:
+        """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
+        if self.uses_private(host):
+            from hypervisors.private import check_runtime
+
+            check_runtime(self.paths.runtime)
+        if (reader := self.reader_uid(host)) is not None:
+            from hypervisors.qcow2_store import reachable
+
+            reachable(self.paths.root, reader)
 
     def _is_far(self, host: str) -> bool:
         declared = self.farm.hosts[host]
@@ -475,14 +487,15 @@ class Site:
         endpoint = self.endpoint(vm)
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
-            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths, vm)}"'
+            known = identity.known_hosts(self.paths, vm)
             options["HostKeyAlias"] = self.machine(vm)
             options["StrictHostKeyChecking"] = "yes"
         else:
             known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
-            options["UserKnownHostsFile"] = f'"{known}"'
             options["StrictHostKeyChecking"] = "accept-new"
-        argv = ["ssh", "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
+        argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
+        argv += path_option("IdentityFile", endpoint.key)
+        argv += path_option("UserKnownHostsFile", known)
         for key, value in options.items():
             argv += ["-o", f"{key}={value}"]
         return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
