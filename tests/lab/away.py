@@ -34,7 +34,7 @@ sh ./command
 echo $? >status.new && mv status.new status' </dev/null >output 2>&1
 until [ -s pid ]; do sleep 0.1; done
 """
-_FOLLOW = "exec tail --pid=$(cat {out}/pid) -c +{first} -f {out}/output"
+_FOLLOW = "exec tail -s 0.2 --pid=$(cat {out}/pid) -c +{first} -f {out}/output"
 _INTERRUPT = "kill -INT $(cat /proc/$(cat {out}/pid)/task/*/children)"
 
 
