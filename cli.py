@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
+from hypervisors.files import UMASK
 from inventory.errors import (
     FarmhandError,
     Interrupted,
@@ -219,6 +220,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
 def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
     """Run a task's body; every way it can end, ends here."""
     atexit.unregister(streams.at_end)
+    os.umask(UMASK)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, _on_signal)
@@ -321,6 +323,7 @@ def _keep_traceback(run: Run) -> Path:
     import tempfile
     import traceback
 
+    from hypervisors.files import make_directory, open_new
     from provision.paths import state_dir
 
     text = (
@@ -330,9 +333,10 @@ def _keep_traceback(run: Run) -> Path:
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for directory in (state_dir() / "logs", Path(tempfile.gettempdir())):
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError:
+            make_directory(directory, mode=0o700)
+            with open_new(directory / name) as file:
+                file.write(text.encode(errors="backslashreplace"))
+        except (FarmhandError, OSError):
             continue
         return directory / name
     sys.stderr.write(text)
@@ -510,7 +514,8 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
 
 def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
     """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
-    handlers of signals end with this program, and two signals are ignored by Python for itself."""
+    handlers of signals end with this program, and two signals are ignored by Python for itself. But
+    the umask does: all that they write is our list of known hosts."""
     run.close()
     sys.stdout.flush()
     sys.stderr.flush()

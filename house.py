@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypervisors.files import make_directory
 from inventory.errors import UsageError
 from provision.paths import cache_dir
 
@@ -32,7 +33,7 @@ def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
     """Run one of the tools: on the terminal, or with --json with its output kept. Its caches stay out
     of the checkout."""
     cache = cache_dir() / "tests"
-    cache.mkdir(parents=True, exist_ok=True)
+    make_directory(cache, mode=0o755)
     environment = {
         **os.environ,
         "RUFF_CACHE_DIR": str(cache / "ruff"),

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from hypervisors.files import open_new
 from inventory.errors import NotFound
 from provision.files import file_error, make_directory, write_atomic
 from provision.locks import Locks
@@ -179,8 +180,8 @@ def replace_file(path: Path, text: str, *, durable: bool) -> None:
         return
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text)
-        part.chmod(0o644)
+        with open_new(part, mode=0o644) as file:
+            file.write(text.encode())
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

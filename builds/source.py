@@ -23,6 +23,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from hypervisors.files import make_directory
 from hypervisors.run import MASK, Result, Runner
 from inventory.errors import CommandFailed, NotFound, TimedOut, Unsupported, UsageError, WrongState
 from provision.git import git_config, reading
@@ -425,7 +426,7 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     if not (mirror / "HEAD").is_file():
         fresh = mirror.with_name(f".{mirror.name}.{os.getpid()}")
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(fresh.parent, mode=0o700)
         runner.change("git", "init", "-q", "--bare", "-b", "main", fresh, env=_PLAIN_GIT)
         (fresh / "info" / "exclude").write_text("__pycache__/\n*.pyc\n")
         shutil.rmtree(mirror, ignore_errors=True)  # half-made by a killed one

@@ -12,6 +12,7 @@ from builds.classify import classify
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord
+from hypervisors.files import make_directory, open_to_append
 from hypervisors.progress import ESCAPES
 from inventory.errors import (
     Conflict,
@@ -50,8 +51,7 @@ class StepLog:
     """A step's log: raw bytes to the file and onwards as they come; the end is kept in memory."""
 
     def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
-        self._file = path.open("ab", buffering=0)
-        path.chmod(0o644)
+        self._file = open_to_append(path, mode=0o644)
         self._vm = vm
         self._stream = stream
         self._tail = bytearray()
@@ -171,6 +171,7 @@ class StepRun:
                 message += f"; git says here, on this machine: {served[0]}"
             raise StepFailed(kind, message, exit=result.status)
         if step.artifacts:
+            make_directory(self.artifacts, mode=0o755)
             left = max(step.timeout - (time.monotonic() - began), 60.0)
             with self.meter.guest():
                 try:
@@ -187,7 +188,7 @@ class StepRun:
         waiting = self.artifacts / f".{step.name}"
         taken = any((self.artifacts / file.name).exists() for file in fetched)
         home = self.artifacts / step.name if taken else self.artifacts
-        home.mkdir(exist_ok=True)
+        make_directory(home, mode=0o755)
         for file in fetched:
             (waiting / file.name).replace(home / file.name)
             (home / file.name).chmod(0o644)

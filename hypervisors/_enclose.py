@@ -7,7 +7,8 @@ process 1, which in many containers reaps late or never: cutting a guest's power
 or fails. So the daemon and its QEMUs have a parent that reaps at once (prctl(2),
 PR_SET_CHILD_SUBREAPER), and that ends with the last of them.
 
-One JSON argument: ``argv``, ``env``, ``binds`` (pairs: ours, the host's path), ``kvm``:
+One JSON argument: ``argv``, ``env``, ``start`` (the directory that it is started in), ``binds`` (pairs:
+ours, the host's path), ``kvm``:
 "as-is"; "hide" (an empty file that nobody may open lies over /dev/kvm); or "uid:N" (a device node of
 the same numbers that belongs to N, for QEMU runs as a user who has no right to the host's node).
 
@@ -46,7 +47,7 @@ def _check(result: int, what: str) -> None:
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
     result = _libc.mount(
-        source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode()
+        os.fsencode(source), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode()
     )
     _check(result, f"mount {source} on {target}")
 
@@ -95,7 +96,7 @@ def main() -> None:
             _cover_kvm(order["kvm"], order["over"])
         except OSError as error:  # user namespaces are switched off: slower, not wrong
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")
-    os.chdir("/")
+    os.chdir(order["start"])
     os.umask(0o077)
     sys.exit(_start(order["argv"], {**os.environ, **order["env"]}))
 

@@ -19,6 +19,7 @@ from typing import ClassVar
 from pydantic import TypeAdapter, ValidationError
 
 from hypervisors.api import Machine, MachineSpec, Owner, Power, Template
+from hypervisors.files import make_directory, open_new
 from inventory.errors import DriverFailed
 
 _BYTES = {"ser_json_bytes": "base64", "val_json_bytes": "base64"}  # disks' contents, as JSON
@@ -77,7 +78,8 @@ class Store:
                 if text != self._read:  # a look writes nothing
                     # by a name that recovery sweeps up, see provision.files
                     fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}.0")
-                    fresh.write_bytes(text)
+                    with open_new(fresh) as file:
+                        file.write(text)
                     fresh.replace(self.path)
 
     @contextlib.contextmanager
@@ -86,7 +88,7 @@ class Store:
         if self._depth or self.path is None:
             yield False
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent, mode=0o711)
         handle = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -9,7 +9,6 @@ error, and the method may be called again.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from hypervisors.domain_xml import (
     start_mark,
     with_disk,
 )
+from hypervisors.files import make_directory, make_file
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
 from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by, pulse_of
@@ -392,7 +392,7 @@ class LibvirtHypervisor:
 
     def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
         if spec.console_log:
-            spec.console_log.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(spec.console_log.parent, mode=0o711)
         connection = self._connect()
         system = urlsplit(connection.getURI()).path == "/system"
         connection.defineXML(self._kind.xml(spec, disk, template, system=system, uuid=uuid))
@@ -473,8 +473,8 @@ def _turn_over(log: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if log.stat().st_size:
             log.replace(log.with_name(log.name + ".1"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(log, os.O_CREAT | os.O_WRONLY, 0o600))
+    make_directory(log.parent, mode=0o711)
+    make_file(log)
 
 
 def _sync(disk: Path | None) -> None:

@@ -5,9 +5,12 @@ private directories lie over them (``hypervisors._enclose``). As an ordinary use
 places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
 them through its state files and takes them over.
 
-    directory/        definitions (etc), guests' monitor sockets (lib), log: lost with it
+    directory/        definitions (etc), guests' monitor sockets (lib), logs (log): lost with it
     runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
     cache/            what libvirt found out about QEMU (2-50 s to find out again)
+
+No path of ours is in its configuration, where a blank ends a log's name and a colon begins one: as root
+they are named as seen inside; the session's daemon starts in the log's directory.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+from hypervisors.files import make_directory, open_new
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
 
@@ -76,7 +80,7 @@ class PrivateLibvirt:
                 if not self.running():
                     self._start()
         mode = "system" if self._root else "session"
-        return f"qemu+unix:///{mode}?socket={quote(str(self._socket))}"
+        return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
 
     def machines_running(self) -> tuple[str, ...]:
         """Names of the guests that live, whether or not the daemon does."""
@@ -146,7 +150,7 @@ class PrivateLibvirt:
 
     @property
     def _log(self) -> Path:
-        return self._directory / "libvirtd.log"
+        return self._directory / "log" / "libvirtd.log"
 
     def _check_lengths(self) -> None:
         longest = self._socket
@@ -201,7 +205,6 @@ class PrivateLibvirt:
     def _order_as_root(self, daemon: str) -> dict[str, object]:
         uid = qemu_user()
         ours, run = self._directory, self._run
-        self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711)
         # QEMU's user passes through these on its way to its monitor socket and console log
         places = {
             ours / "etc": "/etc/libvirt",
@@ -211,10 +214,9 @@ class PrivateLibvirt:
             run: "/run/libvirt",
         }
         for path, host in places.items():
-            path.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o755)
-            Path(host).mkdir(parents=True, exist_ok=True)  # empty: a place to lay ours over
-        ours.chmod(0o711)
+            make_directory(path, mode=0o711)
+            path.chmod(0o711)  # of one that was killed before it could
+            make_directory(Path(host), mode=0o755)  # empty: a place to lay ours over
         qemu_conf = [
             f'user = "+{uid}"',
             f'group = "+{uid}"',
@@ -225,9 +227,9 @@ class PrivateLibvirt:
             "namespaces = []",
             "cgroup_controllers = []",
         ]
-        (ours / "etc/qemu.conf").write_text("\n".join([*qemu_conf, ""]))
+        _write(ours / "etc/qemu.conf", qemu_conf)
         conf = self._write_conf(
-            [f'unix_sock_dir = "{run}"', 'auth_unix_rw = "none"', 'auth_unix_ro = "none"']
+            'auth_unix_ro = "none"', f'unix_sock_dir = "{places[run]}"', log=places[ours / "log"]
         )
         binds = [(str(path), host) for path, host in places.items()]
         binds += self._user_database(uid)
@@ -243,48 +245,52 @@ class PrivateLibvirt:
         else:
             return []
         lines = {
-            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin\n",
-            "group": f"{_QEMU_USER}:x:{uid}:\n",
+            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin",
+            "group": f"{_QEMU_USER}:x:{uid}:",
         }
         for name, line in lines.items():
-            text = Path("/etc", name).read_text()
+            text = Path("/etc", name).read_text(encoding="utf-8", errors="surrogateescape")
             copy = self._directory / "etc" / name
-            copy.write_text(text + ("" if text.endswith("\n") else "\n") + line)
-            copy.chmod(0o644)
+            _write(copy, [text.rstrip("\n"), line], mode=0o644)
         return [(str(self._directory / "etc" / name), f"/etc/{name}") for name in lines]
 
     def _order_as_user(self, daemon: str) -> dict[str, object]:
         ours, short = self._directory, self._runtime / "c"
-        for path in (self._runtime, ours / "etc/libvirt/qemu", self._run / "libvirt", self._cache):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in (ours / "etc/libvirt/qemu", ours / "log", self._run / "libvirt", self._cache):
+            make_directory(path, mode=0o700)
         # The guests' monitor sockets are below XDG_CONFIG_HOME: reach it by a short name.
         if not short.is_symlink() or short.readlink() != ours / "etc":
             short.unlink(missing_ok=True)
             short.symlink_to(ours / "etc")
-        (ours / "etc/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
+        _write(ours / "etc/libvirt/qemu.conf", ['stdio_handler = "file"'])
         env = {
             "XDG_CONFIG_HOME": str(short),
             "XDG_CACHE_HOME": str(self._cache),
             "XDG_RUNTIME_DIR": str(self._run),
             "XDG_DATA_HOME": str(ours / "data"),
         }
-        conf = self._write_conf(['auth_unix_rw = "none"'])
+        conf = self._write_conf()
         return self._order(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
 
-    def _write_conf(self, lines: list[str]) -> Path:
+    def _write_conf(self, *lines: str, log: str = "") -> Path:
+        """``log``: the directory of its log, as it is seen there; "": where it starts."""
         conf = self._directory / "etc/libvirtd.conf"
+        outputs = f"3:file:{Path(log, self._log.name)}"
         # libvirtd's own default is 0777, trusting polkit: here only the owner may talk to it.
-        lines = [*lines, 'unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"']
-        conf.write_text("\n".join([*lines, f'log_outputs = "3:file:{self._log}"', ""]))
+        perms = ('unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"')
+        _write(conf, [*lines, 'auth_unix_rw = "none"', *perms, f'log_outputs = "{outputs}"'])
         return conf
 
     def _order(
         self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
     ) -> dict[str, object]:
         over = self._runtime / "k"
-        over.mkdir(exist_ok=True)
+        make_directory(over, mode=0o711)
         argv = [daemon, "-d", "-f", str(conf), "-p", str(self._pidfile)]
-        return {"argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds}
+        start = str(self._log.parent)
+        return {
+            "argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds, "start": start,
+        }  # fmt: skip
 
     # -- the processes ----------------------------------------------------------------------------
 
@@ -307,7 +313,7 @@ class PrivateLibvirt:
         whether the one we hold is still the one there."""
         path = self._runtime / "lock"
         while True:
-            self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711 if self._root else 0o700)
+            make_directory(self._runtime, mode=0o711 if self._root else 0o700)
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             except FileNotFoundError:
@@ -332,6 +338,11 @@ def qemu_user() -> int:
         return pwd.getpwnam(_QEMU_USER).pw_uid
     except KeyError:
         return _QEMU_UID
+
+
+def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
+    with open_new(path, mode=mode) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
 
 
 def _pid(path: Path) -> int | None:

@@ -34,6 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
+from hypervisors.files import make_directory
 from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
 from hypervisors.qcow2_leftovers import CHECKPOINT, find_leftovers, half_made, marks
 from hypervisors.qcow2_store import (
@@ -162,7 +163,7 @@ class Qcow2Disks:
                 f"{format_size(template.size)}",
                 remedy="leave 'disk' out, or make it at least as large",
             )
-        self._vms.mkdir(parents=True, exist_ok=True, mode=0o711)
+        make_directory(self._vms, mode=0o711)
         if self._reader is not None:
             reachable(self._vms, self._reader)
         self._need(0, f"the disk of {machine}")
@@ -176,7 +177,7 @@ class Qcow2Disks:
             mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
             self._step(f"clone the disk of {machine} from {template.label}")
             with self._temporary(self._vms, machine) as fresh:
-                fresh.mkdir(mode=0o711)
+                make_directory(fresh, mode=0o711)
                 write_durably(fresh / "owner.json", mark.document())
                 self._write_overlay(fresh / "disk.qcow2", mark.size, self._backing(mark, CLEAN))
                 sync(fresh)
@@ -419,7 +420,7 @@ class Qcow2Disks:
     def _temporary(self, directory: Path, name: str) -> Iterator[Path]:
         """A name under construction in ``directory``; goes at the end, unless renamed. The lock on
         its .lock twin tells the living from the dead."""
-        directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        make_directory(directory, mode=0o711)
         path = directory / f"{NEW}{secrets.token_hex(4)}-{name}"
         with FileLock(path.with_name(path.name + ".lock")).hold(remove=True):
             try:

@@ -115,8 +115,9 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def write_new(path: Path, data: bytes, *, mode: int) -> None:
     """A new file whose bytes are on the disk when this returns; its name isn't yet."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
+        os.fchmod(handle, mode)
         left = memoryview(data)
         while left:
             left = left[os.write(handle, left) :]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hypervisors.api import Pulse
+from hypervisors.files import open_to_append
 from hypervisors.progress import Progress
 from inventory.errors import CommandFailed, TimedOut, UsageError
 
@@ -126,7 +127,7 @@ class Runner:
     ) -> Result:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
-        sink = log.open("ab") if log else None
+        sink = open_to_append(log) if log else None
         try:
             process = subprocess.Popen(
                 args,

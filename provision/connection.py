@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 import asyncssh
 
+from hypervisors.files import make_directory, open_new
 from hypervisors.run import Runner, hang_up
 from inventory.errors import Conflict, DriverFailed, NotFound, Unsupported, UsageError
 from provision.dial import dial, facts
@@ -289,11 +290,11 @@ class Connection:
     async def get(self, patterns: Sequence[str], directory: Path) -> tuple[Moved, ...]:
         """Fetch files into ``directory``: each appears there complete and verified, or not at all."""
         files = await self.list(patterns)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory, mode=0o755)
         for file in files:
             part = directory / f".{file.name}.{secrets.token_hex(4)}.part"
             try:
-                with part.open("wb") as out:
+                with open_new(part) as out:
                     async with self._reading(file.path) as read:
                         digest = await _copy(read, _into(out))
                     out.flush()

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import asyncssh
 
+from hypervisors.files import make_directory, open_to_append
 from hypervisors.progress import Progress
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
 from provision.remote import Endpoint, Ready
@@ -291,9 +292,9 @@ def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
 def _remember(endpoint: Endpoint, key: str) -> None:
     """Appended in one write, so that two processes don't mix their lines."""
     path = _known_hosts(endpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n")
+    make_directory(path.parent, mode=0o700)
+    with open_to_append(path) as file:
+        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n".encode())
 
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:

@@ -134,9 +134,9 @@ class Locks:
         path = self._path(name)
         while True:
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
-                make_directory(self._directory, mode=0o755)
+                make_directory(self._directory, mode=0o700)
                 continue
             except OSError as error:
                 raise file_error(error, path, "open the lock") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner
+from hypervisors.ssh_words import path_option
 from inventory.errors import NotFound, Unsupported, UsageError
 from inventory.model import Farm, Host
 from provision import identity
@@ -475,14 +476,15 @@ class Site:
         endpoint = self.endpoint(vm)
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
-            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths)}"'
+            known = identity.known_hosts(self.paths)
             options["HostKeyAlias"] = self.machine(vm)
             options["StrictHostKeyChecking"] = "yes"
         else:
             known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
-            options["UserKnownHostsFile"] = f'"{known}"'
             options["StrictHostKeyChecking"] = "accept-new"
-        argv = ["ssh", "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
+        argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
+        argv += path_option("IdentityFile", endpoint.key)
+        argv += path_option("UserKnownHostsFile", known)
         for key, value in options.items():
             argv += ["-o", f"{key}={value}"]
         return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 from hypervisors.api import Console, Disks, Leftover, Owner, Template
 from hypervisors.far.wire import Pipe, decode, encode
+from hypervisors.files import UMASK, make_directory
 from hypervisors.kvm_trust import KvmTrust
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.memory import memory_available
@@ -243,7 +244,7 @@ class Host:
         """It holds the machine's host key: 0600, for who opens it and nobody else."""
         seed = self._seed(machine)
         for directory in (self._home.seeds, self._home.consoles):
-            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            make_directory(directory, mode=0o711)
         if self._reader is not None:
             os.chown(file, self._reader, -1)
         file.replace(seed)
@@ -312,7 +313,7 @@ class Files:
         self._failed: dict[str, OSError] = {}
 
     def new(self, name: str) -> Path:
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        make_directory(self._directory, mode=0o711)
         path = self._directory / f"{os.getpid()}-{threading.get_ident()}-{Path(name).name}"
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._open[str(path)] = os.fdopen(handle, "wb")
@@ -352,7 +353,7 @@ def presence(directory: Path) -> Iterator[Callable[[], None]]:
     asker was heard from. Enters when every other agent of this farm that was there before has ended, or
     was heard from since: one whose asker was cut off ends soon, and until then it may still be changing
     what we are asked to recover."""
-    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    make_directory(directory, mode=0o711)
     mine = directory / f"far-{os.getpid()}"
     handle = os.open(mine, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -390,6 +391,7 @@ def _wait_for(other: Path, since: tuple[int, int]) -> None:
 
 def main(home: Callable[[str], Home]) -> None:
     """Standard output is the frames' alone: what a library prints goes to standard error."""
+    os.umask(UMASK)
     outgoing = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     pipe = Pipe(sys.stdin.buffer, outgoing)

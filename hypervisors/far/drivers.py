@@ -30,6 +30,7 @@ from hypervisors.api import (
     WatchedDisks,
 )
 from hypervisors.far.link import Link
+from hypervisors.files import make_directory, open_new
 from hypervisors.opening import store_kind
 
 
@@ -252,8 +253,9 @@ class FarHypervisor:
         log = None
         if text:
             log = self._console_log(name)
-            log.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-            log.write_text(text, encoding="utf-8")
+            make_directory(log.parent, mode=0o711)
+            with open_new(log) as file:
+                file.write(text.encode())
         return Console(argv=self._terminal(found.argv) if found.argv else (), log=log)
 
     def pulse(self, name: str) -> Pulse | None:
