@@ -13,7 +13,7 @@ from typing import BinaryIO
 from inventory.errors import FarmhandError, NoSpace, WrongState
 
 UMASK = 0o022
-"""Of every command: programs that we start expect the usual one, and nobody else writes what we forgot."""
+"""Of every command: programs that we start expect the usual one; and what we forget, only we may write."""
 
 
 def file_error(error: OSError, path: Path, what: str) -> FarmhandError:

@@ -72,7 +72,7 @@ class PrivateLibvirt:
         """The connection URI; starts the daemon if it isn't running (0.1-0.3 s, else 0.1 ms).
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
-        self._check_lengths()
+        check_runtime(self._runtime)
         if not self.running() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
@@ -123,7 +123,7 @@ class PrivateLibvirt:
 
     @property
     def _socket(self) -> Path:
-        return self._run / "libvirt-sock" if self._root else self._run / "libvirt" / "libvirt-sock"
+        return _socket(self._runtime, root=self._root)
 
     @property
     def _blind(self) -> Path:
@@ -151,21 +151,6 @@ class PrivateLibvirt:
     @property
     def _log(self) -> Path:
         return self._directory / "log" / "libvirtd.log"
-
-    def _check_lengths(self) -> None:
-        longest = self._socket
-        if not self._root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
-            domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
-            longest = max(
-                longest,
-                self._runtime / "c/libvirt/qemu/lib" / domain / "monitor.sock",
-                key=lambda p: len(os.fsencode(p)),
-            )
-        if (length := len(os.fsencode(longest))) > _SOCKET_PATH_MAX:
-            raise DriverFailed(
-                f"{self._runtime}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
-                remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
-            )
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -330,6 +315,31 @@ class PrivateLibvirt:
                     return
             finally:
                 os.close(handle)
+
+
+def check_runtime(directory: Path) -> None:
+    """That a daemon's sockets can lie there. DriverFailed where they can't."""
+    root = os.geteuid() == 0
+    sockets = [_socket(directory, root=root)]
+    if not root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
+        domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
+        sockets.append(directory / "c/libvirt/qemu/lib" / domain / "monitor.sock")
+        # and it probes QEMU with -qmp unix:PATH,server=on, and PATH as it is (qemuProcessQMPLaunch)
+        if not {",", "="}.isdisjoint(str(directory)):
+            raise DriverFailed(
+                f"{directory}: libvirt can't name a socket there to QEMU, for its ',' or '='",
+                remedy="set FARMHAND_RUNTIME_DIR to a path without",
+            )
+    length = max(len(os.fsencode(path)) for path in sockets)
+    if length > _SOCKET_PATH_MAX:
+        raise DriverFailed(
+            f"{directory}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
+            remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
+        )
+
+
+def _socket(runtime: Path, *, root: bool) -> Path:
+    return runtime / "run" / ("libvirt-sock" if root else "libvirt/libvirt-sock")
 
 
 def qemu_user() -> int:

@@ -52,6 +52,8 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
         templates = _Templates(site)
         machines = {vm: look(site, vm) for vm in names}
         missing = [vm for vm in names if machines[vm] is None and can_power(site, vm)]
+        for host in dict.fromkeys(map(site.farm.host_of, missing)):
+            site.check_places(host)
         _check_space(site, missing)
         to_start = [
             vm

@@ -462,6 +462,7 @@ def _store(site: Site, name: str) -> Iterator[Check]:
         return
     notes: tuple[str, ...] = ()
     try:
+        site.check_places(name)
         store = site.disks(name)
         room = store.capacity()
         if isinstance(store, WatchedDisks):

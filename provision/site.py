@@ -211,6 +211,17 @@ class Site:
 
         return None if self._is_far(host) else reader_of(declared.driver, declared.uri)
 
+    def check_places(self, host: str) -> None:
+        """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
+        if self.uses_private(host):
+            from hypervisors.private import check_runtime
+
+            check_runtime(self.paths.runtime)
+        if (reader := self.reader_uid(host)) is not None:
+            from hypervisors.qcow2_store import reachable
+
+            reachable(self.paths.root, reader)
+
     def _is_far(self, host: str) -> bool:
         declared = self.farm.hosts[host]
         return declared.driver in _LIBVIRT and is_far(declared.uri)
