@@ -13,7 +13,18 @@ from typing import BinaryIO
 from inventory.errors import FarmhandError, NoSpace, WrongState
 
 UMASK = 0o022
-"""Of every command: programs that we start expect the usual one; and what we forget, only we may write."""
+"""Of every command: programs that we start expect the usual one; what we forget, only we may write."""
+
+
+_REMEDIES = {
+    errno.EACCES: "check owner and permissions of {directory} and those above it",
+    errno.EPERM: "check owner, permissions and attributes (lsattr) of what is in {directory}",
+    errno.EROFS: "{directory} is mounted read-only: see findmnt, and why in dmesg",
+    errno.ENOTDIR: "a file is where a directory should be: move it away",
+    errno.EISDIR: "a directory is where a file should be: move it away",
+    errno.EEXIST: "something else has that name: move it away",
+    errno.EIO: "see dmesg: the disk below {directory} may be failing",
+}
 
 
 def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
@@ -22,7 +33,8 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
     message = f"cannot {what} {path}: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
-    return WrongState(message, remedy=f"check owner, permissions and mount of {path.parent}")
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return WrongState(message, remedy=remedy.format(directory=path.parent))
 
 
 def make_directory(path: Path, *, mode: int) -> None:

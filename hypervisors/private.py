@@ -29,7 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from hypervisors.files import make_directory, open_new
+from hypervisors.files import file_error, make_directory, open_new
+from hypervisors.hints import NAMESPACES, ROOM, hint
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
 
@@ -163,10 +164,11 @@ class PrivateLibvirt:
             )
         for path in (self._socket, self._pidfile):
             path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
-        order = self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        order = self._order(daemon)
+        before = self._log.stat().st_size if self._log.exists() else 0
         self._blind.unlink(missing_ok=True)
         if self._hide_kvm:
-            self._blind.touch()
+            self._blind.touch(mode=0o600)
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:
@@ -174,18 +176,27 @@ class PrivateLibvirt:
                 sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
-            tail = _tail(self._log)
+            logged = _tail(self._log, before)
+            said = [*error.stderr.strip().splitlines(), *logged]
+            known = hint("\n".join(said), (ROOM, *NAMESPACES), directory=self._directory)
             raise DriverFailed(
-                f"the private libvirtd did not start: {(tail or [error.message])[-1]}",
-                remedy=f"see {self._log}; as root it needs CAP_SYS_ADMIN (a container: --privileged)",
-                detail="\n".join([error.detail, *tail]),
+                f"the private libvirtd did not start: {known.line or (said or [error.message])[-1]}",
+                remedy=known.remedy or (f"see {self._log}" if logged else ""),
+                detail="\n".join([error.detail, *logged]),
             ) from error
         if not self.running():
             raise DriverFailed(
                 "the private libvirtd ended right after its start",
                 remedy=f"see {self._log}",
-                detail="\n".join(_tail(self._log)),
+                detail="\n".join(_tail(self._log, before)),
             )
+
+    def _order(self, daemon: str) -> dict[str, object]:
+        """What ``_enclose`` is to do; all that it needs is made. NoSpace, WrongState."""
+        try:
+            return self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        except OSError as error:
+            raise file_error(error, Path(error.filename or self._directory), "write") from error
 
     def _order_as_root(self, daemon: str) -> dict[str, object]:
         uid = qemu_user()
@@ -219,7 +230,7 @@ class PrivateLibvirt:
         binds = [(str(path), host) for path, host in places.items()]
         binds += self._user_database(uid)
         kvm = "hide" if self._hide_kvm else f"uid:{uid}"
-        return self._order(daemon, conf, {}, kvm, binds)
+        return self._order_of(daemon, conf, {}, kvm, binds)
 
     def _user_database(self, uid: int) -> list[tuple[str, str]]:
         """Copies of passwd and group in which QEMU's user exists; none needed where it does."""
@@ -255,7 +266,7 @@ class PrivateLibvirt:
             "XDG_DATA_HOME": str(ours / "data"),
         }
         conf = self._write_conf()
-        return self._order(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
+        return self._order_of(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
 
     def _write_conf(self, *lines: str, log: str = "") -> Path:
         """``log``: the directory of its log, as it is seen there; "": where it starts."""
@@ -266,7 +277,7 @@ class PrivateLibvirt:
         _write(conf, [*lines, 'auth_unix_rw = "none"', *perms, f'log_outputs = "{outputs}"'])
         return conf
 
-    def _order(
+    def _order_of(
         self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
     ) -> dict[str, object]:
         over = self._runtime / "k"
@@ -400,8 +411,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path, start: int) -> list[str]:
+    """The last lines of what was written after the first ``start`` bytes."""
     try:
-        return path.read_text(errors="replace").splitlines()[-5:]
+        return path.read_bytes()[start:].decode(errors="replace").splitlines()[-5:]
     except OSError:
         return []

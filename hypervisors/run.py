@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hypervisors.api import Pulse
+from hypervisors.files import file_error, open_to_append
 from hypervisors.files import open_to_append
 from hypervisors.progress import Progress
 from inventory.errors import CommandFailed, TimedOut, UsageError
@@ -127,7 +128,11 @@ class Runner:
     ) -> Result:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
-        sink = open_to_append(log) if log else None
+        try:
+            sink = open_to_append(log) if log else None
+        except OSError as error:
+            assert log
+            raise file_error(error, log, "write") from error
         try:
             process = subprocess.Popen(
                 args,
@@ -137,7 +142,7 @@ class Runner:
                 env={**os.environ, **_LOCALE, **(env or {})},
                 start_new_session=True,  # so that a time-out ends its children too
             )
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             raise _not_there(args, error) from error
         finally:
             if sink:
@@ -184,10 +189,13 @@ class Runner:
 
 
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
+    """Also where what fails is not the program: its standard input, /dev/null."""
+    where = f"{error.filename}: " if error.filename not in (None, argv[0]) else ""
+    absent = isinstance(error, FileNotFoundError) and not where
     return CommandFailed(
-        f"cannot run {argv[0]}: {error.strerror}",
+        f"cannot run {argv[0]}: {where}{error.strerror}",
         argv=argv,
-        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}",
+        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}" if absent else "",
     )
 
 
