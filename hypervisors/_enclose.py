@@ -130,4 +130,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as problem:
-        sys.exit(str(problem))
+        sys.exit(": ".join(str(part) for part in (problem.filename, problem.strerror) if part))

@@ -164,7 +164,7 @@ def build_image(
 
 
 _SOURCES = "the mirrors in /etc/apt/sources.list and sources.list.d"
-_MIRRORS = (  # what apt says of one
+MIRRORS = (  # what apt says of one
     (
         r"gpgv\S* .*required for verification, but neither seems installed",
         "as root: apt-get install gpgv; where it is there, everybody must be able to write to /dev/null",
@@ -204,7 +204,7 @@ def _hints(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What a build's output tells, and what to do about it: of mmdebstrap 1.3, apt 2.6, unshare 2.38."""
     yield ROOM
     yield from NAMESPACES
-    yield from _MIRRORS
+    yield from MIRRORS
     file = _RECIPES / f"{recipe.name}.yaml"
     own = load_recipe(recipe.name) if file.is_file() else recipe
     names = "|".join(map(re.escape, (*own.packages, own.kernel, recipe.kernel)))

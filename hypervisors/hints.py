@@ -21,7 +21,7 @@ def hint(said: str, known: Iterable[tuple[str, str]], **facts: object) -> Hint:
     explains the rest comes first. A remedy may name the pattern's {groups}, and ``facts``."""
     for pattern, remedy in known:
         if match := re.search(pattern, said, re.MULTILINE):
-            begin, end = said.rfind("\n", 0, match.start()) + 1, said.find("\n", match.end())
+            begin, end = said.rfind("\n", 0, match.start()) + 1, said.find("\n", match.start())
             line = " ".join(said[begin : end if end >= 0 else None].split())
             return Hint(line, remedy.format(**facts, **match.groupdict()))
     return Hint()

@@ -111,7 +111,7 @@ def test_an_address_is_ssh_s() -> None:
     argv = there.argv(("python3", "-c", "a b"))
     assert argv[0] == "ssh" and argv[-3:] == ("--", "dom0.lan", "python3 -c 'a b'")
     assert "BatchMode=yes" in argv
-    for words in (["-p", "2222"], ["-l", "root"], ["-i", "/k y"]):
+    for words in (["-p", "2222"], ["-l", "root"], ["-o", 'IdentityFile="/k y"']):
         assert any(list(argv[n : n + 2]) == words for n in range(len(argv)))
     assert far("qemu+ssh://h/system?socket=/run/s").uri == "qemu+unix:///system?socket=/run/s"
 
