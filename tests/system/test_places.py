@@ -1,5 +1,5 @@
-"""A VM under a private libvirtd, whatever the umask and the directories' names, as root and as an ordinary
-user; and each thing that was made has the mode that we mean it to have."""
+"""A VM under a private libvirtd, whatever the umask and the directories' names, as root and as an
+ordinary user; and each thing that was made has the mode that we mean it to have."""
 
 from __future__ import annotations
 
