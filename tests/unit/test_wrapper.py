@@ -133,6 +133,16 @@ def test_an_incomplete_checkout_is_named(tmp_path: Path) -> None:
     assert f"farmhand: the checkout at {place} is not complete" in done.stderr
 
 
+def test_whatever_the_umask_what_is_made_is_for_others_to_read_at_most(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    body = "print(open('/proc/self/status').read())"
+    task = f"from invoke import task\n\n\n@task\ndef hello(c):\n    {body}\n"
+    (place / "tasks.py").write_text(task)
+    env = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    for umask in (0o000, 0o077):
+        assert "\nUmask:\t0022\n" in run(place / "invoke", "hello", env=env, umask=umask).stdout
+
+
 def test_a_directory_that_python_can_not_use_is_refused_beforehand(tmp_path: Path) -> None:
     place = checkout(tmp_path)
     for name in ("a:b", "a\nb"):
