@@ -96,12 +96,12 @@ def main() -> None:
             _cover_kvm(order["kvm"], order["over"])
         except OSError as error:  # user namespaces are switched off: slower, not wrong
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")
-    os.chdir(order["start"])
+    os.chdir("/")
     os.umask(0o077)
-    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}))
+    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}, order["start"]))
 
 
-def _start(argv: list[str], env: dict[str, str]) -> int:
+def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
     """The exit status of the daemon's own start; the reaper lives on in a session of its own."""
     told, tell = os.pipe()
     if os.fork():
@@ -112,6 +112,7 @@ def _start(argv: list[str], env: dict[str, str]) -> int:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
     pid = os.fork()
     if pid == 0:
+        os.chdir(directory)
         os.execve(argv[0], argv, env)  # noqa: S606
     _, status = os.waitpid(pid, 0)
     null = os.open(os.devnull, os.O_RDWR)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hypervisors.hints import NAMESPACES, ROOM, hint
+from hypervisors.hints import NAMESPACES, ROOM, Hint, hint
 from hypervisors.images import convert
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError, WrongState
@@ -151,7 +151,7 @@ def build_image(
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         lines = text.splitlines()
         end = "\n".join(lines[-60:])
-        found = hint(end, _hints(recipe), directory=scratch.parent, suite=recipe.suite)
+        found = _hint(end, recipe, scratch.parent)
         raise CommandFailed(
             f"recipe {recipe.name} can't be built: {found.line or error.message}",
             argv=error.argv, status=error.status, stderr=error.stderr,
@@ -200,16 +200,22 @@ MIRRORS = (  # what apt says of one
 )
 
 
-def _hints(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What a build's output tells, and what to do about it: of mmdebstrap 1.3, apt 2.6, unshare 2.38."""
+def _hint(said: str, recipe: Recipe, directory: Path) -> Hint:
+    """What to do about the end of a build's output. ``directory``: where it had its scratch directory."""
+    file = _RECIPES / f"{recipe.name}.yaml"
+    own = load_recipe(recipe.name) if file.is_file() else recipe
+    names = (*own.packages, own.kernel, recipe.kernel)
+    return hint(said, _known(names), directory=directory, suite=recipe.suite, file=file)
+
+
+def _known(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of mmdebstrap 1.3, apt 2.6, unshare 2.38. ``names``: the packages that the recipe itself wants."""
     yield ROOM
     yield from NAMESPACES
     yield from MIRRORS
-    file = _RECIPES / f"{recipe.name}.yaml"
-    own = load_recipe(recipe.name) if file.is_file() else recipe
-    names = "|".join(map(re.escape, (*own.packages, own.kernel, recipe.kernel)))
+    its = "|".join(map(re.escape, names))
     unknown = "E: (?:Unable to locate package|Package|Couldn't find any package by \\S+)"
-    yield rf"{unknown} '?(?:{names})'?(?:\s|$)", f"{{suite}} has no such package: look at {file}"
+    yield rf"{unknown} '?(?:{its})'?(?:\s|$)", "{suite} has no such package: look at {file}"
     yield (
         rf"{unknown} \S+",
         "{suite} has no such package: correct 'packages' of the template in the farm file",

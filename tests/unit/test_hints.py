@@ -15,7 +15,7 @@ import pytest
 from hypervisors import debian
 from hypervisors.debian import build_image, load_recipe
 from hypervisors.files import file_error
-from hypervisors.hints import Hint, hint
+from hypervisors.hints import Hint
 from hypervisors.run import Runner
 from inventory.errors import CommandFailed, NoSpace
 
@@ -139,9 +139,7 @@ SAID = {
 def test_what_builders_said(case: str) -> None:
     said, line, words = SAID[case]
     recipe = load_recipe("debian-12", packages=["no-such-package"])
-    found = hint(
-        said + END, debian._hints(recipe), directory=Path("/the/cache"), suite=recipe.suite
-    )
+    found = debian._hint(said + END, recipe, Path("/the/cache"))
     assert found.line == line
     for word in words:
         assert word in found.remedy
@@ -151,7 +149,7 @@ def test_what_builders_said(case: str) -> None:
 def test_where_nothing_is_known_there_is_no_hint() -> None:
     recipe = load_recipe("debian-12")
     said = "I: cleaning package lists and apt cache...\nE: the moon is in the wrong phase\n" + END
-    assert hint(said, debian._hints(recipe), directory=Path("/x"), suite="x") == Hint()
+    assert debian._hint(said, recipe, Path("/x")) == Hint()
 
 
 @pytest.fixture
