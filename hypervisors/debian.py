@@ -201,7 +201,7 @@ MIRRORS = (  # what apt says of one
 
 
 def _hint(said: str, recipe: Recipe, directory: Path) -> Hint:
-    """What to do about the end of a build's output. ``directory``: where it had its scratch directory."""
+    """What to do about the end of a build's output. ``directory``: of its scratch directory."""
     file = _RECIPES / f"{recipe.name}.yaml"
     own = load_recipe(recipe.name) if file.is_file() else recipe
     names = (*own.packages, own.kernel, recipe.kernel)
