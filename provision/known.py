@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import inventory
+from hypervisors.files import make_directory
 from inventory import plain
 from inventory.collector import without_collector
+from inventory.errors import FarmhandError
 from inventory.model import Farm
 from inventory.reading import read
 
@@ -37,7 +39,7 @@ def known_farm(path: Path, cache: Path) -> Farm:
     from inventory.loader import loads
 
     farm = loads(data, path)
-    with contextlib.suppress(OSError):  # a cache that can't be written costs time, no more
+    with contextlib.suppress(OSError, FarmhandError):  # it costs time, no more
         _keep(directory, name, plain.dumps(farm))
     return farm
 
@@ -71,7 +73,7 @@ def _kept(directory: Path, name: str) -> Farm | None:
 
 
 def _keep(directory: Path, name: str, text: bytes) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(directory, mode=0o700)
     with _opened(directory) as inside:
         fresh = f".{name}.{os.getpid()}.{threading.get_ident()}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -92,8 +92,9 @@ class Place:
                 os.chown(path, NOBODY, NOBODY)
 
     def __call__(self, *words: str) -> dict[str, object]:
+        invoke = [sys.executable, "-P", ROOT / "start.py", "--search-root", ROOT]
         done = subprocess.run(
-            [*self.drop, sys.executable, "-P", "-m", "invoke", "--search-root", ROOT, *words, "--json"],
+            [*self.drop, *invoke, *words, "--json"],
             cwd=self.directory / AWKWARD,
             env={
                 **{k: v for k, v in os.environ.items() if not k.startswith("FARMHAND_")},
