@@ -115,13 +115,17 @@ def build_image(
     tools = {name: _tool(name, package) for name, package in _TOOLS.items()}
     root = os.geteuid() == 0
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=out.parent))
-    # an ordinary user's namespace must be able to pass through, which a home directory may forbid
-    scratch = work if root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir=_SCRATCH))
+    # an ordinary user's namespace must be able to pass through, which a home directory may forbid; and
+    # apt can't be told of a path with a double quote
+    elsewhere = not root or '"' in str(work)
+    prefix = f"farmhand-{os.getuid()}-"
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=_SCRATCH)) if elsewhere else work
     try:
         _need_room(work)
+        if elsewhere:
+            _need_room(scratch)
         if not root:
             scratch.chmod(0o711)
-            _need_room(scratch)
             _check_unshare(runner)
         tree, mode = work / "root.tar", "root" if root else "unshare"
         _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log, out.parent)
@@ -258,10 +262,8 @@ def mounts_below(directory: Path, mountinfo: str) -> list[str]:
 
 def stale_scratch() -> tuple[Path, ...]:
     """This user's scratch directories outside the cache, for whoever holds the build lock to remove."""
-    if os.geteuid() == 0:
-        return ()
     found = _SCRATCH.glob(f"farmhand-{os.getuid()}-*")
-    return tuple(path for path in found if path.stat().st_uid == os.getuid())
+    return tuple(p for p in found if p.lstat().st_uid == os.getuid() and not p.is_symlink())
 
 
 _GRUB = Path("/usr/lib/grub/i386-pc")
