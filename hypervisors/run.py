@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from hypervisors.api import Pulse
 from hypervisors.files import file_error, open_to_append
-from hypervisors.files import open_to_append
 from hypervisors.progress import Progress
 from inventory.errors import CommandFailed, TimedOut, UsageError
 
