@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from hypervisors.files import make_directory, open_new
 from hypervisors.kvm_guest import EXIT_PORT, IMAGE, STAGES, STATUS, read_answer
 from hypervisors.run import Runner, which
-from inventory.errors import CommandFailed, TimedOut, UsageError
+from inventory.errors import CommandFailed, FarmhandError, TimedOut, UsageError
 
 # Seconds. Emulation takes 0.2, in a host that is emulated itself 10 to 60, and KVM then takes 5 to 25. A
 # wrong verdict would stay until the next boot.
@@ -116,10 +117,11 @@ def _remembered(cache: Path, qemu: str) -> KvmVerdict | None:
 
 
 def _remember(cache: Path, qemu: str, verdict: KvmVerdict) -> None:
-    with contextlib.suppress(OSError):  # a cache that can't be written costs time, no more
-        cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, FarmhandError):  # not written it costs time, no more
+        make_directory(cache, mode=0o711)
         fresh = _note(cache).with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": _key(qemu), **asdict(verdict)}))
+        with open_new(fresh, mode=0o644) as file:
+            file.write(json.dumps({"key": _key(qemu), **asdict(verdict)}).encode())
         fresh.replace(_note(cache))
 
 

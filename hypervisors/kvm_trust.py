@@ -12,7 +12,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypervisors.files import make_directory, open_new
 from hypervisors.kvm import distrust_kvm
+from inventory.errors import FarmhandError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -32,10 +34,11 @@ class KvmTrust:
     def prove(self) -> None:
         """One has."""
         if not self.proven():
-            with contextlib.suppress(OSError):  # as with verdicts: a cache that can't be written
-                self.cache.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError, FarmhandError):  # as with verdicts
+                make_directory(self.cache, mode=0o711)
                 fresh = self._note.with_suffix(f".{os.getpid()}")
-                fresh.write_text(_BOOT_ID.read_text())
+                with open_new(fresh, mode=0o644) as file:
+                    file.write(_BOOT_ID.read_bytes())
                 fresh.replace(self._note)
 
     def distrust(self, why: str) -> None:
