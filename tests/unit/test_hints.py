@@ -162,12 +162,14 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(debian, "write_sources", sources)
         monkeypatch.setattr(debian, "apt_settings", lambda _runner: "")
-        log = tmp_path / "build.log"
+        place = tmp_path / "a \"b\" c:d,e=%'"  # which apt can't be told of
+        place.mkdir(mode=0o711)
+        log = place / "build.log"
         recipe = replace(load_recipe("debian-12"), variant="custom")
         with pytest.raises(CommandFailed) as caught:
             build_image(
-                Runner(), recipe, size=2**30, out=tmp_path / "x.qcow2",
-                packages=tmp_path / "x.packages", log=log,
+                Runner(), recipe, size=2**30, out=place / "x.qcow2",
+                packages=place / "x.packages", log=log,
             )  # fmt: skip
         return caught.value, log
 
