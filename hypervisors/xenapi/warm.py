@@ -52,7 +52,7 @@ from inventory.sizes import format_size
 
 _ANY = "*"
 """In the mark ``resume``: no image of this machine is to be trusted, for VM.checkpoint is at work."""
-_NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY")
+_NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY", "VM_INCOMPATIBLE_WITH_THIS_HOST")
 """VM.resume has not begun."""
 
 
@@ -85,12 +85,10 @@ class Warm:
         return "" if self._suspend_sr() else "the pool has no suspend image SR: no warm checkpoints"
 
     def _suspend_sr(self) -> Mapping[str, Any] | None:
-        (pool,) = self.pool.call("pool.get_all_records").values()
-        if pool["suspend_image_SR"] != NULL:
-            with contextlib.suppress(XenApiError):  # it may name one that is no more
-                record: Mapping[str, Any] = self.pool.call("SR.get_record", pool["suspend_image_SR"])
-                return record
-        return None
+        """The pool may name one that is no more."""
+        records = look(self.pool.sessions, ["pool", "sr"]).records
+        ref = next((r["suspend_image_SR"] for r in records.values() if r and "suspend_image_SR" in r), "")
+        return records.get(ref)
 
     # -- there ------------------------------------------------------------------------------------
 

@@ -26,7 +26,17 @@ _BACK = {  # which field of whom names which field's owners
     ("SR", "VDIs"): ("VDI", "SR"),
     ("network", "VIFs"): ("VIF", "network"),
 }
-_STATE = ("objects", "_generation", "_stamps", "_gone", "_moments", "_versions", "_images", "harm")
+_STATE = (
+    "objects",
+    "_generation",
+    "_stamps",
+    "_gone",
+    "_moments",
+    "_versions",
+    "_images",
+    "_told_used",
+    "harm",
+)
 
 
 class Died(Exception):
@@ -46,6 +56,11 @@ class Knobs:
     slow: float = 0.0  # what a clone, snapshot or revert takes
     back_off: float = 0.0  # what a call that had to wait for another waits on top
     lazy_vbds: bool = False
+    dmc: bool = True  # the licence has Dynamic Memory Control
+    unfit: str = ""  # the error that assert_can_boot_here has, whatever the memory
+    late_halt: bool = False  # a shutdown answers with an error, and has worked a moment later
+    in_turn: float = 0.2  # what a storage change waits at most that met another in its SR: 19 s, scaled
+    task_time: float = 0.02  # seconds that a task takes at least; it changes all the while
     session_life: int = 0  # calls after which a session has expired; 0: never
     slave_of: str = ""  # told to whoever logs in, but for at the address ``master_at``
     master_at: str = ""
@@ -67,6 +82,8 @@ class Database:
         self._moments: dict[str, dict[str, Any]] = {}  # by snapshot, its VM's fields then
         self._versions: dict[str, str] = {}  # by VDI, what it holds
         self._images: dict[str, dict[str, str]] = {}  # by suspend image: by place, what the disks held
+        self._told_used: dict[str, int] = {}  # by VDI, its use at SM's last look
+        self.collisions = 0  # storage changes that met another in their SR
         self.harm: list[str] = []  # images that were resumed on disks which they weren't of
 
     def kept(self) -> dict[str, Any]:
@@ -133,7 +150,7 @@ class Database:
             if owner == class_:
                 told[name] = [r for r, other in self.objects[lister].items() if other[by] == ref]
         if class_ == "VDI":
-            told["physical_utilisation"] = self.contents.used(told["uuid"])
+            told["physical_utilisation"] = self._told_used.get(told["uuid"], 0)
         if class_ == "SR":
             mine = [v for v in self.objects["VDI"].values() if v["SR"] == ref]
             told["physical_utilisation"] = sum(self.contents.used(v["uuid"]) for v in mine)

@@ -14,7 +14,8 @@ come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["
 without an answer, before doing it or when it is done; ["answer-early"], for PUT, says that it did what
 it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
 forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
-and hangs up. "harm" has what went wrong within guests; "settle" waits
+and hangs up. "harm" has what went wrong within guests, "collisions" how
+often a storage change met another in its SR; "settle" waits
 until all tasks are over.
 Async.X counts as X, and fails in its task.
 """
@@ -126,7 +127,8 @@ class Server:
                 raise Failure(*how[1:])
             if how[:1] == ["block"]:
                 time.sleep(float(how[1]))
-            return handler(*typed)
+            with self.world.in_turn(plain, typed):
+                return handler(*typed)
 
         if how[:1] == ["dies"]:
             self.world.call_and_die(lambda: handler(*typed), int(how[1]) if how[1:] else 1)
@@ -161,6 +163,8 @@ class Server:
             return self.world.told()
         if request.get("settle"):
             self.world.settle()
+        if request.get("collisions"):
+            return self.world.collisions
         if request.get("harm"):
             return self.world.harm
         return self.faults.take_log() if request.get("log") else None
