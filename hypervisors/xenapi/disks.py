@@ -9,10 +9,12 @@ Reset does not use VM.revert: the server may destroy the old disks before it has
 Instead:
 
 1. grow: VM.clone of the checkpoint, under a name that is plainly temporary: a fresh disk.
-2. switch: the machine's marks are written, in one call; they name the fresh disk from then on.
+2. switch: the machine's marks are written, in one call; they name the fresh disk from then on; and the
+   server writes its database to its disk.
 3. settle: the old disk is destroyed, the fresh one attached, the temporary VM record removed.
 
-Killed before 2 it is the old state, after it the new; ``leftovers`` knows what 1 and 3 leave.
+Killed before 2 it is the old state, after it the new, also where the server loses what it had not
+written; ``leftovers`` knows what 1 and 3 leave.
 Warm checkpoints can't go this way: see ``warm``.
 """
 
@@ -116,7 +118,15 @@ class XenApiDisks:
             if vm is None or vm.kind != "machine" or vm.disk is None:
                 return None
             seen = self.pool.seen(vm)
-            return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen)
+            return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen) or self._lost(seen)
+
+    def _lost(self, seen: Seen) -> Disk | None:
+        """Of a machine whose own disk is gone: it can be put back to each checkpoint that it has."""
+        if seen.vm.disk is None or "template" not in seen.vm.marks:
+            return None
+        uuid, size = seen.vm.disk[0], seen.vm.marks.get("size", "0")
+        record = {"uuid": uuid, "virtual_size": size, "physical_utilisation": "0", "snapshots": []}
+        return self.disk(replace(seen, vdi=Vdi("", record)))
 
     def disk(self, seen: Seen) -> Disk:
         assert seen.vdi and seen.vm.owner
@@ -141,9 +151,10 @@ class XenApiDisks:
             for vm in vms:
                 if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
                     continue
-                vdi = self.pool.disk_among(vm, vdis.values())
-                if vdi is not None:
-                    found.append(self.disk(_from_lists(vm, vdi, vms)))
+                seen = _from_lists(vm, self.pool.disk_among(vm, vdis.values()), vms)
+                disk = self.disk(seen) if seen.vdi else self._lost(seen)
+                if disk is not None:
+                    found.append(disk)
             return sorted(found, key=lambda disk: disk.machine)
 
     def capacity(self) -> Capacity:
@@ -210,7 +221,8 @@ class XenApiDisks:
                 vdi = self._sized(vdi, size)
                 yield vm, vdi, {
                     "farm": owner.farm, "vm": owner.vm, "kind": "machine",
-                    "disk": f"{vdi.uuid} {vdi.ref}", "template": template.label, "base": "clean",
+                    "disk": f"{vdi.uuid} {vdi.ref}", "size": str(vdi.size),
+                    "template": template.label, "base": "clean",
                     "source": template.ref, "created": datetime.now(UTC).isoformat(),
                     "fresh": freshness(vdi),
                 }  # fmt: skip
@@ -268,6 +280,7 @@ class XenApiDisks:
                     self.pool.call("VM.set_name_label", snapshot.ref, f"{machine} {name}")
                     done[machine] = checkpoint_of(snapshot)
                 undo.pop_all()
+            self.pool.keep()
             return done
 
     def _snapshot(self, seen: Seen, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
@@ -281,9 +294,10 @@ class XenApiDisks:
         seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)
-        batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}"])
-        record, vdi = batch.records[ref], batch.records[seen.vdi.ref]
+        batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}", "vbd", "vdi"], seen.token)
+        record, vdi = batch.records[ref], batch.records.get(seen.vdi.ref, seen.vdi.record)
         assert record and vdi
+        self.pool.note_of(ref, batch)
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = Vm(ref, record)
@@ -309,7 +323,7 @@ class XenApiDisks:
                 seen for seen in everyone if (kept := seen.checkpoint(name)) and kept.marks.get("warm")
             ]
             if not warm:
-                return self.restore_seen([self._readied(seen) for seen in everyone], name)
+                return self.restore_seen([self._restorable(seen) for seen in everyone], name)
             if len(everyone) > 1:
                 raise Unsupported(
                     f"{warm[0].vm.name}'s checkpoint {name} is warm: it can't be put back with others",
@@ -351,10 +365,9 @@ class XenApiDisks:
             return [self._settled(swap) for swap in swaps]
 
     def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
-        assert seen.vdi
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
-        vdi = self._sized(vdi, seen.vdi.size)
+        vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))
         marks = {
             **seen.vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "",
             "fresh": seen.freshness(vdi),
@@ -410,11 +423,19 @@ class XenApiDisks:
             self.pool.call("VM.hard_shutdown", seen.vm.ref)
             seen = self.ours(machine)
         if seen.vdi is None:
-            raise NotFound(f"{machine} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            raise NotFound(f"{machine} has no disk", remedy=without_disk(seen))
         if not seen.in_place:
             self.pool.settle(seen)
             seen = self.ours(machine)
         return seen
+
+    def _restorable(self, seen: Seen) -> Seen:
+        """One whose own disk is gone is restored as any other."""
+        if seen.vm.disk and seen.vdi is None and not half_back(seen.vm, seen.checkpoints):
+            if seen.vm.power is not Power.STOPPED:
+                raise WrongState(f"{seen.vm.name} is not stopped", remedy="stop it first")
+            return seen
+        return self._readied(seen)
 
     def ours(self, machine: str) -> Seen:
         vm = self.pool.machine(machine)
@@ -451,11 +472,22 @@ class XenApiDisks:
     def leftovers(self) -> Sequence[Leftover]:
         return self._remains.leftovers()
 
+    def doubtful(self) -> Sequence[str]:
+        return self._remains.doubtful()
+
     def discard(self, leftover: Leftover) -> None:
         self._remains.discard(leftover)
 
 
-def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
+def without_disk(seen: Seen) -> str:
+    """What to do about a machine that has none."""
+    if seen.vm.disk is None:
+        return "destroy it, then ./invoke clone-farm"
+    last, vm = seen.checkpoint_names[-1], seen.vm.marks["vm"]
+    return f"its storage has lost it: ./invoke reset --vm {vm} --to {last} gives it a new one"
+
+
+def _from_lists(vm: Vm, vdi: Vdi | None, vms: Sequence[Vm]) -> Seen:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref

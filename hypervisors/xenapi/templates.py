@@ -108,12 +108,13 @@ class Templates:
                 }  # fmt: skip
                 call("VM.set_other_config", vm, made.other_config(sealed))
                 call("VM.set_name_label", vm, label)
+                self.pool.keep()
             except BaseException:
                 if vm:
                     self.pool.undo(vm)
                 if vdi:
                     with contextlib.suppress(XenApiError, FarmhandError):
-                        self.pool.ignoring_gone("VDI.destroy", vdi)
+                        self.pool.destroy_vdi(vdi)
                 raise
         return replace(template, ref=f"{made.uuid} {vm}")
 
