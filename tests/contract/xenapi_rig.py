@@ -26,6 +26,7 @@ from hypervisors.api import MachineSpec, Nic, Owner, Template, no_step
 from hypervisors.run import Runner
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Server, Sessions, connection
 
@@ -129,7 +130,8 @@ class XenApiRig:
         return made
 
     def pool(self, farm: str = FARM, **options: Any) -> Pool:
-        return Pool(self.sessions(), farm, sr=self.server.sr, **options)
+        notes = Notes(self.place / "notes")
+        return Pool(self.sessions(), farm, sr=self.server.sr, notes=notes, **options)
 
     def disks(self, farm: str = FARM, *, step=no_step, **options: Any) -> XenApiDisks:
         return XenApiDisks(self.pool(farm), Runner(), step=step, **options)

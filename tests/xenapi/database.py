@@ -163,7 +163,7 @@ class Database:
             self._stale[ref] = (told["memory_actual"], left - 1)
             if left <= 1:
                 del self._stale[ref]
-                self._touch("VM_metrics", ref)
+            self._touch("VM_metrics", ref)  # they are looked at again by themselves
         if class_ == "SR":
             mine = [v for v in self.objects["VDI"].values() if v["SR"] == ref]
             told["physical_utilisation"] = sum(self.contents.used(v["uuid"]) for v in mine)

@@ -15,7 +15,7 @@ without an answer, before doing it or when it is done; ["answer-early"], for PUT
 it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
 forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
 and hangs up; ["cut", PARTS] is the same, and takes what of the database wasn't written to its disk.
-"harm" has what went wrong within guests; "settle" waits until all tasks are over.
+"cut" does that now. "harm" has what went wrong within guests; "settle" waits until all tasks are over.
 Async.X counts as X, and fails in its task.
 """
 
@@ -153,6 +153,8 @@ class Server:
             self.faults.want(request["fail"])
         if request.get("keep"):
             self._kept = self.world.kept()
+        if request.get("cut"):
+            self.world.call_and_die(lambda: None, lost=True)
         if request.get("put_back"):
             self.world.put_back(self._kept)
         if request.get("expire"):
