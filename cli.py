@@ -5,34 +5,46 @@ itself, and turns every ending into one of four: a result on stdout; one line an
 for what an admin can cause; one line and a file with the traceback for what only we can cause; and a
 word on how to go on after Ctrl-C. Options reach a task as strings and are judged here, since invoke's
 own conversion (``--count abc``) shows a traceback.
+
+The exit status tells what was done, whoever reads: a failed build is 1 also where nobody does. A result
+that nobody takes (stdout closed, ``| head``) is dropped. One that was wanted and is lost (a full disk)
+is said, with what was done all the same, and makes a good end 74. Signals that are ignored when
+we start (``nohup``, ``&`` in a script) stay ignored.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import inspect
 import json as jsonlib
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
+from hypervisors.files import UMASK
 from inventory.errors import (
     FarmhandError,
     Interrupted,
     InventoryError,
     NotFound,
+    Several,
     Unsupported,
     UsageError,
 )
+
+import streams
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,6 +55,7 @@ if TYPE_CHECKING:
     from screen import Screen
 
 ROOT = Path(__file__).resolve().parent
+_TASKS: set[str] = set()  # names of those that @command made; each takes --farm
 DEFECT = 70  # EX_SOFTWARE of sysexits.h(3head)
 
 _COMMON_HELP = {
@@ -50,10 +63,6 @@ _COMMON_HELP = {
     "json": "Print one JSON object on stdout, also for an error.",
     "plan": "Show what would be done, and do nothing.",
 }
-
-# invoke prints lists and help by itself, and a traceback when their reader (head, less) leaves early.
-if not {"-l", "--list", "-h", "--help"}.isdisjoint(sys.argv):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +112,16 @@ class Run:
         here = Path.cwd() / "farm.yaml"
         return here if here.is_file() else ROOT / "inventory" / "default.yaml"
 
-    def site(self) -> Site:
-        """The farm, opened. A context manager."""
+    def site(self, *, plan: bool = False) -> Site:
+        """The farm, opened, with ``plan`` for looking only. A context manager."""
         from provision.site import open_site
 
-        return open_site(self.farm_file(), reporter=self.screen, plan=self.plan)
+        return open_site(self.farm_file(), reporter=self.screen, plan=plan or self.plan)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is to change anything."""
+        return self.changes and not self.plan
 
     def close(self) -> None:
         if self._screen is not None:
@@ -127,6 +141,7 @@ def command(
     texts = dict(help or {})
 
     def decorate(body: Callable[..., Result | None]) -> object:
+        _TASKS.add(name or body.__name__.replace("_", "-"))
         own = list(inspect.signature(body).parameters.values())
         flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
         extra = [
@@ -145,7 +160,8 @@ def command(
                 plan=bool(options.pop("plan", False)),
                 changes=plans,
             )
-            _carry_out(run, functools.partial(body, run, **options))
+            work = functools.partial(body, run, **options)
+            _carry_out(run, functools.partial(_naming_the_farm, run, work))
 
         shell.__signature__ = inspect.Signature(own[:1] + own[1:] + extra)  # type: ignore[attr-defined]
         return invoke_task(
@@ -156,6 +172,37 @@ def command(
         )(shell)
 
     return decorate
+
+
+def with_farm(text: str, run: Run) -> str:
+    """The text with ``--farm`` in each ``./invoke TASK`` of it, where without it the same words would be
+    about another farm."""
+    try:
+        path = run.farm_file()
+        if not run.farm or path == replace(run, farm="").farm_file():
+            return text
+    except FarmhandError:  # there is no such farm: nothing is to be typed about it
+        return text
+    flag = f" --farm {shlex.quote(str(path))}"
+    known = "|".join(sorted(_TASKS, key=len, reverse=True))
+    return re.sub(rf"(\./invoke (?:{known}))(?![\w-])(?! --farm\b)", lambda found: found[1] + flag, text)
+
+
+def _naming_the_farm(run: Run, body: Callable[[], Result | None]) -> Result | None:
+    """The task's body; what it says is to be typed then is about this farm."""
+    try:
+        result = body()
+    except FarmhandError as error:
+        for each in (error, *(error.errors.values() if isinstance(error, Several) else ())):
+            each.remedy = with_farm(each.remedy, run)
+        raise
+    finally:
+        run.resume = with_farm(run.resume, run)
+    if result is None or not result.remedy:
+        return result
+    remedy = with_farm(result.remedy, run)
+    data = {**result.data, "remedy": remedy} if "remedy" in result.data else result.data
+    return replace(result, data=data, remedy=remedy)
 
 
 class _Ended(KeyboardInterrupt):
@@ -172,24 +219,23 @@ def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
 
 def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
     """Run a task's body; every way it can end, ends here."""
+    atexit.unregister(streams.at_end)
+    os.umask(UMASK)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _on_signal)
+    result = None
     try:
         try:
             result = body()
         finally:
             run.close()
-        if result is not None:
-            _show(run, result)
+        status = _show(run, result) if result is not None else 0
     except Exit:
         raise
-    except BrokenPipeError:
-        # The reader (head, less) has enough. Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Exit(code=0) from None
     except KeyboardInterrupt as error:
         ended_by = error.number if isinstance(error, _Ended) else int(signal.SIGINT)
-        _refuse(run, _interrupted(run, ended_by), 128 + ended_by)
+        _refuse(run, _interrupted(run, ended_by, result), 128 + ended_by)
     except FarmhandError as error:
         _refuse(run, error, error.exit_status)
     except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
@@ -202,55 +248,73 @@ def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
             ),
             DEFECT,
         )
-    if result is not None and not result.ok:
-        raise Exit(code=1)
+    if status:
+        raise Exit(code=status)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _interrupted(run: Run, number: int) -> Interrupted:
+def _interrupted(run: Run, number: int, result: Result | None) -> Interrupted:
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    if result is not None:  # a reader that waits, a terminal that was held (Ctrl-S)
+        run.json = False  # its object was begun: no second one
+        return Interrupted(f"{how} while the result was being written{_was_done(run, result)}")
     remedy = "the next command finishes or undoes what was under way, as recover does"
     return Interrupted(how, remedy=run.resume or (remedy if run.changes else ""))
 
 
-def _show(run: Run, result: Result) -> None:
+def _was_done(run: Run, result: Result) -> str:
+    return f"; {run.task} was done" if result.ok and run.acts else ""
+
+
+def _lost(run: Run, result: Result, why: str) -> str:
+    again = "status, log and history show" if run.acts else "then type the same for"
+    return (
+        f"farmhand: the result could not be written: {why}{_was_done(run, result)}\n"
+        f"  make room where it goes; {again} what is lost\n"
+    )
+
+
+def _show(run: Run, result: Result) -> int:
+    """The exit status."""
     if run.json:
         write_json({"task": run.task, "ok": result.ok, **result.data})
     elif result.text:
         sys.stdout.write(result.text.rstrip("\n") + "\n")
-    sys.stdout.flush()
+    if why := streams.unwritten():
+        sys.stderr.write(_lost(run, result, why))
     if result.problem:
         remedy = f"  {result.remedy}\n" if result.remedy else ""
         sys.stderr.write(f"farmhand: {result.problem}\n{remedy}")
+    return 1 if not result.ok else streams.UNWRITTEN if why else 0
 
 
 def write_json(data: Mapping[str, object]) -> None:
-    sys.stdout.write(jsonlib.dumps(data, indent=2, default=str, ensure_ascii=False) + "\n")
+    text = jsonlib.dumps(data, indent=2, default=str, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = jsonlib.dumps(data, indent=2, default=str)
+    sys.stdout.write(text + "\n")
 
 
 def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
     """The error as an admin reads it, the most important last; as one object with --json."""
-    try:
-        if run.json:
-            write_json({"task": run.task, "ok": False, **error.as_dict()})
-            sys.stdout.flush()
-        lines = [f"  | {line}" for line in error.detail.splitlines()]
-        first, *more = (error.message or type(error).__name__).splitlines()
-        if isinstance(error, InventoryError):  # each with its place: as they are, for editors to jump to
-            count_ = f"{len(error.problems)} problems" if more else "1 problem"
-            lines += [first, *more, f"farmhand: {count_} in the farm file; nothing was done"]
-        else:
-            lines += [f"farmhand: {first}", *(f"  {line}" for line in more)]
-        if error.remedy:
-            lines.append(f"  {error.remedy}")
-        sys.stderr.write("\n".join(lines) + "\n")
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more: a closed pipe, a terminal hung up; the status still tells
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if run.json:
+        write_json({"task": run.task, "ok": False, **error.as_dict()})
+        sys.stdout.flush()
+    lines = [f"  | {line}" for line in error.detail.splitlines()]
+    first, *more = (error.message or type(error).__name__).splitlines()
+    if isinstance(error, InventoryError):  # each with its place: as they are, for editors to jump to
+        count_ = f"{len(error.problems)} problems" if more else "1 problem"
+        lines += [first, *more, f"farmhand: {count_} in the farm file; nothing was done"]
+    else:
+        lines += [f"farmhand: {first}", *(f"  {line}" for line in more)]
+    if error.remedy:
+        lines.append(f"  {error.remedy}")
+    sys.stderr.write("\n".join(lines) + "\n")
     raise Exit(code=status) from None
 
 
@@ -259,6 +323,7 @@ def _keep_traceback(run: Run) -> Path:
     import tempfile
     import traceback
 
+    from hypervisors.files import make_directory, open_new
     from provision.paths import state_dir
 
     text = (
@@ -268,9 +333,10 @@ def _keep_traceback(run: Run) -> Path:
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for directory in (state_dir() / "logs", Path(tempfile.gettempdir())):
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_text(text)
-        except OSError:
+            make_directory(directory, mode=0o700)
+            with open_new(directory / name) as file:
+                file.write(text.encode(errors="backslashreplace"))
+        except (FarmhandError, OSError):
             continue
         return directory / name
     sys.stderr.write(text)
@@ -363,6 +429,43 @@ def template(site: Site, name: str, *, built: bool) -> str:
     return fitting[0]
 
 
+# ---- Asking.
+
+
+def agree(run: Run, look: Callable[[], tuple[object, str]]) -> None:
+    """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
+    ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
+    done. Where nobody can answer, nothing is asked: a script means what it says."""
+    if run.plan or run.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    go_on, run.resume = run.resume, "nothing was done"
+    what, text = look()
+    while text:
+        run.close()
+        if _answer(f'{text}\n\nType "yes" to {run.task} it: ') != b"yes":
+            raise FarmhandError(f'nothing was done: only "yes" would {run.task} it')
+        agreed = what
+        what, text = look()
+        if what == agreed:
+            break
+        run.screen.warn("nothing was done: the farm has changed meanwhile, and is now as follows")
+    run.resume = go_on
+
+
+def _answer(question: str) -> bytes:
+    """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
+    line = b""
+    try:
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            line = sys.stdin.buffer.readline()
+    finally:
+        if not line.endswith(b"\n"):
+            sys.stderr.write("\n")
+    return line.strip()
+
+
 # ---- Handing the terminal over.
 
 
@@ -410,10 +513,12 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
 
 
 def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
-    """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind."""
+    """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
+    handlers of signals end with this program, and two signals are ignored by Python for itself. But
+    the umask does: all that they write is our list of known hosts."""
     run.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     os.execvp(argv[0], list(argv))  # noqa: S606 - in our place: the terminal is theirs

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypervisors.files import make_directory
 from inventory.errors import UsageError
 from provision.paths import cache_dir
 
@@ -32,7 +33,7 @@ def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
     """Run one of the tools: on the terminal, or with --json with its output kept. Its caches stay out
     of the checkout."""
     cache = cache_dir() / "tests"
-    cache.mkdir(parents=True, exist_ok=True)
+    make_directory(cache, mode=0o755)
     environment = {
         **os.environ,
         "RUFF_CACHE_DIR": str(cache / "ruff"),
@@ -42,15 +43,17 @@ def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
     }
     # What the admin has set for a farm of their own must not leak into the tests.
     environment.pop("FARMHAND_FARM", None)
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", name, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if run.json else None,
-        stderr=subprocess.STDOUT if run.json else None,
-        process_group=0,
-    ) as process:
+    with _interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", name, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if run.json else None,
+            stderr=subprocess.STDOUT if run.json else None,
+            process_group=0,
+        )
+    with process:
         try:
             output, _ = process.communicate()
         except BaseException:
@@ -64,6 +67,19 @@ def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
                 raise
             raise
     return process.returncode, (output or b"").decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What is started within heeds SIGINT, by which we end it, also where we ignore it (``&`` in a
+    script): only what is ignored stays so in another program."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _need_tools() -> None:
@@ -93,7 +109,7 @@ def _linters(run: Run) -> list[dict[str, object]]:
 
 def _result(steps: list[dict[str, object]]) -> Result:
     bad = [str(step["name"]) for step in steps if not step["ok"]]
-    if bad and sys.stderr:
+    if bad:
         sys.stderr.write(f"farmhand: failed: {', '.join(bad)}\n")
     return Result({"steps": steps}, "", ok=not bad)
 
@@ -144,7 +160,7 @@ def _each(option: str, paths: Iterable[Path]) -> list[str]:
 class Aside:
     """Tasks with their options, one after another, in processes of their own, while this one does
     something else. What pytest says there is shown when all are through. Ctrl-C reaches them too; left
-    by an error, the one under way is interrupted."""
+    by an error, the one under way is ended."""
 
     def __init__(self, run: Run, tasks: Iterable[Sequence[str]]) -> None:
         self._run = run
@@ -175,7 +191,7 @@ class Aside:
         with self._guard:
             self._left = True
             if self._process and self._process.poll() is None:
-                self._process.send_signal(signal.SIGINT)
+                self._process.terminate()
         self._lane.join()
 
     def finish(self) -> list[Result]:

@@ -1,21 +1,24 @@
 """Progress on stderr: dated lines, and on a terminal one live line below them.
 
 Plain control sequences (ECMA-48: erase line, carriage return) on one line that is never wider than the
-terminal, so that a narrow window, ``script`` and a slow ssh connection all show the same.
+terminal, so that a narrow window, ``script`` and a slow ssh connection all show the same. Nobody may
+read it, for a stream that was taken over (streams.py) never raises.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from typing import TextIO
 
+from streams import columns
+
 _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
 _HEARTBEAT = 10.0
+_STILL = 60.0
 _ESCAPES = re.compile(rb"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 
 
@@ -27,7 +30,6 @@ class Screen:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lock = threading.RLock()
-        self._broken = False
         self._partial: dict[str, bytes] = {}
         self._last = time.monotonic()
         self._said = ""
@@ -38,7 +40,8 @@ class Screen:
     def working(self, text: str, *, vm: str = "") -> None:
         with self._lock:
             line = f"{vm} {text}"
-            if line != self._said and time.monotonic() - self._last >= _HEARTBEAT:
+            patience = _STILL if _what(line) == _what(self._said) else _HEARTBEAT
+            if line != self._said and time.monotonic() - self._last >= patience:
                 self._said = line
                 self._line(text, vm)
 
@@ -67,19 +70,18 @@ class Screen:
             self._last = time.monotonic()
 
     def _write(self, text: str) -> None:
-        """Whoever read our progress has gone: the work goes on all the same."""
-        if self._broken:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, UnicodeEncodeError):  # a closed pipe, a terminal hung up (EIO), a full disk
-            self._broken = True
+        self._stream.write(text)
+        self._stream.flush()
 
 
 def _fit(text: str, end: str, width: int) -> str:
     room = max(width - len(end), 4)
     return (text if len(text) <= room else text[: room - 1] + "…") + end
+
+
+def _what(text: str) -> str:
+    """Of what is under way, without how far it is."""
+    return text.partition(";")[0]
 
 
 def _printable(line: bytes) -> str:
@@ -105,7 +107,8 @@ class LiveScreen(Screen):
         with self._lock:
             known, since = self._under_way.get(vm, ("", 0.0))
             first = text.splitlines()[0] if text else ""
-            self._under_way[vm] = (first, since if known == first else time.monotonic())
+            same = _what(known) == _what(first)
+            self._under_way[vm] = (first, since if same else time.monotonic())
             self._draw()
 
     def _line(self, text: str, vm: str) -> None:
@@ -138,7 +141,7 @@ class LiveScreen(Screen):
                 self._write("")
             return
         now = time.monotonic()
-        width = shutil.get_terminal_size((80, 24)).columns - 1
+        width = columns(self._stream, 80) - 1
         share = (width - 2) // len(self._under_way) - 3  # each VM is seen, also in a narrow window
         parts = [
             _fit(f"{vm}: {text}" if vm else text, f" {now - since:.0f}s", share)

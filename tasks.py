@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from inventory.errors import UsageError
 
 import cli
+import streams
 import views
 from cli import Result, Run, command
+
+# For those who type invoke, not ./invoke.
+streams.take_over()
 
 Names = Sequence[str] | None
 _VM = "Name of a VM; repeatable, or separated by commas."
@@ -23,9 +27,11 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 @command(plans=False)
 def doctor(run: Run) -> Result:
     """Check this machine; each failure with its remedy."""
+    from builds.checkup import with_source
     from provision.doctor import examine
 
-    report = examine(run.farm_file())
+    report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
+    report = report.worded(lambda text: cli.with_farm(text, run))
     return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
 
 
@@ -105,12 +111,17 @@ def template_remove(run: Run, template: str = "") -> Result:
 )
 def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
     """Make every declared VM exist, started and reachable."""
-    from provision import farm
+    from provision import clone  # not all of provision.farm: this one is to be quick
 
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
         chosen = site.vms(cli.names(vm) or None)
-        return views.outcome(farm.clone_farm(site, chosen, start=start, wait=wait))
+        done = clone.clone_farm(site, chosen, start=start, wait=wait)
+        if run.plan:
+            from builds.checkup import noted
+
+            done = noted(site.farm, done)
+        return views.outcome(done)
 
 
 @command(
@@ -226,17 +237,29 @@ def checkpoint(
         "vm": _VM,
         "all_": "The whole farm: VMs, templates, private daemon, state.",
         "purge": "With --all: the build records too.",
+        "yes": "With --all: don't ask first, as on a terminal it does.",
     },
     iterable=["vm"],
 )
-def destroy(run: Run, vm: Names = None, all_: bool = False, purge: bool = False) -> Result:
+def destroy(
+    run: Run, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
+) -> Result:
     """Remove VMs and their disks."""
     from provision import farm
 
+    if all_ and not vm and not yes:
+        cli.agree(run, lambda: _doomed(run, purge))
     with run.site() as site:
         # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
         chosen = () if cli.some_or_all(site, vm, all_) is None else cli.names(vm)
         return views.outcome(farm.destroy(site, chosen, purge=purge))
+
+
+def _doomed(run: Run, purge: bool) -> tuple[object, str]:
+    from provision import farm
+
+    with run.site(plan=True) as site:
+        return views.doomed(farm.destroy(site, (), purge=purge), farm.status(site))
 
 
 @command()
@@ -384,9 +407,11 @@ def cycle(
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds import cycle as cycles
+    from builds.again import cycle_command, cycle_options
 
-    run.resume = "what is done is kept; go on with: cycle --from STEP, log shows the step it stopped in"
     begin, which, of = from_ or None, cli.names(only), revision or None
+    again = cycle_command("STEP", cycle_options(only=which, revision=of, keep_going=keep_going))
+    run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
     with run.site() as site:
         if run.plan:
             return views.plan(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from inventory.errors import BuildFailed
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.report import UNCHANGING
 
 from cli import Result
+from streams import columns
 
 if TYPE_CHECKING:
-    from builds.record import BuildRecord
+    from builds.record import BuildRecord, StepRecord
     from hypervisors.api import Template
     from provision.balloon import MemoryPlan
     from provision.journal import Record
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from provision.network.verify import Answer, Report
     from provision.paths import FarmPaths
     from provision.report import Action, Outcome
-    from provision.status import FarmStatus, VmStatus
+    from provision.status import FarmStatus, HostStatus, VmStatus
 
 
 def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
@@ -41,20 +42,23 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
     return Result(result.as_dict(), "\n".join(lines))
 
 
-def width() -> int:
-    """Columns of the terminal; where there is none, no limit."""
-    return shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+def width(stream: TextIO | None = None) -> int:
+    """Columns of the terminal that stdout, or another stream, is; where it is none, no limit."""
+    stream = stream or sys.stdout
+    return columns(stream, 200) if stream.isatty() else 10_000
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None = None
+) -> str:
     """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
     used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
     headings = [headings[i] for i in used]
     rows = [[row[i] for i in used] for row in rows]
-    columns = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
-    if sum(columns) + 2 * (len(columns) - 1) <= width():
+    widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width(stream):
         return "\n".join(
-            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, columns, strict=True)).rstrip()
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in (headings, *rows)
         )
     label = max(len(h) for h in headings[1:])
@@ -67,6 +71,33 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             if cell
         ]
     return "\n".join(blocks)
+
+
+def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, str]:
+    """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
+    there is nothing. The plan's lines, with what is known of each VM in place of its own."""
+    if not plan.changed:
+        return (), ""
+    known = {vm.vm: vm for vm in status.vms}
+    going = [known[a.vm] for a in plan.actions if a.verb == "destroy" and a.vm in known]
+    rest = [a for a in plan.actions if a.verb != "destroy" or a.vm not in known]
+    rows = [
+        (
+            vm.vm,
+            vm.state,
+            ", ".join(vm.checkpoints),
+            "" if vm.disk_used is None else _about(vm.disk_used),
+        )
+        for vm in going
+    ]
+    headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
+    parts = [f"farm {status.farm} ({status.file}): all of this goes, for good", ""]
+    if rows:
+        parts += [table(headings, rows, sys.stderr), ""]
+    if rest:
+        parts.append(outcome(replace(plan, actions=tuple(rest))).text)
+    what = (plan.actions, tuple((vm.vm, vm.state, vm.checkpoints) for vm in going))
+    return what, "\n".join(parts).rstrip()
 
 
 def plan(verb: str, actions: Sequence[Action]) -> Result:
@@ -104,12 +135,15 @@ def when(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
+def _free(host: HostStatus) -> str:
+    return f", {_about(host.free)} free" if host.free is not None else ""
+
+
 def farm_status(status: FarmStatus) -> Result:
     """One line a VM, then who is at work and what wants a look."""
     head = f"farm {status.farm} ({status.file})"
     hosts = [
-        f"host {h.host}: "
-        + (h.error or f"{h.driver}{f', {_about(h.free)} free' if h.free is not None else ''}")
+        f"host {h.host}: " + (h.error or "; ".join((f"{h.driver}{_free(h)}", *h.notes)))
         for h in status.hosts
     ]
     rows = [
@@ -127,7 +161,7 @@ def farm_status(status: FarmStatus) -> Result:
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
     lines = [head, *hosts, "", table(headings, rows)]
     notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
-    notes += [f"{vm.vm}: {vm.error}" for vm in status.vms if vm.error]
+    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
@@ -209,7 +243,7 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
         took = format_duration(b.seconds) if b.ended else ""
-        lines.append((moment, (when(moment), "build", b.id, b.result, took, _why(b))))
+        lines.append((moment, (when(moment), "build", b.id, b.verdict, took, _why(b))))
     if not lines:
         return Result(data, "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
@@ -225,21 +259,31 @@ def _why(record: BuildRecord) -> str:
     return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
 
 
+def _of_step(step: StepRecord) -> str:
+    """What there is to say beside how it ended."""
+    if step.done_in:
+        return f"passed in build {step.done_in}"
+    if step.unverified:
+        return "not verified"
+    return f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}"
+
+
 def build_record(record: BuildRecord) -> Result:
     """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
-    lines = [f"build {record.id}  {record.result}, {moment}, {format_duration(record.seconds)}"]
+    lines = [f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"]
     if source.commit or source.repository:
         subject = f"  {source.subject}" if source.subject else ""
-        lines.append(f"source {source.repository} {source.commit[:12]}{subject}")
+        commit = "commit not verified" if source.unverified else source.commit[:12]
+        lines.append(f"source {source.repository} {commit}{subject}")
     rows = [
         (
             step.name,
             f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
             step.status,
             format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
-            f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}",
+            _of_step(step),
         )
         for step in record.steps
     ]
@@ -251,6 +295,8 @@ def build_record(record: BuildRecord) -> Result:
     if failed is not None and failed.tail:
         lines += ["", f"the last lines of {failed.name}:"]
         lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+    if failed is not None and failed.remedy:
+        lines += ["", f"what to do: {failed.remedy}"]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
     return Result(record.as_dict(), "\n".join(lines))
 

@@ -19,18 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds import page
+from builds.again import command, cycle_command, cycle_options
+from builds.lineage import Before, look_back, reset_first, vms_of
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.plan import (
     batches,
     check,
+    check_source,
     choose,
     cycle_of,
     describe,
     plan_cycle,
-    reset_first,
-    resolve_source,
-    vms_of,
+    source_for,
 )
 from builds.record import (
     CYCLE_LOCK,
@@ -58,6 +59,7 @@ __all__ = ["plan_cycle", "run_cycle"]
 Stream = Callable[[str, bytes], None]
 """Told which VM, and what it printed, as it prints it."""
 
+_SHA256_DIGITS = 64
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
@@ -76,8 +78,10 @@ def run_cycle(
     A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
     uses one before it resets it is refused, where its disk is ours.
     ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
-    failed or interrupted cycle; the record says of which. ``keep_going``: later steps are tried after a
-    failed one, but not on a VM whose reset failed.
+    failed or interrupted cycle; the record says of which. Such a partial run builds what the skipped
+    steps were given, where the VMs tell (``builds.lineage``), and its record says what is not known;
+    it is refused where they hold another commit than ``revision``. ``keep_going``: later steps are tried
+    after a failed one, but not on a VM whose reset failed.
     ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
 
     Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
@@ -94,8 +98,14 @@ def run_cycle(
         meter = Meter()
         with meter.hypervisor():
             check(site, steps, whole=start_from is None and not only)
-        source = resolve_source(site, revision, snapshot=True)
-        build = _Build(site, cycle, chosen, source, meter, keep_going=keep_going, stream=stream)
+        before = look_back(site, cycle, chosen)
+        source = source_for(site, before, revision, cycle=cycle, snapshot=True)
+        check_source(site.farm, cycle, source)
+        options = cycle_options(only=only, revision=revision, keep_going=keep_going)
+        build = _Build(
+            site, cycle, chosen, before, source, meter,
+            options=options, keep_going=keep_going, stream=stream,
+        )  # fmt: skip
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
         with site.journal.operation("cycle", vms=vms, build=build.id), asyncio.Runner() as runner:
             runner.run(build.run(vms))
@@ -125,9 +135,11 @@ class _Build:
         site: Site,
         cycle: Cycle,
         chosen: frozenset[str],
+        before: Before,
         source: Resolved | None,
         meter: Meter,
         *,
+        options: Sequence[str],
         keep_going: bool,
         stream: Stream | None,
     ) -> None:
@@ -141,9 +153,11 @@ class _Build:
         self._interrupts = 0
         self._trouble: FarmhandError | None = None  # beside any step
         self._under_way: asyncio.Future[None] | None = None
-        directory = new_directory(site.paths, source.commit if source else "")
+        known = _source_record(site, source, before)
+        directory = new_directory(site.paths, known.commit)
         self._steps = {
-            step.name: _waiting(number, step, chosen) for number, step in enumerate(cycle.steps, 1)
+            step.name: _waiting(number, step, chosen, before)
+            for number, step in enumerate(cycle.steps, 1)
         }
         self._record = BuildRecord(
             id=directory.name,
@@ -153,8 +167,10 @@ class _Build:
             who=getpass.getuser(),
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            source=_source_record(site, source),
-            notes=source.notes if source else (),
+            farm_file=str(site.farm.path),
+            options=tuple(options),
+            source=known,
+            notes=(*(source.notes if source else ()), *before.notes),
             directory=directory,
         )
         self._machines = Machines(site, source, directory, meter, self._note)
@@ -176,7 +192,7 @@ class _Build:
             finally:
                 await self._interruptible(self._put_right(vms))
                 await asyncio.wait([sums])
-        result = "passed"
+        result = "partial" if self._record.partial else "passed"
         if self._trouble or any(step.status == "failed" for step in self._steps.values()):
             result = "failed"
         if self._interrupts or any(s.status == "interrupted" for s in self._steps.values()):
@@ -201,7 +217,7 @@ class _Build:
             where = f" at step {at.name}" if at else ""
             gone = Interrupted(
                 f"interrupted{where}; what ran in the VMs was ended, the record is {record.path}",
-                remedy=f"go on from there: ./invoke cycle --from {at.name}" if at else "./invoke cycle",
+                remedy=f"go on from there: {self._again(at.name)}" if at else self._again(""),
             )
             gone.build = record.id
             raise gone
@@ -209,18 +225,22 @@ class _Build:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
-            look = f"look at it: ./invoke status, ./invoke console --vm {first.vm}"
+            look = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
             if first.failure != "infrastructure":
-                look = f"look inside: ./invoke ssh --vm {first.vm}"
+                look = f"look inside: {command('ssh', '--vm', first.vm)}"
+            look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
-                remedy=f"{look}; then go on from there: ./invoke cycle --from {first.name}",
+                remedy=f"{look}; then go on from there: {self._again(first.name)}",
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
             )
             failed.build = record.id
             raise failed
         return record
+
+    def _again(self, step: str) -> str:
+        return cycle_command(step, self._record.options)
 
     async def _all(self, vms: Sequence[str]) -> None:
         try:
@@ -285,6 +305,7 @@ class _Build:
                 exit=failure.exit if failure else run.exit,
                 failure=failure.failure if failure and status == "failed" else "",
                 message=str(failure) if failure else "",
+                remedy=failure.remedy if failure else "",
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
                 files=tuple(run.files),
@@ -296,8 +317,12 @@ class _Build:
         return status == "passed"
 
     def _environment(self, _vm: str) -> Mapping[str, str]:
+        given = self._source.commit if self._source else ""  # also where the record can't vouch for it
+        commit = self._record.source.commit or given
         return {
-            "GIT_REVISION": self._record.source.commit or self._record.source.asked,
+            # git-init(1): a repository can only fetch from one of the same kind
+            **({"GIT_DEFAULT_HASH": "sha256"} if len(commit) == _SHA256_DIGITS else {}),
+            "GIT_REVISION": commit or self._record.source.asked,
             "BUILD_ID": self._record.id,
             "FARM": self._record.farm,
             "LC_ALL": "C.UTF-8",  # failures are judged by messages, which may be translated
@@ -306,7 +331,7 @@ class _Build:
     async def _find_commit(self, vm: str, log: StepLog) -> None:
         """What this machine could not resolve, the VM must; once."""
         source = self._record.source
-        if self._source is None or source.commit:
+        if self._source is None or source.commit or source.unverified:
             return
         connection = await self._machines.connection(vm)
         answer: list[bytes] = []
@@ -363,7 +388,7 @@ class _Build:
 
     async def _checksum(self) -> None:
         source = self._source
-        if source is None or source.repository is None:
+        if source is None or source.repository is None or self._record.source.unverified:
             return
         try:
             sha256, size = await asyncio.to_thread(archive_sha256, self._site.runner, source)
@@ -399,12 +424,14 @@ class _Build:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the cycle in good order. Only a main thread is told of signals."""
+        """SIGINT and SIGTERM end the cycle in good order; one that is ignored (``&`` in a script) stays
+        so. Only a main thread is told of signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: how for number, how in known.items() if how is not signal.SIG_IGN}
         for number in before:
             loop.add_signal_handler(number, self._interrupt)
         try:
@@ -415,7 +442,7 @@ class _Build:
                 signal.signal(number, handler)
 
 
-def _waiting(number: int, step: Step, chosen: frozenset[str]) -> StepRecord:
+def _waiting(number: int, step: Step, chosen: frozenset[str], before: Before) -> StepRecord:
     vms = vms_of(step)
     kind = "reset" if isinstance(step, ResetStep) else "transfer" if len(vms) == 2 else "run"
     to = step.to if isinstance(step, (ResetStep, TransferStep)) else ""
@@ -425,15 +452,24 @@ def _waiting(number: int, step: Step, chosen: frozenset[str]) -> StepRecord:
         vm=vms[0],
         to=to,
         status="waiting" if step.name in chosen else "skipped",
+        chosen=step.name in chosen,
+        done_in=before.done.get(step.name, ""),
+        unverified=before.unverified.get(step.name, ""),
         limit=step.timeout,
         log=f"{number:02d}-{step.name}.log",
     )
 
 
-def _source_record(site: Site, source: Resolved | None) -> SourceRecord:
+def _source_record(site: Site, source: Resolved | None, before: Before) -> SourceRecord:
+    """Of a partial run whose skipped steps nobody can vouch for: without a commit."""
     if source is None:
         return SourceRecord()
-    previous = next((r.source.commit for r in load_records(site.paths) if r.source.commit), "")
+    whole = (r.source.commit for r in load_records(site.paths) if r.source.commit and not r.partial)
+    previous = next(whole, "")
+    if before.why:
+        return SourceRecord(
+            repository=source.shown, asked=source.asked, previous=previous, unverified=before.why
+        )
     return SourceRecord(
         repository=source.shown,
         asked=source.asked,

@@ -178,9 +178,10 @@ def kept() -> str:
 
 
 def _examine(site: Site) -> None:
+    from builds.checkup import with_source
     from provision.doctor import short
 
-    report = short(site.farm.path)
+    report = with_source(short(site.farm.path), site.farm.path, ask=False)
     for check in report.checks:
         if not check.ok and check.level == "note":
             site.reporter.say(f"note: {check.text}")

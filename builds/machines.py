@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from urllib.parse import quote
 
+from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
-from builds.source import Resolved
-from hypervisors.api import Power
-from inventory.errors import FarmhandError, WrongState
+from builds.source import Resolved, offered, pack, variables
+from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
 from provision.connection import Connection
-from provision.dial import wait_ready_async
-from provision.power import can_power
-from provision.remote import tail_of
+from provision.dial import in_thread
+from provision.power import can_power, console_tail, until_ready
 from provision.site import Site
 from provision.work import disk_of, is_on
-
-T = TypeVar("T")
 
 CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
@@ -39,18 +37,6 @@ export LC_ALL=C
     ! command -v rpm >/dev/null || rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE} %{ARCH}\n'
 } | sort
 """
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
-    nothing of ours goes on behind our back."""
-    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        future.exception()
-        raise
 
 
 class Machines:
@@ -71,9 +57,13 @@ class Machines:
         self._meter = meter
         self._note = note
         self._connections: dict[str, Connection] = {}
-        self._offers: dict[str, str] = {}  # by VM, as long as its connection lasts
+        self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
+        self._in_use: set[str] = set()  # likewise: by a step
+        self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
+        self._packing = asyncio.Lock()
         self._locks: dict[str, asyncio.Lock] = {}
         self._as_it_was: set[str] = set()  # not reset before it was built on
+        self._unseen: list[str] = []  # of these, those not yet logged in to
         self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
@@ -98,6 +88,7 @@ class Machines:
         if not resets:
             record = replace(record, pristine=False)
             self._as_it_was.add(vm)
+            self._unseen.append(vm)
             self._note(f"{vm}: taken as it was, not reset in this build: its disk is no known state")
         self.records[vm] = record
 
@@ -116,6 +107,7 @@ class Machines:
         with self._meter.hypervisor():
             outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
         self._not_reset.remove(vm)
+        self._carried.pop(vm, None)
         proof = _proof(outcome.facts, vm)
         pristine = proof.get("pristine")
         known = pristine if isinstance(pristine, bool) else None
@@ -129,46 +121,44 @@ class Machines:
         for action in outcome.actions:
             say(f"{action}")
         say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
-        driver, machine = site.hypervisor_of(vm), site.machine(vm)
-
-        def running() -> bool:
-            found = driver.find(machine)
-            return found is not None and found.power is not Power.STOPPED
-
         with self._meter.guest():
-            ready = await wait_ready_async(
-                site.endpoint(vm),
-                since=since if can_power(site, vm) else float("-inf"),
-                timeout=site.farm.ssh.ready_timeout,
-                running=running,
-                tail=lambda: self.console(vm),
-                working=lambda text: site.reporter.working(text, vm=vm),
-            )
+            ready = await until_ready(site, vm, since=since if can_power(site, vm) else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
+        await self._connected(vm)  # what is needed there is looked at now, not when its turn comes
 
     # -- connections --------------------------------------------------------------------------
 
     async def connection(self, vm: str) -> Connection:
-        """The VM's one connection, made when it is needed, its clock right. WrongState where its reset
-        failed in this build: nothing is built on a disk that isn't its checkpoint."""
+        """The VM's one connection, for work there: its clock is right, and it is marked as this build's.
+        WrongState where its reset failed in this build: nothing is built on a disk that isn't its
+        checkpoint."""
         if vm in self._not_reset:
             raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
         async with self._locks.setdefault(vm, asyncio.Lock()):
-            connection = self._connections.get(vm)
-            if connection is not None and not connection.closed:
-                return connection
+            connection = await self._connected(vm)
+            if vm not in self._in_use:
+                with self._meter.guest():
+                    await self._look(vm, connection)
+                    await self._mark(vm, connection)
+                self._in_use.add(vm)
+            return connection
+
+    async def look(self) -> None:
+        """Before the first step: whether the VMs that are taken as they are can be built on. (Of one
+        that is reset, its reset tells.)"""
+        while self._unseen:
+            await self._connected(self._unseen.pop())
+
+    async def _connected(self, vm: str) -> Connection:
+        connection = self._connections.get(vm)
+        if connection is None or connection.closed:
             await self.drop(vm)
             with self._meter.guest():
                 connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
-                try:
-                    await self._look(vm, connection)
-                except BaseException:
-                    await connection.close()
-                    raise
             self._connections[vm] = connection
-            return connection
+        return connection
 
     async def _look(self, vm: str, connection: Connection) -> None:
         ready = await connection.facts()
@@ -185,29 +175,84 @@ class Machines:
         self._update(vm, clock_set=True)
         self._note(f"{vm}: its clock was {ready.skew:+.1f} s off; set, {left:+.2f} s left")
 
+    async def _mark(self, vm: str, connection: Connection) -> None:
+        """From here on the VM holds this build's work."""
+        said: list[bytes] = []
+        env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
+        done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
+        if done.status:
+            lines = b"".join(said).decode(errors="replace").strip().splitlines()
+            why = lines[-1] if lines else f"status {done.status}"
+            self._note(f"{vm}: it can't be marked as this build's, so --from can't be verified: {why}")
+
     async def drop(self, vm: str) -> None:
         """Close the VM's connection, if there is one."""
         self._offers.pop(vm, None)
+        self._in_use.discard(vm)
         connection = self._connections.pop(vm, None)
         if connection is not None:
             await connection.close()
 
     async def drop_all(self) -> None:
+        """At the end: what was carried there for the build is taken away."""
+        await asyncio.gather(*(self._tidy(vm) for vm in list(self._carried)))
         await asyncio.gather(*(self.drop(vm) for vm in list(self._connections)))
+        for packed in self._directory.glob(".*.tar"):
+            packed.unlink()
 
-    async def source_url(self, vm: str) -> str:
-        """The source's git URL as the VM reaches it; "" without a source."""
-        if self._source is None:
-            return ""
-        if self._source.repository is None:
-            return self._source.url
+    async def _tidy(self, vm: str) -> None:
+        there, connection = self._carried.pop(vm), self._connections.get(vm)
+        if connection is not None and not connection.closed:
+            with contextlib.suppress(FarmhandError):
+                await connection.output(f"rm -rf {shlex.quote(there)}")
+
+    async def source(self, vm: str) -> Mapping[str, str]:
+        """What tells the VM's scripts where the source is: SOURCE_URL, "" without one."""
+        source = self._source
+        if source is None:
+            return {"SOURCE_URL": ""}
+        if source.repository is None:
+            return {"SOURCE_URL": source.url}
         connection = await self.connection(vm)
         if vm not in self._offers:
             with self._meter.guest():
-                self._offers[vm] = await connection.offer_git(
-                    self._source.repository, name=self._source.name
-                )
+                repositories = offered(source)
+                try:
+                    urls = [
+                        await connection.offer_git(where, name=name)
+                        for name, (where, _) in repositories.items()
+                    ]
+                except Unsupported as error:
+                    if vm not in self._carried:
+                        self._note(f"{error.message}; a copy is carried there instead")
+                    try:
+                        there = await self._carry_source(vm, connection, source)
+                    except FarmhandError as second:
+                        second.remedy = second.remedy or error.remedy
+                        raise
+                    urls = [f"file://{quote(there)}/{name}.git" for name in repositories]
+            self._offers[vm] = variables(source, urls)
         return self._offers[vm]
+
+    async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
+        """Copies of what is offered, in a directory of their own in the login's home: until the end, or
+        the VM's reset."""
+        if vm in self._carried:
+            return self._carried[vm]
+        packed = self._directory / f".{source.name}.tar"
+        async with self._packing:
+            if not packed.exists():
+                await in_thread(lambda: pack(self._site.runner, source, packed))
+        there = (await connection.output('mktemp -d "$HOME/.farmhand-source-XXXXXX"')).rstrip("\n")
+        self._carried[vm] = there
+        tar = shlex.quote(packed.name)
+        try:
+            await connection.put([packed], there)
+            await connection.output(f"cd {shlex.quote(there)}; tar -xf {tar}; rm {tar}", timeout=600)
+        except BaseException:
+            await self._tidy(vm)
+            raise
+        return there
 
     async def list_packages(self, vm: str) -> None:
         """Once a boot: what is installed before the build, into a file of the record."""
@@ -272,11 +317,7 @@ class Machines:
 
     def console(self, vm: str) -> str:
         """The console's last lines, or ""."""
-        try:
-            log = self._site.hypervisor_of(vm).console(self._site.machine(vm)).log
-        except FarmhandError:
-            return ""
-        return tail_of(log, lines=_CONSOLE_LINES)
+        return console_tail(self._site, vm, lines=_CONSOLE_LINES)
 
     def state(self, vm: str) -> str:
         """What the hypervisor says of it now, in a word, or ""."""

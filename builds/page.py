@@ -4,10 +4,11 @@ and on a telephone. ``templates/pages/build.html.j2`` is how it looks; what it s
 from __future__ import annotations
 
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builds.again import command, cycle_command
 from builds.record import BuildRecord, StepRecord, replace_file
 from inventory.sizes import format_duration, format_size
 
@@ -36,6 +37,8 @@ def render(record: BuildRecord) -> str:
         refresh=_REFRESH if record.result == "running" else None,
         bar=lambda step: _bar(step, span),
         glance=_glance(record),
+        command=partial(command, farm=record.farm_file),
+        go_on=partial(cycle_command, options=record.options, farm=record.farm_file),
     )
 
 
@@ -88,13 +91,16 @@ def _glance(record: BuildRecord) -> str:
     """One sentence."""
     took = format_duration(record.seconds)
     step = record.failed_step
-    if record.result == "passed":
+    if record.result in ("passed", "partial"):
         count = len(record.outputs)
         files = f", {count} file{'s' * (count != 1)} came out" if count else ""
         done = sum(s.status == "passed" for s in record.steps)
+        if record.partial:
+            return f"{done} of {len(record.steps)} steps run and passed in {took}{files}."
         return f"{done} step{'s' * (done != 1)} passed in {took}{files}."
     if record.result == "running":
         now = next((s for s in record.steps if s.status == "running"), None)
         return f"Running for {took}{f', now at {now.name} on {now.vm}' if now else ''}."
     at = f" at step {step.name} on {step.vm}" if step else ""
-    return f"{record.result.capitalize()}{at}, after {took}."
+    part = f" Only {record.partial} of the steps were to be run." if record.partial else ""
+    return f"{record.result.capitalize()}{at}, after {took}.{part}"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from builds.source import Resolved, resolve
+from builds.again import command, cycle_command
+from builds.lineage import Before, look_back, reset_first, vms_of
+from builds.source import Resolved, check_contents, resolve
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import NotFound, Unsupported, UsageError, WrongState
-from inventory.model import Cycle, ResetStep, RunStep, Step, TransferStep
+from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.loader import place
+from inventory.model import Cycle, Farm, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
 from provision.report import Action
 from provision.work import disk_of, is_warm
@@ -30,20 +35,6 @@ def cycle_of(site: Site) -> Cycle:
             remedy="write a 'cycle' with its steps, see docs/inventory.md",
         )
     return default_cycle()
-
-
-def vms_of(step: Step) -> tuple[str, ...]:
-    if isinstance(step, ResetStep):
-        return (step.reset,)
-    if isinstance(step, RunStep):
-        return (step.vm,)
-    return (step.source, step.to)
-
-
-def reset_first(steps: Iterable[Step], vm: str) -> bool:
-    """Whether the first of these steps that uses the VM resets it."""
-    first = next((step for step in steps if vm in vms_of(step)), None)
-    return isinstance(first, ResetStep)
 
 
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
@@ -94,7 +85,7 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
                     remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
-                    f"record say so: cycle --from {steps[0].name}",
+                    f"record say so: {command('cycle', '--from', steps[0].name)}",
                 )
             driver = site.host(vm).driver
             if driver == "fake" and not isinstance(step, ResetStep):
@@ -140,13 +131,71 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
                 remedy="write 'source: repository:' into the farm file",
             )
         return None
-    return resolve(
-        site.runner,
-        source.repository,
-        revision if revision is not None else source.revision,
-        base=site.farm.path.parent,
-        sources=site.paths.root / "sources",
-        snapshot=snapshot,
+    with _placed(site.farm):
+        return resolve(
+            site.runner,
+            source.place,
+            revision if revision is not None else source.revision,
+            base=site.farm.path.parent,
+            sources=site.paths.root / "sources",
+            snapshot=snapshot,
+        )
+
+
+def check_source(farm: Farm, cycle: Cycle, source: Resolved | None) -> None:
+    """Unsupported where it has what the cycle would leave out: see ``builds.source``."""
+    if source is not None:
+        with _placed(farm):
+            steps = (step for step in cycle.steps if isinstance(step, RunStep))
+            check_contents(source, (script for step in steps for script in step.run))
+
+
+@contextmanager
+def _placed(farm: Farm) -> Iterator[None]:
+    try:
+        yield
+    except FarmhandError as error:
+        error.message = f"{source_place(farm)}: {error.message}"
+        error.args = (error.message,)
+        raise
+
+
+def source_place(farm: Farm) -> str:
+    """Where the farm file names its source: ``farm.yaml:42:15``."""
+    key = "example" if farm.source is not None and farm.source.example else "repository"
+    return place(farm, "source", key)
+
+
+def source_for(
+    site: Site, before: Before, revision: str | None, *, cycle: Cycle, snapshot: bool
+) -> Resolved | None:
+    """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
+    farm file's. WrongState where the VMs hold another commit than ``revision``."""
+    held = before.source if site.farm.source else None
+    if held is None or not held.commit or (before.why and revision is not None):
+        return resolve_source(site, revision, snapshot=snapshot)
+    asked = held.commit if revision is None else revision
+    try:
+        found = resolve_source(site, asked, snapshot=snapshot)
+    except NotFound as error:
+        if held.commit not in error.message:
+            raise
+        raise NotFound(  # nobody has typed that one
+            f"{error.message}, the commit that the VMs hold",
+            remedy=f"build what is there now: {command('cycle')}",
+        ) from None
+    if found is None or revision is None:
+        return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
+    if found.commit == held.commit or (not snapshot and not found.commit and found.repository):
+        return found
+    name, build = next(iter(before.done.items()))
+    is_now = found.commit[:10] or "only known to the VM"
+    vm = vms_of(next(step for step in cycle.steps if step.name == name))[-1]
+    raise WrongState(
+        f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
+        f"--revision {revision} is {is_now}, and step {name} is skipped",
+        remedy=f"build that one: {cycle_command(name, ('--revision', revision))}; "
+        "or go on with what is there: leave --revision away",
     )
 
 
@@ -162,7 +211,9 @@ def plan_cycle(
     chosen = choose(cycle, start_from, only)
     steps = [step for step in cycle.steps if step.name in chosen]
     check(site, steps, whole=start_from is None and not only)
-    source = resolve_source(site, revision, snapshot=False)
+    before = look_back(site, cycle, chosen)
+    source = source_for(site, before, revision, cycle=cycle, snapshot=False)
+    check_source(site.farm, cycle, source)
     lines: list[Action] = []
     if source is not None:
         if source.commit:
@@ -170,8 +221,12 @@ def plan_cycle(
         else:
             where = "found in the VM" if source.repository is None else "its present state"
             what = f"{source.asked}, {where}"
-        lines.append(Action("source", "", f"build {source.shown} at {what}"))
+        text = f"build {source.shown} at {what}"
+        if before.why:
+            text = f"build what the VMs hold of {source.shown}; GIT_REVISION is {what}"
+        lines.append(Action("source", "", text))
         lines += [Action("note", "", note) for note in source.notes]
+    lines += [Action("note", "", note) for note in before.notes]
     for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
         if not reset_first(steps, vm):
             lines.append(Action("note", vm, "taken as it is, not reset: the record will say so"))

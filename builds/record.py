@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from hypervisors.files import open_new
 from inventory.errors import NotFound
 from provision.files import file_error, make_directory, write_atomic
 from provision.locks import Locks
@@ -31,8 +32,9 @@ _NEVER_REMOVED = ("running",)
 
 Status = Literal["waiting", "running", "passed", "failed", "skipped", "interrupted"]
 """Of a step. Skipped: by ``--from``, ``--only``, or after a failure."""
-Outcome = Literal["running", "passed", "failed", "interrupted"]
-"""Of a build."""
+Outcome = Literal["running", "passed", "partial", "failed", "interrupted"]
+"""Of a build. Partial: all that was asked for passed, but steps were left out by ``--from`` or
+``--only``: that is no good build by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,9 @@ class StepRecord:
     vm: str
     to: str = ""  # transfer: the VM it goes to; reset: the checkpoint
     status: Status = "waiting"
+    chosen: bool = True  # False: left out by --from or --only
+    done_in: str = ""  # left out: the build in which it passed, whose state the VM held
+    unverified: str = ""  # left out, and needed by what was run: why it isn't known to have been done
     started: str = ""
     offset: float = 0.0  # seconds since the build's start
     seconds: float = 0.0
@@ -61,6 +66,7 @@ class StepRecord:
     exit: int | None = None
     failure: str = ""  # its class
     message: str = ""  # one line: what failed
+    remedy: str = ""  # what to do, where that is known
     tail: str = ""  # the last lines of the log
     console: str = ""  # the VM's console, where the VM or its connection was lost
     log: str = ""  # file name within the record
@@ -92,11 +98,12 @@ class VmRecord:
 class SourceRecord:
     repository: str = ""
     asked: str = ""
-    commit: str = ""
+    commit: str = ""  # "" where nobody knows
     tree: str = ""
     subject: str = ""
-    previous: str = ""  # the commit of the build before
-    changed: bool | None = None  # since the build before; None: there was none, or nobody knows
+    previous: str = ""  # the commit of the whole build before
+    changed: bool | None = None  # since that one; None: there was none, or nobody knows
+    unverified: str = ""  # why nobody knows which commit the VMs held: steps that fetch were left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +122,8 @@ class BuildRecord:
     who: str = ""
     pid: int = 0
     command: str = ""
+    farm_file: str = ""
+    options: tuple[str, ...] = ()  # what the cycle was told beside where to begin
     source: SourceRecord = SourceRecord()
     vms: tuple[VmRecord, ...] = ()
     steps: tuple[StepRecord, ...] = ()
@@ -126,6 +135,19 @@ class BuildRecord:
     @property
     def failed_step(self) -> StepRecord | None:
         return next((step for step in self.steps if step.status in ("failed", "interrupted")), None)
+
+    @property
+    def partial(self) -> str:
+        """``1/7``: of seven steps one was asked for; "" where all were."""
+        chosen = sum(step.chosen for step in self.steps)
+        return f"{chosen}/{len(self.steps)}" if chosen < len(self.steps) else ""
+
+    @property
+    def verdict(self) -> str:
+        """The result in words: ``passed``, ``partial 1/7``, ``failed, partial 3/7``."""
+        if not self.partial:
+            return self.result
+        return f"{'' if self.result == 'partial' else f'{self.result}, '}partial {self.partial}"
 
     @property
     def path(self) -> Path:
@@ -142,7 +164,7 @@ class BuildRecord:
     def _stored(self) -> dict[str, object]:
         values = dataclasses.asdict(self)
         del values["directory"]
-        return {"format": FORMAT, **values}
+        return {"format": FORMAT, **values, "partial": self.partial}
 
     def save(self, *, durable: bool = True) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
@@ -158,8 +180,8 @@ def replace_file(path: Path, text: str, *, durable: bool) -> None:
         return
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text)
-        part.chmod(0o644)
+        with open_new(part, mode=0o644) as file:
+            file.write(text.encode())
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -243,7 +265,8 @@ def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:
     surplus = len(records) + 1 - keep
     if surplus <= 0:
         return ()
-    oldest_first = sorted(records, key=lambda record: (record.result != "passed", record.started))
+    good = ("passed", "partial")
+    oldest_first = sorted(records, key=lambda record: (record.result not in good, record.started))
     gone = tuple(record.id for record in oldest_first[:surplus])
     for build in gone:
         trash = paths.builds / f".trash-{build}"
@@ -282,6 +305,7 @@ def _read(directory: Path) -> BuildRecord:
             "inputs": _files(data["inputs"]),
             "outputs": _files(data["outputs"]),
             "notes": tuple(data["notes"]),
+            "options": tuple(data["options"]),
             "directory": directory,
         }
     )

@@ -9,20 +9,28 @@ host only the VM reaches) is resolved in the VM.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import re
+import shlex
 import shutil
+import tarfile
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from hypervisors.run import MASK, Runner
-from inventory.errors import CommandFailed, NotFound, TimedOut, UsageError
+from hypervisors.files import make_directory
+from hypervisors.run import MASK, Result, Runner
+from inventory.errors import CommandFailed, NotFound, TimedOut, Unsupported, UsageError, WrongState
+from provision.git import git_config, reading
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./-]+")  # of a branch or tag, and no expression
+_ABBREVIATED = re.compile(r"(.*-g)?[0-9a-f]{4,}")  # a commit, or what git-describe(1) says
 _SCP_LIKE = re.compile(r"[^/]+:")  # git-clone(1): host:path, the colon before any slash
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]")
 _LONG = 600.0
@@ -38,18 +46,21 @@ _NOBODY = {
     "GIT_COMMITTER_EMAIL": "farmhand@localhost",
 }
 _EPOCH = 946684800  # 2000-01-01; the nth state is n seconds later
-# The admin named the directory as the source, so it is read whoever owns it (git-config(1),
-# safe.directory); and a status must not write to a repository that somebody works in.
-_TRUSTING = {
-    "GIT_CONFIG_COUNT": "1",
-    "GIT_CONFIG_KEY_0": "safe.directory",
-    "GIT_CONFIG_VALUE_0": "*",
-    "GIT_OPTIONAL_LOCKS": "0",
-}
+_POINTER = "^version https://git-lfs.github.com/spec/v1$"  # git-lfs-spec, "The Pointer"
+# git-clone(1) takes settings in the environment for its own, and none of them for the other side.
+_SERVE = (
+    "--upload-pack=git -c 'safe.directory=*' -c core.fsmonitor=false "
+    "-c uploadpack.allowAnySHA1InWant=true upload-pack"
+)
+_RECENT = 1000  # commits whose files are looked for beforehand: enough to find a broken repository
+_SHOWN = 3
 
 RESOLVE_IN_GUEST = """\
 d=$(mktemp -d)
 trap 'rm -rf "$d"' EXIT
+head=$(git ls-remote "$SOURCE_URL" HEAD)
+head=${head%%[!0-9a-f]*}
+[ ${#head} -ne 64 ] || export GIT_DEFAULT_HASH=sha256
 git init -q --bare "$d"
 git -C "$d" fetch -q --filter=tree:0 "$SOURCE_URL" '+HEAD:refs/asked/HEAD' '+refs/*:refs/*' ||
     git -C "$d" fetch -q "$SOURCE_URL" '+HEAD:refs/asked/HEAD' '+refs/*:refs/*'
@@ -57,6 +68,17 @@ case $ASKED in HEAD | HEAD[~^@]*) ASKED=refs/asked/$ASKED ;; esac
 git -C "$d" --no-pager log -1 --no-show-signature --format='%H %s' "$ASKED" --
 """
 """A script for the VM: prints commit and subject of $ASKED at $SOURCE_URL."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submodule:
+    """Another repository's ``commit`` within the source. ``name`` is as .gitmodules has it, or "";
+    ``repository`` is where it is on this machine, if it is."""
+
+    name: str
+    path: str
+    commit: str
+    repository: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +95,8 @@ class Resolved:
     url: str = ""
     repository: Path | None = None
     notes: tuple[str, ...] = field(default=())
+    submodules: tuple[Submodule, ...] = ()  # those within them, too, as far as they are here
+    pointers: tuple[str, ...] = ()  # files in the commit whose content is kept by Git LFS
 
     @property
     def short(self) -> str:
@@ -91,14 +115,21 @@ def directory_of(repository: str, base: Path) -> Path:
 
 
 def mask(url: str) -> str:
-    """A URL without the password it may hold."""
-    if "://" not in url:
+    """A URL without the password it may hold, or the token that stands in the user's place."""
+    if not (secret := secret_of(url)):
         return url
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:{MASK}@{host}"))
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user.replace(secret, MASK)}@{host}"))
+
+
+def secret_of(url: str) -> str:
+    """What of a URL may be shown nowhere, or ""."""
+    if "://" not in url:
+        return ""
+    user, _, _ = urlsplit(url).netloc.rpartition("@")
+    name, colon, password = user.partition(":")
+    return password if colon else name if url.startswith(("http:", "https:")) else ""
 
 
 def name_of(repository: str, base: Path) -> str:
@@ -126,18 +157,15 @@ def resolve(
     """Find the commit. ``base``: what relative paths start from; ``sources``: where repositories of our
     own are kept. ``snapshot`` False changes nothing: a directory's present state stays unresolved.
 
-    Errors: NotFound (no such directory or revision), UsageError, CommandFailed.
+    Errors: NotFound (no such directory or revision), UsageError, WrongState (a repository that can't be
+    read, or lacks what it should hold), CommandFailed.
     """
     check_revision(revision)
     name = name_of(repository, base)
     if not is_directory(repository):
         return _resolve_url(name, repository, revision)
     directory = directory_of(repository, base)
-    if not directory.is_dir():
-        raise NotFound(
-            f"the source {directory} is not a directory",
-            remedy="see 'source: repository:' in the farm file",
-        )
+    _check_directory(directory)
     notes: list[str] = []
     own = _own_git_directory(runner, directory)
     if own is None:
@@ -149,19 +177,166 @@ def resolve(
             )  # fmt: skip
         if _take_state(runner, directory, mirror, name):
             notes.append(f"{directory} is no git repository: its state was committed to {mirror}")
-        own = mirror
-        where = mirror
+        own = where = mirror
+        git = Git(runner, mirror)
     else:
         where = directory
-        status = _git(runner, where, "status", "--porcelain", "--untracked-files=no", bare=own)
-        if status:
-            count = len(status.splitlines())
-            notes.append(f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built")
-    commit, tree, subject = _commit(runner, where, revision, directory)
+        git = Git(runner, directory)
+    commit, tree, subject = _commit(git, revision, directory)
+    _check_complete(git, commit, directory)
+    if own != where:
+        notes += _uncommitted(git, directory)
+    submodules = tuple(_submodules(runner, git, commit, directory))
+    if away := [submodule.path for submodule in submodules if submodule.repository is None]:
+        notes.append(f"submodules not checked out here, the VM has to reach their URLs: {_some(away)}")
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
         subject=subject, repository=own, notes=tuple(notes),
+        submodules=submodules, pointers=_pointers(git, commit),
     )  # fmt: skip
+
+
+class Git:
+    """git in a repository that the admin named as the source: read whoever owns it, and without running
+    any program that its own configuration names, for its owner may be somebody else. Nothing is written
+    to a repository that somebody works in."""
+
+    def __init__(self, runner: Runner, where: Path) -> None:
+        self._runner = runner
+        self._where = where
+        self._env = reading({})
+        drivers = self.ask("config", "-z", "--name-only", "--get-regexp", r"^filter\.", ok=(0, 1)).stdout
+        # what git-archive(1) makes must not hang on the admin's settings either
+        filters = {key: "" for key in drivers.split("\0") if key}
+        self._env = reading({**filters, "core.autocrlf": "false"})
+
+    def __call__(self, *args: str | Path) -> str:
+        return self.ask(*args).stdout
+
+    def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = _LONG) -> Result:
+        return self._runner.read(
+            *_GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env
+        )  # fmt: skip
+
+
+def check_contents(source: Resolved, scripts: Iterable[str]) -> None:
+    """Unsupported where the commit has what git alone doesn't bring to the VM, and none of the cycle's
+    ``scripts`` speaks of it."""
+    text = "\n".join(scripts).lower()
+    submodules = tuple(submodule.path for submodule in source.submodules)
+    for paths, word, what, how in (
+        (submodules, "submodule", "submodules", "`git submodule update --init`"),
+        (source.pointers, "lfs", "files kept by Git LFS", "`git lfs pull`"),
+    ):
+        if paths and word not in text:
+            raise Unsupported(
+                f"{source.shown} has {what} at {source.short}, which the VM would not get: "
+                f"{_some(paths)}",
+                remedy=f"have a run step of the cycle fetch them: {how}; "
+                "or commit them to the repository itself",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        found = directory.is_dir()
+        readable = found and os.access(directory, os.R_OK | os.X_OK)
+    except PermissionError:  # one of those above it
+        found, readable = True, False
+    if not found:
+        raise NotFound(
+            f"the source {directory} is not a directory",
+            remedy="see 'source: repository:' in the farm file",
+        )
+    if not readable:
+        raise _unreadable(directory)
+
+
+def _unreadable(path: Path) -> WrongState:
+    return WrongState(
+        f"the source {path} can't be read by {getpass.getuser()}",
+        remedy="make it, and what it lies in, readable; or run this as a user who may read it",
+    )
+
+
+def _broken(directory: Path, why: str) -> WrongState:
+    return WrongState(
+        f"the source {directory} is a broken git repository: {why}",
+        remedy=f"see git -C {shlex.quote(str(directory))} fsck",
+    )
+
+
+def _check_complete(git: Git, commit: str, directory: Path) -> None:
+    """Whether all is there that a clone of it would bring, as far as can be told in little time. Nothing
+    is fetched from where a partial clone comes from: a VM that clones it could not wait for that."""
+    partial = git.ask("config", "--get-regexp", r"^remote\..*\.partialclonefilter$", ok=(0, 1)).stdout
+    what = ("--all", commit) if partial else (f"--max-count={_RECENT}", commit)
+    found = git.ask(
+        "rev-list", "--objects", "--missing=print", "--quiet", *what, "--", ok=(0, 128)
+    )  # fmt: skip
+    missing = [line[1:] for line in found.stdout.splitlines() if line.startswith("?")]
+    if missing and partial:
+        raise WrongState(
+            f"the source {directory} is a partial clone: {len(missing)} of its objects are only where "
+            "it was cloned from",
+            remedy=f"fetch them: git -C {shlex.quote(str(directory))} fetch --refetch --no-filter; "
+            "or give 'source: repository:' as that URL, if the VM reaches it",
+        )
+    if missing:
+        raise _broken(directory, f"object {missing[0]} is missing")
+    if found.status:
+        raise _broken(directory, _reason(found))
+
+
+def _uncommitted(git: Git, directory: Path) -> list[str]:
+    # within submodules git would run what their own configurations name
+    only = ("--untracked-files=no", "--ignore-submodules=dirty")
+    status = git.ask("status", "--porcelain", *only, ok=(0, 128))
+    if status.status:
+        return [f"whether {directory} has uncommitted changes is not known: {_reason(status)}"]
+    count = len(status.stdout.splitlines())
+    return [f"{count} uncommitted change{'s' * (count > 1)} in {directory}: not built"] if count else []
+
+
+def _submodules(runner: Runner, git: Git, commit: str, directory: Path) -> Iterator[Submodule]:
+    lines = git("ls-tree", "-r", "-z", "--full-tree", commit).split("\0")
+    links = [line.partition("\t") for line in lines if line.startswith("160000 ")]
+    if not links:
+        return
+    declared = git.ask(
+        "config", "-z", "--blob", f"{commit}:.gitmodules", "--get-regexp", r"^submodule\..*\.path$",
+        ok=(0, 1, 128),
+    ).stdout  # fmt: skip
+    pairs = [entry.partition("\n") for entry in declared.split("\0") if entry]
+    names = {path: key[len("submodule.") : -len(".path")] for key, _, path in pairs}
+    for what, _, path in links:
+        pinned, inner = what.split()[2], directory / path
+        here = Submodule(name=names.get(path, ""), path=path, commit=pinned)
+        own = _own_git_directory(runner, inner) if (inner / ".git").exists() else None
+        its = None if own is None else Git(runner, inner)
+        if its is None or its.ask("cat-file", "-e", f"{pinned}^{{commit}}", ok=(0, 1, 128)).status:
+            yield here
+            continue
+        yield replace(here, repository=own)
+        for nested in _submodules(runner, its, pinned, inner):
+            yield replace(nested, path=f"{path}/{nested.path}")
+
+
+def _pointers(git: Git, commit: str) -> tuple[str, ...]:
+    """Looked for only where a .gitattributes speaks of LFS."""
+
+    def holding(*args: str) -> tuple[str, ...]:
+        found = git.ask("grep", "-I", "-l", "-z", "--full-name", *args, ok=(0, 1)).stdout
+        return tuple(name.partition(":")[2] for name in found.split("\0") if name)
+
+    if not holding("-F", "-e", "filter=lfs", commit, "--", ":(top,glob)**/.gitattributes"):
+        return ()
+    return holding("-e", _POINTER, commit, "--", ":(top)")
 
 
 def archive_sha256(runner: Runner, source: Resolved) -> tuple[str, int]:
@@ -169,34 +344,81 @@ def archive_sha256(runner: Runner, source: Resolved) -> tuple[str, int]:
     assert source.repository is not None
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "source.tar"
-        runner.read(
-            *_GIT, "-C", source.repository, "archive", "--format=tar", "-o", out, source.commit,
-            timeout=_LONG, env=_TRUSTING,
-        )  # fmt: skip
+        Git(runner, source.repository)("archive", "--format=tar", "-o", out, source.commit)
         with out.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), out.stat().st_size
+
+
+def offered(source: Resolved) -> dict[str, tuple[Path, str]]:
+    """What the VMs are given: by name, each repository of this machine, and the commit meant in it."""
+    assert source.repository is not None
+    here = [(s.repository, s.commit) for s in source.submodules if s.name and s.repository is not None]
+    numbered = {f"{source.name}-{number}": which for number, which in enumerate(here, 1)}
+    return {source.name: (source.repository, source.commit), **numbered}
+
+
+def variables(source: Resolved, urls: Sequence[str]) -> dict[str, str]:
+    """The environment of a build's scripts, given the URLs there of what is ``offered``, in its order.
+    Submodules are then fetched from there, whatever their own URLs: git-config(1), ENVIRONMENT."""
+    names = [s.name for s in source.submodules if s.name and s.repository is not None]
+    settings = {f"submodule.{name}.url": url for name, url in zip(names, urls[1:], strict=True)}
+    if not settings:
+        return {"SOURCE_URL": urls[0]}
+    return {"SOURCE_URL": urls[0], **git_config({**settings, "protocol.file.allow": "always"})}
+
+
+def pack(runner: Runner, source: Resolved, out: Path) -> None:
+    """A tar file with NAME.git for each repository that is ``offered``: a bare copy, made as a clone is,
+    so that it holds what a VM would get. Its owner is root, or whoever unpacks it."""
+
+    def nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        return entry
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
+        part = Path(scratch) / "tar"
+        with tarfile.open(part, "w") as tar:
+            for name, (where, commit) in offered(source).items():
+                copy = Path(scratch) / f"{name}.git"
+                git = Git(runner, where)
+                git("clone", "-q", "--mirror", "--no-local", "--template=", _SERVE, "--", where, copy)
+                git = Git(runner, copy)
+                git("fetch", "-q", _SERVE, "--", where, f"{commit}:refs/farmhand/source")
+                git("config", "--remove-section", "remote.origin")
+                git("config", "uploadpack.allowAnySHA1InWant", "true")
+                git("config", "uploadpack.allowFilter", "true")
+                tar.add(copy, copy.name, filter=nobodys)
+        part.chmod(0o600)  # the source may be for some eyes only
+        part.rename(out)
 
 
 def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
     """The git directory that holds this directory's branches, if it is a repository (or a work tree)
     by itself; None if it merely lies inside one."""
     # git-rev-parse looks no further up than this.
-    env = {**_TRUSTING, "GIT_CEILING_DIRECTORIES": str(directory.parent)}
+    env = {**reading({}), "GIT_CEILING_DIRECTORIES": str(directory.parent)}
     found = runner.read(
         *_GIT, "-C", directory,
         "rev-parse", "--path-format=absolute", "--git-common-dir",
         ok=(0, 128), env=env,
     )  # fmt: skip
     if found.status == 0:
-        return Path(found.stdout.strip())
-    if "not a git repository" in found.stderr:
+        return Path(found.stdout.removesuffix("\n"))
+    inner = directory / ".git"
+    meant = os.path.lexists(inner) or all((directory / n).exists() for n in ("HEAD", "objects", "refs"))
+    if "not a git repository" in found.stderr and not meant:
         return None
-    raise CommandFailed(
-        f"git can't read {directory}: {(found.stderr.strip().splitlines() or ['no reason given'])[-1]}",
-        argv=found.argv,
-        status=found.status,
-        stderr=found.stderr,
-    )
+    if inner.is_dir() and not os.access(inner, os.R_OK | os.X_OK):
+        raise _unreadable(inner)
+    raise _broken(directory, _reason(found))
+
+
+def _reason(failed: Result) -> str:
+    """Of what git said, the line that tells why."""
+    lines = [line.strip() for line in failed.stderr.splitlines() if line.strip()]
+    why = [line for line in lines if line.startswith(("error:", "fatal:"))]
+    return (why or lines[-1:] or ["no reason"])[0]
 
 
 def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> bool:
@@ -204,7 +426,7 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     if not (mirror / "HEAD").is_file():
         fresh = mirror.with_name(f".{mirror.name}.{os.getpid()}")
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(fresh.parent, mode=0o700)
         runner.change("git", "init", "-q", "--bare", "-b", "main", fresh, env=_PLAIN_GIT)
         (fresh / "info" / "exclude").write_text("__pycache__/\n*.pyc\n")
         shutil.rmtree(mirror, ignore_errors=True)  # half-made by a killed one
@@ -217,7 +439,14 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
             "GIT_WORK_TREE": str(directory),
             "GIT_INDEX_FILE": str(Path(scratch) / "index"),
         }
-        runner.change("git", "-C", directory, "add", "-A", "--", ".", env=env, timeout=_LONG)
+        added = runner.change(
+            "git", "-C", directory, "add", "-A", "--", ".", ok=(0, 128), env=env, timeout=_LONG
+        )
+        if added.status:
+            raise WrongState(
+                f"the source {directory} can't be taken as it is: {_reason(added)}",
+                remedy="put that right; or make it a git repository, of which only commits are built",
+            )
         tree = runner.change("git", "write-tree", env=env).stdout.strip()
         head = runner.read("git", "rev-parse", "-q", "--verify", "main", ok=(0, 1), env=env)
         old = head.stdout.strip()
@@ -234,30 +463,32 @@ def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> boo
     return True
 
 
-def _commit(runner: Runner, where: Path, revision: str, shown: Path) -> tuple[str, str, str]:
+def _commit(git: Git, revision: str, shown: Path) -> tuple[str, str, str]:
     """Commit, tree and subject. Looked up as it stands, for ":/text" would search for what is appended;
     git-log goes from a tag to its commit by itself."""
-    found = runner.read(
-        *_GIT, "-C", where, "rev-parse", "--quiet", "--verify", "--end-of-options", revision,
-        ok=(0, 1, 128), env=_TRUSTING,
+    found = git.ask(
+        "rev-parse", "--quiet", "--verify", "--end-of-options", revision, ok=(0, 1, 128)
     )  # fmt: skip
     name = (found.stdout.strip().splitlines() or [""])[-1]
     if found.status == 0 and _COMMIT.fullmatch(name):
-        log = runner.read(
-            *_GIT, "-C", where, "log", "-1", "--no-show-signature", "--format=%H %T %s", name, "--",
-            ok=(0, 128), env=_TRUSTING,
-        )  # fmt: skip
+        log = git.ask("log", "-1", "--no-show-signature", "--format=%H %T %s", name, "--", ok=(0, 128))
         if log.status == 0 and log.stdout:
             commit, tree, subject = log.stdout.rstrip("\n").split(" ", 2)
             return commit, tree, subject
-    names = _git(
-        runner, where, "for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags"
-    ).split()  # fmt: skip
+        if name != revision and log.status:  # a name that leads nowhere
+            raise _broken(shown, _reason(log))
+    refs = git.ask("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/tags")
+    names = refs.stdout.split()
+    if not names and "broken ref" in refs.stderr:
+        raise _broken(shown, refs.stderr.splitlines()[0])
     near = get_close_matches(revision, names, 1)
+    shallow = git("rev-parse", "--is-shallow-repository").strip() == "true"
     raise NotFound(
         f"{shown} has no revision {revision!r}",
         remedy=f"did you mean {near[0]}?"
         if near
+        else f"its history is cut off: git -C {shlex.quote(str(shown))} fetch --unshallow"
+        if shallow
         else f"it has {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
         if names
         else "it has no commit yet: commit something first",
@@ -269,13 +500,16 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     if _COMMIT.fullmatch(revision):
         return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=revision)
     env = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
-    quiet = Runner(changes=False, secrets=[urlsplit(url).password or ""] if "://" in url else [])
+    quiet = Runner(changes=False, secrets=[secret_of(url)])
     try:
         answer = quiet.read(
             *_GIT, "ls-remote", "--", url, revision, f"{revision}^{{}}", env=env, timeout=30
         )
-    except (CommandFailed, TimedOut):
-        return unresolved  # perhaps only the VM reaches it; if not, the fetch says why
+    except (CommandFailed, TimedOut) as error:
+        why = error.stderr.strip() if isinstance(error, CommandFailed) else ""
+        why = " ".join(why.split()) or error.message
+        note = f"{unresolved.shown} can't be asked from here, so the VM will be: {why}"
+        return replace(unresolved, notes=(note,))
     refs = {ref: commit for commit, ref in (line.split("\t") for line in answer.stdout.splitlines())}
     for ref in (
         revision,
@@ -287,10 +521,9 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
     ):  # gitrevisions(7), <refname>: in its order; an annotated tag's commit before the tag itself
         if ref in refs:
             return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
+    if not refs and _NAME.fullmatch(revision) and not _ABBREVIATED.fullmatch(revision):
+        raise NotFound(
+            f"{mask(url)} has no branch or tag {revision!r}",
+            remedy="see 'source: revision:' in the farm file, or --revision",
+        )
     return unresolved
-
-
-def _git(runner: Runner, where: Path, *args: str, bare: Path | None = None) -> str:
-    if bare is not None and bare == where:
-        return ""  # no work tree, so nothing uncommitted
-    return runner.read(*_GIT, "-C", where, *args, env=_TRUSTING).stdout

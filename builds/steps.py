@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from builds.classify import classify
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord
+from hypervisors.files import make_directory, open_to_append
+from hypervisors.progress import ESCAPES
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -25,17 +26,23 @@ from inventory.sizes import format_duration, format_size
 from provision.connection import Moved
 
 _TAIL_BYTES = 65536
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class StepFailed(Exception):
-    """``failure`` is the class; the message one line."""
+    """``failure`` is the class; the message one line; ``remedy`` what the error it comes from says."""
 
     def __init__(
-        self, failure: FailureClass, message: str, *, exit: int | None = None, console: str = ""
+        self,
+        failure: FailureClass,
+        message: str,
+        *,
+        remedy: str = "",
+        exit: int | None = None,
+        console: str = "",
     ) -> None:
         super().__init__(message)
         self.failure = failure
+        self.remedy = remedy
         self.exit = exit
         self.console = console
 
@@ -44,8 +51,7 @@ class StepLog:
     """A step's log: raw bytes to the file and onwards as they come; the end is kept in memory."""
 
     def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
-        self._file = path.open("ab", buffering=0)
-        path.chmod(0o644)
+        self._file = open_to_append(path, mode=0o644)
         self._vm = vm
         self._stream = stream
         self._tail = bytearray()
@@ -88,7 +94,7 @@ class StepLog:
 
 def plain(data: bytes) -> str:
     """Without colours and cursor movements; of a line rewritten by carriage returns, its last state."""
-    text = _ESCAPES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
+    text = ESCAPES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
     return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
 
@@ -109,6 +115,7 @@ class StepRun:
         """StepFailed, with its class, for everything that can go wrong."""
         began = time.monotonic()
         try:
+            await self.machines.look()
             if isinstance(step, RunStep):
                 await self._run(step, began)
                 return
@@ -133,7 +140,7 @@ class StepRun:
         connection = await machines.connection(step.vm)
         await machines.list_packages(step.vm)
         await self.before_run(step.vm, self.log)
-        environment = {**self.environment(step.vm), "SOURCE_URL": await machines.source_url(step.vm)}
+        environment = {**self.environment(step.vm), **await machines.source(step.vm)}
         for number, script in enumerate(step.run, 1):
             left = step.timeout - (time.monotonic() - began)
             self.log.mark()
@@ -142,6 +149,9 @@ class StepRun:
                     script, env=environment, timeout=max(left, 0.001), log=self.log.write
                 )
             self.exit = result.status
+            served = connection.git_said()
+            for line in served:
+                self.log.say(f"git says here, on this machine: {line}")
             if result.status == 0:
                 continue
             kind, evidence = classify(
@@ -157,15 +167,20 @@ class StepRun:
                 message = evidence
             else:
                 message = f"{which}exited with {result.status}"
+            if served:
+                message += f"; git says here, on this machine: {served[0]}"
             raise StepFailed(kind, message, exit=result.status)
         if step.artifacts:
+            make_directory(self.artifacts, mode=0o755)
             left = max(step.timeout - (time.monotonic() - began), 60.0)
             with self.meter.guest():
                 try:
                     async with asyncio.timeout(left):
                         fetched = await connection.get(step.artifacts, self.artifacts / f".{step.name}")
                 except NotFound as error:
-                    raise StepFailed("source", f"it left no artifact: {error.message}") from None
+                    raise StepFailed(
+                        "source", f"it left no artifact: {error.message}", remedy=error.remedy
+                    ) from None
             self._keep(step, fetched)
 
     def _keep(self, step: RunStep, fetched: tuple[Moved, ...]) -> None:
@@ -173,7 +188,7 @@ class StepRun:
         waiting = self.artifacts / f".{step.name}"
         taken = any((self.artifacts / file.name).exists() for file in fetched)
         home = self.artifacts / step.name if taken else self.artifacts
-        home.mkdir(exist_ok=True)
+        make_directory(home, mode=0o755)
         for file in fetched:
             (waiting / file.name).replace(home / file.name)
             (home / file.name).chmod(0o644)
@@ -207,9 +222,9 @@ class StepRun:
     async def _judged(self, step: Step, error: FarmhandError) -> StepFailed:
         """The class of an error of ours. What a guest's own scripts print is judged elsewhere."""
         if isinstance(error, NotFound) and isinstance(step, TransferStep):
-            return StepFailed("source", error.message)
+            return StepFailed("source", error.message, remedy=error.remedy)
         if isinstance(error, NoSpace):
-            return StepFailed("environment", error.message)
+            return StepFailed("environment", error.message, remedy=error.remedy)
         vms = [step.reset] if isinstance(step, ResetStep) else (
             [step.vm] if isinstance(step, RunStep) else [step.source, step.to]
         )  # fmt: skip
@@ -220,5 +235,6 @@ class StepRun:
         return StepFailed(
             "infrastructure",
             f"{error.message}{f' ({state})' if state else ''}",
+            remedy=error.remedy,
             console=error.detail or self.machines.console(vm),
         )

@@ -7,7 +7,8 @@ process 1, which in many containers reaps late or never: cutting a guest's power
 or fails. So the daemon and its QEMUs have a parent that reaps at once (prctl(2),
 PR_SET_CHILD_SUBREAPER), and that ends with the last of them.
 
-One JSON argument: ``argv``, ``env``, ``binds`` (pairs: ours, the host's path), ``kvm``:
+One JSON argument: ``argv``, ``env``, ``start`` (the directory that it is started in), ``binds`` (pairs:
+ours, the host's path), ``kvm``:
 "as-is"; "hide" (an empty file that nobody may open lies over /dev/kvm); or "uid:N" (a device node of
 the same numbers that belongs to N, for QEMU runs as a user who has no right to the host's node).
 
@@ -46,7 +47,7 @@ def _check(result: int, what: str) -> None:
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
     result = _libc.mount(
-        source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode()
+        os.fsencode(source), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode()
     )
     _check(result, f"mount {source} on {target}")
 
@@ -97,10 +98,10 @@ def main() -> None:
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")
     os.chdir("/")
     os.umask(0o077)
-    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}))
+    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}, order["start"]))
 
 
-def _start(argv: list[str], env: dict[str, str]) -> int:
+def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
     """The exit status of the daemon's own start; the reaper lives on in a session of its own."""
     told, tell = os.pipe()
     if os.fork():
@@ -111,6 +112,7 @@ def _start(argv: list[str], env: dict[str, str]) -> int:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
     pid = os.fork()
     if pid == 0:
+        os.chdir(directory)
         os.execve(argv[0], argv, env)  # noqa: S606
     _, status = os.waitpid(pid, 0)
     null = os.open(os.devnull, os.O_RDWR)
@@ -129,4 +131,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as problem:
-        sys.exit(str(problem))
+        sys.exit(": ".join(str(part) for part in (problem.filename, problem.strerror) if part))

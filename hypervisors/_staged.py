@@ -45,6 +45,7 @@ def place(new: str | None, live: Path, upper: Path) -> None:
         os.mknod(upper, stat.S_IFCHR, 0)  # how overlayfs says that a file is gone
         return
     shutil.copyfile(new, upper)
+    upper.chmod(0o644)
     with contextlib.suppress(FileNotFoundError):
         own_as(live, upper)
 
@@ -55,6 +56,11 @@ def own_as(known: Path, new: Path) -> None:
     with contextlib.suppress(PermissionError):
         os.chown(new, found.st_uid, found.st_gid)
     new.chmod(stat.S_IMODE(found.st_mode))
+
+
+def option(path: Path) -> str:
+    """As overlayfs takes it apart (ovl_next_opt in the kernel)."""
+    return str(path).replace("\\", "\\\\").replace(",", "\\,")
 
 
 def main() -> None:
@@ -73,7 +79,8 @@ def main() -> None:
             if directory in live.parents and (new is not None or live.exists()):
                 copy_parents(directory, live, upper)
                 place(new, live, upper / live.relative_to(directory))
-        options = f"lowerdir={directory},upperdir={upper},workdir={work}"
+        lower = option(directory).replace(":", "\\:")  # between several directories there is one
+        options = f"lowerdir={lower},upperdir={option(upper)},workdir={option(work)}"
         mount("farmhand", str(directory), "overlay", 0, options)
     os.execvp(order["argv"][0], order["argv"])  # noqa: S606
 
@@ -84,6 +91,7 @@ def copy_parents(directory: Path, live: Path, upper: Path) -> None:
         made = upper / parent
         if not made.is_dir():
             made.mkdir()
+            made.chmod(0o755)
             if (directory / parent).is_dir():
                 shutil.copystat(directory / parent, made)
                 with contextlib.suppress(PermissionError):

@@ -190,6 +190,16 @@ class MergingDisks(Protocol):
 
 
 @runtime_checkable
+class LostDisks(Protocol):
+    """What a store offers besides ``Disks`` where checkpoints may outlive a disk that somebody removed.
+    They are no leftovers, and a ``clone`` is refused (Conflict) as long as they are there."""
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """Of a machine whose disk is gone; ``clean`` among it where ``restore`` makes a disk from each.
+        Empty: a disk is there, or nothing."""
+
+
+@runtime_checkable
 class WarmDisks(Protocol):
     """What a store offers besides ``Disks`` where a checkpoint may hold a running machine's memory
     (``Checkpoint.warm``). ``restore`` to such a one leaves the machine suspended: a start runs on from
@@ -261,6 +271,7 @@ class Machine:
     spec_hash: str  # of the MachineSpec it was defined from, see ``spec_hash``; "" if foreign
     template: str
     started: datetime | None = None
+    accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,11 +284,26 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """What a running machine has brought about since its start, as seen from outside. Bytes; None: that
+    can't be seen. It goes on where one of them changes."""
+
+    console: int | None = None  # written on its console
+    said: str = ""  # the end of that, as it came
+    read: int | None = None  # from its disks
+    written: int | None = None  # to them
+
+    @property
+    def disk(self) -> int:
+        return (self.read or 0) + (self.written or 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """Data that ``status`` and ``doctor`` show."""
 
     driver: str  # "kvm", "qemu" (no working KVM), "xen", "ssh", "fake"
-    accelerated: bool
+    accelerated: bool  # as a machine is defined now, see Machine
     power: bool  # can start and stop
     reset: bool
     linked_clones: bool
@@ -317,7 +343,8 @@ class Hypervisor(Protocol):
         already, or if its memory can't be trusted to be that of its disk."""
 
     def stop(self, name: str, *, grace: float) -> None:
-        """Ask the guest to shut down, wait ``grace`` seconds, then cut power (0: at once).
+        """Ask the guest to shut down, wait, then cut power (0: at once). ``grace``: seconds without a
+        sign that it goes on, see ``hypervisors.progress``; where nobody sees it, seconds.
         A stopped machine is left alone, a suspended one loses its memory."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
@@ -340,6 +367,10 @@ class Hypervisor(Protocol):
 
     def console(self, name: str) -> Console: ...
 
+    def pulse(self, name: str) -> Pulse | None:
+        """What it has done since its start, for those that wait for it; a look, which costs a few
+        milliseconds. None where nobody sees that, or it doesn't run."""
+
     def destroy(self, name: str) -> None:
         """Cut power, remove the definition, then the disk. NotOurs without our mark."""
 
@@ -349,6 +380,15 @@ class Hypervisor(Protocol):
     def discard(self, leftover: Leftover) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class WatchedMachines(Protocol):
+    """What a hypervisor offers besides ``Hypervisor`` where it sees into its guests."""
+
+    def notes(self) -> Mapping[str, str]:
+        """What an admin should know of running machines, a line each, by name; none: all is well. Asks
+        the hypervisor for all of them at once, and changes nothing."""
 
 
 def no_warm(machine: str) -> Unsupported:

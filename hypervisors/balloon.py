@@ -2,7 +2,9 @@
 
 ``setMemory`` returns at once, and also when nobody in the guest listens. What counts is in
 ``memoryStats``, kept fresh by the definition's ``<stats period='1'/>``: ``actual`` is the balloon's
-size as the guest's driver reported it, ``last_update`` is 0 until a driver has answered.
+size as the guest's driver reported it, ``last_update`` is 0 until a driver has answered, then when it
+last did. One that is gone (``modprobe -r virtio_balloon``) leaves its last numbers standing, which say
+nothing any more: old ones are no answer.
 
 The floor. A guest that is squeezed under what it uses starts swapping, then killing, then panics. What
 it needs now is what it has (``actual``) less what it could give without swapping (``usable``, the
@@ -12,13 +14,17 @@ reserve of a sixteenth of its maximum, at least 32 MiB, for what is asked for be
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hypervisors.api import MemoryUse, StepFn
+from hypervisors.domain_xml import read_domain
 from inventory.errors import TimedOut, Unsupported, UsageError, WrongState
-from inventory.sizes import format_size
+from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
     import libvirt
@@ -30,6 +36,8 @@ _DRIVER_PATIENCE = 5.0  # seconds for a driver to answer: it is asked every seco
 _LOOK = 0.1
 _EVENT_PATIENCE = 1.5
 _STATISTICS_PATIENCE = 5.0
+_STALE = 20.0  # seconds: told every second, on a busy host later
+_BOOTING = 120.0  # seconds that a machine runs before it is worth a note that its driver never answered
 
 
 def floor(stats: dict[str, int], maximum: int) -> int | None:
@@ -42,7 +50,7 @@ def floor(stats: dict[str, int], maximum: int) -> int | None:
 
 
 def memory(domain: libvirt.virDomain, name: str) -> MemoryUse:
-    """As ``Hypervisor.memory``. Unsupported where no driver answers in the guest, or not yet."""
+    """As ``Hypervisor.memory``. Unsupported where no driver answers in the guest, not yet or no more."""
     if not domain.isActive():
         raise stopped(name)
     maximum, stats = domain.maxMemory() * 1024, _listening(domain, name, 0)
@@ -83,7 +91,34 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
         return reached
     domain.setMemoryFlags(reached // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
     _wait_for_libvirt(domain, reached)
+    if silence := _silence(domain.memoryStats()):
+        raise _deaf(name, silence)
     raise stuck(name, reached, target, timeout)
+
+
+def notes(connection: libvirt.virConnect) -> dict[str, str]:
+    """Of running machines whose guest tells nothing, what is to be known of it, by name. One look at
+    all; none that is busy is waited for."""
+    import libvirt
+
+    found: dict[str, str] = {}
+    options = (
+        libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
+        | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+    )
+    for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_BALLOON, options):
+        if "balloon.last-update" not in stats:  # busy, or without a balloon
+            continue
+        silence = _silence({"last_update": stats["balloon.last-update"]})
+        if silence is None:
+            continue
+        if silence == math.inf:
+            with contextlib.suppress(libvirt.libvirtError):  # it ended meanwhile
+                started = read_domain(domain.XMLDesc(0)).started
+                if started is None or (datetime.now(UTC) - started).total_seconds() < _BOOTING:
+                    continue
+        found[domain.name()] = _untold(silence)
+    return found
 
 
 def near(reached: int, target: int) -> bool:
@@ -128,17 +163,47 @@ def stuck(name: str, reached: int, target: int, patience: float) -> TimedOut:
 
 
 def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[str, int]:
+    """What its driver told just now. One that never did may be about to, and gets so many seconds; one
+    that fell silent is not waited for."""
     limit = time.monotonic() + patience
     while True:
         stats: dict[str, int] = domain.memoryStats()
-        if stats.get("last_update", 0) != 0:
+        silence = _silence(stats)
+        if silence is None:
             return stats
-        if time.monotonic() >= limit:
-            raise Unsupported(
-                f"{name}: no balloon driver answers in the guest",
-                remedy="load virtio_balloon in it (modprobe virtio_balloon), or wait for its boot",
-            )
+        if silence < math.inf or time.monotonic() >= limit:
+            raise _deaf(name, silence)
         time.sleep(_LOOK)
+
+
+def _silence(stats: Mapping[str, int]) -> float | None:
+    """Seconds since the guest's driver last told anything, infinite if it never did; None: it tells. By
+    this host's clock, as ``last_update`` is."""
+    told = stats.get("last_update", 0)
+    if told == 0:
+        return math.inf
+    silence = time.time() - told
+    return silence if silence > _STALE else None
+
+
+def _untold(silence: float) -> str:
+    """In words."""
+    if silence == math.inf:
+        return "its guest has not told yet what memory it needs: no balloon driver, or it still boots"
+    ago = format_duration(silence)
+    return f"its guest has not told for {ago} what memory it needs: no balloon driver answers any more"
+
+
+def _deaf(name: str, silence: float) -> Unsupported:
+    if silence == math.inf:
+        return Unsupported(
+            f"{name}: no balloon driver answers in the guest",
+            remedy="load virtio_balloon in it (modprobe virtio_balloon), or wait for its boot",
+        )
+    return Unsupported(
+        f"{name}: {_untold(silence)}",
+        remedy="load virtio_balloon in it (modprobe virtio_balloon); if it hangs, see its console",
+    )
 
 
 def _wait_for_libvirt(domain: libvirt.virDomain, reached: int) -> None:

@@ -17,10 +17,11 @@ import shlex
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from hypervisors.hints import NAMESPACES, ROOM, Hint, hint
 from hypervisors.images import convert
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError, WrongState
@@ -32,6 +33,7 @@ PACKAGES = (
 """Debian packages that hold the commands used here."""
 _SCRATCH = Path("/var/tmp")  # noqa: S108 (mkdtemp makes what is used there)
 _ROOM = 3 * 2**30  # root file system twice, raw disk, qcow2: 2.6 GB with the recipe that ships
+_RECIPES = TEMPLATES / "recipes"
 _FIRSTBOOT = TEMPLATES / "firstboot"
 _INSTALLED = {  # of templates/firstboot/, where in the root, mode
     "firstboot": ("usr/lib/farmhand/firstboot", 0o755),
@@ -82,10 +84,9 @@ def load_recipe(
     PV guests, whose GRUB unpacks the kernel itself. NotFound, naming those there are."""
     import yaml
 
-    directory = TEMPLATES / "recipes"
-    path = directory / f"{name}.yaml"
+    path = _RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in directory.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in _RECIPES.glob("*.yaml")))
         raise NotFound(f"no recipe {name!r}", remedy=f"known recipes: {known}")
     with path.open(encoding="utf-8") as file:
         data = yaml.load(file, yaml.CBaseLoader)  # noqa: S506 (the base loader makes text of everything)
@@ -114,13 +115,17 @@ def build_image(
     tools = {name: _tool(name, package) for name, package in _TOOLS.items()}
     root = os.geteuid() == 0
     work = Path(tempfile.mkdtemp(prefix=".build-", dir=out.parent))
-    # an ordinary user's namespace must be able to pass through, which a home directory may forbid
-    scratch = work if root else Path(tempfile.mkdtemp(prefix=f"farmhand-{os.getuid()}-", dir=_SCRATCH))
+    # an ordinary user's namespace must be able to pass through, which a home directory may forbid; and
+    # apt can't be told of a path with a double quote
+    elsewhere = not root or '"' in str(work)
+    prefix = f"farmhand-{os.getuid()}-"
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=_SCRATCH)) if elsewhere else work
     try:
         _need_room(work)
+        if elsewhere:
+            _need_room(scratch)
         if not root:
             scratch.chmod(0o711)
-            _need_room(scratch)
             _check_unshare(runner)
         tree, mode = work / "root.tar", "root" if root else "unshare"
         _bootstrap(runner, recipe, work, scratch, tree, mode, packages, log, out.parent)
@@ -148,14 +153,85 @@ def build_image(
         convert(runner, disk, out, format="raw")
     except CommandFailed as error:
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        lines = text.splitlines()
+        end = "\n".join(lines[-60:])
+        found = _hint(end, recipe, scratch.parent)
         raise CommandFailed(
-            f"{error.message}", argv=error.argv, status=error.status, stderr=error.stderr,
-            remedy=f"the whole output is in {log}; a mirror out of reach is the usual cause",
-            detail="\n".join(text.splitlines()[-15:]),
+            f"recipe {recipe.name} can't be built: {found.line or error.message}",
+            argv=error.argv, status=error.status, stderr=error.stderr,
+            remedy=f"{found.remedy}{'; ' if found.remedy else ''}the whole output is in {log}",
+            detail="\n".join(lines[-15:]),
         ) from error  # fmt: skip
     finally:
         for directory in {work, scratch}:
             remove_build(runner, directory)
+
+
+_SOURCES = "the mirrors in /etc/apt/sources.list and sources.list.d"
+MIRRORS = (  # what apt says of one
+    (
+        r"gpgv\S* .*required for verification, but neither seems installed",
+        "as root: apt-get install gpgv; where it is there, everybody must be able to write to /dev/null",
+    ),
+    (
+        r"NO_PUBKEY (?P<key>\w+)",
+        "as root: apt-get install debian-archive-keyring; another mirror's key goes by its Signed-By in "
+        "/etc/apt/sources.list.d",
+    ),
+    (r"Release file .* is not valid yet", "set this machine's clock, which is behind that mirror's"),
+    (r"Release file .* is expired", "set this machine's clock if it is ahead; else that mirror is old"),
+    (r"repository .* is not signed", f"look at {_SOURCES}: this one has no signature"),
+    (
+        r"[Cc]ertificate verification failed|certificate issuer is unknown|certificate is NOT trusted",
+        "as root: apt-get install ca-certificates; a certificate of your own goes by "
+        "Acquire::https::CaInfo (apt.conf(5))",
+    ),
+    (
+        r"(?:Could not resolve|Temporary failure resolving) '(?P<host>[^']+)'",
+        f"look at /etc/resolv.conf, and whether {{host}} is right among {_SOURCES}",
+    ),
+    (
+        r"(?:Could not|Cannot initiate the|Unable to) connect(?:ion)?(?: to)? (?P<host>\S+)",
+        f"{{host}} is out of reach: look at the network, at {_SOURCES} and at apt's proxies "
+        "(apt-config dump Acquire)",
+    ),
+    (
+        r"does not have a Release file|did not find any indices for architecture",
+        f"look at {_SOURCES}: this one has no {{suite}}",
+    ),
+    (r"Hash Sum mismatch|File has unexpected size", "the mirror is just being renewed: try again later"),
+    (r"Failed to fetch (?P<url>\S+)", f"look at {_SOURCES}, or try again later"),
+)
+
+
+def _hint(said: str, recipe: Recipe, directory: Path) -> Hint:
+    """What to do about the end of a build's output. ``directory``: of its scratch directory."""
+    file = _RECIPES / f"{recipe.name}.yaml"
+    own = load_recipe(recipe.name) if file.is_file() else recipe
+    names = (*own.packages, own.kernel, recipe.kernel)
+    return hint(said, _known(names), directory=directory, suite=recipe.suite, file=file)
+
+
+def _known(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of mmdebstrap 1.3, apt 2.6, unshare 2.38. ``names``: the packages that the recipe itself wants."""
+    yield ROOM
+    yield from NAMESPACES
+    yield from MIRRORS
+    its = "|".join(map(re.escape, names))
+    unknown = "E: (?:Unable to locate package|Package|Couldn't find any package by \\S+)"
+    yield rf"{unknown} '?(?:{its})'?(?:\s|$)", "{suite} has no such package: look at {file}"
+    yield (
+        rf"{unknown} \S+",
+        "{suite} has no such package: correct 'packages' of the template in the farm file",
+    )
+    yield (
+        r"unmet dependencies|held broken packages",
+        "look at 'packages' of the template in the farm file: not all of them go together",
+    )
+    yield (
+        r"^chroot: failed to run command .*: Permission denied",
+        "nothing in {directory} can be executed (noexec?): remount it with exec",
+    )
 
 
 def remove_build(runner: Runner, directory: Path) -> None:
@@ -186,10 +262,8 @@ def mounts_below(directory: Path, mountinfo: str) -> list[str]:
 
 def stale_scratch() -> tuple[Path, ...]:
     """This user's scratch directories outside the cache, for whoever holds the build lock to remove."""
-    if os.geteuid() == 0:
-        return ()
     found = _SCRATCH.glob(f"farmhand-{os.getuid()}-*")
-    return tuple(path for path in found if path.stat().st_uid == os.getuid())
+    return tuple(p for p in found if p.lstat().st_uid == os.getuid() and not p.is_symlink())
 
 
 _GRUB = Path("/usr/lib/grub/i386-pc")

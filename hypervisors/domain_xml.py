@@ -28,8 +28,10 @@ ET.register_namespace("qemu", _QEMU_URI)
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a definition says of itself. ``owner`` None: no mark of ours."""
+    """What a definition says of itself. ``owner`` None: no mark of ours. ``kind``: libvirt's domain type
+    ("kvm", "qemu", "xen")."""
 
+    kind: str
     uuid: str
     owner: Owner | None
     spec_hash: str
@@ -205,6 +207,7 @@ def read_domain(xml: str) -> Seen:
     place = (disk.get("file") or disk.get("dev")) if disk is not None else None
     log_file = log.get("file") if log is not None else None
     return Seen(
+        kind=domain.get("type", ""),
         uuid=domain.findtext("uuid", ""),
         owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
         spec_hash=mark.get("spec", "") if mark is not None else "",

@@ -61,23 +61,24 @@ class FakeDisks:
                 raise Conflict(
                     f"template {template.label} exists already", remedy="seal the next generation"
                 )
-            data = image.read_bytes()
+            with image.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._step(f"seal template {template.label}")
-            done = replace(template, ref=template.label, sha256=hashlib.sha256(data).hexdigest())
-            world.templates[template.label] = (done, data)
+            done = replace(template, ref=template.label, sha256=digest)
+            world.templates[template.label] = done
         image.unlink()
         return done
 
     def templates(self) -> Sequence[Template]:
-        with self.store.change() as world:
-            found = [template for template, _ in world.templates.values()]
+        with self.store.look() as world:
+            found = world.templates.all().values()
         return sorted(found, key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
         with self.store.change() as world:
             if label not in world.templates:
                 raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
-            if users := sorted(name for name, disk in world.disks.items() if disk.template == label):
+            if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
                 )
@@ -85,15 +86,13 @@ class FakeDisks:
             del world.templates[label]
 
     def find(self, machine: str) -> Disk | None:
-        with self.store.change() as world:
+        with self.store.look() as world:
             disk = world.disks.get(machine)
             return self._seen(machine, disk) if disk else None
 
     def list(self) -> Sequence[Disk]:
-        with self.store.change() as world:
-            return [
-                self._seen(n, d) for n, d in sorted(world.disks.items()) if d.owner.farm == self._farm
-            ]
+        with self.store.look() as world:
+            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm).items()]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         with self.store.change() as world:
@@ -153,7 +152,7 @@ class FakeDisks:
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         del quick  # it is anyway
-        with self.store.change() as world:
+        with self.store.look() as world:
             disk = self._ours(world, machine)
             return disk.base == name and disk.content == disk.checkpoints[name][1]
 
@@ -172,11 +171,8 @@ class FakeDisks:
         raise NotFound(f"there is no leftover {leftover.ref}")
 
     def capacity(self) -> Capacity:
-        with self.store.change() as world:
-            used = sum(len(d.content) for d in world.disks.values()) + sum(
-                t.size for t, _ in world.templates.values()
-            )
-        return Capacity(_TOTAL, _TOTAL - used)
+        with self.store.look() as world:
+            return Capacity(_TOTAL, _TOTAL - world.used)
 
     def write(self, machine: str, content: bytes) -> None:
         """What a guest would have written since the template."""
@@ -185,7 +181,7 @@ class FakeDisks:
 
     def content(self, machine: str) -> bytes:
         """What a guest would read back."""
-        with self.store.change() as world:
+        with self.store.look() as world:
             return self._ours(world, machine).content
 
     def _ours(self, world: World, machine: str) -> StoredDisk:
@@ -237,14 +233,13 @@ class FakeHypervisor:
         )
 
     def find(self, name: str) -> Machine | None:
-        with self._store.change() as world:
+        with self._store.look() as world:
             fake = world.machines.get(name)
             return fake.machine if fake else None
 
     def list(self) -> Sequence[Machine]:
-        with self._store.change() as world:
-            machines = [fake.machine for _, fake in sorted(world.machines.items())]
-        return [m for m in machines if m.owner and m.owner.farm == self._farm]
+        with self._store.look() as world:
+            return [fake.machine for fake in world.machines.of(self._farm).values()]
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)
@@ -280,7 +275,7 @@ class FakeHypervisor:
             return fake.machine
 
     def start(self, name: str) -> None:
-        with self._store.change() as world:
+        with self._store.look() as world:
             self._ours(world, name)
         ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
         if ready(name) is None:
@@ -291,11 +286,9 @@ class FakeHypervisor:
                 raise WrongState(
                     f"{name} is running already", remedy="stop it first, or use it as it is"
                 )
-            ports = {f.host for f in fake.spec.nic.forwards} if fake.spec else set()
-            for other in world.machines.values():
-                if other.spec and other.machine.power is Power.RUNNING:
-                    for taken in ports & {f.host for f in other.spec.nic.forwards}:
-                        raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
+            taken = world.taken(f.host for f in fake.spec.nic.forwards) if fake.spec else None
+            if taken is not None:
+                raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
             self._step(f"start {name}")
             fake.machine = replace(
                 fake.machine, power=Power.RUNNING, current=fake.machine.memory, started=datetime.now(UTC)
@@ -310,7 +303,7 @@ class FakeHypervisor:
             self._off(fake)
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
-        with self._store.change() as world:
+        with self._store.look() as world:
             now = self._ours(world, name).machine.power
             if warm:
                 raise no_warm(name)
@@ -319,7 +312,7 @@ class FakeHypervisor:
         return self._disks.checkpoint(name, checkpoint)
 
     def reset(self, name: str, checkpoint: str) -> None:
-        with self._store.change() as world:
+        with self._store.look() as world:
             self._ours(world, name)
         disk = self._disks.find(name)
         if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
@@ -350,7 +343,7 @@ class FakeHypervisor:
             return target
 
     def memory(self, name: str) -> MemoryUse:
-        with self._store.change() as world:
+        with self._store.look() as world:
             machine = self._ours(world, name).machine
         if machine.power is not Power.RUNNING:
             raise _stopped(name)
@@ -359,9 +352,12 @@ class FakeHypervisor:
         )
 
     def console(self, name: str) -> Console:
-        with self._store.change() as world:
+        with self._store.look() as world:
             fake = self._ours(world, name)
             return Console(argv=(), log=fake.spec.console_log if fake.spec else None)
+
+    def pulse(self, name: str) -> None:
+        """It has no guest."""
 
     def destroy(self, name: str) -> None:
         with self._store.change() as world:
@@ -372,8 +368,8 @@ class FakeHypervisor:
         self._disks.destroy(name)
 
     def leftovers(self) -> Sequence[Leftover]:
-        with self._store.change() as world:
-            machines = dict(world.machines)
+        with self._store.look() as world:
+            machines = world.machines.all()
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
         for machine in self.list():
@@ -387,7 +383,10 @@ class FakeHypervisor:
     def discard(self, leftover: Leftover) -> None:
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
-        elif leftover.ref in (now.ref for now in self.leftovers()):
+            return
+        machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+        owner = machine.owner if machine else disk.owner if disk else None
+        if (machine is None) != (disk is None) and owner and owner.farm == self._farm:
             self.destroy(leftover.ref)
 
     def close(self) -> None:
@@ -395,7 +394,7 @@ class FakeHypervisor:
 
     def peak(self) -> int:
         """Bytes: the most that machines which ran at once ever had, by this host's own count."""
-        with self._store.change() as world:
+        with self._store.look() as world:
             return world.peak
 
     def add_foreign(self, name: str) -> None:
@@ -408,7 +407,7 @@ class FakeHypervisor:
             world.machines[name] = StoredMachine(machine, None)
 
     def _check_name(self, name: str) -> None:
-        with self._store.change() as world:
+        with self._store.look() as world:
             if existing := world.machines.get(name):
                 owner = existing.machine.owner
                 if owner is None or owner.farm != self._farm:

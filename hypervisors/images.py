@@ -125,6 +125,7 @@ def convert(runner: Runner, source: Path, out: Path, *, format: str, size: int =
         )
         if size > image_info(runner, fresh).size:
             runner.change("qemu-img", "resize", "-q", "-f", "qcow2", fresh, str(size))
+        fresh.chmod(0o600)
         fresh.replace(out)
     finally:
         fresh.unlink(missing_ok=True)

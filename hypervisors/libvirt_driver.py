@@ -9,10 +9,9 @@ error, and the method may be called again.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +28,7 @@ from hypervisors.api import (
     Machine,
     MachineSpec,
     MemoryUse,
+    Pulse,
     StepFn,
     Template,
     no_step,
@@ -42,9 +42,11 @@ from hypervisors.domain_xml import (
     start_mark,
     with_disk,
 )
+from hypervisors.files import make_directory, make_file
 from hypervisors.libvirt_errors import connection_lost, translate, unreachable
 from hypervisors.libvirt_kinds import Kind
-from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by
+from hypervisors.libvirt_seen import INACTIVE, as_machine, opened_by, pulse_of
+from hypervisors.progress import Progress
 from hypervisors.qcow2_store import sync
 from hypervisors.run import Runner
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -71,15 +73,17 @@ class LibvirtHypervisor:
         *,
         step: StepFn = no_step,
         kind: Kind,
+        working: Callable[[str], None] = no_step,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
-        daemon back). Connects on first use."""
+        daemon back). ``working``: told what is waited for. Connects on first use."""
         self._uri = uri
         self._farm = farm
         self._disks = disks
         self._runner = runner
         self._step = step
         self._kind = kind
+        self._working = working
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
 
@@ -107,6 +111,16 @@ class LibvirtHypervisor:
         # --force: a viewer that lost its terminal would lock the next one out
         argv = ("virsh", "-c", self._where(), "console", "--force", name)
         return Console(argv=argv, log=self._kind.console_log(name, seen))
+
+    def pulse(self, name: str) -> Pulse | None:
+        with self._translated(f"look at {name}"):
+            domain = self._ours(name)
+            return pulse_of(domain, self._kind.console_log(name, read_domain(domain.XMLDesc(0))))
+
+    def notes(self) -> Mapping[str, str]:
+        """As ``hypervisors.api.WatchedMachines``; of machines of others, too."""
+        with self._translated("look at the machines"):
+            return self._reading(self._kind.notes)
 
     # -- making and unmaking ----------------------------------------------------------------------
 
@@ -195,7 +209,7 @@ class LibvirtHypervisor:
             seen = read_domain(domain.XMLDesc(0))
             if grace > 0 and domain.isActive():
                 self._step(f"ask {name} to shut down")
-                if self._shut_down(domain, grace):
+                if self._shut_down(domain, name, grace):
                     _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
                     return
             self._cut_power(domain, name, seen)
@@ -246,8 +260,7 @@ class LibvirtHypervisor:
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
         now = datetime.now(UTC)
-        with self._translated("list the machines"):
-            used = {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
+        used = self._opened()
         for name in sorted(machines.keys() - disks.keys()):
             machine = machines[name]
             found.append(
@@ -271,8 +284,20 @@ class LibvirtHypervisor:
     def discard(self, leftover: Leftover) -> None:
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
             self._disks.discard(leftover)
-        elif leftover.ref in (now.ref for now in self.leftovers()):
-            self.destroy(leftover.ref)
+        else:  # looked up again first
+            machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+            if (machine is None) == (disk is None):
+                return
+            owner = machine.owner if machine else disk.owner if disk else None
+            if owner is None or owner.farm != self._farm:
+                return
+            if disk is None or disk.path.resolve() not in self._opened():
+                self.destroy(leftover.ref)
+
+    def _opened(self) -> set[Path]:
+        """What any machine has for a disk, links followed."""
+        with self._translated("list the machines"):
+            return {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
 
     def close(self) -> None:
         self._drop()
@@ -378,7 +403,7 @@ class LibvirtHypervisor:
 
     def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
         if spec.console_log:
-            spec.console_log.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(spec.console_log.parent, mode=0o711)
         connection = self._connect()
         system = urlsplit(connection.getURI()).path == "/system"
         connection.defineXML(self._kind.xml(spec, disk, template, system=system, uuid=uuid))
@@ -409,17 +434,19 @@ class LibvirtHypervisor:
                 libvirt.VIR_DOMAIN_AFFECT_LIVE,
             )
 
-    def _shut_down(self, domain: libvirt.virDomain, grace: float) -> bool:
+    def _shut_down(self, domain: libvirt.virDomain, name: str, grace: float) -> bool:
         import libvirt
 
-        limit, again = time.monotonic() + grace, 0.0
-        while (now := time.monotonic()) < limit:
+        progress, again = Progress(lambda: self.pulse(name), grace), 0.0
+        while progress.left() > 0:
             if not domain.isActive():
                 return True
-            if now >= again:
+            if (now := time.monotonic()) >= again:
                 again = now + _PRESS_AGAIN
                 with contextlib.suppress(libvirt.libvirtError):  # it went down meanwhile
                     domain.shutdownFlags(self._kind.shutdown)
+                self._working(f"waiting for {name} to shut down; {progress}")
+            progress.look()
             time.sleep(0.05)
         return not domain.isActive()
 
@@ -457,8 +484,8 @@ def _turn_over(log: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if log.stat().st_size:
             log.replace(log.with_name(log.name + ".1"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(log, os.O_CREAT | os.O_WRONLY, 0o600))
+    make_directory(log.parent, mode=0o711)
+    make_file(log)
 
 
 def _sync(disk: Path | None) -> None:

@@ -24,6 +24,7 @@ _LOST = re.compile(
     r"[Ee]nd of file while|[Cc]onnection reset|[Bb]roken pipe|socket is closed|Cannot (write|recv)"
 )
 _LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
+_NOBODY = re.compile(r"Failed to find user record for uid '(\d+)'")
 _PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
 
 
@@ -71,6 +72,11 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
         return DriverFailed(
             f"{doing}: no {daemon} there: {message}",
             remedy=f"systemctl start {daemon}; for KVM, without a 'uri' farmhand runs its own",
+        )
+    if uid := _NOBODY.search(message):
+        return Unsupported(
+            f"{doing}: {message}",
+            remedy=f"libvirt wants an account: uid {uid[1]} has none (getent passwd {uid[1]})",
         )
     if going_down(error):
         return WrongState(f"{doing}: it is going down", remedy="./invoke status shows its state")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +51,9 @@ class Kind(Protocol):
     def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
         """As ``Hypervisor.memory``."""
 
+    def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
+        """As ``hypervisors.api.WatchedMachines``."""
+
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
         """What it was that libvirt's own words don't tell, after a start has failed."""
 
@@ -95,6 +99,9 @@ class Qemu:
 
     def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
         return balloon.memory(domain, name)
+
+    def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
+        return balloon.notes(connection)
 
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> None:  # noqa: ARG002
         return

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Machine, Power
+from hypervisors.api import Machine, Power, Pulse
 from hypervisors.domain_xml import read_domain
 from hypervisors.libvirt_errors import going_down
 
 if TYPE_CHECKING:
     import libvirt
 
+_TAIL = 4096  # bytes of a console, for its last line
 INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
 
 
@@ -47,7 +50,26 @@ def as_machine(domain: libvirt.virDomain) -> Machine | None:
         spec_hash=seen.spec_hash,
         template=seen.template,
         started=seen.started if power is not Power.STOPPED else None,
+        accelerated={"kvm": True, "qemu": False}.get(seen.kind),
     )
+
+
+def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:
+    """``log``: of its console since it was started. None where it doesn't run, or ended meanwhile."""
+    import libvirt
+
+    if not domain.isActive():
+        return None
+    console, said = None, ""
+    if log is not None:
+        with contextlib.suppress(OSError), log.open("rb") as file:  # another user's
+            console = os.fstat(file.fileno()).st_size
+            file.seek(max(0, console - _TAIL))
+            said = file.read(_TAIL).decode(errors="replace")
+    read = written = None
+    with contextlib.suppress(libvirt.libvirtError):  # libxl counts only what dom0's kernel serves
+        _, read, _, written, _ = domain.blockStats("")  # "": all its disks together
+    return Pulse(console=console, said=said, read=read, written=written)
 
 
 def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:

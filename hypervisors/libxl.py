@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -110,6 +111,10 @@ class Xen:
 
     def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
         return libxl_balloon.memory(domain, name, libxl_balloon.Xenstore(self.runner, domain.ID()))
+
+    def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:  # noqa: ARG002
+        """Xen counts pages itself, and knows no time at which a guest told anything."""
+        return {}
 
     def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
         """libxl says only that it failed. A device that another guest has open is the usual reason."""

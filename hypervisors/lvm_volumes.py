@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hypervisors.api import StepFn, no_step
 from hypervisors.devices import give
+from hypervisors.files import make_directory
 from hypervisors.lvm import Lvm, Volume, users_of
 from hypervisors.lvm_seen import Held, Seen
 from hypervisors.qcow2_store import FileLock, reachable, sync
@@ -96,7 +97,7 @@ class LvmVolumes:
         if read and not self._links.is_dir():
             yield Held(None)
             return
-        self._links.mkdir(parents=True, exist_ok=True, mode=0o711)
+        make_directory(self._links, mode=0o711)
         if self._reader is not None:
             reachable(self._links, self._reader)
         with Held(self._lock) as held:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from hypervisors.api import Disks, StepFn, no_step
+from hypervisors.kvm import Accelerator
 from hypervisors.libvirt_kinds import Kind
 from hypervisors.run import Runner
 
@@ -32,6 +33,7 @@ class Place:
     farm: str
     driver: Literal["kvm", "xen"]
     uri: str
+    accelerator: Accelerator = "auto"
     guests: Literal["pv", "pvh"] = "pv"
     store: str = "qcow2"
     path: Path | None = None
@@ -108,10 +110,10 @@ def open_kind(place: Place, places: Directories) -> Kind:
         from hypervisors.libxl import Xen
 
         return Xen(Runner(), place.guests)
-    from hypervisors.kvm import kvm_usable
+    from hypervisors.kvm import judge
     from hypervisors.libvirt_kinds import Qemu
 
-    return Qemu(kvm_usable(Runner(), places.cache))
+    return Qemu(judge(place.accelerator, Runner(), places.cache))
 
 
 def reader_of(driver: str, uri: str) -> int | None:

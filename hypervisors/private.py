@@ -5,9 +5,12 @@ private directories lie over them (``hypervisors._enclose``). As an ordinary use
 places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
 them through its state files and takes them over.
 
-    directory/        definitions (etc), guests' monitor sockets (lib), log: lost with it
+    directory/        definitions (etc), guests' monitor sockets (lib), logs (log): lost with it
     runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
     cache/            what libvirt found out about QEMU (2-50 s to find out again)
+
+No path of ours is in its configuration, where a blank ends a log's name and a colon begins one: as root
+they are named as seen inside; the session's daemon starts in the log's directory.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from hypervisors import _enclose
+from hypervisors.files import file_error, make_directory, open_new
+from hypervisors.hints import NAMESPACES, ROOM, hint
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
 
+_ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
 _QEMU_UID = 64055  # Debian's own number for it (base-passwd)
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
@@ -68,13 +73,15 @@ class PrivateLibvirt:
         """The connection URI; starts the daemon if it isn't running (0.1-0.3 s, else 0.1 ms).
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
-        self._check_lengths()
-        if not self.running():
+        check_runtime(self._runtime)
+        if not self.running() or self._lacks_kvm():
             with self._lock():
+                if self.running() and self._lacks_kvm():
+                    self._end_daemon()
                 if not self.running():
                     self._start()
         mode = "system" if self._root else "session"
-        return f"qemu+unix:///{mode}?socket={quote(str(self._socket))}"
+        return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
 
     def machines_running(self) -> tuple[str, ...]:
         """Names of the guests that live, whether or not the daemon does."""
@@ -99,7 +106,7 @@ class PrivateLibvirt:
             for _, pid in self._guests():
                 _end(pid, signal.SIGKILL)
             for pid in reapers:
-                if _enclose.__file__ in _command_line(pid):
+                if _ENCLOSE in _command_line(pid):
                     _end(pid, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
@@ -117,7 +124,16 @@ class PrivateLibvirt:
 
     @property
     def _socket(self) -> Path:
-        return self._run / "libvirt-sock" if self._root else self._run / "libvirt" / "libvirt-sock"
+        return _socket(self._runtime, root=self._root)
+
+    @property
+    def _blind(self) -> Path:
+        """It is there while the daemon was started with ``hide_kvm``."""
+        return self._run / "no-kvm"
+
+    def _lacks_kvm(self) -> bool:
+        """KVM works by now, and the daemon that runs doesn't see it."""
+        return not self._hide_kvm and self._blind.exists()
 
     @property
     def _pidfile(self) -> Path:
@@ -135,22 +151,7 @@ class PrivateLibvirt:
 
     @property
     def _log(self) -> Path:
-        return self._directory / "libvirtd.log"
-
-    def _check_lengths(self) -> None:
-        longest = self._socket
-        if not self._root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
-            domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
-            longest = max(
-                longest,
-                self._runtime / "c/libvirt/qemu/lib" / domain / "monitor.sock",
-                key=lambda p: len(os.fsencode(p)),
-            )
-        if (length := len(os.fsencode(longest))) > _SOCKET_PATH_MAX:
-            raise DriverFailed(
-                f"{self._runtime}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
-                remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
-            )
+        return self._directory / "log" / "libvirtd.log"
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -163,31 +164,43 @@ class PrivateLibvirt:
             )
         for path in (self._socket, self._pidfile):
             path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
-        order = self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        order = self._order(daemon)
+        before = self._log.stat().st_size if self._log.exists() else 0
+        self._blind.unlink(missing_ok=True)
+        if self._hide_kvm:
+            self._blind.touch(mode=0o600)
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:
             Runner().change(
-                sys.executable, "-I", "-S", _enclose.__file__, json.dumps(order), timeout=_START_LIMIT
+                sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
-            tail = _tail(self._log)
+            logged = _tail(self._log, before)
+            said = [*error.stderr.strip().splitlines(), *logged]
+            known = hint("\n".join(said), (ROOM, *NAMESPACES), directory=self._directory)
             raise DriverFailed(
-                f"the private libvirtd did not start: {(tail or [error.message])[-1]}",
-                remedy=f"see {self._log}; as root it needs CAP_SYS_ADMIN (a container: --privileged)",
-                detail="\n".join([error.detail, *tail]),
+                f"the private libvirtd did not start: {known.line or (said or [error.message])[-1]}",
+                remedy=known.remedy or (f"see {self._log}" if logged else ""),
+                detail="\n".join([error.detail, *logged]),
             ) from error
         if not self.running():
             raise DriverFailed(
                 "the private libvirtd ended right after its start",
                 remedy=f"see {self._log}",
-                detail="\n".join(_tail(self._log)),
+                detail="\n".join(_tail(self._log, before)),
             )
+
+    def _order(self, daemon: str) -> dict[str, object]:
+        """What ``_enclose`` is to do; all that it needs is made. NoSpace, WrongState."""
+        try:
+            return self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        except OSError as error:
+            raise file_error(error, Path(error.filename or self._directory), "write") from error
 
     def _order_as_root(self, daemon: str) -> dict[str, object]:
         uid = qemu_user()
         ours, run = self._directory, self._run
-        self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711)
         # QEMU's user passes through these on its way to its monitor socket and console log
         places = {
             ours / "etc": "/etc/libvirt",
@@ -197,10 +210,9 @@ class PrivateLibvirt:
             run: "/run/libvirt",
         }
         for path, host in places.items():
-            path.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o755)
-            Path(host).mkdir(parents=True, exist_ok=True)  # empty: a place to lay ours over
-        ours.chmod(0o711)
+            make_directory(path, mode=0o711)
+            path.chmod(0o711)  # of one that was killed before it could
+            make_directory(Path(host), mode=0o755)  # empty: a place to lay ours over
         qemu_conf = [
             f'user = "+{uid}"',
             f'group = "+{uid}"',
@@ -211,14 +223,14 @@ class PrivateLibvirt:
             "namespaces = []",
             "cgroup_controllers = []",
         ]
-        (ours / "etc/qemu.conf").write_text("\n".join([*qemu_conf, ""]))
+        _write(ours / "etc/qemu.conf", qemu_conf)
         conf = self._write_conf(
-            [f'unix_sock_dir = "{run}"', 'auth_unix_rw = "none"', 'auth_unix_ro = "none"']
+            'auth_unix_ro = "none"', f'unix_sock_dir = "{places[run]}"', log=places[ours / "log"]
         )
         binds = [(str(path), host) for path, host in places.items()]
         binds += self._user_database(uid)
         kvm = "hide" if self._hide_kvm else f"uid:{uid}"
-        return self._order(daemon, conf, {}, kvm, binds)
+        return self._order_of(daemon, conf, {}, kvm, binds)
 
     def _user_database(self, uid: int) -> list[tuple[str, str]]:
         """Copies of passwd and group in which QEMU's user exists; none needed where it does."""
@@ -229,48 +241,52 @@ class PrivateLibvirt:
         else:
             return []
         lines = {
-            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin\n",
-            "group": f"{_QEMU_USER}:x:{uid}:\n",
+            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin",
+            "group": f"{_QEMU_USER}:x:{uid}:",
         }
         for name, line in lines.items():
-            text = Path("/etc", name).read_text()
+            text = Path("/etc", name).read_text(encoding="utf-8", errors="surrogateescape")
             copy = self._directory / "etc" / name
-            copy.write_text(text + ("" if text.endswith("\n") else "\n") + line)
-            copy.chmod(0o644)
+            _write(copy, [text.rstrip("\n"), line], mode=0o644)
         return [(str(self._directory / "etc" / name), f"/etc/{name}") for name in lines]
 
     def _order_as_user(self, daemon: str) -> dict[str, object]:
         ours, short = self._directory, self._runtime / "c"
-        for path in (self._runtime, ours / "etc/libvirt/qemu", self._run / "libvirt", self._cache):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in (ours / "etc/libvirt/qemu", ours / "log", self._run / "libvirt", self._cache):
+            make_directory(path, mode=0o700)
         # The guests' monitor sockets are below XDG_CONFIG_HOME: reach it by a short name.
         if not short.is_symlink() or short.readlink() != ours / "etc":
             short.unlink(missing_ok=True)
             short.symlink_to(ours / "etc")
-        (ours / "etc/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
+        _write(ours / "etc/libvirt/qemu.conf", ['stdio_handler = "file"'])
         env = {
             "XDG_CONFIG_HOME": str(short),
             "XDG_CACHE_HOME": str(self._cache),
             "XDG_RUNTIME_DIR": str(self._run),
             "XDG_DATA_HOME": str(ours / "data"),
         }
-        conf = self._write_conf(['auth_unix_rw = "none"'])
-        return self._order(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
+        conf = self._write_conf()
+        return self._order_of(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
 
-    def _write_conf(self, lines: list[str]) -> Path:
+    def _write_conf(self, *lines: str, log: str = "") -> Path:
+        """``log``: the directory of its log, as it is seen there; "": where it starts."""
         conf = self._directory / "etc/libvirtd.conf"
+        outputs = f"3:file:{Path(log, self._log.name)}"
         # libvirtd's own default is 0777, trusting polkit: here only the owner may talk to it.
-        lines = [*lines, 'unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"']
-        conf.write_text("\n".join([*lines, f'log_outputs = "3:file:{self._log}"', ""]))
+        perms = ('unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"')
+        _write(conf, [*lines, 'auth_unix_rw = "none"', *perms, f'log_outputs = "{outputs}"'])
         return conf
 
-    def _order(
+    def _order_of(
         self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
     ) -> dict[str, object]:
         over = self._runtime / "k"
-        over.mkdir(exist_ok=True)
+        make_directory(over, mode=0o711)
         argv = [daemon, "-d", "-f", str(conf), "-p", str(self._pidfile)]
-        return {"argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds}
+        start = str(self._log.parent)
+        return {
+            "argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds, "start": start,
+        }  # fmt: skip
 
     # -- the processes ----------------------------------------------------------------------------
 
@@ -293,7 +309,7 @@ class PrivateLibvirt:
         whether the one we hold is still the one there."""
         path = self._runtime / "lock"
         while True:
-            self._runtime.mkdir(parents=True, exist_ok=True, mode=0o711 if self._root else 0o700)
+            make_directory(self._runtime, mode=0o711 if self._root else 0o700)
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             except FileNotFoundError:
@@ -312,12 +328,42 @@ class PrivateLibvirt:
                 os.close(handle)
 
 
+def check_runtime(directory: Path) -> None:
+    """That a daemon's sockets can lie there. DriverFailed where they can't."""
+    root = os.geteuid() == 0
+    sockets = [_socket(directory, root=root)]
+    if not root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
+        domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
+        sockets.append(directory / "c/libvirt/qemu/lib" / domain / "monitor.sock")
+        # and it probes QEMU with -qmp unix:PATH,server=on, and PATH as it is (qemuProcessQMPLaunch)
+        if not {",", "="}.isdisjoint(str(directory)):
+            raise DriverFailed(
+                f"{directory}: libvirt can't name a socket there to QEMU, for its ',' or '='",
+                remedy="set FARMHAND_RUNTIME_DIR to a path without",
+            )
+    length = max(len(os.fsencode(path)) for path in sockets)
+    if length > _SOCKET_PATH_MAX:
+        raise DriverFailed(
+            f"{directory}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
+            remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
+        )
+
+
+def _socket(runtime: Path, *, root: bool) -> Path:
+    return runtime / "run" / ("libvirt-sock" if root else "libvirt/libvirt-sock")
+
+
 def qemu_user() -> int:
     """The uid of libvirt's QEMU user on this host, or the one Debian would give it."""
     try:
         return pwd.getpwnam(_QEMU_USER).pw_uid
     except KeyError:
         return _QEMU_UID
+
+
+def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
+    with open_new(path, mode=mode) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
 
 
 def _pid(path: Path) -> int | None:
@@ -365,8 +411,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path, start: int) -> list[str]:
+    """The last lines of what was written after the first ``start`` bytes."""
     try:
-        return path.read_text(errors="replace").splitlines()[-5:]
+        return path.read_bytes()[start:].decode(errors="replace").splitlines()[-5:]
     except OSError:
         return []

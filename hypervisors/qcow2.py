@@ -4,6 +4,7 @@
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
                 disk.qcow2            what the hypervisor opens
                 checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+                gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
     .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
 
@@ -34,8 +35,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hypervisors.api import Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
+from hypervisors.files import make_directory
 from hypervisors.qcow2_format import Qcow2, empty_overlay, read_header
-from hypervisors.qcow2_leftovers import CHECKPOINT, find_leftovers, half_made, marks
+from hypervisors.qcow2_leftovers import (
+    CHECKPOINT,
+    GONE,
+    find_leftovers,
+    half_made,
+    kept_alone,
+    marks,
+)
 from hypervisors.qcow2_store import (
     CLEAN,
     NEW,
@@ -61,8 +70,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Qcow2Disks:
-    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``. Thread-safe; any number of processes may
-    share a root."""
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LostDisks``. Thread-safe; any number of
+    processes may share a root."""
 
     def __init__(
         self,
@@ -162,7 +171,7 @@ class Qcow2Disks:
                 f"{format_size(template.size)}",
                 remedy="leave 'disk' out, or make it at least as large",
             )
-        self._vms.mkdir(parents=True, exist_ok=True, mode=0o711)
+        make_directory(self._vms, mode=0o711)
         if self._reader is not None:
             reachable(self._vms, self._reader)
         self._need(0, f"the disk of {machine}")
@@ -176,7 +185,7 @@ class Qcow2Disks:
             mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
             self._step(f"clone the disk of {machine} from {template.label}")
             with self._temporary(self._vms, machine) as fresh:
-                fresh.mkdir(mode=0o711)
+                make_directory(fresh, mode=0o711)
                 write_durably(fresh / "owner.json", mark.document())
                 self._write_overlay(fresh / "disk.qcow2", mark.size, self._backing(mark, CLEAN))
                 sync(fresh)
@@ -267,15 +276,25 @@ class Qcow2Disks:
             return
         self._check_farm(mark)
         self._step(f"remove the disk of {machine}")
-        (home / "disk.qcow2").unlink(missing_ok=True)  # from here on it isn't a disk any more
+        try:
+            (home / "disk.qcow2").rename(home / GONE)  # from here on it isn't a disk any more
+        except FileNotFoundError:
+            (home / GONE).touch()
         for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
             path.unlink(missing_ok=True)
         for path in home.glob(f"{NEW}*"):
             path.unlink(missing_ok=True)
+        (home / GONE).unlink(missing_ok=True)
         (home / "owner.json").unlink(missing_ok=True)  # last: until here a second call goes on
         with contextlib.suppress(OSError):
             home.rmdir()
         sync(self._vms)
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """See ``LostDisks.left``."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        return self._checkpoints(mark) if mark and kept_alone(home) else ()
 
     def leftovers(self) -> Sequence[Leftover]:
         return find_leftovers(self._root, self._farm)
@@ -283,10 +302,10 @@ class Qcow2Disks:
     def discard(self, leftover: Leftover) -> None:
         """Looked up again first: what came to be in use since, or is gone, is left alone."""
         with self._lock.hold():
-            if leftover.ref not in (now.ref for now in self.leftovers()):
+            path = Path(leftover.ref)
+            if leftover.ref not in (now.ref for now in find_leftovers(self._root, self._farm, at=path)):
                 return
             self._step(f"remove the leftover {leftover.ref}")
-            path = Path(leftover.ref)
             if path.is_dir() and path.name.startswith(NEW):
                 for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
                     file.unlink(missing_ok=True)
@@ -419,7 +438,7 @@ class Qcow2Disks:
     def _temporary(self, directory: Path, name: str) -> Iterator[Path]:
         """A name under construction in ``directory``; goes at the end, unless renamed. The lock on
         its .lock twin tells the living from the dead."""
-        directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        make_directory(directory, mode=0o711)
         path = directory / f"{NEW}{secrets.token_hex(4)}-{name}"
         with FileLock(path.with_name(path.name + ".lock")).hold(remove=True):
             try:
@@ -437,6 +456,12 @@ class Qcow2Disks:
             self._check_farm(mark)
             if (home / "disk.qcow2").exists():
                 raise Conflict(f"{home.name} has a disk already", remedy="destroy it first")
+            if kept_alone(home):
+                kept = ", ".join(c.name for c in self._checkpoints(mark) if c.name != CLEAN)
+                raise Conflict(
+                    f"{home.name} has no disk, but checkpoints of one: {kept}",
+                    remedy="destroy it first: they go with it",
+                )
             self.destroy(home.name)
         if home.exists() and any(home.iterdir()):
             raise NotOurs(f"{home} holds files that are not farmhand's", remedy="move them away")

@@ -19,6 +19,7 @@ from hypervisors.qcow2_store import (
 )
 
 CHECKPOINT = "checkpoint-"
+GONE = "gone.qcow2"
 
 
 def marks(vms: Path) -> Iterator[Mark]:
@@ -36,9 +37,19 @@ def half_made(frozen: Path) -> bool:
         return False
 
 
-def find_leftovers(root: Path, farm: str) -> list[Leftover]:
-    """That farm's, and those of whoever died before it could mark them."""
-    mine = [mark for mark in marks(root / "vms") if mark.owner.farm == farm]
+def kept_alone(home: Path) -> bool:
+    """Whether somebody removed the disk, and its checkpoints are there: no leftover of a destroy."""
+    if (home / "disk.qcow2").exists() or (home / GONE).exists():
+        return False
+    return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
+
+
+def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
+    """That farm's, and those of whoever died before it could mark them. ``at``: of VMs' directories that
+    one only, or the one it lies in."""
+    homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
+    seen = (mark for home in homes if (mark := read_mark(home))) if at else marks(root / "vms")
+    mine = [mark for mark in seen if mark.owner.farm == farm]
     return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
 
 
@@ -61,7 +72,7 @@ def _of_ours(root: Path, path: Path) -> bool:
         return path in (image, describe(image)) and read_template(image, half=True) is not None
     if path.parent.parent != root / "vms" or read_mark(path.parent) is None:
         return False
-    return path.name in ("owner.json", "disk.qcow2") or path.match(f"{CHECKPOINT}*.qcow2")
+    return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
 
 
 def _dead_temporaries(root: Path, mine: list[Mark], farm: str) -> Iterator[Leftover]:
@@ -89,7 +100,7 @@ def _half_templates(root: Path) -> Iterator[Leftover]:
 def _half_disks(root: Path, mine: list[Mark]) -> Iterator[Leftover]:
     for mark in mine:
         home = root / "vms" / mark.machine
-        if not (home / "disk.qcow2").exists():
+        if not (home / "disk.qcow2").exists() and not kept_alone(home):
             yield _leftover("disk", home, mark.owner, "half removed")
         for path in matching(home, f"{CHECKPOINT}*.qcow2"):
             if half_made(path):

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -115,8 +116,9 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def write_new(path: Path, data: bytes, *, mode: int) -> None:
     """A new file whose bytes are on the disk when this returns; its name isn't yet."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
+        os.fchmod(handle, mode)
         left = memoryview(data)
         while left:
             left = left[os.write(handle, left) :]
@@ -163,12 +165,16 @@ def reachable(directory: Path, uid: int) -> None:
     """DriverFailed unless that user may pass through to ``directory``: else QEMU would fail later,
     with "permission denied" on a file that is plainly its own."""
     for place in (directory, *directory.parents):
-        seen = place.stat()
+        try:
+            seen = place.stat()
+        except FileNotFoundError:  # to be made
+            continue
         needed = stat.S_IXUSR if seen.st_uid == uid else stat.S_IXOTH
         if not seen.st_mode & needed:
             raise DriverFailed(
                 f"{place}: QEMU's user (uid {uid}) may not pass through to its disks below",
-                remedy=f"chmod o+x {place}, or keep the farm's state elsewhere (FARMHAND_STATE_DIR)",
+                remedy=f"chmod o+x {shlex.quote(str(place))}, "
+                "or keep the farm's state elsewhere (FARMHAND_STATE_DIR)",
             )
 
 

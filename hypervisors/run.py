@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hypervisors.api import Pulse
+from hypervisors.files import file_error, open_to_append
+from hypervisors.progress import Progress
 from inventory.errors import CommandFailed, TimedOut, UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +71,8 @@ class Runner:
         log: Path | None = None,
     ) -> Result:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
-        made, and the result's own are empty."""
+        made, and the result's own are empty; ``timeout`` is then for no output, see
+        ``hypervisors.progress``."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
         return self._run(argv, timeout, ok, env, input, log)
@@ -76,15 +80,15 @@ class Runner:
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``). Its
-        errors go nowhere: the peer is told by the protocol. The caller ends it with ``hang_up``."""
+        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``), its
+        errors over one of their own. The caller reads them all, and ends it with ``hang_up``."""
         import asyncio  # 50 ms, and few commands need it
 
         return await asyncio.create_subprocess_exec(
             *(str(a) for a in argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **_LOCALE, **(env or {})},
             start_new_session=True,
         )
@@ -123,7 +127,11 @@ class Runner:
     ) -> Result:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
-        sink = log.open("ab") if log else None
+        try:
+            sink = open_to_append(log) if log else None
+        except OSError as error:
+            assert log
+            raise file_error(error, log, "write") from error
         try:
             process = subprocess.Popen(
                 args,
@@ -133,16 +141,17 @@ class Runner:
                 env={**os.environ, **_LOCALE, **(env or {})},
                 start_new_session=True,  # so that a time-out ends its children too
             )
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             raise _not_there(args, error) from error
         finally:
             if sink:
                 sink.close()
         try:
-            out, err = process.communicate(data, timeout)
+            out, err = _outputs(process, data, timeout, log)
         except subprocess.TimeoutExpired:
             _end(process)
-            raise TimedOut(f"still running after {timeout:g} s, ended: {self.show(args)}") from None
+            after = timeout if log is None else round(time.monotonic() - started)
+            raise TimedOut(f"still running after {after:g} s, ended: {self.show(args)}") from None
         except BaseException:  # Ctrl-C: the child is in its own session and did not get it
             _end(process)
             raise
@@ -179,11 +188,30 @@ class Runner:
 
 
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
+    """Also where what fails is not the program: its standard input, /dev/null."""
+    where = f"{error.filename}: " if error.filename not in (None, argv[0]) else ""
+    absent = isinstance(error, FileNotFoundError) and not where
     return CommandFailed(
-        f"cannot run {argv[0]}: {error.strerror}",
+        f"cannot run {argv[0]}: {where}{error.strerror}",
         argv=argv,
-        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}",
+        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}" if absent else "",
     )
+
+
+def _outputs(
+    process: subprocess.Popen[bytes], data: bytes | None, timeout: float, log: Path | None
+) -> tuple[bytes | None, bytes | None]:
+    """As ``Popen.communicate``. TimeoutExpired; one that writes a log goes on as long as that grows."""
+    if log is None:
+        return process.communicate(data, timeout)
+    progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)
+    while (left := progress.left()) > 0:
+        try:
+            return process.communicate(data, min(left, 1.0))
+        except subprocess.TimeoutExpired:
+            data = None  # it has that
+            progress.look()
+    raise subprocess.TimeoutExpired(process.args, timeout)
 
 
 async def hang_up(process: asyncio.subprocess.Process) -> None:

@@ -119,6 +119,9 @@ class SshHypervisor:
     def console(self, name: str) -> Console:
         self._refuse(name, "show a console", "./invoke ssh reaches it")
 
+    def pulse(self, name: str) -> None:
+        """Nobody sees what goes on in it before its ssh answers."""
+
     def destroy(self, name: str) -> None:
         """Nothing of ours is there to be removed; NotFound for a name the farm file doesn't list."""
         self._known(name)

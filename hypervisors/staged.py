@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hypervisors.files import open_new
 from hypervisors.run import Result, Runner, which
 from inventory.errors import CommandFailed
 
@@ -25,7 +26,8 @@ class Stage:
             new = None
             if text is not None:
                 path = directory / str(number)
-                path.write_bytes(text.encode(errors="surrogateescape"))
+                with open_new(path, mode=0o644) as file:
+                    file.write(text.encode(errors="surrogateescape"))
                 new = str(path)
             self._files.append((new, live))
 

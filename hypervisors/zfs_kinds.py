@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hypervisors.devices import await_no_link, await_node, give
+from hypervisors.files import make_directory
 from hypervisors.qcow2_store import reachable
 from hypervisors.run import Runner
 from hypervisors.zfs_command import Zfs
@@ -157,12 +158,12 @@ class Files:
     def open_up(self, dataset: str, size: int = 0, /) -> None:
         place = self._place(dataset)
         if not place.is_mount():
-            self._mounts.mkdir(parents=True, exist_ok=True)
+            make_directory(self._mounts, mode=0o700)
             self._mounts.chmod(0o700)
             if self._reader is not None:
                 os.chown(self._mounts, self._reader, -1)
                 reachable(self._mounts, self._reader)
-            place.mkdir(parents=True, exist_ok=True)
+            make_directory(place, mode=0o711)
             try:
                 self._runner.change("mount", "-t", "zfs", dataset, place, timeout=60)
             except CommandFailed as error:

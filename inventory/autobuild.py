@@ -17,20 +17,26 @@ if TYPE_CHECKING:
 # The repository in ~/src mirrors the source's branches and tags, so that a revision means there what
 # it means in the source; only HEAD, which says here what was built last, must be looked up under
 # another name. It works on the first run and on later ones, after branches or tags were moved or
-# removed, and for a commit that no branch holds, if the source gives it away.
+# removed, and for a commit that no branch holds, if the source gives it away. Submodules are cloned
+# anew: where they came from the last time may be gone.
 FETCH = """\
 git init -q "$HOME/src"
 cd "$HOME/src"
-git fetch -q -f -p -u --no-auto-maintenance "$SOURCE_URL" \\
+git fetch -q -f -p -u --update-shallow --no-auto-maintenance "$SOURCE_URL" \\
     '+HEAD:refs/source/HEAD' '+refs/heads/*:refs/heads/*' '+refs/tags/*:refs/tags/*'
 case $GIT_REVISION in
     HEAD | HEAD[~^@]*) revision=refs/source/$GIT_REVISION ;;
     *) revision=$GIT_REVISION ;;
 esac
 git checkout -q -f --detach "$revision" -- 2>/dev/null || {
-    git fetch -q --no-auto-maintenance "$SOURCE_URL" "$GIT_REVISION"
+    git fetch -q --update-shallow --no-auto-maintenance "$SOURCE_URL" "$GIT_REVISION"
     git checkout -q -f --detach FETCH_HEAD --
 }
+if [ -f .gitmodules ]; then
+    git submodule --quiet deinit -f --all
+    rm -rf .git/modules
+    git submodule --quiet update --init --recursive
+fi
 git --no-pager log -1 --format='source: %H %s'
 """
 
@@ -130,5 +136,6 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
 def default_cycle(dev: str = "dev2", prod: str = "prod") -> Cycle:
     """The Autobuild cycle over two VMs."""
     from inventory.model import Cycle
+    from inventory.validation import validated
 
-    return Cycle.model_validate(default_steps(dev, prod))
+    return validated(Cycle, default_steps(dev, prod))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
 
+from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
-from inventory.fields import parse_range, quote
-from inventory.model import STEP_KINDS, Farm
+from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
+from inventory.validation import STEP_KINDS
 from inventory.yamltree import Items, Mapping, Scalar
 
 Found = Iterator[Problem]

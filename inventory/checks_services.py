@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import IPv6Address
 
+from inventory.base import quote
 from inventory.errors import Problem
-from inventory.fields import quote
 from inventory.model import Farm
 from inventory.places import Path, Places
 

@@ -5,30 +5,27 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from inventory.base import KeyProblem, Model, quote
 from inventory.errors import Problem
-from inventory.fields import quote
-from inventory.model import (
-    STEP_KINDS,
-    Farm,
-    ResetStep,
-    RunStep,
-    TransferStep,
-    step_kind,
-)
+from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places
+from inventory.validation import STEP_KINDS, hints, step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
 
-_STEPS: dict[str | None, type[BaseModel]] = {
+_STEPS: dict[str | None, type[Model]] = {
     "reset": ResetStep,
     "run": RunStep,
     "transfer": TransferStep,
 }
+_UNKNOWN = "unexpected_keyword_argument"  # pydantic's word for a key that the section has not
+_SECTION = "section"  # ours for what a section itself refuses
 _STAND_IN: dict[str, Any] = {"farm": "x", "vms": {"x": {}}}  # for what a farm can't be without
 
 
@@ -58,8 +55,10 @@ class Pruner:
         details = error.errors(include_url=False, include_input=False)
         places = [detail["loc"] for detail in details]
         # Unknown keys first: what they seem to stand for isn't missing as well.
-        for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden"):
+        for detail in sorted(details, key=lambda detail: detail["type"] != _UNKNOWN):
             kind, context = detail["type"], detail.get("ctx", {})
+            if isinstance(context.get("error"), KeyProblem):
+                kind = _SECTION
             loc = detail["loc"]
             if kind == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places):
                 continue  # it counts only what it accepted
@@ -74,9 +73,9 @@ class Pruner:
                 continue
             concerned, message = self._explained(path, kind, context, detail["msg"], of_key)
             if not self._consequence(path, kind, context):
-                whole = kind in ("extra_forbidden", "missing")
+                whole = kind in (_UNKNOWN, "missing")
                 name = self.places.name(concerned[:-1] if whole else concerned)
-                if of_key or kind == "extra_forbidden" or (kind == "farm" and concerned == path):
+                if of_key or kind == _UNKNOWN or (kind == _SECTION and concerned == path):
                     place = self.places.of_key(concerned)
                 else:
                     place = self.places.of_value(concerned)
@@ -96,8 +95,8 @@ class Pruner:
     def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
         """Whether it is only refused for what was taken out, or misspelt, which has been told."""
         told = self.places.bad | self._meant
-        if kind == "farm":
-            return any((*path, key) in told for key in context["keys"])
+        if kind == _SECTION:
+            return any((*path, key) in told for key in context["error"].keys)
         if kind == "missing":
             return path in told
         if kind == "union_tag_not_found":
@@ -107,7 +106,7 @@ class Pruner:
     def _filled(self, path: Path, kind: str) -> bool:
         """``prod:`` with nothing behind it is a VM with all its defaults."""
         empty: Any
-        if kind in ("model_type", "model_attributes_type", "dict_type"):
+        if kind in ("dataclass_type", "dict_type"):
             empty = {}
         elif kind in ("tuple_type", "list_type"):
             empty = []
@@ -130,12 +129,12 @@ class Pruner:
             else "keys with values" if isinstance(node, Keys)
             else quote(text)
         )  # fmt: skip
-        if kind == "farm":
-            key = context["key"]
-            return (*path, key) if key else path, context["text"]
+        if kind == _SECTION:
+            problem: KeyProblem = context["error"]
+            return (*path, problem.key) if problem.key else path, str(problem)
         if kind == "missing":
             return path, f"'{path[-1]}' is missing"
-        if kind == "extra_forbidden":
+        if kind == _UNKNOWN:
             return path, self._unknown_key(path)
         if kind == "union_tag_not_found":
             return path, self._unknown_step(node)
@@ -143,7 +142,7 @@ class Pruner:
             return path, "it has no value: give it one, or leave the key out"
         if kind == "value_error":
             return path, str(context["error"])
-        if kind in ("model_type", "model_attributes_type", "dict_type"):
+        if kind in ("dataclass_type", "dict_type"):
             return path, f"keys with values are expected here, not {found}"
         if kind in ("tuple_type", "list_type"):
             return path, f"a list is expected here, not {found}"
@@ -168,7 +167,7 @@ class Pruner:
     def _unknown_key(self, path: Path) -> str:
         key = str(path[-1])
         model = self._model_at(path[:-1])
-        known = {f.alias or name for name, f in model.model_fields.items()} if model else set()
+        known = {model.key_of(field.name) for field in fields(model)} if model else set()
         if close := difflib.get_close_matches(key[:100], known, 1, 0.6):
             self._meant.add((*path[:-1], close[0]))
         return f"unknown key {quote(key)}{nearest(key, known)}"
@@ -184,23 +183,23 @@ class Pruner:
                 return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
         return "a step has one of 'reset', 'run' and 'transfer', which say what it does"
 
-    def _model_at(self, path: Path) -> type[BaseModel] | None:
+    def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 kind = _STEPS.get(step_kind(node.keys if isinstance(node, Keys) else None))
-            elif isinstance(kind, type) and issubclass(kind, BaseModel):
-                fields = kind.model_fields.items()
-                kind = next((f.annotation for name, f in fields if (f.alias or name) == part), None)
+            elif isinstance(kind, type) and issubclass(kind, Model):
+                of_fields = hints(kind).items()
+                kind = next((hint for name, hint in of_fields if kind.key_of(name) == part), None)
             elif get_origin(kind) is dict:
                 kind = get_args(kind)[1]
             else:
                 kind = get_args(kind)[0] if get_args(kind) else None
             if get_origin(kind) in (Union, UnionType):
                 kind = next(arg for arg in get_args(kind) if arg is not type(None))
-        return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        return kind if isinstance(kind, type) and issubclass(kind, Model) else None
 
     def _holder(self, path: Path) -> tuple[Any, Any]:
         """What holds this in the content, and under which key or number now; None if nothing does."""

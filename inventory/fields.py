@@ -1,4 +1,5 @@
-"""The kinds of values in a farm file: how each is read from text, and what an editor may expect.
+"""The kinds of values in a farm file: how each is read from text, and what an editor may expect. Only
+for validation: what a command does with a farm needs none of it.
 
 Names are hostile input: whatever reaches a config file, a zone, a path or an argument list is checked
 here, once. Every check raises ValueError in words for an admin.
@@ -18,8 +19,8 @@ from typing import Annotated
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
+from inventory.base import parse_range, quote
 from inventory.sizes import parse_duration, parse_size
 
 # RFC 1123 section 2.1 with RFC 1035's lower case and 63 octets a label.
@@ -33,17 +34,6 @@ _CONFIG_PATH = re.compile(r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+")
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # IFNAMSIZ of netdevice(7)
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?")  # Debian policy 5.6.1
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}")
-
-
-def quote(value: str) -> str:
-    """As in the file, on one line, and not more of it than helps."""
-    return repr(value if len(value) <= 60 else value[:57] + "...")
-
-
-def at_key(key: str, text: str, *others: str) -> PydanticCustomError:
-    """An error of a whole section that one of its keys must answer for: the loader points there. It
-    isn't told where that key or one of the others has been refused already."""
-    return PydanticCustomError("farm", "{text}", {"text": text, "key": key, "keys": (key, *others)})
 
 
 def _check_label(value: str) -> str:
@@ -172,20 +162,6 @@ def _check_interface(value: str) -> str:
 def _check_range(value: str) -> str:
     parse_range(value)
     return value
-
-
-def parse_range(value: str) -> tuple[IPv4Address, IPv4Address]:
-    """First and last address of an entry of ``reserved``. ValueError if it isn't one."""
-    first, dash, last = (part.strip() for part in value.partition("-"))
-    try:
-        low, high = IPv4Address(first), IPv4Address(last if dash else first)
-    except ValueError:
-        raise ValueError(
-            f"{quote(value)} is not an address or a range such as 10.10.60.200-10.10.60.254"
-        ) from None
-    if high < low:
-        raise ValueError(f"{quote(value)} ends before it begins")
-    return low, high
 
 
 def _to_bool(value: object) -> object:
@@ -377,8 +353,9 @@ Script = Annotated[str, Field(min_length=1), _text("shell script", minLength=1)]
 
 
 # One will do where there could be a list of them.
-Scripts = Annotated[tuple[Script, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Scripts = Annotated[tuple[Script, ...], Field(min_length=1), BeforeValidator(_one_or_many)]
 Lines = Annotated[tuple[Line, ...], BeforeValidator(_one_or_many)]
+SomeLines = Annotated[tuple[Line, ...], Field(min_length=1), BeforeValidator(_one_or_many)]
 Keys = Annotated[tuple[Key, ...], BeforeValidator(_one_or_many)]
 Hostnames = Annotated[tuple[Hostname, ...], BeforeValidator(_one_or_many)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(_one_or_many)]

@@ -7,7 +7,7 @@ is looked at even when something else is wrong.
 
 from __future__ import annotations
 
-import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from pydantic import ValidationError
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
 from inventory.collector import without_collector
-from inventory.errors import InventoryError, NotFound, Problem
+from inventory.errors import InventoryError, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places
-from inventory.yamltree import MAX_BYTES, parse, plain
+from inventory.reading import MAX_BYTES, read, resolve
+from inventory.validation import validated
+from inventory.yamltree import parse, plain
 
-__all__ = ["default_cycle", "load", "loads", "resolve"]
+__all__ = ["default_cycle", "load", "loads", "place", "resolve"]
 
 _ROUNDS = 50  # each takes at least one thing away; real files need three
 
@@ -31,22 +33,7 @@ def load(path: Path) -> Farm:
     dev2, prod and a source.
 
     NotFound: no such file. InventoryError: all that is wrong with it."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise InventoryError([Problem(str(path), 1, 1, f"{kind}: a farm file is needed")])
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFound(
-            f"no farm file {path}",
-            remedy="name one with --farm PATH; inventory/default.yaml is a good one to begin with",
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InventoryError([Problem(str(path), 1, 1, f"it can't be read: {reason}")]) from None
-    return loads(data, path)
+    return loads(read(path), path)
 
 
 def loads(data: bytes, path: Path) -> Farm:
@@ -73,21 +60,21 @@ def _loads(data: bytes, path: Path) -> Farm:
     assert farm is not None
     if "cycle" not in tree.values:
         farm = _without_manual_resets(farm)
-    farm._path = path.absolute()
-    return farm
+    return farm.at(path.absolute())
 
 
-def resolve(farm: Farm, path: Path | str) -> Path:
-    """An absolute path for one that the farm file holds: relative to the farm file, ``~`` allowed."""
-    given = Path(path)
-    if given.parts[:1] and given.parts[0].startswith("~"):
-        try:
-            given = given.expanduser()
-        except RuntimeError:
-            raise NotFound(
-                f"{path}: there is no such user's home", remedy=f"write the path out in {farm.path}"
-            ) from None
-    return farm.path.parent / given
+def place(farm: Farm, *path: str | int) -> str:
+    """Where in the farm file this stands, as ``farm.yaml:42:15``: for what only turns out later to be
+    wrong with it. The file is read once more; without it, its name alone."""
+    try:
+        data = farm.path.read_bytes()[: MAX_BYTES + 1]
+    except OSError:
+        return str(farm.path)
+    tree, _ = parse(data, str(farm.path))
+    if tree is None:
+        return str(farm.path)
+    line, column = Places(tree, str(farm.path)).of_value(path)
+    return f"{farm.path}:{line}:{column}"
 
 
 def _wants_default_cycle(content: dict[str, Any]) -> bool:
@@ -113,12 +100,12 @@ def _without_manual_resets(farm: Farm) -> Farm:
         or farm.hosts[farm.host_of(step.reset)].driver != "ssh"
         or farm.vms[step.reset].reset
     )
-    return farm.model_copy(update={"cycle": farm.cycle.model_copy(update={"steps": steps})})
+    return replace(farm, cycle=replace(farm.cycle, steps=steps))
 
 
 def _accepted(content: dict[str, Any]) -> Farm | None:
     try:
-        return Farm.model_validate(content)
+        return validated(Farm, content)
     except ValidationError:
         return None
 
@@ -132,7 +119,7 @@ def _accepted_in_parts(content: dict[str, Any], places: Places, problems: list[P
     farm = None
     for _ in range(_ROUNDS):
         try:
-            farm = Farm.model_validate(pruner.content)
+            farm = validated(Farm, pruner.content)
             break
         except ValidationError as error:
             if not pruner.prune(error):

@@ -7,94 +7,71 @@ reference documentation and the JSON Schema.
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
-
-from inventory.base import Model
-from inventory.fields import (
-    Address,
-    Address6,
-    Addresses,
-    Bool,
-    ConfigPath,
-    Count,
-    Cpus,
-    FilePath,
-    Hostname,
-    Hostnames,
-    Keys,
-    Label,
-    Line,
-    Lines,
-    Mac,
-    Name,
-    Packages,
-    Port,
-    Ranges,
-    Repository,
-    Revision,
-    Scripts,
-    Seconds,
-    Size,
-    Subnet,
-    Subnet6,
-    at_key,
-    parse_range,
-    quote,
-)
-from inventory.services import (
-    Ansible,
-    Bind,
-    Dhcpd,
-    Dnsmasq,
-    Haproxy,
-    Hosts,
-    Kea,
-    LibvirtNetwork,
-    Nftables,
-    Nginx,
-    Services,
-    Shorewall,
-    SshConfig,
-)
+from inventory.base import Model, at_key, parse_range, quote
 from inventory.sizes import format_size
 
-__all__ = [
-    "Ansible",
-    "Bind",
-    "Cycle",
-    "Dhcpd",
-    "DiskStore",
-    "Dnsmasq",
-    "Farm",
-    "Haproxy",
-    "Host",
-    "Hosts",
-    "Kea",
-    "LibvirtNetwork",
-    "Network",
-    "Nftables",
-    "Nginx",
-    "Proxy",
-    "ResetStep",
-    "RunStep",
-    "Services",
-    "Shorewall",
-    "Source",
-    "Ssh",
-    "SshConfig",
-    "TemplateSource",
-    "TransferStep",
-    "Vm",
-]
+if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluated
+    from pydantic import Field
+
+    from inventory.fields import (
+        Address,
+        Address6,
+        Addresses,
+        Bool,
+        ConfigPath,
+        Count,
+        Cpus,
+        FilePath,
+        Hostname,
+        Hostnames,
+        Keys,
+        Label,
+        Line,
+        Lines,
+        Mac,
+        Name,
+        Packages,
+        Port,
+        Ranges,
+        Repository,
+        Revision,
+        Scripts,
+        Seconds,
+        Size,
+        SomeLines,
+        Subnet,
+        Subnet6,
+    )
+    from inventory.services import (
+        Ansible,
+        Bind,
+        Dhcpd,
+        Dnsmasq,
+        Haproxy,
+        Hosts,
+        Kea,
+        LibvirtNetwork,
+        Nftables,
+        Nginx,
+        Shorewall,
+        SshConfig,
+    )
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+@dataclass(frozen=True, kw_only=True)
 class DiskStore(Model):
     """Where a host keeps disks."""
+
+    KEYS: ClassVar = {"copy_mode": "copy"}
 
     store: Literal["qcow2", "zfs", "zfs-files", "lvm-thin", "lvm"] = "qcow2"
     """qcow2 files; ZFS volumes; ZFS datasets with a raw file each; LVM thin volumes; classic LVM
@@ -105,11 +82,10 @@ class DiskStore(Model):
     """ZFS: the dataset's pool; LVM: the volume group."""
     dataset: Line | None = None
     """ZFS: the dataset that holds the farm, below the pool; LVM thin: the thin pool."""
-    copy_mode: Literal["linked", "full"] = Field(default="linked", alias="copy")
+    copy_mode: Literal["linked", "full"] = "linked"
     """LVM classic: `linked` runs on a writable snapshot, `full` copies at idle I/O priority."""
 
-    @model_validator(mode="after")
-    def _store_has_its_place(self) -> DiskStore:
+    def __post_init__(self) -> None:
         if self.store != "qcow2" and self.pool is None:
             raise at_key("store", f"a {self.store} store needs 'pool'", "pool")
         if self.store == "qcow2":
@@ -122,23 +98,29 @@ class DiskStore(Model):
             raise at_key("store", "an lvm-thin store needs 'dataset', the thin pool", "dataset")
         if self.copy_mode == "full" and self.store != "lvm":
             raise at_key("copy", "'copy: full' is for an lvm store", "store")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Host(Model):
     """A machine with a hypervisor driver, a connection URI and a disk store."""
 
+    KEYS: ClassVar = {"copy_mode": "copy"}
+
     driver: Literal["kvm", "xen", "xenapi", "ssh", "fake"] = "kvm"
-    """kvm falls back to QEMU's own emulation, saying so, where KVM doesn't work. ssh: machines that
-    nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
+    """kvm falls back to QEMU's own emulation, saying so, where KVM doesn't work (see `accelerator`).
+    ssh: machines that nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, xen:///system, or another machine's, xen+ssh://root@HOST/system; or a XenAPI https
     URL."""
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    """driver kvm: `auto` is KVM where it works, else QEMU's emulation; with `kvm` no VM is started where
+    it doesn't work; `tcg` is always emulation, and KVM is not even tried. The environment variable
+    FARMHAND_ACCELERATOR, with one of these, goes before it."""
     guests: Literal["pv", "pvh"] | None = None
     """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
     virtualization, and guests with a kernel of their own for it."""
-    disks: DiskStore = Field(default_factory=DiskStore)
+    disks: DiskStore = field(default_factory=DiskStore)
     """The disk store. Not for xenapi: such a server owns its storage, see `sr`."""
     credentials: FilePath | None = None
     """xenapi: a file (relative to the farm file, readable by its owner alone) with the user's name on
@@ -152,24 +134,26 @@ class Host(Model):
     """xenapi: whoever answers is believed. Every command warns of it."""
     sr: Line | None = None
     """xenapi: the name of the storage repository; absent: the pool's default."""
-    copy_mode: Literal["linked", "full"] = Field(default="linked", alias="copy")
+    copy_mode: Literal["linked", "full"] = "linked"
     """xenapi: `full` makes disks that share nothing with their template (VM.copy), in `sr`."""
     memory: Size | None = None
     """What this farm's VMs may have of the host's memory, all together, at any time; absent: no limit of
     ours. Of several farms on a host each keeps to its own."""
 
-    @model_validator(mode="after")
-    def _uri_fits_the_driver(self) -> Host:
+    def __post_init__(self) -> None:
         if self.driver == "xen" and self.uri == "private":
             raise at_key("driver", "driver xen needs 'uri', such as xen:///system", "uri")
         if self.driver == "xenapi" and not self.uri.startswith("https://"):
             raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
         if self.guests is not None and self.driver != "xen":
             raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
+        if self.accelerator != "auto" and self.driver != "kvm":
+            raise at_key(
+                "accelerator", f"'accelerator' is for driver kvm; the driver is {self.driver}", "driver"
+            )
         self._xenapi_keys()
         if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
             raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
-        return self
 
     def _xenapi_keys(self) -> None:
         only = {"credentials": self.credentials, "ca": self.ca, "fingerprint": self.fingerprint,
@@ -193,6 +177,7 @@ class Host(Model):
             raise at_key("fingerprint", "a SHA-256 has 64 hexadecimal digits, colons between or not")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Network(Model):
     """How the VMs are connected."""
 
@@ -218,7 +203,7 @@ class Network(Model):
     pool: Ranges = ()
     """Addresses that DHCP gives to machines that are not the farm's; they are reserved too. Absent:
     none, only the farm's own get an answer."""
-    lease_time: Seconds = Field(default=43200, ge=60, le=31536000)
+    lease_time: Annotated[Seconds, Field(ge=60, le=31536000)] = 43200
     """How long DHCP leases last."""
     domain: Hostname | None = None
     """DNS domain of the VMs."""
@@ -227,8 +212,7 @@ class Network(Model):
     addressing: Literal["static", "dhcp"] = "static"
     """Whether the guest is told its address at first boot, or asks DHCP for it."""
 
-    @model_validator(mode="after")
-    def _mode_has_its_target(self) -> Network:
+    def __post_init__(self) -> None:
         for mode in ("bridge", "network"):
             if self.mode == mode and getattr(self, mode) is None:
                 raise at_key("mode", f"mode {mode} needs '{mode}'", mode)
@@ -253,7 +237,6 @@ class Network(Model):
             raise at_key("subnet6", f"{self.subnet6} is smaller than {self.subnet}", "subnet")
         if self.gateway6 and (self.subnet6 is None or self.gateway6 not in self.subnet6):
             raise at_key("gateway6", f"{self.gateway6} is outside of 'subnet6'", "subnet6")
-        return self
 
     @property
     def reserved_ranges(self) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
@@ -266,6 +249,7 @@ class Network(Model):
         return tuple(parse_range(entry) for entry in self.pool)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Boot(Model):
     """Direct kernel boot: of a kernel that is the host's, instead of the disk's own boot loader."""
 
@@ -278,12 +262,15 @@ class Boot(Model):
     """The kernel's command line, such as `root=/dev/xvda1 ro console=hvc0`."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class TemplateSource(Model):
     """A golden disk: built from a recipe, or imported. Each build or import is a new generation."""
 
+    KEYS: ClassVar = {"image": "import"}
+
     build: Name | None = None
     """Name of a recipe, such as debian-12."""
-    image: FilePath | None = Field(default=None, alias="import")
+    image: FilePath | None = None
     """A raw, qcow2 or vmdk image to import, relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
@@ -295,17 +282,16 @@ class TemplateSource(Model):
     boot: Boot | None = None
     """What its VMs boot; absent: what is on their disk. Not for xenapi hosts."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> TemplateSource:
+    def __post_init__(self) -> None:
         if self.build is None and self.image is None:
             raise at_key("", "a template needs either 'build' or 'import'", "build", "import")
         if self.build is not None and self.image is not None:
             raise at_key("import", "a template has either 'build' or 'import', not both", "build")
         if self.image is not None and self.packages:
             raise at_key("packages", "'packages' is for templates that are built", "import", "build")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Proxy(Model):
     """A reverse proxy name for a VM."""
 
@@ -325,13 +311,12 @@ class Proxy(Model):
     access_log: ConfigPath | None = None
     """nginx: the access log; absent: NAME.access.log among the server's logs."""
 
-    @model_validator(mode="after")
-    def _key_with_certificate(self) -> Proxy:
+    def __post_init__(self) -> None:
         if self.key is not None and self.certificate is None:
             raise at_key("key", "a key without 'certificate'", "certificate")
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Vm(Model):
     """A machine of the farm; its role is its name."""
 
@@ -371,8 +356,7 @@ class Vm(Model):
     start: Bool = True
     """Whether clone-farm starts it."""
 
-    @model_validator(mode="after")
-    def _idle_within(self) -> Vm:
+    def __post_init__(self) -> None:
         if self.idle_memory is not None and self.idle_memory > self.memory:
             raise at_key(
                 "idle_memory",
@@ -380,9 +364,9 @@ class Vm(Model):
                 f"{format_size(self.memory)}",
                 "memory",
             )
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ssh(Model):
     """How the guests are reached."""
 
@@ -393,27 +377,45 @@ class Ssh(Model):
     authorized_keys: Keys = ()
     """Public keys that may log in, or files that hold them (relative to the farm file): for the
     login above."""
-    users: dict[Name, Keys] = {}
+    users: dict[Name, Keys] = field(default_factory=dict)
     """More logins on the VMs, each with its public keys or files of them."""
     ready_timeout: Seconds = 300
-    """How long a started VM may take until its ssh answers."""
+    """How long a started VM, whose ssh doesn't answer yet, is waited for without a sign that it goes on
+    (its console grows, its disks are read or written); in all, six times as long. Where nobody sees
+    that (drivers xenapi and ssh), how long it may take."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Source(Model):
     """What is built."""
 
-    repository: Repository
+    repository: Repository | None = None
     """A git URL that the VM can reach; or a directory on this machine (relative to the farm file, or
     beginning with `~`), which is then offered to the VM through its ssh connection. A directory that
     is not a git repository by itself is offered as one that farmhand makes of it and keeps, outside
     the directory, with a commit for each change it finds."""
+    example: Literal["hello-deb", "kata"] | None = None
+    """Instead of `repository`: a project that comes with farmhand, from the `examples/` beside its
+    program, wherever the farm file lies."""
     revision: Revision = "HEAD"
     """gitrevisions(7); `--revision` overrides it. In the VM it is GIT_REVISION."""
+
+    def __post_init__(self) -> None:
+        if self.repository is None and self.example is None:
+            raise at_key("", "a source needs either 'repository' or 'example'", "repository", "example")
+        if self.repository is not None and self.example is not None:
+            raise at_key("example", "a source has 'repository' or 'example', not both", "repository")
+
+    @property
+    def place(self) -> str:
+        """The git URL or directory, whichever of the two says so."""
+        return self.repository or str(EXAMPLES / str(self.example))
 
 
 FailureClass = Literal["source", "dependencies", "environment", "infrastructure", "time-out"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _StepBase(Model):
     name: Label
     """Names the step in `--from`, `--only`, logs and the record."""
@@ -421,6 +423,7 @@ class _StepBase(Model):
     """Limit; the remote process is ended too."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class ResetStep(_StepBase):
     """Put a VM back to a checkpoint, start it, wait until it answers."""
 
@@ -430,13 +433,15 @@ class ResetStep(_StepBase):
     """The checkpoint."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunStep(_StepBase):
     """Run shell commands in a VM."""
 
     vm: Label
     """The VM."""
     run: Scripts
-    """Shell scripts, run by `sh -eu` one after the other, as the ssh login."""
+    """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
+    docs/cycle.md."""
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()
@@ -444,12 +449,15 @@ class RunStep(_StepBase):
     login's home."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class TransferStep(_StepBase):
     """Carry files from one VM to another, through the host."""
 
-    transfer: Lines = Field(min_length=1)
+    KEYS: ClassVar = {"source": "from"}
+
+    transfer: SomeLines
     """Files (shell patterns) in the VM they come from; relative to the login's home."""
-    source: Label = Field(alias="from")
+    source: Label
     """The VM they come from."""
     to: Label
     """The VM they go to."""
@@ -457,64 +465,96 @@ class TransferStep(_StepBase):
     """The directory they go into; made if it is missing."""
 
 
-STEP_KINDS = ("reset", "run", "transfer")
+Step = ResetStep | RunStep | TransferStep
+if TYPE_CHECKING:
+    Steps = tuple[Step, ...]
 
 
-def step_kind(value: object) -> str | None:
-    """A step is known by the one key of STEP_KINDS that it has."""
-    if isinstance(value, _StepBase):
-        return type(value).__name__.removesuffix("Step").lower()
-    if not isinstance(value, dict):
-        return None
-    kinds = [kind for kind in STEP_KINDS if kind in value]
-    return kinds[0] if len(kinds) == 1 else None
-
-
-Step = Annotated[
-    Annotated[ResetStep, Tag("reset")]
-    | Annotated[RunStep, Tag("run")]
-    | Annotated[TransferStep, Tag("transfer")],
-    Discriminator(step_kind),
-]
-
-
+@dataclass(frozen=True, kw_only=True)
 class Cycle(Model):
     """The build cycle, as data."""
 
-    steps: tuple[Step, ...] = Field(min_length=1)
+    steps: Annotated[Steps, Field(min_length=1)]
     """In their order."""
     keep_records: Count = 200
     """Build records kept; older successful ones are removed first, failed ones last."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Services(Model):
+    """Which network services are kept in step with the farm. What isn't named is not touched."""
+
+    bind: Bind | None = None
+    """BIND's zones."""
+    dhcpd: Dhcpd | None = None
+    """ISC dhcpd."""
+    kea: Kea | None = None
+    """Kea."""
+    dnsmasq: Dnsmasq | None = None
+    """dnsmasq."""
+    hosts: Hosts | None = None
+    """The hosts file."""
+    ssh_config: SshConfig | None = None
+    """An ssh client's configuration."""
+    nginx: Nginx | None = None
+    """nginx."""
+    haproxy: Haproxy | None = None
+    """haproxy."""
+    nftables: Nftables | None = None
+    """nftables."""
+    shorewall: Shorewall | None = None
+    """shorewall."""
+    libvirt: LibvirtNetwork | None = None
+    """A libvirt network."""
+    ansible: Ansible | None = None
+    """An Ansible inventory."""
+    templates: ConfigPath | None = None
+    """A directory with templates of your own: a file of the same name is used instead of farmhand's."""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The services named, in the order they are applied: names before who looks them up."""
+        names = (field.name for field in fields(self) if field.name != "templates")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Farm(Model):
     """One farm file."""
 
     farm: Label
     """The farm's name: part of every machine's name and mark."""
-    hosts: dict[Name, Host] = Field(default_factory=lambda: {"here": Host()}, min_length=1)
+    hosts: Annotated[dict[Name, Host], Field(min_length=1)] = field(
+        default_factory=lambda: {"here": Host()}
+    )
     """Hosts by name."""
-    network: Network = Field(default_factory=Network)
+    network: Network = field(default_factory=Network)
     """How the VMs are connected."""
-    services: Services = Field(default_factory=Services)
+    services: Services = field(default_factory=Services)
     """Network services that are kept in step."""
-    templates: dict[Name, TemplateSource] = {}
+    templates: dict[Name, TemplateSource] = field(default_factory=dict)
     """Templates by name."""
-    ssh: Ssh = Field(default_factory=Ssh)
+    ssh: Ssh = field(default_factory=Ssh)
     """How the guests are reached."""
-    vms: dict[Label, Vm] = Field(min_length=1)
+    vms: Annotated[dict[Label, Vm], Field(min_length=1)]
     """VMs by name."""
     source: Source | None = None
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
 
-    _path: Path = PrivateAttr(default=Path())
+    _path = Path()
 
     @property
     def path(self) -> Path:
         """The farm file itself; set by the loader, not from the file."""
         return self._path
+
+    def at(self, path: Path) -> Farm:
+        """The same farm, as the one of this file."""
+        placed = copy.copy(self)
+        object.__setattr__(placed, "_path", path)
+        return placed
 
     def host_of(self, vm: str) -> str:
         return self.vms[vm].host or next(iter(self.hosts))

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from inventory.base import quote
 from inventory.errors import Problem
-from inventory.fields import quote
 from inventory.yamltree import Items, Mapping, Node, Scalar
 
 Path = tuple[str | int, ...]

@@ -8,17 +8,17 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from dataclasses import MISSING, fields
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 import inventory.model as model_module
 import inventory.services as services_module
 from inventory.base import Model
 from inventory.model import Farm
 from inventory.sizes import format_duration, format_size
+from inventory.validation import adapter
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
 REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
@@ -79,17 +79,17 @@ are told at once, each with its line and column.
 
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
-    schema: dict[str, Any] = Farm.model_json_schema(by_alias=True)
+    schema: dict[str, Any] = adapter(Farm).json_schema(by_alias=True)
     definitions = schema.pop("$defs")
     documents = _documents()
     for name, definition in (*definitions.items(), ("Farm", schema)):
-        kind = getattr(model_module, name)
+        kind = _section(name)
         definition["description"] = documents[name][""]
         definition["title"] = _WHERE[name]
-        for field_name, field in kind.model_fields.items():
-            key = field.alias or field_name
+        for field in fields(kind):
+            key = kind.key_of(field.name)
             value = _written(definition["properties"][key])
-            value["description"] = documents[name][field_name]
+            value["description"] = documents[name][field.name]
             definition["properties"][key] = value
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
@@ -112,15 +112,19 @@ def reference_markdown() -> str:
         parts.append(f"## {where}\n\n{_one_line(definition['description'])}\n")
         rows = ["| key | takes | if absent | meaning |", "|---|---|---|---|"]
         required = definition.get("required", [])
-        kind: type[BaseModel] = getattr(model_module, name)
-        for field_name, field in kind.model_fields.items():
-            key = field.alias or field_name
+        kind = _section(name)
+        for field in fields(kind):
+            key = kind.key_of(field.name)
             value = definition["properties"][key]
-            default = "**needed**" if key in required else _default(field.get_default(), value)
+            default = "**needed**" if key in required else _default(field.default, value)
             cells = f"`{key}`", _words(value, schema), default, _one_line(value["description"])
             rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
+
+
+def _section(name: str) -> Any:
+    return getattr(model_module, name, None) or getattr(services_module, name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _default(default: Any, value: dict[str, Any]) -> str:
-    if default is None or default in ((), {}):
+    if default in (None, (), MISSING):
         return ""
     if isinstance(default, tuple) and all(isinstance(part, str) for part in default):
         return f"`[{', '.join(default)}]`"

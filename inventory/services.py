@@ -6,30 +6,34 @@ name alone: ``hosts:``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from inventory.base import Model, at_key
 
-from inventory.base import Model
-from inventory.fields import (
-    Address,
-    Bool,
-    ConfigPath,
-    Hostname,
-    Hostnames,
-    Interface,
-    Line,
-    Lines,
-    Name,
-    Port,
-    Seconds,
-    at_key,
-)
+if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluated
+    from pydantic import Field
+
+    from inventory.fields import (
+        Address,
+        Bool,
+        ConfigPath,
+        Hostname,
+        Hostnames,
+        Interface,
+        Line,
+        Lines,
+        Name,
+        Port,
+        Seconds,
+    )
 
 Own = Literal["file", "block"]
+_HERE = IPv4Address("127.0.0.1")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Bind(Model):
     """BIND: the farm's zone, and its reverse zones."""
 
@@ -50,7 +54,7 @@ class Bind(Model):
     """Names of further name servers."""
     contact: Hostname | None = None
     """Who is responsible, as a name (RFC 1035 section 3.3.13); absent: hostmaster in the zone."""
-    ttl: Seconds = Field(default=3600, le=604800)
+    ttl: Annotated[Seconds, Field(le=604800)] = 3600
     """How long answers may be kept."""
     reverse: Bool = True
     """Whether the reverse zones are ours too. Of a subnet longer than /24 it is the classless one of
@@ -65,22 +69,21 @@ class Bind(Model):
     its text."""
     key_name: Hostname = "farmhand"
     """dynamic: the key's name, where it comes from the environment."""
-    address: Address = IPv4Address("127.0.0.1")
+    address: Address = _HERE
     """Where the server answers."""
     port: Port = 53
     """Where the server answers."""
     rndc: Lines = ("rndc",)
     """The command that tells the server, an argument list; `reload`, `reconfig` and so on are added."""
 
-    @model_validator(mode="after")
-    def _dynamic_zones_are_files(self) -> Bind:
+    def __post_init__(self) -> None:
         if self.dynamic and self.own == "block":
             raise at_key(
                 "own", "a dynamic zone's file is the server's: 'own: block' can't be", "dynamic"
             )
-        return self
 
 
+@dataclass(frozen=True, kw_only=True)
 class Dhcpd(Model):
     """ISC dhcpd (DHCPv4)."""
 
@@ -94,6 +97,7 @@ class Dhcpd(Model):
     """The command that succeeds while it runs."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Kea(Model):
     """Kea: DHCPv4, and DHCPv6 where the network has `subnet6`."""
 
@@ -120,6 +124,7 @@ class Kea(Model):
     with it the lease of a removed VM is freed; absent: it runs out."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Dnsmasq(Model):
     """dnsmasq: DHCP (IPv4, and IPv6 where the network has `subnet6`) and DNS in one."""
 
@@ -135,7 +140,7 @@ class Dnsmasq(Model):
     """Whether it answers DNS too."""
     port: Port = 53
     """Where it answers DNS."""
-    address: Address = IPv4Address("127.0.0.1")
+    address: Address = _HERE
     """Where network-verify asks it."""
     restart: Lines = ("systemctl", "restart", "dnsmasq")
     """The command for a changed configuration."""
@@ -145,6 +150,7 @@ class Dnsmasq(Model):
     """The command that succeeds while it runs."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Hosts(Model):
     """The hosts file: a marked block."""
 
@@ -152,6 +158,7 @@ class Hosts(Model):
     """The file."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class SshConfig(Model):
     """An ssh client's configuration with an entry for each VM."""
 
@@ -161,6 +168,7 @@ class SshConfig(Model):
     """All of it is ours, or a marked block."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Nginx(Model):
     """nginx: the VMs' `proxy` names as virtual hosts."""
 
@@ -170,7 +178,7 @@ class Nginx(Model):
     """The server's own configuration, which the check begins with."""
     logs: ConfigPath = "/var/log/nginx"
     """The directory of the access logs, NAME.access.log each."""
-    address: Address = IPv4Address("127.0.0.1")
+    address: Address = _HERE
     """Where network-verify asks it."""
     port: Port = 80
     """The port of plain HTTP."""
@@ -182,6 +190,7 @@ class Nginx(Model):
     """The command that succeeds while it runs."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Haproxy(Model):
     """haproxy: the VMs' `proxy` names as virtual hosts."""
 
@@ -191,7 +200,7 @@ class Haproxy(Model):
     """`file`: all of it is ours. `block`: a marked block with a frontend and backends of ours."""
     map: ConfigPath = "/etc/haproxy/farmhand.map"
     """A file of ours: which name leads to which backend."""
-    address: Address = IPv4Address("127.0.0.1")
+    address: Address = _HERE
     """Where network-verify asks it."""
     port: Port = 80
     """The port of plain HTTP."""
@@ -203,6 +212,7 @@ class Haproxy(Model):
     """The command that succeeds while it runs."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Nftables(Model):
     """nftables: a table of ours that leads `nat_port` of this machine to the VMs."""
 
@@ -216,6 +226,7 @@ class Nftables(Model):
     """The command, an argument list."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Shorewall(Model):
     """shorewall: marked blocks in rules and params, as the XiVO farm has them."""
 
@@ -231,6 +242,7 @@ class Shorewall(Model):
     """The command that makes it read its files."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class LibvirtNetwork(Model):
     """A libvirt network that gives the VMs their addresses and names."""
 
@@ -244,45 +256,9 @@ class LibvirtNetwork(Model):
     """The libvirt that it is in: its URI."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Ansible(Model):
     """An Ansible inventory."""
 
     config: ConfigPath = "/etc/ansible/farmhand.yaml"
     """The file."""
-
-
-class Services(Model):
-    """Which network services are kept in step with the farm. What isn't named is not touched."""
-
-    bind: Bind | None = None
-    """BIND's zones."""
-    dhcpd: Dhcpd | None = None
-    """ISC dhcpd."""
-    kea: Kea | None = None
-    """Kea."""
-    dnsmasq: Dnsmasq | None = None
-    """dnsmasq."""
-    hosts: Hosts | None = None
-    """The hosts file."""
-    ssh_config: SshConfig | None = None
-    """An ssh client's configuration."""
-    nginx: Nginx | None = None
-    """nginx."""
-    haproxy: Haproxy | None = None
-    """haproxy."""
-    nftables: Nftables | None = None
-    """nftables."""
-    shorewall: Shorewall | None = None
-    """shorewall."""
-    libvirt: LibvirtNetwork | None = None
-    """A libvirt network."""
-    ansible: Ansible | None = None
-    """An Ansible inventory."""
-    templates: ConfigPath | None = None
-    """A directory with templates of your own: a file of the same name is used instead of farmhand's."""
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The services named, in the order they are applied: names before who looks them up."""
-        names = [name for name in type(self).model_fields if name != "templates"]
-        return tuple(name for name in names if getattr(self, name) is not None)

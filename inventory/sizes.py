@@ -4,7 +4,6 @@ and qemu-img(1)), so is ``1GiB``."""
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from functools import cache
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -24,6 +23,8 @@ def parse_size(text: str) -> int:
         raise ValueError(
             f"{text[:60]!r} is not a size: write a number with K, M, G or T, such as 512M or 4G"
         )
+    from fractions import Fraction  # it has decimal with it: no matter of most commands
+
     value = Fraction(match[1]) * _UNITS[match[2].upper()]
     if value.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number of bytes")

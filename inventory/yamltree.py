@@ -18,12 +18,12 @@ from typing import Any
 import yaml
 
 from inventory.errors import Problem
+from inventory.reading import MAX_BYTES
 
 # A farm file is five levels deep. The limits keep hostile files from exhausting the stack or the
 # memory, through nesting or through aliases of aliases.
 _MAX_DEPTH = 50
 _MAX_NODES = 500_000
-MAX_BYTES = 8 * 2**20
 
 # What no text of ours may hold, and what YAML 1.1 takes for line breaks but editors don't (then
 # lines would be miscounted): C0 without tab and line feed, DEL, C1 with NEL, LS, PS, byte order mark.

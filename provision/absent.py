@@ -68,6 +68,9 @@ class NoMachines:
     def console(self, name: str) -> Console:
         self._refuse(name)
 
+    def pulse(self, name: str) -> None:  # noqa: ARG002
+        return None
+
     def destroy(self, name: str) -> None:
         self._refuse(name)
 

@@ -12,14 +12,14 @@ import fcntl
 import hashlib
 import os
 import socket
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
@@ -28,8 +28,9 @@ from provision.files import file_error, make_directory
 from provision.lockfile import Book, Entry, LockFile
 from provision.paths import FarmPaths, state_dir
 
-PORTS = range(22000, 23000)
-"""Loopback ports for ssh in user mode; outside the kernel's ephemeral range (ip(7), 32768-60999)."""
+PORTS = range(22000, 30000)
+"""Loopback ports for ssh in user mode, of all farms of the host; outside the kernel's ephemeral range
+(ip(7), 32768-60999)."""
 
 HOLD = timedelta(hours=12)
 """How long an address rests before another VM may have it: leases and ARP caches forget slowly."""
@@ -74,38 +75,41 @@ def _entry(got: Allocation) -> Entry:
     return {"mac": got.mac, "address": str(got.address or "") or None, "ssh_port": got.ssh_port}
 
 
-class _Index:
-    """Who has what and what is free, looked up once for any number of VMs, and only what is asked.
-    Addresses are texts, of which each has one."""
+class _Declared:
+    """What the farm file gives by name, and so nobody else: looked up once, and only what is asked."""
 
-    def __init__(self, farm: Farm, book: Book, claims: Claimed) -> None:
+    def __init__(self, farm: Farm) -> None:
         self._vms, self._network = farm.vms.values(), farm.network
-        self._recorded, self._given = book.vms, dict[str, Allocation]()
-        self.resting, self.claims = book.resting, claims
-        self.now = datetime.now(UTC)
-        self.macs = self._by("mac")
-        self.addresses = self._by("address")  # and somebody by None
-        self.ports = self._by("ssh_port") if farm.network.mode == "user" else {}
-        self._subnet = farm.network.subnet
-        self._ranges = farm.network.reserved_ranges
-        self._free = self._walk()
-
-    def _by(self, what: str) -> dict[Any, str]:
-        return dict(zip(map(itemgetter(what), self._recorded.values()), self._recorded, strict=True))
 
     @cached_property
-    def declared_macs(self) -> set[str]:
+    def macs(self) -> set[str]:
         return {vm.mac for vm in self._vms if vm.mac}
 
     @cached_property
-    def declared_ports(self) -> set[int]:
+    def ports(self) -> set[int]:
         return {port for vm in self._vms for port in (vm.ssh_port, vm.nat_port) if port}
 
     @cached_property
-    def _closed(self) -> set[IPv4Address]:
+    def addresses(self) -> set[IPv4Address]:
         network = self._network
         others = {a for a in (network.gateway, *network.nameservers) if a}
         return {vm.address for vm in self._vms if vm.address} | others
+
+
+class _Index:
+    """Who has what and what is free, for any number of VMs. Addresses are texts, of which each has
+    one."""
+
+    def __init__(self, farm: Farm, declared: _Declared, book: Book, claims: Claimed) -> None:
+        self._recorded, self._given = book.vms, dict[str, Allocation]()
+        self.declared, self.resting, self.claims = declared, book.resting, claims
+        self.now = datetime.now(UTC)
+        self.macs = _over(book.by("mac"))
+        self.addresses = _over(book.by("address"))  # and somebody by None
+        self.ports = _over(book.by("ssh_port") if farm.network.mode == "user" else {})
+        self._subnet = farm.network.subnet
+        self._ranges = farm.network.reserved_ranges
+        self._free = self._walk()
 
     def recorded(self, vm: str) -> Allocation | None:
         entry = self._recorded.get(vm)
@@ -126,7 +130,7 @@ class _Index:
         return (
             net is not None
             and address not in (net.network_address, net.broadcast_address)
-            and address not in self._closed
+            and address not in self.declared.addresses
             and not any(first <= address <= last for first, last in self._ranges)
         )
 
@@ -142,11 +146,17 @@ class _Index:
                 yield address
 
 
+def _over(recorded: Mapping[Any, str]) -> ChainMap[Any, str]:
+    """What is added goes beside it, not into it."""
+    return ChainMap({}, cast("dict[Any, str]", recorded))
+
+
 class Allocator:
     """One farm's. Safe between threads and processes."""
 
     def __init__(self, farm: Farm, lock_file: Path, claims: Path | None = None) -> None:
         self._farm = farm
+        self._declared = _Declared(farm)
         self._file = LockFile(farm.farm, lock_file)
         self._claims = Claims(claims or state_dir() / "claims.db")
 
@@ -157,9 +167,10 @@ class Allocator:
     def recorded(self, *, without: Iterable[str] = ()) -> Mapping[str, Allocation]:
         """What the lock file says, of VMs that are declared or not, but for those ``without``."""
         entries = self._file.read().vms
-        for vm in without:
-            entries.pop(vm, None)
-        return _Given(entries)
+        gone = frozenset(without)
+        return _Given(
+            {vm: entry for vm, entry in entries.items() if vm not in gone} if gone else entries
+        )
 
     def peek(self, vm: str) -> Allocation:
         """What ``allocate`` would give now; nothing is recorded. Takes no lock."""
@@ -168,7 +179,7 @@ class Allocator:
     def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
         """What ``allocate_all`` would give them now, each something else. Takes no lock."""
         with self._claims.reading() as claims:
-            index = _Index(self._farm, self._file.read(), claims)
+            index = _Index(self._farm, self._declared, self._file.read(), claims)
             return {vm: self._choose(vm, index) for vm in vms}
 
     def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
@@ -186,11 +197,14 @@ class Allocator:
         with self._exclusively():
             book = self._file.read()
             with self._claims.writing() as claims:
-                index = _Index(self._farm, book, claims)
+                index = _Index(self._farm, self._declared, book, claims)
                 given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
                 claims.give({self._owner(got.vm): self._keys(got) for got in given.values()})
             # first the host's, then ours: a kill between leaks no duplicate
             changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != _entry(got)}
+            if not changed:
+                return given
+            book = book.copy()
             for vm, got in changed.items():
                 old = book.vms.get(vm)
                 if old and old["address"] not in (None, str(got.address)):
@@ -199,21 +213,22 @@ class Allocator:
             for got in changed.values():
                 if got.address:
                     book.resting.pop(got.address, None)
-            if changed:
-                self._file.write(book, changed)
+            self._file.write(book, changed)
             return given
 
-    def release(self, vm: str) -> None:
-        """Give all back; the address rests for a while. Nothing recorded: nothing done."""
+    def release(self, *vms: str) -> None:
+        """Give all of theirs back; addresses rest for a while. Nothing recorded: nothing done."""
         with self._exclusively():
-            book = self._file.read()
-            got = book.vms.pop(vm, None)
-            if got is not None:
-                if got["address"]:
-                    book.resting[IPv4Address(got["address"])] = datetime.now(UTC) + HOLD
-                self._file.write(book, [vm])
+            book = self._file.read().copy()
+            got = {vm: book.vms.pop(vm) for vm in vms if vm in book.vms}
+            for entry in got.values():
+                if entry["address"]:
+                    book.resting[IPv4Address(entry["address"])] = datetime.now(UTC) + HOLD
+            if got:
+                self._file.write(book, got)
             with self._claims.writing() as claims:
-                claims.drop(self._owner(vm))
+                for vm in vms:
+                    claims.drop(self._owner(vm))
 
     def forget(self) -> None:
         """The whole farm goes: its claims and its lock file."""
@@ -238,14 +253,14 @@ class Allocator:
         host = self._farm.hosts[self._farm.host_of(vm)]
         prefix = "00:16:3e" if host.driver in ("xen", "xenapi") else "52:54:00"
         recorded = index.recorded(vm)
-        if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared_macs:
+        if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared.macs:
             return recorded.mac
         mine = self._owner(vm)
         attempt = 0
         while True:
             digest = hashlib.sha256(f"{mine}/{attempt}".encode()).digest()
             mac = f"{prefix}:{digest[0]:02x}:{digest[1]:02x}:{digest[2]:02x}"
-            free = index.macs.get(mac, vm) == vm and mac not in index.declared_macs
+            free = index.macs.get(mac, vm) == vm and mac not in index.declared.macs
             if free and index.claims.owner(mac) in (None, mine):
                 return mac
             attempt += 1
@@ -294,11 +309,11 @@ class Allocator:
             return declared
 
         def open_(port: int) -> bool:
-            return index.ports.get(port, vm) == vm and port not in index.declared_ports
+            return index.ports.get(port, vm) == vm and port not in index.declared.ports
 
         recorded = index.recorded(vm)
         kept = recorded.ssh_port if recorded and not move else None
-        if kept is not None and kept in PORTS and kept not in index.declared_ports:
+        if kept is not None and kept in PORTS and kept not in index.declared.ports:
             return kept
         # A lost lock file must not move a running VM's port: the host's claims still know it.
         known = min((int(key) for key in claims.of(mine) if key.isdigit()), default=None)
@@ -308,7 +323,7 @@ class Allocator:
         first = int.from_bytes(hashlib.sha256(seed).digest()[:4]) % len(PORTS)
         for offset in range(len(PORTS)):
             port = PORTS[(first + offset) % len(PORTS)]
-            if port in index.ports or port in index.declared_ports or claims.owner(str(port)):
+            if port in index.ports or port in index.declared.ports or claims.owner(str(port)):
                 continue
             if port_free(port):
                 return port

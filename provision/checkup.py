@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from textwrap import wrap
 from typing import Literal
 
@@ -38,6 +38,10 @@ class Report:
     def problems(self) -> tuple[Check, ...]:
         """What is needed and broken."""
         return tuple(check for check in self.checks if not check.ok and check.level == "needed")
+
+    def worded(self, change: Callable[[str], str]) -> Report:
+        """The same with each remedy changed: as the face that shows it wants commands typed."""
+        return Report(tuple(replace(check, remedy=change(check.remedy)) for check in self.checks))
 
     def as_dict(self) -> Mapping[str, object]:
         return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}

@@ -5,33 +5,39 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from hypervisors.api import Machine, Power, Template, spec_hash
+from hypervisors.api import Disk, Machine, Power, Template
 from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
 from inventory.sizes import format_duration, format_size
 from provision import identity
+from provision.allocate import Allocation
 from provision.gc import discard_of
+from provision.lost import Lost, lost
 from provision.power import (
     answers,
     bring_up_to_date,
     can_power,
+    check_accelerator,
     check_memory,
     deflate,
     start_one,
     then_what,
     wait_until_ready,
+    why_redefine,
     write_identity,
 )
 from provision.report import Action, Outcome
 from provision.site import Site
-from provision.work import Job, begin, disk_of, is_on, look
+from provision.work import Job, begin, disk_of, is_on, look, named
 
 HEADROOM = 256 * 2**20
 """Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
 size: that is overcommitment by intent, as with any thin disk."""
+_ASLEEP = 2**20
+"""Bytes for one that is not started."""
 
 
 def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True) -> Outcome:
@@ -46,15 +52,24 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
     TimedOut with the console's tail, Several, Busy."""
     names = site.vms(vms)
     with begin(site, "clone-farm", names) as run:
+        check_accelerator(site, names)
         templates = _Templates(site)
         machines = {vm: look(site, vm) for vm in names}
-        missing = [vm for vm in names if machines[vm] is None and can_power(site, vm)]
-        _check_space(site, missing)
+        ours = [vm for vm in names if can_power(site, vm)]
+        missing = [vm for vm in ours if machines[vm] is None]
+        for host in dict.fromkeys(map(site.farm.host_of, missing)):
+            site.check_places(host)
+        disks = {vm: disk_of(site, vm) for vm in ours}
+        gone = _gone(site, machines, disks)
+        given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)
         to_start = [
             vm
             for vm in names
             if start and site.farm.vms[vm].start and can_power(site, vm) and not is_on(machines[vm])
+            if vm not in gone or gone[vm].template
         ]
+        starting = frozenset(to_start)
+        _check_space(site, [*missing, *(vm for vm in gone if gone[vm].template)], starting)
         run.add(*check_memory(site, to_start, wait=wait))
         unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
         run.add(
@@ -66,10 +81,15 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             if not can_power(site, vm):
                 jobs[vm] = [Job(Action("keep", vm, "on an ssh host: nothing to make"))]
             elif machine is None:
-                jobs[vm] = _make(site, vm, templates)
+                jobs[vm] = _make(site, vm, templates, disks[vm])
+            elif vm in gone:
+                jobs[vm] = [_make_again(site, vm, gone[vm])]
             else:
-                jobs[vm] = _keep(site, vm, machine, templates, starting=vm in to_start, wait=wait)
-            if vm in to_start:
+                jobs[vm] = _keep(
+                    site, vm, machine, disks[vm], templates, given[vm],
+                    starting=vm in starting, wait=wait,
+                )  # fmt: skip
+            if vm in starting:
                 action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
                 jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
             if not jobs[vm]:
@@ -78,14 +98,11 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
             from provision.network.apply import keep_in_step
 
             keep_in_step(run, new=names)  # before they start: DHCP is the first thing they ask for
+        if missing and not site.plan:
+            with contextlib.suppress(FarmhandError):  # then the one that it is about fails by itself
+                site.allocator.allocate_all(missing)  # as one: the lock file is written whole
         run.carry_out(jobs)
         return run.outcome()
-
-
-def newest(site: Site, vm: str, name: str) -> Template | None:
-    """The newest generation of a template in the VM's store."""
-    found = [t for t in site.disks(site.farm.host_of(vm)).templates() if t.name == name]
-    return max(found, key=lambda t: t.generation, default=None)
 
 
 def undo_clone(site: Site, vm: str) -> None:
@@ -93,19 +110,20 @@ def undo_clone(site: Site, vm: str) -> None:
     if look(site, vm) is not None:
         return
     machine = site.machine(vm)
-    discard_of(site, vm)
+    discard_of(site, [vm])
     if disk_of(site, vm) is not None:
         site.disks(site.farm.host_of(vm)).destroy(machine)
     identity.remove_identity(site.paths, vm, machine)
 
 
 class _Templates:
-    """The templates of this run's clones. One that is missing is made once, by whichever VM comes
-    first; a failure is every waiting VM's."""
+    """The templates of this run's clones, as they were when it began. One that is missing is made once,
+    by whichever VM comes first; a failure is every waiting VM's."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._guard = threading.Lock()
+        self._seen: dict[str, Mapping[str, Template]] = {}  # by host and name
         self._failed: dict[str, FarmhandError] = {}
 
     def name_of(self, vm: str) -> str:
@@ -118,7 +136,12 @@ class _Templates:
         return name
 
     def newest(self, vm: str) -> Template | None:
-        return newest(self._site, vm, self.name_of(vm))
+        """The newest generation in the VM's store."""
+        host = self._site.farm.host_of(vm)
+        if host not in self._seen:
+            found = sorted(self._site.disks(host).templates(), key=lambda t: t.generation)
+            self._seen[host] = {template.name: template for template in found}
+        return self._seen[host].get(self.name_of(vm))
 
     def get(self, vm: str) -> Template:
         name = self.name_of(vm)
@@ -135,6 +158,7 @@ class _Templates:
             except FarmhandError as error:
                 self._failed[name] = error
                 raise
+            self._seen.clear()
             found = self.newest(vm)
             if found is None:
                 raise NotFound(
@@ -145,10 +169,32 @@ class _Templates:
             return found
 
 
-def _make(site: Site, vm: str, templates: _Templates) -> list[Job]:
+def _gone(
+    site: Site, machines: Mapping[str, Machine | None], disks: Mapping[str, Disk | None]
+) -> dict[str, Lost]:
+    """The VMs whose machine is there and whose disk is not."""
+    found: dict[str, Lost] = {}
+    for vm, disk in disks.items():
+        machine = machines[vm]
+        if machine is not None and disk is None and (one := lost(site, vm, machine)):
+            found[vm] = one
+    return found
+
+
+def _make_again(site: Site, vm: str, gone: Lost) -> Job:
+    if gone.template:
+        text = f"{gone.text}: a new one from {gone.template.label}"
+        return Job(Action("clone", vm, text), partial(_clone, site, vm, gone.template, again=True))
+
+    def refuse() -> None:
+        raise gone.error(site, vm)
+
+    return Job(Action("note", vm, f"{gone.text}; {gone.remedy}"), refuse)
+
+
+def _make(site: Site, vm: str, templates: _Templates, disk: Disk | None) -> list[Job]:
     declared = site.farm.vms[vm]
     jobs: list[Job] = []
-    disk = disk_of(site, vm)
     if disk is not None:
         # A disk without a machine. Untouched since cloning, nothing is lost with it.
         if not site.disks(site.farm.host_of(vm)).pristine(site.machine(vm), "clean"):
@@ -172,15 +218,18 @@ def _make(site: Site, vm: str, templates: _Templates) -> list[Job]:
         f"clone from {found.label if found else templates.name_of(vm)}: disk {format_size(size)}, "
         f"memory {format_size(declared.memory)}, {declared.vcpus} vCPU"
     )
-    jobs.append(Job(Action("clone", vm, text), lambda: _clone(site, vm, templates)))
+    jobs.append(Job(Action("clone", vm, text), lambda: _clone(site, vm, templates.get(vm))))
     return jobs
 
 
-def _clone(site: Site, vm: str, templates: _Templates) -> None:
-    template = templates.get(vm)
+def _clone(site: Site, vm: str, template: Template, *, again: bool = False) -> None:
+    """``again``: its machine is there, its disk is gone."""
     began = time.monotonic()
-    with site.journal.operation("clone", vm=vm, template=template.label) as operation:
+    with site.journal.operation("clone", vm=vm, template=template.label, again=again) as operation:
         try:
+            if again:
+                operation.step("remove the definition, whose disk is gone")
+                site.hypervisor_of(vm).destroy(site.machine(vm))
             operation.step("give it an identity")
             allocation = site.allocator.allocate(vm)
             write_identity(site, vm)
@@ -200,23 +249,30 @@ def _clone(site: Site, vm: str, templates: _Templates) -> None:
 
 
 def _keep(
-    site: Site, vm: str, machine: Machine, templates: _Templates, *, starting: bool, wait: bool
+    site: Site,
+    vm: str,
+    machine: Machine,
+    disk: Disk | None,
+    templates: _Templates,
+    given: Allocation,
+    *,
+    starting: bool,
+    wait: bool,
 ) -> list[Job]:
     jobs: list[Job] = []
     declared = site.farm.vms[vm]
-    wanted = spec_hash(site.spec(vm, site.allocator.peek(vm)))
+    reason = why_redefine(site, vm, machine, site.spec(vm, given))
     running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
-    if machine.spec_hash != wanted and running:
-        text = "differs from the farm file: takes effect at its next stop or reset"
+    if reason and running:
+        text = f"takes effect at its next stop or reset: change its definition {reason}"
         jobs.append(Job(Action("note", vm, text)))
-    elif machine.spec_hash != wanted:
-        text = "change its definition as the farm file has been"
+    elif reason:
+        text = f"change its definition {reason}"
         jobs.append(Job(Action("redefine", vm, text), lambda: _redefine(site, vm)))
     found = templates.newest(vm)
     if found is not None and machine.template != found.label:
         text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
         jobs.append(Job(Action("note", vm, text)))
-    disk = disk_of(site, vm)
     if disk is not None and declared.disk is not None and disk.size != declared.disk:
         text = (
             f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
@@ -243,13 +299,14 @@ def _await(site: Site, vm: str) -> None:
             deflate(site, vm)
 
 
-def _check_space(site: Site, missing: Sequence[str]) -> None:
+def _check_space(site: Site, missing: Sequence[str], starting: Collection[str]) -> None:
     for host in dict.fromkeys(map(site.farm.host_of, missing)):
         new = [vm for vm in missing if site.farm.host_of(vm) == host]
         free = site.disks(host).capacity().free
-        if free < HEADROOM * len(new):
+        wanted = sum(HEADROOM if vm in starting else _ASLEEP for vm in new)
+        if free < wanted:
             raise NoSpace(
                 f"{site.name}: the disk store of host {host} has {format_size(free)} free; cloning "
-                f"{', '.join(new)} takes {format_size(HEADROOM * len(new))} at least",
+                f"{named(new)} takes {format_size(wanted)} at least",
                 remedy="./invoke gc shows what can go, or give the host's 'disks' another path",
             )

@@ -1,9 +1,13 @@
 """One ssh connection to a VM, kept for many commands and files.
 
 A script reaches the guest on the command's standard input and is read whole before it begins, so
-that neither its length nor a command that reads standard input can spoil it. The same channel then
-is the dead man's switch: as long as it is open the script may run; once it is closed - by us, by a
-lost network, by the death of this process - a watcher in the guest ends the script and its children.
+that neither its length nor a command that reads standard input can spoil it (``provision.shell``). The
+same channel then is the dead man's switch: as long as it is open the script may run; once it is closed
+- by us, for its time is up, by a lost network, by the death of this process - a watcher in the guest
+ends the script and its children.
+
+Files go the same way, through cat(1): a server without SFTP needs no other. Beside sh, what is needed
+there is little, and looked at when the connection is made.
 """
 
 from __future__ import annotations
@@ -16,18 +20,22 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import asyncssh
 
+from hypervisors.files import make_directory, open_new
 from hypervisors.run import Runner, hang_up
-from inventory.errors import Conflict, DriverFailed, NotFound, UsageError
+from inventory.errors import Conflict, DriverFailed, NotFound, Unsupported, UsageError
 from provision.dial import dial, facts
+from provision.git import reading
 from provision.remote import Endpoint, Ready
+from provision.shell import Shell, ended, start
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./*?\[\]!^+=:,@%-]")  # left to the guest's shell in file patterns
@@ -38,15 +46,15 @@ Write = Callable[[bytes], Awaitable[object]]
 _BLOCK = 2**20
 _LINGER = 2.0  # seconds for output still under way after a script's exit
 _GRACE = 10  # seconds between SIGTERM and SIGKILL in the guest
+_DAEMON = re.compile(r"^\[\d+\] ")  # as git-daemon(1) begins its lines
+_GIT_SAID_MAX = 20
 
-# sh(1), POSIX. $1: bytes of script, $2: time limit in seconds. Channel's stdin on 3. timeout(1) makes
-# itself the leader of a process group, $t, that everything the script starts belongs to. The rest must
-# not hold the output open, or the channel would never end, nor write to it, or a lost connection would
-# end it by SIGPIPE before its work is done. (dash takes a process group only with "-s".)
+# sh(1), POSIX. Channel's stdin on 3. setsid(1) makes the script the leader of a process group, $t, that
+# everything it starts belongs to. The rest must not hold the output open, or the channel would never
+# end, nor write to it, or a lost connection would end it by SIGPIPE before its work is done.
 _WRAPPER = f"""
-s=$(head -c "$1"; echo .) || exit 125
 exec 3<&0 </dev/null 2>&1
-timeout -k {_GRACE} "$2" sh -euc "${{s%.}}" sh 3<&- &
+setsid sh -euc SCRIPT sh 3<&- &
 t=$!
 exec >/dev/null 2>&1
 (
@@ -64,10 +72,18 @@ kill "$w"
 exit "$r"
 """
 
+# What is needed there, judged by its use where names differ.
+_LOOK = """
+for c in cat kill mkdir mv rm setsid sleep wc; do command -v "$c" >/dev/null || echo "lacks $c"; done
+for c in sha256sum "shasum -a 256" "openssl dgst -sha256 -r" "sha256 -q" "busybox sha256sum"; do
+  case $(printf abc | $c 2>/dev/null) in ba7816bf8f01cfea*) echo "sums $c"; break;; esac
+done
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """``status`` as the shell gives it: 128 + n for a script ended by signal n."""
+    """``status`` as the shell gives it: 128 + n for a script ended by signal n; 124 if ``timed_out``."""
 
     status: int
     timed_out: bool
@@ -93,14 +109,21 @@ class Connection:
         self.endpoint = endpoint
         self._ssh = ssh
         self._runner = runner or Runner(changes=False)
-        self._sftp: asyncssh.SFTPClient | None = None
-        self._sftp_lock = asyncio.Lock()
+        self._sum = ""  # the command that makes sha256 sums there
+        self._git_said: list[str] = []
         self._listeners: list[asyncssh.SSHListener] = []
 
     @classmethod
     async def open(cls, endpoint: Endpoint, *, runner: Runner | None = None) -> Connection:
-        """Conflict for a wrong host key, DriverFailed where nobody answers."""
-        return cls(endpoint, await dial(endpoint), runner)
+        """Conflict for a wrong host key, DriverFailed where nobody answers, or the login runs no
+        commands; Unsupported where it lacks what is needed."""
+        connection = cls(endpoint, await dial(endpoint), runner)
+        try:
+            await connection._look()
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
 
     async def __aenter__(self) -> Connection:
         return self
@@ -146,28 +169,26 @@ class Connection:
                 f"a script for {self.endpoint.vm} has {len(data)} bytes or a NUL byte",
                 remedy=f"keep it under {_SCRIPT_MAX} bytes: put the rest into the source",
             )
-        limit = max(timeout, 0.001)
-        command = shlex.join(["exec", "sh", "-c", _WRAPPER, "sh", str(len(data)), f"{limit:.3f}"])
         started = time.monotonic()
-        channel, session = await self._start(command, log)
-        channel.write(data)
+        channel, shell = await self._start(_WRAPPER.replace("SCRIPT", shlex.quote(text)), log)
+        late = False
         try:
-            async with asyncio.timeout(limit + _GRACE + 20):
-                await session.exited.wait()
+            async with asyncio.timeout(max(timeout, 0.001)):
+                await shell.exited.wait()
         except TimeoutError:
-            # Not even timeout(1) came through: the guest hangs. Let go of it.
-            channel.abort()
-            return RunResult(124, True, time.monotonic() - started)
+            late = True
+            await _end_it(channel, shell)
         except asyncio.CancelledError:
-            await asyncio.shield(_let_go(channel, session))
+            await asyncio.shield(_end_it(channel, shell))
             raise
-        await session.drained(_LINGER)
+        await shell.drained(_LINGER)
         seconds = time.monotonic() - started
-        channel.abort()
-        if session.status is None:
-            raise self._lost(session.error)
-        late = session.status in (124, 137) and seconds >= limit * 0.98
-        return RunResult(session.status, late, seconds)
+        await ended(channel)
+        if late:
+            return RunResult(124, True, seconds)  # as timeout(1) has it
+        if shell.status is None:
+            raise self._lost(shell.error)
+        return RunResult(shell.status, False, seconds)
 
     async def output(self, script: str, *, timeout: float = 60) -> str:
         """What a short script prints. DriverFailed if it fails."""
@@ -190,19 +211,47 @@ class Connection:
         the right to (a login that is neither root nor has sudo without a password)."""
         await self.output(
             f'when=@{time.time() + 0.05:.3f}; [ "$(id -u)" = 0 ] && as= || as="sudo -n"; '
-            '$as date -u -s "$when" >/dev/null'
+            '$as date -u -s "$when" >/dev/null 2>&1 || '
+            '$as date -u -s "${when%.*}" >/dev/null'  # busybox's knows whole seconds only
         )
         return (await self.facts()).skew
 
+    async def _look(self) -> None:
+        answer: list[bytes] = []
+        channel, shell = await self._start(_LOOK, answer.append)
+        with contextlib.suppress(OSError):
+            channel.write_eof()
+        await shell.exited.wait()
+        await shell.drained(_LINGER)
+        await ended(channel)
+        if shell.status is None:
+            raise self._lost(shell.error)
+        said = [line.partition(" ") for line in b"".join(answer).decode(errors="replace").splitlines()]
+        self._sum = next((command for what, _, command in said if what == "sums"), "")
+        lacks = [command for what, _, command in said if what == "lacks"]
+        if not self._sum:
+            lacks.append("sha256sum")
+        if lacks:
+            raise Unsupported(
+                f"{self.endpoint.vm}: {self.endpoint.user} finds no {', '.join(lacks)} there",
+                remedy="they come with coreutils and util-linux, or busybox; and must be in the PATH "
+                "that a command over ssh gets",
+            )
+
     async def _start(
-        self, command: str, log: Callable[[bytes], None]
-    ) -> tuple[asyncssh.SSHClientChannel[bytes], _Session]:
-        session = _Session(log)
+        self,
+        program: str,
+        log: Callable[[bytes], None],
+        ended: Callable[[], None] | None = None,
+    ) -> tuple[asyncssh.SSHClientChannel[bytes], Shell]:
         try:
-            channel, _ = await self._ssh.create_session(lambda: session, command, encoding=None)
+            return await start(self._ssh, program, log, ended)
+        except DriverFailed as error:
+            raise DriverFailed(
+                f"{self.endpoint.vm}: {error.message}", remedy=error.remedy, detail=error.detail
+            ) from None
         except (asyncssh.Error, OSError) as error:
             raise self._lost(error) from None
-        return channel, session
 
     def _lost(self, error: BaseException | None) -> DriverFailed:
         why = str(error or "").strip() or "the connection was closed"
@@ -220,7 +269,7 @@ class Connection:
         for pattern in patterns:
             text = await self.output(
                 f"set +e; for f in {_escape(pattern)}; do "
-                '[ -f "$f" ] && printf "%s %s\\n" "$(sha256sum <"$f")" "$(wc -c <"$f")" '
+                f'[ -f "$f" ] && printf "%s %s\\n" "$({self._sum} <"$f")" "$(wc -c <"$f")" '
                 '&& printf "%s\\0\\n" "$f"; done; true',
                 timeout=600,
             )
@@ -229,7 +278,7 @@ class Connection:
                 raise NotFound(f"{self.endpoint.vm}: no file matches {pattern}")
             for entry in files:
                 sums, _, path = entry.partition("\n")
-                sha256, _, size = sums.split()
+                sha256, *_, size = sums.split()
                 found.append(Moved(PurePosixPath(path).name, path, int(size), sha256))
         unique = {file.path: file for file in found}.values()
         names = [file.name for file in unique]
@@ -241,20 +290,19 @@ class Connection:
     async def get(self, patterns: Sequence[str], directory: Path) -> tuple[Moved, ...]:
         """Fetch files into ``directory``: each appears there complete and verified, or not at all."""
         files = await self.list(patterns)
-        directory.mkdir(parents=True, exist_ok=True)
-        sftp = await self._files()
+        make_directory(directory, mode=0o755)
         for file in files:
             part = directory / f".{file.name}.{secrets.token_hex(4)}.part"
             try:
-                with part.open("wb") as out:
-                    async with sftp.open(file.path, "rb") as source:
-                        digest = await _copy(source.read, _into(out))
+                with open_new(part) as out:
+                    async with self._reading(file.path) as read:
+                        digest = await _copy(read, _into(out))
                     out.flush()
                     os.fsync(out.fileno())
                 self._same(file, digest)
                 part.replace(directory / file.name)
-            except (asyncssh.Error, OSError) as error:
-                raise self._failed(f"fetching {file.path}", error) from None
+            except OSError as error:
+                raise self._failed(f"fetching {file.path}", error.strerror or str(error)) from None
             finally:
                 part.unlink(missing_ok=True)
         return files
@@ -272,37 +320,86 @@ class Connection:
     ) -> tuple[Moved, ...]:
         """Carry files to another VM through this machine, nothing kept here; verified on both ends."""
         files = await self.list(patterns)
-        sftp = await self._files()
         for file in files:
-            try:
-                async with sftp.open(file.path, "rb") as source:
-                    moved = await target._receive(source.read, file.name, file.path, directory)
-            except (asyncssh.Error, OSError) as error:
-                raise self._failed(f"reading {file.path}", error) from None
-            self._same(file, moved.sha256)
+            async with self._reading(file.path) as read:
+                same = partial(self._same, file)
+                await target._receive(read, file.name, file.path, directory, same)
         return files
 
-    async def _receive(self, read: Read, name: str, path: str, directory: str) -> Moved:
-        sftp = await self._files()
-        home = directory.removeprefix("~/")
-        part = str(PurePosixPath(home) / f".{name}.{secrets.token_hex(4)}.part")
-        final = str(PurePosixPath(home) / name)
+    @contextlib.asynccontextmanager
+    async def _reading(self, path: str) -> AsyncIterator[Read]:
+        """A file's bytes, as fast as they are taken. Reading raises DriverFailed if they aren't all."""
+        ahead = asyncio.StreamReader(_BLOCK)
+        channel, shell = await self._start(
+            f"exec cat <{shlex.quote(path)}", ahead.feed_data, ahead.feed_eof
+        )
+        ahead.set_transport(channel)  # type: ignore[arg-type]  # it pauses and resumes reading
+
+        async def read(size: int) -> bytes:
+            if data := await ahead.read(size):
+                return data
+            await shell.exited.wait()
+            if shell.status is None:
+                raise self._lost(shell.error)
+            if shell.status:
+                raise self._failed(f"reading {path}", shell.said())
+            return b""
+
         try:
-            await sftp.makedirs(home, exist_ok=True)
+            yield read
+        finally:
+            await ended(channel)
+
+    async def _receive(
+        self,
+        read: Read,
+        name: str,
+        path: str,
+        directory: str,
+        same: Callable[[str], None] = lambda _digest: None,
+    ) -> Moved:
+        home = PurePosixPath(directory.removeprefix("~/"))
+        part, final = str(home / f".{name}.{secrets.token_hex(4)}.part"), str(home / name)
+        here, there = shlex.quote(part), shlex.quote(final)
+        try:
+            answer: list[bytes] = []
+            channel, shell = await self._start(
+                f"mkdir -p -- {shlex.quote(str(home))} && cat >{here} && "
+                f"{self._sum} <{here} && wc -c <{here}",
+                answer.append,
+            )
+
+            async def write(data: bytes) -> None:
+                with contextlib.suppress(OSError):  # it has ended: its status tells
+                    channel.write(data)
+                await shell.drain()
+
             try:
-                async with sftp.open(part, "wb") as out:
-                    digest = await _copy(read, out.write)
-                seen = (await self.output(f"sha256sum <{shlex.quote(part)}", timeout=600)).split()[0]
-                size = (await sftp.stat(part)).size or 0
-                self._same(Moved(name, path, size, seen), digest)
-                await sftp.posix_rename(part, final)
-            except BaseException:
-                with contextlib.suppress(asyncssh.Error, OSError):
-                    await sftp.remove(part)
-                raise
-        except (asyncssh.Error, OSError) as error:
-            raise self._failed(f"writing {final}", error) from None
-        return Moved(name, path, size, digest)
+                digest = await _copy(read, write)
+                with contextlib.suppress(OSError):
+                    channel.write_eof()
+                await shell.exited.wait()
+                await shell.drained(_LINGER)
+            finally:
+                await ended(channel)
+            if shell.status is None:
+                raise self._lost(shell.error)
+            if shell.status:
+                raise self._failed(f"writing {final}", shell.said())
+            seen, *_, size = b"".join(answer).decode(errors="replace").split()
+            same(digest)
+            self._same(Moved(name, path, int(size), seen), digest)
+            # into a directory of that name it would be moved silently
+            await self.output(
+                f"[ ! -d {there} ] || {{ echo {there} is a directory; exit 1; }}\n"
+                f"mv -f -- {here} {there}"
+            )
+        except BaseException:
+            if not self.closed:
+                with contextlib.suppress(DriverFailed):
+                    await self.output(f"rm -f -- {here}")
+            raise
+        return Moved(name, path, int(size), digest)
 
     def _same(self, file: Moved, digest: str) -> None:
         if file.sha256 != digest:
@@ -312,19 +409,8 @@ class Connection:
                 remedy="it changed while it was carried, or memory or disk is bad",
             )
 
-    def _failed(self, doing: str, error: BaseException) -> DriverFailed:
-        if self.closed or isinstance(error, (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost)):
-            return self._lost(error)
-        return DriverFailed(f"{self.endpoint.vm}: {doing}: {str(error).strip() or type(error).__name__}")
-
-    async def _files(self) -> asyncssh.SFTPClient:
-        async with self._sftp_lock:
-            if self._sftp is None:
-                try:
-                    self._sftp = await self._ssh.start_sftp_client()
-                except (asyncssh.Error, OSError) as error:
-                    raise self._failed("starting SFTP", error) from None
-            return self._sftp
+    def _failed(self, doing: str, why: str) -> DriverFailed:
+        return DriverFailed(f"{self.endpoint.vm}: {doing}: {why or 'no reason given'}")
 
     # -- the source ---------------------------------------------------------------------------
 
@@ -333,27 +419,30 @@ class Connection:
         connection lasts; returns its URL in the guest. It goes over this very connection: a listener
         on the guest's loopback, each of whose clients gets a ``git daemon`` of its own here.
 
-        DriverFailed where the guest's sshd forwards no ports.
+        Unsupported where the guest's sshd forwards no ports.
         """
         inner = repository / ".git"  # --strict-paths wants the very directory
         where = str((inner if inner.is_dir() else repository).resolve())
         argv = (
             "git", "daemon", "--inetd", "--export-all", "--strict-paths", "--timeout=600",
+            "--log-destination=stderr", "--informative-errors",
             "--disable=receive-pack", "--disable=upload-archive",
             f"--interpolated-path={where.replace('%', '%%')}", where,
         )  # fmt: skip
-        # The admin named this repository: whoever owns its files. Any commit of it may be asked for,
-        # for GIT_REVISION may be one that no branch leads to.
-        env = git_config({"safe.directory": where, "uploadpack.allowAnySHA1InWant": "true"})
+        # any commit may be asked for: GIT_REVISION may be one that no branch leads to
+        env = reading({"uploadpack.allowAnySHA1InWant": "true"})
 
         async def handle(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
             process = await self._runner.serve(*argv, env=env)
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin and process.stdout and process.stderr
             inwards = asyncio.ensure_future(_pump(reader, process.stdin))
+            errors = asyncio.ensure_future(self._listen(process.stderr))
             try:
                 await _pump(process.stdout, writer)
+                await errors
             finally:
                 inwards.cancel()
+                errors.cancel()
                 await hang_up(process)
                 with contextlib.suppress(asyncssh.Error, OSError):
                     writer.close()
@@ -363,7 +452,9 @@ class Connection:
                 lambda _host, _port: handle, "127.0.0.1", 0, encoding=None
             )
         except (asyncssh.Error, asyncssh.ChannelListenError, OSError) as error:
-            raise DriverFailed(
+            if self.closed:
+                raise self._lost(error) from None
+            raise Unsupported(
                 f"{self.endpoint.vm}: its sshd forwards no ports, so {repository} can't be offered: "
                 f"{str(error).strip() or type(error).__name__}",
                 remedy="allow it there: AllowTcpForwarding yes in sshd_config; "
@@ -372,49 +463,26 @@ class Connection:
         self._listeners.append(listener)
         return f"git://127.0.0.1:{listener.get_port()}/{name}.git"
 
+    async def _listen(self, errors: asyncio.StreamReader) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a line without an end
+            while line := await errors.readline():
+                text = _DAEMON.sub("", line.decode(errors="replace").strip())
+                if len(self._git_said) < _GIT_SAID_MAX and text not in self._git_said:
+                    self._git_said.append(text)
 
-class _Session(asyncssh.SSHClientSession[bytes]):
-    def __init__(self, log: Callable[[bytes], None]) -> None:
-        self._log = log
-        self.status: int | None = None
-        self.error: Exception | None = None
-        self.exited = asyncio.Event()
-        self._ended = asyncio.Event()
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        del datatype
-        self._log(data)
-
-    def exit_status_received(self, status: int) -> None:
-        self.status = status
-        self.exited.set()
-
-    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
-        del core_dumped, msg, lang
-        self.status = 128 + {"HUP": 1, "INT": 2, "QUIT": 3, "KILL": 9, "TERM": 15}.get(signal, 0)
-        self.exited.set()
-
-    def eof_received(self) -> bool:
-        self._ended.set()
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.error = exc
-        self.exited.set()
-        self._ended.set()
-
-    async def drained(self, seconds: float) -> None:
-        """The rest of the output; a daemon that the script left behind may hold it open for ever."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
+    def git_said(self) -> tuple[str, ...]:
+        """What went wrong here, since this was last asked, while a repository was offered."""
+        said = tuple(self._git_said)
+        self._git_said.clear()
+        return said
 
 
-async def _let_go(channel: asyncssh.SSHClientChannel[bytes], session: _Session) -> None:
-    """Close the dead man's switch and wait until the guest has ended the script."""
+async def _end_it(channel: asyncssh.SSHClientChannel[bytes], shell: Shell) -> None:
+    """Close the dead man's switch and wait until the guest has ended the script; one that hangs is let
+    go of."""
     with contextlib.suppress(OSError, TimeoutError, asyncssh.Error):
         channel.write_eof()
-        await asyncio.wait_for(session.exited.wait(), _GRACE + 5)
-    channel.abort()
+        await asyncio.wait_for(shell.exited.wait(), _GRACE + 5)
 
 
 async def _pump(reader: Any, writer: Any) -> None:
@@ -457,12 +525,3 @@ def _escape(pattern: str) -> str:
     home, rest = ('"$HOME"/', pattern[2:]) if pattern.startswith("~/") else ("", pattern)
     text = "".join(c if _PLAIN.match(c) else f"\\{c}" if c != "\n" else "'\n'" for c in rest)
     return home + (f"./{text}" if not home and text.startswith("-") else text)
-
-
-def git_config(values: Mapping[str, str]) -> dict[str, str]:
-    """git-config(1), ENVIRONMENT: settings for one git command, as strong as its ``-c``."""
-    env = {"GIT_CONFIG_COUNT": str(len(values))}
-    for index, (key, value) in enumerate(values.items()):
-        env[f"GIT_CONFIG_KEY_{index}"] = key
-        env[f"GIT_CONFIG_VALUE_{index}"] = value
-    return env

@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from hypervisors.files import make_directory, make_file
 from inventory.errors import FarmhandError, NoSpace, WrongState
-from provision.files import make_directory
 
 _PATIENCE = 30  # seconds for somebody else's transaction
 
@@ -27,6 +27,8 @@ def transaction(
         return
     if write:
         make_directory(path.parent, mode=0o711)
+        with contextlib.suppress(OSError):  # SQLite says why
+            make_file(path)
     uri = f"{path.absolute().as_uri()}?mode={'rwc' if write else 'rw'}"
     try:
         with contextlib.closing(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from inventory.errors import Busy, NotFound, NotOurs, WrongState
+from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState
 from provision import identity
 from provision.files import remove
 from provision.gc import leftovers
 from provision.journal import current_step
+from provision.lost import left_of
 from provision.report import Action, Outcome
 from provision.site import Site
-from provision.work import Job, begin, side_by_side
+from provision.work import begin, side_by_side
 
 
 def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
@@ -30,25 +31,59 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
         return _destroy_farm(site, purge=purge)
     names = _names(site, vms)
     with begin(site, "destroy", names) as run:
-        jobs: dict[str, list[Job]] = {}
+        foreign = {vm for vm in names if vm in site.farm.vms and site.host(vm).driver == "ssh"}
+        there = _there(site, [vm for vm in names if vm not in foreign])
         for vm in names:
-            if vm in site.farm.vms and site.host(vm).driver == "ssh":
-                jobs[vm] = [Job(Action("note", vm, "on an ssh host: not ours to destroy"))]
-            elif _exists(site, vm):
-                action = Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
-                jobs[vm] = [Job(action, partial(_destroy_one, site, vm))]
+            if vm in foreign:
+                run.add(Action("note", vm, "on an ssh host: not ours to destroy"))
+            elif vm in there:
+                run.add(Action("destroy", vm, "destroy machine, disk, checkpoints and identity"))
             else:
-                jobs[vm] = [Job(Action("keep", vm, "is not there"))]
+                run.add(Action("keep", vm, "is not there"))
         if site.farm.services.used:
             from provision.network.apply import keep_in_step
 
             keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
-        run.carry_out(jobs)
+        if there and not site.plan:
+            alone = next(iter(there)) if len(there) == 1 else ""
+            with site.journal.operation("destroy", vm=alone, vms=list(there)):
+                erase(site, there)
         return run.outcome()
 
 
-def erase(site: Site, vm: str) -> None:
-    """Within an operation under way: all that is the VM's. Safe to call again after a kill."""
+def erase(site: Site, vms: Collection[str]) -> None:
+    """Within an operation under way: all that is these VMs'. One that can't be destroyed keeps what it
+    has, and its error is raised at the end. Safe to call again after a kill."""
+    gone: dict[str, None] = {}
+
+    def one(vm: str) -> None:
+        _unmake(site, vm)
+        current_step("remove its seed, keys and console log")
+        identity.remove_identity(site.paths, vm, site.machine(vm))
+        gone[vm] = None
+        site.reporter.say("destroyed", vm=vm)
+
+    try:
+        side_by_side(site, {vm: partial(one, vm) for vm in vms})
+    except Interrupted:
+        raise
+    except FarmhandError:
+        _erase_rest(site, gone)
+        raise
+    _erase_rest(site, gone)
+
+
+def _erase_rest(site: Site, vms: Collection[str]) -> None:
+    """What takes a look at the whole farm, once for all of them."""
+    for item in leftovers(site):
+        if item.what.owner is not None and item.what.owner.vm in vms:
+            current_step(f"remove {item.what.kind} {item.what.ref}")
+            item.discard()
+    current_step("give back addresses, MACs and ports")
+    site.allocator.release(*vms)
+
+
+def _unmake(site: Site, vm: str) -> None:
     name = site.machine(vm)
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
@@ -61,16 +96,8 @@ def erase(site: Site, vm: str) -> None:
                 )
             driver.destroy(name)
         store = site.disks(host)
-        if store.find(name) is not None:
+        if store.find(name) is not None or left_of(store, name):
             store.destroy(name)
-    for item in leftovers(site):
-        if item.what.owner is not None and item.what.owner.vm == vm:
-            current_step(f"remove {item.what.kind} {item.what.ref}")
-            item.discard()
-    current_step("remove its seed, keys and console log")
-    identity.remove_identity(site.paths, vm, name)
-    current_step("give back its address, MAC and port")
-    site.allocator.release(vm)
 
 
 def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
@@ -107,24 +134,22 @@ def _hosts(site: Site, vm: str) -> list[str]:
     return [host for host in site.farm.hosts if site.has_disks(host)]
 
 
-def _exists(site: Site, vm: str) -> bool:
-    paths, name = site.paths, site.machine(vm)
-    if vm in _made(site) or vm in site.allocator.recorded():
-        return True
-    files = (
-        identity.seed_file(paths, name),
-        identity.host_key_file(paths, vm),
-        identity.console_log(paths, name),
-    )
-    if any(path.exists() for path in files):
-        return True
-    return any(item.what.owner and item.what.owner.vm == vm for item in leftovers(site))
+def _there(site: Site, vms: Sequence[str]) -> dict[str, None]:
+    """Those of which there is anything, in their order."""
+    paths = site.paths
+    known = {*_made(site), *site.allocator.recorded()}
+    known |= {item.what.owner.vm for item in leftovers(site) if item.what.owner}
 
+    def has_file(vm: str) -> bool:
+        name = site.machine(vm)
+        files = (
+            identity.seed_file(paths, name),
+            identity.host_key_file(paths, vm),
+            identity.console_log(paths, name),
+        )
+        return any(path.exists() for path in files)
 
-def _destroy_one(site: Site, vm: str) -> None:
-    with site.journal.operation("destroy", vm=vm):
-        erase(site, vm)
-    site.reporter.say("destroyed", vm=vm)
+    return dict.fromkeys(vm for vm in vms if vm in known or has_file(vm))
 
 
 # The whole farm
@@ -142,15 +167,17 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
     with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
         _refuse_if_in_use(site)
         _refuse_strangers(site)
-        there = [vm for vm in names if _exists(site, vm)]
+        there = _there(site, names)
         run.add(
             *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
         )
         labels = _templates(site)
         run.add(*(Action("destroy", "", f"remove template {label}") for _, label in labels))
         builds = site.paths.builds
-        keeps = builds.is_dir() and any(builds.iterdir()) and not purge
-        if keeps:
+        records = _records(builds)
+        if records and purge:
+            run.add(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
+        elif records:
             run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
             run.fact(kept=str(builds))
         if site.paths.root.exists():
@@ -167,11 +194,17 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             keep_in_step(run, gone=None)
         if not site.plan:
             with site.journal.operation("destroy", whole=True, purge=purge):
-                side_by_side(site, {vm: (partial(_destroy_one, site, vm)) for vm in there})
+                erase(site, there)
                 raze(site, purge=purge)
             last_of(site)
             site.reporter.say("the farm is destroyed")
         return run.outcome()
+
+
+def _records(builds: Path) -> int:
+    if not builds.is_dir():
+        return 0
+    return sum(path.is_dir() and not path.is_symlink() for path in builds.iterdir())  # "last" is a link
 
 
 def raze(site: Site, *, purge: bool) -> None:
@@ -213,9 +246,7 @@ def raze(site: Site, *, purge: bool) -> None:
 
 def finish_farm(site: Site, *, purge: bool) -> None:
     """What is left to do for a whole farm's destroy that was killed."""
-    for vm in dict.fromkeys((*_made(site), *site.farm.vms)):
-        if _exists(site, vm):
-            erase(site, vm)
+    erase(site, _there(site, tuple(dict.fromkeys((*_made(site), *site.farm.vms)))))
     raze(site, purge=purge)
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
+from typing import TypeVar
 
 import asyncssh
 
+from hypervisors.files import make_directory, open_to_append
+from hypervisors.progress import Progress
 from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
 from provision.remote import Endpoint, Ready
+from provision.shell import ended, start
+
+T = TypeVar("T")
 
 KEEPALIVE_SECONDS = 10.0
 KEEPALIVE_MISSED = 4
@@ -22,6 +30,18 @@ CLOCK_SLACK = 5.0
 """Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
 run unevenly, and the kernel counts from before the first instruction of ours."""
 
+_RSA = {"rsa-sha2-512": "ssh-rsa", "rsa-sha2-256": "ssh-rsa"}
+"""Signatures of the key that is called ssh-rsa (RFC 8332)."""
+_HOST_KEYS = (
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    *_RSA,
+    "ssh-rsa",
+)
+"""As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
+
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
 
 
@@ -29,28 +49,45 @@ class NotYet(Exception):
     """Nothing wrong so far, only not there: the text says how far it came."""
 
 
-async def wait_ready_async(
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
+    nothing of ours goes on behind our back."""
+    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        future.exception()
+        raise
+
+
+async def wait_ready(
     endpoint: Endpoint,
     *,
     since: float,
-    timeout: float,
+    progress: Progress,
     running: Callable[[], bool],
     tail: Callable[[], str],
     working: Callable[[str], None],
 ) -> Ready:
-    """``wait_ready`` for callers in an event loop; it can be cancelled."""
-    began = time.monotonic()
-    pause, patience, looked, last = 0.2, 1.0, began, ""
+    """Wait until the VM answers on ssh as itself since this very start.
+
+    ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
+    still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
+    is asked once a second, in a thread, and may raise what ends the wait.
+
+    Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
+    stops meanwhile, TimedOut with the console's tail. It can be cancelled.
+    """
+    pause, patience, looked, why, last = 0.2, 1.0, time.monotonic(), "", ""
     while True:
         try:
-            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(timeout, 1.0)))
+            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
             if ready.uptime <= time.monotonic() - since + CLOCK_SLACK:
                 return ready
             raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
         except NotYet as reason:
-            if str(reason) != last:
-                last = str(reason)
-                working(f"waiting for ssh: {last}")
+            why = str(reason)
         now = time.monotonic()
         if now - looked >= 1:
             looked = now
@@ -60,14 +97,20 @@ async def wait_ready_async(
                     remedy=f"see ./invoke console --vm {endpoint.vm}",
                     detail=tail(),
                 )
-        if now - began >= timeout:
+            await asyncio.to_thread(progress.look)
+        # what the guest does first: a narrow terminal cuts off the end
+        if (text := "; ".join(filter(None, ("waiting for ssh", str(progress), why)))) != last:
+            last = text
+            working(text)
+        left = progress.left()
+        if left <= 0:
             raise TimedOut(
-                f"{endpoint.vm}: ssh at {endpoint.place} was not ready within {timeout:g} s: {last}",
+                f"{endpoint.vm}: ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
                 remedy=f"look at ./invoke console --vm {endpoint.vm}; "
                 "a slow machine needs a longer ssh: ready_timeout",
                 detail=tail(),
             )
-        await asyncio.sleep(min(pause, max(began + timeout - now, 0)))
+        await asyncio.sleep(min(pause, left))
         pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
 
 
@@ -115,7 +158,9 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         raise NotYet("the port is open, but nothing speaks there yet") from None
     except OSError as error:
         sock.close()
-        raise NotYet(f"no connection ({error.strerror or error})") from None
+        # asyncio's own strerror is "Connect call failed", with the address
+        why = os.strerror(error.errno) if error.errno else error
+        raise NotYet(f"no connection ({why})") from None
     except BaseException:
         sock.close()
         raise
@@ -157,7 +202,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         "client_factory": Client,
         "client_keys": [str(endpoint.key)],
         "known_hosts": _trusted(endpoint),
-        "server_host_key_algs": "default",  # so that a stranger's other kind of key is seen as such
+        "server_host_key_algs": _kinds(_trusted(endpoint)[0]),
         "config": None,
         "agent_path": None,
         "preferred_auth": "publickey",
@@ -237,28 +282,47 @@ def _trusted(
     return _known(endpoint), [], []
 
 
+def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
+    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may
+    have keys of several. The others are asked for, too, so that a stranger's is seen as such."""
+    own = {key.get_algorithm() for key in known}
+    return sorted(_HOST_KEYS, key=lambda name: _RSA.get(name, name) not in own)
+
+
 def _remember(endpoint: Endpoint, key: str) -> None:
     """Appended in one write, so that two processes don't mix their lines."""
     path = _known_hosts(endpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n")
+    make_directory(path.parent, mode=0o700)
+    with open_to_append(path) as file:
+        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n".encode())
 
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
     """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
-    before = time.time()
+    answer: list[bytes] = []
     try:
-        answer = await connection.run(_FACTS, stdin=asyncssh.DEVNULL, check=False)
+        channel, shell = await start(connection, _FACTS, answer.append)
+        channel.write_eof()
+        await shell.exited.wait()
         after = time.time()
-        boot_id, uptime, now = str(answer.stdout).splitlines()
-        return Ready(boot_id.strip(), float(uptime.split()[0]), float(now) - (before + after) / 2)
+        await shell.drained(1)
+        await ended(channel)
     except (asyncssh.Error, OSError) as error:
         raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+    text = b"".join(answer).decode(errors="replace")
+    try:
+        boot_id, uptime, now = text.splitlines()
+        skew = _seconds(now) - (shell.marked_at + after) / 2
+        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
     except ValueError:
-        # A guest that is still coming up may refuse logins after authentication (pam_nologin).
-        said = str(answer.stderr or answer.stdout).strip().splitlines()
-        raise DriverFailed(f"it does not run commands yet{': ' + said[0] if said else ''}") from None
+        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
+        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
+
+
+def _seconds(date: str) -> float:
+    """Of a date(1) without %N the middle of its second."""
+    whole, _, rest = date.partition(".")
+    return float(date) if rest.isdigit() else float(whole) + 0.5
 
 
 def _words(error: Exception) -> str:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner, which
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, UsageError
 from inventory.model import Farm, Host
 from inventory.sizes import about
 from provision import paths
 from provision.checkup import Check, Level, Report
+from provision.known import known_farm
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -74,7 +75,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     checks: list[Check] = [_platform(), _python(), *_tools(drivers), *_store_tools(farm)]
     checks += _permissions(drivers)
     if "kvm" in drivers:
-        checks.append(_kvm())
+        checks.append(_kvm(farm))
     if farm and "xen" in drivers:
         checks += _xen_files(farm)
     checks += [*_space(farm), _clock(), check]
@@ -236,21 +237,31 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _kvm() -> Check:
-    from hypervisors.kvm import kvm_usable
+def _kvm(farm: Farm | None) -> Check:
+    """Of this machine, for the farm's hosts that are this one."""
+    from hypervisors.kvm import DO_WITHOUT, asked_for, judge
 
+    hosts = [host for host in farm.hosts.values() if _where(host) == "kvm"] if farm else [Host()]
     try:
-        verdict = kvm_usable(Runner(), paths.cache_dir())
+        asked = {asked_for(host.accelerator) for host in hosts}
     except FarmhandError as error:
-        return Check("kvm", False, "note", error.message, error.remedy)
+        return Check("kvm", False, "needed", error.message, error.remedy)
+    if asked == {"tcg"}:
+        text = "KVM is not asked for (accelerator: tcg); QEMU's emulation is used (slower)"
+        return Check("kvm", True, "note", text)
+    verdict = judge("auto", Runner(), paths.cache_dir())
     if verdict.usable:
-        return Check("kvm", True, "note", "KVM works")
+        return Check("kvm", True, "note", f"KVM works: {verdict.why}")
+    if "kvm" in asked:
+        text = f"KVM is asked for (accelerator: kvm), but doesn't work ({verdict.why})"
+        return Check("kvm", False, "needed", text, verdict.remedy or DO_WITHOUT)
     return Check(
         "kvm",
         False,
         "note",
         f"KVM doesn't work ({verdict.why}); QEMU's emulation is used (slower)",
-        "for speed: enable virtualization in the firmware, or nested KVM on the outer host",
+        verdict.remedy
+        or "for speed: enable virtualization in the firmware, or nested KVM on the outer host",
     )
 
 
@@ -306,10 +317,8 @@ def _clock() -> Check:
 
 
 def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
-    from inventory.loader import load
-
     try:
-        farm = load(farm_file)
+        farm = known_farm(farm_file, paths.cache_dir())
     except FarmhandError as error:
         first, *more = error.message.splitlines()
         also = f" (and {len(more)} more)" if more else ""
@@ -375,7 +384,11 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
     from provision.report import QuietReporter
     from provision.site import open_site
 
-    with open_site(farm_file, reporter=QuietReporter(), plan=True) as site:
+    try:
+        opened = open_site(farm_file, reporter=QuietReporter(), plan=True)
+    except UsageError:  # FARMHAND_ACCELERATOR, of which _kvm tells
+        return
+    with opened as site:
         for name, host in farm.hosts.items():
             answer = _host(site, name, host.driver)
             yield answer
@@ -392,6 +405,8 @@ def _host(site: Site, name: str, driver: str) -> Check:
         hypervisor = site.hypervisor(name, look=True)
         hypervisor.list()  # what it can do is known without asking it
         notes = hypervisor.capabilities().notes
+        if site.far(name):  # of this machine, _kvm tells
+            site.demand_kvm(name)
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
@@ -447,6 +462,7 @@ def _store(site: Site, name: str) -> Iterator[Check]:
         return
     notes: tuple[str, ...] = ()
     try:
+        site.check_places(name)
         store = site.disks(name)
         room = store.capacity()
         if isinstance(store, WatchedDisks):

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
 import threading
 from pathlib import Path
 
-from inventory.errors import FarmhandError, NoSpace, WrongState
+from hypervisors.files import file_error, make_directory
+
+__all__ = ["file_error", "make_directory", "remove", "sweep", "sync_directory", "write_atomic"]
 
 _TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
 """Ours, and the seed images'."""
-
-
-def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
-    """The error for an admin: ``what`` is the thing that was being done, such as "write"."""
-    reason = error.strerror or str(error)
-    message = f"cannot {what} {path}: {reason}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
-    return WrongState(message, remedy=f"check owner, permissions and mount of {path.parent}")
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -61,18 +53,6 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def make_directory(path: Path, *, mode: int) -> None:
-    """With its parents; those made here get 0711, so that a QEMU under another user may pass."""
-    try:
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        for directory in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir()
-                directory.chmod(mode if directory == path else 0o711)
-    except OSError as error:
-        raise file_error(error, path, "make the directory") from error
 
 
 def remove(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -13,15 +13,15 @@ from pathlib import Path
 from hypervisors.api import Leftover, Owner
 from inventory.errors import Busy, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
-from provision import identity
 from provision.files import remove
+from provision.lost import has_disk_elsewhere, left_of
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
 
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
 _CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
-_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.pub)?(?:\.\d+)*")
+_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
@@ -29,7 +29,7 @@ _YOUNG = timedelta(minutes=10)
 @dataclass(frozen=True, slots=True)
 class Found:
     what: Leftover
-    discard: Callable[[], None]
+    discard: Callable[[], object]
 
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
@@ -91,17 +91,16 @@ def leftovers(site: Site) -> Iterator[Found]:
     yield from _allocations(site, machines)
 
 
-def discard_of(site: Site, vm: str) -> int:
-    """Remove one VM's leftovers in its drivers, and those that died before they could be marked as
-    anybody's; the caller holds its lock. How many there were."""
-    count = 0
-    if site.host(vm).driver == "ssh":
-        return 0
-    for item in _of_host(site, site.farm.host_of(vm)):
-        if item.what.owner in (None, Owner(site.farm.farm, vm)):
-            item.discard()
-            count += 1
-    return count
+def discard_of(site: Site, vms: Sequence[str]) -> None:
+    """Remove these VMs' leftovers in their drivers, and those that died before they could be marked as
+    anybody's; the caller holds their locks."""
+    owners = {None, *(Owner(site.farm.farm, vm) for vm in vms)}
+    for host in dict.fromkeys(map(site.farm.host_of, vms)):
+        if site.farm.hosts[host].driver == "ssh":
+            continue
+        for item in _of_host(site, host):
+            if item.what.owner in owners:
+                item.discard()
 
 
 def discard_unowned(site: Site) -> None:
@@ -124,7 +123,10 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
-        if what.kind == "domain" and _has_disk_elsewhere(site, host, what.ref):
+        if what.kind == "domain" and (
+            has_disk_elsewhere(site, host, what.ref)
+            or (site.has_disks(host) and left_of(site.disks(host), what.ref))
+        ):
             continue
         seen.add((what.kind, what.ref))
         yield Found(what, partial(driver.discard, what))
@@ -133,12 +135,6 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
         for what in store.leftovers():
             if (what.kind, what.ref) not in seen:
                 yield Found(what, partial(store.discard, what))
-
-
-def _has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
-    """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
-    others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
-    return any(store.find(machine) is not None for store in others)
 
 
 def _machines(site: Site, *, going: set[str]) -> set[str]:
@@ -157,15 +153,14 @@ def _files(site: Site, machines: set[str]) -> Iterator[Found]:
     whatever else lies beside them is somebody's."""
     paths, farm = site.paths, site.farm
     prefix = f"{farm.farm}-"
-    kept = identity.known_hosts(paths)
     now = datetime.now(UTC)
     for kind, directory, name in (
         ("seed", paths.seeds, _SEED), ("console log", paths.consoles, _CONSOLE),
-        ("host key", kept.parent, _HOST_KEY),
+        ("host key", paths.keys / "hostkeys", _HOST_KEY),
     ):  # fmt: skip
         for path in sorted(directory.glob("*")):
             match = name.fullmatch(path.name)
-            if not match or path == kept:
+            if not match:
                 continue
             vm = match[1]
             if kind != "host key":
@@ -195,7 +190,7 @@ def _file(
             bytes=info.st_size,
             why="its VM doesn't exist",
         )
-        yield Found(what, partial(_remove_file, site, path))
+        yield Found(what, partial(remove, path))
 
 
 def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
@@ -212,12 +207,6 @@ def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
             why="it is neither declared nor made",
         )
         yield Found(what, partial(site.allocator.release, vm))
-
-
-def _remove_file(site: Site, path: Path) -> None:
-    remove(path)
-    if path.parent == site.paths.keys / "hostkeys":
-        identity.write_known_hosts(site.paths)
 
 
 def _discard(site: Site, item: Found, vm: str, run: Run, text: str) -> bool:

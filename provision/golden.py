@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hypervisors.api import Template
+from hypervisors.files import make_file, open_to_append
 from inventory.errors import NoSpace, NotFound, UsageError
 from inventory.model import TemplateSource
 from provision.files import make_directory, write_atomic
@@ -302,7 +303,7 @@ def _seal_all(
             part.unlink(missing_ok=True)
             try:
                 if image is None:
-                    part.touch()
+                    make_file(part)
                 else:
                     _offer(image.path, part)
                 op.step(f"seal {label} on {host}")
@@ -366,7 +367,7 @@ def _cache_lock(site: Site) -> Iterator[Path]:
         except BlockingIOError:
             site.reporter.say("waiting for another template build on this machine")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        with still_running(cache).open("a") as running:
+        with open_to_append(still_running(cache)) as running:
             try:
                 fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

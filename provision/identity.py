@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,29 +92,24 @@ def make_host_key(paths: FarmPaths, vm: str, machine: str) -> None:
     with _making:
         if not file.exists() or not host_key(paths, vm):
             _write_pair(file, machine)
-        write_known_hosts(paths)
+        _write_known_hosts(paths, vm, machine)
 
 
-def known_hosts(paths: FarmPaths) -> Path:
-    """For the OpenSSH client, by machine name (its HostKeyAlias), whatever port it answers on."""
-    return paths.keys / "hostkeys" / ".known_hosts"
+def known_hosts(paths: FarmPaths, vm: str) -> Path:
+    """For the OpenSSH client: the VM's key, by machine name (its HostKeyAlias), whatever port it
+    answers on. A file for each: one VM more is one file more."""
+    return paths.keys / "hostkeys" / f"{vm}.known"
 
 
-def write_known_hosts(paths: FarmPaths) -> None:
-    """Anew from the host keys there are."""
-    lines = []
-    for file in sorted((paths.keys / "hostkeys").glob("*.pub")):
-        lines.append(f"{paths.farm}-{file.stem} {host_key(paths, file.stem)}\n")
-    target = known_hosts(paths)
-    text = "".join(lines).encode()
+def _write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
+    target, text = known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n".encode()
     if not target.exists() or target.read_bytes() != text:
         write_atomic(target, text)
 
 
 def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
-    """Seed, host key and console log of a VM that is no more. Whether there was anything."""
-    file = host_key_file(paths, vm)
-    sweep_seed(paths, machine)
+    """Seed, host key and console logs of a VM that is no more. Whether there was anything."""
+    file, log = host_key_file(paths, vm), console_log(paths, machine)
     gone = [
         remove(path)
         for path in (
@@ -122,19 +117,18 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             _fingerprint_file(paths, machine),
             file,
             file.with_name(f"{vm}.pub"),
-            console_log(paths, machine),
+            known_hosts(paths, vm),
+            log,
+            log.with_name(f"{log.name}.1"),  # of the start before
         )
     ]
-    if file.parent.is_dir():
-        with _making:
-            write_known_hosts(paths)
     return any(gone)
 
 
-def sweep_seed(paths: FarmPaths, machine: str) -> None:
-    """What a killed writer of this machine's seed left; the caller holds the VM's lock."""
+def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:
+    """What killed writers of these machines' seeds left; the caller holds the VMs' locks."""
     for path in paths.seeds.glob(".*"):
-        if path.name.lstrip(".").split(".")[0] == machine:
+        if path.name.lstrip(".").split(".")[0] in machines:
             remove(path)
 
 

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from hypervisors.files import make_directory, make_file
 from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
-from provision.files import make_directory
 from provision.processes import Process
 
 _VERSION = 1
@@ -250,6 +250,8 @@ class Journal:
         if not self._writable:
             return self._open_for_reading()
         make_directory(self.path.parent, mode=0o711)
+        with contextlib.suppress(OSError):  # SQLite says why
+            make_file(self.path)
         connection = sqlite3.connect(
             self.path, timeout=30, isolation_level=None, check_same_thread=False
         )

@@ -37,9 +37,22 @@ _FIELDS = ("mac", "address", "ssh_port")
 
 @dataclass(slots=True)
 class Book:
+    """What was read is shared by its readers; whoever changes it takes a copy."""
+
     vms: dict[str, Entry] = field(default_factory=dict)
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
     text: str = ""  # of the file
+    _by: dict[str, Mapping[Any, str]] = field(default_factory=dict)
+
+    def by(self, what: str) -> Mapping[Any, str]:
+        """Who has it, by an entry's field; looked through once."""
+        if what not in self._by:
+            found = map(itemgetter(what), self.vms.values())
+            self._by[what] = dict(zip(found, self.vms, strict=True))
+        return self._by[what]
+
+    def copy(self) -> Book:
+        return Book(dict(self.vms), dict(self.resting), self.text)
 
 
 class LockFile:
@@ -51,15 +64,14 @@ class LockFile:
         self._seen: tuple[tuple[int, ...], Book] | None = None  # which file, and what is in it
 
     def read(self) -> Book:
-        """A copy of the caller's own. The file is replaced, never changed: one that was read is not
-        read again."""
+        """The file is replaced, never changed: one that was read is not read again."""
         which: tuple[int, ...] = ()
         with contextlib.suppress(OSError):  # one that can't be reached is _text's to say
             which = _which(self.path)
         seen = self._seen
         if seen is None or not which or seen[0] != which:
             seen = self._seen = (which, self._load())
-        return Book(dict(seen[1].vms), dict(seen[1].resting), seen[1].text)
+        return seen[1]
 
     def _load(self) -> Book:
         text = _text(self.path)

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from inventory.errors import Busy
 from provision.files import file_error, make_directory
-from provision.processes import Process
+from provision.processes import Process, may_open
 
+_FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
 
 
@@ -57,13 +58,17 @@ class Locks:
         self._directory = directory
         self._guard = threading.Lock()
         self._held: dict[str, tuple[int, int]] = {}  # file descriptor, times taken
+        self._begun = 0
+        self._since: dict[str, int] = {}
 
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
         """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
+        note = _note(doing)
+        may_open(_FILES + _FILES_EACH * len(names))
         with contextlib.ExitStack() as stack:
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
-                self._take(name, doing)
+                self._take(name, note)
                 stack.callback(self._let_go, name)
             yield
 
@@ -71,6 +76,11 @@ class Locks:
         """Whether this object holds it."""
         with self._guard:
             return name in self._held
+
+    def held_since(self, name: str) -> int:
+        """Another number whenever this object took it anew: while it is the same, nobody else had it."""
+        with self._guard:
+            return self._since[name]
 
     def holder(self, name: str) -> Holder | None:
         """Who holds it now; None if nobody does. Takes no lock that could be in anybody's way."""
@@ -113,7 +123,7 @@ class Locks:
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.lock"
 
-    def _take(self, name: str, doing: str) -> None:
+    def _take(self, name: str, note: bytes) -> None:
         deadline = time.monotonic() + _PATIENCE
         while True:
             with self._guard:
@@ -123,8 +133,10 @@ class Locks:
                     return
                 got = self._open(name)
                 if got is not None:
-                    _note(got, doing)
+                    _write(got, note)
                     self._held[name] = got, 1
+                    self._begun += 1
+                    self._since[name] = self._begun
                     return
             if time.monotonic() >= deadline:
                 raise self._refusal(name)
@@ -134,9 +146,9 @@ class Locks:
         path = self._path(name)
         while True:
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:
-                make_directory(self._directory, mode=0o755)
+                make_directory(self._directory, mode=0o700)
                 continue
             except OSError as error:
                 raise file_error(error, path, "open the lock") from error
@@ -183,7 +195,7 @@ def _same(handle: int, path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _note(handle: int, doing: str) -> None:
+def _note(doing: str) -> bytes:
     process = Process.this()
     note = {
         "pid": process.pid,
@@ -193,9 +205,13 @@ def _note(handle: int, doing: str) -> None:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "doing": doing,
     }
+    return json.dumps(note).encode()
+
+
+def _write(handle: int, note: bytes) -> None:
     with contextlib.suppress(OSError):  # a full disk takes away the note, not the lock
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(note).encode(), 0)
+        os.pwrite(handle, note, 0)
 
 
 def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from inventory.errors import UsageError
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""What XML can't hold (libvirt's files), or ends a line of somebody's: no path of ours has it."""
+
+
+def _fit(path: Path, source: str) -> Path:
+    """``path``, from / on. UsageError, naming its ``source``, for one that not every program takes."""
+    path = path.absolute()
+    if _UNFIT.search(str(path)):
+        raise UsageError(
+            f"{source}: {str(path)!r} has a control character, or is not UTF-8",
+            remedy="set it to a directory without: libvirt and others can't be told of this one",
+        )
+    return path
 
 
 def _directory(variable: str, root: str, xdg: str, fallback: str) -> Path:
     if given := os.environ.get(variable):
-        return Path(given)
+        return _fit(Path(given), variable)
     if os.geteuid() == 0:
         return Path(root)
-    base = os.environ.get(xdg)
-    return (Path(base) if base else Path.home() / fallback) / "farmhand"
+    if base := os.environ.get(xdg):
+        return _fit(Path(base, "farmhand"), xdg)
+    return _fit(Path.home() / fallback / "farmhand", "HOME")
 
 
 def state_dir() -> Path:
@@ -30,12 +47,14 @@ def cache_dir() -> Path:
 def runtime_dir() -> Path:
     """Sockets and pid files. Short, for a unix socket's path has at most 107 bytes (unix(7))."""
     if given := os.environ.get("FARMHAND_RUNTIME_DIR"):
-        return Path(given)
+        return _fit(Path(given), "FARMHAND_RUNTIME_DIR")
     if os.geteuid() == 0:
         return Path("/run/farmhand")
     if base := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(base) / "farmhand"
-    return Path(tempfile.gettempdir()) / f"farmhand-{os.getuid()}"
+        return _fit(Path(base, "farmhand"), "XDG_RUNTIME_DIR")
+    from tempfile import gettempdir
+
+    return Path(gettempdir()) / f"farmhand-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True)

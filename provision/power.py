@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-from hypervisors.api import Power, spec_hash
+from hypervisors.api import Machine, MachineSpec, Power, spec_hash
+from hypervisors.progress import Progress
 from inventory.errors import (
     Conflict,
+    FarmhandError,
     Interrupted,
     TimedOut,
     Unsupported,
@@ -21,14 +25,21 @@ from inventory.sizes import format_duration, format_size
 from provision import identity
 from provision.allocate import port_free
 from provision.files import make_directory
-from provision.journal import current_step
+from provision.journal import current_operation, current_step
+from provision.lost import require
 from provision.report import Action, Outcome
 from provision.room import PATIENCE, forecast, room_for
 from provision.site import Site
 from provision.work import ON, Job, begin, disk_of, is_on, look, present
 
+if TYPE_CHECKING:
+    from provision.remote import Ready
+
 GRACE = 60.0
-"""Seconds a guest gets to shut down by itself before its power is cut."""
+"""Seconds without a sign that a guest shuts down by itself, before its power is cut."""
+LIFELESS = 90.0
+"""Seconds that a guest has for its first sign of life under KVM that none was seen to work under yet. It
+takes a few, and up to 50 in a host that is emulated itself."""
 
 _TAIL = 15  # lines of the console
 
@@ -71,7 +82,9 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
             elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
-                text = "cut its power" if force else f"shut down (power cut after {GRACE:g}s)"
+                text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
+                if force:
+                    text = "cut its power"
                 if machine.power is Power.SUSPENDED:
                     text = "give up the memory it was suspended with"
                 action = Action("stop", vm, text)
@@ -95,16 +108,12 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
 
     A suspended one runs on as it was defined then, and up for as long as it was then: of it, any answer
     with its host key counts as ready. It had no power before, so that none is from before."""
-    asleep = present(site, vm).power is Power.SUSPENDED
-    if not asleep:
-        bring_up_to_date(site, vm)
-        _secure_port(site, vm)
+    machine = present(site, vm)
+    require(site, vm, machine, disk_of(site, vm))
+    asleep = machine.power is Power.SUSPENDED
     high, low = _sizes(site, vm, wait=wait)
     try:
-        with room_for(site, vm, high, f"starting {vm}", falls=low < high):
-            current_step(f"start {vm}")
-            since = time.monotonic()
-            site.hypervisor_of(vm).start(site.machine(vm))
+        since = _switch_on(site, vm, asleep=asleep, falls=low < high)
         if wait:
             wait_until_ready(site, vm, since=float("-inf") if asleep else since)
             deflate(site, vm)
@@ -112,20 +121,47 @@ def power_on(site: Site, vm: str, *, wait: bool) -> None:
         site.turns.fell(vm)
 
 
+def _switch_on(site: Site, vm: str, *, asleep: bool = False, falls: bool = False) -> float:
+    """time.monotonic() just before its start. ``falls``: see ``room_for``."""
+    if not asleep:
+        bring_up_to_date(site, vm)
+        _secure_port(site, vm)
+    with room_for(site, vm, site.farm.vms[vm].memory, f"starting {vm}", falls=falls):
+        current_step(f"start {vm}")
+        since = time.monotonic()
+        site.hypervisor_of(vm).start(site.machine(vm))
+    return since
+
+
 def bring_up_to_date(site: Site, vm: str) -> bool:
-    """A stopped machine's seed and definition, as the farm file wants them now. Whether it was
-    redefined."""
+    """A stopped machine's seed and definition, as the farm file and its host want them now. Whether it
+    was redefined. Unsupported where it is to run under KVM, and that doesn't work."""
+    check_accelerator(site, [vm])
     machine = present(site, vm)
     allocation = site.allocator.allocate(vm)
     write_identity(site, vm)
     spec = site.spec(vm, allocation)
-    if machine.spec_hash == spec_hash(spec):
+    reason = why_redefine(site, vm, machine, spec)
+    if not reason:
         return False
     disk = disk_of(site, vm)
     current_step("change its definition")
     site.hypervisor_of(vm).redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
-    site.reporter.say("its definition was changed as the farm file has been", vm=vm)
+    site.reporter.say(f"its definition was changed {reason}", vm=vm)
     return True
+
+
+def why_redefine(site: Site, vm: str, machine: Machine, spec: MachineSpec) -> str:
+    """For people; empty where its definition is what the farm file and its host ask for now."""
+    if machine.spec_hash != spec_hash(spec):
+        return "as the farm file has been"
+    if machine.accelerated is None:
+        return ""
+    able = site.hypervisor_of(vm).capabilities()
+    if machine.accelerated == able.accelerated:
+        return ""
+    what = "KVM" if able.accelerated else "QEMU's emulation"
+    return f"to run under {what}: {'; '.join(able.notes)}"
 
 
 def write_identity(site: Site, vm: str) -> None:
@@ -147,40 +183,104 @@ def write_identity(site: Site, vm: str) -> None:
 
 
 def wait_until_ready(site: Site, vm: str, *, since: float) -> None:
-    """Until its ssh answers as this very VM since this very start. ``since``: time.monotonic() just
-    before the start. TimedOut shows the console's last lines."""
-    host = site.host(vm)
-    if host.driver == "fake":
+    """As ``until_ready``, and says how long it took. Under the fake there is nothing to wait for."""
+    if site.host(vm).driver == "fake":
         return
-    from provision.remote import tail_of, wait_ready
-
-    driver, machine = site.hypervisor_of(vm), site.machine(vm)
-    look_again = 0.0
-    runs = True
-
-    def running() -> bool:
-        nonlocal look_again, runs
-        if site.journal.interrupted.is_set():
-            raise Interrupted("interrupted while waiting", remedy="./invoke recover")
-        if time.monotonic() >= look_again:  # the daemon is asked once a second, whoever waits
-            found = driver.find(machine)
-            runs = found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
-            look_again = time.monotonic() + 1
-        return runs
-
-    def tail() -> str:
-        return tail_of(driver.console(machine).log, lines=_TAIL)
+    import asyncio
 
     began = time.monotonic()
-    wait_ready(
+    asyncio.run(until_ready(site, vm, since=since))
+    site.reporter.say(f"answers on ssh after {format_duration(time.monotonic() - began)}", vm=vm)
+
+
+async def until_ready(site: Site, vm: str, *, since: float) -> Ready:
+    """Until its ssh answers as this very VM since this very start, for as long as it is seen to go on.
+    ``since``: time.monotonic() just before the start; minus infinity: any boot is the one meant.
+
+    One that was started under KVM, and shows no sign of life, is started once more under emulation,
+    unless a guest has answered under KVM since this machine booted.
+
+    Errors: Conflict (somebody else answers), WrongState (it stopped), TimedOut with the console's last
+    lines."""
+    from provision.dial import in_thread
+
+    try:
+        return await _until_ready(site, vm, since=since, on_trial=since > 0 and _on_trial(site, vm))
+    except _LifelessError:
+        since = await in_thread(lambda: _start_emulated(site, vm))
+        return await _until_ready(site, vm, since=since, on_trial=False)
+
+
+class _LifelessError(Exception):
+    """On trial, and it shows no sign of life."""
+
+
+async def _until_ready(site: Site, vm: str, *, since: float, on_trial: bool) -> Ready:
+    from provision.dial import in_thread, wait_ready
+
+    driver, machine = site.hypervisor_of(vm), site.machine(vm)
+    progress = Progress(lambda: driver.pulse(machine), site.farm.ssh.ready_timeout)
+
+    def running() -> bool:
+        if site.journal.interrupted.is_set():
+            raise Interrupted("interrupted while waiting", remedy="./invoke recover")
+        if on_trial and progress.lifeless(LIFELESS):
+            raise _LifelessError
+        found = driver.find(machine)
+        return found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
+
+    ready = await wait_ready(
         site.endpoint(vm),
         since=since,
-        timeout=site.farm.ssh.ready_timeout,
+        progress=progress,
         running=running,
-        tail=tail,
+        tail=lambda: console_tail(site, vm),
         working=lambda text: site.reporter.working(text, vm=vm),
     )
-    site.reporter.say(f"answers on ssh after {format_duration(time.monotonic() - began)}", vm=vm)
+    await in_thread(lambda: _trust(site, vm))
+    return ready
+
+
+def console_tail(site: Site, vm: str, *, lines: int = _TAIL) -> str:
+    """The console's last lines, or ""."""
+    from provision.remote import tail_of
+
+    try:
+        log = site.hypervisor_of(vm).console(site.machine(vm)).log
+    except FarmhandError:
+        return ""
+    return tail_of(log, lines=lines)
+
+
+def _on_trial(site: Site, vm: str) -> bool:
+    """Whether it runs under KVM that no guest has answered under yet, and need not."""
+    host = site.farm.host_of(vm)
+    if not present(site, vm).accelerated or site.accelerator(host) != "auto":
+        return False
+    return not site.kvm_trust(host).proven()
+
+
+def _trust(site: Site, vm: str) -> None:
+    """It answered. What can't be looked at, or noted, now will be another time."""
+    with contextlib.suppress(FarmhandError):
+        if present(site, vm).accelerated:
+            site.kvm_trust(site.farm.host_of(vm)).prove()
+
+
+def _start_emulated(site: Site, vm: str) -> float:
+    """Cut its power, and start it without KVM, as every machine of that host is from now on."""
+    host, under_way = site.farm.host_of(vm), current_operation()
+    with contextlib.nullcontext() if under_way else site.journal.operation("start", vm=vm):
+        site.hypervisor_of(vm).stop(site.machine(vm), grace=0)
+        site.distrust_kvm(host, f"it ran {vm} for {LIFELESS:g} s without a sign of life")
+        since = _switch_on(site, vm)
+    where = f"host {host}" if site.far(host) else "this machine"
+    site.reporter.warn(
+        f"nothing on its console in {LIFELESS:g} s under KVM: started again under QEMU's emulation; "
+        f"farmhand won't use KVM on {where} until it boots anew",
+        vm=vm,
+    )
+    return since
 
 
 def answers(site: Site, vm: str, *, timeout: float = 2.0) -> bool:
@@ -228,11 +328,19 @@ def can_power(site: Site, vm: str) -> bool:
 
 def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
     """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
-    this machine has free; what others give for it. NoSpace before anything was begun."""
+    this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
+    they are to run under KVM, and it doesn't work."""
     new = [vm for vm in vms if can_power(site, vm)]
     if not new:
         return ()
+    check_accelerator(site, new)
     return forecast(site, {vm: _sizes(site, vm, wait=wait) for vm in new}, f"starting {', '.join(new)}")
+
+
+def check_accelerator(site: Site, vms: Sequence[str]) -> None:
+    """Unsupported where these VMs are to run under KVM, and it doesn't work."""
+    for host in dict.fromkeys(map(site.farm.host_of, vms)):
+        site.demand_kvm(host)
 
 
 def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:

@@ -3,7 +3,9 @@ have been given to another since, also after a reboot."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,16 @@ class Process:
             return False
         state, start = _stat(self.pid)
         return bool(start) and start == self.start and state not in "ZX"
+
+
+def may_open(files: int) -> None:
+    """Let this process have so many files open at once, as far as its hard limit goes (getrlimit(2)).
+    Those it starts may have as many; no more than is needed, for some close all that they may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _boot() -> str:

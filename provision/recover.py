@@ -30,7 +30,7 @@ from provision.clone import undo_clone
 from provision.destroy import erase, finish_farm, last_of
 from provision.files import sweep
 from provision.gc import discard_of, discard_unowned
-from provision.identity import sweep_seed
+from provision.identity import sweep_seeds
 from provision.journal import Record, current_operation
 from provision.power import can_power, deflate
 from provision.report import Action, Outcome
@@ -86,9 +86,9 @@ def _recover_one(site: Site, record: Record) -> Action:
     with site.journal.resume(record):
         if job.run is not None:
             job.run()
-        for vm in (vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"):
-            discard_of(site, vm)
-            sweep_seed(site.paths, site.machine(vm))
+        vms = [vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"]
+        discard_of(site, vms)
+        sweep_seeds(site.paths, {site.machine(vm) for vm in vms})
     with contextlib.suppress(WrongState):  # the journal may have gone with its farm
         site.journal.settle(record.id, "recovered", job.action.text)
     site.reporter.warn(job.action.text, vm=record.vm)
@@ -123,7 +123,10 @@ def _job(site: Site, record: Record) -> Job:
     machine = look(site, vm)
     if record.verb == "clone":
         if machine is not None:
-            return job("the machine is complete; clone-farm goes on from there")
+            whole = (
+                "the machine is as it was" if record.facts.get("again") else "the machine is complete"
+            )
+            return job(f"{whole}; clone-farm goes on from there")
         return job("undone, nothing of it stays", lambda: undo_clone(site, vm))
     if machine is None:
         return job("its machine is gone; noted")
@@ -227,7 +230,9 @@ def _destroy(site: Site, record: Record, what: str) -> Job:
             Action("recover", "", f"{what}: finish it, the whole farm goes"),
             lambda: finish_farm(site, purge=purge),
         )
-    return Job(Action("recover", record.vm, f"{what}: finish it"), lambda: erase(site, record.vm))
+    of = f" of {', '.join(record.vms)}" if len(record.vms) > 1 else ""
+    text = f"{what.replace(record.verb, record.verb + of, 1)}: finish it"
+    return Job(Action("recover", record.vm, text), lambda: erase(site, record.vms))
 
 
 def _sweep(site: Site) -> None:

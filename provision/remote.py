@@ -9,7 +9,6 @@ need asyncssh and are imported late, for most commands never get that far.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,34 +39,6 @@ class Ready:
     boot_id: str
     uptime: float
     skew: float
-
-
-def wait_ready(
-    endpoint: Endpoint,
-    *,
-    since: float,
-    timeout: float,
-    running: Callable[[], bool],
-    tail: Callable[[], str],
-    working: Callable[[str], None],
-) -> Ready:
-    """Wait until the VM answers on ssh as itself since this very start.
-
-    ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
-    still the one from before, and is waited out. ``timeout``: seconds from now.
-
-    Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
-    stops meanwhile, TimedOut with the console's tail. May be called from any thread.
-    """
-    import asyncio
-
-    from provision.dial import wait_ready_async
-
-    return asyncio.run(
-        wait_ready_async(
-            endpoint, since=since, timeout=timeout, running=running, tail=tail, working=working
-        )
-    )
 
 
 def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:

@@ -17,7 +17,8 @@ class Reporter(Protocol):
         """Something happened; stays on the screen."""
 
     def working(self, text: str, *, vm: str = "") -> None:
-        """Under way; shown on a terminal, may be dropped elsewhere."""
+        """Under way; shown on a terminal, may be dropped elsewhere. What follows a semicolon is how far
+        it is: the same thing goes on where only that changes."""
 
     def warn(self, text: str, *, vm: str = "") -> None:
         """Worth a look, though the work goes on."""

@@ -10,6 +10,7 @@ from hypervisors.api import Disks, FarmDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
+from provision.lost import grows_from, require
 from provision.power import (
     can_power,
     check_memory,
@@ -21,7 +22,7 @@ from provision.power import (
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import change_disks, is_half_back
-from provision.work import Run, begin, disk_of, is_on, is_warm, present, side_by_side
+from provision.work import Run, begin, disk_of, is_on, is_warm, named, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
 """By VM, JSON values."""
@@ -49,7 +50,7 @@ def reset(
     of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
     warm checkpoint's; recovery goes on with it)."""
     names = site.vms(vms)
-    doing = f"reset {' '.join(names)} to {to}"
+    doing = f"reset {named(names)} to {to}"
     with begin(site, "reset", names, doing=doing) as run:
         warm = []
         for vm in names:
@@ -176,14 +177,17 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
             )
         return False
     disk = disk_of(site, vm)
-    if disk is None:
-        raise NotFound(
-            f"{site.name}: {vm}'s machine has no disk of ours to put back",
-            remedy=f"./invoke destroy --vm {vm}, then clone it again",
-        )
-    known = [kept.name for kept in disk.checkpoints]
+    known = [kept.name for kept in disk.checkpoints] if disk is not None else _left(site, vm)
     if to not in known:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}", remedy=f"it has {', '.join(known) or 'none'}"
         )
-    return is_warm(disk, to)
+    return disk is not None and is_warm(disk, to)
+
+
+def _left(site: Site, vm: str) -> list[str]:
+    """What a VM whose disk is gone can be put back to. NotFound."""
+    known = grows_from(site.disks(site.farm.host_of(vm)), site.machine(vm))
+    if not known:
+        require(site, vm, present(site, vm), None)
+    return list(known)

@@ -70,7 +70,7 @@ def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False)
     it. ``falls``: it is started, and falls to its idle memory later (the caller says when, to
     ``Turns.fell``); those of this command that do are waited for. NoSpace, saying who has how much."""
     host = site.farm.host_of(vm)
-    name = f"memory-{host}"
+    name = turn_of(host)
 
     def waiting(text: str) -> None:
         site.reporter.working(f"waits for its turn: {text}", vm=vm)
@@ -90,6 +90,10 @@ def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False)
             site.reporter.working("waits until others have fallen to their idle memory", vm=vm)
             site.turns.wait_for_fall(since)
         yield
+
+
+def turn_of(host: str) -> str:
+    return f"memory-{host}"
 
 
 def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tuple[Action, ...]:
@@ -141,10 +145,14 @@ def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | N
     """With the turn. None: it is there; else what to wait for."""
     if _plainly_there(site, host, size):
         return None
+    name = turn_of(host)
+    if _machine_has(site, host, size) and site.turns.spend(name, size):
+        return None
     asked: set[str] = set()
     while True:
         now = host_memory(site, host, but=[vm], needs=bool(asked))
         if not now.short_of(size):
+            site.turns.saw(name, None if now.limit is None else now.limit - now.in_use - size)
             return None
         since = site.turns.falling(host)
         if since is not None:
@@ -164,6 +172,14 @@ def _plainly_there(site: Site, host: str, size: int) -> bool:
     declared = site.farm.hosts[host]
     if declared.memory is not None or declared.driver != "kvm":
         return declared.memory is None
+    return _machine_has(site, host, size)
+
+
+def _machine_has(site: Site, host: str, size: int) -> bool:
+    """Whether that much is free beside all that this process is about to give; Xen and XenAPI servers
+    see to that themselves."""
+    if site.farm.hosts[host].driver != "kvm":
+        return True
     return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
 
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner
+from hypervisors.ssh_words import path_option
 from inventory.errors import NotFound, Unsupported, UsageError
 from inventory.model import Farm, Host
 from provision import identity
@@ -21,14 +21,17 @@ from provision.absent import NoMachines
 from provision.allocate import Allocation, Allocator, lock_file_of
 from provision.files import make_directory
 from provision.journal import Journal, current_step
+from provision.known import known_farm
 from provision.locks import Locks
 from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
 from provision.turns import Turns
 
 if TYPE_CHECKING:
-    from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.far.drivers import FarHypervisor, FarKvmTrust
     from hypervisors.far.link import Link
+    from hypervisors.kvm import Accelerator, KvmVerdict
+    from hypervisors.kvm_trust import KvmTrust
     from hypervisors.opening import Directories, Place, Voices
     from hypervisors.private import PrivateLibvirt
     from provision.remote import Endpoint
@@ -91,6 +94,8 @@ class Site:
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
+                from difflib import get_close_matches
+
                 near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",
@@ -147,17 +152,44 @@ class Site:
         """The farm's own libvirtd, running or not."""
         with self._guard:
             if self._private is None:
-                from hypervisors.kvm import kvm_usable
                 from hypervisors.private import PrivateLibvirt
 
-                verdict = kvm_usable(Runner(), cache_dir())
+                here = [self.kvm(host) for host in self.farm.hosts if self.uses_private(host)]
                 self._private = PrivateLibvirt(
                     self.private_directory,
                     self.paths.runtime,
                     cache_dir() / "libvirt",
-                    not verdict.usable,
+                    not any(verdict.usable for verdict in here),
                 )
             return self._private
+
+    def accelerator(self, host: str) -> Accelerator:
+        """Of a host with driver kvm. UsageError for what the environment has in its place."""
+        from hypervisors.kvm import asked_for
+
+        return asked_for(self.farm.hosts[host].accelerator)
+
+    def kvm(self, host: str) -> KvmVerdict:
+        """Whether KVM runs the VMs of a host with driver kvm: there, if that is another machine."""
+        from hypervisors.kvm import KvmVerdict, judge
+
+        if not self._is_far(host):
+            return judge(self.accelerator(host), Runner(), cache_dir())
+        able = self.hypervisor(host).capabilities()
+        return KvmVerdict(able.accelerated, "; ".join(able.notes))
+
+    def demand_kvm(self, host: str) -> None:
+        """Unsupported where KVM is asked for and doesn't work."""
+        if self.farm.hosts[host].driver != "kvm" or self.accelerator(host) != "kvm":
+            return
+        verdict = self.kvm(host)
+        if not verdict.usable:
+            from hypervisors.kvm import DO_WITHOUT
+
+            raise Unsupported(
+                f"{self.name}: host {host} is to use KVM (accelerator: kvm): {verdict.why}",
+                remedy=verdict.remedy or DO_WITHOUT,
+            )
 
     @property
     def private_directory(self) -> Path:
@@ -179,6 +211,17 @@ class Site:
 
         return None if self._is_far(host) else reader_of(declared.driver, declared.uri)
 
+    def check_places(self, host: str) -> None:
+        """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
+        if self.uses_private(host):
+            from hypervisors.private import check_runtime
+
+            check_runtime(self.paths.runtime)
+        if (reader := self.reader_uid(host)) is not None:
+            from hypervisors.qcow2_store import reachable
+
+            reachable(self.paths.root, reader)
+
     def _is_far(self, host: str) -> bool:
         declared = self.farm.hosts[host]
         return declared.driver in _LIBVIRT and is_far(declared.uri)
@@ -192,6 +235,23 @@ class Site:
         driver = self.hypervisor(host)
         assert isinstance(driver, FarHypervisor)
         return driver
+
+    def kvm_trust(self, host: str) -> KvmTrust | FarKvmTrust:
+        """What guests have shown of the KVM of that host's machine."""
+        if far := self.far(host):
+            return far.kvm_trust()
+        from hypervisors.kvm_trust import KvmTrust
+
+        return KvmTrust(cache_dir())
+
+    def distrust_kvm(self, host: str, why: str) -> None:
+        """It failed a guest: from now on machines there are defined without it."""
+        self.kvm_trust(host).distrust(why)
+        if self._is_far(host):  # the agent there sees to that by itself
+            return
+        for name, declared in self.farm.hosts.items():
+            if declared.driver == "kvm" and not self._is_far(name):
+                self.disconnect(name)
 
     def _untouched(self, host: str) -> bool:
         """A private daemon that isn't needed to know that there is nothing: it has no directory, or
@@ -223,6 +283,7 @@ class Site:
                 self.runner,
                 step=current_step,
                 kind=open_kind(self._place(host), self._directories()),
+                working=self.reporter.working,
             )
         if declared.driver == "fake":
             from hypervisors.fake import FakeDisks, FakeHypervisor
@@ -282,6 +343,7 @@ class Site:
         assert declared.driver in _LIBVIRT
         return Place(
             farm=self.farm.farm, driver=declared.driver, uri=declared.uri,
+            accelerator=self.accelerator(host) if declared.driver == "kvm" else "auto",
             guests=declared.guests or "pv", store=disks.store,
             path=self.farm.path.parent / path if path else None, pool=disks.pool or "",
             dataset=disks.dataset or "", copy=disks.copy_mode,
@@ -427,21 +489,26 @@ class Site:
         endpoint = self.endpoint(vm)
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
-            options["UserKnownHostsFile"] = f'"{identity.known_hosts(self.paths)}"'
+            known = identity.known_hosts(self.paths, vm)
             options["HostKeyAlias"] = self.machine(vm)
             options["StrictHostKeyChecking"] = "yes"
         else:
             known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
-            options["UserKnownHostsFile"] = f'"{known}"'
             options["StrictHostKeyChecking"] = "accept-new"
-        argv = ["ssh", "-F", "/dev/null", "-i", str(endpoint.key), "-p", str(endpoint.port)]
+        argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
+        argv += path_option("IdentityFile", endpoint.key)
+        argv += path_option("UserKnownHostsFile", known)
         for key, value in options.items():
             argv += ["-o", f"{key}={value}"]
         return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound."""
-    from inventory.loader import load
+    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
+    environment asks for."""
+    farm = known_farm(farm_file, cache_dir())
+    if any(host.driver == "kvm" for host in farm.hosts.values()):
+        from hypervisors.kvm import asked_for
 
-    return Site(load(farm_file), reporter=reporter, plan=plan)
+        asked_for()
+    return Site(farm, reporter=reporter, plan=plan)

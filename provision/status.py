@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Thread
 
-from hypervisors.api import Disk, Machine, Power, WatchedDisks
+from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError
 from provision.locks import Holder
+from provision.lost import lost
 from provision.site import Site
 from provision.work import is_on, lock_of
 
 _AT_ONCE = 8
+_NOTES_PATIENCE = 2.0
+"""Seconds for a hypervisor to say what it sees in its guests: milliseconds, unless one hangs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,7 @@ class VmStatus:
     port: int | None = None
     holder: Holder | None = None
     declared: bool = True
+    note: str = ""  # what its hypervisor sees that is wrong in its guest
     error: str = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -62,6 +68,7 @@ class VmStatus:
             "port": self.port,
             "holder": self.holder.as_dict() if self.holder else None,
             "declared": self.declared,
+            "note": self.note,
             "error": self.error,
         }
 
@@ -143,6 +150,7 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
         driver = site.hypervisor(host, look=True)
         can = driver.capabilities()
         machines = {machine.name: machine for machine in driver.list()}
+        notes = _noted(driver) if any(map(is_on, machines.values())) else dict
         disks: dict[str, Disk] = {}
         free = None
         disk_notes: tuple[str, ...] = ()
@@ -164,9 +172,34 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
     for machine in machines.values():
         if machine.owner is not None and machine.owner.vm not in site.farm.vms:
             rows.append(_undeclared(host, machine, disks.get(machine.name)))
+    found = notes()
+    rows = [replace(row, note=found.get(row.machine, "")) for row in rows]
     return HostStatus(
         host=host, driver=can.driver, notes=can.notes, free=free, disk_notes=disk_notes
     ), rows
+
+
+def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
+    """Asks beside what else is looked at; what comes gives the answer. None in time is none: one guest
+    whose hypervisor hangs must not hide all the rest."""
+    if not isinstance(driver, WatchedMachines):
+        return dict
+    answer: Future[Mapping[str, str]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(driver.notes())
+        except FarmhandError:
+            answer.set_result({})
+
+    def get() -> Mapping[str, str]:
+        try:
+            return answer.result(_NOTES_PATIENCE)
+        except TimeoutError:
+            return {}
+
+    Thread(target=ask, daemon=True).start()
+    return get
 
 
 def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) -> VmStatus:
@@ -192,6 +225,12 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
             vm=vm, machine=name, host=host, state="not made", holder=holder,
             memory_max=site.farm.vms[vm].memory, error=error,
         )  # fmt: skip
+    if disk is None:
+        try:
+            gone = lost(site, vm, machine)
+            error = f"{gone.text}: {gone.remedy}" if gone else error
+        except FarmhandError as problem:
+            error = problem.message.splitlines()[0]
     condition = "dirty" if disk is not None else ""
     if holder is not None and holder.doing.partition(" ")[0] == "cycle":
         condition = "building"

@@ -149,8 +149,9 @@ def refuse_unfinished(site: Site, verb: str, vms: Sequence[str]) -> None:
     some are changed, of others not, and neither is to be used."""
     if verb in AT_ANY_TIME:
         return
+    wanted = frozenset(vms)
     for record in site.journal.unfinished():
-        both = [vm for vm in record.vms if vm in vms]
+        both = [vm for vm in record.vms if vm in wanted]
         if record.facts.get("decided") and not record.facts.get("changed") and both:
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "

@@ -25,6 +25,7 @@ class Turns:
         self._condition = threading.Condition()
         self._taken: set[str] = set()
         self._reserved: dict[str, int] = {}  # by VM, bytes
+        self._left: dict[str, tuple[int, int]] = {}  # by name: since when it holds, bytes
         self._falling: dict[str, str] = {}  # by VM, its host
         self._fallen = 0
 
@@ -72,6 +73,23 @@ class Turns:
         """All of this process's, by VM."""
         with self._condition:
             return dict(self._reserved)
+
+    def saw(self, name: str, left: int | None) -> None:
+        """With the turn: what a look found that is left, of what only who has the turn may take."""
+        with self._condition:
+            self._left.pop(name, None)
+            if left is not None:
+                self._left[name] = self._locks.held_since(name), left
+
+    def spend(self, name: str, size: int) -> bool:
+        """With the turn: whether that much was left at the last look and is still, for this process has
+        held on to the turn since; it is taken off. Others may only have given back since."""
+        with self._condition:
+            since, left = self._left.get(name, (0, 0))
+            if since != self._locks.held_since(name) or left < size:
+                return False
+            self._left[name] = since, left - size
+            return True
 
     def falls(self, vm: str, host: str) -> None:
         """This process starts it, and will balloon it down as soon as it answers."""

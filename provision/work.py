@@ -20,6 +20,7 @@ from provision.site import Site
 
 ON = (Power.RUNNING, Power.PAUSED)
 _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
+_NAMED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +93,38 @@ def begin(
     """What every changing use case begins with: finish or undo what a killed one left, then lock the
     VMs (and what ``locks`` name besides). A plan says what would be recovered, and takes no lock.
     Busy if a VM is in use, WrongState if it is part of a change that can't be finished."""
-    from provision.recover import recover_all
     from provision.together import refuse_unfinished
 
     run = Run(site, verb)
     if site.plan:
-        run.add(*recover_all(site))
+        run.add(*_recovered(site))
         yield run
         return
     site.prepare()
-    run.add(*recover_all(site))
-    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or " ".join((verb, *vms))):
+    run.add(*_recovered(site))
+    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {named(vms)}".strip()):
         refuse_unfinished(site, verb, vms)
         yield run
 
 
+def _recovered(site: Site) -> Sequence[Action]:
+    """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every use case
+    with it."""
+    if not site.journal.unfinished():
+        return ()
+    from provision.recover import recover_all
+
+    return recover_all(site)
+
+
 def lock_of(vm: str) -> str:
     return f"vm-{vm}"
+
+
+def named(vms: Sequence[str]) -> str:
+    """In a few words: what is noted in each lock is no longer the more VMs there are."""
+    more = len(vms) - _NAMED
+    return " ".join(vms) if more <= 1 else f"{' '.join(vms[:_NAMED])} and {more} more"
 
 
 def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:

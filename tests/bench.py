@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,7 +20,8 @@ from uuid import uuid4
 
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
 from hypervisors.run import Runner
-from inventory.errors import DriverFailed
+from tests import bench_growth
+from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +34,9 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
     with tempfile.TemporaryDirectory(prefix="fhb") as name:
         directory = Path(name)
         directory.chmod(0o711)  # QEMU runs as another user and passes through
-        figures = [*_drivers(directory, rounds, say), *_commands(directory, rounds, say)]
+        figures = [*_drivers(directory, rounds, say), *commands(directory, rounds, say)]
         figures += _network(rounds, say)
+        figures += bench_growth.measure(say)
     return Figures(tuple(figures))
 
 
@@ -71,7 +70,7 @@ def _spec(name: str, port: int) -> MachineSpec:
 
 @contextmanager
 def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
-    from hypervisors.kvm import kvm_usable
+    from hypervisors.kvm import asked_for, judge
     from hypervisors.libvirt_driver import LibvirtHypervisor
     from hypervisors.libvirt_kinds import Qemu
     from hypervisors.private import PrivateLibvirt
@@ -79,7 +78,7 @@ def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
     from provision.paths import cache_dir
 
     runner = Runner()
-    kvm = kvm_usable(runner, cache_dir())
+    kvm = judge(asked_for(), runner, cache_dir())
     private = PrivateLibvirt(directory / "l", directory / "r", cache_dir(), not kvm.usable)
     disks = Qcow2Disks(directory / "d", _FARM, runner, reader_uid=private.qemu_uid())
     image = directory / "image.qcow2"
@@ -159,58 +158,3 @@ def _many(hypervisor: Hypervisor, template: Template, turn: int) -> None:
         specs = [_spec(f"many{turn}-{i}", 41000 + turn * 100 + i) for i in range(_MANY)]
         for _ in pool.map(lambda spec: hypervisor.define(spec, template), specs):
             pass
-
-
-# ---- Commands, as typed.
-
-_FARM_FILE = """\
-farm: bench
-templates:
-  empty:
-    import: empty.qcow2
-    firstboot: none
-vms:
-  dev2: {memory: 128M}
-  prod: {memory: 128M}
-"""
-
-
-def _commands(directory: Path, rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
-    farm = directory / "farm.yaml"
-    farm.write_text(_FARM_FILE)
-    Runner().change("qemu-img", "create", "-q", "-f", "qcow2", directory / "empty.qcow2", "1G")
-    environment = {
-        **os.environ,
-        "FARMHAND_STATE_DIR": str(directory / "s"),
-        "FARMHAND_RUNTIME_DIR": str(directory / "t"),
-        "FARMHAND_FARM": str(farm),
-    }
-    wrapper = str(ROOT / "invoke")
-    bare = [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT)]
-
-    def call(argv: Sequence[str]) -> float:
-        started = time.perf_counter()
-        done = subprocess.run(
-            argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        seconds = time.perf_counter() - started
-        if done.returncode:
-            raise DriverFailed(f"{Runner().show(argv)} failed", detail=done.stderr)
-        return seconds
-
-    say("cloning a farm for status")
-    call([*bare, "clone-farm", "--no-start"])
-    try:
-        times: dict[str, list[float]] = {"list": [], "bare": [], "status": []}
-        call([wrapper, "--list"])
-        for turn in range(rounds * 2):
-            say(f"commands, round {turn + 1} of {rounds * 2}")
-            times["list"].append(call([wrapper, "--list"]))
-            times["bare"].append(call([*bare, "--list"]))
-            times["status"].append(call([wrapper, "status"]))
-    finally:
-        call([*bare, "destroy", "--all"])
-    own = tuple(max(a - b, 0.0) for a, b in zip(times["list"], times["bare"], strict=True))
-    yield Figure("./invoke --list", tuple(times["list"]), 0.2)
-    yield Figure("./invoke status", tuple(times["status"]), 0.4)
-    yield Figure("the wrapper's own share", own, 0.05)

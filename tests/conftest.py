@@ -56,13 +56,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=lab)
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    if IN_LAB or IN_XEN_LAB:
+        told.tell(nodeid, "begins")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if not (IN_LAB or IN_XEN_LAB):
         return
     if not report.passed:
         _unpassed[report.nodeid] = report.outcome
     if report.when == "teardown" and _unpassed.get(report.nodeid) != "skipped":
-        told.tell(report.nodeid, ok=report.nodeid not in _unpassed)
+        told.tell(report.nodeid, "failed" if report.nodeid in _unpassed else "passed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs, quote, urlsplit
 
+from hypervisors.ssh_words import path_option
 from inventory.errors import UsageError
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.:-]*[A-Za-z0-9_])?")
@@ -70,9 +71,9 @@ def far(uri: str) -> Far:
     if user:
         argv += ["-l", user]
     if "keyfile" in options:
-        argv += ["-i", options["keyfile"]]
+        argv += path_option("IdentityFile", options["keyfile"])
     if "known_hosts" in options:
-        argv += ["-o", f'UserKnownHostsFile="{options["known_hosts"]}"']
+        argv += path_option("UserKnownHostsFile", options["known_hosts"])
     here = f"{driver}://{parts.path or '/'}"
     if "socket" in options:
         here = f"{driver}+unix://{parts.path or '/'}?socket={quote(options['socket'])}"

@@ -26,6 +26,8 @@ from typing import Any, BinaryIO
 
 from hypervisors.api import Console, Disks, Leftover, Owner, Template
 from hypervisors.far.wire import Pipe, decode, encode
+from hypervisors.files import UMASK, make_directory
+from hypervisors.kvm_trust import KvmTrust
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.memory import memory_available
 from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
@@ -96,18 +98,20 @@ class Agent:
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
         disks = open_disks(place, home.directories, runner, voices, reader_uid=reader)
-        machines = LibvirtHypervisor(
-            place.uri, place.farm, disks, runner, step=voices.step,
-            kind=open_kind(place, home.directories),
-        )  # fmt: skip
         self._files = Files(home.directories.farm / "incoming")
         if not plan:
             self._files.sweep(home.runtime)
-        self._parts = {
-            "disks": disks,
-            "machines": machines,
-            "host": Host(place, home, disks, machines, self._files, reader),
-        }
+
+        def open_machines() -> None:
+            machines = LibvirtHypervisor(
+                place.uri, place.farm, disks, runner, step=voices.step,
+                kind=open_kind(place, home.directories), working=voices.working,
+            )  # fmt: skip
+            self._parts["machines"] = machines
+            self._parts["host"] = Host(place, home, disks, machines, self._files, reader)
+
+        self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), open_machines)}
+        open_machines()
 
     def _take(self, frame: dict[str, Any], data: bytes) -> None:
         if "call" in frame:
@@ -142,6 +146,24 @@ class Agent:
         while time.monotonic() - self._heard < SILENCE:
             time.sleep(PING)
         os._exit(1)
+
+
+class _Kvm:
+    """``KvmTrust``; once it is distrusted, the driver of the machines is opened anew."""
+
+    def __init__(self, trust: KvmTrust, open_machines: Callable[[], None]) -> None:
+        self._trust = trust
+        self._open_machines = open_machines
+
+    def proven(self) -> bool:
+        return self._trust.proven()
+
+    def prove(self) -> None:
+        self._trust.prove()
+
+    def distrust(self, why: str) -> None:
+        self._trust.distrust(why)
+        self._open_machines()
 
 
 def _told(error: Exception) -> object:
@@ -222,7 +244,7 @@ class Host:
         """It holds the machine's host key: 0600, for who opens it and nobody else."""
         seed = self._seed(machine)
         for directory in (self._home.seeds, self._home.consoles):
-            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            make_directory(directory, mode=0o711)
         if self._reader is not None:
             os.chown(file, self._reader, -1)
         file.replace(seed)
@@ -291,7 +313,7 @@ class Files:
         self._failed: dict[str, OSError] = {}
 
     def new(self, name: str) -> Path:
-        self._directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        make_directory(self._directory, mode=0o711)
         path = self._directory / f"{os.getpid()}-{threading.get_ident()}-{Path(name).name}"
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._open[str(path)] = os.fdopen(handle, "wb")
@@ -331,7 +353,7 @@ def presence(directory: Path) -> Iterator[Callable[[], None]]:
     asker was heard from. Enters when every other agent of this farm that was there before has ended, or
     was heard from since: one whose asker was cut off ends soon, and until then it may still be changing
     what we are asked to recover."""
-    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    make_directory(directory, mode=0o711)
     mine = directory / f"far-{os.getpid()}"
     handle = os.open(mine, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -369,6 +391,7 @@ def _wait_for(other: Path, since: tuple[int, int]) -> None:
 
 def main(home: Callable[[str], Home]) -> None:
     """Standard output is the frames' alone: what a library prints goes to standard error."""
+    os.umask(UMASK)
     outgoing = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     pipe = Pipe(sys.stdin.buffer, outgoing)

@@ -19,16 +19,19 @@ from hypervisors.api import (
     Disks,
     FarmDisks,
     Leftover,
+    LostDisks,
     Machine,
     MachineSpec,
     MemoryUse,
     MergingDisks,
     Owner,
+    Pulse,
     StepFn,
     Template,
     WatchedDisks,
 )
 from hypervisors.far.link import Link
+from hypervisors.files import make_directory, open_new
 from hypervisors.opening import store_kind
 
 
@@ -121,7 +124,16 @@ class _Merging(FarDisks):
         self._ask("merge", machine)
 
 
-_MORE = {FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging}
+class _Lost(FarDisks):
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        found: Sequence[Checkpoint] = self._ask("left", machine)
+        return found
+
+
+_MORE = {
+    FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging,
+    LostDisks: _Lost,
+}  # fmt: skip
 
 
 def far_disks(link: Link, step: StepFn) -> Disks:
@@ -130,6 +142,23 @@ def far_disks(link: Link, step: StepFn) -> Disks:
     offers = tuple(more for protocol, more in _MORE.items() if issubclass(kind, protocol))
     store: Disks = type("FarDisks", offers or (FarDisks,), {})(link, step)
     return store
+
+
+class FarKvmTrust:
+    """As ``hypervisors.kvm_trust.KvmTrust``, of another machine."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def proven(self) -> bool:
+        found: bool = self._link.call("kvm", "proven")
+        return found
+
+    def prove(self) -> None:
+        self._link.call("kvm", "prove")
+
+    def distrust(self, why: str) -> None:
+        self._link.call("kvm", "distrust", why)
 
 
 class FarHypervisor:
@@ -181,6 +210,10 @@ class FarHypervisor:
         found: Sequence[str] = self._link.call("host", "missing", list(tools), list(paths))
         return found
 
+    def kvm_trust(self) -> FarKvmTrust:
+        """Of that machine."""
+        return FarKvmTrust(self._link)
+
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
@@ -230,9 +263,18 @@ class FarHypervisor:
         log = None
         if text:
             log = self._console_log(name)
-            log.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-            log.write_text(text, encoding="utf-8")
+            make_directory(log.parent, mode=0o711)
+            with open_new(log) as file:
+                file.write(text.encode())
         return Console(argv=self._terminal(found.argv) if found.argv else (), log=log)
+
+    def pulse(self, name: str) -> Pulse | None:
+        seen: Pulse | None = self._ask("pulse", name)
+        return seen
+
+    def notes(self) -> Mapping[str, str]:
+        told: Mapping[str, str] = self._ask("notes")
+        return told
 
     def destroy(self, name: str) -> None:
         self._link.call("host", "destroy", name, step=self._step)

@@ -26,7 +26,8 @@ _VALUES = {
     kind.__name__: kind
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
-        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Place,
+        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, api.Pulse,
+        Place,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {

@@ -118,15 +118,20 @@ class XenApiDisks:
             if vm is None or vm.kind != "machine" or vm.disk is None:
                 return None
             seen = self.pool.seen(vm)
-            return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen) or self._lost(seen)
+            return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen)
 
-    def _lost(self, seen: Seen) -> Disk | None:
-        """Of a machine whose own disk is gone: it can be put back to each checkpoint that it has."""
-        if seen.vm.disk is None or "template" not in seen.vm.marks:
-            return None
-        uuid, size = seen.vm.disk[0], seen.vm.marks.get("size", "0")
-        record = {"uuid": uuid, "virtual_size": size, "physical_utilisation": "0", "snapshots": []}
-        return self.disk(replace(seen, vdi=Vdi("", record)))
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """See ``LostDisks.left``: of a machine of ours that has lost its disk, to somebody or its
+        storage."""
+        with translated(f"look for what is left of the disk of {machine}"):
+            vm = self.pool.machine(machine)
+            if vm is None or vm.kind != "machine" or vm.disk is None:
+                return []
+            seen = self.pool.seen(vm)
+            if seen.vdi or half_back(vm, seen.checkpoints):
+                return []
+            clean = Checkpoint(name="clean", created=when(vm.marks["created"]))
+            return [clean, *(checkpoint_of(kept) for kept in seen.checkpoints)]
 
     def disk(self, seen: Seen) -> Disk:
         assert seen.vdi and seen.vm.owner
@@ -151,10 +156,9 @@ class XenApiDisks:
             for vm in vms:
                 if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
                     continue
-                seen = _from_lists(vm, self.pool.disk_among(vm, vdis.values()), vms)
-                disk = self.disk(seen) if seen.vdi else self._lost(seen)
-                if disk is not None:
-                    found.append(disk)
+                vdi = self.pool.disk_among(vm, vdis.values())
+                if vdi is not None:
+                    found.append(self.disk(_from_lists(vm, vdi, vms)))
             return sorted(found, key=lambda disk: disk.machine)
 
     def capacity(self) -> Capacity:
@@ -487,7 +491,7 @@ def without_disk(seen: Seen) -> str:
     return f"its storage has lost it: ./invoke reset --vm {vm} --to {last} gives it a new one"
 
 
-def _from_lists(vm: Vm, vdi: Vdi | None, vms: Sequence[Vm]) -> Seen:
+def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref

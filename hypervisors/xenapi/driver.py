@@ -435,6 +435,9 @@ class XenApiHypervisor:
             self._ours(name)
         return Console(argv=(), log=None)
 
+    def pulse(self, name: str) -> None:
+        """Servers keep no log of a console, and no count of what a guest read and wrote."""
+
     # -- removing ---------------------------------------------------------------------------------
 
     def destroy(self, name: str) -> None:
@@ -455,23 +458,15 @@ class XenApiHypervisor:
             ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
         for vm in sorted(ours, key=lambda vm: vm.name):
             lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
-            if lost and not self._can_be_reset(vm, vms):
+            if lost and not any(
+                s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref for s in vms
+            ):
                 found.append(_orphan("domain", vm, 0, "its disk is gone"))
         for vm in sorted(ours, key=lambda vm: vm.name):
             if not vm.marks.get("spec"):
                 disk = self._pool.disk_among(vm, vdis)
                 found.append(_orphan("disk", vm, disk.used if disk else 0, "no machine has it"))
         return found
-
-    def _can_be_reset(self, vm: Vm, vms: Sequence[Vm]) -> bool:
-        """Whether a machine without its disk can have another, of a checkpoint or its template."""
-        for other in vms:
-            if other.kind == "checkpoint" and other.record["snapshot_of"] == vm.ref:
-                return True
-            of_it = vm.disk and other.kind == "template" and other.marks["farm"] == self._farm
-            if of_it and other.marks["label"] == vm.marks.get("template"):
-                return True
-        return False
 
     def discard(self, leftover: Leftover) -> None:
         if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:

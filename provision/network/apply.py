@@ -21,10 +21,11 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from inventory import plain
 from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
@@ -154,7 +155,7 @@ def bring(
 
 def _basis(farm: Farm) -> str:
     """Of all that isn't a VM in the farm file."""
-    return hashlib.sha256(farm.model_dump_json(exclude={"vms"}).encode()).hexdigest()
+    return hashlib.sha256(plain.dumps(replace(farm, vms={}))).hexdigest()
 
 
 def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:

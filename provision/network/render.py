@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from inventory.loader import resolve
 from inventory.model import Farm
+from inventory.reading import resolve
 from provision.allocate import Allocation
 from provision.network.document import Document
 from provision.network.templating import Templates
@@ -230,7 +230,7 @@ def kea_path(farm: Farm, kind: str) -> str:
 
 def part_of(farm: Farm, vms: Mapping[str, Any]) -> Farm:
     """The farm with these of its VMs alone."""
-    return farm.model_copy(update={"vms": vms})
+    return replace(farm, vms=dict(vms)).at(farm.path)
 
 
 APART = frozenset(("dnsmasq", "kea"))

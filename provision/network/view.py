@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from inventory.base import parse_range
 from inventory.errors import Conflict
-from inventory.fields import parse_range
 from inventory.model import Farm, Proxy
 from provision.allocate import Allocation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from hypervisors.far.address import Far, far
 from hypervisors.far.drivers import FarHypervisor, far_disks
 from hypervisors.far.link import Link
 from hypervisors.opening import Place, Voices
+from provision.paths import cache_dir
 from tests.unit.sshd_machine import Sshd, make_key
 
 MAIN = "provision.far_agent.main()"
@@ -39,6 +41,9 @@ class FarMachine:
                 "FARMHAND_CACHE_DIR": str(place / "cache"),
             },
         ).prepare()  # fmt: skip
+        (place / "cache").mkdir()
+        for note in cache_dir().glob("kvm-*.json"):  # what was found out about KVM, which is this one's
+            shutil.copy(note, place / "cache")
         self.known = place / "known_hosts"
         self.known.write_text(f"[127.0.0.1]:{self.sshd.port} {self.sshd.host_key}\n")
         self.links: list[Link] = []

@@ -36,7 +36,7 @@ from rigs import (
 
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
 from hypervisors.fake import FakeDisks, FakeHypervisor
-from hypervisors.kvm import KvmVerdict, kvm_usable
+from hypervisors.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.libvirt_kinds import Kind, Qemu
 from hypervisors.libxl import Xen
@@ -322,7 +322,7 @@ def _spec(farm: str, vm: str, port: int, place: Path) -> MachineSpec:
 
 @pytest.fixture(scope="session")
 def kvm() -> KvmVerdict:
-    return kvm_usable(Runner(), cache_dir())
+    return judge(asked_for(), Runner(), cache_dir())
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,8 @@ REAL = {
 
 MUTE: list[str] = []
 """Nested guests that hung before their first word, see ``machine_rigs.LibvirtRig.start``."""
+NOT_RUN: list[str] = []
+"""What was left out, and what this machine lacks for it."""
 
 
 def template(generation: int = 1, name: str = "base") -> Template:
@@ -251,6 +253,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("contract: what ran on what")
     for (kind, outcome), number in sorted(counts.items()):
         terminalreporter.write_line(f"{number:4} {outcome} on {kind} ({REAL.get(kind, 'real')})")
+    for left_out in NOT_RUN:
+        terminalreporter.write_line(f"not run: {left_out}")
     if MUTE:
         terminalreporter.write_line(
             f"{len(MUTE)} nested guests hung before their first word, under an emulated CPU, and were "

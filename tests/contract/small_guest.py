@@ -2,10 +2,11 @@
 Up in 2 s under emulation; made once and kept in the cache directory, by the hash of all that goes into
 it.
 
-On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out. It
-writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds there. Under Xen it
-says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore, as guest agents do:
-each second, or every ``period=SECONDS``.
+On its console it says READY; ``balloon=off`` on the kernel's command line leaves the driver out,
+``balloon=SECONDS`` removes it after so long, and ``down=SECONDS`` is how long its shutdown takes, a word
+each second. It writes a pattern to its disk when told ``stamp=WORD`` and always prints what it finds
+there. Under Xen it says MEM=KIB whenever its memory has changed, and tells its free memory in xenstore,
+as guest agents do: each second, or every ``period=SECONDS``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ if [ -n "$hog" ]; then
     dd if=/dev/zero of=/tmp/hog bs=1M count=$hog 2>/dev/null
 fi
 mkdir -p /etc/acpi/PWRF /var/log
-printf '#!/bin/sh\\necho POWER BUTTON\\npoweroff -f\\n' > /etc/acpi/PWRF/00000080
+down=$(option down)
+cat > /etc/acpi/PWRF/00000080 <<END
+#!/bin/sh
+echo POWER BUTTON
+for n in \\$(seq ${down:-0}); do sleep 1; echo DOWN \\$n >/dev/console; done
+poweroff -f
+END
 chmod 755 /etc/acpi/PWRF/00000080
 if [ "$(option acpi)" != ignore ]; then
     acpid -d >/dev/null 2>&1 &
@@ -81,6 +88,9 @@ if [ "$(option seed)" = yes ]; then
     echo lost 2>/dev/null >/dev/xvdb && echo "SEED WRITTEN"
 fi
 period=$(option period)
+case "$(option balloon)" in
+    [0-9]*) (sleep $(option balloon); rmmod virtio_balloon; echo UNLOADED) & ;;
+esac
 echo READY
 while true; do
     [ -c /dev/xen/xenbus ] || sleep 3600

@@ -148,9 +148,11 @@ def test_ten_machines_at_once(rig):
 
 def test_a_life(rig, made):
     """Write, stop, read it back; checkpoint; write more; back to either; power cut by reset."""
+    assert made.pulse(NAME) is None
     assert rig.boot("prod", "A") == ""
     machine = made.find(NAME)
     assert machine.power is Power.RUNNING and machine.started is not None
+    assert (pulse := made.pulse(NAME)) is None or (pulse.console and "READY" in pulse.said)
     for change in (
         lambda: made.start(NAME),
         lambda: made.redefine(rig.spec("prod")),

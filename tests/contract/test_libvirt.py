@@ -15,11 +15,11 @@ from rigs import MIB, short_directory
 
 from hypervisors.api import Nic, Power
 from hypervisors.domain_xml import domain_xml, read_domain
-from hypervisors.kvm import kvm_usable, try_boot
+from hypervisors.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt_driver import LibvirtHypervisor
 from hypervisors.libvirt_kinds import Qemu
 from hypervisors.private import PrivateLibvirt
-from hypervisors.run import Runner, which
+from hypervisors.run import Runner
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
 
 NAME = "kata-prod"
@@ -91,6 +91,44 @@ def test_without_a_balloon_driver(real):
         hypervisor.memory(NAME)
 
 
+def test_a_balloon_driver_that_never_was_is_noted(real, monkeypatch):
+    hypervisor = define(real, options="balloon=off")
+    real.boot("prod", "A")
+    assert hypervisor.notes() == {}, "it may be booting still"
+    monkeypatch.setattr("hypervisors.balloon._BOOTING", 0.0)
+    assert "not told yet" in hypervisor.notes()[NAME]
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.notes() == {}
+
+
+def test_a_pulse_is_what_a_guest_wrote_and_read(real):
+    hypervisor = define(real, options="balloon=2")
+    assert hypervisor.pulse(NAME) is None
+    real.boot("prod", "A")
+    pulse = hypervisor.pulse(NAME)
+    assert pulse.console == (real.place / "prod.log").stat().st_size
+    assert pulse.said.rstrip().endswith("READY")
+    assert pulse.read > 0 and pulse.written > 0
+    real.wait_for("prod", "UNLOADED")
+    assert hypervisor.pulse(NAME).console > pulse.console
+    hypervisor.stop(NAME, grace=0)
+    assert hypervisor.pulse(NAME) is None
+
+
+def test_a_guest_that_is_seen_to_shut_down_keeps_its_power(real):
+    """It takes 6 s, with a word each second: longer than what one that shows nothing gets."""
+    define(real, options="down=6")
+    real.boot("prod", "A")
+    said: list[str] = []
+    hypervisor = LibvirtHypervisor(
+        real.uri, "kata", real.disks(), Runner(), kind=real.kind, working=said.append
+    )
+    hypervisor.stop(NAME, grace=3)
+    assert "DOWN 6" in (real.place / "prod.log").read_text()
+    assert any("console" in text and "DOWN" in text for text in said)
+    hypervisor.close()
+
+
 def test_the_floor_follows_what_the_guest_uses(real):
     hypervisor = define(real, options="hog=64")
     real.boot("prod", "A")
@@ -150,18 +188,6 @@ def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
     assert caught.value.remedy and "\n" not in str(caught.value)
 
 
-def test_the_boot_sector_runs():
-    qemu = which("qemu-system-x86_64")
-    assert try_boot(Runner(), qemu, "tcg").usable
-    assert not try_boot(Runner(), qemu, "nonsense").usable
-
-
-def test_the_kvm_verdict_is_kept(tmp_path):
-    first = kvm_usable(Runner(), tmp_path)
-    assert kvm_usable(Runner(), tmp_path) == first
-    assert first.why and "\n" not in first.why
-
-
 # -- the private daemon itself ----------------------------------------------------------------------
 
 
@@ -208,6 +234,35 @@ def test_a_daemon_with_guests_is_not_stopped_unless_forced(real):
     real.private.stop(force=True)
     assert real.private.machines_running() == ()
     assert hypervisor.find(NAME).power is Power.STOPPED  # its definition was kept
+
+
+def test_a_daemon_that_was_not_to_see_kvm_is_started_anew_when_it_is(real):
+    """Its guests don't notice."""
+    place = real.place
+    blind, seeing = (
+        PrivateLibvirt(place / "s", place / "r", real.private._cache, h) for h in (True, False)
+    )
+    hypervisor = LibvirtHypervisor(
+        blind.uri, "kata", real.disks(), Runner(), kind=Qemu(KvmVerdict(False, ""))
+    )  # fmt: skip
+    hypervisor.define(real.spec("prod", stamp="A"), real.template)
+    hypervisor.start(NAME)
+    first, guest = int(blind._pidfile.read_text()), blind._guests
+    [(_, qemu)] = guest()
+    try:
+        blind.uri()
+        assert int(blind._pidfile.read_text()) == first
+        seeing.uri()
+        second = int(seeing._pidfile.read_text())
+        assert second != first and not Path(f"/proc/{first}").exists()
+        assert hypervisor.find(NAME).power is Power.RUNNING
+        assert list(guest()) == [(NAME, qemu)]
+        blind.uri()  # nothing is gained by hiding it now
+        assert int(seeing._pidfile.read_text()) == second
+    finally:
+        hypervisor.destroy(NAME)
+        hypervisor.close()
+        seeing.stop(force=True)
 
 
 def test_too_long_a_runtime_directory_is_refused_in_words(place):

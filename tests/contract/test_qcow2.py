@@ -17,7 +17,7 @@ from rigs import FARM, SIZE, Qcow2Rig, template
 
 from hypervisors.api import Owner
 from hypervisors.qcow2_format import empty_overlay, read_header
-from inventory.errors import DriverFailed, NotOurs, UsageError
+from inventory.errors import Conflict, DriverFailed, NotOurs, UsageError
 
 PROD = Owner(FARM, "prod")
 
@@ -196,6 +196,40 @@ def test_half_removed_disks_block_no_name(store, made):
     made.clone(made.templates()[0], "kata-prod", PROD, SIZE)
     made.discard(leftover)  # it came to be in use since
     assert store.read("kata-prod") == "T"
+
+
+def test_checkpoints_that_outlive_their_disk_are_no_leftover(store, made):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "kept")
+    assert made.left("kata-prod") == ()
+    (store.root / "vms/kata-prod/disk.qcow2").unlink()
+    assert [c.name for c in made.left("kata-prod")] == ["clean", "kept"]
+    assert list(made.leftovers()) == []
+    with pytest.raises(Conflict, match="but checkpoints of one: kept"):
+        made.clone(made.templates()[0], "kata-prod", PROD, SIZE)
+    assert made.restore("kata-prod", "kept").base == "kept"
+    assert store.read("kata-prod") == "A" and made.left("kata-prod") == ()
+
+
+@pytest.mark.parametrize("removed", ["disk.qcow2", "checkpoint-kept.qcow2"])
+def test_killed_in_the_middle_of_a_destroy(store, made, monkeypatch, removed):
+    """What is left then goes, checkpoints too; it can't be told from outside which file was the last."""
+    made.checkpoint("kata-prod", "kept")
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        if path.name != removed:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.destroy("kata-prod")
+    monkeypatch.undo()
+    assert made.find("kata-prod") is None and made.left("kata-prod") == ()
+    (leftover,) = made.leftovers()
+    made.discard(leftover)
+    assert not (store.root / "vms/kata-prod").exists()
 
 
 def test_what_is_under_construction_is_no_leftover(store, made):

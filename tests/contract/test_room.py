@@ -3,6 +3,7 @@ needs. That nobody gets ahead of another is shown by tests/faults/test_at_once.p
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,15 @@ from machine_rigs import Guests
 from rigs import FARM, MIB
 
 from hypervisors.api import Disks, Hypervisor, Power
-from inventory.errors import NoSpace
+from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load
 from provision import farm
 from provision.journal import current_step
 from provision.report import QuietReporter
 from provision.room import room_for
 from provision.site import Site
+
+from views import farm_status, memory_plan
 
 HOSTS = {
     "real": ("driver: kvm", "mode: user"),
@@ -101,3 +104,34 @@ def test_a_guest_that_needs_what_it_has_keeps_it(site: GuestsSite) -> None:
     assert abs(before.actual - after.actual) < MIB
     (prospect, _) = farm.memory_plan(site).prospects("here")
     assert prospect.guest.least is not None and prospect.guest.least > ROOM - 192 * MIB
+
+
+@pytest.mark.parametrize("site", ["real"], indirect=True)
+def test_a_guest_that_stopped_telling_is_no_guest_that_tells(
+    site: GuestsSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its balloon driver is unloaded, and its last numbers stand. It is told in status, in the plan, and
+    to who would balloon it, at once."""
+    define(site, "balloon=4")
+    (before, _) = farm.memory_plan(site).prospects("here")
+    assert before.guest.gives > 0
+    assert [vm.note for vm in farm.status(site).vms] == ["", ""]
+    site.guests.wait_for("idle", "UNLOADED")
+    monkeypatch.setattr("hypervisors.balloon._STALE", 4.0)
+    limit = time.monotonic() + 60
+    while not (note := farm.status(site).vms[0].note):
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    untold = r"its guest has not told for [\d.]+s what memory it needs: no balloon driver answers.*"
+    assert re.fullmatch(untold, note)
+    assert re.search(f"^idle: {untold}$", farm_status(farm.status(site)).text, re.MULTILINE)
+    (after, _) = farm.memory_plan(site).prospects("here")
+    assert (after.guest.least, after.guest.gives, after.target) == (None, 0, 192 * MIB)
+    assert re.search(untold, after.why)
+    assert re.search(untold, memory_plan(farm.memory_plan(site)).text)
+    monkeypatch.setattr("provision.balloon.PATIENCE", 600.0)
+    with pytest.raises(Unsupported, match=untold) as caught:
+        farm.balloon(site, "idle", 128 * MIB)
+    assert "modprobe virtio_balloon" in caught.value.remedy
+    steps = [str(step) for record in site.journal.history(10) for step in record.steps]
+    assert not [step for step in steps if "set the memory of" in step], "the guest was not even asked"

@@ -10,12 +10,14 @@ moments. ``FARMHAND_SEED`` draws the same ones again.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -271,13 +273,16 @@ class Bench:
         for path in state_dir().rglob("*"):
             name = str(path.relative_to(state_dir()))
             if path.is_dir() or re.search(
-                r"journal\.db|\.db-journal$|/locks/|\.log(\.\d)?$|^lvm/|\.lock$|generations\.json", name
+                r"journal\.db|\.(db|state)-journal$|/locks/|\.log(\.\d)?$|^lvm/|\.lock$|generations\.json",
+                name,
             ):
                 continue
             if "/libvirt/" in name and not re.search(r"qemu/[^/]*\.xml$", name):
                 continue
             if path.name.endswith(".state"):
-                found += [f"machine {m}" for m in json.loads(path.read_text())["machines"]]
+                with contextlib.closing(sqlite3.connect(path)) as world:
+                    names = world.execute("SELECT name FROM items WHERE kind = 'machines'")
+                    found += [f"machine {name}" for (name,) in names]
                 continue
             found.append(re.sub(r"[0-9a-f]{8,}|@\d+", "N", f"file {name}"))
         lock = self.file.with_name(self.file.name + ".lock")

@@ -199,6 +199,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    fake_world.adapter()  # for the forks, too
+    for stored in fake_world.KINDS:
+        fake_world.adapter(stored)  # for the forks, too
     _kind = StillSite if "still" in sys.argv else Site
     serve()

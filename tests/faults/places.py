@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 from hypervisors.api import Disk
 from hypervisors.devices import open_node
 from hypervisors.fake import FakeDisks
-from hypervisors.kvm import kvm_usable
+from hypervisors.kvm import asked_for, judge
 from hypervisors.private import PrivateLibvirt
 from hypervisors.run import Runner
 from provision.paths import cache_dir, state_dir
@@ -105,6 +105,10 @@ class Place(abc.ABC):
             return "old" if disk.base != "clean" or not store.pristine(disk.machine, "clean") else "torn"
         return "new" if seen == TEMPLATE and store.pristine(disk.machine, "clean") else "torn"
 
+    def lose(self, disk: Disk, site: Site) -> None:
+        """Remove it by hand, under its machine."""
+        raise NotImplementedError(self.label)
+
     def check(self, disk: Disk) -> None:  # noqa: B027
         """That it is sound in itself."""
 
@@ -134,6 +138,12 @@ class FakePlace(Place):
         assert isinstance(store, FakeDisks)
         return store.content(disk.machine).decode() or TEMPLATE
 
+    def lose(self, disk: Disk, site: Site) -> None:
+        store = site.disks(site.farm.host_of(disk.owner.vm))
+        assert isinstance(store, FakeDisks)
+        with store.store.change() as world:
+            del world.disks[disk.machine]
+
 
 class TwoFakes(FakePlace):
     """Each VM on a host with a store of its own."""
@@ -161,6 +171,9 @@ class Qcow2Place(Place):
         finally:
             out.unlink(missing_ok=True)
 
+    def lose(self, disk: Disk, site: Site) -> None:
+        disk.path.unlink()
+
     def check(self, disk: Disk) -> None:
         run("qemu-img", "check", "-q", "-U", disk.path)
 
@@ -175,7 +188,7 @@ class FarPlace(Qcow2Place):
     def open(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="fh-"))
         self.directory.chmod(0o711)
-        verdict = kvm_usable(Runner(), cache_dir())
+        verdict = judge(asked_for(), Runner(), cache_dir())
         self.private = PrivateLibvirt(
             self.directory / "s", self.directory / "r", cache_dir() / "libvirt", not verdict.usable
         )

@@ -52,6 +52,21 @@ def test_the_next_clone_farm_recovers_by_itself(bench: Bench) -> None:
         bench.recovered(context)
 
 
+@pytest.mark.parametrize("bench", ["fake", "kvm"], indirect=True)
+def test_clone_again_where_the_disk_is_gone(bench: Bench) -> None:
+    arguments = {"vms": ["prod"], "start": False}
+    for context in bench.kills(
+        "clone-farm, disk gone", "clone_farm", arguments, partial(_without_disk, bench), shapes=False
+    ):
+        with bench.site() as site:
+            bench.nothing_half_made(site, context)
+            farm.clone_farm(site, ["prod"], start=False)
+            assert bench.content(site, "prod") == "new", context
+            assert is_on(look(site, "dev2")), f"{context}: the other one is untouched"
+        bench.recovered(context)
+        bench.usable(context)
+
+
 @pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
 def test_reset(bench: Bench, running: bool) -> None:
     operation = f"reset, {'running' if running else 'stopped'}"
@@ -357,6 +372,16 @@ def _unkept(bench: Bench, *, running: bool) -> None:
     with bench.site() as site:
         farm.destroy(site, ["prod"])
     _written(bench, running=running)
+
+
+def _without_disk(bench: Bench) -> None:
+    """All are there, and the disk of prod, which is stopped, is gone."""
+    bench.usable("made again")
+    with bench.site() as site:
+        farm.stop(site, ["prod"], force=True)
+        disk = bench.disk(site, "prod")
+        assert disk
+        bench.place.lose(disk, site)
 
 
 def _remove(bench: Bench) -> None:

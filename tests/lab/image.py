@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypervisors.debian import apt_settings, remove_build, write_sources
+from hypervisors.debian import MIRRORS, apt_settings, remove_build, write_sources
+from hypervisors.hints import NAMESPACES, ROOM, hint
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, Unsupported
 from provision.paths import cache_dir
@@ -171,7 +172,7 @@ def _build(runner: Runner, kind: Kind, cache: Path, say: Say) -> Image:
         raise CommandFailed(
             f"the lab's image could not be built: {error.message}",
             argv=error.argv, status=error.status, stderr=error.stderr,
-            remedy="a mirror out of reach is the usual cause; the same command begins again",
+            remedy=f"{error.remedy}{'; ' if error.remedy else ''}the same command begins again",
             detail=error.detail,
         ) from error  # fmt: skip
     finally:
@@ -264,11 +265,16 @@ class _Bootstrap:
             )  # fmt: skip
         except CommandFailed as error:
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            lines = text.splitlines()
+            known = (ROOM, *NAMESPACES, *MIRRORS)
+            place, suite = (scratch or self._work).parent, self._recipe.suite
+            found = hint("\n".join(lines[-60:]), known, directory=place, suite=suite)
             raise CommandFailed(
-                error.message,
+                found.line or error.message,
                 argv=error.argv,
                 status=error.status,
-                detail="\n".join(text.splitlines()[-15:]),
+                remedy=found.remedy,
+                detail="\n".join(lines[-15:]),
             ) from error
         finally:
             if scratch:

@@ -31,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hypervisors.api import Pulse
+from hypervisors.progress import Progress
 from hypervisors.run import Result, Runner
 from inventory.errors import Busy, CommandFailed, FarmhandError, NotFound, TimedOut, UsageError
 from provision.paths import runtime_dir, state_dir
@@ -40,8 +42,10 @@ from tests.lab import parcel, qemu
 from tests.lab.image import Image, Say
 from tests.lab.kinds import KINDS, KVM, Kind
 
-_COLD_LIMIT = 300.0  # seconds; 13 on an idle machine with two cores and without KVM
-_WARM_LIMIT = 60.0  # 2 there
+# Seconds without a sign that it goes on, see hypervisors.progress. On an idle machine with two cores and
+# without KVM a boot takes 13 in all, from the saved state 2.
+_COLD_PATIENCE = 300.0
+_WARM_PATIENCE = 60.0
 _SAVE_LIMIT = 120.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
@@ -273,10 +277,10 @@ class Machine:
         """Until it answers. The first command that gets through sets the clock and stirs the random
         numbers, see files/wake."""
         warm = self.facts.warm
-        limit = _WARM_LIMIT if warm else _COLD_LIMIT
-        end = time.monotonic() + limit
+        progress = Progress(self._pulse, _WARM_PATIENCE if warm else _COLD_PATIENCE)
         error = "it never got ready"
-        while time.monotonic() < end:
+        while progress.left() > 0:
+            progress.look()
             if not self.running():
                 raise CommandFailed(
                     f"the QEMU of the lab {self.name} ended while it booted",
@@ -287,16 +291,24 @@ class Machine:
                 time.sleep(0.1)
                 continue
             try:
-                left = end - time.monotonic()
-                self.run("lab-wake", input=os.urandom(64), timeout=min(20, max(3, left)))
+                self.run("lab-wake", input=os.urandom(64), timeout=min(20, max(3, progress.left())))
                 return
             except (CommandFailed, TimedOut) as failed:
                 error = failed.message
                 time.sleep(0.2)
         raise TimedOut(
-            f"the lab {self.name} did not answer within {limit:.0f} s: {error}",
+            f"the lab {self.name} did not answer {progress.verdict()}: {error}",
             remedy=f"its console: {self.console}", detail=self._tail(),
         )  # fmt: skip
+
+    def _pulse(self) -> Pulse:
+        """What its console and its disks show: what is written to these takes room in their files."""
+        disks = ("run.qcow2", *(f"{disk}.raw" for disk in qemu.SPARE_DISKS))
+        try:
+            written = sum((self.directory / disk).stat().st_blocks * 512 for disk in disks)
+            return Pulse(console=self.console.stat().st_size, said=self._tail(), read=0, written=written)
+        except FileNotFoundError:  # it has said nothing yet
+            return Pulse()
 
     def _boots_ended(self) -> int:
         """How many boots have come to their end, as its console says (files/init)."""

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypervisors.kvm import kvm_usable
+from hypervisors.kvm import asked_for, judge
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, TimedOut, Unsupported
 from provision.paths import cache_dir
@@ -71,12 +71,15 @@ def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM, *, beside: bool 
     version = runner.read(program, "--version").stdout.splitlines()[0]
     cores = len(os.sched_getaffinity(0))
     cpus = max(2, min(4, cores))
-    verdict = kvm_usable(runner, cache_dir())
+    asked = asked_for()
+    verdict = judge(asked, runner, cache_dir())
     why = verdict.why
     if verdict.usable:
         if _nested():
             return Engine(program, version, ("kvm",), "host", cpus, "under KVM")
         why = "KVM works here, but gives its guests no KVM (module option nested=0)"
+    if asked == "kvm":
+        raise Unsupported(f"the lab can't run under KVM: {why}", remedy="unset FARMHAND_ACCELERATOR")
     if beside:
         # No more CPUs than there are cores for: each waits for the others to flush their TLBs, spinning,
         # and PV dom0 at each change of a page table. lvs(8) took 3.7 s in one of two Xen labs with two

@@ -1,7 +1,8 @@
 """The tests inside a lab of their own: started, filled, run under a time limit, results brought back.
 
 STATE/lab-results/TIME-NAME/    pytest.log, junit.xml, console.log, dmesg, and what the tests left:
-                                journals, console logs, daemons' logs
+                                journals, console logs, daemons' logs; in died/ the last words of
+                                processes that a signal ended, and where their threads were
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ import contextlib
 import json
 import os
 import re
-import selectors
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hypervisors.run import Runner
-from inventory.errors import CommandFailed, FarmhandError, TimedOut
+from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
 from provision.paths import state_dir
 from tests.lab import machine as machines
 from tests.lab import qemu, told
+from tests.lab.away import Away
 from tests.lab.image import Say
 from tests.lab.kinds import KVM, Kind
 from tests.lab.machine import Machine
@@ -49,6 +49,9 @@ _BENCHES = {
     "xen": ("tests.bench_xen", "Xen and its disks, beside the bare commands: about 10 minutes"),
 }
 _HANDED_ON = ("FARMHAND_KILLS", "FARMHAND_SEED")  # see tests/faults/bench.py
+_TIDY_UP = 90.0  # seconds that pytest gets to end in order where this command is interrupted
+_SIGNALLED = 128  # sh(1): the status of what signal n killed is that, plus n
+_DIED_LINES = 60  # of a dead process's report, in the error
 _LARGEST = "2M"  # of the logs and journals brought back, each
 _CRASH = re.compile(r"Kernel panic - not syncing|soft lockup - CPU|rcu_\w+ detected stalls")
 _CLOSING = re.compile(r"^=*\s*(\d+ .*|no tests ran.*) in [\d.]+s.*$")
@@ -141,23 +144,54 @@ def _run_tests(
                 machine.run(_DOM0_FIRST)
         if passed:
             machine.run(f"mkdir -p {_OUT} && cat >{_PASSED}", input="\n".join(passed).encode())
-        script = _script(machine.kind, choice, go_on=bool(passed))
+        pytest = Away(machine, f"{_OUT}/pytest", log, show, say)
         try:
-            status = _stream(machine.ssh_argv(script), log, show, limit)
-            if status == 255:
-                _look_for_a_crash(machine, results)
-        except TimedOut:
+            pytest.begin(_script(machine.kind, choice, go_on=bool(passed)))
+            status = pytest.follow(limit)
+        except (TimedOut, DriverFailed) as error:
             _look_for_a_crash(machine, results)
+            raise _gone(machine, results, error) from error
+        except KeyboardInterrupt:
+            say("interrupted: pytest in the lab is asked to end")
+            pytest.interrupt(_TIDY_UP)
             raise
         finally:
             _bring_back(machine, results, say)
+            through = told.read(machine.console)
     lines = log.read_text(errors="replace").splitlines()
     closing = next((line for line in reversed(lines) if _CLOSING.match(_plain(line))), "")
-    if status == 255 and not closing:
-        raise FarmhandError(
-            f"the lab {machine.name} went away under the tests", remedy=f"see {results}/console.log"
-        )
+    if status > _SIGNALLED and not closing:
+        raise _died(machine.name, status - _SIGNALLED, through, results)
+    if through.died:
+        say(f"died of a signal in the lab: {', '.join(through.died)}; see {results}/died")
     return Report(machine.name, status, _plain(closing), results, time.monotonic() - started, kind.name)
+
+
+def _gone(machine: Machine, results: Path, error: FarmhandError) -> FarmhandError:
+    """What ended the tests from outside, its kernel being well: time, the connection, or its QEMU."""
+    if isinstance(error, TimedOut):
+        return error
+    if not machine.running():
+        return FarmhandError(
+            f"the QEMU of the lab {machine.name} ended under the tests",
+            remedy=f"see {results}/console.log",
+        )
+    return FarmhandError(
+        f"the connection to the lab {machine.name} was lost, and no new one came: {error.message}",
+        remedy=f"what the tests had said: {results}/pytest.log",
+    )
+
+
+def _died(name: str, number: int, through: told.Told, results: Path) -> FarmhandError:
+    """pytest itself, of a signal: its last words, and where its threads were."""
+    where = f" in {through.under_way}" if through.under_way else ""
+    reports = sorted((results / "died").glob("*.txt"), key=lambda path: path.stat().st_mtime)
+    words = [report.read_text(errors="replace") for report in reports if "pytest" in report.read_text()]
+    return FarmhandError(
+        f"pytest died of {signal.Signals(number).name}{where} in the lab {name}",
+        remedy=f"all that is known: {results}/died, and pytest.log beside it",
+        detail="\n".join(words[-1].splitlines()[:_DIED_LINES]) if words else "",
+    )
 
 
 def run_bench(runner: Runner, say: Say, *, name: str, kind: Kind, rounds: int) -> Mapping[str, Any]:
@@ -174,7 +208,9 @@ def run_bench(runner: Runner, say: Say, *, name: str, kind: Kind, rounds: int) -
                 if not line.startswith("{"):
                     say(line)
 
-        status = _stream(machine.ssh_argv(script), log, show, LIMIT * 60)
+        away = Away(machine, f"{_OUT}/bench", log, show, say)
+        away.begin(script)
+        status = away.follow(LIMIT * 60)
         lines = log.read_text(errors="replace").splitlines() or [""]
         if status:
             raise FarmhandError(f"measuring failed in the lab: {lines[-1].strip()}", remedy=f"see {log}")
@@ -220,41 +256,7 @@ def _script(kind: Kind, choice: Choice, *, go_on: bool) -> str:
         **{name: os.environ[name] for name in _HANDED_ON if name in os.environ},
     }
     settings = " ".join(f"{key}={value}" for key, value in environment.items())
-    return f"mkdir -p {_OUT} && cd /{CHECKOUT} && exec env {settings} {shlex.join(pytest)}"
-
-
-def _stream(argv: Sequence[str], log: Path, show: Callable[[bytes], None], limit: float) -> int:
-    """Run it, its output to ``log`` and to ``show``. TimedOut."""
-    end = time.monotonic() + limit
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        with log.open("wb") as file, selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while True:
-                if (left := end - time.monotonic()) <= 0:
-                    raise TimedOut(
-                        f"the tests in the lab were not through after {limit / 60:.0f} minutes",
-                        remedy=f"the lab was ended; what there is: {log.parent}",
-                    )
-                if not selector.select(min(left, 60)):
-                    continue
-                data = os.read(process.stdout.fileno(), 65536)
-                if not data:
-                    break
-                file.write(data)
-                file.flush()
-                show(data)
-        return process.wait(timeout=60)
-    finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
+    return f"cd /{CHECKOUT} && exec env {settings} {shlex.join(pytest)}"
 
 
 def _look_for_a_crash(machine: Machine, results: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +167,29 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
         hypervisor.close()
         private.stop(force=True)
         shutil.rmtree(place, ignore_errors=True)
+
+
+_DIES = """
+import os, signal, sys
+open("/proc/self/comm", "w").write("meant-to")
+sys.stderr.write("these are its last words")
+sys.stderr.flush()
+os.kill(os.getpid(), signal.SIGTRAP)
+"""
+
+
+@in_both
+def test_a_process_that_dies_leaves_its_last_words_and_its_threads(tmp_path: Path) -> None:
+    """Also where it wrote them to a file without a name, as pytest's are."""
+    nameless = tmp_path / "words"
+    with nameless.open("wb") as words:
+        nameless.unlink()
+        process = subprocess.Popen([sys.executable, "-c", _DIES], stderr=words)
+        assert process.wait(timeout=120) == -signal.SIGTRAP
+    report = Path(f"/root/results/died/meant-to-{process.pid}.txt")
+    text = report.read_text()
+    report.unlink()
+    assert f"died of signal {signal.SIGTRAP:d}" in text
+    assert "these are its last words" in text
+    assert "Thread 1 " in text
+    assert "kill" in text.partition("-- its threads")[2]

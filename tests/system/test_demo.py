@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, ignore_patterns, rmtree
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
@@ -32,7 +34,7 @@ class Place:
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-m", "invoke", "--search-root", str(ROOT), *words],
+            [sys.executable, "-P", ROOT / "start.py", "--search-root", str(ROOT), *words],
             env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -114,8 +116,67 @@ def test_balloon_is_what_the_guest_reached(demo: dict[str, Any], place: Place) -
     assert dev2["memory"] == 512 * 2**20
 
 
-def test_reset_takes_the_program_away(demo: dict[str, Any], place: Place) -> None:
-    place.json("reset", "--vm", "prod")
+def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
+    demo: dict[str, Any], place: Place, tmp_path: Path
+) -> None:
+    """inventory/hello-deb.yaml's source and cycle, on the demo's VMs as they are: no boot is needed."""
+    farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
+    ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
+    names = {"build": "dev2", "test": "prod"}
+    for step in farm["cycle"]["steps"]:
+        for key in ("reset", "vm", "from", "to"):
+            if key in step:
+                step[key] = names[step[key]]
+    path = tmp_path / "hello.yaml"
+    path.write_text(yaml.safe_dump({**ours, "source": farm["source"], "cycle": farm["cycle"]}))
+    built = place.json("cycle", "--farm", str(path), "--from", "fetch")
+    (package,) = built["outputs"]
+    assert package["name"].startswith("hello-deb_1.0_")
+    done = place("ssh", "--vm", "prod", "--command", "hello-deb")
+    assert done.stdout == "hello-deb 1.0, built by a farm\n", done.stderr
+    assert (built["result"], built["partial"]) == ("partial", "4/6")
+
+
+def readme_lines() -> list[str]:
+    """What "Your first farm" says to type."""
+    _, _, rest = (ROOT / "README.md").read_text().partition("\n## Your first farm\n")
+    lines = rest.partition("\n## ")[0].splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.startswith("    ")]
+
+
+def files_of(tree: Path) -> set[Path]:
+    return {path for path in tree.rglob("*") if "__pycache__" not in path.parts}
+
+
+def test_your_first_farm_line_by_line_from_an_installed_copy(
+    demo: dict[str, Any], place: Place, tmp_path: Path
+) -> None:
+    """README's lines as they stand there, in a directory elsewhere; the copy has no .git, and nothing is
+    written to it."""
+    copy = tmp_path / "opt" / "farmhand"
+    copytree(ROOT, copy, symlinks=True, ignore=ignore_patterns(".git", "__pycache__", ".*_cache"))
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = files_of(copy)
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    for name in ("invoke", "inventory"):
+        (here / name).symlink_to(copy / name)
+    lines = readme_lines()
+    assert [line.split()[1] for line in lines] == [
+        "inventory/default.yaml", "doctor", "clone-farm", "cycle", "ssh", "reset",
+    ]  # fmt: skip
+    for line in lines:
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=here, env=place.environment, input="kata 2026\n",
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        if "doctor" in line:
+            assert re.search(r"^ok +source +.*farmhand/examples/kata", done.stdout, re.M), done.stdout
+        if " ssh " in line:
+            assert "MMXXVI" in done.stdout
+    assert files_of(copy) == before
     done = place("ssh", "--vm", "prod", "--command", "command -v kata || echo gone")
     assert done.stdout.strip() == "gone", done.stdout + done.stderr
 

@@ -31,13 +31,13 @@ class Told(QuietReporter):
 
 
 class Lab:
-    """Two machines, a source repository, a farm file."""
+    """Two machines, a source repository, a farm file. ``dev2`` and ``prod``: what these are like."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, dev2: dict | None = None, prod: dict | None = None) -> None:
         self.root = root
         make_key(root / "key")
-        self.dev2 = Sshd("dev2", root / "dev2", root / "key").prepare().start()
-        self.prod = Sshd("prod", root / "prod", root / "key").prepare().start()
+        self.dev2 = Sshd("dev2", root / "dev2", root / "key", **(dev2 or {})).prepare().start()
+        self.prod = Sshd("prod", root / "prod", root / "key", **(prod or {})).prepare().start()
         self.source = root / "kata"
         self.source.mkdir()
         self.git("init", "-q", "-b", "master")

@@ -1,4 +1,5 @@
-"""Machines for tests: real sshd processes on free loopback ports, each with a home of its own."""
+"""Machines for tests: real sshd processes on free loopback ports, each with a home of its own; where the
+account matters, with one of its own in a passwd that only they see; or dropbear instead."""
 
 from __future__ import annotations
 
@@ -38,6 +39,10 @@ class Sshd:
     client_key: Path
     forwarding: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()  # lines of sshd_config before ours: the first one counts
+    sftp: bool = True
+    shell: str = ""  # the login shell of its account; "": the machine's own account, by sh
+    dotfiles: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
 
@@ -51,6 +56,25 @@ class Sshd:
 
     def prepare(self) -> Sshd:
         self.home.mkdir(parents=True)
+        for name, text in self.dotfiles.items():
+            (self.home / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.home / name).write_text(text)
+        self.write_passwd()
+        self.configure()
+        return self
+
+    def write_passwd(self) -> None:
+        mine = str(os.getuid())
+        lines = []
+        for line in Path("/etc/passwd").read_text().splitlines():
+            entry = line.split(":")
+            if entry[2] == mine:
+                entry[1] = "*"  # no password, which is not the same as a locked account
+                entry[5:7] = [str(self.home), self.shell or "/bin/sh"]
+            lines.append(":".join(entry))
+        (self.root / "passwd").write_text("\n".join(lines) + "\n")
+
+    def configure(self) -> None:
         self.host_key = make_key(self.root / "host")
         authorized = self.root / "authorized_keys"
         shutil.copy(self.client_key.with_name(self.client_key.name + ".pub"), authorized)
@@ -58,8 +82,12 @@ class Sshd:
             p for p in ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server")
             if Path(p).exists()
         )  # fmt: skip
+        environment = {**({} if self.shell else {"HOME": str(self.home)}), **self.environment}
+        force = """ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND\""""
         (self.root / "config").write_text(
-            f"""ListenAddress 127.0.0.1:{self.port}
+            "\n".join(self.options)
+            + f"""
+ListenAddress 127.0.0.1:{self.port}
 HostKey {self.root}/host
 AuthorizedKeysFile {authorized}
 PidFile none
@@ -69,21 +97,30 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 AllowTcpForwarding {"yes" if self.forwarding else "no"}
-Subsystem sftp {server}
-SetEnv HOME={self.home} {" ".join(f"{key}={value}" for key, value in self.environment.items())}
-ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"
+{f"Subsystem sftp {server}" if self.sftp else ""}
+{f"SetEnv {' '.join(f'{key}={value}' for key, value in environment.items())}" if environment else ""}
+{"" if self.shell else force}
 """
         )
-        return self
 
-    def start(self) -> Sshd:
+    def command(self) -> list[str]:
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
         sshd = which("sshd")
         assert sshd, "these tests need openssh-server"
+        return [sshd, "-D", "-e", "-f", str(self.root / "config")]
+
+    def enclosed(self) -> list[str]:
+        """Its command, where its passwd lies over the machine's: seen by it alone."""
+        rights = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+        script = 'mount --bind "$1" /etc/passwd && shift && exec "$@"'
+        passwd = str(self.root / "passwd")
+        return ["unshare", "--mount", *rights, "sh", "-c", script, "sh", passwd, *self.command()]
+
+    def start(self) -> Sshd:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sshd, "-D", "-e", "-f", self.root / "config"], stdin=subprocess.DEVNULL,
+                self.enclosed() if self.shell else self.command(), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         for _ in range(200):
@@ -109,10 +146,15 @@ ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"
 
     def stop(self) -> None:
         if self.process:
+            enclosed = _namespace(self.process.pid)
             self.cut()
             self.process.terminate()
             self.process.wait(10)
             self.process = None
+            if enclosed not in ("", _namespace(os.getpid())):
+                for pid in (int(path.name) for path in Path("/proc").glob("[1-9]*")):
+                    if _namespace(pid) == enclosed:  # a login's loop that nobody answers any more
+                        _kill(pid)
 
     def endpoint(self, **changed: object) -> Endpoint:
         values = {
@@ -126,11 +168,46 @@ ForceCommand cd "$HOME" && exec sh -c "$SSH_ORIGINAL_COMMAND"
         return Endpoint(**{**values, **changed})
 
 
+@dataclass
+class Dropbear(Sshd):
+    """The small server of routers and rescue systems: without SFTP, where nothing else brings it."""
+
+    shell: str = "/bin/sh"
+
+    def configure(self) -> None:
+        key = self.root / "host"
+        made = subprocess.run(
+            ["dropbearkey", "-t", "ed25519", "-f", key], check=True, capture_output=True, text=True
+        )
+        line = next(line for line in made.stdout.splitlines() if line.startswith("ssh-ed25519"))
+        self.host_key = " ".join(line.split()[:2])
+        (self.home / ".ssh").mkdir(mode=0o700)
+        authorized = self.home / ".ssh" / "authorized_keys"
+        shutil.copy(self.client_key.with_name(self.client_key.name + ".pub"), authorized)
+        authorized.chmod(0o600)
+        self.home.chmod(0o755)
+
+    def command(self) -> list[str]:
+        server = which("dropbear")
+        assert server, "these tests need dropbear-bin"
+        forwarding = [] if self.forwarding else ["-k"]
+        where = ["-p", f"127.0.0.1:{self.port}", "-r", str(self.root / "host"), "-P", ""]
+        return [server, "-F", "-E", *forwarding, *where]
+
+
 def _children(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
+
+
+def _namespace(pid: int) -> str:
+    """Of its mounts; "" where it is gone, or another user's."""
+    try:
+        return str(Path(f"/proc/{pid}/ns/mnt").readlink())
+    except OSError:
+        return ""
 
 
 def _kill(pid: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from builds.checkup import with_source
 from hypervisors.far.drivers import FarHypervisor
 from inventory.errors import DriverFailed
 from inventory.model import Host
 from provision import doctor
+from provision.checkup import Report
 from provision.doctor import Check, examine
 
 _FARM = """
@@ -27,6 +30,44 @@ _DEAF = "{driver}+unix:///system?socket=/nowhere/at/all"
 @pytest.fixture(autouse=True)
 def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
+
+
+def test_the_source_is_looked_at(tmp_path: Path) -> None:
+    """Said with file and line; a URL is the VM's matter, and isn't waited for long."""
+    file = tmp_path / "farm.yaml"
+    own = tmp_path / "own"
+    git = ("git", "-C", own, "-c", "user.name=t", "-c", "user.email=t@example.org")
+    own.mkdir()
+    (own / "x").touch()
+    base = "farm: a\nvms: {b: {}}\ntemplates: {t: {build: debian-12}}\n"
+
+    def look(source: str, *, ask: bool = True) -> Check:
+        file.write_text(f"{base}source:\n  {source}\n  revision: main\n")
+        report = with_source(Report(()), file, ask=ask)
+        [check] = report.checks
+        assert check.name == "source"
+        return check
+
+    missing = look("repository: ../nowhere")
+    assert (missing.ok, missing.level) == (False, "needed")
+    assert missing.text == f"{file}:5:15: the source {tmp_path.parent}/nowhere is not a directory"
+    assert look("repository: own").text == f"{own}: no git repository: built as it is now"
+    assert look("example: kata").ok
+    subprocess.run([*git, "init", "-q", "-b", "trunk"], check=True)
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "One"], check=True)
+    other = look("repository: own")
+    assert (other.ok, other.text) == (False, f"{file}:5:15: {own} has no revision 'main'")
+    assert "trunk" in other.remedy
+    subprocess.run([*git, "branch", "main"], check=True)
+    assert look("repository: own").text.startswith(f"{own}: main is ")
+    url = "git://127.0.0.1:1/x.git"
+    assert look(f"repository: {url}", ask=False).text == f"{url}: not asked"
+    away = look(f"repository: {url}")
+    assert (away.ok, away.level) == (False, "note")
+    assert away.text.startswith(f"{file}:5:15: {url} can't be reached from here: ")
+    assert Report((away,)).ok
+    with_source(Report(()), tmp_path / "none.yaml", ask=True)
 
 
 def checks(tmp_path: Path, driver: str, store: str, more: str = "") -> list[Check]:

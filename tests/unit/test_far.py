@@ -34,6 +34,7 @@ from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.link import Link
 from hypervisors.far.wire import decode, encode
+from hypervisors.kvm_trust import KvmTrust
 from hypervisors.opening import Place, Voices
 from inventory.errors import (
     CommandFailed,
@@ -110,7 +111,7 @@ def test_an_address_is_ssh_s() -> None:
     argv = there.argv(("python3", "-c", "a b"))
     assert argv[0] == "ssh" and argv[-3:] == ("--", "dom0.lan", "python3 -c 'a b'")
     assert "BatchMode=yes" in argv
-    for words in (["-p", "2222"], ["-l", "root"], ["-i", "/k y"]):
+    for words in (["-p", "2222"], ["-l", "root"], ["-o", 'IdentityFile="/k y"']):
         assert any(list(argv[n : n + 2]) == words for n in range(len(argv)))
     assert far("qemu+ssh://h/system?socket=/run/s").uri == "qemu+unix:///system?socket=/run/s"
 
@@ -351,3 +352,16 @@ def test_ctrl_c_waits_until_the_change_has_ended(machine: FarMachine, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         disks.clone(sealed, "kata-prod", OWNER, SIZE)
     assert disks.find("kata-prod") is None, "it was stopped at its first step"
+
+
+def test_its_kvm_is_trusted_there(machine: FarMachine, tmp_path: Path) -> None:
+    """Notes are that machine's own; its agent looks at them anew once it is distrusted."""
+    here = KvmTrust(tmp_path / "here")
+    first, second = machine.hypervisor("kata"), machine.hypervisor("kata")
+    assert not first.kvm_trust().proven()
+    first.kvm_trust().prove()
+    assert second.kvm_trust().proven() and not here.proven()
+    first.kvm_trust().distrust("no sign of life")
+    assert not first.capabilities().accelerated
+    if Path("/dev/kvm").exists():
+        assert "no sign of life" in " ".join(first.capabilities().notes)

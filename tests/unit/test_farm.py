@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypervisors.fake import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Busy,
     Conflict,
+    DriverFailed,
     FarmhandError,
     NoSpace,
     NotFound,
@@ -158,7 +161,7 @@ def test_a_changed_declaration_waits_for_a_running_vm_and_changes_a_stopped_one(
     made.write("  dev2: {memory: 512M, idle_memory: 256M, vcpus: 2}\n  prod: {memory: 1G}\n")
     done = made.run(farm.clone_farm)
     assert lines(done) == [
-        "dev2: differs from the farm file: takes effect at its next stop or reset",
+        "dev2: takes effect at its next stop or reset: change its definition as the farm file has been",
         "prod: change its definition as the farm file has been",
         "prod: start, wait until its ssh answers",
     ]
@@ -349,7 +352,7 @@ def test_destroy_the_whole_farm_keeps_build_records(made: Desk) -> None:
     assert record.exists()
     assert [path.name for path in record.parents[2].iterdir()] == ["builds"]
     assert not (made.directory / "kata.yaml.lock").exists()
-    made.run(farm.destroy, purge=True)
+    assert "remove 1 build record" in lines(made.run(farm.destroy, purge=True))
     assert not (made.directory / "state/farms").exists()
     made.run(farm.destroy)
 
@@ -545,3 +548,24 @@ def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     assert done.returncode == 0, done.stderr
     with open_site(made.file, reporter=QuietReporter()) as site:
         assert site.name == "kata.yaml"
+
+
+def test_a_fake_world_that_is_damaged_is_named(made: Desk) -> None:
+    with made.site() as site:
+        state = site.paths.root / "fake-here.state"
+    with closing(sqlite3.connect(state)) as world:
+        world.execute("UPDATE items SET value = replace(value, '\"stopped\"', '\"asleep\"')")
+        world.execute("UPDATE items SET value = replace(value, '\"running\"', '\"asleep\"')")
+        world.commit()
+    with (
+        made.site() as site,
+        pytest.raises(DriverFailed, match=r"fake-here\.state: not the fake") as caught,
+    ):
+        farm.stop(site)
+    assert "remove it" in caught.value.remedy
+    state.write_text("{}" * 1000)
+    with made.site() as site, pytest.raises(DriverFailed, match="file is not a database"):
+        farm.stop(site)
+    state.unlink()
+    with made.site() as site:
+        assert farm.clone_farm(site).changed

@@ -31,7 +31,7 @@ def test_slow(lab):
 """
 RUN = """
 import signal, sys, types
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+signal.signal(signal.SIGINT, {sigint})
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 import house
@@ -40,11 +40,19 @@ house._tool(types.SimpleNamespace(json={json}), "pytest", {suite!r}, "-p", "no:c
 
 
 @pytest.mark.parametrize("json", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_tests_tidy_up(tmp_path: Path, number: signal.Signals, json: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "sigint"),
+    [
+        (signal.SIGINT, "signal.default_int_handler"),
+        (signal.SIGTERM, "signal.SIG_IGN"),  # as in a shell's background job
+    ],
+)
+def test_interrupted_tests_tidy_up(
+    tmp_path: Path, number: signal.Signals, sigint: str, json: bool
+) -> None:
     there, tidied, suite = tmp_path / "there", tmp_path / "tidied", tmp_path / "test_slow.py"
     suite.write_text(SLOW.format(there=str(there), tidied=str(tidied)))
-    program = RUN.format(root=str(ROOT), json=json, suite=str(suite))
+    program = RUN.format(root=str(ROOT), json=json, suite=str(suite), sigint=sigint)
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -64,7 +72,7 @@ def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house
     program = tmp_path / "invoke"
     program.write_text(
         f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n'
-        "trap 'kill $!; exit 130' INT; sleep \"$3\" >/dev/null & wait\n"
+        "trap 'kill $!; exit 143' TERM; sleep \"$3\" >/dev/null & wait\n"
         """echo '{"ok": false, "message": "the lab went away", "seconds": '"$3"'}'; [ "$3" = 0 ]\n"""
     )
     program.chmod(0o755)

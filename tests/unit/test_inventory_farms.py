@@ -9,13 +9,15 @@ import subprocess
 import sys
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from inventory.errors import InventoryError
-from inventory.loader import default_cycle, load, loads, resolve
-from inventory.model import Farm, ResetStep, RunStep, TransferStep
+from inventory.loader import default_cycle, load, loads, place, resolve
+from inventory.model import Farm, ResetStep, RunStep, Source, TransferStep
 from inventory.schema import render
+from inventory.validation import hints
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "inventory").glob("*.yaml"))
@@ -40,7 +42,7 @@ def test_shipped_farms_load(path: Path) -> None:
 
 def test_what_ships() -> None:
     names = {path.stem for path in SHIPPED}
-    assert names == {"default", "aleksi", "nomovok", "gallifrey", "ssh-only"}
+    assert names == {"default", "aleksi", "nomovok", "gallifrey", "hello-deb", "ssh-only"}
 
 
 def test_default_farm() -> None:
@@ -54,7 +56,34 @@ def test_default_farm() -> None:
     assert [step.name for step in loaded.cycle.steps] == STEPS
     assert loaded.cycle == default_cycle()
     assert loaded.source is not None
-    assert resolve(loaded, loaded.source.repository).resolve() == ROOT / "examples" / "kata"
+    assert loaded.source.example == "kata"
+
+
+def test_examples_are_found_wherever_the_farm_file_lies(tmp_path: Path) -> None:
+    """README: cp inventory/default.yaml farm.yaml. No shipped farm's source depends on where it is."""
+    found = {}
+    for shipped in SHIPPED:
+        copy = tmp_path / shipped.name
+        copy.write_bytes(shipped.read_bytes())
+        source = load(copy).source
+        assert source is not None
+        assert source.example or source.place.startswith(("https://", "~"))
+        found[shipped.stem] = Path(source.place)
+    assert found["default"] == ROOT / "examples" / "kata"
+    assert found["hello-deb"] == ROOT / "examples" / "hello-deb"
+    known = get_args(get_args(hints(Source)["example"])[0])
+    assert sorted(known) == sorted(path.name for path in (ROOT / "examples").iterdir())
+
+
+def test_where_the_file_says_something(tmp_path: Path) -> None:
+    path = tmp_path / "farm.yaml"
+    farm_ = "farm: a\nvms: {b: {}}\ntemplates: {t: {build: x}}\n"
+    path.write_text(f"{farm_}source:\n  # of ours\n  repository: nowhere\n")
+    loaded = load(path)
+    assert place(loaded, "source", "repository") == f"{path}:6:15"
+    assert place(loaded, "source", "revision") == f"{path}:4:1"
+    path.unlink()
+    assert place(loaded, "source") == str(path)
 
 
 def test_gallifrey_is_the_articles() -> None:

@@ -150,6 +150,10 @@ TOP = {
     "at most 64, beginning with a letter or digit",
     "hosts: {here: {driver: kvmm}}": "6:24: hosts.here.driver: 'kvmm' is not one of "
     "kvm, xen, xenapi, ssh, fake; did you mean 'kvm'?",
+    "hosts: {here: {accelerator: tgc}}": "6:29: hosts.here.accelerator: 'tgc' is not one of "
+    "auto, kvm, tcg; did you mean 'tcg'?",
+    "hosts: {here: {driver: xen, uri: 'xen:///', accelerator: tcg}}": "6:58: hosts.here.accelerator: "
+    "'accelerator' is for driver kvm; the driver is xen",
     "hosts: {here: {driver: xen}}": "6:24: hosts.here.driver: driver xen needs 'uri', such as xen:///system",
     "hosts: {here: {driver: xenapi}}": "6:24: hosts.here.driver: driver xenapi needs 'uri', an https URL",
     "hosts: {here: {uri: privat}}": "6:21: hosts.here.uri: 'privat' is neither 'private' nor a libvirt URI",
@@ -189,7 +193,7 @@ TOP = {
     "10.0.0.0/30 has 1 addresses left, and 2 VMs want one",
     "network: {mode: bridge, bridge: b, subnet: 10.0.0.0/24, internet: on}": "6:67: network.internet: "
     "'internet' is for mode user: elsewhere it's the host's matter",
-    "source: {revision: x}": "6:1: source: 'repository' is missing",
+    "source: {revision: x}": "6:1: source: a source needs either 'repository' or 'example'",
     "source: {repository: --upload-pack=x}": "6:22: source.repository: "
     "'--upload-pack=x' is not a git URL or a directory",
     "source: {repository: 'ext::sh -c x'}": "6:22: source.repository: "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hypervisors import kvm
 from hypervisors.run import Runner
-from inventory.errors import CommandFailed
-from tests.lab import emulator
+from inventory.errors import CommandFailed, Unsupported
+from tests.lab import emulator, qemu
 from tests.lab.emulator import _backports, newer
+from tests.lab.kinds import KVM
 
 
 def test_sources_are_the_machines_own_for_the_backports() -> None:
@@ -58,3 +61,17 @@ def test_the_newest_that_is_there_is_taken(tmp_path: Path) -> None:
         program.touch()
     found = newer(Runner(), tmp_path, pytest.fail)
     assert found == tmp_path / "qemu-10.0.11/usr/bin/qemu-system-x86_64"
+
+
+def test_the_lab_is_accelerated_as_farms_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same verdict, and the same word of the environment."""
+    kind = replace(KVM, newer_cpu="")
+    monkeypatch.setattr(kvm, "_DEVICE", tmp_path / "none")
+    for asked, why in (("auto", "there is no /dev/kvm"), ("tcg", "emulation is what was asked for")):
+        monkeypatch.setenv("FARMHAND_ACCELERATOR", asked)
+        engine = qemu.engine(Runner(), print, kind)
+        assert engine.accelerator[0].startswith("tcg")
+        assert engine.why.startswith(f"emulated: {why}")
+    monkeypatch.setenv("FARMHAND_ACCELERATOR", "kvm")
+    with pytest.raises(Unsupported, match="the lab can't run under KVM: there is no /dev/kvm"):
+        qemu.engine(Runner(), print, kind)

@@ -37,14 +37,16 @@ def test_results_of_the_last_day_are_never_taken_away(
 def test_what_a_console_tells_of_tests_is_read_past_what_the_kernel_garbles(tmp_path: Path) -> None:
     console = tmp_path / "console.log"
     console.write_bytes(
-        b"lab: ready after 3 s\r\nlab: passed tests/a.py::test_one[two fakes]\r\n"
+        b"lab: ready after 3 s\r\nlab: begins tests/a.py::test_one[two fakes]\r\n"
+        b"lab: passed tests/a.py::test_one[two fakes]\r\n"
         b"lab: pas[   12.5] zd0: p1\r\nsed tests/a.py::test_two\r\n"
         b"[   13.0] BUG: lab: passed nothing\r\nlab: failed tests/a.py::test_three\r\n"
-        b"lab: passed tests/b"
+        b"lab: begins tests/a.py::test_four\r\nlab: died python\r\nlab: passed tests/b"
     )
     assert told.read(console) == told.Told(
-        passed=("tests/a.py::test_one[two fakes]",), failed=("tests/a.py::test_three",)
-    )
+        passed=("tests/a.py::test_one[two fakes]",), failed=("tests/a.py::test_three",),
+        under_way="tests/a.py::test_four", died=("python",),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("failed", "labs"), [((), 3), (("t",), 1)], ids=["none failed", "one failed"])

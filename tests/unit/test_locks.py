@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -131,3 +132,17 @@ def test_a_note_cut_off_by_a_full_disk_takes_nothing_from_the_lock(
         Locks(tmp_path / "locks").hold("vm-prod", doing="x"),
     ):
         pass
+
+
+def test_the_locks_of_a_large_farm_are_more_files_than_is_usual(tmp_path: Path) -> None:
+    """Each is an open file, and 1024 are what a shell gives its programs."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        locks = Locks(tmp_path)
+        with locks.hold(*(f"vm-{n}" for n in range(400)), doing="all"):
+            assert len(locks.held()) == 400
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert (soft, hard) == (1024 + 4 * 400, before[1]), "and no more than is needed"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

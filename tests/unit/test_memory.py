@@ -18,7 +18,7 @@ from provision import farm
 from provision.locks import Locks
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
 from provision.processes import Process
-from provision.room import room_for
+from provision.room import host_memory, room_for
 from tests.unit.test_farm import MIB, Desk, lines
 
 GIB = 2**30
@@ -351,6 +351,40 @@ def test_what_a_killed_command_may_be_giving_is_counted_until_it_is_recovered(de
     assert has(desk, "a") == 512
     with desk.site() as site:
         assert site.journal.unfinished() == ()
+
+
+def test_one_look_does_for_vms_that_are_started_one_after_the_other(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nobody else had the turn between; what is left is counted down."""
+    vms = "".join(f"  vm{n}: {{memory: 64M}}\n" for n in range(9))
+    limit(desk, vms, "512M")
+    with desk.site() as site:
+        farm.clone_farm(site, start=False)
+    looks = 0
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return host_memory(*arguments, **options)
+
+    monkeypatch.setattr("provision.room.host_memory", look)
+    with desk.site() as site, site.locks.hold("memory-here", doing="starting them"):
+        farm.start(site, [f"vm{n}" for n in range(8)], wait=False)
+        assert looks == 2, "before it begins, and the first VM's"
+        with pytest.raises(NoSpace):
+            farm.start(site, ["vm8"], wait=False)
+    assert peak(desk) == 512
+    for n in (0, 1):
+        with desk.site() as site:
+            farm.stop(site, [f"vm{n}"])
+    looks = 0
+    with desk.site() as site:
+        farm.start(site, ["vm8"], wait=False)
+        farm.start(site, ["vm0"], wait=False)
+        assert looks == 4, "the turn was let go between"
+        with pytest.raises(NoSpace):
+            farm.start(site, ["vm1"], wait=False)
 
 
 def test_a_turn_is_waited_for(desk: Desk) -> None:

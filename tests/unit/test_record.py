@@ -132,6 +132,28 @@ def test_pruning_keeps_failed_ones_longest(paths):
     assert {p.name for p in paths.builds.iterdir()} == {current.id}
 
 
+def test_partial_runs_are_told_from_whole_ones(paths):
+    """In words, in the JSON, on the page; and they go as early as other good ones."""
+    whole = make(paths)
+    assert (whole.partial, whole.verdict) == ("", "passed")
+    last = replace(whole.steps[1], status="skipped", chosen=False, done_in="20260101T000000Z")
+    partial = replace(whole, result="partial", steps=(whole.steps[0], last))
+    failed = replace(partial, result="failed")
+    assert [r.verdict for r in (partial, failed)] == ["partial 1/2", "failed, partial 1/2"]
+    assert [r.as_dict()["partial"] for r in (whole, partial)] == ["", "1/2"]
+    partial.save()
+    assert load_records(paths) == (partial,)
+    assert json.loads(partial.path.read_text())["partial"] == "1/2"
+    text = page.render(partial)
+    assert '<span class="badge partial">partial 1/2</span>' in text
+    assert "1 of 2 steps run and passed" in text
+    assert "passed in build 20260101T000000Z" in text
+    lost = replace(partial.source, commit="", unverified="fetch: box was reset")
+    text = page.render(replace(failed, source=lost))
+    assert "commit not verified" in text
+    assert "<strong>not verified</strong>: fetch: box was reset" in text
+
+
 def test_page_of_every_state(paths):
     record = make(paths)
     for result in ("running", "passed", "failed", "interrupted"):
@@ -216,6 +238,9 @@ def test_sources_by_name(tmp_path):
     assert name_of("git@example.org:team/kata.git", tmp_path) == "kata"
     assert name_of("../my kata", tmp_path) == "my-kata"
     assert mask("https://user:secret@example.org/x.git") == "https://user:********@example.org/x.git"
+    assert mask("https://user:a:b@example.org/x.git") == "https://user:********@example.org/x.git"
+    assert mask("https://token@example.org:8/x.git") == "https://********@example.org:8/x.git"
+    assert mask("ssh://git@example.org/x.git") == "ssh://git@example.org/x.git"
     assert mask("https://example.org/x.git") == "https://example.org/x.git"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -14,10 +15,21 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 
+from hypervisors.api import Pulse
+from hypervisors.progress import Progress
 from hypervisors.run import Runner
-from inventory.errors import Conflict, DriverFailed, NotFound, TimedOut, UsageError, WrongState
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    NotFound,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from provision.connection import Connection
-from provision.remote import tail_of, wait_ready
+from provision.dial import wait_ready
+from provision.remote import tail_of
 
 
 @pytest.fixture
@@ -40,11 +52,16 @@ def prod(tmp_path: Path, key: Path):
     machine.stop()
 
 
-def ready(endpoint, *, since: float = 0.0, timeout: float = 20, running=lambda: True, tail=lambda: ""):
-    said: list[str] = []
-    return wait_ready(
-        endpoint, since=since, timeout=timeout, running=running, tail=tail, working=said.append
-    ), said
+def ready(
+    endpoint, *, since=0.0, timeout=20.0, running=lambda: True, tail=lambda: "",
+    pulse=lambda: None, said=None,
+):  # fmt: skip
+    said = [] if said is None else said
+    progress = Progress(pulse, timeout)
+    waiting = wait_ready(
+        endpoint, since=since, progress=progress, running=running, tail=tail, working=said.append
+    )
+    return asyncio.run(waiting), said
 
 
 def run(machine: Sshd, script: str, *, timeout: float = 30, env=None):
@@ -92,11 +109,43 @@ def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
         ready(dev2.endpoint(host_key=other), timeout=600)
 
 
+def test_a_server_with_keys_of_several_kinds_is_known_by_the_one_it_is_known_by(dev2):
+    dev2.stop()
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", dev2.root / "rsa"], check=True)
+    rsa = (dev2.root / "rsa.pub").read_text().rsplit(None, 1)[0]
+    config = dev2.root / "config"
+    config.write_text(f"HostKey {dev2.root}/rsa\n{config.read_text()}")
+    dev2.start()
+    ready(dev2.endpoint())
+    ready(dev2.endpoint(host_key=rsa))
+
+
 def test_the_boot_from_before_is_not_ready(dev2):
     with pytest.raises(TimedOut, match="still the boot from before") as caught:
         ready(dev2.endpoint(), since=time.monotonic(), timeout=1, tail=lambda: "login:")
     assert caught.value.detail == "login:"
     assert "console" in caught.value.remedy
+
+
+def test_the_wait_says_what_it_sees(dev2):
+    dev2.stop()
+    pulse = Pulse(console=70, said="\x1b[32mStarting\x07 systemd-udevd\n", read=2**27, written=0)
+    with pytest.raises(TimedOut, match=r"nothing has gone on in it for 3s \(console") as caught:
+        ready(dev2.endpoint(), timeout=3, pulse=lambda: pulse)
+    said: list[str] = []
+    with pytest.raises(WrongState):
+        ready(dev2.endpoint(), running=_for(3), pulse=lambda: pulse, said=said)
+    assert re.search(
+        r"^waiting for ssh; console \ds ago: 'Starting  systemd-udevd', disk \ds ago: 128M; "
+        r"no connection \(Connection refused\)$",
+        said[-1],
+    )
+    assert "no connection" in caught.value.message
+
+
+def _for(seconds):
+    began = time.monotonic()
+    return lambda: time.monotonic() < began + seconds
 
 
 def test_a_stopped_machine_ends_the_wait(dev2):
@@ -386,7 +435,7 @@ def test_git_is_not_offered_where_forwarding_is_off(tmp_path, key):
             await connection.offer_git(tmp_path / "kata", name="kata")
 
     try:
-        with pytest.raises(DriverFailed, match="forwards no ports"):
+        with pytest.raises(Unsupported, match="forwards no ports"):
             asyncio.run(go())
     finally:
         machine.stop()

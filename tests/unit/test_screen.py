@@ -33,16 +33,6 @@ def test_a_guest_cannot_drive_the_terminal() -> None:
     assert out.getvalue() == "dev2 | 100%?\ndev2 | \ufffd\n"
 
 
-def test_a_stream_that_broke_does_not_stop_the_work() -> None:
-    class Gone(io.StringIO):
-        def write(self, _text: str) -> int:
-            raise BrokenPipeError
-
-    screen = Screen(Gone())
-    screen.say("one")
-    screen.say("two")
-
-
 def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     out = io.StringIO()
@@ -55,6 +45,23 @@ def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
     assert max(len(part) for part in drawn) < 30
     assert drawn[-1] == ""
     assert any(part.endswith("dev2: ready") for part in drawn)
+
+
+def test_how_far_it_is_is_no_news(monkeypatch) -> None:
+    """What follows a semicolon: on a terminal the clock runs on, in a log there is a line a minute."""
+    now = 1000.0
+    monkeypatch.setattr("screen.time.monotonic", lambda: now)
+    out, live = io.StringIO(), LiveScreen(io.StringIO())
+    screen = Screen(out)
+    for _ in range(150):
+        now += 1
+        screen.working(f"waiting for ssh; console {now:g}", vm="dev2")
+        live.working(f"waiting for ssh; console {now:g}", vm="dev2")
+    assert live._under_way["dev2"] == (f"waiting for ssh; console {now:g}", 1001.0)
+    live.close()
+    assert len(out.getvalue().splitlines()) == 3
+    screen.working("stopping", vm="dev2")
+    assert len(out.getvalue().splitlines()) == 4
 
 
 def test_many_threads_never_mix_lines() -> None:

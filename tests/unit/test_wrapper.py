@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("invoke", "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt")
+PARTS = (
+    "invoke", "start.py", "streams.py",
+    "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
+)  # fmt: skip
 
 
 def checkout(directory: Path) -> Path:
@@ -66,6 +69,21 @@ def test_from_anywhere_through_links_and_spaces(tmp_path: Path) -> None:
     assert done.stdout == "hello\n"
 
 
+def test_closed_standard_streams_are_no_others(tmp_path: Path) -> None:
+    """A file that is opened does not get the number of a closed one, and what is printed with it."""
+    place = checkout(tmp_path)
+    with (place / "tasks.py").open("a") as file:
+        file.write(
+            "\n\n@task\ndef streams(c):\n    import os\n    with open('seen', 'w') as seen:\n"
+            "        seen.write(' '.join(os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)))\n"
+        )
+    environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    shell = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
+    done = run(*shell, place / "invoke", "streams", cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert (tmp_path / "seen").read_text() == "/dev/null /dev/null /dev/null"
+
+
 def test_modules_in_the_current_directory_are_not_ours(tmp_path: Path) -> None:
     place = checkout(tmp_path)
     environment = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
@@ -113,3 +131,41 @@ def test_an_incomplete_checkout_is_named(tmp_path: Path) -> None:
     done = run(place / "invoke", "hello")
     assert done.returncode == 1
     assert f"farmhand: the checkout at {place} is not complete" in done.stderr
+
+
+def test_whatever_the_umask_what_is_made_is_for_others_to_read_at_most(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    body = "print(open('/proc/self/status').read())"
+    task = f"from invoke import task\n\n\n@task\ndef hello(c):\n    {body}\n"
+    (place / "tasks.py").write_text(task)
+    env = {**os.environ, "FARMHAND_CACHE_DIR": str(ready_cache(tmp_path, place))}
+    for umask in (0o000, 0o077):
+        assert "\nUmask:\t0022\n" in run(place / "invoke", "hello", env=env, umask=umask).stdout
+
+
+def test_a_directory_that_python_can_not_use_is_refused_beforehand(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    for name in ("a:b", "a\nb"):
+        env = {**os.environ, "FARMHAND_CACHE_DIR": str(tmp_path / name)}
+        done = run(place / "invoke", "hello", env=env)
+        assert done.returncode == 1 and done.stdout == ""
+        assert "set FARMHAND_CACHE_DIR to one without" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / name).exists()
+
+
+def test_the_hint_follows_from_what_pip_said(tmp_path: Path) -> None:
+    place = checkout(tmp_path)
+    (place / "packages.txt").write_text("bash\n")
+    lock = "requirements.lock"
+    (place / lock).write_text(f"no-such-thing==1 --hash=sha256:{'0' * 64}\n")
+    env = {
+        **os.environ, "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "1", "PIP_NO_CACHE_DIR": "1",
+        "FARMHAND_CACHE_DIR": str(tmp_path / "c d"), "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    done = run(place / "invoke", "hello", env=env, umask=0o077)
+    assert done.returncode == 1, done.stderr
+    assert "the Python packages could not be installed" in done.stderr
+    hint = "  look at the network, proxies, and pip's settings (pip config list)"
+    assert done.stderr.splitlines()[-1] == hint
+    assert (tmp_path / "c d").stat().st_mode & 0o777 == 0o755

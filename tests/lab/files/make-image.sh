@@ -27,6 +27,7 @@ printf 'HostKey /etc/ssh/ssh_host_ed25519_key\nUseDNS no\nUsePAM no\nMaxStartups
 install -m 755 "$files/init" tree/usr/local/sbin/lab-init
 install -m 755 "$files/wake" tree/usr/local/sbin/lab-wake
 install -m 755 "$files/kvm-hold" tree/usr/local/sbin/lab-kvm-hold
+install -m 755 "$files/died" tree/usr/local/sbin/lab-died
 install -m 644 load tree/etc/lab/load
 echo lab >tree/etc/hostname
 printf '127.0.0.1 localhost lab\n::1 localhost\n' >tree/etc/hosts

@@ -1,0 +1,89 @@
+"""The source, looked at before it is built: for ``doctor``, ``demo`` and ``clone-farm --plan``.
+
+Nothing is fetched, nothing written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from builds.plan import source_place
+from builds.source import is_directory, mask, resolve, secret_of
+from hypervisors.run import Runner
+from inventory.errors import CommandFailed, FarmhandError, TimedOut
+from inventory.loader import load
+from inventory.model import Farm
+from provision.checkup import Check, Report
+from provision.paths import FarmPaths
+from provision.report import Action, Outcome
+
+_PATIENCE = 10.0  # seconds for a URL
+
+
+def with_source(report: Report, farm_file: Path, *, ask: bool) -> Report:
+    """The report, and what is to be said of the farm's source. ``ask``: whether a URL is asked, which
+    may take seconds. A farm file that can't be read is the report's own matter."""
+    try:
+        farm = load(farm_file)
+    except FarmhandError:
+        return report
+    found = examine(farm, ask=ask)
+    return Report((*report.checks, found)) if found else report
+
+
+def noted(farm: Farm, outcome: Outcome) -> Outcome:
+    """A plan, with a note if the source is broken, which the cycle would only find later."""
+    found = examine(farm, ask=False)
+    if found is None or found.ok:
+        return outcome
+    return replace(outcome, actions=(*outcome.actions, Action("note", "", f"source: {found.text}")))
+
+
+def examine(farm: Farm, *, ask: bool) -> Check | None:
+    """Whether the source is there, a git repository, and has the revision; None without one. A URL is
+    judged by what answers here, which is a note at most, for it is the VM that must reach it."""
+    source = farm.source
+    if source is None:
+        return None
+    if not is_directory(source.place):
+        return _url(farm, source.place, source.revision, ask=ask)
+    try:
+        found = resolve(
+            Runner(changes=False),
+            source.place,
+            source.revision,
+            base=farm.path.parent,
+            sources=FarmPaths(farm.farm).root / "sources",
+            snapshot=False,
+        )
+    except FarmhandError as error:
+        text = f"{source_place(farm)}: {error.message}"
+        return Check("source", False, "needed", text, error.remedy or "correct it in the farm file")
+    at = f"{found.asked} is {found.short}" if found.commit else "no git repository: built as it is now"
+    return Check("source", True, "needed", f"{found.shown}: {at}")
+
+
+def _url(farm: Farm, url: str, revision: str, *, ask: bool) -> Check:
+    if not ask:
+        return Check("source", True, "note", f"{mask(url)}: not asked")
+    env = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=5"}
+    quiet = Runner(changes=False, secrets=[secret_of(url)])
+    try:
+        answer = quiet.read("git", "ls-remote", "--", url, revision, env=env, timeout=_PATIENCE)
+    except TimedOut:
+        why = f"no answer within {_PATIENCE:g} s"
+    except CommandFailed as error:
+        why = (error.stderr.strip().splitlines() or [error.message])[0]
+    except FarmhandError as error:
+        why = error.message
+    else:
+        known = "" if answer.stdout else f", but has no branch or tag {revision}: the VM looks it up"
+        return Check("source", True, "note", f"{mask(url)} answers{known}")
+    return Check(
+        "source",
+        False,
+        "note",
+        f"{source_place(farm)}: {mask(url)} can't be reached from here: {why}",
+        f"right if the VM reaches it all the same; else: git ls-remote {mask(url)}",
+    )

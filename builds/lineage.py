@@ -1,0 +1,151 @@
+"""What a VM holds of earlier builds, so that a cycle that skips steps can say what it goes on from.
+
+The VM itself tells: before a build does anything in it, the build's id is written to a file in the
+login's home. A reset takes that file away with all the rest, whoever resets; a restart doesn't; a
+checkpoint keeps it with the state that it belongs to. What the build did there is in its record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from builds.record import BuildRecord, SourceRecord, load_records
+from inventory.errors import FarmhandError
+from inventory.model import Cycle, ResetStep, RunStep, Step
+from provision.connection import Connection
+
+if TYPE_CHECKING:
+    from provision.site import Site
+
+_FILE = "$HOME/.farmhand-build"
+# Emptied first: on a full disk there is no mark then, rather than the one of a build before.
+WRITE_MARK = f'printf "%s %s\\n" "$FARM" "$BUILD_ID" > "{_FILE}"'
+"""A script for the VM: from now on it holds $BUILD_ID's work."""
+_READ_MARK = f'[ ! -s "{_FILE}" ] || dd if="{_FILE}" bs=200 count=1 2>/dev/null'
+_MARK = re.compile(r"([a-z0-9-]{1,63}) ([0-9A-Za-z.-]{1,80})")
+_PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What the steps that are skipped left behind, as far as anybody knows. ``done``: by step, the build
+    in which it passed. ``unverified``: by step, why it is not known to have been done. ``source``: what
+    the builds that did them were given; None where nothing of it is in the VMs."""
+
+    done: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, str] = field(default_factory=dict)
+    source: SourceRecord | None = None
+
+    @property
+    def why(self) -> str:
+        """Why nobody knows which commit is in the VMs; "" where that is known."""
+        return "; ".join(f"{steps}: {why}" for why, steps in _grouped(self.unverified))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the plan and the record."""
+        return (
+            *(f"{steps}: not run, passed in build {build}" for build, steps in _grouped(self.done)),
+            *(f"not verified: {steps}: {why}" for why, steps in _grouped(self.unverified)),
+        )
+
+
+def _grouped(by_step: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each text once, with the steps that it is about."""
+    return [
+        (text, ", ".join(step for step, other in by_step.items() if other == text))
+        for text in dict.fromkeys(by_step.values())
+    ]
+
+
+def vms_of(step: Step) -> tuple[str, ...]:
+    if isinstance(step, ResetStep):
+        return (step.reset,)
+    if isinstance(step, RunStep):
+        return (step.vm,)
+    return (step.source, step.to)
+
+
+def reset_first(steps: Iterable[Step], vm: str) -> bool:
+    """Whether the first of these steps that uses the VM resets it."""
+    first = next((step for step in steps if vm in vms_of(step)), None)
+    return isinstance(first, ResetStep)
+
+
+def look_back(site: Site, cycle: Cycle, chosen: frozenset[str]) -> Before:
+    """What this choice of steps goes on from; VMs are asked only where steps are skipped."""
+    steps = [step for step in cycle.steps if step.name in chosen]
+    first = cycle.steps.index(steps[0])
+    last = cycle.steps.index(steps[-1])
+    relevant = [step for step in cycle.steps[:first] if _counts(step, steps)]
+    between = [s for s in cycle.steps[first:last] if s.name not in chosen and _counts(s, steps)]
+    late = {step.name: f"skipped, though {steps[0].name} is run" for step in between}
+    if not relevant:
+        return Before(unverified=late)
+    marks = _read_marks(site, sorted({vms_of(step)[-1] for step in relevant}))
+    before = judge(relevant, marks, load_records(site.paths))
+    return replace(before, unverified={**before.unverified, **late})
+
+
+def judge(
+    steps: Sequence[Step], marks: Mapping[str, tuple[str, str]], records: Sequence[BuildRecord]
+) -> Before:
+    """``marks``: by VM, the build whose work it holds, or "" and why that isn't known."""
+    known = {record.id: record for record in records}
+    done: dict[str, str] = {}
+    unverified: dict[str, str] = {}
+    held: dict[str, BuildRecord] = {}  # by VM
+    for step in steps:
+        vm = vms_of(step)[-1]  # of a transfer, the one it changes
+        build, why = marks[vm]
+        record = known.get(build)
+        if record is None:
+            unverified[step.name] = why or f"{vm} holds build {build}, whose record is gone"
+            continue
+        held[vm] = record
+        found = next((s for s in record.steps if s.name == step.name), None)
+        if found is not None and (found.status == "passed" or found.done_in):
+            done[step.name] = found.done_in or record.id
+        else:
+            unverified[step.name] = f"{found.status if found else 'not there'} in build {record.id}"
+    sources = {record.source.commit: record.source for record in held.values()}
+    if len(sources) > 1:
+        holds = " and ".join(
+            f"{vm} holds {r.source.commit[:10] or 'nobody knows what'}" for vm, r in held.items()
+        )
+        return Before(unverified={**dict.fromkeys(done, holds), **unverified})
+    for record in held.values():
+        if record.source.unverified:
+            lost = f"build {record.id} itself went on from what nobody knows"
+            unverified = {**dict.fromkeys(done, lost), **unverified}
+            done = {}
+    return Before(done=done, unverified=unverified, source=next(iter(sources.values()), None))
+
+
+def _counts(step: Step, chosen: Sequence[Step]) -> bool:
+    """Whether what is run depends on it: it left something, in a VM that isn't reset first now."""
+    return not isinstance(step, ResetStep) and not reset_first(chosen, vms_of(step)[-1])
+
+
+def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    async def one(vm: str) -> tuple[str, str]:
+        try:
+            async with await Connection.open(site.endpoint(vm), runner=site.runner) as connection:
+                text = await connection.output(_READ_MARK, timeout=_PATIENCE)
+        except FarmhandError as error:  # its own step will fail, and say so better
+            return "", f"{vm} could not be asked: {error.message}"
+        found = _MARK.fullmatch(text.strip())
+        if found is None:
+            return "", f"{vm} holds no build's work: it was reset, or nothing was built in it"
+        if found[1] != site.farm.farm:
+            return "", f"{vm} holds a build of farm {found[1]}"
+        return found[2], ""
+
+    async def every() -> list[tuple[str, str]]:
+        return await asyncio.gather(*(one(vm) for vm in vms))
+
+    return dict(zip(vms, asyncio.run(every()), strict=True))

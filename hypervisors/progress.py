@@ -1,0 +1,115 @@
+"""Patience by progress: whoever waits for a guest waits for as long as it is seen to go on.
+
+What counts is what a guest brings about outside: its console grows, its disks are read or written. CPU
+time says nothing, for a guest that hangs spins. Disks count by the megabyte, so that a system at rest,
+which writes a page now and then, isn't taken for one that boots. What goes on without end (a guest that
+boots, fails and boots again) ends at a larger limit.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from hypervisors.api import Pulse
+from inventory.errors import FarmhandError
+from inventory.sizes import about, format_duration
+
+IN_ALL = 6
+"""The limit for all is so many times the one for no progress."""
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+"""Of a terminal: colours, cursor movements, titles (ECMA-48)."""
+_ASK = 1.0  # seconds between looks
+_DISK = 2**20  # bytes, together, that are worth waiting for
+_SHOWN = 60  # characters of a console's line
+
+
+class Progress:
+    """One wait. ``pulse`` gives what the guest has done by now; None: nobody sees, and then the clock
+    alone counts. ``patience``: seconds without progress. For one thread at a time."""
+
+    def __init__(
+        self,
+        pulse: Callable[[], Pulse | None],
+        patience: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pulse = pulse
+        self._clock = clock
+        self.patience = patience
+        self._began = self._moved = self._quiet = self._spoke = self._worked = clock()
+        self._again = self._began
+        self._last: Pulse | None = None
+        self._counted = 0  # bytes of the disks when they last were progress
+
+    def look(self) -> None:
+        """Ask, once a second at most, however often it is called."""
+        now = self._clock()
+        if now < self._again:
+            return
+        self._again = now + _ASK
+        try:
+            pulse = self._pulse()
+        except FarmhandError:  # a daemon that is away for a moment: whoever waits finds out
+            return
+        if pulse is None:
+            return
+        last = self._last or Pulse()
+        if pulse.console != last.console:  # it may shrink: logs are turned over
+            self._moved = self._quiet = self._spoke = now
+        if pulse.disk != last.disk:
+            self._quiet = self._worked = now
+            if abs(pulse.disk - self._counted) >= _DISK:
+                self._moved, self._counted = now, pulse.disk
+        self._last = pulse
+
+    def left(self) -> float:
+        """Seconds; none or less: it is given up."""
+        return min(self._moved + self.patience, self._began + self.patience * IN_ALL) - self._clock()
+
+    def lifeless(self, seconds: float) -> bool:
+        """Whether it has brought about nothing at all: not one byte on its console, nothing written to a
+        disk, and for so long nothing read from one either, which is what boot loaders do. False where
+        nobody sees both."""
+        seen = self._last
+        if seen is None or seen.console is None or seen.read is None or seen.written is None:
+            return False
+        return not seen.console and not seen.written and self._clock() - self._quiet >= seconds
+
+    def verdict(self) -> str:
+        """Why it is given up, as the end of a sentence."""
+        patience = _whole(self.patience)
+        if self._last is None:
+            return f"within {patience}"
+        if self._began + self.patience * IN_ALL <= self._clock():
+            return f"within {_whole(self.patience * IN_ALL)}, though it goes on ({self})"
+        return f"and nothing has gone on in it for {patience} ({self})"
+
+    def __str__(self) -> str:
+        """What was seen: ``console 12s ago: 'Starting udevd', disk 3s ago: 120M``; "": nothing is."""
+        seen, now, parts = self._last, self._clock(), []
+        if seen is None:
+            return ""
+        if seen.console is not None:
+            ago = _whole(now - self._spoke)
+            line = last_line(seen.said)
+            parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
+                         else "nothing on its console")  # fmt: skip
+        if seen.disk:
+            parts.append(f"disk {_whole(now - self._worked)} ago: {about(seen.disk)}")
+        return ", ".join(parts)
+
+
+def _whole(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 60 else format_duration(seconds)
+
+
+def last_line(text: str) -> str:
+    """Of what a guest wrote, the last line with anything in it, printable and short; or ""."""
+    for line in reversed(ESCAPES.sub("", text).splitlines()):
+        shown = "".join(c if c.isprintable() else " " for c in line).strip()
+        if shown:
+            return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+    return ""

@@ -1,0 +1,31 @@
+"""git on a repository of this machine that the admin named, whoever owns its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def reading(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment for reading it: trusted, but none of the programs run that its configuration names
+    (its owner may be somebody else), and nothing written to where somebody works. ``more``: further
+    settings of git-config(1), as strong as ``-c``.
+
+    safe.directory is "*", for what git compares it with has changed from version to version: to some,
+    git-daemon's repository is called "."."""
+    settings = {
+        "safe.directory": "*",
+        "safe.bareRepository": "all",
+        "core.fsmonitor": "false",
+        "core.hooksPath": os.devnull,
+    }
+    return {**git_config({**settings, **more}), "GIT_OPTIONAL_LOCKS": "0"}
+
+
+def git_config(values: Mapping[str, str]) -> dict[str, str]:
+    """git-config(1), ENVIRONMENT: settings for one git command."""
+    env = {"GIT_CONFIG_COUNT": str(len(values))}
+    for index, (key, value) in enumerate(values.items()):
+        env[f"GIT_CONFIG_KEY_{index}"] = key
+        env[f"GIT_CONFIG_VALUE_{index}"] = value
+    return env

@@ -1,0 +1,97 @@
+"""A VM whose machine is there and whose disk is not: removed by hand, or gone with what it was on.
+
+``clone-farm`` makes it a new one, from the template generation that it was cloned from, but only where
+nothing can be lost with that: not while it runs, for its guest has the old disk open still, and not
+where something of the disk is left. Nor where that generation is not in the store: then, most likely,
+the store isn't there at all, such as a file system that is not mounted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypervisors.api import Disk, Disks, LostDisks, Machine, Owner, Template
+from inventory.errors import FarmhandError, NotFound
+from provision.site import Site
+from provision.work import disk_of, is_on
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """``text`` and ``remedy``: a line each. ``template``: what a new disk may be made from at once;
+    None: somebody has to look first."""
+
+    text: str
+    remedy: str
+    template: Template | None = None
+
+    def error(self, site: Site, vm: str) -> FarmhandError:
+        return NotFound(f"{site.name}: {vm}: {self.text}", remedy=self.remedy)
+
+
+def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
+    """None: its disk is there, or none of ours to keep."""
+    host = site.farm.host_of(vm)
+    if not site.has_disks(host) or disk_of(site, vm) is not None:
+        return None
+    if has_disk_elsewhere(site, host, machine.name):
+        return None
+    if any(vm in record.vms for record in site.journal.unfinished() if record.verb == "merge"):
+        return Lost(
+            "its disk is being merged, and that is half done", "./invoke recover goes on with it"
+        )
+    store = site.disks(host)
+    gone = "its disk is gone"
+    if is_on(machine):
+        return Lost(
+            f"{gone} while it runs: what its guest writes is lost when it stops",
+            f"copy what you need out of it, ./invoke stop --vm {vm}, then ./invoke clone-farm",
+        )
+    if kept := left_of(store, machine.name):
+        again = f"./invoke destroy --vm {vm}, which gives them up, then ./invoke clone-farm"
+        if grows_from(store, machine.name):
+            again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; or {again}"
+        return Lost(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
+    owner = Owner(site.farm.farm, vm)
+    rest = [] if isinstance(store, LostDisks) else store.leftovers()
+    if refs := [left.ref for left in rest if left.owner == owner]:
+        return Lost(
+            f"{gone}; something of it is left: {', '.join(refs)}",
+            f"./invoke destroy --vm {vm} gives that up; then ./invoke clone-farm",
+        )
+    template = next((t for t in store.templates() if t.label == machine.template), None)
+    if template is None:
+        return Lost(
+            f"{gone}, and so is its template {machine.template}",
+            f"see that what host {host} keeps its disks on is mounted; if all is lost: "
+            f"./invoke destroy --vm {vm}, then ./invoke clone-farm",
+        )
+    remedy = f"./invoke clone-farm --vm {vm} makes it a new one from {template.label}"
+    return Lost(gone, remedy, template)
+
+
+def left_of(store: Disks, machine: str) -> tuple[str, ...]:
+    """Checkpoints, but for clean, that outlived the machine's disk."""
+    if not isinstance(store, LostDisks):
+        return ()
+    return tuple(kept.name for kept in store.left(machine) if kept.name != "clean")
+
+
+def grows_from(store: Disks, machine: str) -> tuple[str, ...]:
+    """What a reset can make a new disk from, the old one being gone."""
+    kept = store.left(machine) if isinstance(store, LostDisks) else ()
+    names = tuple(one.name for one in kept)
+    return names if "clean" in names else ()
+
+
+def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
+    """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
+    others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
+    return any(store.find(machine) is not None for store in others)
+
+
+def require(site: Site, vm: str, machine: Machine, disk: Disk | None) -> None:
+    """For whoever is about to use the disk that was found. NotFound."""
+    found = lost(site, vm, machine) if disk is None else None
+    if found is not None:
+        raise found.error(site, vm)

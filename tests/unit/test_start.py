@@ -1,0 +1,131 @@
+"""./invoke begins soon: what is imported, where bytecode goes, and invoke still as it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli_farm import CommandLine, command_line
+
+ROOT = Path(__file__).resolve().parents[2]
+cli = pytest.fixture(command_line)
+
+# What short commands have no use for, each tens of milliseconds.
+HEAVY = {
+    "asyncio",
+    "asyncssh",
+    "cryptography",
+    "email",
+    "importlib.metadata",
+    "invoke.vendor.yaml",
+    "jinja2",
+    "pydantic",
+    "unittest",
+    "yaml",
+}
+KVM = """\
+farm: try
+templates: {small: {import: small.qcow2, firstboot: none}}
+vms: {one: {memory: 64M}}
+"""
+
+
+def imported(cli: CommandLine, *words: str) -> set[str]:
+    """The modules that the whole process of a command imported."""
+    python, *rest = cli.argv(*words)
+    done = subprocess.run(
+        [python, "-X", "importtime", *rest],
+        env=cli.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+def test_list_imports_nothing_heavy(cli: CommandLine) -> None:
+    found = imported(cli, "--list")
+    assert "invoke.program" in found
+    assert not found & (HEAVY | {"libvirt", "sqlite3", "inventory.model"})
+
+
+def test_status_of_an_unchanged_farm_imports_nothing_heavy(cli: CommandLine) -> None:
+    cli.farm.write_text(KVM)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", cli.directory / "small.qcow2", "16M"], check=True
+    )
+    with tempfile.TemporaryDirectory(prefix="fh") as state:
+        Path(state).chmod(0o711)  # QEMU's user passes through
+        cli.environment["FARMHAND_STATE_DIR"] = state
+        try:
+            done = cli("clone-farm", "--no-start")
+            assert done.status == 0, done.err
+            found = imported(cli, "status")
+        finally:
+            cli("destroy", "--all")
+    assert "libvirt" in found
+    assert not found & HEAVY
+
+
+def bare(directory: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-P", "-m", "invoke"], directory, *words, **environment)
+
+
+def started(directory: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-P", str(ROOT / "start.py")], directory, *words, **environment)
+
+
+def run(
+    program: Sequence[str], directory: Path, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*program, "--search-root", str(directory), *words],
+        cwd=directory, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """With one task, and a configuration file of invoke's that changes what it does."""
+    task = "import other\nfrom invoke import task\n\n\n@task(default=True)\ndef hello(c):\n"
+    (tmp_path / "tasks.py").write_text(f"{task}    print('hello', c.config.greeted)\n")
+    (tmp_path / "other.py").touch()
+    (tmp_path / "invoke.yaml").write_text("greeted: [you, 'and', {me: 2}]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words", [["hello"], ["--list"], ["--version"], ["hello", "--help"], ["--help"], ["nonsense"]]
+)
+def test_invoke_is_as_it_is(checkout: Path, words: list[str]) -> None:
+    expected, found = bare(checkout, *words), started(checkout, *words, PYTHONPYCACHEPREFIX="/nowhere")
+    assert found.stdout == expected.stdout
+    assert found.stderr == expected.stderr
+    assert found.returncode == expected.returncode
+    assert words == ["nonsense"] or expected.stdout
+
+
+def test_bytecode_is_kept_but_not_in_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    """Though Python was told to keep none: that is for the sake of what lies beside the sources."""
+    kept = tmp_path / "kept"
+    done = started(checkout, "hello", PYTHONPYCACHEPREFIX=str(kept), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert not list(checkout.glob("__pycache__"))
+    assert [path.name.partition(".")[0] for path in kept.rglob("other.*.pyc")] == ["other"]
+
+
+def test_bytecode_goes_to_the_virtual_environment(checkout: Path) -> None:
+    probe = "import sys, start; sys.argv = ['x', '--version']; start.main()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry:\n    {probe}\nfinally:\n"
+    code += "    print(sys.pycache_prefix == sys.prefix + '/bytecode', sys.prefix != sys.base_prefix)\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPYCACHEPREFIX"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    told = done.stdout.splitlines()[-1]
+    assert told in ("True True", "False False"), done.stderr  # without one: as Python has it
