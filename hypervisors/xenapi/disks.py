@@ -299,8 +299,8 @@ class XenApiDisks:
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)
         batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}", "vbd", "vdi"], seen.token)
-        record, vdi = batch.records[ref], batch.records.get(seen.vdi.ref, seen.vdi.record)
-        assert record and vdi
+        record = batch.records.get(ref) or call("VM.get_record", ref)
+        vdi = batch.records.get(seen.vdi.ref) or call("VDI.get_record", seen.vdi.ref)
         self.pool.note_of(ref, batch)
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))

@@ -315,7 +315,7 @@ class XenApiHypervisor:
                 self._pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
             for vdi in old:
                 self._pool.remove_vdi(vdi, ())
-            self._pool.keep_rest()  # else, after a power cut, what it wrote to looks pristine again
+            self._pool.keep_first()  # else, after a power cut, what it wrote to looks pristine again
             most = str(vm.record["memory_static_max"])
             if str(vm.record["memory_dynamic_min"]) != most:  # as it was ballooned to when it last ran
                 self._pool.call("VM.set_memory_dynamic_range", vm.ref, most, most)
@@ -458,9 +458,8 @@ class XenApiHypervisor:
             ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
         for vm in sorted(ours, key=lambda vm: vm.name):
             lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
-            if lost and not any(
-                s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref for s in vms
-            ):
+            of_it = (s for s in vms if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref)
+            if lost and not (vm.disk and any(of_it)):  # with these it can be put back
                 found.append(_orphan("domain", vm, 0, "its disk is gone"))
         for vm in sorted(ours, key=lambda vm: vm.name):
             if not vm.marks.get("spec"):

@@ -89,6 +89,15 @@ def freshness(vdi: Vdi, start: str = "") -> str:
     return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])} {ran}"
 
 
+class _Mine(threading.local):
+    """Of this thread: each does one thing at a time."""
+
+    doubts = True
+    """Something was changed, by whomever, that the server's disk may not have."""
+    renewed: int | None = None
+    """``Sessions.renewed`` as of the first change of its own that isn't kept; None: there is none."""
+
+
 class Pool:
     def __init__(
         self,
@@ -108,7 +117,7 @@ class Pool:
         self._guard = threading.Lock()
         self._refs: dict[str, str] = {}  # of machines of ours, by name, where they were last seen
         self._changes = self._kept = 0  # so many were made, and so many of them are surely kept
-        self._doubts = self._cleared = 0  # likewise, of what must be kept before a disk goes
+        self._mine = _Mine()
         self._noted: list[str] = []
 
     def call(self, name: str, *arguments: object) -> Any:
@@ -133,21 +142,37 @@ class Pool:
             return
         with self._guard:
             self._changes += 1
-            self._doubts += name not in _REMOVING
-
-    def _doubt(self) -> None:
-        with self._guard:
-            self._doubts += 1
+        if name not in _REMOVING:
+            self._mine.doubts = True
+            if self._mine.renewed is None:
+                self._mine.renewed = self.sessions.renewed
 
     def keep(self) -> None:
-        """All that was changed until now is on the server's disk."""
+        """All that was changed until now is on the server's disk. DriverFailed where the server was
+        started again since this thread's first change: then it may have lost that."""
         with self._guard:
-            changes, doubts, noted = self._changes, self._doubts, list(self._noted)
+            changes, noted = self._changes, list(self._noted)
         self.sessions.call("pool.sync_database")
+        mine, self._mine.renewed = self._mine.renewed, None
+        if mine is not None and mine != self.sessions.renewed:
+            self._mine.doubts = True
+            with self._guard:
+                self._noted = []  # the notes themselves stay, for whoever sweeps up
+            raise DriverFailed(
+                f"{self.sessions.url}: the server was started again meanwhile, and may have lost what "
+                "was just changed",
+                remedy="./invoke recover, then do it again",
+            )
+        self._mine.doubts = False
         with self._guard:
-            self._kept, self._cleared = max(self._kept, changes), max(self._cleared, doubts)
+            self._kept = max(self._kept, changes)
             self._noted = [uuid for uuid in self._noted if uuid not in noted]
         self.notes.drop(noted)
+
+    def keep_first(self) -> None:
+        """Before something is destroyed, unless nothing was changed since it was kept."""
+        if self._mine.doubts:
+            self.keep()
 
     def keep_rest(self) -> None:
         """At the end of a command: where anything is not kept yet."""
@@ -171,8 +196,7 @@ class Pool:
     def destroy_vdi(self, ref: str) -> None:
         """For good. One whose file is gone already, by a power cut that took the news of it, goes once
         the server has looked at its storage."""
-        if self._doubts > self._cleared:
-            self.keep()
+        self.keep_first()
         try:
             self.call("VDI.destroy", ref)
         except XenApiError as error:
@@ -188,7 +212,7 @@ class Pool:
 
     def machine(self, name: str) -> Vm | None:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
-        self._doubt()
+        self._mine.doubts = True
         known = self._refs.get(name)
         if known is not None:
             with contextlib.suppress(XenApiError):
@@ -281,7 +305,7 @@ class Pool:
         return found
 
     def all_vms(self) -> list[Vm]:
-        self._doubt()
+        self._mine.doubts = True
         return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
 
     def all_vdis(self) -> dict[str, Vdi]:
@@ -442,8 +466,7 @@ class Pool:
             self.ignoring_gone("VM.destroy", vm.ref)
 
     def _shut_down(self, snapshot: Vm) -> None:
-        if self._doubts > self._cleared:  # its memory is destroyed with it
-            self.keep()
+        self.keep_first()  # its memory is destroyed with it
         try:
             self.call("VM.hard_shutdown", snapshot.ref)
         except XenApiError as error:

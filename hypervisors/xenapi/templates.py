@@ -108,7 +108,6 @@ class Templates:
                 }  # fmt: skip
                 call("VM.set_other_config", vm, made.other_config(sealed))
                 call("VM.set_name_label", vm, label)
-                self.pool.keep()
             except BaseException:
                 if vm:
                     self.pool.undo(vm)
@@ -116,6 +115,7 @@ class Templates:
                     with contextlib.suppress(XenApiError, FarmhandError):
                         self.pool.destroy_vdi(vdi)
                 raise
+        self.pool.keep()
         return replace(template, ref=f"{made.uuid} {vm}")
 
     def list(self) -> Sequence[Template]:

@@ -139,13 +139,13 @@ class Warm:
                 config = snapshot.other_config(marks)
                 call("VM.set_other_config", ref, config)
                 call("VM.set_name_label", ref, f"{vm.name} {name}")
-                self.pool.keep()
             except BaseException as error:
                 if ref:
                     self.pool.undo(ref)
                 if ref or isinstance(error, XenApiError):  # else the server may be at it yet
                     self._as_it_was(vm)
                 raise
+        self.pool.keep()
         return checkpoint_of(Vm(ref, {**snapshot.record, "other_config": config}))
 
     def _has_room(self, memory: int) -> None:

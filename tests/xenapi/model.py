@@ -20,8 +20,8 @@ class Failure(Exception):
     """An answer with Status Failure. The code must be one that XenAPI has, with its parameters."""
 
     def __init__(self, code: str, *parameters: str) -> None:
-        assert code in ERRORS, f"XenAPI has no error {code}"
-        declared = ERRORS[code]
+        assert code in ERRORS or code.startswith("SR_BACKEND_FAILURE_"), f"XenAPI has no error {code}"
+        declared = ERRORS.get(code, [""] * 3)
         assert len(parameters) == len(declared), f"{code} has {declared}, not {parameters}"
         self.description = [code, *map(str, parameters)]
         super().__init__(str(self.description))
