@@ -295,6 +295,8 @@ class XenApiDisks:
         # whether it was pristine is no longer known then: a snapshot begins a new leaf
         undo.callback(self._remark, vm, {**vm.marks, "fresh": ""})
         call("VM.set_other_config", vm.ref, vm.other_config(before))
+        if vm.marks.get("fresh"):  # the snapshot outlives a power cut, and its leaf looks unwritten
+            self.pool.keep()
         seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)

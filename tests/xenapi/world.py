@@ -172,9 +172,10 @@ class World(Machines):
         since, wanted = int(match[1] or 0), [c.lower() for c in classes]
         end = time.monotonic() + timeout
         with self.changed:
+            now = self._generation  # to look at something may change it: statistics that lag
             while not (events := self._events(wanted, classes, since)) and time.monotonic() < end:
                 self.changed.wait(min(end - time.monotonic(), 1.0))
-            now = self._generation
+                now = self._generation
         if not events:
             time.sleep(0.5)
         counts = {name.lower(): len(found) for name, found in self.objects.items()}
