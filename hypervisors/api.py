@@ -200,6 +200,15 @@ class LostDisks(Protocol):
 
 
 @runtime_checkable
+class NamelessDisks(Protocol):
+    """What a store offers besides ``Disks`` whose server may lose a disk's name and marks, and keep the
+    disk. What is provably ours of those is among the leftovers."""
+
+    def doubtful(self) -> Sequence[str]:
+        """The rest, after the storage was looked at anew: may be anybody's, and is never touched."""
+
+
+@runtime_checkable
 class WarmDisks(Protocol):
     """What a store offers besides ``Disks`` where a checkpoint may hold a running machine's memory
     (``Checkpoint.warm``). ``restore`` to such a one leaves the machine suspended: a start runs on from

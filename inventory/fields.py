@@ -113,7 +113,7 @@ def _check_served(value: str) -> str:
     if len(value) > 255:
         raise ValueError("a name has at most 255 characters")
     if not value.isprintable():
-        raise ValueError(f"{quote(value)} has characters that can't be seen: control, line break or such")
+        raise ValueError(f"{quote(value)} has characters that can't be seen, or a line break")
     if value != value.strip():
         raise ValueError(f"{quote(value)} begins or ends with a space")
     return value

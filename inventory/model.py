@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluat
         Revision,
         Scripts,
         Seconds,
+        ServedName,
         Size,
         SomeLines,
         Subnet,

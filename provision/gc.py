@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from hypervisors.api import Leftover, Owner
-from inventory.errors import Busy, FarmhandError, Interrupted
+from hypervisors.api import Leftover, NamelessDisks, Owner
+from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
 from provision.files import remove
 from provision.lost import has_disk_elsewhere, left_of
@@ -22,6 +22,7 @@ from provision.work import Run, begin, lock_of
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
 _CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
 _HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
+_SHOWN = 10
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
@@ -42,11 +43,14 @@ class Found:
 
 
 def gc(site: Site) -> Outcome:
-    """Remove what killed operations or lost definitions left behind. VMs in use are passed over."""
+    """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
+    DriverFailed, at its end, where something could not be removed."""
     with begin(site, "gc", (), doing="gc") as run:
+        run.add(*_doubtful(site))
         found = list(leftovers(site))
         now = datetime.now(UTC)
         total = 0
+        failed: dict[str, FarmhandError] = {}
         for item in found:
             owner = item.what.owner
             vm = owner.vm if owner else ""
@@ -54,7 +58,7 @@ def gc(site: Site) -> Outcome:
                 run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))
             elif site.plan:
                 run.add(Action("discard", vm, item.text(now)))
-            elif _discard(site, item, vm, run, item.text(now)):
+            elif _discard(site, item, vm, run, item.text(now), failed):
                 total += item.what.bytes
         run.fact(
             leftovers=[
@@ -74,7 +78,23 @@ def gc(site: Site) -> Outcome:
         )
         if not found:
             run.add(Action("keep", "", "nothing is left over"))
+        if failed:
+            raise DriverFailed(
+                f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
+                + "; ".join(f"{ref}: {error.message}" for ref, error in failed.items()),
+                remedy="; ".join(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)),
+            )
         return run.outcome()
+
+
+def _doubtful(site: Site) -> Iterator[Action]:
+    """Disks that lost their names, and that nobody can prove to be ours."""
+    for host in site.farm.hosts:
+        store = site.disks(host) if site.has_disks(host) else None
+        if isinstance(store, NamelessDisks) and (found := store.doubtful()):
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            text = f"left alone, may be anybody's: disks without name, marks and VM on host {host}"
+            yield Action("note", "", f"{text}: {', '.join(found[:_SHOWN])}{more}")
 
 
 def leftovers(site: Site) -> Iterator[Found]:
@@ -209,7 +229,10 @@ def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
         yield Found(what, partial(site.allocator.release, vm))
 
 
-def _discard(site: Site, item: Found, vm: str, run: Run, text: str) -> bool:
+def _discard(
+    site: Site, item: Found, vm: str, run: Run, text: str, failed: dict[str, FarmhandError]
+) -> bool:
+    """Whether it is gone. One that others use is left to them; what fails goes to ``failed``."""
     try:
         with (
             site.locks.hold(lock_of(vm) if vm else "gc", doing="gc"),
@@ -222,8 +245,7 @@ def _discard(site: Site, item: Found, vm: str, run: Run, text: str) -> bool:
         site.reporter.warn(error.message, vm=vm)
         return False
     except FarmhandError as error:
-        run.add(Action("note", vm, f"could not remove {item.what.ref}: {error.message}"))
-        site.reporter.warn(error.message, vm=vm)
+        failed[item.what.ref] = error
         return False
     run.add(Action("discard", vm, text))
     site.reporter.say(text, vm=vm)

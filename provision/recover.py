@@ -13,7 +13,8 @@
     others      noted as interrupted: each is safe to call again
 
 Each operation is recovered under its VMs' locks, and stays unfinished until its recovery is complete:
-a recovery that is killed is recovered by the next.
+a recovery that is killed is recovered by the next. One that can't succeed is in nobody else's way: the
+others are recovered, then its error is told.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from inventory.errors import Busy, FarmhandError, NoSpace, WrongState
+from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, Several, WrongState
 from inventory.sizes import format_size
 from provision.balloon import finish_balloon
 from provision.checkpoint import GRACE, keep, merge_on
@@ -59,6 +60,7 @@ def recover(site: Site) -> Outcome:
 def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
     """What was (in a plan: would be) done. What others hold a lock on is left to them."""
     actions: list[Action] = []
+    failed: dict[str, FarmhandError] = {}
     for record in site.journal.unfinished():
         try:
             if site.plan:
@@ -72,12 +74,18 @@ def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
                     actions.append(_recover_one(site, now))
         except Busy as error:
             site.reporter.warn(f"not recovered now: {error.message}", vm=record.vm)
+        except Interrupted:
+            raise
         except FarmhandError as error:
-            if strict:
-                raise
-            site.reporter.warn(f"could not recover its {record.verb}: {error.message}", vm=record.vm)
+            failed.setdefault(", ".join(record.vms) or record.verb, error)
+            if not strict:
+                again = f" ({error.remedy})" if error.remedy else ""
+                text = f"could not recover its {record.verb}: {error.message}{again}"
+                site.reporter.warn(text, vm=record.vm)
     if actions and not site.plan:
         _sweep(site)
+    if strict and failed:
+        raise next(iter(failed.values())) if len(failed) == 1 else Several(failed)
     return tuple(actions)
 
 
@@ -87,12 +95,25 @@ def _recover_one(site: Site, record: Record) -> Action:
         if job.run is not None:
             job.run()
         vms = [vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"]
-        discard_of(site, vms)
+        _discard_rest(site, vms)
         sweep_seeds(site.paths, {site.machine(vm) for vm in vms})
     with contextlib.suppress(WrongState):  # the journal may have gone with its farm
         site.journal.settle(record.id, "recovered", job.action.text)
     site.reporter.warn(job.action.text, vm=record.vm)
     return job.action
+
+
+def _discard_rest(site: Site, vms: Sequence[str]) -> None:
+    """What the operation left over. Where that can't be removed now, the operation is recovered all the
+    same: gc finds it again, and fails as long as it is there."""
+    try:
+        discard_of(site, vms)
+    except (Busy, Interrupted):
+        raise
+    except FarmhandError as error:
+        again = f" ({error.remedy})" if error.remedy else ""
+        text = f"something of it is left over, for ./invoke gc: {error.message}{again}"
+        site.reporter.warn(text, vm=vms[0] if len(vms) == 1 else "")
 
 
 def _job(site: Site, record: Record) -> Job:

@@ -394,6 +394,7 @@ class Site:
 
     def _open_xenapi(self, host: str) -> Disks:
         from hypervisors.xenapi.disks import XenApiDisks
+        from hypervisors.xenapi.notes import Notes
         from hypervisors.xenapi.pool import Pool
         from hypervisors.xenapi.session import Server, Sessions
 
@@ -415,6 +416,7 @@ class Site:
             Sessions(server), self.farm.farm, sr=declared.sr or "",
             copy=declared.copy_mode == "full",
             progress=lambda what, part: self.reporter.working(f"{what}: {part:.0%}"),
+            notes=Notes(self.paths.root / f"xenapi-{host}"),
         )  # fmt: skip
         return XenApiDisks(pool, self.runner, step=current_step)
 

@@ -9,10 +9,12 @@ Reset does not use VM.revert: the server may destroy the old disks before it has
 Instead:
 
 1. grow: VM.clone of the checkpoint, under a name that is plainly temporary: a fresh disk.
-2. switch: the machine's marks are written, in one call; they name the fresh disk from then on.
+2. switch: the machine's marks are written, in one call; they name the fresh disk from then on; and the
+   server writes its database to its disk.
 3. settle: the old disk is destroyed, the fresh one attached, the temporary VM record removed.
 
-Killed before 2 it is the old state, after it the new; ``leftovers`` knows what 1 and 3 leave.
+Killed before 2 it is the old state, after it the new, also where the server loses what it had not
+written; ``leftovers`` knows what 1 and 3 leave.
 Warm checkpoints can't go this way: see ``warm``.
 """
 
@@ -119,12 +121,17 @@ class XenApiDisks:
             return self.disk(seen) if seen.vdi else self.warm.lost_disk(seen)
 
     def left(self, machine: str) -> Sequence[Checkpoint]:
-        """See ``LostDisks.left``; none can be made a disk from here."""
+        """See ``LostDisks.left``: of a machine of ours that has lost its disk, to somebody or its
+        storage."""
         with translated(f"look for what is left of the disk of {machine}"):
             vm = self.pool.machine(machine)
-            seen = self.pool.seen(vm) if vm and vm.kind == "machine" else None
-            kept = seen.checkpoints if seen and not seen.vdi else ()
-            return [checkpoint_of(vm) for vm in kept]
+            if vm is None or vm.kind != "machine" or vm.disk is None:
+                return []
+            seen = self.pool.seen(vm)
+            if seen.vdi or half_back(vm, seen.checkpoints):
+                return []
+            clean = Checkpoint(name="clean", created=when(vm.marks["created"]))
+            return [clean, *(checkpoint_of(kept) for kept in seen.checkpoints)]
 
     def disk(self, seen: Seen) -> Disk:
         assert seen.vdi and seen.vm.owner
@@ -160,8 +167,8 @@ class XenApiDisks:
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
         """By what the store says of the disk since it was swapped in (``freshness``), and if no machine
-        ran with it (``Pool.never_ran``); our own start takes the proof away first. What can't be looked at
-        is not proven."""
+        ran with it (``Pool.never_ran``); our own start takes the proof away first. What can't be
+        looked at is not proven."""
         with translated(f"look at the disk of {machine}"):
             seen = self.ours(machine)
             fresh, vdi = seen.vm.marks.get("fresh"), seen.vdi
@@ -222,7 +229,8 @@ class XenApiDisks:
                 vdi = self._sized(vdi, size)
                 yield vm, vdi, {
                     "farm": owner.farm, "vm": owner.vm, "kind": "machine",
-                    "disk": f"{vdi.uuid} {vdi.ref}", "template": template.label, "base": "clean",
+                    "disk": f"{vdi.uuid} {vdi.ref}", "size": str(vdi.size),
+                    "template": template.label, "base": "clean",
                     "source": template.ref, "created": datetime.now(UTC).isoformat(),
                     "fresh": freshness(vdi),
                 }  # fmt: skip
@@ -280,6 +288,7 @@ class XenApiDisks:
                     self.pool.call("VM.set_name_label", snapshot.ref, f"{machine} {name}")
                     done[machine] = checkpoint_of(snapshot)
                 undo.pop_all()
+            self.pool.keep()
             return done
 
     def _snapshot(self, seen: Seen, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
@@ -290,14 +299,17 @@ class XenApiDisks:
         # whether it was pristine is no longer known then: a snapshot begins a new leaf
         undo.callback(self._remark, vm, {**vm.marks, "fresh": ""})
         call("VM.set_other_config", vm.ref, vm.other_config(before))
+        if vm.marks.get("fresh"):  # the snapshot outlives a power cut, and its leaf looks unwritten
+            self.pool.keep()
         seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
         self._attached_anew(seen)
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)
         self.pool.updated(seen.vdi)  # what it took is its parent's now, and the server may not tell yet
-        batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}"])
-        record, vdi = batch.records[ref], batch.records[seen.vdi.ref]
-        assert record and vdi
+        batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}", "vbd", "vdi"], seen.token)
+        record = batch.records.get(ref) or call("VM.get_record", ref)
+        vdi = batch.records.get(seen.vdi.ref) or call("VDI.get_record", seen.vdi.ref)
+        self.pool.note_of(ref, batch)
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = Vm(ref, record)
@@ -331,7 +343,7 @@ class XenApiDisks:
                 seen for seen in everyone if (kept := seen.checkpoint(name)) and kept.marks.get("warm")
             ]
             if not warm:
-                return self.restore_seen([self._readied(seen) for seen in everyone], name)
+                return self.restore_seen([self._restorable(seen) for seen in everyone], name)
             if len(everyone) > 1:
                 raise Unsupported(
                     f"{warm[0].vm.name}'s checkpoint {name} is warm: it can't be put back with others",
@@ -373,10 +385,9 @@ class XenApiDisks:
             return [self._settled(swap) for swap in swaps]
 
     def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
-        assert seen.vdi
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
-        vdi = self._sized(vdi, seen.vdi.size)
+        vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))
         self.named(vdi, seen.vm.name)
         marks = {
             **seen.vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "",
@@ -429,11 +440,19 @@ class XenApiDisks:
             self.pool.call("VM.hard_shutdown", seen.vm.ref)
             seen = self.ours(machine)
         if seen.vdi is None:
-            raise NotFound(f"{machine} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            raise NotFound(f"{machine} has no disk", remedy=without_disk(seen))
         if not seen.in_place:
             self.pool.settle(seen)
             seen = self.ours(machine)
         return seen
+
+    def _restorable(self, seen: Seen) -> Seen:
+        """One whose own disk is gone is restored as any other."""
+        if seen.vm.disk and seen.vdi is None and not half_back(seen.vm, seen.checkpoints):
+            if seen.vm.power is not Power.STOPPED:
+                raise WrongState(f"{seen.vm.name} is not stopped", remedy="stop it first")
+            return seen
+        return self._readied(seen)
 
     def ours(self, machine: str) -> Seen:
         vm = self.pool.machine(machine)
@@ -470,8 +489,19 @@ class XenApiDisks:
     def leftovers(self) -> Sequence[Leftover]:
         return self._remains.leftovers()
 
+    def doubtful(self) -> Sequence[str]:
+        return self._remains.doubtful()
+
     def discard(self, leftover: Leftover) -> None:
         self._remains.discard(leftover)
+
+
+def without_disk(seen: Seen) -> str:
+    """What to do about a machine that has none."""
+    if seen.vm.disk is None:
+        return "destroy it, then ./invoke clone-farm"
+    last, vm = seen.checkpoint_names[-1], seen.vm.marks["vm"]
+    return f"its storage has lost it: ./invoke reset --vm {vm} --to {last} gives it a new one"
 
 
 def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:

@@ -29,7 +29,7 @@ from hypervisors.api import (
     spec_hash,
 )
 from hypervisors.balloon import Approach
-from hypervisors.xenapi.disks import XenApiDisks
+from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
@@ -58,6 +58,8 @@ _NOT_BEGUN = (
     "VM_INCOMPATIBLE_WITH_THIS_HOST", "VM_REQUIRES_NETWORK", "VM_REQUIRES_SR",
 )  # fmt: skip
 """VM.start has done nothing then."""
+_LAG = 10.0
+"""Seconds after which the server's statistics are up to date: two of its rounds (rrdd, xapi 23.10)."""
 _DEAF = ("VM_LACKS_FEATURE", "VM_MISSING_PV_DRIVERS", "VM_FAILED_SHUTDOWN_ACKNOWLEDGMENT")
 
 
@@ -134,7 +136,7 @@ class XenApiHypervisor:
             owner=vm.owner,
             power=vm.power,
             memory=memory,
-            current=int(metrics["memory_actual"]) if on and metrics else memory,
+            current=_current(record, metrics) if on and metrics else memory,
             vcpus=int(record["VCPUs_max"]),
             mac=marks.get("mac", ""),
             disk=vdi_path(vm.disk[0]) if vm.disk else None,
@@ -176,11 +178,12 @@ class XenApiHypervisor:
         with self._disks.growing(template, spec.owner, spec.disk_size) as (vm, vdi, grown):
             call("VM.provision", vm.ref)
             self._disks.named(vdi, spec.name)
-            marks = grown | self._configure(vm, spec, {})
+            marks = grown | self._configure(vm, spec, {}, set())
             self._step(f"define {spec.name}")
             config = vm.other_config(marks)
             call("VM.set_other_config", vm.ref, config)
             call("VM.set_name_label", vm.ref, spec.name)
+        self._pool.know(spec.name, vm.ref)
         return self._as_set(vm, spec, config)
 
     def redefine(self, spec: MachineSpec) -> Machine:
@@ -195,9 +198,12 @@ class XenApiHypervisor:
     def _redefined(self, spec: MachineSpec, doing: str) -> Machine:
         seen = self._disks.ours(spec.name)
         self._step(doing)
-        marks = {**seen.vm.marks, **self._configure(seen.vm, spec, seen.vbds)}
+        old: set[str] = set()
+        marks = {**seen.vm.marks, **self._configure(seen.vm, spec, seen.vbds, old)}
         config = seen.vm.other_config(marks)
         self._pool.call("VM.set_other_config", seen.vm.ref, config)
+        for vdi in old:
+            self._pool.remove_vdi(vdi, ())
         return self._as_set(seen.vm, spec, config)
 
     def _as_set(self, vm: Vm, spec: MachineSpec, config: Mapping[str, str]) -> Machine:
@@ -208,9 +214,10 @@ class XenApiHypervisor:
         return self._machine(Vm(vm.ref, record), None)
 
     def _configure(
-        self, vm: Vm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]]
+        self, vm: Vm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]], old: set[str]
     ) -> dict[str, str]:
         """All that the definition says, but for the disk; the marks that note it. May be done again.
+        To ``old`` go VDIs that are to be removed when the marks are written.
         Unsupported for what a XenAPI server doesn't have."""
         if spec.nic.mode == "user":
             raise Unsupported(
@@ -238,7 +245,7 @@ class XenApiHypervisor:
         noted = {"spec": spec_hash(spec), "mac": spec.nic.mac, "wired": wired}
         if spec.console_log:
             noted["log"] = str(spec.console_log)
-        return noted | self._seeded(vm, spec.owner, str(spec.seed or ""), vbds)
+        return noted | self._seeded(vm, spec.owner, str(spec.seed or ""), vbds, old)
 
     def _plug(self, vm: str, spec: MachineSpec) -> None:
         self._pool.call(
@@ -266,34 +273,37 @@ class XenApiHypervisor:
     # -- the seed: first-boot data as a small disk of its own -----------------------------------------
 
     def _seeded(
-        self, vm: Vm, owner: Owner, path: str, vbds: Mapping[str, Mapping[str, Any]]
+        self,
+        vm: Vm,
+        owner: Owner,
+        path: str,
+        vbds: Mapping[str, Mapping[str, Any]],
+        old: set[str],
     ) -> dict[str, str]:
-        """The file's present content is attached; what was there before is removed. Nothing is done
-        where it is there already, or where there is no such file."""
+        """The file's present content is attached; what was there before is left over (``old``). Nothing
+        is done where it is there already, or where there is no such file."""
         file = Path(path)
         if not path or not file.is_file():
             return {"seed": path}
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        old = {ref: vbd for ref, vbd in vbds.items() if vbd["userdevice"] == SEED}
-        there = any(vbd["VDI"] != NULL for vbd in old.values())
-        if there and vm.marks.get("seedsum") == digest:
+        before = {ref: vbd["VDI"] for ref, vbd in vbds.items() if vbd["userdevice"] == SEED}
+        if vm.marks.get("seedsum") == digest and any(vdi != NULL for vdi in before.values()):
             return {"seed": path, "seedsum": digest}
-        for ref, vbd in old.items():
-            if vbd["VDI"] != NULL:
-                self._pool.remove_vdi(vbd["VDI"], {ref})
-            self._pool.ignoring_gone("VBD.destroy", ref)
         size = -(-file.stat().st_size // 2**20) * 2**20
-        marks = {"farm": self._farm, "kind": "seed"}
+        marks = {"farm": self._farm, "vm": owner.vm, "kind": "seed"}
         with making(owner) as name:
             vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
                 self._pool.sessions.put(vdi, file, size)
+                for ref in before:
+                    self._pool.ignoring_gone("VBD.destroy", ref)
                 self._pool.attach(vm.ref, vdi, SEED, read_only=True)
                 self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
             except BaseException:
                 with contextlib.suppress(Exception):  # found later, by its name
-                    self._pool.ignoring_gone("VDI.destroy", vdi)
+                    self._pool.destroy_vdi(vdi)
                 raise
+        old |= set(before.values()) - {NULL}
         return {"seed": path, "seedsum": digest}
 
     # -- power ------------------------------------------------------------------------------------
@@ -313,15 +323,19 @@ class XenApiHypervisor:
                 )
             self._disks.warm.refuse_half(seen)
             if seen.vdi is None:
-                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+                raise NotFound(f"{name} has no disk", remedy=without_disk(seen))
             self._step(doing)
             self._pool.settle(seen)
             vm = seen.vm
             assert vm.owner
-            seeded = self._seeded(vm, vm.owner, vm.marks.get("seed", ""), seen.vbds)
+            old: set[str] = set()
+            seeded = self._seeded(vm, vm.owner, vm.marks.get("seed", ""), seen.vbds, old)
             marks = {**vm.marks, **seeded, "fresh": "", "resume": ""}  # now it may be written to
             if marks != {**vm.marks}:
                 self._pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
+            for vdi in old:
+                self._pool.remove_vdi(vdi, ())
+            self._pool.keep_first()  # else, after a power cut, what it wrote to looks pristine again
             most = str(vm.record["memory_static_max"])
             if str(vm.record["memory_dynamic_min"]) != most:  # as it was ballooned to when it last ran
                 self._pool.call("VM.set_memory_dynamic_range", vm.ref, most, most)
@@ -399,7 +413,7 @@ class XenApiHypervisor:
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
             half = half_back(seen.vm, seen.checkpoints)
-            if seen.vdi is None and not half:
+            if seen.vm.disk is None and not half:
                 raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
             if checkpoint not in seen.checkpoint_names:  # before its power is cut
                 raise NotFound(
@@ -439,13 +453,16 @@ class XenApiHypervisor:
             self._pool.call("VM.set_memory_dynamic_range", vm.ref, str(target), str(target))
             reached, approach = 0, Approach(target, timeout)
             metrics = f"vm_metrics/{vm.record['metrics']}"
+            had = {int(vm.record[f"memory_dynamic_{end}"]) for end in ("min", "max")}
+            sure = had == {target}  # else what is told first may be of the run before
             while (left := approach.left()) > 0:
-                for record in watch(self._pool.sessions, metrics, left):
+                for record in watch(self._pool.sessions, metrics, left if sure else min(left, _LAG)):
                     if record is None:
                         raise WrongState(f"{name} ended meanwhile", remedy="./invoke status")
                     reached = int(record["memory_actual"])
-                    if abs(reached - target) <= _NEAR:
+                    if sure and abs(reached - target) <= _NEAR:
                         return reached
+                    sure = True
                     approach.saw(reached)
             kept = str(min(max(reached, least), most))  # it is not pressed, nor fed, any further
             self._pool.call("VM.set_memory_dynamic_range", vm.ref, kept, kept)
@@ -465,7 +482,7 @@ class XenApiHypervisor:
                 raise _stopped(name)
             least, most = (int(vm.record[f"memory_static_{end}"]) for end in ("min", "max"))
             least = least if self._has_dmc() else most
-            return MemoryUse(actual=int(metrics["memory_actual"]), maximum=most, least=least)
+            return MemoryUse(actual=_current(vm.record, metrics), maximum=most, least=least)
 
     def console(self, name: str) -> Console:
         """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
@@ -494,10 +511,10 @@ class XenApiHypervisor:
         with translated("look for leftovers"):
             vdis, vms = self._pool.all_vdis().values(), self._pool.all_vms()
             ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
-            kept = [vm for vm in vms if vm.kind == "checkpoint" and vm.marks["farm"] == self._farm]
         for vm in sorted(ours, key=lambda vm: vm.name):
             lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
-            if lost and not half_back(vm, [s for s in kept if s.record["snapshot_of"] == vm.ref]):
+            of_it = (s for s in vms if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref)
+            if lost and not (vm.disk and any(of_it)):  # with these it can be put back
                 found.append(_orphan("domain", vm, 0, "its disk is gone"))
         for vm in sorted(ours, key=lambda vm: vm.name):
             if not vm.marks.get("spec"):
@@ -511,7 +528,12 @@ class XenApiHypervisor:
         elif leftover.ref in (now.ref for now in self.leftovers()):
             self.destroy(leftover.ref)
 
+    def doubtful(self) -> Sequence[str]:
+        return self._disks.doubtful()
+
     def close(self) -> None:
+        with contextlib.suppress(XenApiError, FarmhandError):  # who needed it sooner has done it
+            self._pool.keep_rest()
         self._pool.sessions.close()
 
     # -- whose it is --------------------------------------------------------------------------------
@@ -532,6 +554,13 @@ class XenApiHypervisor:
         if vm.owner is None or vm.owner.farm != self._farm:
             whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
             raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+
+
+def _current(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> int:
+    """A running machine's memory, in bytes: what it has, or what it was given and may take at any
+    moment. The server's statistics lag: for some seconds after a start they tell of the run before, or
+    0; so they alone would give memory away twice."""
+    return max(int(metrics["memory_actual"]), int(record["memory_dynamic_max"]))
 
 
 def _is_on(vm: Vm) -> bool:

@@ -4,16 +4,24 @@ and swapped by a mark, things removed in the order that loses nothing.
 A machine's disk is the VDI that its mark ``farmhand:disk`` names, whatever is attached at the moment: to
 write that mark is one atomic call, which is how disks are swapped (``settle`` then attaches what the
 mark names). How a VM of ours is known, and what is not: see ``records``.
+
+A server writes its database to its disk minutes late, and what it does to the storage at once. So a disk
+is destroyed only when all that went before is on the server's disk (``keep``, ``destroy_vdi``), whoever
+did it: what other processes did is not known to be there, so that looking a machine up counts like a
+change. Removals may be lost: what they left is known for what it is, and removed again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hypervisors.api import Power
 from hypervisors.xenapi.errors import GONE, XenApiError
+from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, Vm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
@@ -22,6 +30,9 @@ from inventory.errors import DriverFailed, FarmhandError, NotFound
 Record = Mapping[str, Any]
 _HALTING = 10.0
 """Seconds in which a machine is off whose shutdown was answered with an error."""
+_ASKING = ("event", "session", "task")  # classes
+_UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
+_REMOVING = ("VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +83,18 @@ class Seen:
 
 
 def freshness(vdi: Vdi) -> str:
-    """What changes when a disk is written to, as far as its record tells: its own bytes in the storage, as
-    of VDI.update, and the snapshots of it. Whether a machine ran with it: ``Pool.never_ran``."""
+    """What changes when a disk is written to, as far as its record tells: its own bytes in the storage,
+    as of VDI.update, and the snapshots of it. Whether a machine ran with it: ``Pool.never_ran``."""
     return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])}"
+
+
+class _Mine(threading.local):
+    """Of this thread: each does one thing at a time."""
+
+    doubts = True
+    """Something was changed, by whomever, that the server's disk may not have."""
+    renewed: int | None = None
+    """``Sessions.renewed`` as of the first change of its own that isn't kept; None: there is none."""
 
 
 class Pool:
@@ -86,16 +106,118 @@ class Pool:
         sr: str = "",
         copy: bool = False,
         progress: ProgressFn = no_progress,
+        notes: Notes | None = None,
     ) -> None:
+        """``notes``: of what we made, on this machine's disk."""
         self.sessions, self.farm, self.copy = sessions, farm, copy
-        self.call = sessions.call
+        self.notes = notes or Notes()
         self._sr_name, self._sr = sr, ""
         self._progress = progress
+        self._guard = threading.Lock()
+        self._refs: dict[str, str] = {}  # of machines of ours, by name, where they were last seen
+        self._changes = self._kept = 0  # so many were made, and so many of them are surely kept
+        self._mine = _Mine()
+        self._noted: list[str] = []
+
+    def call(self, name: str, *arguments: object) -> Any:
+        try:
+            return self.sessions.call(name, *arguments)
+        finally:
+            self._count(name)
+
+    def do(self, name: str, *arguments: object) -> str:
+        """A task; see ``wait.do``."""
+        try:
+            return do(self.sessions, name, *arguments, progress=self._progress)
+        finally:
+            self._count(name)
+
+    # -- what outlives the server's power ---------------------------------------------------------
+
+    def _count(self, name: str) -> None:
+        """Afterwards: what ``keep`` has begun before is not sure to have it."""
+        class_, _, verb = name.partition(".")
+        if class_ in _ASKING or verb.startswith("get_") or name in _UNCHANGING:
+            return
+        with self._guard:
+            self._changes += 1
+        if name not in _REMOVING:
+            self._mine.doubts = True
+            if self._mine.renewed is None:
+                self._mine.renewed = self.sessions.renewed
+
+    def keep(self) -> None:
+        """All that was changed until now is on the server's disk. DriverFailed where the server was
+        started again since this thread's first change: then it may have lost that."""
+        with self._guard:
+            changes, noted = self._changes, list(self._noted)
+        self.sessions.call("pool.sync_database")
+        mine, self._mine.renewed = self._mine.renewed, None
+        if mine is not None and mine != self.sessions.renewed:
+            self._mine.doubts = True
+            with self._guard:
+                self._noted = []  # the notes themselves stay, for whoever sweeps up
+            raise DriverFailed(
+                f"{self.sessions.url}: the server was started again meanwhile, and may have lost what "
+                "was just changed",
+                remedy="./invoke recover, then do it again",
+            )
+        self._mine.doubts = False
+        with self._guard:
+            self._kept = max(self._kept, changes)
+            self._noted = [uuid for uuid in self._noted if uuid not in noted]
+        self.notes.drop(noted)
+
+    def keep_first(self) -> None:
+        """Before something is destroyed, unless nothing was changed since it was kept."""
+        if self._mine.doubts:
+            self.keep()
+
+    def keep_rest(self) -> None:
+        """At the end of a command: where anything is not kept yet."""
+        if self._changes > self._kept:
+            self.keep()
+
+    def note(self, vdis: Iterable[Vdi]) -> None:
+        """That these were made for us: see ``notes``."""
+        uuids = [vdi.uuid for vdi in vdis]
+        self.notes.add(uuids)
+        with self._guard:
+            self._noted += uuids
+
+    def note_of(self, ref: str, batch: Batch) -> None:
+        """The disks of that VM, as a look for what had changed brought them; never anybody else's."""
+        found = batch.records
+        refs = {r["VDI"] for r in found.values() if r and r.get("VM") == ref and "userdevice" in r}
+        refs.add((found.get(ref) or {}).get("suspend_VDI", NULL))
+        self.note([Vdi(vdi, record) for vdi in refs if (record := found.get(vdi))])
+
+    def destroy_vdi(self, ref: str) -> None:
+        """For good. One whose file is gone already, by a power cut that took the news of it, goes once
+        the server has looked at its storage."""
+        self.keep_first()
+        try:
+            self.call("VDI.destroy", ref)
+        except XenApiError as error:
+            if error.code in GONE:
+                return
+            if not error.code.startswith("SR_BACKEND_FAILURE"):
+                raise
+            self.call("SR.scan", self.call("VDI.get_SR", ref))
+            if look(self.sessions, [f"vdi/{ref}"]).records.get(ref) is not None:
+                raise
 
     # -- what there is ----------------------------------------------------------------------------
 
     def machine(self, name: str) -> Vm | None:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
+        self._mine.doubts = True
+        known = self._refs.get(name)
+        if known is not None:
+            with contextlib.suppress(XenApiError):
+                vm = Vm(known, self.call("VM.get_record", known))
+                if vm.name == name and self._is_ours(vm):
+                    return vm
         found = []
         for ref in self.call("VM.get_by_name_label", name):
             try:
@@ -106,11 +228,21 @@ class Pool:
                 raise
             if vm.is_machine and vm.kind != "gone":
                 found.append(vm)
-        return max(
+        best = max(
             found,
             key=lambda vm: (vm.kind == "machine", bool(vm.owner and vm.owner.farm == self.farm)),
             default=None,
         )
+        if best is not None and self._is_ours(best):
+            self._refs[name] = best.ref
+        return best
+
+    def know(self, name: str, ref: str) -> None:
+        """Of a machine of ours that was just made: it is looked up with one call less."""
+        self._refs[name] = ref
+
+    def _is_ours(self, vm: Vm) -> bool:
+        return vm.is_machine and vm.kind == "machine" and vm.marks["farm"] == self.farm
 
     def seen(self, vm: Vm) -> Seen:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
@@ -174,6 +306,7 @@ class Pool:
         return found
 
     def all_vms(self) -> list[Vm]:
+        self._mine.doubts = True
         return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
 
     def all_vdis(self) -> dict[str, Vdi]:
@@ -216,8 +349,8 @@ class Pool:
     def never_ran(self, vdi: Vdi, vbds: Mapping[str, Record]) -> bool:
         """Whether no machine ever ran with it, whoever started it. A VBD gets its device's name in the
         guest when it is first plugged, and keeps it as long as it is there; a start and a halt leave
-        nothing else that lasts (read in xapi 23.10, xapi_xenops.ml, update_vbd). ``vbds``: those that are
-        known. A disk that no VBD has tells nothing: False."""
+        nothing else that lasts (read in xapi's xapi_xenops.ml, update_vbd). ``vbds``: those known
+        already. A disk that no VBD has tells nothing: False."""
         refs = vdi.record["VBDs"]
         more = [ref for ref in refs if ref not in vbds]
         known = {**vbds, **(look(self.sessions, [f"vbd/{ref}" for ref in more]).records if more else {})}
@@ -244,7 +377,7 @@ class Pool:
     # -- making disks ---------------------------------------------------------------------------------
 
     def new_vdi(self, name: str, size: int, config: Mapping[str, str]) -> str:
-        return str(
+        ref = str(
             self.call(
                 "VDI.create",
                 {
@@ -254,6 +387,8 @@ class Pool:
                 },
             )
         )  # fmt: skip
+        self.note([Vdi(ref, {"uuid": self.call("VDI.get_uuid", ref)})])
+        return ref
 
     def attach(self, vm: str, vdi: str, device: str, *, read_only: bool) -> None:
         self.call(
@@ -272,7 +407,7 @@ class Pool:
         """A new VM ``name`` with a disk of its own grown from ``source``'s (a template or a snapshot);
         ``token``: of before."""
         if self.copy:
-            ref = do(self.sessions, "VM.copy", source.ref, name, self.sr(), progress=self._progress)
+            ref = self.do("VM.copy", source.ref, name, self.sr())
         else:
             ref = self.call("VM.clone", source.ref, name)
         try:
@@ -288,6 +423,7 @@ class Pool:
                         remedy="a template of ours has one: was it changed by hand?",
                     )
                 found = vm, Vdi(refs[0], self.call("VDI.get_record", refs[0]))
+            self.note([found[1]])
             return found
         except BaseException:
             self.undo(ref)
@@ -342,11 +478,12 @@ class Pool:
                     return
                 raise
         if set(record["VBDs"]) <= set(vbds):
-            self.ignoring_gone("VDI.destroy", ref)
+            self.destroy_vdi(ref)
 
     def raze(self, vms: Sequence[Vm], *, keep: Iterable[str] = ()) -> None:
         """VMs, templates and snapshots with their disks, in the order given; each one's disks first, so
-        that none is ever left that nothing refers to. ``keep``: VDIs of others."""
+        that none is ever left that nothing refers to. ``keep``: VDIs of others. A snapshot with memory
+        holds its disks as a machine that runs does, until it is shut down, which gives its memory up."""
         wanted = [f"vbd/{ref}" for vm in vms for ref in vm.record["VBDs"]]
         vbds = look(self.sessions, wanted).records if wanted else {}
         disks: dict[str, list[str]] = {
@@ -357,13 +494,24 @@ class Pool:
         refs = {ref for found in disks.values() for ref in found} - kept
         records = look(self.sessions, [f"vdi/{ref}" for ref in refs]).records if refs else {}
         for vm in vms:
+            with_memory = vm.record["is_a_snapshot"] and vm.power is Power.SUSPENDED
+            if with_memory:
+                self._shut_down(vm)
             for ref in disks[vm.ref]:
                 record = records.get(ref)
                 if ref not in kept and record is not None:
                     self.remove_vdi(ref, vbds, record)
-            if vm.record["suspend_VDI"] != NULL:
-                self.ignoring_gone("VDI.destroy", vm.record["suspend_VDI"])
+            if vm.record["suspend_VDI"] != NULL and not with_memory:
+                self.destroy_vdi(vm.record["suspend_VDI"])
             self.ignoring_gone("VM.destroy", vm.ref)
+
+    def _shut_down(self, snapshot: Vm) -> None:
+        self.keep_first()  # its memory is destroyed with it
+        try:
+            self.call("VM.hard_shutdown", snapshot.ref)
+        except XenApiError as error:
+            if error.code not in (*GONE, "VM_BAD_POWER_STATE"):
+                raise
 
     def give_up(self, vm: Vm) -> None:
         """Mark what is about to be removed: from here on it isn't there any more, only its remains."""

@@ -3,7 +3,7 @@ that loses nothing. See ``making`` for how a living process' work is told from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from hypervisors.api import Leftover, Owner, Power, StepFn
@@ -19,6 +19,7 @@ class Remains:
         self.pool = pool
         self._farm = pool.farm
         self._step = step
+        self._nameless: frozenset[str] = frozenset()  # as of the last look for leftovers
 
     def remove(self, seen: Seen) -> None:
         """The whole machine. From the first call on it isn't there any more, only its remains."""
@@ -28,7 +29,14 @@ class Remains:
 
     def leftovers(self) -> Sequence[Leftover]:
         with translated("look for leftovers"):
+            noted = self.pool.notes.all()
+            if noted:  # a killed process', or a living one's; first, so that all of them can be seen
+                self.pool.call("SR.scan", self.pool.sr())
             vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
+            self._nameless = noted & self._unknown(vms, vdis)
+            if noted:
+                self.pool.keep()
+                self.pool.notes.drop(noted - self._nameless)
             found = [
                 Leftover(
                     kind=kind, ref=f"vm/{vm.uuid}", owner=owner, created=datetime.now(UTC),
@@ -39,13 +47,33 @@ class Remains:
             ]  # fmt: skip
             found += [
                 Leftover(
-                    kind="file", ref=f"vdi/{vdi.uuid}", owner=_meant_for(vdi.record["name_label"]),
-                    created=datetime.now(UTC), bytes=vdi.used, why="it was being made",
+                    kind="file", ref=f"vdi/{vdi.uuid}", owner=self._vdi_owner(vdi),
+                    created=datetime.now(UTC), bytes=vdi.used, why=why,
                 )
                 for vdi in vdis.values()
-                if self._is_left(vdi)
+                if (why := self._why_vdi_left(vdi))
             ]  # fmt: skip
             return found
+
+    def doubtful(self) -> Sequence[str]:
+        """The uuids of disks in our storage that have no name, no marks and no VM, after it was looked
+        at anew. After a power cut such a one may be what we were making when nobody knew its uuid yet;
+        that can't be proven, so it is never removed."""
+        with translated("look at the storage repository"):
+            sr = self.pool.sr()
+            self.pool.call("SR.scan", sr)
+            vdis = {ref: v for ref, v in self.pool.all_vdis().items() if v.record["SR"] == sr}
+            return sorted(self._unknown(self.pool.all_vms(), vdis) - self.pool.notes.all())
+
+    @staticmethod
+    def _unknown(vms: Sequence[Vm], vdis: Mapping[str, Vdi]) -> frozenset[str]:
+        used = {vm.record["suspend_VDI"] for vm in vms}
+        named = {vm.disk[0] for vm in vms if vm.disk}
+        return frozenset(
+            vdi.uuid for ref, vdi in vdis.items()
+            if not (vdi.record["name_label"] or vdi.record["VBDs"] or vdi.record["other_config"])
+            and ref not in used and vdi.uuid not in named and vdi.record["type"] == "user"
+        )  # fmt: skip
 
     def _why_left(self, vm: Vm, vms: Sequence[Vm]) -> Iterator[tuple[str, Owner | None, str]]:
         written = vm.written
@@ -59,10 +87,20 @@ class Remains:
         elif vm.kind == "checkpoint" and vm.record["snapshot_of"] not in (v.ref for v in vms):
             yield "checkpoint", vm.owner, "its machine is gone"
 
-    def _is_left(self, vdi: Vdi) -> bool:
-        config = vdi.record["other_config"]
-        name = str(vdi.record["name_label"])
-        return config.get(PREFIX + "farm") == self._farm and not vdi.record["VBDs"] and is_dead(name)
+    def _vdi_owner(self, vdi: Vdi) -> Owner | None:
+        vm = vdi.record["other_config"].get(PREFIX + "vm")
+        return Owner(self._farm, vm) if vm else _meant_for(str(vdi.record["name_label"]))
+
+    def _why_vdi_left(self, vdi: Vdi) -> str:
+        config, name = vdi.record["other_config"], str(vdi.record["name_label"])
+        if vdi.uuid in self._nameless:
+            return "it was being made when its server lost its power, and its name with it"
+        if config.get(PREFIX + "farm") != self._farm or vdi.record["VBDs"]:
+            return ""
+        if is_dead(name):
+            return "it was being made"
+        is_seed = config.get(PREFIX + "kind") == "seed" and not made_for(name)
+        return "its machine has another" if is_seed and PREFIX + "vm" in config else ""
 
     def discard(self, leftover: Leftover) -> None:
         """Looked at once more: what is no leftover any more stays."""
@@ -70,10 +108,13 @@ class Remains:
         with translated(f"discard {leftover.ref}"):
             vms = self.pool.all_vms()
             if kind == "vdi":
-                for vdi in self.pool.all_vdis().values():
-                    if vdi.uuid == uuid and self._is_left(vdi):
+                vdis = self.pool.all_vdis()
+                self._nameless &= self._unknown(vms, vdis)
+                for vdi in vdis.values():
+                    if vdi.uuid == uuid and self._why_vdi_left(vdi):
                         self._step(f"remove VDI {uuid}")
-                        self.pool.ignoring_gone("VDI.destroy", vdi.ref)
+                        self.pool.destroy_vdi(vdi.ref)
+                        self.pool.notes.drop([uuid])
                 return
             for vm in vms:
                 if vm.uuid == uuid and any(self._why_left(vm, vms)):

@@ -173,6 +173,9 @@ class Sessions:
         self._idle: list[Any] = []
         self._guard = threading.Lock()
         self._count = count or (lambda _name: None)
+        self.renewed = 0
+        """So many times the server had forgotten a session within a call, and it was logged in anew: it
+        expired, or the server was started again."""
 
     @property
     def url(self) -> str:
@@ -184,7 +187,13 @@ class Sessions:
         TimedOut and DriverFailed where it can't be known whether the call was done."""
         with self._session() as session, self._turn(name):
             self._count(name)
-            return self._doing(name, lambda: session.xenapi_request(name, arguments))
+            handle = session.handle
+            try:
+                return self._doing(name, lambda: session.xenapi_request(name, arguments))
+            finally:
+                if session.handle != handle:
+                    with self._guard:
+                        self.renewed += 1
 
     def _turn(self, name: str) -> contextlib.AbstractContextManager[None]:
         if name not in _IN_TURN or self._server.turns is None:

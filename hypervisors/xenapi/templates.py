@@ -113,8 +113,9 @@ class Templates:
                     self.pool.undo(vm)
                 if vdi:
                     with contextlib.suppress(XenApiError, FarmhandError):
-                        self.pool.ignoring_gone("VDI.destroy", vdi)
+                        self.pool.destroy_vdi(vdi)
                 raise
+        self.pool.keep()
         return replace(template, ref=f"{made.uuid} {vm}")
 
     def list(self) -> Sequence[Template]:

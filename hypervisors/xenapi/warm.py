@@ -11,15 +11,17 @@ Back to one (``back``), the machine being stopped:
    machine it would not last: VM.revert first of all sets back its fields, our marks among them. Nothing
    is changed yet; from here on the machine can't be started before it got there, or elsewhere.
 2. Its disks get names of what nobody needs any more: VM.revert destroys those it has a snapshot of, and
-   leaves the others unattached.
+   leaves the others unattached. The server writes its database to its disk.
 3. VM.revert: the old disks go, disk and image are cloned from the snapshot, the machine is Suspended.
    This is the destructive step, and the server's own; cut off within, it is done again from the start.
 4. The machine's marks, which are those of the checkpoint's moment, are written: its disk is the new one.
-   That makes it whole: it is back. Cut off before, step 3 is done again.
+   That makes it whole: it is back, once that is on the server's disk. Cut off before, step 3 is done
+   again.
 5. What is left of the old disks, and the intent, are removed.
 
-Running on (``resume``): the image is marked as used up before VM.resume. A server that died within has
-perhaps let the guest write already; then the image is never resumed again, but taken anew by ``back``.
+Running on (``resume``): the image is marked as used up, on the server's disk, before VM.resume. A
+server that died within has perhaps let the guest write already; then the image is never resumed again,
+but taken anew by ``back``.
 
 What is half done is told from what is whole by marks alone (``half_back``): an intent counts as long as
 the machine's mark names the disk of before it, or the one of the checkpoint's moment. Whatever call of a
@@ -38,7 +40,7 @@ from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, Seen
 from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
-from hypervisors.xenapi.wait import do, look
+from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Conflict,
     DriverFailed,
@@ -52,6 +54,8 @@ from inventory.sizes import format_size
 
 _ANY = "*"
 """In the mark ``resume``: no image of this machine is to be trusted, for VM.checkpoint is at work."""
+_IMAGE_MORE = (126, 100, 100 * 2**20)
+"""A suspend image takes static_max x 126 / 100 and so many bytes more (measured, xapi 23.10)."""
 _NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY", "VM_INCOMPATIBLE_WITH_THIS_HOST")
 """VM.resume has not begun."""
 
@@ -87,8 +91,8 @@ class Warm:
     def _suspend_sr(self) -> Mapping[str, Any] | None:
         """The pool may name one that is no more."""
         records = look(self.pool.sessions, ["pool", "sr"]).records
-        ref = next((r["suspend_image_SR"] for r in records.values() if r and "suspend_image_SR" in r), "")
-        return records.get(ref)
+        named = (r["suspend_image_SR"] for r in records.values() if r and "suspend_image_SR" in r)
+        return records.get(next(named, NULL))
 
     # -- there ------------------------------------------------------------------------------------
 
@@ -115,9 +119,11 @@ class Warm:
             call("VM.set_other_config", vm.ref, vm.other_config(during))
             ref = ""
             try:
-                ref = do(self.pool.sessions, "VM.checkpoint", vm.ref, label)
+                ref = self.pool.do("VM.checkpoint", vm.ref, label)
                 call("VM.set_other_config", vm.ref, vm.other_config({**during, "resume": ""}))
-                snapshot = Vm(ref, call("VM.get_record", ref))
+                batch = look(self.pool.sessions, [f"vm/{ref}", "vbd", "vdi"], seen.token)
+                snapshot = Vm(ref, batch.records.get(ref) or call("VM.get_record", ref))
+                self.pool.note_of(ref, batch)
                 if snapshot.record["suspend_VDI"] == NULL:
                     raise DriverFailed(
                         f"{vm.name}: the server kept its disk without its memory",
@@ -137,6 +143,7 @@ class Warm:
                 if ref or isinstance(error, XenApiError):  # else the server may be at it yet
                     self._as_it_was(vm)
                 raise
+        self.pool.keep()
         return checkpoint_of(Vm(ref, {**snapshot.record, "other_config": config}))
 
     def _has_room(self, memory: int) -> None:
@@ -148,10 +155,12 @@ class Warm:
                 "without --warm",
             )
         free = capacity_of(record).free
-        if free < memory:
+        part, whole, more = _IMAGE_MORE
+        image = memory * part // whole + more
+        if free < image:
             raise NoSpace(
                 f"the suspend image SR has {format_size(free)} free; the memory takes "
-                f"{format_size(memory)}",
+                f"{format_size(image)}",
                 remedy="make room there, or make a cold checkpoint: without --warm",
             )
 
@@ -178,9 +187,9 @@ class Warm:
                 remedy="reset it to another one",
             )
         if not half_back(vm, seen.checkpoints):
-            if seen.vdi is None:
+            if vm.disk is None:
                 raise NotFound(f"{vm.name} has no disk", remedy="destroy it, then ./invoke clone-farm")
-            self.pool.settle(seen)
+            self.pool.settle(seen)  # nothing, where its own is gone
         if capacity_of(self.pool.call("SR.get_record", self.pool.sr())).free < self._headroom:
             raise NoSpace(
                 f"the storage repository has less than {format_size(self._headroom)} free",
@@ -211,8 +220,9 @@ class Warm:
         for vdi in disks:
             call("VDI.set_name_label", vdi, label)
         self._step(f"revert {vm.name} to {name}, disk and memory")
+        self.pool.keep()
         try:
-            do(self.pool.sessions, "VM.revert", kept.ref)
+            self.pool.do("VM.revert", kept.ref)
         except XenApiError:
             names = {ref: record["name_label"] for ref, record in disks.items() if record}
             self._unless_begun(seen, kept, names)
@@ -247,6 +257,7 @@ class Warm:
             "before": "", "fresh": "", "resume": "",
         }  # fmt: skip
         call("VM.set_other_config", vm.ref, vm.other_config(marks))
+        self.pool.keep()
         for old in _disks(before):
             self.pool.remove_vdi(old, ())
         call("VM.set_other_config", kept.ref, kept.other_config({**kept.marks, "revert": ""}))
@@ -258,8 +269,11 @@ class Warm:
         self.refuse_half(seen)
         assert vm.owner
         stale = vm.marks.get("resume") == _ANY and vm.disk and seen.vdi and vm.disk[0] == seen.vdi.uuid
-        if stale or not seen.in_place:
-            why = "its server went down while it was kept" if stale else "another disk is attached"
+        used = vm.marks.get("resume") == image
+        if stale or used or not seen.in_place:
+            why = "another disk is attached"
+            if stale or used:
+                why = f"its server went down while it was {'kept' if stale else 'resumed'}"
             raise WrongState(
                 f"{name} is suspended, and its memory may not be that of its disk: {why}",
                 remedy=f"./invoke stop --vm {vm.owner.vm} gives the memory up; or reset it",
@@ -270,8 +284,10 @@ class Warm:
             **vm.marks, "disk": f"{seen.vdi.uuid} {seen.vdi.ref}", "fresh": "", "resume": image,
         }  # fmt: skip
         call("VM.set_other_config", vm.ref, vm.other_config(marks))
+        self.pool.keep()
         try:
-            do(self.pool.sessions, "VM.resume", vm.ref, False, False)
+            self.pool.do("VM.resume", vm.ref, False, False)
+            self.pool.keep()  # else a power cut makes void what it writes: its image was used once
         except XenApiError as error:
             if error.code in _NO_MEMORY:
                 again = {**marks, "resume": ""}

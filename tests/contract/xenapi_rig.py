@@ -26,6 +26,7 @@ from hypervisors.api import MachineSpec, Nic, Owner, Template, no_step
 from hypervisors.run import Runner
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Server, Sessions, connection
 from inventory.loader import loads
@@ -145,7 +146,9 @@ class XenApiRig:
         return made
 
     def pool(self, farm: str = FARM, **options: Any) -> Pool:
-        return Pool(self.sessions(), farm, sr=self.farm.hosts["xen"].sr or "", **options)
+        notes = Notes(self.place / "notes")
+        sr = self.farm.hosts["xen"].sr or ""
+        return Pool(self.sessions(), farm, sr=sr, notes=notes, **options)
 
     def disks(self, farm: str = FARM, *, step=no_step, **options: Any) -> XenApiDisks:
         return XenApiDisks(self.pool(farm), Runner(), step=step, **options)
@@ -256,7 +259,7 @@ class XenApiMachines(XenApiRig):
         ):
             for vm in names:
                 do(vm)
-            once = ("session.", "SR.", "pool.", "network.")
+            once = ("session.", "SR.", "pool.get_", "network.")
             calls = [call for call in self.server.log() if not call.startswith(once)]
             counted[what] = round(len(calls) / vms, 2)
         return counted

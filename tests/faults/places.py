@@ -282,6 +282,27 @@ class XenApiPlace(Place):
         """Its host's power fails when so many parts of the next such call are done."""
         self._server.fail(call, ["dies", parts])
 
+    def calls(self) -> list[str]:
+        """Since it was asked last."""
+        return self._server.log()
+
+    def fails(self, call: str, code: str, *parameters: str) -> None:
+        """The next such call is refused."""
+        self._server.fail(call, ["error", code, *parameters])
+
+    def loses_power_at(self, number: int, parts: int) -> None:
+        """When so many parts of that call from now on are done; with all that isn't on its disk."""
+        self._server.fail("*", ["cut", parts], nth=number)
+
+    def lasts(self) -> None:
+        """It fails no more."""
+        self._server.tell(fail=[])
+
+    def loses_power(self) -> None:
+        """Now."""
+        self._server.tell(settle=True)
+        self._server.tell(cut=True)
+
     def remove_nobodys(self) -> None:
         """The disks of its own death within a clone, see docs/xenapi.md."""
         with contextlib.closing(self._rig.sessions()) as sessions:

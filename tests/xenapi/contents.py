@@ -25,6 +25,10 @@ class Contents:
     def path(self, uuid: str) -> Path:
         return self._directory / uuid
 
+    def uuids(self) -> set[str]:
+        """Of all there are, whatever the database knows."""
+        return {path.name for path in self._directory.iterdir()}
+
     def create(self, uuid: str, size: int) -> None:
         with self.path(uuid).open("wb") as file:
             file.truncate(size)

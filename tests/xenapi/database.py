@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
 import time
 import uuid
@@ -26,17 +27,12 @@ _BACK = {  # which field of whom names which field's owners
     ("SR", "VDIs"): ("VDI", "SR"),
     ("network", "VIFs"): ("VIF", "network"),
 }
+_WRITTEN = ("objects", "_moments")
+"""What the database is; the rest is the storage's, or this process' own."""
 _STATE = (
-    "objects",
-    "_generation",
-    "_stamps",
-    "_gone",
-    "_moments",
-    "_versions",
-    "_images",
-    "_told_used",
-    "harm",
-)
+    *_WRITTEN, "_generation", "_stamps", "_gone", "_versions", "_images", "_before", "_stale", "harm",
+    "_told_used", "_file",
+)  # fmt: skip
 
 
 class Died(Exception):
@@ -61,6 +57,7 @@ class Knobs:
     late_halt: bool = False  # a shutdown answers with an error, and has worked a moment later
     in_turn: float = 0.2  # what a storage change waits at most that met another in its SR: 19 s, scaled
     task_time: float = 0.02  # seconds that a task takes at least; it changes all the while
+    lag: int = 2  # looks at a machine's memory after a start that tell what it was in the run before
     session_life: int = 0  # calls after which a session has expired; 0: never
     slave_of: str = ""  # told to whoever logs in, but for at the address ``master_at``
     master_at: str = ""
@@ -84,7 +81,10 @@ class Database:
         self._images: dict[str, dict[str, str]] = {}  # by suspend image: by place, what the disks held
         self._told_used: dict[str, int] = {}  # by VDI, its use at SM's last look
         self.collisions = 0  # storage changes that met another in their SR
+        self._before: dict[str, int] = {}  # by VM_metrics: the memory when it was last switched off
+        self._stale: dict[str, tuple[int, int]] = {}  # by VM_metrics: a number, so many looks more
         self.harm: list[str] = []  # images that were resumed on disks which they weren't of
+        self._file = b""  # the database on the server's own disk
 
     def kept(self) -> dict[str, Any]:
         """All that it holds, disks too: for ``put_back``."""
@@ -98,6 +98,20 @@ class Database:
             self.contents.put_back()
             for name, value in copy.deepcopy(kept).items():
                 setattr(self, name, value)
+
+    def sync(self) -> None:
+        with self.changed:
+            self._file = pickle.dumps({name: getattr(self, name) for name in _WRITTEN})
+
+    def lose_unwritten(self) -> None:
+        """As it is read at the server's next start."""
+        with self.changed:
+            for name, value in pickle.loads(self._file).items():
+                setattr(self, name, value)
+            self._generation += 1
+            stamp = (self._generation, self._generation)
+            self._stamps = {(c, ref): stamp for c, found in self.objects.items() for ref in found}
+            self._gone, self._stale = [], {}
 
     def settle(self) -> None:
         """Until all tasks are over, also those that nobody waits for."""
@@ -151,6 +165,12 @@ class Database:
                 told[name] = [r for r, other in self.objects[lister].items() if other[by] == ref]
         if class_ == "VDI":
             told["physical_utilisation"] = self._told_used.get(told["uuid"], 0)
+        if class_ == "VM_metrics" and ref in self._stale:
+            told["memory_actual"], left = self._stale[ref]
+            self._stale[ref] = (told["memory_actual"], left - 1)
+            if left <= 1:
+                del self._stale[ref]
+            self._touch("VM_metrics", ref)  # they are looked at again by themselves
         if class_ == "SR":
             mine = [v for v in self.objects["VDI"].values() if v["SR"] == ref]
             told["physical_utilisation"] = sum(self.contents.used(v["uuid"]) for v in mine)

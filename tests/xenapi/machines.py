@@ -98,10 +98,12 @@ class Machines(Storage):
         self._devices(ref, made, vdis, macs=False)
         return made
 
-    def _devices(self, source: str, target: str, vdis: dict[str, Ref], *, macs: bool) -> None:
+    def _devices(
+        self, source: str, target: str, vdis: dict[str, Ref], *, macs: bool, attached: bool = False
+    ) -> None:
         for vbd in [v for v in self.objects["VBD"].values() if v["VM"] == source]:
             if vbd["VDI"] in vdis or vbd["VDI"] == NULL or vbd["type"] == "CD":
-                new = {"uuid": str(uuid.uuid4()), "VM": Ref(target), "currently_attached": False,
+                new = {"uuid": str(uuid.uuid4()), "VM": Ref(target), "currently_attached": attached,
                        "VDI": vdis.get(vbd["VDI"], vbd["VDI"])}  # fmt: skip
                 self.add("VBD", **(copy.deepcopy(vbd) | new))
         for vif in [v for v in self.objects["VIF"].values() if v["VM"] == source]:
@@ -114,7 +116,7 @@ class Machines(Storage):
             self._state(ref, "Halted", "Running", "Suspended", "Paused")
             return self._snapshot(ref, name, ignore or [])
 
-    def _snapshot(self, ref: str, name: str, ignore: list[str]) -> Ref:
+    def _snapshot(self, ref: str, name: str, ignore: list[str], *, warm: bool = False) -> Ref:
         source = self.get("VM", ref)
         stamp = now()
         vdis: dict[str, Ref] = {}
@@ -134,7 +136,7 @@ class Machines(Storage):
             "snapshot_metadata": source["name_label"], "suspend_VDI": Ref(NULL),
         }))  # fmt: skip
         self._moments[made] = {f: copy.deepcopy(source[f]) for f in _RESTORED}
-        self._devices(ref, made, vdis, macs=True)
+        self._devices(ref, made, vdis, macs=True, attached=warm)
         return made
 
     def VM_checkpoint(self, ref: str, name: str) -> Ref:
@@ -149,9 +151,9 @@ class Machines(Storage):
             if runs:
                 self._suspended(ref, pool["suspend_image_SR"])
                 self._half_done()
-            made = self._snapshot(ref, name, [])
+            made = self._snapshot(ref, name, [], warm=runs)
             if record["suspend_VDI"] != NULL:
-                image = self._grown(record["suspend_VDI"])
+                image = self._grown(record["suspend_VDI"], is_a_snapshot=True)
                 self.change("VM", made, power_state="Suspended", suspend_VDI=image)
             self._half_done()
             if runs:
@@ -160,7 +162,8 @@ class Machines(Storage):
 
     def _suspended(self, ref: str, sr: str) -> None:
         """Its memory as it is now is an image; the guest wrote until now."""
-        size = self.get("VM", ref)["memory_static_max"]
+        size = self.get("VM", ref)["memory_static_max"] * 126 // 100 + 100 * 2**20
+        self._room(sr, size)
         self._guest_writes(ref)
         vdi = self.add("VDI", SR=Ref(sr), name_label="Suspend image", type="suspend", virtual_size=size,
                        managed=True)  # fmt: skip
@@ -197,7 +200,8 @@ class Machines(Storage):
             self._half_done()
             for vdi in disks:
                 if vdi in of_kept.values():
-                    self._destroyed(vdi, for_revert=True)  # its clone takes its place
+                    with contextlib.suppress(Failure):  # it is tried, and said in the log
+                        self._destroyed(vdi, for_revert=True)  # its clone takes its place
             self._half_done()
             vdis = {vdi: self._grown(vdi) for vdi in kept}
             for vdi, of in of_kept.items():
@@ -277,6 +281,8 @@ class Machines(Storage):
             raise Failure("NO_HOSTS_AVAILABLE")  # whatever the reason
         mine = [(r, v) for r, v in self.objects["VBD"].items() if v["VM"] == ref]
         for _, vbd in mine:
+            if vbd["VDI"] != NULL:
+                self._there(vbd["VDI"])
             if vbd["mode"] == "RW" and vbd["VDI"] != NULL:
                 self._attached(vbd["VDI"], "attach")
         for device, vbd in mine:  # its name in the guest stays, also when that is off
@@ -285,6 +291,9 @@ class Machines(Storage):
         self._half_done()
         for device in [r for r, v in self.objects["VIF"].items() if v["VM"] == ref]:
             self.change("VIF", device, currently_attached=True)
+        before = self._before.get(record["metrics"], 0)
+        if self.knobs.lag:
+            self._stale[record["metrics"]] = (before, self.knobs.lag)
         self.change("VM_metrics", record["metrics"], start_time=now(),
                     memory_actual=record["memory_dynamic_max"])  # fmt: skip
         guest = self.add("VM_guest_metrics", PV_drivers_detected=self.knobs.agent)
@@ -316,8 +325,12 @@ class Machines(Storage):
                 self.change(class_, device, currently_attached=False)
         record = self.get("VM", ref)
         self.drop("VM_guest_metrics", record["guest_metrics"])
+        metrics = record["metrics"]
+        self._before[metrics] = self.get("VM_metrics", metrics)["memory_actual"] or \
+            self._before.get(metrics, 0)  # fmt: skip
+        self._stale.pop(metrics, None)
         halted = {"start_time": NEVER} if power == "Halted" else {}
-        self.change("VM_metrics", record["metrics"], memory_actual=0, **halted)
+        self.change("VM_metrics", metrics, memory_actual=0, **halted)
         self.change("VM", ref, power_state=power, guest_metrics=Ref(NULL))
 
     def VM_hard_shutdown(self, ref: str) -> None:
@@ -345,7 +358,8 @@ class Machines(Storage):
         if image != NULL:
             self.change("VM", ref, suspend_VDI=Ref(NULL))
             if image in self.objects["VDI"]:
-                self.VDI_destroy(image)
+                with contextlib.suppress(Failure):
+                    self.VDI_destroy(image)
         self._off(ref)
 
     def VM_clean_shutdown(self, ref: str) -> None:

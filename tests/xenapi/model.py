@@ -14,7 +14,10 @@ NEVER = "19700101T00:00:00Z"
 _DATA = json.loads(Path(__file__).with_name("datamodel.json").read_text(encoding="utf-8"))
 CALLS, CLASSES, ENUMS = _DATA["calls"], _DATA["classes"], _DATA["enums"]
 # Names that a real server answers with and the generated table lacks, as measured (VM_IS_SNAPSHOT).
-ERRORS = _DATA["errors"] | {"VM_IS_SNAPSHOT": ["vm", "operation"]}
+ERRORS = _DATA["errors"] | {
+    "VM_IS_SNAPSHOT": ["vm", "operation"],
+    "SR_BACKEND_FAILURE_46": ["status", "output", "error"],  # the storage's own, by its number
+}
 
 
 class Failure(Exception):

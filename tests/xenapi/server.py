@@ -14,9 +14,10 @@ come from then on: ["error", CODE, PARAMETER...] refuses; ["drop-before"] and ["
 without an answer, before doing it or when it is done; ["answer-early"], for PUT, says that it did what
 it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
 forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
-and hangs up. "harm" has what went wrong within guests, "collisions" how
-often a storage change met another in its SR; "settle" waits
-until all tasks are over.
+and hangs up; ["cut", PARTS] is the same, and takes what of the database wasn't written to its disk;
+["cut-unnoticed"] is the same right after the answer, and the server is up again before the next call.
+"cut" does that now. "harm" has what went wrong within guests,
+"collisions" how often a storage change met another in its SR; "settle" waits until all tasks are over.
 Async.X counts as X, and fails in its task.
 """
 
@@ -130,8 +131,9 @@ class Server:
             with self.world.in_turn(plain, typed):
                 return handler(*typed)
 
-        if how[:1] == ["dies"]:
-            self.world.call_and_die(lambda: handler(*typed), int(how[1]) if how[1:] else 1)
+        if how[:1] in (["dies"], ["cut"]):
+            parts, lost = int(how[1]) if how[1:] else 1, how[0] == "cut"
+            self.world.call_and_die(lambda: handler(*typed), parts, lost=lost)
             raise Dropped
         if plain != name:
             value: Any = str(self.world.run_task(plain, do))
@@ -141,6 +143,8 @@ class Server:
             with self.world.changed:  # what is told is of one moment
                 pass
             value = on_the_wire(CALLS[plain]["result"], do(), json_=json_)
+        if how[:1] == ["cut-unnoticed"]:
+            self.world.call_and_die(lambda: None, lost=True)
         if how[:1] == ["drop-after"]:
             raise Dropped
         return value
@@ -154,6 +158,8 @@ class Server:
             self.faults.want(request["fail"])
         if request.get("keep"):
             self._kept = self.world.kept()
+        if request.get("cut"):
+            self.world.call_and_die(lambda: None, lost=True)
         if request.get("put_back"):
             self.world.put_back(self._kept)
         if request.get("expire"):
@@ -259,8 +265,9 @@ class Handler(BaseHTTPRequestHandler):
             vdi, world = self._authorized("/import_raw_vdi"), self.xenapi.world
             if how[:1] == ["error"]:
                 raise Failure(*how[1:])
-            if how[:1] == ["dies"]:
-                world.call_and_die(lambda: world.write(vdi, self.rfile, length // 2))
+            if how[:1] in (["dies"], ["cut"]):
+                lost = how[0] == "cut"
+                world.call_and_die(lambda: world.write(vdi, self.rfile, length // 2), lost=lost)
                 raise Dropped
             world.write(vdi, self.rfile, length)
             if how[:1] == ["drop-after"]:

@@ -34,12 +34,35 @@ class Storage(Database):
             if vbd["VDI"] == vdi and vbd["currently_attached"]:
                 raise Failure("VDI_IN_USE", vdi, operation)
 
+    def _there(self, ref: str) -> dict[str, Any]:
+        """Its record; a failure where its file is gone: a power cut took the news of its removal."""
+        record = self.get("VDI", ref)
+        if not self.contents.path(record["uuid"]).exists():
+            why = f"The VDI is not available [opterr={record['uuid']}]"
+            raise Failure("SR_BACKEND_FAILURE_46", "", why, "")
+        return record
+
+    def SR_scan(self, ref: str) -> None:
+        """Records follow the storage: what has no file goes (its VBDs point nowhere then), and unknown
+        files become VDIs, without name and marks."""
+        self.get("SR", ref)
+        with self.changed:
+            files = self.contents.uuids()
+            for vdi, record in list(self.objects["VDI"].items()):
+                if record["SR"] == ref and record["uuid"] not in files:
+                    self.drop("VDI", vdi)
+            for found in files - {record["uuid"] for record in self.objects["VDI"].values()}:
+                self.add(
+                    "VDI", uuid=found, location=found, SR=Ref(ref), type="user", managed=True,
+                    virtual_size=self.contents.path(found).stat().st_size,
+                )  # fmt: skip
+
     def VDI_destroy(self, ref: str) -> None:
         self._destroyed(ref)
 
     def _destroyed(self, ref: str, *, for_revert: bool = False) -> None:
         with self.busy(ref):
-            record = self.get("VDI", ref)
+            record = self._there(ref)
             self._attached(ref, "destroy")
             self.drop("VDI", ref)
             self.contents.remove(record["uuid"])
@@ -59,7 +82,7 @@ class Storage(Database):
             return self._grown(ref)
 
     def _grown(self, ref: str, *, sr: str = "", full: bool = False, **fields: Any) -> Ref:
-        source = self.get("VDI", ref)
+        source = self._there(ref)
         self._room(sr or source["SR"], source["virtual_size"] if full else 0)
         kept = {
             f: copy.deepcopy(source[f]) for f in
@@ -82,16 +105,16 @@ class Storage(Database):
         return {
             vbd["userdevice"]: self._versions.get(self.get("VDI", vbd["VDI"])["uuid"], "")
             for vbd in self.objects["VBD"].values()
-            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] != NULL
+            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] in self.objects["VDI"]
         }
 
     def _guest_writes(self, vm: str) -> None:
         for vbd in self.objects["VBD"].values():
-            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] != NULL:
+            if vbd["VM"] == vm and vbd["mode"] == "RW" and vbd["VDI"] in self.objects["VDI"]:
                 self._versions[self.get("VDI", vbd["VDI"])["uuid"]] = str(uuid.uuid4())
 
     def VDI_resize(self, ref: str, size: int) -> None:
-        record = self.get("VDI", ref)
+        record = self._there(ref)
         self._attached(ref, "resize")
         if size < record["virtual_size"]:
             raise Failure("INVALID_VALUE", "size", str(size))
@@ -109,7 +132,7 @@ class Storage(Database):
 
     def write(self, ref: str, data: Any, length: int) -> None:
         """PUT /import_raw_vdi."""
-        record = self.get("VDI", ref)
+        record = self._there(ref)
         self._attached(ref, "import")
         if length > record["virtual_size"]:
             raise Failure("INVALID_VALUE", "Content-Length", str(length))

@@ -57,6 +57,7 @@ class World(Machines):
                            is_default_template=True)  # fmt: skip
         self.objects["VM"][default]["metrics"] = self.add("VM_metrics")
         self._set_suspend_sr()
+        self.sync()
 
     def _set_suspend_sr(self) -> None:
         (pool,) = self.objects["pool"].values()
@@ -67,26 +68,36 @@ class World(Machines):
         for name, value in knobs.items():
             assert hasattr(self.knobs, name), name
             setattr(self.knobs, name, value)
+        self._follow_knobs()
+
+    def _follow_knobs(self) -> None:
         with self.changed:
             self._set_suspend_sr()
             for sr in self.objects["SR"].values():
                 sr["physical_size"] = self.knobs.sr_size
 
-    def call_and_die(self, call: Callable[[], Any], parts: int = 1) -> None:
+    def pool_sync_database(self) -> None:
+        self.sync()
+
+    def call_and_die(self, call: Callable[[], Any], parts: int = 1, *, lost: bool = False) -> None:
         """So many parts of the call are done, where it has parts, else all; then nothing runs any more,
         nobody is logged in, and no task goes on. What is in the database and in the storage is what
-        stays."""
+        stays; ``lost``: of the database only what was written to the server's disk."""
         self._dying.now, self._dying.parts = True, parts
         with contextlib.suppress(Died, Failure):
             call()
         self._dying.now = False
         with self.changed:
+            if lost:
+                self.lose_unwritten()
+                self._follow_knobs()
             for ref, vm in list(self.objects["VM"].items()):
                 if not (vm["is_control_domain"] or vm["is_a_template"]):
                     self._off(ref, vm["power_state"] if vm["power_state"] == "Suspended" else "Halted")
             for class_ in ("session", "task"):
                 for ref in list(self.objects[class_]):
                     self.drop(class_, ref)
+            self.sync()
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -165,9 +176,10 @@ class World(Machines):
         since, wanted = int(match[1] or 0), [c.lower() for c in classes]
         end = time.monotonic() + timeout
         with self.changed:
+            now = self._generation  # to look at something may change it: statistics that lag
             while not (events := self._events(wanted, classes, since)) and time.monotonic() < end:
                 self.changed.wait(min(end - time.monotonic(), 1.0))
-            now = self._generation
+                now = self._generation
         if not events:
             time.sleep(0.5)
         counts = {name.lower(): len(found) for name, found in self.objects.items()}

@@ -1,0 +1,226 @@
+"""The power of a XenAPI server fails at each call of each operation, and takes all of its database that
+was not on its disk; or the process that uses it is killed, and then it fails. Whatever is left, nothing
+that was written is lost, recovery and gc put it right, and no name is blocked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+from bench import KILLS, MANY, Bench
+from places import OLD, XenApiPlace
+from test_kills import _no_spare, _remove, _spare, _written
+from test_warm import NEWER, _content, _newer, _unharmed
+
+from inventory.errors import DriverFailed, FarmhandError
+from provision import farm, golden
+from provision.work import is_on, look
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.timeout(3600),
+    pytest.mark.parametrize("bench", ["xenapi"], indirect=True),
+]
+UNCHANGING = re.compile(r"get_|event\.from|session\.|task\.")
+PARTS = {"VM.checkpoint": 6, "VM.revert": 7, "VM.resume": 3, "VM.clone": 2, "VM.snapshot": 2}
+"""So many parts has the call: its power fails after each of them."""
+
+
+@pytest.fixture(autouse=True)
+def _forget(bench: Bench) -> None:
+    bench.shapes = []
+
+
+def _place(bench: Bench) -> XenApiPlace:
+    assert isinstance(bench.place, XenApiPlace)
+    return bench.place
+
+
+def cuts(
+    bench: Bench, operation: str, verb: str, arguments: Mapping[str, Any], ready: Callable[[], None]
+) -> Iterator[str]:
+    """First at each call of it, the process lives on and gets an error; then as the bench's kills are,
+    the process dies first. After each, what is left is put right before the caller looks at it."""
+    place, name = _place(bench), f"{operation}, power cut"
+
+    def do() -> None:
+        with bench.site() as site:
+            (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
+
+    ready()
+    place.calls()
+    do()
+    calls = place.calls()
+    for number, call in enumerate(calls, 1):
+        if (
+            not MANY
+            and UNCHANGING.search(call)
+            and (number == 1 or UNCHANGING.search(calls[number - 2]))
+        ):
+            continue  # it is as well as the one before
+        parts = PARTS.get(call, 1)
+        for part in range(1, parts + 1) if MANY else {1, (parts + 1) // 2, parts}:
+            ready()
+            place.loses_power_at(number, part)
+            with contextlib.suppress(FarmhandError):
+                do()
+            place.lasts()
+            KILLS.add(name, bench.driver)
+            context = f"{name} at call {number}, {call}, {part} parts of it"
+            KILLS.open[context] = None
+            _righted(bench, context)
+            yield context
+            del KILLS.open[context]
+    for context in bench.kills(f"{operation}, killed, power cut", verb, arguments, ready, shapes=False):
+        place.loses_power()
+        _righted(bench, context)
+        yield context
+
+
+def _righted(bench: Bench, context: str) -> None:
+    """Recovery and gc get to their ends, and nothing is left but disks that nobody knows."""
+    with bench.site() as site:
+        bench.nothing_half_made(site, context)
+        farm.recover(site)
+        assert site.journal.unfinished() == (), context
+        farm.gc(site)
+    with bench.site(plan=True) as site:
+        left = farm.gc(site)
+        assert not left.changed, f"{context}: {[str(a) for a in left.actions]}"
+        assert site.locks.held() == (), context
+    assert not [line for line in bench.shape()[""] if "xenapi-" in line], f"{context}: notes"
+    _unharmed(bench, context)
+    _place(bench).remove_nobodys()
+
+
+def test_clone(bench: Bench) -> None:
+    arguments = {"vms": ["prod"], "wait": False}
+    for context in cuts(bench, "clone-farm", "clone_farm", arguments, partial(_remove, bench)):
+        bench.usable(context)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+def test_reset(bench: Bench, running: bool) -> None:
+    arguments = {"vms": ["prod"], "start": running, "wait": False}
+    operation = f"reset, {'running' if running else 'stopped'}"
+    for context in cuts(bench, operation, "reset", arguments, partial(_written, bench, running=running)):
+        with bench.site() as site:
+            assert bench.content(site, "prod") in ("old", "new"), context
+            farm.reset(site, ["prod"], wait=False)
+            assert bench.content(site, "prod") == "new", context
+
+
+def test_checkpoint(bench: Bench) -> None:
+    arguments = {"vms": ["prod"], "name": "kept", "wait": False}
+
+    def ready() -> None:
+        with bench.site() as site:
+            disk = bench.disk(site, "prod")
+            if disk and "kept" in [kept.name for kept in disk.checkpoints]:
+                farm.destroy(site, ["prod"])
+        _written(bench, running=True)
+
+    for context in cuts(bench, "checkpoint", "checkpoint", arguments, ready):
+        with bench.site() as site:
+            disk = bench.disk(site, "prod")
+            assert disk
+            if "kept" in [kept.name for kept in disk.checkpoints]:
+                farm.reset(site, ["prod"], to="kept", start=False)
+            farm.stop(site, ["prod"], force=True)
+            assert bench.content(site, "prod") == "old", context
+
+
+def test_checkpoint_warm(bench: Bench) -> None:
+    arguments = {"vms": ["prod"], "name": "kept", "warm": True}
+
+    def ready() -> None:
+        with bench.site() as site:
+            disk = bench.disk(site, "prod")
+            if disk and "kept" in [kept.name for kept in disk.checkpoints]:
+                farm.destroy(site, ["prod"])
+        _newer(bench, running=True)
+
+    for context in cuts(bench, "checkpoint --warm", "checkpoint", arguments, ready):
+        with bench.site() as site:
+            disk = bench.disk(site, "prod")
+            assert disk
+            if "kept" in [kept.name for kept in disk.checkpoints]:
+                farm.reset(site, ["prod"], to="kept", wait=False)
+            assert _content(bench, site) == NEWER, context
+        _unharmed(bench, context)
+
+
+def test_reset_to_a_warm_one(bench: Bench) -> None:
+    arguments = {"vms": ["prod"], "to": "warm", "wait": False}
+    for context in cuts(
+        bench, "reset to warm", "reset", arguments, partial(_newer, bench, running=True)
+    ):
+        with bench.site() as site:
+            assert _content(bench, site) in (OLD, NEWER), context
+            farm.reset(site, ["prod"], to="warm", wait=False)
+            assert _content(bench, site) == OLD, context
+            assert is_on(look(site, "prod")), context
+        _unharmed(bench, context)
+
+
+def test_destroy(bench: Bench) -> None:
+    """One with a warm checkpoint: its memory and its disks go with it."""
+    arguments = {"vms": ["prod"]}
+    for context in cuts(bench, "destroy", "destroy", arguments, partial(_newer, bench, running=True)):
+        with bench.site() as site:
+            if look(site, "prod") is None:
+                assert bench.disk(site, "prod") is None, context
+                continue
+            assert _content(bench, site) == NEWER, context
+
+
+def test_template_import_and_remove(bench: Bench) -> None:
+    bench.place.make_image(bench.file.with_name("spare.qcow2"))
+    name = {"name": "spare"}
+    for context in cuts(bench, "template-import", "template_import", name, partial(_no_spare, bench)):
+        with bench.site() as site:
+            assert len(_spare(site)) <= 1, context
+    arguments: dict[str, str] = {}
+
+    def ready() -> None:
+        with bench.site() as site:
+            if not _spare(site):
+                golden.template_import(site, "spare")
+            (arguments["label"],) = _spare(site)
+
+    for context in cuts(bench, "template-remove", "template_remove", arguments, ready):
+        with bench.site() as site:
+            assert _spare(site) in ([], [arguments["label"]]), context
+    _no_spare(bench)
+
+
+def test_what_can_not_be_removed(bench: Bench) -> None:
+    """gc fails then; a recovery has nevertheless succeeded, and its next one has nothing to do."""
+    place = _place(bench)
+    _written(bench, running=False)
+    assert bench.killed_at("written", 3, "reset", {"vms": ["prod"], "start": False, "wait": False})
+    with bench.site() as site:
+        place.fails("VDI.destroy", "VDI_IN_USE", "OpaqueRef:1", "destroy")
+        farm.recover(site)
+        assert site.journal.unfinished() == ()
+    with bench.site() as site:
+        place.lasts()
+        left = _left(bench)
+        if left:
+            place.fails("VDI.destroy", "VDI_IN_USE", "OpaqueRef:1", "destroy")
+            with pytest.raises(DriverFailed, match=r"could not be removed.*VDI_IN_USE") as caught:
+                farm.gc(site)
+            assert "xe vbd-list" in caught.value.remedy
+            assert _left(bench)
+        place.lasts()
+        farm.gc(site)
+    assert not _left(bench)
+
+
+def _left(bench: Bench) -> list[str]:
+    with bench.site(plan=True) as site:
+        return [str(action) for action in farm.gc(site).actions if action.verb == "discard"]
