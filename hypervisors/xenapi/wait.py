@@ -44,12 +44,16 @@ def look(sessions: Sessions, classes: Sequence[str], token: str = "", timeout: f
 
 
 def watch(sessions: Sessions, object_: str, limit: float) -> Iterator[Mapping[str, Any] | None]:
-    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over."""
-    end, token = time.monotonic() + limit, ""
+    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over. A server
+    that was started again meanwhile is asked anew: it tells nothing of what it has lost."""
+    end, token, renewed = time.monotonic() + limit, "", sessions.renewed
     while True:
         batch = look(sessions, [object_], token, min(_ROUND, max(0.0, end - time.monotonic())))
-        token = batch.token
+        again = sessions.renewed != renewed
+        if not batch.records and not token:
+            yield None
         yield from batch.records.values()
+        token, renewed = "" if again else batch.token, sessions.renewed
         if time.monotonic() >= end:
             return
 

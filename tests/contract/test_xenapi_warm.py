@@ -12,6 +12,7 @@ import xenapi_rig
 from rigs import FARM, MIB
 
 from hypervisors.api import Power, WarmDisks
+from hypervisors.xenapi import wait
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -29,7 +30,8 @@ MANY = os.environ.get("FARMHAND_KILLS") == "many"
 
 
 @pytest.fixture
-def rig(request, tmp_path):
+def rig(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(wait, "_ROUND", 1.0)  # seconds after which a server that was up again is noticed
     server = request.getfixturevalue("xenapi")
     with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
         server.tell(knobs={"suspend_sr": True})
