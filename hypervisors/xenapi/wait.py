@@ -44,8 +44,8 @@ def look(sessions: Sessions, classes: Sequence[str], token: str = "", timeout: f
 
 
 def watch(sessions: Sessions, object_: str, limit: float) -> Iterator[Mapping[str, Any] | None]:
-    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over. A server
-    that was started again meanwhile is asked anew: it tells nothing of what it has lost."""
+    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over. A
+    server that was started again meanwhile is asked anew: it tells nothing of what it has lost."""
     end, token, renewed = time.monotonic() + limit, "", sessions.renewed
     while True:
         batch = look(sessions, [object_], token, min(_ROUND, max(0.0, end - time.monotonic())))

@@ -58,26 +58,27 @@ def cuts(
     place.calls()
     do()
     calls = place.calls()
-    for number, call in enumerate(calls, 1):
-        if (
-            not MANY
-            and UNCHANGING.search(call)
-            and (number == 1 or UNCHANGING.search(calls[number - 2]))
-        ):
-            continue  # it is as well as the one before
-        parts = PARTS.get(call, 1)
-        for part in range(1, parts + 1) if MANY else {1, (parts + 1) // 2, parts}:
-            ready()
-            place.loses_power_at(number, part)
-            with contextlib.suppress(FarmhandError):
-                do()
-            place.lasts()
-            KILLS.add(name, bench.driver)
-            context = f"{name} at call {number}, {call}, {part} parts of it"
-            KILLS.open[context] = None
-            _righted(bench, context)
-            yield context
-            del KILLS.open[context]
+    points = [
+        (number, part, call)
+        for number, call in enumerate(calls, 1)
+        for part in range(1, PARTS.get(call, 1) + 1)
+    ]
+    if not MANY:
+        dice = random.Random(f"{SEED} {name}")
+        telling = [point for point in points if not UNCHANGING.search(point[2])]
+        points = sorted(dice.sample(telling, min(FEW, len(telling))))
+    for number, part, call in points:
+        ready()
+        place.loses_power_at(number, part)
+        with contextlib.suppress(FarmhandError):
+            do()
+        place.lasts()
+        KILLS.add(name, bench.driver)
+        context = f"{name} at call {number}, {call}, {part} parts of it (FARMHAND_SEED={SEED})"
+        KILLS.open[context] = None
+        _righted(bench, context)
+        yield context
+        del KILLS.open[context]
     for context in bench.kills(f"{operation}, killed, power cut", verb, arguments, ready, shapes=False):
         place.loses_power()
         _righted(bench, context)
