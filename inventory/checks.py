@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
+from inventory.fields import is_plain_name
 from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
@@ -25,6 +26,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _ssh_machines,
         _names,
         _identities,
+        _network_name,
         _subnet,
         _room,
         _steps,
@@ -63,6 +65,20 @@ def _driver(farm: Farm, places: Places, vm: str) -> str:
     if host not in farm.hosts or places.is_bad(("hosts", host, "driver")):
         return ""
     return farm.hosts[host].driver
+
+
+def _network_name(farm: Farm, places: Places) -> Found:
+    """Only a XenAPI server calls its networks as it likes; others' names go to files and arguments."""
+    name = farm.network.network
+    if name is None or is_plain_name(name) or places.is_bad(("network", "network")):
+        return
+    drivers = {_driver(farm, places, vm) for vm, _ in _vms(farm, places)}
+    if farm.services.libvirt or drivers - {"xenapi", "ssh", ""} or "xenapi" not in drivers:
+        yield places.problem(
+            ("network", "network"),
+            f"{quote(name)} is not a libvirt network's name: letters, digits, '.', '_' and '-', at most "
+            "64, beginning with a letter or digit (only on xenapi hosts it may be any text)",
+        )
 
 
 def _listed(names: Collection[str]) -> str:

@@ -109,6 +109,20 @@ def _check_line(value: str) -> str:
     return value
 
 
+def _check_served(value: str) -> str:
+    if len(value) > 255:
+        raise ValueError("a name has at most 255 characters")
+    if not value.isprintable():
+        raise ValueError(f"{quote(value)} has characters that can't be seen, or a line break")
+    if value != value.strip():
+        raise ValueError(f"{quote(value)} begins or ends with a space")
+    return value
+
+
+def is_plain_name(value: str) -> bool:
+    return _FILENAME.fullmatch(value) is not None
+
+
 def _check_repository(value: str) -> str:
     _check_line(value)
     if value.startswith("-") or "::" in value.split("/", 1)[0]:  # git-remote-ext(1) runs commands
@@ -262,6 +276,12 @@ Mac = Annotated[
 ]
 Name = Annotated[
     str, AfterValidator(_check_filename), _text("plain name", pattern=f"^{_FILENAME.pattern}$")
+]
+ServedName = Annotated[
+    str,
+    AfterValidator(_check_served),
+    Field(min_length=1),
+    _text("name as the server has it", minLength=1, maxLength=255),
 ]
 ConfigPath = Annotated[
     str, AfterValidator(_check_config_path), _text("absolute path", pattern=f"^{_CONFIG_PATH.pattern}$")

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluat
         Revision,
         Scripts,
         Seconds,
+        ServedName,
         Size,
         SomeLines,
         Subnet,
@@ -132,7 +133,7 @@ class Host(Model):
     """xenapi: the SHA-256 of the server's certificate, 64 hexadecimal digits, instead of a CA."""
     insecure: Bool = False
     """xenapi: whoever answers is believed. Every command warns of it."""
-    sr: Line | None = None
+    sr: ServedName | None = None
     """xenapi: the name of the storage repository; absent: the pool's default."""
     copy_mode: Literal["linked", "full"] = "linked"
     """xenapi: `full` makes disks that share nothing with their template (VM.copy), in `sr`."""
@@ -183,11 +184,12 @@ class Network(Model):
 
     mode: Literal["user", "bridge", "network"] = "user"
     """user: QEMU's own, no privileges, ssh through a port on the host's loopback; bridge: an
-    existing bridge of the host; network: a libvirt network."""
+    existing bridge of the host; network: a libvirt network, or a XenAPI server's."""
     bridge: Name | None = None
     """mode bridge: its name."""
-    network: Name | None = None
-    """mode network: the libvirt network's name."""
+    network: ServedName | None = None
+    """mode network: the network's name. A libvirt network's is plain; on a XenAPI server it may be any
+    text, such as "Pool-wide network associated with eth0"."""
     subnet: Subnet | None = None
     """The subnet that addresses come from."""
     gateway: Address | None = None

@@ -23,7 +23,7 @@ from provision.files import make_directory
 from provision.journal import Journal, current_step
 from provision.known import known_farm
 from provision.locks import Locks
-from provision.paths import FarmPaths, cache_dir, state_dir
+from provision.paths import FarmPaths, cache_dir, runtime_dir, state_dir
 from provision.report import Reporter
 from provision.turns import Turns
 
@@ -410,6 +410,7 @@ class Site:
             ca=beside / declared.ca.expanduser() if declared.ca else None,
             fingerprint=declared.fingerprint or "",
             insecure=declared.insecure,
+            turns=self._turns(declared),
         )
         pool = Pool(
             Sessions(server), self.farm.farm, sr=declared.sr or "",
@@ -418,6 +419,14 @@ class Site:
             notes=Notes(self.paths.root / f"xenapi-{host}"),
         )  # fmt: skip
         return XenApiDisks(pool, self.runner, step=current_step)
+
+    @staticmethod
+    def _turns(host: Host) -> Path:
+        """The lock of all this user's commands for one storage repository, whatever their farms."""
+        import hashlib
+
+        place = hashlib.sha256(f"{host.uri.rstrip('/')} {host.sr or ''}".encode()).hexdigest()[:16]
+        return runtime_dir() / f"xenapi-{place}.lock"
 
     def _ssh_address(self, vm: str) -> str:
         declared = self.farm.vms[vm]

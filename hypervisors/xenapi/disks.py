@@ -166,21 +166,19 @@ class XenApiDisks:
             return capacity_of(self.pool.call("SR.get_record", self.pool.sr()))
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
-        """By what the store says of the disk and the machine since it was swapped in
-        (``Seen.freshness``); our own start takes the proof away first."""
+        """By what the store says of the disk since it was swapped in (``freshness``), and if no machine
+        ran with it (``Pool.never_ran``); our own start takes the proof away first. What can't be
+        looked at is not proven."""
         with translated(f"look at the disk of {machine}"):
             seen = self.ours(machine)
-            if seen.vdi and not quick:
-                with contextlib.suppress(XenApiError):  # storage that can't: it is always up to date
-                    self.pool.call("VDI.update", seen.vdi.ref)
-                    record = self.pool.call("VDI.get_record", seen.vdi.ref)
-                    seen = replace(seen, vdi=Vdi(seen.vdi.ref, record))
-            return (
-                seen.base == name
-                and seen.vm.power is Power.STOPPED
-                and bool(seen.vm.marks.get("fresh"))
-                and seen.vm.marks["fresh"] == seen.freshness()
-            )
+            fresh, vdi = seen.vm.marks.get("fresh"), seen.vdi
+            if not (fresh and vdi and seen.base == name and seen.vm.power is Power.STOPPED):
+                return False
+            try:
+                vdi = vdi if quick else self.pool.updated(vdi)
+                return fresh == freshness(vdi) and self.pool.never_ran(vdi, seen.vbds)
+            except XenApiError:
+                return False
 
     # -- changing ---------------------------------------------------------------------------------
 
@@ -190,10 +188,16 @@ class XenApiDisks:
             with self.growing(template, owner, size) as (vm, vdi, marks):
                 self._step(f"clone the disk of {machine} from {template.label}")
                 self.pool.call("VM.provision", vm.ref)
+                self.named(vdi, machine)
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 self.pool.call("VM.set_name_label", vm.ref, machine)
             made = dict(vm.record) | {"name_label": machine, "other_config": vm.other_config(marks)}
             return self.disk(Seen(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
+
+    def named(self, vdi: Vdi, machine: str) -> None:
+        """A disk is called after its machine; one grown from a checkpoint is so already."""
+        if vdi.record["name_label"] != machine:
+            self.pool.call("VDI.set_name_label", vdi.ref, machine)
 
     def check_name(self, machine: str) -> None:
         """Conflict where a machine of that name has a disk; NotOurs where it is somebody else's."""
@@ -298,8 +302,10 @@ class XenApiDisks:
         if vm.marks.get("fresh"):  # the snapshot outlives a power cut, and its leaf looks unwritten
             self.pool.keep()
         seeds = [r["VDI"] for r in seen.vbds.values() if r["userdevice"] != DISK and r["VDI"] != NULL]
+        self._attached_anew(seen)
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)
+        self.pool.updated(seen.vdi)  # what it took is its parent's now, and the server may not tell yet
         batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}", "vbd", "vdi"], seen.token)
         record = batch.records.get(ref) or call("VM.get_record", ref)
         vdi = batch.records.get(seen.vdi.ref) or call("VDI.get_record", seen.vdi.ref)
@@ -314,6 +320,14 @@ class XenApiDisks:
         config = snapshot.other_config(marks)
         call("VM.set_other_config", ref, config)
         return Vm(ref, {**record, "other_config": config})
+
+    def _attached_anew(self, seen: Seen) -> None:
+        """So that its VBD tells of starts since the checkpoint, not of those before."""
+        assert seen.vdi and seen.attached
+        vbd, vdi = seen.attached
+        if seen.vbds[vbd]["device"]:
+            self.pool.ignoring_gone("VBD.destroy", vbd)
+            self.pool.attach(seen.vm.ref, vdi, DISK, read_only=False)
 
     def _remark(self, vm: Vm, marks: Mapping[str, str]) -> None:
         with contextlib.suppress(XenApiError, FarmhandError):
@@ -374,6 +388,7 @@ class XenApiDisks:
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
         vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))
+        self.named(vdi, seen.vm.name)
         marks = {
             **seen.vm.marks, "disk": f"{vdi.uuid} {vdi.ref}", "base": name, "before": "",
             "fresh": seen.freshness(vdi),
@@ -398,13 +413,9 @@ class XenApiDisks:
         kept = seen.checkpoint(name)
         if kept is not None:
             return kept
-        label = seen.vm.marks["template"]
-        _, _, ref = seen.vm.marks.get("source", "").partition(" ")
-        if ref:
-            with contextlib.suppress(XenApiError):
-                vm = Vm(ref, self.pool.call("VM.get_record", ref))
-                if vm.kind == "template" and vm.marks["label"] == label:
-                    return vm
+        label, source = seen.vm.marks["template"], seen.source
+        if source and source.kind == "template" and source.marks["label"] == label:
+            return source
         found = [vm for vm in self._sealed.among(self.pool.all_vms()) if vm.marks["label"] == label]
         if not found:
             raise NotFound(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
-from hypervisors.xenapi.wait import do, watch
+from hypervisors.xenapi.wait import watch
 from hypervisors.xenapi.warm import half_back
 from inventory.errors import (
     Conflict,
@@ -52,6 +52,12 @@ _FLOOR_PART = 4
 """A machine's static minimum is this part of its memory: what XenServer allows a Linux guest."""
 _NEAR = 2**20
 """Bytes a guest may be off its target and still have reached it: xapi counts in pages and rounds."""
+_NOT_BEGUN = (
+    "HOST_DISABLED", "HOST_NOT_ENOUGH_FREE_MEMORY", "HOST_NOT_LIVE", "LICENCE_RESTRICTION",
+    "NO_HOSTS_AVAILABLE", "OPERATION_BLOCKED", "OPERATION_NOT_ALLOWED", "VM_HVM_REQUIRED",
+    "VM_INCOMPATIBLE_WITH_THIS_HOST", "VM_REQUIRES_NETWORK", "VM_REQUIRES_SR",
+)  # fmt: skip
+"""VM.start has done nothing then."""
 _LAG = 10.0
 """Seconds after which the server's statistics are up to date: two of its rounds (rrdd, xapi 23.10)."""
 _DEAF = ("VM_LACKS_FEATURE", "VM_MISSING_PV_DRIVERS", "VM_FAILED_SHUTDOWN_ACKNOWLEDGMENT")
@@ -64,11 +70,16 @@ class XenApiHypervisor:
         self._farm = disks.pool.farm
         self._step = step
         self._networks: dict[str, str] = {}
+        self._dmc: bool | None = None
 
     def capabilities(self) -> Capabilities:
         with translated("ask the server what it can"):
-            why_not = self._disks.warm.why_not()
+            why_not, balloons = self._disks.warm.why_not(), self._has_dmc()
         notes = [why_not] if why_not else []
+        if not balloons:
+            notes.append(
+                "the licence has no Dynamic Memory Control: a running VM's memory can't be changed"
+            )
         notes.append("guests without xe-guest-utilities can't be asked to shut down: they are cut off")
         return Capabilities(
             driver="xenapi",
@@ -76,11 +87,18 @@ class XenApiHypervisor:
             power=True,
             reset=True,
             linked_clones=not self._pool.copy,
-            live_balloon=True,
+            live_balloon=balloons,
             warm_checkpoints=not why_not,
             console=False,
             notes=tuple(notes),
         )
+
+    def _has_dmc(self) -> bool:
+        """Whether the licence lets a running VM have another amount of memory; asked once."""
+        if self._dmc is None:
+            (pool,) = self._pool.call("pool.get_all_records").values()
+            self._dmc = pool["restrictions"].get("restrict_dmc") != "true"
+        return self._dmc
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -157,8 +175,9 @@ class XenApiHypervisor:
 
     def _made(self, spec: MachineSpec, template: Template) -> Machine:
         call = self._pool.call
-        with self._disks.growing(template, spec.owner, spec.disk_size) as (vm, _, grown):
+        with self._disks.growing(template, spec.owner, spec.disk_size) as (vm, vdi, grown):
             call("VM.provision", vm.ref)
+            self._disks.named(vdi, spec.name)
             marks = grown | self._configure(vm, spec, {}, set())
             self._step(f"define {spec.name}")
             config = vm.other_config(marks)
@@ -295,7 +314,8 @@ class XenApiHypervisor:
             seen = self._disks.ours(name)
             self._defined(seen.vm, name)
             if seen.vm.power is Power.SUSPENDED:
-                self._disks.warm.resume(seen, doing)
+                with self._reasons(seen.vm):
+                    self._disks.warm.resume(seen, doing)
                 return
             if seen.vm.power is not Power.STOPPED:
                 raise WrongState(
@@ -319,7 +339,36 @@ class XenApiHypervisor:
             most = str(vm.record["memory_static_max"])
             if str(vm.record["memory_dynamic_min"]) != most:  # as it was ballooned to when it last ran
                 self._pool.call("VM.set_memory_dynamic_range", vm.ref, most, most)
-            self._pool.call("VM.start", vm.ref, False, False)
+            try:
+                with self._reasons(vm):
+                    self._pool.call("VM.start", vm.ref, False, False)
+            except XenApiError as error:
+                if error.code in _NOT_BEGUN:  # nobody wrote to it
+                    with contextlib.suppress(XenApiError, FarmhandError):
+                        before = vm.other_config({**marks, "fresh": vm.marks.get("fresh", "")})
+                        self._pool.call("VM.set_other_config", vm.ref, before)
+                raise
+
+    @contextlib.contextmanager
+    def _reasons(self, vm: Vm) -> Iterator[None]:
+        """NO_HOSTS_AVAILABLE, which is told whatever the reason, becomes what each host says: with the
+        code of the first one's, which tells what to do."""
+        try:
+            yield
+        except XenApiError as error:
+            if error.code != "NO_HOSTS_AVAILABLE":
+                raise
+            found: list[tuple[str, XenApiError]] = []
+            with contextlib.suppress(XenApiError, FarmhandError):
+                for ref, host in self._pool.call("host.get_all_records").items():
+                    try:
+                        self._pool.call("VM.assert_can_boot_here", vm.ref, ref)
+                    except XenApiError as why:
+                        found.append((str(host["name_label"]), why))
+            if not found:
+                raise
+            hosts = "; ".join(f"{name}: {_brief(why)}" for name, why in found)
+            raise XenApiError([found[0][1].code, f"{error.code}, {hosts}"]) from error
 
     def stop(self, name: str, *, grace: float) -> None:
         with translated(f"stop {name}"):
@@ -329,7 +378,7 @@ class XenApiHypervisor:
             if grace > 0 and vm.power is Power.RUNNING:
                 self._step(f"ask {name} to shut down")
                 try:
-                    do(self._pool.sessions, "VM.clean_shutdown", vm.ref, limit=grace)
+                    self._pool.shut_off("VM.clean_shutdown", vm, limit=grace)
                     return
                 except TimedOut:
                     pass
@@ -343,7 +392,7 @@ class XenApiHypervisor:
             return
         self._step(f"cut the power of {name}")
         try:
-            self._pool.call("VM.hard_shutdown", vm.ref)
+            self._pool.shut_off("VM.hard_shutdown", vm)
         except XenApiError as error:
             if not _halted(error):  # it just ended
                 raise
@@ -395,6 +444,11 @@ class XenApiHypervisor:
                 raise UsageError(
                     f"{name} can't go down to {format_size(target)}: it needs {format_size(least)}"
                 )
+            if target != most and not self._has_dmc():
+                raise Unsupported(
+                    f"{name} can't be ballooned: the server's licence has no Dynamic Memory Control",
+                    remedy="set 'memory' in the farm file instead",
+                )
             self._step(f"set the memory of {name} to {format_size(target)}")
             self._pool.call("VM.set_memory_dynamic_range", vm.ref, str(target), str(target))
             reached, approach = 0, Approach(target, timeout)
@@ -420,13 +474,14 @@ class XenApiHypervisor:
 
     def memory(self, name: str) -> MemoryUse:
         """The least is the static minimum: servers no longer tell what a guest uses
-        (VM_guest_metrics.memory is there, and empty)."""
+        (VM_guest_metrics.memory is there, and empty); without the licence for more, all that it has."""
         with translated(f"ask for the memory of {name}"):
             vm = self._ours(name)
             metrics = self._metrics(vm)
             if vm.power is not Power.RUNNING or metrics is None:
                 raise _stopped(name)
             least, most = (int(vm.record[f"memory_static_{end}"]) for end in ("min", "max"))
+            least = least if self._has_dmc() else most
             return MemoryUse(actual=_current(vm.record, metrics), maximum=most, least=least)
 
     def console(self, name: str) -> Console:
@@ -514,6 +569,11 @@ def _is_on(vm: Vm) -> bool:
 
 def _halted(error: XenApiError) -> bool:
     return error.code == "VM_BAD_POWER_STATE" and error.parameters[-1].lower() == "halted"
+
+
+def _brief(error: XenApiError) -> str:
+    """Without references, which tell nobody anything."""
+    return " ".join((error.code, *(p for p in error.parameters if not p.startswith("OpaqueRef:"))))
 
 
 def _stopped(name: str) -> WrongState:

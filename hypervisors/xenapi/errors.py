@@ -40,8 +40,18 @@ _KINDS: dict[str, tuple[type[FarmhandError], str]] = {
     "LICENCE_RESTRICTION": (Unsupported, "the server's licence doesn't cover it"),
     "SR_FULL": (NoSpace, "make room in the storage repository: ./invoke gc shows what can go"),
     "SR_BACKEND_FAILURE_44": (NoSpace, "make room in the storage repository: ./invoke gc"),
-    "NO_HOSTS_AVAILABLE": (NoSpace, "no host has the memory for it: stop or balloon another VM"),
+    "NO_HOSTS_AVAILABLE": (NoSpace, "no host can run it now; most often for want of memory: stop or "
+                           "balloon another VM"),
     "HOST_NOT_ENOUGH_FREE_MEMORY": (NoSpace, "stop or balloon another VM"),
+    "VM_HVM_REQUIRED": (Unsupported, "switch virtualization (VT-x, AMD-V) on in the host's firmware"),
+    "VM_INCOMPATIBLE_WITH_THIS_HOST": (WrongState, "its memory is of a host with other CPU features: "
+                                       "start it there, or give the memory up: ./invoke stop"),
+    "VM_REQUIRES_SR": (WrongState, "the host has no access to its storage: xe pbd-list"),
+    "VM_REQUIRES_NETWORK": (WrongState, "the host isn't on its network: xe pif-list"),
+    "HOST_DISABLED": (WrongState, "it is in maintenance: xe host-enable"),
+    "HOST_NOT_LIVE": (DriverFailed, "the host is down: xe host-list"),
+    "MEMORY_CONSTRAINT_VIOLATION_MAXPIN": (Unsupported, "the server's licence has no Dynamic Memory "
+                                           "Control: set 'memory' in the farm file instead"),
     "MEMORY_CONSTRAINT_VIOLATION": (UsageError, "give a size within the VM's limits"),
     "MEMORY_CONSTRAINT_VIOLATION_ORDER": (UsageError, "give a size within the VM's limits"),
     "MAC_INVALID": (UsageError, "give the VM another 'mac'"),

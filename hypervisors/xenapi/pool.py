@@ -24,11 +24,14 @@ from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, Vm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
-from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress
+from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
 from inventory.errors import DriverFailed, FarmhandError, NotFound
 
 Record = Mapping[str, Any]
+_HALTING = 10.0
+"""Seconds in which a machine is off whose shutdown was answered with an error."""
 _ASKING = ("event", "session", "task")  # classes
+_UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
 _REMOVING = ("VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy")
 
 
@@ -42,7 +45,7 @@ class Seen:
     checkpoints: tuple[Vm, ...]  # our snapshots of it, oldest first
     unfinished: tuple[Vm, ...]  # other snapshots of it
     vbds: Mapping[str, Record]
-    metrics: Record | None
+    source: Vm | None  # the template that its mark names, if it is there
     token: str
     others: Mapping[str, Record] = field(default_factory=dict)
 
@@ -74,19 +77,15 @@ class Seen:
         return base if base in self.checkpoint_names else self.vm.marks.get("before", "clean")
 
     def freshness(self, vdi: Vdi | None = None) -> str:
-        """What changes when anything is written to the disk: its own bytes in the store, the snapshots
-        of it, the machine's last start."""
+        """See ``freshness``."""
         seen = vdi or self.vdi
-        if seen is None:
-            return ""
-        start = str(self.metrics["start_time"]) if self.metrics else ""
-        return freshness(seen, start)
+        return freshness(seen) if seen else ""
 
 
-def freshness(vdi: Vdi, start: str = "") -> str:
-    """``start``: VM_metrics.start_time, 1970 where it never ran."""
-    ran = "never" if start.startswith("1970") or not start else start
-    return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])} {ran}"
+def freshness(vdi: Vdi) -> str:
+    """What changes when a disk is written to, as far as its record tells: its own bytes in the storage,
+    as of VDI.update, and the snapshots of it. Whether a machine ran with it: ``Pool.never_ran``."""
+    return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])}"
 
 
 class _Mine(threading.local):
@@ -138,7 +137,7 @@ class Pool:
     def _count(self, name: str) -> None:
         """Afterwards: what ``keep`` has begun before is not sure to have it."""
         class_, _, verb = name.partition(".")
-        if class_ in _ASKING or verb.startswith("get_") or name in ("pool.sync_database", "SR.scan"):
+        if class_ in _ASKING or verb.startswith("get_") or name in _UNCHANGING:
             return
         with self._guard:
             self._changes += 1
@@ -248,7 +247,9 @@ class Pool:
     def seen(self, vm: Vm) -> Seen:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
         wanted += [f"vbd/{ref}" for ref in vm.record["VBDs"]]
-        wanted += [f"vm_metrics/{vm.record['metrics']}"]
+        _, _, template = vm.marks.get("source", "").partition(" ")
+        if template:
+            wanted.append(f"vm/{template}")
         if vm.disk:
             wanted.append(f"vdi/{vm.disk[1]}")
         batch = look(self.sessions, wanted)
@@ -261,7 +262,7 @@ class Pool:
             checkpoints=tuple(sorted(ours, key=lambda s: checkpoint_of(s).created)),
             unfinished=tuple(s for s in snapshots if s not in ours),
             vbds={ref: records[ref] for ref in vm.record["VBDs"] if ref in records},
-            metrics=records.get(vm.record["metrics"]),
+            source=Vm(template, records[template]) if template in records else None,
             token=batch.token,
         )
 
@@ -333,6 +334,45 @@ class Pool:
                         remedy="name one in the host's 'sr'",
                     )
         return self._sr
+
+    # -- whether a disk was used -------------------------------------------------------------------
+
+    def updated(self, vdi: Vdi) -> Vdi:
+        """What the storage says of it now: until VDI.update the record tells what it took long ago."""
+        try:
+            self.call("VDI.update", vdi.ref)
+        except XenApiError as error:
+            if error.code != "SR_OPERATION_NOT_SUPPORTED":  # then it is always up to date
+                raise
+        return Vdi(vdi.ref, self.call("VDI.get_record", vdi.ref))
+
+    def never_ran(self, vdi: Vdi, vbds: Mapping[str, Record]) -> bool:
+        """Whether no machine ever ran with it, whoever started it. A VBD gets its device's name in the
+        guest when it is first plugged, and keeps it as long as it is there; a start and a halt leave
+        nothing else that lasts (read in xapi's xapi_xenops.ml, update_vbd). ``vbds``: those known
+        already. A disk that no VBD has tells nothing: False."""
+        refs = vdi.record["VBDs"]
+        more = [ref for ref in refs if ref not in vbds]
+        known = {**vbds, **(look(self.sessions, [f"vbd/{ref}" for ref in more]).records if more else {})}
+        records = [known.get(ref) for ref in refs]
+        return bool(records) and all(record and not record["device"] for record in records)
+
+    def shut_off(self, name: str, vm: Vm, *, limit: float = 0.0) -> None:
+        """VM.clean_shutdown (a task of so many seconds at most) or VM.hard_shutdown. Now and then xapi
+        answers with INTERNAL_ERROR although the machine is off a moment later: its own event thread
+        removes a device's record that is still wanted (measured, 23.10)."""
+        try:
+            if limit:
+                do(self.sessions, name, vm.ref, limit=limit)
+            else:
+                self.call(name, vm.ref)
+        except XenApiError as error:
+            if error.code != "INTERNAL_ERROR":
+                raise
+            for record in watch(self.sessions, f"vm/{vm.ref}", _HALTING):
+                if record is not None and record["power_state"] == "Halted":
+                    return
+            raise
 
     # -- making disks ---------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def when(text: str) -> datetime:
 
 
 def started(metrics: Mapping[str, Any]) -> datetime:
-    """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what never ran."""
+    """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what doesn't run."""
     text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
     return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
 

@@ -56,7 +56,7 @@ _ANY = "*"
 """In the mark ``resume``: no image of this machine is to be trusted, for VM.checkpoint is at work."""
 _IMAGE_MORE = (126, 100, 100 * 2**20)
 """A suspend image takes static_max x 126 / 100 and so many bytes more (measured, xapi 23.10)."""
-_NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY")
+_NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY", "VM_INCOMPATIBLE_WITH_THIS_HOST")
 """VM.resume has not begun."""
 
 
@@ -89,12 +89,10 @@ class Warm:
         return "" if self._suspend_sr() else "the pool has no suspend image SR: no warm checkpoints"
 
     def _suspend_sr(self) -> Mapping[str, Any] | None:
-        (pool,) = self.pool.call("pool.get_all_records").values()
-        if pool["suspend_image_SR"] != NULL:
-            with contextlib.suppress(XenApiError):  # it may name one that is no more
-                record: Mapping[str, Any] = self.pool.call("SR.get_record", pool["suspend_image_SR"])
-                return record
-        return None
+        """The pool may name one that is no more."""
+        records = look(self.pool.sessions, ["pool", "sr"]).records
+        named = (r["suspend_image_SR"] for r in records.values() if r and "suspend_image_SR" in r)
+        return records.get(next(named, NULL))
 
     # -- there ------------------------------------------------------------------------------------
 

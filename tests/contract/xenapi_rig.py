@@ -29,6 +29,8 @@ from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Server, Sessions, connection
+from inventory.loader import loads
+from inventory.model import Farm
 
 MIB = 2**20
 SIZE = 64 * MIB
@@ -36,6 +38,8 @@ FARM = "kata"
 REAL_URL = os.environ.get("FARMHAND_XENAPI_URL", "")
 HOW = "a real XenAPI server" if REAL_URL else "simulated: the XenAPI test server"
 MOST_CALLS = {"clone": 11, "start": 6, "reset": 11}  # a VM: see docs/xenapi.md
+NETWORK = "Pool-wide network associated with eth0"
+"""As a server calls its own."""
 _SERVER = Path(__file__).parents[1] / "xenapi" / "server.py"
 
 
@@ -57,7 +61,7 @@ class TestServer:
         self.fingerprint = str(told["fingerprint"])
         self.credentials = self.directory / "credentials"
         self.ca = self.directory / "ca.pem"
-        self.sr, self.network = "", "build"
+        self.sr, self.network = "", NETWORK
 
     def server(self, **options: Any) -> Server:
         return Server(url=self.https, credentials=self.credentials, **({"ca": self.ca} | options))
@@ -92,7 +96,7 @@ class RealServer:
         self.ca = Path(env["FARMHAND_XENAPI_CA"]) if "FARMHAND_XENAPI_CA" in env else None
         self.fingerprint = env.get("FARMHAND_XENAPI_FINGERPRINT", "")
         self.sr = env.get("FARMHAND_XENAPI_SR", "")
-        self.network = env.get("FARMHAND_XENAPI_NETWORK", "Pool-wide network associated with eth0")
+        self.network = env.get("FARMHAND_XENAPI_NETWORK", NETWORK)
 
     def server(self, **options: Any) -> Server:
         trust = {"ca": self.ca, "fingerprint": self.fingerprint}
@@ -111,6 +115,17 @@ def xenapi_server() -> Iterator[TestServer | RealServer]:
         server.close()
 
 
+def declared(server: TestServer | RealServer) -> Farm:
+    """Such a server's names as a farm file gives them."""
+    host = {"driver": "xenapi", "uri": server.https, "credentials": str(server.credentials)}
+    farm = {
+        "farm": FARM, "hosts": {"xen": host | ({"sr": server.sr} if server.sr else {})},
+        "network": {"mode": "network", "network": server.network, "addressing": "dhcp"},
+        "templates": {"base": {"build": "debian-12"}}, "vms": {"prod": {}},
+    }  # fmt: skip
+    return loads(json.dumps(farm).encode(), Path("farm.yaml"))  # JSON is YAML
+
+
 class XenApiRig:
     """Implements the contract's StoreRig; a letter at 1 MiB stands for a disk's content."""
 
@@ -118,6 +133,7 @@ class XenApiRig:
 
     def __init__(self, place: Path, server: TestServer | RealServer) -> None:
         self.place, self.server = place, server
+        self.farm = declared(server)
         self._sessions: list[Sessions] = []
         self._foreign: list[str] = []
         if REAL_URL:
@@ -131,7 +147,8 @@ class XenApiRig:
 
     def pool(self, farm: str = FARM, **options: Any) -> Pool:
         notes = Notes(self.place / "notes")
-        return Pool(self.sessions(), farm, sr=self.server.sr, notes=notes, **options)
+        sr = self.farm.hosts["xen"].sr or ""
+        return Pool(self.sessions(), farm, sr=sr, notes=notes, **options)
 
     def disks(self, farm: str = FARM, *, step=no_step, **options: Any) -> XenApiDisks:
         return XenApiDisks(self.pool(farm), Runner(), step=step, **options)
@@ -215,7 +232,7 @@ class XenApiMachines(XenApiRig):
         assert not port, "no user-mode network here"
         return MachineSpec(
             name=f"{FARM}-{vm}", owner=Owner(FARM, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
-            nic=Nic(mac="00:16:3e:0a:0b:0c", mode="network", target=self.server.network),
+            nic=Nic(mac="00:16:3e:0a:0b:0c", mode="network", target=self.farm.network.network or ""),
         )  # fmt: skip
 
     def boot(self, vm: str, stamp: str = "") -> str:

@@ -225,7 +225,7 @@ class XenApiPlace(Place):
     """The XenAPI test server: machines and disks are its own."""
 
     label = "xenapi"
-    more = "network: {mode: network, network: build, addressing: dhcp}"
+    more = f"network: {{mode: network, network: '{xenapi_rig.NETWORK}', addressing: dhcp}}"
 
     def __init__(self, rig: xenapi_rig.XenApiRig, server: xenapi_rig.TestServer) -> None:
         self._rig, self._server = rig, server

@@ -283,6 +283,47 @@ def test_one_wrong_key_of_a_xenapi_host(keys: str) -> None:
     assert [line for line in found if line.startswith("6:")] == [XENAPI[keys]]
 
 
+SERVED = "{driver: xenapi, uri: 'https://x', credentials: c}"
+SEEN = "has characters that can't be seen, or a line break"
+NAMES = {
+    r'"a\nb"': rf"'a\nb' {SEEN}",
+    r'"\u202Egnp"': rf"'\u202egnp' {SEEN}",
+    '"build "': "'build ' begins or ends with a space",
+    '""': "at least one is needed",
+    f'"{"n" * 256}"': "a name has at most 255 characters",
+}
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:12])
+@pytest.mark.parametrize("key", ["network", "sr"])
+def test_one_bad_name_of_a_server(key: str, name: str) -> None:
+    sr, network = (name, "build") if key == "sr" else ("Local storage", name)
+    host = SERVED.replace("}", f", sr: {sr}}}")
+    hosts, place = f"hosts:\n  here: {host}", "network: {mode: network, addressing: dhcp, network: "
+    found = refused(f"{BASE}{hosts}\n{place}{network}}}\n")
+    where = "hosts.here.sr" if key == "sr" else "network.network"
+    assert [line.split(": ", 1)[1] for line in found] == [f"{where}: {NAMES[name]}"]
+
+
+FREE = '"Pool-wide network associated with eth0"'
+
+
+@pytest.mark.parametrize(
+    ("hosts", "services"),
+    [
+        ("{here: {}}", ""),
+        (f"{{here: {SERVED}, other: {{}}}}", ""),
+        (f"{{here: {SERVED}}}", "services: {libvirt: {uri: 'qemu:///system'}}\n"),
+    ],
+)
+def test_any_text_names_a_network_of_xenapi_hosts_only(hosts: str, services: str) -> None:
+    network = f"network: {{mode: network, addressing: dhcp, network: {FREE}}}"
+    text = BASE.replace("prod: {", "prod: {host: other, ") if "other" in hosts else BASE
+    text = text.replace("dev2: {", "dev2: {host: here, ") if "other" in hosts else text
+    found = refused(f"{text}hosts: {hosts}\n{network}\n{services}")
+    assert any("is not a libvirt network's name" in line for line in found), found
+
+
 def test_a_xenapi_server_boots_no_kernel_of_ours() -> None:
     xenapi = "{here: {driver: xenapi, uri: 'https://x', credentials: c}}"
     text = BASE.replace("debian-12", "debian-12, boot: {kernel: /vmlinuz, cmdline: ro}")

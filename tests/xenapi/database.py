@@ -31,7 +31,7 @@ _WRITTEN = ("objects", "_moments")
 """What the database is; the rest is the storage's, or this process' own."""
 _STATE = (
     *_WRITTEN, "_generation", "_stamps", "_gone", "_versions", "_images", "_before", "_stale", "harm",
-    "_file",
+    "_told_used", "_file",
 )  # fmt: skip
 
 
@@ -52,6 +52,11 @@ class Knobs:
     slow: float = 0.0  # what a clone, snapshot or revert takes
     back_off: float = 0.0  # what a call that had to wait for another waits on top
     lazy_vbds: bool = False
+    dmc: bool = True  # the licence has Dynamic Memory Control
+    unfit: str = ""  # the error that assert_can_boot_here has, whatever the memory
+    late_halt: bool = False  # a shutdown answers with an error, and has worked a moment later
+    in_turn: float = 0.2  # what a storage change waits at most that met another in its SR: 19 s, scaled
+    task_time: float = 0.02  # seconds that a task takes at least; it changes all the while
     lag: int = 2  # looks at a machine's memory after a start that tell what it was in the run before
     session_life: int = 0  # calls after which a session has expired; 0: never
     slave_of: str = ""  # told to whoever logs in, but for at the address ``master_at``
@@ -74,6 +79,8 @@ class Database:
         self._moments: dict[str, dict[str, Any]] = {}  # by snapshot, its VM's fields then
         self._versions: dict[str, str] = {}  # by VDI, what it holds
         self._images: dict[str, dict[str, str]] = {}  # by suspend image: by place, what the disks held
+        self._told_used: dict[str, int] = {}  # by VDI, its use at SM's last look
+        self.collisions = 0  # storage changes that met another in their SR
         self._before: dict[str, int] = {}  # by VM_metrics: the memory when it was last switched off
         self._stale: dict[str, tuple[int, int]] = {}  # by VM_metrics: a number, so many looks more
         self.harm: list[str] = []  # images that were resumed on disks which they weren't of
@@ -157,7 +164,7 @@ class Database:
             if owner == class_:
                 told[name] = [r for r, other in self.objects[lister].items() if other[by] == ref]
         if class_ == "VDI":
-            told["physical_utilisation"] = self.contents.used(told["uuid"])
+            told["physical_utilisation"] = self._told_used.get(told["uuid"], 0)
         if class_ == "VM_metrics" and ref in self._stale:
             told["memory_actual"], left = self._stale[ref]
             self._stale[ref] = (told["memory_actual"], left - 1)

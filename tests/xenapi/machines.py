@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from database import Died, now
-from model import NULL, Failure, Ref
+from model import NEVER, NULL, Failure, Ref
 from storage import Storage, new_mac
 
 _RESTORED = (
@@ -27,6 +29,32 @@ class Machines(Storage):
             wanted = expected[0].lower()
             raise Failure("VM_BAD_POWER_STATE", ref, wanted, record["power_state"].lower())
         return record
+
+    @contextlib.contextmanager
+    def in_turn(self, call: str, arguments: list[Any]) -> Iterator[None]:
+        """Storage changes of one SR: who meets another waits for it, and then some time more (xapi tries
+        again after a random time)."""
+        if call not in ("VM.clone", "VM.snapshot", "VDI.create", "VDI.destroy", "VDI.resize"):
+            yield
+            return
+        lock = self._busy.setdefault(self._sr_of(call, arguments[0]), threading.Lock())
+        if not lock.acquire(blocking=False):
+            self.collisions += 1
+            lock.acquire()
+            time.sleep(random.uniform(0, self.knobs.in_turn))
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _sr_of(self, call: str, subject: Any) -> str:
+        with self.changed:
+            if call == "VDI.create":
+                return str(subject["SR"])
+            if call.startswith("VM."):
+                vbds = (v for v in self.objects["VBD"].values() if v["VM"] == subject)
+                subject = next((v["VDI"] for v in vbds if v["VDI"] != NULL), "")
+            return str(self.objects["VDI"].get(subject, {}).get("SR", ""))
 
     def VM_create(self, args: dict[str, Any]) -> Ref:
         self._ordered(args)
@@ -222,22 +250,44 @@ class Machines(Storage):
             self._state(ref, "Halted")
             self._runs(ref, paused)
 
-    def _runs(self, ref: str, paused: bool) -> None:
-        record = self.get("VM", ref)
+    def VM_assert_can_boot_here(self, ref: str, host: str) -> None:
+        self.get("host", host)
+        if why := self._why_not(ref):
+            raise Failure(*why)
+
+    def _why_not(self, ref: str) -> tuple[str, ...]:
+        """Why the host can't run it."""
+        (host,) = self.objects["host"]
+        match self.knobs.unfit:
+            case "VM_HVM_REQUIRED":
+                return self.knobs.unfit, ref
+            case "VM_INCOMPATIBLE_WITH_THIS_HOST":
+                return (
+                    self.knobs.unfit,
+                    ref,
+                    host,
+                    "VM last booted on a CPU with features this host lacks",
+                )
         taken = sum(
             self.get("VM_metrics", vm["metrics"])["memory_actual"]
             for vm in self.objects["VM"].values() if vm["power_state"] == "Running"
         )  # fmt: skip
-        if taken + record["memory_dynamic_min"] > self.knobs.host_memory:
-            raise Failure("NO_HOSTS_AVAILABLE")
+        free, need = self.knobs.host_memory - taken, self.get("VM", ref)["memory_dynamic_min"]
+        return ("HOST_NOT_ENOUGH_FREE_MEMORY", str(need), str(free)) if need > free else ()
+
+    def _runs(self, ref: str, paused: bool) -> None:
+        record = self.get("VM", ref)
+        if self._why_not(ref):
+            raise Failure("NO_HOSTS_AVAILABLE")  # whatever the reason
         mine = [(r, v) for r, v in self.objects["VBD"].items() if v["VM"] == ref]
         for _, vbd in mine:
             if vbd["VDI"] != NULL:
                 self._there(vbd["VDI"])
             if vbd["mode"] == "RW" and vbd["VDI"] != NULL:
                 self._attached(vbd["VDI"], "attach")
-        for device, _ in mine:
-            self.change("VBD", device, currently_attached=True)
+        for device, vbd in mine:  # its name in the guest stays, also when that is off
+            name = "xvd" + "abcdefgh"[int(vbd["userdevice"])]
+            self.change("VBD", device, currently_attached=True, device=name)
         self._half_done()
         for device in [r for r, v in self.objects["VIF"].items() if v["VM"] == ref]:
             self.change("VIF", device, currently_attached=True)
@@ -279,13 +329,29 @@ class Machines(Storage):
         self._before[metrics] = self.get("VM_metrics", metrics)["memory_actual"] or \
             self._before.get(metrics, 0)  # fmt: skip
         self._stale.pop(metrics, None)
-        self.change("VM_metrics", metrics, memory_actual=0)
+        halted = {"start_time": NEVER} if power == "Halted" else {}
+        self.change("VM_metrics", metrics, memory_actual=0, **halted)
         self.change("VM", ref, power_state=power, guest_metrics=Ref(NULL))
 
     def VM_hard_shutdown(self, ref: str) -> None:
         with self.busy(ref):
             self._state(ref, "Running", "Paused", "Suspended")
-            self._powerless(ref)
+            self._ended(ref, self._powerless)
+
+    def _ended(self, ref: str, end: Callable[[str], None]) -> None:
+        """As xapi is now and then: it answers before its event thread has seen to all."""
+        if not self.knobs.late_halt:
+            end(ref)
+            return
+
+        def later() -> None:
+            time.sleep(0.1)
+            with self.changed, contextlib.suppress(Failure):
+                end(ref)
+
+        threading.Thread(target=later, daemon=True).start()
+        gone = f"VM and id {self.get('VM', ref)['uuid']}/vbd.xvda does not exist in xenopsd"
+        raise Failure("INTERNAL_ERROR", f"Object with type {gone}")
 
     def _powerless(self, ref: str) -> None:
         image = self.get("VM", ref)["suspend_VDI"]
@@ -301,7 +367,7 @@ class Machines(Storage):
             self._state(ref, "Running")
             if not self.knobs.agent:
                 raise Failure("VM_LACKS_FEATURE", ref)
-            self._off(ref)
+            self._ended(ref, self._off)
 
     # -- memory and CPUs ------------------------------------------------------------------------------
 
@@ -322,6 +388,8 @@ class Machines(Storage):
         record = self.get("VM", ref)
         wanted = {"memory_dynamic_min": least, "memory_dynamic_max": most}
         self._ordered(record | wanted)
+        if not self.knobs.dmc and not least == most == record["memory_static_max"]:
+            raise Failure("MEMORY_CONSTRAINT_VIOLATION_MAXPIN", "DMC disabled")
         self.change("VM", ref, **wanted)
         if record["power_state"] == "Running" and self.knobs.obeys:
             threading.Thread(target=self._balloon, args=(ref, most), daemon=True).start()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NULL = "OpaqueRef:NULL"
+NEVER = "19700101T00:00:00Z"
 _DATA = json.loads(Path(__file__).with_name("datamodel.json").read_text(encoding="utf-8"))
 CALLS, CLASSES, ENUMS = _DATA["calls"], _DATA["classes"], _DATA["enums"]
 # Names that a real server answers with and the generated table lacks, as measured (VM_IS_SNAPSHOT).
@@ -114,7 +115,7 @@ def _nothing(kind: str, default: str | None) -> Any:
         case "bool":
             return default == "true"
         case "datetime":
-            return "19700101T00:00:00Z"
+            return NEVER
     return (default or "").strip('"')
 
 

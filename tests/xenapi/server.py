@@ -16,7 +16,8 @@ it has not read, and hangs up; ["block", SECONDS] does it that much later; ["exp
 forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
 and hangs up; ["cut", PARTS] is the same, and takes what of the database wasn't written to its disk;
 ["cut-unnoticed"] is the same right after the answer, and the server is up again before the next call.
-"cut" does that now. "harm" has what went wrong within guests; "settle" waits until all tasks are over.
+"cut" does that now. "harm" has what went wrong within guests,
+"collisions" how often a storage change met another in its SR; "settle" waits until all tasks are over.
 Async.X counts as X, and fails in its task.
 """
 
@@ -127,7 +128,8 @@ class Server:
                 raise Failure(*how[1:])
             if how[:1] == ["block"]:
                 time.sleep(float(how[1]))
-            return handler(*typed)
+            with self.world.in_turn(plain, typed):
+                return handler(*typed)
 
         if how[:1] in (["dies"], ["cut"]):
             parts, lost = int(how[1]) if how[1:] else 1, how[0] == "cut"
@@ -167,6 +169,8 @@ class Server:
             return self.world.told()
         if request.get("settle"):
             self.world.settle()
+        if request.get("collisions"):
+            return self.world.collisions
         if request.get("harm"):
             return self.world.harm
         return self.faults.take_log() if request.get("log") else None

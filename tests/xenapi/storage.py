@@ -20,6 +20,7 @@ class Storage(Database):
         record = self.get("VDI", ref)
         record["location"] = record["uuid"]
         self.contents.create(record["uuid"], args["virtual_size"])
+        self.VDI_update(ref)
         return ref
 
     def _room(self, sr: str, need: int) -> None:
@@ -93,6 +94,7 @@ class Storage(Database):
         made = self.add("VDI", **(kept | fields))
         target = self.get("VDI", made)["uuid"]
         (self.contents.copy if full else self.contents.clone)(source["uuid"], target)
+        self._told_used[target] = self.contents.used(target)
         self._versions[target] = self._versions.get(source["uuid"], "")
         if source["uuid"] in self._images:
             self._images[target] = self._images[source["uuid"]]
@@ -120,7 +122,10 @@ class Storage(Database):
         self.change("VDI", ref, virtual_size=size)
 
     def VDI_update(self, ref: str) -> None:
-        self.get("VDI", ref)
+        """Only now, and after a clone, is known what a disk takes."""
+        uuid_ = self.get("VDI", ref)["uuid"]
+        self._told_used[uuid_] = self.contents.used(uuid_)
+        self._touch("VDI", ref)
 
     def VDI_set_name_label(self, ref: str, value: str) -> None:
         self.change("VDI", ref, name_label=value)

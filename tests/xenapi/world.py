@@ -33,6 +33,9 @@ from database import Died, Knobs, now
 from machines import Machines
 from model import CALLS, CLASSES, NULL, Failure, Ref, on_the_wire
 
+NETWORK = "Pool-wide network associated with eth0"
+"""As a server calls its own."""
+
 
 class World(Machines):
     def __init__(self, directory: Path, knobs: Knobs) -> None:
@@ -44,7 +47,7 @@ class World(Machines):
         )  # fmt: skip
         self.add("SR", name_label="Other storage", type="ext", content_type="user",
                  physical_size=knobs.sr_size)  # fmt: skip
-        self.add("network", name_label="build", bridge="xenbr0", MTU=1500)
+        self.add("network", name_label=NETWORK, bridge="xenbr0", MTU=1500)
         self.add("network", name_label="other", bridge="xenbr1", MTU=1500)
         self.add("pool", name_label="", master=host, default_SR=sr)
         dom0 = self.add("VM", name_label="Control domain on host: xen", is_control_domain=True,
@@ -59,6 +62,7 @@ class World(Machines):
     def _set_suspend_sr(self) -> None:
         (pool,) = self.objects["pool"].values()
         pool["suspend_image_SR"] = pool["default_SR"] if self.knobs.suspend_sr else Ref(NULL)
+        pool["restrictions"] = {"restrict_dmc": "false" if self.knobs.dmc else "true"}
 
     def turn(self, **knobs: Any) -> None:
         for name, value in knobs.items():
@@ -209,12 +213,21 @@ class World(Machines):
         self.get("task", ref)
         self.drop("task", ref)
 
+    def _changing(self, task: str) -> None:
+        """A task changes often: who may cancel it, what it does, how far it is."""
+        for part in range(6):
+            with self.changed, contextlib.suppress(Failure):
+                if self.get("task", task)["status"] == "pending":
+                    self.change("task", task, progress=part / 10)
+            time.sleep(self.knobs.task_time / 6)
+
     def run_task(self, name: str, call: Callable[[], Any]) -> Ref:
         """Async.NAME: at once a task; what it comes to is in its record."""
         kind = CALLS[name]["result"]
         ref = self.add("task", name_label=f"Async.{name}", status="pending", created=now())
 
         def run() -> None:
+            self._changing(ref)
             try:
                 value = on_the_wire(kind, call())
             except Failure as failure:
