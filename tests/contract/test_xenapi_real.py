@@ -112,7 +112,9 @@ def test_what_cannot_be_looked_at_is_not_proven(rig, server, made):
         ({"unfit": "VM_INCOMPATIBLE_WITH_THIS_HOST"}, WrongState, "with features this host lacks"),
     ],
 )
-def test_a_refused_start_has_its_reason_and_leaves_the_disk_clean(rig, server, made, knob, kind, words):
+def test_a_refused_start_has_its_reason_and_leaves_the_disk_clean(
+    rig, server, made, knob, kind, words
+):
     server.tell(knobs=knob)
     with pytest.raises(kind, match=rf"NO_HOSTS_AVAILABLE, xen: .*{words}") as caught:
         made.start(NAME)

@@ -85,7 +85,9 @@ async def everything(machine: Sshd, tmp_path: Path) -> None:
         assert (machine.home / "in/here/local").read_bytes() == data[:1000]
         begun = asyncio.Event()
         script = "sleep 300 & echo $! >pid; echo begun; wait"
-        slow = asyncio.ensure_future(connection.run(script, timeout=300, log=lambda _data: begun.set()))
+        slow = asyncio.ensure_future(
+            connection.run(script, timeout=300, log=lambda _data: begun.set())
+        )
         await begun.wait()
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -603,7 +603,9 @@ def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_pat
         tool = which(name)
         assert tool
         (applets / name).symlink_to(tool)
-    lab = labs(dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}})
+    lab = labs(
+        dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}}
+    )
     with lab.site([run("fetch", FETCH)]) as site:
         error, _ = fails(site)
     assert "dev2: a command failed with 127: " in error.message

@@ -155,7 +155,6 @@ def test_where_nothing_is_known_there_is_no_hint() -> None:
 @pytest.fixture
 def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A build of the recipe that ships, with these sources: the error, and the log."""
-
     def build(source: str) -> tuple[CommandFailed, Path]:
         def sources(_suite: str, work: Path) -> list[Path]:
             (work / "host.list").write_text(source)
@@ -163,7 +162,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(debian, "write_sources", sources)
         monkeypatch.setattr(debian, "apt_settings", lambda _runner: "")
-        place = tmp_path / 'a "b" c:d,e=%\''  # which apt can't be told of
+        place = tmp_path / "a \"b\" c:d,e=%'"  # which apt can't be told of
         place.mkdir(mode=0o711)
         log = place / "build.log"
         recipe = replace(load_recipe("debian-12"), variant="custom")

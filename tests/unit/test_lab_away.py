@@ -47,7 +47,7 @@ def _cut(away: Away) -> None:
 
 @pytest.mark.parametrize(
     ("command", "status"),
-    [("exit 0", 0), ('echo "it\'s"; exit 3', 3), ("exec sh -c 'kill -TRAP $$'", 128 + 5)],
+    [("exit 0", 0), ("echo \"it's\"; exit 3", 3), ("exec sh -c 'kill -TRAP $$'", 128 + 5)],
 )
 def test_its_status_tells_how_it_ended(tmp_path: Path, command: str, status: int) -> None:
     away = _away(tmp_path, [], [])

@@ -31,7 +31,7 @@ from provision.site import open_site
 
 MIB = 2**20
 UMASKS = pytest.mark.parametrize("umask", [0o000, 0o027, 0o077], ids=oct)
-AWKWARD = '-Jo o\'b "x" a:b %d%% %h k,=v ü {} $H \\t #;'
+AWKWARD = "-Jo o'b \"x\" a:b %d%% %h k,=v ü {} $H \\t #;"
 
 
 @pytest.fixture

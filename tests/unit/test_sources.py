@@ -470,7 +470,7 @@ def test_a_repository_inside_a_directory_that_is_none(lab):
 
 
 def test_a_url_that_answers_and_has_no_such_branch(lab, tmp_path):
-    steps = [reset("dev2"), run("fetch", 'git clone -q "$SOURCE_URL" src')]
+    steps = [reset("dev2"), run("fetch", "git clone -q \"$SOURCE_URL\" src")]
     port = free_port()
     serve = ["git", "daemon", "--listen=127.0.0.1", f"--port={port}", f"--base-path={lab.root}",
              "--export-all", "--reuseaddr"]  # fmt: skip
