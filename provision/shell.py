@@ -187,7 +187,7 @@ async def ended(channel: asyncssh.SSHClientChannel[bytes]) -> None:
 def _command(mark: str, end: str) -> str:
     line = f'while IFS= read -r l; do [ "$l" = {end} ] && break'
     return (
-        f'exec sh -c \'echo {mark[:8]}""{mark[8:]}; '
+        f"exec sh -c 'echo {mark[:8]}\"\"{mark[8:]}; "
         f'{line}; done; p=$({line}; printf "%s\\n" "$l"; done; echo "$l"); '
         f'case $p in *{end}) eval "${{p%{end}}}";; *) exit 125;; esac\''
     )

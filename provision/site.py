@@ -416,7 +416,7 @@ class Site:
             Sessions(server), self.farm.farm, sr=declared.sr or "",
             copy=declared.copy_mode == "full",
             progress=lambda what, part: self.reporter.working(f"{what}: {part:.0%}"),
-            notes=Notes(self.paths.root / f"xenapi-{host}"),
+            notes=Notes(self.paths.root / f"xenapi-{host}", plan=self.plan),
         )  # fmt: skip
         return XenApiDisks(pool, self.runner, step=current_step)
 

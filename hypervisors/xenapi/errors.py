@@ -58,7 +58,7 @@ _KINDS: dict[str, tuple[type[FarmhandError], str]] = {
     "DUPLICATE_VM": (Conflict, "another VM has its name"),
     "SESSION_AUTHENTICATION_FAILED": (DriverFailed, "check user and password in the host's "
                                       "'credentials' file"),
-    "RBAC_PERMISSION_DENIED": (DriverFailed, "the user needs the role vm-admin or higher"),
+    "RBAC_PERMISSION_DENIED": (DriverFailed, "the user needs the role pool-operator or higher"),
     "HOST_STILL_BOOTING": (DriverFailed, "wait until the server is up, then again"),
     "TASK_CANCELLED": (DriverFailed, "somebody cancelled it on the server: do it again"),
 }  # fmt: skip

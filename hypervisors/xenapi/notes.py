@@ -18,10 +18,10 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 
 class Notes:
-    """``directory`` None: nothing is noted."""
+    """``directory`` None: nothing is noted. ``plan``: they are read only."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, *, plan: bool = False) -> None:
+        self._directory, self.plan = directory, plan
 
     def add(self, uuids: Iterable[str]) -> None:
         """Durable when this returns."""
@@ -38,7 +38,7 @@ class Notes:
             os.close(handle)
 
     def drop(self, uuids: Iterable[str]) -> None:
-        if self._directory is None:
+        if self._directory is None or self.plan:
             return
         for uuid in uuids:
             (self._directory / uuid).unlink(missing_ok=True)

@@ -32,7 +32,8 @@ _HALTING = 10.0
 """Seconds in which a machine is off whose shutdown was answered with an error."""
 _ASKING = ("event", "session", "task")  # classes
 _UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
-_REMOVING = ("VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy")
+_REMOVING = ("VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy", "VM.hard_shutdown")
+"""What may be lost, for it is done again."""
 
 
 @dataclass(frozen=True, slots=True)

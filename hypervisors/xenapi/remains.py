@@ -34,7 +34,7 @@ class Remains:
                 self.pool.call("SR.scan", self.pool.sr())
             vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
             self._nameless = noted & self._unknown(vms, vdis)
-            if noted:
+            if noted and not self.pool.notes.plan:
                 self.pool.keep()
                 self.pool.notes.drop(noted - self._nameless)
             found = [

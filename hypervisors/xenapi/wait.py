@@ -49,16 +49,20 @@ def look(sessions: Sessions, classes: Sequence[str], token: str = "", timeout: f
 def watch(
     sessions: Sessions, object_: str, limit: float, *, pause: float = 0.0
 ) -> Iterator[Mapping[str, Any] | None]:
-    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over.
+    """Its record now, and after each change (None: it is gone), until ``limit`` seconds are over. A
+    server that was started again meanwhile is asked anew: it tells nothing of what it has lost.
     ``pause``: seconds before the first look, and ever more before the others."""
-    end, token = time.monotonic() + limit, ""
+    end, token, renewed = time.monotonic() + limit, "", sessions.renewed
     while True:
         if pause:
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
             pause = min(5 * pause, _LONGEST_PAUSE)
         batch = look(sessions, [object_], token, min(_ROUND, max(0.0, end - time.monotonic())))
-        token = batch.token
+        again = sessions.renewed != renewed
+        if not batch.records and not token:
+            yield None
         yield from batch.records.values()
+        token, renewed = "" if again else batch.token, sessions.renewed
         if time.monotonic() >= end:
             return
 

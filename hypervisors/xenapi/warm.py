@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hypervisors.api import Checkpoint, Disk, Power, StepFn
-from hypervisors.xenapi.errors import XenApiError
+from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, Seen
 from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
@@ -289,6 +289,12 @@ class Warm:
             self.pool.do("VM.resume", vm.ref, False, False)
             self.pool.keep()  # else a power cut makes void what it writes: its image was used once
         except XenApiError as error:
+            gone = error.code in GONE and not self._is_there(image)
+            if gone or error.code.startswith("SR_BACKEND_FAILURE"):
+                raise WrongState(
+                    f"{name} is suspended, and its memory can't be had: {error}",
+                    remedy=f"./invoke stop --vm {vm.owner.vm} gives the memory up; or reset it",
+                ) from error
             if error.code in _NO_MEMORY:
                 again = {**marks, "resume": ""}
                 call("VM.set_other_config", vm.ref, vm.other_config(again))

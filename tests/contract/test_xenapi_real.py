@@ -273,8 +273,8 @@ def test_what_needs_no_injected_failure_runs_on_a_real_server(tmp_path):
 
 
 def test_a_task_that_changes_all_the_time_is_looked_at_a_few_times(rig):
-    counted = rig.warm_calls()
-    for what, most in xenapi_rig.MOST_WARM_CALLS.items():
+    counted = rig.calls_warm()
+    for what, most in xenapi_rig.MOST_CALLS_WARM.items():
         assert counted[what] <= most, what
 
 

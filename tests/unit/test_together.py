@@ -12,7 +12,15 @@ from test_farm import Desk
 
 from hypervisors.api import FarmDisks
 from hypervisors.fake import FakeDisks, FakeHypervisor
-from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
+from inventory.errors import (
+    Conflict,
+    DriverFailed,
+    Interrupted,
+    NoSpace,
+    NotFound,
+    Unsupported,
+    WrongState,
+)
 from provision import farm
 from provision.doctor import examine
 
@@ -339,3 +347,48 @@ def test_status_tells_clean_from_dirty_and_asks_for_no_more_than_a_look(
     monkeypatch.setattr(FakeDisks, "pristine", dear)
     assert conditions() == ["", ""]
     assert asked == [True, True]
+
+
+def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> None:
+    """It is told, with what to do; the others are recovered; tried again, there are no more of it."""
+    for vm, to in (("dev2", "gone"), ("prod", "clean")):
+        with (
+            apart.site() as site,
+            pytest.raises(Interrupted),
+            site.journal.operation("reset", vm=vm, vms=[vm], to=to, decided=True, start=False),
+        ):
+            raise Interrupted("as if it was killed")
+    for _ in range(2):
+        with apart.site() as site, pytest.raises(WrongState, match="dev2") as caught:
+            farm.recover(site)
+        assert caught.value.remedy
+        assert contents(apart) == [b"old", b"", b"old"]
+        with apart.site() as site:
+            assert [record.vm for record in site.journal.unfinished()] == ["dev2"]
+    with apart.site() as site:
+        farm.start(site, ["repo"])
+    with apart.site() as site, pytest.raises(WrongState, match="half done"):
+        farm.start(site, ["dev2"])
+
+
+def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    with apart.site() as site:
+        for vm in ("dev2", "prod"):
+            site.disks(site.farm.host_of(vm)).destroy(site.machine(vm))
+    destroy = FakeHypervisor.destroy
+
+    def refuse(self: FakeHypervisor, name: str) -> None:
+        if name == "kata-dev2":
+            raise DriverFailed(f"{name} is busy", remedy="end what uses it")
+        destroy(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeHypervisor, "destroy", refuse)
+        with (
+            apart.site() as site,
+            pytest.raises(DriverFailed, match=r"1 of 2 .*kata-dev2 is busy") as caught,
+        ):
+            farm.gc(site)
+        assert caught.value.remedy == "end what uses it"
+    with apart.site() as site:
+        assert "dev2" in [action.vm for action in farm.gc(site).actions if action.verb == "discard"]
