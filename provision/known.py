@@ -29,8 +29,9 @@ _KEPT = 500  # farms; of more, those go that were not used for longest
 _SUM = hashlib.sha256().digest_size
 
 
-def known_farm(path: Path, cache: Path) -> Farm:
-    """The farm in this file, as ``inventory.loader.load`` has it. NotFound, InventoryError."""
+def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
+    """The farm in this file, as ``inventory.loader.load`` has it. ``keep`` False: nothing is written, as
+    in a plan. NotFound, InventoryError."""
     data = read(path)
     directory, name = cache / f"farms-{os.geteuid()}", _name(data)
     farm = _kept(directory, name)
@@ -39,6 +40,8 @@ def known_farm(path: Path, cache: Path) -> Farm:
     from inventory.loader import loads
 
     farm = loads(data, path)
+    if not keep:
+        return farm
     with contextlib.suppress(OSError, FarmhandError):  # it costs time, no more
         _keep(directory, name, plain.dumps(farm))
     return farm

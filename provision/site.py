@@ -515,7 +515,7 @@ class Site:
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
     environment asks for."""
-    farm = known_farm(farm_file, cache_dir())
+    farm = known_farm(farm_file, cache_dir(), keep=not plan)
     if any(host.driver == "kvm" for host in farm.hosts.values()):
         from hypervisors.kvm import asked_for
 

@@ -175,7 +175,9 @@ class XenApiDisks:
             if not (fresh and vdi and seen.base == name and seen.vm.power is Power.STOPPED):
                 return False
             try:
-                vdi = vdi if quick else self.pool.updated(vdi)
+                if not quick:
+                    self.pool.update(vdi)
+                    vdi = Vdi(vdi.ref, self.pool.call("VDI.get_record", vdi.ref))
                 return fresh == freshness(vdi) and self.pool.never_ran(vdi, seen.vbds)
             except XenApiError:
                 return False
@@ -305,7 +307,7 @@ class XenApiDisks:
         self._attached_anew(seen)
         ref = call("VM.snapshot", vm.ref, label, seeds)
         undo.callback(self.pool.undo, ref)
-        self.pool.updated(seen.vdi)  # what it took is its parent's now, and the server may not tell yet
+        self.pool.update(seen.vdi)  # what it took is its parent's now, and the server may not tell yet
         batch = look(self.pool.sessions, [f"vm/{ref}", f"vdi/{seen.vdi.ref}", "vbd", "vdi"], seen.token)
         record = batch.records.get(ref) or call("VM.get_record", ref)
         vdi = batch.records.get(seen.vdi.ref) or call("VDI.get_record", seen.vdi.ref)

@@ -338,14 +338,13 @@ class Pool:
 
     # -- whether a disk was used -------------------------------------------------------------------
 
-    def updated(self, vdi: Vdi) -> Vdi:
-        """What the storage says of it now: until VDI.update the record tells what it took long ago."""
+    def update(self, vdi: Vdi) -> None:
+        """Its record tells what the storage says of it from here on; until then, what it took once."""
         try:
             self.call("VDI.update", vdi.ref)
         except XenApiError as error:
             if error.code != "SR_OPERATION_NOT_SUPPORTED":  # then it is always up to date
                 raise
-        return Vdi(vdi.ref, self.call("VDI.get_record", vdi.ref))
 
     def never_ran(self, vdi: Vdi, vbds: Mapping[str, Record]) -> bool:
         """Whether no machine ever ran with it, whoever started it. A VBD gets its device's name in the

@@ -253,6 +253,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("contract: what ran on what")
     for (kind, outcome), number in sorted(counts.items()):
         terminalreporter.write_line(f"{number:4} {outcome} on {kind} ({REAL.get(kind, 'real')})")
+    for report in terminalreporter.getreports("skipped") if xenapi_rig.REAL_URL else ():
+        if isinstance(report.longrepr, tuple):
+            name, why = report.nodeid.rpartition("/")[2], report.longrepr[2].removeprefix("Skipped: ")
+            terminalreporter.write_line(f"on {xenapi_rig.HOW}: {name}: {why}")
     for left_out in NOT_RUN:
         terminalreporter.write_line(f"not run: {left_out}")
     if MUTE:

@@ -30,9 +30,6 @@ from inventory.errors import (
     UsageError,
 )
 
-pytestmark = pytest.mark.skipif(
-    bool(xenapi_rig.REAL_URL), reason="FARMHAND_XENAPI_URL: a real server can't be told to fail"
-)
 ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
 PROD = Owner(FARM, "prod")
@@ -81,6 +78,8 @@ def test_a_certificate_of_another_is_refused_and_no_password_sent(server, tmp_pa
 @pytest.mark.parametrize("how", ["ca", "fingerprint", "insecure"])
 def test_each_way_to_trust_it(server, how):
     trust = {"ca": server.ca} if how == "ca" else {"ca": None, "fingerprint": server.fingerprint}
+    if how != "insecure" and not trust[how]:
+        pytest.skip(f"not run: FARMHAND_XENAPI_{how.upper()} doesn't say")
     if how == "insecure":
         trust = {"ca": None, "insecure": True}
     sessions = Sessions(server.server(**trust))
@@ -253,7 +252,7 @@ def test_copies_that_an_admin_made_of_ours_are_not_ours(rig, made):
     call = rig.sessions().call
     (ref,) = call("VM.get_by_name_label", NAME)
     copy = call("VM.clone", ref, "kata-mine")
-    snapshot = call("VM.snapshot", ref, "my snapshot")
+    snapshot = call("VM.snapshot", ref, "kata-my snapshot")
     assert made.find("kata-mine").owner is None
     assert [m.name for m in made.list()] == [NAME]
     assert list(made.leftovers()) == []
@@ -544,7 +543,7 @@ def test_a_server_that_hears_no_more_is_not_believed(rig, server, made):
 
 
 def test_calls_per_vm_are_few_and_no_more_for_fifty(rig, capsys):
-    one, each = rig.calls_a_vm(1), rig.calls_a_vm(50)
+    one, each = rig.calls_a_vm(1), rig.calls_a_vm(3 if xenapi_rig.REAL_URL else 50)
     with capsys.disabled():
         print(f"\nXenAPI calls a VM: {one} for one VM, {each} each for fifty")
     for what, most in xenapi_rig.MOST_CALLS.items():

@@ -22,9 +22,6 @@ from inventory.errors import (
     WrongState,
 )
 
-pytestmark = pytest.mark.skipif(
-    bool(xenapi_rig.REAL_URL), reason="FARMHAND_XENAPI_URL: a real server can't be told to fail"
-)
 NAME = "kata-prod"
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
 
@@ -34,6 +31,11 @@ def rig(request, tmp_path, monkeypatch):
     monkeypatch.setattr(wait, "_ROUND", 1.0)  # seconds after which a server that was up again is noticed
     server = request.getfixturevalue("xenapi")
     with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
+        if xenapi_rig.REAL_URL:
+            if not made.hypervisor().capabilities().warm_checkpoints:
+                pytest.skip("not run: the pool has no suspend image SR")
+            yield made
+            return
         server.tell(knobs={"suspend_sr": True})
         yield made
         assert server.tell(harm=True) == []
@@ -54,7 +56,12 @@ def made(rig):
     hypervisor.checkpoint(NAME, "cold")
     rig.write(NAME, "A")
     hypervisor.start(NAME)
-    hypervisor.checkpoint(NAME, "warm", warm=True)
+    try:
+        hypervisor.checkpoint(NAME, "warm", warm=True)
+    except Unsupported as error:  # a guest without its drivers: ours have an empty disk
+        if not xenapi_rig.REAL_URL:
+            raise
+        pytest.skip(f"not run: {error}")
     hypervisor.reset(NAME, "cold")
     rig.write(NAME, "B")
     hypervisor.start(NAME)

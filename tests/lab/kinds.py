@@ -18,7 +18,8 @@ _XEN = (
 @dataclass(frozen=True, slots=True)
 class Kind:
     """``files``: directories below this one; of two files of the same name the later one's is taken.
-    ``emulated_cpu``, ``emulated_kernel`` (more of its command line): where there is no KVM for the lab.
+    ``emulated_cpu``, ``emulated_kernel`` (more of its command line; {tsc}: how fast this host's
+    time-stamp counter is, in kHz): where there is no KVM for the lab.
     ``newer_cpu``: the same with the QEMU of ``tests.lab.emulator``; empty: it is not for this kind.
     ``marker``: pytest's, of the tests for it. ``parts``: some of them each, as pytest's -k, for a lab of
     its own where all are run; what none of them names is one more."""
@@ -84,9 +85,12 @@ def bases(recipe: Path) -> tuple[Path, ...]:
 # zeroing each page twice: together a quarter of an lvs(8). And what it and Xen 4.17 don't go well
 # together with: SMAP crashes dom0; with AVX and XSAVE guests were seen to die now and then.
 # The newer QEMU's "max" doesn't boot this kernel. Xen's guests start a sixth slower in it.
+# On a busy host a kernel that measures the counter by a timer chip was seen to run five times too fast:
+# it is told instead.
+_TSC = "tsc=reliable tsc_early_khz={tsc}"
 _ERMS = "init_on_alloc=0 clearcpuid=erms,rep_good"
 KVM = Kind(
-    "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" tsc=reliable {_ERMS}", "lab",
+    "kvm", "KVM", "recipe.yaml", ("files",), "max,erms=off", f" {_TSC} {_ERMS}", "lab",
     ("lvm and not guests", "guests or test_walk or test_trouble"), "EPYC,erms=off",
 )  # fmt: skip
 XEN = Kind(

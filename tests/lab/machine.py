@@ -47,6 +47,7 @@ from tests.lab.kinds import KINDS, KVM, Kind
 _COLD_PATIENCE = 300.0
 _WARM_PATIENCE = 60.0
 _SAVE_LIMIT = 120.0
+_TOO_FAST = 1.2  # times
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 
@@ -250,6 +251,24 @@ class Machine:
         qemu.make_spare_disks(self.directory, size.disk)
         self._run(image, kind, engine, saved, owner, size)
         self._wait()
+        if not saved:
+            self._check_clock()
+
+    def _check_clock(self) -> None:
+        """CommandFailed where its clock doesn't keep time with ours: nobody's time limits would hold."""
+        seen = []
+        for pause in (0.0, 3.0):
+            time.sleep(pause)
+            before = time.monotonic()
+            told = float(self.run("date +%s.%N").stdout)
+            seen.append((told, before, time.monotonic()))
+        (first, began, _), (last, _, ended) = seen
+        if (times := (last - first) / (ended - began)) > _TOO_FAST:
+            raise CommandFailed(
+                f"the clock of the lab {self.name} runs {times:.1f} times too fast: its kernel measured "
+                "its CPU's counter wrong",
+                remedy="type the same again, where less else runs on this machine",
+            )
 
     def _run(
         self,

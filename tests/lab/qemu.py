@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import re
 import select
@@ -12,6 +14,7 @@ import shlex
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +93,29 @@ def engine(runner: Runner, say: emulator.Say, kind: Kind = KVM, *, beside: bool 
     if kind.newer_cpu and (newer := emulator.newer(runner, place(), say)):
         program, cpu = str(newer), kind.newer_cpu
         version = runner.read(program, "--version").stdout.splitlines()[0]
-    words = kind.emulated_kernel
+    words = kind.emulated_kernel.format(tsc=tsc_khz())
     return Engine(program, version, accelerator, cpu, cpus, f"{EMULATED}: {why}", words)
+
+
+def tsc_khz() -> int:
+    """How fast this host's time-stamp counter is, which QEMU's emulation hands on to its guests
+    (cpu_get_host_ticks() in its include/qemu/timer.h): to 10 MHz, from where a kernel finds the rest."""
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(bytes.fromhex("0f31 48c1e220 4809d0 c3"))  # rdtsc; shl rdx, 32; or rax, rdx; ret
+        place = ctypes.c_char.from_buffer(page)
+        counter = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(place))
+        began, first = _at_once(counter)
+        time.sleep(0.1)
+        ended, last = _at_once(counter)
+        del counter, place  # the page can't go while it is referred to
+    return round((last - first) / (ended - began) / 1e7) * 10_000
+
+
+def _at_once(counter: Callable[[], int]) -> tuple[float, int]:
+    """time.monotonic() and the counter, of some tries the quickest."""
+    tries = [(time.monotonic(), counter(), time.monotonic()) for _ in range(20)]
+    before, ticks, after = min(tries, key=lambda one: one[2] - one[0])
+    return (before + after) / 2, ticks
 
 
 def _nested() -> bool:

@@ -84,13 +84,15 @@ def test_a_generation_number_never_comes_again(site: Site) -> None:
 def test_a_plan_says_what_the_run_does_and_does_nothing(
     site: Site, farm_file: Path, tmp_path: Path
 ) -> None:
+    kept = sorted((tmp_path / "cache").rglob("*"))  # the farm file, validated
+    farm_file.write_text(farm_file.read_text() + "# another one\n")
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
         planned = golden.template_import(planning, "cloud")
         planned_build = golden.template_build(planning, "base")
     assert planned.planned
     assert "build a disk from debian-12" in planned_build.actions[0].text
     assert not (tmp_path / "state").exists()
-    assert not (tmp_path / "cache").exists()
+    assert sorted((tmp_path / "cache").rglob("*")) == kept
     assert golden.template_import(site, "cloud").actions == planned.actions
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hypervisors.run import Result, Runner
-from inventory.errors import TimedOut
+from inventory.errors import CommandFailed, TimedOut
 from provision.processes import Process
 from tests.lab import machine as lab
 from tests.lab import qemu
@@ -55,3 +56,32 @@ def test_one_that_stands_still_is_given_up(machine: Booting) -> None:
     machine.console.write_text("Loading initial ramdisk\n")
     with pytest.raises(TimedOut, match=r"nothing has gone on in it .*Loading initial ramdisk"):
         machine._wait()
+
+
+@pytest.mark.parametrize("times", [1.0, 5.0])
+def test_one_whose_clock_runs_too_fast_is_not_used(
+    machine: Booting, monkeypatch: pytest.MonkeyPatch, times: float
+) -> None:
+    now = 1000.0  # ours, which only sleeping moves on
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now)
+    monkeypatch.setattr(lab, "time", clock)
+    monkeypatch.setattr(
+        machine, "run", lambda _: SimpleNamespace(stdout=f"{1e9 + times * now:.9f}\n")
+    )
+    if times == 1.0:
+        machine._check_clock()
+    else:
+        with pytest.raises(CommandFailed, match=r"runs 5\.0 times too fast"):
+            machine._check_clock()
+
+
+def test_the_counter_is_measured_alike_each_time() -> None:
+    """Or each lab would make a saved state of its own."""
+    one, two = qemu.tsc_khz(), qemu.tsc_khz()
+    assert one > 0
+    assert abs(one - two) <= 10_000
