@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypervisors.api import Disk, Disks, LostDisks, Machine, Owner, Template
+from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Owner, Template
 from inventory.errors import FarmhandError, NotFound
 from provision.site import Site
 from provision.work import disk_of, is_on
@@ -77,11 +77,10 @@ def left_of(store: Disks, machine: str) -> tuple[str, ...]:
     return tuple(kept.name for kept in store.left(machine) if kept.name != "clean")
 
 
-def grows_from(store: Disks, machine: str) -> tuple[str, ...]:
+def grows_from(store: Disks, machine: str) -> tuple[Checkpoint, ...]:
     """What a reset can make a new disk from, the old one being gone."""
-    kept = store.left(machine) if isinstance(store, LostDisks) else ()
-    names = tuple(one.name for one in kept)
-    return names if "clean" in names else ()
+    kept = tuple(store.left(machine)) if isinstance(store, LostDisks) else ()
+    return kept if "clean" in (one.name for one in kept) else ()
 
 
 def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from hypervisors.api import Disks, FarmDisks
+from hypervisors.api import Checkpoint, Disks, FarmDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
@@ -22,7 +22,7 @@ from provision.power import (
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import change_disks, is_half_back
-from provision.work import Run, begin, disk_of, is_on, is_warm, named, present, side_by_side
+from provision.work import Run, begin, disk_of, is_on, named, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
 """By VM, JSON values."""
@@ -177,17 +177,18 @@ def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
             )
         return False
     disk = disk_of(site, vm)
-    known = [kept.name for kept in disk.checkpoints] if disk is not None else _left(site, vm)
+    kept = disk.checkpoints if disk is not None else _left(site, vm)
+    known = [one.name for one in kept]
     if to not in known:
         raise NotFound(
             f"{site.name}: {vm} has no checkpoint {to!r}", remedy=f"it has {', '.join(known) or 'none'}"
         )
-    return disk is not None and is_warm(disk, to)
+    return any(one.warm for one in kept if one.name == to)
 
 
-def _left(site: Site, vm: str) -> list[str]:
+def _left(site: Site, vm: str) -> tuple[Checkpoint, ...]:
     """What a VM whose disk is gone can be put back to. NotFound."""
     known = grows_from(site.disks(site.farm.host_of(vm)), site.machine(vm))
     if not known:
         require(site, vm, present(site, vm), None)
-    return list(known)
+    return known

@@ -303,6 +303,11 @@ class XenApiPlace(Place):
         self._server.tell(settle=True)
         self._server.tell(cut=True)
 
+    def lose_disk(self, disk: Disk) -> None:
+        """Of a stopped machine; not by us."""
+        with contextlib.closing(self._rig.sessions()) as sessions:
+            sessions.call("VDI.destroy", sessions.call("VDI.get_by_uuid", disk.path.name))
+
     def remove_nobodys(self) -> None:
         """The disks of its own death within a clone, see docs/xenapi.md."""
         with contextlib.closing(self._rig.sessions()) as sessions:

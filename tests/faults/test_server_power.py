@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from bench import KILLS, MANY, SEED, Bench
-from places import OLD, XenApiPlace
+from places import OLD, TEMPLATE, XenApiPlace
 from test_kills import _no_spare, _remove, _spare, _written
 from test_warm import NEWER, _content, _newer, _unharmed
 
-from inventory.errors import DriverFailed, FarmhandError
+from inventory.errors import DriverFailed, FarmhandError, NotFound
 from provision import farm, golden
 from provision.work import is_on, look
 
@@ -29,7 +29,7 @@ pytestmark = [
 UNCHANGING = re.compile(r"get_|event\.from|session\.|task\.")
 PARTS = {"VM.checkpoint": 6, "VM.revert": 7, "VM.resume": 3, "VM.clone": 2, "VM.snapshot": 2}
 """So many parts has the call: its power fails after each of them."""
-FEW = 5
+FEW = 4
 """Calls of each operation, drawn; all of them with FARMHAND_KILLS=many."""
 
 
@@ -195,6 +195,26 @@ def test_template_import_and_remove(bench: Bench) -> None:
         with bench.site() as site:
             assert _spare(site) in ([], [arguments["label"]]), context
     _no_spare(bench)
+
+
+@pytest.mark.parametrize("to", ["clean", "warm"])
+def test_a_vm_whose_own_disk_is_gone(bench: Bench, to: str) -> None:
+    """It is told, not swept away, and put back."""
+    _newer(bench, running=False)
+    with bench.site() as site:
+        disk = bench.disk(site, "prod")
+        assert disk
+        _place(bench).lose_disk(disk)
+    with bench.site() as site:
+        row = next(row for row in farm.status(site).vms if row.vm == "prod")
+        assert "its disk is gone; its checkpoints are left: warm" in str(row)
+        assert not farm.gc(site).changed
+        with pytest.raises(NotFound, match="its disk is gone"):
+            farm.start(site, ["prod"], wait=False)
+        farm.reset(site, ["prod"], to=to, wait=False)
+        assert is_on(look(site, "prod"))
+        assert _content(bench, site) == {"clean": TEMPLATE, "warm": OLD}[to]
+    _unharmed(bench, to)
 
 
 def test_what_can_not_be_removed(bench: Bench) -> None:
