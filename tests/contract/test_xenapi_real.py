@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ import xenapi_rig
 from rigs import FARM, MIB, SIZE
 
 from hypervisors.api import Owner, Power
+from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.session import Sessions
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
+from provision.report import QuietReporter
+from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
@@ -300,3 +304,20 @@ def test_a_second_farm_does_not_wait_for_ever(rig, server, made):
         disks.restore(NAME, "one")
     disks.restore(NAME, "one")
     assert disks.pristine(NAME, "one")
+
+
+def test_all_farms_of_a_storage_repository_take_turns(server, tmp_path, monkeypatch):
+    for variable in ("STATE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{variable}_DIR", str(tmp_path / variable))
+
+    def turns(farm: str, sr: str) -> Path | None:
+        there = xenapi_rig.declared(server)
+        host = replace(there.hosts["xen"], sr=sr)
+        site = Site(replace(there, farm=farm, hosts={"xen": host}), reporter=QuietReporter(), plan=True)
+        with site:
+            disks = site.disks("xen")
+            assert isinstance(disks, XenApiDisks)
+            return disks.pool.sessions._server.turns
+
+    one = turns("kata", "Local storage")
+    assert one and one == turns("other", "Local storage") != turns("kata", "Other storage")

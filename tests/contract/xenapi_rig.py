@@ -194,6 +194,7 @@ class XenApiRig:
         self._foreign: list[str] = []
         if REAL_URL:
             taken = [vm.name for vm in self.pool().all_vms() if vm.name.startswith(f"{FARM}-")]
+            self._vdis = set(self.pool().all_vdis())
             assert not taken, f"{REAL_URL} has VMs that the tests would take for theirs: {taken}"
 
     def sessions(self, **options: Any) -> Sessions:
@@ -272,6 +273,10 @@ class XenApiRig:
         # nothing was called so when the test began
         rest = [vm for vm in disks.pool.all_vms() if vm.name.startswith(f"{FARM}-")]
         disks.pool.raze(rest)
+        for vdi in disks.pool.all_vdis().values():  # as an admin's revert leaves them
+            ours = vdi.record["name_label"].startswith(f"{FARM}-") and vdi.ref not in self._vdis
+            if ours and not vdi.record["VBDs"]:
+                disks.pool.destroy_vdi(vdi.ref)
 
 
 class XenApiMachines(XenApiRig):
