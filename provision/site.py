@@ -23,7 +23,7 @@ from provision.files import make_directory
 from provision.journal import Journal, current_step
 from provision.known import known_farm
 from provision.locks import Locks
-from provision.paths import FarmPaths, cache_dir, runtime_dir, state_dir
+from provision.paths import FarmPaths, cache_dir, state_dir
 from provision.report import Reporter
 from provision.turns import Turns
 
@@ -426,7 +426,7 @@ class Site:
         import hashlib
 
         place = hashlib.sha256(f"{host.uri.rstrip('/')} {host.sr or ''}".encode()).hexdigest()[:16]
-        return runtime_dir() / f"xenapi-{place}.lock"
+        return state_dir() / f"xenapi-{place}.lock"
 
     def _ssh_address(self, vm: str) -> str:
         declared = self.farm.vms[vm]

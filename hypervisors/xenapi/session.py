@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from hypervisors.files import file_error, make_directory
 from hypervisors.qcow2_store import FileLock
 from hypervisors.xenapi.errors import XenApiError, translate
 from inventory.errors import DriverFailed, FarmhandError, TimedOut, UsageError
@@ -195,11 +196,17 @@ class Sessions:
                     with self._guard:
                         self.renewed += 1
 
-    def _turn(self, name: str) -> contextlib.AbstractContextManager[None]:
-        if name not in _IN_TURN or self._server.turns is None:
-            return contextlib.nullcontext()
-        self._server.turns.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileLock(self._server.turns).hold()
+    @contextlib.contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        path = self._server.turns
+        with contextlib.ExitStack() as held:
+            if path is not None and name in _IN_TURN:
+                make_directory(path.parent, mode=0o711)
+                try:
+                    held.enter_context(FileLock(path).hold())
+                except OSError as error:
+                    raise file_error(error, path, "lock") from error
+            yield
 
     def put(self, vdi: str, image: Path, size: int) -> None:
         """Write a raw image into a new VDI of ``size`` bytes (PUT /import_raw_vdi): up to where the
