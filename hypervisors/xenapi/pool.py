@@ -367,7 +367,7 @@ class Pool:
             else:
                 self.call(name, vm.ref)
         except XenApiError as error:
-            if error.code != "INTERNAL_ERROR":
+            if error.code != "INTERNAL_ERROR" or "does not exist in xenopsd" not in str(error):
                 raise
             for record in watch(self.sessions, f"vm/{vm.ref}", _HALTING):
                 if record is not None and record["power_state"] == "Halted":

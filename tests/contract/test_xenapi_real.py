@@ -173,7 +173,8 @@ def test_a_shutdown_that_worked_is_not_a_failure(rig, server, made):
 def test_a_shutdown_that_did_not_work_is_one(server, made, monkeypatch):
     monkeypatch.setattr("hypervisors.xenapi.pool._HALTING", 0.2)
     made.start(NAME)
-    server.fail("VM.hard_shutdown", ["error", "INTERNAL_ERROR", "no"])
+    why = "Object with type VM and id UUID/vbd.xvda does not exist in xenopsd"
+    server.fail("VM.hard_shutdown", ["error", "INTERNAL_ERROR", why])
     with pytest.raises(DriverFailed, match="INTERNAL_ERROR"):
         made.stop(NAME, grace=0)
     assert made.find(NAME).power is Power.RUNNING
