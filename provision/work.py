@@ -197,5 +197,10 @@ def disk_of(site: Site, vm: str) -> Disk | None:
     return site.disks(host).find(site.machine(vm)) if site.has_disks(host) else None
 
 
+def is_warm(disk: Disk, checkpoint: str) -> bool:
+    """Whether it holds a running machine's memory, too."""
+    return any(kept.warm for kept in disk.checkpoints if kept.name == checkpoint)
+
+
 def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
