@@ -252,6 +252,7 @@ class Warm:
                 remedy="reset it again",
             )
         vdi = Vdi(attached[1], call("VDI.get_record", attached[1]))
+        self.pool.note([vdi])
         marks = {
             **(vm.marks or before.vm.marks), "disk": f"{vdi.uuid} {vdi.ref}", "base": name,
             "before": "", "fresh": "", "resume": "",

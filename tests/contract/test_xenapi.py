@@ -4,8 +4,10 @@ with; and how few calls it takes. On the test server: simulated."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -320,6 +322,7 @@ OPERATIONS = (
 OFTEN = ("define", "start", "checkpoint", "reset, running", "reset to clean", "destroy, running", "seal",
          "remove the template")  # fmt: skip
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
+SEED = int(os.environ.get("FARMHAND_SEED") or random.SystemRandom().randrange(10**6))
 UNNOTICED = ("checkpoint", "reset, running", "seal")  # the others' last calls are among those of these
 CASES = [
     (operation, how)
@@ -352,6 +355,29 @@ def test_whatever_call_fails_all_is_old_or_new(rig, server, made, operation, how
         whole = how in ("refused", "before", "after") or not nobodys(calls, number)
         context = f"{operation}, call {number}, {call}, {how}: {left}"
         assert not left or (not whole and {line.split()[0] for line in left} == {"VDI"}), context
+
+
+@pytest.mark.parametrize("operation", ["checkpoint", "reset, running", "destroy, running"])
+def test_a_server_that_wrote_its_database_in_between(rig, server, made, operation):
+    """By itself, after one call; its power fails at a later one. A few pairs, or each."""
+    _prepare(operation, made, rig)
+    server.tell(keep=True)
+    server.log()
+    act(operation, rig.hypervisor(), rig)
+    calls = server.log()
+    changing = [n for n, call in enumerate(calls, 1) if not UNCHANGING.search(call)]
+    pairs = list(itertools.combinations(changing, 2))
+    for first, second in pairs if MANY else random.Random(SEED).sample(pairs, min(8, len(pairs))):
+        server.tell(put_back=True)
+        hypervisor = rig.hypervisor()
+        written = {"call": "*", "nth": first, "how": ["written"]}
+        # whoever is told of the first is not counted for the second
+        server.tell(fail=[written, {"call": "*", "nth": second - 1, "how": ["cut"]}])
+        with contextlib.suppress(FarmhandError):
+            act(operation, hypervisor, rig)
+        server.tell(fail=[])
+        context = f"{operation}, written after {calls[first - 1]}, cut at {calls[second - 1]}, {SEED}"
+        _old_or_new(rig, operation, context)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -15,7 +15,8 @@ without an answer, before doing it or when it is done; ["answer-early"], for PUT
 it has not read, and hangs up; ["block", SECONDS] does it that much later; ["expire"] has the session
 forgotten; ["dies", PARTS] does so many parts of it, where it has parts, as a host does whose power goes,
 and hangs up; ["cut", PARTS] is the same, and takes what of the database wasn't written to its disk;
-["cut-unnoticed"] is the same right after the answer, and the server is up again before the next call.
+["cut-unnoticed"] is the same right after the answer, and the server is up again before the next call;
+["written"] writes the database when it is done, as a server does by itself now and then.
 "cut" does that now. "harm" has what went wrong within guests,
 "collisions" how often a storage change met another in its SR; "settle" waits until all tasks are over.
 Async.X counts as X, and fails in its task.
@@ -143,6 +144,8 @@ class Server:
             with self.world.changed:  # what is told is of one moment
                 pass
             value = on_the_wire(CALLS[plain]["result"], do(), json_=json_)
+        if how[:1] == ["written"]:
+            self.world.sync()
         if how[:1] == ["cut-unnoticed"]:
             self.world.call_and_die(lambda: None, lost=True)
         if how[:1] == ["drop-after"]:
