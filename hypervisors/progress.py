@@ -98,7 +98,8 @@ class Progress:
             parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
                          else "nothing on its console")  # fmt: skip
         if seen.disk:
-            parts.append(f"disk {_whole(now - self._worked)} ago: {about(seen.disk)}")
+            much = about(seen.disk) if seen.disk >= _DISK else "hardly anything"
+            parts.append(f"disk {_whole(now - self._worked)} ago: {much}")
         return ", ".join(parts)
 
 

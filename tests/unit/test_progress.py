@@ -56,6 +56,12 @@ def test_what_a_system_at_rest_writes_is_no_progress() -> None:
     assert wait.end() == 101
 
 
+def test_a_boot_sector_is_more_than_0() -> None:
+    wait = Wait(lambda now: Pulse(console=0, read=512, written=0))
+    wait.end()
+    assert str(wait.progress) == "nothing on its console, disk 1m40s ago: hardly anything"
+
+
 def test_a_log_that_was_turned_over_is_progress_too() -> None:
     wait = Wait(lambda now: Pulse(console=90 if now < 50 else 10))
     assert wait.end() == 150
