@@ -171,20 +171,21 @@ def some(names: Collection[str], most: int = 6, *, by: str = ", ") -> str:
 
 class Several(FarmhandError):
     """More than one VM failed; what went well with the others stands. Its one line names them, or some
-    of many; ``detail`` has each error in full."""
+    of many; ``detail`` has what that leaves out."""
 
     def __init__(self, errors: Mapping[str, FarmhandError]) -> None:
         self.errors = dict(errors)
-        lines = []
+        told, more = [], []
         for vm, error in self.errors.items():
-            lines.append(f"{vm}: {error.message}")
-            lines += [f"    {line}" for line in error.detail.splitlines()]
-        told = [f"{vm}: {error.message.splitlines()[0]}" for vm, error in self.errors.items()]
+            first, *rest = error.message.removeprefix(f"{vm}: ").splitlines() or [""]
+            told.append(f"{vm}: {first}")
+            more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
         remedies = tuple(dict.fromkeys(e.remedy for e in self.errors.values() if e.remedy))
+        line = some(told, by="; ")
         super().__init__(
-            f"{len(self.errors)} VMs failed: {some(told, by='; ')}",
+            f"{len(self.errors)} VMs failed: {line}",
             remedy=some(remedies, by="; "),
-            detail="\n".join(lines),
+            detail="\n".join(text for text in more if text not in line),
         )
 
     def as_dict(self) -> Mapping[str, object]:

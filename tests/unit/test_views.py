@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from inventory.errors import NotFound, Several, some
+from inventory.errors import NotFound, Several, TimedOut, some
 from provision.journal import Record
 from provision.processes import Process
 
@@ -41,12 +41,20 @@ def test_history_of_many_vms() -> None:
 
 
 def test_many_that_fail() -> None:
-    """In one line; each of them is in the detail."""
-    error = Several({vm: NotFound(f"it lacks {vm}", remedy=f"bring {vm}") for vm in MANY})
+    """In one line; what it leaves out is in the detail."""
+    error = Several({vm: NotFound(f"it lacks {vm}s", remedy=f"bring {vm}") for vm in MANY})
     assert len(error.message) < 200
-    assert error.message.startswith("300 VMs failed: v0: it lacks v0; v1: it lacks v1;")
+    assert error.message.startswith("300 VMs failed: v0: it lacks v0s; v1: it lacks v1s;")
     assert error.remedy.endswith("bring v5 and 294 more")
-    assert error.detail.count("it lacks") == 300
+    assert error.detail.splitlines()[::293] == ["v6: it lacks v6s", "v299: it lacks v299s"]
+
+
+def test_two_that_fail() -> None:
+    """Nothing is told twice."""
+    tail = TimedOut("b: not ready", detail="Booting\nHalted")
+    error = Several({"a": NotFound("a: not there"), "b": tail})
+    assert error.message == "2 VMs failed: a: not there; b: not ready"
+    assert error.detail == "b: not ready\n    Booting\n    Halted"
 
 
 @pytest.mark.parametrize(
