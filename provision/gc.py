@@ -14,7 +14,7 @@ from hypervisors.api import Leftover, Owner
 from inventory.errors import Busy, FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
 from provision.files import remove
-from provision.lost import has_disk_elsewhere, left_of
+from provision.lost import left_to_people
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
@@ -123,10 +123,7 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
-        if what.kind == "domain" and (
-            has_disk_elsewhere(site, host, what.ref)
-            or (site.has_disks(host) and left_of(site.disks(host), what.ref))
-        ):
+        if what.kind == "domain" and left_to_people(site, host, what.ref):
             continue
         seen.add((what.kind, what.ref))
         yield Found(what, partial(driver.discard, what))
