@@ -8,10 +8,11 @@ read it, for a stream that was taken over (streams.py) never raises.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from typing import TextIO
+
+from hypervisors.printable import plain
 
 from streams import columns
 
@@ -19,7 +20,6 @@ _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
 _HEARTBEAT = 10.0
 _STILL = 60.0
-_ESCAPES = re.compile(rb"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 
 
 class Screen:
@@ -54,7 +54,7 @@ class Screen:
             *lines, rest = (self._partial.get(vm, b"") + data).split(b"\n")
             self._partial[vm] = rest
             for line in lines:
-                self._write(f"{vm} | {_printable(line)}\n")
+                self._write(f"{vm} | {plain(line.decode(errors='replace'))}\n")
 
     def close(self) -> None:
         with self._lock:
@@ -82,13 +82,6 @@ def _fit(text: str, end: str, width: int) -> str:
 def _what(text: str) -> str:
     """Of what is under way, without how far it is."""
     return text.partition(";")[0]
-
-
-def _printable(line: bytes) -> str:
-    """What a progress bar overwrote is not worth a line, and a guest's control characters must not
-    reach the admin's terminal."""
-    text = _ESCAPES.sub(b"", line.rstrip(b"\r").rsplit(b"\r", 1)[-1]).decode(errors="replace")
-    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 
 class LiveScreen(Screen):

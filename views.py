@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
-from inventory.errors import BuildFailed
+from inventory.errors import BuildFailed, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.report import UNCHANGING
 
@@ -223,7 +223,7 @@ def memory_plan(found: MemoryPlan) -> Result:
 def _memory(now: int | None, most: int | None) -> str:
     if most is None:
         return "" if now is None else _about(now)
-    return _about(most) if now in (None, most) else f"{_about(now or 0)} of {_about(most)}"
+    return f"{_about(now)} of {_about(most)}" if now and now != most else _about(most)
 
 
 def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
@@ -237,7 +237,7 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
         if o.verb == "cycle":  # stands below as the build it made
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
-        on, ended, why = ", ".join(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
         row = (when(o.started), o.verb, on, ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:

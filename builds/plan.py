@@ -18,7 +18,7 @@ from inventory.loader import place
 from inventory.model import Cycle, Farm, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
 from provision.report import Action
-from provision.work import disk_of, is_warm
+from provision.reset import check_checkpoint
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -72,9 +72,10 @@ def batches(steps: Iterable[Step]) -> list[list[Step]]:
 
 
 def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
-    """Everything that can be known beforehand: the VMs exist, can be driven over ssh, and those not
-    reset first are running. In a ``whole`` cycle each VM with a disk of ours is reset before it is
-    built on: a build begins on a proven disk. NotFound, Unsupported, WrongState, UsageError."""
+    """Everything that can be known beforehand: the VMs exist, can be driven over ssh, have what they
+    are to be reset to, and those not reset first are running. In a ``whole`` cycle each VM with a disk
+    of ours is reset before it is built on: a build begins on a proven disk. NotFound, Unsupported,
+    WrongState, UsageError."""
     ready: set[str] = set()
     for step in steps:
         for vm in vms_of(step):
@@ -102,7 +103,7 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                     f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
                 )
             if isinstance(step, ResetStep):
-                _check_cold(site, step)
+                _check_reset(site, step)
             elif machine.power in (Power.STOPPED, Power.SUSPENDED):
                 raise WrongState(
                     f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
@@ -110,10 +111,10 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                 )
 
 
-def _check_cold(site: Site, step: ResetStep) -> None:
-    """A guest whose memory runs on writes to its disk: that is never proven to be its checkpoint."""
-    disk = disk_of(site, step.reset)
-    if disk is not None and is_warm(disk, step.to):
+def _check_reset(site: Site, step: ResetStep) -> None:
+    """That there is what it goes back to, and not a warm one: a guest whose memory runs on writes to its
+    disk, which is never proven to be its checkpoint."""
+    if check_checkpoint(site, step.reset, step.to):
         raise Unsupported(
             f"{site.name}: step {step.name}: {step.reset}'s checkpoint {step.to} is warm, and a build "
             "begins on a proven disk",

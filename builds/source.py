@@ -25,7 +25,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 from hypervisors.files import make_directory
 from hypervisors.run import MASK, Result, Runner
-from inventory.errors import CommandFailed, NotFound, TimedOut, Unsupported, UsageError, WrongState
+from inventory.errors import (
+    CommandFailed,
+    NotFound,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+    some,
+)
 from provision.git import git_config, reading
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -188,7 +196,8 @@ def resolve(
         notes += _uncommitted(git, directory)
     submodules = tuple(_submodules(runner, git, commit, directory))
     if away := [submodule.path for submodule in submodules if submodule.repository is None]:
-        notes.append(f"submodules not checked out here, the VM has to reach their URLs: {_some(away)}")
+        names = some(away, _SHOWN)
+        notes.append(f"submodules not checked out here, the VM has to reach their URLs: {names}")
     return Resolved(
         name=name, shown=str(directory), asked=revision, commit=commit, tree=tree,
         subject=subject, repository=own, notes=tuple(notes),
@@ -231,15 +240,10 @@ def check_contents(source: Resolved, scripts: Iterable[str]) -> None:
         if paths and word not in text:
             raise Unsupported(
                 f"{source.shown} has {what} at {source.short}, which the VM would not get: "
-                f"{_some(paths)}",
+                f"{some(paths, _SHOWN)}",
                 remedy=f"have a run step of the cycle fetch them: {how}; "
                 "or commit them to the repository itself",
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_directory(directory: Path) -> None:

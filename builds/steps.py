@@ -13,7 +13,7 @@ from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord
 from hypervisors.files import make_directory, open_to_append
-from hypervisors.progress import ESCAPES
+from hypervisors.printable import plain
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -83,19 +83,17 @@ class StepLog:
 
     def text(self) -> str:
         """The output since the mark, at most its last 64 KiB, as plain text."""
-        return plain(bytes(self._tail[self._mark :][-_TAIL_BYTES:]))
+        return _plain(self._tail[self._mark :][-_TAIL_BYTES:])
 
     def last(self, lines: int) -> str:
-        return "\n".join(plain(bytes(self._tail)).splitlines()[-lines:])
+        return "\n".join(_plain(self._tail).splitlines()[-lines:])
 
     def close(self) -> None:
         self._file.close()
 
 
-def plain(data: bytes) -> str:
-    """Without colours and cursor movements; of a line rewritten by carriage returns, its last state."""
-    text = ESCAPES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
-    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
+def _plain(data: bytearray) -> str:
+    return plain(data.decode(errors="replace"))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -25,6 +25,7 @@ _LOST = re.compile(
 )
 _LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
 _NOBODY = re.compile(r"Failed to find user record for uid '(\d+)'")
+_KVM = re.compile(r"qemu-system-\w+: (?:error: )?(?!-).*(?:\bkvm|failed to set MSR)", re.IGNORECASE)
 _PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
 
 
@@ -94,6 +95,9 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
         79: (DriverFailed, "./invoke doctor shows which permission is missing"),  # AUTH_CANCELLED
         88: (DriverFailed, "add this user to the group libvirt"),  # ACCESS_DENIED
     }
+    if _KVM.search(message):  # QEMU's words: it fails this guest, whatever was tried beforehand
+        remedy = "do without KVM: FARMHAND_ACCELERATOR=tcg, or accelerator: tcg of its host"
+        return DriverFailed(f"{doing}: {message}", remedy=remedy)
     if "already exists with uuid" in message:
         return Conflict(f"{doing}: {message}")
     family, remedy = by_code.get(code, (DriverFailed, "./invoke doctor checks the host"))

@@ -8,21 +8,18 @@ boots, fails and boots again) ends at a larger limit.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 
 from hypervisors.api import Pulse
+from hypervisors.printable import last_line
 from inventory.errors import FarmhandError
 from inventory.sizes import about, format_duration
 
 IN_ALL = 6
 """The limit for all is so many times the one for no progress."""
-ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-"""Of a terminal: colours, cursor movements, titles (ECMA-48)."""
 _ASK = 1.0  # seconds between looks
 _DISK = 2**20  # bytes, together, that are worth waiting for
-_SHOWN = 60  # characters of a console's line
 
 
 class Progress:
@@ -98,18 +95,10 @@ class Progress:
             parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
                          else "nothing on its console")  # fmt: skip
         if seen.disk:
-            parts.append(f"disk {_whole(now - self._worked)} ago: {about(seen.disk)}")
+            much = about(seen.disk) if seen.disk >= _DISK else "hardly anything"
+            parts.append(f"disk {_whole(now - self._worked)} ago: {much}")
         return ", ".join(parts)
 
 
 def _whole(seconds: float) -> str:
     return f"{seconds:.0f}s" if seconds < 60 else format_duration(seconds)
-
-
-def last_line(text: str) -> str:
-    """Of what a guest wrote, the last line with anything in it, printable and short; or ""."""
-    for line in reversed(ESCAPES.sub("", text).splitlines()):
-        shown = "".join(c if c.isprintable() else " " for c in line).strip()
-        if shown:
-            return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
-    return ""

@@ -24,8 +24,9 @@ its library's errors into these once; nothing above a driver sees libvirt's or a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 
 class FarmhandError(Exception):
@@ -160,21 +161,31 @@ class Interrupted(FarmhandError):
     build = ""
 
 
+def some(names: Collection[str], most: int = 6, *, by: str = ", ") -> str:
+    """Names, or other short texts, few of them however many there are: ``a, b, c and 97 more``."""
+    more = len(names) - most
+    if more < 2:  # one is as short as to say that it's there
+        return by.join(names)
+    return f"{by.join(islice(names, most))} and {more} more"
+
+
 class Several(FarmhandError):
-    """More than one VM failed; what went well with the others stands. Its one line names them all,
-    ``detail`` has each error in full."""
+    """More than one VM failed; what went well with the others stands. Its one line names them, or some
+    of many; ``detail`` has what that leaves out."""
 
     def __init__(self, errors: Mapping[str, FarmhandError]) -> None:
         self.errors = dict(errors)
-        lines = []
+        told, more = [], []
         for vm, error in self.errors.items():
-            lines.append(f"{vm}: {error.message}")
-            lines += [f"    {line}" for line in error.detail.splitlines()]
+            first, *rest = error.message.removeprefix(f"{vm}: ").splitlines() or [""]
+            told.append(f"{vm}: {first}")
+            more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
+        remedies = tuple(dict.fromkeys(e.remedy for e in self.errors.values() if e.remedy))
+        line = some(told, by="; ")
         super().__init__(
-            f"{len(self.errors)} VMs failed: "
-            + "; ".join(f"{vm}: {error.message.splitlines()[0]}" for vm, error in self.errors.items()),
-            remedy="; ".join(dict.fromkeys(e.remedy for e in self.errors.values() if e.remedy)),
-            detail="\n".join(lines),
+            f"{len(self.errors)} VMs failed: {line}",
+            remedy=some(remedies, by="; "),
+            detail="\n".join(text for text in more if text not in line),
         )
 
     def as_dict(self) -> Mapping[str, object]:

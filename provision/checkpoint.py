@@ -14,6 +14,7 @@ from inventory.errors import (
     Unsupported,
     UsageError,
     WrongState,
+    some,
 )
 from provision.journal import Operation, current_step
 from provision.lost import require
@@ -21,7 +22,7 @@ from provision.power import check_memory, power_on
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import as_before, change_disks, ran_before, stop_all
-from provision.work import Job, begin, disk_of, is_on, look, named, present, side_by_side
+from provision.work import Job, begin, disk_of, is_on, look, present, side_by_side
 
 GRACE = 180.0
 """Seconds a guest gets to shut down before a checkpoint: its disk should be a clean one."""
@@ -51,7 +52,7 @@ def checkpoint(
             "a warm checkpoint is of one VM: several can't be kept at one moment while they run",
             remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
         )
-    with begin(site, "checkpoint", names, doing=f"checkpoint {named(names)} as {name}") as run:
+    with begin(site, "checkpoint", names, doing=f"checkpoint {some(names)} as {name}") as run:
         machines = {vm: present(site, vm) for vm in names}
         for vm in names:
             if any(kept.name == name for kept in _disk(site, vm).checkpoints):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from hypervisors.api import Disk, Machine, Power, Template
-from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound
+from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound, some
 from inventory.sizes import format_duration, format_size
 from provision import identity
 from provision.allocate import Allocation
@@ -31,7 +31,7 @@ from provision.power import (
 )
 from provision.report import Action, Outcome
 from provision.site import Site
-from provision.work import Job, begin, disk_of, is_on, look, named
+from provision.work import Job, begin, disk_of, is_on, look
 
 HEADROOM = 256 * 2**20
 """Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
@@ -307,6 +307,6 @@ def _check_space(site: Site, missing: Sequence[str], starting: Collection[str]) 
         if free < wanted:
             raise NoSpace(
                 f"{site.name}: the disk store of host {host} has {format_size(free)} free; cloning "
-                f"{named(new)} takes {format_size(wanted)} at least",
+                f"{some(new)} takes {format_size(wanted)} at least",
                 remedy="./invoke gc shows what can go, or give the host's 'disks' another path",
             )

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState
+from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState, some
 from provision import identity
 from provision.files import remove
 from provision.gc import leftovers
@@ -107,7 +107,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
             near = get_close_matches(vm, known, 1)
             raise NotFound(
                 f"{site.name}: there is no VM {vm!r}",
-                remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+                remedy=f"did you mean {near[0]}?" if near else f"it has {some(known)}",
             )
     return tuple(vm for vm in known if vm in vms)
 

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from hypervisors.api import Leftover, NamelessDisks, Owner
-from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted
+from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted, some
 from inventory.sizes import format_duration, format_size
 from provision.files import remove
-from provision.lost import has_disk_elsewhere, left_of
+from provision.lost import left_to_people
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.work import Run, begin, lock_of
@@ -22,7 +22,6 @@ from provision.work import Run, begin, lock_of
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
 _CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
 _HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
-_SHOWN = 10
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 
@@ -81,8 +80,8 @@ def gc(site: Site) -> Outcome:
         if failed:
             raise DriverFailed(
                 f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
-                + "; ".join(f"{ref}: {error.message}" for ref, error in failed.items()),
-                remedy="; ".join(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)),
+                + some([f"{ref}: {error.message}" for ref, error in failed.items()], by="; "),
+                remedy=some(list(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)), by="; "),
             )
         return run.outcome()
 
@@ -92,9 +91,8 @@ def _doubtful(site: Site) -> Iterator[Action]:
     for host in site.farm.hosts:
         store = site.disks(host) if site.has_disks(host) else None
         if isinstance(store, NamelessDisks) and (found := store.doubtful()):
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             text = f"left alone, may be anybody's: disks without name, marks and VM on host {host}"
-            yield Action("note", "", f"{text}: {', '.join(found[:_SHOWN])}{more}")
+            yield Action("note", "", f"{text}: {some(found)}")
 
 
 def leftovers(site: Site) -> Iterator[Found]:
@@ -143,10 +141,7 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
     driver = site.hypervisor(host, look=True)
     seen: set[tuple[str, str]] = set()
     for what in driver.leftovers():
-        if what.kind == "domain" and (
-            has_disk_elsewhere(site, host, what.ref)
-            or (site.has_disks(host) and left_of(site.disks(host), what.ref))
-        ):
+        if what.kind == "domain" and left_to_people(site, host, what.ref):
             continue
         seen.add((what.kind, what.ref))
         yield Found(what, partial(driver.discard, what))

@@ -83,6 +83,25 @@ def grows_from(store: Disks, machine: str) -> tuple[Checkpoint, ...]:
     return kept if "clean" in (one.name for one in kept) else ()
 
 
+def left_to_people(site: Site, host: str, name: str) -> bool:
+    """Whether a machine without a disk in its host's store is nothing to clear away: as ``lost`` has
+    it, somebody has to look first. With its definition would go what its guest still writes, or what
+    says whose the disk is that comes back."""
+    if has_disk_elsewhere(site, host, name):
+        return True
+    machine = site.hypervisor(host, look=True).find(name)
+    if machine is None or not site.has_disks(host):
+        return False
+    if machine.owner is not None and machine.owner.vm in site.farm.vms:
+        host = site.farm.host_of(machine.owner.vm)
+    store = site.disks(host)
+    return (
+        is_on(machine)
+        or bool(left_of(store, name))
+        or all(template.label != machine.template for template in store.templates())
+    )
+
+
 def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
     """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
     others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))

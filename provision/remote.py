@@ -12,6 +12,8 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypervisors.printable import plain
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -42,12 +44,13 @@ class Ready:
 
 
 def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
-    """The last lines of a log that may be growing, or "": for messages, never an error."""
+    """The last lines of a log that may be growing, fit for a terminal, or "": for messages, never an
+    error."""
     if path is None:
         return ""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(0, 2)
         file.seek(max(file.tell() - limit, 0))
-        text = file.read().decode(errors="replace").replace("\r", "")
-        return "\n".join(text.splitlines()[-lines:])
+        text = plain(file.read().decode(errors="replace"))
+        return "\n".join(text.rstrip().splitlines()[-lines:])
     return ""

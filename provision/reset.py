@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from hypervisors.api import Checkpoint, Disks, FarmDisks
-from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported
+from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported, some
 from inventory.sizes import format_duration
 from provision.journal import Operation, current_step
 from provision.lost import grows_from, require
@@ -22,7 +22,7 @@ from provision.power import (
 from provision.report import Action, Outcome
 from provision.site import Site
 from provision.together import change_disks, is_half_back
-from provision.work import Run, begin, disk_of, is_on, named, present, side_by_side
+from provision.work import Run, begin, disk_of, is_on, present, side_by_side
 
 Proofs = dict[str, dict[str, object]]
 """By VM, JSON values."""
@@ -50,12 +50,12 @@ def reset(
     of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
     warm checkpoint's; recovery goes on with it)."""
     names = site.vms(vms)
-    doing = f"reset {named(names)} to {to}"
+    doing = f"reset {some(names)} to {to}"
     with begin(site, "reset", names, doing=doing) as run:
         warm = []
         for vm in names:
             present(site, vm)
-            if _check_checkpoint(site, vm, to):
+            if check_checkpoint(site, vm, to):
                 warm.append(vm)
         if warm and len(names) > 1:
             raise Unsupported(
@@ -167,8 +167,8 @@ def _reset_by_command(site: Site, run: Run, vm: str, *, to: str, wait: bool) -> 
     run.vm_fact(vm, proof=proof, seconds=round(time.monotonic() - began, 3))
 
 
-def _check_checkpoint(site: Site, vm: str, to: str) -> bool:
-    """Whether it is a warm one. NotFound, Unsupported."""
+def check_checkpoint(site: Site, vm: str, to: str) -> bool:
+    """That the VM can be put back to it. Whether it is a warm one. NotFound, Unsupported."""
     if not can_power(site, vm):
         if not site.farm.vms[vm].reset:
             raise Unsupported(

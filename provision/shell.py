@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import secrets
 import time
 from collections.abc import Callable
 
 import asyncssh
 
+from hypervisors.printable import last_line
 from inventory.errors import DriverFailed
 
 START_SECONDS = 45.0
@@ -26,7 +26,6 @@ START_SECONDS = 45.0
 _ENTER = b"\n" * 8  # for questions in .bashrc; waiting for the program, sh passes them by
 _NOISE_MAX = 65536
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 class Shell(asyncssh.SSHClientSession[bytes]):
@@ -73,8 +72,7 @@ class Shell(asyncssh.SSHClientSession[bytes]):
     def said(self) -> str:
         """The last line of what the login printed; once the program runs, of its standard error."""
         text = self._noise.decode(errors="replace")
-        lines = [_UNPRINTABLE.sub(" ", line).strip() for line in text.splitlines()]
-        return next((line for line in reversed(lines) if line), "")[:300].rstrip(".")
+        return last_line(text, 300).rstrip(".")
 
     def exit_status_received(self, status: int) -> None:
         self.status = status

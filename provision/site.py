@@ -14,7 +14,7 @@ from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
 from hypervisors.run import Runner
 from hypervisors.ssh_words import path_option
-from inventory.errors import NotFound, Unsupported, UsageError
+from inventory.errors import NotFound, Unsupported, UsageError, some
 from inventory.model import Farm, Host
 from provision import identity
 from provision.absent import NoMachines
@@ -99,7 +99,7 @@ class Site:
                 near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",
-                    remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(self.farm.vms)}",
+                    remedy=f"did you mean {near[0]}?" if near else f"it has {some(self.farm.vms)}",
                 )
         return tuple(vm for vm in self.farm.vms if vm in wanted)
 

@@ -14,13 +14,12 @@ from contextvars import copy_context
 from dataclasses import dataclass
 
 from hypervisors.api import Disk, Machine, Power
-from inventory.errors import FarmhandError, Interrupted, NotFound, NotOurs, Several
+from inventory.errors import FarmhandError, Interrupted, NotFound, NotOurs, Several, some
 from provision.report import Action, Outcome
 from provision.site import Site
 
 ON = (Power.RUNNING, Power.PAUSED)
 _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
-_NAMED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def begin(
         return
     site.prepare()
     run.add(*_recovered(site))
-    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {named(vms)}".strip()):
+    with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {some(vms)}".strip()):
         refuse_unfinished(site, verb, vms)
         yield run
 
@@ -119,12 +118,6 @@ def _recovered(site: Site) -> Sequence[Action]:
 
 def lock_of(vm: str) -> str:
     return f"vm-{vm}"
-
-
-def named(vms: Sequence[str]) -> str:
-    """In a few words: what is noted in each lock is no longer the more VMs there are."""
-    more = len(vms) - _NAMED
-    return " ".join(vms) if more <= 1 else f"{' '.join(vms[:_NAMED])} and {more} more"
 
 
 def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:

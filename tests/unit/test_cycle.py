@@ -315,6 +315,26 @@ def test_a_whole_cycle_resets_what_it_builds_on(lab):
             assert "cycle --from first" in caught.value.remedy
 
 
+@pytest.mark.parametrize("lacks", ["its disk is gone", "box has no checkpoint 'tools'"])
+def test_what_a_reset_needs_is_looked_at_before_any(lab, lacks):
+    lost = "disk" in lacks
+    path = lab.farm_file([reset("dev2"), {**reset("box"), "to": "clean" if lost else "tools"}])
+    farm = json.loads(path.read_text())
+    farm["hosts"]["here"] = {"driver": "fake"}
+    farm["templates"] = {"base": {"build": "debian-12"}}
+    farm["vms"]["box"] = {"host": "here"}
+    path.write_text(json.dumps(farm))
+    with Site(load(path), reporter=lab.told) as site:
+        clone_farm(site, ["box"], start=False)
+        if lost:
+            with site.disks("here").store.change() as world:
+                del world.disks[site.machine("box")]
+        for whole in (run_cycle, plan_cycle):
+            with pytest.raises(NotFound, match=lacks):
+                whole(site)
+        assert load_records(site.paths) == ()
+
+
 def test_nothing_is_built_on_a_vm_whose_reset_failed(lab):
     steps = [reset("dev2"), run("build", "touch built"), run("other", "touch other", vm="prod")]
     path = lab.farm_file(steps)

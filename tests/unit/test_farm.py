@@ -477,6 +477,7 @@ def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) ->
         farm.clone_farm(site)
         assert not farm.gc(site).changed
         assert {machine.owner.vm for machine in site.hypervisor("fast").list()} == {"dev2", "prod"}
+        farm.stop(site, ["prod"], force=True)
         site.disks("large").destroy("kata-prod")
         assert {action.vm for action in farm.gc(site).actions if action.verb == "discard"} == {"prod"}
         assert [machine.owner.vm for machine in site.hypervisor("large").list()] == ["dev2"]

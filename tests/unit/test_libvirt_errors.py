@@ -33,8 +33,26 @@ def error(message: str, code: int = libvirt.VIR_ERR_INTERNAL_ERROR) -> libvirt.l
             libvirt.VIR_ERR_SYSTEM_ERROR, DriverFailed, "look up prod: no libvirtd there",
             "systemctl start libvirtd;",
         ),
+        (
+            "internal error: qemu unexpectedly closed the monitor: "
+            "2026-11-29T00:00:00.0Z qemu-system-x86_64: error: failed to set MSR 0x10a to 0x69",
+            libvirt.VIR_ERR_INTERNAL_ERROR, DriverFailed, "look up prod: internal error: qemu",
+            "do without KVM: FARMHAND_ACCELERATOR=tcg",
+        ),
+        (
+            "internal error: process exited while connecting to monitor: "
+            "qemu-system-x86_64: failed to initialize kvm: Permission denied",
+            libvirt.VIR_ERR_INTERNAL_ERROR, DriverFailed, "look up prod: internal error: process",
+            "do without KVM: FARMHAND_ACCELERATOR=tcg",
+        ),
+        (
+            "internal error: qemu unexpectedly closed the monitor: "
+            "qemu-system-x86_64: -device x,id=kvm-1: 'x' is not a valid device model name",
+            libvirt.VIR_ERR_INTERNAL_ERROR, DriverFailed, "look up prod: internal error: qemu",
+            "./invoke doctor checks the host",
+        ),
     ],
-    ids=["destroyed under Xen", "no virtlogd", "no libvirtd"],
+    ids=["destroyed under Xen", "no virtlogd", "no libvirtd", "an MSR", "no KVM", "another reason"],
 )  # fmt: skip
 def test_what_is_said_and_what_to_do(
     said: str, code: int, kind: type[FarmhandError], message: str, remedy: str

@@ -113,6 +113,7 @@ def test_not_while_it_runs(town: Town) -> None:
     with town.site() as site, pytest.raises(NotFound, match="gone while it runs"):
         farm.clone_farm(site, start=False)
     with town.site() as site:
+        farm.gc(site)
         assert is_on(look(site, "prod"))
         assert site.disks("here").find("still-prod") is None
         farm.stop(site, ["prod"], force=True)
@@ -196,6 +197,7 @@ def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> 
     assert "and so is its template base@1" in str(caught.value)
     assert "mounted" in str(caught.value) + str(caught.value.remedy)
     with files.site() as site:
+        assert not farm.gc(site).changed
         assert look(site, "prod"), "it is left as it is"
     disks.rmdir()
     (place / "elsewhere").rename(disks)

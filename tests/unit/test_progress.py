@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hypervisors.api import Pulse
-from hypervisors.progress import IN_ALL, Progress, last_line
+from hypervisors.progress import IN_ALL, Progress
 from hypervisors.run import Runner
 from inventory.errors import DriverFailed, TimedOut
 
@@ -54,6 +54,12 @@ def test_what_a_system_at_rest_writes_is_no_progress() -> None:
     """Some kilobytes each ten seconds, after the boot."""
     wait = Wait(lambda now: Pulse(console=70, read=40 * MIB, written=now // 10 * 4096))
     assert wait.end() == 101
+
+
+def test_a_boot_sector_is_more_than_0() -> None:
+    wait = Wait(lambda now: Pulse(console=0, read=512, written=0))
+    wait.end()
+    assert str(wait.progress) == "nothing on its console, disk 1m40s ago: hardly anything"
 
 
 def test_a_log_that_was_turned_over_is_progress_too() -> None:
@@ -112,10 +118,3 @@ def test_a_command_with_a_log_runs_on_as_long_as_that_grows(tmp_path: Path) -> N
         runner.change("sh", "-c", "echo 6; sleep 600", timeout=2, log=log)
     with pytest.raises(TimedOut, match=r"still running after 0\.1 s"):
         runner.change("sleep", "600", timeout=0.1)
-
-
-def test_a_guest_s_line_is_printable_and_short() -> None:
-    assert last_line("one\n\x1b[31mtwo\x1b[0m \x07\x1b]0;title\x07\n\n \r\n") == "two"
-    assert last_line("login: \x9b\x00\u202e") == "login:"
-    assert last_line("x" * 500) == "x" * 59 + "…"
-    assert last_line("") == last_line("\n\x1b[2J\n") == ""

@@ -29,7 +29,7 @@ from builds.record import (
     prune,
 )
 from builds.source import is_directory, mask, name_of
-from builds.steps import StepLog, plain
+from builds.steps import StepLog
 from inventory.errors import NotFound
 from inventory.loader import load
 from provision import farm
@@ -226,7 +226,6 @@ def test_the_log_keeps_bytes_and_a_plain_tail(tmp_path):
     data = (tmp_path / "log").read_bytes()
     assert data.startswith(b"10%\r50%\r100%\n\x1b[31mred\x1b[0m\n\xff\nfarmhand: a word of ours\n")
     assert b"".join(chunk for _, chunk in seen) == data
-    assert plain(b"10%\r100%\n\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07end") == "100%\nred\nend"
 
 
 def test_sources_by_name(tmp_path):

@@ -453,3 +453,5 @@ def test_tail(tmp_path):
     assert tail_of(log) == tail_of(None) == ""
     log.write_bytes(b"".join(b"line %d\r\n" % n for n in range(100)))
     assert tail_of(log, lines=2) == "line 98\nline 99"
+    log.write_bytes(b"\x1b[2J\x1b[01;01HBooting\x1b[0m\r\n\r\n")
+    assert tail_of(log) == "Booting", "it clears nobody's screen"

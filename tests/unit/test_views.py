@@ -1,0 +1,64 @@
+"""What is shown stays readable: in large farms, and of VMs that are off."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from inventory.errors import NotFound, Several, TimedOut, some
+from provision.journal import Record
+from provision.processes import Process
+
+import views
+
+MANY = tuple(f"v{number}" for number in range(300))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("", ""),
+        ("a", "a"),
+        ("abcdefg", "a, b, c, d, e, f, g"),
+        ("abcdefgh", "a, b, c, d, e, f and 2 more"),
+    ],
+)
+def test_some(names: str, said: str) -> None:
+    assert some(names) == said
+    assert some(dict.fromkeys(names)) == said
+
+
+def test_history_of_many_vms() -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    record = Record(
+        id=1, verb="reset", vm="", facts={"vms": list(MANY)}, started=moment, ended=moment,
+        outcome="done", error="", process=Process.this(), settled=True,
+    )  # fmt: skip
+    text = views.history([record], [], 20).text
+    assert "v0, v1, v2, v3, v4, v5 and 294 more" in text
+    assert max(map(len, text.splitlines())) < 100
+
+
+def test_many_that_fail() -> None:
+    """In one line; what it leaves out is in the detail."""
+    error = Several({vm: NotFound(f"it lacks {vm}s", remedy=f"bring {vm}") for vm in MANY})
+    assert len(error.message) < 200
+    assert error.message.startswith("300 VMs failed: v0: it lacks v0s; v1: it lacks v1s;")
+    assert error.remedy.endswith("bring v5 and 294 more")
+    assert error.detail.splitlines()[::293] == ["v6: it lacks v6s", "v299: it lacks v299s"]
+
+
+def test_two_that_fail() -> None:
+    """Nothing is told twice."""
+    tail = TimedOut("b: not ready", detail="Booting\nHalted")
+    error = Several({"a": NotFound("a: not there"), "b": tail})
+    assert error.message == "2 VMs failed: a: not there; b: not ready"
+    assert error.detail == "b: not ready\n    Booting\n    Halted"
+
+
+@pytest.mark.parametrize(
+    ("now", "said"), [(None, "1G"), (0, "1G"), (2**30, "1G"), (2**29, "512M of 1G")]
+)
+def test_memory(now: int | None, said: str) -> None:
+    assert views._memory(now, 2**30) == said
