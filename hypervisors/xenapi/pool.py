@@ -96,6 +96,11 @@ class _Mine(threading.local):
     """Something was changed, by whomever, that the server's disk may not have."""
     renewed: int | None = None
     """``Sessions.renewed`` as of the first change of its own that isn't kept; None: there is none."""
+    lost = False
+    """The server was started again since that: nothing is destroyed before it was looked at anew."""
+
+    def looks(self) -> None:
+        self.doubts, self.lost = True, False
 
 
 class Pool:
@@ -152,9 +157,11 @@ class Pool:
         started again since this thread's first change: then it may have lost that."""
         with self._guard:
             changes, noted = self._changes, list(self._noted)
-        self.sessions.call("pool.sync_database")
-        mine, self._mine.renewed = self._mine.renewed, None
-        if mine is not None and mine != self.sessions.renewed:
+        if not self._mine.lost:
+            self.sessions.call("pool.sync_database")
+            mine, self._mine.renewed = self._mine.renewed, None
+            self._mine.lost = mine is not None and mine != self.sessions.renewed
+        if self._mine.lost:
             self._mine.doubts = True
             with self._guard:
                 self._noted = []  # the notes themselves stay, for whoever sweeps up
@@ -212,7 +219,7 @@ class Pool:
 
     def machine(self, name: str) -> Vm | None:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
-        self._mine.doubts = True
+        self._mine.looks()
         known = self._refs.get(name)
         if known is not None:
             with contextlib.suppress(XenApiError):
@@ -307,7 +314,7 @@ class Pool:
         return found
 
     def all_vms(self) -> list[Vm]:
-        self._mine.doubts = True
+        self._mine.looks()
         return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
 
     def all_vdis(self) -> dict[str, Vdi]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_farm import Desk
 
-from hypervisors.api import FarmDisks
+from hypervisors.api import FarmDisks, Owner
 from hypervisors.fake import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Conflict,
@@ -373,12 +373,13 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
 
 def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     with apart.site() as site:
-        for vm in ("dev2", "prod"):
-            site.disks(site.farm.host_of(vm)).destroy(site.machine(vm))
+        store = site.disks("here")
+        for vm in ("old1", "old2"):
+            store.clone(store.templates()[0], f"kata-{vm}", Owner("kata", vm), 64 * 2**20)
     destroy = FakeHypervisor.destroy
 
     def refuse(self: FakeHypervisor, name: str) -> None:
-        if name == "kata-dev2":
+        if name == "kata-old1":
             raise DriverFailed(f"{name} is busy", remedy="end what uses it")
         destroy(self, name)
 
@@ -386,9 +387,9 @@ def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.M
         patch.setattr(FakeHypervisor, "destroy", refuse)
         with (
             apart.site() as site,
-            pytest.raises(DriverFailed, match=r"1 of 2 .*kata-dev2 is busy") as caught,
+            pytest.raises(DriverFailed, match=r"1 of 2 .*kata-old1 is busy") as caught,
         ):
             farm.gc(site)
         assert caught.value.remedy == "end what uses it"
     with apart.site() as site:
-        assert "dev2" in [action.vm for action in farm.gc(site).actions if action.verb == "discard"]
+        assert [action.vm for action in farm.gc(site).actions if action.verb == "discard"] == ["old1"]
