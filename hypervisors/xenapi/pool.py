@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,10 @@ _HALTING = 10.0
 """Seconds in which a machine is off whose shutdown was answered with an error."""
 _ASKING = ("event", "session", "task")  # classes
 _UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
-_REMOVING = ("VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy", "VM.hard_shutdown")
-"""What may be lost, for it is done again."""
+_REMOVING = (
+    "VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy", "VM.hard_shutdown", "VM.start",
+)  # fmt: skip
+"""What may be lost, for it is done again; without power nothing runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +128,25 @@ class Pool:
         self._noted: list[str] = []
 
     def call(self, name: str, *arguments: object) -> Any:
-        try:
-            return self.sessions.call(name, *arguments)
-        finally:
-            self._count(name)
+        return self._counted(name, lambda: self.sessions.call(name, *arguments))
 
     def do(self, name: str, *arguments: object) -> str:
         """A task; see ``wait.do``."""
+        return str(
+            self._counted(name, lambda: do(self.sessions, name, *arguments, progress=self._progress))
+        )
+
+    def _counted(self, name: str, call: Callable[[], Any]) -> Any:
+        failed = False
         try:
-            return do(self.sessions, name, *arguments, progress=self._progress)
+            return call()
+        except FarmhandError:  # what it is part of fails, and whoever goes on looks at all anew
+            failed = True
+            raise
         finally:
             self._count(name)
+            if failed:
+                self._mine.renewed = None
 
     # -- what outlives the server's power ---------------------------------------------------------
 
