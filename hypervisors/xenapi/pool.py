@@ -100,9 +100,8 @@ class _Mine(threading.local):
     """``Sessions.renewed`` as of the first change of its own that isn't kept; None: there is none."""
     lost = False
     """The server was started again since that: nothing is destroyed before it was looked at anew."""
-
-    def looks(self) -> None:
-        self.doubts, self.lost = True, False
+    failed = False
+    """A call was cut off, or not answered, since all was looked at."""
 
 
 class Pool:
@@ -137,16 +136,22 @@ class Pool:
         )
 
     def _counted(self, name: str, call: Callable[[], Any]) -> Any:
-        failed = False
         try:
             return call()
-        except FarmhandError:  # what it is part of fails, and whoever goes on looks at all anew
-            failed = True
+        except FarmhandError:
+            self._mine.failed = True
             raise
         finally:
             self._count(name)
-            if failed:
-                self._mine.renewed = None
+
+    def _looks(self) -> None:
+        """What failed before is told already: whoever looks now begins anew. The notes of what was made
+        stay, for whoever sweeps up."""
+        self._mine.doubts, self._mine.lost = True, False
+        if self._mine.failed:
+            self._mine.failed, self._mine.renewed = False, None
+            with self._guard:
+                self._noted = []
 
     # -- what outlives the server's power ---------------------------------------------------------
 
@@ -229,7 +234,7 @@ class Pool:
 
     def machine(self, name: str) -> Vm | None:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
-        self._mine.looks()
+        self._looks()
         known = self._refs.get(name)
         if known is not None:
             with contextlib.suppress(XenApiError):
@@ -324,7 +329,7 @@ class Pool:
         return found
 
     def all_vms(self) -> list[Vm]:
-        self._mine.looks()
+        self._looks()
         return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
 
     def all_vdis(self) -> dict[str, Vdi]:
