@@ -95,6 +95,9 @@ def test_no_vm_is_never_all_vms(cli: CommandLine, task: str) -> None:
         (("template-remove",), "--template is missing"),
         (("template-build", "--name", "bass"), "there is no template 'bass'"),
         (("history", "--limit", "abc"), "--limit: 'abc' is not a whole number"),
+        (("statsu",), "No idea what 'statsu' is!"),
+        (("status", "--frm", "x"), "No idea what '--frm' is!"),
+        (("cycle", "--revision"), "needed value and was not given one"),
         (("console", "--vm", "prod", "--lines", "-1"), "--lines: '-1' is not a whole number"),
     ],
 )
