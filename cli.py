@@ -347,11 +347,13 @@ def _keep_traceback(run: Run) -> Path:
 # ---- Options, judged.
 
 
-def names(values: Iterable[str] | None) -> tuple[str, ...]:
+def names(
+    values: Iterable[str] | None, option: str = "--vm", of: str = "a VM of the farm"
+) -> tuple[str, ...]:
     """``--vm a --vm b`` and ``--vm a,b`` alike; each once, in their order."""
     found = [part.strip() for value in values or () for part in str(value).split(",")]
     if not all(found):
-        raise UsageError("--vm: an empty name", remedy="give the name of a VM of the farm")
+        raise UsageError(f"{option}: an empty name", remedy=f"give the name of {of}")
     return tuple(dict.fromkeys(found))
 
 

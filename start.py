@@ -5,7 +5,7 @@ unittest.mock, and asyncio with it, for a class that tests of tasks may use; imp
 email with it, to know invoke's version; YAML, for configuration files that hardly anybody has. While
 invoke is imported, others stand in for the three.
 
-Standard streams may be closed or full: streams.py.
+Standard streams may be closed or full: streams.py. Wrong words end as those do that a task refuses.
 
 Bytecode is kept in the virtual environment: invoke keeps none by default, so that each command would
 compile all of farmhand again, and nothing is to be left in the checkout, which may be another's.
@@ -14,11 +14,13 @@ compile all of farmhand again, and nothing is to be left in the checkout, which 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 _YAML = "invoke.vendor.yaml"
+_WRONG_WORDS = 2  # UsageError's exit status
 
 
 def _safe_load(stream: Any) -> Any:
@@ -31,6 +33,21 @@ _USED: dict[str, dict[str, Any]] = {
     _YAML: {"safe_load": _safe_load},
 }
 """All that invoke uses of them, in the version of requirements.lock."""
+
+
+def _judged(parse: Callable[..., None]) -> Callable[..., None]:
+    """With the exit status of wrong words that a task refuses, for 1 means that something failed."""
+
+    def judged(*arguments: Any) -> None:
+        from invoke.exceptions import Exit, ParseError
+
+        try:
+            parse(*arguments)
+        except ParseError as error:
+            remedy = "./invoke --list shows the tasks, ./invoke TASK --help its flags"
+            raise Exit(f"farmhand: {error}\n  {remedy}", code=_WRONG_WORDS) from None
+
+    return judged
 
 
 def main() -> None:
@@ -49,6 +66,8 @@ def main() -> None:
 
     for name in names:
         del sys.modules[name]
+    for step in ("parse_core", "parse_tasks"):
+        setattr(program, step, _judged(getattr(program, step)))
     program.run(["invoke", "--write-pyc", *sys.argv[1:]])
 
 

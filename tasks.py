@@ -403,26 +403,30 @@ def network_import(
     iterable=["only"],
 )
 def cycle(
-    run: Run, from_: str = "", only: Names = None, revision: str = "", keep_going: bool = False
+    run: Run,
+    from_: str | None = None,
+    only: Names = None,
+    revision: str | None = None,
+    keep_going: bool = False,
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds import cycle as cycles
     from builds.again import cycle_command, cycle_options
 
-    begin, which, of = from_ or None, cli.names(only), revision or None
-    again = cycle_command("STEP", cycle_options(only=which, revision=of, keep_going=keep_going))
+    which = cli.names(only, "--only", "a step of the cycle")
+    again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
     run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
     with run.site() as site:
         if run.plan:
             return views.plan(
-                "cycle", cycles.plan_cycle(site, start_from=begin, only=which, revision=of)
+                "cycle", cycles.plan_cycle(site, start_from=from_, only=which, revision=revision)
             )
         with views.failed_build(site.paths) as result:
             record = cycles.run_cycle(
                 site,
-                start_from=begin,
+                start_from=from_,
                 only=which,
-                revision=of,
+                revision=revision,
                 keep_going=keep_going,
                 stream=run.screen.stream,
             )

@@ -147,7 +147,7 @@ class Pruner:
         if kind in ("tuple_type", "list_type"):
             return path, f"a list is expected here, not {found}"
         if kind == "too_short":
-            return path, "at least one is needed"
+            return path, "it is empty" if isinstance(node, Scalar) else "at least one is needed"
         if not isinstance(node, Scalar):
             return path, f"a single value is expected here, not {found}"
         if kind == "literal_error":

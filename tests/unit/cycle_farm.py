@@ -7,6 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 from sshd_machine import Sshd, make_key
 
 from inventory.loader import load
@@ -124,3 +125,13 @@ def environment(root: Path) -> dict[str, str]:
         "FARMHAND_CACHE_DIR": str(root / "cache"),
         "FARMHAND_RUNTIME_DIR": str(root / "run"),
     }
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in environment(tmp_path).items():
+        if name.startswith("FARMHAND_"):
+            monkeypatch.setenv(name, value)
+    laboratory = Lab(tmp_path)
+    yield laboratory
+    laboratory.stop()

@@ -83,7 +83,9 @@ def test_no_vm_is_never_all_vms(cli: CommandLine, task: str) -> None:
     ("words", "said"),
     [
         (("reset", "--vm", "prod", "--all"), "--vm and --all together"),
-        (("reset", "--vm", ","), "an empty name"),
+        (("reset", "--vm", ","), "--vm: an empty name"),
+        (("cycle", "--only", ""), "--only: an empty name"),
+        (("cycle", "--from", ""), "the cycle has no step ''"),
         (("balloon", "--vm", "prod"), "--to is missing"),
         (("balloon", "--vm", "prod", "--to", "lots"), "--to: 'lots' is not a size"),
         (("balloon", "--to", "512M"), "which VM?"),
@@ -93,6 +95,9 @@ def test_no_vm_is_never_all_vms(cli: CommandLine, task: str) -> None:
         (("template-remove",), "--template is missing"),
         (("template-build", "--name", "bass"), "there is no template 'bass'"),
         (("history", "--limit", "abc"), "--limit: 'abc' is not a whole number"),
+        (("statsu",), "No idea what 'statsu' is!"),
+        (("status", "--frm", "x"), "No idea what '--frm' is!"),
+        (("cycle", "--revision"), "needed value and was not given one"),
         (("console", "--vm", "prod", "--lines", "-1"), "--lines: '-1' is not a whole number"),
     ],
 )

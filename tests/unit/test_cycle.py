@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import FETCH, STEPS, Lab, environment, reset, run
+from cycle_farm import FETCH, STEPS, Lab, environment, lab, reset, run
 from sshd_machine import alive, gone, wait_for
 
 from builds.cycle import plan_cycle, run_cycle
@@ -29,17 +29,8 @@ from inventory.loader import load, loads
 from provision.farm import clone_farm
 from provision.site import Site
 
+__all__ = ["lab"]
 HERE = Path(__file__).resolve()
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in environment(tmp_path).items():
-        if name.startswith("FARMHAND_"):
-            monkeypatch.setenv(name, value)
-    laboratory = Lab(tmp_path)
-    yield laboratory
-    laboratory.stop()
 
 
 def fails(site, **options):

@@ -194,6 +194,7 @@ TOP = {
     "network: {mode: bridge, bridge: b, subnet: 10.0.0.0/24, internet: on}": "6:67: network.internet: "
     "'internet' is for mode user: elsewhere it's the host's matter",
     "source: {revision: x}": "6:1: source: a source needs either 'repository' or 'example'",
+    "source: {repository: ''}": "6:22: source.repository: it is empty",
     "source: {repository: --upload-pack=x}": "6:22: source.repository: "
     "'--upload-pack=x' is not a git URL or a directory",
     "source: {repository: 'ext::sh -c x'}": "6:22: source.repository: "
@@ -268,7 +269,7 @@ XENAPI = {
     "either 'ca' or 'fingerprint', not both",
     "driver: xenapi, uri: 'https://x', credentials: c, fingerprint: '00:11'": "6:79: hosts.here.fingerprint: "
     "a SHA-256 has 64 hexadecimal digits, colons between or not",
-    "driver: xenapi, uri: 'https://x', credentials: c, sr: ''": "6:70: hosts.here.sr: at least one is needed",
+    "driver: xenapi, uri: 'https://x', credentials: c, sr: ''": "6:70: hosts.here.sr: it is empty",
     "driver: xenapi, uri: 'https://x', credentials: c, copy: half": "6:72: hosts.here.copy: "
     "'half' is not one of linked, full",
     "driver: xenapi, uri: 'https://x', credentials: c, disks: {store: zfs, pool: x}": "6:73: hosts.here.disks: "

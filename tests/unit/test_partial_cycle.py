@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import STEPS, Lab, environment, reset, run
+from cycle_farm import STEPS, Lab, environment, lab, reset, run
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
@@ -20,6 +20,7 @@ from provision.site import Site
 import cli
 import views
 
+__all__ = ["lab"]
 ROOT = Path(__file__).resolve().parents[2]
 # As in the case that made a false record: `passes` passes ci, HEAD doesn't.
 FETCH = """git init -q src; cd src
@@ -32,16 +33,6 @@ CI = [
     run("ci", "sh src/program; touch tried; test -e repaired || sh src/program | grep -v bad"),
     run("pack", "cat src/program > pack"),
 ]
-
-
-@pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in environment(tmp_path).items():
-        if name.startswith("FARMHAND_"):
-            monkeypatch.setenv(name, value)
-    laboratory = Lab(tmp_path)
-    yield laboratory
-    laboratory.stop()
 
 
 def fails(site: Site, **options) -> tuple[BuildFailed, BuildRecord]:

@@ -100,14 +100,14 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", [["hello"], ["--list"], ["--version"], ["hello", "--help"], ["--help"], ["nonsense"]]
+    "words", [["hello"], ["--list"], ["--version"], ["hello", "--help"], ["--help"]]
 )
 def test_invoke_is_as_it_is(checkout: Path, words: list[str]) -> None:
     expected, found = bare(checkout, *words), started(checkout, *words, PYTHONPYCACHEPREFIX="/nowhere")
     assert found.stdout == expected.stdout
     assert found.stderr == expected.stderr
     assert found.returncode == expected.returncode
-    assert words == ["nonsense"] or expected.stdout
+    assert expected.stdout
 
 
 def test_bytecode_is_kept_but_not_in_the_checkout(checkout: Path, tmp_path: Path) -> None:
