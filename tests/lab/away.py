@@ -34,7 +34,17 @@ sh ./command
 echo $? >status.new && mv status.new status' </dev/null >output 2>&1
 until [ -s pid ]; do sleep 0.1; done
 """
-_FOLLOW = "exec tail -s 0.2 --pid=$(cat {out}/pid) -c +{first} -f {out}/output"
+# Not tail's own --pid: what its parent has not reaped yet, as init may be late, counts as alive there.
+_FOLLOW = """
+cd {out} && read -r p <pid || exit
+tail -s 0.2 -c +{first} -f output &
+while [ ! -e status ] && read -r line 2>/dev/null </proc/"$p"/stat; do
+    case $line in *") Z "*) break ;; esac
+    sleep 0.5
+done
+kill $!
+"""
+_REST = "exec tail -c +{first} {out}/output"
 _INTERRUPT = "kill -INT $(cat /proc/$(cat {out}/pid)/task/*/children)"
 
 
@@ -66,16 +76,18 @@ class Away:
         """Until it ends: its status. TimedOut after ``limit`` seconds; DriverFailed where the lab
         answers no new connection, or does, and neither the command nor its status is there."""
         end = time.monotonic() + limit
+        script = _FOLLOW
         while True:
             first = self.log.stat().st_size + 1
-            argv = self.place.ssh_argv(_FOLLOW.format(out=shlex.quote(self.out), first=first))
-            if (status := self._stream(argv, end, limit)) == 0:
-                return self._status()
-            self._answers()
+            argv = self.place.ssh_argv(script.format(out=shlex.quote(self.out), first=first))
+            status = self._stream(argv, end, limit)
             if status == _LOST or status < 0:
+                self._answers()
                 self.say("the connection was lost; the tests went on, and so does what they say")
-            else:
+            elif script is _REST:
                 return self._status()
+            else:
+                script = _REST
 
     def interrupt(self, patience: float) -> int | None:
         """SIGINT to the command: what it still says, and its status; None where that takes too long."""

@@ -290,7 +290,7 @@ NAMES = {
     r'"a\nb"': rf"'a\nb' {SEEN}",
     r'"\u202Egnp"': rf"'\u202egnp' {SEEN}",
     '"build "': "'build ' begins or ends with a space",
-    '""': "at least one is needed",
+    '""': "it is empty",
     f'"{"n" * 256}"': "a name has at most 255 characters",
 }
 

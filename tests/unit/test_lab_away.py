@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,13 @@ def _away(tmp_path: Path, shown: list[bytes], said: list[str], place: Here | Non
 
 
 def _cut(away: Away) -> None:
-    """SIGKILL to what follows its output, as a lost connection ends ssh."""
-    out = away.out.encode()
-    for entry in Path("/proc").iterdir():
+    """SIGKILL to the shell that follows its output, as a lost connection ends ssh; and to its tail."""
+    for entry in Path("/proc").glob("[1-9]*"):
         try:
-            line = (entry / "cmdline").read_bytes()
+            line, there = (entry / "cmdline").read_bytes(), (entry / "cwd").readlink()
         except OSError:
             continue
-        if line.startswith(b"tail\0") and out in line:
+        if there == Path(away.out) and (line.startswith(b"tail\0") or b"tail -s" in line):
             os.kill(int(entry.name), signal.SIGKILL)
 
 
@@ -108,11 +108,24 @@ def test_where_nobody_answers_any_more_that_is_said(
 
 def test_one_that_left_no_status_is_not_taken_for_passed(tmp_path: Path) -> None:
     away = _away(tmp_path, [], [])
-    away.begin("sleep 60")
+    away.begin("exec sleep 60")
     waiting = int(Path(away.out, "pid").read_text())
-    children = Path(f"/proc/{waiting}/task/{waiting}/children").read_text().split()
+    while not (children := Path(f"/proc/{waiting}/task/{waiting}/children").read_text().split()):
+        pass
     os.kill(waiting, signal.SIGKILL)
     with pytest.raises(DriverFailed, match="left no status"):
         away.follow(60)
     for pid in children:
         os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_zombie_is_not_waited_for(tmp_path: Path) -> None:
+    """Its parent, here this process, may be late to reap it."""
+    away = _away(tmp_path, [], [])
+    away.begin("exit 0")
+    assert away.follow(60) == 0
+    with subprocess.Popen(["sh", "-c", "exit 0"]) as dead:
+        Path(away.out, "pid").write_text(f"{dead.pid}\n")
+        Path(away.out, "status").unlink()
+        with pytest.raises(DriverFailed, match="left no status"):
+            away.follow(60)
