@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -108,15 +109,13 @@ def test_where_nobody_answers_any_more_that_is_said(
 
 def test_one_that_left_no_status_is_not_taken_for_passed(tmp_path: Path) -> None:
     away = _away(tmp_path, [], [])
-    away.begin("exec sleep 60")
-    waiting = int(Path(away.out, "pid").read_text())
-    while not (children := Path(f"/proc/{waiting}/task/{waiting}/children").read_text().split()):
-        pass
-    os.kill(waiting, signal.SIGKILL)
+    away.begin("echo $$; exec sleep 60")
+    while not (said := Path(away.out, "output").read_text()):
+        time.sleep(0.01)
+    os.kill(int(Path(away.out, "pid").read_text()), signal.SIGKILL)
     with pytest.raises(DriverFailed, match="left no status"):
         away.follow(60)
-    for pid in children:
-        os.kill(int(pid), signal.SIGKILL)
+    os.kill(int(said), signal.SIGKILL)
 
 
 def test_a_zombie_is_not_waited_for(tmp_path: Path) -> None:
