@@ -67,17 +67,17 @@ SAID = {
         ("no signature",),
     ),
     "key": (
-        "Err:1 http://deb.debian.org/debian bookworm InRelease\n"
+        "Err:1 http://mirror.example/debian bookworm InRelease\n"
         "  The following signatures couldn't be verified because the public key is not available: "
         "NO_PUBKEY 6ED0E7B82643E131 NO_PUBKEY 78DBA3BC47EF2265\n"
-        "E: The repository 'http://deb.debian.org/debian bookworm InRelease' is not signed.\n" + UPDATE,
+        "E: The repository 'http://mirror.example/debian bookworm InRelease' is not signed.\n" + UPDATE,
         "The following signatures couldn't be verified because the public key is not available: "
         "NO_PUBKEY 6ED0E7B82643E131 NO_PUBKEY 78DBA3BC47EF2265",
         ("debian-archive-keyring",),
     ),
     "gpgv": (
         "  gpgv, gpgv2 or gpgv1 required for verification, but neither seems installed\n"
-        "E: The repository 'http://deb.debian.org/debian bookworm InRelease' is not signed.\n" + UPDATE,
+        "E: The repository 'http://mirror.example/debian bookworm InRelease' is not signed.\n" + UPDATE,
         "gpgv, gpgv2 or gpgv1 required for verification, but neither seems installed",
         ("apt-get install gpgv", "/dev/null"),
     ),
@@ -96,9 +96,9 @@ SAID = {
         ("clock", "ahead"),
     ),
     "room": (
-        "Err:4 http://deb.debian.org/debian bookworm/main amd64 Packages\n"
+        "Err:4 http://mirror.example/debian bookworm/main amd64 Packages\n"
         "  Write error - write (28: No space left on device)\n"
-        "E: Failed to fetch http://deb.debian.org/debian/dists/bookworm/main/binary-amd64/Packages  "
+        "E: Failed to fetch http://mirror.example/debian/dists/bookworm/main/binary-amd64/Packages  "
         "Write error - write (28: No space left on device)\n" + UPDATE,
         "Write error - write (28: No space left on device)",
         ("make room on the file system of /the/cache",),

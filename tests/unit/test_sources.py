@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cycle_farm import STEPS, Lab, environment, reset, run
+from cycle_farm import STEPS, Lab, reset, run
+from cycle_farm import lab as cycles
 from sshd_machine import Sshd, free_port, make_key, wait_for
 
 from builds.cycle import plan_cycle, run_cycle
@@ -27,6 +28,8 @@ from hypervisors.run import Runner
 from inventory.autobuild import FETCH
 from inventory.errors import FarmhandError, NotFound, Unsupported, WrongState
 from provision.connection import Connection
+
+__all__ = ["cycles"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = Runner(changes=True)
@@ -375,14 +378,9 @@ def test_a_source_that_may_not_be_read(closed):
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name, value in environment(tmp_path).items():
-        if name.startswith("FARMHAND_"):
-            monkeypatch.setenv(name, value)
-    laboratory = Lab(tmp_path)
-    (laboratory.dev2.home / "not reset").touch()
-    yield laboratory
-    laboratory.stop()
+def lab(cycles: Lab) -> Lab:
+    (cycles.dev2.home / "not reset").touch()
+    return cycles
 
 
 def refused(lab: Lab, steps: list[dict], ways=(run_cycle, plan_cycle)) -> FarmhandError:
