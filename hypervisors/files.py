@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,6 +56,16 @@ def make_directory(path: Path, *, mode: int) -> None:
 def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
     """To write the file, made or emptied. OSError."""
     return os.fdopen(_open(path, os.O_TRUNC, mode), "wb")
+
+
+def write_note(path: Path, text: str) -> None:
+    """A file that anybody may read and a power cut may take, in a cache of ours that is made if there is
+    none: whole or not at all, whoever else writes it. OSError, FarmhandError."""
+    make_directory(path.parent, mode=0o711)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with open_new(fresh, mode=0o644) as file:
+        file.write(text.encode())
+    fresh.replace(path)
 
 
 def open_to_append(path: Path, *, mode: int = 0o600) -> BinaryIO:

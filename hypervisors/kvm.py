@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import signal
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from hypervisors.files import make_directory, open_new
+from hypervisors.files import write_note
 from hypervisors.kvm_guest import EXIT_PORT, IMAGE, STAGES, STATUS, read_answer
 from hypervisors.run import Runner, which
 from inventory.errors import CommandFailed, FarmhandError, TimedOut, UsageError
@@ -28,7 +27,7 @@ _EMULATION_LIMIT = 60.0
 _KVM_LIMIT = 5.0
 _KVM_TIMES = 3  # of what emulation took, where that is more: all of it, with QEMU's start and firmware
 _DEVICE = Path("/dev/kvm")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _VARIABLE = "FARMHAND_ACCELERATOR"
 
 Accelerator = Literal["auto", "kvm", "tcg"]
@@ -103,7 +102,7 @@ def _note(cache: Path) -> Path:
 def _key(qemu: str) -> str:
     """What a verdict is about: this boot, user, QEMU and device, and our guest."""
     seen, device = Path(qemu).stat(), _DEVICE.stat()
-    boot, user = _BOOT_ID.read_text(), os.geteuid()
+    boot, user = BOOT_ID.read_text(), os.geteuid()
     facts = (boot, user, qemu, seen.st_mtime_ns, seen.st_ino, device.st_rdev, IMAGE)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -118,11 +117,7 @@ def _remembered(cache: Path, qemu: str) -> KvmVerdict | None:
 
 def _remember(cache: Path, qemu: str, verdict: KvmVerdict) -> None:
     with contextlib.suppress(OSError, FarmhandError):  # not written it costs time, no more
-        make_directory(cache, mode=0o711)
-        fresh = _note(cache).with_suffix(f".{os.getpid()}")
-        with open_new(fresh, mode=0o644) as file:
-            file.write(json.dumps({"key": _key(qemu), **asdict(verdict)}).encode())
-        fresh.replace(_note(cache))
+        write_note(_note(cache), json.dumps({"key": _key(qemu), **asdict(verdict)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +150,8 @@ def try_guest(runner: Runner, qemu: str, accelerator: Literal["kvm", "tcg"], lim
     """Run the guest under that QEMU accelerator, for ``limit`` seconds at most."""
     name = "KVM" if accelerator == "kvm" else "QEMU's emulation"
     cpu = "host" if accelerator == "kvm" else "max"  # as our machines have it: its MSRs are a test too
+    import tempfile  # 1 ms, and most commands find a verdict
+
     with tempfile.TemporaryDirectory(prefix="farmhand-kvm-") as directory:
         image, said = Path(directory, "image"), Path(directory, "said")
         image.write_bytes(IMAGE)

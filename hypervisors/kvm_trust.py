@@ -12,11 +12,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypervisors.files import make_directory, open_new
-from hypervisors.kvm import distrust_kvm
+from hypervisors.files import write_note
+from hypervisors.kvm import BOOT_ID, distrust_kvm
 from inventory.errors import FarmhandError
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +26,14 @@ class KvmTrust:
     def proven(self) -> bool:
         """Whether a guest has answered under KVM."""
         with contextlib.suppress(OSError):
-            return self._note.read_text() == _BOOT_ID.read_text()
+            return self._note.read_text() == BOOT_ID.read_text()
         return False
 
     def prove(self) -> None:
         """One has."""
         if not self.proven():
             with contextlib.suppress(OSError, FarmhandError):  # as with verdicts
-                make_directory(self.cache, mode=0o711)
-                fresh = self._note.with_suffix(f".{os.getpid()}")
-                with open_new(fresh, mode=0o644) as file:
-                    file.write(_BOOT_ID.read_bytes())
-                fresh.replace(self._note)
+                write_note(self._note, BOOT_ID.read_text())
 
     def distrust(self, why: str) -> None:
         """Drivers that are opened from now on do without it."""

@@ -159,5 +159,5 @@ def test_trust_is_of_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert trust.proven()
     other = tmp_path / "boot_id"
     other.write_text("another boot\n")
-    monkeypatch.setattr("hypervisors.kvm_trust._BOOT_ID", other)
+    monkeypatch.setattr("hypervisors.kvm_trust.BOOT_ID", other)
     assert not trust.proven()

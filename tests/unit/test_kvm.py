@@ -218,7 +218,7 @@ def test_a_verdict_is_kept_until_something_changes(
 ) -> None:
     assert stand_in.verdict() == WORKS == kvm_usable(Runner(), stand_in.cache)
     assert stand_in.ran() == ["tcg", "kvm"]
-    monkeypatch.setattr(kvm, "_BOOT_ID", tmp_path / "boot")
+    monkeypatch.setattr(kvm, "BOOT_ID", tmp_path / "boot")
     (tmp_path / "boot").write_text("another")
     assert kvm_usable(Runner(), stand_in.cache) == WORKS
     assert len(stand_in.ran()) == 4
