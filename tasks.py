@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cli import command as cli
+from cli import streams, views
+from cli.command import Result, Run, command
 from inventory.errors import UsageError
-
-import cli
-import streams
-import views
-from cli import Result, Run, command
 
 # For those who type invoke, not ./invoke.
 streams.take_over()
@@ -56,7 +54,7 @@ def demo(run: Run, destroy: bool = False) -> Result:
 @command({"name": "The template's name in the farm file; absent where there is only one."})
 def template_build(run: Run, name: str = "") -> Result:
     """Build a new generation of a template."""
-    from provision import golden
+    from provision.operations import templates as golden
 
     with run.site() as site:
         return views.outcome(golden.template_build(site, cli.template(site, name, built=True)))
@@ -72,7 +70,7 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
     """Import an image as a new generation of a template."""
     from pathlib import Path
 
-    from provision import golden
+    from provision.operations import templates as golden
 
     with run.site() as site:
         path = Path(image).expanduser().absolute() if image else None
@@ -82,7 +80,7 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
 @command(plans=False)
 def template_list(run: Run) -> Result:
     """List the templates' generations."""
-    from provision import golden
+    from provision.operations import templates as golden
 
     with run.site() as site:
         return views.templates(golden.template_list(site))
@@ -91,7 +89,7 @@ def template_list(run: Run) -> Result:
 @command({"template": "The generation, such as base@2."})
 def template_remove(run: Run, template: str = "") -> Result:
     """Remove a generation that no clone depends on."""
-    from provision import golden
+    from provision.operations import templates as golden
 
     with run.site() as site:
         label = cli.needed("--template", template, "a generation, as template-list shows")
@@ -111,7 +109,7 @@ def template_remove(run: Run, template: str = "") -> Result:
 )
 def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
     """Make every declared VM exist, started and reachable."""
-    from provision import clone  # not all of provision.farm: this one is to be quick
+    from provision.operations import clone  # not all of provision.farm: this one is to be quick
 
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
@@ -472,7 +470,7 @@ def history(run: Run, limit: str = "20") -> Result:
 )
 def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
     """Run ruff, mypy and the tests, in the lab too."""
-    import house
+    from tests.dev import house
 
     return house.test(run, fast=fast, only=tuple(only or ()), match=match)
 
@@ -480,7 +478,7 @@ def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> R
 @command(plans=False)
 def lint(run: Run) -> Result:
     """Run ruff and mypy."""
-    import house
+    from tests.dev import house
 
     return house.lint(run)
 
@@ -497,10 +495,10 @@ def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Res
     """Measure clone, reset and start-up times."""
     number = cli.count("--rounds", rounds)
     if lab:
-        import labhouse
+        from tests.dev import labhouse
 
         return labhouse.bench(run, name, rounds=number)
-    import house
+    from tests.dev import house
 
     return house.bench(run, rounds=number)
 
@@ -526,7 +524,7 @@ def lab_up(
     run: Run, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
 ) -> Result:  # fmt: skip
     """Start a lab with clean disks; its image is built once."""
-    import labhouse
+    from tests.dev import labhouse
 
     run.resume = "type the same again: what is built is kept"
     return labhouse.up(run, name, xen=xen, cold=cold, memory=memory, disk=disk)
@@ -542,7 +540,7 @@ def lab_up(
 )
 def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> Result | None:
     """Log in to a lab as root, or run a command there."""
-    import labhouse
+    from tests.dev import labhouse
 
     return labhouse.ssh(run, name, command, xen=xen)
 
@@ -566,7 +564,7 @@ def lab_test(
     only: Names = None, match: str = "", brief: bool = False, minutes: str = "180",
 ) -> Result:  # fmt: skip
     """Run the contract suites and the labs' own tests there."""
-    import labhouse
+    from tests.dev import labhouse
 
     run.resume = "the lab is ended; what it left over is removed by the next lab command"
     most, paths = cli.count("--minutes", minutes), tuple(only or ())
@@ -580,6 +578,6 @@ def lab_test(
 )
 def lab_down(run: Run, name: str = "", xen: bool = False, all_: bool = False) -> Result:
     """End a lab, and remove its disks."""
-    import labhouse
+    from tests.dev import labhouse
 
     return labhouse.down(run, name, xen=xen, all_=all_)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from builds.plan import source_place
 from builds.source import is_directory, mask, resolve, secret_of
-from hypervisors.run import Runner
+from host.paths import FarmPaths
+from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
 from provision.checkup import Check, Report
-from provision.paths import FarmPaths
-from provision.report import Action, Outcome
+from provision.engine.report import Action, Outcome
 
 _PATIENCE = 10.0  # seconds for a URL
 

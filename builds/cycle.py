@@ -51,8 +51,8 @@ from builds.steps import StepFailed, StepLog, StepRun
 from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted
 from inventory.model import Cycle, ResetStep, Step, TransferStep
 from inventory.sizes import format_duration
+from provision.engine.work import lock_of
 from provision.site import Site
-from provision.work import lock_of
 
 __all__ = ["plan_cycle", "run_cycle"]
 

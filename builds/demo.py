@@ -14,7 +14,7 @@ from pathlib import Path
 
 from inventory.errors import BuildFailed, Unsupported
 from inventory.sizes import format_duration, format_size
-from provision.report import Action, Outcome, Reporter, merged
+from provision.engine.report import Action, Outcome, Reporter, merged
 from provision.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +113,8 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
     from builds.cycle import run_cycle
     from builds.record import find_record
-    from provision import farm, golden
+    from provision import farm
+    from provision.operations import templates as golden
 
     with open_site() as site:
         clock = _Clock(site.reporter)
@@ -172,7 +173,7 @@ def destroy(open_site: Opener) -> Outcome:
 
 def kept() -> str:
     """What stays after ``destroy``, in words."""
-    from provision.paths import cache_dir
+    from host.paths import cache_dir
 
     return f"kept: the image cache {cache_dir()}, so that a next demo is quick; remove it if you like"
 
@@ -204,7 +205,7 @@ def _run_program(site: Site) -> str:
     """What the installed program prints inside prod, over a connection of its own."""
     import asyncio
 
-    from provision.connection import Connection
+    from provision.guest.connection import Connection
 
     async def ask() -> str:
         async with await Connection.open(site.endpoint("prod")) as connection:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from builds.record import BuildRecord, SourceRecord, load_records
 from inventory.errors import FarmhandError
 from inventory.model import Cycle, ResetStep, RunStep, Step
-from provision.connection import Connection
+from provision.guest.connection import Connection
 
 if TYPE_CHECKING:
     from provision.site import Site

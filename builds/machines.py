@@ -20,11 +20,11 @@ from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.connection import Connection
-from provision.dial import in_thread
+from provision.engine.work import disk_of, is_on
+from provision.guest.connection import Connection
+from provision.guest.ssh_connection import in_thread
 from provision.power import can_power, console_tail, until_ready
 from provision.site import Site
-from provision.work import disk_of, is_on
 
 CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""

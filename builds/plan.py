@@ -17,8 +17,8 @@ from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, W
 from inventory.loader import place
 from inventory.model import Cycle, Farm, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
-from provision.report import Action
-from provision.reset import check_checkpoint
+from provision.engine.report import Action
+from provision.operations.reset import check_checkpoint
 
 if TYPE_CHECKING:
     from provision.site import Site

@@ -20,11 +20,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from hypervisors.files import open_new
+from host.files import file_error, make_directory, open_new, write_atomic
+from host.paths import FarmPaths
 from inventory.errors import NotFound
-from provision.files import file_error, make_directory, write_atomic
-from provision.locks import Locks
-from provision.paths import FarmPaths
+from provision.engine.locks import Locks
 
 CYCLE_LOCK = "cycle"
 FORMAT = 1

@@ -23,8 +23,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from hypervisors.files import make_directory
-from hypervisors.run import MASK, Result, Runner
+from host.files import make_directory
+from host.run import MASK, Result, Runner
 from inventory.errors import (
     CommandFailed,
     NotFound,

@@ -12,8 +12,8 @@ from builds.classify import classify
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord
-from hypervisors.files import make_directory, open_to_append
-from hypervisors.printable import plain
+from host.files import make_directory, open_to_append
+from host.printable import plain
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -23,7 +23,7 @@ from inventory.errors import (
 )
 from inventory.model import FailureClass, ResetStep, RunStep, Step, TransferStep
 from inventory.sizes import format_duration, format_size
-from provision.connection import Moved
+from provision.guest.connection import Moved
 
 _TAIL_BYTES = 65536
 

@@ -23,7 +23,11 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from host.progress import Pulse
 from inventory.errors import Unsupported
+
+CLEAN = "clean"
+"""The checkpoint that every disk has from its cloning on."""
 
 StepFn = Callable[[str], None]
 """Told, in a few words, what is about to be changed. Raising from it abandons the change."""
@@ -293,21 +297,6 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
-    """What a running machine has brought about since its start, as seen from outside. Bytes; None: that
-    can't be seen. It goes on where one of them changes."""
-
-    console: int | None = None  # written on its console
-    said: str = ""  # the end of that, as it came
-    read: int | None = None  # from its disks
-    written: int | None = None  # to them
-
-    @property
-    def disk(self) -> int:
-        return (self.read or 0) + (self.written or 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """Data that ``status`` and ``doctor`` show."""
 
@@ -353,7 +342,7 @@ class Hypervisor(Protocol):
 
     def stop(self, name: str, *, grace: float) -> None:
         """Ask the guest to shut down, wait, then cut power (0: at once). ``grace``: seconds without a
-        sign that it goes on, see ``hypervisors.progress``; where nobody sees it, seconds.
+        sign that it goes on, see ``host.progress``; where nobody sees it, seconds.
         A stopped machine is left alone, a suspended one loses its memory."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from host.run import Runner
 from hypervisors.api import Disks, StepFn, no_step
-from hypervisors.kvm import Accelerator
-from hypervisors.libvirt_kinds import Kind
-from hypervisors.run import Runner
+from hypervisors.libvirt.kinds import Kind
+from hypervisors.libvirt.kvm import Accelerator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +55,18 @@ class Voices:
 def store_kind(store: str) -> type[Disks]:
     """Its class, which tells what it offers besides ``Disks``."""
     if store in ("zfs", "zfs-files"):
-        from hypervisors.zfs import ZfsDisks
+        from hypervisors.disks.zfs.disks import ZfsDisks
 
         return ZfsDisks
     if store == "lvm-thin":
-        from hypervisors.lvm_thin import LvmThinDisks
+        from hypervisors.disks.lvm.thin import LvmThinDisks
 
         return LvmThinDisks
     if store == "lvm":
-        from hypervisors.lvm_classic import LvmClassicDisks
+        from hypervisors.disks.lvm.classic import LvmClassicDisks
 
         return LvmClassicDisks
-    from hypervisors.qcow2 import Qcow2Disks
+    from hypervisors.disks.qcow2.disks import Qcow2Disks
 
     return Qcow2Disks
 
@@ -76,7 +76,7 @@ def open_disks(
 ) -> Disks:
     """The host's disk store. Nothing is read or made yet."""
     if place.store in ("zfs", "zfs-files"):
-        from hypervisors.zfs import ZfsDisks
+        from hypervisors.disks.zfs.disks import ZfsDisks
 
         return ZfsDisks(
             place.pool, place.dataset or "farmhand", place.farm, runner,
@@ -84,21 +84,21 @@ def open_disks(
             files=places.state / "zfs" if place.store == "zfs-files" else None,
         )  # fmt: skip
     if place.store == "lvm-thin":
-        from hypervisors.lvm_thin import LvmThinDisks
+        from hypervisors.disks.lvm.thin import LvmThinDisks
 
         return LvmThinDisks(
             place.pool, place.dataset, place.farm, runner, links=places.state / "lvm",
             step=voices.step, reader_uid=reader_uid, warn=voices.warn,
         )  # fmt: skip
     if place.store == "lvm":
-        from hypervisors.lvm_classic import LvmClassicDisks
+        from hypervisors.disks.lvm.classic import LvmClassicDisks
 
         return LvmClassicDisks(
             place.pool, place.farm, runner, links=places.state / "lvm", copy=place.copy,
             step=voices.step, reader_uid=reader_uid, warn=voices.warn,
             progress=lambda what, done, total: voices.working(f"{what}: {done * 100 // total} %"),
         )  # fmt: skip
-    from hypervisors.qcow2 import Qcow2Disks
+    from hypervisors.disks.qcow2.disks import Qcow2Disks
 
     root = place.path or places.farm / "disks"
     return Qcow2Disks(root, place.farm, runner, step=voices.step, reader_uid=reader_uid)
@@ -107,11 +107,11 @@ def open_disks(
 def open_kind(place: Place, places: Directories) -> Kind:
     """Which hypervisor libvirt drives there."""
     if place.driver == "xen":
-        from hypervisors.libxl import Xen
+        from hypervisors.libvirt.libxl import Xen
 
         return Xen(Runner(), place.guests)
-    from hypervisors.kvm import judge
-    from hypervisors.libvirt_kinds import Qemu
+    from hypervisors.libvirt.kinds import Qemu
+    from hypervisors.libvirt.kvm import judge
 
     return Qemu(judge(place.accelerator, Runner(), places.cache))
 

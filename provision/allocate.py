@@ -21,12 +21,12 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, cast
 
+from host.files import file_error, make_directory
+from host.paths import FarmPaths, state_dir
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
 from provision.claims import Claimed, Claims
-from provision.files import file_error, make_directory
 from provision.lockfile import Book, Entry, LockFile
-from provision.paths import FarmPaths, state_dir
 
 PORTS = range(22000, 30000)
 """Loopback ports for ssh in user mode, of all farms of the host; outside the kernel's ephemeral range

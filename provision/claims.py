@@ -8,9 +8,9 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from host.files import file_error
 from inventory.errors import WrongState
-from provision.database import transaction
-from provision.files import file_error
+from provision.engine.database import transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;

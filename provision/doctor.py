@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host import paths
+from host.run import Runner, which
 from hypervisors.far.address import is_far
-from hypervisors.run import Runner, which
 from inventory.errors import FarmhandError, UsageError
 from inventory.model import Farm, Host
 from inventory.sizes import about
-from provision import paths
 from provision.checkup import Check, Level, Report
 from provision.known import known_farm
 
@@ -239,7 +239,7 @@ def _lines(path: Path) -> list[str]:
 
 def _kvm(farm: Farm | None) -> Check:
     """Of this machine, for the farm's hosts that are this one."""
-    from hypervisors.kvm import DO_WITHOUT, asked_for, judge
+    from hypervisors.libvirt.kvm import DO_WITHOUT, asked_for, judge
 
     hosts = [host for host in farm.hosts.values() if _where(host) == "kvm"] if farm else [Host()]
     try:
@@ -381,7 +381,7 @@ def _services(farm: Farm) -> Iterator[Check]:
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
-    from provision.report import QuietReporter
+    from provision.engine.report import QuietReporter
     from provision.site import open_site
 
     try:

@@ -7,14 +7,14 @@ done: no lock, no file, no daemon.
 
 from __future__ import annotations
 
-from provision.balloon import MemoryPlan, balloon, balloon_all, memory_plan
-from provision.checkpoint import checkpoint, merge
-from provision.clone import clone_farm
-from provision.destroy import destroy
-from provision.gc import gc
+from provision.operations.balloon import MemoryPlan, balloon, balloon_all, memory_plan
+from provision.operations.checkpoint import checkpoint, merge
+from provision.operations.clone import clone_farm
+from provision.operations.destroy import destroy
+from provision.operations.gc import gc
+from provision.operations.recover import recover
+from provision.operations.reset import reset
 from provision.power import start, stop
-from provision.recover import recover
-from provision.reset import reset
 from provision.status import FarmStatus, HostStatus, VmStatus, status
 
 __all__ = [

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import inventory
-from hypervisors.files import make_directory
+from host.files import make_directory
 from inventory import plain
 from inventory.collector import without_collector
 from inventory.errors import FarmhandError

@@ -15,8 +15,8 @@ from operator import itemgetter, le
 from pathlib import Path
 from typing import Any, TypedDict
 
+from host.files import file_error, write_atomic
 from inventory.errors import WrongState
-from provision.files import file_error, write_atomic
 
 _ABOUT = (
     "Written by farmhand: which MAC, address and ssh port each VM of this farm was given. "

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Owner, Template
 from inventory.errors import FarmhandError, NotFound
+from provision.engine.work import disk_of, is_on
 from provision.site import Site
-from provision.work import disk_of, is_on
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """A host's memory and the farm's VMs on it: who may have how much. Values in, values out: what is so is
-looked at, and what comes out is carried out, by ``provision.room``.
+looked at, and what comes out is carried out, by ``provision.memory_budget``.
 
 As xapi's squeezed does it (doc/content/squeezed of xapi-project/xen-api): whoever needs memory gets what
 is left; where that is too little, VMs that idle give what they have over their ``idle_memory``, and none

@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from host.files import make_directory
+from host.progress import Progress
 from hypervisors.api import Machine, MachineSpec, Power, spec_hash
-from hypervisors.progress import Progress
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -22,18 +23,17 @@ from inventory.errors import (
     WrongState,
 )
 from inventory.sizes import format_duration, format_size
-from provision import identity
 from provision.allocate import port_free
-from provision.files import make_directory
-from provision.journal import current_operation, current_step
+from provision.engine.journal import current_operation, current_step
+from provision.engine.report import Action, Outcome
+from provision.engine.work import ON, Job, begin, disk_of, is_on, look, present
+from provision.guest import identity
 from provision.lost import require
-from provision.report import Action, Outcome
-from provision.room import PATIENCE, forecast, room_for
+from provision.memory_budget import PATIENCE, forecast, room_for
 from provision.site import Site
-from provision.work import ON, Job, begin, disk_of, is_on, look, present
 
 if TYPE_CHECKING:
-    from provision.remote import Ready
+    from provision.guest.remote import Ready
 
 GRACE = 60.0
 """Seconds without a sign that a guest shuts down by itself, before its power is cut."""
@@ -202,7 +202,7 @@ async def until_ready(site: Site, vm: str, *, since: float) -> Ready:
 
     Errors: Conflict (somebody else answers), WrongState (it stopped), TimedOut with the console's last
     lines."""
-    from provision.dial import in_thread
+    from provision.guest.ssh_connection import in_thread
 
     try:
         return await _until_ready(site, vm, since=since, on_trial=since > 0 and _on_trial(site, vm))
@@ -216,7 +216,7 @@ class _LifelessError(Exception):
 
 
 async def _until_ready(site: Site, vm: str, *, since: float, on_trial: bool) -> Ready:
-    from provision.dial import in_thread, wait_ready
+    from provision.guest.ssh_connection import in_thread, wait_ready
 
     driver, machine = site.hypervisor_of(vm), site.machine(vm)
     progress = Progress(lambda: driver.pulse(machine), site.farm.ssh.ready_timeout)
@@ -243,7 +243,7 @@ async def _until_ready(site: Site, vm: str, *, since: float, on_trial: bool) -> 
 
 def console_tail(site: Site, vm: str, *, lines: int = _TAIL) -> str:
     """The console's last lines, or ""."""
-    from provision.remote import tail_of
+    from provision.guest.remote import tail_of
 
     try:
         log = site.hypervisor_of(vm).console(site.machine(vm)).log

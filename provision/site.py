@@ -10,31 +10,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from host.files import make_directory
+from host.paths import FarmPaths, cache_dir, state_dir
+from host.run import Runner
+from host.ssh_words import path_option
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
-from hypervisors.run import Runner
-from hypervisors.ssh_words import path_option
+from hypervisors.null import NoMachines
 from inventory.errors import NotFound, Unsupported, UsageError, some
 from inventory.model import Farm, Host
-from provision import identity
-from provision.absent import NoMachines
 from provision.allocate import Allocation, Allocator, lock_file_of
-from provision.files import make_directory
-from provision.journal import Journal, current_step
+from provision.engine.journal import Journal, current_step
+from provision.engine.locks import Locks
+from provision.engine.mutex import Turns
+from provision.engine.report import Reporter
+from provision.guest import identity
 from provision.known import known_farm
-from provision.locks import Locks
-from provision.paths import FarmPaths, cache_dir, state_dir
-from provision.report import Reporter
-from provision.turns import Turns
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor, FarKvmTrust
     from hypervisors.far.link import Link
-    from hypervisors.kvm import Accelerator, KvmVerdict
-    from hypervisors.kvm_trust import KvmTrust
+    from hypervisors.libvirt.kvm import Accelerator, KvmVerdict
+    from hypervisors.libvirt.kvm_trust import KvmTrust
+    from hypervisors.libvirt.private import PrivateLibvirt
     from hypervisors.opening import Directories, Place, Voices
-    from hypervisors.private import PrivateLibvirt
-    from provision.remote import Endpoint
+    from provision.guest.remote import Endpoint
 
 _LIBVIRT: Final = ("kvm", "xen")
 
@@ -152,7 +152,7 @@ class Site:
         """The farm's own libvirtd, running or not."""
         with self._guard:
             if self._private is None:
-                from hypervisors.private import PrivateLibvirt
+                from hypervisors.libvirt.private import PrivateLibvirt
 
                 here = [self.kvm(host) for host in self.farm.hosts if self.uses_private(host)]
                 self._private = PrivateLibvirt(
@@ -165,13 +165,13 @@ class Site:
 
     def accelerator(self, host: str) -> Accelerator:
         """Of a host with driver kvm. UsageError for what the environment has in its place."""
-        from hypervisors.kvm import asked_for
+        from hypervisors.libvirt.kvm import asked_for
 
         return asked_for(self.farm.hosts[host].accelerator)
 
     def kvm(self, host: str) -> KvmVerdict:
         """Whether KVM runs the VMs of a host with driver kvm: there, if that is another machine."""
-        from hypervisors.kvm import KvmVerdict, judge
+        from hypervisors.libvirt.kvm import KvmVerdict, judge
 
         if not self._is_far(host):
             return judge(self.accelerator(host), Runner(), cache_dir())
@@ -184,7 +184,7 @@ class Site:
             return
         verdict = self.kvm(host)
         if not verdict.usable:
-            from hypervisors.kvm import DO_WITHOUT
+            from hypervisors.libvirt.kvm import DO_WITHOUT
 
             raise Unsupported(
                 f"{self.name}: host {host} is to use KVM (accelerator: kvm): {verdict.why}",
@@ -204,7 +204,7 @@ class Site:
         give files away (root)."""
         declared = self.farm.hosts[host]
         if self.uses_private(host) and os.geteuid() == 0:
-            from hypervisors.private import qemu_user
+            from hypervisors.libvirt.private import qemu_user
 
             return qemu_user()
         from hypervisors.opening import reader_of
@@ -214,11 +214,11 @@ class Site:
     def check_places(self, host: str) -> None:
         """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
         if self.uses_private(host):
-            from hypervisors.private import check_runtime
+            from hypervisors.libvirt.private import check_runtime
 
             check_runtime(self.paths.runtime)
         if (reader := self.reader_uid(host)) is not None:
-            from hypervisors.qcow2_store import reachable
+            from host.files import reachable
 
             reachable(self.paths.root, reader)
 
@@ -240,7 +240,7 @@ class Site:
         """What guests have shown of the KVM of that host's machine."""
         if far := self.far(host):
             return far.kvm_trust()
-        from hypervisors.kvm_trust import KvmTrust
+        from hypervisors.libvirt.kvm_trust import KvmTrust
 
         return KvmTrust(cache_dir())
 
@@ -273,7 +273,7 @@ class Site:
                 lambda machine: identity.console_log(self.paths, machine), current_step,
             )  # fmt: skip
         if declared.driver in _LIBVIRT:
-            from hypervisors.libvirt_driver import LibvirtHypervisor
+            from hypervisors.libvirt.driver import LibvirtHypervisor
             from hypervisors.opening import open_kind
 
             return LibvirtHypervisor(
@@ -286,13 +286,13 @@ class Site:
                 working=self.reporter.working,
             )
         if declared.driver == "fake":
-            from hypervisors.fake import FakeDisks, FakeHypervisor
+            from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 
             store = self.disks(host)
             assert isinstance(store, FakeDisks)
             return FakeHypervisor(self.farm.farm, store, self._fake_state(host), step=current_step)
         if declared.driver == "ssh":
-            from hypervisors.ssh_driver import SshHypervisor, SshMachine
+            from hypervisors.ssh import SshHypervisor, SshMachine
 
             machines = {
                 self.machine(name): SshMachine(
@@ -314,7 +314,7 @@ class Site:
     def _open_store(self, host: str) -> Disks:
         declared = self.farm.hosts[host]
         if declared.driver == "fake":
-            from hypervisors.fake import FakeDisks
+            from hypervisors.fake.driver import FakeDisks
 
             return FakeDisks(self.farm.farm, self._fake_state(host), step=current_step)
         if not self.has_disks(host):
@@ -470,7 +470,7 @@ class Site:
 
     def endpoint(self, vm: str) -> Endpoint:
         """Where the VM's ssh answers and as whom."""
-        from provision.remote import Endpoint
+        from provision.guest.remote import Endpoint
 
         host, port = self.address(vm)
         return Endpoint(
@@ -517,7 +517,7 @@ def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Sit
     environment asks for."""
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     if any(host.driver == "kvm" for host in farm.hosts.values()):
-        from hypervisors.kvm import asked_for
+        from hypervisors.libvirt.kvm import asked_for
 
         asked_for()
     return Site(farm, reporter=reporter, plan=plan)

@@ -10,10 +10,10 @@ from threading import Thread
 
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError
-from provision.locks import Holder
+from provision.engine.locks import Holder
+from provision.engine.work import is_on, lock_of
 from provision.lost import lost
 from provision.site import Site
-from provision.work import is_on, lock_of
 
 _AT_ONCE = 8
 _NOTES_PATIENCE = 2.0

@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from uuid import uuid4
 
+from host.run import Runner
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
-from hypervisors.run import Runner
 from tests import bench_growth
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
@@ -70,12 +70,12 @@ def _spec(name: str, port: int) -> MachineSpec:
 
 @contextmanager
 def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
-    from hypervisors.kvm import asked_for, judge
-    from hypervisors.libvirt_driver import LibvirtHypervisor
-    from hypervisors.libvirt_kinds import Qemu
-    from hypervisors.private import PrivateLibvirt
-    from hypervisors.qcow2 import Qcow2Disks
-    from provision.paths import cache_dir
+    from host.paths import cache_dir
+    from hypervisors.disks.qcow2.disks import Qcow2Disks
+    from hypervisors.libvirt.driver import LibvirtHypervisor
+    from hypervisors.libvirt.kinds import Qemu
+    from hypervisors.libvirt.kvm import asked_for, judge
+    from hypervisors.libvirt.private import PrivateLibvirt
 
     runner = Runner()
     kvm = judge(asked_for(), runner, cache_dir())

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from hypervisors.run import Runner
+from host.paths import cache_dir
+from host.run import Runner
 from inventory.errors import DriverFailed
-from provision.paths import cache_dir
 from tests.figures import Figure
 
 ROOT = Path(__file__).resolve().parents[1]

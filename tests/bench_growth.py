@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.errors import DriverFailed
 from tests.figures import Figure
 

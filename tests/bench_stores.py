@@ -28,11 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from host.run import Runner
 from hypervisors.api import Disks, Owner, Template
-from hypervisors.lvm_classic import LvmClassicDisks
-from hypervisors.lvm_thin import LvmThinDisks
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.lvm.classic import LvmClassicDisks
+from hypervisors.disks.lvm.thin import LvmThinDisks
+from hypervisors.disks.zfs.disks import ZfsDisks
 from tests.figures import Figure, Figures, timed
 
 FARM = "bench"
@@ -44,7 +44,7 @@ HUGE = 30 * 2**30
 ROOM = 100 * MIB  # for a hundred clones
 LVM_DEVICE = os.environ.get("FARMHAND_LAB_LVM_DEVICE", "/dev/vdb")
 ZFS_DEVICE = os.environ.get("FARMHAND_LAB_ZFS_DEVICE", "/dev/vdc")
-_AT_ONCE = 10  # as provision.work has it
+_AT_ONCE = 10  # as provision.engine.work has it
 
 Say = Callable[[str], None]
 

@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from host.paths import cache_dir
+from host.run import Runner
 from hypervisors.api import MachineSpec, Nic, Owner
-from hypervisors.libvirt_driver import LibvirtHypervisor
-from hypervisors.libxl import Xen
-from hypervisors.run import Runner
-from provision.paths import cache_dir
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.libxl import Xen
 from tests import bench_stores
 from tests.bench_stores import FARM, MIB, Group, Measure, Measured, Say, run
 from tests.contract import small_guest

@@ -24,15 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from host.files import UMASK, make_directory, sync
+from host.memory import memory_available
+from host.run import Runner, which
 from hypervisors.api import Console, Disks, Leftover, Owner, Template
 from hypervisors.far.wire import Pipe, decode, encode
-from hypervisors.files import UMASK, make_directory
-from hypervisors.kvm_trust import KvmTrust
-from hypervisors.libvirt_driver import LibvirtHypervisor
-from hypervisors.memory import memory_available
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kvm_trust import KvmTrust
 from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
-from hypervisors.qcow2_store import sync
-from hypervisors.run import Runner, which
 from inventory.errors import DriverFailed, FarmhandError, Interrupted
 
 PING = 0.5  # seconds between the asker's signs of life

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from host.files import make_directory, open_new
+from host.progress import Pulse
 from hypervisors.api import (
     Capabilities,
     Capacity,
@@ -25,13 +27,11 @@ from hypervisors.api import (
     MemoryUse,
     MergingDisks,
     Owner,
-    Pulse,
     StepFn,
     Template,
     WatchedDisks,
 )
 from hypervisors.far.link import Link
-from hypervisors.files import make_directory, open_new
 from hypervisors.opening import store_kind
 
 
@@ -145,7 +145,7 @@ def far_disks(link: Link, step: StepFn) -> Disks:
 
 
 class FarKvmTrust:
-    """As ``hypervisors.kvm_trust.KvmTrust``, of another machine."""
+    """As ``hypervisors.libvirt.kvm_trust.KvmTrust``, of another machine."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

@@ -11,9 +11,9 @@ from pathlib import Path
 _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
     *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
-    *(f"provision/{name}.py" for name in ("__init__", "paths", "far_agent")),
+    "host/*.py",
     "hypervisors/*.py",
-    "hypervisors/far/*.py",
+    *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
 )
 _NEEDED = (3, 11)  # StrEnum, hashlib.file_digest
 BOOT = (
@@ -24,8 +24,8 @@ BOOT = (
     "with open(parcel, 'wb', closefd=False) as file:\n"
     " file.write(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))\n"
     "sys.path.insert(0, f'/proc/self/fd/{parcel}')\n"
-    "import provision.far_agent\n"
-    "provision.far_agent.main()\n"
+    "import hypervisors.far.main\n"
+    "hypervisors.far.main.main()\n"
 )
 """First comes the parcel's length, a line, then the parcel; then frames."""
 COMMAND = ("python3", "-I", "-c", BOOT)

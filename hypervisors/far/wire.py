@@ -16,6 +16,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import IO, Any
 
+from host.progress import Pulse
 from hypervisors import api
 from hypervisors.opening import Place
 from inventory import errors
@@ -26,7 +27,7 @@ _VALUES = {
     kind.__name__: kind
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
-        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, api.Pulse,
+        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
         Place,
     )
 }  # fmt: skip

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from host.run import Runner
 from hypervisors.api import (
     Capacity,
     Checkpoint,
@@ -38,7 +39,6 @@ from hypervisors.api import (
     Template,
     no_step,
 )
-from hypervisors.run import Runner
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, Seen, freshness

@@ -28,7 +28,7 @@ from hypervisors.api import (
     no_step,
     spec_hash,
 )
-from hypervisors.balloon import Approach
+from hypervisors.libvirt.balloon import Approach
 from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making

@@ -13,8 +13,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from host.processes import started
 from hypervisors.api import Owner
 from hypervisors.xenapi.records import NEW
 
@@ -33,9 +33,8 @@ _guard = threading.Lock()
 def making(owner: Owner) -> Iterator[str]:
     """A new name, of something alive within the context."""
     pid = os.getpid()
-    name = (
-        f"{NEW}{owner.farm}/{owner.vm} {_here()}:{pid}:{_start(pid)}:{int(time.time())}:{next(_numbers)}"
-    )
+    maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"
+    name = f"{NEW}{owner.farm}/{owner.vm} {maker}"
     with _guard:
         _active.add(name)
     try:
@@ -58,21 +57,11 @@ def is_dead(name: str) -> bool:
         return False
     if match["host"] != _here():
         return time.time() - int(match["time"]) > _ELSEWHERE
-    if int(match["pid"]) == os.getpid() and match["start"] == _start(os.getpid()):
+    if int(match["pid"]) == os.getpid() and match["start"] == started(os.getpid()):
         with _guard:
             return name not in _active
-    return match["start"] != _start(int(match["pid"]))
+    return match["start"] != started(int(match["pid"]))
 
 
 def _here() -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "-", platform.node()) or "nowhere"
-
-
-def _start(pid: int) -> str:
-    """In clock ticks since boot (proc(5), /proc/PID/stat, field 22); "0" where it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "0"
-    fields = text[text.rindex(")") + 2 :].split()
-    return "0" if fields[0] in "ZX" else fields[19]

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from hypervisors.files import file_error, make_directory
-from hypervisors.qcow2_store import FileLock
+from host.file_lock import FileLock
+from host.files import file_error, make_directory
 from hypervisors.xenapi.errors import XenApiError, translate
 from inventory.errors import DriverFailed, FarmhandError, TimedOut, UsageError
 

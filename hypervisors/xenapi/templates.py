@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from host.run import Runner
 from hypervisors.api import Owner, StepFn, Template
-from hypervisors.run import Runner
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
@@ -40,7 +40,7 @@ class Templates:
         self._step = step
 
     def seal(self, image: Path, template: Template) -> Template:
-        from hypervisors.images import sha256_file
+        from hypervisors.disks.images import sha256_file
 
         with translated(f"seal {template.label}"):
             if any(found.label == template.label for found in self.list()):
@@ -58,7 +58,7 @@ class Templates:
     @contextlib.contextmanager
     def _raw(self, image: Path) -> Iterator[tuple[Path, int]]:
         """The image's content as a raw file, and its virtual size; the file is sparse."""
-        from hypervisors.images import image_info
+        from hypervisors.disks.images import image_info
 
         with image.open("rb") as file:
             qcow2 = file.read(4) == b"QFI\xfb"

@@ -25,13 +25,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.files import remove
-from provision.journal import Operation, current_step
+from provision.engine.journal import Operation, current_step
+from provision.engine.report import Action, Outcome
+from provision.engine.work import Run, begin
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import Step, kea_sockets, steps
@@ -40,9 +42,7 @@ from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.state import NetworkState, StateFile, noted
 from provision.network.undo import RECORD, keep, kept, put, undo
-from provision.report import Action, Outcome
 from provision.site import Site
-from provision.work import Run, begin
 
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another

@@ -11,11 +11,11 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 
+from host.files import file_error
 from inventory.collector import without_collector
 from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.files import file_error
 from provision.network.document import Document, Live, Whose, embed, read, whole
 from provision.network.render import APART, Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypervisors.run import Runner
-from hypervisors.staged import stage
+from host.run import Runner
 from inventory.errors import CommandFailed
 from inventory.model import Farm
 from provision.network.document import Document
+from provision.network.staged import stage
 
 
 @dataclass(frozen=True, slots=True)

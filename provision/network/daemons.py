@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hypervisors.libvirt_network import drop_network, set_network
-from hypervisors.run import Runner, which
+from host.run import Runner, which
+from hypervisors.libvirt.network import drop_network, set_network
 from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
 from inventory.model import Farm
 from provision.network.changes import FileChange

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from host.files import file_error, write_atomic
 from inventory.errors import Conflict, InventoryError, NotFound, Problem, UsageError
-from provision.files import file_error, write_atomic
 
 _TOKEN = re.compile(r'\s+|#[^\n]*|"(?:[^"\\]|\\.)*"|[{};,]|[^\s{};,"#]+')
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.files import file_error
 from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
 from inventory.services import Bind
-from provision.files import file_error
 from provision.network.view import View
 
 if TYPE_CHECKING:

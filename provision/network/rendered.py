@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from host.files import make_directory, write_atomic
 from inventory.collector import without_collector
 from inventory.errors import NotFound, UsageError
-from provision.files import make_directory, write_atomic
 from provision.network.document import Document, embed, whole
 from provision.network.render import render
 from provision.site import Site

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from provision.database import transaction
+from provision.engine.database import transaction
 from provision.network.document import Document
 from provision.network.live_dns import Records, Zones
 

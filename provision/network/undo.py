@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
 from inventory.errors import FarmhandError, WrongState
-from provision.files import file_error, make_directory, remove, sweep, sync_directory, write_atomic
-from provision.journal import Operation, Record, current_step
+from provision.engine.journal import Operation, Record, current_step
 from provision.network import live_dns
 from provision.network.changes import FileChange
 from provision.network.daemons import loaded_serial, steps
@@ -109,7 +109,7 @@ def put(change: FileChange) -> None:
             _same_attributes(path, temporary)
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -19,9 +19,9 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
-from hypervisors.dhcp_probe import probe
 from inventory.errors import FarmhandError
 from inventory.model import Farm
+from provision.network.dhcp_probe import probe
 from provision.network.rendered import chosen
 from provision.network.view import ProxyRow, View, VmRow, view
 from provision.site import Site
@@ -360,7 +360,7 @@ def _rule(row: VmRow) -> Question:
     target = f"{row.address}:{row.port}"
 
     def ask() -> str:
-        from hypervisors.run import Runner
+        from host.run import Runner
 
         try:
             rules = Runner().read("iptables", "-w", "-t", "nat", "-S").stdout

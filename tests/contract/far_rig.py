@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+from host.paths import cache_dir
 from hypervisors.api import Disks, StepFn, no_step
 from hypervisors.far.address import Far, far
 from hypervisors.far.drivers import FarHypervisor, far_disks
 from hypervisors.far.link import Link
 from hypervisors.opening import Place, Voices
-from provision.paths import cache_dir
 from tests.unit.sshd_machine import Sshd, make_key
 
-MAIN = "provision.far_agent.main()"
+MAIN = "hypervisors.far.main.main()"
 
 
 class FarMachine:

@@ -14,10 +14,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from host.run import Runner
 from hypervisors.api import Disks, Template
-from hypervisors.lvm_classic import LvmClassicDisks
-from hypervisors.lvm_thin import LvmThinDisks
-from hypervisors.run import Runner
+from hypervisors.disks.lvm.classic import LvmClassicDisks
+from hypervisors.disks.lvm.thin import LvmThinDisks
 
 MIB = 2**20
 SIZE = 64 * MIB

@@ -34,15 +34,15 @@ from rigs import (
     template,
 )
 
+from host.paths import cache_dir
+from host.run import Runner
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
-from hypervisors.fake import FakeDisks, FakeHypervisor
-from hypervisors.kvm import KvmVerdict, asked_for, judge
-from hypervisors.libvirt_driver import LibvirtHypervisor
-from hypervisors.libvirt_kinds import Kind, Qemu
-from hypervisors.libxl import Xen
-from hypervisors.private import PrivateLibvirt
-from hypervisors.run import Runner
-from provision.paths import cache_dir
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kinds import Kind, Qemu
+from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
+from hypervisors.libvirt.libxl import Xen
+from hypervisors.libvirt.private import PrivateLibvirt
 
 _FIRST_WORD = 120  # seconds: it comes within 5, on a busy machine within 40
 

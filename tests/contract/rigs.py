@@ -19,11 +19,11 @@ import xenapi_rig
 import zfs_rig
 from _pytest.mark import ParameterSet
 
+from host.run import Runner
 from hypervisors.api import Disks, Owner, Template, no_step
-from hypervisors.fake import FakeDisks
-from hypervisors.qcow2 import Qcow2Disks
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.qcow2.disks import Qcow2Disks
+from hypervisors.disks.zfs.disks import ZfsDisks
+from hypervisors.fake.driver import FakeDisks
 
 MIB = 2**20
 SIZE = 64 * MIB
@@ -168,7 +168,7 @@ class FarRig(Qcow2Rig):
 
     def disks(self, farm: str = FARM, *, step=no_step, headroom: int = 0) -> Disks:
         spoil = f"Qcow2Disks.__init__.__kwdefaults__['headroom'] = {headroom}" if headroom else ""
-        spoil = spoil and f"from hypervisors.qcow2 import Qcow2Disks\n{spoil}"
+        spoil = spoil and f"from hypervisors.disks.qcow2.disks import Qcow2Disks\n{spoil}"
         return self.machine.disks(farm, step, spoil=spoil, path=self.root)
 
     def close(self) -> None:

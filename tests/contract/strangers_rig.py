@@ -14,7 +14,7 @@ from pathlib import Path
 import lvm_rig
 import zfs_rig
 
-from hypervisors.devices import await_node
+from hypervisors.disks.devices import await_node
 
 MIB = 2**20
 Prints = Mapping[str, str]

@@ -13,19 +13,18 @@ import small_guest
 from far_rig import FarMachine
 from rigs import FARM, NOT_RUN, SIZE, short_directory, template
 
-from hypervisors import kvm
+from cli.views import farm_status
+from host.paths import cache_dir
+from host.run import Runner, which
 from hypervisors.api import Machine, Power
-from hypervisors.kvm import KvmVerdict, distrust_kvm, kvm_usable, try_guest
-from hypervisors.run import Runner, which
+from hypervisors.libvirt import kvm
+from hypervisors.libvirt.kvm import KvmVerdict, distrust_kvm, kvm_usable, try_guest
 from inventory.errors import Unsupported, UsageError
 from inventory.loader import load
 from provision import farm
 from provision.doctor import examine
-from provision.paths import cache_dir
-from provision.report import Outcome, QuietReporter
+from provision.engine.report import Outcome, QuietReporter
 from provision.site import Site, open_site
-
-from views import farm_status
 
 FAST = KvmVerdict(True, "KVM runs a guest 14 times as fast as emulation")
 ASKED = "emulation is what was asked for (accelerator: tcg)"

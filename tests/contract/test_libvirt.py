@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from rigs import MIB, short_directory
 
+from host.run import Runner
 from hypervisors.api import Nic, Power
-from hypervisors.domain_xml import domain_xml, read_domain
-from hypervisors.kvm import KvmVerdict, kvm_usable
-from hypervisors.libvirt_driver import LibvirtHypervisor
-from hypervisors.libvirt_kinds import Qemu
-from hypervisors.private import PrivateLibvirt
-from hypervisors.run import Runner
+from hypervisors.libvirt.domain_xml import domain_xml, read_domain
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kinds import Qemu
+from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
+from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
 
 NAME = "kata-prod"
@@ -95,7 +95,7 @@ def test_a_balloon_driver_that_never_was_is_noted(real, monkeypatch):
     hypervisor = define(real, options="balloon=off")
     real.boot("prod", "A")
     assert hypervisor.notes() == {}, "it may be booting still"
-    monkeypatch.setattr("hypervisors.balloon._BOOTING", 0.0)
+    monkeypatch.setattr("hypervisors.libvirt.balloon._BOOTING", 0.0)
     assert "not told yet" in hypervisor.notes()[NAME]
     hypervisor.stop(NAME, grace=0)
     assert hypervisor.notes() == {}

@@ -14,11 +14,13 @@ import pytest
 from lvm_rig import FARM, MIB, SIZE, ClassicRig, FullRig, LvmRig, ThinRig, run
 from rigs import template
 
-from hypervisors import lvm_copy, lvm_thin, lvm_volumes
+from host.run import Runner
 from hypervisors.api import Owner
-from hypervisors.lvm import Lvm
-from hypervisors.lvm_thin import LvmThinDisks
-from hypervisors.run import Runner
+from hypervisors.disks.lvm import copy as lvm_copy
+from hypervisors.disks.lvm import thin as lvm_thin
+from hypervisors.disks.lvm import volumes as lvm_volumes
+from hypervisors.disks.lvm.command import Lvm
+from hypervisors.disks.lvm.thin import LvmThinDisks
 from inventory.errors import Busy, Conflict, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
 
 pytestmark = pytest.mark.lab

@@ -16,7 +16,7 @@ import pytest
 from rigs import FARM, SIZE, Qcow2Rig, template
 
 from hypervisors.api import Owner
-from hypervisors.qcow2_format import empty_overlay, read_header
+from hypervisors.disks.qcow2.format import empty_overlay, read_header
 from inventory.errors import Conflict, DriverFailed, NotOurs, UsageError
 
 PROD = Owner(FARM, "prod")

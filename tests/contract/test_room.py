@@ -12,16 +12,15 @@ import pytest
 from machine_rigs import Guests
 from rigs import FARM, MIB
 
+from cli.views import farm_status, memory_plan
 from hypervisors.api import Disks, Hypervisor, Power
 from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load
 from provision import farm
-from provision.journal import current_step
-from provision.report import QuietReporter
-from provision.room import room_for
+from provision.engine.journal import current_step
+from provision.engine.report import QuietReporter
+from provision.memory_budget import room_for
 from provision.site import Site
-
-from views import farm_status, memory_plan
 
 HOSTS = {
     "real": ("driver: kvm", "mode: user"),
@@ -117,7 +116,7 @@ def test_a_guest_that_stopped_telling_is_no_guest_that_tells(
     assert before.guest.gives > 0
     assert [vm.note for vm in farm.status(site).vms] == ["", ""]
     site.guests.wait_for("idle", "UNLOADED")
-    monkeypatch.setattr("hypervisors.balloon._STALE", 4.0)
+    monkeypatch.setattr("hypervisors.libvirt.balloon._STALE", 4.0)
     limit = time.monotonic() + 60
     while not (note := farm.status(site).vms[0].note):
         assert time.monotonic() < limit
@@ -129,7 +128,7 @@ def test_a_guest_that_stopped_telling_is_no_guest_that_tells(
     assert (after.guest.least, after.guest.gives, after.target) == (None, 0, 192 * MIB)
     assert re.search(untold, after.why)
     assert re.search(untold, memory_plan(farm.memory_plan(site)).text)
-    monkeypatch.setattr("provision.balloon.PATIENCE", 600.0)
+    monkeypatch.setattr("provision.operations.balloon.PATIENCE", 600.0)
     with pytest.raises(Unsupported, match=untold) as caught:
         farm.balloon(site, "idle", 128 * MIB)
     assert "modprobe virtio_balloon" in caught.value.remedy

@@ -20,7 +20,7 @@ from strangers_rig import LvmNeighbours, Qcow2Neighbours, ZfsNeighbours
 from inventory.errors import NotOurs
 from inventory.loader import load
 from provision import farm
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 
 pytestmark = pytest.mark.system

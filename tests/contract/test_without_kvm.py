@@ -16,19 +16,19 @@ import pytest
 from machine_rigs import LibvirtRig
 from rigs import FARM
 
+from host.run import Runner
 from hypervisors.api import Capabilities, Disks, Hypervisor, Machine, MachineSpec
-from hypervisors.kvm import KvmVerdict, kvm_usable
-from hypervisors.kvm_trust import KvmTrust
-from hypervisors.libvirt_driver import LibvirtHypervisor
-from hypervisors.libvirt_kinds import Qemu
-from hypervisors.run import Runner
+from hypervisors.libvirt.driver import LibvirtHypervisor
+from hypervisors.libvirt.kinds import Qemu
+from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
+from hypervisors.libvirt.kvm_trust import KvmTrust
 from inventory.errors import Several, TimedOut
 from inventory.loader import load
 from provision import farm
 from provision.allocate import Allocation
-from provision.journal import current_step
+from provision.engine.journal import current_step
+from provision.engine.report import QuietReporter
 from provision.power import wait_until_ready, write_identity
-from provision.report import QuietReporter
 from provision.site import Site
 
 
@@ -159,5 +159,5 @@ def test_trust_is_of_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert trust.proven()
     other = tmp_path / "boot_id"
     other.write_text("another boot\n")
-    monkeypatch.setattr("hypervisors.kvm_trust.BOOT_ID", other)
+    monkeypatch.setattr("host.processes.BOOT_ID", other)
     assert not trust.proven()

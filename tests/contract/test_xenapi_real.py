@@ -19,7 +19,7 @@ from hypervisors.api import Owner, Power
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.session import Sessions
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +190,7 @@ CLONE = """
 import sys; sys.path[:0] = [{root!r}, {contract!r}]
 from pathlib import Path
 from hypervisors.api import Owner
-from hypervisors.run import Runner
+from host.run import Runner
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Server, Sessions

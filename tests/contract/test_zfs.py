@@ -18,10 +18,11 @@ import pytest
 from rigs import FARM, PROD, SIZE, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, zfs
 
-from hypervisors import zfs_state, zfs_store
+from host.run import Runner
 from hypervisors.api import DeviceDisks, FarmDisks, Owner
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs import state as zfs_state
+from hypervisors.disks.zfs import store as zfs_store
+from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import (
     Busy,
     Conflict,

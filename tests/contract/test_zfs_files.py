@@ -11,7 +11,7 @@ from rigs import FARM, SIZE, opened, short_directory, template
 from zfs_rig import ZfsFilesRig, zfs
 
 from hypervisors.api import Owner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, Conflict
 
 pytestmark = pytest.mark.lab

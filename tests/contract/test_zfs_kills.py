@@ -9,10 +9,10 @@ import pytest
 from rigs import FARM, SIZE, template, with_two_disks
 from zfs_rig import ZfsRig, zfs
 
-from hypervisors import zfs_state
+from host.run import Runner
 from hypervisors.api import Owner
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs import state as zfs_state
+from hypervisors.disks.zfs.disks import ZfsDisks
 
 pytestmark = pytest.mark.lab
 

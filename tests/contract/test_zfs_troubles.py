@@ -13,9 +13,9 @@ import pytest
 from rigs import FARM, PROD, SIZE, short_directory, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, pool, zfs
 
+from host.run import Runner
 from hypervisors.api import Owner
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import (
     DriverFailed,
     FarmhandError,
@@ -125,7 +125,7 @@ def test_without_rights_it_says_so(store, made):
     code.chmod(0o755)
     script = (
         "import os, sys, json\n"
-        "from hypervisors.zfs import ZfsDisks; from hypervisors.run import Runner\n"
+        "from hypervisors.disks.zfs.disks import ZfsDisks; from host.run import Runner\n"
         "from inventory.errors import FarmhandError\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"disks = ZfsDisks({store.pool!r}, {store.dataset!r}, 'kata', Runner())\n"

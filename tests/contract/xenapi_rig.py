@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from host.run import Runner
 from hypervisors.api import MachineSpec, Nic, Owner, Template, no_step
-from hypervisors.run import Runner
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.notes import Notes

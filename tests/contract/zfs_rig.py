@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from host.run import Runner
 from hypervisors.api import no_step
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs.disks import ZfsDisks
 
 MIB = 2**20
 SIZE = 64 * MIB

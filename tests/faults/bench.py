@@ -30,14 +30,14 @@ from typing import Any
 from places import SIZE, Place
 from still import StillSite
 
+from host.paths import state_dir
 from hypervisors.api import Disk, Template
 from inventory.loader import load
 from provision import farm
-from provision.identity import host_key, seed_file
-from provision.paths import state_dir
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
+from provision.engine.work import is_on, look
+from provision.guest.identity import host_key, seed_file
 from provision.site import Site
-from provision.work import is_on, look
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("child.py")

@@ -31,15 +31,18 @@ from typing import Any
 
 from still import StillSite
 
-import hypervisors.lvm_classic  # imported for the forks, as the next ones are
-import hypervisors.lvm_thin
-import hypervisors.zfs  # noqa: F401
-import provision.seed  # noqa: F401
-from hypervisors import fake_world
+import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones are
+import hypervisors.disks.lvm.thin
+import hypervisors.disks.zfs.disks  # noqa: F401
+import provision.guest.seed  # noqa: F401
+from hypervisors.fake.driver import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
-from provision import checkpoint, farm, golden, journal
-from provision.report import QuietReporter
+from provision import farm
+from provision.engine import journal
+from provision.engine.report import QuietReporter
+from provision.operations import checkpoint
+from provision.operations import templates as golden
 from provision.site import Site
 
 _kind: type[Site] = Site

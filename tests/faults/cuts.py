@@ -28,10 +28,10 @@ from places import SIZE, TEMPLATE, LvmPlace, Place, ZfsPlace, run
 from hypervisors.api import Template
 from inventory.loader import load
 from provision import farm
-from provision.identity import seed_file
-from provision.report import Reporter
+from provision.engine.report import Reporter
+from provision.engine.work import look
+from provision.guest.identity import seed_file
 from provision.site import Site
-from provision.work import look
 
 PLACES: dict[str, Place] = {
     "zfs": ZfsPlace("cutpool", 1),

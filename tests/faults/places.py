@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from host.files import open_node
+from host.paths import cache_dir, state_dir
+from host.run import Runner
 from hypervisors.api import Disk
-from hypervisors.devices import open_node
-from hypervisors.fake import FakeDisks
-from hypervisors.kvm import asked_for, judge
-from hypervisors.private import PrivateLibvirt
-from hypervisors.run import Runner
-from provision.paths import cache_dir, state_dir
+from hypervisors.fake.driver import FakeDisks
+from hypervisors.libvirt.kvm import asked_for, judge
+from hypervisors.libvirt.private import PrivateLibvirt
 from provision.site import Site
 from tests.contract import small_guest, xenapi_rig
 from tests.contract.far_rig import FarMachine

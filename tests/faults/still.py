@@ -4,8 +4,8 @@ is the store's, and starting QEMU takes most of the time."""
 from __future__ import annotations
 
 from hypervisors.api import Hypervisor
-from hypervisors.fake import FakeHypervisor
-from provision.journal import current_step
+from hypervisors.fake.driver import FakeHypervisor
+from provision.engine.journal import current_step
 from provision.site import Site
 
 

@@ -21,10 +21,10 @@ from bench import MANY, SEED, Bench
 from benches import HERE, STORES, bench_on, lab, make_place
 from places import OLD, TEMPLATE, FakePlace
 
-from hypervisors.fake import FakeHypervisor
+from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Busy, NoSpace, WrongState
 from provision import farm
-from provision.work import look
+from provision.engine.work import look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 MIB = 2**20

@@ -10,9 +10,10 @@ import pytest
 from bench import KILLS, Bench
 from benches import on_two_as_well, xen
 
-from provision import farm, golden
+from provision import farm
+from provision.engine.work import is_on, look
+from provision.operations import templates as golden
 from provision.site import Site
-from provision.work import is_on, look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 MIB = 2**20

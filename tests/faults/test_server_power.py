@@ -18,8 +18,9 @@ from test_kills import _no_spare, _remove, _spare, _written
 from test_warm import NEWER, _content, _newer, _unharmed
 
 from inventory.errors import DriverFailed, FarmhandError, NotFound
-from provision import farm, golden
-from provision.work import is_on, look
+from provision import farm
+from provision.engine.work import is_on, look
+from provision.operations import templates as golden
 
 pytestmark = [
     pytest.mark.system,

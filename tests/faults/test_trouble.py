@@ -18,10 +18,10 @@ from bench import Bench
 from benches import bench_on
 from places import OLD, LvmPlace, Machines, ZfsPlace, run
 
-from hypervisors.zfs import ZfsDisks
+from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, DriverFailed, FarmhandError, NoSpace
 from provision import farm
-from provision.work import is_on, look
+from provision.engine.work import is_on, look
 from tests.contract import lvm_rig
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]

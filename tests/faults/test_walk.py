@@ -23,8 +23,8 @@ from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
 from provision import farm
+from provision.engine.work import is_on, look
 from provision.site import Site
-from provision.work import is_on, look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]
 ROUNDS = {

@@ -11,8 +11,8 @@ from places import OLD, XenApiPlace
 
 from inventory.errors import FarmhandError, WrongState
 from provision import farm
+from provision.engine.work import is_on, look
 from provision.site import Site
-from provision.work import is_on, look
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 NOTHING = ["nothing was left unfinished"]

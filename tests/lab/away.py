@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hypervisors.run import Result
+from host.run import Result
 from inventory.errors import CommandFailed, DriverFailed, TimedOut
 
 _LOST = 255  # ssh(1): of its own, an error with the connection

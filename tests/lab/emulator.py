@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hypervisors.debian import apt_settings, write_sources
-from hypervisors.run import Runner, which
+from host.run import Runner, which
 from inventory.errors import CommandFailed, FarmhandError, NotFound
+from provision.guest.debian import apt_settings, write_sources
 from tests.lab.image import locked
 
 Say = Callable[[str], None]

@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypervisors.debian import MIRRORS, apt_settings, remove_build, write_sources
-from hypervisors.hints import NAMESPACES, ROOM, hint
-from hypervisors.run import Runner, which
+from host.hints import NAMESPACES, ROOM, hint
+from host.paths import cache_dir
+from host.run import Runner, which
 from inventory.errors import CommandFailed, NoSpace, Unsupported
-from provision.paths import cache_dir
+from provision.guest.debian import MIRRORS, apt_settings, remove_build, write_sources
 from tests.lab.kinds import HERE, KVM, Kind, bases
 
 _ROOM = 8 * 2**30  # two chroots, their archives, the image: 6.1 GB with the recipe as it is

@@ -31,18 +31,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hypervisors.api import Pulse
-from hypervisors.progress import Progress
-from hypervisors.run import Result, Runner
+from host.paths import runtime_dir, state_dir
+from host.processes import Process
+from host.progress import Progress, Pulse
+from host.run import Result, Runner
 from inventory.errors import Busy, CommandFailed, FarmhandError, NotFound, TimedOut, UsageError
-from provision.paths import runtime_dir, state_dir
-from provision.processes import Process
 from tests.lab import image as images
 from tests.lab import parcel, qemu
 from tests.lab.image import Image, Say
 from tests.lab.kinds import KINDS, KVM, Kind
 
-# Seconds without a sign that it goes on, see hypervisors.progress. On an idle machine with two cores and
+# Seconds without a sign that it goes on, see host.progress. On an idle machine with two cores and
 # without KVM a boot takes 13 in all, from the saved state 2.
 _COLD_PATIENCE = 300.0
 _WARM_PATIENCE = 60.0

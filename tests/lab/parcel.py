@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.paths import cache_dir
 from inventory.errors import Unsupported
-from provision.paths import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = "root/farmhand"  # in the lab

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypervisors.kvm import asked_for, judge
-from hypervisors.run import Runner, which
+from host.paths import cache_dir
+from host.processes import Process
+from host.run import Runner, which
+from hypervisors.libvirt.kvm import asked_for, judge
 from inventory.errors import CommandFailed, TimedOut, Unsupported
-from provision.paths import cache_dir
-from provision.processes import Process
 from tests.lab import emulator
 from tests.lab.image import Image, place
 from tests.lab.kinds import KVM, Kind

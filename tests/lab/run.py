@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypervisors.run import Runner
+from host.paths import state_dir
+from host.run import Runner
 from inventory.errors import CommandFailed, DriverFailed, FarmhandError, TimedOut
-from provision.paths import state_dir
 from tests.lab import machine as machines
 from tests.lab import qemu, told
 from tests.lab.away import Away

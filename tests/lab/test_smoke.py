@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.kvm import kvm_usable
-from hypervisors.run import Runner
+from host.run import Runner
+from hypervisors.libvirt.kvm import kvm_usable
 
 pytestmark = pytest.mark.lab
 in_both = pytest.mark.xen
@@ -124,12 +124,12 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
     from datetime import UTC, datetime
     from tempfile import mkdtemp
 
+    from host.paths import cache_dir
     from hypervisors.api import MachineSpec, Nic, Owner, Template
-    from hypervisors.libvirt_driver import LibvirtHypervisor
-    from hypervisors.libvirt_kinds import Qemu
-    from hypervisors.private import PrivateLibvirt
-    from hypervisors.qcow2 import Qcow2Disks
-    from provision.paths import cache_dir
+    from hypervisors.disks.qcow2.disks import Qcow2Disks
+    from hypervisors.libvirt.driver import LibvirtHypervisor
+    from hypervisors.libvirt.kinds import Qemu
+    from hypervisors.libvirt.private import PrivateLibvirt
     from tests.contract import small_guest
 
     place = Path(mkdtemp(prefix="fh-"))

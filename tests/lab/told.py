@@ -44,9 +44,7 @@ def read(console: Path) -> Told:
             continue
         found[how].append(nodeid)
         under_way = ""
-    return Told(
-        tuple(found["passed"]), tuple(found["failed"]), under_way, tuple(_DIED.findall(lines))
-    )
+    return Told(tuple(found["passed"]), tuple(found["failed"]), under_way, tuple(_DIED.findall(lines)))
 
 
 def passed_before() -> frozenset[str]:

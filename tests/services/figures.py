@@ -151,8 +151,8 @@ def _one_more_name(yard: Yard, number: int) -> float:
 
 
 def _kept(site: Any, new: list[str]) -> Callable[[], None]:
+    from provision.engine.work import begin
     from provision.network.apply import keep_in_step
-    from provision.work import begin
 
     def keep() -> None:
         with begin(site, "clone-farm", new) as run:
@@ -186,7 +186,7 @@ def _live(yard: Yard, rounds: int) -> Iterator[float]:
 def _one_more_lease(yard: Yard, number: int) -> float:
     """From the call, with the farm loaded, until a client in its namespace has the address. The
     client's own start is in it."""
-    from hypervisors.dhcp_probe import probe
+    from provision.network.dhcp_probe import probe
 
     mac, address = f"52:54:00:00:01:{number:02x}", f"10.77.100.{number + 1}"
     yard.vms[f"more{number}"] = {"address": address, "mac": mac}

@@ -19,7 +19,8 @@ from test_apply import ask
 from yard import Yard
 
 from inventory.errors import FarmhandError
-from provision import farm, journal
+from provision import farm
+from provision.engine import journal
 from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
 from provision.network.undo import RECORD

@@ -10,9 +10,9 @@ from test_apply import ask
 from test_live_dns import dynamic  # noqa: F401 - a fixture
 from yard import Yard
 
+from provision.engine.work import begin
 from provision.network.apply import keep_in_step
 from provision.network.daemons import kea_command
-from provision.work import begin
 
 MANY = 300
 

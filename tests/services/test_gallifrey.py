@@ -76,7 +76,7 @@ sleep 1
 run() { # name, words
     name=$1; shift
     set +e
-    "$python" -P "$root/start.py" --search-root "$root" "$@" --farm "$dir/gallifrey.yaml" --json \
+    "$python" -P "$root/cli/start.py" --search-root "$root" "$@" --farm "$dir/gallifrey.yaml" --json \
         >"$dir/$name.json" 2>"$dir/$name.err"
     echo $? >"$dir/$name.status"
     set -e

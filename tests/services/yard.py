@@ -10,16 +10,16 @@ from typing import Any
 
 import yaml
 
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.loader import loads
 from inventory.model import Farm
 from provision.allocate import Allocation, Allocator
+from provision.engine.report import Outcome, QuietReporter
 from provision.network import checkers
 from provision.network.apply import network_apply
 from provision.network.document import Document
 from provision.network.render import render
 from provision.network.rendered import full_text
-from provision.report import Outcome, QuietReporter
 from provision.site import Site, open_site
 
 SUBNET = "10.77.0.0/24"

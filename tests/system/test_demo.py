@@ -34,7 +34,7 @@ class Place:
 
     def __call__(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", ROOT / "start.py", "--search-root", str(ROOT), *words],
+            [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), *words],
             env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
 

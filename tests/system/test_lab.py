@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from tests.lab import qemu, told
 from tests.lab.machine import Machine

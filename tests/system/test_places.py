@@ -25,9 +25,9 @@ templates: {base: {import: raw.img, firstboot: none}}
 vms: {a: {memory: 64M}}
 """
 # For the state: all at once. For the sockets: an ordinary user's libvirt can't do ',' and '='.
-AWKWARD = "-Jo o'b \"x\" a:b %d%% k,=v ü {} $H \\t #;"
+AWKWARD = '-Jo o\'b "x" a:b %d%% k,=v ü {} $H \\t #;'
 SHORT = "-ü\" :%'\\#;"
-CACHE = "c a;c,h\"e=%"
+CACHE = 'c a;c,h"e=%'
 
 OWN, PASSED, SECRET, SEEN = 0o700, 0o711, 0o600, 0o644
 # By path below state/, cache/ or run/. None: libvirt's own, whose place tells how far others come. What
@@ -92,7 +92,7 @@ class Place:
                 os.chown(path, NOBODY, NOBODY)
 
     def __call__(self, *words: str) -> dict[str, object]:
-        invoke = [sys.executable, "-P", ROOT / "start.py", "--search-root", ROOT]
+        invoke = [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", ROOT]
         done = subprocess.run(
             [*self.drop, *invoke, *words, "--json"],
             cwd=self.directory / AWKWARD,

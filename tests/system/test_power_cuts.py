@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hypervisors.run import Runner
+from host.run import Runner
 from tests.lab.machine import Machine
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from host.run import Runner
 from hypervisors.api import Template
-from hypervisors.run import Runner
 from inventory.errors import UsageError
-from provision import golden
-from provision.report import QuietReporter
-from provision.seed import SeedData, StaticAddress, new_host_key, write_seed
+from provision.engine.report import QuietReporter
+from provision.guest.seed import SeedData, StaticAddress, new_host_key, write_seed
+from provision.operations import templates as golden
 from provision.site import Site, open_site
 
 pytestmark = pytest.mark.system

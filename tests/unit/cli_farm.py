@@ -62,7 +62,7 @@ class CommandLine:
         }
 
     def argv(self, *words: str) -> list[str]:
-        return [sys.executable, "-P", ROOT / "start.py", "--search-root", str(ROOT), *words]
+        return [sys.executable, "-P", ROOT / "cli" / "start.py", "--search-root", str(ROOT), *words]
 
     def __call__(self, *words: str, cwd: Path | None = None, **environment: str) -> Done:
         done = subprocess.run(

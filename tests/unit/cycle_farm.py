@@ -11,7 +11,7 @@ import pytest
 from sshd_machine import Sshd, make_key
 
 from inventory.loader import load
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 
 GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hypervisors.run import which
-from provision.remote import Endpoint
+from host.run import which
+from provision.guest.remote import Endpoint
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from hypervisors.api import Template
 from inventory.loader import load
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 from tests.faults.still import StillSite
 

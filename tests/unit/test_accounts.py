@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from sshd_machine import Dropbear, Sshd, gone, make_key
 
-from hypervisors.run import which
+from host.run import which
 from inventory.errors import DriverFailed, Unsupported
-from provision import shell
-from provision.connection import Connection
+from provision.guest import shell
+from provision.guest.connection import Connection
 
 BASH, TCSH, FISH = "/bin/bash", "/bin/tcsh", "/usr/bin/fish"
 ASKS = """echo "-- authorised use only --"
@@ -85,9 +85,7 @@ async def everything(machine: Sshd, tmp_path: Path) -> None:
         assert (machine.home / "in/here/local").read_bytes() == data[:1000]
         begun = asyncio.Event()
         script = "sleep 300 & echo $! >pid; echo begun; wait"
-        slow = asyncio.ensure_future(
-            connection.run(script, timeout=300, log=lambda _data: begun.set())
-        )
+        slow = asyncio.ensure_future(connection.run(script, timeout=300, log=lambda _data: begun.set()))
         await begun.wait()
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from host.paths import FarmPaths
 from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm
 from inventory.validation import validated
 from provision.allocate import PORTS, Allocator, lock_file_of
 from provision.claims import Claims
-from provision.paths import FarmPaths
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hypervisors import balloon
+from hypervisors.libvirt import balloon
 
 MIB = 2**20
 

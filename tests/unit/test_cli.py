@@ -190,7 +190,7 @@ def test_a_defect_is_one_line_and_a_file(cli: CommandLine) -> None:
     probe.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from cli import command\n"
+        "from cli.command import command\n"
         "@command()\n"
         "def fail(run):\n"
         "    'Fails.'\n"
@@ -219,7 +219,7 @@ def test_an_interruption_says_how_to_go_on(
     probe.write_text(
         "import sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from cli import command\n"
+        "from cli.command import command\n"
         f"@command(plans={changes})\n"
         "def wait(run):\n"
         "    'Waits.'\n"
@@ -291,7 +291,7 @@ def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) ->
     probe.write_text(
         "import sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from cli import command\n"
+        "from cli.command import command\n"
         "@command()\n"
         "def wait(run):\n"
         "    'Waits.'\n"

@@ -17,8 +17,8 @@ from sshd_machine import alive, gone, wait_for
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record, load_records
-from hypervisors.fake import FakeDisks
-from hypervisors.run import which
+from host.run import which
+from hypervisors.fake.driver import FakeDisks
 from inventory.errors import (
     BuildFailed,
     Busy,
@@ -438,7 +438,7 @@ from pathlib import Path
 from builds.cycle import run_cycle
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:
     try:
@@ -614,9 +614,7 @@ def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_pat
         tool = which(name)
         assert tool
         (applets / name).symlink_to(tool)
-    lab = labs(
-        dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}}
-    )
+    lab = labs(dev2={"shell": "/bin/bash", "forwarding": False, "environment": {"PATH": str(applets)}})
     with lab.site([run("fetch", FETCH)]) as site:
         error, _ = fails(site)
     assert "dev2: a command failed with 127: " in error.message

@@ -34,7 +34,7 @@ from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.link import Link
 from hypervisors.far.wire import decode, encode
-from hypervisors.kvm_trust import KvmTrust
+from hypervisors.libvirt.kvm_trust import KvmTrust
 from hypervisors.opening import Place, Voices
 from inventory.errors import (
     CommandFailed,
@@ -311,7 +311,8 @@ def test_a_machine_that_can_not_run_it_says_why(machine: FarMachine, spoil: str,
 
 def test_an_error_of_the_system_is_told_whole(machine: FarMachine) -> None:
     broken = (
-        "import hypervisors.qcow2 as q\ndef list(self): raise OSError(5, 'Input/output error')\n"
+        "import hypervisors.disks.qcow2.disks as q\n"
+        "def list(self): raise OSError(5, 'Input/output error')\n"
         "q.Qcow2Disks.list = list"
     )
     with pytest.raises(DriverFailed, match="Input/output error") as failed:
@@ -341,7 +342,7 @@ def test_askers_that_begin_together_do_not_wait_for_each_other(machine: FarMachi
 def test_ctrl_c_waits_until_the_change_has_ended(machine: FarMachine, tmp_path: Path) -> None:
     """A program that is interrupted while the other side works: nothing goes on behind its back."""
     slow = (
-        "import time, hypervisors.qcow2 as q\nreal = q.Qcow2Disks.clone\n"
+        "import time, hypervisors.disks.qcow2.disks as q\nreal = q.Qcow2Disks.clone\n"
         "def clone(self, *a):\n time.sleep(3)\n return real(self, *a)\nq.Qcow2Disks.clone = clone"
     )
     disks = machine.disks("kata", spoil=slow)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hypervisors.fake import FakeDisks, FakeHypervisor
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Busy,
     Conflict,
@@ -31,9 +31,9 @@ from inventory.errors import (
 )
 from inventory.loader import load
 from provision import farm
-from provision.journal import current_step
-from provision.locks import Locks
-from provision.report import Outcome, QuietReporter
+from provision.engine.journal import current_step
+from provision.engine.locks import Locks
+from provision.engine.report import Outcome, QuietReporter
 from provision.site import Site, open_site
 
 MIB = 2**20
@@ -172,7 +172,7 @@ def test_a_changed_declaration_waits_for_a_running_vm_and_changes_a_stopped_one(
 
 
 def test_a_newer_template_moves_nobody(made: Desk) -> None:
-    from provision.golden import template_build
+    from provision.operations.templates import template_build
 
     with made.site() as site:
         template_build(site, "base")
@@ -485,11 +485,11 @@ def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) ->
 
 SLOW = """
 import pathlib, signal, sys, time
-from hypervisors.fake import FakeHypervisor
+from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Interrupted
 from provision import farm
-from provision.journal import current_step
-from provision.report import QuietReporter
+from provision.engine.journal import current_step
+from provision.engine.report import QuietReporter
 from provision.site import open_site
 real = FakeHypervisor.define
 def define(self, spec, template):
@@ -533,7 +533,7 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
         "import sys, pathlib; from provision.site import open_site; from provision import farm\n"
-        "from provision.report import QuietReporter\n"
+        "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"
         "bad = {'asyncssh', 'jinja2', 'rich', 'libvirt', 'cryptography'} & set(sys.modules)\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hypervisors.api import Owner
-from hypervisors.debian import load_recipe
 from inventory.errors import NotFound, UsageError, WrongState
-from provision import golden
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
+from provision.guest.debian import load_recipe
+from provision.operations import templates as golden
 from provision.site import Site, open_site
 
 FARM = """

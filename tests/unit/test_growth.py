@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from still_farm import KINDS, StillFarm, place
 
-from hypervisors.fake import FakeHypervisor
+from hypervisors.fake.driver import FakeHypervisor
 from provision import farm
 from provision.site import Site
 from provision.status import status

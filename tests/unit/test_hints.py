@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors import debian
-from hypervisors.debian import build_image, load_recipe
-from hypervisors.files import file_error
-from hypervisors.hints import Hint
-from hypervisors.run import Runner
+from host.files import file_error
+from host.hints import Hint
+from host.run import Runner
 from inventory.errors import CommandFailed, NoSpace
+from provision.guest import debian
+from provision.guest.debian import build_image, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 END = """\
@@ -155,6 +155,7 @@ def test_where_nothing_is_known_there_is_no_hint() -> None:
 @pytest.fixture
 def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A build of the recipe that ships, with these sources: the error, and the log."""
+
     def build(source: str) -> tuple[CommandFailed, Path]:
         def sources(_suite: str, work: Path) -> list[Path]:
             (work / "host.list").write_text(source)
@@ -162,7 +163,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(debian, "write_sources", sources)
         monkeypatch.setattr(debian, "apt_settings", lambda _runner: "")
-        place = tmp_path / "a \"b\" c:d,e=%'"  # which apt can't be told of
+        place = tmp_path / 'a "b" c:d,e=%\''  # which apt can't be told of
         place.mkdir(mode=0o711)
         log = place / "build.log"
         recipe = replace(load_recipe("debian-12"), variant="custom")
@@ -197,7 +198,7 @@ START = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from hypervisors.private import PrivateLibvirt
+from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import FarmhandError
 place = Path(sys.argv[2])
 try:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import house
+from tests.dev import house
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -34,7 +34,7 @@ import signal, sys, types
 signal.signal(signal.SIGINT, {sigint})
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.path.insert(0, {root!r})
-import house
+from tests.dev import house
 house._tool(types.SimpleNamespace(json={json}), "pytest", {suite!r}, "-p", "no:cacheprovider")
 """
 

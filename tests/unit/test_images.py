@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.images import ImageInfo, convert, image_info, write_iso
-from hypervisors.run import Runner
+from host.run import Runner
+from hypervisors.disks.images import ImageInfo, convert, image_info, write_iso
 from inventory.errors import NotFound, UsageError
 
 MIB = 2**20

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from inventory.errors import FarmhandError, Interrupted, UsageError, WrongState
-from provision.journal import Journal, current_operation, current_step
+from provision.engine.journal import Journal, current_operation, current_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path)
 def test_a_killed_process_leaves_its_step(tmp_path: Path) -> None:
     code = """
 import os, pathlib, signal, sys
-from provision.journal import Journal, current_step
+from provision.engine.journal import Journal, current_step
 with Journal(pathlib.Path(sys.argv[1])).operation("clone", vm="dev2", template="base@1"):
     current_step("make the disk")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -168,7 +168,7 @@ def small(tmp_path: Path) -> Path:
 FULL = """
 import pathlib, sys
 from inventory.errors import NoSpace
-from provision.journal import Journal, current_step
+from provision.engine.journal import Journal, current_step
 place = pathlib.Path(sys.argv[1])
 journal = Journal(place / "journal.db")
 changed = 0
@@ -207,7 +207,7 @@ def test_a_full_disk_stops_the_change_with_a_clear_error(small: Path) -> None:
 READ_ONLY = """
 import pathlib, sys
 from inventory.errors import WrongState
-from provision.journal import Journal
+from provision.engine.journal import Journal
 journal = Journal(pathlib.Path(sys.argv[1]) / "journal.db")
 try:
     with journal.operation("reset", vm="prod"):

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hypervisors import kvm, kvm_guest
-from hypervisors.kvm import KvmVerdict, asked_for, distrust_kvm, judge, kvm_usable, try_guest
-from hypervisors.run import Runner, which
+from host.run import Runner, which
+from hypervisors.libvirt import kvm, kvm_guest
+from hypervisors.libvirt.kvm import KvmVerdict, asked_for, distrust_kvm, judge, kvm_usable, try_guest
 from inventory.errors import UsageError
 
 # In place of QEMU: its guest comes so far, answers so (ticks of the clock), and QEMU then does that.
@@ -218,7 +218,7 @@ def test_a_verdict_is_kept_until_something_changes(
 ) -> None:
     assert stand_in.verdict() == WORKS == kvm_usable(Runner(), stand_in.cache)
     assert stand_in.ran() == ["tcg", "kvm"]
-    monkeypatch.setattr(kvm, "BOOT_ID", tmp_path / "boot")
+    monkeypatch.setattr("host.processes.BOOT_ID", tmp_path / "boot")
     (tmp_path / "boot").write_text("another")
     assert kvm_usable(Runner(), stand_in.cache) == WORKS
     assert len(stand_in.ran()) == 4

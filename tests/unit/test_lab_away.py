@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.run import Result, Runner
+from host.run import Result, Runner
 from inventory.errors import CommandFailed, DriverFailed, TimedOut
 from tests.lab.away import Away
 
@@ -48,7 +48,7 @@ def _cut(away: Away) -> None:
 
 @pytest.mark.parametrize(
     ("command", "status"),
-    [("exit 0", 0), ("echo \"it's\"; exit 3", 3), ("exec sh -c 'kill -TRAP $$'", 128 + 5)],
+    [("exit 0", 0), ('echo "it\'s"; exit 3', 3), ("exec sh -c 'kill -TRAP $$'", 128 + 5)],
 )
 def test_its_status_tells_how_it_ended(tmp_path: Path, command: str, status: int) -> None:
     away = _away(tmp_path, [], [])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors import kvm
-from hypervisors.run import Runner
+from host.run import Runner
+from hypervisors.libvirt import kvm
 from inventory.errors import CommandFailed, Unsupported
 from tests.lab import emulator, qemu
 from tests.lab.emulator import _backports, newer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from _pytest.mark.expression import Expression
 
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.errors import FarmhandError
 from tests.lab import run, told
 from tests.lab.kinds import KINDS, Kind

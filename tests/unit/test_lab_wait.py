@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hypervisors.run import Result, Runner
+from host.processes import Process
+from host.run import Result, Runner
 from inventory.errors import CommandFailed, TimedOut
-from provision.processes import Process
 from tests.lab import machine as lab
 from tests.lab import qemu
 
@@ -70,9 +70,7 @@ def test_one_whose_clock_runs_too_fast_is_not_used(
 
     clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now)
     monkeypatch.setattr(lab, "time", clock)
-    monkeypatch.setattr(
-        machine, "run", lambda _: SimpleNamespace(stdout=f"{1e9 + times * now:.9f}\n")
-    )
+    monkeypatch.setattr(machine, "run", lambda _: SimpleNamespace(stdout=f"{1e9 + times * now:.9f}\n"))
     if times == 1.0:
         machine._check_clock()
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import libvirt
 import pytest
 
-from hypervisors.libvirt_errors import connection_lost, translate
+from hypervisors.libvirt.errors import connection_lost, translate
 from inventory.errors import DriverFailed, FarmhandError, WrongState
 
 

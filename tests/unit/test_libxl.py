@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from host.run import Runner
 from hypervisors.api import Checkpoint, Disk, MachineSpec, Nic, Owner
-from hypervisors.domain_xml import read_domain
-from hypervisors.libxl import Xen
-from hypervisors.libxl_balloon import least
-from hypervisors.run import Runner
+from hypervisors.libvirt.domain_xml import read_domain
+from hypervisors.libvirt.libxl import Xen
+from hypervisors.libvirt.libxl_balloon import least
 from inventory.errors import Unsupported
 
 MIB = 2**20

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from inventory.errors import Busy
-from provision.locks import Locks
+from provision.engine.locks import Locks
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, pathlib
-from provision.locks import Locks
+from provision.engine.locks import Locks
 with Locks(pathlib.Path(sys.argv[1])).hold("vm-prod", doing="cycle --from build-prod"):
     print("held", flush=True)
     sys.stdin.read()

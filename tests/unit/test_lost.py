@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from still_farm import KINDS, StillFarm, place
 
-from hypervisors.fake import FakeDisks
+from hypervisors.fake.driver import FakeDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound
 from provision import farm
-from provision.report import Outcome
+from provision.engine.report import Outcome
+from provision.engine.work import is_on, look
 from provision.site import Site
 from provision.status import status
-from provision.work import is_on, look
 
 __all__ = ["place"]
 GONE = "its disk is gone"

@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypervisors.lvm import decode, encode, retagged
+from hypervisors.disks.lvm.command import decode, encode, retagged
 
 TEXT = st.text(st.characters(blacklist_categories=("Cs",)), max_size=3000)
 KEYS = st.sampled_from(["kind", "origin", "name", "size"])

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypervisors.fake import FakeHypervisor
+from host.processes import Process
+from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import NoSpace, TimedOut, UsageError
 from provision import farm
-from provision.locks import Locks
+from provision.engine.locks import Locks
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
-from provision.processes import Process
-from provision.room import host_memory, room_for
+from provision.memory_budget import host_memory, room_for
 from tests.unit.test_farm import MIB, Desk, lines
 
 GIB = 2**30
@@ -368,7 +368,7 @@ def test_one_look_does_for_vms_that_are_started_one_after_the_other(
         looks += 1
         return host_memory(*arguments, **options)
 
-    monkeypatch.setattr("provision.room.host_memory", look)
+    monkeypatch.setattr("provision.memory_budget.host_memory", look)
     with desk.site() as site, site.locks.hold("memory-here", doing="starting them"):
         farm.start(site, [f"vm{n}" for n in range(8)], wait=False)
         assert looks == 2, "before it begins, and the first VM's"

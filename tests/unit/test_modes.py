@@ -15,23 +15,24 @@ from shutil import rmtree
 import pytest
 from sshd_machine import Sshd, make_key
 
-from hypervisors import private
+from host import paths
+from host.files import make_directory, open_new, open_to_append
+from host.run import Runner
+from host.ssh_words import path_option
 from hypervisors.api import Owner, Template
-from hypervisors.files import make_directory, open_new, open_to_append
-from hypervisors.private import PrivateLibvirt, check_runtime
-from hypervisors.qcow2 import Qcow2Disks
-from hypervisors.run import Runner
-from hypervisors.ssh_words import path_option
-from hypervisors.staged import stage
+from hypervisors.disks.qcow2.disks import Qcow2Disks
+from hypervisors.libvirt import private
+from hypervisors.libvirt.private import PrivateLibvirt, check_runtime
 from inventory.errors import DriverFailed, UsageError
-from provision import farm, paths
-from provision.golden import template_build
-from provision.report import QuietReporter
+from provision import farm
+from provision.engine.report import QuietReporter
+from provision.network.staged import stage
+from provision.operations.templates import template_build
 from provision.site import open_site
 
 MIB = 2**20
 UMASKS = pytest.mark.parametrize("umask", [0o000, 0o027, 0o077], ids=oct)
-AWKWARD = "-Jo o'b \"x\" a:b %d%% %h k,=v ü {} $H \\t #;"
+AWKWARD = '-Jo o\'b "x" a:b %d%% %h k,=v ü {} $H \\t #;'
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.devices import open_node
+from host.files import open_node
 
 ERESTARTSYS = 512
 

@@ -13,12 +13,11 @@ from cycle_farm import STEPS, Lab, environment, lab, reset, run
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
+from cli import command as cli
+from cli import views
 from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState
 from provision.farm import reset as reset_by_hand
 from provision.site import Site
-
-import cli
-import views
 
 __all__ = ["lab"]
 ROOT = Path(__file__).resolve().parents[2]

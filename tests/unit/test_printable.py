@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypervisors.printable import last_line, plain
+from host.printable import last_line, plain
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.api import Pulse
-from hypervisors.progress import IN_ALL, Progress
-from hypervisors.run import Runner
+from host.progress import IN_ALL, Progress, Pulse
+from host.run import Runner
 from inventory.errors import DriverFailed, TimedOut
 
 MIB = 2**20

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.debian import _write_overlay, load_recipe, mounts_below, write_sources
 from inventory.errors import NotFound
+from provision.guest.debian import _write_overlay, load_recipe, mounts_below, write_sources
 
 DEB822 = """Types: deb
 URIs: http://mirror.invalid/debian

@@ -30,11 +30,11 @@ from builds.record import (
 )
 from builds.source import is_directory, mask, name_of
 from builds.steps import StepLog
+from host.paths import FarmPaths
 from inventory.errors import NotFound
 from inventory.loader import load
 from provision import farm
-from provision.paths import FarmPaths
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import Site
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 
-from hypervisors.api import Pulse
-from hypervisors.progress import Progress
-from hypervisors.run import Runner
+from host.progress import Progress, Pulse
+from host.run import Runner
 from inventory.errors import (
     Conflict,
     DriverFailed,
@@ -27,9 +26,9 @@ from inventory.errors import (
     UsageError,
     WrongState,
 )
-from provision.connection import Connection
-from provision.dial import wait_ready
-from provision.remote import tail_of
+from provision.guest.connection import Connection
+from provision.guest.remote import tail_of
+from provision.guest.ssh_connection import wait_ready
 
 
 @pytest.fixture

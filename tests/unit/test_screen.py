@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 
-from screen import LiveScreen, Screen, open_screen
+from cli.screen import LiveScreen, Screen, open_screen
 
 
 def test_lines_are_dated_and_name_the_vm() -> None:
@@ -50,7 +50,7 @@ def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
 def test_how_far_it_is_is_no_news(monkeypatch) -> None:
     """What follows a semicolon: on a terminal the clock runs on, in a log there is a line a minute."""
     now = 1000.0
-    monkeypatch.setattr("screen.time.monotonic", lambda: now)
+    monkeypatch.setattr("cli.screen.time.monotonic", lambda: now)
     out, live = io.StringIO(), LiveScreen(io.StringIO())
     screen = Screen(out)
     for _ in range(150):

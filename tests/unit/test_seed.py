@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.errors import UsageError
-from provision.seed import SeedData, StaticAddress, new_host_key, own_lines, write_seed
+from provision.guest.seed import SeedData, StaticAddress, new_host_key, own_lines, write_seed
 
 HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y ! 日本 😀'
 

@@ -24,10 +24,10 @@ from sshd_machine import Sshd, free_port, make_key, wait_for
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record
 from builds.source import Resolved, archive_sha256, pack, resolve
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.autobuild import FETCH
 from inventory.errors import FarmhandError, NotFound, Unsupported, WrongState
-from provision.connection import Connection
+from provision.guest.connection import Connection
 
 __all__ = ["cycles"]
 
@@ -340,7 +340,7 @@ ASK = """
 import os, sys
 from pathlib import Path
 from builds.source import resolve
-from hypervisors.run import Runner
+from host.run import Runner
 from inventory.errors import WrongState
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -468,7 +468,7 @@ def test_a_repository_inside_a_directory_that_is_none(lab):
 
 
 def test_a_url_that_answers_and_has_no_such_branch(lab, tmp_path):
-    steps = [reset("dev2"), run("fetch", "git clone -q \"$SOURCE_URL\" src")]
+    steps = [reset("dev2"), run("fetch", 'git clone -q "$SOURCE_URL" src')]
     port = free_port()
     serve = ["git", "daemon", "--listen=127.0.0.1", f"--port={port}", f"--base-path={lab.root}",
              "--export-all", "--reuseaddr"]  # fmt: skip

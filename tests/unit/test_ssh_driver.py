@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from host.run import Runner
 from hypervisors.api import Power
-from hypervisors.run import Runner
-from hypervisors.ssh_driver import SshHypervisor, SshMachine
+from hypervisors.ssh import SshHypervisor, SshMachine
 from inventory.errors import CommandFailed, NotFound, Unsupported, UsageError
 
 

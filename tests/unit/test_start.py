@@ -76,7 +76,7 @@ def bare(directory: Path, *words: str, **environment: str) -> subprocess.Complet
 
 
 def started(directory: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, "-P", str(ROOT / "start.py")], directory, *words, **environment)
+    return run([sys.executable, "-P", str(ROOT / "cli" / "start.py")], directory, *words, **environment)
 
 
 def run(
@@ -120,7 +120,7 @@ def test_bytecode_is_kept_but_not_in_the_checkout(checkout: Path, tmp_path: Path
 
 
 def test_bytecode_goes_to_the_virtual_environment(checkout: Path) -> None:
-    probe = "import sys, start; sys.argv = ['x', '--version']; start.main()"
+    probe = "import sys; from cli import start; sys.argv = ['x', '--version']; start.main()"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry:\n    {probe}\nfinally:\n"
     code += "    print(sys.pycache_prefix == sys.prefix + '/bytecode', sys.prefix != sys.base_prefix)\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPYCACHEPREFIX"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.fake import FakeDisks, FakeHypervisor
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import DriverFailed
 from provision import farm
-from provision.report import QuietReporter
+from provision.engine.report import QuietReporter
 from provision.site import open_site
 
 FARM = (

@@ -97,7 +97,7 @@ def test_a_failed_build_is_one_whoever_reads(tmp_path: Path, how: str) -> None:
     lab = Lab(tmp_path)
     try:
         farm = lab.farm_file([run("build", "echo no; exit 3")], source=None)
-        argv = [sys.executable, "-P", str(ROOT / "start.py"), "--search-root", str(ROOT)]
+        argv = [sys.executable, "-P", str(ROOT / "cli" / "start.py"), "--search-root", str(ROOT)]
         done = redirected([*argv, "cycle", "--farm", str(farm)], how, environment(tmp_path))
     finally:
         lab.stop()
@@ -113,10 +113,10 @@ def test_a_failed_build_is_one_whoever_reads(tmp_path: Path, how: str) -> None:
 PROBE = """\
 import sys
 sys.path.insert(0, {root!r})
-import cli, streams
+from cli import command as cli, streams
 streams.take_over()
-from cli import Result, command
-from hypervisors.run import Runner
+from cli.command import Result, command
+from host.run import Runner
 
 @command()
 def lands(run):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from test_farm import Desk
 
+from cli.views import farm_status
 from hypervisors.api import FarmDisks, Owner
-from hypervisors.fake import FakeDisks, FakeHypervisor
+from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Conflict,
     DriverFailed,
@@ -23,8 +24,6 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.doctor import examine
-
-from views import farm_status
 
 TWO_HOSTS = """\
 farm: kata
@@ -290,7 +289,7 @@ def test_guests_that_were_asked_to_shut_down_when_we_were_killed(
     """What was asked of them can't be taken back."""
     stop = FakeHypervisor.stop
     with monkeypatch.context() as patch, made.site() as site:
-        patch.setattr("provision.checkpoint.GRACE", 60.0 if listens else 0.4)
+        patch.setattr("provision.operations.checkpoint.GRACE", 60.0 if listens else 0.4)
         patch.setattr(FakeHypervisor, "stop", killed)
         with pytest.raises(KeyboardInterrupt):
             farm.checkpoint(site, [], "kept")

@@ -6,11 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from cli import views
+from host.processes import Process
 from inventory.errors import NotFound, Several, TimedOut, some
-from provision.journal import Record
-from provision.processes import Process
-
-import views
+from provision.engine.journal import Record
 
 MANY = tuple(f"v{number}" for number in range(300))
 

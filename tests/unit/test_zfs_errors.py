@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.devices import alive, await_node, holders, myself
-from hypervisors.run import Runner
-from hypervisors.zfs import ZfsDisks
-from hypervisors.zfs_state import options
+from host.processes import Process
+from host.run import Runner
+from hypervisors.disks.devices import await_node, holders
+from hypervisors.disks.zfs.disks import ZfsDisks
+from hypervisors.disks.zfs.state import options
 from inventory.errors import Busy, CommandFailed, Conflict, DriverFailed, NoSpace, NotFound, UsageError
 
 
@@ -56,7 +57,7 @@ def test_each_failure_has_its_words(failing, said, error, remedy):
 
 
 def test_without_the_command_it_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("hypervisors.zfs_command.which", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("hypervisors.disks.zfs.command.which", lambda name: str(tmp_path / name))
     with pytest.raises(CommandFailed, match="cannot run"):
         ZfsDisks("tank", "kata", "kata", Runner()).list()
 
@@ -69,15 +70,15 @@ def test_values_of_properties_are_plain_text():
 
 
 def test_a_maker_is_this_very_process():
-    assert alive(myself())
-    boot, pid, start = myself().split(":")
-    assert not alive(f"{boot}:{pid}:{int(start) + 1}")
-    assert not alive(f"x{boot}:{pid}:{start}")
+    assert Process.parse(Process.this().mark).alive()
+    boot, pid, start = Process.this().mark.split(":")
+    assert not Process.parse(f"{boot}:{pid}:{int(start) + 1}").alive()
+    assert not Process.parse(f"x{boot}:{pid}:{start}").alive()
     child = subprocess.Popen(["true"])
     child.wait()
-    assert not alive(f"{boot}:{child.pid}:{start}")
+    assert not Process.parse(f"{boot}:{child.pid}:{start}").alive()
     for nonsense in ("", "::", f"{boot}::", f"{boot}:x:1"):
-        assert not alive(nonsense)
+        assert not Process.parse(nonsense).alive()
 
 
 def test_a_device_that_never_comes_is_said(tmp_path):

@@ -1,0 +1,151 @@
+"""Progress on stderr: dated lines, and on a terminal one live line below them.
+
+Plain control sequences (ECMA-48: erase line, carriage return) on one line that is never wider than the
+terminal, so that a narrow window, ``script`` and a slow ssh connection all show the same. Nobody may
+read it, for a stream that was taken over (streams.py) never raises.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TextIO
+
+from cli.streams import columns
+from host.printable import plain
+
+_SPINNER = "|/-\\"
+_ERASE = "\r\x1b[2K"
+_HEARTBEAT = 10.0
+_STILL = 60.0
+
+
+class Screen:
+    """A Reporter (provision.engine.report). Safe to use from several threads. Off a terminal
+    ``working`` is shown when it is news and nothing was said for a while: a log needs no spinner, but
+    a long wait should be seen to be one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.RLock()
+        self._partial: dict[str, bytes] = {}
+        self._last = time.monotonic()
+        self._said = ""
+
+    def say(self, text: str, *, vm: str = "") -> None:
+        self._line(text, vm)
+
+    def working(self, text: str, *, vm: str = "") -> None:
+        with self._lock:
+            line = f"{vm} {text}"
+            patience = _STILL if _what(line) == _what(self._said) else _HEARTBEAT
+            if line != self._said and time.monotonic() - self._last >= patience:
+                self._said = line
+                self._line(text, vm)
+
+    def warn(self, text: str, *, vm: str = "") -> None:
+        self._line(f"warning: {text}", vm)
+
+    def stream(self, vm: str, data: bytes) -> None:
+        """Output of a command in a VM, as it comes; shown by whole lines, prefixed with the VM."""
+        with self._lock:
+            *lines, rest = (self._partial.get(vm, b"") + data).split(b"\n")
+            self._partial[vm] = rest
+            for line in lines:
+                self._write(f"{vm} | {plain(line.decode(errors='replace'))}\n")
+
+    def close(self) -> None:
+        with self._lock:
+            for vm, rest in self._partial.items():
+                if rest:
+                    self.stream(vm, b"\n")
+            self._partial.clear()
+
+    def _line(self, text: str, vm: str) -> None:
+        with self._lock:
+            for part in text.splitlines() or [""]:
+                self._write(f"{time.strftime('%H:%M:%S')} {f'{vm}: ' if vm else ''}{part}\n")
+            self._last = time.monotonic()
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _fit(text: str, end: str, width: int) -> str:
+    room = max(width - len(end), 4)
+    return (text if len(text) <= room else text[: room - 1] + "…") + end
+
+
+def _what(text: str) -> str:
+    """Of what is under way, without how far it is."""
+    return text.partition(";")[0]
+
+
+class LiveScreen(Screen):
+    """With the live line: what is under way on each VM, and since when."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._under_way: dict[str, tuple[str, float]] = {}
+        self._stop = threading.Event()
+        self._shown = False
+        self._turn = 0
+        self._thread = threading.Thread(target=self._spin, name="screen", daemon=True)
+        self._thread.start()
+
+    def working(self, text: str, *, vm: str = "") -> None:
+        with self._lock:
+            known, since = self._under_way.get(vm, ("", 0.0))
+            first = text.splitlines()[0] if text else ""
+            same = _what(known) == _what(first)
+            self._under_way[vm] = (first, since if same else time.monotonic())
+            self._draw()
+
+    def _line(self, text: str, vm: str) -> None:
+        with self._lock:
+            # What is said of a VM replaces what was under way there.
+            self._under_way.pop(vm, None)
+            super()._line(text, vm)
+
+    def _write(self, text: str) -> None:
+        super()._write((_ERASE if self._shown else "") + text)
+        self._shown = False
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2)
+        with self._lock:
+            self._under_way.clear()
+            self._draw()
+        super().close()
+
+    def _spin(self) -> None:
+        while not self._stop.wait(0.25):
+            with self._lock:
+                self._turn += 1
+                self._draw()
+
+    def _draw(self) -> None:
+        if not self._under_way:
+            if self._shown:
+                self._write("")
+            return
+        now = time.monotonic()
+        width = columns(self._stream, 80) - 1
+        share = (width - 2) // len(self._under_way) - 3  # each VM is seen, also in a narrow window
+        parts = [
+            _fit(f"{vm}: {text}" if vm else text, f" {now - since:.0f}s", share)
+            for vm, (text, since) in sorted(self._under_way.items())
+        ]
+        line = f"{_SPINNER[self._turn % len(_SPINNER)]} {' · '.join(parts)}"
+        Screen._write(self, _ERASE + (line if len(line) <= width else line[: width - 1] + "…"))
+        self._shown = True
+
+
+def open_screen(stream: TextIO) -> Screen:
+    """Live on a terminal that can erase a line, dated lines elsewhere."""
+    if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return LiveScreen(stream)
+    return Screen(stream)

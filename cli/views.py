@@ -1,0 +1,404 @@
+"""Results as text: aligned, and readable in a narrow terminal too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, TextIO
+
+from cli.command import Result
+from cli.streams import columns
+from inventory.errors import BuildFailed, some
+from inventory.sizes import about, brief, format_duration, format_size
+from provision.engine.report import UNCHANGING
+
+if TYPE_CHECKING:
+    from builds.record import BuildRecord, StepRecord
+    from host.paths import FarmPaths
+    from hypervisors.api import Template
+    from provision.engine.journal import Record
+    from provision.engine.report import Action, Outcome
+    from provision.network.rendered import Rendered
+    from provision.network.verify import Answer, Report
+    from provision.operations.balloon import MemoryPlan
+    from provision.status import FarmStatus, HostStatus, VmStatus
+
+
+def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
+    """What was done, or would be, one line an action."""
+    if not result.actions:
+        return Result(result.as_dict(), nothing)
+    widest = max(len(action.vm) for action in result.actions)
+    changing = "would" if result.planned else "done"
+    lines = [
+        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
+        f"{f'{a.vm:<{widest}}  ' if widest else ''}{a.text}"
+        for a in result.actions
+    ]
+    return Result(result.as_dict(), "\n".join(lines))
+
+
+def width(stream: TextIO | None = None) -> int:
+    """Columns of the terminal that stdout, or another stream, is; where it is none, no limit."""
+    stream = stream or sys.stdout
+    return columns(stream, 200) if stream.isatty() else 10_000
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None = None) -> str:
+    """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
+    used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
+    headings = [headings[i] for i in used]
+    rows = [[row[i] for i in used] for row in rows]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width(stream):
+        return "\n".join(
+            "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in (headings, *rows)
+        )
+    label = max(len(h) for h in headings[1:])
+    blocks = []
+    for row in rows:
+        blocks.append(row[0])
+        blocks += [
+            f"  {h.lower():<{label}}  {cell}"
+            for h, cell in zip(headings[1:], row[1:], strict=True)
+            if cell
+        ]
+    return "\n".join(blocks)
+
+
+def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, str]:
+    """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
+    there is nothing. The plan's lines, with what is known of each VM in place of its own."""
+    if not plan.changed:
+        return (), ""
+    known = {vm.vm: vm for vm in status.vms}
+    going = [known[a.vm] for a in plan.actions if a.verb == "destroy" and a.vm in known]
+    rest = [a for a in plan.actions if a.verb != "destroy" or a.vm not in known]
+    rows = [
+        (
+            vm.vm,
+            vm.state,
+            ", ".join(vm.checkpoints),
+            "" if vm.disk_used is None else _about(vm.disk_used),
+        )
+        for vm in going
+    ]
+    headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
+    parts = [f"farm {status.farm} ({status.file}): all of this goes, for good", ""]
+    if rows:
+        parts += [table(headings, rows, sys.stderr), ""]
+    if rest:
+        parts.append(outcome(replace(plan, actions=tuple(rest))).text)
+    what = (plan.actions, tuple((vm.vm, vm.state, vm.checkpoints) for vm in going))
+    return what, "\n".join(parts).rstrip()
+
+
+def plan(verb: str, actions: Sequence[Action]) -> Result:
+    """A plan that came without an outcome."""
+    from provision.engine.report import Outcome
+
+    return outcome(Outcome(verb, True, tuple(actions)))
+
+
+def templates(found: Sequence[Template]) -> Result:
+    data = {
+        "templates": [
+            {
+                "label": t.label,
+                "size": t.size,
+                "sha256": t.sha256,
+                "created": t.created.isoformat(),
+                "origin": t.origin,
+                "firstboot": t.firstboot,
+            }
+            for t in found
+        ]
+    }
+    if not found:
+        return Result(data, "no template yet: clone-farm makes what it needs")
+    rows = [
+        (t.label, format_size(t.size), when(t.created), t.firstboot, t.origin, t.sha256[:12])
+        for t in found
+    ]
+    return Result(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
+
+
+def when(moment: datetime) -> str:
+    """Local time, to the minute."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
+
+
+def _free(host: HostStatus) -> str:
+    return f", {_about(host.free)} free" if host.free is not None else ""
+
+
+def farm_status(status: FarmStatus) -> Result:
+    """One line a VM, then who is at work and what wants a look."""
+    head = f"farm {status.farm} ({status.file})"
+    hosts = [
+        f"host {h.host}: " + (h.error or "; ".join((f"{h.driver}{_free(h)}", *h.notes)))
+        for h in status.hosts
+    ]
+    rows = [
+        (
+            vm.vm,
+            vm.state,
+            _memory(vm.memory, vm.memory_max),
+            vm.template,
+            _checkpoint(vm),
+            "" if vm.disk_used is None else _about(vm.disk_used),
+            f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
+        )
+        for vm in status.vms
+    ]
+    headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
+    lines = [head, *hosts, "", table(headings, rows)]
+    notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
+    notes += [f"{holder.lock}: {holder}" for holder in status.holders]
+    notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
+    notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
+    notes += list(status.warnings)
+    if notes:
+        lines += ["", *notes]
+    if status.vms and all(vm.state == "not made" for vm in status.vms):
+        lines += ["", "nothing is made yet: clone-farm makes it"]
+    return Result(status.as_dict(), "\n".join(lines))
+
+
+def _checkpoint(vm: VmStatus) -> str:
+    """What its disk grew from, and what it is now."""
+    words = ["warm"] if vm.checkpoint in vm.warm else []
+    words += [vm.condition] if vm.condition else []
+    if not vm.checkpoint:
+        return vm.condition
+    return f"{vm.checkpoint} ({', '.join(words)})" if words else vm.checkpoint
+
+
+def _about(size: int) -> str:
+    """For reading, three figures at most."""
+    for unit, name in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if size >= unit:
+            value = size / unit
+            return f"{value:.0f}{name}" if value >= 10 or value == int(value) else f"{value:.1f}{name}"
+    return f"{size}B"
+
+
+def memory_plan(found: MemoryPlan) -> Result:
+    """A block for each host: what its VMs have, may have, and could give."""
+    blocks = [f"host {host}: {error}" for host, error in found.errors.items()]
+    for name, host in found.hosts.items():
+        may = "no limit declared" if host.limit is None else f"{brief(host.limit)} for this farm's VMs"
+        parts = [f"host {name}: {may}", f"{brief(host.in_use)} in use"]
+        if host.free is not None:
+            parts.append(f"the machine has {about(host.free)} free")
+        if host.left is not None:
+            over = host.left < 0
+            parts.append(f"{brief(abs(host.left))} {'too much' if over else 'left'}")
+        rows = [
+            (
+                seen.guest.vm,
+                brief(seen.guest.now) if seen.guest.now else "-",
+                "" if seen.guest.least is None else about(seen.guest.least),
+                "" if seen.guest.idle is None else brief(seen.guest.idle),
+                brief(seen.guest.maximum),
+                brief(seen.grow_to) if seen.grow_to else "-",
+                brief(seen.guest.gives) if seen.guest.gives else "",
+                seen.why,
+            )
+            for seen in found.prospects(name)
+        ]
+        headings = ("VM", "HAS", "NEEDS", "IDLE", "MAXIMUM", "MAY HAVE", "COULD GIVE", "")
+        blocks.append(f"{', '.join(parts)}\n\n{table(headings, rows)}")
+    return Result(found.as_dict(), "\n\n".join(blocks))
+
+
+def _memory(now: int | None, most: int | None) -> str:
+    if most is None:
+        return "" if now is None else _about(now)
+    return f"{_about(now)} of {_about(most)}" if now and now != most else _about(most)
+
+
+def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
+    """Operations and builds as one list, newest first."""
+    data = {
+        "operations": [operation.as_dict() for operation in operations],
+        "builds": [build.as_dict() for build in builds[:limit]],
+    }
+    lines: list[tuple[datetime, tuple[str, ...]]] = []
+    for o in operations:
+        if o.verb == "cycle":  # stands below as the build it made
+            continue
+        took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
+        on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
+        row = (when(o.started), o.verb, on, ended, took, why)
+        lines.append((o.started, row))
+    for b in builds[:limit]:
+        moment = datetime.fromisoformat(b.started)
+        took = format_duration(b.seconds) if b.ended else ""
+        lines.append((moment, (when(moment), "build", b.id, b.verdict, took, _why(b))))
+    if not lines:
+        return Result(data, "nothing was done to this farm yet")
+    rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
+    return Result(data, table(("WHEN", "WHAT", "ON", "ENDED", "TOOK", "NOTE"), rows))
+
+
+def _why(record: BuildRecord) -> str:
+    """Of a build that didn't pass: where, which class, what."""
+    step = record.failed_step
+    if step is None:
+        return ""
+    kind = f" ({step.failure})" if step.failure else ""
+    return f"{step.name}{kind}{': ' if step.message else ''}{step.message}"
+
+
+def _of_step(step: StepRecord) -> str:
+    """What there is to say beside how it ended."""
+    if step.done_in:
+        return f"passed in build {step.done_in}"
+    if step.unverified:
+        return "not verified"
+    return f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}"
+
+
+def build_record(record: BuildRecord) -> Result:
+    """A build's steps, what came out, where the record is."""
+    moment = when(datetime.fromisoformat(record.started))
+    source = record.source
+    lines = [f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"]
+    if source.commit or source.repository:
+        subject = f"  {source.subject}" if source.subject else ""
+        commit = "commit not verified" if source.unverified else source.commit[:12]
+        lines.append(f"source {source.repository} {commit}{subject}")
+    rows = [
+        (
+            step.name,
+            f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
+            step.status,
+            format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
+            _of_step(step),
+        )
+        for step in record.steps
+    ]
+    lines += ["", table(("STEP", "VM", "ENDED", "TOOK", "NOTE"), rows)]
+    if record.outputs:
+        files = [(f.name, _about(f.size), f.sha256) for f in record.outputs]
+        lines += ["", table(("FILE", "SIZE", "SHA256"), files)]
+    failed = record.failed_step
+    if failed is not None and failed.tail:
+        lines += ["", f"the last lines of {failed.name}:"]
+        lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+    if failed is not None and failed.remedy:
+        lines += ["", f"what to do: {failed.remedy}"]
+    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    return Result(record.as_dict(), "\n".join(lines))
+
+
+@contextmanager
+def failed_build(paths: FarmPaths) -> Iterator[list[Result]]:
+    """A failed build is shown as its record too, not by its error alone."""
+    from builds.record import find_record
+
+    result: list[Result] = []
+    try:
+        yield result
+    except BuildFailed as error:
+        if not error.build:
+            raise
+        shown = build_record(find_record(paths, error.build))
+        data = {**shown.data, **error.as_dict()}
+        result.append(Result(data, shown.text, False, error.message, error.remedy))
+
+
+def step_log(record: BuildRecord, name: str) -> Result:
+    """The whole log of one step. NotFound with the nearest known."""
+    from difflib import get_close_matches
+
+    from inventory.errors import NotFound
+
+    known = {step.name: step for step in record.steps}
+    if name not in known:
+        near = get_close_matches(name, known, 1)
+        raise NotFound(
+            f"build {record.id} has no step {name!r}",
+            remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+        )
+    step = known[name]
+    path = record.directory / step.log
+    if not step.log or not path.is_file():
+        raise NotFound(
+            f"build {record.id}: step {name} left no log: {step.status}",
+            remedy="./invoke log shows the build",
+        )
+    text = path.read_text(errors="replace")
+    return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+
+
+def rendered(files: Sequence[Rendered], out: str) -> Result:
+    """The files one after the other, or where they were written."""
+    data = {
+        "files": [
+            {
+                "service": file.document.service,
+                "path": file.document.path,
+                "own": file.document.own,
+                "mode": f"{file.document.mode:04o}",
+                "text": file.text,
+            }
+            for file in files
+        ]
+    }
+    if out:
+        return Result(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
+    return Result(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
+
+
+def applied(result: Outcome, asked: Report | None) -> Result:
+    """What was done, or would be, how the files differ, and what the services then answered."""
+    shown = outcome(result)
+    parts = [str(result.facts.get("diff", "")), shown.text]
+    if asked is None:
+        return Result(shown.data, "\n".join(filter(None, parts)))
+    answers = verified(asked)
+    data = {**shown.data, **answers.data}
+    text = "\n".join(filter(None, (*parts, answers.text)))
+    return Result(data, text, answers.ok, answers.problem, answers.remedy)
+
+
+def _unknown(answer: Answer) -> str:
+    """Why it could not be told."""
+    if answer.seen.startswith("could not"):
+        return answer.seen
+    return f"the VM itself: {answer.expected}"
+
+
+def verified(report: Report) -> Result:
+    """What was asked, and each answer that is not the expected one."""
+    if report.planned or not report.answers:
+        return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
+    lines = [
+        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {_unknown(answer)}"
+        for answer in report.unknown
+    ]
+    lines += [
+        f"wrong    {answer.service}: {answer.vm}: {answer.text}; expected {answer.expected}, "
+        f"seen {answer.seen}"
+        for answer in report.wrong
+    ]
+    right = len(report.answers) - len(lines)
+    rest = f", {len(report.unknown)} can't be told" if report.unknown else ""
+    lines.append(f"{right} of {len(report.answers)} answers are as expected{rest}")
+    if report.ok:
+        return Result(report.as_dict(), "\n".join(lines))
+    services = ", ".join(dict.fromkeys(answer.service for answer in report.wrong))
+    return Result(
+        report.as_dict(),
+        "\n".join(lines),
+        False,
+        f"{len(report.wrong)} wrong answers from {services}",
+        "./invoke network-apply --plan shows whether the files are right; else see the service's log",
+    )

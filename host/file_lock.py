@@ -1,0 +1,43 @@
+"""Locks of files: the kernel's, so that they end with their holder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class FileLock:
+    """flock(2) on a file: ends with its holder, however that ends. One object may be used by many
+    threads: each use opens the file anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def hold(self, *, shared: bool = False, remove: bool = False) -> Iterator[None]:
+        """Waits for it. ``remove``: the file goes when it is given back."""
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            if remove:
+                self._path.unlink(missing_ok=True)
+            os.close(handle)
+
+    def held(self) -> bool:
+        """Whether somebody holds it now."""
+        try:
+            handle = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False

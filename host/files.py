@@ -1,0 +1,225 @@
+"""Files and directories of ours. Their modes are set, not asked for: whatever the umask is, what we made
+is passed through, read and written by exactly those whom its mode names. What an admin made is left as
+it is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shlex
+import shutil
+import stat
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from host.processes import is_there
+from inventory.errors import DriverFailed, FarmhandError, NoSpace, WrongState
+
+UMASK = 0o022
+"""Of every command: programs that we start expect the usual one; what we forget, only we may write."""
+
+
+_REMEDIES = {
+    errno.EACCES: "check owner and permissions of {directory} and those above it",
+    errno.EPERM: "check owner, permissions and attributes (lsattr) of what is in {directory}",
+    errno.EROFS: "{directory} is mounted read-only: see findmnt, and why in dmesg",
+    errno.ENOTDIR: "a file is where a directory should be: move it away",
+    errno.EISDIR: "a directory is where a file should be: move it away",
+    errno.EEXIST: "something else has that name: move it away",
+    errno.EMFILE: "let it have more files open at once: ulimit -n, limits.conf(5)",
+    errno.ENFILE: "let this machine have more files open at once: fs.file-max, sysctl(8)",
+    errno.EIO: "see dmesg: the disk below {directory} may be failing",
+}
+
+
+_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
+"""Ours, and the seed images'."""
+
+_ERESTARTSYS = 512  # the kernel's own: no program should see it
+
+
+def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
+    """The error for an admin: ``what`` is the thing that was being done, such as "write"."""
+    reason = error.strerror or str(error)
+    message = f"cannot {what} {path}: {reason}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return WrongState(message, remedy=remedy.format(directory=path.parent))
+
+
+def make_directory(path: Path, *, mode: int) -> None:
+    """With its parents; those made here get 0711, so that a QEMU under another user may pass."""
+    try:
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        for directory in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                wanted = mode if directory == path else 0o711
+                directory.mkdir(wanted)
+                directory.chmod(wanted)
+    except OSError as error:
+        raise file_error(error, path, "make the directory") from error
+
+
+def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
+    """To write the file, made or emptied. OSError."""
+    return os.fdopen(_open(path, os.O_TRUNC, mode), "wb")
+
+
+def write_note(path: Path, text: str) -> None:
+    """A file that anybody may read and a power cut may take, in a cache of ours that is made if there is
+    none: whole or not at all, whoever else writes it. OSError, FarmhandError."""
+    make_directory(path.parent, mode=0o711)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with open_new(fresh, mode=0o644) as file:
+        file.write(text.encode())
+    fresh.replace(path)
+
+
+def open_to_append(path: Path, *, mode: int = 0o600) -> BinaryIO:
+    """Made if there is none, with that mode. Each write is one of write(2). OSError."""
+    make_file(path, mode=mode)
+    return path.open("ab", buffering=0)
+
+
+def make_file(path: Path, *, mode: int = 0o600) -> None:
+    """An empty file, if there is none: for a library that would make it with a mode of its own.
+    OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.close(_open(path, os.O_EXCL, mode))
+
+
+def _open(path: Path, how: int, mode: int) -> int:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
+    try:
+        os.fchmod(handle, mode)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace ``path`` durably (rename(2) after fsync(2), then its directory's). The directory must
+    exist. Errors: NoSpace, WrongState."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove what processes that died while writing left in it: ``.NAME.PID...``, only for ``name`` if
+    given. Living ones' stay."""
+    for path in directory.glob(f".{name}*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and not is_there(int(match[2])) and name in ("", match[1]):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """A new file whose bytes are on the disk when this returns; its name isn't yet."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.fchmod(handle, mode)
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """fsync(2) a file's or a device's bytes, or a directory's names."""
+    handle = open_node(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_node(path: Path, flags: int, *, timeout: float = 60) -> int:
+    """As open(2), of what may be a ZFS volume: where others work on its pool for longer than a second,
+    opening it ends with the kernel's own ERESTARTSYS, which means that it is to be tried again
+    (OpenZFS's zvol_open, zvol_open_timeout_ms). OSError."""
+    limit = time.monotonic() + timeout
+    while True:
+        try:
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno != _ERESTARTSYS or time.monotonic() > limit:
+                raise
+        time.sleep(0.05)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file or a whole directory; whether there was one."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise file_error(error, path, "remove") from error
+    return True
+
+
+def blocks(path: Path) -> int:
+    """Bytes it takes on its file system; 0 if it is gone."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def changed(path: Path) -> datetime:
+    """Its modification time; now, if it is gone."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return datetime.now(UTC)
+
+
+def matching(directory: Path, pattern: str) -> list[Path]:
+    """Sorted. Empty also where the directory goes while it is read: another thread or process may be
+    destroying that machine, and a look at all machines must not fail for it."""
+    try:
+        return sorted(directory.glob(pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def reachable(directory: Path, uid: int) -> None:
+    """DriverFailed unless that user may pass through to ``directory``: else QEMU would fail later,
+    with "permission denied" on a file that is plainly its own."""
+    for place in (directory, *directory.parents):
+        try:
+            seen = place.stat()
+        except FileNotFoundError:  # to be made
+            continue
+        needed = stat.S_IXUSR if seen.st_uid == uid else stat.S_IXOTH
+        if not seen.st_mode & needed:
+            raise DriverFailed(
+                f"{place}: QEMU's user (uid {uid}) may not pass through to its disks below",
+                remedy=f"chmod o+x {shlex.quote(str(place))}, "
+                "or keep the farm's state elsewhere (FARMHAND_STATE_DIR)",
+            )

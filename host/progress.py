@@ -1,0 +1,119 @@
+"""Patience by progress: whoever waits for a guest waits for as long as it is seen to go on.
+
+What counts is what a guest brings about outside: its console grows, its disks are read or written. CPU
+time says nothing, for a guest that hangs spins. Disks count by the megabyte, so that a system at rest,
+which writes a page now and then, isn't taken for one that boots. What goes on without end (a guest that
+boots, fails and boots again) ends at a larger limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from host.printable import last_line
+from inventory.errors import FarmhandError
+from inventory.sizes import about, format_duration
+
+IN_ALL = 6
+"""The limit for all is so many times the one for no progress."""
+_ASK = 1.0  # seconds between looks
+_DISK = 2**20  # bytes, together, that are worth waiting for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """What a running machine has brought about since its start, as seen from outside. Bytes; None: that
+    can't be seen. It goes on where one of them changes."""
+
+    console: int | None = None  # written on its console
+    said: str = ""  # the end of that, as it came
+    read: int | None = None  # from its disks
+    written: int | None = None  # to them
+
+    @property
+    def disk(self) -> int:
+        return (self.read or 0) + (self.written or 0)
+
+
+class Progress:
+    """One wait. ``pulse`` gives what the guest has done by now; None: nobody sees, and then the clock
+    alone counts. ``patience``: seconds without progress. For one thread at a time."""
+
+    def __init__(
+        self,
+        pulse: Callable[[], Pulse | None],
+        patience: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pulse = pulse
+        self._clock = clock
+        self.patience = patience
+        self._began = self._moved = self._quiet = self._spoke = self._worked = clock()
+        self._again = self._began
+        self._last: Pulse | None = None
+        self._counted = 0  # bytes of the disks when they last were progress
+
+    def look(self) -> None:
+        """Ask, once a second at most, however often it is called."""
+        now = self._clock()
+        if now < self._again:
+            return
+        self._again = now + _ASK
+        try:
+            pulse = self._pulse()
+        except FarmhandError:  # a daemon that is away for a moment: whoever waits finds out
+            return
+        if pulse is None:
+            return
+        last = self._last or Pulse()
+        if pulse.console != last.console:  # it may shrink: logs are turned over
+            self._moved = self._quiet = self._spoke = now
+        if pulse.disk != last.disk:
+            self._quiet = self._worked = now
+            if abs(pulse.disk - self._counted) >= _DISK:
+                self._moved, self._counted = now, pulse.disk
+        self._last = pulse
+
+    def left(self) -> float:
+        """Seconds; none or less: it is given up."""
+        return min(self._moved + self.patience, self._began + self.patience * IN_ALL) - self._clock()
+
+    def lifeless(self, seconds: float) -> bool:
+        """Whether it has brought about nothing at all: not one byte on its console, nothing written to a
+        disk, and for so long nothing read from one either, which is what boot loaders do. False where
+        nobody sees both."""
+        seen = self._last
+        if seen is None or seen.console is None or seen.read is None or seen.written is None:
+            return False
+        return not seen.console and not seen.written and self._clock() - self._quiet >= seconds
+
+    def verdict(self) -> str:
+        """Why it is given up, as the end of a sentence."""
+        patience = _whole(self.patience)
+        if self._last is None:
+            return f"within {patience}"
+        if self._began + self.patience * IN_ALL <= self._clock():
+            return f"within {_whole(self.patience * IN_ALL)}, though it goes on ({self})"
+        return f"and nothing has gone on in it for {patience} ({self})"
+
+    def __str__(self) -> str:
+        """What was seen: ``console 12s ago: 'Starting udevd', disk 3s ago: 120M``; "": nothing is."""
+        seen, now, parts = self._last, self._clock(), []
+        if seen is None:
+            return ""
+        if seen.console is not None:
+            ago = _whole(now - self._spoke)
+            line = last_line(seen.said)
+            parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
+                         else "nothing on its console")  # fmt: skip
+        if seen.disk:
+            much = about(seen.disk) if seen.disk >= _DISK else "hardly anything"
+            parts.append(f"disk {_whole(now - self._worked)} ago: {much}")
+        return ", ".join(parts)
+
+
+def _whole(seconds: float) -> str:
+    return f"{seconds:.0f}s" if seconds < 60 else format_duration(seconds)

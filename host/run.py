@@ -1,0 +1,239 @@
+"""The one place that starts host commands.
+
+Argument lists, never a shell; the C locale; standard input closed unless given; a time limit always.
+``read`` is for commands that change nothing and may always run; ``change`` for the rest, refused by a
+runner made with ``changes=False`` (as under ``--plan``): a plan that would change something is a
+defect of ours, and shows as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from host.files import file_error, open_to_append
+from host.progress import Progress, Pulse
+from inventory.errors import CommandFailed, TimedOut, UsageError
+
+if TYPE_CHECKING:
+    import asyncio
+
+_LOCALE = {"LC_ALL": "C.UTF-8", "LANGUAGE": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
+MASK = "********"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """``stdout`` and ``stderr`` decoded as UTF-8, bad bytes replaced."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class Runner:
+    """Runs commands. ``secrets`` are strings that must never be shown."""
+
+    def __init__(self, *, changes: bool = True, secrets: Sequence[str] = ()) -> None:
+        self.changes = changes
+        self._secrets = tuple(s for s in secrets if s)
+
+    def read(
+        self,
+        *argv: str | Path,
+        timeout: float = 60,
+        ok: Sequence[int] = (0,),
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+    ) -> Result:
+        """Run a command that changes nothing. CommandFailed unless its status is in ``ok``."""
+        return self._run(argv, timeout, ok, env, input, None)
+
+    def change(
+        self,
+        *argv: str | Path,
+        timeout: float = 600,
+        ok: Sequence[int] = (0,),
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+        log: Path | None = None,
+    ) -> Result:
+        """Run a command that changes the host. ``log``: both outputs are appended there as they are
+        made, and the result's own are empty; ``timeout`` is then for no output, see
+        ``host.progress``."""
+        if not self.changes:
+            raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
+        return self._run(argv, timeout, ok, env, input, log)
+
+    async def serve(
+        self, *argv: str | Path, env: Mapping[str, str] | None = None
+    ) -> asyncio.subprocess.Process:
+        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``), its
+        errors over one of their own. The caller reads them all, and ends it with ``hang_up``."""
+        import asyncio  # 50 ms, and few commands need it
+
+        return await asyncio.create_subprocess_exec(
+            *(str(a) for a in argv),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **_LOCALE, **(env or {})},
+            start_new_session=True,
+        )
+
+    def talk(self, *argv: str | Path, errors: BinaryIO) -> subprocess.Popen[bytes]:
+        """Start a command that is talked to over pipes for as long as it is needed (an agent on another
+        machine). Ctrl-C is not for it: it ends when its input does. CommandFailed: there is none."""
+        args = tuple(str(a) for a in argv)
+        try:
+            return subprocess.Popen(
+                args,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, **_LOCALE},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _not_there(args, error) from error
+
+    def show(self, argv: Sequence[str | Path]) -> str:
+        """The command as it can be pasted into a shell, secrets masked."""
+        text = shlex.join(str(a) for a in argv)
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+    def _run(
+        self,
+        argv: Sequence[str | Path],
+        timeout: float,
+        ok: Sequence[int],
+        env: Mapping[str, str] | None,
+        data: bytes | None,
+        log: Path | None,
+    ) -> Result:
+        args = tuple(str(a) for a in argv)
+        started = time.monotonic()
+        try:
+            sink = open_to_append(log) if log else None
+        except OSError as error:
+            assert log
+            raise file_error(error, log, "write") from error
+        try:
+            process = subprocess.Popen(
+                args,
+                stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
+                stdout=sink or subprocess.PIPE,
+                stderr=sink or subprocess.PIPE,
+                env={**os.environ, **_LOCALE, **(env or {})},
+                start_new_session=True,  # so that a time-out ends its children too
+            )
+        except OSError as error:
+            raise _not_there(args, error) from error
+        finally:
+            if sink:
+                sink.close()
+        try:
+            out, err = _outputs(process, data, timeout, log)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            after = timeout if log is None else round(time.monotonic() - started)
+            raise TimedOut(f"still running after {after:g} s, ended: {self.show(args)}") from None
+        except BaseException:  # Ctrl-C: the child is in its own session and did not get it
+            _end(process)
+            raise
+        result = Result(
+            args,
+            process.returncode,
+            (out or b"").decode(errors="replace"),
+            (err or b"").decode(errors="replace"),
+            time.monotonic() - started,
+        )
+        if result.status not in ok:
+            raise self._failure(result, log)
+        return result
+
+    def _failure(self, result: Result, log: Path | None) -> CommandFailed:
+        if result.status < 0:
+            how = f"was killed by {signal.Signals(-result.status).name}"
+        else:
+            how = f"exited with {result.status}"
+        lines = result.stderr.strip().splitlines() or result.stdout.strip().splitlines()
+        why = lines[-1] if lines else ""
+        if log:
+            why = f"its output is in {log}"
+        detail = "\n".join(lines[-15:])
+        for secret in self._secrets:
+            why, detail = why.replace(secret, MASK), detail.replace(secret, MASK)
+        return CommandFailed(
+            f"{Path(result.argv[0]).name} {how}{': ' + why if why else ''}",
+            argv=tuple(shlex.split(self.show(result.argv))),
+            status=result.status,
+            stderr=result.stderr,
+            detail=f"$ {self.show(result.argv)}\n{detail}".strip(),
+        )
+
+
+def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
+    """Also where what fails is not the program: its standard input, /dev/null."""
+    where = f"{error.filename}: " if error.filename not in (None, argv[0]) else ""
+    absent = isinstance(error, FileNotFoundError) and not where
+    return CommandFailed(
+        f"cannot run {argv[0]}: {where}{error.strerror}",
+        argv=argv,
+        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}" if absent else "",
+    )
+
+
+def _outputs(
+    process: subprocess.Popen[bytes], data: bytes | None, timeout: float, log: Path | None
+) -> tuple[bytes | None, bytes | None]:
+    """As ``Popen.communicate``. TimeoutExpired; one that writes a log goes on as long as that grows."""
+    if log is None:
+        return process.communicate(data, timeout)
+    progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)
+    while (left := progress.left()) > 0:
+        try:
+            return process.communicate(data, min(left, 1.0))
+        except subprocess.TimeoutExpired:
+            data = None  # it has that
+            progress.look()
+    raise subprocess.TimeoutExpired(process.args, timeout)
+
+
+async def hang_up(process: asyncio.subprocess.Process) -> None:
+    """End what ``serve`` started, with its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the command and its children: they share a process group of their own."""
+    for sig, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sig)
+        except ProcessLookupError:
+            break
+        try:
+            process.communicate(timeout=patience)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def which(name: str) -> str | None:
+    """Like shutil.which, also looking in the sbin directories an ordinary user's PATH lacks."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")

@@ -1,0 +1,336 @@
+"""Disks as classic LVM volumes and snapshots, for groups without a thin pool.
+
+``linked``: a VM runs on a writable snapshot of a sealed volume; a reset swaps in a fresh snapshot.
+What the guest writes goes to the snapshot's copy-on-write area (``share`` of the disk); when that is
+full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it from ``WARN_AT`` percent
+on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
+of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow; a reset is a copy.
+
+Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
+copies in ``linked`` stores too, with progress and going on after a kill:
+
+- a checkpoint: the disk's content in a sealed volume of its own, from which a fresh snapshot is then
+  swapped in. That costs time and the disk's size, once; every reset to it is instant. The alternative,
+  to refuse checkpoints other than ``clean``, would leave those hosts without half of the tool.
+- a clone larger than its template: the machine gets a sealed base of its own, of that size.
+
+A copy of a ``full`` disk is read from a snapshot of it (removed afterwards), so that a VM started by
+somebody else meanwhile can't tear it; a linked disk can't have one, and the caller has stopped its VM.
+
+``merge`` (linked) writes the disk's changes back into its base checkpoint (``lvconvert --merge``),
+for who updates a checkpoint in place without room or patience for another copy. Never into a template.
+
+Sealed volumes stay active: LVM can't make an active snapshot of an inactive classic origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from host.files import sync
+from host.run import Runner
+from hypervisors.api import CLEAN, Capacity, StepFn, no_step
+from hypervisors.disks.lvm.command import Group, Volume, marked, retagged
+from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
+from hypervisors.disks.lvm.disks import LvmStore
+from hypervisors.disks.lvm.seen import Held, Seen, kept
+from hypervisors.disks.lvm.volumes import WarnFn, no_warning
+from inventory.errors import DriverFailed, NoSpace, Unsupported
+from inventory.sizes import format_size
+
+WARN_AT = 70.0
+_SMALLEST = 32 * 2**20
+_CHUNK = 4096  # of a snapshot: LVM's default, given explicitly so that sizes can be computed
+
+
+class LvmClassicDisks(LvmStore):
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks``, ``DeviceDisks``, ``WatchedDisks`` and
+    ``MergingDisks``. Thread-safe; any number of processes may share a group."""
+
+    def __init__(
+        self,
+        vg: str,
+        farm: str,
+        runner: Runner,
+        *,
+        links: Path,
+        copy: Literal["linked", "full"] = "linked",
+        share: float = 0.25,
+        step: StepFn = no_step,
+        reader_uid: int | None = None,
+        headroom: int = 256 * 2**20,
+        warn: WarnFn = no_warning,
+        progress: ProgressFn = no_progress,
+    ) -> None:
+        """``share``: a snapshot's copy-on-write area, as a part of the disk's size."""
+        super().__init__(
+            vg, farm, runner, links=links, step=step, reader_uid=reader_uid, headroom=headroom, warn=warn
+        )
+        self._copy = copy
+        self._share = share
+        self._progress = progress
+
+    def capacity(self) -> Capacity:
+        """Of the volume group, whoever uses it."""
+        group = self._lvm.report()
+        return Capacity(group.size, group.free)
+
+    def notes(self) -> tuple[str, ...]:
+        """For ``status`` and ``doctor``: snapshots that fill up, and what lvm.conf does about it."""
+        seen, config = self._look(), self._lvm.autoextend()
+        threshold = config["snapshot_autoextend_threshold"]
+        does = (
+            f"lvm.conf extends it at {threshold} %" if threshold < 100 else "lvm.conf does not extend it"
+        )
+        return tuple(
+            f"the disk of {v.facts.get('machine')} is lost: its snapshot {self._vg}/{v.name} overflowed"
+            if _lost(v)
+            else f"snapshot {v.name} of {v.facts.get('machine')}: {v.data:.0f} % full ({does})"
+            for v in seen.kind("disk")
+            if v.snapshot and v.facts.get("farm") == self._farm and (_lost(v) or v.data >= WARN_AT)
+        )
+
+    def merge(self, machine: str) -> None:
+        """The disk's changes go into the checkpoint it grew from, which then is what the disk is now.
+        The caller has stopped the VM. Takes as long as the changes are many.
+
+        LVM goes on with a merge that was cut off when the volume is next activated. Until this method
+        is called again, the checkpoint is marked as merging: nothing is removed and nothing is cloned
+        over it. Errors: Unsupported for ``clean`` and for full copies."""
+        with self._locked() as held:
+            seen = self._look()
+            base = next((v for v in seen.kind("checkpoint", machine) if "merging" in v.facts), None)
+            if base is None or seen.present(machine):
+                disk = self._ours(seen, machine)
+                base = self._mergeable(seen, disk)
+                self._step(f"merge the disk of {machine} into its checkpoint {disk.facts['base']}")
+                sync(self._lvm.ready(disk.name))
+                merging = {**base.facts, "merging": str(int(disk.facts["seq"]) + 1)}
+                self._change(base.name, *retagged(base.facts, merging))
+                if not base.writable:
+                    self._change(base.name, "-prw")
+                self._lvm.change("lvconvert", "--merge", f"{self._vg}/{disk.name}", timeout=24 * 3600)
+                seen = self._look()
+                base = seen.group.get(base.name) or base
+            self._check_farm(base)
+            facts = {
+                **kept(base.facts), "kind": "disk", "base": base.facts["name"],
+                "seq": base.facts["merging"],
+                "created": datetime.now(UTC).isoformat(),
+            }  # fmt: skip
+            self._give(self._grow(held, seen, base, facts, first=True))
+            self._change(base.name, "-pr")
+            plain = {key: value for key, value in base.facts.items() if key != "merging"}
+            self._change(base.name, *retagged(base.facts, plain))
+
+    def _mergeable(self, seen: Seen, disk: Volume) -> Volume:
+        """The disk's base, if it may take the disk's content."""
+        machine, name = disk.facts["machine"], disk.facts["base"]
+        base = seen.base(disk, name)
+        if not disk.snapshot or base is None or name == CLEAN:
+            raise Unsupported(
+                f"{machine}: its disk grew from {name}, which can't take the changes",
+                remedy="make a checkpoint: what comes after it can be merged into it",
+            )
+        self._unused(disk)
+        self._tend(disk, seen.group)
+        self._check_dependents(seen, [base, disk])
+        self._room(seen, f"the disk of {machine}", copy=None, source=base)
+        return base
+
+    # -- what LvmStore asks for -------------------------------------------------------------------
+
+    def _sealed_size(self, size: int, stored: int) -> int:
+        return size
+
+    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
+        return size if frozen or self._copy == "full" or size > source.size else None
+
+    def _blank(self, name: str, size: int, facts: Mapping[str, str]) -> None:
+        self._lvm.change(
+            "lvcreate", "-y", "-L", f"{size}b", "-n", name, "-kn", "-ay", *marked(facts), self._vg
+        )
+
+    def _seal(self, name: str) -> None:
+        self._change(name, "-pr")
+
+    def _grow(
+        self, held: Held, seen: Seen, source: Volume, facts: dict[str, str], *, first: bool
+    ) -> str:
+        machine, size = facts["machine"], int(facts["size"])
+        if self._copy == "full":
+            return self._copied_to(held, seen, source, facts, f"disk of {machine}", point=first)
+        if seen.group.rounded(size) > source.size:
+            own = {**facts, "kind": "checkpoint", "name": facts["base"]}
+            self._copied_to(held, seen, source, own, f"base of {machine}")
+            seen = self._look()
+            found = [v for v in seen.kind("checkpoint", machine) if v.facts.get("name") == facts["base"]]
+            source = found[-1]
+        name = self._name(machine)
+        if first:
+            self._point(machine, name)
+        try:
+            self._snapshot(source, name, facts)
+        except BaseException:
+            self._drop(name)
+            raise
+        return name
+
+    def _freeze(self, held: Held, seen: Seen, disk: Volume, facts: dict[str, str]) -> str:
+        what = f"checkpoint {facts['name']} of {facts['machine']}"
+        if disk.snapshot:
+            return self._copied_to(held, seen, disk, facts, what)
+        name = self._name(facts["machine"], "source")
+        frozen = {**facts, "kind": "source"}
+        held.keep(self._filling(name))
+        try:
+            self._snapshot(disk, name, frozen)
+            return self._copied_to(held, seen, disk, facts, what, read=name)
+        finally:
+            self._drop(name)
+
+    def _rebase(self, held: Held, seen: Seen, disk: Volume, frozen: str, name: str) -> str:
+        facts = {**disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1)}
+        if not disk.snapshot:
+            self._change(disk.name, *retagged(disk.facts, {**disk.facts, "base": name}))
+            return disk.name
+        source = self._look().group.get(frozen)
+        assert source
+        new = self._grow(held, seen, source, facts, first=False)
+        try:
+            self._give(new)
+            self._point(facts["machine"], new)
+        except BaseException:
+            self._drop(new)
+            raise
+        return new
+
+    def _area(self, size: int) -> int:
+        """Bytes of a copy-on-write area; all of the disk and its table of exceptions at most."""
+        area = min(max(int(size * self._share), _SMALLEST), size + size // 128 + 2**22)
+        return -(-area // 512) * 512  # lvcreate takes no other
+
+    def _snapshot(self, source: Volume, name: str, facts: Mapping[str, str]) -> None:
+        self._lvm.change(
+            "lvcreate", "-y", "-s", "-c", f"{_CHUNK}b", "-prw", "-kn", "-ay",
+            "-L", f"{self._area(source.size)}b", "-n", name, *marked(facts), f"{self._vg}/{source.name}",
+        )  # fmt: skip
+
+    def _copied_to(
+        self,
+        held: Held,
+        seen: Seen,
+        source: Volume,
+        facts: dict[str, str],
+        what: str,
+        *,
+        read: str = "",
+        point: bool = False,
+    ) -> str:
+        """A volume with these facts and ``source``'s content (read from volume ``read`` if given). A
+        part that a killed call left for the same purpose is gone on with."""
+        part = {**facts, "kind": "part", "for": what, "from": source.name}
+        sealed = facts["kind"] == "checkpoint"
+        left = [
+            v for v in seen.kind("part", facts["machine"])
+            if (v.facts.get("for"), v.facts.get("from")) == (what, source.name)
+            and v.size >= int(facts["size"]) and not self._alive(v.name)
+        ]  # fmt: skip
+        name = left[0].name if left else self._name(facts["machine"])
+        held.keep(self._filling(name))
+        try:
+            if left:
+                if not left[0].writable:  # killed after it was sealed, before it was named
+                    self._change(name, "-prw")
+                if not left[0].active:
+                    self._change(name, "-ay", "-K")
+                self._change(name, *retagged(left[0].facts, part))
+            else:
+                self._blank(name, int(facts["size"]), part)
+            origin, target = self._lvm.ready(read or source.name), self._lvm.ready(name)
+            with held.released():
+                size = min(source.size, int(facts["size"]))
+                copy_idle(self._runner, origin, target, size, self._record(name), what, self._progress)
+            if sealed:
+                self._seal(name)
+            if point:
+                self._point(facts["machine"], name)
+            self._change(name, *retagged(part, facts))
+        except BaseException:
+            self._drop(name)
+            raise
+        self._record(name).unlink(missing_ok=True)
+        return name
+
+    def _room(
+        self,
+        seen: Seen,
+        what: str,
+        *,
+        copy: int | None,
+        source: Volume | None,
+        swap: bool = False,
+        beside: int = 0,
+    ) -> int:
+        linked = self._copy == "linked" and source is not None
+        need = seen.group.rounded(copy or 0)
+        if source is not None and (linked or "checkpoint" in what):
+            need += seen.group.rounded(self._area(max(source.size, copy or 0)))
+        if seen.group.free < beside + need + self._headroom:
+            raise NoSpace(
+                f"{self._vg}: {format_size(seen.group.free)} free, "
+                f"{what} needs {format_size(beside + need + self._headroom)}",
+                remedy="./invoke gc, or vgextend the group",
+            )
+        return need
+
+    def _space(self, seen: Seen, source: Volume) -> int:
+        return seen.group.rounded(self._area(source.size))
+
+    def _tend(self, disk: Volume, group: Group) -> None:
+        if not disk.snapshot:
+            return
+        machine = disk.facts.get("machine")
+        if _lost(disk):
+            raise DriverFailed(
+                f"the disk of {machine} is lost: its snapshot {self._vg}/{disk.name} "
+                f"({format_size(disk.space)}) was full, and the kernel dropped it",
+                remedy="reset the VM; give its disk a larger part of the group if that happens again",
+            )
+        most = disk.size + disk.size // 128 + 2**22
+        if disk.data < WARN_AT or disk.space >= most:
+            return
+        more = min(group.rounded(self._area(disk.size)), group.free, group.rounded(most - disk.space))
+        if more:
+            self._step(f"extend the snapshot under the disk of {machine}")
+            self._lvm.change("lvextend", "-L", f"+{more}b", f"{self._vg}/{disk.name}")
+        else:
+            self._warn(
+                f"the snapshot under the disk of {machine} is {disk.data:.0f} % full and "
+                f"{self._vg} has nothing free: when it is full the disk is lost"
+            )
+
+    def _used(self, seen: Seen, disk: Volume) -> int:
+        return disk.space + sum(v.space for v in seen.checkpoints(disk.facts["machine"]))
+
+    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None:
+        """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
+        count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""
+        if disk.snapshot:
+            if disk.origin != base.name or not disk.active:
+                return False
+            device = f"{self._vg.replace('-', '--')}-{disk.name.replace('-', '--')}"
+            words = self._runner.read("dmsetup", "status", device).stdout.split()
+            used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
+            return words[2] == "snapshot" and slash == "/" and used == words[-1]
+        if quick:
+            return None
+        node, other = self._lvm.ready(disk.name), self._lvm.ready(base.name)
+        return same_content(node, other, min(disk.size, base.size)) and empty_from(node, base.size)
+
+
+def _lost(disk: Volume) -> bool:
+    return disk.invalid or disk.data >= 100

@@ -1,0 +1,155 @@
+"""A whole volume copied at idle I/O priority: sparse-aware, with progress, going on after a kill.
+
+How far it came is kept in a small file, written only once the copied bytes are on the disk (fsync). What
+was copied before a kill is not taken on trust, for the source may have changed since and the record may
+be older than the disk: it is compared with the source again, and put right where it differs. Reading is
+cheap next to writing, and what comes out is the source, always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from host.run import Runner
+from hypervisors.disks.qcow2.store import write_durably
+from inventory.errors import DriverFailed
+
+ProgressFn = Callable[[str, int, int], None]
+"""Told what is being copied, bytes done, and bytes in all."""
+
+_BLKZEROOUT = 0x127F  # linux/fs.h: the device zeroes a range by itself where it can
+_PUNCH_HOLE_KEEP_SIZE = 0x03  # linux/falloc.h
+_libc = ctypes.CDLL(None, use_errno=True)
+_CHUNK = 2**20
+_RECORD_EVERY = 64 * 2**20
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """For callers who show none."""
+
+
+def copy_idle(
+    runner: Runner, source: Path, target: Path, size: int, record: Path, what: str, progress: ProgressFn
+) -> None:
+    """``size`` bytes of ``source`` to ``target``, the rest of which becomes zeros (a new volume holds
+    what its extents held before). DriverFailed where reading or writing fails."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:  # I/O priorities are a thread's own (ioprio_set(2))
+        work = pool.submit(_work, runner, source, target, size, record, what, progress, stop)
+        try:
+            work.result()
+        except OSError as error:
+            raise DriverFailed(
+                f"copying {source} to {target} failed: {error.strerror}",
+                remedy="if the source is a snapshot it may have overflowed: see lvs",
+            ) from error
+        finally:
+            stop.set()
+
+
+def same_content(one: Path, other: Path, size: int) -> bool:
+    """Read both in full, comparing."""
+    with one.open("rb", buffering=0) as a, other.open("rb", buffering=0) as b:
+        for at in range(0, size, _CHUNK):
+            length = min(_CHUNK, size - at)
+            if os.pread(a.fileno(), length, at) != os.pread(b.fileno(), length, at):
+                return False
+    return True
+
+
+def empty_from(node: Path, start: int) -> bool:
+    """Zeros from ``start`` to the end: what a larger disk has beyond its base."""
+    with node.open("rb") as file:
+        file.seek(start)
+        while data := file.read(2**20):
+            if data.count(0) != len(data):
+                return False
+    return True
+
+
+def _work(
+    runner: Runner,
+    source: Path,
+    target: Path,
+    size: int,
+    record: Path,
+    what: str,
+    progress: ProgressFn,
+    stop: threading.Event,
+) -> None:
+    runner.change("ionice", "-c3", "-p", str(threading.get_native_id()))
+    before = _recorded(record, what, size)
+    zeros = bytes(_CHUNK)
+    read = os.open(source, os.O_RDONLY)
+    write = os.open(target, os.O_RDWR)
+    try:
+        noted = 0
+        for at in range(0, size, _CHUNK):
+            if stop.is_set():
+                return
+            length = min(_CHUNK, size - at)
+            data = os.pread(read, length, at)
+            if len(data) != length:
+                raise OSError(0, f"{source} ends at {at + len(data)} of {size} bytes")
+            if at >= before or os.pread(write, length, at) != data:
+                _put(write, at, data, zeros)
+            done = at + length
+            if done - noted >= _RECORD_EVERY or done == size:
+                os.fsync(write)
+                for handle in (read, write):  # a build host's page cache has better uses
+                    os.posix_fadvise(handle, noted, done - noted, os.POSIX_FADV_DONTNEED)
+                _note(record, what, size, max(done, before))
+                noted = done
+                progress(what, done, size)
+        _zero(write, size, os.lseek(write, 0, os.SEEK_END) - size)
+        os.fsync(write)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def _put(handle: int, at: int, data: bytes, zeros: bytes) -> None:
+    if data == zeros:
+        _zero(handle, at, len(data))
+        return
+    left = memoryview(data)
+    while left:
+        count = os.pwrite(handle, left, at)
+        left, at = left[count:], at + count
+
+
+def _zero(handle: int, at: int, length: int) -> None:
+    """Zeros that take no room where the device can give it back, as thin ones and SSDs can: what
+    fallocate(2) makes of a hole in a block device (block/fops.c of Linux: zeros, or EOPNOTSUPP).
+    BLKZEROOUT keeps the room, and works everywhere."""
+    if length <= 0:
+        return
+    numbers = map(ctypes.c_longlong, (at, length))
+    if _libc.fallocate(handle, _PUNCH_HOLE_KEEP_SIZE, *numbers) == 0:
+        return
+    if (code := ctypes.get_errno()) != errno.EOPNOTSUPP:
+        raise OSError(code, os.strerror(code))
+    fcntl.ioctl(handle, _BLKZEROOUT, struct.pack("QQ", at, length))
+
+
+def _note(record: Path, what: str, size: int, done: int) -> None:
+    facts = {"what": what, "size": size, "done": done}
+    write_durably(record, json.dumps(facts).encode(), mode=0o600)
+
+
+def _recorded(record: Path, what: str, size: int) -> int:
+    """Bytes that an earlier run copied, for the same purpose."""
+    try:
+        seen = json.loads(record.read_bytes())
+        return int(seen["done"]) if (seen["what"], seen["size"]) == (what, size) else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,507 @@
+"""What the two LVM stores have in common: marks, the present disk, swapping, leftovers.
+
+Volumes are ours by their tags alone (see lvm.encode); their names, ``fh.WORDS.RANDOM``, mean nothing and
+collide with nobody's. ``fh.kind`` says what one is:
+
+    template     sealed, read-only; shared by all farms of the group
+    disk         what a VM runs on, or ran on until a swap
+    checkpoint   sealed, read-only; a state of a VM's disk
+    part         being filled; its lock is held while somebody does
+    source       a snapshot that a copy is being read from
+
+A VM's disk has a stable path: a symbolic link in a directory of ours, LINKS/VG/MACHINE, to the
+device of the present volume. A reset makes the new volume beside the old, renames a new link over the
+old one (atomic, rename(2)), and removes the old volume last; so the path resolves to the old disk or the
+new at any time, and that link is what says which volume is present. If the links are lost, the newest
+complete volume of a machine is, for volumes count up (``fh.seq``); ``ready`` makes the link again.
+
+Rejected: two ``lvrename`` (between them the path leads nowhere, a second or so under load); merging a
+thin snapshot into the disk (atomic, but only into the snapshot's own origin: a checkpoint would be what
+is overwritten); reloading the dm table under a fixed name (atomic, gone after a reboot); a tag of the
+group as the pointer (atomic, but QEMU opens a path, so a link would be needed all the same).
+
+QEMU runs as another user: the device of the present volume, and of no other, is given to that user
+(chown). udev's "change" events leave that alone; activation anew, as at a reboot, does not, so a driver
+calls ``ready`` before each start.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from host.files import blocks, sync
+from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.disks.lvm.command import Group, Volume, retagged
+from hypervisors.disks.lvm.seen import Held, Seen, kept, read_template, template_facts
+from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
+from hypervisors.disks.qcow2.format import measure
+from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState
+from inventory.sizes import format_size
+
+
+class LvmStore(LvmVolumes, abc.ABC):
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks`` but for how a volume is made from
+    another."""
+
+    # -- what differs -----------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _blank(self, name: str, size: int, facts: Mapping[str, str]) -> None:
+        """Make an empty volume, active."""
+
+    @abc.abstractmethod
+    def _seal(self, name: str) -> None:
+        """Make it read-only."""
+
+    @abc.abstractmethod
+    def _grow(
+        self, held: Held, seen: Seen, source: Volume, facts: dict[str, str], *, first: bool
+    ) -> str:
+        """A new disk with ``source``'s content; returns its name. ``first``: the machine has none yet,
+        so ``_point`` before the commit that makes it one. ``held`` has the store's lock."""
+
+    @abc.abstractmethod
+    def _freeze(self, held: Held, seen: Seen, disk: Volume, facts: dict[str, str]) -> str:
+        """A complete sealed checkpoint with the disk's content; returns its name."""
+
+    @abc.abstractmethod
+    def _rebase(self, held: Held, seen: Seen, disk: Volume, frozen: str, name: str) -> str:
+        """The disk (returned by name: the same or a new one) now grows from checkpoint ``name``."""
+
+    @abc.abstractmethod
+    def _room(
+        self,
+        seen: Seen,
+        what: str,
+        *,
+        copy: int | None,
+        source: Volume | None,
+        swap: bool = False,
+        beside: int = 0,
+    ) -> int:
+        """NoSpace unless it fits to the end: ``copy`` bytes written in full, or a snapshot's worth.
+        ``swap``: another disk goes in exchange, later. ``beside``: bytes spoken for already. Returns
+        those that this will take."""
+
+    @abc.abstractmethod
+    def _space(self, seen: Seen, source: Volume) -> int:
+        """Bytes that a clone of it takes of the group at once."""
+
+    @abc.abstractmethod
+    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None: ...
+
+    @abc.abstractmethod
+    def _used(self, seen: Seen, disk: Volume) -> int: ...
+
+    @abc.abstractmethod
+    def _tend(self, disk: Volume, group: Group) -> None:
+        """Before a start: refuse a lost disk, see to room."""
+
+    @abc.abstractmethod
+    def capacity(self) -> Capacity: ...
+
+    # -- templates --------------------------------------------------------------------------------
+
+    def seal(self, image: Path, template: Template) -> Template:
+        """See ``Disks.seal``. ``sha256`` is of the image file's bytes as they came."""
+        label = plain(template.name) + f"@{template.generation}"
+        try:
+            seen_file = image.stat()
+        except FileNotFoundError:
+            raise NotFound(f"no image {image}") from None
+        identity = f"{seen_file.st_dev}:{seen_file.st_ino}:{seen_file.st_mtime_ns}"
+        form, size = measure(image)
+        with self._locked() as held:
+            seen = self._look()
+            if known := seen.templates.get(label):
+                if known.facts.get("image") != identity:  # else killed right before the last step
+                    raise Conflict(
+                        f"template {label} exists already", remedy="seal it as the next generation"
+                    )
+                image.unlink()
+                return read_template(known, self._vg)
+            self._room(
+                seen, f"template {label}", copy=self._sealed_size(size, blocks(image)), source=None
+            )
+            self._step(f"seal template {label}")
+            with image.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = self._name(template.name, str(template.generation))
+            done = replace(template, ref=f"{self._vg}/{name}", sha256=digest, size=size)
+            facts = {**template_facts(done), "image": identity, "farm": self._farm, "kind": "part"}
+            held.keep(self._filling(name))
+            try:
+                self._blank(name, size, facts)
+                with held.released():
+                    self._fill(name, image, form)
+                self._seal(name)
+                self._step(f"name it template {label}")
+                self._change(name, *retagged(facts, {**facts, "kind": "template"}))
+            except BaseException:
+                self._drop(name)
+                raise
+        image.unlink(missing_ok=True)
+        return done
+
+    def templates(self) -> Sequence[Template]:
+        found = (read_template(v, self._vg) for v in self._glance().templates.values())
+        return sorted(found, key=lambda t: (t.name, t.generation))
+
+    def remove_template(self, label: str) -> None:
+        """See ``Disks.remove_template``; dependents of every farm in the group count."""
+        with self._locked():
+            seen = self._look()
+            volume = seen.templates.get(label)
+            if volume is None:
+                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            users = {v.facts.get("machine", "?") for v in seen.ours if v.facts.get("template") == label}
+            if users:
+                raise WrongState(
+                    f"template {label} is in use by {', '.join(sorted(users))}",
+                    remedy="destroy them, or clone them from a newer generation, first",
+                )
+            self._unused(volume)
+            self._check_dependents(seen, [volume])
+            self._step(f"remove template {label}")
+            self._lvm.remove([volume.name])
+
+    # -- disks ------------------------------------------------------------------------------------
+
+    def find(self, machine: str) -> Disk | None:
+        """Any farm's: its ``owner`` tells. One report."""
+        plain(machine)
+        seen = self._look()
+        volume = seen.present(machine)
+        return self._disk(seen, volume) if volume else None
+
+    def list(self) -> Sequence[Disk]:
+        seen = self._glance()
+        present = (seen.present(machine) for machine in seen.machines())
+        return [self._disk(seen, v) for v in present if v and v.facts.get("farm") == self._farm]
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        plain(machine)
+        if size < template.size:
+            raise UsageError(
+                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
+                f"{format_size(template.size)}",
+                remedy="leave 'disk' out, or make it at least as large",
+            )
+        with self._locked() as held:
+            seen = held.seen
+            if seen is None or template.label not in seen.templates or seen.of(machine):
+                seen = self._look()
+            source = seen.templates.get(template.label)
+            if source is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                )
+            if there := seen.present(machine):
+                self._check_farm(there)
+                raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+            if any("merging" in v.facts for v in seen.of(machine)):
+                raise WrongState(
+                    f"a merge of the disk of {machine} was cut off",
+                    remedy="merge it again, or destroy it",
+                )
+            self._room(seen, f"the disk of {machine}", copy=self._copied(source, size), source=source)
+            self._step(f"clone the disk of {machine} from {template.label}")
+            self._remove(seen, [v for v in seen.of(machine) if v.facts.get("kind") != "part"])
+            self._sweep(seen)
+            now = datetime.now(UTC).isoformat()
+            facts = {
+                "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine,
+                "size": str(size), "template": template.label, "base": CLEAN, "seq": "1",
+                "created": now, "cloned": now,
+            }  # fmt: skip
+            try:
+                name = self._grow(held, seen, source, facts, first=True)
+                self._give(name)
+            except BaseException:
+                (self._links / machine).unlink(missing_ok=True)
+                self._drop_all(machine)
+                raise
+            if self._copied(source, size) is None:  # else others have had the lock meanwhile
+                new = replace(source, name=name, facts=facts)
+                self._remember(seen, new, space=self._space(seen, source))
+        return self._made(facts, ())
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``: all are frozen, then each disk is made to grow from its own
+        checkpoint, old disks go last. Killed in between, some have the checkpoint."""
+        plain(name)
+        which = ", ".join(machines)
+        with self._locked() as held:
+            seen = self._look()
+            disks = [self._freezable(seen, machine, name) for machine in machines]
+            taken = 0
+            for disk in disks:
+                copy = self._copied(disk, disk.size, frozen=True)
+                what = f"checkpoint {name} of {which}"
+                taken += self._room(seen, what, copy=copy, source=disk, beside=taken)
+            self._step(f"freeze the disk of {which} as {name}")
+            for machine in machines:
+                self._remove(seen, seen.undone(machine))
+            self._sweep(seen)
+            now = datetime.now(UTC)
+            frozen: list[str] = []
+            rebased: list[tuple[Volume, str]] = []
+            try:
+                for disk in disks:
+                    sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
+                    facts = {
+                        **kept(disk.facts), "kind": "checkpoint", "name": name, "of": disk.name,
+                        "prev": disk.facts["base"],
+                        "created": now.isoformat(), "seq": disk.facts["seq"],
+                    }  # fmt: skip
+                    frozen.append(self._freeze(held, seen, disk, facts))
+                for disk, copied in zip(disks, frozen, strict=True):
+                    self._step(f"let the disk of {disk.facts['machine']} grow from {name}")
+                    rebased.append((disk, self._rebase(held, seen, disk, copied, name)))
+            except BaseException:
+                for disk, current in rebased:
+                    self._unrebase(disk, current, name)
+                for copied in frozen:
+                    self._drop(copied)
+                raise
+            self._remove_old([disk.name for disk, current in rebased if current != disk.name])
+        return {machine: Checkpoint(name=name, created=now) for machine in machines}
+
+    def restore(self, machine: str, name: str) -> Disk:
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``: all fresh disks are made beside, then each link is swapped, old
+        disks go last. Killed in between, some are swapped."""
+        which = ", ".join(machines)
+        with self._locked() as held:
+            seen = self._look()
+            pairs = [self._way_back(seen, machine, name) for machine in machines]
+            taken = 0
+            for disk, base in pairs:
+                copy = self._copied(base, int(disk.facts["size"]))
+                what = f"the disk of {which}"
+                taken += self._room(seen, what, copy=copy, source=base, swap=True, beside=taken)
+            old: list[Volume] = []
+            for machine in machines:
+                old += seen.kind("disk", machine)
+                old += [*seen.half_made(machine), *seen.kind("source", machine)]
+            self._check_dependents(seen, old)
+            self._step(f"make a fresh disk of {which} from {name}")
+            self._sweep(seen)
+            fresh: list[tuple[Volume, str, dict[str, str]]] = []
+            swapped: list[Volume] = []
+            try:
+                for disk, base in pairs:
+                    facts = {
+                        **disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1),
+                        "created": datetime.now(UTC).isoformat(),
+                    }  # fmt: skip
+                    new = self._grow(held, seen, base, facts, first=False)
+                    fresh.append((disk, new, facts))
+                    self._give(new)
+                for disk, new, facts in fresh:
+                    self._step(f"swap in the fresh disk of {facts['machine']}")
+                    self._point(facts["machine"], new)
+                    swapped.append(disk)
+            except BaseException:
+                for disk in swapped:
+                    self._point(disk.facts["machine"], disk.name)
+                for _, new, _ in fresh:
+                    self._drop(new)
+                raise
+            self._remove_old([v.name for v in old])
+        return [self._made(facts, self._checkpoints(seen, disk)) for disk, _, facts in fresh]
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
+        """See the store's own page for what proves it."""
+        seen = self._look()
+        disk = self._ours(seen, machine)
+        base = seen.base(disk, name)
+        if base is None or disk.facts.get("base") != name or disk.invalid:
+            return False
+        if disk.active:
+            sync(self._lvm.ready(disk.name))
+        return self._equal(seen, disk, base, quick=quick)
+
+    def destroy(self, machine: str) -> None:
+        """Nothing there: nothing done."""
+        plain(machine)
+        with self._locked():
+            seen = self._look()
+            volumes = seen.of(machine)
+            for volume in volumes:
+                self._check_farm(volume)
+            if not volumes:
+                return
+            for volume in volumes:
+                self._unused(volume)
+            self._step(f"remove the disk of {machine}")
+            self._remove(seen, volumes)
+            self._sweep(seen)
+            (self._links / machine).unlink(missing_ok=True)
+
+    def ready(self, machine: str) -> Disk:
+        """See ``DeviceDisks.ready``. What a reboot takes away is put back (activation, the right of
+        QEMU's user), as is a lost link; a disk that is lost itself is refused (DriverFailed)."""
+        with self._locked():
+            seen = self._look()
+            disk = self._ours(seen, machine)
+            self._tend(disk, seen.group)
+            if not disk.active:
+                self._step(f"activate the disk of {machine}")
+                self._change(disk.name, "-ay", "-K")
+            if self._path(disk) != self._links / machine:
+                self._step(f"make the path of the disk of {machine} again")
+                self._point(machine, disk.name)
+            self._give(disk.name)
+            return replace(self._disk(seen, disk), path=self._links / machine)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        with self._locked(read=True):
+            return tuple(self._left(self._look()))
+
+    def discard(self, leftover: Leftover) -> None:
+        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        with self._locked():
+            seen = self._look()
+            if leftover.ref not in (now.ref for now in self._left(seen)):
+                return
+            self._step(f"remove the leftover {leftover.ref}")
+            if leftover.kind == "file":
+                Path(leftover.ref).unlink(missing_ok=True)
+                return
+            volume = seen.group.get(leftover.ref.partition("/")[2])
+            if volume:
+                self._remove(seen, [volume])
+
+    # -- parts of the above -----------------------------------------------------------------------
+
+    def _freezable(self, seen: Seen, machine: str, name: str) -> Volume:
+        disk = self._ours(seen, machine)
+        if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
+            raise Conflict(
+                f"{machine} has a checkpoint {name} already", remedy="give the new one another name"
+            )
+        self._unused(disk)
+        self._tend(disk, seen.group)
+        return disk
+
+    def _unrebase(self, disk: Volume, current: str, name: str) -> None:
+        """Take a ``_rebase`` back."""
+        if current == disk.name:
+            self._change(disk.name, *retagged({**disk.facts, "base": name}, disk.facts))
+        else:
+            self._point(disk.facts["machine"], disk.name)
+            self._drop(current)
+
+    def _way_back(self, seen: Seen, machine: str, name: str) -> tuple[Volume, Volume]:
+        """The disk, and what a fresh one is made of."""
+        disk = self._ours(seen, machine)
+        base = seen.base(disk, name)
+        if base is None:
+            known = ", ".join(c.name for c in self._checkpoints(seen, disk))
+            raise NotFound(f"{machine} has no checkpoint {name}", remedy=f"it has: {known}")
+        self._unused(disk)
+        return disk, base
+
+    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
+        """Bytes a clone (``frozen``: a checkpoint) copies in full; None: a snapshot does."""
+        return None
+
+    def _sealed_size(self, size: int, stored: int) -> int:
+        return stored
+
+    def _fill(self, name: str, image: Path, form: str) -> None:
+        node = self._lvm.ready(name)
+        argv = ["qemu-img", "convert", "-n", "-f", form, "-O", "raw", *self._fill_options, str(image)]
+        self._runner.change(*argv, node, timeout=3600)
+        sync(node)
+
+    _fill_options: tuple[str, ...] = ()
+
+    def _ours(self, seen: Seen, machine: str) -> Volume:
+        disk = seen.present(plain(machine))
+        if disk is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        self._check_farm(disk)
+        return disk
+
+    def _check_farm(self, volume: Volume) -> None:
+        if volume.facts.get("farm") != self._farm:
+            raise NotOurs(
+                f"the disk of {volume.facts.get('machine')} belongs to farm {volume.facts.get('farm')}"
+            )
+
+    def _checkpoints(self, seen: Seen, disk: Volume) -> tuple[Checkpoint, ...]:
+        first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
+        rest = [
+            Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")))
+            for v in seen.checkpoints(disk.facts["machine"])
+            if v.facts.get("name", CLEAN) != CLEAN
+        ]
+        return (first, *sorted(rest, key=lambda c: c.created))
+
+    def _disk(self, seen: Seen, disk: Volume) -> Disk:
+        made = self._made(disk.facts, self._checkpoints(seen, disk))
+        return replace(made, path=self._path(disk), used=self._used(seen, disk))
+
+    def _made(self, facts: Mapping[str, str], checkpoints: Sequence[Checkpoint]) -> Disk:
+        clean = Checkpoint(name=CLEAN, created=when(facts["cloned"]))
+        return Disk(
+            machine=facts["machine"],
+            owner=Owner(facts["farm"], facts["vm"]),
+            path=self._links / facts["machine"],
+            format="raw",
+            size=int(facts["size"]),
+            used=0,
+            template=facts["template"],
+            base=facts["base"],
+            checkpoints=tuple(checkpoints) or (clean,),
+        )
+
+    def _left(self, seen: Seen) -> Iterator[Leftover]:
+        # Checkpoints last: a disk may have grown from one
+        for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
+            facts = volume.facts
+            if facts.get("farm") != self._farm:
+                continue
+            machine, kind = facts.get("machine", ""), facts.get("kind", "")
+            present = seen.present(machine)
+            why = ""
+            if kind in {"part", "source"} and not self._alive(volume.name):
+                why = "under construction when it was killed"
+            elif kind == "disk" and volume != present:
+                why = "half made, or of a swap that was killed"
+            elif kind == "checkpoint" and present is None and "merging" not in facts:
+                why = "half removed: its disk is gone"
+            elif kind == "checkpoint" and volume in seen.half_made(machine):
+                why = "half made"
+            if why:
+                yield Leftover(
+                    kind={"disk": "disk", "checkpoint": "checkpoint"}.get(kind, "volume"),
+                    ref=f"{self._vg}/{volume.name}",
+                    owner=Owner(self._farm, facts["vm"]) if "vm" in facts else None,
+                    created=when(facts.get("created", "")),
+                    bytes=volume.space or int(volume.size * volume.data / 100),
+                    why=why,
+                )
+        names = {v.name for v in seen.ours}
+        for path in sorted(self._links.glob("[!.]*")):
+            if path.is_symlink() and path.readlink().name not in names:
+                yield self._left_file(path, "the volume it names is gone")
+        for path in self._strays(seen):
+            yield self._left_file(path, "of an operation that was killed")
+
+    @staticmethod
+    def _left_file(path: Path, why: str) -> Leftover:
+        made = datetime.fromtimestamp(path.lstat().st_mtime, UTC)
+        return Leftover(kind="file", ref=str(path), owner=None, created=made, bytes=0, why=why)

@@ -1,0 +1,153 @@
+"""What a report of LVM's means to us: our volumes by their marks, and which disk is the present one."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from host.file_lock import FileLock
+from hypervisors.api import CLEAN, Template
+from hypervisors.disks.lvm.command import Group, Volume
+
+
+class Seen:
+    """One report, read by its marks."""
+
+    def __init__(self, group: Group, links: Path, when: float = 0.0) -> None:
+        """``when``: of the report, time.monotonic(); 0: now."""
+        self.when = when or time.monotonic()
+        self.group = group
+        self.links = links
+        self.ours = tuple(v for v in group.volumes if v.ours)
+        self.templates = {label_of(v): v for v in self.kind("template")}
+
+    def kind(self, kind: str, machine: str | None = None) -> list[Volume]:
+        """Oldest first."""
+        found = [v for v in self.ours if v.facts.get("kind") == kind]
+        if machine is not None:
+            found = [v for v in found if v.facts.get("machine") == machine]
+        return sorted(found, key=lambda v: (int(v.facts.get("seq", 0)), v.facts.get("created", "")))
+
+    def machines(self) -> list[str]:
+        return sorted({v.facts["machine"] for v in self.kind("disk") if "machine" in v.facts})
+
+    def of(self, machine: str) -> list[Volume]:
+        """All its volumes in the order to remove them: what depends comes before what it depends on."""
+        return [
+            v for k in ("disk", "source", "part", "checkpoint") for v in reversed(self.kind(k, machine))
+        ]
+
+    def present(self, machine: str) -> Volume | None:
+        whole = [v for v in self.kind("disk", machine) if v.size >= int(v.facts.get("size", 0))]
+        with contextlib.suppress(OSError):
+            name = (self.links / machine).readlink().name
+            for volume in whole:
+                if volume.name == name:
+                    return volume
+        return whole[-1] if whole else None
+
+    def checkpoints(self, machine: str) -> list[Volume]:
+        """Complete ones, a base of its own for ``clean`` included."""
+        half = self.half_made(machine)
+        return [v for v in self.kind("checkpoint", machine) if v not in half]
+
+    def half_made(self, machine: str) -> list[Volume]:
+        """Checkpoints killed before the disk was made to grow from them: the disk is still the one
+        they were taken of, on the base it had then."""
+        disk = self.present(machine)
+        return [
+            v for v in self.kind("checkpoint", machine)
+            if disk and v.facts.get("of") == disk.name and v.facts.get("prev") == disk.facts.get("base")
+        ]  # fmt: skip
+
+    def undone(self, machine: str) -> list[Volume]:
+        """What a checkpoint that was cut off has left, in the order to remove it: disks that grew from
+        half-made checkpoints but never became present, those checkpoints, what they were read from."""
+        half = self.half_made(machine)
+        names = {v.name for v in half}
+        grown = [v for v in self.kind("disk", machine) if v.snapshot and v.origin in names]
+        return [*grown, *half, *self.kind("source", machine)]
+
+    def base(self, disk: Volume, name: str) -> Volume | None:
+        """The sealed volume behind a checkpoint's name."""
+        for volume in self.checkpoints(disk.facts["machine"]):
+            if volume.facts.get("name") == name:
+                return volume
+        return self.templates.get(disk.facts.get("template", "")) if name == CLEAN else None
+
+
+class Held:
+    """The store's lock while it is held, and the locks of parts that go with it. None: no lock.
+    ``seen``: an earlier look, if it still holds good."""
+
+    def __init__(self, lock: FileLock | None) -> None:
+        self.seen: Seen | None = None
+        self._lock = lock
+        self._own = contextlib.ExitStack()
+        self._kept = contextlib.ExitStack()
+
+    def __enter__(self) -> Held:
+        if self._lock:
+            self._own.enter_context(self._lock.hold())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kept.close()
+        self._own.close()
+
+    def keep(self, other: contextlib.AbstractContextManager[None]) -> None:
+        """Until the store's lock is given back for good."""
+        self._kept.enter_context(other)
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Others may work meanwhile: for long copies."""
+        self._own.close()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def kept(facts: Mapping[str, str]) -> dict[str, str]:
+    """What stays the same over a machine's disks and checkpoints."""
+    return {key: facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")}
+
+
+def label_of(volume: Volume) -> str:
+    return f"{volume.facts.get('name', '')}@{volume.facts.get('gen', '')}"
+
+
+def template_facts(template: Template) -> dict[str, str]:
+    return {
+        "name": template.name,
+        "gen": str(template.generation),
+        "size": str(template.size),
+        "sha256": template.sha256,
+        "created": template.created.isoformat(),
+        "origin": template.origin,
+        "firstboot": template.firstboot,
+    }
+
+
+def read_template(volume: Volume, vg: str) -> Template:
+    facts = volume.facts
+    return Template(
+        name=facts["name"],
+        generation=int(facts["gen"]),
+        ref=f"{vg}/{volume.name}",
+        size=int(facts["size"]),
+        sha256=facts["sha256"],
+        created=datetime.fromisoformat(facts["created"]),
+        origin=facts["origin"],
+        firstboot=facts["firstboot"],
+    )

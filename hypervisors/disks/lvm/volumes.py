@@ -1,0 +1,218 @@
+"""Our volumes in a group: the store's lock, names, links, activation, and removing what is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from host.file_lock import FileLock
+from host.files import make_directory, reachable, sync
+from host.run import Runner
+from hypervisors.api import StepFn, no_step
+from hypervisors.disks.devices import give
+from hypervisors.disks.lvm.command import Lvm, Volume, users_of
+from hypervisors.disks.lvm.seen import Held, Seen
+from inventory.errors import FarmhandError, NotFound, UsageError, WrongState
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FRESH = 15.0  # seconds for which a look's figures of room will do
+WarnFn = Callable[[str], None]
+
+
+def no_warning(_text: str) -> None:
+    """For callers with nobody to warn."""
+
+
+class LvmVolumes:
+    """A group with a lock, links to present volumes, and care in removing."""
+
+    def __init__(
+        self,
+        vg: str,
+        farm: str,
+        runner: Runner,
+        *,
+        links: Path,
+        step: StepFn = no_step,
+        reader_uid: int | None = None,
+        headroom: int = 256 * 2**20,
+        warn: WarnFn = no_warning,
+    ) -> None:
+        """``links``: a directory of ours, the same for all farms of the host. ``reader_uid``: who QEMU
+        runs as, if not ourselves. ``headroom``: bytes that must be free beyond what is made."""
+        self._lvm = Lvm(vg, runner)
+        self._vg = vg
+        self._farm = farm
+        self._runner = runner
+        self._links = links.absolute() / vg
+        self._step = step
+        self._reader = None if reader_uid == os.geteuid() else reader_uid
+        self._headroom = headroom
+        self._warn = warn
+        self._lock = FileLock(self._links / ".lock")
+        self._last: tuple[str, Seen] | None = None  # the stamp, and what was seen under it
+
+    def _look(self) -> Seen:
+        return Seen(self._lvm.report(), self._links)
+
+    def _glance(self) -> Seen:
+        """A look without the store's lock, to be gone on from by whoever holds the lock next: a report
+        is a third of what a clone takes. The lock file's content, its stamp, is new whenever somebody
+        holds the lock; if that didn't happen meanwhile, nobody changed anything of ours."""
+        stamp, quiet = self._stamp(), not self._lock.held()
+        seen = self._look()
+        if quiet and not self._lock.held() and stamp and stamp == self._stamp():
+            self._last = (stamp, seen)
+        return seen
+
+    def _stamp(self) -> str:
+        try:
+            return (self._links / ".lock").read_text()
+        except OSError:
+            return ""
+
+    def _take_over(self) -> Seen | None:
+        """The lock has just been taken: what was seen last, if it still holds good; and a new stamp."""
+        last, self._last = self._last, None
+        good = last and last[0] == self._stamp() and time.monotonic() - last[1].when < _FRESH
+        (self._links / ".lock").write_text(secrets.token_hex(8))
+        return last[1] if last and good else None
+
+    def _remember(self, seen: Seen, new: Volume, *, space: int) -> None:
+        """This very call, which has the lock, made ``new`` and no other change since ``seen``."""
+        group = seen.group
+        group = replace(group, free=group.free - space, volumes=(*group.volumes, new))
+        self._last = (self._stamp(), Seen(group, self._links, seen.when))
+
+    @contextlib.contextmanager
+    def _locked(self, *, read: bool = False) -> Iterator[Held]:
+        """The store's lock, between all processes and farms."""
+        if read and not self._links.is_dir():
+            yield Held(None)
+            return
+        make_directory(self._links, mode=0o711)
+        if self._reader is not None:
+            reachable(self._links, self._reader)
+        with Held(self._lock) as held:
+            held.seen = self._take_over()
+            yield held
+
+    def _filling(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Held while a part is being filled: what tells the living from the dead."""
+        return FileLock(self._links / f".{name}.lock").hold(remove=True)
+
+    def _alive(self, name: str) -> bool:
+        return FileLock(self._links / f".{name}.lock").held()
+
+    def _record(self, name: str) -> Path:
+        return self._links / f".{name}.copied"
+
+    def _forget(self, name: str) -> None:
+        """The files that went with a part."""
+        self._record(name).unlink(missing_ok=True)
+        if not self._alive(name):
+            (self._links / f".{name}.lock").unlink(missing_ok=True)
+
+    def _strays(self, seen: Seen) -> Iterator[Path]:
+        """Files that killed operations left. The store's lock is held: nobody makes any now."""
+        names = {v.name for v in seen.group.volumes}
+        for path in sorted(self._links.glob(".fh.*")):
+            name = path.name[1:].rpartition(".")[0]
+            if name not in names and not self._alive(name):
+                yield path
+        yield from sorted(self._links.glob(".*.link"))
+
+    def _sweep(self, seen: Seen) -> None:
+        for path in self._strays(seen):
+            path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _name(*words: str) -> str:
+        """LVM reserves some names by what they contain, "_tdata" for one: all have an underscore."""
+        text = re.sub(r"[^A-Za-z0-9.-]", ".", ".".join(words))[:40]
+        return f"fh.{text}.{secrets.token_hex(4)}"
+
+    def _change(self, name: str, *arguments: str) -> None:
+        self._lvm.change("lvchange", "-y", *arguments, f"{self._vg}/{name}")
+
+    def _point(self, machine: str, name: str) -> None:
+        fresh = self._links / f".{machine}.{os.getpid()}.{secrets.token_hex(2)}.link"
+        fresh.symlink_to(self._lvm.node(name))
+        fresh.replace(self._links / machine)
+        sync(self._links)
+
+    def _give(self, name: str) -> None:
+        """To QEMU's user, read and write; nobody else's but root's."""
+        give(self._lvm.ready(name), self._reader)
+
+    def _path(self, disk: Volume) -> Path:
+        """The link; where that is lost, the device itself."""
+        link, node = self._links / disk.facts["machine"], self._lvm.node(disk.name)
+        try:
+            return link if link.readlink() == node else node
+        except OSError:
+            return node
+
+    def _unused(self, volume: Volume) -> None:
+        """Busy if somebody has it open. udev looks at a new device for a moment: that doesn't count."""
+        if volume.open and users_of(self._lvm.node(volume.name)):
+            raise self._lvm.busy(volume.name)
+
+    @staticmethod
+    def _check_dependents(seen: Seen, volumes: Sequence[Volume]) -> None:
+        """lvremove takes a classic origin's snapshots along, whoever made them."""
+        names = {v.name for v in volumes}
+        others = [
+            v.name for v in seen.group.volumes
+            if v.snapshot and v.origin in names and v.name not in names
+        ]  # fmt: skip
+        if others:
+            raise WrongState(
+                f"volumes {', '.join(others)} are snapshots of {seen.group.name}/"
+                f"{', '.join(sorted(names))} and would go with it",
+                remedy="remove them first, if nobody needs them",
+            )
+
+    def _remove(self, seen: Seen, volumes: Sequence[Volume]) -> None:
+        self._check_dependents(seen, volumes)
+        self._lvm.remove([v.name for v in volumes])
+        for volume in volumes:
+            self._forget(volume.name)
+
+    def _remove_old(self, names: Sequence[str]) -> None:
+        """After a swap. What can't go now is a leftover, not a failed reset."""
+        try:
+            self._lvm.remove(names)
+        except FarmhandError as error:
+            self._warn(f"{error.message}; ./invoke gc will remove it later")
+
+    def _drop(self, name: str) -> None:
+        """What this very call made."""
+        with contextlib.suppress(NotFound):
+            self._lvm.remove([name])
+        self._forget(name)
+
+    def _drop_all(self, machine: str) -> None:
+        seen = self._look()
+        self._remove(seen, seen.of(machine))
+
+
+def plain(name: str) -> str:
+    """Names reach paths and tags: only plain ones do. The loader checks them as well."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
+    return name
+
+
+def when(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)

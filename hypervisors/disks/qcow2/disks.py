@@ -1,0 +1,498 @@
+"""Disks as qcow2 files: a template is a sealed image, a VM's disk an overlay over it.
+
+    templates/NAME@N.qcow2, .json     sealed (0444), and what it is; both there, or it isn't a template
+    vms/MACHINE/owner.json            our mark: without it the directory is none of ours
+                disk.qcow2            what the hypervisor opens
+                checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
+                gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
+    .farmhand-new-*                   under construction while its .lock is held (flock)
+    .lock                             held shared by who adds, exclusively by who removes
+
+Names become real in one rename, and are durable (fsync) before what they replace goes. Backing
+files are named relative to the overlay, so the whole directory can move. A disk's base is read from
+its own header; ``clean`` has no file of its own, it *is* the template.
+
+A checkpoint is a hard link to the present disk; once a new overlay has taken the disk's name it is
+complete. Until then both names are one inode, which is how a half-made one is told.
+
+Several disks are swapped as one in three steps: all fresh overlays are made beside; each takes its
+disk's name, while the old file keeps a name of its own; the old ones go. An error gives the old ones
+their names back. A kill amid the second step leaves some swapped, and the same call again swaps all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from host.file_lock import FileLock
+from host.files import blocks, changed, make_directory, matching, reachable, sync, write_new
+from host.run import Runner
+from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
+from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
+from hypervisors.disks.qcow2.leftovers import (
+    CHECKPOINT,
+    GONE,
+    find_leftovers,
+    half_made,
+    kept_alone,
+    marks,
+)
+from hypervisors.disks.qcow2.store import (
+    NEW,
+    Mark,
+    describe,
+    read_mark,
+    read_template,
+    write_durably,
+    write_template,
+)
+from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.sizes import format_size
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Qcow2Disks:
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``LostDisks``. Thread-safe; any number of
+    processes may share a root."""
+
+    def __init__(
+        self,
+        root: Path,
+        farm: str,
+        runner: Runner,
+        *,
+        step: StepFn = no_step,
+        reader_uid: int | None = None,
+        headroom: int = 256 * 2**20,
+    ) -> None:
+        """``reader_uid``: who QEMU runs as, if not ourselves: disks are given to it. ``headroom``:
+        bytes that must be free before a disk is made."""
+        self._root = root.absolute()
+        self._farm = farm
+        self._runner = runner
+        self._step = step
+        self._reader = None if reader_uid == os.geteuid() else reader_uid
+        self._headroom = headroom
+        self._lock = FileLock(self._root / ".lock")
+
+    # -- templates --------------------------------------------------------------------------------
+
+    def seal(self, image: Path, template: Template) -> Template:
+        """See ``Disks.seal``. Raw images are converted; hashing takes about a second per GiB.
+
+        UsageError for an image that needs a backing file, or isn't the template's size."""
+        label = _plain(template.name) + f"@{template.generation}"
+        final = self._templates / f"{label}.qcow2"
+        if read_template(final) and image.exists() and not final.samefile(image):
+            raise Conflict(f"template {label} exists already", remedy="seal it as the next generation")
+        if known := read_template(final):  # killed right before its last step
+            image.unlink(missing_ok=True)
+            return known
+        self._need(0 if _same_store(image, self._templates) else blocks(image), f"template {label}")
+        self._step(f"seal template {label}")
+        with self._temporary(self._templates, f"{label}.qcow2") as fresh:
+            self._bring(image, fresh)
+            header = read_header(fresh)
+            if header.backing:
+                raise UsageError(
+                    f"{image} is an overlay of {header.backing}: it can't stand alone",
+                    remedy="flatten it first: qemu-img convert -O qcow2",
+                )
+            fresh.chmod(0o444)
+            sync(fresh)
+            with fresh.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            done = replace(template, ref=str(final), sha256=digest, size=header.size)
+            with self._lock.hold():
+                write_template(final, done)
+                try:
+                    final.hardlink_to(fresh)
+                except FileExistsError:
+                    raise Conflict(f"template {label} exists already") from None
+                sync(self._templates)
+        image.unlink(missing_ok=True)
+        return done
+
+    def templates(self) -> Sequence[Template]:
+        found = (read_template(path) for path in matching(self._templates, "*.qcow2"))
+        return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
+
+    def remove_template(self, label: str) -> None:
+        """See ``Disks.remove_template``; dependents of every farm that shares the store count."""
+        path = self._template_path(label)
+        with self._lock.hold():
+            if not describe(path).exists():
+                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            users = [m.machine for m in marks(self._vms) if m.template == label]
+            if users:
+                raise WrongState(
+                    f"template {label} is in use by {', '.join(sorted(users))}",
+                    remedy="destroy them, or clone them from a newer generation, first",
+                )
+            self._step(f"remove template {label}")
+            path.unlink(missing_ok=True)
+            describe(path).unlink(missing_ok=True)
+            sync(self._templates)
+
+    # -- disks ------------------------------------------------------------------------------------
+
+    def find(self, machine: str) -> Disk | None:
+        """Any farm's: its ``owner`` tells. Reads four small things, starts no process."""
+        mark = read_mark(self._home(machine))
+        return self._disk(mark) if mark else None
+
+    def list(self) -> Sequence[Disk]:
+        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
+        return [disk for disk in disks if disk]
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        home = self._home(machine)
+        if size < template.size:
+            raise UsageError(
+                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
+                f"{format_size(template.size)}",
+                remedy="leave 'disk' out, or make it at least as large",
+            )
+        make_directory(self._vms, mode=0o711)
+        if self._reader is not None:
+            reachable(self._vms, self._reader)
+        self._need(0, f"the disk of {machine}")
+        with self._lock.hold(shared=True):
+            base = self._template_path(template.label)
+            if read_template(base) is None:
+                raise NotFound(
+                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                )
+            self._make_room(home)
+            mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
+            self._step(f"clone the disk of {machine} from {template.label}")
+            with self._temporary(self._vms, machine) as fresh:
+                make_directory(fresh, mode=0o711)
+                write_durably(fresh / "owner.json", mark.document())
+                self._write_overlay(fresh / "disk.qcow2", mark.size, self._backing(mark, CLEAN))
+                sync(fresh)
+                try:
+                    fresh.rename(home)
+                except OSError as error:
+                    if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                        raise Conflict(f"{machine} has a disk already") from None
+                    raise
+                sync(self._vms)
+        disk = self._disk(mark)
+        assert disk
+        return disk
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``."""
+        ours = [self._ours(machine) for machine in machines]
+        for mark, disk in ours:
+            if name == CLEAN or name in (c.name for c in disk.checkpoints):
+                raise Conflict(
+                    f"{mark.machine} has a checkpoint {name} already",
+                    remedy="give the new one another name",
+                )
+        which = ", ".join(machines)
+        self._need(0, f"checkpoint {name} of {which}")
+        self._step(f"freeze the disk of {which} as {name}")
+        frozen = {mark.machine: self._frozen(mark.machine, name) for mark, _ in ours}
+        try:
+            for mark, disk in ours:
+                kept = frozen[mark.machine]
+                kept.unlink(missing_ok=True)  # at most a half-made one: the same inode as the disk
+                sync(disk.path)  # QEMU may have been told not to: from here on it must last
+                os.utime(disk.path)
+                kept.hardlink_to(disk.path)
+                sync(kept.parent)
+            fresh = [(mark, frozen[mark.machine].name) for mark, _ in ours]
+            self._swap(fresh, f"give {{}} a fresh disk over {name}")
+        except BaseException:
+            for kept in frozen.values():
+                if half_made(kept):
+                    kept.unlink()
+            raise
+        for kept in frozen.values():
+            kept.chmod(0o400)
+        return {m: Checkpoint(name=name, created=changed(kept)) for m, kept in frozen.items()}
+
+    def restore(self, machine: str, name: str) -> Disk:
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``. Also for a disk whose file is damaged or gone."""
+        ours = [self._mark_of(machine) for machine in machines]
+        for mark in ours:
+            known = [c.name for c in self._checkpoints(mark)]
+            if name not in known:
+                raise NotFound(
+                    f"{mark.machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
+                )
+            if name == CLEAN and read_template(self._template_path(mark.template)) is None:
+                raise NotFound(
+                    f"template {mark.template} of {mark.machine} is gone", remedy="clone it anew"
+                )
+        for mark in ours:
+            for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+                if half_made(path):  # with the disk's name gone it would pass for a whole one
+                    path.unlink()
+        fresh = [(mark, self._backing(mark, name)) for mark in ours]
+        self._swap(fresh, f"swap in a fresh disk of {{}} from {name}")
+        disks = [disk for mark in ours if (disk := self._disk(mark))]
+        assert len(disks) == len(ours)
+        return disks
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        """By the disk's own header: over that very file, and not one cluster allocated."""
+        del quick  # it is anyway
+        mark, disk = self._ours(machine)
+        header = read_header(disk.path)
+        return header.sound and header.empty and header.backing == self._backing(mark, name)
+
+    def destroy(self, machine: str) -> None:
+        """Nothing there: nothing done. Files that aren't ours stay, and so does their directory."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        if mark is None:
+            return
+        self._check_farm(mark)
+        self._step(f"remove the disk of {machine}")
+        try:
+            (home / "disk.qcow2").rename(home / GONE)  # from here on it isn't a disk any more
+        except FileNotFoundError:
+            (home / GONE).touch()
+        for path in sorted(home.glob(f"{CHECKPOINT}*.qcow2"), key=changed, reverse=True):
+            path.unlink(missing_ok=True)
+        for path in home.glob(f"{NEW}*"):
+            path.unlink(missing_ok=True)
+        (home / GONE).unlink(missing_ok=True)
+        (home / "owner.json").unlink(missing_ok=True)  # last: until here a second call goes on
+        with contextlib.suppress(OSError):
+            home.rmdir()
+        sync(self._vms)
+
+    def left(self, machine: str) -> Sequence[Checkpoint]:
+        """See ``LostDisks.left``."""
+        home = self._home(machine)
+        mark = read_mark(home)
+        return self._checkpoints(mark) if mark and kept_alone(home) else ()
+
+    def leftovers(self) -> Sequence[Leftover]:
+        return find_leftovers(self._root, self._farm)
+
+    def discard(self, leftover: Leftover) -> None:
+        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        with self._lock.hold():
+            path = Path(leftover.ref)
+            if leftover.ref not in (now.ref for now in find_leftovers(self._root, self._farm, at=path)):
+                return
+            self._step(f"remove the leftover {leftover.ref}")
+            if path.is_dir() and path.name.startswith(NEW):
+                for file in (path / "disk.qcow2", *path.glob(f"{NEW}*"), path / "owner.json"):
+                    file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            elif path.is_dir():
+                self.destroy(path.name)
+            else:
+                path.unlink(missing_ok=True)
+
+    def capacity(self) -> Capacity:
+        """Of the file system the store is on; ``free`` is what an ordinary user may take."""
+        place = next(p for p in (self._root, *self._root.parents) if p.exists())
+        seen = os.statvfs(place)
+        return Capacity(seen.f_blocks * seen.f_frsize, seen.f_bavail * seen.f_frsize)
+
+    # -- places and marks -------------------------------------------------------------------------
+
+    @property
+    def _templates(self) -> Path:
+        return self._root / "templates"
+
+    @property
+    def _vms(self) -> Path:
+        return self._root / "vms"
+
+    def _home(self, machine: str) -> Path:
+        return self._vms / _plain(machine)
+
+    def _frozen(self, machine: str, name: str) -> Path:
+        return self._home(machine) / f"{CHECKPOINT}{_plain(name)}.qcow2"
+
+    def _template_path(self, label: str) -> Path:
+        name, _, generation = label.rpartition("@")
+        return self._templates / f"{_plain(name)}@{int(generation)}.qcow2"
+
+    def _mark_of(self, machine: str) -> Mark:
+        mark = read_mark(self._home(machine))
+        if mark is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        self._check_farm(mark)
+        return mark
+
+    def _check_farm(self, mark: Mark) -> None:
+        if mark.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {mark.machine} belongs to farm {mark.owner.farm}")
+
+    def _ours(self, machine: str) -> tuple[Mark, Disk]:
+        mark = self._mark_of(machine)
+        disk = self._disk(mark)
+        if disk is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        return mark, disk
+
+    def _disk(self, mark: Mark) -> Disk | None:
+        home = self._home(mark.machine)
+        path = home / "disk.qcow2"
+        try:
+            header: Qcow2 | None = read_header(path)
+        except FileNotFoundError:
+            return None
+        except DriverFailed:  # damaged by a power cut: still ours to reset or destroy
+            header = None
+        backing = Path(header.backing).name if header else ""
+        base = backing.removeprefix(CHECKPOINT).removesuffix(".qcow2")
+        return Disk(
+            machine=mark.machine,
+            owner=mark.owner,
+            path=path,
+            format="qcow2",
+            size=header.size if header else mark.size,
+            used=sum(blocks(p) for p in (path, *matching(home, f"{CHECKPOINT}*.qcow2")) if p.exists()),
+            template=mark.template,
+            base=base if backing.startswith(CHECKPOINT) else CLEAN if header else "",
+            checkpoints=self._checkpoints(mark),
+        )
+
+    def _checkpoints(self, mark: Mark) -> tuple[Checkpoint, ...]:
+        found = []
+        for path in matching(self._home(mark.machine), f"{CHECKPOINT}*.qcow2"):
+            if not half_made(path):
+                name = path.name.removeprefix(CHECKPOINT).removesuffix(".qcow2")
+                found.append(Checkpoint(name=name, created=changed(path)))
+        found.sort(key=lambda c: (c.created, c.name))
+        return (Checkpoint(name=CLEAN, created=mark.created), *found)
+
+    def _backing(self, mark: Mark, name: str) -> str:
+        """As the overlay's header says it."""
+        if name == CLEAN:
+            return f"../../templates/{self._template_path(mark.template).name}"
+        return self._frozen(mark.machine, name).name
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def _swap(self, backings: Sequence[tuple[Mark, str]], step: str) -> None:
+        """Fresh overlays take the disks' names, see the module's head; the old files, if nothing else
+        names them, go. ``step``: with {} for the machine."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock.hold(shared=True))
+            ready: list[tuple[str, Path, Path, Path]] = []
+            for mark, backing in backings:
+                home = self._home(mark.machine)
+                fresh = stack.enter_context(self._temporary(home, "disk.qcow2"))
+                self._write_overlay(fresh, mark.size, backing)
+                old = fresh
+                if len(backings) > 1:
+                    old = stack.enter_context(self._temporary(home, "old.qcow2"))
+                ready.append((mark.machine, fresh, home / "disk.qcow2", old))
+            try:
+                for machine, fresh, disk, old in ready:
+                    self._step(step.format(machine))
+                    if old != fresh:  # one alone needs none: rename(2) is all there is
+                        with contextlib.suppress(FileNotFoundError):
+                            old.hardlink_to(disk)
+                    fresh.rename(disk)
+                    sync(disk.parent)
+            except BaseException:
+                for _, fresh, disk, old in ready:
+                    if not fresh.exists() and old.exists():
+                        old.rename(disk)
+                        sync(disk.parent)
+                raise
+
+    def _write_overlay(self, path: Path, size: int, backing: str) -> None:
+        write_new(path, empty_overlay(size, backing), mode=0o600)
+        if self._reader is not None:
+            os.chown(path, self._reader, -1)
+
+    @contextlib.contextmanager
+    def _temporary(self, directory: Path, name: str) -> Iterator[Path]:
+        """A name under construction in ``directory``; goes at the end, unless renamed. The lock on
+        its .lock twin tells the living from the dead."""
+        make_directory(directory, mode=0o711)
+        path = directory / f"{NEW}{secrets.token_hex(4)}-{name}"
+        with FileLock(path.with_name(path.name + ".lock")).hold(remove=True):
+            try:
+                yield path
+            finally:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _make_room(self, home: Path) -> None:
+        """For a clone: finish a destroy that was killed; refuse where somebody else's things are."""
+        mark = read_mark(home)
+        if mark is not None:
+            self._check_farm(mark)
+            if (home / "disk.qcow2").exists():
+                raise Conflict(f"{home.name} has a disk already", remedy="destroy it first")
+            if kept_alone(home):
+                kept = ", ".join(c.name for c in self._checkpoints(mark) if c.name != CLEAN)
+                raise Conflict(
+                    f"{home.name} has no disk, but checkpoints of one: {kept}",
+                    remedy="destroy it first: they go with it",
+                )
+            self.destroy(home.name)
+        if home.exists() and any(home.iterdir()):
+            raise NotOurs(f"{home} holds files that are not farmhand's", remedy="move them away")
+
+    def _bring(self, image: Path, fresh: Path) -> None:
+        """``image``, as qcow2, under the name ``fresh``; the image itself stays until the end."""
+        with image.open("rb") as file:
+            is_qcow2 = file.read(4) == b"QFI\xfb"
+        if not is_qcow2:
+            self._runner.change(
+                "qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, fresh, timeout=3600
+            )
+            return
+        try:
+            fresh.hardlink_to(image)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(image, fresh)
+
+    def _need(self, size: int, what: str) -> None:
+        free = self.capacity().free
+        if free < size + self._headroom:
+            raise NoSpace(
+                f"{self._root}: {format_size(free)} free, "
+                f"{what} needs {format_size(size + self._headroom)}",
+                remedy="make room there (./invoke gc), or point the host's disks elsewhere",
+            )
+
+
+def _plain(name: str) -> str:
+    """Names reach paths: only plain ones do. The loader checks them as well."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _same_store(image: Path, directory: Path) -> bool:
+    place = next(p for p in (directory, *directory.parents) if p.exists())
+    try:
+        return image.stat().st_dev == place.stat().st_dev
+    except FileNotFoundError:
+        raise NotFound(f"no image {image}") from None

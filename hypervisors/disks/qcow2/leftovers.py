@@ -1,0 +1,110 @@
+"""What lies in a store of qcow2 files: whose it is, what killed operations left, what isn't ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from host.file_lock import FileLock
+from host.files import blocks, changed, matching
+from hypervisors.api import Leftover, Owner
+from hypervisors.disks.qcow2.store import NEW, Mark, describe, read_mark, read_template
+
+CHECKPOINT = "checkpoint-"
+GONE = "gone.qcow2"
+
+
+def marks(vms: Path) -> Iterator[Mark]:
+    """Of all farms that share the store."""
+    for home in matching(vms, "*"):
+        if not home.name.startswith(".") and (mark := read_mark(home)):
+            yield mark
+
+
+def half_made(frozen: Path) -> bool:
+    """A checkpoint that is still one inode with the disk."""
+    try:
+        return frozen.samefile(frozen.parent / "disk.qcow2")
+    except FileNotFoundError:
+        return False
+
+
+def kept_alone(home: Path) -> bool:
+    """Whether somebody removed the disk, and its checkpoints are there: no leftover of a destroy."""
+    if (home / "disk.qcow2").exists() or (home / GONE).exists():
+        return False
+    return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
+
+
+def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
+    """That farm's, and those of whoever died before it could mark them. ``at``: of VMs' directories that
+    one only, or the one it lies in."""
+    homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
+    seen = (mark for home in homes if (mark := read_mark(home))) if at else marks(root / "vms")
+    mine = [mark for mark in seen if mark.owner.farm == farm]
+    return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
+
+
+def strangers(root: Path) -> list[Path]:
+    """Files and links below ``root`` that are no template's, no marked disk's and no lock or temporary
+    name of ours."""
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if (path.is_symlink() or not path.is_dir()) and not _of_ours(root, path)
+    ]
+
+
+def _of_ours(root: Path, path: Path) -> bool:
+    if path.name == ".lock" or any(part.startswith(NEW) for part in path.relative_to(root).parts):
+        return True
+    if path.parent == root / "templates":
+        image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
+        image = path if path.suffix == ".qcow2" else image
+        return path in (image, describe(image)) and read_template(image, half=True) is not None
+    if path.parent.parent != root / "vms" or read_mark(path.parent) is None:
+        return False
+    return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
+
+
+def _dead_temporaries(root: Path, mine: list[Mark], farm: str) -> Iterator[Leftover]:
+    places = [root / "templates", root / "vms", *(root / "vms" / mark.machine for mark in mine)]
+    for path in (p for place in places for p in matching(place, f"{NEW}*")):
+        twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")
+        if FileLock(twin).held() or (path.suffix != ".lock" and not path.exists()):
+            continue
+        if path.is_symlink():  # we make none: what it leads to is somebody's
+            continue
+        mark = read_mark(path, moved=True) if path.is_dir() else None
+        if mark and mark.owner.farm != farm:
+            continue
+        owner = mark.owner if mark else None
+        yield _leftover("file", path, owner, "under construction when it was killed")
+
+
+def _half_templates(root: Path) -> Iterator[Leftover]:
+    for path in matching(root / "templates", "*.json"):
+        image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
+        if not image.exists() and read_template(image, half=True):
+            yield _leftover("template", path, None, "its image is gone")
+
+
+def _half_disks(root: Path, mine: list[Mark]) -> Iterator[Leftover]:
+    for mark in mine:
+        home = root / "vms" / mark.machine
+        if not (home / "disk.qcow2").exists() and not kept_alone(home):
+            yield _leftover("disk", home, mark.owner, "half removed")
+        for path in matching(home, f"{CHECKPOINT}*.qcow2"):
+            if half_made(path):
+                yield _leftover("checkpoint", path, mark.owner, "half made")
+
+
+def _leftover(kind: str, path: Path, owner: Owner | None, why: str) -> Leftover:
+    return Leftover(
+        kind=kind,
+        ref=str(path),
+        owner=owner,
+        created=changed(path),
+        bytes=sum(map(blocks, [path, *matching(path, "*")])),
+        why=why,
+    )

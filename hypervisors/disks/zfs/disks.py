@@ -1,0 +1,280 @@
+"""Disks on ZFS: a template is a sealed snapshot, a VM's disk a clone of it: a volume, or a dataset with
+one raw file (zfs_kinds.py). Both are "volumes" below.
+
+    POOL/DATASET/templates/NAME.N           a generation's volume, read-only, no device
+                          NAME.N@sealed     the template: marked and held (zfs-hold(8)), so that a
+                                            ``zfs destroy -R`` fails instead of taking all VMs
+    POOL/DATASET/vms/MACHINE.K              the disk: of the machine's volumes in state "disk" the one
+                                            with the highest K
+                    MACHINE.K@_start        what it was when it became the disk, or was first put back
+                    MACHINE.K@CHECKPOINT    a checkpoint; former disks stay for these
+
+What a volume is, is in properties set on it (zfs_state.py). They are given with ``zfs clone``, in one
+system call, so a process killed anywhere leaves a marked volume, or none; only a power cut can swallow
+the marks of a volume made in that second, which then is known by being empty.
+
+**A clone** is that one command, and complete. Nothing is written to it unless by its user, not even by
+the kernel when it makes the device: templates are written with ``sync=disabled``, so their snapshots
+have no log (ZIL) that would be wiped in each clone. So ``written`` is 0 until somebody writes. A larger
+clone is under construction ("new") until it has its size, and a snapshot to count from.
+
+**Going back.** Where the checkpoint is the newest snapshot, the volume is rolled back: one process, one
+transaction, the same device. Else the checkpoint is cloned beside and marked the disk, while the former
+disk becomes a mere carrier of its checkpoints, or goes: again one transaction (zfs_store.lua). No
+checkpoint moves, so none can be lost. The disk's path then ends in another number; it always was the old
+or the new, and ``ready`` says which right before a start.
+
+**Several at once.** A channel program (zfs-program(8)) checks all and then changes all within one
+transaction group, be it checkpoints or resets: ``checkpoint_all``, ``restore_all``.
+
+Rejected:
+- *Renames* (old aside, new in its place): two steps, and between them the name leads nowhere; the links
+  below /dev/zvol lag behind even then.
+- *Promote*: moves snapshots between volumes, collides on equal names, and doesn't move the name.
+- *``zfs rollback``*: works beneath a running guest, silently. The program's rollback answers EBUSY.
+- *A dataset per VM, with a property that names its present volume*: one more transaction a clone, and
+  two truths.
+- *pyzfs, or its C library*: calls within this process, which a pool that is suspended would hang for
+  good; a command can be given up. And ``zfs program`` is as atomic and can be pasted.
+- *A snapshot of each clone to count from*: one more process and transaction a clone.
+
+``written`` counts in steps of transaction groups, so the proof of a pristine disk first syncs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.disks.zfs import state
+from hypervisors.disks.zfs.state import SEALED, Look, plain
+from hypervisors.disks.zfs.store import ZfsStore
+from inventory.errors import Conflict, NotFound, UsageError
+from inventory.sizes import format_size
+
+_ANOTHER = "give the new one another name"
+
+
+class ZfsDisks(ZfsStore):
+    """Implements ``hypervisors.api.Disks``, ``FarmDisks`` and ``DeviceDisks``. Thread-safe; any number
+    of processes and farms may share a dataset. Needs root: channel programs do."""
+
+    # -- disks ------------------------------------------------------------------------------------
+
+    def find(self, machine: str) -> Disk | None:
+        """Any farm's: its ``owner`` tells."""
+        return state.read_disk(self._look(plain(machine)), machine, self._kind.path)
+
+    def list(self) -> Sequence[Disk]:
+        look = self._look()
+        disks = (state.read_disk(look, machine, self._kind.path) for machine in look.machines())
+        return [disk for disk in disks if disk and disk.owner.farm == self._farm]
+
+    def ready(self, machine: str) -> Disk:
+        """See ``DeviceDisks.ready``."""
+        look = self._look(plain(machine))
+        disk, volume = self._disk(look, machine), look.disk(machine)
+        assert volume
+        self._kind.open_up(volume.name)
+        return disk
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        """One process for a volume of the template's size, where nothing hints at an earlier disk."""
+        plain(machine)
+        if size < template.size:
+            raise UsageError(
+                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
+                f"{format_size(template.size)}",
+                remedy="leave 'disk' out, or make it at least as large",
+            )
+        source = f"{self._templates}/{plain(template.name)}.{template.generation}@{SEALED}"
+        target = f"{self._vms}/{machine}.1"
+        # A machine's first volume goes when it is put back to an older checkpoint, so its name being
+        # free proves nothing.
+        if self._kind.may_exist(f"{self._vms}/{machine}"):
+            target = self._make_way(machine)
+        self._need(0, f"the disk of {machine}")
+        self._step(f"clone the disk of {machine} from {template.label}")
+        size = self._kind.rounded(size)
+        larger = size if size > template.size else 0
+        marks = state.disk_marks(machine, owner, template.label, CLEAN, size)
+        marks["state"] = "new" if larger else "disk"
+        while True:
+            try:
+                self._clone(source, target, marks, larger)
+                break
+            except NotFound:
+                raise NotFound(
+                    f"no template {template.label} in {self._root}",
+                    remedy="./invoke template-list shows them",
+                ) from None
+            except Conflict:  # a volume whose device isn't there: not ours, or just being made
+                other = self._make_way(machine)
+                if other == target:
+                    raise
+                target = other
+        with self._dropped_on_failure(target, marks):
+            self._kind.open_up(target, larger)
+            if larger:
+                self._zfs.program("switch", f"first:{target}")
+        made = Checkpoint(name=CLEAN, created=datetime.fromisoformat(marks["created"]))
+        return Disk(
+            machine=machine, owner=owner, path=self._kind.path(target), format="raw",
+            size=size, used=0, template=template.label, base=CLEAN, checkpoints=(made,),
+        )  # fmt: skip
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        """See ``FarmDisks.checkpoint_all``."""
+        plain(name)
+        for machine in machines:
+            if name == CLEAN:
+                raise Conflict(f"{machine} has a checkpoint {name} already", remedy=_ANOTHER)
+            for path in self._kind.paths(f"{self._vms}/{plain(machine)}"):
+                self._zfs.flush(path)  # QEMU may have been told not to: from here on it must last
+        self._need(0, f"checkpoint {name} of {', '.join(machines)}")
+        self._step(f"freeze the disk of {', '.join(machines)} as {name}")
+        made = self._zfs.program("checkpoint", name, *machines)["made"]
+        return {m: Checkpoint(name=name, created=state.when(made[m]["created"])) for m in machines}
+
+    def restore(self, machine: str, name: str) -> Disk:
+        plain(machine)
+        self._step(f"put the disk of {machine} back to {name}")
+        self._shut([machine])
+        answer = self._zfs.program("restore", machine, name)
+        look = state.read_look(answer)
+        if answer.get("done"):
+            return self._disk(look, machine)
+        return self._grow([machine], name, look)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        """See ``FarmDisks.restore_all``."""
+        self._step(f"put the disks of {', '.join(machines)} back to {name}")
+        self._shut(machines)
+        return self._grow(machines, name, self._look())
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        """Grown from that checkpoint, and ``written`` since (zfsprops(7)) exactly 0."""
+        del quick  # it is, but for the sync of a pool that is being written to
+        path = self._disk(self._look(plain(machine)), machine).path
+        if path.exists():
+            self._zfs.flush(path)  # what a writer that still has it open put into the page cache
+        look = self._look(machine, synced=True)
+        volume = look.disk(machine)
+        return bool(volume and volume.base == name and volume.written == 0)
+
+    def destroy(self, machine: str) -> None:
+        """Nothing there: nothing done. All its volumes, in one transaction."""
+        look = self._look(plain(machine))
+        if not look.of(machine):
+            return
+        self._check_farm(look, machine)
+        self._step(f"remove the disk of {machine}")
+        self._shut([machine])
+        self._zfs.program("destroy", machine)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        return state.find_leftovers(self._look(), self._farm)
+
+    def discard(self, leftover: Leftover) -> None:
+        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        if leftover.ref not in (now.ref for now in self.leftovers()):
+            return
+        self._step(f"remove the leftover {leftover.ref}")
+        if leftover.kind == "disk":
+            machine = leftover.ref.rpartition("/")[2]
+            self._shut([machine])
+            self._zfs.program("destroy", machine)
+        else:
+            self._kind.shut([leftover.ref])
+            self._zfs.program("drop", leftover.ref)
+
+    def capacity(self) -> Capacity:
+        """Of the dataset: quotas, reservations and what ZFS keeps for itself are taken off. Clones and
+        templates are sparse: none reserves anything."""
+        used, free = self._zfs.space()
+        self._room = (time.monotonic(), free)
+        return Capacity(used + free, free)
+
+    # -- parts of these ---------------------------------------------------------------------------
+
+    def _make_way(self, machine: str) -> str:
+        """The name of a machine's next volume, after finishing a destroy that was killed. Conflict where
+        it has a disk."""
+        look = self._look(machine)
+        while any(v.stem == machine and state.being_made(v) for v in look.volumes):
+            time.sleep(0.2)
+            look = self._look(machine)
+        if look.disk(machine):
+            self._check_farm(look, machine)
+            raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+        if any(v.state != "new" for v in look.of(machine)):
+            self._check_farm(look, machine)
+            self.destroy(machine)
+            look = self._look(machine)
+        return self._next_name(look, machine)
+
+    def _next_name(self, look: Look, machine: str) -> str:
+        """Nor one of a disk that is gone, as long as something is left of it."""
+        stem = f"{self._vms}/{machine}"
+        number = int(look.next_name(self._vms, machine).rpartition(".")[2])
+        return f"{stem}.{max(number, self._kind.free_from(stem))}"
+
+    def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
+        """``size``: 0 for the source's. Conflict where the name is taken."""
+        resized = self._kind.resized(size) if size else []
+        self._create(target, marks, "clone", *resized, source)
+
+    def _shut(self, machines: Sequence[str]) -> None:
+        self._kind.shut([v for m in machines for v in self._kind.opened(f"{self._vms}/{plain(m)}")])
+
+    def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:
+        """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
+        transaction. The disks as they then are."""
+        items: list[str] = []
+        disks: list[Disk] = []
+        with contextlib.ExitStack() as undo:
+            for machine in machines:
+                disk, volume = self._disk(look, machine), look.disk(machine)
+                assert volume
+                known = [c.name for c in disk.checkpoints]
+                if name not in known:
+                    raise NotFound(
+                        f"{machine} has no checkpoint {name}", remedy=f"it has: {', '.join(known)}"
+                    )
+                if volume.newest and volume.base == name and volume.snapshots[-1].name == volume.newest:
+                    items.append(f"{volume.name}@{volume.newest}")
+                    disks.append(disk)
+                    continue
+                if volume.base == name and not volume.snapshots and volume.written == 0:
+                    items.append(f"same:{volume.name}")
+                    disks.append(disk)
+                    continue
+                self._need(0, f"the disk of {machine}")
+                target = self._next_name(look, machine)
+                marks = state.disk_marks(machine, disk.owner, disk.template, name, disk.size)
+                marks |= {"created": disk.checkpoints[0].created.isoformat(), "state": "new"}
+                source, size = self._source(look, machine, disk, name), disk.size if name == CLEAN else 0
+                self._clone(source, target, marks, size)
+                undo.enter_context(self._dropped_on_failure(target, marks))
+                self._kind.open_up(target, size)
+                items.append(target)
+                disks.append(replace(disk, path=self._kind.path(target), base=name))
+            self._step(f"swap in the disk of {', '.join(machines)} from {name}")
+            self._zfs.program("switch", *items)
+        return disks
+
+    def _source(self, look: Look, machine: str, disk: Disk, name: str) -> str:
+        if name == CLEAN:
+            return self._template_snapshot(disk.template)
+        for volume in look.of(machine):
+            for kept in volume.checkpoints():
+                if kept.marks.get("name") == name:
+                    return f"{volume.name}@{kept.name}"
+        raise NotFound(f"{machine} has no checkpoint {name}")

@@ -1,0 +1,333 @@
+"""What zfs_store.lua reports of a store, as values; and the marks by which it is ours.
+
+A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on that very object.
+
+    templates, vms          store=1 (volumes), or files
+    a template's volume     state=new, maker (who is writing it)
+    ... its @sealed         kind=template, name, generation, size, sha256, created, origin, firstboot
+    a VM's volume           machine, farm, vm, template, base, size, created (of the VM), maker, token
+                            (of the making) and
+                            state: new (under construction), disk, kept (for its checkpoints), gone
+    ... its snapshots       kind: checkpoint, or start (what it was when it became the disk); name
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from host.processes import Process
+from hypervisors.api import CLEAN, Checkpoint, Disk, Leftover, Owner, Template
+from inventory.errors import UsageError
+
+SEALED = "sealed"
+EMPTY = 256 * 2**10  # less than this a volume has only its own structure, no data
+MARKING = 10  # seconds within which a volume gets its marks, or never
+SETTLED = 30  # seconds after which a making that isn't marked yet is a dead one's
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PLAIN = re.compile(r"[ -~]{0,1024}")
+_SAFE = " /:.@=,+-_()"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``created`` of checkpoints only, ``clones`` of templates only: what isn't needed isn't asked."""
+
+    name: str
+    marks: Mapping[str, str]
+    created: datetime
+    txg: int
+    clones: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.marks.get("kind", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A dataset that is a disk, or was: a volume, or one with a file in it. ``newest``: the newest
+    snapshot of ours, "" without one. ``written`` since then (since its origin without one); None where
+    somebody else's snapshot hides it."""
+
+    name: str
+    marks: Mapping[str, str]
+    snapshots: tuple[Snapshot, ...]  # by age
+    created: datetime  # of a disk: of its VM
+    used: int
+    written: int | None
+    newest: str
+    referenced: int = 0  # these two only where there are no marks
+    origin: str = ""
+
+    @property
+    def stem(self) -> str:
+        """MACHINE or NAME, as the volume's own name has it."""
+        return self.name.rpartition("/")[2].rpartition(".")[0]
+
+    @property
+    def number(self) -> int:
+        return int(self.name.rpartition(".")[2])
+
+    @property
+    def state(self) -> str:
+        """Nothing ("") unless it is marked as a VM's of ours; a copy keeps the marks, not the name."""
+        return self.marks.get("state", "") if self.marks.get("machine") == self.stem else ""
+
+    @property
+    def owner(self) -> Owner | None:
+        if "farm" not in self.marks:
+            return None
+        return Owner(self.marks["farm"], self.marks.get("vm", ""))
+
+    @property
+    def base(self) -> str:
+        for snapshot in self.snapshots:
+            if snapshot.name == self.newest:
+                return snapshot.marks.get("name", "")
+        return self.marks.get("base", "")
+
+    def checkpoints(self) -> Iterable[Snapshot]:
+        return (s for s in self.snapshots if s.kind == "checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A store, or of one machine what belongs to it."""
+
+    volumes: tuple[Volume, ...]
+    templates: tuple[Volume, ...]
+    total: int
+    free: int
+
+    def of(self, machine: str) -> tuple[Volume, ...]:
+        return tuple(v for v in self.volumes if v.stem == machine and v.state)
+
+    def disk(self, machine: str) -> Volume | None:
+        disks = [v for v in self.of(machine) if v.state == "disk"]
+        return max(disks, key=lambda v: v.number, default=None)
+
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted({v.stem for v in self.volumes if v.state}))
+
+    def next_name(self, vms: str, machine: str) -> str:
+        """No volume of that name or a later one exists, ours or not."""
+        numbers = [v.number for v in self.volumes if v.stem == machine]
+        return f"{vms}/{machine}.{max(numbers, default=0) + 1}"
+
+
+def read_look(answer: Mapping[str, Any]) -> Look:
+    space = answer.get("space") or {}
+    return Look(
+        volumes=_volumes(answer.get("volumes") or {}),
+        templates=_volumes(answer.get("templates") or {}),
+        total=int(space.get("used", 0)) + int(space.get("available", 0)),
+        free=int(space.get("available", 0)),
+    )
+
+
+def _volumes(seen: Mapping[str, Any]) -> tuple[Volume, ...]:
+    volumes = (_volume(name, facts) for name, facts in seen.items())
+    return tuple(sorted(volumes, key=lambda v: (v.stem, v.number)))
+
+
+def _volume(name: str, facts: Mapping[str, Any]) -> Volume:
+    marks = dict(facts["marks"])
+    snapshots = (
+        Snapshot(
+            short, dict(s["marks"]), when(s.get("created", 0)), int(s["txg"]), tuple(s.get("clones", ()))
+        )
+        for short, s in facts["snapshots"].items()
+    )
+    written = facts.get("written")
+    return Volume(
+        name=name,
+        marks=marks,
+        snapshots=tuple(sorted(snapshots, key=lambda s: s.txg)),
+        created=when(facts["created"]) if "created" in facts else _date(marks.get("created", "")),
+        used=int(facts["used"]),
+        written=int(written) if written is not None else None,
+        newest=str(facts.get("newest") or ""),
+        referenced=int(facts.get("referenced", 0)),
+        origin=str(facts.get("origin") or ""),
+    )
+
+
+def _date(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return when(0)
+
+
+def when(seconds: int | str) -> datetime:
+    return datetime.fromtimestamp(int(seconds), UTC)
+
+
+def plain(name: str) -> str:
+    """Names reach dataset names: only plain ones do. The loader checks them as well."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
+    return name
+
+
+def options(marks: Mapping[str, str]) -> list[str]:
+    """As ``zfs`` takes properties: ``-o farmhand:KEY=VALUE`` each."""
+    found = []
+    for key, text in marks.items():
+        if not _PLAIN.fullmatch(text):
+            raise UsageError(f"{text[:60]!r} can't be a property's value")
+        found += ["-o", f"farmhand:{key}={text}"]
+    return found
+
+
+def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) -> dict[str, str]:
+    return {
+        "machine": plain(machine),
+        "farm": plain(owner.farm),
+        "vm": plain(owner.vm),
+        "template": template,
+        "base": base,
+        "size": str(size),
+        "created": datetime.now(UTC).isoformat(),
+        "maker": Process.this().mark,
+        "token": secrets.token_hex(8),
+    }
+
+
+def template_marks(template: Template, image: str) -> dict[str, str]:
+    """``image``: which file it was, to know it again after a kill."""
+    return {
+        "kind": "template",
+        "name": template.name,
+        "generation": str(template.generation),
+        "size": str(template.size),
+        "sha256": template.sha256,
+        "created": template.created.isoformat(),
+        "origin": quote(template.origin, safe=_SAFE)[:1024],
+        "firstboot": plain(template.firstboot),
+        "image": image,
+    }
+
+
+def read_template(volume: Volume) -> Template | None:
+    """None unless it is sealed and says what it is."""
+    seals = [s for s in volume.snapshots if s.name == SEALED and s.kind == "template"]
+    if not seals:
+        return None
+    marks = seals[0].marks
+    try:
+        template = Template(
+            name=marks["name"],
+            generation=int(marks["generation"]),
+            ref=f"{volume.name}@{SEALED}",
+            size=int(marks["size"]),
+            sha256=marks["sha256"],
+            created=datetime.fromisoformat(marks["created"]),
+            origin=unquote(marks["origin"]),
+            firstboot=marks["firstboot"],
+        )
+    except (KeyError, ValueError):
+        return None
+    named = (template.name, template.generation) == (volume.stem, volume.number)
+    return template if named else None  # else a copy somebody made
+
+
+def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | None:
+    """``path``: of a volume's name."""
+    volume = look.disk(machine)
+    if volume is None or volume.owner is None:
+        return None
+    return Disk(
+        machine=machine,
+        owner=volume.owner,
+        path=path(volume.name),
+        format="raw",
+        size=int(volume.marks.get("size", 0)),
+        used=sum(v.used for v in look.of(machine)),
+        template=volume.marks.get("template", ""),
+        base=volume.base,
+        checkpoints=checkpoints(look, machine, volume),
+    )
+
+
+def checkpoints(look: Look, machine: str, volume: Volume) -> tuple[Checkpoint, ...]:
+    kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
+    kept.sort(key=lambda s: (s.txg, s.name))
+    return (
+        Checkpoint(name=CLEAN, created=_date(volume.marks.get("created", ""))),
+        *(Checkpoint(name=s.marks.get("name", s.name), created=s.created) for s in kept),
+    )
+
+
+def find_leftovers(look: Look, farm: str) -> list[Leftover]:
+    """Newest volumes first: they grew from older ones."""
+    found = []
+    now = datetime.now(UTC)
+    for volume in look.templates:
+        if any(s.name == SEALED and s.kind for s in volume.snapshots):
+            continue
+        if (volume.marks.get("state") == "new" and not made_now(volume)) or _unborn(volume, look, now):
+            found.append(_leftover("template", volume, "under construction when it was killed"))
+    for volume in sorted(look.volumes, key=lambda v: -v.number):
+        if not volume.state:
+            if _unborn(volume, look, now):
+                found.append(_leftover("volume", volume, "killed before it could be marked"))
+            continue
+        disk = look.disk(volume.stem)
+        if volume.marks.get("farm") != farm or volume is disk:
+            continue
+        if volume.state == "new":
+            if not made_now(volume):
+                found.append(_leftover("volume", volume, "under construction when it was killed"))
+        elif disk is not None and not any(volume.checkpoints()):
+            found.append(_leftover("volume", volume, "another disk has taken its place"))
+    for machine in look.machines():
+        dead = [v for v in look.of(machine) if v.state != "new" and v.marks.get("farm") == farm]
+        if dead and look.disk(machine) is None:
+            one = _leftover("disk", dead[-1], "half removed")
+            ref = f"{dead[-1].name.rpartition('/')[0]}/{machine}"
+            found.append(replace(one, ref=ref, bytes=sum(v.used for v in dead)))
+    return found
+
+
+def made_now(volume: Volume) -> bool:
+    """Whether the process that makes it still lives."""
+    return Process.parse(volume.marks.get("maker", "")).alive()
+
+
+def being_made(volume: Volume) -> bool:
+    """By a process that lives, or may: the marks come a moment after the volume."""
+    if volume.marks:
+        return volume.state == "new" and made_now(volume)
+    return (datetime.now(UTC) - volume.created).total_seconds() < MARKING
+
+
+def _unborn(volume: Volume, look: Look, now: datetime) -> bool:
+    """Where only ours are made, and without a word of data: a clone of one of our snapshots, or an
+    empty volume, whose marks a power cut swallowed. Nothing of anybody's can be lost with it."""
+    if volume.marks or volume.snapshots or (now - volume.created).total_seconds() < SETTLED:
+        return False
+    if not volume.origin:
+        return volume in look.templates and volume.referenced < EMPTY
+    ours = {
+        f"{v.name}@{s.name}" for v in (*look.templates, *look.volumes) for s in v.snapshots if s.kind
+    }
+    return volume.origin in ours and volume.written is not None and volume.written < EMPTY
+
+
+def _leftover(kind: str, volume: Volume, why: str) -> Leftover:
+    return Leftover(
+        kind=kind,
+        ref=volume.name,
+        owner=volume.owner,
+        created=volume.created,
+        bytes=volume.used,
+        why=why,
+    )

@@ -1,0 +1,451 @@
+"""A hypervisor and a disk store in memory, that ship: ``driver: fake`` lets an admin try every command
+out, and the contract's tests hold both to the same behaviour as the real ones. The hypervisor works over
+any disk store; a change of a machine and one of its disk are two, as in reality.
+
+With a state file all processes see the same machines (``hypervisors.fake.world``). Guests do not exist;
+a running machine's balloon always obeys, down to a floor of a quarter of its maximum. ``write`` stands
+for a guest that writes to its disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hypervisors.api import (
+    Capabilities,
+    Capacity,
+    Checkpoint,
+    Console,
+    DeviceDisks,
+    Disk,
+    Disks,
+    Leftover,
+    Machine,
+    MachineSpec,
+    MemoryUse,
+    Owner,
+    Power,
+    StepFn,
+    Template,
+    no_step,
+    no_warm,
+    spec_hash,
+)
+from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
+from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.sizes import format_size
+
+_TOTAL = 2**40
+_RESERVE = 2**28
+_FLOOR_PART = 4  # the fake guest needs a fourth of its maximum
+
+
+class FakeDisks:
+    """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
+
+    def __init__(
+        self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
+    ) -> None:
+        self._farm = farm
+        self.store = Store(state)
+        self._step = step
+        self._reserve = reserve
+
+    def seal(self, image: Path, template: Template) -> Template:
+        with self.store.change() as world:
+            if template.label in world.templates:
+                raise Conflict(
+                    f"template {template.label} exists already", remedy="seal the next generation"
+                )
+            with image.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._step(f"seal template {template.label}")
+            done = replace(template, ref=template.label, sha256=digest)
+            world.templates[template.label] = done
+        image.unlink()
+        return done
+
+    def templates(self) -> Sequence[Template]:
+        with self.store.look() as world:
+            found = world.templates.all().values()
+        return sorted(found, key=lambda t: (t.name, t.generation))
+
+    def remove_template(self, label: str) -> None:
+        with self.store.change() as world:
+            if label not in world.templates:
+                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
+                raise WrongState(
+                    f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
+                )
+            self._step(f"remove template {label}")
+            del world.templates[label]
+
+    def find(self, machine: str) -> Disk | None:
+        with self.store.look() as world:
+            disk = world.disks.get(machine)
+            return self._seen(machine, disk) if disk else None
+
+    def list(self) -> Sequence[Disk]:
+        with self.store.look() as world:
+            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm).items()]
+
+    def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
+        with self.store.change() as world:
+            if size < template.size:
+                raise UsageError(
+                    f"{machine}: {format_size(size)} is smaller than template {template.label}"
+                )
+            if self.capacity().free < self._reserve:
+                raise NoSpace(f"no room for the disk of {machine}", remedy="./invoke gc")
+            if template.label not in world.templates:
+                raise NotFound(
+                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                )
+            if machine in world.disks:
+                raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
+            self._step(f"clone the disk of {machine} from {template.label}")
+            clean = (datetime.now(UTC), b"")
+            world.disks[machine] = StoredDisk(
+                owner, size, template.label, "clean", b"", {"clean": clean}
+            )
+            return self._seen(machine, world.disks[machine])
+
+    def checkpoint(self, machine: str, name: str) -> Checkpoint:
+        return self.checkpoint_all([machine], name)[machine]
+
+    def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
+        with self.store.change() as world:
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name in disk.checkpoints:
+                    raise Conflict(
+                        f"{machine} has a checkpoint {name} already", remedy="give it another name"
+                    )
+            self._step(f"freeze the disk of {', '.join(machines)} as {name}")
+            made = datetime.now(UTC)
+            for disk in disks.values():
+                disk.checkpoints[name] = (made, disk.content)
+                disk.base = name
+            return {machine: Checkpoint(name=name, created=made) for machine in machines}
+
+    def restore(self, machine: str, name: str) -> Disk:
+        return self.restore_all([machine], name)[0]
+
+    def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
+        with self.store.change() as world:
+            disks = {machine: self._ours(world, machine) for machine in machines}
+            for machine, disk in disks.items():
+                if name not in disk.checkpoints:
+                    raise NotFound(
+                        f"{machine} has no checkpoint {name}",
+                        remedy=f"it has: {', '.join(disk.checkpoints)}",
+                    )
+            self._step(f"swap in a fresh disk of {', '.join(machines)} from {name}")
+            for disk in disks.values():
+                disk.content, disk.base = disk.checkpoints[name][1], name
+            return [self._seen(machine, disk) for machine, disk in disks.items()]
+
+    def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
+        del quick  # it is anyway
+        with self.store.look() as world:
+            disk = self._ours(world, machine)
+            return disk.base == name and disk.content == disk.checkpoints[name][1]
+
+    def destroy(self, machine: str) -> None:
+        with self.store.change() as world:
+            if machine in world.disks:
+                self._ours(world, machine)
+                self._step(f"remove the disk of {machine}")
+                del world.disks[machine]
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """A change is written whole or not at all, so nothing half-made stays."""
+        return ()
+
+    def discard(self, leftover: Leftover) -> None:
+        raise NotFound(f"there is no leftover {leftover.ref}")
+
+    def capacity(self) -> Capacity:
+        with self.store.look() as world:
+            return Capacity(_TOTAL, _TOTAL - world.used)
+
+    def write(self, machine: str, content: bytes) -> None:
+        """What a guest would have written since the template."""
+        with self.store.change() as world:
+            self._ours(world, machine).content = content
+
+    def content(self, machine: str) -> bytes:
+        """What a guest would read back."""
+        with self.store.look() as world:
+            return self._ours(world, machine).content
+
+    def _ours(self, world: World, machine: str) -> StoredDisk:
+        disk = world.disks.get(machine)
+        if disk is None:
+            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+        if disk.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
+        return disk
+
+    def _seen(self, machine: str, disk: StoredDisk) -> Disk:
+        return Disk(
+            machine=machine,
+            owner=disk.owner,
+            path=Path("/nonexistent/fake", machine),
+            format="raw",
+            size=disk.size,
+            used=len(disk.content),
+            template=disk.template,
+            base=disk.base,
+            checkpoints=tuple(Checkpoint(name=n, created=c) for n, (c, _) in disk.checkpoints.items()),
+        )
+
+
+class FakeHypervisor:
+    """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
+
+    def __init__(self, farm: str, disks: Disks, state: Path | None, *, step: StepFn = no_step) -> None:
+        self._farm = farm
+        self._disks = disks
+        # one file for both is one lock for both
+        if isinstance(disks, FakeDisks) and state == disks.store.path:
+            self._store = disks.store
+        else:
+            self._store = Store(state)
+        self._step = step
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            driver="fake",
+            accelerated=False,
+            power=True,
+            reset=True,
+            linked_clones=True,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=False,
+            notes=("simulated: no machine runs",),
+        )
+
+    def find(self, name: str) -> Machine | None:
+        with self._store.look() as world:
+            fake = world.machines.get(name)
+            return fake.machine if fake else None
+
+    def list(self) -> Sequence[Machine]:
+        with self._store.look() as world:
+            return [fake.machine for fake in world.machines.of(self._farm).values()]
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        self._check_name(spec.name)
+        disk = self._disks.find(spec.name)
+        if disk is not None and not self._disks.pristine(spec.name, disk.base):
+            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy="./invoke gc")
+        if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
+            self._disks.destroy(spec.name)
+            disk = None
+        made = disk is None
+        if disk is None:
+            disk = self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
+        machine = self._from(spec, disk.path, template.label)
+        try:
+            with self._store.change() as world:
+                self._check_name(spec.name)
+                self._step(f"define {spec.name}")
+                world.machines[spec.name] = StoredMachine(machine, spec)
+        except BaseException:
+            if made:
+                self._disks.destroy(spec.name)
+            raise
+        return machine
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        with self._store.change() as world:
+            fake = self._ours(world, spec.name)
+            if fake.machine.power is not Power.STOPPED:
+                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+            self._step(f"redefine {spec.name}")
+            fake.machine = self._from(spec, fake.machine.disk, fake.machine.template)
+            fake.spec = spec
+            return fake.machine
+
+    def start(self, name: str) -> None:
+        with self._store.look() as world:
+            self._ours(world, name)
+        ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
+        if ready(name) is None:
+            raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            if fake.machine.power is not Power.STOPPED:
+                raise WrongState(
+                    f"{name} is running already", remedy="stop it first, or use it as it is"
+                )
+            taken = world.taken(f.host for f in fake.spec.nic.forwards) if fake.spec else None
+            if taken is not None:
+                raise Conflict(f"start {name}: port {taken} of 127.0.0.1 is taken")
+            self._step(f"start {name}")
+            fake.machine = replace(
+                fake.machine, power=Power.RUNNING, current=fake.machine.memory, started=datetime.now(UTC)
+            )
+
+    def stop(self, name: str, *, grace: float) -> None:
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            if fake.machine.power is Power.STOPPED:
+                return
+            self._step(f"ask {name} to shut down" if grace > 0 else f"cut the power of {name}")
+            self._off(fake)
+
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
+        with self._store.look() as world:
+            now = self._ours(world, name).machine.power
+            if warm:
+                raise no_warm(name)
+            if now is not Power.STOPPED:
+                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+        return self._disks.checkpoint(name, checkpoint)
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        with self._store.look() as world:
+            self._ours(world, name)
+        disk = self._disks.find(name)
+        if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
+            raise NotFound(f"{name} has no checkpoint {checkpoint}", remedy="./invoke status shows them")
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            if fake.machine.power is not Power.STOPPED:
+                self._step(f"cut the power of {name}")
+                self._off(fake)
+        self._disks.restore(name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        del timeout  # a fake guest obeys at once
+        with self._store.change() as world:
+            fake = self._ours(world, name)
+            machine = fake.machine
+            if machine.power is not Power.RUNNING:
+                raise _stopped(name)
+            if target > machine.memory:
+                raise UsageError(
+                    f"{name} can't have {format_size(target)}: "
+                    f"its maximum is {format_size(machine.memory)}"
+                )
+            if target < machine.memory // _FLOOR_PART:
+                raise UsageError(f"{name} can't go down to {format_size(target)}: it needs more now")
+            self._step(f"set the memory of {name} to {format_size(target)}")
+            fake.machine = replace(machine, current=target)
+            return target
+
+    def memory(self, name: str) -> MemoryUse:
+        with self._store.look() as world:
+            machine = self._ours(world, name).machine
+        if machine.power is not Power.RUNNING:
+            raise _stopped(name)
+        return MemoryUse(
+            actual=machine.current, maximum=machine.memory, least=machine.memory // _FLOOR_PART
+        )
+
+    def console(self, name: str) -> Console:
+        with self._store.look() as world:
+            fake = self._ours(world, name)
+            return Console(argv=(), log=fake.spec.console_log if fake.spec else None)
+
+    def pulse(self, name: str) -> None:
+        """It has no guest."""
+
+    def destroy(self, name: str) -> None:
+        with self._store.change() as world:
+            if name in world.machines:
+                self._off(self._ours(world, name))
+                self._step(f"remove the definition of {name}")
+                del world.machines[name]
+        self._disks.destroy(name)
+
+    def leftovers(self) -> Sequence[Leftover]:
+        with self._store.look() as world:
+            machines = world.machines.all()
+        disks = {d.machine: d for d in self._disks.list()}
+        found = list(self._disks.leftovers())
+        for machine in self.list():
+            if machine.name not in disks:
+                found.append(_orphan("domain", machine.name, machine.owner, 0, "its disk is gone"))
+        for name, disk in disks.items():
+            if name not in machines:
+                found.append(_orphan("disk", name, disk.owner, disk.used, "no machine has it"))
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+            self._disks.discard(leftover)
+            return
+        machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+        owner = machine.owner if machine else disk.owner if disk else None
+        if (machine is None) != (disk is None) and owner and owner.farm == self._farm:
+            self.destroy(leftover.ref)
+
+    def close(self) -> None:
+        """It holds nothing open between calls."""
+
+    def peak(self) -> int:
+        """Bytes: the most that machines which ran at once ever had, by this host's own count."""
+        with self._store.look() as world:
+            return world.peak
+
+    def add_foreign(self, name: str) -> None:
+        """A machine that isn't farmhand's, as an admin might have made by hand."""
+        with self._store.change() as world:
+            machine = Machine(
+                name=name, owner=None, power=Power.STOPPED, memory=2**28, current=2**28, vcpus=1,
+                mac="", disk=None, spec_hash="", template="",
+            )  # fmt: skip
+            world.machines[name] = StoredMachine(machine, None)
+
+    def _check_name(self, name: str) -> None:
+        with self._store.look() as world:
+            if existing := world.machines.get(name):
+                owner = existing.machine.owner
+                if owner is None or owner.farm != self._farm:
+                    raise NotOurs(f"{name} exists and is not of farm {self._farm}")
+                raise Conflict(f"{name} exists already", remedy="destroy it first")
+
+    def _ours(self, world: World, name: str) -> StoredMachine:
+        fake = world.machines.get(name)
+        if fake is None:
+            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+        owner = fake.machine.owner
+        if owner is None or owner.farm != self._farm:
+            raise NotOurs(f"{name} is not of farm {self._farm}: left alone")
+        return fake
+
+    def _off(self, fake: StoredMachine) -> None:
+        fake.machine = replace(
+            fake.machine, power=Power.STOPPED, current=fake.machine.memory, started=None
+        )
+
+    def _from(self, spec: MachineSpec, disk: Path | None, template: str) -> Machine:
+        return Machine(
+            name=spec.name,
+            owner=spec.owner,
+            power=Power.STOPPED,
+            memory=spec.memory,
+            current=spec.memory,
+            vcpus=spec.vcpus,
+            mac=spec.nic.mac,
+            disk=disk,
+            spec_hash=spec_hash(spec),
+            template=template,
+        )
+
+
+def _stopped(name: str) -> WrongState:
+    return WrongState(f"{name} is stopped: only a running guest's memory can change")
+
+
+def _orphan(kind: str, name: str, owner: Owner | None, size: int, why: str) -> Leftover:
+    return Leftover(kind=kind, ref=name, owner=owner, created=datetime.now(UTC), bytes=size, why=why)

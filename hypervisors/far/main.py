@@ -1,0 +1,23 @@
+"""What ``hypervisors.far`` runs on another machine: its agent, at home where farmhand is at home."""
+
+from __future__ import annotations
+
+from host.paths import FarmPaths, cache_dir, state_dir
+from hypervisors.far import agent
+from hypervisors.far.agent import Home
+from hypervisors.opening import Directories
+
+
+def home(farm: str) -> Home:
+    """The farm's directories on this machine."""
+    paths = FarmPaths(farm)
+    return Home(
+        directories=Directories(state=state_dir(), farm=paths.root, cache=cache_dir()),
+        seeds=paths.seeds,
+        consoles=paths.consoles,
+        runtime=paths.runtime,
+    )
+
+
+def main() -> None:
+    agent.main(home)

@@ -1,0 +1,493 @@
+"""Machines through libvirt: the private daemon's, the session's or the system's. Which hypervisor that
+is, and what differs with it, is a ``libvirt_kinds.Kind``.
+
+Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
+anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an
+error, and the method may be called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from host.files import make_directory, make_file, sync
+from host.progress import Progress, Pulse
+from host.run import Runner
+from hypervisors.api import (
+    Capabilities,
+    Checkpoint,
+    Console,
+    DeviceDisks,
+    Disk,
+    Disks,
+    Leftover,
+    Machine,
+    MachineSpec,
+    MemoryUse,
+    StepFn,
+    Template,
+    no_step,
+    no_warm,
+)
+from hypervisors.libvirt.domain_xml import (
+    START_KEY,
+    START_URI,
+    Seen,
+    read_domain,
+    start_mark,
+    with_disk,
+)
+from hypervisors.libvirt.errors import connection_lost, translate, unreachable
+from hypervisors.libvirt.kinds import Kind
+from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
+from inventory.errors import Conflict, NotFound, NotOurs, WrongState
+
+if TYPE_CHECKING:
+    import libvirt
+
+_T = TypeVar("_T")
+_CONNECT_PATIENCE = 10.0  # seconds
+_POLL = 0.005  # seconds between looks at a machine that is about to end: a look takes 0.2 ms
+_KILL_PATIENCE = 2.0  # libvirt notes a killed QEMU within milliseconds; else it is asked to destroy
+_PRESS_AGAIN = 2.0  # a guest early in its boot misses the power button
+
+
+class LibvirtHypervisor:
+    """Implements ``hypervisors.api.Hypervisor``. One connection, used by any number of threads."""
+
+    def __init__(
+        self,
+        uri: str | Callable[[], str],
+        farm: str,
+        disks: Disks,
+        runner: Runner,
+        *,
+        step: StepFn = no_step,
+        kind: Kind,
+        working: Callable[[str], None] = no_step,
+    ) -> None:
+        """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
+        daemon back). ``working``: told what is waited for. Connects on first use."""
+        self._uri = uri
+        self._farm = farm
+        self._disks = disks
+        self._runner = runner
+        self._step = step
+        self._kind = kind
+        self._working = working
+        self._connection: libvirt.virConnect | None = None
+        self._connecting = threading.Lock()
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def capabilities(self) -> Capabilities:
+        return self._kind.capabilities()
+
+    def find(self, name: str) -> Machine | None:
+        with self._translated(f"look up {name}"):
+            domain = self._look_up(name)
+            return as_machine(domain) if domain else None
+
+    def list(self) -> Sequence[Machine]:
+        with self._translated("list the machines"):
+            domains = self._reading(lambda c: c.listAllDomains(0))
+            machines = [as_machine(domain) for domain in domains]
+        ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
+        return sorted(ours, key=lambda m: m.name)
+
+    def console(self, name: str) -> Console:
+        with self._translated(f"look up {name}"):
+            domain = self._ours(name)
+            seen = read_domain(domain.XMLDesc(0))
+        # --force: a viewer that lost its terminal would lock the next one out
+        argv = ("virsh", "-c", self._where(), "console", "--force", name)
+        return Console(argv=argv, log=self._kind.console_log(name, seen))
+
+    def pulse(self, name: str) -> Pulse | None:
+        with self._translated(f"look at {name}"):
+            domain = self._ours(name)
+            return pulse_of(domain, self._kind.console_log(name, read_domain(domain.XMLDesc(0))))
+
+    def notes(self) -> Mapping[str, str]:
+        """As ``hypervisors.api.WatchedMachines``; of machines of others, too."""
+        with self._translated("look at the machines"):
+            return self._reading(self._kind.notes)
+
+    # -- making and unmaking ----------------------------------------------------------------------
+
+    def define(self, spec: MachineSpec, template: Template) -> Machine:
+        doing = f"define {spec.name}"
+        with self._translated(doing):
+            if existing := self._look_up(spec.name):
+                owner = read_domain(existing.XMLDesc(0)).owner
+                if owner is None or owner.farm != self._farm:
+                    raise NotOurs(
+                        f"{spec.name} exists and is not of farm {self._farm}",
+                        remedy="give the farm or the VM another name",
+                    )
+                raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
+            disk = self._disk_for(spec, template)
+            try:
+                self._step(doing)
+                self._define(spec, disk, template.label)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error is the one that matters
+                    if self._look_up(spec.name) is None:
+                        self._disks.destroy(spec.name)
+                raise
+            machine = self.find(spec.name)
+        assert machine
+        return machine
+
+    def redefine(self, spec: MachineSpec) -> Machine:
+        doing = f"redefine {spec.name}"
+        with self._translated(doing):
+            domain = self._ours(spec.name)
+            if domain.isActive():
+                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+            seen, disk = read_domain(domain.XMLDesc(0)), self._disks.find(spec.name)
+            if disk is None:
+                raise NotFound(f"{spec.name} has no disk", remedy="./invoke clone-farm makes it")
+            self._step(doing)
+            self._define(spec, disk, seen.template, uuid=seen.uuid)
+            machine = self.find(spec.name)
+        assert machine
+        return machine
+
+    def destroy(self, name: str) -> None:
+        with self._translated(f"destroy {name}"):
+            if domain := self._look_up(name):
+                seen = self._check(domain, name)
+                self._cut_power(domain, name, seen)
+                self._step(f"remove the definition of {name}")
+                self._undefine(domain)
+        if disk := self._disks.find(name):
+            self._check_disk(disk)
+            self._disks.destroy(name)
+
+    # -- power ------------------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        import libvirt
+
+        doing = f"start {name}"
+        with self._translated(doing):
+            domain = self._ours(name)
+            if domain.isActive():
+                raise WrongState(
+                    f"{name} is running already", remedy="stop it first, or use it as it is"
+                )
+            seen = read_domain(domain.XMLDesc(0))
+            ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
+            disk = ready(name)
+            if disk is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            self._step(doing)
+            if seen.disk != disk.path:  # the store put another in its place: it knows which
+                domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
+            if seen.console_log:
+                _turn_over(seen.console_log)
+            try:
+                self._create(domain, seen)
+            except libvirt.libvirtError as error:
+                if not _runs_by_now(domain, disk, error):
+                    raise
+            self._note_start(domain)
+
+    def stop(self, name: str, *, grace: float) -> None:
+        with self._translated(f"stop {name}"):
+            domain = self._ours(name)
+            seen = read_domain(domain.XMLDesc(0))
+            if grace > 0 and domain.isActive():
+                self._step(f"ask {name} to shut down")
+                if self._shut_down(domain, name, grace):
+                    _sync(seen.disk)  # its writes were not synced one by one, see domain_xml
+                    return
+            self._cut_power(domain, name, seen)
+
+    def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
+        with self._translated(f"checkpoint {name}"):
+            domain = self._ours(name)
+            if warm:
+                raise no_warm(name)
+            if domain.isActive():
+                raise WrongState(f"{name} is running: its checkpoints are cold", remedy="stop it first")
+            if domain.hasManagedSaveImage(0):  # by an admin: its disk is as of a running machine
+                raise WrongState(f"{name} is saved, not stopped", remedy="start it, then stop it")
+        return self._disks.checkpoint(name, checkpoint)
+
+    def reset(self, name: str, checkpoint: str) -> None:
+        with self._translated(f"reset {name}"):
+            domain = self._ours(name)
+            disk = self._disks.find(name)
+            if disk is None:
+                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            self._check_disk(disk)
+            known = [c.name for c in disk.checkpoints]
+            if checkpoint not in known:  # before its power is cut
+                raise NotFound(
+                    f"{name} has no checkpoint {checkpoint}", remedy=f"it has: {', '.join(known)}"
+                )
+            self._cut_power(domain, name, read_domain(domain.XMLDesc(0)))
+            if domain.hasManagedSaveImage(0):  # memory that goes with the disk as it is now
+                self._step(f"forget the saved memory of {name}")
+                domain.managedSaveRemove(0)
+        self._disks.restore(name, checkpoint)
+
+    def balloon(self, name: str, target: int, *, timeout: float) -> int:
+        with self._translated(f"balloon {name}"):
+            return self._kind.set_memory(self._ours(name), name, target, timeout, self._step)
+
+    def memory(self, name: str) -> MemoryUse:
+        with self._translated(f"ask for the memory of {name}"):
+            return self._kind.memory(self._ours(name), name)
+
+    # -- leftovers --------------------------------------------------------------------------------
+
+    def leftovers(self) -> Sequence[Leftover]:
+        """Meant for a caller that holds the farm's locks: a definition that another process is
+        making right now has a disk and no machine yet."""
+        machines = {m.name: m for m in self.list()}
+        disks = {d.machine: d for d in self._disks.list()}
+        found = list(self._disks.leftovers())
+        now = datetime.now(UTC)
+        used = self._opened()
+        for name in sorted(machines.keys() - disks.keys()):
+            machine = machines[name]
+            found.append(
+                Leftover(
+                    kind="domain", ref=name, owner=machine.owner, created=machine.started or now,
+                    bytes=0, why="its disk is gone",
+                )
+            )  # fmt: skip
+        for name in sorted(disks.keys() - machines.keys()):
+            disk = disks[name]
+            if disk.path.resolve() in used:  # by a machine that somebody renamed, or made by hand
+                continue
+            found.append(
+                Leftover(
+                    kind="disk", ref=name, owner=disk.owner, created=disk.checkpoints[0].created,
+                    bytes=disk.used, why="no machine has it",
+                )
+            )  # fmt: skip
+        return found
+
+    def discard(self, leftover: Leftover) -> None:
+        if leftover.kind not in {"domain", "disk"} or "/" in leftover.ref:
+            self._disks.discard(leftover)
+        else:  # looked up again first
+            machine, disk = self.find(leftover.ref), self._disks.find(leftover.ref)
+            if (machine is None) == (disk is None):
+                return
+            owner = machine.owner if machine else disk.owner if disk else None
+            if owner is None or owner.farm != self._farm:
+                return
+            if disk is None or disk.path.resolve() not in self._opened():
+                self.destroy(leftover.ref)
+
+    def _opened(self) -> set[Path]:
+        """What any machine has for a disk, links followed."""
+        with self._translated("list the machines"):
+            return {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
+
+    def close(self) -> None:
+        self._drop()
+
+    # -- libvirt ----------------------------------------------------------------------------------
+
+    def _where(self) -> str:
+        return self._uri if isinstance(self._uri, str) else self._uri()
+
+    def _connect(self) -> libvirt.virConnect:
+        with self._connecting:
+            if self._connection is None:
+                import libvirt
+
+                libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
+                end = time.monotonic() + _CONNECT_PATIENCE
+                while self._connection is None:
+                    where = self._where()
+                    try:
+                        self._connection = libvirt.open(where)
+                    except libvirt.libvirtError as error:
+                        # A daemon that is just dying still takes connections, drops them, then refuses
+                        # them. ``_where`` starts ours once it is gone; another's we wait for no longer.
+                        dying = connection_lost(error) or (callable(self._uri) and unreachable(error))
+                        if not dying or time.monotonic() > end:
+                            raise translate(error, f"connect to {where}") from error
+                        time.sleep(0.05)
+            return self._connection
+
+    def _drop(self, lost: libvirt.virConnect | None = None) -> None:
+        """Leave the connection, unless another thread has made a new one since this was ``lost``. Not by
+        its ``close()``, which frees it under the calls of others: it ends with the last of its users."""
+        with self._connecting:
+            if lost is None or self._connection is lost:
+                self._connection = None
+
+    def _reading(self, read: Callable[[libvirt.virConnect], _T]) -> _T:
+        """For look-ups only: on a dead connection once more, on a new one."""
+        import libvirt
+
+        connection = self._connect()
+        try:
+            return read(connection)
+        except libvirt.libvirtError as error:
+            if not connection_lost(error):
+                raise
+        self._drop(connection)
+        return read(self._connect())
+
+    def _look_up(self, name: str) -> libvirt.virDomain | None:
+        import libvirt
+
+        try:
+            return self._reading(lambda c: c.lookupByName(name))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return None
+            raise
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        import libvirt
+
+        try:
+            yield
+        except libvirt.libvirtError as error:
+            if connection_lost(error):
+                self._drop()
+            raise translate(error, doing) from error
+
+    def _ours(self, name: str) -> libvirt.virDomain:
+        domain = self._look_up(name)
+        if domain is None:
+            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+        self._check(domain, name)
+        return domain
+
+    def _check(self, domain: libvirt.virDomain, name: str) -> Seen:
+        seen = read_domain(domain.XMLDesc(0))
+        if seen.owner is None or seen.owner.farm != self._farm:
+            whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
+            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+        return seen
+
+    def _check_disk(self, disk: Disk) -> None:
+        if disk.owner.farm != self._farm:
+            raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
+
+    def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
+        """A new disk, or the untouched one that a killed ``define`` left."""
+        disk = self._disks.find(spec.name)
+        if disk is not None:
+            self._check_disk(disk)
+            if not self._disks.pristine(spec.name, disk.base):
+                raise Conflict(
+                    f"{spec.name} has a disk with data, and no machine",
+                    remedy="./invoke gc removes it, then try again",
+                )
+            if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
+                return disk
+            self._disks.destroy(spec.name)
+        return self._disks.clone(template, spec.name, spec.owner, spec.disk_size)
+
+    def _define(self, spec: MachineSpec, disk: Disk, template: str, *, uuid: str = "") -> None:
+        if spec.console_log:
+            make_directory(spec.console_log.parent, mode=0o711)
+        connection = self._connect()
+        system = urlsplit(connection.getURI()).path == "/system"
+        connection.defineXML(self._kind.xml(spec, disk, template, system=system, uuid=uuid))
+
+    def _undefine(self, domain: libvirt.virDomain) -> None:
+        domain.undefineFlags(self._kind.undefine)
+
+    def _create(self, domain: libvirt.virDomain, seen: Seen) -> None:
+        import libvirt
+
+        try:
+            domain.create()
+        except libvirt.libvirtError as error:
+            if known := self._kind.why_no_start(domain, seen):
+                raise known from error
+            raise
+
+    def _note_start(self, domain: libvirt.virDomain) -> None:
+        """On the running machine only, so it goes when the machine stops."""
+        import libvirt
+
+        with contextlib.suppress(libvirt.libvirtError):  # a guest that ended at once
+            domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+                start_mark(datetime.now(UTC)),
+                START_KEY,
+                START_URI,
+                libvirt.VIR_DOMAIN_AFFECT_LIVE,
+            )
+
+    def _shut_down(self, domain: libvirt.virDomain, name: str, grace: float) -> bool:
+        import libvirt
+
+        progress, again = Progress(lambda: self.pulse(name), grace), 0.0
+        while progress.left() > 0:
+            if not domain.isActive():
+                return True
+            if (now := time.monotonic()) >= again:
+                again = now + _PRESS_AGAIN
+                with contextlib.suppress(libvirt.libvirtError):  # it went down meanwhile
+                    domain.shutdownFlags(self._kind.shutdown)
+                self._working(f"waiting for {name} to shut down; {progress}")
+            progress.look()
+            time.sleep(0.05)
+        return not domain.isActive()
+
+    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
+        """Also of one that is not running yet: what a killed command asked for, libvirtd goes on with,
+        and while libxl makes a domain it isn't active. To destroy it waits for that."""
+        import libvirt
+
+        if domain.isActive():
+            self._step(f"cut the power of {name}")
+            if self._kind.cut_power(name, seen.uuid):
+                limit = time.monotonic() + _KILL_PATIENCE
+                while time.monotonic() < limit:
+                    if not domain.isActive():
+                        return
+                    time.sleep(_POLL)
+        try:
+            domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it just ended
+                raise
+
+
+def _runs_by_now(domain: libvirt.virDomain, disk: Disk, error: libvirt.libvirtError) -> bool:
+    """Whether libvirtd was starting it already, from this disk, for a command that was killed."""
+    import libvirt
+
+    if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or not domain.isActive():
+        return False
+    return read_domain(domain.XMLDesc(0)).disk == disk.path
+
+
+def _turn_over(log: Path) -> None:
+    """The last start's console is kept as NAME.log.1; the new file is ours, to be read without root."""
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size:
+            log.replace(log.with_name(log.name + ".1"))
+    make_directory(log.parent, mode=0o711)
+    make_file(log)
+
+
+def _sync(disk: Path | None) -> None:
+    if disk is None:
+        return
+    with contextlib.suppress(OSError):  # another host's
+        sync(disk)

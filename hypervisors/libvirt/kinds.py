@@ -1,0 +1,107 @@
+"""What differs between the hypervisors that libvirt drives: KVM (or QEMU's emulation), and Xen's libxl
+(``hypervisors.libvirt.libxl``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
+from hypervisors.libvirt import balloon
+from hypervisors.libvirt.domain_xml import Seen, domain_xml
+from hypervisors.libvirt.kvm import KvmVerdict
+from hypervisors.libvirt.qemu_process import kill_qemu
+from inventory.errors import FarmhandError
+
+if TYPE_CHECKING:
+    import libvirt
+
+# libvirt/libvirt-domain.h, a module imported late
+_SHUTDOWN_ACPI, SHUTDOWN_PARAVIRT = 1, 16
+UNDEFINE_MANAGED_SAVE = 1
+_UNDEFINE_SNAPSHOTS, _UNDEFINE_NVRAM, _UNDEFINE_CHECKPOINTS = 2, 4, 16
+
+
+class Kind(Protocol):
+    """``shutdown`` and ``undefine``: flags for virDomainShutdownFlags and virDomainUndefineFlags."""
+
+    @property
+    def shutdown(self) -> int: ...
+
+    @property
+    def undefine(self) -> int: ...
+
+    def capabilities(self) -> Capabilities: ...
+
+    def xml(self, spec: MachineSpec, disk: Disk, template: str, *, system: bool, uuid: str) -> str:
+        """The whole definition. Unsupported for what such a machine can't have."""
+
+    def cut_power(self, name: str, uuid: str) -> bool:
+        """Where there is a quicker way than libvirt's own: True if that was taken."""
+
+    def console_log(self, name: str, seen: Seen) -> Path | None: ...
+
+    def set_memory(
+        self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
+    ) -> int:
+        """As ``Hypervisor.balloon``."""
+
+    def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
+        """As ``Hypervisor.memory``."""
+
+    def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
+        """As ``hypervisors.api.WatchedMachines``."""
+
+    def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
+        """What it was that libvirt's own words don't tell, after a start has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Qemu:
+    """KVM, or QEMU's emulation where that doesn't work."""
+
+    kvm: KvmVerdict
+    shutdown: int = _SHUTDOWN_ACPI
+    undefine: int = UNDEFINE_MANAGED_SAVE | _UNDEFINE_SNAPSHOTS | _UNDEFINE_NVRAM | _UNDEFINE_CHECKPOINTS
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            driver="kvm" if self.kvm.usable else "qemu",
+            accelerated=self.kvm.usable,
+            power=True,
+            reset=True,
+            linked_clones=True,
+            live_balloon=True,
+            warm_checkpoints=False,
+            console=True,
+            notes=(self.kvm.why,),
+        )
+
+    def xml(self, spec: MachineSpec, disk: Disk, template: str, *, system: bool, uuid: str) -> str:
+        return domain_xml(
+            spec, disk.path, disk.format, template, kvm=self.kvm.usable, system=system, uuid=uuid
+        )
+
+    def cut_power(self, name: str, uuid: str) -> bool:
+        """libvirt's own destroy looks every 0.2 s whether QEMU is gone; a QEMU that is killed directly
+        is noted in a few milliseconds."""
+        return kill_qemu(name, uuid)
+
+    def console_log(self, name: str, seen: Seen) -> Path | None:  # noqa: ARG002
+        return seen.console_log
+
+    def set_memory(
+        self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
+    ) -> int:
+        return balloon.set_memory(domain, name, target, timeout, step)
+
+    def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
+        return balloon.memory(domain, name)
+
+    def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
+        return balloon.notes(connection)
+
+    def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> None:  # noqa: ARG002
+        return

@@ -1,0 +1,407 @@
+"""farmhand's own libvirtd: no systemd, no libvirt group, nothing of the host's libvirt touched.
+
+libvirtd's directories are compiled in, so as root it runs in a mount namespace of its own where
+private directories lie over them (_enclose.py). As an ordinary user libvirtd takes its
+places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
+them through its state files and takes them over.
+
+    directory/        definitions (etc), guests' monitor sockets (lib), logs (log): lost with it
+    runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
+    cache/            what libvirt found out about QEMU (2-50 s to find out again)
+
+No path of ours is in its configuration, where a blank ends a log's name and a colon begins one: as root
+they are named as seen inside; the session's daemon starts in the log's directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from host.files import file_error, make_directory, open_new
+from host.hints import NAMESPACES, ROOM, hint
+from host.processes import command_line, end, parent_of
+from host.run import Runner, which
+from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
+
+_ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
+_QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
+_QEMU_UID = 64055  # Debian's own number for it (base-passwd)
+_SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
+_START_LIMIT = 120.0  # seconds; 0.1 is usual, much more where many guests are taken over
+_END_LIMIT = 15.0
+
+
+class PrivateLibvirt:
+    """One farm's daemon. Any number of processes may hold one of these for the same farm."""
+
+    def __init__(self, directory: Path, runtime: Path, cache: Path, hide_kvm: bool) -> None:
+        """``hide_kvm``: KVM doesn't work here. libvirtd as root would find that QEMU's user can't
+        open /dev/kvm, though it was there when probed, and probe QEMU again at every step (4 s)."""
+        self._directory = directory.absolute()
+        self._runtime = runtime.absolute()
+        self._cache = cache.absolute()
+        self._hide_kvm = hide_kvm
+        self._root = os.geteuid() == 0
+
+    # -- what others ask --------------------------------------------------------------------------
+
+    def qemu_uid(self) -> int | None:
+        """The uid QEMU runs as; None: our own."""
+        return qemu_user() if self._root else None
+
+    def running(self) -> bool:
+        """Whether a daemon listens; a socket left by a dead one doesn't count."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(self._socket))
+            except OSError:
+                return False
+        return True
+
+    def uri(self) -> str:
+        """The connection URI; starts the daemon if it isn't running (0.1-0.3 s, else 0.1 ms).
+
+        DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
+        check_runtime(self._runtime)
+        if not self.running() or self._lacks_kvm():
+            with self._lock():
+                if self.running() and self._lacks_kvm():
+                    self._end_daemon()
+                if not self.running():
+                    self._start()
+        mode = "system" if self._root else "session"
+        return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
+
+    def machines_running(self) -> tuple[str, ...]:
+        """Names of the guests that live, whether or not the daemon does."""
+        return tuple(sorted(name for name, _ in self._guests()))
+
+    def stop(self, *, force: bool = False) -> None:
+        """End the daemon; its runtime files go, and its directory too when it holds no definition.
+
+        WrongState while machines run; ``force`` cuts their power instead."""
+        if not self._runtime.exists() and not self._directory.exists():
+            return
+        with self._lock():
+            if (names := self.machines_running()) and not force:
+                raise WrongState(
+                    f"the private libvirtd still runs {', '.join(names)}",
+                    remedy="stop them first: ./invoke stop --all",
+                )
+            reapers = {
+                parent_of(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
+            }
+            self._end_daemon()
+            for _, pid in self._guests():
+                _end(pid, signal.SIGKILL)
+            for pid in reapers:
+                if _ENCLOSE in _command_line(pid):
+                    _end(pid, None)  # by itself, now that it has no child
+            for path in (self._run, self._runtime / "c", self._runtime / "k"):
+                _remove(path)
+            if not any(self._definitions.glob("*.xml")):
+                _remove(self._directory)
+            (self._runtime / "lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's files keep it: fine
+            self._runtime.rmdir()
+
+    # -- places -----------------------------------------------------------------------------------
+
+    @property
+    def _run(self) -> Path:
+        return self._runtime / "run"
+
+    @property
+    def _socket(self) -> Path:
+        return _socket(self._runtime, root=self._root)
+
+    @property
+    def _blind(self) -> Path:
+        """It is there while the daemon was started with ``hide_kvm``."""
+        return self._run / "no-kvm"
+
+    def _lacks_kvm(self) -> bool:
+        """KVM works by now, and the daemon that runs doesn't see it."""
+        return not self._hide_kvm and self._blind.exists()
+
+    @property
+    def _pidfile(self) -> Path:
+        return self._run / "libvirtd.pid"
+
+    @property
+    def _notes(self) -> Path:
+        """Where libvirt keeps NAME.pid and NAME.xml of running guests."""
+        return self._run / "qemu" if self._root else self._run / "libvirt" / "qemu" / "run"
+
+    @property
+    def _definitions(self) -> Path:
+        base = self._directory / "etc"
+        return base / "qemu" if self._root else base / "libvirt" / "qemu"
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "log" / "libvirtd.log"
+
+    # -- start ------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        daemon = which("libvirtd")
+        if daemon is None:
+            raise Unsupported(
+                "libvirtd is not installed",
+                remedy="apt-get install libvirt-daemon libvirt-daemon-driver-qemu",
+            )
+        for path in (self._socket, self._pidfile):
+            path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
+        order = self._order(daemon)
+        before = self._log.stat().st_size if self._log.exists() else 0
+        self._blind.unlink(missing_ok=True)
+        if self._hide_kvm:
+            self._blind.touch(mode=0o600)
+        # libvirtd -d leaves our session and returns once it listens, so no time limit of the
+        # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
+        try:
+            Runner().change(
+                sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
+            )
+        except CommandFailed as error:
+            logged = _tail(self._log, before)
+            said = [*error.stderr.strip().splitlines(), *logged]
+            known = hint("\n".join(said), (ROOM, *NAMESPACES), directory=self._directory)
+            raise DriverFailed(
+                f"the private libvirtd did not start: {known.line or (said or [error.message])[-1]}",
+                remedy=known.remedy or (f"see {self._log}" if logged else ""),
+                detail="\n".join([error.detail, *logged]),
+            ) from error
+        if not self.running():
+            raise DriverFailed(
+                "the private libvirtd ended right after its start",
+                remedy=f"see {self._log}",
+                detail="\n".join(_tail(self._log, before)),
+            )
+
+    def _order(self, daemon: str) -> dict[str, object]:
+        """What ``_enclose`` is to do; all that it needs is made. NoSpace, WrongState."""
+        try:
+            return self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+        except OSError as error:
+            raise file_error(error, Path(error.filename or self._directory), "write") from error
+
+    def _order_as_root(self, daemon: str) -> dict[str, object]:
+        uid = qemu_user()
+        ours, run = self._directory, self._run
+        # QEMU's user passes through these on its way to its monitor socket and console log
+        places = {
+            ours / "etc": "/etc/libvirt",
+            ours / "lib": "/var/lib/libvirt",
+            ours / "log": "/var/log/libvirt",
+            self._cache: "/var/cache/libvirt",
+            run: "/run/libvirt",
+        }
+        for path, host in places.items():
+            make_directory(path, mode=0o711)
+            path.chmod(0o711)  # of one that was killed before it could
+            make_directory(Path(host), mode=0o755)  # empty: a place to lay ours over
+        qemu_conf = [
+            f'user = "+{uid}"',
+            f'group = "+{uid}"',
+            'stdio_handler = "file"',  # no virtlogd
+            "dynamic_ownership = 0",  # the disk store gives QEMU its files; templates stay as they are
+            "remember_owner = 0",
+            'security_driver = "none"',
+            "namespaces = []",
+            "cgroup_controllers = []",
+        ]
+        _write(ours / "etc/qemu.conf", qemu_conf)
+        conf = self._write_conf(
+            'auth_unix_ro = "none"', f'unix_sock_dir = "{places[run]}"', log=places[ours / "log"]
+        )
+        binds = [(str(path), host) for path, host in places.items()]
+        binds += self._user_database(uid)
+        kvm = "hide" if self._hide_kvm else f"uid:{uid}"
+        return self._order_of(daemon, conf, {}, kvm, binds)
+
+    def _user_database(self, uid: int) -> list[tuple[str, str]]:
+        """Copies of passwd and group in which QEMU's user exists; none needed where it does."""
+        try:
+            pwd.getpwnam(_QEMU_USER)
+        except KeyError:
+            pass
+        else:
+            return []
+        lines = {
+            "passwd": f"{_QEMU_USER}:x:{uid}:{uid}:farmhand:/nonexistent:/usr/sbin/nologin",
+            "group": f"{_QEMU_USER}:x:{uid}:",
+        }
+        for name, line in lines.items():
+            text = Path("/etc", name).read_text(encoding="utf-8", errors="surrogateescape")
+            copy = self._directory / "etc" / name
+            _write(copy, [text.rstrip("\n"), line], mode=0o644)
+        return [(str(self._directory / "etc" / name), f"/etc/{name}") for name in lines]
+
+    def _order_as_user(self, daemon: str) -> dict[str, object]:
+        ours, short = self._directory, self._runtime / "c"
+        for path in (ours / "etc/libvirt/qemu", ours / "log", self._run / "libvirt", self._cache):
+            make_directory(path, mode=0o700)
+        # The guests' monitor sockets are below XDG_CONFIG_HOME: reach it by a short name.
+        if not short.is_symlink() or short.readlink() != ours / "etc":
+            short.unlink(missing_ok=True)
+            short.symlink_to(ours / "etc")
+        _write(ours / "etc/libvirt/qemu.conf", ['stdio_handler = "file"'])
+        env = {
+            "XDG_CONFIG_HOME": str(short),
+            "XDG_CACHE_HOME": str(self._cache),
+            "XDG_RUNTIME_DIR": str(self._run),
+            "XDG_DATA_HOME": str(ours / "data"),
+        }
+        conf = self._write_conf()
+        return self._order_of(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
+
+    def _write_conf(self, *lines: str, log: str = "") -> Path:
+        """``log``: the directory of its log, as it is seen there; "": where it starts."""
+        conf = self._directory / "etc/libvirtd.conf"
+        outputs = f"3:file:{Path(log, self._log.name)}"
+        # libvirtd's own default is 0777, trusting polkit: here only the owner may talk to it.
+        perms = ('unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"')
+        _write(conf, [*lines, 'auth_unix_rw = "none"', *perms, f'log_outputs = "{outputs}"'])
+        return conf
+
+    def _order_of(
+        self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
+    ) -> dict[str, object]:
+        over = self._runtime / "k"
+        make_directory(over, mode=0o711)
+        argv = [daemon, "-d", "-f", str(conf), "-p", str(self._pidfile)]
+        start = str(self._log.parent)
+        return {
+            "argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds, "start": start,
+        }  # fmt: skip
+
+    # -- the processes ----------------------------------------------------------------------------
+
+    def _guests(self) -> Iterator[tuple[str, int]]:
+        """Live QEMUs of this daemon: (machine name, pid). A pid that another program has now, or a
+        note from before a reboot, is not one."""
+        for note in sorted(self._notes.glob("*.pid")):
+            pid = _pid(note)
+            if pid and f"guest={note.stem}," in _command_line(pid):
+                yield note.stem, pid
+
+    def _end_daemon(self) -> None:
+        pid = _pid(self._pidfile)
+        if pid and str(self._pidfile) in _command_line(pid) and not _end(pid, signal.SIGTERM):
+            _end(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Of the kernel's, so a killed holder frees it. ``stop`` removes the file: look again
+        whether the one we hold is still the one there."""
+        path = self._runtime / "lock"
+        while True:
+            make_directory(self._runtime, mode=0o711 if self._root else 0o700)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                try:
+                    same = os.path.sameopenfile(handle, (again := os.open(path, os.O_RDONLY)))
+                    os.close(again)
+                except FileNotFoundError:
+                    same = False
+                if same:
+                    yield
+                    return
+            finally:
+                os.close(handle)
+
+
+def check_runtime(directory: Path) -> None:
+    """That a daemon's sockets can lie there. DriverFailed where they can't."""
+    root = os.geteuid() == 0
+    sockets = [_socket(directory, root=root)]
+    if not root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
+        domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
+        sockets.append(directory / "c/libvirt/qemu/lib" / domain / "monitor.sock")
+        # and it probes QEMU with -qmp unix:PATH,server=on, and PATH as it is (qemuProcessQMPLaunch)
+        if not {",", "="}.isdisjoint(str(directory)):
+            raise DriverFailed(
+                f"{directory}: libvirt can't name a socket there to QEMU, for its ',' or '='",
+                remedy="set FARMHAND_RUNTIME_DIR to a path without",
+            )
+    length = max(len(os.fsencode(path)) for path in sockets)
+    if length > _SOCKET_PATH_MAX:
+        raise DriverFailed(
+            f"{directory}: {length - _SOCKET_PATH_MAX} bytes too long for the sockets in it",
+            remedy="set FARMHAND_RUNTIME_DIR to a shorter path, or give the farm a shorter name",
+        )
+
+
+def _socket(runtime: Path, *, root: bool) -> Path:
+    return runtime / "run" / ("libvirt-sock" if root else "libvirt/libvirt-sock")
+
+
+def qemu_user() -> int:
+    """The uid of libvirt's QEMU user on this host, or the one Debian would give it."""
+    try:
+        return pwd.getpwnam(_QEMU_USER).pw_uid
+    except KeyError:
+        return _QEMU_UID
+
+
+def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
+    with open_new(path, mode=mode) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+
+
+def _pid(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return " ".join(command_line(pid))
+    except OSError:
+        return ""
+
+
+def _end(pid: int, how: signal.Signals | None) -> bool:
+    """Signal the process (None: don't) and wait until it is gone; False if it is still there."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return end(handle, how, timeout=_END_LIMIT)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _tail(path: Path, start: int) -> list[str]:
+    """The last lines of what was written after the first ``start`` bytes."""
+    try:
+        return path.read_bytes()[start:].decode(errors="replace").splitlines()[-5:]
+    except OSError:
+        return []

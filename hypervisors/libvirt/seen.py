@@ -1,0 +1,101 @@
+"""What libvirt tells of a domain, as what is told everywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.progress import Pulse
+from hypervisors.api import Machine, Power
+from hypervisors.libvirt.domain_xml import read_domain
+from hypervisors.libvirt.errors import going_down
+
+if TYPE_CHECKING:
+    import libvirt
+
+_TAIL = 4096  # bytes of a console, for its last line
+INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
+
+
+def as_machine(domain: libvirt.virDomain) -> Machine | None:
+    """None where it ceased to be between the list and the look."""
+    import libvirt
+
+    try:
+        seen = read_domain(domain.XMLDesc(0))
+        state, current = _state(domain)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+    power = {
+        libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
+        libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
+        libvirt.VIR_DOMAIN_SHUTDOWN: Power.RUNNING,  # on its way down: its disk is still in use
+        libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
+        libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
+        libvirt.VIR_DOMAIN_CRASHED: Power.STOPPED,
+        libvirt.VIR_DOMAIN_SHUTOFF: Power.STOPPED,
+    }.get(state, Power.UNKNOWN)
+    return Machine(
+        name=domain.name(),
+        owner=seen.owner,
+        power=power,
+        memory=seen.memory,
+        current=current * 1024,
+        vcpus=seen.vcpus,
+        mac=seen.mac,
+        disk=seen.disk,
+        spec_hash=seen.spec_hash,
+        template=seen.template,
+        started=seen.started if power is not Power.STOPPED else None,
+        accelerated={"kvm": True, "qemu": False}.get(seen.kind),
+    )
+
+
+def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:
+    """``log``: of its console since it was started. None where it doesn't run, or ended meanwhile."""
+    import libvirt
+
+    if not domain.isActive():
+        return None
+    console, said = None, ""
+    if log is not None:
+        with contextlib.suppress(OSError), log.open("rb") as file:  # another user's
+            console = os.fstat(file.fileno()).st_size
+            file.seek(max(0, console - _TAIL))
+            said = file.read(_TAIL).decode(errors="replace")
+    read = written = None
+    with contextlib.suppress(libvirt.libvirtError):  # libxl counts only what dom0's kernel serves
+        _, read, _, written, _ = domain.blockStats("")  # "": all its disks together
+    return Pulse(console=console, said=said, read=read, written=written)
+
+
+def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
+    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
+    import libvirt
+
+    try:
+        return tuple(path.resolve() for path in read_domain(domain.XMLDesc(INACTIVE)).disks)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return ()
+        raise
+
+
+def _state(domain: libvirt.virDomain) -> tuple[int, int]:
+    """virDomainState, and KiB that it has now. Under Xen a domain is called shut off some time before it
+    has let go of its devices, and while it is destroyed nothing can be said of it (``going_down``)."""
+    import libvirt
+
+    try:
+        state, _, current, _, _ = domain.info()
+    except libvirt.libvirtError as error:
+        if not going_down(error):
+            raise
+        return libvirt.VIR_DOMAIN_SHUTDOWN, 0
+    if state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
+        return libvirt.VIR_DOMAIN_SHUTDOWN, current
+    return state, current

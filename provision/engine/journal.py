@@ -1,0 +1,353 @@
+"""What was begun, how far it came, how it ended: SQLite, durable, for recovery and for history.
+
+An operation is written before it begins, each of its steps before it is done. An operation that
+never got its end was killed; ``recover`` finishes or undoes it. The hypervisor and the disk store
+are the truth: a lost journal loses history, not VMs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from host.files import make_directory, make_file
+from host.processes import Process
+from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS operations (
+    id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vm TEXT NOT NULL, facts TEXT NOT NULL,
+    pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
+    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS steps (
+    operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
+    at TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY (operation, n)
+);
+CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
+"""
+_COLUMNS = "id, verb, vm, facts, pid, pid_start, boot, started, ended, outcome, error, settled"
+_T = TypeVar("_T")
+_current: ContextVar[Operation | None] = ContextVar("farmhand_operation", default=None)
+
+
+def current_step(text: str) -> None:
+    """The drivers' StepFn: a step of the operation under way in this context, if there is one."""
+    operation = _current.get()
+    if operation is not None:
+        operation.step(text)
+
+
+def current_operation() -> Operation | None:
+    return _current.get()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An operation as it was written down. Times are UTC. ``outcome``: "done", "failed",
+    "interrupted", "recovered", or "" for one that never ended."""
+
+    id: int
+    verb: str
+    vm: str
+    facts: Mapping[str, object]
+    process: Process
+    started: datetime
+    ended: datetime | None
+    outcome: str
+    error: str
+    settled: bool
+    steps: tuple[tuple[datetime, str], ...] = ()
+
+    @property
+    def vms(self) -> tuple[str, ...]:
+        """Those it is about, in the farm file's order; none: the whole farm, or no VM."""
+        several = self.facts.get("vms")
+        if isinstance(several, list):
+            return tuple(map(str, several))
+        return (self.vm,) if self.vm else ()
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "id": self.id,
+            "verb": self.verb,
+            "vm": self.vm,
+            "facts": dict(self.facts),
+            "pid": self.process.pid,
+            "started": self.started.isoformat(),
+            "ended": self.ended.isoformat() if self.ended else None,
+            "outcome": self.outcome,
+            "error": self.error,
+            "steps": [{"at": at.isoformat(), "text": text} for at, text in self.steps],
+        }
+
+
+class Operation:
+    """One under way."""
+
+    def __init__(self, journal: Journal, id: int, facts: dict[str, object], steps: int = 0) -> None:
+        self.id = id
+        self.facts = facts
+        self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
+        self._journal = journal
+        self._steps = steps
+        self._guard = threading.Lock()
+
+    def step(self, text: str) -> None:
+        """Durable when this returns. Raises, so that the change is not made, if it can't be written
+        or the whole run is being interrupted."""
+        if self._journal.interrupted.is_set():
+            raise Interrupted("interrupted")
+        with self._guard:
+            self._steps += 1
+            self._journal.write(
+                "INSERT INTO steps VALUES (?, ?, ?, ?)", (self.id, self._steps, _now(), text)
+            )
+
+    def note(self, **facts: object) -> None:
+        """Add to the operation's facts; durable when this returns."""
+        with self._guard:
+            self.facts.update(facts)
+            self._journal.write(
+                "UPDATE operations SET facts = ? WHERE id = ?", (json.dumps(self.facts), self.id)
+            )
+
+
+class Journal:
+    """One farm's. Opened at first use; threads and processes may use it at once.
+
+    ``writable`` False: reads only, makes no file.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = True) -> None:
+        self.path = path
+        self.interrupted = threading.Event()
+        self._writable = writable
+        self._guard = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._process: Process | None = None
+
+    @contextlib.contextmanager
+    def operation(self, verb: str, *, vm: str = "", **facts: object) -> Iterator[Operation]:
+        """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
+        Interrupted it stays unsettled, as if killed."""
+        process = self._this_process()
+        row = self.write(
+            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now()),
+        )
+        operation = Operation(self, row, dict(facts))
+        token = _current.set(operation)
+        try:
+            yield operation
+        except Interrupted:
+            self._end_quietly(row, "interrupted", "interrupted", settled=False)
+            raise
+        except Exception as error:
+            self._end_quietly(row, "failed", str(error), settled=not operation.must_finish)
+            raise
+        except BaseException:
+            self._end_quietly(row, "interrupted", "interrupted", settled=False)
+            raise
+        else:
+            self.settle(row, "done")
+        finally:
+            _current.reset(token)
+
+    @contextlib.contextmanager
+    def resume(self, record: Record) -> Iterator[Operation]:
+        """Bind ``current_step`` to an unfinished operation while it is being recovered; settled
+        as recovered at the end, left unfinished by any error."""
+        operation = Operation(self, record.id, dict(record.facts), len(record.steps))
+        token = _current.set(operation)
+        try:
+            yield operation
+        finally:
+            _current.reset(token)
+
+    def settle(self, id: int, outcome: str, error: str = "") -> None:
+        self.write(
+            "UPDATE operations SET ended = coalesce(ended, ?), outcome = ?, error = ?, settled = 1"
+            " WHERE id = ?",
+            (_now(), outcome, error, id),
+        )
+
+    def unfinished(self) -> tuple[Record, ...]:
+        """Operations whose process died or was interrupted in their midst, oldest first."""
+        records = self._records("WHERE settled = 0 ORDER BY id", ())
+        return tuple(r for r in records if r.ended is not None or not r.process.alive())
+
+    def under_way(self) -> tuple[Record, ...]:
+        """Operations of living processes, oldest first."""
+        records = self._records("WHERE settled = 0 AND ended IS NULL ORDER BY id", ())
+        return tuple(r for r in records if r.process.alive())
+
+    def find(self, id: int) -> Record | None:
+        return next(iter(self._records("WHERE id = ?", (id,))), None)
+
+    def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
+        """The latest ones, newest first; ``vm`` "": of all."""
+        where = "WHERE vm = ? " if vm else ""
+        arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
+        return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
+
+    def close(self) -> None:
+        with self._guard:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def write(self, sql: str, arguments: tuple[object, ...]) -> int:
+        """One statement, committed durably; the row's id for an INSERT. For this module and its
+        operations."""
+        if not self._writable:
+            raise UsageError(f"would write to {self.path}, which a plan must not")
+
+        def run(connection: sqlite3.Connection) -> int:
+            return connection.execute(sql, arguments).lastrowid or 0
+
+        return self._use(run)
+
+    def _records(
+        self, rest: str, arguments: tuple[object, ...], *, steps: bool = True
+    ) -> tuple[Record, ...]:
+        if not self.path.exists():
+            return ()
+
+        def run(connection: sqlite3.Connection) -> tuple[Record, ...]:
+            query = f"SELECT {_COLUMNS} FROM operations {rest}"  # noqa: S608 - our own words only
+            rows = connection.execute(query, arguments).fetchall()
+            return tuple(_record(row, _steps(connection, row[0]) if steps else ()) for row in rows)
+
+        return self._use(run)
+
+    def _use(self, run: Callable[[sqlite3.Connection], _T]) -> _T:
+        with self._guard:
+            try:
+                if self._connection is None:
+                    self._connection = self._open()
+                return run(self._connection)
+            except sqlite3.Error as error:
+                if not self._writable and self._connection is not None:
+                    # read as unchanging while somebody began to write: look again, the next time too
+                    self.close()
+                raise self._failure(error) from error
+            except (ValueError, KeyError) as error:
+                raise self._damaged(str(error)) from error
+
+    def _open(self) -> sqlite3.Connection:
+        if not self._writable:
+            return self._open_for_reading()
+        make_directory(self.path.parent, mode=0o711)
+        with contextlib.suppress(OSError):  # SQLite says why
+            make_file(self.path)
+        connection = sqlite3.connect(
+            self.path, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        try:
+            deadline = time.monotonic() + 10
+            while True:  # the change to WAL doesn't wait for a process that does the same
+                try:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    break
+                except sqlite3.OperationalError as error:
+                    locked = error.sqlite_errorcode & 0xFF in (
+                        sqlite3.SQLITE_BUSY,
+                        sqlite3.SQLITE_LOCKED,
+                    )
+                    if not locked or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.02)
+            connection.execute("PRAGMA synchronous = FULL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > _VERSION:
+                raise WrongState(
+                    f"{self.path} was written by a newer farmhand (format {version})",
+                    remedy="use that version, or move the file aside: only history is lost",
+                )
+            if version < _VERSION:
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _open_for_reading(self) -> sqlite3.Connection:
+        # Without a -wal file nobody has it open, and "immutable" makes no -shm file beside it.
+        wal = self.path.with_name(self.path.name + "-wal").exists()
+        uri = f"{self.path.absolute().as_uri()}?{'mode=ro' if wal else 'immutable=1'}"
+        return sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+
+    def _this_process(self) -> Process:
+        process = self._process
+        if process is None:
+            process = self._process = Process.this()
+        return process
+
+    def _end_quietly(self, id: int, outcome: str, error: str, *, settled: bool) -> None:
+        """The error that ended the operation is the one to show, also if the journal fails now."""
+        with contextlib.suppress(FarmhandError):
+            self.write(
+                "UPDATE operations SET ended = ?, outcome = ?, error = ?, settled = ? WHERE id = ?",
+                (_now(), outcome, error, int(settled), id),
+            )
+
+    def _failure(self, error: sqlite3.Error) -> FarmhandError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            return NoSpace(
+                f"cannot write the journal {self.path}: {error}; nothing was changed without it",
+                remedy=f"make room on the file system of {self.path.parent}",
+            )
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return Busy(f"the journal {self.path} stays locked: {error}", remedy="try again")
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            return WrongState(
+                f"cannot write the journal {self.path}: {error}",
+                remedy=f"check owner, permissions and mount of {self.path.parent}",
+            )
+        return self._damaged(str(error))
+
+    def _damaged(self, why: str) -> FarmhandError:
+        return WrongState(
+            f"the journal {self.path} is damaged: {why}",
+            remedy=f"move it aside (mv {self.path} {self.path}.damaged): history is lost, VMs are not",
+        )
+
+
+def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str], ...]:
+    rows = connection.execute("SELECT at, text FROM steps WHERE operation = ? ORDER BY n", (id,))
+    return tuple((datetime.fromisoformat(at), text) for at, text in rows)
+
+
+def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
+    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    return Record(
+        id=int(str(number)),
+        verb=str(verb),
+        vm=str(vm),
+        facts=json.loads(str(facts)),
+        process=Process(int(str(pid)), str(start), str(boot)),
+        started=datetime.fromisoformat(str(started)),
+        ended=datetime.fromisoformat(str(ended)) if ended else None,
+        outcome=str(outcome or ""),
+        error=str(error or ""),
+        settled=bool(settled),
+        steps=steps,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,235 @@
+"""Locks that the kernel releases when their holder dies: flock(2) on a file each.
+
+The file holds a note of who took it, for the refusal; the note decides nothing. A file left by a
+dead process blocks nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from host.files import file_error, make_directory
+from host.processes import Process, may_open
+from inventory.errors import Busy
+
+_FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
+_PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock. ``since`` is UTC."""
+
+    lock: str
+    pid: int
+    user: str
+    since: datetime
+    doing: str
+
+    def __str__(self) -> str:
+        since = self.since.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        return f"pid {self.pid} of {self.user}, since {since}, doing: {self.doing}"
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "lock": self.lock,
+            "pid": self.pid,
+            "user": self.user,
+            "since": self.since.isoformat(),
+            "doing": self.doing,
+        }
+
+
+class Locks:
+    """One farm's locks, as one process sees them. Re-entrant: who holds a lock through this object,
+    in whichever thread, may take it again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._guard = threading.Lock()
+        self._held: dict[str, tuple[int, int]] = {}  # file descriptor, times taken
+        self._begun = 0
+        self._since: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *names: str, doing: str) -> Iterator[None]:
+        """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
+        note = _note(doing)
+        may_open(_FILES + _FILES_EACH * len(names))
+        with contextlib.ExitStack() as stack:
+            for name in sorted(set(names)):  # one order for everybody: no two wait for each other
+                self._take(name, note)
+                stack.callback(self._let_go, name)
+            yield
+
+    def mine(self, name: str) -> bool:
+        """Whether this object holds it."""
+        with self._guard:
+            return name in self._held
+
+    def held_since(self, name: str) -> int:
+        """Another number whenever this object took it anew: while it is the same, nobody else had it."""
+        with self._guard:
+            return self._since[name]
+
+    def holder(self, name: str) -> Holder | None:
+        """Who holds it now; None if nobody does. Takes no lock that could be in anybody's way."""
+        try:
+            handle = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            holder, process = _read(name, handle)
+            if holder is None:
+                return None
+            with self._guard:
+                if name in self._held:
+                    return holder
+            if process is not None and not process.alive():
+                return None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return holder
+            return None
+        finally:
+            os.close(handle)
+
+    def held(self) -> tuple[Holder, ...]:
+        """All locks held now, by others and by us."""
+        if not self._directory.is_dir():
+            return ()
+        names = sorted(path.stem for path in self._directory.glob("*.lock"))
+        return tuple(holder for name in names if (holder := self.holder(name)))
+
+    def remove_all(self) -> None:
+        """Remove the files, held by us or not at all, as the farm goes. Whoever comes next makes new
+        ones; whoever waits on an old one notices (see ``_open``)."""
+        for path in self._directory.glob("*.lock"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.lock"
+
+    def _take(self, name: str, note: bytes) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            with self._guard:
+                if name in self._held:
+                    handle, times = self._held[name]
+                    self._held[name] = handle, times + 1
+                    return
+                got = self._open(name)
+                if got is not None:
+                    _write(got, note)
+                    self._held[name] = got, 1
+                    self._begun += 1
+                    self._since[name] = self._begun
+                    return
+            if time.monotonic() >= deadline:
+                raise self._refusal(name)
+            time.sleep(0.01)
+
+    def _open(self, name: str) -> int | None:
+        path = self._path(name)
+        while True:
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                make_directory(self._directory, mode=0o700)
+                continue
+            except OSError as error:
+                raise file_error(error, path, "open the lock") from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same(handle, path):
+                    return handle
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # removed meanwhile, with its farm: take the new one
+
+    def _let_go(self, name: str) -> None:
+        with self._guard:
+            handle, times = self._held[name]
+            if times > 1:
+                self._held[name] = handle, times - 1
+                return
+            del self._held[name]
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, 0)
+            os.close(handle)  # the kernel's lock goes with it
+
+    def _refusal(self, name: str) -> Busy:
+        holder = self.holder(name)
+        what = name.removeprefix("vm-") if name.startswith("vm-") else f"the lock {name!r}"
+        if holder is None:
+            return Busy(f"{what} is busy", remedy="try again")
+        return Busy(
+            f"{what} is held by {holder}",
+            remedy=f"wait until that ends, or end it (kill {holder.pid}) and try again",
+        )
+
+
+def _same(handle: int, path: Path) -> bool:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle)
+    return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
+
+
+def _note(doing: str) -> bytes:
+    process = Process.this()
+    note = {
+        "pid": process.pid,
+        "start": process.start,
+        "boot": process.boot,
+        "user": _user(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "doing": doing,
+    }
+    return json.dumps(note).encode()
+
+
+def _write(handle: int, note: bytes) -> None:
+    with contextlib.suppress(OSError):  # a full disk takes away the note, not the lock
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, note, 0)
+
+
+def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
+    text = os.pread(handle, 65536, 0)
+    if not text:
+        return None, None
+    try:
+        note = json.loads(text)
+        holder = Holder(
+            name, note["pid"], note["user"], datetime.fromisoformat(note["since"]), note["doing"]
+        )
+        return holder, Process(note["pid"], note["start"], note["boot"])
+    except (ValueError, KeyError, TypeError):  # cut off by a full disk
+        return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"

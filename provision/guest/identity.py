@@ -1,0 +1,249 @@
+"""Who a VM is: its host key, its first-boot data, and whose keys may log in.
+
+A VM's host key is made once and kept with its seed image: after a reset it comes up as itself. The
+machine-id follows from the host key, so a VM destroyed and cloned again is a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Collection, Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.files import make_directory, remove, write_atomic
+from host.paths import FarmPaths
+from inventory.errors import NotFound, UsageError
+from inventory.model import Farm
+from provision.allocate import Allocation
+
+if TYPE_CHECKING:
+    from host.run import Runner
+    from provision.guest.seed import SeedData
+
+_KEY_TYPES = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
+_making = threading.Lock()
+
+
+def controller_key(farm: Farm, paths: FarmPaths) -> Path:
+    """The private key that logs in on the farm's VMs: the farm file's, or the farm's own.
+
+    The farm's own may not exist yet: ``make_controller_key``."""
+    if farm.ssh.key is None:
+        return paths.keys / "id_ed25519"
+    return _beside(farm, farm.ssh.key)
+
+
+def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
+    """As ``controller_key``, made now if it is the farm's own and missing. NotFound if the farm file
+    names one that doesn't exist."""
+    key = controller_key(farm, paths)
+    with _making:
+        if key.exists():
+            return key
+        if farm.ssh.key is not None:
+            raise NotFound(
+                f"{farm.path.name or farm.farm}: ssh.key {key} does not exist",
+                remedy=f"make it (ssh-keygen -t ed25519 -f {key}) or leave 'key' out",
+            )
+        _write_pair(key, f"farmhand {farm.farm}")
+    return key
+
+
+def public_key(private: Path) -> str:
+    """Of a private key, from the file beside it or computed. UsageError where neither works."""
+    with contextlib.suppress(FileNotFoundError):
+        return private.with_name(private.name + ".pub").read_text(encoding="utf-8").strip()
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        key = serialization.load_ssh_private_key(private.read_bytes(), None)
+        encoded = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"the public half of {private} can't be had: {error}",
+            remedy=f"write it beside: ssh-keygen -y -f {private} > {private}.pub",
+        ) from error
+    return encoded.decode()
+
+
+def host_key_file(paths: FarmPaths, vm: str) -> Path:
+    return paths.keys / "hostkeys" / vm
+
+
+def host_key(paths: FarmPaths, vm: str) -> str:
+    """The public half, "ssh-ed25519 AAAA..."; "" if the VM has none yet."""
+    try:
+        text = host_key_file(paths, vm).with_name(f"{vm}.pub").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return ""
+    return " ".join(text.split()[:2])
+
+
+def make_host_key(paths: FarmPaths, vm: str, machine: str) -> None:
+    """Once; the public half is written first, so that a private one without it never counts."""
+    file = host_key_file(paths, vm)
+    with _making:
+        if not file.exists() or not host_key(paths, vm):
+            _write_pair(file, machine)
+        _write_known_hosts(paths, vm, machine)
+
+
+def known_hosts(paths: FarmPaths, vm: str) -> Path:
+    """For the OpenSSH client: the VM's key, by machine name (its HostKeyAlias), whatever port it
+    answers on. A file for each: one VM more is one file more."""
+    return paths.keys / "hostkeys" / f"{vm}.known"
+
+
+def _write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
+    target, text = known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n".encode()
+    if not target.exists() or target.read_bytes() != text:
+        write_atomic(target, text)
+
+
+def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
+    """Seed, host key and console logs of a VM that is no more. Whether there was anything."""
+    file, log = host_key_file(paths, vm), console_log(paths, machine)
+    gone = [
+        remove(path)
+        for path in (
+            seed_file(paths, machine),
+            _fingerprint_file(paths, machine),
+            file,
+            file.with_name(f"{vm}.pub"),
+            known_hosts(paths, vm),
+            log,
+            log.with_name(f"{log.name}.1"),  # of the start before
+        )
+    ]
+    return any(gone)
+
+
+def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:
+    """What killed writers of these machines' seeds left; the caller holds the VMs' locks."""
+    for path in paths.seeds.glob(".*"):
+        if path.name.lstrip(".").split(".")[0] in machines:
+            remove(path)
+
+
+def seed_file(paths: FarmPaths, machine: str) -> Path:
+    return paths.seeds / f"{machine}.iso"
+
+
+def console_log(paths: FarmPaths, machine: str) -> Path:
+    return paths.consoles / f"{machine}.log"
+
+
+def authorized(farm: Farm, entries: Sequence[str]) -> tuple[str, ...]:
+    """Public keys, out of keys and files that hold them (relative to the farm file)."""
+    keys: list[str] = []
+    for entry in entries:
+        if entry.startswith(_KEY_TYPES):
+            keys.append(entry.strip())
+            continue
+        file = _beside(farm, Path(entry))
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise NotFound(
+                f"{farm.path.name or farm.farm}: no public keys from {file}: {error.strerror}",
+                remedy="give a public key itself, or a file that holds some",
+            ) from error
+        keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return tuple(dict.fromkeys(keys))
+
+
+def refresh_seed(
+    farm: Farm,
+    paths: FarmPaths,
+    runner: Runner,
+    allocation: Allocation,
+    *,
+    reader_uid: int | None,
+) -> bool:
+    """Write the VM's seed image if it is missing or no longer says what the farm file does.
+    Whether it was written."""
+    data = seed_data(farm, paths, allocation)
+    machine = farm.machine_of(allocation.vm)
+    fingerprint = hashlib.sha256(repr((data, reader_uid)).encode()).hexdigest()
+    image, note = seed_file(paths, machine), _fingerprint_file(paths, machine)
+    with contextlib.suppress(FileNotFoundError):
+        if image.exists() and note.read_text(encoding="ascii").strip() == fingerprint:
+            return False
+    from provision.guest.seed import write_seed
+
+    make_directory(paths.seeds, mode=0o711)
+    remove(note)
+    write_seed(runner, data, image, reader_uid=reader_uid)
+    write_atomic(note, fingerprint.encode(), mode=0o600)
+    return True
+
+
+def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
+    """What the VM is told at its first boot. Its host key and the controller's must exist."""
+    from provision.guest.seed import SeedData, StaticAddress
+
+    vm, network = allocation.vm, farm.network
+    machine = farm.machine_of(vm)
+    private = host_key_file(paths, vm).read_text(encoding="ascii")
+    public = host_key(paths, vm)
+    digest = hashlib.sha256(f"{machine} {public}".encode()).hexdigest()
+    static = None
+    if network.mode == "user":
+        # QEMU's own network is always this one, and its port forwards go to .15 (qemu(1), -netdev
+        # user): asking DHCP for it takes an emulated guest seconds.
+        static = StaticAddress(
+            address=IPv4Address("10.0.2.15"),
+            prefix=24,
+            gateway=IPv4Address("10.0.2.2"),
+            nameservers=(IPv4Address("10.0.2.3"),),
+        )
+    elif allocation.address and network.subnet and network.addressing == "static":
+        static = StaticAddress(
+            address=allocation.address,
+            prefix=network.subnet.prefixlen,
+            gateway=network.gateway,
+            nameservers=network.nameservers,
+        )
+    own = public_key(controller_key(farm, paths))
+    return SeedData(
+        vm=vm,
+        instance_id=f"{machine}-{digest[:12]}",
+        hostname=farm.hostname_of(vm),
+        machine_id=digest[:32],
+        host_key=private,
+        host_key_pub=public,
+        login=farm.ssh.user,
+        authorized_keys=tuple(dict.fromkeys((own, *authorized(farm, farm.ssh.authorized_keys)))),
+        users={name: authorized(farm, entries) for name, entries in farm.ssh.users.items()},
+        mac=allocation.mac,
+        static=static,
+        domain=network.domain,
+    )
+
+
+def _write_pair(private: Path, comment: str) -> None:
+    from provision.guest.seed import new_host_key
+
+    make_directory(private.parent, mode=0o700)
+    secret, public = new_host_key()
+    public = " ".join([*public.split()[:2], comment])
+    write_atomic(private.with_name(f"{private.name}.pub"), f"{public}\n".encode())
+    write_atomic(
+        private, secret.encode() if secret.endswith("\n") else f"{secret}\n".encode(), mode=0o600
+    )
+
+
+def _fingerprint_file(paths: FarmPaths, machine: str) -> Path:
+    return paths.seeds / f"{machine}.sum"
+
+
+def _beside(farm: Farm, path: Path) -> Path:
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for unknown users
+    return path if path.is_absolute() else farm.path.parent / path

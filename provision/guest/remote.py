@@ -1,0 +1,56 @@
+"""Reaching a VM over ssh: where it answers, and when it really does.
+
+Exactly one host key is accepted for a VM: the one it was given at cloning. No agent, no password, no
+``~/.ssh/config``: what works for one admin works for the next. What happens on the wire is in
+ssh_connection.py, the connection that carries commands and files in connection.py; both
+need asyncssh and are imported late, for most commands never get that far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from host.printable import plain
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a VM's ssh answers, and as whom. ``host_key`` is "ssh-ed25519 AAAA..."; empty: the first
+    key seen is kept in ``known_hosts`` and is the only one from then on (machines nobody cloned)."""
+
+    vm: str
+    host: str
+    port: int
+    user: str
+    key: Path
+    host_key: str
+    known_hosts: Path | None = None  # absent: "known_hosts" beside the key
+
+    @property
+    def place(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the guest said of itself. ``uptime`` in seconds; ``skew`` = its clock minus ours, seconds,
+    true to within half the round trip."""
+
+    boot_id: str
+    uptime: float
+    skew: float
+
+
+def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
+    """The last lines of a log that may be growing, fit for a terminal, or "": for messages, never an
+    error."""
+    if path is None:
+        return ""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(file.tell() - limit, 0))
+        text = plain(file.read().decode(errors="replace"))
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+    return ""

@@ -1,0 +1,198 @@
+"""First-boot data: what makes a clone itself, as one small ISO image attached to it.
+
+It speaks to two readers. cloud-init's NoCloud source (cloudinit.readthedocs.io, "NoCloud") reads
+meta-data, user-data and network-config; they are JSON, which is YAML with one way to quote. Our own
+first boot (templates/firstboot/firstboot) reads lines NAME=VALUE, from the image's first 32 KiB where
+they fit, which nothing ever evaluates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from host.run import Runner
+from hypervisors.disks.images import write_iso
+from inventory.errors import UsageError
+
+_ROOM = 32 * 1024
+_FILE = "farmhand.env"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # also what YAML takes for lines
+_LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}")  # useradd(8), CAVEATS
+_HOSTNAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+_MACHINE_ID = re.compile(r"[0-9a-f]{32}")  # machine-id(5)
+_MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticAddress:
+    """``prefix``: of the subnet, in bits."""
+
+    address: IPv4Address
+    prefix: int
+    gateway: IPv4Address | None = None
+    nameservers: tuple[IPv4Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedData:
+    """``host_key`` is the private ed25519 key as OpenSSH text, ``host_key_pub`` its public line.
+    ``users``: further logins, each with its public keys. ``static`` None: DHCP, with the MAC as client
+    id. UsageError for a value that can't be one of its kind."""
+
+    vm: str
+    instance_id: str
+    hostname: str
+    machine_id: str
+    host_key: str = field(repr=False)
+    host_key_pub: str
+    login: str
+    authorized_keys: tuple[str, ...]
+    users: Mapping[str, tuple[str, ...]]
+    mac: str
+    static: StaticAddress | None = None
+    domain: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check("instance id", self.instance_id, None)
+        self._check("hostname", self.hostname, _HOSTNAME)
+        self._check("machine id", self.machine_id, _MACHINE_ID)
+        self._check("MAC", self.mac, _MAC)
+        self._check("host key", self.host_key_pub, None)
+        for line in self.host_key.splitlines():
+            self._check("host key", line, None)
+        if self.domain:
+            self._check("domain", self.domain, _HOSTNAME)
+        for login, keys in self.logins.items():
+            self._check("login", login, _LOGIN)
+            for key in keys:
+                self._check(f"key of {login}", key, None)
+
+    @property
+    def logins(self) -> dict[str, tuple[str, ...]]:
+        """All logins with their keys, the farm's own login first."""
+        logins = {self.login: self.authorized_keys}
+        for name, keys in self.users.items():
+            logins[name] = tuple(dict.fromkeys((*logins.get(name, ()), *keys)))
+        return logins
+
+    @property
+    def fqdn(self) -> str:
+        if self.domain and not self.hostname.endswith(f".{self.domain}"):
+            return f"{self.hostname}.{self.domain}"
+        return self.hostname
+
+    def _check(self, what: str, value: str, pattern: re.Pattern[str] | None) -> None:
+        if not value or _CONTROL.search(value) or (pattern and not pattern.fullmatch(value)):
+            shown = "" if what == "host key" else f" {value!r}"
+            raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
+
+
+def new_host_key() -> tuple[str, str]:
+    """A fresh ed25519 pair: private OpenSSH text, public line. Made in this process: no key is ever in
+    another's arguments, and starting ssh-keygen takes longer."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return private.decode("ascii"), public.decode("ascii")
+
+
+def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | None = None) -> None:
+    """Write the seed image, atomically, 0600, owned by ``reader_uid`` if given (as who QEMU runs):
+    it holds the VM's private host key. Needs genisoimage. CommandFailed."""
+    own = own_lines(data)
+    area = own if len(own) <= _ROOM else f"farmhand-seed 1\nsee={_FILE}\nend\n".encode()
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.iso")
+    try:
+        write_iso(runner, {**nocloud(data), _FILE: own}, fresh, "CIDATA", system_area=area)
+        if reader_uid is not None and reader_uid != os.geteuid():
+            os.chown(fresh, reader_uid, -1)
+        fresh.replace(out)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def own_lines(data: SeedData) -> bytes:
+    """What our own first-boot script reads. Every value was checked to be one line."""
+    lines = [
+        f"instance={data.instance_id}",
+        f"hostname={data.hostname.partition('.')[0]}",
+        f"machine-id={data.machine_id}",
+        f"mac={data.mac}",
+        f"host-key-pub={data.host_key_pub}",
+        *(f"host-key={line}" for line in data.host_key.splitlines()),
+    ]
+    domain = data.fqdn.partition(".")[2]
+    if domain:
+        lines.append(f"domain={domain}")
+    if data.static:
+        lines.append(f"address={data.static.address}/{data.static.prefix}")
+        if data.static.gateway:
+            lines.append(f"gateway={data.static.gateway}")
+        lines += [f"nameserver={server}" for server in data.static.nameservers]
+    for login, keys in data.logins.items():
+        lines.append(f"login={login}")
+        lines += [f"key={key}" for key in keys]
+    return ("\n".join(["farmhand-seed 1", *lines, "end"]) + "\n").encode()
+
+
+def nocloud(data: SeedData) -> dict[str, bytes]:
+    """cloud-init's three files."""
+    users = [
+        {
+            "name": login,
+            "lock_passwd": True,
+            "ssh_authorized_keys": list(keys),
+            **({} if login == "root" else {"shell": "/bin/bash"}),
+        }
+        for login, keys in data.logins.items()
+    ]
+    own_id = data.machine_id
+    put_id = f'[ "$(cat /etc/machine-id)" = {own_id} ] || echo {own_id} > /etc/machine-id'
+    user_data = {
+        "preserve_hostname": False,
+        "hostname": data.hostname.partition(".")[0],
+        "fqdn": data.fqdn,
+        "manage_etc_hosts": "localhost",
+        "bootcmd": [["sh", "-c", put_id]],
+        "disable_root": False,
+        "ssh_pwauth": False,
+        "ssh_deletekeys": True,
+        "ssh_genkeytypes": ["ed25519"],
+        "ssh_keys": {"ed25519_private": data.host_key, "ed25519_public": data.host_key_pub},
+        "users": users,
+    }
+    nic: dict[str, object] = {"match": {"macaddress": data.mac}}
+    if data.static:
+        nic["addresses"] = [f"{data.static.address}/{data.static.prefix}"]
+        if data.static.gateway:
+            nic["routes"] = [{"to": "0.0.0.0/0", "via": str(data.static.gateway)}]
+        servers = {"addresses": [str(server) for server in data.static.nameservers]}
+        if data.domain:
+            servers["search"] = [data.domain]
+        nic["nameservers"] = servers
+    else:
+        nic["dhcp4"] = True
+        nic["dhcp-identifier"] = "mac"
+    return {
+        "meta-data": _json({"instance-id": data.instance_id, "local-hostname": data.fqdn}),
+        "user-data": b"#cloud-config\n" + _json(user_data),
+        "network-config": _json({"version": 2, "ethernets": {"farm": nic}}),
+    }
+
+
+def _json(value: object) -> bytes:
+    # not ASCII only: YAML readers take JSON's surrogate pairs for two broken characters
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

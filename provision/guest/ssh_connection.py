@@ -1,0 +1,330 @@
+"""Logging in to a VM: a connection with exactly the expected peer, or the reason why not (yet)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextvars import copy_context
+from pathlib import Path
+from typing import TypeVar
+
+import asyncssh
+
+from host.files import make_directory, open_to_append
+from host.progress import Progress
+from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
+from provision.guest.remote import Endpoint, Ready
+from provision.guest.shell import ended, start
+
+T = TypeVar("T")
+
+KEEPALIVE_SECONDS = 10.0
+KEEPALIVE_MISSED = 4
+"""A guest that stops answering is noticed within about 50 s, whatever TCP thinks."""
+LOGIN_SECONDS = 60.0
+"""Emulated guests on a busy host have taken over 10 s for key exchange and login."""
+CLOCK_SLACK = 5.0
+"""Seconds by which a guest's uptime may exceed the time since its start: clocks of emulated guests
+run unevenly, and the kernel counts from before the first instruction of ours."""
+
+_RSA = {"rsa-sha2-512": "ssh-rsa", "rsa-sha2-256": "ssh-rsa"}
+"""Signatures of the key that is called ssh-rsa (RFC 8332)."""
+_HOST_KEYS = (
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    *_RSA,
+    "ssh-rsa",
+)
+"""As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
+
+_FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
+
+
+class NotYet(Exception):
+    """Nothing wrong so far, only not there: the text says how far it came."""
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
+    nothing of ours goes on behind our back."""
+    future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        future.exception()
+        raise
+
+
+async def wait_ready(
+    endpoint: Endpoint,
+    *,
+    since: float,
+    progress: Progress,
+    running: Callable[[], bool],
+    tail: Callable[[], str],
+    working: Callable[[str], None],
+) -> Ready:
+    """Wait until the VM answers on ssh as itself since this very start.
+
+    ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
+    still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
+    is asked once a second, in a thread, and may raise what ends the wait.
+
+    Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
+    stops meanwhile, TimedOut with the console's tail. It can be cancelled.
+    """
+    pause, patience, looked, why, last = 0.2, 1.0, time.monotonic(), "", ""
+    while True:
+        try:
+            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
+            if ready.uptime <= time.monotonic() - since + CLOCK_SLACK:
+                return ready
+            raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+        except NotYet as reason:
+            why = str(reason)
+        now = time.monotonic()
+        if now - looked >= 1:
+            looked = now
+            if not await asyncio.to_thread(running):
+                raise WrongState(
+                    f"{endpoint.vm} stopped {now - since:.0f} s after its start, before ssh answered",
+                    remedy=f"see ./invoke console --vm {endpoint.vm}",
+                    detail=tail(),
+                )
+            await asyncio.to_thread(progress.look)
+        # what the guest does first: a narrow terminal cuts off the end
+        if (text := "; ".join(filter(None, ("waiting for ssh", str(progress), why)))) != last:
+            last = text
+            working(text)
+        left = progress.left()
+        if left <= 0:
+            raise TimedOut(
+                f"{endpoint.vm}: ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
+                remedy=f"look at ./invoke console --vm {endpoint.vm}; "
+                "a slow machine needs a longer ssh: ready_timeout",
+                detail=tail(),
+            )
+        await asyncio.sleep(min(pause, left))
+        pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
+
+
+async def _ask(endpoint: Endpoint, patience: float, login: float) -> Ready:
+    """Log in once and ask for the facts. NotYet, or Conflict for a wrong host key."""
+    sock = await _banner(endpoint, patience)
+    try:
+        async with asyncio.timeout(login):
+            connection = await dial(endpoint, sock=sock)
+            try:
+                return await facts(connection)
+            finally:
+                connection.abort()
+    except TimeoutError:
+        raise NotYet("it took too long to log in") from None
+    except DriverFailed as error:
+        raise NotYet(error.message) from None
+
+
+async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
+    """A connected socket on which an ssh server's greeting waits to be read.
+
+    QEMU's port forward accepts every connection at once, so connecting says nothing; and a full
+    handshake with a guest that isn't up costs both sides. So: peek, and log in on the same socket.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise NotFound(
+            f"{endpoint.vm}: the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            remedy="give the VM an 'address' in the farm file, or put its name into DNS or /etc/hosts",
+        ) from None
+    family, kind, proto, _, address = found[0]
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setblocking(False)
+        async with asyncio.timeout(patience):
+            await loop.sock_connect(sock, address)
+            await _readable(loop, sock)
+        if not sock.recv(4, socket.MSG_PEEK).startswith(b"SSH-"):
+            raise NotYet("the port is open, but no ssh server behind it yet")
+    except TimeoutError:
+        sock.close()
+        raise NotYet("the port is open, but nothing speaks there yet") from None
+    except OSError as error:
+        sock.close()
+        # asyncio's own strerror is "Connect call failed", with the address
+        why = os.strerror(error.errno) if error.errno else error
+        raise NotYet(f"no connection ({why})") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, _settle, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyncssh.SSHClientConnection:
+    """An authenticated ssh connection. Conflict for a wrong host key, NotFound without a key file,
+    DriverFailed for all that may pass by itself."""
+    learn = not endpoint.host_key and not _known(endpoint)
+    seen: list[str] = []
+
+    class Client(asyncssh.SSHClient):
+        def validate_host_public_key(
+            self, host: str, addr: str, port: int, key: asyncssh.SSHKey
+        ) -> bool:
+            del host, addr, port
+            seen.append(key.export_public_key("openssh").decode().strip())
+            return learn
+
+    if not endpoint.key.is_file():
+        raise NotFound(f"{endpoint.vm}: there is no private key at {endpoint.key}")
+    options: dict[str, object] = {
+        "username": endpoint.user,
+        "client_factory": Client,
+        "client_keys": [str(endpoint.key)],
+        "known_hosts": _trusted(endpoint),
+        "server_host_key_algs": _kinds(_trusted(endpoint)[0]),
+        "config": None,
+        "agent_path": None,
+        "preferred_auth": "publickey",
+        "disable_trivial_auth": True,
+        "gss_host": None,
+        "x509_trusted_certs": None,
+        "compression_algs": None,
+        "keepalive_interval": KEEPALIVE_SECONDS,
+        "keepalive_count_max": KEEPALIVE_MISSED,
+        "login_timeout": LOGIN_SECONDS,
+        "connect_timeout": LOGIN_SECONDS,
+    }
+    if sock is not None:
+        options["sock"] = sock
+    try:
+        connection = await asyncssh.connect(endpoint.host, endpoint.port, **options)
+    except asyncssh.HostKeyNotVerifiable:
+        raise _stranger(endpoint, seen) from None
+    except asyncssh.PermissionDenied:
+        raise DriverFailed(
+            f"{endpoint.vm}: {endpoint.place} refuses the key {endpoint.key} for {endpoint.user}"
+        ) from None
+    except (asyncssh.Error, OSError) as error:
+        raise DriverFailed(
+            f"{endpoint.vm}: no ssh at {endpoint.place}: {_words(error)}",
+            remedy=f"is it running? ./invoke status; ./invoke console --vm {endpoint.vm}",
+        ) from None
+    except (asyncssh.KeyImportError, ValueError) as error:
+        raise FarmhandError(f"{endpoint.key} is not a usable private key: {error}") from None
+    if learn and seen:
+        _remember(endpoint, seen[0])
+    return connection
+
+
+def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
+    from_there = f" ({_fingerprint(seen[0])})" if seen else ""
+    return Conflict(
+        f"{endpoint.vm}: somebody else answers at {endpoint.place}: "
+        f"its host key{from_there} is not the one {endpoint.vm} was given",
+        remedy="another machine has this address or port; if the VM was made anew by other hands, "
+        f"./invoke destroy --vm {endpoint.vm} and ./invoke clone-farm"
+        if endpoint.host_key
+        else f"if that machine was set up anew, remove its line from {_known_hosts(endpoint)}",
+    )
+
+
+def _fingerprint(key: str) -> str:
+    return asyncssh.import_public_key(key).get_fingerprint()
+
+
+def _known_hosts(endpoint: Endpoint) -> Path:
+    return endpoint.known_hosts or endpoint.key.parent / "known_hosts"
+
+
+def _name(endpoint: Endpoint) -> str:
+    """As sshd(8), SSH_KNOWN_HOSTS FILE FORMAT, writes a host with its port."""
+    return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
+
+
+def _known(endpoint: Endpoint) -> list[asyncssh.SSHKey]:
+    """Its keys in known_hosts, hashed names (ssh_config(5), HashKnownHosts) included."""
+    path = _known_hosts(endpoint)
+    try:
+        hosts = asyncssh.read_known_hosts(str(path))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise FarmhandError(f"cannot use {path}: {error}", remedy="put its lines right") from None
+    return list(hosts.match(_name(endpoint), "", None)[0])
+
+
+def _trusted(
+    endpoint: Endpoint,
+) -> tuple[list[asyncssh.SSHKey], list[asyncssh.SSHKey], list[asyncssh.SSHKey]]:
+    if endpoint.host_key:
+        return [asyncssh.import_public_key(endpoint.host_key)], [], []
+    return _known(endpoint), [], []
+
+
+def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
+    """Host key algorithms in the order of our liking. The known key's kind comes first: a server may
+    have keys of several. The others are asked for, too, so that a stranger's is seen as such."""
+    own = {key.get_algorithm() for key in known}
+    return sorted(_HOST_KEYS, key=lambda name: _RSA.get(name, name) not in own)
+
+
+def _remember(endpoint: Endpoint, key: str) -> None:
+    """Appended in one write, so that two processes don't mix their lines."""
+    path = _known_hosts(endpoint)
+    make_directory(path.parent, mode=0o700)
+    with open_to_append(path) as file:
+        file.write(f"{_name(endpoint)} {' '.join(key.split()[:2])}\n".encode())
+
+
+async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
+    """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
+    answer: list[bytes] = []
+    try:
+        channel, shell = await start(connection, _FACTS, answer.append)
+        channel.write_eof()
+        await shell.exited.wait()
+        after = time.time()
+        await shell.drained(1)
+        await ended(channel)
+    except (asyncssh.Error, OSError) as error:
+        raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+    text = b"".join(answer).decode(errors="replace")
+    try:
+        boot_id, uptime, now = text.splitlines()
+        skew = _seconds(now) - (shell.marked_at + after) / 2
+        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
+    except ValueError:
+        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
+        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
+
+
+def _seconds(date: str) -> float:
+    """Of a date(1) without %N the middle of its second."""
+    whole, _, rest = date.partition(".")
+    return float(date) if rest.isdigit() else float(whole) + 0.5
+
+
+def _words(error: Exception) -> str:
+    text = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+    return str(text).strip() or type(error).__name__

@@ -1,0 +1,269 @@
+"""Room in a host's memory: looked at, made, and kept until it is taken, so that VMs of this farm never
+have more together than the host's ``memory``, however many commands run at once.
+
+A process that starts VMs, or gives one more, has the host's turn (engine/mutex.py) from the look
+until the hypervisor has done it; from then on the hypervisor itself shows it. What is needed and not
+there is made first, by ballooning down VMs that idle (``provision.memory`` says which), each under its
+own lock.
+
+A command that is killed within its turn leaves an operation unfinished. What that may be doing still,
+in the guest or in libvirt's daemon, is counted in full until it is recovered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+from host.memory import memory_available
+from hypervisors.api import Machine, Power
+from inventory.errors import FarmhandError, Interrupted, NoSpace
+from inventory.sizes import brief, format_size
+from provision.engine.journal import current_step
+from provision.engine.report import Action
+from provision.engine.work import is_on, lock_of
+from provision.memory import Guest, HostMemory, at_once, shared, squeeze
+from provision.site import Site
+
+PATIENCE = 30.0
+"""Seconds a guest gets to give some more memory, or to take it."""
+
+_AT_ONCE = 8
+_STARTING = ("start", "reset", "checkpoint", "merge")
+"""Verbs of the journal that start VMs."""
+
+
+def host_memory(
+    site: Site, host: str, *, but: Collection[str] = (), taken: int = 0, needs: bool = False
+) -> HostMemory:
+    """As it is now, without the VMs ``but``, as if they had nothing. ``taken``: of what the machine
+    has free, for others. ``needs``: also what the guests need, which takes a question to each."""
+    declared = site.farm.hosts[host]
+    vms = [vm for vm in site.farm.vms if site.farm.host_of(vm) == host and vm not in but]
+    driver = site.hypervisor(host, look=True)
+    machines = {machine.name: machine for machine in driver.list()}
+    gone = [machines.pop(site.machine(vm), None) for vm in but]
+    reserved = _reserved(site)
+    found = [(vm, machines.pop(site.machine(vm), None), reserved.get(vm, 0)) for vm in vms]
+    guests = [_guest(site, *one) for one in found]
+    if needs:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            guests = list(pool.map(partial(_asked, site), guests))
+    guests += [  # ours still, but no longer in the farm file
+        Guest(vm=m.owner.vm if m.owner else name, on=True, now=m.current, maximum=m.memory,
+              fixed="no longer in the farm file")
+        for name, m in sorted(machines.items()) if is_on(m)
+    ]  # fmt: skip
+    free = None
+    if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
+        soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
+        free = _memory_available(site, host) - taken - soon + sum(map(_current, gone))
+    return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
+
+
+@contextlib.contextmanager
+def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False) -> Iterator[None]:
+    """Within it there is room for ``vm`` to have ``size``, whatever it has now, and nobody else takes
+    it. ``falls``: it is started, and falls to its idle memory later (the caller says when, to
+    ``Turns.fell``); those of this command that do are waited for. NoSpace, saying who has how much."""
+    host = site.farm.host_of(vm)
+    name = turn_of(host)
+
+    def waiting(text: str) -> None:
+        site.reporter.working(f"waits for its turn: {text}", vm=vm)
+
+    with contextlib.ExitStack() as stack:
+        while True:
+            with site.turns.take(name, doing=doing, waiting=waiting):
+                since = _make_room(site, host, vm, size, doing)
+                if since is None:
+                    # Threads of this process may look again, for they see what is reserved; others
+                    # wait until the hypervisor shows it.
+                    stack.enter_context(site.locks.hold(name, doing=doing))
+                    stack.enter_context(site.turns.reserved(vm, size))
+                    if falls:
+                        site.turns.falls(vm, host)
+                    break
+            site.reporter.working("waits until others have fallen to their idle memory", vm=vm)
+            site.turns.wait_for_fall(since)
+        yield
+
+
+def turn_of(host: str) -> str:
+    return f"memory-{host}"
+
+
+def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tuple[Action, ...]:
+    """Before anything is begun: whether these VMs fit, each with what it starts with and what it falls
+    to. What will be taken from others, as far as can be told now; NoSpace."""
+    actions: list[Action] = []
+    taken = 0
+    for host, declared in site.farm.hosts.items():
+        here = {vm: both for vm, both in sizes.items() if site.farm.host_of(vm) == host}
+        if not here:
+            continue
+        wanted = at_once(here.values())
+        here_too = declared.driver == "kvm"  # several of them share this machine
+        if _plainly_there(site, host, wanted + taken):
+            taken += wanted if here_too else 0
+            continue
+        now = host_memory(site, host, but=here, taken=taken)
+        if now.short_of(wanted):
+            now = host_memory(site, host, but=here, taken=taken, needs=True)
+            targets = squeeze(now, now.short_of(wanted))
+            if targets is None:
+                raise no_room(site, now, doing, wanted)
+            had = {guest.vm: guest.now for guest in now.guests}
+            actions += [
+                Action("balloon", vm, f"memory {format_size(had[vm])} -> {brief(to)}, to make room")
+                for vm, to in targets.items()
+            ]
+        taken += wanted if here_too else 0
+    return tuple(actions)
+
+
+def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
+    """One line: what was wanted, what there is, who has it."""
+    if host.limit is not None and wanted > host.limit - host.in_use:
+        return NoSpace(
+            f"{site.name}: {doing} takes {format_size(wanted)}, with {format_size(host.in_use)} in use "
+            f"by others on host {host.host}, which may use {format_size(host.limit)}: {shared(host)}",
+            remedy="stop or balloon down others (./invoke balloon --plan-host shows who can give), or "
+            "raise the host's 'memory'",
+        )
+    return NoSpace(
+        f"{site.name}: {doing} takes {format_size(wanted)}, this machine has {brief(host.free or 0)} "
+        f"free: {shared(host)}",
+        remedy="stop other VMs, balloon them down, or start fewer at once (--vm)",
+    )
+
+
+def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | None:
+    """With the turn. None: it is there; else what to wait for."""
+    if _plainly_there(site, host, size):
+        return None
+    name = turn_of(host)
+    if _machine_has(site, host, size) and site.turns.spend(name, size):
+        return None
+    asked: set[str] = set()
+    while True:
+        now = host_memory(site, host, but=[vm], needs=bool(asked))
+        if not now.short_of(size):
+            site.turns.saw(name, None if now.limit is None else now.limit - now.in_use - size)
+            return None
+        since = site.turns.falling(host)
+        if since is not None:
+            return since
+        now = host_memory(site, host, but=[vm], needs=True)
+        targets = squeeze(now, now.short_of(size), but=asked)
+        if targets is None:
+            raise no_room(site, now, doing, size)
+        had = {guest.vm: guest.now for guest in now.guests}
+        for other, target in targets.items():
+            asked.add(other)
+            _take_from(site, other, had[other], target, vm)
+
+
+def _plainly_there(site: Site, host: str, size: int) -> bool:
+    """Whether that can be told without a look at the host's machines: it has no limit."""
+    declared = site.farm.hosts[host]
+    if declared.memory is not None or declared.driver != "kvm":
+        return declared.memory is None
+    return _machine_has(site, host, size)
+
+
+def _machine_has(site: Site, host: str, size: int) -> bool:
+    """Whether that much is free beside all that this process is about to give; Xen and XenAPI servers
+    see to that themselves."""
+    if site.farm.hosts[host].driver != "kvm":
+        return True
+    return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
+
+
+def _take_from(site: Site, vm: str, had: int, target: int, needy: str) -> None:
+    """One that doesn't give, or is in use meanwhile, is passed over."""
+    driver = site.hypervisor_of(vm)
+    try:
+        with (
+            site.locks.hold(lock_of(vm), doing=f"balloon {vm} down, to make room for {needy}"),
+            site.journal.operation("balloon", vm=vm, target=target, room=needy),
+        ):
+            current_step(f"set its memory to {target}, to make room for {needy}")
+            reached = driver.balloon(site.machine(vm), target, timeout=PATIENCE)
+    except Interrupted:
+        raise
+    except FarmhandError as error:
+        site.reporter.warn(f"gave nothing to make room for {needy}: {error.message}", vm=vm)
+        return
+    site.reporter.say(f"memory {format_size(had)} -> {brief(reached)}, to make room for {needy}", vm=vm)
+
+
+def _guest(site: Site, vm: str, machine: Machine | None, reserved: int) -> Guest:
+    declared = site.farm.vms[vm]
+    on = machine is not None and is_on(machine)
+    fixed = ""
+    if machine is not None and machine.power is Power.PAUSED:
+        fixed = "paused"
+    elif site.host(vm).driver == "ssh":
+        fixed = "on an ssh host"
+    return Guest(
+        vm=vm,
+        on=on,
+        now=max(_current(machine), reserved),
+        maximum=min(declared.memory, machine.memory) if machine is not None and on else declared.memory,
+        idle=declared.idle_memory,
+        user=_user(site, vm),
+        fixed=fixed,
+    )
+
+
+def _current(machine: Machine | None) -> int:
+    return machine.current if machine is not None and is_on(machine) else 0
+
+
+def _asked(site: Site, guest: Guest) -> Guest:
+    """With what it says itself."""
+    if not guest.on or guest.fixed:
+        return guest
+    try:
+        use = site.hypervisor_of(guest.vm).memory(site.machine(guest.vm))
+    except FarmhandError as error:
+        return replace(guest, fixed=error.message.splitlines()[0])
+    return replace(
+        guest,
+        now=max(guest.now, use.actual),
+        maximum=min(guest.maximum, use.maximum),
+        least=use.least,
+    )
+
+
+def _user(site: Site, vm: str) -> str:
+    """Who uses it. This very command does not, unless it builds there."""
+    holder = site.locks.holder(lock_of(vm))
+    if holder is None:
+        return ""
+    if holder.doing.partition(" ")[0] == "cycle":
+        return "building"
+    return "" if site.locks.mine(lock_of(vm)) else f"in use: {holder.doing}"
+
+
+def _reserved(site: Site) -> dict[str, int]:
+    """What this process is giving VMs, and what commands that were killed may be giving them still."""
+    reserved = site.turns.reservations()
+    for record in site.journal.unfinished():
+        for vm in (vm for vm in record.vms if vm in site.farm.vms):
+            size = site.farm.vms[vm].memory if record.verb in _STARTING else 0
+            if record.verb == "balloon":
+                target = record.facts.get("target")
+                size = target if isinstance(target, int) else 0
+            reserved[vm] = max(reserved.get(vm, 0), size)
+    return reserved
+
+
+def _memory_available(site: Site, host: str) -> int:
+    """Bytes that the host's kernel could still give away."""
+    far = site.far(host)
+    return far.memory_available() if far else memory_available()

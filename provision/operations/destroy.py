@@ -1,0 +1,315 @@
+"""destroy: VMs, or the whole farm, with all that is theirs and nothing that isn't."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+from host.files import remove
+from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState, some
+from provision.engine.journal import current_step
+from provision.engine.report import Action, Outcome
+from provision.engine.work import begin, side_by_side
+from provision.guest import identity
+from provision.lost import left_of
+from provision.operations.gc import leftovers
+from provision.site import Site
+
+
+def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
+    """Named VMs: machine, disk and checkpoints, seed, host key, console log, what they were given.
+    None named: the whole farm, then its templates, its private daemon and its state directory too.
+    Build records stay (facts say where) unless ``purge``. What isn't there any more is no error.
+
+    VMs no longer in the farm file can be named as long as their machines exist.
+
+    Errors: NotFound, NotOurs, Busy (also by work on templates or builds, for the whole farm)."""
+    if not vms:
+        return _destroy_farm(site, purge=purge)
+    names = _names(site, vms)
+    with begin(site, "destroy", names) as run:
+        foreign = {vm for vm in names if vm in site.farm.vms and site.host(vm).driver == "ssh"}
+        there = _there(site, [vm for vm in names if vm not in foreign])
+        for vm in names:
+            if vm in foreign:
+                run.add(Action("note", vm, "on an ssh host: not ours to destroy"))
+            elif vm in there:
+                run.add(Action("destroy", vm, "destroy machine, disk, checkpoints and identity"))
+            else:
+                run.add(Action("keep", vm, "is not there"))
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
+        if there and not site.plan:
+            alone = next(iter(there)) if len(there) == 1 else ""
+            with site.journal.operation("destroy", vm=alone, vms=list(there)):
+                erase(site, there)
+        return run.outcome()
+
+
+def erase(site: Site, vms: Collection[str]) -> None:
+    """Within an operation under way: all that is these VMs'. One that can't be destroyed keeps what it
+    has, and its error is raised at the end. Safe to call again after a kill."""
+    gone: dict[str, None] = {}
+
+    def one(vm: str) -> None:
+        _unmake(site, vm)
+        current_step("remove its seed, keys and console log")
+        identity.remove_identity(site.paths, vm, site.machine(vm))
+        gone[vm] = None
+        site.reporter.say("destroyed", vm=vm)
+
+    try:
+        side_by_side(site, {vm: partial(one, vm) for vm in vms})
+    except Interrupted:
+        raise
+    except FarmhandError:
+        _erase_rest(site, gone)
+        raise
+    _erase_rest(site, gone)
+
+
+def _erase_rest(site: Site, vms: Collection[str]) -> None:
+    """What takes a look at the whole farm, once for all of them."""
+    for item in leftovers(site):
+        if item.what.owner is not None and item.what.owner.vm in vms:
+            current_step(f"remove {item.what.kind} {item.what.ref}")
+            item.discard()
+    current_step("give back addresses, MACs and ports")
+    site.allocator.release(*vms)
+
+
+def _unmake(site: Site, vm: str) -> None:
+    name = site.machine(vm)
+    for host in _hosts(site, vm):
+        driver = site.hypervisor(host, look=True)
+        machine = driver.find(name)
+        if machine is not None:
+            if machine.owner is None or machine.owner.farm != site.farm.farm:
+                raise NotOurs(
+                    f"{site.name}: the machine {name} on host {host} is without our mark: not touched",
+                    remedy="remove or rename it yourself",
+                )
+            driver.destroy(name)
+        store = site.disks(host)
+        if store.find(name) is not None or left_of(store, name):
+            store.destroy(name)
+
+
+def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
+    known = dict.fromkeys((*site.farm.vms, *_made(site), *site.allocator.recorded()))
+    for vm in vms:
+        if vm not in known:
+            near = get_close_matches(vm, known, 1)
+            raise NotFound(
+                f"{site.name}: there is no VM {vm!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"it has {some(known)}",
+            )
+    return tuple(vm for vm in known if vm in vms)
+
+
+def _made(site: Site) -> tuple[str, ...]:
+    """VMs of this farm that exist, declared or not, as machine or as disk."""
+    found: dict[str, None] = {}
+    for host, declared in site.farm.hosts.items():
+        if declared.driver == "ssh":
+            continue
+        for machine in site.hypervisor(host, look=True).list():
+            if machine.owner is not None:
+                found[machine.owner.vm] = None
+        if site.has_disks(host):
+            for disk in site.disks(host).list():
+                found[disk.owner.vm] = None
+    return tuple(found)
+
+
+def _hosts(site: Site, vm: str) -> list[str]:
+    """Where it may be: its host, or any for one no longer declared."""
+    if vm in site.farm.vms:
+        return [site.farm.host_of(vm)] if site.host(vm).driver != "ssh" else []
+    return [host for host in site.farm.hosts if site.has_disks(host)]
+
+
+def _there(site: Site, vms: Sequence[str]) -> dict[str, None]:
+    """Those of which there is anything, in their order."""
+    paths = site.paths
+    known = {*_made(site), *site.allocator.recorded()}
+    known |= {item.what.owner.vm for item in leftovers(site) if item.what.owner}
+
+    def has_file(vm: str) -> bool:
+        name = site.machine(vm)
+        files = (
+            identity.seed_file(paths, name),
+            identity.host_key_file(paths, vm),
+            identity.console_log(paths, name),
+        )
+        return any(path.exists() for path in files)
+
+    return dict.fromkeys(vm for vm in vms if vm in known or has_file(vm))
+
+
+# The whole farm
+
+
+def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
+    nothing = not site.paths.root.exists()
+    made = _made(site)
+    names = tuple(dict.fromkeys((*site.farm.vms, *made)))
+    if nothing and not made and not site.plan:
+        last_of(site)
+        site.allocator.lock_file.unlink(missing_ok=True)
+        return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
+    locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
+    with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
+        _refuse_if_in_use(site)
+        _refuse_strangers(site)
+        there = _there(site, names)
+        run.add(
+            *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
+        )
+        labels = _templates(site)
+        run.add(*(Action("destroy", "", f"remove template {label}") for _, label in labels))
+        builds = site.paths.builds
+        records = _records(builds)
+        if records and purge:
+            run.add(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
+        elif records:
+            run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
+            run.fact(kept=str(builds))
+        if site.paths.root.exists():
+            daemon = "stop its daemon, " if site.private_directory.exists() else ""
+            run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
+            if others := _others_files(site):
+                text = f"stays: files that aren't farmhand's, such as {others[0]}"
+                run.add(Action("note", "", text))
+        elif not there:
+            run.add(Action("keep", "", "nothing is there"))
+        if site.farm.services.used:
+            from provision.network.apply import keep_in_step
+
+            keep_in_step(run, gone=None)
+        if not site.plan:
+            with site.journal.operation("destroy", whole=True, purge=purge):
+                erase(site, there)
+                raze(site, purge=purge)
+            last_of(site)
+            site.reporter.say("the farm is destroyed")
+        return run.outcome()
+
+
+def _records(builds: Path) -> int:
+    if not builds.is_dir():
+        return 0
+    return sum(path.is_dir() and not path.is_symlink() for path in builds.iterdir())  # "last" is a link
+
+
+def raze(site: Site, *, purge: bool) -> None:
+    """Within an operation under way, after the VMs: all else, but the journal and the locks, which
+    are needed to the end. Safe to call again after a kill."""
+    for item in leftovers(site):
+        current_step(f"remove {item.what.kind} {item.what.ref}")
+        item.discard()
+    for host, label in _templates(site):
+        current_step(f"remove template {label}")
+        try:
+            site.disks(host).remove_template(label)
+        except WrongState as error:  # of a store that other farms clone from too
+            site.reporter.warn(f"stays: {error.message}")
+    current_step("forget what was given out")
+    site.allocator.forget()
+    if any(map(site.uses_private, site.farm.hosts)) and site.private_directory.exists():
+        current_step("stop the private daemon")
+        for host in site.farm.hosts:
+            site.disconnect(host)
+        site.private().stop(force=True)
+    keep = {site.paths.journal.name, site.paths.locks.name}
+    keep |= {f"{site.paths.journal.name}{end}" for end in ("-wal", "-shm")}
+    if not purge:
+        keep.add(site.paths.builds.name)
+    if _others_files(site):
+        keep.add(site.paths.disks.name)
+    if site.paths.root.is_dir():
+        for path in sorted(site.paths.root.iterdir()):
+            if path.name not in keep:
+                current_step(f"remove {path.name}")
+                remove(path)
+    remove(site.paths.runtime)
+    for host in site.farm.hosts:
+        if far := site.far(host):
+            current_step(f"remove what is empty on {host}")
+            far.tidy()
+
+
+def finish_farm(site: Site, *, purge: bool) -> None:
+    """What is left to do for a whole farm's destroy that was killed."""
+    erase(site, _there(site, tuple(dict.fromkeys((*_made(site), *site.farm.vms)))))
+    raze(site, purge=purge)
+
+
+def last_of(site: Site) -> None:
+    """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
+    site.journal.close()
+    if site.paths.root.is_dir():
+        keep = [site.paths.builds, site.paths.locks]
+        if _others_files(site):
+            keep.append(site.paths.disks)
+        for path in site.paths.root.iterdir():
+            if path not in keep:
+                remove(path)
+    site.locks.remove_all()
+    for directory in (site.paths.builds, site.paths.root, site.paths.root.parent):
+        with contextlib.suppress(OSError):  # build records, or other farms, are in it
+            directory.rmdir()
+
+
+def _templates(site: Site) -> list[tuple[str, str]]:
+    """(host, label) of what the farm file declares, newest first; a store shared by hosts counts once.
+    Others in a store may be another farm's."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for host in site.farm.hosts:
+        if site.has_disks(host):
+            for template in sorted(site.disks(host).templates(), key=lambda t: -t.generation):
+                if template.name in site.farm.templates:
+                    seen.setdefault((template.ref, template.label), (host, template.label))
+    return list(seen.values())
+
+
+def _refuse_if_in_use(site: Site) -> None:
+    """Somebody else's lock on anything of the farm (a cycle, a template being built)."""
+    for holder in site.locks.held():
+        if not site.locks.mine(holder.lock):
+            raise Busy(
+                f"{site.name}: the farm is in use by {holder}",
+                remedy=f"wait until that ends, or end it (kill {holder.pid}) and try again",
+            )
+
+
+def _refuse_strangers(site: Site) -> None:
+    """Machines that somebody defined in the farm's own libvirtd by hand: they would go with it."""
+    if not any(map(site.uses_private, site.farm.hosts)):
+        return
+    ours = {
+        machine.name
+        for host in site.farm.hosts
+        if site.uses_private(host)
+        for machine in site.hypervisor(host, look=True).list()
+    }
+    defined = {path.stem for path in site.private_directory.rglob("qemu/*.xml")}
+    if strangers := sorted(defined - ours):
+        raise NotOurs(
+            f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
+            "the daemon is not taken away under it",
+            remedy="undefine that yourself, or name the VMs to destroy (--vm)",
+        )
+
+
+def _others_files(site: Site) -> list[Path]:
+    """What lies among the farm's own disks and isn't a template's, a VM's or a lock: an image, or a
+    copy of a VM's directory, that somebody put there."""
+    from hypervisors.disks.qcow2.leftovers import strangers
+
+    return strangers(site.paths.disks)

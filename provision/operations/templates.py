@@ -1,0 +1,434 @@
+"""Golden disks: built from a recipe or imported, sealed as a new generation, listed, removed.
+
+A built image is kept in the cache by the hash of all that made it, so that building the same template
+again, for another farm or after a destroy, is a link. A sealed generation never changes and its number
+never comes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.files import make_directory, make_file, open_to_append, write_atomic
+from host.paths import cache_dir
+from hypervisors.api import Template
+from inventory.errors import NoSpace, NotFound, UsageError
+from inventory.model import TemplateSource
+from provision.engine.report import Action, Outcome
+
+if TYPE_CHECKING:
+    from provision.guest.debian import Recipe
+    from provision.site import Site
+
+CACHE_LIFE = 30 * 24 * 3600
+"""Seconds that a built image is used again; after that its packages have aged enough to build anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """A finished disk, to be sealed."""
+
+    path: Path
+    size: int
+    sha256: str
+    origin: str
+    firstboot: str
+
+
+def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
+    """Build the farm's template ``name`` and seal it as a new generation on each host that has VMs of
+    it. From the cache where it holds the same recipe's disk, unless ``fresh``.
+
+    NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
+    source = _source(site, name)
+    if source.build is None:
+        raise UsageError(
+            f"template {name} is imported, not built", remedy=f"./invoke template-import {name}"
+        )
+    hosts = _hosts(site, name)
+    with _changing(site, name, "template-build"):
+        generation = _next_generation(site, name, hosts)
+        if _pretended(site, hosts):
+            first = Action("build", "", "pretend a disk: the hosts are fake")
+            return _seal_all(site, name, generation, hosts, None, source, first)
+        recipe = _recipe(site, source, hosts)
+        key = recipe.digest(source.size)
+        cached = None if fresh else _cached(key)
+        origin = f"{source.build} {key}"
+        first = (
+            Action("reuse", "", f"use the disk built from {origin} on {cached.created:%Y-%m-%d}")
+            if cached
+            else Action("build", "", f"build a disk from {origin}")
+        )
+        if site.plan:
+            return _seal_all(site, name, generation, hosts, None, source, first)
+        if not cached:
+            cached = _build(site, recipe, source.size, key, fresh=fresh)
+        image = _Image(
+            _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand"
+        )
+        return _seal_all(site, name, generation, hosts, image, source, first)
+
+
+def template_import(site: Site, name: str, image: Path | None = None) -> Outcome:
+    """Seal an existing raw, qcow2 or vmdk image (the farm file's, or ``image``) as a new generation of
+    template ``name``. The image is left as it is.
+
+    NotFound, UsageError (it is a built one; not a disk image; it refers to other files), Busy."""
+    from hypervisors.disks.images import convert, image_info, sha256_file
+
+    source = _source(site, name)
+    given = image or source.image
+    if given is None:
+        raise UsageError(
+            f"template {name} is built from recipe {source.build}",
+            remedy=f"./invoke template-build {name}",
+        )
+    path = given if image else (site.farm.path.parent / given)
+    path = path.expanduser().resolve()
+    info = image_info(site.runner, path)
+    hosts = _hosts(site, name)
+    with _changing(site, name, "template-import"):
+        generation = _next_generation(site, name, hosts)
+        first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
+        if site.plan:
+            return _seal_all(site, name, generation, hosts, None, source, first)
+        with _cache_lock(site) as cache:
+            _need(cache, path.stat().st_blocks * 512 + 2**26)
+            site.reporter.say(f"importing {path}: it is read, copied and hashed")
+            work = cache / f".import-{os.getpid()}.qcow2"
+            try:
+                convert(site.runner, path, work, format=info.format, size=source.size)
+                size = image_info(site.runner, work).size
+                ready = _Image(
+                    work,
+                    size,
+                    sha256_file(work),
+                    f"{path.name} sha256:{sha256_file(path)}",
+                    source.firstboot or "cloud-init",
+                )
+                return _seal_all(site, name, generation, hosts, ready, source, first)
+            finally:
+                work.unlink(missing_ok=True)
+
+
+def template_list(site: Site) -> tuple[Template, ...]:
+    """All sealed generations of all the farm's hosts, oldest first by name."""
+    found: dict[str, Template] = {}
+    for host in _storing_hosts(site):
+        for template in site.disks(host).templates():
+            found.setdefault(template.label, template)
+    return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation)))
+
+
+def template_remove(site: Site, label: str) -> Outcome:
+    """Remove one generation, such as base@2, from every host. WrongState, naming them, while disks
+    depend on it; NotFound."""
+    known = [template.label for template in template_list(site)]
+    if label not in known:
+        near = get_close_matches(label, known, 3, 0.4) or known
+        raise NotFound(
+            f"no template {label}",
+            remedy=f"there are: {', '.join(near)}" if near else "make one: ./invoke template-build",
+        )
+    hosts = [
+        host
+        for host in _storing_hosts(site)
+        if any(t.label == label for t in site.disks(host).templates())
+    ]
+    actions = tuple(Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
+    with _changing(site, label.partition("@")[0], "template-remove"):
+        if not site.plan:
+            # so that its number never comes again, also when it was the newest
+            _note_generation(site, label.partition("@")[0], int(label.rpartition("@")[2]))
+            with site.journal.operation("template-remove", template=label) as op:
+                for host in hosts:
+                    op.step(f"remove {label} from {host}")
+                    site.disks(host).remove_template(label)
+    return Outcome("template-remove", site.plan, actions, {"template": label})
+
+
+def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
+    """The newest generation that ``host`` has (absent: the first host that has VMs of it)."""
+    store = site.disks(host or _hosts(site, name)[0])
+    own = [t for t in store.templates() if t.name == name]
+    return max(own, key=lambda t: t.generation, default=None)
+
+
+def ensure_template(site: Site, name: str, host: str | None = None) -> Template:
+    """The newest generation on ``host``; built or imported first if there is none. Not under a plan:
+    use ``newest_template`` there."""
+    found = newest_template(site, name, host)
+    if found is None:
+        if _source(site, name).build is not None:
+            template_build(site, name)
+        else:
+            template_import(site, name)
+        found = newest_template(site, name, host)
+    assert found is not None, "sealing on every host leaves one on each"
+    return found
+
+
+# What the farm file says
+
+
+def _source(site: Site, name: str) -> TemplateSource:
+    source = site.farm.templates.get(name)
+    if source is None:
+        known = list(site.farm.templates)
+        near = get_close_matches(name, known, 1, 0.5) or known
+        raise NotFound(
+            f"no template {name!r} in {site.farm.path.name or site.farm.farm}",
+            remedy=f"it has: {', '.join(near)}" if near else "add one under 'templates:'",
+        )
+    return source
+
+
+def _storing_hosts(site: Site) -> list[str]:
+    """Hosts with a disk store: nobody clones onto machines known by ssh alone."""
+    return [name for name, host in site.farm.hosts.items() if host.driver != "ssh"]
+
+
+def _hosts(site: Site, name: str) -> list[str]:
+    using = {site.farm.host_of(vm) for vm in site.farm.vms if site.farm.template_of(vm) == name}
+    storing = _storing_hosts(site)
+    hosts = [host for host in storing if host in using] or storing[:1]
+    if not hosts:
+        raise UsageError(f"template {name}: the farm has no host that clones disks (driver ssh only)")
+    return hosts
+
+
+def _pretended(site: Site, hosts: Sequence[str]) -> bool:
+    return all(site.farm.hosts[host].driver == "fake" for host in hosts)
+
+
+def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
+    """With the logins that the farm file names: those keys work even without a seed. The farm's own key
+    comes with each VM's seed. With a kernel that boots on all of these hosts."""
+    from provision.guest.debian import load_recipe
+    from provision.guest.identity import authorized
+
+    ssh = site.farm.ssh
+    logins = {name: authorized(site.farm, entries) for name, entries in ssh.users.items()}
+    if ssh.authorized_keys:
+        own = authorized(site.farm, ssh.authorized_keys)
+        logins[ssh.user] = tuple(dict.fromkeys((*logins.get(ssh.user, ()), *own)))
+    assert source.build is not None
+    declared = (site.farm.hosts[host] for host in hosts)
+    paravirtual = any(host.driver == "xen" and host.guests != "pvh" for host in declared)
+    packages = source.packages
+    return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
+
+
+# Generations
+
+
+def _generations_file(site: Site) -> Path:
+    return site.paths.root / "generations.json"
+
+
+def _noted(site: Site) -> dict[str, int]:
+    try:
+        noted: dict[str, int] = json.loads(_generations_file(site).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return noted
+
+
+def _note_generation(site: Site, name: str, generation: int) -> None:
+    noted = _noted(site)
+    if noted.get(name, 0) < generation:
+        make_directory(site.paths.root, mode=0o711)
+        text = json.dumps({**noted, name: generation}, sort_keys=True)
+        write_atomic(_generations_file(site), f"{text}\n".encode())
+
+
+def _next_generation(site: Site, name: str, hosts: Sequence[str]) -> int:
+    sealed = [t.generation for host in hosts for t in site.disks(host).templates() if t.name == name]
+    return max([*sealed, _noted(site).get(name, 0)]) + 1
+
+
+@contextlib.contextmanager
+def _changing(site: Site, name: str, doing: str) -> Iterator[None]:
+    if site.plan:
+        yield
+        return
+    make_directory(site.paths.root, mode=0o711)
+    with site.locks.hold(f"template-{name}", doing=f"{doing} {name}"):
+        yield
+
+
+def _seal_all(
+    site: Site,
+    name: str,
+    generation: int,
+    hosts: Sequence[str],
+    image: _Image | None,
+    source: TemplateSource,
+    first: Action,
+) -> Outcome:
+    label = f"{name}@{generation}"
+    actions = (first, *(Action("seal", "", f"seal it as {label} on host {host}") for host in hosts))
+    facts: dict[str, object] = {"template": label, "hosts": list(hosts)}
+    if site.plan:
+        return Outcome("template", True, actions, facts)
+    firstboot = source.firstboot or ("farmhand" if source.build else "cloud-init")
+    sealed = Template(
+        name=name,
+        generation=generation,
+        ref="",
+        size=image.size if image else source.size,
+        sha256=image.sha256 if image else "",
+        created=datetime.now(UTC),
+        origin=image.origin if image else f"{source.build or source.image}",
+        firstboot=firstboot,
+    )
+    make_directory(_images(), mode=0o700)
+    with site.journal.operation("template-seal", template=label) as op:
+        _note_generation(site, name, generation)
+        for host in hosts:
+            part = _images() / f".seal-{os.getpid()}-{host}.qcow2"
+            part.unlink(missing_ok=True)
+            try:
+                if image is None:
+                    make_file(part)
+                else:
+                    _offer(image.path, part)
+                op.step(f"seal {label} on {host}")
+                sealed = site.disks(host).seal(part, sealed)
+            finally:
+                part.unlink(missing_ok=True)
+    site.reporter.say(f"template {label} is sealed on {', '.join(hosts)}")
+    return Outcome("template", False, actions, {**facts, "sha256": sealed.sha256, "ref": sealed.ref})
+
+
+def _offer(image: Path, part: Path) -> None:
+    """Another name for the image, for a store to consume; sealed files and cached ones never change, so
+    one file may be both."""
+    try:
+        part.hardlink_to(image)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(image, part)
+
+
+# The cache of built images
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    sha256: str
+    created: datetime
+
+
+def _images() -> Path:
+    return cache_dir() / "images"
+
+
+def _image_file(key: str) -> Path:
+    return _images() / f"{key}.qcow2"
+
+
+def _cached(key: str) -> _Cached | None:
+    """The note beside an image is written last: without it there is no image."""
+    try:
+        note = json.loads(_image_file(key).with_suffix(".json").read_text(encoding="utf-8"))
+        present = _image_file(key).stat().st_size == note["bytes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    created = datetime.fromisoformat(note["created"])
+    if not present or time.time() - created.timestamp() > CACHE_LIFE:
+        return None
+    return _Cached(note["sha256"], created)
+
+
+@contextlib.contextmanager
+def _cache_lock(site: Site) -> Iterator[Path]:
+    """One build or import at a time for all farms of this user; what killed ones left is removed."""
+    from provision.guest.debian import remove_build, stale_scratch, still_running
+
+    cache = _images()
+    make_directory(cache, mode=0o700)
+    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            site.reporter.say("waiting for another template build on this machine")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        with open_to_append(still_running(cache)) as running:
+            try:
+                fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                site.reporter.say("waiting until what a killed build started has ended")
+                fcntl.flock(running, fcntl.LOCK_EX)
+        for pattern in (".build-*", ".import-*", ".*.qcow2.*"):
+            for left in cache.glob(pattern):
+                if left.is_dir():
+                    remove_build(site.runner, left)
+                else:
+                    left.unlink(missing_ok=True)
+        for left in stale_scratch():
+            remove_build(site.runner, left)
+        yield cache
+    finally:
+        os.close(handle)
+
+
+def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _Cached:
+    from hypervisors.disks.images import sha256_file
+    from provision.guest.debian import build_image
+
+    with _cache_lock(site) as cache:
+        if not fresh and (waited_for := _cached(key)):
+            return waited_for
+        _prune(cache)
+        logs = site.paths.root / "logs"
+        make_directory(logs, mode=0o700)
+        log = logs / f"template-{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.log"
+        site.reporter.say(f"building {recipe.name} from Debian's packages; its log: {log}")
+        with site.journal.operation("template-build", recipe=recipe.name, hash=key) as op:
+            op.step(f"build image {key}")
+            image, note = _image_file(key), _image_file(key).with_suffix(".json")
+            note.unlink(missing_ok=True)
+            packages = image.with_suffix(".packages")
+            build_image(site.runner, recipe, size=size, out=image, packages=packages, log=log)
+            done = _Cached(sha256_file(image), datetime.now(UTC))
+            facts = {
+                "recipe": recipe.name,
+                "hash": key,
+                "sha256": done.sha256,
+                "bytes": image.stat().st_size,
+                "created": done.created.isoformat(),
+                "packages": packages.name,
+                "log": str(log),
+            }
+            write_atomic(note, json.dumps(facts, indent=1).encode() + b"\n")
+    return done
+
+
+def _prune(cache: Path) -> None:
+    """Images past their life, with their notes."""
+    for note in cache.glob("*.json"):
+        if _cached(note.stem) is None:
+            for suffix in (".json", ".qcow2", ".packages"):
+                note.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _need(directory: Path, bytes_: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < bytes_:
+        raise NoSpace(
+            f"{directory} needs {bytes_ / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            remedy="make room on its file system, or set FARMHAND_CACHE_DIR",
+        )

@@ -1,0 +1,234 @@
+"""Tests, linters and the benchmark of farmhand itself. Starts ruff, mypy and pytest directly: they
+are the developer's tools, they own the terminal, and nothing of a farm's is at stake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cli.command import ROOT, Result, Run
+from host.files import make_directory
+from host.paths import cache_dir
+from inventory.errors import UsageError
+
+_SUITES = ("unit", "contract", "services", "faults", "system")
+_OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
+_CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
+_LAB_MINUTES = 40
+# What runs beside the other tests, when the lab's are through: about as long as what is left of those
+_ASIDE = [ROOT / "tests" / "faults" / name for name in ("test_kills.py", "test_walk.py")]
+
+
+def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
+    """Run one of the tools: on the terminal, or with --json with its output kept. Its caches stay out
+    of the checkout."""
+    cache = cache_dir() / "tests"
+    make_directory(cache, mode=0o755)
+    environment = {
+        **os.environ,
+        "RUFF_CACHE_DIR": str(cache / "ruff"),
+        "MYPY_CACHE_DIR": str(cache / "mypy"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(cache / "hypothesis"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    # What the admin has set for a farm of their own must not leak into the tests.
+    environment.pop("FARMHAND_FARM", None)
+    with _interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", name, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if run.json else None,
+            stderr=subprocess.STDOUT if run.json else None,
+            process_group=0,
+        )
+    with process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            # Interrupted. The terminal reached us alone: pytest tidies up at the first SIGINT, and stops
+            # doing so at a second one.
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate()
+            except BaseException:
+                process.kill()
+                raise
+            raise
+    return process.returncode, (output or b"").decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What is started within heeds SIGINT, by which we end it, also where we ignore it (``&`` in a
+    script): only what is ignored stays so in another program."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _need_tools() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("ruff", "mypy", "pytest", "hypothesis") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the test tools are not installed here: {', '.join(missing)}",
+            remedy="./invoke test installs them, from requirements-dev.lock",
+        )
+
+
+def _linters(run: Run) -> list[dict[str, object]]:
+    _need_tools()
+    steps: list[dict[str, object]] = []
+    for name, arguments in (("ruff", ("check", "--quiet", ".")), ("mypy", ())):
+        started = time.monotonic()
+        status, output = _tool(run, name, *arguments)
+        seconds = round(time.monotonic() - started, 2)
+        steps.append({"name": name, "ok": status == 0, "seconds": seconds, "output": output})
+        if name == "ruff" and status == 0 and not run.json:
+            sys.stdout.write("ruff: all checks passed\n")
+            sys.stdout.flush()
+    return steps
+
+
+def _result(steps: list[dict[str, object]]) -> Result:
+    bad = [str(step["name"]) for step in steps if not step["ok"]]
+    if bad:
+        sys.stderr.write(f"farmhand: failed: {', '.join(bad)}\n")
+    return Result({"steps": steps}, "", ok=not bad)
+
+
+def lint(run: Run) -> Result:
+    """ruff and mypy. UsageError where they are not installed."""
+    return _result(_linters(run))
+
+
+def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
+    """ruff, mypy, pytest here, and at the same time, but with ``fast`` or a choice of tests, pytest in a
+    lab, then the kills. The closing lines of all are the last on stdout. UsageError."""
+    chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
+    if only:
+        missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
+        if missing:
+            raise UsageError(
+                f"--only: no such file: {', '.join(missing)}", remedy="give paths below tests/"
+            )
+        chosen = [str(Path(path).absolute()) for path in only]
+    steps = _linters(run)
+    arguments = [*chosen, *_CACHE]
+    if fast:
+        arguments += ["-m", "not system"]
+    if not only:
+        arguments += _each("--ignore", _OF_THE_LAB)
+    if match:
+        arguments += ["-k", match]
+    with contextlib.ExitStack() as stack:
+        others = None
+        if not (fast or only or match):
+            from tests.dev import labhouse
+
+            labhouse.prepare(run)  # minutes, the first time
+            arguments += _each("--ignore", _ASIDE)
+            lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
+            others = stack.enter_context(Aside(run, [lab, ("test", *_each("--only", _ASIDE))]))
+        steps.append(_pytest(run, arguments))
+        for found in others.finish() if others else ():
+            steps.append({"name": found.problem or "aside", "ok": found.ok, **found.data})
+    return _result(steps)
+
+
+def _each(option: str, paths: Iterable[Path]) -> list[str]:
+    return [word for path in paths for word in (option, str(path))]
+
+
+class Aside:
+    """Tasks with their options, one after another, in processes of their own, while this one does
+    something else. What pytest says there is shown when all are through. Ctrl-C reaches them too; left
+    by an error, the one under way is ended."""
+
+    def __init__(self, run: Run, tasks: Iterable[Sequence[str]]) -> None:
+        self._run = run
+        self._tasks = tasks
+        self._guard = threading.Lock()
+        self._left = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: list[tuple[int, bytes]] = []
+        self._lane = threading.Thread(target=self._work)
+        self._lane.start()
+
+    def _work(self) -> None:
+        for task, *options in self._tasks:
+            with self._guard:
+                if self._left:
+                    return
+                self._process = process = subprocess.Popen(
+                    [ROOT / "invoke", task, "--json", *options], cwd=ROOT,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+            answer, _ = process.communicate()
+            self._answers.append((process.returncode, answer))
+
+    def __enter__(self) -> Aside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._left = True
+            if self._process and self._process.poll() is None:
+                self._process.terminate()
+        self._lane.join()
+
+    def finish(self) -> list[Result]:
+        """Waits for them."""
+        self._lane.join()
+        return [self._told(status, json.loads(answer or "{}")) for status, answer in self._answers]
+
+    def _told(self, status: int, data: dict[str, Any]) -> Result:
+        if not self._run.json:
+            if results := data.get("results"):
+                sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
+            for step in data.get("steps", ()):
+                sys.stdout.write(step["output"])
+            sys.stdout.flush()
+        if status == 0:
+            return Result(data, "")
+        said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
+        return Result(data, "", ok=False, problem=said or "tests aside failed")
+
+
+def of_the_lab(run: Run) -> Result:
+    """The tests that start labs of their own, on this host: power cuts, saved states."""
+    step = _pytest(run, [*map(str, _OF_THE_LAB), *_CACHE])
+    return Result(
+        step, "", ok=bool(step["ok"]), problem="" if step["ok"] else "the tests of the lab failed"
+    )
+
+
+def _pytest(run: Run, arguments: list[str]) -> dict[str, object]:
+    started = time.monotonic()
+    status, output = _tool(run, "pytest", *arguments)
+    seconds = round(time.monotonic() - started, 2)
+    return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
+
+
+def bench(run: Run, *, rounds: int) -> Result:
+    """The figures of the toolkit, side by side with the bare tools in the same run."""
+    from tests.bench import measure
+
+    figures = measure(rounds=rounds, say=run.screen.working)
+    return Result(figures.as_dict(), figures.text(), ok=True)
