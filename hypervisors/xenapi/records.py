@@ -146,7 +146,7 @@ def template_of(vm: Vm) -> Template:
     except (KeyError, ValueError) as error:
         raise DriverFailed(
             f"template {vm.name} ({vm.uuid}): its farmhand marks are damaged: {error}",
-            remedy="xe template-param-list shows them, in other-config",
+            remedy="xe vm-param-list shows them, in other-config",
         ) from None
 
 

@@ -39,7 +39,7 @@ SIZE = 64 * MIB
 FARM = "kata"
 REAL_URL = os.environ.get("FARMHAND_XENAPI_URL", "")
 HOW = "a real XenAPI server" if REAL_URL else "simulated: the XenAPI test server"
-MOST_CALLS = {"clone": 10, "start": 5, "reset": 11}  # a VM: see docs/xenapi.md
+MOST_CALLS = {"clone": 9, "start": 5, "reset": 11}  # a VM: see docs/xenapi.md
 MOST_CALLS_WARM = {"checkpoint, warm": 15, "reset to a warm one": 30, "start, suspended": 10}
 """With tasks that change as often as a real server's."""
 NETWORK = "Pool-wide network associated with eth0"

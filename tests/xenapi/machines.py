@@ -82,7 +82,8 @@ class Machines(Storage):
                          "resident_on", "is_default_template", "current_operations", "suspend_VDI")
         }  # fmt: skip
         kept["other_config"]["mac_seed"] = str(uuid.uuid4())
-        kept |= {"name_label": name, "is_a_snapshot": False, "power_state": "Halted"}
+        kept |= {"name_label": name, "is_a_snapshot": False, "power_state": "Halted",
+                 "blocked_operations": {}}  # fmt: skip
         vbds = [v for v in self.objects["VBD"].values() if v["VM"] == ref]
         vdis: dict[str, Ref] = {}
         try:
@@ -134,6 +135,7 @@ class Machines(Storage):
             "name_label": name, "is_a_snapshot": True, "is_a_template": True, "snapshot_of": Ref(ref),
             "snapshot_time": stamp, "power_state": "Halted", "metrics": self.add("VM_metrics"),
             "snapshot_metadata": source["name_label"], "suspend_VDI": Ref(NULL),
+            "blocked_operations": {},
         }))  # fmt: skip
         self._moments[made] = {f: copy.deepcopy(source[f]) for f in _RESTORED}
         self._devices(ref, made, vdis, macs=True, attached=warm)
@@ -247,6 +249,8 @@ class Machines(Storage):
                 raise Failure("VM_IS_SNAPSHOT", ref, "start")
             if record["is_a_template"]:
                 raise Failure("VM_IS_TEMPLATE", ref)
+            if "start" in record["blocked_operations"]:
+                raise Failure("OPERATION_BLOCKED", ref, record["blocked_operations"]["start"])
             self._state(ref, "Halted")
             self._runs(ref, paused)
 
