@@ -27,26 +27,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
 
 
-@pytest.fixture
-def rig(request, tmp_path):
-    server = request.getfixturevalue("xenapi")
-    with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
-        yield made
-
-
-@pytest.fixture
-def server(rig):
-    return rig.server
-
-
-@pytest.fixture
-def made(rig):
-    """With a checkpoint "one", on which it is."""
-    hypervisor = rig.hypervisor()
-    hypervisor.define(rig.spec("prod"), rig.template)
-    rig.write(NAME, "A")
-    hypervisor.checkpoint(NAME, "one")
-    return hypervisor
+rig, server, made = xenapi_rig.machines, xenapi_rig.its_server, xenapi_rig.kept  # fixtures
 
 
 def by_hand(rig, *calls: str) -> None:

@@ -32,15 +32,14 @@ class Machines(Storage):
 
     @contextlib.contextmanager
     def in_turn(self, call: str, arguments: list[Any]) -> Iterator[None]:
-        """Storage changes of one SR: who meets another waits for it, and then some time more (xapi tries
-        again after a random time)."""
+        """Storage changes of one SR: who meets another tries again after a random time, as xapi does,
+        whether or not that one has long ended."""
         if call not in ("VM.clone", "VM.snapshot", "VDI.create", "VDI.destroy", "VDI.resize"):
             yield
             return
         lock = self._busy.setdefault(self._sr_of(call, arguments[0]), threading.Lock())
-        if not lock.acquire(blocking=False):
+        while not lock.acquire(blocking=False):
             self.collisions += 1
-            lock.acquire()
             time.sleep(random.uniform(0, self.knobs.in_turn))
         try:
             yield
