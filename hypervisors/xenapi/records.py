@@ -54,7 +54,8 @@ class Vm:
 
     @property
     def is_machine(self) -> bool:
-        """No template, no snapshot (which says that it is a template, too), no control domain."""
+        """No XenAPI template, no snapshot (which says that it is a template, too), no control domain.
+        Our own templates are such VMs, too, and known by their ``kind``."""
         return not (
             self.record["is_a_template"]
             or self.record["is_a_snapshot"]
