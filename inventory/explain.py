@@ -9,13 +9,13 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic_core import ValidationError
 
 from inventory.base import KeyProblem, Model, quote
 from inventory.errors import Problem
 from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places
-from inventory.validation import STEP_KINDS, hints, step_kind
+from inventory.values import STEP_KINDS, step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
 
@@ -185,6 +185,8 @@ class Pruner:
 
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
+        from inventory.annotations import hints
+
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 2 and path[:2] == ("cycle", "steps"):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic_core import ValidationError
 
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
@@ -105,7 +105,7 @@ def _without_manual_resets(farm: Farm) -> Farm:
 
 def _accepted(content: dict[str, Any]) -> Farm | None:
     try:
-        return validated(Farm, content)
+        return validated(content)
     except ValidationError:
         return None
 
@@ -119,7 +119,7 @@ def _accepted_in_parts(content: dict[str, Any], places: Places, problems: list[P
     farm = None
     for _ in range(_ROUNDS):
         try:
-            farm = validated(Farm, pruner.content)
+            farm = validated(pruner.content)
             break
         except ValidationError as error:
             if not pruner.prune(error):

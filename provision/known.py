@@ -1,6 +1,6 @@
 """Farm files that were validated before: an unchanged one is not validated again.
 
-Validating costs more than most commands do: pydantic, YAML, the checks. What came of it is a function
+Validating costs as much as a short command: the engine, YAML, the checks. What came of it is a function
 of the file's bytes and of our own code alone, so it is kept in the cache directory, under a name made
 of both: what is found under that name is never out of date. Only a file that is ours alone to write is
 believed, in a directory that is; anything else is as if it weren't there.
@@ -51,7 +51,8 @@ def _name(data: bytes) -> str:
     """Of the farm file's bytes and all that decides what they mean. The environment's packages are
     pinned: its place is named by their hashes."""
     digest = hashlib.sha256(repr((sys.version, sys.prefix)).encode())
-    for source in sorted(Path(*inventory.__path__).glob("*.py")):
+    own = Path(*inventory.__path__)
+    for source in sorted((*own.glob("*.py"), *own.glob("*.core.json"))):
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

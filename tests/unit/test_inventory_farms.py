@@ -13,11 +13,11 @@ from typing import get_args
 
 import pytest
 
+from inventory.annotations import hints
 from inventory.errors import InventoryError
 from inventory.loader import default_cycle, load, loads, place, resolve
 from inventory.model import Farm, ResetStep, RunStep, Source, TransferStep
 from inventory.schema import render
-from inventory.validation import hints
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "inventory").glob("*.yaml"))
