@@ -9,9 +9,8 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic_core import ValidationError
-
 from inventory.base import KeyProblem, Model, quote
+from inventory.engine import ValidationError
 from inventory.errors import Problem
 from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import ValidationError
-
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
 from inventory.collector import without_collector
+from inventory.engine import ValidationError
 from inventory.errors import InventoryError, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places

@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import SchemaValidator
-
 from inventory import model, values
+from inventory.engine import SchemaValidator
 from inventory.model import Farm
 
 CORE_FILE = Path(__file__).with_name("farm.core.json")
