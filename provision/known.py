@@ -26,6 +26,7 @@ from inventory.model import Farm
 from inventory.reading import read
 
 _KEPT = 500  # farms; of more, those go that were not used for longest
+_SLACK = 100  # so many more may be there: to look at the ages of all takes a while
 _SUM = hashlib.sha256().digest_size
 
 
@@ -89,6 +90,8 @@ def _keep(directory: Path, name: str, text: bytes) -> None:
         except BaseException:
             os.unlink(fresh, dir_fd=inside)
             raise
+        if len(os.listdir(inside)) <= _KEPT + _SLACK:
+            return
         with os.scandir(inside) as entries:
             ages = sorted((entry.stat().st_mtime_ns, entry.name) for entry in entries)
         for _, old in ages[:-_KEPT]:
