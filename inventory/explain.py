@@ -157,10 +157,11 @@ class Pruner:
         if kind == "string_too_long":
             return path, f"longer than {context['max_length']} characters"
         if kind in ("greater_than_equal", "greater_than"):
-            least = context["ge"] if "ge" in context else f"more than {context['gt']}"
-            return path, f"{text} is too little: it must be {least}{' or more' * ('ge' in context)}"
+            with_it = "ge" in context
+            least = f"{context['ge']:.15g} or more" if with_it else f"more than {context['gt']:.15g}"
+            return path, f"{text} is too little: it must be {least}"
         if kind == "less_than_equal":
-            return path, f"{text} is too much: at most {context['le']}"
+            return path, f"{text} is too much: at most {context['le']:.15g}"
         return path, f"{found}: {words[:1].lower()}{words[1:]}"
 
     def _unknown_key(self, path: Path) -> str:

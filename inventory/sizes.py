@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
             f"{text[:60]!r} is not a size: write a number with K, M, G or T, such as 512M or 4G"
         )
     whole, _, part = match[1].partition(".")
-    size, rest = divmod(int(whole + part) * _UNITS[match[2].upper()], 10 ** len(part))
+    size, rest = divmod(int(whole + part) * _UNITS[match[2].upper()], int("1" + "0" * len(part)))
     if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     if size > _LARGEST:

@@ -90,10 +90,11 @@ def _keep(directory: Path, name: str, text: bytes) -> None:
         except BaseException:
             os.unlink(fresh, dir_fd=inside)
             raise
-        if len(os.listdir(inside)) <= _KEPT + _SLACK:
-            return
         with os.scandir(inside) as entries:
-            ages = sorted((entry.stat().st_mtime_ns, entry.name) for entry in entries)
+            kept = list(entries)
+        if len(kept) <= _KEPT + _SLACK:
+            return
+        ages = sorted((os.stat(entry.name, dir_fd=inside).st_mtime_ns, entry.name) for entry in kept)
         for _, old in ages[:-_KEPT]:
             os.unlink(old, dir_fd=inside)
 

@@ -235,7 +235,8 @@ def test_loading_stays_light() -> None:
         "import sys; from pathlib import Path; from inventory.loader import load;"
         f"load(Path({str(ROOT / 'inventory' / 'default.yaml')!r}));"
         "print([m for m in ('difflib', 'inventory.explain', 'inventory.schema', 'asyncssh', 'jinja2',"
-        " 'rich', 'libvirt', 'invoke') if m in sys.modules])"
+        " 'rich', 'libvirt', 'invoke', 'pydantic', 'pydantic_core.core_schema', 'inventory.annotations',"
+        " 'inventory.services') if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
