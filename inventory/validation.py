@@ -1,9 +1,9 @@
 """Content of a farm file in, values of ``inventory.model`` out: by pydantic's engine alone.
 
 What the engine goes by, its core schema, is what pydantic makes of the model's annotations. Making it
-costs more than all the rest of a short command, and comes out the same every time: so ``farm.core.json``
-has it as text (made by ``inventory.schema``), with names for the model's classes and for the functions
-of ``inventory.values``.
+takes as long as half of a short command, and comes out the same every time: so ``farm.core.json`` has it
+as text (made by ``inventory.schema``), with names for the model's classes and for the functions of
+``inventory.values``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Farm files that were validated before: an unchanged one is not validated again.
 
-Validating costs as much as a short command: the engine, YAML, the checks. What came of it is a function
-of the file's bytes and of our own code alone, so it is kept in the cache directory, under a name made
-of both: what is found under that name is never out of date. Only a file that is ours alone to write is
-believed, in a directory that is; anything else is as if it weren't there.
+Validating takes a while: pydantic's engine, YAML, the checks. What came of it is a function of the
+file's bytes and of our own code alone, so it is kept in the cache directory, under a name made of both:
+what is found under that name is never out of date. Only a file that is ours alone to write is believed,
+in a directory that is; anything else is as if it weren't there.
 """
 
 from __future__ import annotations
