@@ -29,8 +29,8 @@ def doctor(run: Run) -> Result:
     from provision.doctor import examine
 
     report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
-    report = report.worded(lambda text: cli.with_farm(text, run))
-    return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
+    text = report.text(views.width(), lambda remedy: cli.worded(remedy, run))
+    return Result(report.as_dict(), text, ok=report.ok)
 
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})

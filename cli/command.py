@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,15 +36,18 @@ from invoke.tasks import task as invoke_task
 
 from cli import streams
 from host.files import UMASK
+from host.program import typed
 from inventory.errors import (
     FarmhandError,
     Interrupted,
     InventoryError,
     NotFound,
+    Remedy,
     Several,
     Unsupported,
     UsageError,
     some,
+    spelled,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +77,7 @@ class Result:
     text: str
     ok: bool = True
     problem: str = ""
-    remedy: str = ""
+    remedy: Remedy = ""
 
 
 @dataclass(slots=True)
@@ -85,7 +89,7 @@ class Run:
     json: bool
     plan: bool
     changes: bool = True  # VMs, or what belongs to them
-    resume: str = ""  # what to type after an interruption
+    resume: Remedy = ""  # what to type after an interruption
     _screen: Screen | None = field(default=None)
 
     @property
@@ -173,6 +177,16 @@ def command(
     return decorate
 
 
+def worded(remedy: Remedy, run: Run) -> str:
+    """A remedy as it is to be typed here."""
+    try:
+        path = run.farm_file()
+        named = run.farm and path != replace(run, farm="").farm_file()
+    except FarmhandError:
+        named = False
+    return with_farm(spelled(remedy, partial(typed, farm=str(path) if named else "")), run)
+
+
 def with_farm(text: str, run: Run) -> str:
     """The text with ``--farm`` in each ``./invoke TASK`` of it, where without it the same words would be
     about another farm."""
@@ -193,13 +207,13 @@ def _naming_the_farm(run: Run, body: Callable[[], Result | None]) -> Result | No
         result = body()
     except FarmhandError as error:
         for each in (error, *(error.errors.values() if isinstance(error, Several) else ())):
-            each.remedy = with_farm(each.remedy, run)
+            each.remedy = worded(each.remedy, run)
         raise
     finally:
-        run.resume = with_farm(run.resume, run)
+        run.resume = worded(run.resume, run)
     if result is None or not result.remedy:
         return result
-    remedy = with_farm(result.remedy, run)
+    remedy = worded(result.remedy, run)
     data = {**result.data, "remedy": remedy} if "remedy" in result.data else result.data
     return replace(result, data=data, remedy=remedy)
 

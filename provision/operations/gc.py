@@ -12,7 +12,7 @@ from pathlib import Path
 
 from host.files import remove
 from hypervisors.api import Leftover, NamelessDisks, Owner
-from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted, some
+from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted, some, some_remedies
 from inventory.sizes import format_duration, format_size
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Run, begin, lock_of
@@ -81,7 +81,7 @@ def gc(site: Site) -> Outcome:
             raise DriverFailed(
                 f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
                 + some([f"{ref}: {error.message}" for ref, error in failed.items()], by="; "),
-                remedy=some(list(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)), by="; "),
+                remedy=some_remedies(failed.values()),
             )
         return run.outcome()
 
