@@ -31,7 +31,7 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
         return _destroy_farm(site, purge=purge)
     names = _names(site, vms)
     with begin(site, "destroy", names) as run:
-        foreign = {vm for vm in names if vm in site.farm.vms and site.host(vm).driver == "ssh"}
+        foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).can_power}
         there = _there(site, [vm for vm in names if vm not in foreign])
         for vm in names:
             if vm in foreign:
@@ -59,7 +59,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
     def one(vm: str) -> None:
         _unmake(site, vm)
         current_step("remove its seed, keys and console log")
-        identity.remove_identity(site.paths, vm, site.machine(vm))
+        identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
         gone[vm] = None
         site.reporter.say("destroyed", vm=vm)
 
@@ -84,7 +84,7 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
 
 
 def _unmake(site: Site, vm: str) -> None:
-    name = site.machine(vm)
+    name = site.farm.machine_of(vm)
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
@@ -130,7 +130,8 @@ def _made(site: Site) -> tuple[str, ...]:
 def _hosts(site: Site, vm: str) -> list[str]:
     """Where it may be: its host, or any for one no longer declared."""
     if vm in site.farm.vms:
-        return [site.farm.host_of(vm)] if site.host(vm).driver != "ssh" else []
+        member = site.member(vm)
+        return [member.host] if member.can_power else []
     return [host for host in site.farm.hosts if site.has_disks(host)]
 
 
@@ -141,7 +142,7 @@ def _there(site: Site, vms: Sequence[str]) -> dict[str, None]:
     known |= {item.what.owner.vm for item in leftovers(site) if item.what.owner}
 
     def has_file(vm: str) -> bool:
-        name = site.machine(vm)
+        name = site.farm.machine_of(vm)
         files = (
             identity.seed_file(paths, name),
             identity.host_key_file(paths, vm),

@@ -17,6 +17,7 @@ from inventory.sizes import format_duration, format_size
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Run, begin, lock_of
 from provision.lost import left_to_people
+from provision.member import Member
 from provision.site import Site
 
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
@@ -109,13 +110,12 @@ def leftovers(site: Site) -> Iterator[Found]:
     yield from _allocations(site, machines)
 
 
-def discard_of(site: Site, vms: Sequence[str]) -> None:
+def discard_of(members: Sequence[Member]) -> None:
     """Remove these VMs' leftovers in their drivers, and those that died before they could be marked as
     anybody's; the caller holds their locks."""
-    owners = {None, *(Owner(site.farm.farm, vm) for vm in vms)}
-    for host in dict.fromkeys(map(site.farm.host_of, vms)):
-        if site.farm.hosts[host].driver == "ssh":
-            continue
+    owners = {None, *(member.owner for member in members)}
+    hosts = {member.host: member.site for member in members if member.can_power}
+    for host, site in hosts.items():
         for item in _of_host(site, host):
             if item.what.owner in owners:
                 item.discard()
@@ -195,7 +195,7 @@ def _file(
     if stat.S_ISREG(info.st_mode):
         temporary = path.name.startswith(".")
         made = datetime.fromtimestamp(info.st_mtime, UTC)
-        if site.machine(vm) in machines and (now - made < _YOUNG or not temporary):
+        if site.farm.machine_of(vm) in machines and (now - made < _YOUNG or not temporary):
             return
         what = Leftover(
             kind=kind,
@@ -211,7 +211,7 @@ def _file(
 def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
     """What undeclared VMs were given. Declared ones keep theirs for when they are made."""
     for vm in site.allocator.recorded():
-        if vm in site.farm.vms or site.machine(vm) in machines:
+        if vm in site.farm.vms or site.farm.machine_of(vm) in machines:
             continue
         what = Leftover(
             kind="allocation",
