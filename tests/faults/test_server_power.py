@@ -272,7 +272,7 @@ def test_a_way_back_that_can_not_succeed(bench: Bench) -> None:
     with bench.site() as site:
         farm.recover(site)
         assert _content(bench, site) == OLD
-        assert is_on(look(site, "prod"))
+        assert is_on(site.member("prod").look())
     _unharmed(bench, "room again")
     place.remove_nobodys()  # those of the revert that was cut off
 
