@@ -16,8 +16,8 @@ from provision.allocate import Allocation
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Job, begin, is_on
 from provision.guest import identity
+from provision.leftovers import discard_of
 from provision.lost import Lost, lost
-from provision.operations.gc import discard_of
 from provision.power import (
     answers,
     bring_up_to_date,

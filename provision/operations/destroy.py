@@ -14,8 +14,8 @@ from provision.engine.journal import current_step
 from provision.engine.report import Action, Outcome
 from provision.engine.work import begin, side_by_side
 from provision.guest import identity
+from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.lost import left_of
-from provision.operations.gc import Survey, of_drivers, of_files, survey
 from provision.site import Site
 
 

@@ -39,11 +39,11 @@ from provision.engine.journal import Record, current_operation
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Job, is_on, lock_of, side_by_side
 from provision.guest.identity import sweep_seeds
+from provision.leftovers import discard_of, discard_unowned
 from provision.operations.balloon import finish_balloon
 from provision.operations.checkpoint import GRACE, keep, merge_on
 from provision.operations.clone import undo_clone
 from provision.operations.destroy import erase, finish_farm, last_of
-from provision.operations.gc import discard_of, discard_unowned
 from provision.operations.reset import proven, restore
 from provision.power import deflate
 from provision.site import Site
