@@ -1,4 +1,4 @@
-"""What is ours and belongs to nothing any more: found, with owner, age and size, and how to remove it."""
+"""What is ours and belongs to nothing any more: who it was of, how old, how large, how to remove it."""
 
 from __future__ import annotations
 
