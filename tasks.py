@@ -297,7 +297,8 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
     most = cli.count("--lines", lines)
     with run.site() as site:
         role = cli.one_vm(site, vm)
-        found = site.hypervisor_of(role).console(site.machine(role))
+        member = site.member(role)
+        found = member.driver.console(member.machine)
     return cli.console(run, role, found, log=log, lines=most)
 
 
@@ -305,7 +306,8 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
-        argv = site.ssh_argv(cli.one_vm(site, vm), command)
+        member = site.member(cli.one_vm(site, vm))
+        argv = member.ssh_argv(member.endpoint(), command)
     return cli.ssh(run, argv)
 
 

@@ -208,7 +208,7 @@ def _run_program(site: Site) -> str:
     from provision.guest.connection import Connection
 
     async def ask() -> str:
-        async with await Connection.open(site.endpoint("prod")) as connection:
+        async with await Connection.open(site.member("prod").endpoint()) as connection:
             return await connection.output(f"set -e; {COMMAND}", timeout=60)
 
     return asyncio.run(ask()).strip()
