@@ -17,6 +17,7 @@ from typing import Any
 
 import inventory.model as model_module
 import inventory.services as services_module
+from inventory import kinds
 from inventory.annotations import adapter
 from inventory.base import Model
 from inventory.model import Farm
@@ -51,9 +52,7 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
-    ("ResetStep", "cycle.steps[]: reset"),
-    ("RunStep", "cycle.steps[]: run"),
-    ("TransferStep", "cycle.steps[]: transfer"),
+    *((kinds.STEPS.section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.STEPS.names),
 )
 _WHERE = dict(_SECTIONS)
 
@@ -97,7 +96,9 @@ def json_schema() -> dict[str, Any]:
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [{"$ref": f"#/$defs/{name}Step"} for name in ("Reset", "Run", "Transfer")]
+        "anyOf": [
+            {"$ref": f"#/$defs/{kinds.STEPS.section(name).__name__}"} for name in kinds.STEPS.names
+        ]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -127,7 +128,11 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or getattr(services_module, name)
+    return (
+        getattr(model_module, name, None)
+        or getattr(services_module, name, None)
+        or kinds.named(name)
+    )
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
@@ -164,16 +169,20 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
 
 def _documents() -> dict[str, dict[str, str]]:
     """Descriptions of classes (under "") and their fields: the strings below them in the source."""
-    sources = (services_module.__file__, model_module.__file__)
-    nodes = [n for source in sources for n in ast.parse(Path(source).read_text(encoding="utf-8")).body]
+    modules = [services_module.__name__, model_module.__name__]
+    for name in kinds.STEPS.names:  # a section's bases first
+        modules += [part.__module__ for part in reversed(kinds.STEPS.section(name).mro())]
+    files = [sys.modules[name].__file__ for name in dict.fromkeys(modules) if name != "builtins"]
+    texts = [Path(file).read_text(encoding="utf-8") for file in files if file]
+    nodes = [node for text in texts for node in ast.parse(text).body]
     found: dict[str, dict[str, str]] = {}
     for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
-        texts = {"": _one_line(ast.get_docstring(node) or "")}
+        own = {"": _one_line(ast.get_docstring(node) or "")}
         for base in node.bases:
             if isinstance(base, ast.Name) and base.id in found and base.id != Model.__name__:
-                texts = {**found[base.id], **texts}
+                own = {**found[base.id], **own}
         for field, text in zip(node.body, node.body[1:], strict=False):
             if (
                 isinstance(field, ast.AnnAssign)
@@ -181,8 +190,8 @@ def _documents() -> dict[str, dict[str, str]]:
                 and isinstance(text, ast.Expr)
                 and isinstance(text.value, ast.Constant)
             ):
-                texts[field.target.id] = _one_line(str(text.value.value))
-        found[node.name] = texts
+                own[field.target.id] = _one_line(str(text.value.value))
+        found[node.name] = own
     return found
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from inventory import model, values
+from inventory import kinds, model, values
 from inventory.engine import SchemaValidator
 from inventory.model import Farm
 
@@ -68,7 +68,7 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    found = getattr(model, name, None) or getattr(values, name, None)
+    found = getattr(model, name, None) or getattr(values, name, None) or kinds.named(name)
     if found is None:
         from inventory import services
 

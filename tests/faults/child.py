@@ -35,6 +35,7 @@ import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
 import provision.guest.seed  # noqa: F401
+from cli import composition
 from hypervisors.fake import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
@@ -45,6 +46,7 @@ from provision.operations import checkpoint
 from provision.operations import templates as golden
 from provision.site import Site
 
+composition.compose()
 _kind: type[Site] = Site
 
 
