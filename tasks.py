@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cli import command as cli
-from cli import composition, streams, views
+from cli import composition, streams, views  # noqa: F401 - composition: before a farm file is read
 from cli.command import Result, Run, command
 from inventory.errors import UsageError
 
-composition.compose()
 # For those who type invoke, not ./invoke.
 streams.take_over()
 

@@ -1,11 +1,8 @@
-"""What there is of each kind, put together: here alone is it known which rooms have tables of kinds."""
+"""What there is of each kind, put into the tables that the lower rooms read (``inventory.kinds``)."""
 
 from __future__ import annotations
 
-from builds.steps import KINDS
+from builds.steps import STEPS
 from inventory import kinds
 
-
-def compose() -> None:
-    """Once, before a farm file is read."""
-    kinds.STEPS.register(KINDS)
+kinds.steps.update(STEPS)

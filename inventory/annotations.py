@@ -22,7 +22,7 @@ from inventory.values import step_kind
 def _names() -> Mapping[str, Any]:
     """What the annotations speak of."""
     sections: list[Any] = [
-        Annotated[kinds.STEPS.section(name), Tag(name)] for name in kinds.STEPS.names
+        Annotated[kinds.step(name), Tag(name)] for name in kinds.steps
     ]  # fmt: skip
     step: Any = Annotated[reduce(or_, sections), Discriminator(step_kind)]
     return {**vars(fields), **vars(services), **vars(model), "Steps": tuple[step, ...]}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
 
+from inventory import kinds
 from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
-from inventory.kinds import STEPS
 from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
@@ -321,10 +321,10 @@ def _steps(farm: Farm, places: Places) -> Found:
                     (*path, "name"),
                     f"a step of this name is in line {places.of_value(first)[0]}",
                 )
-        kinds = [kind for kind in STEPS.names if kind in step.keys]
-        if len(kinds) != 1:
+        known = [kind for kind in kinds.steps if kind in step.keys]
+        if len(known) != 1:
             continue
-        section = STEPS.section(kinds[0])
+        section = kinds.step(known[0])
         for key in map(section.key_of, section.VMS):
             value = step.values.get(key)
             if not isinstance(value, Scalar) or (*path, key) in places.bad or not vms:
@@ -332,11 +332,11 @@ def _steps(farm: Farm, places: Places) -> Found:
             if value.text not in vms:
                 yield _at(places, (*path, key), f"no VM {quote(value.text)}{_close(value.text, vms)}")
     for number, accepted in enumerate(farm.cycle.steps if farm.cycle else ()):
-        known = all(
+        sound = all(
             vm in farm.vms and _driver(farm, places, vm) and not places.is_bad(("vms", vm))
             for vm in accepted.vms
         )
-        if known and (refused := accepted.refusal(farm)):
+        if sound and (refused := accepted.refusal(farm)):
             key, text = refused
             yield places.problem(("cycle", "steps", number, key), text)
 

@@ -9,10 +9,10 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from inventory import kinds
 from inventory.base import KeyProblem, Model, quote
 from inventory.engine import ValidationError
 from inventory.errors import Problem
-from inventory.kinds import STEPS
 from inventory.model import Farm
 from inventory.places import Path, Places
 from inventory.values import step_kind
@@ -25,7 +25,7 @@ _STAND_IN: dict[str, Any] = {"farm": "x", "vms": {"x": {}}}  # for what a farm c
 
 
 def _kinds() -> str:
-    *first, last = (f"'{name}'" for name in STEPS.names)
+    *first, last = (f"'{name}'" for name in kinds.steps)
     return f"{', '.join(first)} and {last}"
 
 
@@ -88,7 +88,7 @@ class Pruner:
 
     def _without_tags(self, loc: tuple[str | int, ...]) -> Path:
         """pydantic puts the kind of step behind its number."""
-        if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in STEPS.names:
+        if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in kinds.steps:
             return (*loc[:3], *loc[4:])
         return loc
 
@@ -100,7 +100,7 @@ class Pruner:
         if kind == "missing":
             return path in told
         if kind == "union_tag_not_found":
-            return any((*path, key) in told for key in STEPS.names)
+            return any((*path, key) in told for key in kinds.steps)
         return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:
@@ -176,11 +176,11 @@ class Pruner:
     def _unknown_step(self, node: object) -> str:
         if not isinstance(node, Keys):
             return "a step is made of keys with values, such as 'name' and 'run'"
-        found = [kind for kind in STEPS.names if kind in node.keys]
+        found = [kind for kind in kinds.steps if kind in node.keys]
         if found:
             return f"a step has one of {_kinds()}; this one has {' and '.join(found)}"
         for key in node.keys:
-            if close := difflib.get_close_matches(key[:100], STEPS.names, 1, 0.6):
+            if close := difflib.get_close_matches(key[:100], [*kinds.steps], 1, 0.6):
                 return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
         return f"a step has one of {_kinds()}, which say what it does"
 
@@ -193,7 +193,7 @@ class Pruner:
             if depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 name = step_kind(node.keys if isinstance(node, Keys) else None)
-                kind = STEPS.section(name) if name else None
+                kind = kinds.step(name) if name else None
             elif isinstance(kind, type) and issubclass(kind, Model):
                 of_fields = hints(kind).items()
                 kind = next((hint for name, hint in of_fields if kind.key_of(name) == part), None)

@@ -1,54 +1,40 @@
-"""The sections of a farm file that belong to a kind: of a step.
+"""The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-What farmhand knows of a kind, its section too, is in one file above this room. So the rooms' tables (by
-name, "module:Class") are put in here by what is at the top, ``cli.composition``, and a kind's module is
-imported at its first use.
+A place is "module:Class"; it is imported when it is first needed. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.model import Step
 
-S = TypeVar("S", bound="Model")
+steps: dict[str, str] = {}
+"""Of a cycle's steps, by the key that each kind is known by."""
 
 
-class Kinds(Generic[S]):
-    """Sections by the name of their kind, in the order in which they were registered."""
-
-    def __init__(self) -> None:
-        self._places: dict[str, str] = {}
-
-    def register(self, places: Mapping[str, str]) -> None:
-        """By name "module:Class"."""
-        self._places.update(places)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._places)
-
-    def section(self, name: str) -> type[S]:
-        """KeyError: there is no such kind."""
-        module, _, attribute = self._places[name].partition(":")
-        found: type[S] = getattr(import_module(module), attribute)
-        return found
-
-    def named(self, section: str) -> type[S] | None:
-        """The section of this class's name."""
-        for name, place in self._places.items():
-            if place.endswith(f":{section}"):
-                return self.section(name)
-        return None
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
 
 
-STEPS: Kinds[Step] = Kinds()
+def section(name: str) -> type[Model] | None:
+    """By its class's name; None: no table has it."""
+    place = places().get(name)
+    return _imported(place) if place else None
 
 
-def named(section: str) -> type[Model] | None:
-    """Of any kind."""
-    return STEPS.named(section)
+def places() -> dict[str, str]:
+    """Of all tables, by their classes' names."""
+    return {place.rpartition(":")[2]: place for place in steps.values()}
+
+
+@cache
+def _imported(place: str) -> type[Model]:
+    module, _, name = place.partition(":")
+    found: type[Model] = getattr(import_module(module), name)
+    return found

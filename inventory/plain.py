@@ -80,7 +80,7 @@ def _decoded(found: dict[str, Any]) -> object:
 
 
 def _section(name: str) -> type[Model]:
-    found = getattr(model, name, None) or kinds.named(name)
+    found = getattr(model, name, None) or kinds.section(name)
     if found is None:
         from inventory import services  # which few farms have
 

@@ -52,7 +52,7 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
-    *((kinds.STEPS.section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.STEPS.names),
+    *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
 )
 _WHERE = dict(_SECTIONS)
 
@@ -97,7 +97,7 @@ def json_schema() -> dict[str, Any]:
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
         "anyOf": [
-            {"$ref": f"#/$defs/{kinds.STEPS.section(name).__name__}"} for name in kinds.STEPS.names
+            {"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps
         ]
     }
     return {
@@ -131,7 +131,7 @@ def _section(name: str) -> Any:
     return (
         getattr(model_module, name, None)
         or getattr(services_module, name, None)
-        or kinds.named(name)
+        or kinds.section(name)
     )
 
 
@@ -170,8 +170,8 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
 def _documents() -> dict[str, dict[str, str]]:
     """Descriptions of classes (under "") and their fields: the strings below them in the source."""
     modules = [services_module.__name__, model_module.__name__]
-    for name in kinds.STEPS.names:  # a section's bases first
-        modules += [part.__module__ for part in reversed(kinds.STEPS.section(name).mro())]
+    for name in kinds.steps:  # a section's bases first
+        modules += [part.__module__ for part in reversed(kinds.step(name).mro())]
     files = [sys.modules[name].__file__ for name in dict.fromkeys(modules) if name != "builtins"]
     texts = [Path(file).read_text(encoding="utf-8") for file in files if file]
     nodes = [node for text in texts for node in ast.parse(text).body]

@@ -68,7 +68,7 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    found = getattr(model, name, None) or getattr(values, name, None) or kinds.named(name)
+    found = getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
     if found is None:
         from inventory import services
 

@@ -13,8 +13,8 @@ import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
+from inventory import kinds
 from inventory.base import parse_range, quote
-from inventory.kinds import STEPS
 from inventory.model import Step
 from inventory.sizes import parse_duration, parse_size
 
@@ -257,5 +257,5 @@ def step_kind(value: object) -> str | None:
         return value.KIND
     if not isinstance(value, dict):
         return None
-    kinds = [kind for kind in STEPS.names if kind in value]
-    return kinds[0] if len(kinds) == 1 else None
+    found = [kind for kind in kinds.steps if kind in value]
+    return found[0] if len(found) == 1 else None

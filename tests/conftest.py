@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import composition
 from tests.lab import told
-
-composition.compose()
 
 IN_LAB = Path("/etc/lab/load").exists()
 IN_XEN_LAB = Path("/etc/lab-kind").exists()

@@ -31,11 +31,11 @@ from typing import Any
 
 from still import StillSite
 
+import cli.composition  # noqa: F401
 import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones are
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
 import provision.guest.seed  # noqa: F401
-from cli import composition
 from hypervisors.fake import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
@@ -46,7 +46,6 @@ from provision.operations import checkpoint
 from provision.operations import templates as golden
 from provision.site import Site
 
-composition.compose()
 _kind: type[Site] = Site
 
 

@@ -435,12 +435,11 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from cycle_farm import run_cycle
-from cli.composition import compose
+import cli.composition
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads
 from provision.engine.report import QuietReporter
 from provision.site import Site
-compose()
 with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:
     try:
         run_cycle(site)
