@@ -14,6 +14,7 @@ _FILES = (
     "host/*.py",
     "hypervisors/*.py",
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
+    "hypervisors/disks/zfs/*.lua",
 )
 _NEEDED = (3, 11)  # StrEnum, hashlib.file_digest
 BOOT = (

@@ -3,6 +3,7 @@ to by the contract suites."""
 
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from hypervisors.api import (
     Template,
     WatchedDisks,
 )  # fmt: skip
+from hypervisors.disks.zfs.disks import ZfsDisks
 from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.link import Link
@@ -165,6 +167,22 @@ def test_a_disk_is_made_there(machine: FarMachine, tmp_path: Path) -> None:
         disks.clone(sealed, "kata-prod", OWNER, SIZE)
     with pytest.raises(NotFound):
         disks.restore("kata-prod", "never")
+
+
+def test_what_zfs_runs_comes_over_too(machine: FarMachine) -> None:
+    """A stand-in for the command keeps what it is given to run; the real one is in the labs."""
+    zfs = machine.place / "bin" / "zfs"
+    zfs.parent.mkdir(exist_ok=True)
+    zfs.write_text(
+        '#!/bin/sh\nwhile [ "$1" != tank ]; do shift; done\n'
+        f'cat -- "$2" >{machine.place}/given || exit 1\n'
+        """echo '{"return": {"space": {"used": 1, "available": 2}}}'\n"""
+    )
+    zfs.chmod(0o755)
+    disks = machine.disks("kata", store="zfs", pool="tank")
+    assert disks.capacity() == Capacity(3, 2)
+    given, ours = machine.place / "given", Path(inspect.getfile(ZfsDisks)).with_name("store.lua")
+    assert given.read_bytes() == ours.read_bytes()
 
 
 def test_a_step_that_raises_abandons_the_change(machine: FarMachine, tmp_path: Path) -> None:

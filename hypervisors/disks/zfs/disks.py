@@ -20,7 +20,7 @@ clone is under construction ("new") until it has its size, and a snapshot to cou
 
 **Going back.** Where the checkpoint is the newest snapshot, the volume is rolled back: one process, one
 transaction, the same device. Else the checkpoint is cloned beside and marked the disk, while the former
-disk becomes a mere carrier of its checkpoints, or goes: again one transaction (zfs_store.lua). No
+disk becomes a mere carrier of its checkpoints, or goes: again one transaction (store.lua). No
 checkpoint moves, so none can be lost. The disk's path then ends in another number; it always was the old
 or the new, and ``ready`` says which right before a start.
 
