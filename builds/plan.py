@@ -88,10 +88,10 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                     remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
                     f"record say so: {command('cycle', '--from', steps[0].name)}",
                 )
-            driver = site.host(vm).driver
-            if driver == "fake" and not isinstance(step, ResetStep):
+            driver = site.driver_of(vm)
+            if not driver.guests and not isinstance(step, ResetStep):
                 raise Unsupported(
-                    f"{site.name}: step {step.name}: {vm} is on a fake host, where nothing can be run",
+                    f"{site.name}: step {step.name}: {vm} is on {driver.called}, where nothing can be run",
                     remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
                 )
             if vm in ready:

@@ -37,6 +37,27 @@ def no_step(_text: str) -> None:
     """For callers that keep no journal (tests, read-only use)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voices:
+    """What drivers tell while they work: before each change, of what an admin should know, and of how
+    far a long one has come."""
+
+    step: StepFn = no_step
+    warn: Callable[[str], None] = no_step
+    working: Callable[[str], None] = no_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directories:
+    """``state``: all farms' lasting things; ``farm``: this farm's own, below it; ``cache``: what can be
+    made again; ``runtime``: this farm's, gone after a boot."""
+
+    state: Path
+    farm: Path
+    cache: Path
+    runtime: Path
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """Our mark, carried by the object itself. Nothing without it is ever changed or removed."""

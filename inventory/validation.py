@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, model, services
+from inventory import fields, kinds, model, services
 from inventory.base import Model
+from inventory.hosts import DEFAULT_DRIVER, Host
 from inventory.model import ResetStep, RunStep, Step, TransferStep
 
 T = TypeVar("T")
@@ -35,14 +36,36 @@ _STEP = Annotated[
     | Annotated[TransferStep, Tag("transfer")],
     Discriminator(step_kind),
 ]
-_NAMES = {**vars(fields), **vars(services), **vars(model), "Steps": tuple[_STEP, ...]}
+
+
+def host_driver(value: object) -> str | None:
+    """A host is known by its driver."""
+    if isinstance(value, Host):
+        return value.driver
+    if not isinstance(value, dict):
+        return DEFAULT_DRIVER  # which refuses it
+    driver = value.get("driver", DEFAULT_DRIVER)
+    return driver if isinstance(driver, str) else None
+
+
+def _host() -> Any:
+    """Any of the drivers' sections."""
+    tagged = [Annotated[kinds.host_section(name), Tag(name)] for name in kinds.hosts]
+    return Annotated[Union[tuple(tagged)], Discriminator(host_driver)]
+
+
+@cache
+def _names() -> Mapping[str, Any]:
+    from hypervisors.disks.section import DiskStore
+
+    return {**vars(fields), **vars(services), **vars(model), "Steps": tuple[_STEP, ...], "Host": _host(), "DiskStore": DiskStore}
 
 
 @cache
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """Of a section."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
-    found.rebuild(force=True, _types_namespace=_NAMES)
+    found.rebuild(force=True, _types_namespace=dict(_names()))
     return found
 
 
@@ -54,4 +77,4 @@ def validated(kind: type[T], content: object) -> T:
 
 def hints(kind: type[Model]) -> Mapping[str, Any]:
     """What its fields are, by their names."""
-    return get_type_hints(kind, localns=_NAMES)
+    return get_type_hints(kind, localns=dict(_names()))

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from textwrap import wrap
-from typing import Literal
 
-Level = Literal["needed", "note"]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at. ``remedy`` is what to type or do; empty where all is well."""
-
-    name: str
-    ok: bool
-    level: Level
-    text: str
-    remedy: str = ""
-
-    def as_dict(self) -> Mapping[str, object]:
-        return asdict(self)
-
+from host.check import Check
 
 @dataclass(frozen=True, slots=True)
 class Report:

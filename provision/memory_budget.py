@@ -58,7 +58,7 @@ def host_memory(
         for name, m in sorted(machines.items()) if is_on(m)
     ]  # fmt: skip
     free = None
-    if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
+    if declared.INFO.shares_memory:  # other servers know better, and refuse by themselves
         soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
         free = _memory_available(site, host) - taken - soon + sum(map(_current, gone))
     return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
@@ -106,7 +106,7 @@ def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tu
         if not here:
             continue
         wanted = at_once(here.values())
-        here_too = declared.driver == "kvm"  # several of them share this machine
+        here_too = declared.INFO.shares_memory  # several of them share this machine
         if _plainly_there(site, host, wanted + taken):
             taken += wanted if here_too else 0
             continue
@@ -170,15 +170,15 @@ def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | N
 def _plainly_there(site: Site, host: str, size: int) -> bool:
     """Whether that can be told without a look at the host's machines: it has no limit."""
     declared = site.farm.hosts[host]
-    if declared.memory is not None or declared.driver != "kvm":
+    if declared.memory is not None or not declared.INFO.shares_memory:
         return declared.memory is None
     return _machine_has(site, host, size)
 
 
 def _machine_has(site: Site, host: str, size: int) -> bool:
-    """Whether that much is free beside all that this process is about to give; Xen and XenAPI servers
-    see to that themselves."""
-    if site.farm.hosts[host].driver != "kvm":
+    """Whether that much is free beside all that this process is about to give; other servers see to
+    that themselves."""
+    if not site.farm.hosts[host].INFO.shares_memory:
         return True
     return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
 
@@ -207,8 +207,8 @@ def _guest(site: Site, vm: str, machine: Machine | None, reserved: int) -> Guest
     fixed = ""
     if machine is not None and machine.power is Power.PAUSED:
         fixed = "paused"
-    elif site.host(vm).driver == "ssh":
-        fixed = "on an ssh host"
+    elif not site.driver_of(vm).power:
+        fixed = f"on {site.driver_of(vm).called}"
     return Guest(
         vm=vm,
         on=on,

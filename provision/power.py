@@ -61,7 +61,7 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
                 action = Action("start", vm, f"{how}{then_what(site, vm, wait=wait)}")
                 jobs[vm] = [Job(action, partial(start_one, site, vm, wait=wait))]
             elif vm in cold:
-                jobs[vm] = [Job(Action("note", vm, "on an ssh host: nobody can switch it on from here"))]
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(site, vm)} on from here"))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "runs already"))]
         run.carry_out(jobs)
@@ -76,9 +76,7 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
         for vm in names:
             machine = look(site, vm)
             if not can_power(site, vm):
-                jobs[vm] = [
-                    Job(Action("note", vm, "on an ssh host: nobody can switch it off from here"))
-                ]
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(site, vm)} off from here"))]
             elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
@@ -175,7 +173,7 @@ def write_identity(site: Site, vm: str) -> None:
         site.paths,
         site.runner,
         allocation,
-        reader_uid=site.reader_uid(site.farm.host_of(vm)),
+        reader_uid=site.opened(site.farm.host_of(vm)).reader_uid(),
     )
     make_directory(site.paths.consoles, mode=0o711)
     if far := site.far(site.farm.host_of(vm)):
@@ -183,8 +181,9 @@ def write_identity(site: Site, vm: str) -> None:
 
 
 def wait_until_ready(site: Site, vm: str, *, since: float) -> None:
-    """As ``until_ready``, and says how long it took. Under the fake there is nothing to wait for."""
-    if site.host(vm).driver == "fake":
+    """As ``until_ready``, and says how long it took. Where machines have no guests there is nothing to
+    wait for."""
+    if not site.driver_of(vm).guests:
         return
     import asyncio
 
@@ -254,17 +253,15 @@ def console_tail(site: Site, vm: str, *, lines: int = _TAIL) -> str:
 
 def _on_trial(site: Site, vm: str) -> bool:
     """Whether it runs under KVM that no guest has answered under yet, and need not."""
-    host = site.farm.host_of(vm)
-    if not present(site, vm).accelerated or site.accelerator(host) != "auto":
-        return False
-    return not site.kvm_trust(host).proven()
+    opened = site.opened(site.farm.host_of(vm))
+    return bool(present(site, vm).accelerated) and opened.on_trial()
 
 
 def _trust(site: Site, vm: str) -> None:
     """It answered. What can't be looked at, or noted, now will be another time."""
     with contextlib.suppress(FarmhandError):
         if present(site, vm).accelerated:
-            site.kvm_trust(site.farm.host_of(vm)).prove()
+            site.opened(site.farm.host_of(vm)).prove()
 
 
 def _start_emulated(site: Site, vm: str) -> float:
@@ -286,7 +283,7 @@ def _start_emulated(site: Site, vm: str) -> float:
 def answers(site: Site, vm: str, *, timeout: float = 2.0) -> bool:
     """Whether an ssh server greets at the VM's address. In user mode QEMU itself accepts the
     connection, so only the greeting (RFC 4253, 4.2) tells."""
-    if site.host(vm).driver == "fake":
+    if not site.driver_of(vm).guests:
         return True
     try:
         with socket.create_connection(site.address(vm), timeout) as connection:
@@ -323,7 +320,12 @@ def then_what(site: Site, vm: str, *, wait: bool) -> str:
 
 
 def can_power(site: Site, vm: str) -> bool:
-    return site.host(vm).driver != "ssh"
+    return site.driver_of(vm).power
+
+
+def no_power(site: Site, vm: str) -> str:
+    """For a note in a plan: it goes on with what can't be done."""
+    return f"on {site.driver_of(vm).called}: nobody can switch it"
 
 
 def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
@@ -340,7 +342,7 @@ def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action,
 def check_accelerator(site: Site, vms: Sequence[str]) -> None:
     """Unsupported where these VMs are to run under KVM, and it doesn't work."""
     for host in dict.fromkeys(map(site.farm.host_of, vms)):
-        site.demand_kvm(host)
+        site.opened(host).demand_accelerator()
 
 
 def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:
@@ -351,7 +353,7 @@ def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:
 
 def _secure_port(site: Site, vm: str) -> None:
     """Another program may listen where a stopped VM's ssh used to: move, unless it was declared."""
-    if site.farm.network.mode != "user" or site.host(vm).driver != "kvm":
+    if site.farm.network.mode != "user" or not site.driver_of(vm).forwards:
         return
     port = site.allocator.allocate(vm).ssh_port
     if port_free(port):

@@ -114,7 +114,7 @@ def discard_of(site: Site, vms: Sequence[str]) -> None:
     anybody's; the caller holds their locks."""
     owners = {None, *(Owner(site.farm.farm, vm) for vm in vms)}
     for host in dict.fromkeys(map(site.farm.host_of, vms)):
-        if site.farm.hosts[host].driver == "ssh":
+        if not site.farm.hosts[host].INFO.virtual:
             continue
         for item in _of_host(site, host):
             if item.what.owner in owners:
@@ -125,7 +125,7 @@ def discard_unowned(site: Site) -> None:
     """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
     doesn't answer keeps nobody from going on: what is left there is for gc."""
     for host, declared in site.farm.hosts.items():
-        if declared.driver == "ssh":
+        if not declared.INFO.virtual:
             continue
         try:
             for item in _of_host(site, host):

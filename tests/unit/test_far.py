@@ -29,15 +29,17 @@ from hypervisors.api import (
     Owner,
     Power,
     Template,
+    Voices,
     WatchedDisks,
 )  # fmt: skip
+from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs.disks import ZfsDisks
 from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.link import Link
 from hypervisors.far.wire import decode, encode
 from hypervisors.libvirt.kvm_trust import KvmTrust
-from hypervisors.opening import Place, Voices
+from hypervisors.libvirt.opening import Place
 from inventory.errors import (
     CommandFailed,
     Conflict,
@@ -143,7 +145,7 @@ def test_this_machine_is_not_far(uri: str) -> None:
 
 def test_a_store_offers_there_what_it_offers_here() -> None:
     def offers(store: str) -> set[str]:
-        place = Place(farm="kata", driver="xen", uri="xen:///system", store=store)
+        place = Place(disks=StorePlace(farm="kata", store=store), driver="xen", uri="xen:///system")
         made = far_disks(Link("x", tuple, place, Voices()), lambda _: None)
         assert isinstance(made, FarDisks)
         more = (FarmDisks, DeviceDisks, WatchedDisks, MergingDisks)

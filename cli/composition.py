@@ -1,0 +1,5 @@
+"""provisional"""
+from hypervisors.drivers import DRIVERS
+from inventory import kinds
+
+kinds.hosts.update(DRIVERS)
