@@ -91,7 +91,8 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
             driver = site.driver_of(vm)
             if not driver.guests and not isinstance(step, ResetStep):
                 raise Unsupported(
-                    f"{site.name}: step {step.name}: {vm} is on {driver.called}, where nothing can be run",
+                    f"{site.name}: step {step.name}: {vm} is on {driver.called}, "
+                    "where nothing can be run",
                     remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
                 )
             if vm in ready:

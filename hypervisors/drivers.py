@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hypervisors.host import DrivenHost
-from inventory import kinds
-
 DRIVERS: Mapping[str, str] = {
     "kvm": "hypervisors.libvirt.kvm_host:KvmHost",
     "xen": "hypervisors.libvirt.xen_host:XenHost",
@@ -14,8 +11,5 @@ DRIVERS: Mapping[str, str] = {
     "ssh": "hypervisors.ssh:SshHost",
     "fake": "hypervisors.fake.host:FakeHost",
 }
-
-
-def all_drivers() -> tuple[type[DrivenHost], ...]:
-    """The kinds of hosts that there are."""
-    return tuple(kinds.host_section(name) for name in kinds.hosts)
+PARTS: Mapping[str, str] = {"DiskStore": "hypervisors.disks.section:DiskStore"}
+"""Sections within theirs."""

@@ -17,6 +17,7 @@ from host.check import Check
 from host.run import Runner
 from hypervisors.api import Directories, Disks, Hypervisor, Voices
 from hypervisors.null import NoMachines
+from inventory import kinds
 from inventory.errors import Unsupported
 from inventory.hosts import Host
 
@@ -134,9 +135,11 @@ class OpenHost(ABC):
 
     def check_places(self) -> None:
         """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
+        return
 
     def demand_accelerator(self) -> None:
         """Unsupported where the section asks for one that doesn't work."""
+        return
 
     def on_trial(self) -> bool:
         """Whether machines run accelerated though no guest has shown yet that this works."""
@@ -144,10 +147,12 @@ class OpenHost(ABC):
 
     def prove(self) -> None:
         """A guest has."""
+        return
 
     def distrust(self, why: str) -> None:
-        """It failed a guest: machines are defined without it from now on. Drivers that are open are to be
-        connected anew."""
+        """It failed a guest: machines are defined without it from now on, by drivers that are connected
+        anew."""
+        del why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +169,21 @@ class DrivenHost(Host, ABC):
 
     @classmethod
     def examine(cls, hosts: Sequence[Self], cache: Path) -> Iterable[Check]:
-        """What of this machine decides whether its driver works, and how well. ``hosts``: those of a farm
-        that are this machine; none: of a farm that isn't known. ``cache``: for what was found out."""
+        """What of this machine decides whether its driver works, and how well. ``hosts``: those of a
+        farm that are this machine; none: of a farm that isn't known. ``cache``: for what was found
+        out."""
         del hosts, cache
         return ()
+
+
+def all_drivers() -> tuple[type[DrivenHost], ...]:
+    """The kinds of hosts that there are."""
+    found = []
+    for name in kinds.hosts:
+        section = kinds.host(name)
+        assert issubclass(section, DrivenHost)
+        found.append(section)
+    return tuple(found)
 
 
 def no_disks(around: Surroundings, driver: str) -> Unsupported:

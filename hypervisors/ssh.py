@@ -44,7 +44,6 @@ class SshHost(DrivenHost):
     )
 
     driver: Literal["ssh"] = "ssh"
-    """ssh."""
 
     def opened(self, around: Surroundings) -> OpenSsh:
         return OpenSsh(around)

@@ -9,15 +9,14 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
-
 from inventory import kinds
 from inventory.base import KeyProblem, Model, quote
+from inventory.engine import ValidationError
 from inventory.errors import Problem
 from inventory.hosts import DEFAULT_DRIVER, Host
 from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places
-from inventory.validation import STEP_KINDS, hints, step_kind
+from inventory.values import STEP_KINDS, step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
 
@@ -99,6 +98,8 @@ class Pruner:
     def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
         """Whether it is only refused for what was taken out, or misspelt, which has been told."""
         told = self.places.bad | self._meant
+        if path[:1] == ("hosts",) and len(path) > 2 and (*path[:2], "driver") in told:
+            return kind in (_SECTION, _UNKNOWN, "missing")  # which keys it has, nobody knows
         if kind == _SECTION:
             return any((*path, key) in told for key in context["error"].keys)
         if kind == "missing":
@@ -164,10 +165,11 @@ class Pruner:
         if kind == "string_too_long":
             return path, f"longer than {context['max_length']} characters"
         if kind in ("greater_than_equal", "greater_than"):
-            least = context["ge"] if "ge" in context else f"more than {context['gt']}"
-            return path, f"{text} is too little: it must be {least}{' or more' * ('ge' in context)}"
+            with_it = "ge" in context
+            least = f"{context['ge']:.15g} or more" if with_it else f"more than {context['gt']:.15g}"
+            return path, f"{text} is too little: it must be {least}"
         if kind == "less_than_equal":
-            return path, f"{text} is too much: at most {context['le']}"
+            return path, f"{text} is too much: at most {context['le']:.15g}"
         return path, f"{found}: {words[:1].lower()}{words[1:]}"
 
     def _missing(self, path: Path) -> tuple[Path, str]:
@@ -193,7 +195,7 @@ class Pruner:
         """What to say to a key that other drivers have; "": none has."""
         if key in host.INSTEAD:
             return host.INSTEAD[key]
-        others = [name for name in kinds.hosts if key in _keys_of(kinds.host_section(name))]
+        others = [name for name in kinds.hosts if key in _keys_of(kinds.host(name))]
         if not others:
             return ""
         names = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
@@ -222,10 +224,12 @@ class Pruner:
 
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
+        from inventory.annotations import hints
+
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 1 and path[0] == "hosts":
-                kind = kinds.host_section(self._driver_at(path[:2]))
+                kind = kinds.host(self._driver_at(path[:2]))
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 kind = _STEPS.get(step_kind(node.keys if isinstance(node, Keys) else None))
@@ -242,8 +246,8 @@ class Pruner:
 
     def _driver_at(self, host: Path) -> str:
         node = self.places.node((*host, "driver"))
-        known = isinstance(node, Scalar) and node.text in kinds.hosts
-        return node.text if known else DEFAULT_DRIVER
+        driver = node.text if isinstance(node, Scalar) else ""
+        return driver if driver in kinds.hosts else DEFAULT_DRIVER
 
     def _holder(self, path: Path) -> tuple[Any, Any]:
         """What holds this in the content, and under which key or number now; None if nothing does."""

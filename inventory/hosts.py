@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from inventory import kinds
 from inventory.base import Model
@@ -83,6 +83,7 @@ class Host(Model):
     """What to say to keys that other drivers have."""
 
     driver: str
+    """Which hypervisor it has, and so which other keys."""
 
     @property
     def far(self) -> bool:
@@ -114,6 +115,16 @@ DEFAULT_DRIVER = "kvm"
 """Of a host that doesn't say."""
 
 
+def driver_of(section: object) -> str | None:
+    """A host's section, or what a file has in its place, is known by its driver."""
+    if isinstance(section, Host):
+        return section.driver
+    if not isinstance(section, dict):
+        return DEFAULT_DRIVER  # which refuses it
+    driver = section.get("driver", DEFAULT_DRIVER)
+    return driver if isinstance(driver, str) else None
+
+
 def default_hosts() -> dict[str, Host]:
     """Of a farm that names none."""
-    return {"here": kinds.host_section(DEFAULT_DRIVER)()}
+    return {"here": kinds.host(DEFAULT_DRIVER)(driver=DEFAULT_DRIVER)}

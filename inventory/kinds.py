@@ -1,20 +1,43 @@
-"""Open tables (provisional, until the shared one is there)."""
+"""The kinds of sections that stand with what they are about, above: open tables of where each is.
+
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a driver never
+imports it. ``cli.composition`` fills the tables.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from inventory.base import Model
+    from inventory.hosts import Host
 
 hosts: dict[str, str] = {}
+"""Of hosts, by their drivers."""
+parts: dict[str, str] = {}
+"""Of sections within those, by their classes' names."""
+
+
+def host(driver: str) -> type[Host]:
+    """KeyError: there is no such driver."""
+    return cast("type[Host]", _imported(hosts[driver]))
+
+
+def section(name: str) -> type[Model] | None:
+    """By its class's name; None: no table has it."""
+    place = places().get(name)
+    return _imported(place) if place else None
+
+
+def places() -> dict[str, str]:
+    """Of all tables, by their classes' names."""
+    return {place.rpartition(":")[2]: place for place in (*hosts.values(), *parts.values())}
 
 
 @cache
-def resolve(place: str) -> Any:
+def _imported(place: str) -> type[Model]:
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
-
-
-def host_section(driver: str) -> Any:
-    """KeyError: there is no such driver."""
-    return resolve(hosts[driver])
+    found: type[Model] = getattr(import_module(module), name)
+    return found

@@ -8,6 +8,7 @@ from textwrap import wrap
 
 from host.check import Check
 
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """All checks. ``ok``: nothing that is needed is broken."""

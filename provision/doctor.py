@@ -20,8 +20,7 @@ from host import paths
 from host.check import Check, Level, install
 from host.run import which
 from hypervisors.disks.stores import STORES
-from hypervisors.drivers import all_drivers
-from hypervisors.host import DrivenHost
+from hypervisors.host import DrivenHost, all_drivers
 from inventory.errors import FarmhandError, UsageError
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm

@@ -177,9 +177,7 @@ class Site:
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
-            voices=Voices(
-                step=current_step, warn=self.reporter.warn, working=self.reporter.working
-            ),
+            voices=Voices(step=current_step, warn=self.reporter.warn, working=self.reporter.working),
             plan=self.plan,
         )
 

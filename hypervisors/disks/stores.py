@@ -31,10 +31,11 @@ STORES: Mapping[str, StoreInfo] = {
     "zfs": _ZFS,
     "zfs-files": _ZFS,
     "lvm-thin": StoreInfo(
-        place="hypervisors.disks.lvm.thin:LvmThinDisks", tool="lvm", packages="lvm2 thin-provisioning-tools"
+        place="hypervisors.disks.lvm.thin:LvmThinDisks", tool="lvm",
+        packages="lvm2 thin-provisioning-tools",
     ),
     "lvm": StoreInfo(place="hypervisors.disks.lvm.classic:LvmClassicDisks", tool="lvm", packages="lvm2"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

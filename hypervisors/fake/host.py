@@ -21,7 +21,6 @@ class FakeHost(DrivenHost):
     INFO: ClassVar = DriverInfo(name="fake", called="a fake host", guests=False)
 
     driver: Literal["fake"] = "fake"
-    """fake."""
     memory: Size | None = None
     """What this farm's VMs may have of it, all together, at any time; absent: no limit."""
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # the last, for the annotations, which inventory has evaluate
 
 @dataclass(frozen=True, kw_only=True)
 class KvmHost(LibvirtHost):
-    """QEMU through libvirt, with KVM; it falls back to QEMU's own emulation, saying so, where KVM doesn't
-    work (see `accelerator`)."""
+    """QEMU with KVM, through libvirt; it falls back to QEMU's own emulation, saying so, where KVM
+    doesn't work (see `accelerator`)."""
 
     INFO: ClassVar = DriverInfo(
         name="kvm", called="a kvm host", shares_memory=True, forwards=True, own_account=True,
@@ -40,7 +40,6 @@ class KvmHost(LibvirtHost):
     )  # fmt: skip
 
     driver: Literal["kvm"] = "kvm"
-    """kvm, which a host without this key has."""
     uri: Line = "private"
     """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
     qemu:///system, or another machine's, qemu+ssh://root@HOST/system."""

@@ -32,12 +32,11 @@ class XenHost(LibvirtHost):
     NEEDED: ClassVar = {"uri": "such as xen:///system"}
 
     driver: Literal["xen"] = "xen"
-    """xen."""
     uri: Line
     """A libvirt URI: xen:///system, or another machine's, xen+ssh://root@HOST/system."""
     guests: Literal["pv", "pvh"] = "pv"
-    """What the VMs are: every Xen host can run pv. pvh needs a CPU with virtualization, and guests with a
-    kernel of their own for it."""
+    """What the VMs are: every Xen host can run pv. pvh needs a CPU with virtualization, and guests with
+    a kernel of their own for it."""
 
     def __post_init__(self) -> None:
         if self.uri == "private":
@@ -57,9 +56,7 @@ class OpenXen(OpenLibvirt):
     declared: XenHost
 
     def place(self) -> Place:
-        from hypervisors.libvirt.opening import Place, placed
+        from hypervisors.libvirt.opening import Place
 
         declared = self.declared
-        return Place(
-            disks=self.store_place(), driver="xen", uri=declared.uri, guests=declared.guests
-        )
+        return Place(disks=self.store_place(), driver="xen", uri=declared.uri, guests=declared.guests)

@@ -30,7 +30,6 @@ class XenApiHost(DrivenHost):
     INSTEAD: ClassVar = {"disks": "a xenapi server owns its storage: 'sr' names it"}
 
     driver: Literal["xenapi"] = "xenapi"
-    """xenapi."""
     uri: Line
     """The server's XenAPI, an https URL; of a pool, its coordinator's."""
     credentials: FilePath

@@ -13,7 +13,7 @@ from machine_rigs import Guests
 from rigs import FARM, MIB
 
 from cli.views import farm_status, memory_plan
-from hypervisors.api import Power
+from hypervisors.api import Hypervisor, Power
 from hypervisors.host import OpenHost
 from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load

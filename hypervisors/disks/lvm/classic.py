@@ -33,12 +33,12 @@ from typing import Literal, Self
 from host.files import sync
 from host.run import Runner
 from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, no_step
-from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.lvm.command import Group, Volume, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen, kept
 from hypervisors.disks.lvm.volumes import WarnFn, no_warning
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
 

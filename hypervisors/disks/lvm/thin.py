@@ -24,12 +24,12 @@ from typing import Self
 from host.files import sync
 from host.run import Runner, which
 from hypervisors.api import Capacity, Directories, StepFn, Voices, no_step
-from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.lvm.command import Volume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen
 from hypervisors.disks.lvm.volumes import WarnFn, no_warning
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
 from inventory.sizes import format_size
 

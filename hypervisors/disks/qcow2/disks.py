@@ -38,8 +38,19 @@ from typing import Self
 from host.file_lock import FileLock
 from host.files import blocks, changed, make_directory, matching, reachable, sync, write_new
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Directories, Disk, Leftover, Owner, StepFn, Template, Voices, no_step
-from hypervisors.disks.stores import StorePlace
+from hypervisors.api import (
+    CLEAN,
+    Capacity,
+    Checkpoint,
+    Directories,
+    Disk,
+    Leftover,
+    Owner,
+    StepFn,
+    Template,
+    Voices,
+    no_step,
+)
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
 from hypervisors.disks.qcow2.leftovers import (
     CHECKPOINT,
@@ -58,6 +69,7 @@ from hypervisors.disks.qcow2.store import (
     write_durably,
     write_template,
 )
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 

@@ -51,7 +51,17 @@ from datetime import datetime
 from typing import Self
 
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Directories, Disk, Leftover, Owner, Template, Voices
+from hypervisors.api import (
+    CLEAN,
+    Capacity,
+    Checkpoint,
+    Directories,
+    Disk,
+    Leftover,
+    Owner,
+    Template,
+    Voices,
+)
 from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, Look, plain
