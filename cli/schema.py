@@ -3,7 +3,7 @@ kinds of sections."""
 
 from __future__ import annotations
 
-import cli.composition  # noqa: F401
+import cli.composition  # noqa: F401 - what there is
 from inventory.schema import main
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ class Pruner:
             if isinstance(node, Scalar) and node.missing and self._filled(path, kind):
                 changed = True
                 continue
+            consequence = self._consequence(path, kind, context)
             concerned, message = self._explained(path, kind, context, detail["msg"], of_key)
-            if not self._consequence(path, kind, context):
+            if not consequence:
                 whole = kind in (_UNKNOWN, "missing")
                 name = self.places.name(concerned[:-1] if whole else concerned)
                 if of_key or kind == _UNKNOWN or (kind == _SECTION and concerned == path):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import cli.composition  # noqa: F401 - the kinds of sections, as the command line has them
 from tests.lab import told
 
 IN_LAB = Path("/etc/lab/load").exists()

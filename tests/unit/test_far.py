@@ -309,7 +309,7 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
         nobody.bind(("127.0.0.1", 0))
         uri = f"xen+ssh://127.0.0.1:{nobody.getsockname()[1]}/system"
         there = far(uri)
-        place = Place(farm="kata", driver="xen", uri=there.uri)
+        place = Place(disks=StorePlace(farm="kata"), driver="xen", uri=there.uri)
         with pytest.raises(DriverFailed, match="Connection refused"):
             Link(there.name, there.argv, place, Voices()).call("disks", "list")
 
