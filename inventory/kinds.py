@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ def section(name: str) -> type[Model] | None:
 def places() -> dict[str, str]:
     """Of all tables, by their classes' names."""
     return {place.rpartition(":")[2]: place for place in (*hosts.values(), *parts.values())}
+
+
+def rooms() -> list[Path]:
+    """The directories of all tables' modules: what decides about their sections is in there."""
+    specs = map(find_spec, dict.fromkeys(place.partition(":")[0] for place in places().values()))
+    return sorted({Path(spec.origin).parent for spec in specs if spec and spec.origin})
 
 
 @cache
