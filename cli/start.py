@@ -44,7 +44,9 @@ def _judged(parse: Callable[..., None]) -> Callable[..., None]:
         try:
             parse(*arguments)
         except ParseError as error:
-            remedy = "./invoke --list shows the tasks, ./invoke TASK --help its flags"
+            from host.program import PROGRAM
+
+            remedy = f"{PROGRAM} --list shows the tasks, {PROGRAM} TASK --help its flags"
             raise Exit(f"farmhand: {error}\n  {remedy}", code=_WRONG_WORDS) from None
 
     return judged
