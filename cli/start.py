@@ -7,12 +7,18 @@ invoke is imported, others stand in for the three.
 
 Standard streams may be closed or full: streams.py. Wrong words end as those do that a task refuses.
 
+Python's garbage collector looks through all that importing makes, again and again while it is made
+and again at the end: a tenth of a short command's time, and nothing of it is ever garbage. So it waits
+for more objects than that, and leaves out the last looks.
+
 Bytecode is kept in the virtual environment: invoke keeps none by default, so that each command would
 compile all of farmhand again, and nothing is to be left in the checkout, which may be another's.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -21,6 +27,7 @@ from typing import Any
 
 _YAML = "invoke.vendor.yaml"
 _WRONG_WORDS = 2  # UsageError's exit status
+_OBJECTS = 50_000  # that may be made before the garbage collector looks at them
 
 
 def _safe_load(stream: Any) -> Any:
@@ -53,6 +60,8 @@ def _judged(parse: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
+    gc.set_threshold(_OBJECTS, 20, 20)
+    atexit.register(gc.freeze)  # the first one registered is the last one called
     if sys.prefix != sys.base_prefix and sys.pycache_prefix is None:
         sys.pycache_prefix = f"{sys.prefix}/bytecode"
     sys.dont_write_bytecode = False

@@ -161,7 +161,8 @@ def farm_status(status: FarmStatus) -> Result:
     notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
-    notes += [f"left unfinished, the next command recovers it: {text}" for text in status.unfinished]
+    left = "left unfinished, the next command tries to recover it"
+    notes += [f"{left}: {text}" for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
         lines += ["", *notes]

@@ -8,11 +8,10 @@ from ipaddress import IPv4Address
 from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
-from inventory.fields import is_plain_name
 from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
-from inventory.validation import STEP_KINDS
+from inventory.values import STEP_KINDS, is_plain_name
 from inventory.yamltree import Items, Mapping, Scalar
 
 Found = Iterator[Problem]

@@ -9,13 +9,12 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
-
 from inventory.base import KeyProblem, Model, quote
+from inventory.engine import ValidationError
 from inventory.errors import Problem
 from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places
-from inventory.validation import STEP_KINDS, hints, step_kind
+from inventory.values import STEP_KINDS, step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
 
@@ -158,10 +157,11 @@ class Pruner:
         if kind == "string_too_long":
             return path, f"longer than {context['max_length']} characters"
         if kind in ("greater_than_equal", "greater_than"):
-            least = context["ge"] if "ge" in context else f"more than {context['gt']}"
-            return path, f"{text} is too little: it must be {least}{' or more' * ('ge' in context)}"
+            with_it = "ge" in context
+            least = f"{context['ge']:.15g} or more" if with_it else f"more than {context['gt']:.15g}"
+            return path, f"{text} is too little: it must be {least}"
         if kind == "less_than_equal":
-            return path, f"{text} is too much: at most {context['le']}"
+            return path, f"{text} is too much: at most {context['le']:.15g}"
         return path, f"{found}: {words[:1].lower()}{words[1:]}"
 
     def _unknown_key(self, path: Path) -> str:
@@ -185,6 +185,8 @@ class Pruner:
 
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
+        from inventory.annotations import hints
+
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 2 and path[:2] == ("cycle", "steps"):

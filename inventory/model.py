@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from inventory.base import Model, at_key, parse_range, quote
 from inventory.sizes import format_size
 
-if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluated
+if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
     from pydantic import Field
 
     from inventory.fields import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluat
         Hostnames,
         Keys,
         Label,
+        LeaseTime,
         Line,
         Lines,
         Mac,
@@ -205,7 +206,7 @@ class Network(Model):
     pool: Ranges = ()
     """Addresses that DHCP gives to machines that are not the farm's; they are reserved too. Absent:
     none, only the farm's own get an answer."""
-    lease_time: Annotated[Seconds, Field(ge=60, le=31536000)] = 43200
+    lease_time: LeaseTime = 43200
     """How long DHCP leases last."""
     domain: Hostname | None = None
     """DNS domain of the VMs."""

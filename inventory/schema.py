@@ -1,6 +1,8 @@
-"""The JSON Schema for editors and the reference page, both made from the model.
+"""The JSON Schema for editors, the reference page, and what farm files are validated by: all made from
+the model.
 
-``python -m inventory.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md.
+``python -m inventory.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md,
+inventory/farm.core.json.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 
 import inventory.model as model_module
 import inventory.services as services_module
+from inventory.annotations import adapter
 from inventory.base import Model
 from inventory.model import Farm
 from inventory.sizes import format_duration, format_size
-from inventory.validation import adapter
+from inventory.validation import CLASS, CORE_FILE, DEFAULT, FUNCTION, SECTION, stands_for
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
 REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
@@ -227,11 +230,71 @@ def _default(default: Any, value: dict[str, Any]) -> str:
     return ""
 
 
+# Of no account for validating Python's values.
+_UNUSED = {"metadata", "ref", "serialization", "serialization_alias"}
+
+
+def core_schema() -> dict[str, Any]:
+    """pydantic's core schema of each section, as ``inventory.validation`` reads it."""
+    whole: Any = adapter(Farm).core_schema
+    sections: dict[str, Any] = {}
+    definitions = {each["ref"]: each for each in whole["definitions"]}
+    _core(whole["schema"], sections, definitions)
+    return sections
+
+
+def _core(value: Any, sections: dict[str, Any], definitions: dict[str, Any]) -> Any:
+    """With stand-ins for what JSON has no word for; sections go to ``sections``. TypeError: something
+    that ``inventory.validation`` wouldn't find again."""
+    if isinstance(value, list):
+        return [_core(item, sections, definitions) for item in value]
+    if not isinstance(value, dict):
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        key, name = (CLASS, FUNCTION)[not isinstance(value, type)], getattr(value, "__name__", "")
+        if stands_for(key, name) is not value:
+            raise TypeError(f"{value!r}: farm files are validated by what inventory.values has")
+        return {key: name}
+    match value.get("type"):
+        case "definition-ref":
+            return _core(definitions[value["schema_ref"]], sections, definitions)
+        case "json-or-python":
+            return _core(value["python_schema"], sections, definitions)
+        case "lax-or-strict":
+            return _core(value["lax_schema"], sections, definitions)
+    used = {key: inner for key, inner in value.items() if key not in _UNUSED}
+    if value.get("type") != "dataclass":
+        return {key: _core(inner, sections, definitions) for key, inner in used.items()}
+    name = value["cls"].__name__
+    if name not in sections:
+        sections[name] = {}  # its place, before the sections in it
+        used["schema"] = _with_defaults(name, value["schema"])
+        sections[name] = {key: _core(inner, sections, definitions) for key, inner in used.items()}
+    return {SECTION: name}
+
+
+def _with_defaults(section: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataclass, with stand-ins for their defaults."""
+    named = []
+    for field in arguments["fields"]:
+        schema = field["schema"]
+        for key in schema.keys() & {"default", "default_factory"}:
+            schema = {**schema, key: {DEFAULT: [section, field["name"]]}}
+        named.append({**field, "schema": schema})
+    return {**arguments, "fields": named}
+
+
+def _a_line_each(sections: dict[str, Any]) -> str:
+    lines = (f"{json.dumps(name)}: {json.dumps(section)}" for name, section in sections.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def render() -> dict[Path, str]:
-    """Both files, as they should be."""
+    """All of them, as they should be."""
     return {
         SCHEMA_FILE: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
         REFERENCE_FILE: reference_markdown(),
+        CORE_FILE: _a_line_each(core_schema()),
     }
 
 

@@ -152,12 +152,13 @@ def refuse_unfinished(site: Site, verb: str, vms: Sequence[str]) -> None:
     wanted = frozenset(vms)
     for record in site.journal.unfinished():
         both = [vm for vm in record.vms if vm in wanted]
-        if record.facts.get("decided") and not record.facts.get("changed") and both:
+        if record.half_done and both:
+            why = f"; in its way: {record.in_its_way}" if record.in_its_way else ""
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "
-                f"{', '.join(both)} can't be used before it is finished",
-                remedy="./invoke recover says what is in its way; or ./invoke destroy a VM that can't "
-                "be brought there",
+                f"{', '.join(both)} can't be used before it is finished{why}",
+                remedy="./invoke recover tries again; or ./invoke destroy a VM that can't be brought "
+                "there",
             )
 
 

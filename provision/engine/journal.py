@@ -77,6 +77,16 @@ class Record:
             return tuple(map(str, several))
         return (self.vm,) if self.vm else ()
 
+    @property
+    def half_done(self) -> bool:
+        """The disks of some of its VMs are changed, of others not yet."""
+        return bool(self.facts.get("decided")) and not self.facts.get("changed")
+
+    @property
+    def in_its_way(self) -> str:
+        """Why its last recovery failed, and what to do; "" where none has."""
+        return str(self.facts.get("in_its_way", ""))
+
     def as_dict(self) -> dict[str, object]:
         return {
             "id": self.id,

@@ -96,24 +96,24 @@ def begin(
 
     run = Run(site, verb)
     if site.plan:
-        run.add(*_recovered(site))
+        run.add(*_recovered(site, vms))
         yield run
         return
     site.prepare()
-    run.add(*_recovered(site))
+    run.add(*_recovered(site, vms))
     with site.locks.hold(*map(lock_of, vms), *locks, doing=doing or f"{verb} {some(vms)}".strip()):
         refuse_unfinished(site, verb, vms)
         yield run
 
 
-def _recovered(site: Site) -> Sequence[Action]:
+def _recovered(site: Site, vms: Sequence[str]) -> Sequence[Action]:
     """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every use case
     with it."""
     if not site.journal.unfinished():
         return ()
     from provision.operations.recover import recover_all
 
-    return recover_all(site)
+    return recover_all(site, vms)
 
 
 def lock_of(vm: str) -> str:

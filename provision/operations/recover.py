@@ -14,7 +14,8 @@
 
 Each operation is recovered under its VMs' locks, and stays unfinished until its recovery is complete:
 a recovery that is killed is recovered by the next. One that can't succeed is in nobody else's way: the
-others are recovered, then its error is told.
+others are recovered, then its error is told, and noted. It is tried again by each command, and told by
+those for its VMs, by ``recover`` and ``status``; by others only where it is another error than before.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def recover(site: Site) -> Outcome:
     return Outcome("recover", site.plan, actions)
 
 
-def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
-    """What was (in a plan: would be) done. What others hold a lock on is left to them."""
+def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) -> tuple[Action, ...]:
+    """What was (in a plan: would be) done. What others hold a lock on is left to them. ``vms``: those of
+    the command that asks."""
     actions: list[Action] = []
     failed: dict[str, FarmhandError] = {}
     for record in site.journal.unfinished():
@@ -85,9 +87,10 @@ def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
             raise
         except FarmhandError as error:
             failed.setdefault(", ".join(record.vms) or record.verb, error)
-            if not strict:
-                again = f" ({error.remedy})" if error.remedy else ""
-                text = f"could not recover its {record.verb}: {error.message}{again}"
+            # one for the VMs of a half-done change is refused, and told why
+            concerned = not record.half_done and set(vms) & set(record.vms)
+            if not strict and (concerned or _whole(error) != record.in_its_way):
+                text = f"could not recover its {record.verb}: {_whole(error)}"
                 site.reporter.warn(text, vm=record.vm)
     if actions and not site.plan:
         _sweep(site)
@@ -97,10 +100,18 @@ def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
 
 
 def _recover_one(site: Site, record: Record) -> Action:
-    job = _job(site, record)
-    with site.journal.resume(record):
-        if job.run is not None:
-            job.run()
+    with site.journal.resume(record) as operation:
+        try:
+            job = _job(site, record)
+            if job.run is not None:
+                job.run()
+        except (Busy, Interrupted):
+            raise
+        except FarmhandError as error:
+            if record.in_its_way != _whole(error):
+                with contextlib.suppress(FarmhandError):  # then it is told once more
+                    operation.note(in_its_way=_whole(error))
+            raise
         vms = [vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"]
         _discard_rest(site, vms)
         sweep_seeds(site.paths, {site.machine(vm) for vm in vms})
@@ -118,9 +129,12 @@ def _discard_rest(site: Site, vms: Sequence[str]) -> None:
     except (Busy, Interrupted):
         raise
     except FarmhandError as error:
-        again = f" ({error.remedy})" if error.remedy else ""
-        text = f"something of it is left over, for ./invoke gc: {error.message}{again}"
+        text = f"something of it is left over, for ./invoke gc: {_whole(error)}"
         site.reporter.warn(text, vm=vms[0] if len(vms) == 1 else "")
+
+
+def _whole(error: FarmhandError) -> str:
+    return f"{error.message} ({error.remedy})" if error.remedy else error.message
 
 
 def _job(site: Site, record: Record) -> Job:

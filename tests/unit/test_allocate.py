@@ -27,7 +27,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def farm_of(name: str = "kata", vms: dict[str, Any] | None = None, **more: Any) -> Farm:
     (FarmPaths(name).root).mkdir(parents=True, exist_ok=True)
-    return validated(Farm, {"farm": name, "vms": vms or {"dev2": {}, "prod": {}}, **more})
+    return validated({"farm": name, "vms": vms or {"dev2": {}, "prod": {}}, **more})
 
 
 def bridge(subnet: str = "10.10.60.0/24", **more: Any) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def test_the_lock_file_is_beside_the_farm_file_but_never_in_the_checkout(tmp_pat
 
 def _allocate_many(lock: Path, names: list[str], every: list[str]) -> None:
     farm = validated(
-        Farm, {"farm": "many", "vms": {name: {} for name in every}, "network": bridge("10.9.0.0/23")}
+        {"farm": "many", "vms": {name: {} for name in every}, "network": bridge("10.9.0.0/23")}
     )
     allocator = Allocator(farm, lock)
     for name in names:
@@ -235,7 +235,7 @@ def test_eight_processes_give_two_hundred_no_duplicate(tmp_path: Path) -> None:
 
 
 def _allocate_ports(state: Path, lock: Path, name: str) -> None:
-    farm = validated(Farm, {"farm": name, "vms": {f"vm{n}": {} for n in range(10)}})
+    farm = validated({"farm": name, "vms": {f"vm{n}": {} for n in range(10)}})
     (state / "farms" / name).mkdir(parents=True, exist_ok=True)
     allocator = Allocator(farm, lock)
     for vm in farm.vms:

@@ -145,6 +145,10 @@ def test_one_wrong_line_of_a_vm(line: str) -> None:
 
 TOP = {
     "sorce: {}": "6:1: unknown key 'sorce'; did you mean 'source'?",
+    "network: {lease_time: 59}": "6:23: network.lease_time: 59 is too little: it must be 60 or more",
+    "network: {lease_time: 366d}": "6:23: network.lease_time: 366d is too much: at most 31536000",
+    "ssh: {ready_timeout: 0}": "6:22: ssh.ready_timeout: 0 is too little: it must be more than 0",
+    f"source: {{repository: {'x' * 4097}}}": "6:22: source.repository: longer than 4096 characters",
     "hosts: {}": "6:8: hosts: at least one is needed",
     "hosts: {a/b: {}}": "6:9: hosts.'a/b': 'a/b' is not a plain name: letters, digits, '.', '_' and '-', "
     "at most 64, beginning with a letter or digit",
