@@ -69,23 +69,21 @@ def main() -> None:
     if sys.prefix != sys.base_prefix and sys.pycache_prefix is None:
         sys.pycache_prefix = f"{sys.prefix}/bytecode"
     sys.path.insert(0, __file__.rpartition("/")[0] + "/..")  # -P: nothing is found by itself
-    with _begun():
+    with begun():
         from invoke.main import program
     _run(program, "invoke", sys.argv[1:])
 
 
-def installed() -> None:
+def installed(tasks: ModuleType) -> None:
     """The program ``farmhand``: these tasks, wherever it is called."""
+    from invoke.collection import Collection
+    from invoke.program import Program
+
     version = None
     if _asked_for_version():
         from importlib.metadata import version as version_of
 
         version = version_of("farmhand")
-    with _begun():
-        from invoke.collection import Collection
-        from invoke.program import Program
-
-        import tasks
     program = Program(version, Collection.from_module(tasks), name="farmhand", binary="farmhand")
     _run(program, "farmhand", sys.argv[1:] or ["--list"])
 
@@ -95,8 +93,8 @@ def _asked_for_version() -> bool:
 
 
 @contextmanager
-def _begun() -> Iterator[None]:
-    """While invoke is imported."""
+def begun() -> Iterator[None]:
+    """While invoke is imported, be it by tasks."""
     gc.set_threshold(_OBJECTS, 20, 20)
     atexit.register(gc.freeze)  # the first one registered is the last one called
     sys.dont_write_bytecode = False
