@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host import paths
+from host.program import CHECKOUT
 from host.run import Runner, which
 from hypervisors.far.address import is_far
 from inventory.errors import FarmhandError, UsageError
@@ -128,7 +129,9 @@ def _python() -> Check:
             False,
             "needed",
             f"Python {version} lacks {', '.join(missing)}",
-            "call ./invoke instead of invoke: it sets up an environment with all of them",
+            "call ./invoke instead of invoke: it sets up an environment with all of them"
+            if CHECKOUT
+            else "see docs/installing.md",
         )
     return Check("python", True, "needed", f"Python {version}, all libraries found")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from hypervisors.api import NamelessDisks
-from inventory.errors import Busy, DriverFailed, FarmhandError, some
+from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Run, begin, lock_of
 from provision.leftovers import Found, survey
@@ -53,7 +53,7 @@ def gc(site: Site) -> Outcome:
             raise DriverFailed(
                 f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
                 + some([f"{ref}: {error.message}" for ref, error in failed.items()], by="; "),
-                remedy=some(list(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)), by="; "),
+                remedy=some_remedies(failed.values()),
             )
         return run.outcome()
 
