@@ -15,27 +15,36 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from inventory import fields, kinds, model, services
 from inventory.base import Model
+from inventory.hosts import driver_of
 from inventory.values import step_kind
 
 
-@cache
-def _names() -> Mapping[str, Any]:
-    """What the annotations speak of."""
-    sections: list[Any] = [
-        Annotated[kinds.step(name), Tag(name)] for name in kinds.steps
-    ]  # fmt: skip
-    step: Any = Annotated[reduce(or_, sections), Discriminator(step_kind)]
-    return {**vars(fields), **vars(services), **vars(model), "Steps": tuple[step, ...]}
-
-
-@cache
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """Of a section."""
+    return _adapter(kind, tuple(kinds.places().items()))
+
+
+@cache
+def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
+    """For the kinds that there are at the moment."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
     found.rebuild(force=True, _types_namespace=_names())
     return found
 
 
+def _names() -> dict[str, Any]:
+    """What the annotations are made of."""
+    drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
+    steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
+    step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
+    return {
+        **vars(fields), **vars(services), **vars(model),
+        **{name: kinds.section(name) for name in kinds.parts},
+        "Steps": tuple[step, ...],
+        "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
+    }  # fmt: skip
+
+
 def hints(kind: type[Model]) -> Mapping[str, Any]:
     """What its fields are, by their names."""
-    return get_type_hints(kind, localns=dict(_names()))
+    return get_type_hints(kind, localns=_names())

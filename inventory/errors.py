@@ -65,8 +65,8 @@ class Call:
 
 
 def call(task: str, **flags: Flag | Sequence[str] | None) -> Call:
-    """``call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out; ``from_``
-    is ``--from``, and ``keep_going`` is ``--keep-going``."""
+    """``call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
+    ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
     given = (
         (name.rstrip("_").replace("_", "-"), value if isinstance(value, str | bool) else tuple(value))
         for name, value in flags.items()
@@ -114,9 +114,12 @@ def remedy_of(data: Any) -> Remedy:
 
 
 def joined(remedies: Iterable[Remedy], by: str = "; ") -> Remedy:
-    """One of several, without the empty ones."""
-    found = [part for remedy in remedies if remedy for part in (by, remedy)]
-    return tuple(found[1:]) if len(found) > 2 else found[1] if found else ""
+    """Several as one; text where all are."""
+    found = list(remedies)
+    texts = [remedy for remedy in found if isinstance(remedy, str)]
+    if len(texts) == len(found):
+        return by.join(texts)
+    return tuple(part for remedy in found for part in (by, remedy))[1:]
 
 
 class FarmhandError(Exception):
@@ -274,7 +277,7 @@ def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:
     """The remedies of several errors, each once, few of them however many there are."""
     found = tuple(dict.fromkeys(error.remedy for error in errors if error.remedy))
     more = len(found) - most
-    return joined(found) if more < 2 else (joined(found[:most]), f" and {more} more")
+    return joined(found) if more < 2 else joined((joined(found[:most]), f" and {more} more"), "")
 
 
 class Several(FarmhandError):

@@ -1,20 +1,33 @@
 """The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-A place is "module:Class"; it is imported when it is first needed. ``cli.composition`` fills the tables.
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a driver never
+imports it. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from inventory.base import Model
+    from inventory.hosts import Host
     from inventory.model import Step
 
+hosts: dict[str, str] = {}
+"""Of hosts, by their drivers."""
+parts: dict[str, str] = {}
+"""Of sections within those, by their classes' names."""
 steps: dict[str, str] = {}
 """Of a cycle's steps, by the key that each kind is known by."""
+
+
+def host(driver: str) -> type[Host]:
+    """KeyError: there is no such driver."""
+    return cast("type[Host]", _imported(hosts[driver]))
 
 
 def step(kind: str) -> type[Step]:
@@ -30,7 +43,17 @@ def section(name: str) -> type[Model] | None:
 
 def places() -> dict[str, str]:
     """Of all tables, by their classes' names."""
-    return {place.rpartition(":")[2]: place for place in steps.values()}
+    return {place.rpartition(":")[2]: place for place in _all()}
+
+
+def _all() -> tuple[str, ...]:
+    return (*hosts.values(), *parts.values(), *steps.values())
+
+
+def rooms() -> list[Path]:
+    """The directories of all tables' modules: what decides about their sections is in there."""
+    specs = map(find_spec, dict.fromkeys(place.partition(":")[0] for place in places().values()))
+    return sorted({Path(spec.origin).parent for spec in specs if spec and spec.origin})
 
 
 @cache

@@ -30,8 +30,9 @@ class ResetStep(StepKind):
     """The checkpoint."""
 
     def refusal(self, farm: Farm) -> tuple[str, str] | None:
-        if farm.hosts[farm.host_of(self.reset)].driver == "ssh" and not farm.vms[self.reset].reset:
-            return "reset", f"VM {self.reset} is on an ssh host and has no 'reset' command"
+        driver = farm.driver_of(self.reset)
+        if not driver.virtual and not farm.vms[self.reset].reset:
+            return "reset", f"VM {self.reset} is on {driver.called} and has no 'reset' command"
         return None
 
     def does(self) -> str:

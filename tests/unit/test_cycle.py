@@ -434,8 +434,8 @@ CHILD = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
-from cycle_farm import run_cycle
 import cli.composition
+from cycle_farm import run_cycle
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads
 from provision.engine.report import QuietReporter
