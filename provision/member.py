@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.ssh_words import path_option
-from hypervisors.api import Disk, Disks, Forward, Hypervisor, Machine, MachineSpec, Nic, Owner
+from hypervisors.api import (
+    Disk,
+    Disks,
+    Forward,
+    Hypervisor,
+    Machine,
+    MachineSpec,
+    Nic,
+    Owner,
+    Power,
+)
 from inventory.errors import NotFound, NotOurs
 from inventory.model import Host, Vm
 from provision.allocate import Allocation
@@ -15,6 +25,8 @@ from provision.guest import identity
 if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
+
+ON = (Power.RUNNING, Power.PAUSED)
 
 
 class Member:
@@ -180,3 +192,7 @@ class Member:
             return str(self.declared.address)
         hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
+
+
+def is_on(machine: Machine | None) -> bool:
+    return machine is not None and machine.power in ON
