@@ -31,7 +31,7 @@ from inventory.errors import (
 from inventory.sizes import brief, format_size
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
-from provision.engine.locks import lock_of
+from provision.engine.locks import leased, lock_of
 from provision.engine.operation import Recovery
 from provision.engine.recovery import giving
 from provision.engine.report import Action
@@ -121,7 +121,7 @@ def room_for(member: Member, size: int, doing: str, *, falls: bool = False) -> I
     def waiting(text: str) -> None:
         site.reporter.working(f"waits for its turn: {text}", vm=vm)
 
-    with contextlib.ExitStack() as stack:
+    with leased(), contextlib.ExitStack() as stack:
         while True:
             with site.turns.take(name, doing=doing, waiting=waiting):
                 since = _make_room(member, size, doing)

@@ -266,6 +266,7 @@ class Journal:
             deadline = time.monotonic() + 10
             while True:  # the change to WAL doesn't wait for a process that does the same
                 try:
+                    self._is_new(connection)  # what isn't ours is left as it is
                     connection.execute("PRAGMA journal_mode = WAL")
                     break
                 except sqlite3.OperationalError as error:

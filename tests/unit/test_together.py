@@ -24,6 +24,7 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.doctor import examine
+from provision.operations.reset import RESET, ResetFacts
 
 TWO_HOSTS = """\
 farm: kata
@@ -354,7 +355,7 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
         with (
             apart.site() as site,
             pytest.raises(Interrupted),
-            site.journal.operation("reset", vm=vm, vms=[vm], to=to, decided=True, start=False),
+            site.journal.begin(RESET, [vm], ResetFacts(was_on=(), to=to, decided=True)),
         ):
             raise Interrupted("as if it was killed")
     for _ in range(2):
