@@ -1,10 +1,15 @@
-"""What there is, put together: the rooms' own tables, so that none below has to know another."""
+"""What there is of each kind, put into the tables that the lower rooms read (``inventory.kinds``,
+``provision.engine.registry``)."""
 
 from __future__ import annotations
 
 import builds
+from hypervisors.drivers import DRIVERS, PARTS
+from inventory import kinds
 from provision import operations
 from provision.engine import registry
 
+kinds.hosts.update(DRIVERS)
+kinds.parts.update(PARTS)
 registry.register(operations.OPERATIONS, operations.ACTIVITIES)
 registry.register({}, builds.ACTIVITIES)

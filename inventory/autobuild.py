@@ -135,7 +135,8 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
 
 def default_cycle(dev: str = "dev2", prod: str = "prod") -> Cycle:
     """The Autobuild cycle over two VMs."""
-    from inventory.model import Cycle
     from inventory.validation import validated
 
-    return validated(Cycle, default_steps(dev, prod))
+    farm = validated({"farm": "any", "vms": {dev: {}, prod: {}}, "cycle": default_steps(dev, prod)})
+    assert farm.cycle is not None
+    return farm.cycle

@@ -1,7 +1,7 @@
 """What every section of a farm file is, and the words for what is wrong with one.
 
 The sections are plain dataclasses. What their fields take is said by their annotations, which only
-``inventory.validation`` has evaluated: a farm that was validated before (``inventory.plain``) needs
+``inventory.annotations`` has evaluated: a farm that was validated before (``inventory.plain``) needs
 neither pydantic nor the checks.
 """
 

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from inventory.autobuild import default_cycle, default_steps
 from inventory.checks import check
 from inventory.collector import without_collector
+from inventory.engine import ValidationError
 from inventory.errors import InventoryError, Problem
 from inventory.model import Farm, ResetStep
 from inventory.places import Places
@@ -97,7 +96,7 @@ def _without_manual_resets(farm: Farm) -> Farm:
         step
         for step in farm.cycle.steps
         if not isinstance(step, ResetStep)
-        or farm.hosts[farm.host_of(step.reset)].driver != "ssh"
+        or farm.driver_of(step.reset).virtual
         or farm.vms[step.reset].reset
     )
     return replace(farm, cycle=replace(farm.cycle, steps=steps))
@@ -105,7 +104,7 @@ def _without_manual_resets(farm: Farm) -> Farm:
 
 def _accepted(content: dict[str, Any]) -> Farm | None:
     try:
-        return validated(Farm, content)
+        return validated(content)
     except ValidationError:
         return None
 
@@ -119,7 +118,7 @@ def _accepted_in_parts(content: dict[str, Any], places: Places, problems: list[P
     farm = None
     for _ in range(_ROUNDS):
         try:
-            farm = validated(Farm, pruner.content)
+            farm = validated(pruner.content)
             break
         except ValidationError as error:
             if not pruner.prune(error):

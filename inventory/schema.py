@@ -1,6 +1,8 @@
-"""The JSON Schema for editors and the reference page, both made from the model.
+"""The JSON Schema for editors, the reference page, and what farm files are validated by: all made from
+the model.
 
-``python -m inventory.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md.
+``python -m cli.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md,
+inventory/farm.core.json.
 """
 
 from __future__ import annotations
@@ -9,23 +11,25 @@ import ast
 import json
 import sys
 from dataclasses import MISSING, fields
+from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import inventory.model as model_module
 import inventory.services as services_module
+from inventory import kinds
+from inventory.annotations import adapter
 from inventory.base import Model
+from inventory.hosts import DEFAULT_DRIVER
 from inventory.model import Farm
 from inventory.sizes import format_duration, format_size
-from inventory.validation import adapter
+from inventory.validation import CLASS, CORE_FILE, DEFAULT, FUNCTION, SECTION, stands_for
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
 REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
 
 _SECTIONS = (
-    ("Farm", "The file"),
-    ("Host", "hosts.NAME"),
     ("DiskStore", "hosts.NAME.disks"),
     ("Network", "network"),
     ("Services", "services"),
@@ -52,12 +56,10 @@ _SECTIONS = (
     ("RunStep", "cycle.steps[]: run"),
     ("TransferStep", "cycle.steps[]: transfer"),
 )
-_WHERE = dict(_SECTIONS)
-
 _INTRODUCTION = """\
 # Farm files
 
-<!-- Made from inventory/model.py by `python -m inventory.schema`: change it there. -->
+<!-- Made from the model, inventory/model.py, by `python -m cli.schema`: change it there. -->
 
 A farm is one YAML file. `inventory/default.yaml` is a short one, commented; `--farm PATH` chooses
 another. Editors that know `farm.schema.json` complete and check it while you type: the files in
@@ -77,20 +79,30 @@ are told at once, each with its line and column.
 """
 
 
+def _sections() -> dict[str, str]:
+    """By their classes' names, in the order of the page: where each stands in a file."""
+    hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
+    return {"Farm": "The file", **hosts, **dict(_SECTIONS)}
+
+
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
     schema: dict[str, Any] = adapter(Farm).json_schema(by_alias=True)
     definitions = schema.pop("$defs")
-    documents = _documents()
+    places = _sections()
     for name, definition in (*definitions.items(), ("Farm", schema)):
         kind = _section(name)
-        definition["description"] = documents[name][""]
-        definition["title"] = _WHERE[name]
+        documents = _documents(kind)
+        definition["description"] = documents[""]
+        definition["title"] = places[name]
         for field in fields(kind):
             key = kind.key_of(field.name)
             value = _written(definition["properties"][key])
-            value["description"] = documents[name][field.name]
+            value["description"] = documents[field.name]
             definition["properties"][key] = value
+    for driver in kinds.hosts.keys() - {DEFAULT_DRIVER}:  # which it says for itself
+        definition = definitions[kinds.host(driver).__name__]
+        definition["required"] = ["driver", *definition.get("required", [])]
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
@@ -107,7 +119,7 @@ def reference_markdown() -> str:
     """docs/inventory.md: every key, what it takes, its default, what it means."""
     schema = json_schema()
     parts = [_INTRODUCTION]
-    for name, where in _SECTIONS:
+    for name, where in _sections().items():
         definition = schema if name == "Farm" else schema["$defs"][name]
         parts.append(f"## {where}\n\n{_one_line(definition['description'])}\n")
         rows = ["| key | takes | if absent | meaning |", "|---|---|---|---|"]
@@ -124,7 +136,7 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or getattr(services_module, name)
+    return getattr(model_module, name, None) or kinds.section(name) or getattr(services_module, name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +156,8 @@ def _written(value: dict[str, Any]) -> dict[str, Any]:
         [(pattern, inner)] = patterns.items()
         inner = _or_one(inner)
         # `prod:` with nothing behind it is a VM with all its defaults
-        inner = {"anyOf": [inner, {"type": "null"}]} if "$ref" in inner else inner
+        sections = inner.get("oneOf") or ([inner] if "$ref" in inner else [])
+        inner = {"anyOf": [*sections, {"type": "null"}]} if sections else inner
         value |= {"propertyNames": {"pattern": pattern}, "additionalProperties": inner}
     return value
 
@@ -159,18 +172,25 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "anyOf": [value["items"], array]}
 
 
-def _documents() -> dict[str, dict[str, str]]:
-    """Descriptions of classes (under "") and their fields: the strings below them in the source."""
-    sources = (services_module.__file__, model_module.__file__)
-    nodes = [n for source in sources for n in ast.parse(Path(source).read_text(encoding="utf-8")).body]
+def _documents(kind: type[Model]) -> dict[str, str]:
+    """Descriptions of a section (under "") and its fields, with those it has from others: the strings
+    below them in the source."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Model) and base is not Model:
+            texts |= _written_in(base.__module__).get(base.__name__, {})
+    return texts
+
+
+@cache
+def _written_in(module: str) -> dict[str, dict[str, str]]:
+    """By class."""
+    source = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
     found: dict[str, dict[str, str]] = {}
-    for node in nodes:
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
         texts = {"": _one_line(ast.get_docstring(node) or "")}
-        for base in node.bases:
-            if isinstance(base, ast.Name) and base.id in found and base.id != Model.__name__:
-                texts = {**found[base.id], **texts}
         for field, text in zip(node.body, node.body[1:], strict=False):
             if (
                 isinstance(field, ast.AnnAssign)
@@ -190,7 +210,7 @@ def _one_line(text: str) -> str:
 def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in value:
         name = value["$ref"].rsplit("/", 1)[1]
-        where = _WHERE[name]
+        where = _sections()[name]
         anchor = "".join(c for c in where.lower().replace(" ", "-") if c.isalnum() or c in "-_")
         return f"[{where}](#{anchor})"
     if "anyOf" in value:
@@ -227,11 +247,71 @@ def _default(default: Any, value: dict[str, Any]) -> str:
     return ""
 
 
+# Of no account for validating Python's values.
+_UNUSED = {"metadata", "ref", "serialization", "serialization_alias"}
+
+
+def core_schema() -> dict[str, Any]:
+    """pydantic's core schema of each section, as ``inventory.validation`` reads it."""
+    whole: Any = adapter(Farm).core_schema
+    sections: dict[str, Any] = {}
+    definitions = {each["ref"]: each for each in whole["definitions"]}
+    _core(whole["schema"], sections, definitions)
+    return sections
+
+
+def _core(value: Any, sections: dict[str, Any], definitions: dict[str, Any]) -> Any:
+    """With stand-ins for what JSON has no word for; sections go to ``sections``. TypeError: something
+    that ``inventory.validation`` wouldn't find again."""
+    if isinstance(value, list):
+        return [_core(item, sections, definitions) for item in value]
+    if not isinstance(value, dict):
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        key, name = (CLASS, FUNCTION)[not isinstance(value, type)], getattr(value, "__name__", "")
+        if stands_for(key, name) is not value:
+            raise TypeError(f"{value!r}: farm files are validated by what inventory.values has")
+        return {key: name}
+    match value.get("type"):
+        case "definition-ref":
+            return _core(definitions[value["schema_ref"]], sections, definitions)
+        case "json-or-python":
+            return _core(value["python_schema"], sections, definitions)
+        case "lax-or-strict":
+            return _core(value["lax_schema"], sections, definitions)
+    used = {key: inner for key, inner in value.items() if key not in _UNUSED}
+    if value.get("type") != "dataclass":
+        return {key: _core(inner, sections, definitions) for key, inner in used.items()}
+    name = value["cls"].__name__
+    if name not in sections:
+        sections[name] = {}  # its place, before the sections in it
+        used["schema"] = _with_defaults(name, value["schema"])
+        sections[name] = {key: _core(inner, sections, definitions) for key, inner in used.items()}
+    return {SECTION: name}
+
+
+def _with_defaults(section: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataclass, with stand-ins for their defaults."""
+    named = []
+    for field in arguments["fields"]:
+        schema = field["schema"]
+        for key in schema.keys() & {"default", "default_factory"}:
+            schema = {**schema, key: {DEFAULT: [section, field["name"]]}}
+        named.append({**field, "schema": schema})
+    return {**arguments, "fields": named}
+
+
+def _a_line_each(sections: dict[str, Any]) -> str:
+    lines = (f"{json.dumps(name)}: {json.dumps(section)}" for name, section in sections.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def render() -> dict[Path, str]:
-    """Both files, as they should be."""
+    """All of them, as they should be."""
     return {
         SCHEMA_FILE: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
         REFERENCE_FILE: reference_markdown(),
+        CORE_FILE: _a_line_each(core_schema()),
     }
 
 

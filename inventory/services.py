@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from inventory.base import Model, at_key
 
-if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluated
-    from pydantic import Field
-
+if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
     from inventory.fields import (
         Address,
         Bool,
@@ -26,7 +24,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.validation has evaluat
         Lines,
         Name,
         Port,
-        Seconds,
+        TimeToLive,
     )
 
 Own = Literal["file", "block"]
@@ -54,7 +52,7 @@ class Bind(Model):
     """Names of further name servers."""
     contact: Hostname | None = None
     """Who is responsible, as a name (RFC 1035 section 3.3.13); absent: hostmaster in the zone."""
-    ttl: Annotated[Seconds, Field(le=604800)] = 3600
+    ttl: TimeToLive = 3600
     """How long answers may be kept."""
     reverse: Bool = True
     """Whether the reverse zones are ours too. Of a subnet longer than /24 it is the classless one of

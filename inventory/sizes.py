@@ -23,14 +23,13 @@ def parse_size(text: str) -> int:
         raise ValueError(
             f"{text[:60]!r} is not a size: write a number with K, M, G or T, such as 512M or 4G"
         )
-    from fractions import Fraction  # it has decimal with it: no matter of most commands
-
-    value = Fraction(match[1]) * _UNITS[match[2].upper()]
-    if value.denominator != 1:
+    whole, _, part = match[1].partition(".")
+    size, rest = divmod(int(whole + part) * _UNITS[match[2].upper()], int("1" + "0" * len(part)))
+    if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
-    if value > _LARGEST:
+    if size > _LARGEST:
         raise ValueError(f"{text!r} is more than any machine has")
-    return int(value)
+    return size
 
 
 def about(size: int) -> str:

@@ -1,57 +1,92 @@
-"""The model as pydantic sees it: content of a farm file in, values of ``inventory.model`` out.
+"""Content of a farm file in, values of ``inventory.model`` out: by pydantic's engine alone.
 
-The model's annotations are names of this module: here they are evaluated, when somebody validates.
+What the engine goes by, its core schema, is what pydantic makes of the model's annotations. Making it
+takes as long as half of a short command, and comes out the same every time: so ``farm.core.json`` has it
+as text (made by ``inventory.schema``), with names for the model's classes and for the functions of
+``inventory.values``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import MISSING
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from pathlib import Path
+from typing import Any, cast
 
-from pydantic import Discriminator, Tag, TypeAdapter
+from inventory import hosts, kinds, model, values
+from inventory.engine import SchemaValidator
+from inventory.hosts import driver_of
+from inventory.model import Farm
 
-from inventory import fields, model, services
-from inventory.base import Model
-from inventory.model import ResetStep, RunStep, Step, TransferStep
-
-T = TypeVar("T")
-STEP_KINDS = ("reset", "run", "transfer")
-
-
-def step_kind(value: object) -> str | None:
-    """A step is known by the one key of STEP_KINDS that it has."""
-    if isinstance(value, Step):
-        return type(value).__name__.removesuffix("Step").lower()
-    if not isinstance(value, dict):
-        return None
-    kinds = [kind for kind in STEP_KINDS if kind in value]
-    return kinds[0] if len(kinds) == 1 else None
+CORE_FILE = Path(__file__).with_name("farm.core.json")
+# The only key of an object that stands for what JSON has no word for: a class or a function by its name,
+# a default, or what makes it, by its section and field; or for another section's schema.
+CLASS, FUNCTION, DEFAULT, SECTION = "!class", "!function", "!default", "!section"
+_STAND_INS = {CLASS, FUNCTION, DEFAULT, SECTION}
+_NOT_THERE = {"type": "none"}  # for a section that isn't asked for
 
 
-_STEP = Annotated[
-    Annotated[ResetStep, Tag("reset")]
-    | Annotated[RunStep, Tag("run")]
-    | Annotated[TransferStep, Tag("transfer")],
-    Discriminator(step_kind),
-]
-_NAMES = {**vars(fields), **vars(services), **vars(model), "Steps": tuple[_STEP, ...]}
+def validated(content: Mapping[str, Any]) -> Farm:
+    """The farm that this is. ValidationError."""
+    known = tuple(kinds.places())
+    declared = content.get("hosts")
+    drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
+    validator = _validator(known, "services" in content, drivers)
+    farm: Farm = validator.validate_python(content)
+    return farm
 
 
 @cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Of a section."""
-    found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
-    found.rebuild(force=True, _types_namespace=_NAMES)
+def _validator(
+    known: tuple[str, ...], with_services: bool, drivers: frozenset[str | None]
+) -> SchemaValidator:
+    """Few farms have services, and most one driver: others' classes aren't imported. Of kinds that
+    aren't farmhand's own it isn't made beforehand."""
+    sections = json.loads(CORE_FILE.read_bytes())
+    if not sections.keys() >= {*known}:
+        from inventory.annotations import adapter
+
+        return cast(SchemaValidator, adapter(Farm).validator)
+    if not with_services:
+        sections["Services"] = _NOT_THERE
+    for driver, place in kinds.hosts.items():
+        if driver not in drivers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
+    return SchemaValidator(_named(sections["Farm"], sections))
+
+
+def _named(value: Any, sections: Mapping[str, Any]) -> Any:
+    """With the things themselves for what stands for them."""
+    if isinstance(value, list):
+        return [_named(item, sections) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        [(key, name)] = value.items()
+        if key == SECTION:
+            return _named(sections[name], sections)
+        if key in _STAND_INS:
+            return stands_for(key, name)
+    return {key: _named(inner, sections) for key, inner in value.items()}
+
+
+def stands_for(key: str, name: Any) -> Any:
+    """None: there is no such class or function."""
+    if key == FUNCTION:
+        return getattr(values, name, None) or getattr(hosts, name, None)
+    if key == CLASS:
+        return _class(name)
+    section, field = name
+    found = _class(section).__dataclass_fields__[field]
+    return found.default_factory if found.default is MISSING else found.default
+
+
+def _class(name: str) -> Any:
+    found = getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
+    if found is None:
+        from inventory import services
+
+        found = getattr(services, name, None)
     return found
-
-
-def validated(kind: type[T], content: object) -> T:
-    """The section that this is. ValidationError."""
-    section: T = adapter(cast(Any, kind)).validate_python(content)
-    return section
-
-
-def hints(kind: type[Model]) -> Mapping[str, Any]:
-    """What its fields are, by their names."""
-    return get_type_hints(kind, localns=_NAMES)

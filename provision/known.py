@@ -1,9 +1,9 @@
 """Farm files that were validated before: an unchanged one is not validated again.
 
-Validating costs more than most commands do: pydantic, YAML, the checks. What came of it is a function
-of the file's bytes and of our own code alone, so it is kept in the cache directory, under a name made
-of both: what is found under that name is never out of date. Only a file that is ours alone to write is
-believed, in a directory that is; anything else is as if it weren't there.
+Validating takes a while: pydantic's engine, YAML, the checks. What came of it is a function of the
+file's bytes and of our own code alone, so it is kept in the cache directory, under a name made of both:
+what is found under that name is never out of date. Only a file that is ours alone to write is believed,
+in a directory that is; anything else is as if it weren't there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import inventory
 from host.files import make_directory
-from inventory import plain
+from inventory import kinds, plain
 from inventory.collector import without_collector
 from inventory.errors import FarmhandError
 from inventory.model import Farm
 from inventory.reading import read
 
 _KEPT = 500  # farms; of more, those go that were not used for longest
+_SLACK = 100  # so many more may be there: to look at the ages of all takes a while
 _SUM = hashlib.sha256().digest_size
 
 
@@ -50,8 +51,13 @@ def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
 def _name(data: bytes) -> str:
     """Of the farm file's bytes and all that decides what they mean. The environment's packages are
     pinned: its place is named by their hashes."""
-    digest = hashlib.sha256(repr((sys.version, sys.prefix)).encode())
-    for source in sorted(Path(*inventory.__path__).glob("*.py")):
+    digest = hashlib.sha256(repr((sys.version, sys.prefix, kinds.places())).encode())
+    own = Path(*inventory.__path__)
+    kept = sorted(own.glob("*.core.json"))
+    for source in (
+        *kept,
+        *(file for room in (own, *kinds.rooms()) for file in sorted(room.glob("*.py"))),
+    ):
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
@@ -89,7 +95,10 @@ def _keep(directory: Path, name: str, text: bytes) -> None:
             os.unlink(fresh, dir_fd=inside)
             raise
         with os.scandir(inside) as entries:
-            ages = sorted((entry.stat().st_mtime_ns, entry.name) for entry in entries)
+            kept = list(entries)
+        if len(kept) <= _KEPT + _SLACK:
+            return
+        ages = sorted((os.stat(entry.name, dir_fd=inside).st_mtime_ns, entry.name) for entry in kept)
         for _, old in ages[:-_KEPT]:
             os.unlink(old, dir_fd=inside)
 

@@ -1,11 +1,10 @@
-"""What is ours and belongs to nothing any more: found, with owner, age and size, and how to remove
-it."""
+"""What is ours and belongs to nothing any more: who it was of, how old, how large, how to remove it."""
 
 from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,6 +14,7 @@ from host.files import remove
 from hypervisors.api import Leftover, Owner
 from inventory.errors import FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
+from provision.allocate import Allocation
 from provision.lost import left_to_people
 from provision.member import Member
 from provision.site import Site
@@ -41,18 +41,44 @@ class Found:
         )
 
 
-def leftovers(site: Site) -> Iterator[Found]:
-    """All of them, on all hosts. Drivers name nothing that is still being made."""
-    seen: set[tuple[str, str]] = set()
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is there of a farm, on all its hosts and in its files, by one look at each."""
+
+    vms: tuple[str, ...]
+    """Declared or not, that have a machine or a disk where we make them."""
+    given: Mapping[str, Allocation]
+    left: tuple[Found, ...]
+
+
+def survey(site: Site) -> Survey:
+    """Drivers name nothing as left over that is still being made."""
+    vms: dict[str, None] = {}
+    machines: set[str] = set()
+    disks: set[str] = set()
+    left = of_drivers(site)
+    for host in site.farm.hosts:
+        for machine in site.hypervisor(host, look=True).list():
+            machines.add(machine.name)
+            if site.has_disks(host) and machine.owner is not None:
+                vms[machine.owner.vm] = None
+        for disk in site.disks(host).list() if site.has_disks(host) else ():
+            disks.add(disk.machine)
+            vms[disk.owner.vm] = None
+    # A disk that isn't left over may be in use under another machine's name, and so may the seed.
+    machines |= disks - {item.what.ref for item in left if item.what.kind == "disk"}
+    given = site.allocator.recorded()
+    left += (*of_files(site, machines), *_allocations(site, given, machines))
+    return Survey(tuple(vms), given, left)
+
+
+def of_drivers(site: Site) -> tuple[Found, ...]:
+    """What is left over on the farm's hosts."""
+    found: dict[tuple[str, str], Found] = {}
     for host in site.farm.hosts:
         for item in _of_host(site, host):
-            key = (item.what.kind, item.what.ref)
-            if key not in seen:
-                seen.add(key)
-                yield item
-    machines = _machines(site, going={ref for kind, ref in seen if kind == "disk"})
-    yield from _files(site, machines)
-    yield from _allocations(site, machines)
+            found.setdefault((item.what.kind, item.what.ref), item)
+    return tuple(found.values())
 
 
 def discard_of(members: Sequence[Member]) -> None:
@@ -70,7 +96,7 @@ def discard_unowned(site: Site) -> None:
     """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
     doesn't answer keeps nobody from going on: what is left there is for gc."""
     for host, declared in site.farm.hosts.items():
-        if declared.driver == "ssh":
+        if not declared.INFO.virtual:
             continue
         try:
             for item in _of_host(site, host):
@@ -97,18 +123,7 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
                 yield Found(what, partial(store.discard, what))
 
 
-def _machines(site: Site, *, going: set[str]) -> set[str]:
-    """Those that are there, as machine or as a disk that isn't left over: it may be in use under another
-    machine's name, and so may the seed."""
-    found: set[str] = set()
-    for host in site.farm.hosts:
-        found |= {machine.name for machine in site.hypervisor(host, look=True).list()}
-        if site.has_disks(host):
-            found |= {disk.machine for disk in site.disks(host).list()} - going
-    return found
-
-
-def _files(site: Site, machines: set[str]) -> Iterator[Found]:
+def of_files(site: Site, machines: Collection[str]) -> Iterator[Found]:
     """Seeds, console logs and host keys of machines that are not there, by the names that we give them:
     whatever else lies beside them is somebody's."""
     paths, farm = site.paths, site.farm
@@ -131,7 +146,7 @@ def _files(site: Site, machines: set[str]) -> Iterator[Found]:
 
 
 def _file(
-    site: Site, kind: str, vm: str, path: Path, machines: set[str], now: datetime
+    site: Site, kind: str, vm: str, path: Path, machines: Collection[str], now: datetime
 ) -> Iterator[Found]:
     try:
         info = path.lstat()
@@ -153,9 +168,11 @@ def _file(
         yield Found(what, partial(remove, path))
 
 
-def _allocations(site: Site, machines: set[str]) -> Iterator[Found]:
+def _allocations(
+    site: Site, given: Mapping[str, Allocation], machines: Collection[str]
+) -> Iterator[Found]:
     """What undeclared VMs were given. Declared ones keep theirs for when they are made."""
-    for vm in site.allocator.recorded():
+    for vm in given:
         if vm in site.farm.vms or site.farm.machine_of(vm) in machines:
             continue
         what = Leftover(

@@ -10,6 +10,7 @@ from threading import Thread
 
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError
+from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
 from provision.lost import lost
 from provision.member import Member, is_on
@@ -129,7 +130,7 @@ def status(site: Site) -> FarmStatus:
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
     unfinished: tuple[str, ...] = ()
     try:
-        unfinished = tuple(f"{r.verb} {' '.join(r.vms)}".strip() for r in site.journal.unfinished())
+        unfinished = tuple(map(_left, site.journal.unfinished()))
     except FarmhandError as error:
         warnings.append(error.message)
     return FarmStatus(
@@ -141,6 +142,11 @@ def status(site: Site) -> FarmStatus:
         unfinished=unfinished,
         warnings=tuple(warnings),
     )
+
+
+def _left(record: Record) -> str:
+    text = f"{record.verb} {' '.join(record.vms)}".strip()
+    return f"{text}; it could not so far: {record.in_its_way}" if record.in_its_way else text
 
 
 def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:

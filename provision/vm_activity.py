@@ -8,6 +8,7 @@ from hypervisors.api import Machine
 from inventory.errors import Busy, FarmhandError, Interrupted
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
+from provision.engine.recovery import whole
 from provision.guest.identity import sweep_seeds
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ class VmActivity(Activity[F]):
         except (Busy, Interrupted):
             raise
         except FarmhandError as error:
-            again = f" ({error.remedy})" if error.remedy else ""
-            text = f"something of it is left over, for ./invoke gc: {error.message}{again}"
+            text = f"something of it is left over, for ./invoke gc: {whole(error)}"
             site.reporter.warn(text, vm=members[0].vm if len(members) == 1 else "")
         sweep_seeds(site.paths, {member.machine for member in members})
 
@@ -47,7 +47,7 @@ class OneVmActivity(VmActivity[F]):
             return Recovery("it is no longer declared; noted" if vm else "noted")
         member = site.member(vm)
         if not member.can_power:
-            return Recovery("noted; on an ssh host nothing is undone")
+            return Recovery(f"noted; on {member.info.called} nothing is undone")
         machine = member.look()
         return self.unmade(member, facts) if machine is None else self.go_on(member, machine, facts)
 

@@ -80,7 +80,7 @@ _LIMITS = {LIST: (1.3, 1.3, BARE), STATUS: (1.6, 1.6, BARE)}
 _BESIDE = {
     STATUS: (0.8, 0.8, "kcli list vm"),
     CLONE: (0.5, 1.0, "kcli clone"),
-    CHANGED: (None, None, "kcli clone"),
+    CHANGED: (0.5, 1.0, "kcli clone"),
 }
 
 

@@ -1,8 +1,8 @@
 """Implements ``hypervisors.api.Disks`` and ``FarmDisks`` on a XenAPI server, which owns its storage.
 
-A template is a XenAPI template with one disk; a machine's disk is the VDI that the machine's mark names;
-a checkpoint is a snapshot of the machine (VM.snapshot). A disk without a machine is a VM record all the
-same, only that nobody has defined it yet.
+A template is a halted VM with one disk, see ``templates``; a machine's disk is the VDI that the
+machine's mark names; a checkpoint is a snapshot of the machine (VM.snapshot). A disk without a machine
+is a VM record all the same, only that nobody has defined it yet.
 
 Reset does not use VM.revert: the server may destroy the old disks before it has cloned the new ones
 (it does on storage that can't revert by itself), so that a server killed in between has neither.
@@ -189,7 +189,6 @@ class XenApiDisks:
             self.check_name(machine)
             with self.growing(template, owner, size) as (vm, vdi, marks):
                 self._step(f"clone the disk of {machine} from {template.label}")
-                self.pool.call("VM.provision", vm.ref)
                 self.named(vdi, machine)
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 self.pool.call("VM.set_name_label", vm.ref, machine)

@@ -176,7 +176,6 @@ class XenApiHypervisor:
     def _made(self, spec: MachineSpec, template: Template) -> Machine:
         call = self._pool.call
         with self._disks.growing(template, spec.owner, spec.disk_size) as (vm, vdi, grown):
-            call("VM.provision", vm.ref)
             self._disks.named(vdi, spec.name)
             marks = grown | self._configure(vm, spec, {}, set())
             self._step(f"define {spec.name}")
@@ -216,7 +215,8 @@ class XenApiHypervisor:
     def _configure(
         self, vm: Vm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]], old: set[str]
     ) -> dict[str, str]:
-        """All that the definition says, but for the disk; the marks that note it. May be done again.
+        """All that the definition says, but for the disk; the marks that note it. May be done again. The
+        memory comes last: until then no host can run a clone (see ``templates``).
         To ``old`` go VDIs that are to be removed when the marks are written.
         Unsupported for what a XenAPI server doesn't have."""
         if spec.nic.mode == "user":
@@ -227,11 +227,6 @@ class XenApiHypervisor:
         if spec.kernel:
             raise Unsupported(f"{spec.name}: a XenAPI server boots from the disk, not a kernel of ours")
         call, record, marks = self._pool.call, vm.record, vm.marks
-        least, most = str(spec.memory // _FLOOR_PART), str(spec.memory)
-        wanted = (least, most, most, most)
-        limits = ("static_min", "static_max", "dynamic_min", "dynamic_max")
-        if tuple(str(record[f"memory_{limit}"]) for limit in limits) != wanted:
-            call("VM.set_memory_limits", vm.ref, *wanted)
         now, vcpus = int(record["VCPUs_max"]), str(spec.vcpus)
         order = ["VM.set_VCPUs_max", "VM.set_VCPUs_at_startup"]  # never more at start than at most
         if now != spec.vcpus:
@@ -245,7 +240,13 @@ class XenApiHypervisor:
         noted = {"spec": spec_hash(spec), "mac": spec.nic.mac, "wired": wired}
         if spec.console_log:
             noted["log"] = str(spec.console_log)
-        return noted | self._seeded(vm, spec.owner, str(spec.seed or ""), vbds, old)
+        noted |= self._seeded(vm, spec.owner, str(spec.seed or ""), vbds, old)
+        least, most = str(spec.memory // _FLOOR_PART), str(spec.memory)
+        wanted = (least, most, most, most)
+        limits = ("static_min", "static_max", "dynamic_min", "dynamic_max")
+        if tuple(str(record[f"memory_{limit}"]) for limit in limits) != wanted:
+            call("VM.set_memory_limits", vm.ref, *wanted)
+        return noted
 
     def _plug(self, vm: str, spec: MachineSpec) -> None:
         self._pool.call(

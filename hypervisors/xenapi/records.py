@@ -54,7 +54,8 @@ class Vm:
 
     @property
     def is_machine(self) -> bool:
-        """No template, no snapshot (which says that it is a template, too), no control domain."""
+        """No XenAPI template, no snapshot (which says that it is a template, too), no control domain.
+        Our own templates are such VMs, too, and known by their ``kind``."""
         return not (
             self.record["is_a_template"]
             or self.record["is_a_snapshot"]
@@ -146,7 +147,7 @@ def template_of(vm: Vm) -> Template:
     except (KeyError, ValueError) as error:
         raise DriverFailed(
             f"template {vm.name} ({vm.uuid}): its farmhand marks are damaged: {error}",
-            remedy="xe template-param-list shows them, in other-config",
+            remedy="xe vm-param-list shows them, in other-config",
         ) from None
 
 

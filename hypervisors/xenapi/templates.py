@@ -1,6 +1,13 @@
-"""Templates on a XenAPI server: a XenAPI template each, with one disk that was imported once and never
-changes. What a killed import leaves has a name that says so, see ``making``; what a killed removal
-leaves was marked as gone first of all."""
+"""Templates on a XenAPI server: a halted VM each, with one disk that was imported once and never
+changes.
+
+It is no XenAPI template: a clone of one would be a template, too, and take a VM.provision to be a
+machine. So it is kept from running otherwise, from its first moment on: its start is blocked, which
+VM.clone does not copy (read in xapi's xapi_vm_clone.ml), and it has more memory than any host, which
+VM.clone copies. Thus no host can run a clone before it gets a machine's memory, which it gets last.
+
+What a killed import leaves has a name that says so, see ``making``; what a killed removal leaves was
+marked as gone first of all."""
 
 from __future__ import annotations
 
@@ -19,9 +26,12 @@ from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vm, template_of
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24
+_TOO_MUCH_MEMORY = 2**46
+"""More than any host has: VM.start finds none (NO_HOSTS_AVAILABLE, measured)."""
+_BLOCKED = dict.fromkeys(("start", "start_on"), "farmhand's golden disk never runs")
 
 _HVM = {
-    "user_version": "1", "is_a_template": True, "affinity": NULL, "memory_target": "0",
+    "user_version": "1", "is_a_template": False, "affinity": NULL, "memory_target": "0",
     "VCPUs_params": {}, "VCPUs_max": "1", "VCPUs_at_startup": "1",
     "actions_after_shutdown": "destroy", "actions_after_reboot": "restart",
     "actions_after_crash": "destroy", "PV_bootloader": "", "PV_kernel": "", "PV_ramdisk": "",
@@ -84,7 +94,7 @@ class Templates:
             try:
                 vdi = self.pool.new_vdi(name, template.size, config)
                 self.pool.sessions.put(vdi, raw, template.size)
-                memory = str(2**28)
+                memory = str(_TOO_MUCH_MEMORY)
                 vm = call(
                     "VM.create",
                     _HVM | {
@@ -93,7 +103,7 @@ class Templates:
                         f"farm {self._farm}: {template.origin}",
                         "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
                         "memory_dynamic_min": memory, "memory_dynamic_max": memory,
-                        "other_config": config,
+                        "other_config": config, "blocked_operations": _BLOCKED,
                     },
                 )  # fmt: skip
                 self.pool.attach(vm, vdi, DISK, read_only=False)

@@ -32,7 +32,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS operations (
     id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vms TEXT NOT NULL, facts TEXT NOT NULL,
     pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0
+    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, hindrance TEXT,
+    settled INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS steps (
     operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
@@ -40,7 +41,9 @@ CREATE TABLE IF NOT EXISTS steps (
 );
 CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
 """
-_COLUMNS = "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, settled"
+_COLUMNS = (
+    "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, hindrance, settled"
+)
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Facts)
 _current: ContextVar[Entry[Any] | None] = ContextVar("farmhand_entry", default=None)
@@ -61,7 +64,8 @@ def current_entry() -> Entry[Any] | None:
 class Record:
     """An activity as it was written down. Times are UTC. ``verb`` is the activity's name, ``vms`` those
     that it is about, in the farm file's order; none: the whole farm, or no VM. ``outcome``: "done",
-    "failed", "interrupted", "recovered", or "" for one that never ended."""
+    "failed", "interrupted", "recovered", or "" for one that never ended. ``in_its_way``: why its last
+    recovery failed."""
 
     id: int
     verb: str
@@ -72,6 +76,7 @@ class Record:
     ended: datetime | None
     outcome: str
     error: str
+    in_its_way: str
     settled: bool
     steps: tuple[tuple[datetime, str], ...] = ()
 
@@ -182,6 +187,10 @@ class Journal:
             yield entry
         finally:
             _current.reset(token)
+
+    def hinder(self, id: int, why: str) -> None:
+        """It could not be recovered."""
+        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (why, id))
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
         self.write(
@@ -356,7 +365,7 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, hindrance, settled = row
     return Record(
         id=int(str(number)),
         verb=str(verb),
@@ -367,6 +376,7 @@ def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) ->
         ended=datetime.fromisoformat(str(ended)) if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
+        in_its_way=str(hindrance or ""),
         settled=bool(settled),
         steps=steps,
     )

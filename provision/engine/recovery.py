@@ -2,13 +2,15 @@
 
 Each activity is recovered under its own locks, by what its class says (``Activity.recover``), and stays
 unfinished until its recovery is complete: a recovery that is killed is recovered by the next. One that
-can't succeed is in nobody else's way: the others are recovered, then its error is told.
+can't succeed is in nobody else's way: the others are recovered, then its error is told, and noted. It
+is tried again by each command, and told by those for its VMs, by ``recover`` and ``status``; by others
+only where it is another error than before.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from host.files import sweep
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
     from provision.site import Site
 
 
-def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
-    """What was (in a plan: would be) done. What others hold a lock on is left to them. Errors are
-    warnings; ``strict``: raised at the end."""
+def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) -> tuple[Action, ...]:
+    """What was (in a plan: would be) done. What others hold a lock on is left to them. ``vms``: those of
+    the command that asks. Errors are warnings; ``strict``: raised at the end."""
     actions: list[Action] = []
     failed: dict[str, FarmhandError] = {}
     for record in site.journal.unfinished():
@@ -36,15 +38,20 @@ def recover_all(site: Site, *, strict: bool = False) -> tuple[Action, ...]:
             raise
         except FarmhandError as error:
             failed.setdefault(", ".join(record.vms) or record.verb, error)
-            if not strict:
-                again = f" ({error.remedy})" if error.remedy else ""
-                text = f"could not recover its {record.verb}: {error.message}{again}"
+            # one for the VMs of a half-done change is refused, and told why
+            concerned = set(vms) & set(record.vms) and not half_done(record)
+            if not strict and (concerned or whole(error) != record.in_its_way):
+                text = f"could not recover its {record.verb}: {whole(error)}"
                 site.reporter.warn(text, vm=record.vm)
     if actions and not site.plan:
         _sweep(site)
     if strict and failed:
         raise next(iter(failed.values())) if len(failed) == 1 else Several(failed)
     return tuple(actions)
+
+
+def whole(error: FarmhandError) -> str:
+    return f"{error.message} ({error.remedy})" if error.remedy else error.message
 
 
 def half_done(record: Record) -> bool:
@@ -78,17 +85,32 @@ def _recover(site: Site, record: Record) -> Iterator[Action]:
         now = site.journal.find(record.id)
         if now is None or now.settled:  # somebody else did, before we had the locks
             return
-        facts = activity.facts_of(now)
-        recovery = activity.recover(site, now, facts)
-        with site.journal.resume(now, facts) as entry:
-            if recovery.run is not None:
-                recovery.run(entry)
-            activity.after(site, now)
+        with _noted(site, now):
+            facts = activity.facts_of(now)
+            with site.journal.resume(now, facts) as entry:
+                recovery = activity.recover(site, now, facts)
+                if recovery.run is not None:
+                    recovery.run(entry)
+                activity.after(site, now)
         action = _action(now, recovery)
         with contextlib.suppress(WrongState):  # the journal may have gone with its farm
             site.journal.settle(now.id, "recovered", action.text)
         site.reporter.warn(action.text, vm=now.vm)
         yield action
+
+
+@contextlib.contextmanager
+def _noted(site: Site, record: Record) -> Iterator[None]:
+    """An error of its recovery is the journal's too."""
+    try:
+        yield
+    except (Busy, Interrupted):
+        raise
+    except FarmhandError as error:
+        if record.in_its_way != whole(error):
+            with contextlib.suppress(FarmhandError):  # then it is told once more
+                site.journal.hinder(record.id, whole(error))
+        raise
 
 
 def _action(record: Record, recovery: Recovery[Any]) -> Action:

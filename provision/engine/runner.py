@@ -59,9 +59,7 @@ class Run:
         finally:
             self.add(*(action for job in jobs for action in done[id(job)]))
 
-    def _stage(
-        self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]
-    ) -> None:
+    def _stage(self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]) -> None:
         for job in (job for chain in stage.values() for job in chain if job.run is None):
             for action in job.actions:
                 self.site.reporter.say(action.text, vm=action.vm)
@@ -108,13 +106,13 @@ def begin(
     """What every operation begins with. A plan says what would be recovered, and takes no lock."""
     run = Run(site, name, tuple(vms))
     if site.plan:
-        run.add(*_recovered(site))
+        run.add(*_recovered(site, vms))
         yield run
         return
     site.prepare()
     with leased() as lease:
         with lease.recovering:
-            run.add(*_recovered(site))
+            run.add(*_recovered(site, vms))
         doing = doing or f"{name} {some(vms)}".strip()
         with site.locks.hold(*map(lock_of, vms), *locks, doing=doing):
             if not at_any_time:
@@ -131,19 +129,20 @@ def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
     for record in site.journal.unfinished():
         both = [vm for vm in record.vms if vm in wanted]
         if both and half_done(record):
+            why = f"; in its way: {record.in_its_way}" if record.in_its_way else ""
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "
-                f"{', '.join(both)} can't be used before it is finished",
-                remedy="./invoke recover says what is in its way; or ./invoke destroy a VM that can't "
-                "be brought there",
+                f"{', '.join(both)} can't be used before it is finished{why}",
+                remedy="./invoke recover tries again; or ./invoke destroy a VM that can't be brought "
+                "there",
             )
 
 
-def _recovered(site: Site) -> Sequence[Action]:
+def _recovered(site: Site, vms: Sequence[str]) -> Sequence[Action]:
     """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every
     operation with it."""
     if not site.journal.unfinished():
         return ()
     from provision.engine.recovery import recover_all
 
-    return recover_all(site)
+    return recover_all(site, vms)

@@ -109,7 +109,7 @@ class CloneFarm(Operation):
         ours = [member for member in members if member.can_power]
         missing = [member for member in ours if machines[member.vm] is None]
         for host in dict.fromkeys(member.host for member in missing):
-            site.check_places(host)
+            site.opened(host).check_places()
         disks = {member.vm: member.disk() for member in ours}
         gone = _gone(ours, machines, disks)
         given = site.allocator.peek_all(one.vm for one in ours if machines[one.vm] is not None)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hypervisors.api import NamelessDisks
-from inventory.errors import Busy, DriverFailed, FarmhandError, some
+from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies
 from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, begin
-from provision.leftovers import Found, leftovers
+from provision.leftovers import Found, survey
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -35,7 +35,7 @@ def gc(site: Site) -> Outcome:
     DriverFailed, at its end, where something could not be removed."""
     with begin(site, "gc", (), doing="gc", at_any_time=True) as run:
         run.add(*_doubtful(site))
-        found = list(leftovers(site))
+        found = survey(site).left
         now = datetime.now(UTC)
         total = 0
         failed: dict[str, FarmhandError] = {}
@@ -70,7 +70,7 @@ def gc(site: Site) -> Outcome:
             raise DriverFailed(
                 f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
                 + some([f"{ref}: {error.message}" for ref, error in failed.items()], by="; "),
-                remedy=some(list(dict.fromkeys(e.remedy for e in failed.values() if e.remedy)), by="; "),
+                remedy=some_remedies(failed.values()),
             )
         return run.outcome()
 

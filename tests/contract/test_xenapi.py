@@ -37,27 +37,14 @@ NAME = "kata-prod"
 PROD = Owner(FARM, "prod")
 
 
-@pytest.fixture
-def rig(request, tmp_path):
-    server = request.getfixturevalue("xenapi")
-    with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
-        yield made
+rig, server, kept = xenapi_rig.machines, xenapi_rig.its_server, xenapi_rig.kept  # fixtures
 
 
 @pytest.fixture
-def server(rig):
-    return rig.server
-
-
-@pytest.fixture
-def made(rig):
-    """Written to, with a checkpoint "one" of content A; now it holds B."""
-    hypervisor = rig.hypervisor()
-    hypervisor.define(rig.spec("prod"), rig.template)
-    rig.write(NAME, "A")
-    hypervisor.checkpoint(NAME, "one")
+def made(rig, kept):
+    """Written to since its checkpoint: now it holds B."""
     rig.write(NAME, "B")
-    return hypervisor
+    return kept
 
 
 # -- the connection ---------------------------------------------------------------------------------

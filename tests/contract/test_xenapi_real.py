@@ -17,6 +17,7 @@ from rigs import FARM, MIB, SIZE
 
 from hypervisors.api import Owner, Power
 from hypervisors.xenapi.disks import XenApiDisks
+from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.session import Sessions
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
 from provision.engine.report import QuietReporter
@@ -26,26 +27,7 @@ ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
 
 
-@pytest.fixture
-def rig(request, tmp_path):
-    server = request.getfixturevalue("xenapi")
-    with xenapi_rig.opened(xenapi_rig.XenApiMachines, tmp_path, server) as made:
-        yield made
-
-
-@pytest.fixture
-def server(rig):
-    return rig.server
-
-
-@pytest.fixture
-def made(rig):
-    """With a checkpoint "one", on which it is."""
-    hypervisor = rig.hypervisor()
-    hypervisor.define(rig.spec("prod"), rig.template)
-    rig.write(NAME, "A")
-    hypervisor.checkpoint(NAME, "one")
-    return hypervisor
+rig, server, made = xenapi_rig.machines, xenapi_rig.its_server, xenapi_rig.kept  # fixtures
 
 
 def by_hand(rig, *calls: str) -> None:
@@ -182,6 +164,30 @@ def test_a_shutdown_that_did_not_work_is_one(server, made, monkeypatch):
     with pytest.raises(DriverFailed, match="INTERNAL_ERROR"):
         made.stop(NAME, grace=0)
     assert made.find(NAME).power is Power.RUNNING
+
+
+# -- templates that are VMs -------------------------------------------------------------------------
+
+
+def test_neither_a_template_nor_what_is_half_made_of_it_can_start(rig, made):
+    """By an admin who finds it in the list; and the list of templates stays theirs."""
+    call, disks = rig.sessions().call, rig.disks()
+    (template,) = disks.templates()
+    golden = template.ref.partition(" ")[2]
+    records = call("VM.get_all_records").values()
+    there = [vm for vm in records if vm["is_a_template"] and not vm["is_a_snapshot"]]
+    assert not [vm["name_label"] for vm in there if vm["name_label"].startswith(FARM)]
+    with pytest.raises(XenApiError, match="OPERATION_BLOCKED"):
+        call("VM.start", golden, False, False)
+    with (
+        pytest.raises(XenApiError, match="NO_HOSTS_AVAILABLE"),
+        disks.growing(template, Owner(FARM, "half"), SIZE) as (vm, _, _),
+    ):
+        call("VM.start", vm.ref, False, False)
+    disks.clone(template, "kata-bare", Owner(FARM, "bare"), SIZE)  # a disk that no machine has yet
+    with pytest.raises(XenApiError, match="NO_HOSTS_AVAILABLE"):
+        call("VM.start", disks.pool.machine("kata-bare").ref, False, False)
+    made.start(NAME)
 
 
 # -- side by side -----------------------------------------------------------------------------------

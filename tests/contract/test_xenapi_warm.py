@@ -41,9 +41,7 @@ def rig(request, tmp_path, monkeypatch):
         assert server.tell(harm=True) == []
 
 
-@pytest.fixture
-def server(rig):
-    return rig.server
+server = xenapi_rig.its_server  # a fixture
 
 
 @pytest.fixture

@@ -16,9 +16,12 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,9 +42,12 @@ SIZE = 64 * MIB
 FARM = "kata"
 REAL_URL = os.environ.get("FARMHAND_XENAPI_URL", "")
 HOW = "a real XenAPI server" if REAL_URL else "simulated: the XenAPI test server"
-MOST_CALLS = {"clone": 10, "start": 5, "reset": 11}  # a VM: see docs/xenapi.md
+MOST_CALLS = {"clone": 9, "start": 5, "reset": 11}  # a VM: see docs/xenapi.md
 MOST_CALLS_WARM = {"checkpoint, warm": 15, "reset to a warm one": 30, "start, suspended": 10}
 """With tasks that change as often as a real server's."""
+REAL_SECONDS = {"slow": 1.4, "in_turn": 19.0}
+"""Knobs of the test server: what a storage change took a real one, and what one that met another in its
+storage repository waited at most."""
 NETWORK = "Pool-wide network associated with eth0"
 """As a server calls its own."""
 _SERVER = Path(__file__).parents[1] / "xenapi" / "server.py"
@@ -328,6 +334,21 @@ class XenApiMachines(XenApiRig):
             counted[what] = round(len(calls) / vms, 2)
         return counted
 
+    def two_clones(self, *, at_once: bool, turns: bool, scale: float = 0.05) -> float:
+        """Seconds; the server's own times are a real one's, scaled."""
+        self.server.tell(knobs={knob: scale * seconds for knob, seconds in REAL_SECONDS.items()})
+        sessions = self.sessions(turns=self.place / "turns" if turns else None)
+        hypervisor = XenApiHypervisor(XenApiDisks(Pool(sessions, FARM), Runner()))
+        hypervisor.list()  # logged in
+        began = time.monotonic()
+        with ThreadPoolExecutor(2 if at_once else 1) as pool:
+            define = partial(hypervisor.define, template=self.template)
+            list(pool.map(define, [self.spec("left"), self.spec("right")]))
+        took = time.monotonic() - began
+        for vm in ("left", "right"):
+            hypervisor.destroy(f"{FARM}-{vm}")
+        return took
+
     def calls_warm(self) -> dict[str, int]:
         """Of a VM with a warm checkpoint; without what is looked up once."""
         self.server.tell(knobs={"suspend_sr": True, "task_time": 1.5})
@@ -374,3 +395,27 @@ def opened(kind: type[_Rig], place: Path, server: TestServer | RealServer) -> It
         yield rig
     finally:
         rig.close()
+
+
+# -- fixtures; the suites give them their own names -----------------------------------------------------
+
+
+@pytest.fixture
+def machines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[XenApiMachines]:
+    with opened(XenApiMachines, tmp_path, request.getfixturevalue("xenapi")) as made:
+        yield made
+
+
+@pytest.fixture
+def its_server(rig: XenApiMachines) -> TestServer | RealServer:
+    return rig.server
+
+
+@pytest.fixture
+def kept(rig: XenApiMachines) -> XenApiHypervisor:
+    """kata-prod has a checkpoint "one" of content A, on which it is."""
+    hypervisor, name = rig.hypervisor(), f"{FARM}-prod"
+    hypervisor.define(rig.spec("prod"), rig.template)
+    rig.write(name, "A")
+    hypervisor.checkpoint(name, "one")
+    return hypervisor

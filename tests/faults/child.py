@@ -36,7 +36,7 @@ import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
 import provision.guest.seed  # noqa: F401
-from hypervisors.fake.driver import world as fake_world
+from hypervisors.fake import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
 from provision import farm

@@ -17,7 +17,7 @@ from places import OLD, TEMPLATE, XenApiPlace
 from test_kills import _no_spare, _remove, _spare, _written
 from test_warm import NEWER, _content, _newer, _unharmed
 
-from inventory.errors import DriverFailed, FarmhandError, NotFound
+from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
 from provision import farm
 from provision.member import is_on
 from provision.operations import templates as golden
@@ -246,6 +246,35 @@ def test_what_can_not_be_removed(bench: Bench) -> None:
         place.lasts()
         farm.gc(site)
     assert not _left(bench)
+
+
+def test_a_way_back_that_can_not_succeed(bench: Bench) -> None:
+    """Half way back, and no room: it is in the way of its VM alone, and leaves no more at each try."""
+    place, why = _place(bench), "SR_FULL"
+    _newer(bench, running=True)
+    place.dies("VM.revert", 4)
+    with bench.site() as site, pytest.raises(FarmhandError):
+        farm.reset(site, ["prod"], to="warm", wait=False)
+    there = []
+    for _ in range(3):
+        place.fails("VM.revert", why, "10", "5")
+        with bench.site() as site, pytest.raises(FarmhandError, match=why):
+            farm.recover(site)
+        there.append(sorted(place.everything()))
+    assert there[0] == there[1] == there[2]
+    place.fails("VM.revert", why, "10", "5")
+    with bench.site() as site:
+        farm.start(site, ["dev2"], wait=False)
+    place.fails("VM.revert", why, "10", "5")
+    with bench.site() as site, pytest.raises(WrongState, match=f"half done.*{why}"):
+        farm.start(site, ["prod"], wait=False)
+    place.lasts()
+    with bench.site() as site:
+        farm.recover(site)
+        assert _content(bench, site) == OLD
+        assert is_on(site.member("prod").look())
+    _unharmed(bench, "room again")
+    place.remove_nobodys()  # those of the revert that was cut off
 
 
 def _warm_to_be_kept(bench: Bench) -> None:

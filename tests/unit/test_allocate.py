@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+import cli.composition  # noqa: F401 - in processes of its own too
 from host.paths import FarmPaths
 from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm
 from inventory.validation import validated
 from provision.allocate import PORTS, Allocator, lock_file_of
-from provision.claims import Claims
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def farm_of(name: str = "kata", vms: dict[str, Any] | None = None, **more: Any) -> Farm:
     (FarmPaths(name).root).mkdir(parents=True, exist_ok=True)
-    return validated(Farm, {"farm": name, "vms": vms or {"dev2": {}, "prod": {}}, **more})
+    return validated({"farm": name, "vms": vms or {"dev2": {}, "prod": {}}, **more})
 
 
 def bridge(subnet: str = "10.10.60.0/24", **more: Any) -> dict[str, Any]:
@@ -153,24 +153,6 @@ def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None
     assert json.loads(lock.read_text())["vms"] == {}
 
 
-def test_claims_of_an_earlier_farmhand_are_taken_over(tmp_path: Path) -> None:
-    one = Allocator(farm_of("one"), tmp_path / "1")
-    first = one.peek("prod")
-    earlier = tmp_path / "state/claims.json"
-    farm_of("two")
-    taken = {first.mac: "two/prod", str(first.ssh_port): "two/prod"}
-    earlier.write_text(json.dumps(taken | {"22999": "one/prod", "22998": "gone/x"}))
-    assert one.peek("prod").mac != first.mac
-    assert earlier.exists(), "peek changes nothing"
-    got = one.allocate("prod")
-    assert (got.mac != first.mac, got.ssh_port) == (True, 22999)
-    assert not earlier.exists()
-    with Claims(tmp_path / "state/claims.db").reading() as claims:
-        assert claims.of("two/prod") == {first.mac, str(first.ssh_port)}
-        assert claims.owner("22998") is None, "its farm's state was removed by hand"
-        assert claims.of("one/prod") == {got.mac, "22999"}
-
-
 def test_damaged_claims_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir(exist_ok=True)
     (tmp_path / "state/claims.db").write_text("no database, but long enough to be looked at as one " * 9)
@@ -208,7 +190,7 @@ def test_the_lock_file_is_beside_the_farm_file_but_never_in_the_checkout(tmp_pat
 
 def _allocate_many(lock: Path, names: list[str], every: list[str]) -> None:
     farm = validated(
-        Farm, {"farm": "many", "vms": {name: {} for name in every}, "network": bridge("10.9.0.0/23")}
+        {"farm": "many", "vms": {name: {} for name in every}, "network": bridge("10.9.0.0/23")}
     )
     allocator = Allocator(farm, lock)
     for name in names:
@@ -235,7 +217,7 @@ def test_eight_processes_give_two_hundred_no_duplicate(tmp_path: Path) -> None:
 
 
 def _allocate_ports(state: Path, lock: Path, name: str) -> None:
-    farm = validated(Farm, {"farm": name, "vms": {f"vm{n}": {} for n in range(10)}})
+    farm = validated({"farm": name, "vms": {f"vm{n}": {} for n in range(10)}})
     (state / "farms" / name).mkdir(parents=True, exist_ok=True)
     allocator = Allocator(farm, lock)
     for vm in farm.vms:

@@ -8,10 +8,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inventory.annotations import adapter
 from inventory.errors import InventoryError
 from inventory.loader import loads
 from inventory.model import Farm
-from inventory.validation import adapter, validated
+from inventory.validation import validated
 
 VALID = (Path(__file__).parents[2] / "inventory" / "gallifrey.yaml").read_bytes()
 RICH = b"""\
@@ -208,7 +209,7 @@ def as_text(value: Any) -> Any:
 @settings(max_examples=60, deadline=None)
 @given(farms())
 def test_a_farm_written_as_yaml_comes_back_equal(farm: dict[str, Any]) -> None:
-    model = validated(Farm, farm)
+    model = validated(farm)
     text = yaml.safe_dump(as_text(farm), sort_keys=False, allow_unicode=True)
     assert loads(text.encode(), Path("f.yaml")) == model
     dumped = adapter(Farm).dump_python(

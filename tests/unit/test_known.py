@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 
 import inventory
-from inventory import loader, plain
+from inventory import kinds, loader, plain
 from inventory.errors import InventoryError, NotFound
 from inventory.loader import loads
 from inventory.model import Farm
-from inventory.validation import validated
+from inventory.validation import CORE_FILE, validated
 from provision.known import known_farm
 from tests.unit.test_inventory_properties import farms
 
@@ -64,7 +64,7 @@ def test_what_equals_the_default_comes_back_as_it_was() -> None:
 @settings(max_examples=60, deadline=None)
 @given(farms())
 def test_any_farm_comes_back_equal(content: dict[str, object]) -> None:
-    farm = validated(Farm, content)
+    farm = validated(content)
     assert repr(plain.loads(plain.dumps(farm))) == repr(farm)
 
 
@@ -124,6 +124,10 @@ def test_other_code_validates_anew(
         source.write("# another check\n")
     known_farm(file, tmp_path / "c")
     assert len(validations) == 2
+    with (copied / CORE_FILE.name).open("a") as source:
+        source.write("\n")
+    known_farm(file, tmp_path / "c")
+    assert len(validations) == 3
 
 
 def _shorten(path: Path) -> None:
@@ -220,3 +224,21 @@ def test_those_used_last_are_kept(tmp_path: Path, file: Path, validations: list[
     assert "old101" not in names
     known_farm(file, tmp_path / "c")
     assert validations == [file, other]
+
+
+def test_other_code_of_a_kind_of_section_validates_anew(
+    tmp_path: Path, file: Path, validations: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sections of drivers stand with the drivers."""
+    here = [room for room in kinds.rooms() if room.name == "libvirt"]
+    assert here
+    copied = tmp_path / "libvirt"
+    shutil.copytree(here[0], copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(kinds, "rooms", lambda: [copied])
+    known_farm(file, tmp_path / "c")
+    known_farm(file, tmp_path / "c")
+    assert len(validations) == 1
+    with (copied / "host.py").open("a") as source:
+        source.write("# another check\n")
+    known_farm(file, tmp_path / "c")
+    assert len(validations) == 2

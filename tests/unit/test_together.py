@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypervisors.fake.driver import FakeDisks, FakeHypervisor
 from inventory.errors import (
     Conflict,
     DriverFailed,
+    FarmhandError,
     Interrupted,
     NoSpace,
     NotFound,
@@ -24,6 +26,9 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.doctor import examine
+from provision.engine.facts import Facts
+from provision.engine.operation import Activity
+from provision.memory_budget import BALLOON, BalloonFacts
 from provision.operations.reset import RESET, ResetFacts
 
 TWO_HOSTS = """\
@@ -230,7 +235,7 @@ def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
         site.hypervisor("here")
         plain: Any = OneByOne(store)
         assert not isinstance(plain, FarmDisks)
-        site._disks["here"] = plain
+        site.opened("here")._disks = plain
         with pytest.raises(WrongState, match="dev2 is done, prod not yet"):
             farm.reset(site)
         farm.start(site)
@@ -367,8 +372,71 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
             assert [record.vm for record in site.journal.unfinished()] == ["dev2"]
     with apart.site() as site:
         farm.start(site, ["repo"])
-    with apart.site() as site, pytest.raises(WrongState, match="half done"):
+    with apart.site() as site, pytest.raises(WrongState, match="half done") as half:
         farm.start(site, ["dev2"])
+    assert "; in its way: " in half.value.message
+    assert "gone" in half.value.message
+
+
+def left_by(desk: Desk, activity: Activity[Any], facts: Facts) -> None:
+    with (
+        desk.site() as site,
+        pytest.raises(Interrupted),
+        site.journal.begin(activity, ["dev2"], facts),
+    ):
+        raise Interrupted("as if it was killed")
+
+
+def told(desk: Desk, use_case: Callable[..., object], *arguments: object) -> list[str]:
+    """Of recoveries that failed."""
+    desk.heard.warnings.clear()
+    with desk.site() as site, suppress(FarmhandError):
+        use_case(site, *arguments)
+    return [text for text in desk.heard.warnings if "could not recover" in text]
+
+
+def test_a_recovery_that_can_not_succeed_is_told_once(
+    apart: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its remedy, by the command that met it first; then by those that want to know, and where
+    it is another error."""
+    left_by(apart, RESET, ResetFacts(was_on=(), to="gone", decided=True))
+    [first] = told(apart, farm.start, ["repo"])
+    assert "could not recover its reset" in first
+    assert "gone" in first
+    assert first.endswith(")"), "what to do"
+    for use_case, vms in ((farm.stop, ["repo"]), (farm.start, ["repo"]), (farm.start, ["dev2"])):
+        assert told(apart, use_case, vms) == []
+    with apart.site() as site:
+        shown = farm_status(farm.status(site)).text
+    assert "reset dev2; it could not so far: " in shown
+    assert first.partition(": could not recover its reset: ")[2] in shown
+    with monkeypatch.context() as otherwise:
+
+        def fails(self: FakeDisks, machine: str, name: str) -> None:
+            raise DriverFailed("the store is away", remedy="bring it back")
+
+        otherwise.setattr(FakeDisks, "restore", fails)
+        otherwise.setattr(FakeDisks, "restore_all", fails)
+        [other] = told(apart, farm.start, ["repo"])
+        assert "the store is away" in other
+        assert "bring it back" in other
+        assert told(apart, farm.start, ["repo"]) == []
+    assert told(apart, farm.start, ["repo"]) == [first]
+
+
+def test_what_is_in_nobodys_way_is_told_by_each_command_for_its_vm(
+    apart: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balloon that can't be finished: its VM may be used, and its memory isn't what was asked for."""
+    left_by(apart, BALLOON, BalloonFacts(300 * 2**20))
+
+    def fails(self: FakeHypervisor, name: str, target: int, *, timeout: float) -> int:
+        raise DriverFailed("no balloon driver", remedy="load it")
+
+    monkeypatch.setattr(FakeHypervisor, "balloon", fails)
+    for vms, times in ((["repo"], 1), (["repo"], 0), (["dev2"], 1), (["dev2"], 1), (["repo"], 0)):
+        assert len(told(apart, farm.start, vms)) == times
 
 
 def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class Knobs:
     dmc: bool = True  # the licence has Dynamic Memory Control
     unfit: str = ""  # the error that assert_can_boot_here has, whatever the memory
     late_halt: bool = False  # a shutdown answers with an error, and has worked a moment later
-    in_turn: float = 0.2  # what a storage change waits at most that met another in its SR: 19 s, scaled
+    in_turn: float = 0.2  # a storage change that met another in its SR tries again within this time
     task_time: float = 0.02  # seconds that a task takes at least; it changes all the while
     lag: int = 2  # looks at a machine's memory after a start that tell what it was in the run before
     session_life: int = 0  # calls after which a session has expired; 0: never

@@ -32,15 +32,14 @@ class Machines(Storage):
 
     @contextlib.contextmanager
     def in_turn(self, call: str, arguments: list[Any]) -> Iterator[None]:
-        """Storage changes of one SR: who meets another waits for it, and then some time more (xapi tries
-        again after a random time)."""
+        """Storage changes of one SR: who meets another tries again after a random time, as xapi does,
+        whether or not that one has long ended."""
         if call not in ("VM.clone", "VM.snapshot", "VDI.create", "VDI.destroy", "VDI.resize"):
             yield
             return
         lock = self._busy.setdefault(self._sr_of(call, arguments[0]), threading.Lock())
-        if not lock.acquire(blocking=False):
+        while not lock.acquire(blocking=False):
             self.collisions += 1
-            lock.acquire()
             time.sleep(random.uniform(0, self.knobs.in_turn))
         try:
             yield
@@ -82,7 +81,8 @@ class Machines(Storage):
                          "resident_on", "is_default_template", "current_operations", "suspend_VDI")
         }  # fmt: skip
         kept["other_config"]["mac_seed"] = str(uuid.uuid4())
-        kept |= {"name_label": name, "is_a_snapshot": False, "power_state": "Halted"}
+        kept |= {"name_label": name, "is_a_snapshot": False, "power_state": "Halted",
+                 "blocked_operations": {}}  # fmt: skip
         vbds = [v for v in self.objects["VBD"].values() if v["VM"] == ref]
         vdis: dict[str, Ref] = {}
         try:
@@ -134,6 +134,7 @@ class Machines(Storage):
             "name_label": name, "is_a_snapshot": True, "is_a_template": True, "snapshot_of": Ref(ref),
             "snapshot_time": stamp, "power_state": "Halted", "metrics": self.add("VM_metrics"),
             "snapshot_metadata": source["name_label"], "suspend_VDI": Ref(NULL),
+            "blocked_operations": {},
         }))  # fmt: skip
         self._moments[made] = {f: copy.deepcopy(source[f]) for f in _RESTORED}
         self._devices(ref, made, vdis, macs=True, attached=warm)
@@ -247,6 +248,8 @@ class Machines(Storage):
                 raise Failure("VM_IS_SNAPSHOT", ref, "start")
             if record["is_a_template"]:
                 raise Failure("VM_IS_TEMPLATE", ref)
+            if "start" in record["blocked_operations"]:
+                raise Failure("OPERATION_BLOCKED", ref, record["blocked_operations"]["start"])
             self._state(ref, "Halted")
             self._runs(ref, paused)
 
