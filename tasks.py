@@ -413,8 +413,9 @@ def cycle(
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds.again import cycle_command, cycle_options
-    from builds.cycle import RunCycle, perform
+    from builds.operation import RunCycle
     from builds.record import find_record
+    from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
     again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
