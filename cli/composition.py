@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import builds
+from builds.steps import STEPS
 from hypervisors.drivers import DRIVERS, PARTS
 from inventory import kinds
 from provision import operations
@@ -11,5 +12,6 @@ from provision.engine import registry
 
 kinds.hosts.update(DRIVERS)
 kinds.parts.update(PARTS)
+kinds.steps.update(STEPS)
 registry.register(operations.OPERATIONS, operations.ACTIVITIES)
-registry.register({}, builds.ACTIVITIES)
+registry.register(builds.OPERATIONS, builds.ACTIVITIES)
