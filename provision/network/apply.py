@@ -33,9 +33,10 @@ from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongSt
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
-from provision.engine.plan import Job
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, begin
+from provision.engine.runner import Run, perform
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import Step, kea_sockets, steps
@@ -48,27 +49,37 @@ from provision.site import Site
 
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
-VERB = "network-apply"
 FEW = 50
 """VMs that come, change or go at once; with more of them the whole is looked at."""
 
 
-@without_collector()
-def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    """Make the services' live files, and the daemons, as the farm file says, for every declared VM;
-    those not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
+@dataclass(frozen=True, slots=True)
+class NetworkApply(Operation):
+    """Make the services' live files, and the daemons, as the farm file says, for all declared VMs; those
+    not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
 
     Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
     CommandFailed (a checker or daemon refuses: everything is as before), Busy."""
-    names = chosen(site, services)
-    with begin(site, VERB, (), locks=[LOCK], doing=VERB) as run:
-        declared = site.vms(None)
-        given = [vm for vm in declared if site.member(vm).info.virtual]
+
+    name = "network-apply"
+    services: tuple[str, ...] = ()
+    force: bool = False
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (LOCK,)
+
+    @without_collector()
+    def plan(self, run: Run) -> Plan:
+        site, names = run.site, chosen(run.site, self.services)
+        given = [member.vm for member in site.members() if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        done = bring(run, names, give(given), force=force, thorough=True)
-        nothing = Action("keep", "", f"all files of {', '.join(names)} are as they should be")
-        run.add(*(done or (nothing,)))
-        return run.outcome()
+        found = _examine(run, names, give(given), force=self.force, thorough=True)
+        nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
+        return [alone(found or nothing)]
+
+
+def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
+    return perform(site, NetworkApply(tuple(services), force))
 
 
 def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
@@ -98,7 +109,13 @@ def keep_in_step(
         left = {} if gone is None else allocator.recorded(without=gone)
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
-        return bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
+        few = None if gone is None else [*given, *gone]
+        found = _examine(run, used, left, nobody=gone is None, vms=few)
+        if found is None:
+            return ()
+        if found.run and not site.plan:
+            found.run()
+        return found.actions
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -114,7 +131,7 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
             return
 
 
-def bring(
+def _examine(
     run: Run,
     services: Sequence[str],
     allocations: Mapping[str, Allocation],
@@ -123,10 +140,10 @@ def bring(
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
-) -> tuple[Action, ...]:
-    """Within a use case that holds the lock: the services get these VMs, and lose all others; with
-    ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
-    the last time. What was to do."""
+) -> Job | None:
+    """With the lock: what there is to do so that the services have these VMs, and no others; with
+    ``nobody`` not even those that nothing is given to. ``vms``: nothing else came, changed or went since
+    the last time. None: nothing."""
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
@@ -142,8 +159,7 @@ def bring(
     if not changes.files and not updates.ops:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        return ()
-    actions = tuple(_actions(changes, told, updates))
+        return None
     run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
@@ -154,16 +170,18 @@ def bring(
         )
     texts = {change.path: change.after for change in changes.files}
     checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
-    if site.plan:
-        return actions
-    with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
-        new = [d for d in changes.documents if d.path not in state.files]
-        store.begin(new, updates=bool(updates.ops))
-        _carry_out(site, entry, changes.files, told, updates)
-        current_step(RECORD)
-        _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        remove(kept(site, entry.id))
-    return actions
+
+    @without_collector()
+    def act() -> None:
+        with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
+            new = [d for d in changes.documents if d.path not in state.files]
+            store.begin(new, updates=bool(updates.ops))
+            _carry_out(site, entry, changes.files, told, updates)
+            current_step(RECORD)
+            _record(store, state, changes, updates, few=vms is not None, basis=basis)
+            remove(kept(site, entry.id))
+
+    return Job(tuple(_actions(changes, told, updates)), act)
 
 
 def _basis(farm: Farm) -> str:
