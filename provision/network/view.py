@@ -7,7 +7,7 @@ not in a template. Every ``Word`` was checked at load or made by us.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -252,6 +252,18 @@ def _reverse6(subnet: IPv6Network | None, rows: tuple[VmRow, ...]) -> list[Zone]
 def _pointer(address: IPv6Address) -> str:
     """As ``reverse_pointer``, five times as fast."""
     return f"{'.'.join(f'{int(address):032x}'[::-1])}.ip6.arpa"
+
+
+def pointers(rows: Iterable[VmRow]) -> dict[Word, Word]:
+    """By the name that an address is looked up by: the full name of the first VM that has it."""
+    found: dict[Word, Word] = {}
+    for row in rows:
+        if row.address:
+            name = ".".join(reversed(row.address.split(".")))
+            found.setdefault(Word(f"{name}.in-addr.arpa"), row.fqdn)
+        if row.address6:
+            found.setdefault(Word(_pointer(IPv6Address(row.address6))), row.fqdn)
+    return found
 
 
 def pools(farm: Farm) -> tuple[tuple[Word, Word], ...]:
