@@ -9,6 +9,7 @@ SERVICES: Mapping[str, str] = {
     "dhcpd": "provision.network.services.dhcpd:Dhcpd",
     "kea": "provision.network.services.kea:Kea",
     "dnsmasq": "provision.network.services.dnsmasq:Dnsmasq",
+    "unbound": "provision.network.services.unbound:Unbound",
     "hosts": "provision.network.services.hosts:Hosts",
     "ssh_config": "provision.network.services.ssh_config:SshConfig",
     "nginx": "provision.network.services.nginx:Nginx",
