@@ -268,9 +268,7 @@ def plan_build(
     )
 
 
-def _beforehand(
-    before: Before, source: Resolved | None, steps: Sequence[StepKind]
-) -> Iterator[Action]:
+def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
     """What is built, and on what; nothing is done for it."""
     if source is not None:
         if source.commit:
