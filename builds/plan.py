@@ -13,6 +13,7 @@ from builds.again import command, cycle_command
 from builds.lineage import Before, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
+from host.check import install
 from host.run import which
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
@@ -101,7 +102,7 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             if which(tool) is None:
                 raise Unsupported(
                     f"{site.name}: step {step.name} needs {tool} on this machine",
-                    remedy=f"as root: apt-get install {tool}",
+                    remedy=install(tool),
                 )
         step.check(site)
 
