@@ -1,5 +1,5 @@
-"""What a cycle needs, looked at beforehand: its source (``doctor``, ``demo``, ``clone-farm --plan``) and its
-steps' tools (``doctor``).
+"""What a cycle needs, looked at beforehand: its source, and the tools of its steps. For ``doctor``,
+``demo`` and ``clone-farm --plan``.
 
 Nothing is fetched, nothing written.
 """
