@@ -24,7 +24,7 @@ TELLS_OF = {"provision/network/importing.py", "provision/network/services/__init
 def test_each_is_what_the_registry_says(name: str) -> None:
     place = SERVICES[name]
     kind = kinds.section(place.rpartition(":")[2])
-    assert kind is not None and issubclass(kind, Service) and kind.NAME == name
+    assert kind is not None and issubclass(kind, Service) and name == kind.NAME
     assert place == f"{kind.__module__}:{kind.__name__}"
     assert {*kind.FILES} <= {field.name for field in fields(kind)}
     taken = {field.name for field in fields(kind)} & {*dir(Service)}
