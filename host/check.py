@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
+
+from inventory.errors import Remedy
 
 Level = Literal["needed", "note"]
 
@@ -17,10 +19,13 @@ class Check:
     ok: bool
     level: Level
     text: str
-    remedy: str = ""
+    remedy: Remedy = ""
 
     def as_dict(self) -> Mapping[str, object]:
-        return asdict(self)
+        return {
+            "name": self.name, "ok": self.ok, "level": self.level, "text": self.text,
+            "remedy": self.remedy,
+        }  # fmt: skip
 
 
 def install(packages: str) -> str:

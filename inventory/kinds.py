@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ def places() -> dict[str, str]:
 
 def _all() -> tuple[str, ...]:
     return (*hosts.values(), *parts.values(), *services.values(), *steps.values())
+
+
+def rooms() -> list[Path]:
+    """The directories of all tables' modules: what decides about their sections is in there."""
+    specs = map(find_spec, dict.fromkeys(place.partition(":")[0] for place in places().values()))
+    return sorted({Path(spec.origin).parent for spec in specs if spec and spec.origin})
 
 
 @cache

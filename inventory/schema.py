@@ -29,8 +29,6 @@ SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
 REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
 
 _SECTIONS = (
-    ("Farm", "The file"),
-    *((kinds.host(driver).__name__, f"hosts.NAME, driver {driver}") for driver in kinds.hosts),
     ("DiskStore", "hosts.NAME.disks"),
     ("Network", "network"),
     (kinds.ALL_SERVICES, "services"),
@@ -46,8 +44,6 @@ _SECTIONS = (
     ("RunStep", "cycle.steps[]: run"),
     ("TransferStep", "cycle.steps[]: transfer"),
 )
-_WHERE = dict(_SECTIONS)
-
 _INTRODUCTION = """\
 # Farm files
 
@@ -71,15 +67,22 @@ are told at once, each with its line and column.
 """
 
 
+def _sections() -> dict[str, str]:
+    """By their classes' names, in the order of the page: where each stands in a file."""
+    hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
+    return {"Farm": "The file", **hosts, **dict(_SECTIONS)}
+
+
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
     schema: dict[str, Any] = adapter(Farm).json_schema(by_alias=True)
     definitions = schema.pop("$defs")
+    places = _sections()
     for name, definition in (*definitions.items(), ("Farm", schema)):
         kind = _section(name)
         documents = _documents(kind)
         definition["description"] = documents[""]
-        definition["title"] = _WHERE[name]
+        definition["title"] = places[name]
         for field in fields(kind):
             key = kind.key_of(field.name)
             value = _written(definition["properties"][key])
@@ -104,7 +107,7 @@ def reference_markdown() -> str:
     """docs/inventory.md: every key, what it takes, its default, what it means."""
     schema = json_schema()
     parts = [_INTRODUCTION]
-    for name, where in _SECTIONS:
+    for name, where in _sections().items():
         definition = schema if name == "Farm" else schema["$defs"][name]
         parts.append(f"## {where}\n\n{_one_line(definition['description'])}\n")
         rows = ["| key | takes | if absent | meaning |", "|---|---|---|---|"]
@@ -200,7 +203,7 @@ def _one_line(text: str) -> str:
 def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in value:
         name = value["$ref"].rsplit("/", 1)[1]
-        where = _WHERE[name]
+        where = _sections()[name]
         anchor = "".join(c for c in where.lower().replace(" ", "-") if c.isalnum() or c in "-_")
         return f"[{where}](#{anchor})"
     if "anyOf" in value:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
+from host.program import CHECKOUT
 from host.run import which
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
@@ -119,7 +120,9 @@ def _python() -> Check:
             False,
             "needed",
             f"Python {version} lacks {', '.join(missing)}",
-            "call ./invoke instead of invoke: it sets up an environment with all of them",
+            "call ./invoke instead of invoke: it sets up an environment with all of them"
+            if CHECKOUT
+            else "see docs/installing.md",
         )
     return Check("python", True, "needed", f"Python {version}, all libraries found")
 

@@ -11,32 +11,21 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.paths import FarmPaths, cache_dir, state_dir
 from host.run import Runner
-from host.ssh_words import path_option
-from hypervisors.api import (
-    Directories,
-    Disks,
-    Forward,
-    Hypervisor,
-    MachineSpec,
-    Nic,
-    Owner,
-    Voices,
-)
+from hypervisors.api import Directories, Disks, Hypervisor, Voices
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, some
-from inventory.hosts import DriverInfo, Host
 from inventory.model import Farm
-from provision.allocate import Allocation, Allocator, lock_file_of
+from provision.allocate import Allocator, lock_file_of
 from provision.engine.journal import Journal, current_step
 from provision.engine.locks import Locks
 from provision.engine.mutex import Turns
 from provision.engine.report import Reporter
 from provision.guest import identity
 from provision.known import known_farm
+from provision.member import Member
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
-    from provision.guest.remote import Endpoint
 
 
 class Site:
@@ -101,15 +90,13 @@ class Site:
         """The farm as messages call it: its file, as it is known."""
         return self.farm.path.name or self.farm.farm
 
-    def machine(self, vm: str) -> str:
-        return self.farm.machine_of(vm)
+    def member(self, vm: str) -> Member:
+        """A declared VM, for one operation."""
+        return Member(self, vm)
 
-    def host(self, vm: str) -> Host:
-        return self.farm.hosts[self.farm.host_of(vm)]
-
-    def driver_of(self, vm: str) -> DriverInfo:
-        """What its host's driver can, and can't."""
-        return self.farm.driver_of(vm)
+    def members(self, names: Sequence[str] | None = None) -> tuple[Member, ...]:
+        """As ``vms``."""
+        return tuple(map(self.member, self.vms(names)))
 
     # Drivers
 
@@ -120,9 +107,6 @@ class Site:
             if found is None:
                 found = self._opened[host] = self._open(host)
             return found
-
-    def hypervisor_of(self, vm: str) -> Hypervisor:
-        return self.hypervisor(self.farm.host_of(vm))
 
     def hypervisor(self, host: str, *, look: bool = False) -> Hypervisor:
         """The host's driver. ``look``: for reading only; a private daemon that never defined anything
@@ -183,93 +167,10 @@ class Site:
 
     def _listed(self, host: str) -> Mapping[str, ListedMachine]:
         return {
-            self.machine(name): ListedMachine(str(vm.address), vm.ssh_port or 22, vm.reset)
+            self.farm.machine_of(name): ListedMachine(str(vm.address), vm.ssh_port or 22, vm.reset)
             for name, vm in self.farm.vms.items()
             if self.farm.host_of(name) == host and vm.address  # the loader saw to that
         }
-
-    def _ssh_address(self, vm: str) -> str:
-        declared = self.farm.vms[vm]
-        if declared.address:
-            return str(declared.address)
-        hostname = self.farm.hostname_of(vm)
-        domain = self.farm.network.domain
-        return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
-
-    # Each VM
-
-    def spec(self, vm: str, allocation: Allocation) -> MachineSpec:
-        """The machine as the farm file wants it."""
-        declared, network = self.farm.vms[vm], self.farm.network
-        machine = self.machine(vm)
-        user_mode = network.mode == "user"
-        boot = self.farm.boot_of(vm)
-        spec = MachineSpec(
-            name=machine,
-            owner=Owner(self.farm.farm, vm),
-            memory=declared.memory,
-            vcpus=declared.vcpus,
-            disk_size=declared.disk or 0,
-            nic=Nic(
-                mac=allocation.mac,
-                mode=network.mode,
-                target=network.bridge or network.network or "",
-                forwards=(Forward(allocation.ssh_port, 22),) if user_mode else (),
-                internet=network.internet,
-            ),
-            address=allocation.address,
-            ssh_port=allocation.ssh_port,
-            seed=identity.seed_file(self.paths, machine),
-            console_log=identity.console_log(self.paths, machine),
-            kernel=Path(boot.kernel) if boot else None,
-            initrd=Path(boot.initrd) if boot and boot.initrd else None,
-            cmdline=boot.cmdline if boot else "",
-        )
-        far = self.far(self.farm.host_of(vm))
-        return far.at_home(spec) if far else spec
-
-    def endpoint(self, vm: str) -> Endpoint:
-        """Where the VM's ssh answers and as whom."""
-        from provision.guest.remote import Endpoint
-
-        host, port = self.address(vm)
-        return Endpoint(
-            vm=vm,
-            host=host,
-            port=port,
-            user=self.farm.ssh.user,
-            key=identity.controller_key(self.farm, self.paths),
-            host_key=identity.host_key(self.paths, vm),
-        )
-
-    def address(self, vm: str) -> tuple[str, int]:
-        """Host and port of the VM's ssh, as recorded or as they would be given."""
-        if not self.driver_of(vm).virtual:
-            return self._ssh_address(vm), self.farm.vms[vm].ssh_port or 22
-        got = self.allocator.recorded().get(vm) or self.allocator.peek(vm)
-        if self.farm.network.mode == "user":
-            return "127.0.0.1", got.ssh_port
-        return (str(got.address) if got.address else self._ssh_address(vm)), got.ssh_port
-
-    def ssh_argv(self, vm: str, command: str = "") -> tuple[str, ...]:
-        """The OpenSSH client's command line that logs in, or runs a command there. Exactly the VM's
-        own host key is accepted; of a machine nobody cloned, the first key seen from then on. Nothing
-        of the user's or the host's ssh configuration is used."""
-        endpoint = self.endpoint(vm)
-        options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
-        if endpoint.host_key:
-            known = identity.known_hosts(self.paths, vm)
-            options["HostKeyAlias"] = self.machine(vm)
-            options["StrictHostKeyChecking"] = "yes"
-        else:
-            known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
-            options["StrictHostKeyChecking"] = "accept-new"
-        argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
-        argv += path_option("IdentityFile", endpoint.key)
-        argv += path_option("UserKnownHostsFile", known)
-        for key, value in options.items():
-            argv += ["-o", f"{key}={value}"]
-        return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
 
 
 def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:

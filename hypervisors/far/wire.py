@@ -29,7 +29,7 @@ _VALUES = {
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
         api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place, StorePlace,
+        Place, StorePlace, errors.Call,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
