@@ -25,7 +25,6 @@ from provision.engine.report import Action
 
 if TYPE_CHECKING:
     from builds.cycle import Build
-    from provision.member import Member
     from provision.site import Site
 
 
@@ -243,7 +242,7 @@ def plan_build(
             continue
         for vm in step.vms:
             member = site.member(vm)
-            if step.BUILDS and vm not in raised and _idles(member):
+            if step.BUILDS and vm not in raised and member.idles:
                 raised.add(vm)
                 full = format_size(member.declared.memory)
                 run = partial(_inflate, vm)
@@ -253,7 +252,7 @@ def plan_build(
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
-        if _idles(member):
+        if member.idles:
             idle = format_size(member.declared.idle_memory or 0)
             give_back.append(Job(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
     text = f"write the build record below {site.paths.builds}"
@@ -307,10 +306,6 @@ def _beside(one: StepKind | None, other: StepKind | None) -> bool:
     if one is None or other is None:
         return False
     return one.RENEWS and other.RENEWS and not set(one.vms) & set(other.vms)
-
-
-def _idles(member: Member) -> bool:
-    return member.can_power and member.declared.idle_memory not in (None, member.declared.memory)
 
 
 async def _step(step: StepKind, build: Build) -> bool:

@@ -66,6 +66,11 @@ class Member:
         """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
         return self.info.power
 
+    @property
+    def idles(self) -> bool:
+        """Whether it is to have less memory while nothing is built in it."""
+        return self.can_power and self.declared.idle_memory not in (None, self.declared.memory)
+
     # What is there
 
     @property

@@ -31,7 +31,8 @@ from builds.record import (
 from builds.source import is_directory, mask, name_of
 from builds.step_run import StepLog
 from host.paths import FarmPaths
-from inventory.errors import NotFound
+from hypervisors.fake.driver import FakeHypervisor
+from inventory.errors import DriverFailed, NotFound
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
@@ -256,7 +257,7 @@ def test_time_is_shared_out_once():
     assert sum(parts) == pytest.approx(shares["seconds"], abs=0.002)
 
 
-def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
+def test_memory_is_raised_to_build_and_given_back(paths, tmp_path, monkeypatch):
     """On the fake driver: what is asked of the hypervisor is what matters here."""
     (tmp_path / "farm.yaml").write_text(
         "farm: kata\nhosts:\n  here: {driver: fake}\ntemplates:\n  base: {build: debian-12}\n"
@@ -288,6 +289,14 @@ def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
         asyncio.run(machines.deflate("dev2"))  # off: nothing to give back
         assert notes == []
         assert machines.records["dev2"].template == "base@1"
+
+        def find(_self: FakeHypervisor, _name: str) -> None:
+            raise DriverFailed("nobody answers")
+
+        monkeypatch.setattr(FakeHypervisor, "find", find)
+        for work in (machines.inflate, machines.deflate):  # the build goes on: its steps will tell
+            asyncio.run(work("dev2"))
+            assert notes.pop() == "dev2: its memory can't be looked at: nobody answers"
 
 
 def _seal(site: Site) -> None:
