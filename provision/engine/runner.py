@@ -52,12 +52,9 @@ class Run:
         of those that did otherwise, what they did."""
         jobs = [job for stage in plan for chain in stage.values() for job in chain]
         done = {id(job): job.actions for job in jobs}
-        try:
-            if not self.site.plan:
-                for stage in plan:
-                    self._stage(stage, done)
-        finally:
-            self.add(*(action for job in jobs for action in done[id(job)]))
+        for stage in () if self.site.plan else plan:
+            self._stage(stage, done)
+        self.add(*(action for job in jobs for action in done[id(job)]))
 
     def _stage(self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]) -> None:
         for job in (job for chain in stage.values() for job in chain if job.run is None):
