@@ -37,42 +37,39 @@ Flag: TypeAlias = str | bool | tuple[str, ...]
 """A flag's value: True for a switch, a tuple for one that is repeated."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Call:
-    """A task of farmhand with its flags, for somebody to do next; made by ``call``. Each face (a command
-    line, a page, REST) words it."""
+    """A task of farmhand with its flags, for somebody to do next. Each face (a command line, a page,
+    REST) words it."""
 
     task: str
-    flags: tuple[tuple[str, Flag], ...] = ()
+    flags: tuple[tuple[str, Flag], ...]
+
+    def __init__(self, task: str, **flags: Flag | Sequence[str] | None) -> None:
+        """``Call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
+        ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
+        given: list[tuple[str, Flag]] = []
+        for name, value in flags.items():
+            if value is True or isinstance(value, str) or value:
+                plain = value if isinstance(value, str | bool) else tuple(value)
+                given.append((name.rstrip("_").replace("_", "-"), plain))
+        object.__setattr__(self, "task", task)
+        object.__setattr__(self, "flags", tuple(given))
 
     def words(self) -> tuple[str, ...]:
         """As a command line has it, from the task on."""
         found = [self.task]
         for name, value in self.flags:
-            if value is True:
-                found.append(f"--{name}")
-            elif value is not False:
-                for each in (value,) if isinstance(value, str) else value:
-                    found += (f"--{name}", each)
+            for each in value if isinstance(value, tuple) else (value,):
+                found += (f"--{name}", each) if isinstance(each, str) else (f"--{name}",)
         return tuple(found)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain JSON values."""
+        """Plain JSON values; ``Call(task, **flags)`` reads them."""
         return {"task": self.task, "flags": dict(self.flags)}
 
     def __str__(self) -> str:
         return shlex.join(self.words())
-
-
-def call(task: str, **flags: Flag | Sequence[str] | None) -> Call:
-    """``call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
-    ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
-    given = (
-        (name.rstrip("_").replace("_", "-"), value if isinstance(value, str | bool) else tuple(value))
-        for name, value in flags.items()
-        if value is not None and value is not False and value != ()
-    )
-    return Call(task, tuple(given))
 
 
 Remedy: TypeAlias = "str | Call | tuple[Remedy, ...]"
@@ -110,7 +107,7 @@ def remedy_of(data: Any) -> Remedy:
         return data
     if isinstance(data, list):
         return tuple(remedy_of(part) for part in data)
-    return call(str(data["task"]), **data["flags"])
+    return Call(str(data["task"]), **data["flags"])
 
 
 def joined(remedies: Iterable[Remedy], by: str = "; ") -> Remedy:

@@ -15,7 +15,7 @@ from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
 from cli import views
 from cli.run import Run
-from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState, call
+from inventory.errors import BuildFailed, Call, FarmhandError, NotFound, WrongState
 from provision.farm import reset as reset_by_hand
 from provision.site import Site
 
@@ -234,8 +234,8 @@ def test_a_call_names_the_farm_where_it_must(tmp_path, monkeypatch):
     farm = tmp_path / "x.yaml"
     farm.touch()
     run_ = Run(task="status", farm=str(farm), json=False, plan=False)
-    remedy = ("it is told; ", call("ssh"), ", then: ", call("clone-farm", vm="a"), "; ",
-              call("cycle", farm="b"))  # fmt: skip
+    remedy = ("it is told; ", Call("ssh"), ", then: ", Call("clone-farm", vm="a"), "; ",
+              Call("cycle", farm="b"))  # fmt: skip
     assert run_.words.text(remedy) == (
         f"it is told; ./invoke ssh --farm {farm}, then: "
         f"./invoke clone-farm --farm {farm} --vm a; ./invoke cycle --farm b"
