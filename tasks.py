@@ -8,7 +8,7 @@ from cli import options, streams, terminal, views
 from cli.command import command
 from cli.run import Result, Run
 from host.program import ROOT
-from inventory.errors import Remedy, UsageError
+from inventory.errors import Call, Remedy, UsageError
 
 # For those who type invoke, not ./invoke.
 streams.take_over()
@@ -40,7 +40,7 @@ def demo(run: Run, destroy: bool = False) -> Result:
     from builds import demo as demonstration
 
     run.farm = str(demonstration.farm_file(run.farm))
-    run.resume = "go on with ./invoke demo, or take it away with ./invoke demo --destroy"
+    run.resume = ("go on with ", Call("demo"), ", or take it away with ", Call("demo", destroy=True))
     if destroy:
         return views.outcome(demonstration.destroy(run.site))
     if run.plan:
@@ -417,7 +417,11 @@ def cycle(
 
     which = options.names(only, "--only", "a step of the cycle")
     again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
-    run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
+    run.resume = (
+        "what is done is kept; ",
+        Call("log"),
+        f" shows the step it stopped in; go on with: {again}",
+    )
     with run.site() as site:
         if run.plan:
             return views.plan(

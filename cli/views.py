@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import Result
 from cli.streams import columns
-from inventory.errors import BuildFailed, Remedy, joined, some
+from inventory.errors import BuildFailed, Call, Remedy, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -333,7 +333,7 @@ def step_log(record: BuildRecord, name: str) -> Result:
     if not step.log or not path.is_file():
         raise NotFound(
             f"build {record.id}: step {name} left no log: {step.status}",
-            remedy="./invoke log shows the build",
+            remedy=(Call("log"), " shows the build"),
         )
     text = path.read_text(errors="replace")
     return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
@@ -401,5 +401,8 @@ def verified(report: Report) -> Result:
         "\n".join(lines),
         False,
         f"{len(report.wrong)} wrong answers from {services}",
-        "./invoke network-apply --plan shows whether the files are right; else see the service's log",
+        (
+            Call("network-apply", plan=True),
+            " shows whether the files are right; else see the service's log",
+        ),
     )

@@ -50,7 +50,7 @@ class Call:
         ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
         given: list[tuple[str, Flag]] = []
         for name, value in flags.items():
-            if value is True or isinstance(value, str) or value:
+            if isinstance(value, str) or value:
                 plain = value if isinstance(value, str | bool) else tuple(value)
                 given.append((name.rstrip("_").replace("_", "-"), plain))
         object.__setattr__(self, "task", task)
