@@ -89,10 +89,11 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
                     remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
                     f"record say so: {command('cycle', '--from', steps[0].name)}",
                 )
-            driver = member.declared_host.driver
-            if driver == "fake" and not isinstance(step, ResetStep):
+            driver = member.info
+            if not driver.guests and not isinstance(step, ResetStep):
                 raise Unsupported(
-                    f"{site.name}: step {step.name}: {vm} is on a fake host, where nothing can be run",
+                    f"{site.name}: step {step.name}: {vm} is on {driver.called}, "
+                    "where nothing can be run",
                     remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
                 )
             if vm in ready:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
-from cli import streams
+from cli import composition, streams  # noqa: F401 - the first, before a farm file is read
 from cli.run import Result, Run
 from host.files import UMASK
 from inventory.errors import FarmhandError, Interrupted, InventoryError

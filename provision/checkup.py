@@ -5,28 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import Literal
 
+from host.check import Check
 from inventory.errors import Remedy, spelled
-
-Level = Literal["needed", "note"]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at. ``remedy`` is what to type or do; empty where all is well."""
-
-    name: str
-    ok: bool
-    level: Level
-    text: str
-    remedy: Remedy = ""
-
-    def as_dict(self) -> Mapping[str, object]:
-        return {
-            "name": self.name, "ok": self.ok, "level": self.level, "text": self.text,
-            "remedy": self.remedy,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

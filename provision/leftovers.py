@@ -96,7 +96,7 @@ def discard_unowned(site: Site) -> None:
     """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
     doesn't answer keeps nobody from going on: what is left there is for gc."""
     for host, declared in site.farm.hosts.items():
-        if declared.driver == "ssh":
+        if not declared.INFO.virtual:
             continue
         try:
             for item in _of_host(site, host):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from host.ssh_words import path_option
 from hypervisors.api import Disk, Disks, Forward, Hypervisor, Machine, MachineSpec, Nic, Owner
 from inventory.errors import NotFound, NotOurs
-from inventory.model import Host, Vm
+from inventory.hosts import DriverInfo, Host
+from inventory.model import Vm
 from provision.allocate import Allocation
 from provision.guest import identity
 
@@ -39,6 +40,11 @@ class Member:
         return self.site.farm.hosts[self.host]
 
     @property
+    def info(self) -> DriverInfo:
+        """What its host's driver can, and can't."""
+        return self.declared_host.INFO
+
+    @property
     def owner(self) -> Owner:
         """Our mark on what is its."""
         return Owner(self.site.farm.farm, self.vm)
@@ -46,7 +52,7 @@ class Member:
     @property
     def can_power(self) -> bool:
         """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
-        return self.declared_host.driver != "ssh"
+        return self.info.power
 
     # What is there
 
@@ -134,7 +140,7 @@ class Member:
 
     def address(self) -> tuple[str, int]:
         """Host and port of its ssh, as recorded or as they would be given."""
-        if not self.can_power:
+        if not self.info.virtual:
             return self._name_or_address(), self.declared.ssh_port or 22
         allocator = self.site.allocator
         got = self._allocation or allocator.recorded().get(self.vm) or allocator.peek(self.vm)

@@ -58,7 +58,7 @@ def host_memory(
         for name, m in sorted(machines.items()) if is_on(m)
     ]  # fmt: skip
     free = None
-    if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
+    if declared.INFO.shares_memory:  # other servers know better, and refuse by themselves
         soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
         free = _memory_available(site, host) - taken - soon + sum(map(_current, gone))
     return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
@@ -109,7 +109,7 @@ def forecast(sizes: Mapping[Member, tuple[int, int]], doing: str) -> tuple[Actio
         if not here:
             continue
         wanted = at_once(here.values())
-        here_too = declared.driver == "kvm"  # several of them share this machine
+        here_too = declared.INFO.shares_memory  # several of them share this machine
         if _plainly_there(site, host, wanted + taken):
             taken += wanted if here_too else 0
             continue
@@ -174,15 +174,15 @@ def _make_room(member: Member, size: int, doing: str) -> int | None:
 def _plainly_there(site: Site, host: str, size: int) -> bool:
     """Whether that can be told without a look at the host's machines: it has no limit."""
     declared = site.farm.hosts[host]
-    if declared.memory is not None or declared.driver != "kvm":
+    if declared.memory is not None or not declared.INFO.shares_memory:
         return declared.memory is None
     return _machine_has(site, host, size)
 
 
 def _machine_has(site: Site, host: str, size: int) -> bool:
-    """Whether that much is free beside all that this process is about to give; Xen and XenAPI servers
-    see to that themselves."""
-    if site.farm.hosts[host].driver != "kvm":
+    """Whether that much is free beside all that this process is about to give; other servers see to
+    that themselves."""
+    if not site.farm.hosts[host].INFO.shares_memory:
         return True
     return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
 
@@ -212,7 +212,7 @@ def _guest(member: Member, machine: Machine | None, reserved: int) -> Guest:
     if machine is not None and machine.power is Power.PAUSED:
         fixed = "paused"
     elif not member.can_power:
-        fixed = "on an ssh host"
+        fixed = f"on {member.info.called}"
     return Guest(
         vm=member.vm,
         on=on,

@@ -63,7 +63,7 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
                 action = Action("start", vm, f"{how}{then_what(member, wait=wait)}")
                 jobs[vm] = [Job(action, partial(start_one, member, wait=wait))]
             elif member in cold:
-                jobs[vm] = [Job(Action("note", vm, "on an ssh host: nobody can switch it on from here"))]
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} on from here"))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "runs already"))]
         run.carry_out(jobs)
@@ -78,9 +78,7 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
         for member in members:
             vm, machine = member.vm, member.look()
             if not member.can_power:
-                jobs[vm] = [
-                    Job(Action("note", vm, "on an ssh host: nobody can switch it off from here"))
-                ]
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} off from here"))]
             elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
@@ -174,7 +172,11 @@ def write_identity(member: Member) -> None:
     identity.make_controller_key(site.farm, site.paths)
     identity.make_host_key(site.paths, member.vm, machine)
     identity.refresh_seed(
-        site.farm, site.paths, site.runner, allocation, reader_uid=site.reader_uid(member.host)
+        site.farm,
+        site.paths,
+        site.runner,
+        allocation,
+        reader_uid=site.opened(member.host).reader_uid(),
     )
     make_directory(site.paths.consoles, mode=0o711)
     if far := site.far(member.host):
@@ -182,8 +184,9 @@ def write_identity(member: Member) -> None:
 
 
 def wait_until_ready(member: Member, *, since: float) -> None:
-    """As ``until_ready``, and says how long it took. Under the fake there is nothing to wait for."""
-    if member.declared_host.driver == "fake":
+    """As ``until_ready``, and says how long it took. Where machines have no guests there is nothing to
+    wait for."""
+    if not member.info.guests:
         return
     import asyncio
 
@@ -254,17 +257,15 @@ def console_tail(member: Member, *, lines: int = _TAIL) -> str:
 
 def _on_trial(member: Member) -> bool:
     """Whether it runs under KVM that no guest has answered under yet, and need not."""
-    site = member.site
-    if not member.present().accelerated or site.accelerator(member.host) != "auto":
-        return False
-    return not site.kvm_trust(member.host).proven()
+    opened = member.site.opened(member.host)
+    return bool(member.present().accelerated) and opened.on_trial()
 
 
 def _trust(member: Member) -> None:
     """It answered. What can't be looked at, or noted, now will be another time."""
     with contextlib.suppress(FarmhandError):
         if member.present().accelerated:
-            member.site.kvm_trust(member.host).prove()
+            member.site.opened(member.host).prove()
 
 
 def _start_emulated(member: Member) -> float:
@@ -286,7 +287,7 @@ def _start_emulated(member: Member) -> float:
 def answers(member: Member, *, timeout: float = 2.0) -> bool:
     """Whether an ssh server greets at the VM's address. In user mode QEMU itself accepts the
     connection, so only the greeting (RFC 4253, 4.2) tells."""
-    if member.declared_host.driver == "fake":
+    if not member.info.guests:
         return True
     try:
         with socket.create_connection(member.address(), timeout) as connection:
@@ -322,6 +323,11 @@ def then_what(member: Member, *, wait: bool) -> str:
     return text
 
 
+def no_power(member: Member) -> str:
+    """For a note in a plan: it goes on with what can't be done."""
+    return f"on {member.info.called}: nobody can switch it"
+
+
 def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]:
     """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
     this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
@@ -335,7 +341,7 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
 def check_accelerator(members: Sequence[Member]) -> None:
     """Unsupported where these VMs are to run under KVM, and it doesn't work."""
     for host, site in {member.host: member.site for member in members}.items():
-        site.demand_kvm(host)
+        site.opened(host).demand_accelerator()
 
 
 def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
@@ -347,7 +353,7 @@ def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
 def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
     """Another program may listen where a stopped VM's ssh used to: move, unless it was declared."""
     site, vm = member.site, member.vm
-    if site.farm.network.mode != "user" or member.declared_host.driver != "kvm":
+    if site.farm.network.mode != "user" or not member.info.forwards:
         return
     port = member.allocate().ssh_port
     if port_free(port):

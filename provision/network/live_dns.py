@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.files import file_error
-from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
+from inventory.errors import Call, Conflict, DriverFailed, FarmhandError, WrongState
 from inventory.services import Bind
 from provision.network.view import View
 
@@ -251,7 +251,7 @@ class Server:
         if code in (dns.rcode.YXDOMAIN, dns.rcode.YXRRSET, dns.rcode.NXRRSET, dns.rcode.NXDOMAIN):
             raise Conflict(
                 f"{zone}: a name of this update is not as it was left: somebody changed it by hand",
-                remedy="./invoke network-apply --plan names it",
+                remedy=(Call("network-apply", plan=True), " names it"),
             )
         if code != dns.rcode.NOERROR:
             raise self._failed(zone, "update it", dns.rcode.to_text(code))

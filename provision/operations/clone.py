@@ -57,7 +57,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
         ours = [vm for vm in names if site.member(vm).can_power]
         missing = [vm for vm in ours if machines[vm] is None]
         for host in dict.fromkeys(map(site.farm.host_of, missing)):
-            site.check_places(host)
+            site.opened(host).check_places()
         disks = {vm: site.member(vm).disk() for vm in ours}
         gone = _gone(site, machines, disks)
         given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)

@@ -31,11 +31,11 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
         return _destroy_farm(site, purge=purge)
     names = _names(site, vms)
     with begin(site, "destroy", names) as run:
-        foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).can_power}
+        foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).info.virtual}
         there = _there(site, survey(site), [vm for vm in names if vm not in foreign])
         for vm in names:
             if vm in foreign:
-                run.add(Action("note", vm, "on an ssh host: not ours to destroy"))
+                run.add(Action("note", vm, f"on {site.member(vm).info.called}: not ours to destroy"))
             elif vm in there:
                 run.add(Action("destroy", vm, "destroy machine, disk, checkpoints and identity"))
             else:
@@ -119,7 +119,7 @@ def _hosts(site: Site, vm: str) -> list[str]:
     """Where it may be: its host, or any for one no longer declared."""
     if vm in site.farm.vms:
         member = site.member(vm)
-        return [member.host] if member.can_power else []
+        return [member.host] if member.info.virtual else []
     return [host for host in site.farm.hosts if site.has_disks(host)]
 
 
@@ -169,8 +169,9 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
             run.fact(kept=str(builds))
         if site.paths.root.exists():
-            daemon = "stop its daemon, " if site.private_directory.exists() else ""
-            run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
+            daemon = site.daemon()
+            stopped = "stop its daemon, " if daemon and daemon.directory.exists() else ""
+            run.add(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
             if others := _others_files(site):
                 text = f"stays: files that aren't farmhand's, such as {others[0]}"
                 run.add(Action("note", "", text))
@@ -209,11 +210,11 @@ def raze(site: Site, *, purge: bool) -> None:
             site.reporter.warn(f"stays: {error.message}")
     current_step("forget what was given out")
     site.allocator.forget()
-    if any(map(site.uses_private, site.farm.hosts)) and site.private_directory.exists():
+    if (daemon := site.daemon()) and daemon.directory.exists():
         current_step("stop the private daemon")
         for host in site.farm.hosts:
             site.disconnect(host)
-        site.private().stop(force=True)
+        daemon.stop(force=True)
     keep = {site.paths.journal.name, site.paths.locks.name}
     keep |= {f"{site.paths.journal.name}{end}" for end in ("-wal", "-shm")}
     if not purge:
@@ -279,16 +280,16 @@ def _refuse_if_in_use(site: Site) -> None:
 
 def _refuse_strangers(site: Site) -> None:
     """Machines that somebody defined in the farm's own libvirtd by hand: they would go with it."""
-    if not any(map(site.uses_private, site.farm.hosts)):
+    daemon = site.daemon()
+    if daemon is None:
         return
     ours = {
         machine.name
         for host in site.farm.hosts
-        if site.uses_private(host)
+        if site.opened(host).daemon()
         for machine in site.hypervisor(host, look=True).list()
     }
-    defined = {path.stem for path in site.private_directory.rglob("qemu/*.xml")}
-    if strangers := sorted(defined - ours):
+    if strangers := sorted(daemon.defined() - ours):
         raise NotOurs(
             f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
             "the daemon is not taken away under it",

@@ -13,7 +13,8 @@ from machine_rigs import Guests
 from rigs import FARM, MIB
 
 from cli.views import farm_status, memory_plan
-from hypervisors.api import Disks, Hypervisor, Power
+from hypervisors.api import Hypervisor, Power
+from hypervisors.host import OpenHost
 from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load
 from provision import farm
@@ -34,13 +35,11 @@ class GuestsSite(Site):
 
     guests: Guests
 
-    def _connect(self, host: str) -> Hypervisor:
-        del host
-        return self.guests.hypervisor(step=current_step)
-
-    def _open_store(self, host: str) -> Disks:
-        del host
-        return self.guests.disks()
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
+        opened._connect = lambda: self.guests.hypervisor(step=current_step)
+        opened._open_disks = self.guests.disks
+        return opened
 
 
 @pytest.fixture(params=["real", pytest.param("xen", marks=pytest.mark.xen)])

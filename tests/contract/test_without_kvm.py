@@ -17,7 +17,8 @@ from machine_rigs import LibvirtRig
 from rigs import FARM
 
 from host.run import Runner
-from hypervisors.api import Capabilities, Disks, Hypervisor, Machine, MachineSpec
+from hypervisors.api import Capabilities, Hypervisor, Machine, MachineSpec
+from hypervisors.host import OpenHost
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kinds import Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
@@ -66,18 +67,18 @@ class ClaimingSite(Site):
         spec = self.guests.spec(vm, stamp=self.stamp)
         return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
 
-    def _connect(self, host: str) -> Hypervisor:
-        del host
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
+        opened._connect, opened._open_disks = self._connect, self.guests.disks
+        return opened
+
+    def _connect(self) -> Hypervisor:
         guests, kind = self.guests, self.guests.kind
         if self.distrusted:
             kind = Qemu(KvmVerdict(False, self.distrusted))
         return (LibvirtHypervisor if self.distrusted else Claiming)(
             guests.uri, FARM, guests.disks(), Runner(), step=current_step, kind=kind
         )
-
-    def _open_store(self, host: str) -> Disks:
-        del host
-        return self.guests.disks()
 
 
 @pytest.fixture

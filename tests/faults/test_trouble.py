@@ -214,7 +214,7 @@ def test_libvirtd_dies_in_the_middle(pool: str, cache: Path, monkeypatch: pytest
 
 def _kill_libvirtd(bench: Bench) -> None:
     with bench.site() as site:
-        private = site.private()
+        private = site.daemon()
         assert private.running()
         os.kill(int(private._pidfile.read_text()), signal.SIGKILL)
 

@@ -435,6 +435,7 @@ CHILD = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
+import cli.composition
 from builds.cycle import run_cycle
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads

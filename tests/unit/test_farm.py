@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.host import OpenHost
 from inventory.errors import (
     Busy,
     Conflict,
@@ -463,9 +464,13 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
 class OneHypervisor(Site):
     """Two hosts of the farm file are two stores of one hypervisor."""
 
-    def _connect(self, host: str) -> Any:
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
         state = self.paths.root / "one.state"
-        return FakeHypervisor(self.farm.farm, self.disks(host), state, step=current_step)
+        opened._connect = lambda: FakeHypervisor(
+            self.farm.farm, opened.disks(), state, step=current_step
+        )
+        return opened
 
 
 def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) -> None:
@@ -486,6 +491,7 @@ def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) ->
 
 SLOW = """
 import pathlib, signal, sys, time
+import cli.composition
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Interrupted
 from provision import farm
@@ -534,6 +540,7 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
         "import sys, pathlib; from provision.site import open_site; from provision import farm\n"
+        "import cli.composition\n"
         "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"

@@ -170,7 +170,8 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
 
     def site_that_merges() -> Site:
         site = town.site()
-        site._disks["here"] = Merging("still", site._fake_state("here"))
+        opened = site.opened("here")
+        opened._disks = Merging("still", opened.state())
         return site
 
     with site_that_merges() as site:

@@ -231,7 +231,7 @@ def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
         site.hypervisor("here")
         plain: Any = OneByOne(store)
         assert not isinstance(plain, FarmDisks)
-        site._disks["here"] = plain
+        site.opened("here")._disks = plain
         with pytest.raises(WrongState, match="dev2 is done, prod not yet"):
             farm.reset(site)
         farm.start(site)
