@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from inventory.errors import (
     Call,
     Conflict,
+    ConnectionLost,
     DriverFailed,
     FarmhandError,
     NotFound,
@@ -79,7 +80,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             remedy=f"see who has it (ss -ltnp 'sport = :{port[2]}'), or give the VM another ssh_port",
         )
     if connection_lost(error):
-        return DriverFailed(
+        return ConnectionLost(
             f"{doing}: the connection to libvirtd was lost: {message}",
             remedy="run the command again: it finishes what was begun",
         )
