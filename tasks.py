@@ -8,7 +8,7 @@ from cli import options, streams, terminal, views
 from cli.command import command
 from cli.run import Result, Run
 from host.program import ROOT
-from inventory.errors import Call, Remedy, UsageError
+from inventory.errors import Call, Text, UsageError
 
 # For those who type invoke, not ./invoke.
 streams.take_over()
@@ -255,7 +255,7 @@ def destroy(
         return views.outcome(farm.destroy(site, chosen, purge=purge))
 
 
-def _doomed(run: Run, purge: bool) -> tuple[object, Remedy]:
+def _doomed(run: Run, purge: bool) -> tuple[object, Text]:
     from provision import farm
 
     with run.site(plan=True) as site:

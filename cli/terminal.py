@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from cli.run import Result, Run
-from inventory.errors import Call, FarmhandError, NotFound, Remedy, Unsupported, UsageError
+from inventory.errors import Call, FarmhandError, NotFound, Text, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from hypervisors.api import Console
 
 
-def agree(run: Run, look: Callable[[], tuple[object, Remedy]]) -> None:
+def agree(run: Run, look: Callable[[], tuple[object, Text]]) -> None:
     """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
     ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
     done. Where nobody can answer, nothing is asked: a script means what it says."""

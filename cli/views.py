@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import Result
 from cli.streams import columns
-from inventory.errors import BuildFailed, Call, Remedy, joined, some
+from inventory.errors import BuildFailed, Call, Text, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -70,7 +70,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     return "\n".join(blocks)
 
 
-def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Remedy]:
+def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Text]:
     """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
     there is nothing. The plan's lines, with what is known of each VM in place of its own."""
     if not plan.changed:
@@ -88,7 +88,7 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Remedy]:
         for vm in going
     ]
     headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
-    parts: list[Remedy] = [f"farm {status.farm} ({status.file}): all of this goes, for good"]
+    parts: list[Text] = [f"farm {status.farm} ({status.file}): all of this goes, for good"]
     if rows:
         parts += ["", table(headings, rows, sys.stderr)]
     if rest:
@@ -361,7 +361,7 @@ def rendered(files: Sequence[Rendered], out: str) -> Result:
 def applied(result: Outcome, asked: Report | None) -> Result:
     """What was done, or would be, how the files differ, and what the services then answered."""
     shown = outcome(result)
-    parts: list[Remedy] = [str(result.facts.get("diff", "")), shown.text]
+    parts: list[Text] = [str(result.facts.get("diff", "")), shown.text]
     if asked is None:
         return Result(shown.data, joined(filter(None, parts), "\n"))
     answers = verified(asked)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from host.program import typed
-from inventory.errors import Remedy, calls_in, spelled
+from inventory.errors import Text, calls_in, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Words:
 
     farm: str = ""
 
-    def text(self, remedy: Remedy) -> str:
+    def text(self, text: Text) -> str:
         """To be read, and its calls to be typed as they stand."""
-        text = spelled(remedy, partial(typed, farm=self.farm))
+        text = spelled(text, partial(typed, farm=self.farm))
         if not self.farm:
             return text
         flag = f" --farm {shlex.quote(self.farm)}"  # of calls that are text still

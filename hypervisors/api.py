@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
-from inventory.errors import Remedy, Unsupported
+from inventory.errors import Text, Unsupported
 
 CLEAN = "clean"
 """The checkpoint that every disk has from its cloning on."""
@@ -37,11 +37,11 @@ def no_step(_text: str) -> None:
     """For callers that keep no journal (tests, read-only use)."""
 
 
-WarnFn = Callable[[Remedy], None]
+WarnFn = Callable[[Text], None]
 """Told what an admin should know, though the work goes on."""
 
 
-def no_warning(_text: Remedy) -> None:
+def no_warning(_text: Text) -> None:
     """For callers with nobody to warn."""
 
 

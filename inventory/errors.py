@@ -72,24 +72,26 @@ class Call:
         return shlex.join(self.words())
 
 
-Remedy: TypeAlias = "str | Call | tuple[Remedy, ...]"
-"""What to do: text, calls, or both in the order in which they are read. ``""`` for nothing known."""
+Text: TypeAlias = "str | Call | tuple[Text, ...]"
+"""What somebody is told: strings and calls, in the order in which they are read."""
+Remedy: TypeAlias = Text
+"""What to do; ``""`` where nothing is known."""
 
 
-def spelled(remedy: Remedy, how: Callable[[Call], str] = str) -> str:
-    """A remedy as text, its calls as ``how`` has them."""
-    if isinstance(remedy, str):
-        return remedy
-    if isinstance(remedy, Call):
-        return how(remedy)
-    return "".join(spelled(part, how) for part in remedy)
+def spelled(text: Text, how: Callable[[Call], str] = str) -> str:
+    """As one string, its calls as ``how`` has them."""
+    if isinstance(text, str):
+        return text
+    if isinstance(text, Call):
+        return how(text)
+    return "".join(spelled(part, how) for part in text)
 
 
-def calls_in(remedy: object) -> tuple[Call, ...]:
-    """The calls of a remedy, in its order; none of what isn't one."""
-    if isinstance(remedy, Call):
-        return (remedy,)
-    return tuple(call for part in remedy for call in calls_in(part)) if isinstance(remedy, tuple) else ()
+def calls_in(text: object) -> tuple[Call, ...]:
+    """The calls that a text names, in its order; none in what is no text."""
+    if isinstance(text, Call):
+        return (text,)
+    return tuple(call for part in text for call in calls_in(part)) if isinstance(text, tuple) else ()
 
 
 def remedy_as_data(remedy: Remedy) -> object:
@@ -110,13 +112,13 @@ def remedy_of(data: Any) -> Remedy:
     return Call(str(data["task"]), **data["flags"])
 
 
-def joined(remedies: Iterable[Remedy], by: str = "; ") -> Remedy:
-    """Several as one; text where all are."""
-    found = list(remedies)
-    texts = [remedy for remedy in found if isinstance(remedy, str)]
-    if len(texts) == len(found):
-        return by.join(texts)
-    return tuple(part for remedy in found for part in (by, remedy))[1:]
+def joined(texts: Iterable[Text], by: str = "; ") -> Text:
+    """Several as one; a string where all are."""
+    found = list(texts)
+    strings = [text for text in found if isinstance(text, str)]
+    if len(strings) == len(found):
+        return by.join(strings)
+    return tuple(part for text in found for part in (by, text))[1:]
 
 
 class FarmhandError(Exception):
