@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from builds.steps import STEPS
 from hypervisors.drivers import DRIVERS, PARTS
 from inventory import kinds
 
 kinds.hosts.update(DRIVERS)
 kinds.parts.update(PARTS)
+kinds.steps.update(STEPS)

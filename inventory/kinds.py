@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
+    from inventory.model import Step
 
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
 parts: dict[str, str] = {}
 """Of sections within those, by their classes' names."""
+steps: dict[str, str] = {}
+"""Of a cycle's steps, by the key that each kind is known by."""
 
 
 def host(driver: str) -> type[Host]:
     """KeyError: there is no such driver."""
     return cast("type[Host]", _imported(hosts[driver]))
+
+
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
 
 
 def section(name: str) -> type[Model] | None:
@@ -35,7 +43,11 @@ def section(name: str) -> type[Model] | None:
 
 def places() -> dict[str, str]:
     """Of all tables, by their classes' names."""
-    return {place.rpartition(":")[2]: place for place in (*hosts.values(), *parts.values())}
+    return {place.rpartition(":")[2]: place for place in _all()}
+
+
+def _all() -> tuple[str, ...]:
+    return (*hosts.values(), *parts.values(), *steps.values())
 
 
 def rooms() -> list[Path]:

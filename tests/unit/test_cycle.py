@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import FETCH, STEPS, Lab, environment, lab, reset, run
+from cycle_farm import FETCH, STEPS, Lab, environment, lab, plan_cycle, reset, run, run_cycle
 from sshd_machine import alive, gone, wait_for
 
-from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record, load_records
 from host.run import which
 from hypervisors.fake.driver import FakeDisks
@@ -436,7 +435,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import cli.composition
-from builds.cycle import run_cycle
+from cycle_farm import run_cycle
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads
 from provision.engine.report import QuietReporter
