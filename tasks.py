@@ -46,7 +46,8 @@ def demo(run: Run, destroy: bool = False) -> Result:
     if run.plan:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
-    return Result(report.as_dict(), report.text(), report.ok, report.problem, report.remedy)
+    text = report.text(run.words.text)
+    return Result(report.as_dict(), text, report.ok, report.problem, report.remedy)
 
 
 # ---- Templates.
@@ -412,16 +413,17 @@ def cycle(
     keep_going: bool = False,
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
-    from builds.again import cycle_command, cycle_options
+    from builds.again import cycle_asked, from_step
     from builds.cycle import RunCycle, perform
     from builds.record import find_record
 
     which = options.names(only, "--only", "a step of the cycle")
-    again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
+    asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)
     run.resume = (
         "what is done is kept; ",
         Call("log"),
-        f" shows the step it stopped in; go on with: {again}",
+        " shows the step it stopped in; go on with: ",
+        from_step(asked, "STEP"),
     )
     request = RunCycle(
         start_from=from_, only=tuple(which), revision=revision, keep_going=keep_going,

@@ -270,7 +270,9 @@ def build_record(record: BuildRecord) -> Result:
     """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
-    lines = [f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"]
+    lines: list[Text] = [
+        f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"
+    ]
     if source.commit or source.repository:
         subject = f"  {source.subject}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
@@ -294,9 +296,9 @@ def build_record(record: BuildRecord) -> Result:
         lines += ["", f"the last lines of {failed.name}:"]
         lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
     if failed is not None and failed.remedy:
-        lines += ["", f"what to do: {failed.remedy}"]
+        lines += ["", ("what to do: ", failed.remedy)]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
-    return Result(record.as_dict(), "\n".join(lines))
+    return Result(record.as_dict(), joined(lines, "\n"))
 
 
 @contextmanager
