@@ -414,8 +414,9 @@ def cycle(
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds.again import cycle_asked, from_step
-    from builds.cycle import RunCycle, perform
+    from builds.operation import RunCycle
     from builds.record import find_record
+    from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
     asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)

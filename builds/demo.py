@@ -110,9 +110,10 @@ def farm_file(farm: str) -> Path:
 
 def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
-    from builds.cycle import RunCycle, perform
+    from builds.operation import RunCycle
     from builds.record import find_record
     from provision import farm
+    from provision.engine.runner import perform
     from provision.operations import templates as golden
 
     with open_site() as site:
@@ -153,8 +154,9 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
 
 def plan(open_site: Opener) -> Outcome:
     """What ``run`` would do."""
-    from builds.cycle import RunCycle, perform
+    from builds.operation import RunCycle
     from provision import farm
+    from provision.engine.runner import perform
 
     with open_site() as site:
         cloned = farm.clone_farm(site, (), start=True, wait=True)

@@ -19,9 +19,9 @@ from builds.source import Resolved, offered, pack, variables
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.engine.work import is_on
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
+from provision.member import is_on
 from provision.power import console_tail, until_ready
 from provision.site import Site
 

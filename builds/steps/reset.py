@@ -48,7 +48,7 @@ class ResetStep(StepKind):
         from inventory.errors import Unsupported
         from provision.operations.reset import check_checkpoint
 
-        if check_checkpoint(site, self.reset, self.to):
+        if check_checkpoint(site.member(self.reset), self.to):
             raise Unsupported(
                 f"{site.name}: step {self.name}: {self.reset}'s checkpoint {self.to} is warm, and a "
                 "build begins on a proven disk",

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, make_key
 
-from builds.cycle import RunCycle, perform
+from builds.operation import RunCycle
 from builds.record import BuildRecord, find_record
 from inventory.loader import load
 from provision.engine.report import Action, QuietReporter
+from provision.engine.runner import perform
 from provision.site import Site
 
 GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")

@@ -146,7 +146,8 @@ def test_what_the_docs_say_of_a_script(lab):
     assert alive(left)
     os.kill(left, signal.SIGKILL)
     assert gone(ended)
-    example = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    first, _, _ = text.partition("\n## ")
+    example = "\n".join(line[4:] for line in first.splitlines() if line.startswith("    "))
     base = "farm: docs\ntemplates: {base: {build: debian-12}}\nvms: {build: , test: }\n"
     assert loads((base + example).encode(), Path("docs.yaml")).cycle is not None
 
