@@ -5,6 +5,7 @@ The lock ``cycle`` and those of the cycle's VMs are held all through.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,13 +63,6 @@ class RunCycle(Operation):
 
         cycle = cycle_of(site)
         chosen = choose(cycle, self.start_from, self.only)
-        holder = None if site.plan else site.locks.holder(CYCLE_LOCK)
-        if holder is not None:
-            raise Busy(
-                f"{site.name}: a cycle is running already: {holder}",
-                remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends"
-                + (f", or end it: kill {holder.pid}" if holder.pid else ""),
-            )
         return site.vms(sorted(vms_of(step for step in steps_of(cycle) if step.name in chosen)))
 
     def locks(self, _site: Site) -> tuple[str, ...]:
@@ -76,6 +70,16 @@ class RunCycle(Operation):
 
     def doing(self, _vms: Sequence[str]) -> str:
         return self.name + (f" --revision {self.revision}" if self.revision else "")
+
+    def refused(self, site: Site, error: Busy) -> Busy:
+        holder = site.locks.holder(CYCLE_LOCK)
+        if holder is None:
+            return error
+        end = "" if holder.pid in (0, os.getpid()) else f", or end it: kill {holder.pid}"
+        return Busy(
+            f"{site.name}: a cycle is running already: {holder}",
+            remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends{end}",
+        )
 
     def plan(self, run: Run) -> engine.Plan:
         from builds.meter import Meter
@@ -86,9 +90,8 @@ class RunCycle(Operation):
             plan = plan_build(
                 site, self.start_from, self.only, self.revision, snapshot=not site.plan
             )  # fmt: skip
-        *lines, last = plan.lines
         carry_out = partial(self._carry_out, run, plan, meter)
-        return [engine.alone(engine.foretold(*lines), engine.Job((last,), carry_out))]
+        return [engine.alone(engine.Job(plan.lines, carry_out))]
 
     def _carry_out(self, run: Run, plan: BuildPlan, meter: Meter) -> None:
         import asyncio

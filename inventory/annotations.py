@@ -13,9 +13,10 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, kinds, model, services
+from inventory import fields, kinds, model
 from inventory.base import Model
 from inventory.hosts import driver_of
+from inventory.services import declared
 from inventory.values import step_kind
 
 
@@ -38,9 +39,10 @@ def _names() -> dict[str, Any]:
     steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
     step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
-        **vars(fields), **vars(services), **vars(model),
-        **{name: kinds.section(name) for name in kinds.parts},
+        **vars(fields), **vars(model),
+        **{name: kinds.section(name) for name in kinds.places()},
         "Steps": tuple[step, ...],
+        kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
     }  # fmt: skip
 

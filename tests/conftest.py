@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import cli.composition  # noqa: F401 - what operations and services there are
 from tests.lab import told
 
 IN_LAB = Path("/etc/lab/load").exists()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from inventory.errors import some
+from inventory.errors import Busy, some
 from provision.engine.facts import Facts, from_json
 from provision.engine.locks import lock_of
 
@@ -51,6 +51,10 @@ class Operation(ABC):
     def doing(self, vms: Sequence[str]) -> str:
         """What others are told who want the same lock."""
         return f"{self.name} {some(vms)}".strip()
+
+    def refused(self, _site: Site, error: Busy) -> Busy:
+        """In its own words, where somebody else has one of its locks."""
+        return error
 
     @abstractmethod
     def plan(self, run: Run) -> Plan:

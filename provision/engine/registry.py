@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inventory.errors import WrongState
-from provision.engine.operation import Activity, Operation
+
+if TYPE_CHECKING:
+    from provision.engine.operation import Activity, Operation
 
 _operations: dict[str, str] = {}
 _activities: dict[str, str] = {}
@@ -34,7 +36,7 @@ def activities() -> tuple[str, ...]:
 
 def operation(name: str) -> type[Operation]:
     found: type[Operation] = _load(_operations[name])
-    assert issubclass(found, Operation) and found.name == name, name
+    assert found.name == name, found
     return found
 
 
@@ -45,8 +47,8 @@ def activity(name: str) -> Activity[Any]:
             f"the journal has an unfinished {name}, which this farmhand knows nothing of",
             remedy="finish it with the farmhand that began it",
         )
-    found = _load(_activities[name])
-    assert isinstance(found, Activity) and found.name == name, name
+    found: Activity[Any] = _load(_activities[name])
+    assert found.name == name, found
     return found
 
 

@@ -136,9 +136,12 @@ def test_a_file_is_brought_recorded_and_kept(lab: Lab, web: Web) -> None:
     assert len(web.asked) == 1, "from the cache"
     assert again.steps[0].details["cache"]
     kept.write_bytes(b"rotten")
+    dead = kept.with_name(f".{SHA256}.{2**22 + 1}.1")  # no process has that number
+    dead.touch()
     passes(lab, step(url))
     assert "damaged" in said(find_record_of(lab))
     assert (kept.read_bytes(), len(web.asked)) == (CONTENT, 2)
+    assert not dead.exists()
     assert there.read_bytes() == CONTENT
 
 
@@ -245,12 +248,12 @@ def test_redirects_are_followed_the_login_stays(
     other = Web()
     other.answers["/real.rpm"] = CONTENT
     web.answers["/tools.rpm"] = moved(other.url("/real.rpm"))
-    for login in ("builder:s3cret pa\"ss\\", "t0ken"):
+    for login in ('builder:s3cret pa"ss\\', "t0ken"):
         monkeypatch.setenv("COMPANY", login)
         shutil.rmtree(lab.root / "cache" / "fetched", ignore_errors=True)
         passes(lab, step(web.url(), login="COMPANY"))
     other.close()
-    basic = base64.b64encode(b"builder:s3cret pa\"ss\\").decode()
+    basic = base64.b64encode(b'builder:s3cret pa"ss\\').decode()
     assert [given for _, given in web.asked] == [f"Basic {basic}", "Bearer t0ken"]
     assert [given for _, given in other.asked] == ["", ""]
     kept = lab.root / "cache" / "fetched" / SHA256

@@ -48,6 +48,7 @@ def test_an_operation_is_a_value_that_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", registry.activities())
 def test_an_activity_has_typed_facts_and_a_recovery(name: str) -> None:
     found = registry.activity(name)
+    assert isinstance(found, Activity)
     assert found.name == name
     assert issubclass(found.facts, Facts)
     assert is_dataclass(found.facts)
