@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from provision.engine.journal import Record
     from provision.engine.report import Action, Outcome
     from provision.network.rendered import Rendered
-    from provision.network.verify import Answer, Report
+    from provision.network.verify import Report
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
@@ -372,19 +372,12 @@ def applied(result: Outcome, asked: Report | None) -> Result:
     return Result(data, text, answers.ok, answers.problem, answers.remedy)
 
 
-def _unknown(answer: Answer) -> str:
-    """Why it could not be told."""
-    if answer.seen.startswith("could not"):
-        return answer.seen
-    return f"the VM itself: {answer.expected}"
-
-
 def verified(report: Report) -> Result:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
         return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
     lines = [
-        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {_unknown(answer)}"
+        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {answer.why}"
         for answer in report.unknown
     ]
     lines += [
