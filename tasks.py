@@ -10,7 +10,7 @@ from cli.run import Result, Run
 from host.program import ROOT
 from inventory.errors import Call, Text, UsageError
 
-# For those who type invoke, not ./invoke.
+# For those who type invoke, without the wrapper.
 streams.take_over()
 
 Names = Sequence[str] | None

@@ -36,8 +36,8 @@ class Screen:
         self._last = time.monotonic()
         self._said = ""
 
-    def say(self, text: str, *, vm: str = "") -> None:
-        self._line(text, vm)
+    def say(self, text: Text, *, vm: str = "") -> None:
+        self._line(self._words(text), vm)
 
     def working(self, text: str, *, vm: str = "") -> None:
         with self._lock:

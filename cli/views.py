@@ -34,11 +34,17 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
     widest = max(len(action.vm) for action in result.actions)
     changing = "would" if result.planned else "done"
     lines = [
-        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
-        f"{f'{a.vm:<{widest}}  ' if widest else ''}{a.text}"
+        joined(
+            (
+                f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} ",
+                f"{a.vm:<{widest}}  " if widest else "",
+                a.text,
+            ),
+            "",
+        )
         for a in result.actions
     ]
-    return Result(result.as_dict(), "\n".join(lines))
+    return Result(result.as_dict(), joined(lines, "\n"))
 
 
 def width(stream: TextIO | None = None) -> int:
@@ -156,19 +162,19 @@ def farm_status(status: FarmStatus) -> Result:
         for vm in status.vms
     ]
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
-    lines = [head, *hosts, "", table(headings, rows)]
-    notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
-    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
+    lines: list[Text] = [head, *hosts, "", table(headings, rows)]
+    notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     left = "left unfinished, the next command tries to recover it"
-    notes += [f"{left}: {text}" for text in status.unfinished]
+    notes += [joined((left, text), ": ") for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
         lines += ["", *notes]
     if status.vms and all(vm.state == "not made" for vm in status.vms):
         lines += ["", "nothing is made yet: clone-farm makes it"]
-    return Result(status.as_dict(), "\n".join(lines))
+    return Result(status.as_dict(), joined(lines, "\n"))
 
 
 def _checkpoint(vm: VmStatus) -> str:

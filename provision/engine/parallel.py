@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
-from inventory.errors import FarmhandError, Interrupted, Several
+from inventory.errors import Call, FarmhandError, Interrupted, Several
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -38,7 +38,11 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
             wait(futures.values())
             raise Interrupted(
                 "interrupted; each VM stopped before its next step",
-                remedy="the same command goes on from there; ./invoke recover puts things right first",
+                remedy=(
+                    "the same command goes on from there; ",
+                    Call("recover"),
+                    " puts things right first",
+                ),
             ) from None
     errors: dict[str, FarmhandError] = {}
     for vm, future in futures.items():

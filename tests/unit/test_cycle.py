@@ -29,8 +29,8 @@ from inventory.errors import (
     spelled,
 )
 from inventory.loader import load, loads
-from provision.farm import clone_farm
 from provision.engine.runner import perform
+from provision.farm import clone_farm
 from provision.site import Site
 
 __all__ = ["lab"]

@@ -91,3 +91,18 @@ def test_every_call_is_one_of_a_task_with_flags_that_it_has() -> None:
     for where, task, flags in found:
         assert task in known, where
         assert {flag.rstrip("_").replace("_", "-") for flag in flags} <= known[task], where
+
+
+def test_how_farmhand_is_called_stands_in_one_place() -> None:
+    """Not counting what only developers read."""
+    for path in SOURCES:
+        tree = parse(path)
+        read_by_us = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if "./invoke" in node.value and id(node) not in read_by_us:
+                    assert str(path) == "host/program.py", f"{path}:{node.lineno}"
