@@ -89,7 +89,7 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
 
 def _plan_vms(run: Run) -> Plan:
     site = run.site
-    foreign = {vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual}
+    foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
     said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
