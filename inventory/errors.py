@@ -287,14 +287,15 @@ class Several(FarmhandError):
         self.errors = dict(errors)
         told, more = [], []
         for vm, error in self.errors.items():
-            first, *rest = error.message.removeprefix(f"{vm}: ").splitlines() or [""]
+            line = error.what if error.vm == vm else error.message
+            first, *rest = line.splitlines() or [""]
             told.append(f"{vm}: {first}")
             more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
-        line = some(told, by="; ")
+        names = some(told, by="; ")
         super().__init__(
-            f"{len(self.errors)} VMs failed: {line}",
+            f"{len(self.errors)} VMs failed: {names}",
             remedy=some_remedies(self.errors.values()),
-            detail="\n".join(text for text in more if text not in line),
+            detail="\n".join(text for text in more if text not in names),
         )
 
     def as_dict(self) -> Mapping[str, object]:

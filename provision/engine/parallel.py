@@ -20,14 +20,14 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
     then the error of the one that failed is raised, or Several. Ctrl-C lets each stop before its next
     step, then raises Interrupted."""
     if len(tasks) == 1:
-        for task in tasks.values():
-            task()
+        for vm, task in tasks.items():
+            _of(vm, task)
         return
     if not tasks:
         return
     with ThreadPoolExecutor(min(len(tasks), _AT_ONCE), thread_name_prefix="vm") as pool:
         futures: dict[str, Future[None]] = {
-            vm: pool.submit(copy_context().run, task) for vm, task in tasks.items()
+            vm: pool.submit(copy_context().run, _of, vm, task) for vm, task in tasks.items()
         }
         try:
             wait(futures.values())
@@ -56,3 +56,12 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
         raise Several(errors)
     for error in errors.values():
         raise error
+
+
+def _of(vm: str, task: Callable[[], None]) -> None:
+    """An error of its is about that VM."""
+    try:
+        task()
+    except FarmhandError as error:
+        error.vm = error.vm or vm
+        raise
