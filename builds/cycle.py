@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds import page
-from builds.again import command, cycle_command, cycle_options
+from builds.again import cycle_asked, from_step
 from builds.lineage import Before, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
@@ -41,7 +41,7 @@ from builds.record import (
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
-from inventory.errors import BuildFailed, FarmhandError, Interrupted, Remedy
+from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
 from provision.site import Site
 
@@ -78,7 +78,7 @@ class Build:
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             farm_file=str(site.farm.path),
-            options=cycle_options(
+            asked=cycle_asked(
                 only=request.only, revision=request.revision, keep_going=request.keep_going
             ),
             source=known,
@@ -133,7 +133,7 @@ class Build:
             where = f" at step {at.name}" if at else ""
             gone = Interrupted(
                 f"interrupted{where}; what ran in the VMs was ended, the record is {record.path}",
-                remedy=f"go on from there: {self._again(at.name)}" if at else self._again(""),
+                remedy=("go on from there: ", self._again(at.name)) if at else self._again(""),
             )
             gone.build = record.id
             raise gone
@@ -141,22 +141,22 @@ class Build:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
-            look: Remedy = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
+            look: Remedy = ("look at it: ", Call("status"), ", ", Call("console", vm=first.vm))
             if first.failure != "infrastructure":
-                look = f"look inside: {command('ssh', '--vm', first.vm)}"
+                look = ("look inside: ", Call("ssh", vm=first.vm))
             look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
-                remedy=f"{look}; then go on from there: {self._again(first.name)}",
+                remedy=(look, "; then go on from there: ", self._again(first.name)),
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
             )
             failed.build = record.id
             raise failed
         return record
 
-    def _again(self, step: str) -> str:
-        return cycle_command(step, self._record.options)
+    def _again(self, step: str) -> Call:
+        return from_step(self._record.asked, step)
 
     async def _all(self) -> None:
         plan = self._plan

@@ -135,7 +135,7 @@ class Machines:
         WrongState where its reset failed in this build: nothing is built on a disk that isn't its
         checkpoint."""
         if vm in self._not_reset:
-            raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
+            raise WrongState("its reset failed, so it is not used in this build", vm=vm)
         async with self._locks.setdefault(vm, asyncio.Lock()):
             connection = await self._connected(vm)
             if vm not in self._in_use:

@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
-from builds.again import command, cycle_command
 from builds.lineage import Before, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
@@ -17,7 +16,7 @@ from host.check import install
 from host.run import which
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.errors import Call, FarmhandError, NotFound, Unsupported, UsageError, WrongState
 from inventory.loader import place
 from inventory.model import Cycle, Farm
 from inventory.sizes import format_size
@@ -74,8 +73,11 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
                 raise UsageError(
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
-                    remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
-                    f"record say so: {command('cycle', '--from', steps[0].name)}",
+                    remedy=(
+                        f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
+                        "record say so: ",
+                        Call("cycle", from_=steps[0].name),
+                    ),
                 )
             driver = member.info
             if not driver.guests and not step.RENEWS:
@@ -89,13 +91,11 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             ready.add(vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
-                raise NotFound(
-                    f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
-                )
+                raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
             if not step.RENEWS and machine.power in (Power.STOPPED, Power.SUSPENDED):
                 raise WrongState(
                     f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
-                    remedy=f"./invoke start --vm {vm}",
+                    remedy=Call("start", vm=vm),
                 )
         for tool in step.TOOLS:
             if which(tool) is None:
@@ -166,7 +166,7 @@ def source_for(
             raise
         raise NotFound(  # nobody has typed that one
             f"{error.message}, the commit that the VMs hold",
-            remedy=f"build what is there now: {command('cycle')}",
+            remedy=("build what is there now: ", Call("cycle")),
         ) from None
     if found is None or revision is None:
         return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
@@ -178,8 +178,11 @@ def source_for(
     raise WrongState(
         f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
         f"--revision {revision} is {is_now}, and step {name} is skipped",
-        remedy=f"build that one: {cycle_command(name, ('--revision', revision))}; "
-        "or go on with what is there: leave --revision away",
+        remedy=(
+            "build that one: ",
+            Call("cycle", from_=name, revision=revision),
+            "; or go on with what is there: leave --revision away",
+        ),
     )
 
 

@@ -22,12 +22,13 @@ from typing import Any, Literal
 
 from host.files import file_error, make_directory, open_new, write_atomic
 from host.paths import FarmPaths
-from inventory.errors import NotFound, Remedy, remedy_as_data, remedy_of
+from inventory.errors import Call, NotFound, Remedy, Text, remedy_as_data, remedy_of
 from provision.engine.locks import Locks
 
 CYCLE_LOCK = "cycle"
 FORMAT = 1
 _NEVER_REMOVED = ("running",)
+_WHOLE = Call("cycle")
 
 Status = Literal["waiting", "running", "passed", "failed", "skipped", "interrupted"]
 """Of a step. Skipped: by ``--from``, ``--only``, or after a failure."""
@@ -128,7 +129,7 @@ class BuildRecord:
     pid: int = 0
     command: str = ""
     farm_file: str = ""
-    options: tuple[str, ...] = ()  # what the cycle was told beside where to begin
+    asked: Call = _WHOLE  # what the cycle was told, beside where to begin
     source: SourceRecord = SourceRecord()
     vms: tuple[VmRecord, ...] = ()
     steps: tuple[StepRecord, ...] = ()
@@ -166,11 +167,12 @@ class BuildRecord:
         """As ``--json`` has it; ``record`` and ``page`` say where it lies."""
         return {**self._stored(), "record": str(self.path), "page": str(self.page)}
 
-    def _stored(self, remedy: Callable[[Remedy], object] = lambda known: known) -> dict[str, object]:
+    def _stored(self, text: Callable[[Text], object] = lambda known: known) -> dict[str, object]:
         values = dataclasses.asdict(self)
         del values["directory"]
         for step, known in zip(values["steps"], self.steps, strict=True):
-            step["remedy"] = remedy(known.remedy)
+            step["remedy"] = text(known.remedy)
+        values["asked"] = text(self.asked)
         return {"format": FORMAT, **values, "partial": self.partial}
 
     def save(self, *, durable: bool = True) -> None:
@@ -248,7 +250,7 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
     """By id, the beginning of one, or "last". NotFound, naming the nearest."""
     records = load_records(paths)
     if not records:
-        raise NotFound(f"farm {paths.farm} has no build record", remedy="./invoke cycle makes one")
+        raise NotFound(f"farm {paths.farm} has no build record", remedy=(Call("cycle"), " makes one"))
     if build == "last":
         return records[0]
     found = [record for record in records if record.id == build]
@@ -318,7 +320,7 @@ def _read(directory: Path) -> BuildRecord:
             "inputs": _files(data["inputs"]),
             "outputs": _files(data["outputs"]),
             "notes": tuple(data["notes"]),
-            "options": tuple(data["options"]),
+            "asked": remedy_of(data["asked"]),
             "directory": directory,
         }
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cli.words import Words
 from host.program import ROOT
-from inventory.errors import FarmhandError, NotFound, Remedy
+from inventory.errors import FarmhandError, NotFound, Remedy, Text
 
 if TYPE_CHECKING:
     from cli.screen import Screen
@@ -24,7 +24,7 @@ class Result:
     ``problem`` and ``remedy`` then go to stderr, as an error's do."""
 
     data: Mapping[str, object]
-    text: Remedy
+    text: Text
     ok: bool = True
     problem: str = ""
     remedy: Remedy = ""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from host.files import file_error, open_to_append
 from host.progress import Progress, Pulse
-from inventory.errors import CommandFailed, TimedOut, UsageError
+from inventory.errors import Call, CommandFailed, TimedOut, UsageError
 
 if TYPE_CHECKING:
     import asyncio
@@ -193,7 +193,9 @@ def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
     return CommandFailed(
         f"cannot run {argv[0]}: {where}{error.strerror}",
         argv=argv,
-        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}" if absent else "",
+        remedy=("install it: ", Call("doctor"), f" names the package that has {argv[0]}")
+        if absent
+        else "",
     )
 
 

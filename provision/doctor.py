@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
-from host.program import CHECKOUT
+from host.program import CHECKOUT, PROGRAM
 from host.run import which
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
-from inventory.errors import FarmhandError, UsageError
+from inventory.errors import Call, FarmhandError, UsageError
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
@@ -120,7 +120,7 @@ def _python() -> Check:
             False,
             "needed",
             f"Python {version} lacks {', '.join(missing)}",
-            "call ./invoke instead of invoke: it sets up an environment with all of them"
+            f"call {PROGRAM} instead of invoke: it sets up an environment with all of them"
             if CHECKOUT
             else "see docs/installing.md",
         )
@@ -393,5 +393,5 @@ def _store(site: Site, name: str) -> Iterator[Check]:
     text = f"{kind}: {about(room.free)} of {about(room.total)} free"
     yield Check(f"disks of {name}", True, "needed", text)
     for note in notes:
-        remedy = "make room before it is full: ./invoke gc, or extend it"
+        remedy = ("make room before it is full: ", Call("gc"), ", or extend it")
         yield Check(f"disks of {name}", False, "note", note, remedy)

@@ -17,7 +17,7 @@ from hypervisors.api import (
     Owner,
     Power,
 )
-from inventory.errors import NotFound, NotOurs
+from inventory.errors import Call, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -103,7 +103,7 @@ class Member:
         if machine is None:
             raise NotFound(
                 f"{self.site.name}: {self.vm} is not made yet",
-                remedy=f"make it: ./invoke clone-farm --vm {self.vm}",
+                remedy=("make it: ", Call("clone-farm", vm=self.vm)),
             )
         return machine
 

@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from host.files import make_directory, make_file
 from host.processes import Process
-from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+from inventory.errors import (
+    Busy,
+    FarmhandError,
+    Interrupted,
+    NoSpace,
+    Text,
+    UsageError,
+    WrongState,
+    remedy_as_data,
+    remedy_of,
+)
 from provision.engine.facts import Facts, to_json
 
 if TYPE_CHECKING:
@@ -76,7 +86,7 @@ class Record:
     ended: datetime | None
     outcome: str
     error: str
-    in_its_way: str
+    in_its_way: Text
     settled: bool
     steps: tuple[tuple[datetime, str], ...] = ()
 
@@ -188,9 +198,10 @@ class Journal:
         finally:
             _current.reset(token)
 
-    def hinder(self, id: int, why: str) -> None:
+    def hinder(self, id: int, why: Text) -> None:
         """It could not be recovered."""
-        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (why, id))
+        text = json.dumps(remedy_as_data(why))
+        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (text, id))
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
         self.write(
@@ -376,7 +387,7 @@ def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) ->
         ended=datetime.fromisoformat(str(ended)) if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
-        in_its_way=str(hindrance or ""),
+        in_its_way=remedy_of(json.loads(str(hindrance))) if hindrance else "",
         settled=bool(settled),
         steps=steps,
     )

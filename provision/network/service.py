@@ -44,10 +44,21 @@ class Step:
     run: Callable[[Runner], None]
 
 
+class Silent(Exception):
+    """Nobody answered."""
+
+    def __init__(self, why: object = "") -> None:
+        super().__init__(f"no answer ({why})" if why else "no answer")
+
+
+class NotAsked(Exception):
+    """It can't be asked from here: why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """``ask`` gives what is seen; ``expected`` what should be, told beforehand or asked for as well.
-    Either may say that it can't be known."""
+    Either may raise Silent; ``ask`` NotAsked."""
 
     service: str
     vm: str

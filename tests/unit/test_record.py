@@ -30,6 +30,7 @@ from builds.record import (
 )
 from builds.source import is_directory, mask, name_of
 from builds.step_run import StepLog
+from cli.words import Words
 from host.paths import FarmPaths
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import DriverFailed, NotFound
@@ -74,7 +75,7 @@ def test_written_and_read_back_the_same(paths):
     assert data["format"] == 1
     assert "directory" not in data
     assert record.as_dict()["page"] == str(record.directory / "index.html")
-    json.dumps(record.as_dict())
+    json.dumps(Words().data(record.as_dict()))
     assert [p.name for p in record.directory.iterdir()] == ["record.json"]
 
 
