@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
+    from inventory.model import Step
 
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
@@ -23,7 +24,7 @@ parts: dict[str, str] = {}
 services: dict[str, str] = {}
 """Of network services by their names, in the order they are applied."""
 steps: dict[str, str] = {}
-"""Of a cycle's steps, by their kinds."""
+"""Of a cycle's steps, by the key that each kind is known by."""
 
 ALL_SERVICES = "NetworkServices"
 """The class of the section that has those of services: ``inventory.services`` makes it."""
@@ -32,6 +33,11 @@ ALL_SERVICES = "NetworkServices"
 def host(driver: str) -> type[Host]:
     """KeyError: there is no such driver."""
     return cast("type[Host]", _imported(hosts[driver]))
+
+
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
 
 
 def section(name: str) -> type[Model] | None:
