@@ -29,6 +29,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _subnet,
         _room,
         _steps,
+        _events,
         check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
@@ -341,6 +342,16 @@ def _steps(farm: Farm, places: Places) -> Found:
                         (*path, key),
                         f"VM {value.text} is on an ssh host and has no 'reset' command",
                     )
+
+
+def _events(farm: Farm, places: Places) -> Found:
+    known = _keys(places, "vms")
+    for kind in ("webhook", "command"):
+        for name, subscriber in getattr(farm.events, kind).items():
+            for number, vm in enumerate(subscriber.vms):
+                if vm not in known and ("vms",) not in places.bad:
+                    where = ("events", kind, name, "vms", number)
+                    yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

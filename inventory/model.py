@@ -28,16 +28,19 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         ConfigPath,
         Count,
         Cpus,
+        EventTypes,
         FilePath,
         Hostname,
         Hostnames,
         Keys,
         Label,
+        Labels,
         LeaseTime,
         Line,
         Lines,
         Mac,
         Name,
+        Names,
         Packages,
         Port,
         Ranges,
@@ -50,6 +53,9 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         SomeLines,
         Subnet,
         Subnet6,
+        TimeLimit,
+        Variable,
+        WebAddress,
     )
     from inventory.services import (
         Ansible,
@@ -522,6 +528,68 @@ class Services(Model):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Subscriber(Model):
+    on: EventTypes = ()
+    """What is told: `build` for all about builds, or `build.failed` and so on; absent: all events."""
+    operations: Names = ()
+    """Only those of these operations, such as `reset`, as `history` names them; absent: of all."""
+    vms: Labels = ()
+    """Only those about one of these VMs; absent: about all, and about the farm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookSubscriber(_Subscriber):
+    """Events sent by POST, as JSON, signed as the Standard Webhooks specification has it."""
+
+    url: WebAddress
+    """Where to. Redirects are not followed. On this very machine http:// will do."""
+    secret_file: FilePath | None = None
+    """A file (relative to the farm file, readable by its owner alone) with the secret that signs."""
+    secret_variable: Variable | None = None
+    """Instead of `secret_file`: the environment variable that holds the secret."""
+    ca: FilePath | None = None
+    """The PEM file of the CA that the server's certificate is checked by; absent: the system's CAs."""
+
+    def __post_init__(self) -> None:
+        if self.secret_file is None and self.secret_variable is None:
+            raise at_key("url", "a webhook needs a secret", "secret_file", "secret_variable")
+        if self.secret_file is not None and self.secret_variable is not None:
+            raise at_key("secret_variable", "there is 'secret_file' already", "secret_file")
+        if self.ca is not None and self.url.startswith("http:"):
+            raise at_key("ca", "'ca' is for an https URL", "url")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSubscriber(_Subscriber):
+    """Events given to a command of this machine, as JSON on its standard input."""
+
+    command: SomeLines
+    """The program and its arguments. No shell: `[sh, -c, ...]` is one."""
+    timeout: TimeLimit = 10
+    """How long it may take; it is ended then, and called again later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Events(Model):
+    """Who is told of operations and builds; see docs/events.md."""
+
+    webhook: dict[Label, WebhookSubscriber] = field(default_factory=dict)
+    """HTTP receivers by name."""
+    command: dict[Label, CommandSubscriber] = field(default_factory=dict)
+    """Commands by name."""
+
+    def __post_init__(self) -> None:
+        for name in self.command:
+            if name in self.webhook:
+                raise at_key("command", f"{name} is the name of a webhook already", "webhook")
+
+    @property
+    def subscribers(self) -> dict[str, WebhookSubscriber | CommandSubscriber]:
+        """All of them by name."""
+        return {**self.webhook, **self.command}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Farm(Model):
     """One farm file."""
 
@@ -545,6 +613,8 @@ class Farm(Model):
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
+    events: Events = field(default_factory=Events)
+    """Who is told of operations and builds."""
 
     _path = Path()
 

@@ -54,6 +54,9 @@ _SECTIONS = (
     ("ResetStep", "cycle.steps[]: reset"),
     ("RunStep", "cycle.steps[]: run"),
     ("TransferStep", "cycle.steps[]: transfer"),
+    ("Events", "events"),
+    ("WebhookSubscriber", "events.webhook.NAME"),
+    ("CommandSubscriber", "events.command.NAME"),
 )
 _WHERE = dict(_SECTIONS)
 

@@ -398,6 +398,20 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
                     yield from _far_tools(name, host, far, _xen_wants(farm))
                 yield from _kernels(farm, name, far)
             yield from _store(site, name)
+        yield from _subscribers(site)
+
+
+def _subscribers(site: Site) -> Iterator[Check]:
+    """Of events. Nobody is called."""
+    for name, error in site.outbox.check():
+        if error is not None:
+            yield Check(f"events for {name}", False, "note", error.message, error.remedy)
+    try:
+        for text in site.journal.troubles():
+            remedy = "see to it that it answers: what waits is sent again"
+            yield Check("events", False, "note", text, remedy)
+    except FarmhandError as error:
+        yield Check("journal", False, "needed", error.message, error.remedy)
 
 
 def _host(site: Site, name: str, driver: str) -> Check:

@@ -17,13 +17,16 @@ from host.ssh_words import path_option
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner
 from hypervisors.far.address import is_far
 from hypervisors.null import NoMachines
+from inventory.base import Model
 from inventory.errors import NotFound, Unsupported, UsageError, some
 from inventory.model import Farm, Host
 from provision.allocate import Allocation, Allocator, lock_file_of
+from provision.engine.events import Outbox, Subscriber
 from provision.engine.journal import Journal, current_step
 from provision.engine.locks import Locks
 from provision.engine.mutex import Turns
 from provision.engine.report import Reporter
+from provision.engine.requester import Requester
 from provision.guest import identity
 from provision.known import known_farm
 
@@ -41,16 +44,30 @@ _LIBVIRT: Final = ("kvm", "xen")
 
 class Site:
     """A context manager; may be used by several threads. Nothing is written and nothing started by
-    opening it; with ``plan`` nothing ever is."""
+    opening it; with ``plan`` nothing ever is. ``requester``: who asked; absent: who runs this
+    process."""
 
-    def __init__(self, farm: Farm, *, reporter: Reporter, plan: bool = False) -> None:
+    def __init__(
+        self,
+        farm: Farm,
+        *,
+        reporter: Reporter,
+        plan: bool = False,
+        requester: Requester | None = None,
+    ) -> None:
         self.farm = farm
         self.paths = FarmPaths(farm.farm)
         self.reporter = reporter
         self.plan = plan
         self.runner = Runner(changes=not plan)
-        self.journal = Journal(self.paths.journal, writable=not plan)
-        self.locks = Locks(self.paths.locks)
+        self.requester = requester or Requester.of_process()
+        self.outbox = Outbox(
+            farm.farm, farm.events.subscribers, self.paths.journal, self.paths.locks, self._subscriber
+        )
+        self.journal = Journal(
+            self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
+        )
+        self.locks = Locks(self.paths.locks, self.requester)
         self.turns = Turns(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
@@ -80,12 +97,15 @@ class Site:
                 link.close()
             self._links.clear()
             self._disks.clear()
-            self.journal.close()
+        self.outbox.close()
+        self.journal.close()
 
     def prepare(self) -> None:
         """Make the farm's own directory, for those about to change something. QEMU, under another
-        user, passes through it to its disks; it can't list it."""
+        user, passes through it to its disks; it can't list it. What earlier commands left to be told to
+        subscribers is told from now on."""
         make_directory(self.paths.root, mode=0o711)
+        self.outbox.start()
 
     # What the farm file names
 
@@ -113,6 +133,11 @@ class Site:
 
     def host(self, vm: str) -> Host:
         return self.farm.hosts[self.farm.host_of(vm)]
+
+    def _subscriber(self, section: Model) -> Subscriber:
+        from provision.events import open_subscriber
+
+        return open_subscriber(section, self.farm.path.parent, self.runner)
 
     # Drivers
 
@@ -512,7 +537,9 @@ class Site:
         return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
 
 
-def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
+def open_site(
+    farm_file: Path, *, reporter: Reporter, plan: bool = False, requester: Requester | None = None
+) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
     environment asks for."""
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
@@ -520,4 +547,4 @@ def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Sit
         from hypervisors.libvirt.kvm import asked_for
 
         asked_for()
-    return Site(farm, reporter=reporter, plan=plan)
+    return Site(farm, reporter=reporter, plan=plan, requester=requester)

@@ -22,13 +22,20 @@ from typing import TypeVar
 from host.files import make_directory, make_file
 from host.processes import Process
 from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+from provision.engine import events
+from provision.engine.database import refuse_foreign
+from provision.engine.events import Outbox
+from provision.engine.requester import NOBODY, Requester
 
-_VERSION = 1
-_SCHEMA = """
+_VERSION = 2
+_FOREIGN = "move it aside: history is lost, VMs are not"
+_SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS operations (
     id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vm TEXT NOT NULL, facts TEXT NOT NULL,
     pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0
+    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0,
+    user TEXT NOT NULL, uid INTEGER, login TEXT NOT NULL, tty TEXT NOT NULL, token TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS steps (
     operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
@@ -36,7 +43,12 @@ CREATE TABLE IF NOT EXISTS steps (
 );
 CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
 """
-_COLUMNS = "id, verb, vm, facts, pid, pid_start, boot, started, ended, outcome, error, settled"
+    + events.SCHEMA
+)
+_COLUMNS = (
+    "id, verb, vm, facts, pid, pid_start, boot, started, ended, outcome, error, settled,"
+    " user, uid, login, tty, token"
+)
 _T = TypeVar("_T")
 _current: ContextVar[Operation | None] = ContextVar("farmhand_operation", default=None)
 
@@ -67,6 +79,7 @@ class Record:
     outcome: str
     error: str
     settled: bool
+    requester: Requester = NOBODY
     steps: tuple[tuple[datetime, str], ...] = ()
 
     @property
@@ -98,6 +111,7 @@ class Record:
             "ended": self.ended.isoformat() if self.ended else None,
             "outcome": self.outcome,
             "error": self.error,
+            "requester": self.requester.as_dict(),
             "steps": [{"at": at.isoformat(), "text": text} for at, text in self.steps],
         }
 
@@ -109,6 +123,8 @@ class Operation:
         self.id = id
         self.facts = facts
         self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
+        self.verdict, self.why = "done", ""  # where it came to its end, and that is no good one
+        self.told: Mapping[str, object] = {}  # of a build, to those who are told of its end
         self._journal = journal
         self._steps = steps
         self._guard = threading.Lock()
@@ -136,11 +152,20 @@ class Operation:
 class Journal:
     """One farm's. Opened at first use; threads and processes may use it at once.
 
-    ``writable`` False: reads only, makes no file.
+    ``writable`` False: reads only, makes no file. ``outbox``: who is told of operations.
     """
 
-    def __init__(self, path: Path, *, writable: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writable: bool = True,
+        requester: Requester | None = None,
+        outbox: Outbox | None = None,
+    ) -> None:
         self.path = path
+        self._requester = requester or NOBODY
+        self._outbox = outbox
         self.interrupted = threading.Event()
         self._writable = writable
         self._guard = threading.RLock()
@@ -151,12 +176,16 @@ class Journal:
     def operation(self, verb: str, *, vm: str = "", **facts: object) -> Iterator[Operation]:
         """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
         Interrupted it stays unsettled, as if killed."""
-        process = self._this_process()
+        process, who = self._this_process(), self._requester
         row = self.write(
-            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now()),
-        )
+            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started,"
+            " user, uid, login, tty, token) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now(),
+                who.user, who.uid, who.login, who.tty, who.token,
+            ),
+            stage="began",
+        )  # fmt: skip
         operation = Operation(self, row, dict(facts))
         token = _current.set(operation)
         try:
@@ -171,7 +200,8 @@ class Journal:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         else:
-            self.settle(row, "done")
+            stage = "passed" if operation.verdict == "done" else "failed"
+            self._settle(row, operation.verdict, operation.why, stage, operation.told)
         finally:
             _current.reset(token)
 
@@ -187,11 +217,16 @@ class Journal:
             _current.reset(token)
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
+        """Of one that was recovered."""
+        self._settle(id, outcome, error, "recovered", {})
+
+    def _settle(self, id: int, outcome: str, error: str, stage: str, told: Mapping[str, object]) -> None:
         self.write(
             "UPDATE operations SET ended = coalesce(ended, ?), outcome = ?, error = ?, settled = 1"
             " WHERE id = ?",
             (_now(), outcome, error, id),
-        )
+            id, stage=stage, told=told,
+        )  # fmt: skip
 
     def unfinished(self) -> tuple[Record, ...]:
         """Operations whose process died or was interrupted in their midst, oldest first."""
@@ -218,16 +253,43 @@ class Journal:
                 self._connection.close()
                 self._connection = None
 
-    def write(self, sql: str, arguments: tuple[object, ...]) -> int:
-        """One statement, committed durably; the row's id for an INSERT. For this module and its
-        operations."""
+    def write(
+        self,
+        sql: str,
+        arguments: tuple[object, ...],
+        operation: int | None = None,
+        *,
+        stage: str = "",
+        told: Mapping[str, object] | None = None,
+    ) -> int:
+        """One statement, committed durably; the row's id for an INSERT. ``stage``: what it makes of the
+        operation (absent: the one inserted), for the outbox, in the same transaction. For this module
+        and its operations."""
         if not self._writable:
             raise UsageError(f"would write to {self.path}, which a plan must not")
+        outbox = self._outbox if stage else None
 
         def run(connection: sqlite3.Connection) -> int:
-            return connection.execute(sql, arguments).lastrowid or 0
+            if outbox is None:
+                return connection.execute(sql, arguments).lastrowid or 0
+            with events.transaction(connection):
+                row = connection.execute(sql, arguments).lastrowid or 0
+                query = f"SELECT {_COLUMNS} FROM operations WHERE id = ?"  # noqa: S608 - our own words
+                now = connection.execute(query, (operation or row,)).fetchone()
+                outbox.put(connection, _record(now, ()), stage, told or {})
+            return row
 
-        return self._use(run)
+        row = self._use(run)
+        if outbox is not None:
+            outbox.start()
+        return row
+
+    def troubles(self) -> tuple[str, ...]:
+        """What of the outbox could not be delivered so far, or was given up, in words."""
+        outbox = self._outbox
+        if outbox is None or not self.path.exists():
+            return ()
+        return self._use(outbox.troubles)
 
     def _records(
         self, rest: str, arguments: tuple[object, ...], *, steps: bool = True
@@ -280,15 +342,10 @@ class Journal:
                         raise
                     time.sleep(0.02)
             connection.execute("PRAGMA synchronous = FULL")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > _VERSION:
-                raise WrongState(
-                    f"{self.path} was written by a newer farmhand (format {version})",
-                    remedy="use that version, or move the file aside: only history is lost",
+            if not refuse_foreign(connection, self.path, _VERSION, _FOREIGN):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
                 )
-            if version < _VERSION:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             connection.close()
             raise
@@ -298,7 +355,15 @@ class Journal:
         # Without a -wal file nobody has it open, and "immutable" makes no -shm file beside it.
         wal = self.path.with_name(self.path.name + "-wal").exists()
         uri = f"{self.path.absolute().as_uri()}?{'mode=ro' if wal else 'immutable=1'}"
-        return sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        try:
+            refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _this_process(self) -> Process:
         process = self._process
@@ -312,7 +377,8 @@ class Journal:
             self.write(
                 "UPDATE operations SET ended = ?, outcome = ?, error = ?, settled = ? WHERE id = ?",
                 (_now(), outcome, error, int(settled), id),
-            )
+                id, stage="failed",
+            )  # fmt: skip
 
     def _failure(self, error: sqlite3.Error) -> FarmhandError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -343,7 +409,7 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled, *who = row
     return Record(
         id=int(str(number)),
         verb=str(verb),
@@ -355,8 +421,16 @@ def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) ->
         outcome=str(outcome or ""),
         error=str(error or ""),
         settled=bool(settled),
+        requester=_requester(*who),
         steps=steps,
     )
+
+
+def _requester(user: object, uid: object, login: object, tty: object, token: object) -> Requester:
+    return Requester(
+        user=str(user), uid=None if uid is None else int(str(uid)), login=str(login), tty=str(tty),
+        token=str(token),
+    )  # fmt: skip
 
 
 def _now() -> str:

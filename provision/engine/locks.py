@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from host.files import file_error, make_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy
+from provision.engine.requester import NOBODY, Requester
 
 _FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
@@ -28,7 +28,7 @@ _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or lettin
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. ``since`` is UTC."""
+    """Who holds a lock. ``user`` is the requester, in words. ``since`` is UTC."""
 
     lock: str
     pid: int
@@ -54,8 +54,10 @@ class Locks:
     """One farm's locks, as one process sees them. Re-entrant: who holds a lock through this object,
     in whichever thread, may take it again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, requester: Requester | None = None) -> None:
+        """``requester``: for the note; whoever only looks needs none."""
         self._directory = directory
+        self._requester = requester or NOBODY
         self._guard = threading.Lock()
         self._held: dict[str, tuple[int, int]] = {}  # file descriptor, times taken
         self._begun = 0
@@ -64,7 +66,7 @@ class Locks:
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
         """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
-        note = _note(doing)
+        note = _note(doing, self._requester)
         may_open(_FILES + _FILES_EACH * len(names))
         with contextlib.ExitStack() as stack:
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
@@ -195,13 +197,13 @@ def _same(handle: int, path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _note(doing: str) -> bytes:
+def _note(doing: str, requester: Requester) -> bytes:
     process = Process.this()
     note = {
         "pid": process.pid,
         "start": process.start,
         "boot": process.boot,
-        "user": _user(),
+        "user": str(requester),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "doing": doing,
     }
@@ -226,10 +228,3 @@ def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
         return holder, Process(note["pid"], note["start"], note["boot"])
     except (ValueError, KeyError, TypeError):  # cut off by a full disk
         return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"

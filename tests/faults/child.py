@@ -65,10 +65,10 @@ def arm(when: str, number: int) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 armed = True
 
-    def write(self: journal.Journal, sql: str, arguments: tuple[object, ...]) -> int:
+    def write(self: journal.Journal, *arguments: Any, **more: Any) -> int:
         if armed:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real_write(self, sql, arguments)
+        return real_write(self, *arguments, **more)
 
     journal.Operation.step = step  # type: ignore[method-assign]
     journal.Journal.write = write  # type: ignore[method-assign]
