@@ -303,10 +303,12 @@ class _Courier(threading.Thread):
         return number, Event(key, kind, body.encode()), tries, due, datetime.fromisoformat(at)
 
     def _try(self, db: sqlite3.Connection, id: int, event: Event, tries: int, at: datetime) -> None:
-        # Before it is tried, so that a try that nobody saw the end of counts, too.
-        due = time.time() + min(_FIRST_WAIT * 2 ** min(tries, 30), _LONGEST_WAIT)
-        why = "no answer before the command's end"
-        db.execute("UPDATE outbox SET tries = tries + 1, due = ?, why = ? WHERE id = ?", (due, why, id))
+        # Before it is tried, so that a try that nobody saw the end of counts, too. After the first one,
+        # cut off by a kill, the next command tries at once.
+        noted = "UPDATE outbox SET tries = ?, due = ?, why = ? WHERE id = ?"
+        wait = min(_FIRST_WAIT * 2 ** min(tries, 30), _LONGEST_WAIT)
+        due = time.time() + wait if tries else 0.0
+        db.execute(noted, (tries + 1, due, "no answer before the command's end", id))
         try:
             if self._opened is None:
                 self._opened = self._open(self._section)
@@ -320,7 +322,7 @@ class _Courier(threading.Thread):
                 if old and tries + 1 >= _TRIES:
                     _give_up(db, id, error.message)
                 else:
-                    db.execute("UPDATE outbox SET why = ? WHERE id = ?", (error.message, id))
+                    db.execute(noted, (tries + 1, time.time() + wait, error.message, id))
         else:
             db.execute("DELETE FROM outbox WHERE id = ?", (id,))
 
