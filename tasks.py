@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cli import command as cli
-from cli import streams, views
-from cli.command import Result, Run, command
-from inventory.errors import UsageError
+from cli import options, streams, terminal, views
+from cli.command import command
+from cli.run import Result, Run
+from host.program import ROOT
+from inventory.errors import Remedy, UsageError
 
 # For those who type invoke, not ./invoke.
 streams.take_over()
@@ -29,8 +30,8 @@ def doctor(run: Run) -> Result:
     from provision.doctor import examine
 
     report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
-    report = report.worded(lambda text: cli.with_farm(text, run))
-    return Result(report.as_dict(), report.text(views.width()), ok=report.ok)
+    text = report.text(views.width(), run.words.text)
+    return Result(report.as_dict(), text, ok=report.ok)
 
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
@@ -57,7 +58,7 @@ def template_build(run: Run, name: str = "") -> Result:
     from provision.operations import templates as golden
 
     with run.site() as site:
-        return views.outcome(golden.template_build(site, cli.template(site, name, built=True)))
+        return views.outcome(golden.template_build(site, options.template(site, name, built=True)))
 
 
 @command(
@@ -74,7 +75,8 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
 
     with run.site() as site:
         path = Path(image).expanduser().absolute() if image else None
-        return views.outcome(golden.template_import(site, cli.template(site, name, built=False), path))
+        which = options.template(site, name, built=False)
+        return views.outcome(golden.template_import(site, which, path))
 
 
 @command(plans=False)
@@ -92,7 +94,7 @@ def template_remove(run: Run, template: str = "") -> Result:
     from provision.operations import templates as golden
 
     with run.site() as site:
-        label = cli.needed("--template", template, "a generation, as template-list shows")
+        label = options.needed("--template", template, "a generation, as template-list shows")
         return views.outcome(golden.template_remove(site, label))
 
 
@@ -113,7 +115,7 @@ def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True
 
     run.resume = "type the same again: it goes on from what is there"
     with run.site() as site:
-        chosen = site.vms(cli.names(vm) or None)
+        chosen = site.vms(options.names(vm) or None)
         done = clone.clone_farm(site, chosen, start=start, wait=wait)
         if run.plan:
             from builds.checkup import noted
@@ -144,7 +146,7 @@ def reset(
     from provision import farm
 
     with run.site() as site:
-        chosen = cli.vms_or_all(site, vm, all_)
+        chosen = options.vms_or_all(site, vm, all_)
         return views.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
 
 
@@ -169,8 +171,8 @@ def balloon(run: Run, vm: str = "", to: str = "", all_: bool = False, plan_host:
             return views.memory_plan(farm.memory_plan(site))
         if all_:
             return views.outcome(farm.balloon_all(site))
-        target = cli.size("--to", to)
-        return views.outcome(farm.balloon(site, cli.one_vm(site, vm), target))
+        target = options.size("--to", to)
+        return views.outcome(farm.balloon(site, options.one_vm(site, vm), target))
 
 
 @command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
@@ -179,7 +181,7 @@ def start(run: Run, vm: Names = None, all_: bool = False, wait: bool = True) -> 
     from provision import farm
 
     with run.site() as site:
-        return views.outcome(farm.start(site, cli.vms_or_all(site, vm, all_), wait=wait))
+        return views.outcome(farm.start(site, options.vms_or_all(site, vm, all_), wait=wait))
 
 
 @command(
@@ -191,7 +193,7 @@ def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) ->
     from provision import farm
 
     with run.site() as site:
-        return views.outcome(farm.stop(site, cli.vms_or_all(site, vm, all_), force=force))
+        return views.outcome(farm.stop(site, options.vms_or_all(site, vm, all_), force=force))
 
 
 @command(
@@ -224,9 +226,9 @@ def checkpoint(
                 remedy="--vm NAME --name NAME --warm",
             )
         if merge:
-            return views.outcome(farm.merge(site, cli.vms_or_all(site, vm, all_)))
-        label = cli.needed("--name", name, "the new checkpoint's name")
-        chosen = cli.vms_or_all(site, vm, all_)
+            return views.outcome(farm.merge(site, options.vms_or_all(site, vm, all_)))
+        label = options.needed("--name", name, "the new checkpoint's name")
+        chosen = options.vms_or_all(site, vm, all_)
         return views.outcome(farm.checkpoint(site, chosen, label, warm=warm))
 
 
@@ -246,14 +248,14 @@ def destroy(
     from provision import farm
 
     if all_ and not vm and not yes:
-        cli.agree(run, lambda: _doomed(run, purge))
+        terminal.agree(run, lambda: _doomed(run, purge))
     with run.site() as site:
         # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
-        chosen = () if cli.some_or_all(site, vm, all_) is None else cli.names(vm)
+        chosen = () if options.some_or_all(site, vm, all_) is None else options.names(vm)
         return views.outcome(farm.destroy(site, chosen, purge=purge))
 
 
-def _doomed(run: Run, purge: bool) -> tuple[object, str]:
+def _doomed(run: Run, purge: bool) -> tuple[object, Remedy]:
     from provision import farm
 
     with run.site(plan=True) as site:
@@ -294,19 +296,21 @@ def status(run: Run) -> Result:
           "lines": "How many lines of the log."})  # fmt: skip
 def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Result | None:
     """Attach to a VM's serial console."""
-    most = cli.count("--lines", lines)
+    most = options.count("--lines", lines)
     with run.site() as site:
-        role = cli.one_vm(site, vm)
-        found = site.hypervisor_of(role).console(site.machine(role))
-    return cli.console(run, role, found, log=log, lines=most)
+        role = options.one_vm(site, vm)
+        member = site.member(role)
+        found = member.driver.console(member.machine)
+    return terminal.console(run, role, found, log=log, lines=most)
 
 
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
 def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
-        argv = site.ssh_argv(cli.one_vm(site, vm), command)
-    return cli.ssh(run, argv)
+        member = site.member(options.one_vm(site, vm))
+        argv = member.ssh_argv(member.endpoint(), command)
+    return terminal.ssh(run, argv)
 
 
 # ---- Network services.
@@ -358,7 +362,7 @@ def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
     from provision.network.verify import network_verify as verify
 
     with run.site() as site:
-        return views.verified(verify(site, tuple(service or ()), cli.names(vm)))
+        return views.verified(verify(site, tuple(service or ()), options.names(vm)))
 
 
 @command(
@@ -380,7 +384,7 @@ def network_import(
     from provision.network.importing import network_import as read
 
     first, second = (
-        Path(cli.needed(f"--{key}", given, "a file to read")).expanduser()
+        Path(options.needed(f"--{key}", given, "a file to read")).expanduser()
         for key, given in (("zone", zone), ("dhcpd", dhcpd))
     )
     to = Path(out).expanduser() if out else None
@@ -411,7 +415,7 @@ def cycle(
     from builds import cycle as cycles
     from builds.again import cycle_command, cycle_options
 
-    which = cli.names(only, "--only", "a step of the cycle")
+    which = options.names(only, "--only", "a step of the cycle")
     again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
     run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
     with run.site() as site:
@@ -452,134 +456,13 @@ def history(run: Run, limit: str = "20") -> Result:
     from builds.record import foreign_records, load_records
 
     with run.site() as site:
-        most = cli.count("--limit", limit)
+        most = options.count("--limit", limit)
         return views.history(
             site.journal.history(most), load_records(site.paths), most, foreign_records(site.paths)
         )
 
 
-# ---- The house.
+# ---- farmhand's own development, where its tests are.
 
-
-@command(
-    {
-        "fast": "Without the tests that start VMs, and without the lab.",
-        "only": "Only these test files or directories; repeatable.",
-        "match": "Only tests whose names match (pytest -k).",
-    },
-    iterable=["only"],
-    plans=False,
-)
-def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
-    """Run ruff, mypy and the tests, in the lab too."""
-    from tests.dev import house
-
-    return house.test(run, fast=fast, only=tuple(only or ()), match=match)
-
-
-@command(plans=False)
-def lint(run: Run) -> Result:
-    """Run ruff and mypy."""
-    from tests.dev import house
-
-    return house.lint(run)
-
-
-@command(
-    {
-        "rounds": "Rounds that medians are taken of.",
-        "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
-        "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
-    },
-    plans=False,
-)
-def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Result:
-    """Measure clone, reset and start-up times."""
-    number = cli.count("--rounds", rounds)
-    if lab:
-        from tests.dev import labhouse
-
-        return labhouse.bench(run, name, rounds=number)
-    from tests.dev import house
-
-    return house.bench(run, rounds=number)
-
-
-# ---- The labs: hosts with KVM or Xen, ZFS and LVM under QEMU, for farmhand's own tests.
-
-_LAB = "The lab's name; several can run at once."
-_USUAL = " Absent: lab, or xen."
-_COLD = "Boot it, instead of going on from the saved state."
-
-
-@command(
-    {
-        "name": _LAB + _USUAL,
-        "xen": "A Xen lab.",
-        "cold": _COLD,
-        "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
-        "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
-    },
-    plans=False,
-)
-def lab_up(
-    run: Run, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
-) -> Result:  # fmt: skip
-    """Start a lab with clean disks; its image is built once."""
-    from tests.dev import labhouse
-
-    run.resume = "type the same again: what is built is kept"
-    return labhouse.up(run, name, xen=xen, cold=cold, memory=memory, disk=disk)
-
-
-@command(
-    {
-        "name": _LAB + _USUAL,
-        "xen": "The usual Xen lab.",
-        "command": "A command to run there instead of a login shell.",
-    },
-    plans=False,
-)
-def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> Result | None:
-    """Log in to a lab as root, or run a command there."""
-    from tests.dev import labhouse
-
-    return labhouse.ssh(run, name, command, xen=xen)
-
-
-@command(
-    {
-        "name": "A running lab to use; absent: one of its own, ended afterwards.",
-        "kvm": "In the KVM lab only; with a choice of tests it is the usual one.",
-        "xen": "In the Xen lab only.",
-        "cold": _COLD,
-        "only": "Only these test files or directories; repeatable.",
-        "match": "Only tests whose names match (pytest -k).",
-        "brief": "The few minutes of them that ./invoke test runs.",
-        "minutes": "End a lab that hangs after so long.",
-    },
-    iterable=["only"],
-    plans=False,
-)
-def lab_test(
-    run: Run, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
-    only: Names = None, match: str = "", brief: bool = False, minutes: str = "180",
-) -> Result:  # fmt: skip
-    """Run the contract suites and the labs' own tests there."""
-    from tests.dev import labhouse
-
-    run.resume = "the lab is ended; what it left over is removed by the next lab command"
-    most, paths = cli.count("--minutes", minutes), tuple(only or ())
-    return labhouse.test(
-        run, name, kvm=kvm, xen=xen, cold=cold, only=paths, match=match, minutes=most, brief=brief
-    )
-
-
-@command(
-    {"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."}, plans=False
-)
-def lab_down(run: Run, name: str = "", xen: bool = False, all_: bool = False) -> Result:
-    """End a lab, and remove its disks."""
-    from tests.dev import labhouse
-
-    return labhouse.down(run, name, xen=xen, all_=all_)
+if (ROOT / "tests").is_dir():
+    from tests.dev.tasks import bench, lab_down, lab_ssh, lab_test, lab_up, lint, test  # noqa: F401

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from builds.plan import source_place
 from builds.source import is_directory, mask, resolve, secret_of
+from host.check import Check
 from host.paths import FarmPaths
 from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
-from provision.checkup import Check, Report
+from provision.checkup import Report
 from provision.engine.report import Action, Outcome
 
 _PATIENCE = 10.0  # seconds for a URL

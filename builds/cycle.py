@@ -47,7 +47,7 @@ from builds.record import (
 )
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.steps import StepFailed, StepLog, StepRun
-from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted
+from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted, Remedy
 from inventory.model import Cycle, ResetStep, Step, TransferStep
 from inventory.sizes import format_duration
 from provision.engine.work import lock_of
@@ -248,7 +248,7 @@ class _Build:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
-            look = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
+            look: Remedy = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
             if first.failure != "infrastructure":
                 look = f"look inside: {command('ssh', '--vm', first.vm)}"
             look = first.remedy or look

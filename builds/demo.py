@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inventory.errors import BuildFailed, Unsupported
+from inventory.errors import BuildFailed, Remedy, Unsupported
 from inventory.sizes import format_duration, format_size
 from provision.engine.report import Action, Outcome, Reporter, merged
 from provision.site import Site
@@ -50,7 +50,7 @@ class DemoReport:
     program: str
     farm_flag: str
     problem: str = ""
-    remedy: str = ""
+    remedy: Remedy = ""
 
     def as_dict(self) -> Mapping[str, object]:
         return {
@@ -208,7 +208,7 @@ def _run_program(site: Site) -> str:
     from provision.guest.connection import Connection
 
     async def ask() -> str:
-        async with await Connection.open(site.endpoint("prod")) as connection:
+        async with await Connection.open(site.member("prod").endpoint()) as connection:
             return await connection.output(f"set -e; {COMMAND}", timeout=60)
 
     return asyncio.run(ask()).strip()

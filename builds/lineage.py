@@ -134,7 +134,8 @@ def _counts(step: Step, chosen: Sequence[Step]) -> bool:
 def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:
     async def one(vm: str) -> tuple[str, str]:
         try:
-            async with await Connection.open(site.endpoint(vm), runner=site.runner) as connection:
+            endpoint = site.member(vm).endpoint()
+            async with await Connection.open(endpoint, runner=site.runner) as connection:
                 text = await connection.output(_READ_MARK, timeout=_PATIENCE)
         except FarmhandError as error:  # its own step will fail, and say so better
             return "", f"{vm} could not be asked: {error.message}"

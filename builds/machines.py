@@ -20,10 +20,10 @@ from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.engine.work import disk_of, is_on
+from provision.engine.work import is_on
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
-from provision.power import can_power, console_tail, until_ready
+from provision.power import console_tail, until_ready
 from provision.site import Site
 
 CLOCK_TOLERANCE = 2.0
@@ -73,14 +73,14 @@ class Machines:
     def begin(self, vm: str, *, resets: bool) -> None:
         """Note what the VM is, before anything is done to it. ``resets``: that is the first thing this
         build does to it; else it is taken as it is, which the record says."""
-        site, host = self._site, self._site.farm.host_of(vm)
+        member = self._site.member(vm)
         with self._meter.hypervisor():
-            capabilities = site.hypervisor_of(vm).capabilities()
-            disk = disk_of(site, vm)
-            record = VmRecord(vm=vm, host=host, driver=capabilities.driver)
+            capabilities = member.driver.capabilities()
+            disk = member.disk()
+            record = VmRecord(vm=vm, host=member.host, driver=capabilities.driver)
             if disk is not None:
                 record = replace(record, template=disk.template, checkpoint=disk.base)
-                for template in site.disks(host).templates():
+                for template in member.store.templates():
                     if template.label == disk.template:
                         self.templates[template.label] = FileRecord(
                             name=f"template {template.label}", size=template.size, sha256=template.sha256
@@ -100,6 +100,7 @@ class Machines:
     async def reset(self, step: ResetStep, say: Callable[[str], None]) -> None:
         """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
         site, vm = self._site, step.reset
+        member = site.member(vm)
         await self.drop(vm)
         self._not_reset.add(vm)
         self._update(vm, pristine=False)
@@ -122,7 +123,7 @@ class Machines:
             say(f"{action}")
         say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
         with self._meter.guest():
-            ready = await until_ready(site, vm, since=since if can_power(site, vm) else float("-inf"))
+            ready = await until_ready(member, since=since if member.can_power else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
         say(f"boot {ready.boot_id}")
@@ -156,7 +157,8 @@ class Machines:
         if connection is None or connection.closed:
             await self.drop(vm)
             with self._meter.guest():
-                connection = await Connection.open(self._site.endpoint(vm), runner=self._site.runner)
+                endpoint = self._site.member(vm).endpoint()
+                connection = await Connection.open(endpoint, runner=self._site.runner)
             self._connections[vm] = connection
         return connection
 
@@ -280,11 +282,12 @@ class Machines:
 
     async def inflate(self, vm: str) -> None:
         """Give an idle VM its full memory before it builds."""
-        site, declared = self._site, self._site.farm.vms[vm]
-        if declared.idle_memory in (None, declared.memory) or not can_power(site, vm):
+        member = self._site.member(vm)
+        declared = member.declared
+        if declared.idle_memory in (None, declared.memory) or not member.can_power:
             return
         with self._meter.hypervisor():
-            machine = site.hypervisor_of(vm).find(site.machine(vm))
+            machine = member.driver.find(member.machine)
             if machine is not None and machine.current < declared.memory:
                 await self._balloon(vm, declared.memory)
             else:
@@ -292,13 +295,13 @@ class Machines:
 
     async def deflate(self, vm: str) -> None:
         """Back to idle memory, whatever became of the build."""
-        site, declared = self._site, self._site.farm.vms[vm]
-        idle = declared.idle_memory
-        if idle is None or idle == declared.memory or not can_power(site, vm):
+        member = self._site.member(vm)
+        idle = member.declared.idle_memory
+        if idle is None or idle == member.declared.memory or not member.can_power:
             return
         with self._meter.hypervisor():
             try:
-                machine = site.hypervisor_of(vm).find(site.machine(vm))
+                machine = member.driver.find(member.machine)
             except FarmhandError as error:
                 self._note(f"{vm}: its memory can't be looked at: {error.message}")
                 return
@@ -317,12 +320,13 @@ class Machines:
 
     def console(self, vm: str) -> str:
         """The console's last lines, or ""."""
-        return console_tail(self._site, vm, lines=_CONSOLE_LINES)
+        return console_tail(self._site.member(vm), lines=_CONSOLE_LINES)
 
     def state(self, vm: str) -> str:
         """What the hypervisor says of it now, in a word, or ""."""
         try:
-            machine = self._site.hypervisor_of(vm).find(self._site.machine(vm))
+            member = self._site.member(vm)
+            machine = member.driver.find(member.machine)
         except FarmhandError as error:
             return f"its hypervisor does not answer ({error.message})"
         return "it is gone" if machine is None else f"it is {machine.power} now"

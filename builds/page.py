@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from builds.again import command, cycle_command
 from builds.record import BuildRecord, StepRecord, replace_file
+from host.program import typed
+from inventory.errors import spelled
 from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def render(record: BuildRecord) -> str:
         bar=lambda step: _bar(step, span),
         glance=_glance(record),
         command=partial(command, farm=record.farm_file),
+        spelled=partial(spelled, how=partial(typed, farm=record.farm_file)),
         go_on=partial(cycle_command, options=record.options, farm=record.farm_file),
     )
 

@@ -81,23 +81,25 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
         for vm in vms_of(step):
             site.vms([vm])
             first = vm not in ready and not isinstance(step, ResetStep)
-            if whole and first and site.has_disks(site.farm.host_of(vm)):
+            member = site.member(vm)
+            if whole and first and member.has_store:
                 raise UsageError(
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
                     remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
                     f"record say so: {command('cycle', '--from', steps[0].name)}",
                 )
-            driver = site.host(vm).driver
-            if driver == "fake" and not isinstance(step, ResetStep):
+            driver = member.info
+            if not driver.guests and not isinstance(step, ResetStep):
                 raise Unsupported(
-                    f"{site.name}: step {step.name}: {vm} is on a fake host, where nothing can be run",
+                    f"{site.name}: step {step.name}: {vm} is on {driver.called}, "
+                    "where nothing can be run",
                     remedy="--plan shows the cycle; a farm with driver kvm or ssh can run it",
                 )
             if vm in ready:
                 continue
             ready.add(vm)
-            machine = site.hypervisor(site.farm.host_of(vm), look=True).find(site.machine(vm))
+            machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
                 raise NotFound(
                     f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"

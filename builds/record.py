@@ -13,7 +13,7 @@ import dataclasses
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from host.files import file_error, foreign, make_directory, open_new, write_atomic
 from host.paths import FarmPaths
-from inventory.errors import NotFound, WrongState
+from inventory.errors import NotFound, Remedy, WrongState, remedy_as_data, remedy_of
 from provision.engine.locks import Locks
 from provision.engine.requester import NOBODY, Requester
 
@@ -66,7 +66,7 @@ class StepRecord:
     exit: int | None = None
     failure: str = ""  # its class
     message: str = ""  # one line: what failed
-    remedy: str = ""  # what to do, where that is known
+    remedy: Remedy = ""  # what to do, where that is known
     tail: str = ""  # the last lines of the log
     console: str = ""  # the VM's console, where the VM or its connection was lost
     log: str = ""  # file name within the record
@@ -158,17 +158,19 @@ class BuildRecord:
         return self.directory / "index.html"
 
     def as_dict(self) -> dict[str, object]:
-        """As the JSON file and ``--json`` have it; ``record`` and ``page`` say where it lies."""
+        """As ``--json`` has it; ``record`` and ``page`` say where it lies."""
         return {**self._stored(), "record": str(self.path), "page": str(self.page)}
 
-    def _stored(self) -> dict[str, object]:
+    def _stored(self, remedy: Callable[[Remedy], object] = lambda known: known) -> dict[str, object]:
         values = dataclasses.asdict(self)
         del values["directory"]
+        for step, known in zip(values["steps"], self.steps, strict=True):
+            step["remedy"] = remedy(known.remedy)
         return {"format": FORMAT, **values, "partial": self.partial}
 
     def save(self, *, durable: bool = True) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
-        text = json.dumps(self._stored(), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(self._stored(remedy_as_data), indent=1, ensure_ascii=False) + "\n"
         replace_file(self.path, text, durable=durable)
 
 
@@ -322,7 +324,13 @@ def _read(directory: Path) -> BuildRecord:
             "source": SourceRecord(**_known(SourceRecord, data["source"])),
             "vms": tuple(VmRecord(**_known(VmRecord, vm)) for vm in data["vms"]),
             "steps": tuple(
-                StepRecord(**{**_known(StepRecord, step), "files": _files(step["files"])})
+                StepRecord(
+                    **{
+                        **_known(StepRecord, step),
+                        "files": _files(step["files"]),
+                        "remedy": remedy_of(step["remedy"]),
+                    }
+                )
                 for step in data["steps"]
             ),
             "inputs": _files(data["inputs"]),

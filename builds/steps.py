@@ -19,6 +19,7 @@ from inventory.errors import (
     FarmhandError,
     NoSpace,
     NotFound,
+    Remedy,
     TimedOut,
 )
 from inventory.model import FailureClass, ResetStep, RunStep, Step, TransferStep
@@ -36,7 +37,7 @@ class StepFailed(Exception):
         failure: FailureClass,
         message: str,
         *,
-        remedy: str = "",
+        remedy: Remedy = "",
         exit: int | None = None,
         console: str = "",
     ) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from cli.streams import columns
 from host.printable import plain
+from inventory.errors import Remedy, spelled
 
 _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
@@ -26,8 +28,9 @@ class Screen:
     ``working`` is shown when it is news and nothing was said for a while: a log needs no spinner, but
     a long wait should be seen to be one."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, words: Callable[[Remedy], str] = spelled) -> None:
         self._stream = stream
+        self._words = words
         self._lock = threading.RLock()
         self._partial: dict[str, bytes] = {}
         self._last = time.monotonic()
@@ -44,8 +47,8 @@ class Screen:
                 self._said = line
                 self._line(text, vm)
 
-    def warn(self, text: str, *, vm: str = "") -> None:
-        self._line(f"warning: {text}", vm)
+    def warn(self, text: Remedy, *, vm: str = "") -> None:
+        self._line(f"warning: {self._words(text)}", vm)
 
     def stream(self, vm: str, data: bytes) -> None:
         """Output of a command in a VM, as it comes; shown by whole lines, prefixed with the VM."""
@@ -86,8 +89,8 @@ def _what(text: str) -> str:
 class LiveScreen(Screen):
     """With the live line: what is under way on each VM, and since when."""
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO, words: Callable[[Remedy], str] = spelled) -> None:
+        super().__init__(stream, words)
         self._under_way: dict[str, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._shown = False
@@ -144,8 +147,9 @@ class LiveScreen(Screen):
         self._shown = True
 
 
-def open_screen(stream: TextIO) -> Screen:
-    """Live on a terminal that can erase a line, dated lines elsewhere."""
+def open_screen(stream: TextIO, words: Callable[[Remedy], str] = spelled) -> Screen:
+    """Live on a terminal that can erase a line, dated lines elsewhere. ``words``: how the calls in what
+    is said are worded."""
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return LiveScreen(stream)
-    return Screen(stream)
+        return LiveScreen(stream, words)
+    return Screen(stream, words)

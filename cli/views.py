@@ -9,9 +9,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
-from cli.command import Result
+from cli.run import Result
 from cli.streams import columns
-from inventory.errors import BuildFailed, some
+from inventory.errors import BuildFailed, Remedy, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -70,7 +70,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     return "\n".join(blocks)
 
 
-def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, str]:
+def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Remedy]:
     """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
     there is nothing. The plan's lines, with what is known of each VM in place of its own."""
     if not plan.changed:
@@ -88,13 +88,13 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, str]:
         for vm in going
     ]
     headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
-    parts = [f"farm {status.farm} ({status.file}): all of this goes, for good", ""]
+    parts: list[Remedy] = [f"farm {status.farm} ({status.file}): all of this goes, for good"]
     if rows:
-        parts += [table(headings, rows, sys.stderr), ""]
+        parts += ["", table(headings, rows, sys.stderr)]
     if rest:
-        parts.append(outcome(replace(plan, actions=tuple(rest))).text)
+        parts += ["", outcome(replace(plan, actions=tuple(rest))).text]
     what = (plan.actions, tuple((vm.vm, vm.state, vm.checkpoints) for vm in going))
-    return what, "\n".join(parts).rstrip()
+    return what, joined(parts, "\n")
 
 
 def plan(verb: str, actions: Sequence[Action]) -> Result:
@@ -373,12 +373,12 @@ def rendered(files: Sequence[Rendered], out: str) -> Result:
 def applied(result: Outcome, asked: Report | None) -> Result:
     """What was done, or would be, how the files differ, and what the services then answered."""
     shown = outcome(result)
-    parts = [str(result.facts.get("diff", "")), shown.text]
+    parts: list[Remedy] = [str(result.facts.get("diff", "")), shown.text]
     if asked is None:
-        return Result(shown.data, "\n".join(filter(None, parts)))
+        return Result(shown.data, joined(filter(None, parts), "\n"))
     answers = verified(asked)
     data = {**shown.data, **answers.data}
-    text = "\n".join(filter(None, (*parts, answers.text)))
+    text = joined(filter(None, (*parts, answers.text)), "\n")
     return Result(data, text, answers.ok, answers.problem, answers.remedy)
 
 

@@ -16,7 +16,7 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address
@@ -35,6 +35,27 @@ StepFn = Callable[[str], None]
 
 def no_step(_text: str) -> None:
     """For callers that keep no journal (tests, read-only use)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voices:
+    """What drivers tell while they work: before each change, of what an admin should know, and of how
+    far a long one has come."""
+
+    step: StepFn = no_step
+    warn: Callable[[str], None] = no_step
+    working: Callable[[str], None] = no_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directories:
+    """``state``: all farms' lasting things; ``farm``: this farm's own, below it; ``cache``: what can be
+    made again; ``runtime``: this farm's, gone after a boot."""
+
+    state: Path
+    farm: Path
+    cache: Path
+    runtime: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,23 +271,27 @@ class Nic:
     internet: bool = False  # user mode: may the guest reach beyond its forwards
 
 
+_DEFINED: Mapping[str, bool] = {"defined": True}
+"""Marks what is part of a machine's definition: with another value it must be defined anew."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSpec:
     """All a hypervisor needs to make a machine. Complete: nothing is looked up elsewhere."""
 
-    name: str
-    owner: Owner
-    memory: int  # maximum, and what it boots with
-    vcpus: int
+    name: str = field(metadata=_DEFINED)
+    owner: Owner = field(metadata=_DEFINED)
+    memory: int = field(metadata=_DEFINED)  # maximum, and what it boots with
+    vcpus: int = field(metadata=_DEFINED)
     disk_size: int
-    nic: Nic
+    nic: Nic = field(metadata=_DEFINED)
     address: IPv4Address | None = None  # where ssh answers; loopback in user mode
     ssh_port: int = 22
-    seed: Path | None = None  # first-boot data, an ISO image, attached read-only
+    seed: Path | None = field(default=None, metadata=_DEFINED)  # first boot's ISO image; not its content
     console_log: Path | None = None
-    kernel: Path | None = None  # direct kernel boot; else the disk's own boot loader
-    initrd: Path | None = None
-    cmdline: str = ""
+    kernel: Path | None = field(default=None, metadata=_DEFINED)  # else the disk's own boot loader
+    initrd: Path | None = field(default=None, metadata=_DEFINED)
+    cmdline: str = field(default="", metadata=_DEFINED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,14 +423,8 @@ def no_warm(machine: str) -> Unsupported:
 
 
 def spec_hash(spec: MachineSpec) -> str:
-    """A short hash that changes when the machine must be redefined. The seed's content and the
-    log's place don't count."""
+    """A short hash that changes when the machine must be defined anew: of the fields marked so."""
     import hashlib
 
-    text = repr(
-        (
-            spec.name, spec.owner, spec.memory, spec.vcpus, spec.nic,
-            str(spec.seed), str(spec.kernel), str(spec.initrd), spec.cmdline,
-        )
-    )  # fmt: skip
+    text = repr([(f.name, getattr(spec, f.name)) for f in fields(spec) if "defined" in f.metadata])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

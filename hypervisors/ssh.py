@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 from host.run import Runner
 from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    Disks,
+    Hypervisor,
     Leftover,
     Machine,
     MachineSpec,
@@ -26,19 +28,36 @@ from hypervisors.api import (
     Template,
     no_step,
 )
+from hypervisors.host import DrivenHost, ListedMachine, OpenHost, Surroundings, no_disks
 from inventory.errors import NotFound, Unsupported
+from inventory.hosts import DriverInfo
 
 _RESET_LIMIT = 3600.0  # seconds: a machine may be installed anew
 
 
-@dataclass(frozen=True, slots=True)
-class SshMachine:
-    """``address``: a name or an address. ``reset_argv``: run on this host, never through a shell;
-    empty: it can't be reset."""
+@dataclass(frozen=True, kw_only=True)
+class SshHost(DrivenHost):
+    """Machines that nobody virtualizes, reached over ssh alone."""
 
-    address: str
-    port: int
-    reset_argv: tuple[str, ...]
+    INFO: ClassVar = DriverInfo(
+        name="ssh", called="an ssh host", virtual=False, power=False, disks=False
+    )
+
+    driver: Literal["ssh"] = "ssh"
+
+    def opened(self, around: Surroundings) -> OpenSsh:
+        return OpenSsh(around)
+
+
+class OpenSsh(OpenHost):
+    """There is nothing to connect to."""
+
+    def _connect(self) -> Hypervisor:
+        around = self.around
+        return SshHypervisor(around.farm, around.listed(), around.runner, step=around.voices.step)
+
+    def _open_disks(self) -> Disks:
+        raise no_disks(self.around, "ssh")
 
 
 class SshHypervisor:
@@ -47,7 +66,7 @@ class SshHypervisor:
     def __init__(
         self,
         farm: str,
-        machines: Mapping[str, SshMachine],
+        machines: Mapping[str, ListedMachine],
         runner: Runner,
         *,
         step: StepFn = no_step,
@@ -136,7 +155,7 @@ class SshHypervisor:
     def close(self) -> None:
         """It holds nothing open."""
 
-    def _known(self, name: str) -> SshMachine:
+    def _known(self, name: str) -> ListedMachine:
         try:
             return self._machines[name]
         except KeyError:

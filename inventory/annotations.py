@@ -7,14 +7,17 @@ What a farm file is validated by is made from them once, by ``inventory.schema``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, model, services
+from inventory import fields, kinds, model, services
 from inventory.base import Model
+from inventory.hosts import driver_of
 from inventory.model import ResetStep, RunStep, TransferStep
+from inventory.subscribers import subscriber_kind
 from inventory.values import step_kind
 
 _STEP = Annotated[
@@ -23,17 +26,34 @@ _STEP = Annotated[
     | Annotated[TransferStep, Tag("transfer")],
     Discriminator(step_kind),
 ]
-_NAMES = {**vars(fields), **vars(services), **vars(model), "Steps": tuple[_STEP, ...]}
+
+
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Of a section."""
+    return _adapter(kind, tuple(kinds.places().items()))
 
 
 @cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Of a section."""
+def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
+    """For the kinds that there are at the moment."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
-    found.rebuild(force=True, _types_namespace=_NAMES)
+    found.rebuild(force=True, _types_namespace=_names())
     return found
+
+
+def _names() -> dict[str, Any]:
+    """What the annotations are made of."""
+    drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
+    subscribers = [Annotated[kinds.subscriber(kind), Tag(kind)] for kind in kinds.subscribers]
+    return {
+        **vars(fields), **vars(services), **vars(model),
+        **{name: kinds.section(name) for name in kinds.parts},
+        "Steps": tuple[_STEP, ...],
+        "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
+        "EventSubscriber": Annotated[reduce(or_, subscribers), Discriminator(subscriber_kind)],
+    }  # fmt: skip
 
 
 def hints(kind: type[Model]) -> Mapping[str, Any]:
     """What its fields are, by their names."""
-    return get_type_hints(kind, localns=_NAMES)
+    return get_type_hints(kind, localns=_names())

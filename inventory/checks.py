@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
+from inventory.hosts import DriverInfo
 from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
@@ -22,7 +23,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
     checks: tuple[Callable[[Farm, Places], Found], ...] = (
         _references,
         _memory_and_disks,
-        _ssh_machines,
+        _listed_machines,
         _names,
         _identities,
         _network_name,
@@ -51,29 +52,42 @@ def _hosts(farm: Farm, places: Places) -> Collection[str]:
     return _keys(places, "hosts") or list(farm.hosts)
 
 
-def _driver(farm: Farm, places: Places, vm: str) -> str:
-    """The driver of a VM's host; "" where the file leaves that in doubt."""
+def _driver(farm: Farm, places: Places, vm: str) -> DriverInfo | None:
+    """The driver of a VM's host; None where the file leaves that in doubt."""
     host = farm.vms[vm].host
     if not places.bad and (host or len(farm.hosts) == 1):  # the way of nearly all, ten thousand times
         found = farm.hosts.get(host or next(iter(farm.hosts)))
-        return found.driver if found else ""
+        return found.INFO if found else None
     known = _hosts(farm, places)
     if host is None:
         if len(known) != 1 or places.is_bad(("vms", vm, "host")):
-            return ""
+            return None
         host = next(iter(known))
     if host not in farm.hosts or places.is_bad(("hosts", host, "driver")):
-        return ""
-    return farm.hosts[host].driver
+        return None
+    return farm.hosts[host].INFO
+
+
+def _virtual(farm: Farm, places: Places, vm: str) -> bool:
+    """Whether it is surely a VM."""
+    driver = _driver(farm, places, vm)
+    return driver is not None and driver.virtual
+
+
+def _listed_only(farm: Farm, places: Places, vm: str) -> bool:
+    """Whether it is surely a machine that nobody virtualizes."""
+    driver = _driver(farm, places, vm)
+    return driver is not None and not driver.virtual
 
 
 def _network_name(farm: Farm, places: Places) -> Found:
-    """Only a XenAPI server calls its networks as it likes; others' names go to files and arguments."""
+    """Only some servers call their networks as they like; others' names go to files and arguments."""
     name = farm.network.network
     if name is None or is_plain_name(name) or places.is_bad(("network", "network")):
         return
-    drivers = {_driver(farm, places, vm) for vm, _ in _vms(farm, places)}
-    if farm.services.libvirt or drivers - {"xenapi", "ssh", ""} or "xenapi" not in drivers:
+    drivers = [_driver(farm, places, vm) for vm, _ in _vms(farm, places)]
+    free = [driver.any_network_name for driver in drivers if driver and driver.virtual]
+    if farm.services.libvirt or not free or not all(free):
         yield places.problem(
             ("network", "network"),
             f"{quote(name)} is not a libvirt network's name: letters, digits, '.', '_' and '-', at most "
@@ -107,24 +121,18 @@ def _references(farm: Farm, places: Places) -> Found:
                 key=True,
             )
         driver = _driver(farm, places, name)
-        if driver == "xenapi" and farm.network.mode == "user" and not places.is_bad(("network",)):
-            yield places.problem(
-                path, "it is on a xenapi host: 'network' needs mode network or bridge", key=True
-            )
-        if driver == "xenapi" and not places.is_bad((*path, "template")):
-            template = farm.templates.get(vm.template or next(iter(farm.templates), ""))
-            if template and template.boot:
-                words = "it is on a xenapi host, which boots from the disk; its template has 'boot'"
-                yield places.problem(path, words, key=True)
-        if vm.template is not None and driver == "ssh":
-            yield places.problem((*path, "template"), "a VM on an ssh host is not made from a template")
+        if driver:
+            yield from _fitting(farm, places, name, driver)
+        if vm.template is not None and driver and not driver.virtual:
+            words = f"a VM on {driver.called} is not made from a template"
+            yield places.problem((*path, "template"), words)
         elif vm.template is not None and vm.template not in templates:
             yield places.problem(
                 (*path, "template"), f"no template {quote(vm.template)}{_close(vm.template, templates)}"
             )
-        elif (
-            vm.template is None and driver not in ("ssh", "") and not places.is_bad((*path, "template"))
-        ):
+        elif vm.template is not None or driver is None or places.is_bad((*path, "template")):
+            continue
+        elif driver.virtual:
             if not templates and not places.is_bad(("templates",)):
                 yield places.problem(
                     path, "it needs a template, and the file has no 'templates'", key=True
@@ -132,6 +140,20 @@ def _references(farm: Farm, places: Places) -> Found:
             elif len(templates) > 1:
                 words = f"which template? It needs 'template', one of: {_listed(templates)}"
                 yield places.problem(path, words, key=True)
+
+
+def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Found:
+    """Whether the network and what it boots are such as its driver has."""
+    path: Path = ("vms", vm)
+    if not driver.user_mode and farm.network.mode == "user" and not places.is_bad(("network",)):
+        words = f"it is on {driver.called}: 'network' needs mode network or bridge"
+        yield places.problem(path, words, key=True)
+    if driver.kernel_boot or places.is_bad((*path, "template")):
+        return
+    template = farm.templates.get(farm.vms[vm].template or next(iter(farm.templates), ""))
+    if template and template.boot:
+        words = f"it is on {driver.called}, which boots from the disk; its template has 'boot'"
+        yield places.problem(path, words, key=True)
 
 
 def _memory_and_disks(farm: Farm, places: Places) -> Found:
@@ -157,17 +179,16 @@ def _memory_and_disks(farm: Farm, places: Places) -> Found:
             )
 
 
-def _ssh_machines(farm: Farm, places: Places) -> Found:
+def _listed_machines(farm: Farm, places: Places) -> Found:
     for name, path in _vms(farm, places):
         vm, driver = farm.vms[name], _driver(farm, places, name)
-        if driver == "ssh" and vm.address is None and not places.is_bad((*path, "address")):
-            yield places.problem(path, "a VM on an ssh host needs 'address'", key=True)
-        if driver not in ("ssh", "") and vm.reset:
-            yield places.problem(
-                (*path, "reset"),
-                f"'reset' is for VMs on ssh hosts; driver {driver} resets this one itself",
-                key=True,
-            )
+        if driver is None:
+            continue
+        if not driver.virtual and vm.address is None and not places.is_bad((*path, "address")):
+            yield places.problem(path, f"a VM on {driver.called} needs 'address'", key=True)
+        if driver.virtual and vm.reset:
+            words = f"'reset' is for VMs on ssh hosts; driver {driver.name} resets this one itself"
+            yield places.problem((*path, "reset"), words, key=True)
 
 
 class _Taken:
@@ -226,15 +247,16 @@ def _names(farm: Farm, places: Places) -> Found:
 def _identities(farm: Farm, places: Places) -> Found:
     macs, addresses, ports, nat = (_Taken(places) for _ in range(4))
     for name, path in _vms(farm, places):
-        vm, driver = farm.vms[name], _driver(farm, places, name)
+        vm, listed = farm.vms[name], _listed_only(farm, places, name)
         if vm.mac is not None:
             yield from macs.add(vm.mac, (*path, "mac"), vm.mac)
         if vm.address is not None:
-            # ssh machines may stand behind one address, each with its port
-            what = (vm.address, vm.ssh_port or 22) if driver == "ssh" else vm.address
-            shown = f"{vm.address} port {vm.ssh_port or 22}" if driver == "ssh" else str(vm.address)
+            # such machines may stand behind one address, each with its port
+            what = (vm.address, vm.ssh_port or 22) if listed else vm.address
+            shown = f"{vm.address} port {vm.ssh_port or 22}" if listed else str(vm.address)
             yield from addresses.add(what, (*path, "address"), shown)
-        if vm.ssh_port is not None and farm.network.mode == "user" and driver not in ("ssh", ""):
+        on_loopback = farm.network.mode == "user" and _virtual(farm, places, name)
+        if vm.ssh_port is not None and on_loopback:
             yield from ports.add(vm.ssh_port, (*path, "ssh_port"), f"port {vm.ssh_port}")
         if vm.nat_port is not None:
             yield from nat.add(vm.nat_port, (*path, "nat_port"), f"port {vm.nat_port}")
@@ -252,7 +274,7 @@ def _subnet(farm: Farm, places: Places) -> Found:
     ranges = network.reserved_ranges
     for name, path in _vms(farm, places):
         address = farm.vms[name].address
-        if address is None or _driver(farm, places, name) in ("ssh", ""):
+        if address is None or not _virtual(farm, places, name):
             continue
         problem = ""
         if address not in subnet:
@@ -275,7 +297,7 @@ def _room(farm: Farm, places: Places) -> Found:
     """Enough addresses for the VMs that get one from the pool."""
     network = farm.network
     subnet = network.subnet
-    virtual = [n for n, _ in _vms(farm, places) if _driver(farm, places, n) not in ("ssh", "")]
+    virtual = [name for name, _ in _vms(farm, places) if _virtual(farm, places, name)]
     if network.mode == "user" or not virtual or places.is_bad(("network",)):
         return
     wanting = [name for name in virtual if farm.vms[name].address is None]
@@ -332,26 +354,27 @@ def _steps(farm: Farm, places: Places) -> Found:
                 yield _at(places, (*path, key), f"no VM {quote(value.text)}{_close(value.text, vms)}")
             elif kinds[0] == "reset" and value.text in farm.vms:
                 vm = farm.vms[value.text]
+                driver = _driver(farm, places, value.text)
                 if (
-                    _driver(farm, places, value.text) == "ssh"
+                    driver is not None
+                    and not driver.virtual
                     and not vm.reset
                     and not places.is_bad(("vms", value.text, "reset"))
                 ):
                     yield _at(
                         places,
                         (*path, key),
-                        f"VM {value.text} is on an ssh host and has no 'reset' command",
+                        f"VM {value.text} is on {driver.called} and has no 'reset' command",
                     )
 
 
 def _events(farm: Farm, places: Places) -> Found:
     known = _keys(places, "vms")
-    for kind in ("webhook", "command"):
-        for name, subscriber in getattr(farm.events, kind).items():
-            for number, vm in enumerate(subscriber.vms):
-                if vm not in known and ("vms",) not in places.bad:
-                    where = ("events", kind, name, "vms", number)
-                    yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
+    for name, subscriber in farm.events.items():
+        for number, vm in enumerate(subscriber.vms):
+            if vm not in known and ("vms",) not in places.bad:
+                where = ("events", name, "vms", number)
+                yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

@@ -13,6 +13,7 @@
     ├── NoSpace           it would not fit, so it was not begun
     ├── CommandFailed     a host command failed; shown so that it can be pasted
     ├── DriverFailed      the hypervisor or its daemon refused
+    │   └── ConnectionLost  ... or what we speak to it, or to a guest, over has gone
     ├── TimedOut          a wait ended; shows the console's tail where there is one
     ├── BuildFailed       a step of the build cycle failed
     ├── Interrupted       Ctrl-C or a signal; says how to go on
@@ -20,31 +21,129 @@
 
 Each carries one line that says what and where, and a remedy that says what to do. A driver turns
 its library's errors into these once; nothing above a driver sees libvirt's or asyncssh's own.
+
+No decision is made by an error's words: what is asked of it is its class, or its ``vm``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, TypeAlias
+
+Flag: TypeAlias = str | bool | tuple[str, ...]
+"""A flag's value: True for a switch, a tuple for one that is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A task of farmhand with its flags, for somebody to do next; made by ``call``. Each face (a command
+    line, a page, REST) words it."""
+
+    task: str
+    flags: tuple[tuple[str, Flag], ...] = ()
+
+    def words(self) -> tuple[str, ...]:
+        """As a command line has it, from the task on."""
+        found = [self.task]
+        for name, value in self.flags:
+            if value is True:
+                found.append(f"--{name}")
+            elif value is not False:
+                for each in (value,) if isinstance(value, str) else value:
+                    found += (f"--{name}", each)
+        return tuple(found)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return {"task": self.task, "flags": dict(self.flags)}
+
+    def __str__(self) -> str:
+        return shlex.join(self.words())
+
+
+def call(task: str, **flags: Flag | Sequence[str] | None) -> Call:
+    """``call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
+    ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
+    given = (
+        (name.rstrip("_").replace("_", "-"), value if isinstance(value, str | bool) else tuple(value))
+        for name, value in flags.items()
+        if value is not None and value is not False and value != ()
+    )
+    return Call(task, tuple(given))
+
+
+Remedy: TypeAlias = "str | Call | tuple[Remedy, ...]"
+"""What to do: text, calls, or both in the order in which they are read. ``""`` for nothing known."""
+
+
+def spelled(remedy: Remedy, how: Callable[[Call], str] = str) -> str:
+    """A remedy as text, its calls as ``how`` has them."""
+    if isinstance(remedy, str):
+        return remedy
+    if isinstance(remedy, Call):
+        return how(remedy)
+    return "".join(spelled(part, how) for part in remedy)
+
+
+def calls_in(remedy: object) -> tuple[Call, ...]:
+    """The calls of a remedy, in its order; none of what isn't one."""
+    if isinstance(remedy, Call):
+        return (remedy,)
+    return tuple(call for part in remedy for call in calls_in(part)) if isinstance(remedy, tuple) else ()
+
+
+def remedy_as_data(remedy: Remedy) -> object:
+    """Plain JSON values."""
+    if isinstance(remedy, str):
+        return remedy
+    if isinstance(remedy, Call):
+        return remedy.as_dict()
+    return [remedy_as_data(part) for part in remedy]
+
+
+def remedy_of(data: Any) -> Remedy:
+    """What ``remedy_as_data`` made. ValueError, KeyError or TypeError for anything else."""
+    if isinstance(data, str):
+        return data
+    if isinstance(data, list):
+        return tuple(remedy_of(part) for part in data)
+    return call(str(data["task"]), **data["flags"])
+
+
+def joined(remedies: Iterable[Remedy], by: str = "; ") -> Remedy:
+    """Several as one; text where all are."""
+    found = list(remedies)
+    texts = [remedy for remedy in found if isinstance(remedy, str)]
+    if len(texts) == len(found):
+        return by.join(texts)
+    return tuple(part for remedy in found for part in (by, remedy))[1:]
 
 
 class FarmhandError(Exception):
-    """Base of the family. ``str(error)`` is one line; ``detail`` may hold more (a log's tail)."""
+    """Base of the family. ``str(error)`` is one line; ``detail`` may hold more (a log's tail).
+
+    ``vm``: the VM that it is about; ``what`` is the line without its name in front, ``message`` with it.
+    """
 
     exit_status = 1
 
-    def __init__(self, message: str, *, remedy: str = "", detail: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, what: str, *, vm: str = "", remedy: Remedy = "", detail: str = "") -> None:
+        self.what = what
+        self.vm = vm
+        self.message = f"{vm}: {what}" if vm else what
+        super().__init__(self.message)
         self.remedy = remedy
         self.detail = detail
 
     def as_dict(self) -> Mapping[str, object]:
-        """The error as ``--json`` shows it."""
+        """The error as data; its remedy is worded by the face that shows it."""
         return {
             "error": type(self).__name__,
             "message": self.message,
+            "vm": self.vm,
             "remedy": self.remedy,
             "detail": self.detail,
         }
@@ -125,19 +224,24 @@ class CommandFailed(FarmhandError):
         self,
         message: str,
         *,
+        vm: str = "",
         argv: Sequence[str] = (),
         status: int | None = None,
         stderr: str = "",
-        remedy: str = "",
+        remedy: Remedy = "",
         detail: str = "",
     ) -> None:
-        super().__init__(message, remedy=remedy, detail=detail)
+        super().__init__(message, vm=vm, remedy=remedy, detail=detail)
         self.argv = tuple(argv)
         self.status = status
         self.stderr = stderr
 
 
 class DriverFailed(FarmhandError):
+    pass
+
+
+class ConnectionLost(DriverFailed):
     pass
 
 
@@ -169,6 +273,13 @@ def some(names: Collection[str], most: int = 6, *, by: str = ", ") -> str:
     return f"{by.join(islice(names, most))} and {more} more"
 
 
+def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:
+    """The remedies of several errors, each once, few of them however many there are."""
+    found = tuple(dict.fromkeys(error.remedy for error in errors if error.remedy))
+    more = len(found) - most
+    return joined(found) if more < 2 else joined((joined(found[:most]), f" and {more} more"), "")
+
+
 class Several(FarmhandError):
     """More than one VM failed; what went well with the others stands. Its one line names them, or some
     of many; ``detail`` has what that leaves out."""
@@ -180,11 +291,10 @@ class Several(FarmhandError):
             first, *rest = error.message.removeprefix(f"{vm}: ").splitlines() or [""]
             told.append(f"{vm}: {first}")
             more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
-        remedies = tuple(dict.fromkeys(e.remedy for e in self.errors.values() if e.remedy))
         line = some(told, by="; ")
         super().__init__(
             f"{len(self.errors)} VMs failed: {line}",
-            remedy=some(remedies, by="; "),
+            remedy=some_remedies(self.errors.values()),
             detail="\n".join(text for text in more if text not in line),
         )
 

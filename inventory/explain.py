@@ -9,11 +9,14 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from inventory import kinds
 from inventory.base import KeyProblem, Model, quote
 from inventory.engine import ValidationError
 from inventory.errors import Problem
+from inventory.hosts import DEFAULT_DRIVER, Host
 from inventory.model import Farm, ResetStep, RunStep, TransferStep
 from inventory.places import Path, Places
+from inventory.subscribers import subscriber_kind
 from inventory.values import STEP_KINDS, step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
@@ -70,8 +73,9 @@ class Pruner:
             if isinstance(node, Scalar) and node.missing and self._filled(path, kind):
                 changed = True
                 continue
+            consequence = self._consequence(path, kind, context)
             concerned, message = self._explained(path, kind, context, detail["msg"], of_key)
-            if not self._consequence(path, kind, context):
+            if not consequence:
                 whole = kind in (_UNKNOWN, "missing")
                 name = self.places.name(concerned[:-1] if whole else concerned)
                 if of_key or kind == _UNKNOWN or (kind == _SECTION and concerned == path):
@@ -86,7 +90,12 @@ class Pruner:
         return changed
 
     def _without_tags(self, loc: tuple[str | int, ...]) -> Path:
-        """pydantic puts the kind of step behind its number."""
+        """pydantic puts the driver behind a host's name, the kind of step behind its number, and that of
+        a subscriber behind its name."""
+        if loc[:1] == ("hosts",) and len(loc) > 2 and loc[2] in kinds.hosts:
+            return (*loc[:2], *loc[3:])
+        if loc[:1] == ("events",) and len(loc) > 2 and loc[2] in kinds.subscribers:
+            return (*loc[:2], *loc[3:])
         if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in STEP_KINDS:
             return (*loc[:3], *loc[4:])
         return loc
@@ -94,12 +103,15 @@ class Pruner:
     def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
         """Whether it is only refused for what was taken out, or misspelt, which has been told."""
         told = self.places.bad | self._meant
+        if path[:1] == ("hosts",) and len(path) > 2 and (*path[:2], "driver") in told:
+            return kind in (_SECTION, _UNKNOWN, "missing")  # which keys it has, nobody knows
         if kind == _SECTION:
             return any((*path, key) in told for key in context["error"].keys)
         if kind == "missing":
             return path in told
         if kind == "union_tag_not_found":
-            return any((*path, key) in told for key in STEP_KINDS)
+            known = (*STEP_KINDS, *kinds.subscribers)
+            return any((*path, key) in told for key in known)
         return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:
@@ -132,9 +144,13 @@ class Pruner:
             problem: KeyProblem = context["error"]
             return (*path, problem.key) if problem.key else path, str(problem)
         if kind == "missing":
-            return path, f"'{path[-1]}' is missing"
+            return self._missing(path)
         if kind == _UNKNOWN:
             return path, self._unknown_key(path)
+        if path[:1] == ("hosts",) and kind in ("union_tag_not_found", "union_tag_invalid"):
+            return self._unknown_driver(path)
+        if path[:1] == ("events",) and kind == "union_tag_not_found":
+            return path, self._unknown_subscriber(node)
         if kind == "union_tag_not_found":
             return path, self._unknown_step(node)
         if not of_key and isinstance(node, Scalar) and node.missing:
@@ -164,10 +180,41 @@ class Pruner:
             return path, f"{text} is too much: at most {context['le']:.15g}"
         return path, f"{found}: {words[:1].lower()}{words[1:]}"
 
+    def _missing(self, path: Path) -> tuple[Path, str]:
+        model, key = self._model_at(path[:-1]), str(path[-1])
+        if model and issubclass(model, Host) and key in model.NEEDED:
+            words = f"driver {model.INFO.name} needs '{key}', {model.NEEDED[key]}"
+            return (*path[:-1], "driver"), words
+        return path, f"'{key}' is missing"
+
+    def _unknown_driver(self, path: Path) -> tuple[Path, str]:
+        path = (*path, "driver")
+        node = self.places.node(path)
+        if not isinstance(node, Scalar):
+            found = "a list" if isinstance(node, Items) else "keys with values"
+            return path, f"a single value is expected here, not {found}"
+        if node.missing:
+            return path, "it has no value: give it one, or leave the key out"
+        known = list(kinds.hosts)
+        close = _only_close(node.text, known)
+        return path, f"{quote(node.text)} is not one of {', '.join(known)}{close}"
+
+    def _of_other_drivers(self, key: str, host: type[Host]) -> str:
+        """What to say to a key that other drivers have; "": none has."""
+        if key in host.INSTEAD:
+            return host.INSTEAD[key]
+        others = [name for name in kinds.hosts if key in _keys_of(kinds.host(name))]
+        if not others:
+            return ""
+        names = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
+        return f"'{key}' is for driver {names}; the driver is {host.INFO.name}"
+
     def _unknown_key(self, path: Path) -> str:
         key = str(path[-1])
         model = self._model_at(path[:-1])
-        known = {model.key_of(field.name) for field in fields(model)} if model else set()
+        if model and issubclass(model, Host) and (words := self._of_other_drivers(key, model)):
+            return words
+        known = _keys_of(model) if model else set()
         if close := difflib.get_close_matches(key[:100], known, 1, 0.6):
             self._meant.add((*path[:-1], close[0]))
         return f"unknown key {quote(key)}{nearest(key, known)}"
@@ -183,13 +230,25 @@ class Pruner:
                 return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
         return "a step has one of 'reset', 'run' and 'transfer', which say what it does"
 
+    def _unknown_subscriber(self, node: object) -> str:
+        known = list(kinds.subscribers)
+        found = [kind for kind in known if isinstance(node, Keys) and kind in node.keys]
+        words = f"a subscriber has one of {' and '.join(map(repr, known))}, which says where it is"
+        return f"{words}; this one has {' and '.join(found)}" if found else words
+
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
         from inventory.annotations import hints
 
         kind: Any = Farm
         for depth, part in enumerate(path):
-            if depth == 2 and path[:2] == ("cycle", "steps"):
+            if depth == 1 and path[0] == "hosts":
+                kind = kinds.host(self._driver_at(path[:2]))
+            elif depth == 1 and path[0] == "events":
+                node = self.places.node(path[:2])
+                told = subscriber_kind(node.keys if isinstance(node, Keys) else None)
+                kind = kinds.subscriber(told) if told else None
+            elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 kind = _STEPS.get(step_kind(node.keys if isinstance(node, Keys) else None))
             elif isinstance(kind, type) and issubclass(kind, Model):
@@ -202,6 +261,11 @@ class Pruner:
             if get_origin(kind) in (Union, UnionType):
                 kind = next(arg for arg in get_args(kind) if arg is not type(None))
         return kind if isinstance(kind, type) and issubclass(kind, Model) else None
+
+    def _driver_at(self, host: Path) -> str:
+        node = self.places.node((*host, "driver"))
+        driver = node.text if isinstance(node, Scalar) else ""
+        return driver if driver in kinds.hosts else DEFAULT_DRIVER
 
     def _holder(self, path: Path) -> tuple[Any, Any]:
         """What holds this in the content, and under which key or number now; None if nothing does."""
@@ -246,6 +310,10 @@ class Pruner:
         else:
             del holder[key]
         return True
+
+
+def _keys_of(model: type[Model]) -> set[str]:
+    return {model.key_of(field.name) for field in fields(model)}
 
 
 def _only_close(word: str, known: Collection[str]) -> str:

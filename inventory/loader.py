@@ -96,7 +96,7 @@ def _without_manual_resets(farm: Farm) -> Farm:
         step
         for step in farm.cycle.steps
         if not isinstance(step, ResetStep)
-        or farm.hosts[farm.host_of(step.reset)].driver != "ssh"
+        or farm.driver_of(step.reset).virtual
         or farm.vms[step.reset].reset
     )
     return replace(farm, cycle=replace(farm.cycle, steps=steps))

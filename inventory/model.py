@@ -8,13 +8,13 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from inventory.base import Model, at_key, parse_range, quote
+from inventory.base import Model, at_key, parse_range
+from inventory.hosts import DriverInfo, default_hosts
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
@@ -28,19 +28,16 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         ConfigPath,
         Count,
         Cpus,
-        EventTypes,
         FilePath,
         Hostname,
         Hostnames,
         Keys,
         Label,
-        Labels,
         LeaseTime,
         Line,
         Lines,
         Mac,
         Name,
-        Names,
         Packages,
         Port,
         Ranges,
@@ -53,10 +50,8 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         SomeLines,
         Subnet,
         Subnet6,
-        TimeLimit,
-        Variable,
-        WebAddress,
     )
+    from inventory.hosts import Host
     from inventory.services import (
         Ansible,
         Bind,
@@ -71,118 +66,9 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Shorewall,
         SshConfig,
     )
+    from inventory.subscribers import EventSubscriber
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskStore(Model):
-    """Where a host keeps disks."""
-
-    KEYS: ClassVar = {"copy_mode": "copy"}
-
-    store: Literal["qcow2", "zfs", "zfs-files", "lvm-thin", "lvm"] = "qcow2"
-    """qcow2 files; ZFS volumes; ZFS datasets with a raw file each; LVM thin volumes; classic LVM
-    snapshots."""
-    path: FilePath | None = None
-    """qcow2: the directory; absent: farmhand's own state directory."""
-    pool: Name | None = None
-    """ZFS: the dataset's pool; LVM: the volume group."""
-    dataset: Line | None = None
-    """ZFS: the dataset that holds the farm, below the pool; LVM thin: the thin pool."""
-    copy_mode: Literal["linked", "full"] = "linked"
-    """LVM classic: `linked` runs on a writable snapshot, `full` copies at idle I/O priority."""
-
-    def __post_init__(self) -> None:
-        if self.store != "qcow2" and self.pool is None:
-            raise at_key("store", f"a {self.store} store needs 'pool'", "pool")
-        if self.store == "qcow2":
-            for key in ("pool", "dataset"):
-                if getattr(self, key) is not None:
-                    raise at_key(key, f"a qcow2 store has 'path', not '{key}'", "store")
-        elif self.path is not None:
-            raise at_key("path", f"a {self.store} store has 'pool', not 'path'", "store")
-        if self.store == "lvm-thin" and self.dataset is None:
-            raise at_key("store", "an lvm-thin store needs 'dataset', the thin pool", "dataset")
-        if self.copy_mode == "full" and self.store != "lvm":
-            raise at_key("copy", "'copy: full' is for an lvm store", "store")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host(Model):
-    """A machine with a hypervisor driver, a connection URI and a disk store."""
-
-    KEYS: ClassVar = {"copy_mode": "copy"}
-
-    driver: Literal["kvm", "xen", "xenapi", "ssh", "fake"] = "kvm"
-    """kvm falls back to QEMU's own emulation, saying so, where KVM doesn't work (see `accelerator`).
-    ssh: machines that nobody virtualizes. fake: an in-memory hypervisor, to try commands out."""
-    uri: Line = "private"
-    """`private`: farmhand's own libvirtd, needing nothing from the host; or a libvirt URI such as
-    qemu:///system, xen:///system, or another machine's, xen+ssh://root@HOST/system; or a XenAPI https
-    URL."""
-    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
-    """driver kvm: `auto` is KVM where it works, else QEMU's emulation; with `kvm` no VM is started where
-    it doesn't work; `tcg` is always emulation, and KVM is not even tried. The environment variable
-    FARMHAND_ACCELERATOR, with one of these, goes before it."""
-    guests: Literal["pv", "pvh"] | None = None
-    """driver xen: what the VMs are; absent: pv, which every Xen host can run. pvh needs a CPU with
-    virtualization, and guests with a kernel of their own for it."""
-    disks: DiskStore = field(default_factory=DiskStore)
-    """The disk store. Not for xenapi: such a server owns its storage, see `sr`."""
-    credentials: FilePath | None = None
-    """xenapi: a file (relative to the farm file, readable by its owner alone) with the user's name on
-    its first line and the password on its second."""
-    ca: FilePath | None = None
-    """xenapi: the PEM file of the CA, or the certificate itself, that the server's certificate is
-    checked by. Absent, without `fingerprint` and `insecure`: the system's CAs."""
-    fingerprint: Line | None = None
-    """xenapi: the SHA-256 of the server's certificate, 64 hexadecimal digits, instead of a CA."""
-    insecure: Bool = False
-    """xenapi: whoever answers is believed. Every command warns of it."""
-    sr: ServedName | None = None
-    """xenapi: the name of the storage repository; absent: the pool's default."""
-    copy_mode: Literal["linked", "full"] = "linked"
-    """xenapi: `full` makes disks that share nothing with their template (VM.copy), in `sr`."""
-    memory: Size | None = None
-    """What this farm's VMs may have of the host's memory, all together, at any time; absent: no limit of
-    ours. Of several farms on a host each keeps to its own."""
-
-    def __post_init__(self) -> None:
-        if self.driver == "xen" and self.uri == "private":
-            raise at_key("driver", "driver xen needs 'uri', such as xen:///system", "uri")
-        if self.driver == "xenapi" and not self.uri.startswith("https://"):
-            raise at_key("driver", "driver xenapi needs 'uri', an https URL", "uri")
-        if self.guests is not None and self.driver != "xen":
-            raise at_key("guests", f"'guests' is for driver xen; the driver is {self.driver}", "driver")
-        if self.accelerator != "auto" and self.driver != "kvm":
-            raise at_key(
-                "accelerator", f"'accelerator' is for driver kvm; the driver is {self.driver}", "driver"
-            )
-        self._xenapi_keys()
-        if self.driver == "kvm" and self.uri != "private" and ":" not in self.uri:
-            raise at_key("uri", f"{quote(self.uri)} is neither 'private' nor a libvirt URI", "driver")
-
-    def _xenapi_keys(self) -> None:
-        only = {"credentials": self.credentials, "ca": self.ca, "fingerprint": self.fingerprint,
-                "insecure": self.insecure or None, "sr": self.sr,
-                "copy": self.copy_mode if self.copy_mode != "linked" else None}  # fmt: skip
-        given = [key for key, value in only.items() if value is not None]
-        if self.driver != "xenapi":
-            for key in given:
-                raise at_key(key, f"'{key}' is for driver xenapi; this one is {self.driver}", "driver")
-            return
-        if self.credentials is None:
-            raise at_key("driver", "driver xenapi needs 'credentials', a file", "credentials")
-        if self.disks != DiskStore():
-            raise at_key("disks", "a xenapi server owns its storage: 'sr' names it", "driver")
-        trust = [key for key in given if key in ("ca", "fingerprint", "insecure")]
-        if len(trust) > 1:
-            raise at_key(trust[1], f"either '{trust[0]}' or '{trust[1]}', not both", trust[0])
-        if self.fingerprint is not None and not re.fullmatch(
-            r"[0-9A-Fa-f]{64}|([0-9A-Fa-f]{2}:){31}[0-9A-Fa-f]{2}", self.fingerprint
-        ):
-            raise at_key("fingerprint", "a SHA-256 has 64 hexadecimal digits, colons between or not")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,77 +414,13 @@ class Services(Model):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Subscriber(Model):
-    on: EventTypes = ()
-    """What is told: `build` for all about builds, or `build.failed` and so on; absent: all events."""
-    operations: Names = ()
-    """Only those of these operations, such as `reset`, as `history` names them; absent: of all."""
-    vms: Labels = ()
-    """Only those about one of these VMs; absent: about all, and about the farm."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WebhookSubscriber(_Subscriber):
-    """Events sent by POST, as JSON, signed as the Standard Webhooks specification has it."""
-
-    url: WebAddress
-    """Where to. Redirects are not followed. On this very machine http:// will do."""
-    secret_file: FilePath | None = None
-    """A file (relative to the farm file, readable by its owner alone) with the secret that signs."""
-    secret_variable: Variable | None = None
-    """Instead of `secret_file`: the environment variable that holds the secret."""
-    ca: FilePath | None = None
-    """The PEM file of the CA that the server's certificate is checked by; absent: the system's CAs."""
-
-    def __post_init__(self) -> None:
-        if self.secret_file is None and self.secret_variable is None:
-            raise at_key("url", "a webhook needs a secret", "secret_file", "secret_variable")
-        if self.secret_file is not None and self.secret_variable is not None:
-            raise at_key("secret_variable", "there is 'secret_file' already", "secret_file")
-        if self.ca is not None and self.url.startswith("http:"):
-            raise at_key("ca", "'ca' is for an https URL", "url")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommandSubscriber(_Subscriber):
-    """Events given to a command of this machine, as JSON on its standard input."""
-
-    command: SomeLines
-    """The program and its arguments. No shell: `[sh, -c, ...]` is one."""
-    timeout: TimeLimit = 10
-    """How long it may take; it is ended then, and called again later."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Events(Model):
-    """Who is told of operations and builds; see docs/events.md."""
-
-    webhook: dict[Label, WebhookSubscriber] = field(default_factory=dict)
-    """HTTP receivers by name."""
-    command: dict[Label, CommandSubscriber] = field(default_factory=dict)
-    """Commands by name."""
-
-    def __post_init__(self) -> None:
-        for name in self.command:
-            if name in self.webhook:
-                raise at_key("command", f"{name} is the name of a webhook already", "webhook")
-
-    @property
-    def subscribers(self) -> dict[str, WebhookSubscriber | CommandSubscriber]:
-        """All of them by name."""
-        return {**self.webhook, **self.command}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Farm(Model):
     """One farm file."""
 
     farm: Label
     """The farm's name: part of every machine's name and mark."""
-    hosts: Annotated[dict[Name, Host], Field(min_length=1)] = field(
-        default_factory=lambda: {"here": Host()}
-    )
-    """Hosts by name."""
+    hosts: Annotated[dict[Name, Host], Field(min_length=1)] = field(default_factory=default_hosts)
+    """Hosts by name. Which keys one has depends on its `driver`; absent: kvm."""
     network: Network = field(default_factory=Network)
     """How the VMs are connected."""
     services: Services = field(default_factory=Services)
@@ -613,8 +435,8 @@ class Farm(Model):
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
-    events: Events = field(default_factory=Events)
-    """Who is told of operations and builds."""
+    events: dict[Label, EventSubscriber] = field(default_factory=dict)
+    """Who is told of operations and builds, by name; see docs/events.md."""
 
     _path = Path()
 
@@ -632,9 +454,13 @@ class Farm(Model):
     def host_of(self, vm: str) -> str:
         return self.vms[vm].host or next(iter(self.hosts))
 
+    def driver_of(self, vm: str) -> DriverInfo:
+        """What its host's driver can, and can't."""
+        return self.hosts[self.host_of(vm)].INFO
+
     def template_of(self, vm: str) -> str | None:
         """None for machines that nobody virtualizes."""
-        if self.hosts[self.host_of(vm)].driver == "ssh":
+        if not self.driver_of(vm).virtual:
             return None
         return self.vms[vm].template or next(iter(self.templates), None)
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from inventory import model
+from inventory import kinds, model
 from inventory.base import Model
 from inventory.model import Farm
 
@@ -80,7 +80,7 @@ def _decoded(found: dict[str, Any]) -> object:
 
 
 def _section(name: str) -> type[Model]:
-    found = getattr(model, name, None)
+    found = getattr(model, name, None) or kinds.section(name)
     if found is None:
         from inventory import services  # which few farms have
 

@@ -1,7 +1,7 @@
 """The JSON Schema for editors, the reference page, and what farm files are validated by: all made from
 the model.
 
-``python -m inventory.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md,
+``python -m cli.schema`` writes them again: inventory/farm.schema.json, docs/inventory.md,
 inventory/farm.core.json.
 """
 
@@ -11,14 +11,17 @@ import ast
 import json
 import sys
 from dataclasses import MISSING, fields
+from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import inventory.model as model_module
 import inventory.services as services_module
+from inventory import kinds
 from inventory.annotations import adapter
 from inventory.base import Model
+from inventory.hosts import DEFAULT_DRIVER
 from inventory.model import Farm
 from inventory.sizes import format_duration, format_size
 from inventory.validation import CLASS, CORE_FILE, DEFAULT, FUNCTION, SECTION, stands_for
@@ -27,8 +30,6 @@ SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
 REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
 
 _SECTIONS = (
-    ("Farm", "The file"),
-    ("Host", "hosts.NAME"),
     ("DiskStore", "hosts.NAME.disks"),
     ("Network", "network"),
     ("Services", "services"),
@@ -54,16 +55,11 @@ _SECTIONS = (
     ("ResetStep", "cycle.steps[]: reset"),
     ("RunStep", "cycle.steps[]: run"),
     ("TransferStep", "cycle.steps[]: transfer"),
-    ("Events", "events"),
-    ("WebhookSubscriber", "events.webhook.NAME"),
-    ("CommandSubscriber", "events.command.NAME"),
 )
-_WHERE = dict(_SECTIONS)
-
 _INTRODUCTION = """\
 # Farm files
 
-<!-- Made from inventory/model.py by `python -m inventory.schema`: change it there. -->
+<!-- Made from the model, inventory/model.py, by `python -m cli.schema`: change it there. -->
 
 A farm is one YAML file. `inventory/default.yaml` is a short one, commented; `--farm PATH` chooses
 another. Editors that know `farm.schema.json` complete and check it while you type: the files in
@@ -83,20 +79,31 @@ are told at once, each with its line and column.
 """
 
 
+def _sections() -> dict[str, str]:
+    """By their classes' names, in the order of the page: where each stands in a file."""
+    hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
+    told = {kinds.subscriber(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
+    return {"Farm": "The file", **hosts, **dict(_SECTIONS), **told}
+
+
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
     schema: dict[str, Any] = adapter(Farm).json_schema(by_alias=True)
     definitions = schema.pop("$defs")
-    documents = _documents()
+    places = _sections()
     for name, definition in (*definitions.items(), ("Farm", schema)):
         kind = _section(name)
-        definition["description"] = documents[name][""]
-        definition["title"] = _WHERE[name]
+        documents = _documents(kind)
+        definition["description"] = documents[""]
+        definition["title"] = places[name]
         for field in fields(kind):
             key = kind.key_of(field.name)
             value = _written(definition["properties"][key])
-            value["description"] = documents[name][field.name]
+            value["description"] = documents[field.name]
             definition["properties"][key] = value
+    for driver in kinds.hosts.keys() - {DEFAULT_DRIVER}:  # which it says for itself
+        definition = definitions[kinds.host(driver).__name__]
+        definition["required"] = ["driver", *definition.get("required", [])]
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
@@ -113,7 +120,7 @@ def reference_markdown() -> str:
     """docs/inventory.md: every key, what it takes, its default, what it means."""
     schema = json_schema()
     parts = [_INTRODUCTION]
-    for name, where in _SECTIONS:
+    for name, where in _sections().items():
         definition = schema if name == "Farm" else schema["$defs"][name]
         parts.append(f"## {where}\n\n{_one_line(definition['description'])}\n")
         rows = ["| key | takes | if absent | meaning |", "|---|---|---|---|"]
@@ -130,7 +137,7 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or getattr(services_module, name)
+    return getattr(model_module, name, None) or kinds.section(name) or getattr(services_module, name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +157,8 @@ def _written(value: dict[str, Any]) -> dict[str, Any]:
         [(pattern, inner)] = patterns.items()
         inner = _or_one(inner)
         # `prod:` with nothing behind it is a VM with all its defaults
-        inner = {"anyOf": [inner, {"type": "null"}]} if "$ref" in inner else inner
+        sections = inner.get("oneOf") or ([inner] if "$ref" in inner else [])
+        inner = {"anyOf": [*sections, {"type": "null"}]} if sections else inner
         value |= {"propertyNames": {"pattern": pattern}, "additionalProperties": inner}
     return value
 
@@ -165,18 +173,25 @@ def _or_one(value: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "anyOf": [value["items"], array]}
 
 
-def _documents() -> dict[str, dict[str, str]]:
-    """Descriptions of classes (under "") and their fields: the strings below them in the source."""
-    sources = (services_module.__file__, model_module.__file__)
-    nodes = [n for source in sources for n in ast.parse(Path(source).read_text(encoding="utf-8")).body]
+def _documents(kind: type[Model]) -> dict[str, str]:
+    """Descriptions of a section (under "") and its fields, with those it has from others: the strings
+    below them in the source."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Model) and base is not Model:
+            texts |= _written_in(base.__module__).get(base.__name__, {})
+    return texts
+
+
+@cache
+def _written_in(module: str) -> dict[str, dict[str, str]]:
+    """By class."""
+    source = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
     found: dict[str, dict[str, str]] = {}
-    for node in nodes:
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
         texts = {"": _one_line(ast.get_docstring(node) or "")}
-        for base in node.bases:
-            if isinstance(base, ast.Name) and base.id in found and base.id != Model.__name__:
-                texts = {**found[base.id], **texts}
         for field, text in zip(node.body, node.body[1:], strict=False):
             if (
                 isinstance(field, ast.AnnAssign)
@@ -196,7 +211,7 @@ def _one_line(text: str) -> str:
 def _words(value: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in value:
         name = value["$ref"].rsplit("/", 1)[1]
-        where = _WHERE[name]
+        where = _sections()[name]
         anchor = "".join(c for c in where.lower().replace(" ", "-") if c.isalnum() or c in "-_")
         return f"[{where}](#{anchor})"
     if "anyOf" in value:

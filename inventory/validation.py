@@ -13,31 +13,57 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from inventory import model, values
+from inventory import hosts, kinds, model, values
+from inventory import subscribers as subscriber_sections
 from inventory.engine import SchemaValidator
+from inventory.hosts import driver_of
 from inventory.model import Farm
+from inventory.subscribers import subscriber_kind
 
 CORE_FILE = Path(__file__).with_name("farm.core.json")
 # The only key of an object that stands for what JSON has no word for: a class or a function by its name,
 # a default, or what makes it, by its section and field; or for another section's schema.
 CLASS, FUNCTION, DEFAULT, SECTION = "!class", "!function", "!default", "!section"
 _STAND_INS = {CLASS, FUNCTION, DEFAULT, SECTION}
+_NOT_THERE = {"type": "none"}  # for a section that isn't asked for
 
 
 def validated(content: Mapping[str, Any]) -> Farm:
     """The farm that this is. ValidationError."""
-    farm: Farm = _validator("services" in content).validate_python(content)
+    known = tuple(kinds.places())
+    declared = content.get("hosts")
+    drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
+    told = content.get("events")
+    of_events = frozenset(map(subscriber_kind, told.values() if isinstance(told, dict) else ()))
+    validator = _validator(known, "services" in content, drivers, of_events)
+    farm: Farm = validator.validate_python(content)
     return farm
 
 
 @cache
-def _validator(with_services: bool) -> SchemaValidator:
-    """Few farms have services: for others their classes aren't imported."""
+def _validator(
+    known: tuple[str, ...],
+    with_services: bool,
+    drivers: frozenset[str | None],
+    subscribers: frozenset[str | None],
+) -> SchemaValidator:
+    """Few farms have services, and most one driver: others' classes aren't imported. Of kinds that
+    aren't farmhand's own it isn't made beforehand."""
     sections = json.loads(CORE_FILE.read_bytes())
+    if not sections.keys() >= {*known}:
+        from inventory.annotations import adapter
+
+        return cast(SchemaValidator, adapter(Farm).validator)
     if not with_services:
-        sections["Services"] = {"type": "none"}  # asked for nothing
+        sections["Services"] = _NOT_THERE
+    for driver, place in kinds.hosts.items():
+        if driver not in drivers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
+    for kind, place in kinds.subscribers.items():
+        if kind not in subscribers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
     return SchemaValidator(_named(sections["Farm"], sections))
 
 
@@ -59,7 +85,8 @@ def _named(value: Any, sections: Mapping[str, Any]) -> Any:
 def stands_for(key: str, name: Any) -> Any:
     """None: there is no such class or function."""
     if key == FUNCTION:
-        return getattr(values, name, None)
+        homes = (values, hosts, subscriber_sections)
+        return next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if key == CLASS:
         return _class(name)
     section, field = name
@@ -68,7 +95,7 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    found = getattr(model, name, None) or getattr(values, name, None)
+    found = getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
     if found is None:
         from inventory import services
 

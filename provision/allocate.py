@@ -250,8 +250,7 @@ class Allocator:
             if index.macs.get(declared, vm) != vm:
                 raise self._taken(vm, f"MAC {declared}", index.macs[declared])
             return declared
-        host = self._farm.hosts[self._farm.host_of(vm)]
-        prefix = "00:16:3e" if host.driver in ("xen", "xenapi") else "52:54:00"
+        prefix = self._farm.driver_of(vm).mac_prefix
         recorded = index.recorded(vm)
         if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared.macs:
             return recorded.mac
@@ -297,8 +296,7 @@ class Allocator:
 
     def _port(self, vm: str, index: _Index, *, move: bool) -> int:
         declared = self._farm.vms[vm].ssh_port
-        host = self._farm.hosts[self._farm.host_of(vm)]
-        if self._farm.network.mode != "user" or host.driver == "ssh":
+        if self._farm.network.mode != "user" or not self._farm.driver_of(vm).virtual:
             return declared or 22
         mine = self._owner(vm)
         claims = index.claims

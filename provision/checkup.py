@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from textwrap import wrap
-from typing import Literal
 
-Level = Literal["needed", "note"]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at. ``remedy`` is what to type or do; empty where all is well."""
-
-    name: str
-    ok: bool
-    level: Level
-    text: str
-    remedy: str = ""
-
-    def as_dict(self) -> Mapping[str, object]:
-        return asdict(self)
+from host.check import Check
+from inventory.errors import Remedy, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +25,11 @@ class Report:
         """What is needed and broken."""
         return tuple(check for check in self.checks if not check.ok and check.level == "needed")
 
-    def worded(self, change: Callable[[str], str]) -> Report:
-        """The same with each remedy changed: as the face that shows it wants commands typed."""
-        return Report(tuple(replace(check, remedy=change(check.remedy)) for check in self.checks))
-
     def as_dict(self) -> Mapping[str, object]:
         return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
-    def text(self, columns: int = 10_000) -> str:
-        """Wrapped to ``columns``, remedies below what they are for."""
+    def text(self, columns: int = 10_000, how: Callable[[Remedy], str] = spelled) -> str:
+        """Wrapped to ``columns``, remedies, as ``how`` words them, below what they are for."""
         width = max(len(check.name) for check in self.checks)
         indent = " " * (width + 8)
         lines = []
@@ -56,7 +38,7 @@ class Report:
             head = f"{mark:<4}  {check.name:<{width}}  "
             texts = [(head, check.text)]
             if check.remedy and not check.ok:
-                texts.append((indent, check.remedy))
+                texts.append((indent, how(check.remedy)))
             for first, text in texts:
                 lines += wrap(
                     text,

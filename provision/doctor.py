@@ -11,55 +11,41 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host import paths
-from host.run import Runner, which
-from hypervisors.far.address import is_far
+from host.check import Check, Level, install
+from host.program import CHECKOUT
+from host.run import which
+from hypervisors.disks.stores import STORES
+from hypervisors.host import DrivenHost, all_drivers
 from inventory.errors import FarmhandError, UsageError
-from inventory.model import Farm, Host
+from inventory.hosts import DriverInfo, Host, NeededFile, Tool
+from inventory.model import Farm
 from inventory.sizes import about
-from provision.checkup import Check, Level, Report
+from provision.checkup import Report
 from provision.known import known_farm
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
     from provision.site import Site
 
-_LIBVIRT = frozenset(("kvm", "xen"))
-_FAR = "far"  # in place of the driver, for a host of libvirt's on another machine
-_CLONES = _LIBVIRT | {"xenapi", _FAR}
-_ALL = _CLONES | {"ssh", "fake"}
-
-# Command: (Debian package, what it is for, needed, by farms with hosts of these drivers)
-_TOOLS: Mapping[str, tuple[str, str, Level, frozenset[str]]] = {
-    "qemu-system-x86_64": ("qemu-system-x86", "runs the VMs", "needed", frozenset(("kvm",))),
-    "qemu-img": ("qemu-utils", "makes disks", "needed", _CLONES),
-    "libvirtd": ("libvirt-daemon", "manages the VMs", "needed", _LIBVIRT),
-    "virsh": ("libvirt-clients", "consoles", "needed", _LIBVIRT),
-    "genisoimage": ("genisoimage", "writes first-boot data", "needed", _CLONES),
-    "ssh": ("openssh-client", "the ssh task", "needed", _ALL),
-    "git": ("git", "fetches what is built", "needed", _ALL),
-    "mmdebstrap": ("mmdebstrap", "builds templates", "note", _CLONES),
-    "mke2fs": ("e2fsprogs", "builds templates", "note", _CLONES),
-    "sfdisk": ("fdisk", "builds templates", "note", _CLONES),
-    "grub-mkimage": ("grub-common", "builds templates", "note", _CLONES),
-    "unshare": ("util-linux", "the private libvirtd", "needed", frozenset(("kvm",))),
-}
-# By disk store, where it is the host's own: command and Debian package
-_STORE_TOOLS: Mapping[str, tuple[str, str]] = {
-    "zfs": ("zfs", "zfsutils-linux"),
-    "zfs-files": ("zfs", "zfsutils-linux"),
-    "lvm-thin": ("lvm", "lvm2 thin-provisioning-tools"),
-    "lvm": ("lvm", "lvm2"),
-}
-# What Xen needs that is no command: file, package, what it is for
-_XEN_FILES: tuple[tuple[str, str, str], ...] = (
-    ("/usr/lib/grub-xen/grub-x86_64-xen.bin", "grub-xen-host", "starts the VMs"),
-    ("/usr/libexec/xen-qemu-system-i386", "qemu-system-xen", "disks that are files, as first-boot data"),
+# Of farmhand itself: command, Debian package, what it is for, needed
+_TOOLS: tuple[tuple[Tool, Level], ...] = (
+    (Tool(command="ssh", package="openssh-client", purpose="the ssh task"), "needed"),
+    (Tool(command="git", package="git", purpose="fetches what is built"), "needed"),
+)
+# To make what VMs are cloned from, and what they read at their first boot
+_IMAGE_TOOLS: tuple[tuple[Tool, Level], ...] = (
+    (Tool(command="qemu-img", package="qemu-utils", purpose="makes disks"), "needed"),
+    (Tool(command="genisoimage", package="genisoimage", purpose="writes first-boot data"), "needed"),
+    (Tool(command="mmdebstrap", package="mmdebstrap", purpose="builds templates"), "note"),
+    (Tool(command="mke2fs", package="e2fsprogs", purpose="builds templates"), "note"),
+    (Tool(command="sfdisk", package="fdisk", purpose="builds templates"), "note"),
+    (Tool(command="grub-mkimage", package="grub-common", purpose="builds templates"), "note"),
 )
 _FREE_DISKS = 6 * 2**30
 _FREE_RECORDS = 2**28
@@ -71,17 +57,16 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
     """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
     seconds: connecting to each host."""
     farm, check = _farm(farm_file)
-    drivers = {_where(host) for host in farm.hosts.values()} if farm else _ALL
-    checks: list[Check] = [_platform(), _python(), *_tools(drivers), *_store_tools(farm)]
-    checks += _permissions(drivers)
-    if "kvm" in drivers:
-        checks.append(_kvm(farm))
-    if farm and "xen" in drivers:
-        checks += _xen_files(farm)
+    kinds = _kinds(farm)
+    checks: list[Check] = [_platform(), _python(), *_tools(farm, kinds), *_store_tools(farm)]
+    checks += _permissions([kind.INFO for kind, here in kinds.items() if here or farm is None])
+    for kind, here in kinds.items():
+        if here or farm is None:
+            checks += kind.examine(here, paths.cache_dir())
+    checks += _files(farm)
     checks += [*_space(farm), _clock(), check]
     if farm is not None:
-        if "kvm" in drivers:
-            checks.append(_memory(farm))
+        checks += _memory(farm)
         checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
@@ -93,9 +78,16 @@ def short(farm_file: Path) -> Report:
     return examine(farm_file, hosts=False)
 
 
-def _where(host: Host) -> str:
-    """Its driver, or ``_FAR``: then what that needs, it needs over there."""
-    return _FAR if host.driver in _LIBVIRT and is_far(host.uri) else host.driver
+def _kinds(farm: Farm | None) -> dict[type[DrivenHost], list[DrivenHost]]:
+    """The farm's kinds of hosts, each with those that are this machine; what the others need, they need
+    over there. Of a farm that can't be read, all there are."""
+    if farm is None:
+        return {kind: [] for kind in all_drivers()}
+    kinds: dict[type[DrivenHost], list[DrivenHost]] = {}
+    for host in farm.hosts.values():
+        assert isinstance(host, DrivenHost)
+        kinds.setdefault(type(host), []).extend([] if host.far else [host])
+    return kinds
 
 
 def _platform() -> Check:
@@ -128,87 +120,69 @@ def _python() -> Check:
             False,
             "needed",
             f"Python {version} lacks {', '.join(missing)}",
-            "call ./invoke instead of invoke: it sets up an environment with all of them",
+            "call ./invoke instead of invoke: it sets up an environment with all of them"
+            if CHECKOUT
+            else "see docs/installing.md",
         )
     return Check("python", True, "needed", f"Python {version}, all libraries found")
 
 
-def _tools(drivers: Collection[str]) -> Iterator[Check]:
-    wanted = [name for name, (*_, whose) in _TOOLS.items() if whose & {*drivers}]
-    missing = [name for name in wanted if which(name) is None]
-    for level in ("needed", "note"):
-        names = [name for name in missing if _TOOLS[name][2] == level]
-        if names:
-            packages = " ".join(dict.fromkeys(_TOOLS[name][0] for name in names))
-            purpose = ", ".join(f"{name} ({_TOOLS[name][1]})" for name in names)
-            yield Check(
-                "tools",
-                False,
-                level,
-                f"not found: {purpose}",
-                _install(packages),
-            )
+def _tools(farm: Farm | None, kinds: Mapping[type[DrivenHost], Sequence[DrivenHost]]) -> Iterator[Check]:
+    rows = list(_TOOLS)
+    if any(kind.INFO.disks and kind.INFO.guests for kind in kinds):
+        rows += _IMAGE_TOOLS
+    for kind, here in kinds.items():
+        if here or farm is None:
+            rows += [(tool, "needed") for tool in kind.INFO.tools]
+    wanted = {tool.command: (tool, level) for tool, level in rows}
+    missing = [row for name, row in wanted.items() if which(name) is None]
+    for wanted_level in ("needed", "note"):
+        tools = [tool for tool, level in missing if level == wanted_level]
+        if tools:
+            packages = " ".join(dict.fromkeys(tool.package for tool in tools))
+            purpose = ", ".join(f"{tool.command} ({tool.purpose})" for tool in tools)
+            yield Check("tools", False, wanted_level, f"not found: {purpose}", install(packages))
     if not missing:
         yield Check("tools", True, "needed", f"all {len(wanted)} commands found")
 
 
-def _install(packages: str) -> str:
-    return f"as root: apt-get install -y --no-install-recommends {packages}"
-
-
 def _store_tools(farm: Farm | None) -> Iterator[Check]:
     hosts = farm.hosts.values() if farm else ()
-    stores = {host.disks.store for host in hosts if _where(host) in _LIBVIRT}
-    for tool, packages in sorted({_STORE_TOOLS[s] for s in stores if s in _STORE_TOOLS}):
-        if which(tool) is None:
-            where = "with Debian's contrib, " if tool == "zfs" else ""
-            yield Check(
-                "tools",
-                False,
-                "needed",
-                f"not found: {tool} (the VMs' disks)",
-                where + _install(packages),
-            )
+    stores = (STORES[host.store] for host in hosts if host.store and not host.far)
+    for store in dict.fromkeys(store for store in stores if store.tool):
+        if which(store.tool) is None:
+            text = f"not found: {store.tool} (the VMs' disks)"
+            yield Check("tools", False, "needed", text, store.remark + install(store.packages))
 
 
-def _xen_wants(farm: Farm) -> Iterator[tuple[str, str, str]]:
-    """Of _XEN_FILES; GRUB is for VMs that boot what is on their disk."""
-    on_xen = [vm for vm in farm.vms if farm.hosts[farm.host_of(vm)].driver == "xen"]
-    for row in _XEN_FILES:
-        if row[1] != "grub-xen-host" or not all(farm.boot_of(vm) for vm in on_xen):
-            yield row
+def _wanted_files(farm: Farm, driver: DriverInfo) -> Iterator[NeededFile]:
+    """A boot loader is for VMs that boot what is on their disk."""
+    all_given = all(farm.boot_of(vm) for vm in farm.vms if farm.driver_of(vm) is driver)
+    for file in driver.files:
+        if not (file.disk_boot and all_given):
+            yield file
 
 
-def _xen_files(farm: Farm) -> Iterator[Check]:
-    missing = [row for row in _xen_wants(farm) if not Path(row[0]).exists()]
-    if missing:
-        yield Check(
-            "xen",
-            False,
-            "needed",
-            f"not found: {', '.join(f'{path} ({what})' for path, _, what in missing)}",
-            _install(" ".join(row[1] for row in missing)),
-        )
+def _files(farm: Farm | None) -> Iterator[Check]:
+    hosts = farm.hosts.values() if farm else ()
+    for driver in dict.fromkeys(host.INFO for host in hosts if not host.far):
+        assert farm
+        missing = [file for file in _wanted_files(farm, driver) if not Path(file.path).exists()]
+        if missing:
+            what = ", ".join(f"{file.path} ({file.purpose})" for file in missing)
+            packages = " ".join(file.package for file in missing)
+            yield Check(driver.name, False, "needed", f"not found: {what}", install(packages))
 
 
-def _permissions(drivers: Collection[str]) -> Iterator[Check]:
+def _permissions(drivers: Collection[DriverInfo]) -> Iterator[Check]:
     if os.geteuid() == 0:
-        own = ": VMs run as an account of their own" if "kvm" in drivers else ""
-        yield Check("permissions", True, "note", f"root{own}")
+        own = any(driver.own_account for driver in drivers)
+        text = "root: VMs run as an account of their own" if own else "root"
+        yield Check("permissions", True, "note", text)
         return
-    import grp
     import pwd
 
     user = pwd.getpwuid(os.geteuid()).pw_name
-    held = {grp.getgrgid(gid).gr_name for gid in os.getgroups() if _known_group(gid)}
-    if "kvm" in drivers:
-        yield Check(
-            "permissions",
-            "kvm" in held,
-            "note",
-            f"{user}: {'in' if 'kvm' in held else 'not in'} the group kvm",
-            f"for KVM, as root: adduser {user} kvm, then log in again (for qemu:///system also libvirt)",
-        )
     entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
     yield Check(
         "subuid",
@@ -220,49 +194,11 @@ def _permissions(drivers: Collection[str]) -> Iterator[Check]:
     )
 
 
-def _known_group(gid: int) -> bool:
-    import grp
-
-    try:
-        grp.getgrgid(gid)
-    except KeyError:
-        return False
-    return True
-
-
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-def _kvm(farm: Farm | None) -> Check:
-    """Of this machine, for the farm's hosts that are this one."""
-    from hypervisors.libvirt.kvm import DO_WITHOUT, asked_for, judge
-
-    hosts = [host for host in farm.hosts.values() if _where(host) == "kvm"] if farm else [Host()]
-    try:
-        asked = {asked_for(host.accelerator) for host in hosts}
-    except FarmhandError as error:
-        return Check("kvm", False, "needed", error.message, error.remedy)
-    if asked == {"tcg"}:
-        text = "KVM is not asked for (accelerator: tcg); QEMU's emulation is used (slower)"
-        return Check("kvm", True, "note", text)
-    verdict = judge("auto", Runner(), paths.cache_dir())
-    if verdict.usable:
-        return Check("kvm", True, "note", f"KVM works: {verdict.why}")
-    if "kvm" in asked:
-        text = f"KVM is asked for (accelerator: kvm), but doesn't work ({verdict.why})"
-        return Check("kvm", False, "needed", text, verdict.remedy or DO_WITHOUT)
-    return Check(
-        "kvm",
-        False,
-        "note",
-        f"KVM doesn't work ({verdict.why}); QEMU's emulation is used (slower)",
-        verdict.remedy
-        or "for speed: enable virtualization in the firmware, or nested KVM on the outer host",
-    )
 
 
 def _existing(path: Path) -> Path:
@@ -296,10 +232,7 @@ def _space(farm: Farm | None) -> Iterator[Check]:
 
 def _disks_in_state(farm: Farm | None) -> bool:
     """Of one host at least; of a file that can't be read it may be so."""
-    return farm is None or any(
-        host.driver in _LIBVIRT and host.disks.store == "qcow2" and host.disks.path is None
-        for host in farm.hosts.values()
-    )
+    return farm is None or any(host.disks_in_state for host in farm.hosts.values())
 
 
 def _clock() -> Check:
@@ -329,13 +262,16 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
     return farm, Check("farm file", True, "needed", f"{farm_file}: farm {farm.farm}, {vms}")
 
 
-def _memory(farm: Farm) -> Check:
+def _memory(farm: Farm) -> Iterator[Check]:
+    """Of VMs that take this machine's."""
+    hosts = {name for name, host in farm.hosts.items() if host.INFO.shares_memory and not host.far}
+    if not hosts:
+        return
     facts = dict(line.split(":", 1) for line in _lines(Path("/proc/meminfo")) if ":" in line)
     available = int(facts.get("MemAvailable", "0 kB").split()[0]) * 1024
-    hosts = {name for name, host in farm.hosts.items() if _where(host) == "kvm"}
     local = [vm for name, vm in farm.vms.items() if farm.host_of(name) in hosts]
     wanted = sum(vm.memory for vm in local) + (_MEMORY_RESERVE if local else 0)
-    return Check(
+    yield Check(
         "memory",
         available >= wanted,
         "note",
@@ -372,7 +308,7 @@ def _services(farm: Farm) -> Iterator[Check]:
         not missing,
         "needed",
         f"not found: {', '.join(missing)}" if missing else ", ".join(used),
-        _install(packages),
+        install(packages),
     )
     from provision.network.daemons import not_live
 
@@ -386,7 +322,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
     try:
         opened = open_site(farm_file, reporter=QuietReporter(), plan=True)
-    except UsageError:  # FARMHAND_ACCELERATOR, of which _kvm tells
+    except UsageError:  # in the environment, which was examined
         return
     with opened as site:
         for name, host in farm.hosts.items():
@@ -395,7 +331,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
             if answer.ok:
                 far = site.far(name)
                 if far:
-                    yield from _far_tools(name, host, far, _xen_wants(farm))
+                    yield from _far_tools(name, host, far, _wanted_files(farm, host.INFO))
                 yield from _kernels(farm, name, far)
             yield from _store(site, name)
         yield from _subscribers(site)
@@ -419,33 +355,30 @@ def _host(site: Site, name: str, driver: str) -> Check:
         hypervisor = site.hypervisor(name, look=True)
         hypervisor.list()  # what it can do is known without asking it
         notes = hypervisor.capabilities().notes
-        if site.far(name):  # of this machine, _kvm tells
-            site.demand_kvm(name)
+        if site.far(name):  # this machine was examined
+            site.opened(name).demand_accelerator()
     except FarmhandError as error:
         return Check(f"host {name}", False, "needed", error.message, error.remedy)
     return Check(f"host {name}", True, "needed", "; ".join((f"driver {driver} answers", *notes)))
 
 
 def _far_tools(
-    name: str, host: Host, far: FarHypervisor, xen: Iterable[tuple[str, str, str]]
+    name: str, host: Host, far: FarHypervisor, files: Iterable[NeededFile]
 ) -> Iterator[Check]:
-    """What its driver and its store run on that machine; ``xen``: where that is the driver."""
-    wanted = {tool: _TOOLS[tool][0] for tool in ("qemu-img", "libvirtd", "virsh")}
-    if host.driver == "kvm":
-        wanted["qemu-system-x86_64"] = _TOOLS["qemu-system-x86_64"][0]
-    if host.disks.store in _STORE_TOOLS:
-        tool, package = _STORE_TOOLS[host.disks.store]
-        wanted[tool] = package
-    files = {path: package for path, package, _ in xen} if host.driver == "xen" else {}
+    """What its driver and its store run on that machine."""
+    wanted = {tool.command: tool.package for tool in host.INFO.tools if not tool.near}
+    if (store := STORES.get(host.store)) and store.tool:
+        wanted[store.tool] = store.packages
+    wanted_files = {file.path: file.package for file in files}
     try:
-        missing = far.missing(list(wanted), [Path(path) for path in files])
+        missing = far.missing(list(wanted), [Path(path) for path in wanted_files])
     except FarmhandError as error:  # the link was lost since it answered
         yield Check(f"tools of {name}", False, "needed", error.message, error.remedy)
         return
     if missing:
-        packages = " ".join(dict.fromkeys({**wanted, **files}[one] for one in missing))
+        packages = " ".join(dict.fromkeys({**wanted, **wanted_files}[one] for one in missing))
         text = f"not found there: {', '.join(missing)}"
-        yield Check(f"tools of {name}", False, "needed", text, f"there, {_install(packages)}")
+        yield Check(f"tools of {name}", False, "needed", text, f"there, {install(packages)}")
 
 
 def _kernels(farm: Farm, name: str, far: FarHypervisor | None) -> Iterator[Check]:
@@ -476,7 +409,7 @@ def _store(site: Site, name: str) -> Iterator[Check]:
         return
     notes: tuple[str, ...] = ()
     try:
-        site.check_places(name)
+        site.opened(name).check_places()
         store = site.disks(name)
         room = store.capacity()
         if isinstance(store, WatchedDisks):
@@ -484,8 +417,7 @@ def _store(site: Site, name: str) -> Iterator[Check]:
     except FarmhandError as error:
         yield Check(f"disks of {name}", False, "needed", error.message, error.remedy)
         return
-    host = site.farm.hosts[name]
-    kind = host.disks.store if host.driver in _LIBVIRT else "storage"  # of the server's own
+    kind = site.farm.hosts[name].store or "storage"  # the driver's own
     text = f"{kind}: {about(room.free)} of {about(room.total)} free"
     yield Check(f"disks of {name}", True, "needed", text)
     for note in notes:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import inventory
 from host.files import make_directory
-from inventory import plain
+from inventory import kinds, plain
 from inventory.collector import without_collector
 from inventory.errors import FarmhandError
 from inventory.model import Farm
@@ -51,9 +51,13 @@ def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
 def _name(data: bytes) -> str:
     """Of the farm file's bytes and all that decides what they mean. The environment's packages are
     pinned: its place is named by their hashes."""
-    digest = hashlib.sha256(repr((sys.version, sys.prefix)).encode())
+    digest = hashlib.sha256(repr((sys.version, sys.prefix, kinds.places())).encode())
     own = Path(*inventory.__path__)
-    for source in sorted((*own.glob("*.py"), *own.glob("*.core.json"))):
+    kept = sorted(own.glob("*.core.json"))
+    for source in (
+        *kept,
+        *(file for room in (own, *kinds.rooms()) for file in sorted(room.glob("*.py"))),
+    ):
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Owner, Template
+from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Template
 from inventory.errors import FarmhandError, NotFound
-from provision.engine.work import disk_of, is_on
+from provision.engine.work import is_on
+from provision.member import Member
 from provision.site import Site
 
 
@@ -25,14 +26,14 @@ class Lost:
     remedy: str
     template: Template | None = None
 
-    def error(self, site: Site, vm: str) -> FarmhandError:
-        return NotFound(f"{site.name}: {vm}: {self.text}", remedy=self.remedy)
+    def error(self, member: Member) -> FarmhandError:
+        return NotFound(f"{member.site.name}: {member.vm}: {self.text}", remedy=self.remedy)
 
 
-def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
+def lost(member: Member, machine: Machine) -> Lost | None:
     """None: its disk is there, or none of ours to keep."""
-    host = site.farm.host_of(vm)
-    if not site.has_disks(host) or disk_of(site, vm) is not None:
+    site, vm, host = member.site, member.vm, member.host
+    if not member.has_store or member.disk() is not None:
         return None
     if has_disk_elsewhere(site, host, machine.name):
         return None
@@ -40,7 +41,7 @@ def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
         return Lost(
             "its disk is being merged, and that is half done", "./invoke recover goes on with it"
         )
-    store = site.disks(host)
+    store = member.store
     gone = "its disk is gone"
     if is_on(machine):
         return Lost(
@@ -52,9 +53,8 @@ def lost(site: Site, vm: str, machine: Machine) -> Lost | None:
         if grows_from(store, machine.name):
             again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; or {again}"
         return Lost(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
-    owner = Owner(site.farm.farm, vm)
     rest = [] if isinstance(store, LostDisks) else store.leftovers()
-    if refs := [left.ref for left in rest if left.owner == owner]:
+    if refs := [left.ref for left in rest if left.owner == member.owner]:
         return Lost(
             f"{gone}; something of it is left: {', '.join(refs)}",
             f"./invoke destroy --vm {vm} gives that up; then ./invoke clone-farm",
@@ -108,8 +108,8 @@ def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
     return any(store.find(machine) is not None for store in others)
 
 
-def require(site: Site, vm: str, machine: Machine, disk: Disk | None) -> None:
+def require(member: Member, machine: Machine, disk: Disk | None) -> None:
     """For whoever is about to use the disk that was found. NotFound."""
-    found = lost(site, vm, machine) if disk is None else None
+    found = lost(member, machine) if disk is None else None
     if found is not None:
-        raise found.error(site, vm)
+        raise found.error(member)

@@ -16,7 +16,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 from host.memory import memory_available
 from hypervisors.api import Machine, Power
@@ -25,6 +24,7 @@ from inventory.sizes import brief, format_size
 from provision.engine.journal import current_step
 from provision.engine.report import Action
 from provision.engine.work import is_on, lock_of
+from provision.member import Member
 from provision.memory import Guest, HostMemory, at_once, shared, squeeze
 from provision.site import Site
 
@@ -42,34 +42,34 @@ def host_memory(
     """As it is now, without the VMs ``but``, as if they had nothing. ``taken``: of what the machine
     has free, for others. ``needs``: also what the guests need, which takes a question to each."""
     declared = site.farm.hosts[host]
-    vms = [vm for vm in site.farm.vms if site.farm.host_of(vm) == host and vm not in but]
+    members = [one for one in site.members() if one.host == host and one.vm not in but]
     driver = site.hypervisor(host, look=True)
     machines = {machine.name: machine for machine in driver.list()}
-    gone = [machines.pop(site.machine(vm), None) for vm in but]
+    gone = [machines.pop(site.farm.machine_of(vm), None) for vm in but]
     reserved = _reserved(site)
-    found = [(vm, machines.pop(site.machine(vm), None), reserved.get(vm, 0)) for vm in vms]
-    guests = [_guest(site, *one) for one in found]
+    found = [(one, machines.pop(one.machine, None), reserved.get(one.vm, 0)) for one in members]
+    guests = [_guest(*one) for one in found]
     if needs:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            guests = list(pool.map(partial(_asked, site), guests))
+            guests = list(pool.map(_asked, members, guests))
     guests += [  # ours still, but no longer in the farm file
         Guest(vm=m.owner.vm if m.owner else name, on=True, now=m.current, maximum=m.memory,
               fixed="no longer in the farm file")
         for name, m in sorted(machines.items()) if is_on(m)
     ]  # fmt: skip
     free = None
-    if declared.driver == "kvm":  # Xen and XenAPI servers know better, and refuse by themselves
+    if declared.INFO.shares_memory:  # other servers know better, and refuse by themselves
         soon = sum(max(0, size - _current(machine)) for _, machine, size in found)
         free = _memory_available(site, host) - taken - soon + sum(map(_current, gone))
     return HostMemory(host=host, limit=declared.memory, free=free, guests=tuple(guests))
 
 
 @contextlib.contextmanager
-def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False) -> Iterator[None]:
-    """Within it there is room for ``vm`` to have ``size``, whatever it has now, and nobody else takes
+def room_for(member: Member, size: int, doing: str, *, falls: bool = False) -> Iterator[None]:
+    """Within it there is room for the VM to have ``size``, whatever it has now, and nobody else takes
     it. ``falls``: it is started, and falls to its idle memory later (the caller says when, to
     ``Turns.fell``); those of this command that do are waited for. NoSpace, saying who has how much."""
-    host = site.farm.host_of(vm)
+    site, vm, host = member.site, member.vm, member.host
     name = turn_of(host)
 
     def waiting(text: str) -> None:
@@ -78,7 +78,7 @@ def room_for(site: Site, vm: str, size: int, doing: str, *, falls: bool = False)
     with contextlib.ExitStack() as stack:
         while True:
             with site.turns.take(name, doing=doing, waiting=waiting):
-                since = _make_room(site, host, vm, size, doing)
+                since = _make_room(member, size, doing)
                 if since is None:
                     # Threads of this process may look again, for they see what is reserved; others
                     # wait until the hypervisor shows it.
@@ -96,17 +96,20 @@ def turn_of(host: str) -> str:
     return f"memory-{host}"
 
 
-def forecast(site: Site, sizes: Mapping[str, tuple[int, int]], doing: str) -> tuple[Action, ...]:
+def forecast(sizes: Mapping[Member, tuple[int, int]], doing: str) -> tuple[Action, ...]:
     """Before anything is begun: whether these VMs fit, each with what it starts with and what it falls
     to. What will be taken from others, as far as can be told now; NoSpace."""
     actions: list[Action] = []
     taken = 0
+    if not sizes:
+        return ()
+    site = next(iter(sizes)).site
     for host, declared in site.farm.hosts.items():
-        here = {vm: both for vm, both in sizes.items() if site.farm.host_of(vm) == host}
+        here = {one.vm: both for one, both in sizes.items() if one.host == host}
         if not here:
             continue
         wanted = at_once(here.values())
-        here_too = declared.driver == "kvm"  # several of them share this machine
+        here_too = declared.INFO.shares_memory  # several of them share this machine
         if _plainly_there(site, host, wanted + taken):
             taken += wanted if here_too else 0
             continue
@@ -141,8 +144,9 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
     )
 
 
-def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | None:
+def _make_room(member: Member, size: int, doing: str) -> int | None:
     """With the turn. None: it is there; else what to wait for."""
+    site, vm, host = member.site, member.vm, member.host
     if _plainly_there(site, host, size):
         return None
     name = turn_of(host)
@@ -164,35 +168,35 @@ def _make_room(site: Site, host: str, vm: str, size: int, doing: str) -> int | N
         had = {guest.vm: guest.now for guest in now.guests}
         for other, target in targets.items():
             asked.add(other)
-            _take_from(site, other, had[other], target, vm)
+            _take_from(site.member(other), had[other], target, vm)
 
 
 def _plainly_there(site: Site, host: str, size: int) -> bool:
     """Whether that can be told without a look at the host's machines: it has no limit."""
     declared = site.farm.hosts[host]
-    if declared.memory is not None or declared.driver != "kvm":
+    if declared.memory is not None or not declared.INFO.shares_memory:
         return declared.memory is None
     return _machine_has(site, host, size)
 
 
 def _machine_has(site: Site, host: str, size: int) -> bool:
-    """Whether that much is free beside all that this process is about to give; Xen and XenAPI servers
-    see to that themselves."""
-    if site.farm.hosts[host].driver != "kvm":
+    """Whether that much is free beside all that this process is about to give; other servers see to
+    that themselves."""
+    if not site.farm.hosts[host].INFO.shares_memory:
         return True
     return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
 
 
-def _take_from(site: Site, vm: str, had: int, target: int, needy: str) -> None:
+def _take_from(member: Member, had: int, target: int, needy: str) -> None:
     """One that doesn't give, or is in use meanwhile, is passed over."""
-    driver = site.hypervisor_of(vm)
+    site, vm = member.site, member.vm
     try:
         with (
             site.locks.hold(lock_of(vm), doing=f"balloon {vm} down, to make room for {needy}"),
             site.journal.operation("balloon", vm=vm, target=target, room=needy),
         ):
             current_step(f"set its memory to {target}, to make room for {needy}")
-            reached = driver.balloon(site.machine(vm), target, timeout=PATIENCE)
+            reached = member.driver.balloon(member.machine, target, timeout=PATIENCE)
     except Interrupted:
         raise
     except FarmhandError as error:
@@ -201,21 +205,21 @@ def _take_from(site: Site, vm: str, had: int, target: int, needy: str) -> None:
     site.reporter.say(f"memory {format_size(had)} -> {brief(reached)}, to make room for {needy}", vm=vm)
 
 
-def _guest(site: Site, vm: str, machine: Machine | None, reserved: int) -> Guest:
-    declared = site.farm.vms[vm]
+def _guest(member: Member, machine: Machine | None, reserved: int) -> Guest:
+    declared = member.declared
     on = machine is not None and is_on(machine)
     fixed = ""
     if machine is not None and machine.power is Power.PAUSED:
         fixed = "paused"
-    elif site.host(vm).driver == "ssh":
-        fixed = "on an ssh host"
+    elif not member.can_power:
+        fixed = f"on {member.info.called}"
     return Guest(
-        vm=vm,
+        vm=member.vm,
         on=on,
         now=max(_current(machine), reserved),
         maximum=min(declared.memory, machine.memory) if machine is not None and on else declared.memory,
         idle=declared.idle_memory,
-        user=_user(site, vm),
+        user=_user(member),
         fixed=fixed,
     )
 
@@ -224,12 +228,12 @@ def _current(machine: Machine | None) -> int:
     return machine.current if machine is not None and is_on(machine) else 0
 
 
-def _asked(site: Site, guest: Guest) -> Guest:
+def _asked(member: Member, guest: Guest) -> Guest:
     """With what it says itself."""
     if not guest.on or guest.fixed:
         return guest
     try:
-        use = site.hypervisor_of(guest.vm).memory(site.machine(guest.vm))
+        use = member.driver.memory(member.machine)
     except FarmhandError as error:
         return replace(guest, fixed=error.message.splitlines()[0])
     return replace(
@@ -240,8 +244,9 @@ def _asked(site: Site, guest: Guest) -> Guest:
     )
 
 
-def _user(site: Site, vm: str) -> str:
+def _user(member: Member) -> str:
     """Who uses it. This very command does not, unless it builds there."""
+    site, vm = member.site, member.vm
     holder = site.locks.holder(lock_of(vm))
     if holder is None:
         return ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from host.files import make_directory
 from host.progress import Progress
-from hypervisors.api import Machine, MachineSpec, Power, spec_hash
+from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
     Conflict,
     FarmhandError,
@@ -26,9 +26,10 @@ from inventory.sizes import format_duration, format_size
 from provision.allocate import port_free
 from provision.engine.journal import current_operation, current_step
 from provision.engine.report import Action, Outcome
-from provision.engine.work import ON, Job, begin, disk_of, is_on, look, present
+from provision.engine.work import ON, Job, begin, is_on
 from provision.guest import identity
 from provision.lost import require
+from provision.member import Member
 from provision.memory_budget import PATIENCE, forecast, room_for
 from provision.site import Site
 
@@ -48,20 +49,21 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
     """Start VMs; with ``wait`` until their ssh answers. A running one is left alone.
 
     Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
-    names = site.vms(vms)
-    with begin(site, "start", names) as run:
-        machines = {vm: present(site, vm) for vm in names}
-        cold = [vm for vm in names if not is_on(machines[vm])]
-        asleep = [vm for vm in cold if machines[vm].power is Power.SUSPENDED]
-        run.add(*check_memory(site, cold, wait=wait))
+    members = site.members(vms)
+    with begin(site, "start", [member.vm for member in members]) as run:
+        machines = {member.vm: member.present() for member in members}
+        cold = [member for member in members if not is_on(machines[member.vm])]
+        run.add(*check_memory(cold, wait=wait))
         jobs: dict[str, list[Job]] = {}
-        for vm in names:
-            if vm in cold and can_power(site, vm):
-                how = "run on from where it was suspended" if vm in asleep else "start"
-                action = Action("start", vm, f"{how}{then_what(site, vm, wait=wait)}")
-                jobs[vm] = [Job(action, partial(start_one, site, vm, wait=wait))]
-            elif vm in cold:
-                jobs[vm] = [Job(Action("note", vm, "on an ssh host: nobody can switch it on from here"))]
+        for member in members:
+            vm = member.vm
+            if member in cold and member.can_power:
+                asleep = machines[vm].power is Power.SUSPENDED
+                how = "run on from where it was suspended" if asleep else "start"
+                action = Action("start", vm, f"{how}{then_what(member, wait=wait)}")
+                jobs[vm] = [Job(action, partial(start_one, member, wait=wait))]
+            elif member in cold:
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} on from here"))]
             else:
                 jobs[vm] = [Job(Action("keep", vm, "runs already"))]
         run.carry_out(jobs)
@@ -70,15 +72,13 @@ def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
 
 def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome:
     """Shut VMs down, or with ``force`` cut their power. A stopped one is left alone."""
-    names = site.vms(vms)
-    with begin(site, "stop", names) as run:
+    members = site.members(vms)
+    with begin(site, "stop", [member.vm for member in members]) as run:
         jobs: dict[str, list[Job]] = {}
-        for vm in names:
-            machine = look(site, vm)
-            if not can_power(site, vm):
-                jobs[vm] = [
-                    Job(Action("note", vm, "on an ssh host: nobody can switch it off from here"))
-                ]
+        for member in members:
+            vm, machine = member.vm, member.look()
+            if not member.can_power:
+                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} off from here"))]
             elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
                 jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
             else:
@@ -88,112 +88,115 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
                 if machine.power is Power.SUSPENDED:
                     text = "give up the memory it was suspended with"
                 action = Action("stop", vm, text)
-                jobs[vm] = [Job(action, partial(_stop_one, site, vm, force=force))]
+                jobs[vm] = [Job(action, partial(_stop_one, member, force=force))]
         run.carry_out(jobs)
         return run.outcome()
 
 
-def start_one(site: Site, vm: str, *, wait: bool) -> None:
+def start_one(member: Member, *, wait: bool) -> None:
     """A journaled start of a stopped machine."""
-    with site.journal.operation("start", vm=vm):
+    site = member.site
+    with site.journal.operation("start", vm=member.vm):
         began = time.monotonic()
-        power_on(site, vm, wait=wait)
+        power_on(member, wait=wait)
     if not wait:
-        site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=vm)
+        site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=member.vm)
 
 
-def power_on(site: Site, vm: str, *, wait: bool) -> None:
+def power_on(member: Member, *, wait: bool) -> None:
     """Within an operation under way: bring its definition up to date, start it when there is room in
     the host's memory, wait, balloon down. NoSpace.
 
     A suspended one runs on as it was defined then, and up for as long as it was then: of it, any answer
     with its host key counts as ready. It had no power before, so that none is from before."""
-    machine = present(site, vm)
-    require(site, vm, machine, disk_of(site, vm))
+    machine, disk = member.present(), member.disk()
+    require(member, machine, disk)
     asleep = machine.power is Power.SUSPENDED
-    high, low = _sizes(site, vm, wait=wait)
+    high, low = _sizes(member, wait=wait)
     try:
-        since = _switch_on(site, vm, asleep=asleep, falls=low < high)
+        since = _switch_on(member, machine, disk, falls=low < high)
         if wait:
-            wait_until_ready(site, vm, since=float("-inf") if asleep else since)
-            deflate(site, vm)
+            wait_until_ready(member, since=float("-inf") if asleep else since)
+            deflate(member)
     finally:
-        site.turns.fell(vm)
+        member.site.turns.fell(member.vm)
 
 
-def _switch_on(site: Site, vm: str, *, asleep: bool = False, falls: bool = False) -> float:
-    """time.monotonic() just before its start. ``falls``: see ``room_for``."""
-    if not asleep:
-        bring_up_to_date(site, vm)
-        _secure_port(site, vm)
-    with room_for(site, vm, site.farm.vms[vm].memory, f"starting {vm}", falls=falls):
-        current_step(f"start {vm}")
+def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:
+    """time.monotonic() just before its start. ``machine``, ``disk``: as they are now. ``falls``: see
+    ``room_for``."""
+    if machine.power is not Power.SUSPENDED:
+        machine = bring_up_to_date(member, machine, disk)
+        _secure_port(member, machine, disk)
+    with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
+        current_step(f"start {member.vm}")
         since = time.monotonic()
-        site.hypervisor_of(vm).start(site.machine(vm))
+        member.driver.start(member.machine)
     return since
 
 
-def bring_up_to_date(site: Site, vm: str) -> bool:
-    """A stopped machine's seed and definition, as the farm file and its host want them now. Whether it
-    was redefined. Unsupported where it is to run under KVM, and that doesn't work."""
-    check_accelerator(site, [vm])
-    machine = present(site, vm)
-    allocation = site.allocator.allocate(vm)
-    write_identity(site, vm)
-    spec = site.spec(vm, allocation)
-    reason = why_redefine(site, vm, machine, spec)
+def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Machine:
+    """A stopped machine's seed and definition, as the farm file and its host want them now; given as
+    they are now. The machine as it then is. Unsupported where it is to run under KVM, and that doesn't
+    work."""
+    check_accelerator([member])
+    allocation = member.allocate()
+    write_identity(member)
+    spec = member.spec(allocation)
+    reason = why_redefine(member, machine, spec)
     if not reason:
-        return False
-    disk = disk_of(site, vm)
+        return machine
     current_step("change its definition")
-    site.hypervisor_of(vm).redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
-    site.reporter.say(f"its definition was changed {reason}", vm=vm)
-    return True
+    machine = member.driver.redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
+    member.site.reporter.say(f"its definition was changed {reason}", vm=member.vm)
+    return machine
 
 
-def why_redefine(site: Site, vm: str, machine: Machine, spec: MachineSpec) -> str:
+def why_redefine(member: Member, machine: Machine, spec: MachineSpec) -> str:
     """For people; empty where its definition is what the farm file and its host ask for now."""
     if machine.spec_hash != spec_hash(spec):
         return "as the farm file has been"
     if machine.accelerated is None:
         return ""
-    able = site.hypervisor_of(vm).capabilities()
+    able = member.driver.capabilities()
     if machine.accelerated == able.accelerated:
         return ""
     what = "KVM" if able.accelerated else "QEMU's emulation"
     return f"to run under {what}: {'; '.join(able.notes)}"
 
 
-def write_identity(site: Site, vm: str) -> None:
+def write_identity(member: Member) -> None:
     """Keys and seed, made or refreshed; nothing is written where all is right."""
-    allocation = site.allocator.allocate(vm)
-    machine = site.machine(vm)
+    site, machine = member.site, member.machine
+    allocation = member.allocate()
     identity.make_controller_key(site.farm, site.paths)
-    identity.make_host_key(site.paths, vm, machine)
+    identity.make_host_key(site.paths, member.vm, machine)
     identity.refresh_seed(
         site.farm,
         site.paths,
         site.runner,
         allocation,
-        reader_uid=site.reader_uid(site.farm.host_of(vm)),
+        reader_uid=site.opened(member.host).reader_uid(),
     )
     make_directory(site.paths.consoles, mode=0o711)
-    if far := site.far(site.farm.host_of(vm)):
+    if far := site.far(member.host):
         far.bring_seed(machine, identity.seed_file(site.paths, machine))
 
 
-def wait_until_ready(site: Site, vm: str, *, since: float) -> None:
-    """As ``until_ready``, and says how long it took. Under the fake there is nothing to wait for."""
-    if site.host(vm).driver == "fake":
+def wait_until_ready(member: Member, *, since: float) -> None:
+    """As ``until_ready``, and says how long it took. Where machines have no guests there is nothing to
+    wait for."""
+    if not member.info.guests:
         return
     import asyncio
 
     began = time.monotonic()
-    asyncio.run(until_ready(site, vm, since=since))
-    site.reporter.say(f"answers on ssh after {format_duration(time.monotonic() - began)}", vm=vm)
+    asyncio.run(until_ready(member, since=since))
+    took = format_duration(time.monotonic() - began)
+    member.site.reporter.say(f"answers on ssh after {took}", vm=member.vm)
 
 
-async def until_ready(site: Site, vm: str, *, since: float) -> Ready:
+async def until_ready(member: Member, *, since: float) -> Ready:
     """Until its ssh answers as this very VM since this very start, for as long as it is seen to go on.
     ``since``: time.monotonic() just before the start; minus infinity: any boot is the one meant.
 
@@ -205,20 +208,20 @@ async def until_ready(site: Site, vm: str, *, since: float) -> Ready:
     from provision.guest.ssh_connection import in_thread
 
     try:
-        return await _until_ready(site, vm, since=since, on_trial=since > 0 and _on_trial(site, vm))
+        return await _until_ready(member, since=since, on_trial=since > 0 and _on_trial(member))
     except _LifelessError:
-        since = await in_thread(lambda: _start_emulated(site, vm))
-        return await _until_ready(site, vm, since=since, on_trial=False)
+        since = await in_thread(lambda: _start_emulated(member))
+        return await _until_ready(member, since=since, on_trial=False)
 
 
 class _LifelessError(Exception):
     """On trial, and it shows no sign of life."""
 
 
-async def _until_ready(site: Site, vm: str, *, since: float, on_trial: bool) -> Ready:
+async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready:
     from provision.guest.ssh_connection import in_thread, wait_ready
 
-    driver, machine = site.hypervisor_of(vm), site.machine(vm)
+    site, driver, machine = member.site, member.driver, member.machine
     progress = Progress(lambda: driver.pulse(machine), site.farm.ssh.ready_timeout)
 
     def running() -> bool:
@@ -230,50 +233,48 @@ async def _until_ready(site: Site, vm: str, *, since: float, on_trial: bool) -> 
         return found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
 
     ready = await wait_ready(
-        site.endpoint(vm),
+        member.endpoint(),
         since=since,
         progress=progress,
         running=running,
-        tail=lambda: console_tail(site, vm),
-        working=lambda text: site.reporter.working(text, vm=vm),
+        tail=lambda: console_tail(member),
+        working=lambda text: site.reporter.working(text, vm=member.vm),
     )
-    await in_thread(lambda: _trust(site, vm))
+    await in_thread(lambda: _trust(member))
     return ready
 
 
-def console_tail(site: Site, vm: str, *, lines: int = _TAIL) -> str:
+def console_tail(member: Member, *, lines: int = _TAIL) -> str:
     """The console's last lines, or ""."""
     from provision.guest.remote import tail_of
 
     try:
-        log = site.hypervisor_of(vm).console(site.machine(vm)).log
+        log = member.driver.console(member.machine).log
     except FarmhandError:
         return ""
     return tail_of(log, lines=lines)
 
 
-def _on_trial(site: Site, vm: str) -> bool:
+def _on_trial(member: Member) -> bool:
     """Whether it runs under KVM that no guest has answered under yet, and need not."""
-    host = site.farm.host_of(vm)
-    if not present(site, vm).accelerated or site.accelerator(host) != "auto":
-        return False
-    return not site.kvm_trust(host).proven()
+    opened = member.site.opened(member.host)
+    return bool(member.present().accelerated) and opened.on_trial()
 
 
-def _trust(site: Site, vm: str) -> None:
+def _trust(member: Member) -> None:
     """It answered. What can't be looked at, or noted, now will be another time."""
     with contextlib.suppress(FarmhandError):
-        if present(site, vm).accelerated:
-            site.kvm_trust(site.farm.host_of(vm)).prove()
+        if member.present().accelerated:
+            member.site.opened(member.host).prove()
 
 
-def _start_emulated(site: Site, vm: str) -> float:
+def _start_emulated(member: Member) -> float:
     """Cut its power, and start it without KVM, as every machine of that host is from now on."""
-    host, under_way = site.farm.host_of(vm), current_operation()
-    with contextlib.nullcontext() if under_way else site.journal.operation("start", vm=vm):
-        site.hypervisor_of(vm).stop(site.machine(vm), grace=0)
+    site, vm, host = member.site, member.vm, member.host
+    with contextlib.nullcontext() if current_operation() else site.journal.operation("start", vm=vm):
+        member.driver.stop(member.machine, grace=0)
         site.distrust_kvm(host, f"it ran {vm} for {LIFELESS:g} s without a sign of life")
-        since = _switch_on(site, vm)
+        since = _switch_on(member, member.present(), member.disk())
     where = f"host {host}" if site.far(host) else "this machine"
     site.reporter.warn(
         f"nothing on its console in {LIFELESS:g} s under KVM: started again under QEMU's emulation; "
@@ -283,94 +284,96 @@ def _start_emulated(site: Site, vm: str) -> float:
     return since
 
 
-def answers(site: Site, vm: str, *, timeout: float = 2.0) -> bool:
+def answers(member: Member, *, timeout: float = 2.0) -> bool:
     """Whether an ssh server greets at the VM's address. In user mode QEMU itself accepts the
     connection, so only the greeting (RFC 4253, 4.2) tells."""
-    if site.host(vm).driver == "fake":
+    if not member.info.guests:
         return True
     try:
-        with socket.create_connection(site.address(vm), timeout) as connection:
+        with socket.create_connection(member.address(), timeout) as connection:
             connection.settimeout(timeout)
             return connection.recv(4) == b"SSH-"
     except OSError:
         return False
 
 
-def deflate(site: Site, vm: str) -> None:
+def deflate(member: Member) -> None:
     """Balloon an idle VM down to its ``idle_memory``, if it has one. Can't be: a warning."""
-    declared = site.farm.vms[vm]
+    declared, say = member.declared, member.site.reporter
     idle = declared.idle_memory
-    if idle is None or idle == declared.memory or not can_power(site, vm):
+    if idle is None or idle == declared.memory or not member.can_power:
         return
-    driver, machine = site.hypervisor_of(vm), site.machine(vm)
     try:
         current_step(f"balloon it down to {idle}")
-        reached = driver.balloon(machine, idle, timeout=PATIENCE)
-        site.reporter.say(f"idles at {format_size(reached)}", vm=vm)
+        reached = member.driver.balloon(member.machine, idle, timeout=PATIENCE)
+        say.say(f"idles at {format_size(reached)}", vm=member.vm)
     except (Unsupported, TimedOut, UsageError, WrongState) as error:
-        site.reporter.warn(f"stays at {format_size(declared.memory)} while idle: {error.message}", vm=vm)
+        text = f"stays at {format_size(declared.memory)} while idle: {error.message}"
+        say.warn(text, vm=member.vm)
 
 
-def then_what(site: Site, vm: str, *, wait: bool) -> str:
+def then_what(member: Member, *, wait: bool) -> str:
     """What follows a start, for a plan's line."""
     if not wait:
         return ""
-    declared = site.farm.vms[vm]
+    declared = member.declared
     text = ", wait until its ssh answers"
     if declared.idle_memory and declared.idle_memory != declared.memory:
         text += f", balloon down to {format_size(declared.idle_memory)}"
     return text
 
 
-def can_power(site: Site, vm: str) -> bool:
-    return site.host(vm).driver != "ssh"
+def no_power(member: Member) -> str:
+    """For a note in a plan: it goes on with what can't be done."""
+    return f"on {member.info.called}: nobody can switch it"
 
 
-def check_memory(site: Site, vms: Sequence[str], *, wait: bool) -> tuple[Action, ...]:
+def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]:
     """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
     this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
     they are to run under KVM, and it doesn't work."""
-    new = [vm for vm in vms if can_power(site, vm)]
-    if not new:
-        return ()
-    check_accelerator(site, new)
-    return forecast(site, {vm: _sizes(site, vm, wait=wait) for vm in new}, f"starting {', '.join(new)}")
+    new = [member for member in members if member.can_power]
+    check_accelerator(new)
+    doing = f"starting {', '.join(member.vm for member in new)}"
+    return forecast({member: _sizes(member, wait=wait) for member in new}, doing)
 
 
-def check_accelerator(site: Site, vms: Sequence[str]) -> None:
+def check_accelerator(members: Sequence[Member]) -> None:
     """Unsupported where these VMs are to run under KVM, and it doesn't work."""
-    for host in dict.fromkeys(map(site.farm.host_of, vms)):
-        site.demand_kvm(host)
+    for host, site in {member.host: member.site for member in members}.items():
+        site.opened(host).demand_accelerator()
 
 
-def _sizes(site: Site, vm: str, *, wait: bool) -> tuple[int, int]:
+def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
     """What it starts with, and what it then falls to."""
-    declared = site.farm.vms[vm]
+    declared = member.declared
     return declared.memory, (declared.idle_memory if wait else None) or declared.memory
 
 
-def _secure_port(site: Site, vm: str) -> None:
+def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
     """Another program may listen where a stopped VM's ssh used to: move, unless it was declared."""
-    if site.farm.network.mode != "user" or site.host(vm).driver != "kvm":
+    site, vm = member.site, member.vm
+    if site.farm.network.mode != "user" or not member.info.forwards:
         return
-    port = site.allocator.allocate(vm).ssh_port
+    port = member.allocate().ssh_port
     if port_free(port):
         return
-    if site.farm.vms[vm].ssh_port:
+    if member.declared.ssh_port:
         raise Conflict(
             f"{site.name}: port {port} for {vm}'s ssh is taken by another program",
             remedy=f"end it (ss -ltnp sport = :{port}) or change 'ssh_port'",
         )
-    moved = site.allocator.allocate(vm, move_port=True)
+    moved = member.allocate(move_port=True)
     site.reporter.warn(
         f"port {port} is taken by another program: its ssh moves to {moved.ssh_port}", vm=vm
     )
-    bring_up_to_date(site, vm)
+    bring_up_to_date(member, machine, disk)
 
 
-def _stop_one(site: Site, vm: str, *, force: bool) -> None:
+def _stop_one(member: Member, *, force: bool) -> None:
+    site, vm = member.site, member.vm
     with site.journal.operation("stop", vm=vm, force=force) as operation:
         operation.step("shut it down")
         began = time.monotonic()
-        site.hypervisor_of(vm).stop(site.machine(vm), grace=0 if force else GRACE)
+        member.driver.stop(member.machine, grace=0 if force else GRACE)
     site.reporter.say(f"stopped in {format_duration(time.monotonic() - began)}", vm=vm)

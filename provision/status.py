@@ -14,6 +14,7 @@ from provision.engine.journal import Record
 from provision.engine.locks import Holder
 from provision.engine.work import is_on, lock_of
 from provision.lost import lost
+from provision.member import Member
 from provision.site import Site
 
 _AT_ONCE = 8
@@ -152,7 +153,7 @@ def _left(record: Record) -> str:
 
 def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
     declared = site.farm.hosts[host]
-    vms = [vm for vm in site.farm.vms if site.farm.host_of(vm) == host]
+    members = [member for member in site.members() if member.host == host]
     try:
         driver = site.hypervisor(host, look=True)
         can = driver.capabilities()
@@ -171,11 +172,12 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
         line = error.message.splitlines()[0]
         return (
             HostStatus(host=host, driver=declared.driver, error=line),
-            [_unreached(site, vm, line) for vm in vms],
+            [_unreached(member, line) for member in members],
         )
-    ours = {vm: machines.pop(site.machine(vm), None) for vm in vms}
+    ours = [machines.pop(member.machine, None) for member in members]
+    of_ours = [disks.get(member.machine) for member in members]
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may ask its store whether the disk is clean
-        rows = list(pool.map(lambda vm: _vm(site, vm, ours[vm], disks), vms))
+        rows = list(pool.map(_vm, members, ours, of_ours))
     for machine in machines.values():
         if machine.owner is not None and machine.owner.vm not in site.farm.vms:
             rows.append(_undeclared(host, machine, disks.get(machine.name)))
@@ -209,11 +211,10 @@ def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
     return get
 
 
-def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) -> VmStatus:
-    name, host = site.machine(vm), site.farm.host_of(vm)
+def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
+    site, vm, name, host = member.site, member.vm, member.machine, member.host
     error, ssh, address, port = "", "", "", None
     holder = site.locks.holder(lock_of(vm))
-    disk = disks.get(name)
     try:
         if machine is None:
             found = site.hypervisor(host, look=True).find(name)
@@ -223,18 +224,19 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
                     error="a machine without our mark has its name",
                 )  # fmt: skip
         if machine is not None:
-            ssh = shlex.join(site.ssh_argv(vm))
-            address, port = site.address(vm)
+            endpoint = member.endpoint()
+            address, port = endpoint.host, endpoint.port
+            ssh = shlex.join(member.ssh_argv(endpoint))
     except FarmhandError as problem:
         error = problem.message.splitlines()[0]
     if machine is None:
         return VmStatus(
             vm=vm, machine=name, host=host, state="not made", holder=holder,
-            memory_max=site.farm.vms[vm].memory, error=error,
+            memory_max=member.declared.memory, error=error,
         )  # fmt: skip
     if disk is None:
         try:
-            gone = lost(site, vm, machine)
+            gone = lost(member, machine)
             error = f"{gone.text}: {gone.remedy}" if gone else error
         except FarmhandError as problem:
             error = problem.message.splitlines()[0]
@@ -243,7 +245,7 @@ def _vm(site: Site, vm: str, machine: Machine | None, disks: dict[str, Disk]) ->
         condition = "building"
     elif disk is not None and not is_on(machine):
         try:
-            pristine = site.disks(host).pristine(name, disk.base, quick=True)
+            pristine = member.store.pristine(name, disk.base, quick=True)
             condition = {True: "clean", False: "dirty", None: ""}[pristine]
         except FarmhandError as problem:
             condition, error = "", problem.message.splitlines()[0]
@@ -286,12 +288,12 @@ def _undeclared(host: str, machine: Machine, disk: Disk | None) -> VmStatus:
     )
 
 
-def _unreached(site: Site, vm: str, why: str) -> VmStatus:
+def _unreached(member: Member, why: str) -> VmStatus:
     return VmStatus(
-        vm=vm,
-        machine=site.machine(vm),
-        host=site.farm.host_of(vm),
+        vm=member.vm,
+        machine=member.machine,
+        host=member.host,
         state="unknown",
-        holder=site.locks.holder(lock_of(vm)),
+        holder=member.site.locks.holder(lock_of(member.vm)),
         error=why,
     )

@@ -27,11 +27,12 @@ from typing import Any, BinaryIO
 from host.files import UMASK, make_directory, sync
 from host.memory import memory_available
 from host.run import Runner, which
-from hypervisors.api import Console, Disks, Leftover, Owner, Template
+from hypervisors.api import Console, Directories, Disks, Leftover, Owner, Template, Voices
+from hypervisors.disks.stores import open_disks
 from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm_trust import KvmTrust
-from hypervisors.opening import Directories, Place, Voices, open_disks, open_kind, reader_of
+from hypervisors.libvirt.opening import Place, open_machines, reader_of
 from inventory.errors import DriverFailed, FarmhandError, Interrupted
 
 PING = 0.5  # seconds between the asker's signs of life
@@ -42,12 +43,11 @@ _TAIL = 65_536  # bytes of a console's log that are of interest elsewhere
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
-    """One farm's directories on this machine. ``runtime``: gone after a boot."""
+    """One farm's directories on this machine."""
 
     directories: Directories
     seeds: Path
     consoles: Path
-    runtime: Path
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class Agent:
         order, _ = received
         place: Place = decode(order["open"])
         home = self._home(place.farm)
-        with presence(home.runtime) as alive:
+        with presence(home.directories.runtime) as alive:
             self._heard = time.monotonic()
             threading.Thread(target=self._watch, daemon=True).start()
             self._open(place, home, plan=bool(order["plan"]))
@@ -96,21 +96,18 @@ class Agent:
             working=lambda text: self._pipe.send({"working": text}),
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
-        disks = open_disks(place, home.directories, runner, voices, reader_uid=reader)
+        disks = open_disks(place.disks, home.directories, runner, voices, reader)
         self._files = Files(home.directories.farm / "incoming")
         if not plan:
-            self._files.sweep(home.runtime)
+            self._files.sweep(home.directories.runtime)
 
-        def open_machines() -> None:
-            machines = LibvirtHypervisor(
-                place.uri, place.farm, disks, runner, step=voices.step,
-                kind=open_kind(place, home.directories), working=voices.working,
-            )  # fmt: skip
+        def machines_anew() -> None:
+            machines = open_machines(place, place.uri, disks, home.directories, runner, voices)
             self._parts["machines"] = machines
             self._parts["host"] = Host(place, home, disks, machines, self._files, reader)
 
-        self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), open_machines)}
-        open_machines()
+        self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), machines_anew)}
+        machines_anew()
 
     def _take(self, frame: dict[str, Any], data: bytes) -> None:
         if "call" in frame:
@@ -150,9 +147,9 @@ class Agent:
 class _Kvm:
     """``KvmTrust``; once it is distrusted, the driver of the machines is opened anew."""
 
-    def __init__(self, trust: KvmTrust, open_machines: Callable[[], None]) -> None:
+    def __init__(self, trust: KvmTrust, machines_anew: Callable[[], None]) -> None:
         self._trust = trust
-        self._open_machines = open_machines
+        self._machines_anew = machines_anew
 
     def proven(self) -> bool:
         return self._trust.proven()
@@ -162,7 +159,7 @@ class _Kvm:
 
     def distrust(self, why: str) -> None:
         self._trust.distrust(why)
-        self._open_machines()
+        self._machines_anew()
 
 
 def _told(error: Exception) -> object:

@@ -31,8 +31,8 @@ from hypervisors.api import (
     Template,
     WatchedDisks,
 )
+from hypervisors.disks.stores import store_class
 from hypervisors.far.link import Link
-from hypervisors.opening import store_kind
 
 
 class FarDisks:
@@ -138,7 +138,7 @@ _MORE = {
 
 def far_disks(link: Link, step: StepFn) -> Disks:
     """Offers besides ``Disks`` what the store over there does. Nothing is asked yet."""
-    kind = store_kind(link.place.store)
+    kind = store_class(link.place.disks.store)
     offers = tuple(more for protocol, more in _MORE.items() if issubclass(kind, protocol))
     store: Disks = type("FarDisks", offers or (FarDisks,), {})(link, step)
     return store

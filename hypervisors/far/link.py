@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from host.run import Runner
-from hypervisors.api import StepFn, no_step
+from hypervisors.api import StepFn, Voices, no_step
 from hypervisors.far.agent import PING
 from hypervisors.far.parcel import COMMAND, parcel
 from hypervisors.far.wire import Pipe, decode, encode
-from hypervisors.opening import Place, Voices
+from hypervisors.libvirt.opening import Place
 from inventory.errors import DriverFailed, FarmhandError
 
 _OPENING = 90.0  # seconds: ssh's own limit, and what waits for an earlier agent's end

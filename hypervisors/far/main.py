@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from host.paths import FarmPaths, cache_dir, state_dir
+from hypervisors.api import Directories
 from hypervisors.far import agent
 from hypervisors.far.agent import Home
-from hypervisors.opening import Directories
 
 
 def home(farm: str) -> Home:
     """The farm's directories on this machine."""
     paths = FarmPaths(farm)
     return Home(
-        directories=Directories(state=state_dir(), farm=paths.root, cache=cache_dir()),
+        directories=Directories(
+            state=state_dir(), farm=paths.root, cache=cache_dir(), runtime=paths.runtime
+        ),
         seeds=paths.seeds,
         consoles=paths.consoles,
-        runtime=paths.runtime,
     )
 
 

@@ -12,9 +12,12 @@ _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
     *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
     "host/*.py",
-    "hypervisors/*.py",
+    "hypervisors/__init__.py",
+    "hypervisors/api.py",
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
+    "hypervisors/disks/zfs/*.lua",
 )
+_AT_HOME = ("host.py", "*_host.py", "section.py")  # what reads a farm file
 _NEEDED = (3, 11)  # StrEnum, hashlib.file_digest
 BOOT = (
     "import os, sys\n"
@@ -37,5 +40,6 @@ def parcel() -> bytes:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
         for pattern in _FILES:
             for path in sorted(_TOP.glob(pattern)):
-                file.writestr(zipfile.ZipInfo(str(path.relative_to(_TOP))), path.read_bytes())
+                if not any(map(path.match, _AT_HOME)):
+                    file.writestr(zipfile.ZipInfo(str(path.relative_to(_TOP))), path.read_bytes())
     return target.getvalue()

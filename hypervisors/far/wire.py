@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from host.progress import Pulse
 from hypervisors import api
-from hypervisors.opening import Place
+from hypervisors.disks.stores import StorePlace
+from hypervisors.libvirt.opening import Place
 from inventory import errors
 from inventory.errors import FarmhandError
 
@@ -28,7 +29,7 @@ _VALUES = {
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
         api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place,
+        Place, StorePlace, errors.Call,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {

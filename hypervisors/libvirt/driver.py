@@ -44,7 +44,7 @@ from hypervisors.libvirt.domain_xml import (
     start_mark,
     with_disk,
 )
-from hypervisors.libvirt.errors import connection_lost, translate, unreachable
+from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
 from hypervisors.libvirt.kinds import Kind
 from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
 from inventory.errors import Conflict, NotFound, NotOurs, WrongState
@@ -82,6 +82,7 @@ class LibvirtHypervisor:
         self._step = step
         self._kind = kind
         self._working = working
+        need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
 

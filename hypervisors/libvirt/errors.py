@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from inventory.errors import (
@@ -27,6 +29,17 @@ _LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
 _NOBODY = re.compile(r"Failed to find user record for uid '(\d+)'")
 _KVM = re.compile(r"qemu-system-\w+: (?:error: )?(?!-).*(?:\bkvm|failed to set MSR)", re.IGNORECASE)
 _PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
+
+
+def need_binding() -> None:
+    """Unsupported where this Python has no module libvirt: that must fit this machine's libvirt library,
+    so it comes with it, not with farmhand's other requirements."""
+    if find_spec("libvirt") is None:
+        raise Unsupported(
+            f"{sys.executable} finds no module libvirt",
+            remedy="as root: apt-get install -y --no-install-recommends python3-libvirt; a virtual "
+            "environment sees it if it was made with --system-site-packages (see docs/installing.md)",
+        )
 
 
 def connection_lost(error: libvirt.libvirtError) -> bool:

@@ -24,7 +24,8 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -45,16 +46,28 @@ _END_LIMIT = 15.0
 class PrivateLibvirt:
     """One farm's daemon. Any number of processes may hold one of these for the same farm."""
 
-    def __init__(self, directory: Path, runtime: Path, cache: Path, hide_kvm: bool) -> None:
-        """``hide_kvm``: KVM doesn't work here. libvirtd as root would find that QEMU's user can't
-        open /dev/kvm, though it was there when probed, and probe QEMU again at every step (4 s)."""
+    def __init__(
+        self, directory: Path, runtime: Path, cache: Path, hide_kvm: bool | Callable[[], bool]
+    ) -> None:
+        """``hide_kvm``, or what tells it when a daemon is used: KVM doesn't work here. libvirtd as root
+        would find that QEMU's user can't open /dev/kvm, though it was there when probed, and probe QEMU
+        again at every step (4 s)."""
         self._directory = directory.absolute()
         self._runtime = runtime.absolute()
         self._cache = cache.absolute()
-        self._hide_kvm = hide_kvm
+        self._kvm_is_hidden = hide_kvm
         self._root = os.geteuid() == 0
 
     # -- what others ask --------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> Path:
+        """It is there once something was made."""
+        return self._directory
+
+    def defined(self) -> frozenset[str]:
+        """Names of the guests that it has, running or not, whether or not it runs itself."""
+        return frozenset(path.stem for path in self._directory.rglob("qemu/*.xml"))
 
     def qemu_uid(self) -> int | None:
         """The uid QEMU runs as; None: our own."""
@@ -134,6 +147,11 @@ class PrivateLibvirt:
     def _lacks_kvm(self) -> bool:
         """KVM works by now, and the daemon that runs doesn't see it."""
         return not self._hide_kvm and self._blind.exists()
+
+    @cached_property
+    def _hide_kvm(self) -> bool:
+        hidden = self._kvm_is_hidden
+        return hidden if isinstance(hidden, bool) else hidden()
 
     @property
     def _pidfile(self) -> Path:

@@ -20,6 +20,7 @@ import os
 import sqlite3
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,12 +30,11 @@ from typing import TYPE_CHECKING, Protocol
 from host.file_lock import FileLock
 from host.files import make_directory
 from inventory.errors import FarmhandError
+from inventory.subscribers import EventSubscriber
 
 if TYPE_CHECKING:
-    from inventory.model import CommandSubscriber, WebhookSubscriber
+    from host.run import Runner
     from provision.engine.journal import Record
-
-    Section = WebhookSubscriber | CommandSubscriber
 
 PATIENCE = 3.0
 """Seconds that a command waits at its end for what can be delivered now."""
@@ -84,16 +84,24 @@ class Subscriber(Protocol):
         """FarmhandError for what would keep it from being told, as far as that can be seen here."""
 
 
+class SubscriberSection(EventSubscriber, ABC):
+    """What a kind's own section is derived from: it makes the subscriber."""
+
+    @abstractmethod
+    def opened(self, beside: Path, runner: Runner) -> Subscriber:
+        """``beside``: the farm file's directory. Nobody is called yet."""
+
+
 class Outbox:
     """One farm's. ``path`` is the journal's file; ``open`` makes a subscriber of its section."""
 
     def __init__(
         self,
         farm: str,
-        sections: Mapping[str, Section],
+        sections: Mapping[str, EventSubscriber],
         path: Path,
         locks: Path,
-        open: Callable[[Section], Subscriber],
+        open: Callable[[EventSubscriber], Subscriber],
     ) -> None:
         self._farm = farm
         self._sections = sections
@@ -200,7 +208,7 @@ class Outbox:
         return tuple(found)
 
 
-def _wants(section: Section, type: str, record: Record) -> bool:
+def _wants(section: EventSubscriber, type: str, record: Record) -> bool:
     if section.on and type not in section.on and type.partition(".")[0] not in section.on:
         return False
     if section.operations and record.verb not in section.operations:
@@ -235,7 +243,12 @@ class _Courier(threading.Thread):
     ends with its process, in the midst of whatever it does."""
 
     def __init__(
-        self, name: str, section: Section, open: Callable[[Section], Subscriber], path: Path, lock: Path
+        self,
+        name: str,
+        section: EventSubscriber,
+        open: Callable[[EventSubscriber], Subscriber],
+        path: Path,
+        lock: Path,
     ) -> None:
         super().__init__(name=f"events-{name}", daemon=True)
         self._subscriber = name

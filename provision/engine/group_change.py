@@ -24,7 +24,7 @@ from functools import partial
 from hypervisors.api import Disks, FarmDisks, WarmDisks
 from inventory.errors import FarmhandError, Interrupted, WrongState
 from provision.engine.journal import Operation
-from provision.engine.work import is_on, look, side_by_side
+from provision.engine.work import is_on, side_by_side
 from provision.power import power_on
 from provision.site import Site
 
@@ -60,11 +60,11 @@ def finish(site: Site, operation: Operation, vms: Sequence[str], change: Change)
     changed: list[str] = []
     for store, here in _groups(site, vms):
         try:
-            change(store, [site.machine(vm) for vm in here])
+            change(store, [site.farm.machine_of(vm) for vm in here])
         except Interrupted:
             raise
         except FarmhandError as error:
-            if any(is_half_back(store, site.machine(vm)) for vm in here):
+            if any(is_half_back(store, site.farm.machine_of(vm)) for vm in here):
                 operation.must_finish = True
             if operation.must_finish:
                 raise _halfway(error, changed, vms) from error
@@ -101,8 +101,8 @@ def as_before(site: Site, facts: object) -> None:
     """Start again those that ran. One that can't be is a warning: an error led here, and comes first."""
     for vm in ran_before(site, facts):
         try:
-            if not is_on(look(site, vm)):
-                power_on(site, vm, wait=False)
+            if not is_on(site.member(vm).look()):
+                power_on(site.member(vm), wait=False)
         except FarmhandError as error:
             site.reporter.warn(f"could not be started again: {error.message}", vm=vm)
 
@@ -110,14 +110,14 @@ def as_before(site: Site, facts: object) -> None:
 def run_again(site: Site, vm: str, facts: object) -> None:
     """Start one that ran before. Where it may have been asked to shut down and not have got there yet,
     that is waited for; if it doesn't listen, it runs on, and that is as before, too."""
-    end = time.monotonic() + _asked_for(facts)
-    if is_on(look(site, vm)) and time.monotonic() < end:
+    member, end = site.member(vm), time.monotonic() + _asked_for(facts)
+    if is_on(member.look()) and time.monotonic() < end:
         site.reporter.working("it was asked to shut down: when it has, it is started again", vm=vm)
-    while is_on(look(site, vm)):
+    while is_on(member.look()):
         if time.monotonic() > end:
             return
         time.sleep(_LOOK)
-    power_on(site, vm, wait=False)
+    power_on(member, wait=False)
 
 
 def _asked_for(facts: object) -> float:
@@ -140,7 +140,7 @@ def stop_all(site: Site, vms: Sequence[str], *, grace: float) -> None:
     """Side by side; those that are stopped are left alone."""
     side_by_side(
         site,
-        {vm: partial(site.hypervisor_of(vm).stop, site.machine(vm), grace=grace) for vm in vms},
+        {one.vm: partial(one.driver.stop, one.machine, grace=grace) for one in map(site.member, vms)},
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from inventory.errors import Remedy
+
 UNCHANGING = ("keep", "note")
 """Verbs of the actions that change nothing: ``keep`` is as declared, ``note`` is worth knowing."""
 
@@ -20,7 +22,7 @@ class Reporter(Protocol):
         """Under way; shown on a terminal, may be dropped elsewhere. What follows a semicolon is how far
         it is: the same thing goes on where only that changes."""
 
-    def warn(self, text: str, *, vm: str = "") -> None:
+    def warn(self, text: Remedy, *, vm: str = "") -> None:
         """Worth a look, though the work goes on."""
 
 
@@ -33,7 +35,7 @@ class QuietReporter:
     def working(self, text: str, *, vm: str = "") -> None:
         """Drops it."""
 
-    def warn(self, text: str, *, vm: str = "") -> None:
+    def warn(self, text: Remedy, *, vm: str = "") -> None:
         """Drops it."""
 
 

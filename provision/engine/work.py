@@ -14,7 +14,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 
 from hypervisors.api import Disk, Machine, Power
-from inventory.errors import FarmhandError, Interrupted, NotFound, NotOurs, Several, some
+from inventory.errors import FarmhandError, Interrupted, Several, some
 from provision.engine.report import Action, Outcome
 from provision.site import Site
 
@@ -157,37 +157,6 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
         raise Several(errors)
     for error in errors.values():
         raise error
-
-
-def present(site: Site, vm: str) -> Machine:
-    """The VM's machine. NotFound if it isn't made, NotOurs if another's has its name."""
-    machine = look(site, vm)
-    if machine is None:
-        raise NotFound(
-            f"{site.name}: {vm} is not made yet",
-            remedy=f"make it: ./invoke clone-farm --vm {vm}",
-        )
-    return machine
-
-
-def look(site: Site, vm: str) -> Machine | None:
-    """As ``present``; None if it isn't made."""
-    machine = site.hypervisor(site.farm.host_of(vm), look=True).find(site.machine(vm))
-    if machine is not None and (
-        machine.owner is None or machine.owner.farm != site.farm.farm or machine.owner.vm != vm
-    ):
-        raise NotOurs(
-            f"{site.name}: a machine named {machine.name} is on host {site.farm.host_of(vm)}, "
-            "without our mark: it is not touched",
-            remedy="rename the farm or the VM, or rename or remove that machine yourself",
-        )
-    return machine
-
-
-def disk_of(site: Site, vm: str) -> Disk | None:
-    """None also where the host keeps no disks of ours."""
-    host = site.farm.host_of(vm)
-    return site.disks(host).find(site.machine(vm)) if site.has_disks(host) else None
 
 
 def is_warm(disk: Disk, checkpoint: str) -> bool:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from host.printable import last_line
 from host.run import Runner, which
 from inventory.errors import CommandFailed, TimedOut, UsageError
-from inventory.model import CommandSubscriber
-from provision.engine.events import Event
+from provision.engine.events import Event, SubscriberSection
+
+if TYPE_CHECKING:
+    from inventory.fields import SomeLines, TimeLimit
 
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "TZ", "XDG_RUNTIME_DIR")
 _TIMED_OUT = 124  # timeout(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSubscriber(SubscriberSection):
+    """A command of this machine that is given events as JSON on its standard input."""
+
+    command: SomeLines
+    """The program and its arguments. No shell: `[sh, -c, ...]` is one."""
+    timeout: TimeLimit = 10
+    """How long it may take; it is ended then, and called again later."""
+
+    def opened(self, beside: Path, runner: Runner) -> Command:
+        return Command(self, beside, runner)
 
 
 class Command:

@@ -10,21 +10,26 @@ import base64
 import binascii
 import contextlib
 import hmac
-import http.client
 import os
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from host.files import file_error
 from host.run import Runner
+from inventory.base import at_key
 from inventory.errors import CommandFailed, TimedOut, UsageError
-from inventory.model import WebhookSubscriber
-from provision.engine.events import Event, Refused
+from provision.engine.events import Event, Refused, SubscriberSection
+
+if TYPE_CHECKING:  # a command that tells nobody needs none of them
+    import ssl
+    from http.client import HTTPConnection
+
+    from inventory.fields import FilePath, Variable, WebAddress
 
 _LIMIT = 10.0
 """Seconds for a whole try: connection, handshake, request and answer."""
@@ -34,15 +39,42 @@ _PREFIX = "whsec_"
 _LEAST = 16  # bytes of a secret
 
 
+@dataclass(frozen=True, kw_only=True)
+class WebhookSubscriber(SubscriberSection):
+    """Is sent events by POST, as JSON, signed as the Standard Webhooks specification has it."""
+
+    webhook: WebAddress
+    """Where to. Redirects are not followed. On this very machine http:// will do."""
+    secret_file: FilePath | None = None
+    """A file (relative to the farm file, readable by its owner alone) with the secret that signs."""
+    secret_variable: Variable | None = None
+    """Instead of `secret_file`: the environment variable that holds the secret."""
+    ca: FilePath | None = None
+    """The PEM file of the CA that the server's certificate is checked by; absent: the system's CAs."""
+
+    def __post_init__(self) -> None:
+        if self.secret_file is None and self.secret_variable is None:
+            raise at_key("webhook", "a webhook needs a secret", "secret_file", "secret_variable")
+        if self.secret_file is not None and self.secret_variable is not None:
+            raise at_key("secret_variable", "there is 'secret_file' already", "secret_file")
+        if self.ca is not None and self.webhook.startswith("http:"):
+            raise at_key("ca", "'ca' is for an https URL", "webhook")
+
+    def opened(self, beside: Path, _runner: Runner) -> Webhook:
+        return Webhook(self, beside)
+
+
 class Webhook:
     """Takes nothing from the environment but the secret, where the farm file says so: no proxy."""
 
-    def __init__(self, section: WebhookSubscriber, beside: Path, _runner: Runner) -> None:
+    def __init__(self, section: WebhookSubscriber, beside: Path) -> None:
         self._section = section
         self._beside = beside
 
     def deliver(self, event: Event) -> None:
         """As ``provision.engine.events.Subscriber`` has it."""
+        from http.client import responses
+
         stamp = str(int(time.time()))
         headers = {
             "Content-Type": "application/json",
@@ -54,7 +86,7 @@ class Webhook:
         status = self._post(event.body, headers)
         if 200 <= status < 300:
             return
-        words = f"{self._where} answered {status} {http.client.responses.get(status, '')}".rstrip()
+        words = f"{self._where} answered {status} {responses.get(status, '')}".rstrip()
         if 300 <= status < 400:
             words += ": redirects are not followed"
         raise Refused(words) if status in _NEVER else CommandFailed(words)
@@ -67,16 +99,22 @@ class Webhook:
     @property
     def _where(self) -> str:
         """What may be shown of the address: the rest may be as good as a password."""
-        parts = urlsplit(self._section.url)
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(self._section.webhook)
         return f"{parts.scheme}://{parts.netloc}"
 
     def _post(self, body: bytes, headers: dict[str, str]) -> int:
-        parts = urlsplit(self._section.url)
+        import ssl
+        from http.client import HTTPConnection, HTTPException, HTTPSConnection
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(self._section.webhook)
         host, port = parts.hostname or "", parts.port
         connection = (
-            http.client.HTTPSConnection(host, port, timeout=_LIMIT, context=self._context())
+            HTTPSConnection(host, port, timeout=_LIMIT, context=self._context())
             if parts.scheme == "https"
-            else http.client.HTTPConnection(host, port, timeout=_LIMIT)
+            else HTTPConnection(host, port, timeout=_LIMIT)
         )
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         try:
@@ -89,13 +127,15 @@ class Webhook:
             raise CommandFailed(
                 f"{self._where}: its certificate isn't trusted: {error.verify_message}"
             ) from error
-        except http.client.HTTPException as error:  # its words are the other side's
+        except HTTPException as error:  # its words are the other side's
             raise CommandFailed(f"{self._where} gave no answer as of an HTTP server") from error
         except OSError as error:
             raise CommandFailed(f"{self._where}: {error.strerror or error}") from error
 
     def _context(self) -> ssl.SSLContext | None:
-        if not self._section.url.startswith("https:"):
+        import ssl
+
+        if not self._section.webhook.startswith("https:"):
             return None
         ca = self._section.ca and self._beside / self._section.ca.expanduser()
         try:
@@ -157,8 +197,10 @@ def _private(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _limited(connection: http.client.HTTPConnection) -> Iterator[None]:
+def _limited(connection: HTTPConnection) -> Iterator[None]:
     """A try ends after ``_LIMIT`` seconds also where each byte comes within the socket's own."""
+    from http.client import HTTPException
+
     over = threading.Event()
 
     def end() -> None:
@@ -172,7 +214,7 @@ def _limited(connection: http.client.HTTPConnection) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, HTTPException) as error:
         if over.is_set():
             raise TimeoutError from error
         raise

@@ -61,7 +61,7 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
     names = chosen(site, services)
     with begin(site, VERB, (), locks=[LOCK], doing=VERB) as run:
         declared = site.vms(None)
-        given = [vm for vm in declared if site.host(vm).driver != "ssh"]
+        given = [vm for vm in declared if site.member(vm).info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
         if not bring(run, names, give(given), force=force, thorough=True):
             run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
@@ -77,7 +77,7 @@ def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | Non
     if not used:
         return
     allocator = site.allocator
-    given = [vm for vm in new if site.host(vm).driver != "ssh"]
+    given = [vm for vm in new if site.member(vm).info.virtual]
     with contextlib.ExitStack() as stack:
         if not site.plan:
             _patiently(site, stack, run.verb)
@@ -166,7 +166,7 @@ def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
     return (
         len(vms) <= FEW
         and farm.services.templates is None
-        and not any(host.driver == "ssh" for host in farm.hosts.values())
+        and all(host.INFO.virtual for host in farm.hosts.values())
         and not (farm.network.subnet6 and any(vm.address6 for vm in farm.vms.values()))
         and (bind is None or not bind.dynamic or state.known)
     )

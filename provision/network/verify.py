@@ -97,7 +97,7 @@ def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] 
     """Ask about the VMs that something was given to (or those named). In a plan only say what."""
     names = chosen(site, services)
     recorded = site.allocator.recorded()
-    wanted = [vm for vm in site.vms(vms or None) if vm in recorded or site.host(vm).driver == "ssh"]
+    wanted = [vm for vm in site.vms(vms or None) if vm in recorded or not site.member(vm).info.virtual]
     seen = view(site.farm, {vm: recorded[vm] for vm in wanted if vm in recorded})
     rows = {str(row.vm): row for row in seen.vms if row.vm in wanted}
     found = list(_questions(site.farm, seen, rows, names))

@@ -104,7 +104,7 @@ def view(farm: Farm, allocations: Mapping[str, Allocation]) -> View:
     rows = tuple(
         _row(farm, vm, allocations.get(vm))
         for vm in farm.vms
-        if vm in allocations or farm.hosts[farm.host_of(vm)].driver == "ssh"
+        if vm in allocations or not farm.driver_of(vm).virtual
     )
     _distinct(farm, rows)
     targets = {row.vm: row for row in rows}
@@ -130,7 +130,7 @@ def view(farm: Farm, allocations: Mapping[str, Allocation]) -> View:
 
 def _row(farm: Farm, vm: str, given: Allocation | None) -> VmRow:
     declared, network = farm.vms[vm], farm.network
-    alone = farm.hosts[farm.host_of(vm)].driver == "ssh"
+    alone = not farm.driver_of(vm).virtual
     hostname = declared.hostname or vm
     fqdn = farm.qualified(hostname)
     full = [fqdn, *map(farm.qualified, declared.aliases)]

@@ -20,7 +20,8 @@ from inventory.errors import (
 from inventory.sizes import brief, format_size
 from provision.engine.journal import current_step
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, Run, begin, is_on, lock_of, present
+from provision.engine.work import Job, Run, begin, is_on, lock_of
+from provision.member import Member
 from provision.memory import HostMemory, Prospect, plan
 from provision.memory_budget import PATIENCE, forecast, host_memory, room_for
 from provision.site import Site
@@ -32,12 +33,12 @@ def balloon(site: Site, vm: str, target: int) -> Outcome:
 
     Errors: NotFound, WrongState (stopped), UsageError (above its maximum, below its need),
     Unsupported (no balloon driver), NoSpace, TimedOut (with what it reached)."""
-    (vm,) = site.vms([vm])
+    (member,) = site.members([vm])
     with begin(site, "balloon", [vm], doing=f"balloon {vm} to {format_size(target)}") as run:
-        machine = present(site, vm)
-        if not site.hypervisor_of(vm).capabilities().live_balloon:
+        machine = member.present()
+        if not member.driver.capabilities().live_balloon:
             raise Unsupported(
-                f"{site.name}: {vm}'s host {site.farm.host_of(vm)} can't change a running VM's memory",
+                f"{site.name}: {vm}'s host {member.host} can't change a running VM's memory",
                 remedy="set 'memory' in the farm file instead",
             )
         if not is_on(machine):
@@ -56,8 +57,8 @@ def balloon(site: Site, vm: str, target: int) -> Outcome:
             run.carry_out({vm: [Job(Action("keep", vm, f"has {format_size(target)}"))]})
             return run.outcome()
         if target > machine.current:
-            run.add(*forecast(site, {vm: (target, target)}, _doing(vm, target)))
-        run.carry_out({vm: [_job(run, vm, machine, target)]})
+            run.add(*forecast({member: (target, target)}, _doing(vm, target)))
+        run.carry_out({vm: [_job(run, member, machine, target)]})
         return run.outcome()
 
 
@@ -80,9 +81,10 @@ def balloon_all(site: Site) -> Outcome:
                     why = ", ".join(filter(None, (text, prospect.why)))
                     down[guest.vm] = [Job(Action("keep", guest.vm, why))]
                     continue
+                member = site.member(guest.vm)
                 run.vm_fact(guest.vm, before=guest.now, asked=prospect.target)
                 jobs = down if prospect.target < guest.now else up
-                jobs[guest.vm] = [_job(run, guest.vm, present(site, guest.vm), prospect.target)]
+                jobs[guest.vm] = [_job(run, member, member.present(), prospect.target)]
         run.carry_out(down)
         run.carry_out(up)
         return run.outcome()
@@ -92,7 +94,8 @@ def finish_balloon(site: Site, vm: str, target: int) -> None:
     """Within the operation that was killed. What can't be is a warning, and it keeps what it has."""
     try:
         current_step(f"set its memory to {target}")
-        site.hypervisor_of(vm).balloon(site.machine(vm), target, timeout=PATIENCE)
+        member = site.member(vm)
+        member.driver.balloon(member.machine, target, timeout=PATIENCE)
     except (TimedOut, Unsupported, UsageError, WrongState) as error:
         site.reporter.warn(f"its memory was not set: {error.message}", vm=vm)
 
@@ -136,19 +139,18 @@ def memory_plan(site: Site) -> MemoryPlan:
     return MemoryPlan(site.farm.farm, hosts, errors)
 
 
-def _job(run: Run, vm: str, machine: Machine, target: int) -> Job:
+def _job(run: Run, member: Member, machine: Machine, target: int) -> Job:
     text = f"memory {brief(machine.current)} -> {brief(target)}"
-    return Job(Action("balloon", vm, text), _setting(run, vm, machine, target))
+    return Job(Action("balloon", member.vm, text), _setting(run, member, machine, target))
 
 
-def _setting(run: Run, vm: str, machine: Machine, target: int) -> Callable[[], None]:
-    site = run.site
+def _setting(run: Run, member: Member, machine: Machine, target: int) -> Callable[[], None]:
+    site, vm = run.site, member.vm
 
     def set_it() -> None:
         with site.journal.operation("balloon", vm=vm, target=target) as operation:
             operation.step(f"set its memory to {target}")
-            driver = site.hypervisor_of(vm)
-            reached = driver.balloon(machine.name, target, timeout=PATIENCE)
+            reached = member.driver.balloon(machine.name, target, timeout=PATIENCE)
             operation.note(reached=reached)
         run.vm_fact(vm, reached=reached)
         site.reporter.say(
@@ -160,7 +162,7 @@ def _setting(run: Run, vm: str, machine: Machine, target: int) -> Callable[[], N
             if target <= machine.current:
                 set_it()
                 return
-            with room_for(site, vm, target, _doing(vm, target)):
+            with room_for(member, target, _doing(vm, target)):
                 set_it()  # journaled only now: it is finished after a kill, without another look
 
     return go

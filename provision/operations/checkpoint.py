@@ -19,7 +19,7 @@ from inventory.errors import (
 from provision.engine.group_change import as_before, change_disks, ran_before, stop_all
 from provision.engine.journal import Operation, current_step
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, begin, disk_of, is_on, look, present, side_by_side
+from provision.engine.work import Job, begin, is_on, side_by_side
 from provision.lost import require
 from provision.power import check_memory, power_on
 from provision.site import Site
@@ -53,7 +53,7 @@ def checkpoint(
             remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
         )
     with begin(site, "checkpoint", names, doing=f"checkpoint {some(names)} as {name}") as run:
-        machines = {vm: present(site, vm) for vm in names}
+        machines = {vm: site.member(vm).present() for vm in names}
         for vm in names:
             if any(kept.name == name for kept in _disk(site, vm).checkpoints):
                 raise Conflict(
@@ -68,7 +68,7 @@ def checkpoint(
             if not site.plan:
                 _keep_warm(site, names[0], name)
             return run.outcome()
-        run.add(*check_memory(site, was_on, wait=wait))
+        run.add(*check_memory([site.member(vm) for vm in was_on], wait=wait))
         for vm in names:
             text = f"shut down, keep as {name}, start again" if vm in was_on else f"keep as {name}"
             run.add(Action("checkpoint", vm, text))
@@ -102,11 +102,11 @@ def _keep_warm(site: Site, vm: str, name: str) -> None:
     """Killed, it is there or not, and the VM runs on; nothing is to be finished."""
     with site.journal.operation("checkpoint", vm=vm, vms=[vm], name=name, was_on=[vm], warm=True):
         try:
-            site.hypervisor_of(vm).checkpoint(site.machine(vm), name, warm=True)
+            site.member(vm).driver.checkpoint(site.member(vm).machine, name, warm=True)
         except Interrupted:
             raise
         except FarmhandError:
-            if not is_on(look(site, vm)):
+            if not is_on(site.member(vm).look()):
                 site.reporter.warn("it doesn't run any more: ./invoke start", vm=vm)
             raise
         site.reporter.say(f"kept as {name}, disk and memory; it runs on", vm=vm)
@@ -129,7 +129,7 @@ def kept_all(site: Site, operation: Operation, vms: Sequence[str], name: str, *,
     for vm in vms:
         site.reporter.say(f"kept as {name}", vm=vm)
     again = [vm for vm in ran_before(site, operation.facts) if vm in vms]
-    side_by_side(site, {vm: partial(power_on, site, vm, wait=wait) for vm in again})
+    side_by_side(site, {vm: partial(power_on, site.member(vm), wait=wait) for vm in again})
 
 
 def merge(site: Site, vms: Sequence[str], *, wait: bool = True) -> Outcome:
@@ -141,8 +141,8 @@ def merge(site: Site, vms: Sequence[str], *, wait: bool = True) -> Outcome:
     names = site.vms(vms)
     with begin(site, "merge", names) as run:
         jobs: dict[str, list[Job]] = {}
-        on = {vm: is_on(present(site, vm)) for vm in names}
-        run.add(*check_memory(site, [vm for vm in names if on[vm]], wait=wait))
+        on = {vm: is_on(site.member(vm).present()) for vm in names}
+        run.add(*check_memory([site.member(vm) for vm in names if on[vm]], wait=wait))
         for vm in names:
             was_on = on[vm]
             disk, store = _disk(site, vm), site.disks(site.farm.host_of(vm))
@@ -171,7 +171,7 @@ def merge_on(site: Site, vm: str) -> None:
     store = site.disks(site.farm.host_of(vm))
     if isinstance(store, MergingDisks):
         stop_all(site, [vm], grace=GRACE)
-        store.merge(site.machine(vm))
+        store.merge(site.farm.machine_of(vm))
 
 
 def _merge_one(site: Site, vm: str, base: str, *, was_on: bool, wait: bool) -> None:
@@ -184,19 +184,20 @@ def _merge_one(site: Site, vm: str, base: str, *, was_on: bool, wait: bool) -> N
         except Interrupted:
             raise
         except FarmhandError:
-            if disk_of(site, vm) is not None:  # else cut off within: the store knows how to go on
+            if site.member(vm).disk() is not None:  # else cut off within: the store knows how to go on
                 as_before(site, operation.facts)
             else:
                 operation.must_finish = True
             raise
         site.reporter.say(f"merged into {base}", vm=vm)
         if was_on:
-            power_on(site, vm, wait=wait)
+            power_on(site.member(vm), wait=wait)
 
 
 def _disk(site: Site, vm: str) -> Disk:
-    disk = disk_of(site, vm)
-    require(site, vm, present(site, vm), disk)
+    member = site.member(vm)
+    disk = member.disk()
+    require(member, member.present(), disk)
     if disk is None:
         raise Unsupported(
             f"{site.name}: {vm}'s host {site.farm.host_of(vm)} keeps no checkpoints",

@@ -14,14 +14,13 @@ from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotF
 from inventory.sizes import format_duration, format_size
 from provision.allocate import Allocation
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, begin, disk_of, is_on, look
+from provision.engine.work import Job, begin, is_on
 from provision.guest import identity
+from provision.leftovers import discard_of
 from provision.lost import Lost, lost
-from provision.operations.gc import discard_of
 from provision.power import (
     answers,
     bring_up_to_date,
-    can_power,
     check_accelerator,
     check_memory,
     deflate,
@@ -52,25 +51,25 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
     TimedOut with the console's tail, Several, Busy."""
     names = site.vms(vms)
     with begin(site, "clone-farm", names) as run:
-        check_accelerator(site, names)
+        check_accelerator(site.members(names))
         templates = _Templates(site)
-        machines = {vm: look(site, vm) for vm in names}
-        ours = [vm for vm in names if can_power(site, vm)]
+        machines = {vm: site.member(vm).look() for vm in names}
+        ours = [vm for vm in names if site.member(vm).can_power]
         missing = [vm for vm in ours if machines[vm] is None]
         for host in dict.fromkeys(map(site.farm.host_of, missing)):
-            site.check_places(host)
-        disks = {vm: disk_of(site, vm) for vm in ours}
+            site.opened(host).check_places()
+        disks = {vm: site.member(vm).disk() for vm in ours}
         gone = _gone(site, machines, disks)
         given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)
         to_start = [
             vm
             for vm in names
-            if start and site.farm.vms[vm].start and can_power(site, vm) and not is_on(machines[vm])
+            if start and site.farm.vms[vm].start and vm in ours and not is_on(machines[vm])
             if vm not in gone or gone[vm].template
         ]
         starting = frozenset(to_start)
         _check_space(site, [*missing, *(vm for vm in gone if gone[vm].template)], starting)
-        run.add(*check_memory(site, to_start, wait=wait))
+        run.add(*check_memory(site.members(to_start) if to_start else (), wait=wait))
         unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
         run.add(
             *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
@@ -78,7 +77,7 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
         jobs: dict[str, list[Job]] = {}
         for vm in names:
             machine = machines[vm]
-            if not can_power(site, vm):
+            if not site.member(vm).can_power:
                 jobs[vm] = [Job(Action("keep", vm, "on an ssh host: nothing to make"))]
             elif machine is None:
                 jobs[vm] = _make(site, vm, templates, disks[vm])
@@ -90,8 +89,8 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
                     starting=vm in starting, wait=wait,
                 )  # fmt: skip
             if vm in starting:
-                action = Action("start", vm, f"start{then_what(site, vm, wait=wait)}")
-                jobs[vm].append(Job(action, partial(start_one, site, vm, wait=wait)))
+                action = Action("start", vm, f"start{then_what(site.member(vm), wait=wait)}")
+                jobs[vm].append(Job(action, partial(start_one, site.member(vm), wait=wait)))
             if not jobs[vm]:
                 jobs[vm] = [Job(Action("keep", vm, "already as declared"))]
         if site.farm.services.used:
@@ -107,13 +106,13 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
 
 def undo_clone(site: Site, vm: str) -> None:
     """Take away what a clone that didn't end left. A machine that exists is complete: it stays."""
-    if look(site, vm) is not None:
+    member = site.member(vm)
+    if member.look() is not None:
         return
-    machine = site.machine(vm)
-    discard_of(site, [vm])
-    if disk_of(site, vm) is not None:
-        site.disks(site.farm.host_of(vm)).destroy(machine)
-    identity.remove_identity(site.paths, vm, machine)
+    discard_of([member])
+    if member.disk() is not None:
+        member.store.destroy(member.machine)
+    identity.remove_identity(site.paths, vm, member.machine)
 
 
 class _Templates:
@@ -176,7 +175,7 @@ def _gone(
     found: dict[str, Lost] = {}
     for vm, disk in disks.items():
         machine = machines[vm]
-        if machine is not None and disk is None and (one := lost(site, vm, machine)):
+        if machine is not None and disk is None and (one := lost(site.member(vm), machine)):
             found[vm] = one
     return found
 
@@ -187,7 +186,7 @@ def _make_again(site: Site, vm: str, gone: Lost) -> Job:
         return Job(Action("clone", vm, text), partial(_clone, site, vm, gone.template, again=True))
 
     def refuse() -> None:
-        raise gone.error(site, vm)
+        raise gone.error(site.member(vm))
 
     return Job(Action("note", vm, f"{gone.text}; {gone.remedy}"), refuse)
 
@@ -197,7 +196,7 @@ def _make(site: Site, vm: str, templates: _Templates, disk: Disk | None) -> list
     jobs: list[Job] = []
     if disk is not None:
         # A disk without a machine. Untouched since cloning, nothing is lost with it.
-        if not site.disks(site.farm.host_of(vm)).pristine(site.machine(vm), "clean"):
+        if not site.member(vm).store.pristine(site.member(vm).machine, "clean"):
             raise Conflict(
                 f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
                 remedy=f"copy what you need from it, then remove it: ./invoke destroy --vm {vm}",
@@ -224,19 +223,18 @@ def _make(site: Site, vm: str, templates: _Templates, disk: Disk | None) -> list
 
 def _clone(site: Site, vm: str, template: Template, *, again: bool = False) -> None:
     """``again``: its machine is there, its disk is gone."""
-    began = time.monotonic()
+    began, member = time.monotonic(), site.member(vm)
     with site.journal.operation("clone", vm=vm, template=template.label, again=again) as operation:
         try:
             if again:
                 operation.step("remove the definition, whose disk is gone")
-                site.hypervisor_of(vm).destroy(site.machine(vm))
+                member.driver.destroy(member.machine)
             operation.step("give it an identity")
-            allocation = site.allocator.allocate(vm)
-            write_identity(site, vm)
-            spec = site.spec(vm, allocation)
+            write_identity(member)
+            spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
             operation.step("make disk and machine")
-            site.hypervisor_of(vm).define(spec, template)
+            member.driver.define(spec, template)
         except Interrupted:
             raise
         except Exception:
@@ -261,7 +259,7 @@ def _keep(
 ) -> list[Job]:
     jobs: list[Job] = []
     declared = site.farm.vms[vm]
-    reason = why_redefine(site, vm, machine, site.spec(vm, given))
+    reason = why_redefine(site.member(vm), machine, site.member(vm).spec(given))
     running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
     if reason and running:
         text = f"takes effect at its next stop or reset: change its definition {reason}"
@@ -279,7 +277,7 @@ def _keep(
             "takes effect when it is destroyed and cloned again"
         )
         jobs.append(Job(Action("note", vm, text)))
-    if is_on(machine) and wait and not starting and declared.start and not answers(site, vm):
+    if is_on(machine) and wait and not starting and declared.start and not answers(site.member(vm)):
         text = "runs, but its ssh doesn't answer: wait for it"
         jobs.append(Job(Action("wait", vm, text), lambda: _await(site, vm)))
     return jobs
@@ -287,16 +285,18 @@ def _keep(
 
 def _redefine(site: Site, vm: str) -> None:
     with site.journal.operation("redefine", vm=vm):
-        bring_up_to_date(site, vm)
+        member = site.member(vm)
+        bring_up_to_date(member, member.present(), member.disk())
 
 
 def _await(site: Site, vm: str) -> None:
     with site.journal.operation("wait", vm=vm):
         # Since when it runs isn't known for sure: any boot of this machine is the one meant.
-        wait_until_ready(site, vm, since=float("-inf"))
-        machine, idle = look(site, vm), site.farm.vms[vm].idle_memory
+        member = site.member(vm)
+        wait_until_ready(member, since=float("-inf"))
+        machine, idle = member.look(), member.declared.idle_memory
         if machine is not None and idle is not None and machine.current > idle:
-            deflate(site, vm)
+            deflate(member)
 
 
 def _check_space(site: Site, missing: Sequence[str], starting: Collection[str]) -> None:

@@ -14,8 +14,8 @@ from provision.engine.journal import current_step
 from provision.engine.report import Action, Outcome
 from provision.engine.work import begin, side_by_side
 from provision.guest import identity
+from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.lost import left_of
-from provision.operations.gc import leftovers
 from provision.site import Site
 
 
@@ -31,11 +31,11 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
         return _destroy_farm(site, purge=purge)
     names = _names(site, vms)
     with begin(site, "destroy", names) as run:
-        foreign = {vm for vm in names if vm in site.farm.vms and site.host(vm).driver == "ssh"}
-        there = _there(site, [vm for vm in names if vm not in foreign])
+        foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).info.virtual}
+        there = _there(site, survey(site), [vm for vm in names if vm not in foreign])
         for vm in names:
             if vm in foreign:
-                run.add(Action("note", vm, "on an ssh host: not ours to destroy"))
+                run.add(Action("note", vm, f"on {site.member(vm).info.called}: not ours to destroy"))
             elif vm in there:
                 run.add(Action("destroy", vm, "destroy machine, disk, checkpoints and identity"))
             else:
@@ -59,7 +59,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
     def one(vm: str) -> None:
         _unmake(site, vm)
         current_step("remove its seed, keys and console log")
-        identity.remove_identity(site.paths, vm, site.machine(vm))
+        identity.remove_identity(site.paths, vm, site.farm.machine_of(vm))
         gone[vm] = None
         site.reporter.say("destroyed", vm=vm)
 
@@ -75,7 +75,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
 
 def _erase_rest(site: Site, vms: Collection[str]) -> None:
     """What takes a look at the whole farm, once for all of them."""
-    for item in leftovers(site):
+    for item in (*of_drivers(site), *of_files(site, ())):
         if item.what.owner is not None and item.what.owner.vm in vms:
             current_step(f"remove {item.what.kind} {item.what.ref}")
             item.discard()
@@ -84,7 +84,7 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
 
 
 def _unmake(site: Site, vm: str) -> None:
-    name = site.machine(vm)
+    name = site.farm.machine_of(vm)
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
@@ -101,7 +101,10 @@ def _unmake(site: Site, vm: str) -> None:
 
 
 def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
-    known = dict.fromkeys((*site.farm.vms, *_made(site), *site.allocator.recorded()))
+    known = dict.fromkeys(site.farm.vms)
+    if not known.keys() >= frozenset(vms):
+        seen = survey(site)
+        known |= dict.fromkeys((*seen.vms, *seen.given))
     for vm in vms:
         if vm not in known:
             near = get_close_matches(vm, known, 1)
@@ -112,36 +115,21 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
     return tuple(vm for vm in known if vm in vms)
 
 
-def _made(site: Site) -> tuple[str, ...]:
-    """VMs of this farm that exist, declared or not, as machine or as disk."""
-    found: dict[str, None] = {}
-    for host, declared in site.farm.hosts.items():
-        if declared.driver == "ssh":
-            continue
-        for machine in site.hypervisor(host, look=True).list():
-            if machine.owner is not None:
-                found[machine.owner.vm] = None
-        if site.has_disks(host):
-            for disk in site.disks(host).list():
-                found[disk.owner.vm] = None
-    return tuple(found)
-
-
 def _hosts(site: Site, vm: str) -> list[str]:
     """Where it may be: its host, or any for one no longer declared."""
     if vm in site.farm.vms:
-        return [site.farm.host_of(vm)] if site.host(vm).driver != "ssh" else []
+        member = site.member(vm)
+        return [member.host] if member.info.virtual else []
     return [host for host in site.farm.hosts if site.has_disks(host)]
 
 
-def _there(site: Site, vms: Sequence[str]) -> dict[str, None]:
+def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
     """Those of which there is anything, in their order."""
     paths = site.paths
-    known = {*_made(site), *site.allocator.recorded()}
-    known |= {item.what.owner.vm for item in leftovers(site) if item.what.owner}
+    known = {*seen.vms, *seen.given, *(item.what.owner.vm for item in seen.left if item.what.owner)}
 
     def has_file(vm: str) -> bool:
-        name = site.machine(vm)
+        name = site.farm.machine_of(vm)
         files = (
             identity.seed_file(paths, name),
             identity.host_key_file(paths, vm),
@@ -157,7 +145,7 @@ def _there(site: Site, vms: Sequence[str]) -> dict[str, None]:
 
 def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
     nothing = not site.paths.root.exists()
-    made = _made(site)
+    made = survey(site).vms
     names = tuple(dict.fromkeys((*site.farm.vms, *made)))
     if nothing and not made and not site.plan:
         last_of(site)
@@ -167,7 +155,7 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
     with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
         _refuse_if_in_use(site)
         _refuse_strangers(site)
-        there = _there(site, names)
+        there = _there(site, survey(site), names)
         run.add(
             *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
         )
@@ -181,8 +169,9 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
             run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
             run.fact(kept=str(builds))
         if site.paths.root.exists():
-            daemon = "stop its daemon, " if site.private_directory.exists() else ""
-            run.add(Action("destroy", "", f"{daemon}remove {site.paths.root}"))
+            daemon = site.daemon()
+            stopped = "stop its daemon, " if daemon and daemon.directory.exists() else ""
+            run.add(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
             if others := _others_files(site):
                 text = f"stays: files that aren't farmhand's, such as {others[0]}"
                 run.add(Action("note", "", text))
@@ -210,7 +199,7 @@ def _records(builds: Path) -> int:
 def raze(site: Site, *, purge: bool) -> None:
     """Within an operation under way, after the VMs: all else, but the journal and the locks, which
     are needed to the end. Safe to call again after a kill."""
-    for item in leftovers(site):
+    for item in survey(site).left:
         current_step(f"remove {item.what.kind} {item.what.ref}")
         item.discard()
     for host, label in _templates(site):
@@ -221,11 +210,11 @@ def raze(site: Site, *, purge: bool) -> None:
             site.reporter.warn(f"stays: {error.message}")
     current_step("forget what was given out")
     site.allocator.forget()
-    if any(map(site.uses_private, site.farm.hosts)) and site.private_directory.exists():
+    if (daemon := site.daemon()) and daemon.directory.exists():
         current_step("stop the private daemon")
         for host in site.farm.hosts:
             site.disconnect(host)
-        site.private().stop(force=True)
+        daemon.stop(force=True)
     keep = {site.paths.journal.name, site.paths.locks.name}
     keep |= {f"{site.paths.journal.name}{end}" for end in ("-wal", "-shm")}
     if not purge:
@@ -246,7 +235,8 @@ def raze(site: Site, *, purge: bool) -> None:
 
 def finish_farm(site: Site, *, purge: bool) -> None:
     """What is left to do for a whole farm's destroy that was killed."""
-    erase(site, _there(site, tuple(dict.fromkeys((*_made(site), *site.farm.vms)))))
+    seen = survey(site)
+    erase(site, _there(site, seen, tuple(dict.fromkeys((*seen.vms, *site.farm.vms)))))
     raze(site, purge=purge)
 
 
@@ -294,16 +284,16 @@ def _refuse_if_in_use(site: Site) -> None:
 
 def _refuse_strangers(site: Site) -> None:
     """Machines that somebody defined in the farm's own libvirtd by hand: they would go with it."""
-    if not any(map(site.uses_private, site.farm.hosts)):
+    daemon = site.daemon()
+    if daemon is None:
         return
     ours = {
         machine.name
         for host in site.farm.hosts
-        if site.uses_private(host)
+        if site.opened(host).daemon()
         for machine in site.hypervisor(host, look=True).list()
     }
-    defined = {path.stem for path in site.private_directory.rglob("qemu/*.xml")}
-    if strangers := sorted(defined - ours):
+    if strangers := sorted(daemon.defined() - ours):
         raise NotOurs(
             f"{site.name}: its private libvirtd has {', '.join(strangers)}, without our mark: "
             "the daemon is not taken away under it",

@@ -37,15 +37,15 @@ from provision.engine.group_change import (
 )
 from provision.engine.journal import Record, current_operation
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, is_on, lock_of, look, side_by_side
+from provision.engine.work import Job, is_on, lock_of, side_by_side
 from provision.guest.identity import sweep_seeds
+from provision.leftovers import discard_of, discard_unowned
 from provision.operations.balloon import finish_balloon
 from provision.operations.checkpoint import GRACE, keep, merge_on
 from provision.operations.clone import undo_clone
 from provision.operations.destroy import erase, finish_farm, last_of
-from provision.operations.gc import discard_of, discard_unowned
 from provision.operations.reset import proven, restore
-from provision.power import can_power, deflate
+from provision.power import deflate
 from provision.site import Site
 
 
@@ -114,7 +114,7 @@ def _recover_one(site: Site, record: Record) -> Action:
             raise
         vms = [vm for vm in record.vms if vm in site.farm.vms and record.verb != "cycle"]
         _discard_rest(site, vms)
-        sweep_seeds(site.paths, {site.machine(vm) for vm in vms})
+        sweep_seeds(site.paths, {site.farm.machine_of(vm) for vm in vms})
     with contextlib.suppress(WrongState):  # the journal may have gone with its farm
         site.journal.settle(record.id, "recovered", job.action.text)
     site.reporter.warn(job.action.text, vm=record.vm)
@@ -125,7 +125,7 @@ def _discard_rest(site: Site, vms: Sequence[str]) -> None:
     """What the operation left over. Where that can't be removed now, the operation is recovered all the
     same: gc finds it again, and fails as long as it is there."""
     try:
-        discard_of(site, vms)
+        discard_of(list(map(site.member, vms)))
     except (Busy, Interrupted):
         raise
     except FarmhandError as error:
@@ -160,9 +160,9 @@ def _job(site: Site, record: Record) -> Job:
         return job("what was left of it is removed", lambda: discard_unowned(site))
     if vm not in site.farm.vms:
         return job("noted" if not vm else "it is no longer declared; noted")
-    if not can_power(site, vm):
+    if not site.member(vm).can_power:
         return job("noted; on an ssh host nothing is undone")
-    machine = look(site, vm)
+    machine = site.member(vm).look()
     if record.verb == "clone":
         if machine is not None:
             whole = (
@@ -182,8 +182,8 @@ def _job(site: Site, record: Record) -> Job:
 
 def _several(site: Site, record: Record, what: str) -> Job:
     """A reset or a checkpoint of one VM or more."""
-    declared = [vm for vm in record.vms if vm in site.farm.vms and can_power(site, vm)]
-    machines = {vm: machine for vm in declared if (machine := look(site, vm))}
+    declared = [vm for vm in record.vms if vm in site.farm.vms and site.member(vm).can_power]
+    machines = {vm: machine for vm in declared if (machine := site.member(vm).look())}
     vms, facts = list(machines), record.facts
     resets, name = record.verb == "reset", str(facts.get("to" if record.verb == "reset" else "name"))
     off = [vm for vm in vms if not is_on(machines[vm])]
@@ -236,7 +236,7 @@ def _several(site: Site, record: Record, what: str) -> Job:
         wanted = [vm for vm in then if vm in off]
         if not wanted:
             return job("its disks are done; noted")
-        half = [vm for vm in wanted if is_half_back(site.disks(site.farm.host_of(vm)), site.machine(vm))]
+        half = [vm for vm in wanted if is_half_back(site.member(vm).store, site.member(vm).machine)]
         if half:
             return job(f"{done} once more and start {', '.join(then)}", redo)
         return job(f"start {', '.join(wanted)}", lambda: start(wanted))
@@ -252,14 +252,15 @@ def _merge(site: Site, record: Record) -> None:
 def _cycle(site: Site, record: Record, what: str) -> Job:
     inflated = []
     for vm in (vm for vm in record.vms if vm in site.farm.vms):
-        machine = look(site, vm) if can_power(site, vm) else None
-        idle = site.farm.vms[vm].idle_memory
+        member = site.member(vm)
+        machine = member.look() if member.can_power else None
+        idle = member.declared.idle_memory
         if machine is not None and is_on(machine) and idle is not None and machine.current > idle:
             inflated.append(vm)
 
     def calm() -> None:
         for vm in inflated:
-            deflate(site, vm)
+            deflate(site.member(vm))
 
     text = f"balloon down {', '.join(inflated)}" if inflated else "noted"
     return Job(Action("recover", "", f"{what}: {text}; log shows how far it came"), calm)

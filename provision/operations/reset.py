@@ -12,10 +12,10 @@ from inventory.sizes import format_duration
 from provision.engine.group_change import change_disks, is_half_back
 from provision.engine.journal import Operation, current_step
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin, disk_of, is_on, present, side_by_side
+from provision.engine.work import Run, begin, is_on, side_by_side
 from provision.lost import grows_from, require
+from provision.member import Member
 from provision.power import (
-    can_power,
     check_memory,
     power_on,
     then_what,
@@ -54,7 +54,7 @@ def reset(
     with begin(site, "reset", names, doing=doing) as run:
         warm = []
         for vm in names:
-            present(site, vm)
+            site.member(vm).present()
             if check_checkpoint(site, vm, to):
                 warm.append(vm)
         if warm and len(names) > 1:
@@ -63,16 +63,16 @@ def reset(
                 remedy=f"one by one: ./invoke reset --vm {warm[0]} --to {to}",
             )
         if start:
-            run.add(*check_memory(site, names, wait=wait))
+            run.add(*check_memory(site.members(names), wait=wait))
         for vm in names:
             text = f"put back to {to}"
             if warm:
                 text += ", disk and memory"
             if start:
-                text += f", {'run on' if warm else 'start'}{then_what(site, vm, wait=wait)}"
+                text += f", {'run on' if warm else 'start'}{then_what(site.member(vm), wait=wait)}"
             run.add(Action("reset", vm, text))
         if not site.plan:
-            ours = [vm for vm in names if can_power(site, vm)]
+            ours = [vm for vm in names if site.member(vm).can_power]
             if ours:
                 _reset_disks(site, run, ours, to=to, start=start, wait=wait, warm=bool(warm))
             theirs = {vm: partial(_reset_by_command, site, run, vm, to=to, wait=start and wait)
@@ -95,8 +95,9 @@ def prove(site: Site, vms: Sequence[str], to: str) -> Proofs:
     proofs: Proofs = {}
 
     def one(vm: str) -> None:
-        disk = disk_of(site, vm)
-        pristine = site.disks(site.farm.host_of(vm)).pristine(site.machine(vm), to)
+        member = site.member(vm)
+        disk = member.disk()
+        pristine = member.store.pristine(member.machine, to)
         if disk is None or not pristine:
             raise DriverFailed(
                 f"{site.name}: {vm}'s disk was reset, but isn't provably checkpoint {to}: not started",
@@ -115,13 +116,13 @@ def _reset_disks(
     site: Site, run: Run, vms: Sequence[str], *, to: str, start: bool, wait: bool, warm: bool
 ) -> None:
     began = time.monotonic()
-    was_on = [vm for vm in vms if is_on(present(site, vm))]
+    was_on = [vm for vm in vms if is_on(site.member(vm).present())]
     alone = vms[0] if len(vms) == 1 else ""
     with site.journal.operation(
         "reset", vm=alone, vms=list(vms), to=to, start=start, was_on=was_on, warm=warm
     ) as operation:
         current_step("refresh identities")
-        side_by_side(site, {vm: partial(write_identity, site, vm) for vm in vms})
+        side_by_side(site, {vm: partial(write_identity, site.member(vm)) for vm in vms})
         change_disks(site, operation, vms, partial(restore, to), grace=0)
         proofs = proven(site, operation, vms, to)
         swapped = time.monotonic() - began
@@ -133,9 +134,9 @@ def _reset_disks(
         def finish(vm: str) -> None:
             if start:
                 try:
-                    power_on(site, vm, wait=wait)
+                    power_on(site.member(vm), wait=wait)
                 except FarmhandError:
-                    if is_half_back(site.disks(site.farm.host_of(vm)), site.machine(vm)):
+                    if is_half_back(site.member(vm).store, site.member(vm).machine):
                         operation.must_finish = True  # its memory has been used, perhaps
                     raise
             run.vm_fact(
@@ -160,24 +161,26 @@ def proven(site: Site, operation: Operation, vms: Sequence[str], to: str) -> Pro
 def _reset_by_command(site: Site, run: Run, vm: str, *, to: str, wait: bool) -> None:
     began = time.monotonic()
     with site.journal.operation("reset", vm=vm, to=to):
-        site.hypervisor_of(vm).reset(site.machine(vm), to)
+        member = site.member(vm)
+        member.driver.reset(member.machine, to)
         if wait:  # the command may have booted it or not: any boot counts
-            wait_until_ready(site, vm, since=float("-inf"))
+            wait_until_ready(member, since=float("-inf"))
     proof = {"checkpoint": to, "pristine": None, "by": "the reset command of the farm file"}
     run.vm_fact(vm, proof=proof, seconds=round(time.monotonic() - began, 3))
 
 
 def check_checkpoint(site: Site, vm: str, to: str) -> bool:
     """That the VM can be put back to it. Whether it is a warm one. NotFound, Unsupported."""
-    if not can_power(site, vm):
-        if not site.farm.vms[vm].reset:
+    member = site.member(vm)
+    if not member.can_power:
+        if not member.declared.reset:
             raise Unsupported(
                 f"{site.name}: {vm} is on an ssh host and has no reset command",
                 remedy=f"give vms.{vm} a 'reset' command in the farm file",
             )
         return False
-    disk = disk_of(site, vm)
-    kept = disk.checkpoints if disk is not None else _left(site, vm)
+    disk = member.disk()
+    kept = disk.checkpoints if disk is not None else _left(member)
     known = [one.name for one in kept]
     if to not in known:
         raise NotFound(
@@ -186,9 +189,9 @@ def check_checkpoint(site: Site, vm: str, to: str) -> bool:
     return any(one.warm for one in kept if one.name == to)
 
 
-def _left(site: Site, vm: str) -> tuple[Checkpoint, ...]:
+def _left(member: Member) -> tuple[Checkpoint, ...]:
     """What a VM whose disk is gone can be put back to. NotFound."""
-    known = grows_from(site.disks(site.farm.host_of(vm)), site.machine(vm))
+    known = grows_from(member.store, member.machine)
     if not known:
-        require(site, vm, present(site, vm), None)
+        require(member, member.present(), None)
     return known

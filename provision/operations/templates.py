@@ -197,7 +197,7 @@ def _source(site: Site, name: str) -> TemplateSource:
 
 def _storing_hosts(site: Site) -> list[str]:
     """Hosts with a disk store: nobody clones onto machines known by ssh alone."""
-    return [name for name, host in site.farm.hosts.items() if host.driver != "ssh"]
+    return [name for name, host in site.farm.hosts.items() if host.INFO.disks]
 
 
 def _hosts(site: Site, name: str) -> list[str]:
@@ -205,12 +205,12 @@ def _hosts(site: Site, name: str) -> list[str]:
     storing = _storing_hosts(site)
     hosts = [host for host in storing if host in using] or storing[:1]
     if not hosts:
-        raise UsageError(f"template {name}: the farm has no host that clones disks (driver ssh only)")
+        raise UsageError(f"template {name}: the farm has no host that clones disks")
     return hosts
 
 
 def _pretended(site: Site, hosts: Sequence[str]) -> bool:
-    return all(site.farm.hosts[host].driver == "fake" for host in hosts)
+    return not any(site.farm.hosts[host].INFO.guests for host in hosts)
 
 
 def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
@@ -225,8 +225,7 @@ def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
         own = authorized(site.farm, ssh.authorized_keys)
         logins[ssh.user] = tuple(dict.fromkeys((*logins.get(ssh.user, ()), *own)))
     assert source.build is not None
-    declared = (site.farm.hosts[host] for host in hosts)
-    paravirtual = any(host.driver == "xen" and host.guests != "pvh" for host in declared)
+    paravirtual = any(site.farm.hosts[host].paravirtual for host in hosts)
     packages = source.packages
     return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
 

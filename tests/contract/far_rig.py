@@ -6,16 +6,17 @@ import itertools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import quote
 
 from host.paths import cache_dir
-from hypervisors.api import Disks, StepFn, no_step
+from hypervisors.api import Disks, StepFn, Voices, no_step
+from hypervisors.disks.stores import StorePlace
 from hypervisors.far.address import Far, far
 from hypervisors.far.drivers import FarHypervisor, far_disks
 from hypervisors.far.link import Link
-from hypervisors.opening import Place, Voices
+from hypervisors.libvirt.opening import Place
 from tests.unit.sshd_machine import Sshd, make_key
 
 MAIN = "hypervisors.far.main.main()"
@@ -81,7 +82,9 @@ class FarMachine:
         """A connection of its own. ``spoil``: Python that is run over there first."""
         there = far(uri or self.uri())
         argv = spoilt(there, spoil) if spoil else there.argv
-        asked = replace(Place(farm=farm, driver="kvm", uri=there.uri), **place)
+        of_store = {f.name for f in fields(StorePlace)}
+        disks = StorePlace(farm=farm, **{key: place.pop(key) for key in of_store & place.keys()})
+        asked = replace(Place(disks=disks, driver="kvm", uri=there.uri), **place)
         link = Link(there.name, argv, asked, Voices(), plan=plan)
         self.links.append(link)
         return link

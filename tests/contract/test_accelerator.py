@@ -86,7 +86,7 @@ class Desk:
         """As libvirt's own file has it, while nobody runs: a daemon loads such a definition, too, where
         it would not take a new one."""
         with self.site() as site:
-            private = site.private()
+            private = site.daemon()
             private.stop()
             [file] = private._definitions.glob("*.xml")
         text = file.read_text()
@@ -108,7 +108,7 @@ def desk(guest: small_guest.Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     made = Desk(place, guest, monkeypatch)
     yield made
     with made.site() as site:
-        site.private().stop(force=True)
+        site.daemon().stop(force=True)
     shutil.rmtree(place)
 
 

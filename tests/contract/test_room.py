@@ -13,7 +13,8 @@ from machine_rigs import Guests
 from rigs import FARM, MIB
 
 from cli.views import farm_status, memory_plan
-from hypervisors.api import Disks, Hypervisor, Power
+from hypervisors.api import Hypervisor, Power
+from hypervisors.host import OpenHost
 from inventory.errors import NoSpace, Unsupported
 from inventory.loader import load
 from provision import farm
@@ -34,13 +35,11 @@ class GuestsSite(Site):
 
     guests: Guests
 
-    def _connect(self, host: str) -> Hypervisor:
-        del host
-        return self.guests.hypervisor(step=current_step)
-
-    def _open_store(self, host: str) -> Disks:
-        del host
-        return self.guests.disks()
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
+        opened._connect = lambda: self.guests.hypervisor(step=current_step)
+        opened._open_disks = self.guests.disks
+        return opened
 
 
 @pytest.fixture(params=["real", pytest.param("xen", marks=pytest.mark.xen)])
@@ -86,7 +85,7 @@ def test_a_guest_that_idles_falls_grows_and_gives_for_one_that_starts(site: Gues
     assert hypervisor.find(f"{FARM}-new").power is Power.STOPPED
     farm.balloon(site, "idle", 192 * MIB)
     assert abs(given(hypervisor) - 192 * MIB) < MIB
-    with room_for(site, "new", 192 * MIB, "starting new"):
+    with room_for(site.member("new"), 192 * MIB, "starting new"):
         assert low - MIB < given(hypervisor) <= ROOM - 192 * MIB
         site.guests.boot("new")
     assert 192 * MIB < given(hypervisor) <= ROOM
@@ -97,7 +96,8 @@ def test_a_guest_that_idles_falls_grows_and_gives_for_one_that_starts(site: Gues
 def test_a_guest_that_needs_what_it_has_keeps_it(site: GuestsSite) -> None:
     hypervisor = define(site, "hog=96")
     before = hypervisor.memory(f"{FARM}-idle")
-    with pytest.raises(NoSpace, match="idle has 192M"), room_for(site, "new", 192 * MIB, "starting new"):
+    new = site.member("new")
+    with pytest.raises(NoSpace, match="idle has 192M"), room_for(new, 192 * MIB, "starting new"):
         raise AssertionError("there was none")
     after = hypervisor.memory(f"{FARM}-idle")
     assert abs(before.actual - after.actual) < MIB

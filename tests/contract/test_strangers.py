@@ -70,7 +70,7 @@ class Town:
         import libvirt
 
         with self.site(name) as site:
-            connection = libvirt.open(site.private().uri())
+            connection = libvirt.open(site.daemon().uri())
             try:
                 yield connection
             finally:
@@ -108,7 +108,7 @@ class Town:
 
     def has_daemon(self, name: str) -> bool:
         with self.site(name) as site:
-            return site.private_directory.exists()
+            return site.daemon().directory.exists()
 
     def drop_domain(self, name: str) -> None:
         with self.libvirt() as connection:

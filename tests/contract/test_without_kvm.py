@@ -17,7 +17,8 @@ from machine_rigs import LibvirtRig
 from rigs import FARM
 
 from host.run import Runner
-from hypervisors.api import Capabilities, Disks, Hypervisor, Machine, MachineSpec
+from hypervisors.api import Capabilities, Hypervisor, Machine, MachineSpec
+from hypervisors.host import OpenHost
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kinds import Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
@@ -66,18 +67,18 @@ class ClaimingSite(Site):
         spec = self.guests.spec(vm, stamp=self.stamp)
         return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
 
-    def _connect(self, host: str) -> Hypervisor:
-        del host
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
+        opened._connect, opened._open_disks = self._connect, self.guests.disks
+        return opened
+
+    def _connect(self) -> Hypervisor:
         guests, kind = self.guests, self.guests.kind
         if self.distrusted:
             kind = Qemu(KvmVerdict(False, self.distrusted))
         return (LibvirtHypervisor if self.distrusted else Claiming)(
             guests.uri, FARM, guests.disks(), Runner(), step=current_step, kind=kind
         )
-
-    def _open_store(self, host: str) -> Disks:
-        del host
-        return self.guests.disks()
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def site(real: LibvirtRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def define(site: ClaimingSite, *vms: str) -> Hypervisor:
     hypervisor = site.hypervisor("here")
     for vm in vms:
-        spec = site.spec(vm, site.allocator.allocate(vm))
+        spec = site.member(vm).spec(site.allocator.allocate(vm))
         hypervisor.define(spec, site.guests.template)
-        write_identity(site, vm)
+        write_identity(site.member(vm))
     return hypervisor
 
 
@@ -141,7 +142,7 @@ def test_others_are_not(site: ClaimingSite, tmp_path: Path, alive: str) -> None:
         assert time.monotonic() < limit
         time.sleep(0.1)
     with pytest.raises(TimedOut, match="was not ready"):
-        wait_until_ready(site, "one", since=since)
+        wait_until_ready(site.member("one"), since=since)
     assert warned(site) == []
     assert site.distrusted == ""
 

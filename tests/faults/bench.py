@@ -35,7 +35,7 @@ from hypervisors.api import Disk, Template
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
-from provision.engine.work import is_on, look
+from provision.engine.work import is_on
 from provision.guest.identity import host_key, seed_file
 from provision.site import Site
 
@@ -182,7 +182,7 @@ class Bench:
                 site.disks(host).seal(image, template)
 
     def disk(self, site: Site, vm: str) -> Disk | None:
-        return site.disks(site.farm.host_of(vm)).find(site.machine(vm))
+        return site.disks(site.farm.host_of(vm)).find(site.member(vm).machine)
 
     def kills(
         self,
@@ -296,7 +296,7 @@ class Bench:
         """Right after the kill, before anything is recovered: a machine that can be started is
         complete, with a sound disk and its identity."""
         for vm in site.farm.vms:
-            machine = look(site, vm)
+            machine = site.member(vm).look()
             if machine is None:
                 continue
             disk = self.disk(site, vm)
@@ -333,7 +333,7 @@ class Bench:
             farm.clone_farm(site, wait=False)
             again = farm.clone_farm(site, wait=False)
             assert not again.changed, f"{context}: {[str(a) for a in again.actions]}"
-            assert all(is_on(look(site, vm)) for vm in site.farm.vms), context
+            assert all(is_on(site.member(vm).look()) for vm in site.farm.vms), context
 
     # -- a disk's content -------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from places import SIZE, TEMPLATE, LvmPlace, Place, ZfsPlace, run
 
+import cli.composition  # noqa: F401
 from hypervisors.api import Template
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import Reporter
-from provision.engine.work import look
 from provision.guest.identity import seed_file
 from provision.site import Site
 
@@ -168,7 +168,7 @@ def check() -> None:
             disks = {disk.owner.vm: disk for disk in opened.disks(host).list()}
             everything = place.everything()
             for vm in (f"{host}1", f"{host}2"):
-                machine, disk = look(opened, vm), disks.get(vm)
+                machine, disk = opened.member(vm).look(), disks.get(vm)
                 assert bool(machine) == bool(disk), f"{vm}: {machine}, {disk}"
                 if disk is None:
                     name = opened.machine(vm)

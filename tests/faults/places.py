@@ -98,7 +98,7 @@ class Place(abc.ABC):
         """ "old": what was written is there, all of it, and nothing else; "new": provably the template;
         "torn": neither."""
         store = site.disks(site.farm.host_of(vm))
-        disk = store.find(site.machine(vm))
+        disk = store.find(site.member(vm).machine)
         assert disk
         seen = self.read(disk, site)
         if seen == OLD:
@@ -256,7 +256,7 @@ class XenApiPlace(Place):
         """The driver can't prove of a disk that it is pristine once its machine was told to start; of
         such a one all its bytes alone say whose it is."""
         store = site.disks(site.farm.host_of(vm))
-        disk = store.find(site.machine(vm))
+        disk = store.find(site.member(vm).machine)
         assert disk
         seen, proven = self.read(disk, site), store.pristine(disk.machine, "clean")
         if seen == TEMPLATE and not proven and self._was_started(disk.machine):

@@ -27,7 +27,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def bench(receiver: Receiver, cache: Path) -> Iterator[Bench]:
-    more = f"events: {{webhook: {{chat: {{url: '{receiver.url}', secret_file: secret}}}}}}"
+    more = f"events: {{chat: {{webhook: '{receiver.url}', secret_file: secret}}}}"
     with bench_on(FakePlace(), cache, more=more) as made:
         secret = made.file.with_name("secret")
         secret.write_text(SECRET)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +48,9 @@ class Done:
         return next(line for line in self.err.splitlines() if line.startswith("farmhand: "))
 
 
+Line = TypeVar("Line", bound="CommandLine")
+
+
 class CommandLine:
     def __init__(self, directory: Path, runtime: Path) -> None:
         self.directory = directory
@@ -79,9 +82,9 @@ class CommandLine:
         return Done(done.returncode, done.stdout, done.stderr)
 
 
-def command_line(tmp_path: Path) -> Iterator[CommandLine]:
+def command_line(tmp_path: Path, kind: type[Line] = CommandLine) -> Iterator[Line]:  # type: ignore[assignment]
     runtime = Path(tempfile.mkdtemp(prefix="fh"))
     try:
-        yield CommandLine(tmp_path, runtime)
+        yield kind(tmp_path, runtime)
     finally:
         rmtree(runtime, ignore_errors=True)

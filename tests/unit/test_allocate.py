@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import cli.composition  # noqa: F401 - in processes of its own too
 from host.paths import FarmPaths
 from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm

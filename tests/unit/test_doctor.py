@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from builds.checkup import with_source
+from host.check import Check
 from hypervisors.far.drivers import FarHypervisor
+from hypervisors.libvirt.kvm_host import KvmHost
+from hypervisors.libvirt.xen_host import XenHost
 from inventory.errors import DriverFailed
-from inventory.model import Host
+from inventory.hosts import NeededFile
 from provision import doctor
 from provision.checkup import Report
-from provision.doctor import Check, examine
+from provision.doctor import examine
 
 _FARM = """
 farm: asked
 hosts:
-  here: {{driver: {driver}, uri: '{uri}', disks: {{store: {store}, pool: nowhere, dataset: farm}}}}
+  here: {{driver: {driver}{keys}}}
 network: {{mode: bridge, bridge: br0, subnet: 10.0.0.0/24}}
 templates: {{base: {{build: debian-12{more}}}}}
 vms: {{prod: {{}}}}
 """
+_KEYS = ", uri: '{uri}', disks: {{store: {store}, pool: nowhere, dataset: farm}}"
 _DEAF = "{driver}+unix:///system?socket=/nowhere/at/all"
 
 
@@ -74,8 +79,8 @@ def checks(tmp_path: Path, driver: str, store: str, more: str = "") -> list[Chec
     """``more``: of its template."""
     file = tmp_path / "farm.yaml"
     uri = _DEAF.format(driver="qemu" if driver == "kvm" else driver)
-    more = f", {more}" if more else ""
-    file.write_text(_FARM.format(driver=driver, uri=uri, store=store, more=more))
+    keys = "" if driver == "fake" else _KEYS.format(uri=uri, store=store)
+    file.write_text(_FARM.format(driver=driver, keys=keys, more=f", {more}" if more else ""))
     return list(examine(file).checks)
 
 
@@ -131,8 +136,11 @@ def test_what_xen_needs_is_named_with_its_package(
 ) -> None:
     there = tmp_path / "there"
     there.touch()
-    files = ((str(there), "grub-xen-host", "starts the VMs"), (str(tmp_path / "lost"), "other", "runs"))
-    monkeypatch.setattr(doctor, "_XEN_FILES", files)
+    files = (
+        NeededFile(path=str(there), package="grub-xen-host", purpose="starts the VMs", disk_boot=True),
+        NeededFile(path=str(tmp_path / "lost"), package="other", purpose="runs"),
+    )
+    monkeypatch.setattr(XenHost, "INFO", replace(XenHost.INFO, files=files))
     [missing] = named(checks(tmp_path, "xen", "lvm-thin"), "xen")
     assert missing.text == f"not found: {tmp_path}/lost (runs)"
     assert missing.remedy.endswith(" other")
@@ -142,8 +150,9 @@ def test_what_xen_needs_is_named_with_its_package(
 def test_grub_is_not_asked_for_where_the_host_gives_the_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = ((str(tmp_path / "grub"), "grub-xen-host", "starts the VMs"),)
-    monkeypatch.setattr(doctor, "_XEN_FILES", files)
+    grub = str(tmp_path / "grub")
+    file = NeededFile(path=grub, package="grub-xen-host", purpose="starts the VMs", disk_boot=True)
+    monkeypatch.setattr(XenHost, "INFO", replace(XenHost.INFO, files=(file,)))
     assert named(checks(tmp_path, "xen", "lvm-thin"), "xen")
     boot = "boot: {kernel: /boot/vmlinuz, cmdline: ro}"
     assert not named(checks(tmp_path, "xen", "lvm-thin", boot), "xen")
@@ -168,6 +177,6 @@ def test_a_link_lost_amid_the_questions_is_told() -> None:
             raise DriverFailed("the link to build2 is lost", remedy="is it up?")
 
     far = cast(FarHypervisor, Lost())
-    [tools] = doctor._far_tools("far", Host(driver="kvm"), far, ())
+    [tools] = doctor._far_tools("far", KvmHost(), far, ())
     assert (tools.name, tools.ok, tools.level) == ("tools of far", False, "needed")
     assert (tools.text, tools.remedy) == ("the link to build2 is lost", "is it up?")

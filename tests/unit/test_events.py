@@ -50,11 +50,11 @@ class Told:
         self.secret.chmod(0o600)
 
     def subscribe(self, webhooks: dict[str, Any] | None = None, **commands: Any) -> None:
-        section = {"webhook": webhooks or {}, "command": commands}
+        section = {**(webhooks or {}), **commands}
         self.farm.file.write_text(f"{self._declared}events: {json.dumps(section)}\n")
 
     def hook(self, receiver: Receiver, **more: Any) -> dict[str, Any]:
-        return {"url": receiver.url, "secret_file": "secret", **more}
+        return {"webhook": receiver.url, "secret_file": "secret", **more}
 
     def site(self, *, plan: bool = False) -> Site:
         return self.farm.site(plan=plan)
@@ -213,7 +213,7 @@ def test_a_drip_is_ended(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        told.subscribe({"chat": {"url": url, "secret_file": "secret"}})
+        told.subscribe({"chat": {"webhook": url, "secret_file": "secret"}})
         told.clone()
         over.set()
         thread.join()
@@ -262,7 +262,7 @@ def test_what_nobody_takes_for_days_is_given_up(told: Told, receiver: Receiver) 
 
 def test_the_queue_is_bounded(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_MOST", 5)
-    told.subscribe({"chat": {"url": "http://127.0.0.1:1/", "secret_file": "secret"}})
+    told.subscribe({"chat": {"webhook": "http://127.0.0.1:1/", "secret_file": "secret"}})
     with told.site() as site:
         site.prepare()
         for n in range(6):
@@ -299,7 +299,7 @@ def test_a_secret_from_the_environment_goes_to_no_command(
 ) -> None:
     monkeypatch.setenv("CHAT_SECRET", SECRET)
     told.subscribe(
-        {"chat": {"url": receiver.url, "secret_variable": "CHAT_SECRET"}},
+        {"chat": {"webhook": receiver.url, "secret_variable": "CHAT_SECRET"}},
         tell={"command": ["sh", "-c", "{ env; cat; } >> told"], "on": "operation.passed"},
     )
     monkeypatch.chdir(told.place)
@@ -334,7 +334,7 @@ def test_tls_is_verified(told: Told, place: Path) -> None:
     with serving(place) as (url, ca):
         for trusted in (False, True):
             more = {"ca": str(ca)} if trusted else {}
-            told.subscribe({"chat": {"url": url, "secret_file": "secret", **more}})
+            told.subscribe({"chat": {"webhook": url, "secret_file": "secret", **more}})
             told.clone()
             with told.site() as site:
                 farm.destroy(site, ["prod"])
@@ -361,6 +361,7 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
     code = (
         "import sys\n"
         "from pathlib import Path\n"
+        "import cli.composition\n"
         "from inventory.loader import load\n"
         "from provision.engine.report import QuietReporter\n"
         "from provision.site import Site\n"
@@ -392,13 +393,15 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
 def test_farm_files_are_checked(told: Told) -> None:
     told.subscribe(
         {
-            "chat": {"url": "http://chat.example/x", "secret_file": "s"},
-            "login": {"url": "https://me:pass@chat.example/x", "secret_file": "s"},
-            "both": {"url": "https://chat.example/x", "secret_file": "s", "secret_variable": "S"},
-            "none": {"url": "https://chat.example/x", "vms": ["nope"]},
-            "word": {"url": "https://chat.example/x", "secret_file": "s", "on": "builds"},
+            "chat": {"webhook": "http://chat.example/x", "secret_file": "s"},
+            "login": {"webhook": "https://me:pass@chat.example/x", "secret_file": "s"},
+            "both": {"webhook": "https://chat.example/x", "secret_file": "s", "secret_variable": "S"},
+            "none": {"webhook": "https://chat.example/x", "vms": ["nope"]},
+            "word": {"webhook": "https://chat.example/x", "secret_file": "s", "on": "builds"},
         },
-        chat={"command": []},
+        empty={"command": []},
+        two={"command": "x", "webhook": "https://chat.example/x"},
+        neither={"commands": "x"},
     )
     with pytest.raises(InventoryError) as refused:
         load(told.farm.file)
@@ -406,14 +409,14 @@ def test_farm_files_are_checked(told: Told) -> None:
     for words in (
         "only an address of this very machine may do without TLS", "a URL without a login",
         "there is 'secret_file' already", "a webhook needs a secret", "did you mean 'build'?",
-        "events.command.chat.command: at least one is needed",
+        "events.empty.command: at least one is needed",
+        "events.two: a subscriber has one of 'webhook' and 'command', which says where it is; this one "
+        "has webhook and command",
+        "events.neither: a subscriber has one of 'webhook' and 'command', which says where it is",
     ):  # fmt: skip
         assert words in text
     assert "pass@" not in text
-    hook = {"url": "https://chat.example/x", "secret_file": "s"}
-    told.subscribe({"one": hook}, one={"command": "x"})
-    with pytest.raises(InventoryError, match="one is the name of a webhook already"):
-        load(told.farm.file)
+    hook = {"webhook": "https://chat.example/x", "secret_file": "s"}
     told.subscribe({"one": {**hook, "vms": "nope"}})
     with pytest.raises(InventoryError, match="no VM 'nope'"):
         load(told.farm.file)

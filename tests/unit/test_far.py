@@ -3,6 +3,7 @@ to by the contract suites."""
 
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -28,14 +29,17 @@ from hypervisors.api import (
     Owner,
     Power,
     Template,
+    Voices,
     WatchedDisks,
 )  # fmt: skip
+from hypervisors.disks.stores import StorePlace
+from hypervisors.disks.zfs.disks import ZfsDisks
 from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.link import Link
 from hypervisors.far.wire import decode, encode
 from hypervisors.libvirt.kvm_trust import KvmTrust
-from hypervisors.opening import Place, Voices
+from hypervisors.libvirt.opening import Place
 from inventory.errors import (
     CommandFailed,
     Conflict,
@@ -141,7 +145,7 @@ def test_this_machine_is_not_far(uri: str) -> None:
 
 def test_a_store_offers_there_what_it_offers_here() -> None:
     def offers(store: str) -> set[str]:
-        place = Place(farm="kata", driver="xen", uri="xen:///system", store=store)
+        place = Place(disks=StorePlace(farm="kata", store=store), driver="xen", uri="xen:///system")
         made = far_disks(Link("x", tuple, place, Voices()), lambda _: None)
         assert isinstance(made, FarDisks)
         more = (FarmDisks, DeviceDisks, WatchedDisks, MergingDisks)
@@ -165,6 +169,22 @@ def test_a_disk_is_made_there(machine: FarMachine, tmp_path: Path) -> None:
         disks.clone(sealed, "kata-prod", OWNER, SIZE)
     with pytest.raises(NotFound):
         disks.restore("kata-prod", "never")
+
+
+def test_what_zfs_runs_comes_over_too(machine: FarMachine) -> None:
+    """A stand-in for the command keeps what it is given to run; the real one is in the labs."""
+    zfs = machine.place / "bin" / "zfs"
+    zfs.parent.mkdir(exist_ok=True)
+    zfs.write_text(
+        '#!/bin/sh\nwhile [ "$1" != tank ]; do shift; done\n'
+        f'cat -- "$2" >{machine.place}/given || exit 1\n'
+        """echo '{"return": {"space": {"used": 1, "available": 2}}}'\n"""
+    )
+    zfs.chmod(0o755)
+    disks = machine.disks("kata", store="zfs", pool="tank")
+    assert disks.capacity() == Capacity(3, 2)
+    given, ours = machine.place / "given", Path(inspect.getfile(ZfsDisks)).with_name("store.lua")
+    assert given.read_bytes() == ours.read_bytes()
 
 
 def test_a_step_that_raises_abandons_the_change(machine: FarMachine, tmp_path: Path) -> None:
@@ -289,7 +309,7 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
         nobody.bind(("127.0.0.1", 0))
         uri = f"xen+ssh://127.0.0.1:{nobody.getsockname()[1]}/system"
         there = far(uri)
-        place = Place(farm="kata", driver="xen", uri=there.uri)
+        place = Place(disks=StorePlace(farm="kata"), driver="xen", uri=there.uri)
         with pytest.raises(DriverFailed, match="Connection refused"):
             Link(there.name, there.argv, place, Voices()).call("disks", "list")
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.host import OpenHost
 from inventory.errors import (
     Busy,
     Conflict,
@@ -91,7 +92,7 @@ class Desk:
 
     def machine(self, vm: str) -> Any:
         with self.site() as site:
-            return site.hypervisor_of(vm).find(site.machine(vm))
+            return site.member(vm).driver.find(site.member(vm).machine)
 
 
 @pytest.fixture
@@ -109,13 +110,13 @@ def made(desk: Desk) -> Desk:
 
 def test_a_kernel_of_the_host(desk: Desk) -> None:
     with desk.site() as site:
-        spec = site.spec("prod", site.allocator.peek("prod"))
+        spec = site.member("prod").spec(site.allocator.peek("prod"))
     assert (spec.kernel, spec.initrd, spec.cmdline) == (None, None, "")
     text = desk.file.read_text()
     boot = "boot: {kernel: /boot/vmlinuz, initrd: /boot/initrd.img, cmdline: 'root=/dev/xvda1 ro'}"
     desk.file.write_text(text.replace("debian-12,", f"debian-12, {boot},"))
     with desk.site() as site:
-        spec = site.spec("prod", site.allocator.peek("prod"))
+        spec = site.member("prod").spec(site.allocator.peek("prod"))
     assert (spec.kernel, spec.initrd) == (Path("/boot/vmlinuz"), Path("/boot/initrd.img"))
     assert spec.cmdline == "root=/dev/xvda1 ro"
 
@@ -143,9 +144,10 @@ def test_clone_farm_from_nothing_then_nothing_to_do(desk: Desk) -> None:
         key, pub = (site.paths.keys / "hostkeys" / name for name in ("prod", "prod.pub"))
         assert key.stat().st_mode & 0o777 == 0o600
         assert site.paths.keys.stat().st_mode & 0o777 == 0o700
-        assert pub.read_text().split()[1] in site.endpoint("prod").host_key
-        assert site.endpoint("prod").host_key != site.endpoint("dev2").host_key
-        assert "HostKeyAlias=kata-prod" in site.ssh_argv("prod")
+        dev2, prod = (member.endpoint() for member in site.members())
+        assert pub.read_text().split()[1] in prod.host_key
+        assert prod.host_key != dev2.host_key
+        assert "HostKeyAlias=kata-prod" in site.member("prod").ssh_argv(prod)
     assert (desk.directory / "kata.yaml.lock").exists()
 
 
@@ -362,7 +364,7 @@ def test_an_undeclared_vm_is_shown_and_can_be_destroyed(made: Desk) -> None:
     with made.site() as site:
         rows = {row.vm: row for row in farm.status(site).vms}
         assert not rows["prod"].declared
-        assert site.machine("prod") in {m.name for m in site.hypervisor("here").list()}
+        assert site.farm.machine_of("prod") in {m.name for m in site.hypervisor("here").list()}
     made.run(farm.destroy, ["prod"])
     with made.site() as site:
         assert [row.vm for row in farm.status(site).vms] == ["dev2"]
@@ -455,16 +457,20 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
         with pytest.raises(Unsupported, match="no reset command"):
             farm.reset(site, ["prod"])
         assert [row.state for row in farm.status(site).vms] == ["unknown", "unknown"]
-        assert site.endpoint("dev2").place == "192.0.2.1:22"
+        assert site.member("dev2").endpoint().place == "192.0.2.1:22"
     assert not desk.run(farm.destroy, ["dev2"]).changed
 
 
 class OneHypervisor(Site):
     """Two hosts of the farm file are two stores of one hypervisor."""
 
-    def _connect(self, host: str) -> Any:
+    def _open(self, host: str) -> OpenHost:
+        opened = super()._open(host)
         state = self.paths.root / "one.state"
-        return FakeHypervisor(self.farm.farm, self.disks(host), state, step=current_step)
+        opened._connect = lambda: FakeHypervisor(
+            self.farm.farm, opened.disks(), state, step=current_step
+        )
+        return opened
 
 
 def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) -> None:
@@ -485,6 +491,7 @@ def test_a_vm_whose_disk_is_in_another_hosts_store_is_no_leftover(desk: Desk) ->
 
 SLOW = """
 import pathlib, signal, sys, time
+import cli.composition
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import Interrupted
 from provision import farm
@@ -533,6 +540,7 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
         "import sys, pathlib; from provision.site import open_site; from provision import farm\n"
+        "import cli.composition\n"
         "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"

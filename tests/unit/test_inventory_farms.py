@@ -187,7 +187,7 @@ def test_default_cycle_over_other_vms() -> None:
 
 def test_made_files_are_up_to_date() -> None:
     for path, text in render().items():
-        assert path.read_text(encoding="utf-8") == text, "run: python -m inventory.schema"
+        assert path.read_text(encoding="utf-8") == text, "run: python -m cli.schema"
 
 
 def test_every_key_is_explained() -> None:
@@ -232,7 +232,7 @@ def test_a_thousand_vms() -> None:
 def test_loading_stays_light() -> None:
     """What costs time or belongs elsewhere isn't imported to load a farm that is right."""
     code = (
-        "import sys; from pathlib import Path; from inventory.loader import load;"
+        "import sys, cli.composition; from pathlib import Path; from inventory.loader import load;"
         f"load(Path({str(ROOT / 'inventory' / 'default.yaml')!r}));"
         "print([m for m in ('difflib', 'inventory.explain', 'inventory.schema', 'asyncssh', 'jinja2',"
         " 'rich', 'libvirt', 'invoke', 'pydantic', 'pydantic_core.core_schema', 'inventory.annotations',"

@@ -156,10 +156,24 @@ TOP = {
     "kvm, xen, xenapi, ssh, fake; did you mean 'kvm'?",
     "hosts: {here: {accelerator: tgc}}": "6:29: hosts.here.accelerator: 'tgc' is not one of "
     "auto, kvm, tcg; did you mean 'tcg'?",
-    "hosts: {here: {driver: xen, uri: 'xen:///', accelerator: tcg}}": "6:58: hosts.here.accelerator: "
+    "hosts: {here: {driver: xen, uri: 'xen:///', accelerator: tcg}}": "6:45: hosts.here: "
     "'accelerator' is for driver kvm; the driver is xen",
-    "hosts: {here: {driver: xen}}": "6:24: hosts.here.driver: driver xen needs 'uri', such as xen:///system",
-    "hosts: {here: {driver: xenapi}}": "6:24: hosts.here.driver: driver xenapi needs 'uri', an https URL",
+    "hosts: {here: {driver: xen}}": "6:24: hosts.here: driver xen needs 'uri', such as xen:///system",
+    "hosts: {here: {driver: xen, uri: private}}": "6:34: hosts.here.uri: "
+    "driver xen needs 'uri', such as xen:///system",
+    "hosts: {here: {driver: xenapi, credentials: c}}": "6:24: hosts.here: "
+    "driver xenapi needs 'uri', an https URL",
+    "hosts: {here: {driver: fake, uri: 'qemu:///system'}}": "6:30: hosts.here: "
+    "'uri' is for driver kvm, xen and xenapi; the driver is fake",
+    "hosts: {here: {driver: [kvm]}}": "6:24: hosts.here.driver: a single value is expected here, "
+    "not a list",
+    "hosts: {here: {driver: }}": "6:16: hosts.here.driver: it has no value: give it one, or leave the "
+    "key out",
+    "hosts: {here: {driver: xeapi, uri: 'https://x', credentials: c, sr: x}}": "6:24: hosts.here.driver: "
+    "'xeapi' is not one of kvm, xen, xenapi, ssh, fake; did you mean 'xenapi'?",
+    "hosts: {here: {drver: xen, guests: pvh}}": "6:16: hosts.here: unknown key 'drver'; "
+    "did you mean 'driver'?",
+    "hosts: {here: kvm}": "6:15: hosts.here: keys with values are expected here, not 'kvm'",
     "hosts: {here: {uri: privat}}": "6:21: hosts.here.uri: 'privat' is neither 'private' nor a libvirt URI",
     "hosts: {here: {memory: 512M}}": "4:18: vms.dev2.memory: 1G is more than the 512M "
     "that host here has for the farm",
@@ -257,14 +271,14 @@ def test_one_wrong_step(step: str) -> None:
 
 
 XENAPI = {
-    "credentials: x.cred": "6:29: hosts.here.credentials: 'credentials' is for driver xenapi; this one is kvm",
-    "ca: x.pem": "6:20: hosts.here.ca: 'ca' is for driver xenapi; this one is kvm",
-    "fingerprint: x": "6:29: hosts.here.fingerprint: 'fingerprint' is for driver xenapi; this one is kvm",
-    "insecure: yes": "6:26: hosts.here.insecure: 'insecure' is for driver xenapi; this one is kvm",
-    "sr: x": "6:20: hosts.here.sr: 'sr' is for driver xenapi; this one is kvm",
-    "copy: full": "6:22: hosts.here.copy: 'copy' is for driver xenapi; this one is kvm",
-    "driver: xenapi, uri: 'https://x'": "6:24: hosts.here.driver: driver xenapi needs 'credentials', a file",
-    "driver: xenapi, uri: 'http://x', credentials: c": "6:24: hosts.here.driver: driver xenapi needs 'uri', an https URL",
+    "credentials: x.cred": "6:16: hosts.here: 'credentials' is for driver xenapi; the driver is kvm",
+    "ca: x.pem": "6:16: hosts.here: 'ca' is for driver xenapi; the driver is kvm",
+    "fingerprint: x": "6:16: hosts.here: 'fingerprint' is for driver xenapi; the driver is kvm",
+    "insecure: yes": "6:16: hosts.here: 'insecure' is for driver xenapi; the driver is kvm",
+    "sr: x": "6:16: hosts.here: 'sr' is for driver xenapi; the driver is kvm",
+    "copy: full": "6:16: hosts.here: 'copy' is for driver xenapi; the driver is kvm",
+    "driver: xenapi, uri: 'https://x'": "6:24: hosts.here: driver xenapi needs 'credentials', a file",
+    "driver: xenapi, uri: 'http://x', credentials: c": "6:37: hosts.here.uri: driver xenapi needs 'uri', an https URL",
     "driver: xenapi, uri: 'https://x', credentials: c, insecure: maybe": "6:76: hosts.here.insecure: "
     "'maybe' is not yes or no",
     "driver: xenapi, uri: 'https://x', credentials: c, ca: x, insecure: yes": "6:83: hosts.here.insecure: "
@@ -276,7 +290,7 @@ XENAPI = {
     "driver: xenapi, uri: 'https://x', credentials: c, sr: ''": "6:70: hosts.here.sr: it is empty",
     "driver: xenapi, uri: 'https://x', credentials: c, copy: half": "6:72: hosts.here.copy: "
     "'half' is not one of linked, full",
-    "driver: xenapi, uri: 'https://x', credentials: c, disks: {store: zfs, pool: x}": "6:73: hosts.here.disks: "
+    "driver: xenapi, uri: 'https://x', credentials: c, disks: {store: zfs, pool: x}": "6:66: hosts.here: "
     "a xenapi server owns its storage: 'sr' names it",
 }
 

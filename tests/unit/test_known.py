@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 import inventory
-from inventory import loader, plain
+from inventory import kinds, loader, plain
 from inventory.errors import InventoryError, NotFound
 from inventory.loader import loads
 from inventory.model import Farm
@@ -224,3 +224,21 @@ def test_those_used_last_are_kept(tmp_path: Path, file: Path, validations: list[
     assert "old101" not in names
     known_farm(file, tmp_path / "c")
     assert validations == [file, other]
+
+
+def test_other_code_of_a_kind_of_section_validates_anew(
+    tmp_path: Path, file: Path, validations: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sections of drivers stand with the drivers."""
+    here = [room for room in kinds.rooms() if room.name == "libvirt"]
+    assert here
+    copied = tmp_path / "libvirt"
+    shutil.copytree(here[0], copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(kinds, "rooms", lambda: [copied])
+    known_farm(file, tmp_path / "c")
+    known_farm(file, tmp_path / "c")
+    assert len(validations) == 1
+    with (copied / "host.py").open("a") as source:
+        source.write("# another check\n")
+    known_farm(file, tmp_path / "c")
+    assert len(validations) == 2

@@ -11,7 +11,7 @@ from hypervisors.fake.driver import FakeDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound
 from provision import farm
 from provision.engine.report import Outcome
-from provision.engine.work import is_on, look
+from provision.engine.work import is_on
 from provision.site import Site
 from provision.status import status
 
@@ -27,12 +27,12 @@ class Town(StillFarm):
 
     def home(self, vm: str) -> Path:
         with self.site() as site:
-            return site.paths.disks / "vms" / site.machine(vm)
+            return site.paths.disks / "vms" / site.member(vm).machine
 
     def lose(self, vm: str) -> None:
         """As somebody would who removes it by hand."""
         with self.site() as site:
-            store, machine = site.disks("here"), site.machine(vm)
+            store, machine = site.disks("here"), site.member(vm).machine
             if isinstance(store, FakeDisks):
                 with store.store.change() as world:
                     del world.disks[machine]
@@ -71,7 +71,7 @@ def files(place: Path) -> Town:
 
 def state_of(site: Site, vm: str) -> tuple[str, bool]:
     """Its disk's template, and whether it is as just cloned."""
-    store, machine = site.disks("here"), site.machine(vm)
+    store, machine = site.disks("here"), site.member(vm).machine
     disk = store.find(machine)
     assert disk
     return disk.template, bool(store.pristine(machine, "clean"))
@@ -79,7 +79,7 @@ def state_of(site: Site, vm: str) -> tuple[str, bool]:
 
 def test_a_lost_disk_is_made_anew(town: Town) -> None:
     with town.site() as site:
-        key = site.endpoint("prod").host_key
+        key = site.member("prod").endpoint().host_key
     town.lose("prod")
     done = town.clone_farm(start=True)
     assert [str(action) for action in done.actions] == [
@@ -89,8 +89,8 @@ def test_a_lost_disk_is_made_anew(town: Town) -> None:
     ]
     with town.site() as site:
         assert state_of(site, "prod") == ("base@1", True)
-        assert is_on(look(site, "prod"))
-        assert site.endpoint("prod").host_key == key, "it is itself still"
+        assert is_on(site.member("prod").look())
+        assert site.member("prod").endpoint().host_key == key, "it is itself still"
     assert not town.clone_farm(start=True).changed
     assert set(town.errors().values()) == {""}
 
@@ -114,7 +114,7 @@ def test_not_while_it_runs(town: Town) -> None:
         farm.clone_farm(site, start=False)
     with town.site() as site:
         farm.gc(site)
-        assert is_on(look(site, "prod"))
+        assert is_on(site.member("prod").look())
         assert site.disks("here").find("still-prod") is None
         farm.stop(site, ["prod"], force=True)
         farm.clone_farm(site, start=False)
@@ -131,7 +131,7 @@ def test_not_where_checkpoints_are_left(files: Town) -> None:
         farm.clone_farm(site, start=False)
     assert "./invoke reset --vm prod --to kept" in caught.value.remedy
     with files.site() as site:
-        assert look(site, "dev2"), "others are made"
+        assert site.member("dev2").look(), "others are made"
         assert not farm.gc(site).changed
         assert [kept.name for kept in site.disks("here").left("still-prod")] == ["clean", "kept"]  # type: ignore[attr-defined]
     assert files.errors()["prod"].startswith(text)
@@ -170,7 +170,8 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
 
     def site_that_merges() -> Site:
         site = town.site()
-        site._disks["here"] = Merging("still", site._fake_state("here"))
+        opened = site.opened("here")
+        opened._disks = Merging("still", opened.state())
         return site
 
     with site_that_merges() as site:
@@ -183,7 +184,7 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
     ):
         farm.clone_farm(site, start=False)
     with town.site() as site:
-        assert look(site, "prod")
+        assert site.member("prod").look()
 
 
 def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_store_that_is_not_there_is_no_lost_disk(files: Town, place: Path) -> 
     assert "mounted" in str(caught.value) + str(caught.value.remedy)
     with files.site() as site:
         assert not farm.gc(site).changed
-        assert look(site, "prod"), "it is left as it is"
+        assert site.member("prod").look(), "it is left as it is"
     disks.rmdir()
     (place / "elsewhere").rename(disks)
     assert not files.clone_farm().changed

@@ -13,9 +13,9 @@ from cycle_farm import STEPS, Lab, environment, lab, reset, run
 
 from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
-from cli import command as cli
 from cli import views
-from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState
+from cli.run import Run
+from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState, call
 from provision.farm import reset as reset_by_hand
 from provision.site import Site
 
@@ -228,23 +228,28 @@ def test_the_farm_is_in_each_command_that_the_line_says(lab, tmp_path):
     assert "./invoke cycle --from one" in type_it("cycle", "--farm", str(farm), cwd=lab.root).stderr
 
 
-def test_with_farm(tmp_path, monkeypatch):
-    import tasks  # noqa: F401 - makes the tasks known
-
+def test_a_call_names_the_farm_where_it_must(tmp_path, monkeypatch):
     monkeypatch.delenv("FARMHAND_FARM", raising=False)
     monkeypatch.chdir(tmp_path)
     farm = tmp_path / "x.yaml"
     farm.touch()
-    run_ = cli.Run(task="status", farm=str(farm), json=False, plan=False)
-    text = "./invoke installs; ./invoke ssh, then; ./invoke clone-farm --vm a; ./invoke cycle --farm b"
-    assert cli.with_farm(text, run_) == (
-        f"./invoke installs; ./invoke ssh --farm {farm}, then; "
+    run_ = Run(task="status", farm=str(farm), json=False, plan=False)
+    remedy = ("it is told; ", call("ssh"), ", then: ", call("clone-farm", vm="a"), "; ",
+              call("cycle", farm="b"))  # fmt: skip
+    assert run_.words.text(remedy) == (
+        f"it is told; ./invoke ssh --farm {farm}, then: "
         f"./invoke clone-farm --farm {farm} --vm a; ./invoke cycle --farm b"
     )
+    assert run_.words.data([{"remedy": remedy}])[0]["calls"] == [
+        {"task": "ssh", "flags": {"farm": str(farm)}},
+        {"task": "clone-farm", "flags": {"farm": str(farm), "vm": "a"}},
+        {"task": "cycle", "flags": {"farm": "b"}},
+    ]
+    plain = "it is told; ./invoke ssh, then: ./invoke clone-farm --vm a; ./invoke cycle --farm b"
     monkeypatch.setenv("FARMHAND_FARM", str(farm))
-    assert cli.with_farm(text, run_) == text
+    assert run_.words.text(remedy) == plain
     run_.farm = "gone.yaml"
-    assert cli.with_farm(text, run_) == text
+    assert run_.words.text(remedy) == plain
 
 
 def test_history_and_log_tell_partial_runs(lab):

@@ -286,7 +286,7 @@ def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
         machines = Machines(site, None, tmp_path, Meter(), notes.append)
 
         def memory(vm: str) -> int:
-            machine = site.hypervisor_of(vm).find(site.machine(vm))
+            machine = site.member(vm).driver.find(site.member(vm).machine)
             assert machine is not None
             return machine.current
 

@@ -9,14 +9,15 @@ import pytest
 
 from host.run import Runner
 from hypervisors.api import Power
-from hypervisors.ssh import SshHypervisor, SshMachine
+from hypervisors.host import ListedMachine
+from hypervisors.ssh import SshHypervisor
 from inventory.errors import CommandFailed, NotFound, Unsupported, UsageError
 
 
 def driver(*reset: str, changes: bool = True, steps: list[str] | None = None) -> SshHypervisor:
     machines = {
-        "kata-dev2": SshMachine(address="192.0.2.1", port=22, reset_argv=reset),
-        "kata-prod": SshMachine(address="build.example", port=2222, reset_argv=()),
+        "kata-dev2": ListedMachine(address="192.0.2.1", port=22, reset_argv=reset),
+        "kata-prod": ListedMachine(address="build.example", port=2222, reset_argv=()),
     }
     noted = steps if steps is not None else []
     return SshHypervisor("kata", machines, Runner(changes=changes), step=noted.append)

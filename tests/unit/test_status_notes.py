@@ -47,7 +47,8 @@ def test_notes(how: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         farm.clone_farm(site)
         store = site.disks("here")
         assert isinstance(store, FakeDisks)
-        site._hypervisors["here"] = Watched("kata", store, site._fake_state("here"))
+        opened = site.opened("here")
+        opened._hypervisor = Watched("kata", store, opened.state())
         (row,) = farm.status(site).vms
         farm.stop(site)
         (stopped,) = farm.status(site).vms

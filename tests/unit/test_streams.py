@@ -113,9 +113,10 @@ def test_a_failed_build_is_one_whoever_reads(tmp_path: Path, how: str) -> None:
 PROBE = """\
 import sys
 sys.path.insert(0, {root!r})
-from cli import command as cli, streams
+from cli import streams, terminal
 streams.take_over()
-from cli.command import Result, command
+from cli.command import command
+from cli.run import Result
 from host.run import Runner
 
 @command()
@@ -138,7 +139,7 @@ def goes_on(run):
 @command()
 def hands_over(run):
     "Tells what it ignores."
-    return cli.replace_process(run, ["grep", "SigIgn", "/proc/self/status"])
+    return terminal.replace_process(run, ["grep", "SigIgn", "/proc/self/status"])
 
 @command()
 def much(run):

@@ -63,13 +63,13 @@ def write(desk: Desk, content: bytes) -> None:
         for vm in site.farm.vms:
             store = site.disks(site.farm.host_of(vm))
             assert isinstance(store, FakeDisks)
-            store.write(site.machine(vm), content)
+            store.write(site.member(vm).machine, content)
 
 
 def contents(desk: Desk) -> list[bytes]:
     with desk.site() as site:
         stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in site.farm.vms]
-        return [s.content(site.machine(vm)) for s, vm in zip(stores, site.farm.vms, strict=True)]
+        return [s.content(site.member(vm).machine) for s, vm in zip(stores, site.farm.vms, strict=True)]
 
 
 def powers(desk: Desk) -> list[str]:
@@ -201,7 +201,7 @@ def test_what_can_never_get_there_can_be_destroyed(apart: Desk, monkeypatch: pyt
 def contents_of(desk: Desk, *vms: str) -> list[bytes]:
     with desk.site() as site:
         stores: list[Any] = [site.disks(site.farm.host_of(vm)) for vm in vms]
-        return [store.content(site.machine(vm)) for store, vm in zip(stores, vms, strict=True)]
+        return [store.content(site.member(vm).machine) for store, vm in zip(stores, vms, strict=True)]
 
 
 class OneByOne:
@@ -231,7 +231,7 @@ def test_a_store_without_transactions_goes_forward(made: Desk) -> None:
         site.hypervisor("here")
         plain: Any = OneByOne(store)
         assert not isinstance(plain, FarmDisks)
-        site._disks["here"] = plain
+        site.opened("here")._disks = plain
         with pytest.raises(WrongState, match="dev2 is done, prod not yet"):
             farm.reset(site)
         farm.start(site)
@@ -301,7 +301,7 @@ def test_guests_that_were_asked_to_shut_down_when_we_were_killed(
     def go_down() -> None:
         with made.site() as site:
             for vm in site.farm.vms:
-                stop(site.hypervisor_of(vm), site.machine(vm), grace=0)  # type: ignore[arg-type]
+                stop(site.member(vm).driver, site.member(vm).machine, grace=0)  # type: ignore[arg-type]
 
     late = threading.Timer(0.7, go_down)
     if listens:

@@ -28,16 +28,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, StepFn, no_step
+from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, no_step
 from hypervisors.disks.lvm.command import Group, Volume, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen, kept
 from hypervisors.disks.lvm.volumes import WarnFn, no_warning
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
 
@@ -72,6 +73,22 @@ class LvmClassicDisks(LvmStore):
         self._copy = copy
         self._share = share
         self._progress = progress
+
+    @classmethod
+    def at(
+        cls,
+        place: StorePlace,
+        directories: Directories,
+        runner: Runner,
+        voices: Voices,
+        reader_uid: int | None,
+    ) -> Self:
+        """As ``hypervisors.disks.stores.Openable``."""
+        return cls(
+            place.pool, place.farm, runner, links=directories.state / "lvm", copy=place.copy,
+            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
+            progress=lambda what, done, total: voices.working(f"{what}: {done * 100 // total} %"),
+        )  # fmt: skip
 
     def capacity(self) -> Capacity:
         """Of the volume group, whoever uses it."""

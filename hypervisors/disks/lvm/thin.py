@@ -19,15 +19,17 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 from host.files import sync
 from host.run import Runner, which
-from hypervisors.api import Capacity, StepFn, no_step
+from hypervisors.api import Capacity, Directories, StepFn, Voices, no_step
 from hypervisors.disks.lvm.command import Volume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen
 from hypervisors.disks.lvm.volumes import WarnFn, no_warning
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
 from inventory.sizes import format_size
 
@@ -60,6 +62,21 @@ class LvmThinDisks(LvmStore):
         self._pool_name = pool
 
     _fill_options = ("--target-is-zero",)  # a thin volume's unmapped blocks are
+
+    @classmethod
+    def at(
+        cls,
+        place: StorePlace,
+        directories: Directories,
+        runner: Runner,
+        voices: Voices,
+        reader_uid: int | None,
+    ) -> Self:
+        """As ``hypervisors.disks.stores.Openable``."""
+        return cls(
+            place.pool, place.dataset, place.farm, runner, links=directories.state / "lvm",
+            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
+        )  # fmt: skip
 
     def capacity(self) -> Capacity:
         """Of the pool's data. What autoextend may add is not counted: it may never come."""

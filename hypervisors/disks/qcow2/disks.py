@@ -33,11 +33,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from host.file_lock import FileLock
 from host.files import blocks, changed, make_directory, matching, reachable, sync, write_new
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, StepFn, Template, no_step
+from hypervisors.api import (
+    CLEAN,
+    Capacity,
+    Checkpoint,
+    Directories,
+    Disk,
+    Leftover,
+    Owner,
+    StepFn,
+    Template,
+    Voices,
+    no_step,
+)
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
 from hypervisors.disks.qcow2.leftovers import (
     CHECKPOINT,
@@ -56,6 +69,7 @@ from hypervisors.disks.qcow2.store import (
     write_durably,
     write_template,
 )
+from hypervisors.disks.stores import StorePlace
 from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -85,6 +99,21 @@ class Qcow2Disks:
         self._reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
         self._lock = FileLock(self._root / ".lock")
+
+    @classmethod
+    def at(
+        cls,
+        place: StorePlace,
+        directories: Directories,
+        runner: Runner,
+        voices: Voices,
+        reader_uid: int | None,
+    ) -> Self:
+        """As ``hypervisors.disks.stores.Openable``."""
+        return cls(
+            place.path or directories.farm / "disks", place.farm, runner,
+            step=voices.step, reader_uid=reader_uid,
+        )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------
 

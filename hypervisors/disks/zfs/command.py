@@ -12,7 +12,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 from host.files import sync
@@ -30,9 +32,17 @@ from inventory.errors import (
     WrongState,
 )
 
-_PROGRAM = Path(__file__).with_name("store.lua")
 _LIMITS = ("-t", "100000000", "-m", "104857600")  # the most there may be: thousands of volumes
 _PATIENCE = 10.0  # for udev's look at a device
+
+
+@cache
+def channel_program() -> bytes:
+    """What ZFS itself runs as one transaction (zfs-program(8)). On a far host it is in no file: it came
+    in a parcel, as this module did."""
+    program = get_data(__name__, "store.lua")
+    assert program
+    return program
 
 
 class Zfs:
@@ -100,8 +110,9 @@ class Zfs:
         self._check_pool()
         try:
             result = run(
-                self._zfs, "program", *flags, *_LIMITS, self._pool, _PROGRAM,
-                operation, self._root, self._farm, *arguments, timeout=300,
+                self._zfs, "program", *flags, *_LIMITS, self._pool, "-",  # its standard input
+                operation, self._root, self._farm, *arguments,
+                timeout=300, input=channel_program(),
             )  # fmt: skip
         except CommandFailed as error:
             raise self._translated(error) from error

@@ -20,7 +20,7 @@ clone is under construction ("new") until it has its size, and a snapshot to cou
 
 **Going back.** Where the checkpoint is the newest snapshot, the volume is rolled back: one process, one
 transaction, the same device. Else the checkpoint is cloned beside and marked the disk, while the former
-disk becomes a mere carrier of its checkpoints, or goes: again one transaction (zfs_store.lua). No
+disk becomes a mere carrier of its checkpoints, or goes: again one transaction (store.lua). No
 checkpoint moves, so none can be lost. The disk's path then ends in another number; it always was the old
 or the new, and ``ready`` says which right before a start.
 
@@ -48,8 +48,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Self
 
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
+from host.run import Runner
+from hypervisors.api import (
+    CLEAN,
+    Capacity,
+    Checkpoint,
+    Directories,
+    Disk,
+    Leftover,
+    Owner,
+    Template,
+    Voices,
+)
+from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, Look, plain
 from hypervisors.disks.zfs.store import ZfsStore
@@ -64,6 +77,22 @@ class ZfsDisks(ZfsStore):
     of processes and farms may share a dataset. Needs root: channel programs do."""
 
     # -- disks ------------------------------------------------------------------------------------
+
+    @classmethod
+    def at(
+        cls,
+        place: StorePlace,
+        directories: Directories,
+        runner: Runner,
+        voices: Voices,
+        reader_uid: int | None,
+    ) -> Self:
+        """As ``hypervisors.disks.stores.Openable``."""
+        return cls(
+            place.pool, place.dataset or "farmhand", place.farm, runner,
+            step=voices.step, reader_uid=reader_uid,
+            files=directories.state / "zfs" if place.store == "zfs-files" else None,
+        )  # fmt: skip
 
     def find(self, machine: str) -> Disk | None:
         """Any farm's: its ``owner`` tells."""

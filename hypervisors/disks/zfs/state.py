@@ -1,4 +1,4 @@
-"""What zfs_store.lua reports of a store, as values; and the marks by which it is ours.
+"""What store.lua reports of a store, as values; and the marks by which it is ours.
 
 A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on that very object.
 

@@ -1,6 +1,6 @@
 -- What must happen within one transaction group: run by zfs-program(8), in the kernel, as
 --
---     zfs program -j [-n] POOL zfs_store.lua OPERATION POOL/DATASET FARM ARGUMENT...
+--     zfs program -j [-n] POOL - OPERATION POOL/DATASET FARM ARGUMENT...
 --
 -- Each operation first looks at everything it depends on, then changes; so nobody comes between, and
 -- a power cut shows all of it or nothing. A program can be cut short (a signal to the zfs command), so

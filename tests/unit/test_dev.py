@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.dev import house
+from tests.dev import suite
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -34,8 +34,8 @@ import signal, sys, types
 signal.signal(signal.SIGINT, {sigint})
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.path.insert(0, {root!r})
-from tests.dev import house
-house._tool(types.SimpleNamespace(json={json}), "pytest", {suite!r}, "-p", "no:cacheprovider")
+from tests.dev import suite
+suite._tool(types.SimpleNamespace(json={json}), "pytest", {suite!r}, "-p", "no:cacheprovider")
 """
 
 
@@ -66,7 +66,7 @@ def test_interrupted_tests_tidy_up(
 
 
 @pytest.fixture
-def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house.Aside]:
+def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., suite.Aside]:
     """With tasks that say what they were asked for in ``asked``, and last as many seconds as that
     says."""
     program = tmp_path / "invoke"
@@ -76,11 +76,11 @@ def lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., house
         """echo '{"ok": false, "message": "the lab went away", "seconds": '"$3"'}'; [ "$3" = 0 ]\n"""
     )
     program.chmod(0o755)
-    monkeypatch.setattr(house, "ROOT", tmp_path)
-    return lambda *runs: house.Aside(SimpleNamespace(json=True), runs)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    return lambda *runs: suite.Aside(SimpleNamespace(json=True), runs)
 
 
-def test_labs_run_one_after_another(lane: Callable[..., house.Aside], tmp_path: Path) -> None:
+def test_labs_run_one_after_another(lane: Callable[..., suite.Aside], tmp_path: Path) -> None:
     with lane(("lab-test", "0", "--kvm"), ("test", "0.1", "--only")) as labs:
         first, second = labs.finish()
     assert (first.ok, first.data["seconds"]) == (True, 0)
@@ -89,7 +89,7 @@ def test_labs_run_one_after_another(lane: Callable[..., house.Aside], tmp_path: 
 
 
 def test_labs_that_are_left_end_and_no_more_begin(
-    lane: Callable[..., house.Aside], tmp_path: Path
+    lane: Callable[..., suite.Aside], tmp_path: Path
 ) -> None:
     started = time.monotonic()
     both = [("lab-test", "60", kind) for kind in ("--kvm", "--xen")]

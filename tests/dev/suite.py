@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.command import ROOT, Result, Run
+from cli.run import Result, Run
 from host.files import make_directory
 from host.paths import cache_dir
+from host.program import ROOT
 from inventory.errors import UsageError
 
 _SUITES = ("unit", "contract", "services", "faults", "system")
@@ -140,9 +141,9 @@ def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
     with contextlib.ExitStack() as stack:
         others = None
         if not (fast or only or match):
-            from tests.dev import labhouse
+            from tests.dev import labs
 
-            labhouse.prepare(run)  # minutes, the first time
+            labs.prepare(run)  # minutes, the first time
             arguments += _each("--ignore", _ASIDE)
             lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
             others = stack.enter_context(Aside(run, [lab, ("test", *_each("--only", _ASIDE))]))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cli.command import Result, Run, replace_process
+from cli.run import Result, Run
+from cli.terminal import replace_process
 from host.run import Runner
 from inventory.errors import NotFound, UsageError
 from inventory.sizes import parse_size
@@ -140,7 +141,7 @@ def test(
         return one(machines.Machine(name, Runner(), run.screen.say).kind, name, match=match)
     if only or match or brief:
         return one(XEN if xen else KVM, "", match=match)
-    from tests.dev import house
+    from tests.dev import suite
 
     kinds = (KVM,) if kvm else (XEN,) if xen else (XEN, KVM)  # what takes longer comes first
     waiting = deque((kind, words) for kind in kinds for words in kind.portions)
@@ -157,10 +158,10 @@ def test(
             prepare(run, kind)
         options = ("--minutes", str(minutes), *(["--cold"] if cold else []))
         aside = (("lab-test", f"--{kind.name}", "--match", words, *options) for kind, words in taken())
-    with house.Aside(run, aside) as others:
+    with suite.Aside(run, aside) as others:
         parts = [one(kind, "", match=words) for kind, words in taken()]
         if KVM in kinds:
-            parts.append(house.of_the_lab(run))
+            parts.append(suite.of_the_lab(run))
         parts += others.finish()
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}

@@ -1,0 +1,97 @@
+"""Options that tasks share, judged: they reach a task as strings, since invoke's own conversion
+(``--count abc``) shows a traceback. UsageError or NotFound, with what could be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from inventory.errors import NotFound, UsageError, some
+
+if TYPE_CHECKING:
+    from provision.site import Site
+
+
+def names(
+    values: Iterable[str] | None, option: str = "--vm", of: str = "a VM of the farm"
+) -> tuple[str, ...]:
+    """``--vm a --vm b`` and ``--vm a,b`` alike; each once, in their order."""
+    found = [part.strip() for value in values or () for part in str(value).split(",")]
+    if not all(found):
+        raise UsageError(f"{option}: an empty name", remedy=f"give the name of {of}")
+    return tuple(dict.fromkeys(found))
+
+
+def vms_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...]:
+    """The VMs meant, known ones only."""
+    return site.vms(some_or_all(site, vm, all_))
+
+
+def some_or_all(site: Site, vm: Iterable[str] | None, all_: bool) -> tuple[str, ...] | None:
+    """The names given; None for --all. An empty choice is refused: it is never "all" by accident."""
+    chosen = names(vm)
+    if chosen and all_:
+        raise UsageError("--vm and --all together: which is meant?", remedy="give one of them")
+    if not chosen and not all_:
+        raise UsageError(
+            "which VMs?",
+            remedy=f"--vm NAME (repeatable) or --all; the farm has {some(site.farm.vms)}",
+        )
+    return chosen or None
+
+
+def one_vm(site: Site, vm: str) -> str:
+    """The one VM meant; where the farm has a single one, that."""
+    if not vm and len(site.farm.vms) > 1:
+        raise UsageError("which VM?", remedy=f"--vm NAME; the farm has {some(site.farm.vms)}")
+    return site.vms(names([vm]) if vm else None)[0]
+
+
+def size(option: str, text: str) -> int:
+    """Bytes."""
+    from inventory.sizes import parse_size
+
+    if not text:
+        raise UsageError(f"{option} is missing", remedy=f"{option} SIZE, such as {option} 512M")
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
+def count(option: str, text: str, *, least: int = 1) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise UsageError(
+            f"{option}: {text!r} is not a whole number from {least} on", remedy=f"{option} 20"
+        )
+    return int(text)
+
+
+def needed(option: str, text: str, meaning: str) -> str:
+    """An option that has no sensible default."""
+    if not text.strip():
+        raise UsageError(f"{option} is missing", remedy=f"{option}: {meaning}")
+    return text.strip()
+
+
+def template(site: Site, name: str, *, built: bool) -> str:
+    """The template meant: the named one, or the only one that is built (or imported)."""
+    from difflib import get_close_matches
+
+    known = site.farm.templates
+    if name:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise NotFound(
+                f"{site.farm.path}: there is no template {name!r}",
+                remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}",
+            )
+        return name
+    fitting = [key for key, source in known.items() if (source.build is not None) == built]
+    if len(fitting) != 1:
+        kind = "built" if built else "imported"
+        raise UsageError(
+            f"which template? the farm has {len(fitting)} that are {kind}",
+            remedy=f"--name NAME: {', '.join(fitting or known) or 'declare one in the farm file'}",
+        )
+    return fitting[0]

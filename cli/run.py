@@ -1,0 +1,99 @@
+"""One run of one task: what the flags that all tasks have said, and what it ends with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.words import Words
+from host.program import ROOT
+from inventory.errors import FarmhandError, NotFound, Remedy
+
+if TYPE_CHECKING:
+    from cli.screen import Screen
+    from provision.site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1;
+    ``problem`` and ``remedy`` then go to stderr, as an error's do."""
+
+    data: Mapping[str, object]
+    text: Remedy
+    ok: bool = True
+    problem: str = ""
+    remedy: Remedy = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """``changes``: whether the task changes VMs, or what belongs to them. ``resume``: what to do after
+    an interruption."""
+
+    task: str
+    farm: str
+    json: bool
+    plan: bool
+    changes: bool = True
+    resume: Remedy = ""
+    _screen: Screen | None = field(default=None)
+
+    @property
+    def screen(self) -> Screen:
+        """The reporter: a live line on a terminal, dated lines elsewhere; always on stderr."""
+        if self._screen is None:
+            from cli.screen import open_screen
+
+            self._screen = open_screen(sys.stderr, self.words.text)
+        return self._screen
+
+    @property
+    def words(self) -> Words:
+        """They name the farm file where, without it, the same words would be about another farm."""
+        try:
+            path = self.farm_file()
+            named = bool(self.farm) and path != replace(self, farm="").farm_file()
+        except FarmhandError:  # there is no such farm: nothing is to be typed about it
+            named = False
+        return Words(str(path) if named else "")
+
+    def farm_file(self) -> Path:
+        """The farm file meant. NotFound, saying where the name came from."""
+        set_in = os.environ.get("FARMHAND_FARM", "")
+        for text, source in ((self.farm, "--farm"), (set_in, "$FARMHAND_FARM")):
+            if text:
+                path = Path(text).expanduser()
+                if not path.is_file():
+                    raise NotFound(
+                        f"{source}: no farm file {path}", remedy="give the path of a farm file"
+                    )
+                return path.absolute()
+        here = Path.cwd() / "farm.yaml"
+        return here if here.is_file() else ROOT / "inventory" / "default.yaml"
+
+    def site(self, *, plan: bool = False) -> Site:
+        """The farm, opened, with ``plan`` for looking only. A context manager."""
+        from provision.engine.requester import Requester
+        from provision.site import open_site
+
+        return open_site(
+            self.farm_file(),
+            reporter=self.screen,
+            plan=plan or self.plan,
+            requester=Requester.of_process(),
+        )
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is to change anything."""
+        return self.changes and not self.plan
+
+    def close(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None

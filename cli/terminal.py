@@ -1,0 +1,106 @@
+"""The terminal: asked for a word, or handed over to another program."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from cli.run import Result, Run
+from inventory.errors import FarmhandError, NotFound, Remedy, Unsupported, UsageError
+
+if TYPE_CHECKING:
+    from hypervisors.api import Console
+
+
+def agree(run: Run, look: Callable[[], tuple[object, Remedy]]) -> None:
+    """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
+    ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
+    done. Where nobody can answer, nothing is asked: a script means what it says."""
+    if run.plan or run.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    go_on, run.resume = run.resume, "nothing was done"
+    what, text = look()
+    while text:
+        run.close()
+        if _answer(f'{run.words.text(text)}\n\nType "yes" to {run.task} it: ') != b"yes":
+            raise FarmhandError(f'nothing was done: only "yes" would {run.task} it')
+        agreed = what
+        what, text = look()
+        if what == agreed:
+            break
+        run.screen.warn("nothing was done: the farm has changed meanwhile, and is now as follows")
+    run.resume = go_on
+
+
+def _answer(question: str) -> bytes:
+    """A line; none at the end of input (Ctrl-D), or of a terminal that is gone."""
+    line = b""
+    try:
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            line = sys.stdin.buffer.readline()
+    finally:
+        if not line.endswith(b"\n"):
+            sys.stderr.write("\n")
+    return line.strip()
+
+
+def ssh(run: Run, argv: Sequence[str]) -> Result | None:
+    """Log in: OpenSSH in our place. Unsupported where it isn't installed."""
+    from host.run import which
+
+    program = which(argv[0])
+    if program is None:
+        raise Unsupported(
+            "ssh is not installed",
+            remedy="as root: apt-get install -y --no-install-recommends openssh-client",
+        )
+    if run.plan or run.json:
+        return Result({"argv": list(argv)}, shlex.join(argv))
+    return replace_process(run, [program, *argv[1:]])
+
+
+def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result | None:
+    """Attach to the console, or show the end of its log. Unsupported where there is none."""
+    if log or (run.json and not run.plan):
+        if found.log is None:
+            raise Unsupported(
+                f"{vm}: this host keeps no console log", remedy="console --vm attaches to it"
+            )
+        from provision.guest.remote import tail_of
+
+        if not found.log.exists():
+            raise NotFound(f"{vm}: no console log yet", remedy=f"start it: ./invoke start --vm {vm}")
+        text = tail_of(found.log, lines=lines, limit=200 * lines + 4096)
+        return Result({"vm": vm, "log": str(found.log), "text": text}, text)
+    if not found.argv:
+        raise Unsupported(
+            f"{vm}: its console can't be attached to",
+            remedy=f"see its log: ./invoke console --vm {vm} --log",
+        )
+    if run.plan:
+        return Result({"argv": list(found.argv)}, shlex.join(found.argv))
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "a console needs a terminal", remedy=f"see its log: ./invoke console --vm {vm} --log"
+        )
+    sys.stderr.write(f"console of {vm}; leave with Ctrl-]\n")
+    return replace_process(run, found.argv)
+
+
+def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
+    """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
+    handlers of signals end with this program, and two signals are ignored by Python for itself. But
+    the umask does: all that they write is our list of known hosts."""
+    run.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(argv[0], list(argv))  # noqa: S606 - in our place: the terminal is theirs

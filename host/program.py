@@ -1,0 +1,22 @@
+"""How this copy of farmhand is called: by its wrapper in a checkout, else by its name."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from inventory.errors import Call
+
+ROOT = Path(__file__).resolve().parents[1]
+"""What holds the rooms, the templates, the example farms: a checkout, or the installed package's own."""
+
+CHECKOUT = (ROOT / "invoke").is_file()
+PROGRAM = "./invoke" if CHECKOUT else "farmhand"
+
+
+def typed(call: Call, *, farm: str = "") -> str:
+    """A call as it is typed in a shell; ``farm``: the farm file that it is about, where one has to be
+    named and the call has none of its own."""
+    task, *rest = call.words()
+    named = farm and all(name != "farm" for name, _ in call.flags)
+    return " ".join((PROGRAM, shlex.join([task, *(("--farm", farm) if named else ()), *rest])))

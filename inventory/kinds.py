@@ -1,0 +1,60 @@
+"""The kinds of sections that stand with what they are about, above: open tables of where each is.
+
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a driver never
+imports it. ``cli.composition`` fills the tables.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from inventory.base import Model
+    from inventory.hosts import Host
+    from inventory.subscribers import EventSubscriber
+
+hosts: dict[str, str] = {}
+"""Of hosts, by their drivers."""
+subscribers: dict[str, str] = {}
+"""Of events' subscribers, by the key that only that kind has."""
+parts: dict[str, str] = {}
+"""Of sections within those, by their classes' names."""
+
+
+def host(driver: str) -> type[Host]:
+    """KeyError: there is no such driver."""
+    return cast("type[Host]", _imported(hosts[driver]))
+
+
+def subscriber(kind: str) -> type[EventSubscriber]:
+    """KeyError: there is no such kind."""
+    return cast("type[EventSubscriber]", _imported(subscribers[kind]))
+
+
+def section(name: str) -> type[Model] | None:
+    """By its class's name; None: no table has it."""
+    place = places().get(name)
+    return _imported(place) if place else None
+
+
+def places() -> dict[str, str]:
+    """Of all tables, by their classes' names."""
+    tables = (*hosts.values(), *subscribers.values(), *parts.values())
+    return {place.rpartition(":")[2]: place for place in tables}
+
+
+def rooms() -> list[Path]:
+    """The directories of all tables' modules: what decides about their sections is in there."""
+    specs = map(find_spec, dict.fromkeys(place.partition(":")[0] for place in places().values()))
+    return sorted({Path(spec.origin).parent for spec in specs if spec and spec.origin})
+
+
+@cache
+def _imported(place: str) -> type[Model]:
+    module, _, name = place.partition(":")
+    found: type[Model] = getattr(import_module(module), name)
+    return found

@@ -1,0 +1,186 @@
+"""What is ours and belongs to nothing any more: who it was of, how old, how large, how to remove it."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+from host.files import remove
+from hypervisors.api import Leftover, Owner
+from inventory.errors import FarmhandError, Interrupted
+from inventory.sizes import format_duration, format_size
+from provision.allocate import Allocation
+from provision.lost import left_to_people
+from provision.member import Member
+from provision.site import Site
+
+_SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
+_CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
+_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
+_YOUNG = timedelta(minutes=10)
+"""A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    what: Leftover
+    discard: Callable[[], object]
+
+    def text(self, now: datetime) -> str:
+        age = format_duration(max((now - self.what.created).total_seconds(), 0))
+        owner = self.what.owner
+        whose = f"of {owner.farm}/{owner.vm}" if owner else "of no VM yet"
+        return (
+            f"remove {self.what.kind} {self.what.ref} ({whose}; {self.what.why}; {age} old, "
+            f"{format_size(self.what.bytes)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is there of a farm, on all its hosts and in its files, by one look at each."""
+
+    vms: tuple[str, ...]
+    """Declared or not, that have a machine or a disk where we make them."""
+    given: Mapping[str, Allocation]
+    left: tuple[Found, ...]
+
+
+def survey(site: Site) -> Survey:
+    """Drivers name nothing as left over that is still being made."""
+    vms: dict[str, None] = {}
+    machines: set[str] = set()
+    disks: set[str] = set()
+    left = of_drivers(site)
+    for host in site.farm.hosts:
+        for machine in site.hypervisor(host, look=True).list():
+            machines.add(machine.name)
+            if site.has_disks(host) and machine.owner is not None:
+                vms[machine.owner.vm] = None
+        for disk in site.disks(host).list() if site.has_disks(host) else ():
+            disks.add(disk.machine)
+            vms[disk.owner.vm] = None
+    # A disk that isn't left over may be in use under another machine's name, and so may the seed.
+    machines |= disks - {item.what.ref for item in left if item.what.kind == "disk"}
+    given = site.allocator.recorded()
+    left += (*of_files(site, machines), *_allocations(site, given, machines))
+    return Survey(tuple(vms), given, left)
+
+
+def of_drivers(site: Site) -> tuple[Found, ...]:
+    """What is left over on the farm's hosts."""
+    found: dict[tuple[str, str], Found] = {}
+    for host in site.farm.hosts:
+        for item in _of_host(site, host):
+            found.setdefault((item.what.kind, item.what.ref), item)
+    return tuple(found.values())
+
+
+def discard_of(members: Sequence[Member]) -> None:
+    """Remove these VMs' leftovers in their drivers, and those that died before they could be marked as
+    anybody's; the caller holds their locks."""
+    owners = {None, *(member.owner for member in members)}
+    hosts = {member.host: member.site for member in members if member.can_power}
+    for host, site in hosts.items():
+        for item in _of_host(site, host):
+            if item.what.owner in owners:
+                item.discard()
+
+
+def discard_unowned(site: Site) -> None:
+    """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
+    doesn't answer keeps nobody from going on: what is left there is for gc."""
+    for host, declared in site.farm.hosts.items():
+        if not declared.INFO.virtual:
+            continue
+        try:
+            for item in _of_host(site, host):
+                if item.what.owner is None:
+                    item.discard()
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            site.reporter.warn(f"host {host}: what is left there is for gc: {error.message}")
+
+
+def _of_host(site: Site, host: str) -> Iterator[Found]:
+    driver = site.hypervisor(host, look=True)
+    seen: set[tuple[str, str]] = set()
+    for what in driver.leftovers():
+        if what.kind == "domain" and left_to_people(site, host, what.ref):
+            continue
+        seen.add((what.kind, what.ref))
+        yield Found(what, partial(driver.discard, what))
+    if site.has_disks(host):
+        store = site.disks(host)
+        for what in store.leftovers():
+            if (what.kind, what.ref) not in seen:
+                yield Found(what, partial(store.discard, what))
+
+
+def of_files(site: Site, machines: Collection[str]) -> Iterator[Found]:
+    """Seeds, console logs and host keys of machines that are not there, by the names that we give them:
+    whatever else lies beside them is somebody's."""
+    paths, farm = site.paths, site.farm
+    prefix = f"{farm.farm}-"
+    now = datetime.now(UTC)
+    for kind, directory, name in (
+        ("seed", paths.seeds, _SEED), ("console log", paths.consoles, _CONSOLE),
+        ("host key", paths.keys / "hostkeys", _HOST_KEY),
+    ):  # fmt: skip
+        for path in sorted(directory.glob("*")):
+            match = name.fullmatch(path.name)
+            if not match:
+                continue
+            vm = match[1]
+            if kind != "host key":
+                if not vm.startswith(prefix):
+                    continue
+                vm = vm.removeprefix(prefix)
+            yield from _file(site, kind, vm, path, machines, now)
+
+
+def _file(
+    site: Site, kind: str, vm: str, path: Path, machines: Collection[str], now: datetime
+) -> Iterator[Found]:
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(info.st_mode):
+        temporary = path.name.startswith(".")
+        made = datetime.fromtimestamp(info.st_mtime, UTC)
+        if site.farm.machine_of(vm) in machines and (now - made < _YOUNG or not temporary):
+            return
+        what = Leftover(
+            kind=kind,
+            ref=str(path),
+            owner=Owner(site.farm.farm, vm),
+            created=made,
+            bytes=info.st_size,
+            why="its VM doesn't exist",
+        )
+        yield Found(what, partial(remove, path))
+
+
+def _allocations(
+    site: Site, given: Mapping[str, Allocation], machines: Collection[str]
+) -> Iterator[Found]:
+    """What undeclared VMs were given. Declared ones keep theirs for when they are made."""
+    for vm in given:
+        if vm in site.farm.vms or site.farm.machine_of(vm) in machines:
+            continue
+        what = Leftover(
+            kind="allocation",
+            ref=f"{site.allocator.lock_file}:{vm}",
+            owner=Owner(site.farm.farm, vm),
+            created=datetime.now(UTC),
+            bytes=0,
+            why="it is neither declared nor made",
+        )
+        yield Found(what, partial(site.allocator.release, vm))

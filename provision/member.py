@@ -1,0 +1,188 @@
+"""A VM of a farm, with all that is looked up for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host.ssh_words import path_option
+from hypervisors.api import Disk, Disks, Forward, Hypervisor, Machine, MachineSpec, Nic, Owner
+from inventory.errors import NotFound, NotOurs
+from inventory.hosts import DriverInfo, Host
+from inventory.model import Vm
+from provision.allocate import Allocation
+from provision.guest import identity
+
+if TYPE_CHECKING:
+    from provision.guest.remote import Endpoint
+    from provision.site import Site
+
+
+class Member:
+    """A declared VM: resolved once for an operation (``Site.members``), and handed on. Its host is
+    connected at first use. For one operation only: what the VM was given is asked once."""
+
+    def __init__(self, site: Site, vm: str) -> None:
+        farm = site.farm
+        self.site = site
+        self.vm = vm
+        self.declared: Vm = farm.vms[vm]
+        self.host: str = farm.host_of(vm)
+        self.machine: str = farm.machine_of(vm)
+        """The name of its machine on the host."""
+        self._allocation: Allocation | None = None
+
+    def __repr__(self) -> str:
+        return f"Member({self.vm!r} on {self.host!r})"
+
+    @property
+    def declared_host(self) -> Host:
+        return self.site.farm.hosts[self.host]
+
+    @property
+    def info(self) -> DriverInfo:
+        """What its host's driver can, and can't."""
+        return self.declared_host.INFO
+
+    @property
+    def owner(self) -> Owner:
+        """Our mark on what is its."""
+        return Owner(self.site.farm.farm, self.vm)
+
+    @property
+    def can_power(self) -> bool:
+        """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
+        return self.info.power
+
+    # What is there
+
+    @property
+    def driver(self) -> Hypervisor:
+        return self.site.hypervisor(self.host)
+
+    @property
+    def has_store(self) -> bool:
+        return self.site.has_disks(self.host)
+
+    @property
+    def store(self) -> Disks:
+        """Unsupported where its host keeps no disks of ours."""
+        return self.site.disks(self.host)
+
+    def look(self) -> Machine | None:
+        """Its machine now; None if it isn't made. NotOurs if another's has its name."""
+        machine = self.site.hypervisor(self.host, look=True).find(self.machine)
+        if machine is not None and machine.owner != self.owner:
+            raise NotOurs(
+                f"{self.site.name}: a machine named {machine.name} is on host {self.host}, "
+                "without our mark: it is not touched",
+                remedy="rename the farm or the VM, or rename or remove that machine yourself",
+            )
+        return machine
+
+    def present(self) -> Machine:
+        """As ``look``. NotFound if it isn't made."""
+        machine = self.look()
+        if machine is None:
+            raise NotFound(
+                f"{self.site.name}: {self.vm} is not made yet",
+                remedy=f"make it: ./invoke clone-farm --vm {self.vm}",
+            )
+        return machine
+
+    def disk(self) -> Disk | None:
+        """None also where its host keeps no disks of ours."""
+        return self.store.find(self.machine) if self.has_store else None
+
+    # What it was given
+
+    def allocate(self, *, move_port: bool = False) -> Allocation:
+        """What it has, durably recorded; asked once. ``move_port``: another ssh port from now on.
+        Errors: as ``Allocator.allocate``."""
+        if self._allocation is None or move_port:
+            self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port)
+        return self._allocation
+
+    def was_given(self, allocation: Allocation) -> None:
+        """``allocate`` has it from now on: the caller recorded it, for many VMs at once."""
+        self._allocation = allocation
+
+    def spec(self, given: Allocation) -> MachineSpec:
+        """Its machine as the farm file wants it."""
+        site, declared, network = self.site, self.declared, self.site.farm.network
+        user_mode = network.mode == "user"
+        boot = site.farm.boot_of(self.vm)
+        spec = MachineSpec(
+            name=self.machine,
+            owner=self.owner,
+            memory=declared.memory,
+            vcpus=declared.vcpus,
+            disk_size=declared.disk or 0,
+            nic=Nic(
+                mac=given.mac,
+                mode=network.mode,
+                target=network.bridge or network.network or "",
+                forwards=(Forward(given.ssh_port, 22),) if user_mode else (),
+                internet=network.internet,
+            ),
+            address=given.address,
+            ssh_port=given.ssh_port,
+            seed=identity.seed_file(site.paths, self.machine),
+            console_log=identity.console_log(site.paths, self.machine),
+            kernel=Path(boot.kernel) if boot else None,
+            initrd=Path(boot.initrd) if boot and boot.initrd else None,
+            cmdline=boot.cmdline if boot else "",
+        )
+        far = site.far(self.host)
+        return far.at_home(spec) if far else spec
+
+    # How it is reached
+
+    def address(self) -> tuple[str, int]:
+        """Host and port of its ssh, as recorded or as they would be given."""
+        if not self.info.virtual:
+            return self._name_or_address(), self.declared.ssh_port or 22
+        allocator = self.site.allocator
+        got = self._allocation or allocator.recorded().get(self.vm) or allocator.peek(self.vm)
+        if self.site.farm.network.mode == "user":
+            return "127.0.0.1", got.ssh_port
+        return (str(got.address) if got.address else self._name_or_address()), got.ssh_port
+
+    def endpoint(self) -> Endpoint:
+        """Where its ssh answers and as whom."""
+        from provision.guest.remote import Endpoint
+
+        host, port = self.address()
+        return Endpoint(
+            vm=self.vm,
+            host=host,
+            port=port,
+            user=self.site.farm.ssh.user,
+            key=identity.controller_key(self.site.farm, self.site.paths),
+            host_key=identity.host_key(self.site.paths, self.vm),
+        )
+
+    def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
+        """The OpenSSH client's command line that logs in, or runs a command there. Exactly the VM's
+        own host key is accepted; of a machine nobody cloned, the first key seen from then on. Nothing
+        of the user's or the host's ssh configuration is used."""
+        options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
+        if endpoint.host_key:
+            known = identity.known_hosts(self.site.paths, self.vm)
+            options["HostKeyAlias"] = self.machine
+            options["StrictHostKeyChecking"] = "yes"
+        else:
+            known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
+            options["StrictHostKeyChecking"] = "accept-new"
+        argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
+        argv += path_option("IdentityFile", endpoint.key)
+        argv += path_option("UserKnownHostsFile", known)
+        for key, value in options.items():
+            argv += ["-o", f"{key}={value}"]
+        return (*argv, f"{endpoint.user}@{endpoint.host}", *([command] if command else []))
+
+    def _name_or_address(self) -> str:
+        if self.declared.address:
+            return str(self.declared.address)
+        hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
+        return f"{hostname}.{domain}" if domain and "." not in hostname else hostname

@@ -1,0 +1,136 @@
+"""The tasks of farmhand's own development: its tests, linters, figures and labs. They are there where
+the tests are: in a checkout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cli import options
+from cli.command import command
+from cli.run import Result, Run
+
+Names = Sequence[str] | None
+
+
+@command(
+    {
+        "fast": "Without the tests that start VMs, and without the lab.",
+        "only": "Only these test files or directories; repeatable.",
+        "match": "Only tests whose names match (pytest -k).",
+    },
+    iterable=["only"],
+    plans=False,
+)
+def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
+    """Run ruff, mypy and the tests, in the lab too."""
+    from tests.dev import suite
+
+    return suite.test(run, fast=fast, only=tuple(only or ()), match=match)
+
+
+@command(plans=False)
+def lint(run: Run) -> Result:
+    """Run ruff and mypy."""
+    from tests.dev import suite
+
+    return suite.lint(run)
+
+
+@command(
+    {
+        "rounds": "Rounds that medians are taken of.",
+        "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
+        "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
+    },
+    plans=False,
+)
+def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Result:
+    """Measure clone, reset and start-up times."""
+    number = options.count("--rounds", rounds)
+    if lab:
+        from tests.dev import labs
+
+        return labs.bench(run, name, rounds=number)
+    from tests.dev import suite
+
+    return suite.bench(run, rounds=number)
+
+
+# ---- The labs: hosts with KVM or Xen, ZFS and LVM under QEMU, for farmhand's own tests.
+
+_LAB = "The lab's name; several can run at once."
+_USUAL = " Absent: lab, or xen."
+_COLD = "Boot it, instead of going on from the saved state."
+
+
+@command(
+    {
+        "name": _LAB + _USUAL,
+        "xen": "A Xen lab.",
+        "cold": _COLD,
+        "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
+        "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
+    },
+    plans=False,
+)
+def lab_up(
+    run: Run, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
+) -> Result:  # fmt: skip
+    """Start a lab with clean disks; its image is built once."""
+    from tests.dev import labs
+
+    run.resume = "type the same again: what is built is kept"
+    return labs.up(run, name, xen=xen, cold=cold, memory=memory, disk=disk)
+
+
+@command(
+    {
+        "name": _LAB + _USUAL,
+        "xen": "The usual Xen lab.",
+        "command": "A command to run there instead of a login shell.",
+    },
+    plans=False,
+)
+def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> Result | None:
+    """Log in to a lab as root, or run a command there."""
+    from tests.dev import labs
+
+    return labs.ssh(run, name, command, xen=xen)
+
+
+@command(
+    {
+        "name": "A running lab to use; absent: one of its own, ended afterwards.",
+        "kvm": "In the KVM lab only; with a choice of tests it is the usual one.",
+        "xen": "In the Xen lab only.",
+        "cold": _COLD,
+        "only": "Only these test files or directories; repeatable.",
+        "match": "Only tests whose names match (pytest -k).",
+        "brief": "The few minutes of them that ./invoke test runs.",
+        "minutes": "End a lab that hangs after so long.",
+    },
+    iterable=["only"],
+    plans=False,
+)
+def lab_test(
+    run: Run, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
+    only: Names = None, match: str = "", brief: bool = False, minutes: str = "180",
+) -> Result:  # fmt: skip
+    """Run the contract suites and the labs' own tests there."""
+    from tests.dev import labs
+
+    run.resume = "the lab is ended; what it left over is removed by the next lab command"
+    most, paths = options.count("--minutes", minutes), tuple(only or ())
+    return labs.test(
+        run, name, kvm=kvm, xen=xen, cold=cold, only=paths, match=match, minutes=most, brief=brief
+    )
+
+
+@command(
+    {"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."}, plans=False
+)
+def lab_down(run: Run, name: str = "", xen: bool = False, all_: bool = False) -> Result:
+    """End a lab, and remove its disks."""
+    from tests.dev import labs
+
+    return labs.down(run, name, xen=xen, all_=all_)
