@@ -32,6 +32,7 @@ from typing import Any
 
 from still import StillSite
 
+import cli.composition  # noqa: F401 - what there is
 import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones are
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
