@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
+from host.processes import account
 from host.program import CHECKOUT
 from host.run import which
 from hypervisors.disks.stores import STORES
@@ -180,9 +181,8 @@ def _permissions(drivers: Collection[DriverInfo]) -> Iterator[Check]:
         text = "root: VMs run as an account of their own" if own else "root"
         yield Check("permissions", True, "note", text)
         return
-    import pwd
 
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = account(os.geteuid())
     entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
     yield Check(
         "subuid",

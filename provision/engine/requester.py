@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from host.processes import account
 
 _LOGIN_UID = Path("/proc/self/loginuid")
 _UNSET = 2**32 - 1  # (uid_t) -1: nobody logged in, as in a container or a service
@@ -39,8 +40,8 @@ class Requester:
         """Of this process, by what the kernel says; of the environment only what the kernel confirms."""
         uid = os.getuid()
         login = _login_uid()
-        other = "" if login in (None, uid) else _login_name(login, os.environ)
-        return cls(user=_name(uid), uid=uid, login=other, tty=_terminal())
+        other = _login_name(login) if login is not None and login != uid else ""
+        return cls(user=account(uid), uid=uid, login=other, tty=_terminal())
 
 
 NOBODY = Requester()
@@ -57,23 +58,15 @@ def _login_uid() -> int | None:
     return None if found == _UNSET else found
 
 
-def _login_name(uid: int | None, environment: Mapping[str, str]) -> str:
+def _login_name(uid: int) -> str:
     """The name that sudo was called under, where its uid is that one: several names may share a uid."""
-    assert uid is not None
-    told = environment.get("SUDO_USER", "")
+    told = os.environ.get("SUDO_USER", "")
     try:
         if told and pwd.getpwnam(told).pw_uid == uid:
             return told
     except (KeyError, ValueError):
         pass
-    return _name(uid)
-
-
-def _name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
+    return account(uid)
 
 
 def _terminal() -> str:

@@ -4,25 +4,25 @@ documentation tells receivers to."""
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 SECRET = "whsec_" + base64.b64encode(b"twenty-four secret bytes").decode()
 
 
-def verified(secret: str, headers: Any, body: bytes) -> bool:
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    signed = b".".join((headers["webhook-id"].encode(), headers["webhook-timestamp"].encode(), body))
-    ours = "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
-    fresh = abs(time.time() - int(headers["webhook-timestamp"])) < 300
-    return fresh and hmac.compare_digest(ours, headers["webhook-signature"])
+def _documented() -> Callable[[str, Any, bytes], bool]:
+    text = (Path(__file__).parents[2] / "docs/events.md").read_text()
+    found: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], found)
+    return found["is_genuine"]  # type: ignore[no-any-return]
+
+
+is_genuine = _documented()
 
 
 class Receiver(ThreadingHTTPServer):
@@ -58,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         assert event["id"] == self.headers["webhook-id"]
         self.server.tries.append(event["id"])
         self.server.bodies.setdefault(event["id"], set()).add(body)
-        status = 401 if not verified(SECRET, self.headers, body) else self.server.answer(event)
+        genuine = is_genuine(SECRET, self.headers, body)
+        status = self.server.answer(event) if genuine else 401
         if status is None:
             self.server.let_go.wait(60)
             return
