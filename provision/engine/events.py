@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -70,15 +70,20 @@ class Event:
     body: bytes
 
 
-class Refused(FarmhandError):
-    """The subscriber will never take this event: there is no use in trying again."""
+class Undelivered(FarmhandError):
+    """The subscriber didn't take it; later it may."""
+
+
+class Refused(Undelivered):
+    """It will never take this event: there is no use in trying again."""
 
 
 class Subscriber(Protocol):
     """Somebody who is told of events. Each kind is a file in ``provision/events/``."""
 
     def deliver(self, event: Event) -> None:
-        """Once, within a time limit of its own. Refused; any other FarmhandError: try again."""
+        """Once, within a time limit of its own. Refused; Undelivered, or any other FarmhandError: to be
+        tried again."""
 
     def check(self) -> None:
         """FarmhandError for what would keep it from being told, as far as that can be seen here."""
@@ -139,6 +144,7 @@ class Outbox:
         if build:
             data["build"] = {"id": build, **more}
         body = json.dumps({"id": key, "type": kind, "timestamp": at, "data": data})
+        _forget_strangers(db, self._sections)
         for name in wanting:
             db.execute(
                 "INSERT INTO outbox (subscriber, event, type, at, body) VALUES (?, ?, ?, ?, ?)",
@@ -214,6 +220,16 @@ def _wants(section: EventSubscriber, type: str, record: Record) -> bool:
     if section.operations and record.verb not in section.operations:
         return False
     return not section.vms or bool(set(section.vms) & set(record.vms))
+
+
+def _forget_strangers(db: sqlite3.Connection, known: Collection[str]) -> None:
+    """Of subscribers that left the farm file; for some days they may come back."""
+    before = (datetime.now(UTC) - timedelta(days=_GIVE_UP)).isoformat()
+    gone = [
+        name for (name,) in db.execute("SELECT DISTINCT subscriber FROM outbox") if name not in known
+    ]
+    for name in gone:
+        db.execute("DELETE FROM outbox WHERE subscriber = ? AND at < ?", (name, before))
 
 
 def _drop_oldest(db: sqlite3.Connection, subscriber: str) -> None:

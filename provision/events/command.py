@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from host.printable import last_line
 from host.run import Runner, which
-from inventory.errors import CommandFailed, TimedOut, UsageError
-from provision.engine.events import Event, SubscriberSection
+from inventory.errors import TimedOut, UsageError
+from provision.engine.events import Event, SubscriberSection, Undelivered
 
 if TYPE_CHECKING:
     from inventory.fields import SomeLines, TimeLimit
@@ -55,7 +55,7 @@ class Command:
         if result.status:
             why = last_line(result.stderr or result.stdout, 200)
             words = f"{self._argv[0]} exited with {result.status}"
-            raise CommandFailed(f"{words}: {why}" if why else words)
+            raise Undelivered(f"{words}: {why}" if why else words)
 
     def check(self) -> None:
         """As ``provision.engine.events.Subscriber`` has it; nothing is run."""

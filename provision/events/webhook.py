@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from host.files import file_error
 from host.run import Runner
 from inventory.base import at_key
-from inventory.errors import CommandFailed, TimedOut, UsageError
-from provision.engine.events import Event, Refused, SubscriberSection
+from inventory.errors import TimedOut, UsageError
+from provision.engine.events import Event, Refused, SubscriberSection, Undelivered
 
 if TYPE_CHECKING:  # a command that tells nobody needs none of them
     import ssl
@@ -89,7 +89,7 @@ class Webhook:
         words = f"{self._where} answered {status} {responses.get(status, '')}".rstrip()
         if 300 <= status < 400:
             words += ": redirects are not followed"
-        raise Refused(words) if status in _NEVER else CommandFailed(words)
+        raise Refused(words) if status in _NEVER else Undelivered(words)
 
     def check(self) -> None:
         """As ``provision.engine.events.Subscriber`` has it; nobody is called."""
@@ -124,13 +124,13 @@ class Webhook:
         except TimeoutError:
             raise TimedOut(f"{self._where} gave no answer within {_LIMIT:g} s") from None
         except ssl.SSLCertVerificationError as error:
-            raise CommandFailed(
+            raise Undelivered(
                 f"{self._where}: its certificate isn't trusted: {error.verify_message}"
             ) from error
         except HTTPException as error:  # its words are the other side's
-            raise CommandFailed(f"{self._where} gave no answer as of an HTTP server") from error
+            raise Undelivered(f"{self._where} gave no answer as of an HTTP server") from error
         except OSError as error:
-            raise CommandFailed(f"{self._where}: {error.strerror or error}") from error
+            raise Undelivered(f"{self._where}: {error.strerror or error}") from error
 
     def _context(self) -> ssl.SSLContext | None:
         import ssl

@@ -12,24 +12,54 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from host.run import Runner
+from inventory import kinds
 from inventory.errors import InventoryError, WrongState
 from inventory.loader import load
 from provision import farm
 from provision.doctor import examine
 from provision.engine import events
+from provision.engine.events import Event, Subscriber, SubscriberSection
 from provision.events import webhook
 from provision.site import Site
 from provision.status import status
 from tests.unit.receiver import SECRET, Receiver, receiving
 from tests.unit.still_farm import StillFarm, place
 
+if TYPE_CHECKING:
+    from inventory.fields import Line
+
 __all__ = ["place"]
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSubscriber(SubscriberSection):
+    """A kind of one's own: a file, and a line in the table."""
+
+    file: Line
+    """Events are appended to it."""
+
+    def opened(self, beside: Path, _runner: Runner) -> Subscriber:
+        return _Appending(beside / self.file)
+
+
+class _Appending:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def deliver(self, event: Event) -> None:
+        with self._path.open("ab") as file:
+            file.write(event.body + b"\n")
+
+    def check(self) -> None:
+        """Whatever it is."""
 
 
 @pytest.fixture
@@ -388,6 +418,34 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
             assert number in begun
             ended.add(number)
     assert len(begun) == len(ended) == 24
+
+
+def test_a_kind_of_ones_own(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kinds.subscribers, "file", "tests.unit.test_events:FileSubscriber")
+    told.subscribe(None, mine={"file": "told"}, other={"file": ""})
+    with pytest.raises(InventoryError, match=r"events\.other\.file: it is empty"):
+        load(told.farm.file)
+    told.subscribe(None, mine={"file": "told", "on": "operation.passed"})
+    told.clone()
+    (line,) = (told.place / "told").read_text().splitlines()
+    assert json.loads(line)["data"]["operation"]["verb"] == "clone"
+
+
+def test_what_left_the_farm_file_is_forgotten_after_days(told: Told, receiver: Receiver) -> None:
+    receiver.answer = lambda _event: 500
+    told.subscribe({"old": told.hook(receiver, on="operation.passed")})
+    told.clone()
+    told.subscribe({"chat": told.hook(receiver)})
+    for age, left in (("2100-01-01", 1), ("2026-01-01", 0)):
+        with told.site() as site:
+            db = sqlite3.connect(site.paths.journal)
+            with db:
+                db.execute("UPDATE outbox SET at = ? WHERE subscriber = 'old'", (age,))
+            db.close()
+            site.prepare()
+            with site.journal.operation("reset", vm="prod"):
+                pass
+        assert told.rows("subscriber").count(("old",)) == left
 
 
 def test_farm_files_are_checked(told: Told) -> None:
