@@ -1,0 +1,4 @@
+"""The build cycle: what is built, in which steps, and what is kept of it."""
+
+ACTIVITIES = {"cycle": "builds.operation:CYCLE"}
+"""By the name in the journal, what recovers it."""

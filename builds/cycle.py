@@ -22,6 +22,7 @@ from builds.again import command, cycle_command, cycle_options
 from builds.lineage import Before, look_back, reset_first, vms_of
 from builds.machines import Machines
 from builds.meter import Meter
+from builds.operation import CYCLE, CycleFacts
 from builds.plan import (
     batches,
     check,
@@ -50,7 +51,7 @@ from builds.steps import StepFailed, StepLog, StepRun
 from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted, Remedy
 from inventory.model import Cycle, ResetStep, Step, TransferStep
 from inventory.sizes import format_duration
-from provision.engine.work import lock_of
+from provision.engine.locks import lock_of
 from provision.site import Site
 
 __all__ = ["plan_cycle", "run_cycle"]
@@ -106,10 +107,10 @@ def run_cycle(
             options=options, keep_going=keep_going, stream=stream,
         )  # fmt: skip
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
-        with site.journal.operation("cycle", vms=vms, build=build.id) as operation:
+        with site.journal.begin(CYCLE, vms, CycleFacts(build.id)) as entry:
             with asyncio.Runner() as runner:
                 runner.run(build.run(vms))
-            operation.verdict, operation.why, operation.told = build.verdict()
+            entry.verdict, entry.why, entry.told = build.verdict()
         return build.conclude()
 
 

@@ -20,9 +20,9 @@ from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.engine.work import is_on
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
+from provision.member import is_on
 from provision.power import console_tail, until_ready
 from provision.site import Site
 

@@ -116,7 +116,7 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
 def _check_reset(site: Site, step: ResetStep) -> None:
     """That there is what it goes back to, and not a warm one: a guest whose memory runs on writes to its
     disk, which is never proven to be its checkpoint."""
-    if check_checkpoint(site, step.reset, step.to):
+    if check_checkpoint(site.member(step.reset), step.to):
         raise Unsupported(
             f"{site.name}: step {step.name}: {step.reset}'s checkpoint {step.to} is warm, and a build "
             "begins on a proven disk",

@@ -339,6 +339,12 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
 def _subscribers(site: Site) -> Iterator[Check]:
     """Of events. Nobody is called."""
+    from provision.engine.registry import activities
+
+    for name, section in site.farm.events.items():
+        if unknown := [verb for verb in section.operations if verb not in activities()]:
+            text = f"no operation is called {', '.join(unknown)}: nothing is told of it"
+            yield Check(f"events for {name}", False, "note", text, f"known: {', '.join(activities())}")
     for name, error in site.outbox.check():
         if error is not None:
             yield Check(f"events for {name}", False, "note", error.message, error.remedy)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Template
 from inventory.errors import FarmhandError, NotFound
-from provision.engine.work import is_on
-from provision.member import Member
+from provision.member import Member, is_on
 from provision.site import Site
 
 

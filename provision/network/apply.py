@@ -21,8 +21,9 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from host.files import remove
@@ -31,9 +32,10 @@ from inventory.collector import without_collector
 from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.engine.journal import Operation, current_step
+from provision.engine.journal import Entry, current_step
+from provision.engine.plan import Job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin
+from provision.engine.runner import Run, begin
 from provision.network import checkers, live_dns
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import Step, kea_sockets, steps
@@ -41,7 +43,7 @@ from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.state import NetworkState, StateFile, noted
-from provision.network.undo import RECORD, keep, kept, put, undo
+from provision.network.undo import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.site import Site
 
 LOCK = "network"
@@ -63,29 +65,40 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
         declared = site.vms(None)
         given = [vm for vm in declared if site.member(vm).info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        if not bring(run, names, give(given), force=force, thorough=True):
-            run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
+        done = bring(run, names, give(given), force=force, thorough=True)
+        nothing = Action("keep", "", f"all files of {', '.join(names)} are as they should be")
+        run.add(*(done or (nothing,)))
         return run.outcome()
 
 
+def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
+    """For the plan of clone-farm and destroy. What there is to do is known only once the VMs have their
+    addresses, and nobody else changes the services."""
+    if run.site.plan:
+        return Job(keep_in_step(run, new=new, gone=gone))
+    return Job((), partial(keep_in_step, run, new=new, gone=gone))
+
+
 @without_collector()
-def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> None:
-    """For clone-farm and destroy: the services have the VMs that something was given to, those ``new``
-    ones, and not those that are ``gone`` (None: nobody stays). Waits for others that do the same."""
+def keep_in_step(
+    run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+) -> tuple[Action, ...]:
+    """The services have the VMs that something was given to, those ``new`` ones, and not those that are
+    ``gone`` (None: nobody stays). Waits for others that do the same. What was done."""
     site = run.site
     used = site.farm.services.used
     if not used:
-        return
+        return ()
     allocator = site.allocator
     given = [vm for vm in new if site.member(vm).info.virtual]
     with contextlib.ExitStack() as stack:
         if not site.plan:
-            _patiently(site, stack, run.verb)
+            _patiently(site, stack, run.name)
             allocator.allocate_all(given)
         left = {} if gone is None else allocator.recorded(without=gone)
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
-        bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
+        return bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -110,10 +123,10 @@ def bring(
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
-) -> bool:
+) -> tuple[Action, ...]:
     """Within a use case that holds the lock: the services get these VMs, and lose all others; with
     ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
-    the last time. Whether anything was to do."""
+    the last time. What was to do."""
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
@@ -126,11 +139,11 @@ def bring(
     changes = examiner.examine(allocations, services, vms)
     told = steps(site.farm, changes.files)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
-    run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        return False
+        return ()
+    actions = tuple(_actions(changes, told, updates))
     run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
@@ -142,15 +155,15 @@ def bring(
     texts = {change.path: change.after for change in changes.files}
     checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
     if site.plan:
-        return True
-    with site.journal.operation(VERB) as operation:
+        return actions
+    with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
         new = [d for d in changes.documents if d.path not in state.files]
         store.begin(new, updates=bool(updates.ops))
-        _carry_out(site, operation, changes.files, told, updates)
+        _carry_out(site, entry, changes.files, told, updates)
         current_step(RECORD)
         _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        remove(kept(site, operation.id))
-    return True
+        remove(kept(site, entry.id))
+    return actions
 
 
 def _basis(farm: Farm) -> str:
@@ -253,34 +266,34 @@ def _kea_answers(farm: Farm) -> bool:
 
 def _carry_out(
     site: Site,
-    operation: Operation,
+    entry: Entry[ApplyFacts],
     files: Sequence[FileChange],
     told: Sequence[Step],
     updates: _Updates,
 ) -> None:
-    keep(site, operation, files)
+    keep(site, entry, files)
     done: list[Step] = []
     written: list[FileChange] = []
     try:
         for change in files:
-            operation.step(f"write {change.path}")
+            entry.step(f"write {change.path}")
             written.append(change)
             put(change)
         for step in told:
-            operation.step(step.text)
+            entry.step(step.text)
             done.append(step)
             step.run(site.runner)
         if updates.server is not None:
-            operation.note(updates=[asdict(op) for op in updates.ops])
-            updates.server.update(updates.ops, operation.step)
+            entry.note(replace(entry.facts, updates=tuple(updates.ops)))
+            updates.server.update(updates.ops, entry.step)
     except Interrupted:
         raise  # undone by the next command, as after a kill
     except Exception as error:
         trouble = undo(site, written, {step.service for step in done}, current_step)
         if trouble:
-            trouble.append(f"the old files are in {kept(site, operation.id)}, by the journal's numbers")
+            trouble.append(f"the old files are in {kept(site, entry.id)}, by the journal's numbers")
         else:
-            remove(kept(site, operation.id))
+            remove(kept(site, entry.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise

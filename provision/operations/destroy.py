@@ -4,19 +4,54 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 from host.files import remove
 from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState, some
-from provision.engine.journal import current_step
+from provision.engine.facts import Facts
+from provision.engine.journal import Record, current_step
+from provision.engine.locks import lock_of
+from provision.engine.operation import Recovery
+from provision.engine.parallel import side_by_side
 from provision.engine.report import Action, Outcome
-from provision.engine.work import begin, side_by_side
+from provision.engine.runner import begin
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.lost import left_of
 from provision.site import Site
+from provision.vm_activity import VmActivity
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyFacts(Facts):
+    """``whole``: the farm with all that is its own, ``purge``: its build records too."""
+
+    whole: bool = False
+    purge: bool = False
+
+
+class _DestroyActivity(VmActivity[DestroyFacts]):
+    """Finished."""
+
+    name = "destroy"
+    facts = DestroyFacts
+
+    def locks(self, site: Site, record: Record, facts: DestroyFacts) -> tuple[str, ...]:
+        if facts.whole:
+            return tuple(map(lock_of, site.farm.vms))
+        return super().locks(site, record, facts)
+
+    def recover(self, site: Site, record: Record, facts: DestroyFacts) -> Recovery[DestroyFacts]:
+        if facts.whole:
+            text = "finish it, the whole farm goes"
+            return Recovery(text, lambda _: _finish_farm(site, purge=facts.purge))
+        return Recovery("finish it", lambda _: erase(site, record.vms))
+
+
+DESTROY = _DestroyActivity()
 
 
 def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
@@ -30,7 +65,7 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
     if not vms:
         return _destroy_farm(site, purge=purge)
     names = _names(site, vms)
-    with begin(site, "destroy", names) as run:
+    with begin(site, "destroy", names, at_any_time=True) as run:
         foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).info.virtual}
         there = _there(site, survey(site), [vm for vm in names if vm not in foreign])
         for vm in names:
@@ -43,10 +78,10 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
         if site.farm.services.used:
             from provision.network.apply import keep_in_step
 
-            keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
+            # killed after it: a VM without records, not the other way
+            run.add(*keep_in_step(run, gone=names))
         if there and not site.plan:
-            alone = next(iter(there)) if len(there) == 1 else ""
-            with site.journal.operation("destroy", vm=alone, vms=list(there)):
+            with site.journal.begin(DESTROY, list(there), DestroyFacts()):
                 erase(site, there)
         return run.outcome()
 
@@ -152,7 +187,9 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
         site.allocator.lock_file.unlink(missing_ok=True)
         return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
     locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
-    with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
+    with begin(
+        site, "destroy", names, doing="destroy the whole farm", locks=locks, at_any_time=True
+    ) as run:
         _refuse_if_in_use(site)
         _refuse_strangers(site)
         there = _there(site, survey(site), names)
@@ -180,9 +217,9 @@ def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
         if site.farm.services.used:
             from provision.network.apply import keep_in_step
 
-            keep_in_step(run, gone=None)
+            run.add(*keep_in_step(run, gone=None))
         if not site.plan:
-            with site.journal.operation("destroy", whole=True, purge=purge):
+            with site.journal.begin(DESTROY, (), DestroyFacts(whole=True, purge=purge)):
                 erase(site, there)
                 raze(site, purge=purge)
             last_of(site)
@@ -233,7 +270,7 @@ def raze(site: Site, *, purge: bool) -> None:
             far.tidy()
 
 
-def finish_farm(site: Site, *, purge: bool) -> None:
+def _finish_farm(site: Site, *, purge: bool) -> None:
     """What is left to do for a whole farm's destroy that was killed."""
     seen = survey(site)
     erase(site, _there(site, seen, tuple(dict.fromkeys((*seen.vms, *site.farm.vms)))))

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hypervisors.api import NamelessDisks
 from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies
+from provision.engine.facts import Facts
+from provision.engine.locks import lock_of
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin, lock_of
+from provision.engine.runner import Run, begin
 from provision.leftovers import Found, survey
 from provision.site import Site
+from provision.vm_activity import OneVmActivity
+
+
+@dataclass(frozen=True, slots=True)
+class GcFacts(Facts):
+    ref: str
+
+
+class _GcActivity(OneVmActivity[GcFacts]):
+    name = "gc"
+    facts = GcFacts
+
+
+GC = _GcActivity()
 
 
 def gc(site: Site) -> Outcome:
     """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
     DriverFailed, at its end, where something could not be removed."""
-    with begin(site, "gc", (), doing="gc") as run:
+    with begin(site, "gc", (), doing="gc", at_any_time=True) as run:
         run.add(*_doubtful(site))
         found = survey(site).left
         now = datetime.now(UTC)
@@ -74,9 +91,9 @@ def _discard(
     try:
         with (
             site.locks.hold(lock_of(vm) if vm else "gc", doing="gc"),
-            site.journal.operation("gc", vm=vm, ref=item.what.ref) as operation,
+            site.journal.begin(GC, [vm] if vm else [], GcFacts(item.what.ref)) as entry,
         ):
-            operation.step(text)
+            entry.step(text)
             item.discard()
     except Busy as error:
         run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))

@@ -25,14 +25,60 @@ from host.paths import cache_dir
 from hypervisors.api import Template
 from inventory.errors import NoSpace, NotFound, UsageError
 from inventory.model import TemplateSource
+from provision.engine.facts import Facts
+from provision.engine.operation import Activity, Recovery
 from provision.engine.report import Action, Outcome
+from provision.leftovers import discard_unowned
 
 if TYPE_CHECKING:
+    from provision.engine.journal import Record
     from provision.guest.debian import Recipe
     from provision.site import Site
 
 CACHE_LIFE = 30 * 24 * 3600
 """Seconds that a built image is used again; after that its packages have aged enough to build anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts(Facts):
+    """``template``: the generation, such as base@2."""
+
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFacts(Facts):
+    """``hash``: of the recipe and all that goes into it."""
+
+    recipe: str
+    hash: str
+
+
+class _BuildActivity(Activity[BuildFacts]):
+    """What it left in the cache goes before the next build."""
+
+    name = "template-build"
+    facts = BuildFacts
+
+    def recover(self, _site: Site, _record: Record, _facts: BuildFacts) -> Recovery[BuildFacts]:
+        return Recovery("noted")
+
+
+class _SealActivity(Activity[TemplateFacts]):
+    name = "template-seal"
+    facts = TemplateFacts
+
+    def recover(self, site: Site, _record: Record, _facts: TemplateFacts) -> Recovery[TemplateFacts]:
+        return Recovery("what was left of it is removed", lambda _: discard_unowned(site))
+
+
+class _RemoveActivity(_SealActivity):
+    name = "template-remove"
+
+
+BUILD = _BuildActivity()
+SEAL = _SealActivity()
+REMOVE = _RemoveActivity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +198,7 @@ def template_remove(site: Site, label: str) -> Outcome:
         if not site.plan:
             # so that its number never comes again, also when it was the newest
             _note_generation(site, label.partition("@")[0], int(label.rpartition("@")[2]))
-            with site.journal.operation("template-remove", template=label) as op:
+            with site.journal.begin(REMOVE, (), TemplateFacts(label)) as op:
                 for host in hosts:
                     op.step(f"remove {label} from {host}")
                     site.disks(host).remove_template(label)
@@ -294,7 +340,7 @@ def _seal_all(
         firstboot=firstboot,
     )
     make_directory(_images(), mode=0o700)
-    with site.journal.operation("template-seal", template=label) as op:
+    with site.journal.begin(SEAL, (), TemplateFacts(label)) as op:
         _note_generation(site, name, generation)
         for host in hosts:
             part = _images() / f".seal-{os.getpid()}-{host}.qcow2"
@@ -396,7 +442,7 @@ def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _
         make_directory(logs, mode=0o700)
         log = logs / f"template-{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.log"
         site.reporter.say(f"building {recipe.name} from Debian's packages; its log: {log}")
-        with site.journal.operation("template-build", recipe=recipe.name, hash=key) as op:
+        with site.journal.begin(BUILD, (), BuildFacts(recipe.name, key)) as op:
             op.step(f"build image {key}")
             image, note = _image_file(key), _image_file(key).with_suffix(".json")
             note.unlink(missing_ok=True)

@@ -58,15 +58,15 @@ USES: dict[str, tuple[Callable[[Site], object], dict[str, dict[str, int]]]] = {
         {
             "driver": {"find": 2, "define": 1, "start": 1},
             "store": {"find": 2, "templates": 1, "capacity": 1},
-            "allocator": {"allocate": 2, "allocate_all": 1, "peek_all": 1},
+            "allocator": {"allocate_all": 1, "peek_all": 1},
         },
     ),
     "reset": (
         lambda site: farm.reset(site, ["prod"]),
         {
-            "driver": {"find": 3, "stop": 1, "start": 1},
+            "driver": {"find": 2, "stop": 1, "start": 1},
             "store": {"find": 3, "restore": 1, "pristine": 1},
-            "allocator": {"allocate": 2},
+            "allocator": {"allocate": 1},
         },
     ),
     "status": (

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,10 @@ from provision import farm
 from provision.doctor import examine
 from provision.engine import events
 from provision.engine.events import Event, Subscriber, SubscriberSection
+from provision.engine.facts import NoFacts
+from provision.engine.journal import Entry
 from provision.events import webhook
+from provision.power import START, STOP, StopFacts
 from provision.site import Site
 from provision.status import status
 from tests.unit.receiver import SECRET, Receiver, receiving
@@ -60,6 +64,11 @@ class _Appending:
 
     def check(self) -> None:
         """Whatever it is."""
+
+
+def started(site: Site) -> AbstractContextManager[Entry[NoFacts]]:
+    """An operation that does nothing."""
+    return site.journal.begin(START, ["prod"], NoFacts())
 
 
 @pytest.fixture
@@ -142,7 +151,7 @@ def test_a_failed_operation_is_told_with_its_error(told: Told, receiver: Receive
     told.subscribe({"chat": told.hook(receiver, on="operation.failed")})
     with told.site() as site:
         site.prepare()
-        with pytest.raises(WrongState), site.journal.operation("reset", vm="prod"):
+        with pytest.raises(WrongState), started(site):
             raise WrongState("it is dirty")
     (failed,) = receiver.got
     assert failed["type"] == "operation.failed"
@@ -156,8 +165,9 @@ def test_only_what_is_wanted(told: Told, receiver: Receiver) -> None:
     })  # fmt: skip
     with told.site() as site:
         site.prepare()
-        for verb, vm in (("start", "dev2"), ("start", "prod"), ("stop", "dev2")):
-            with site.journal.operation(verb, vm=vm):
+        for verb, vm in ((START, "dev2"), (START, "prod"), (STOP, "dev2")):
+            facts = NoFacts() if verb is START else StopFacts(force=False)
+            with site.journal.begin(verb, [vm], facts):
                 pass
     assert sorted(receiver.told()) == [
         ("operation.began", "stop"), ("operation.passed", "start"), ("operation.passed", "stop"),
@@ -198,10 +208,10 @@ def test_a_retry_while_the_command_still_runs(
     told.subscribe({"chat": told.hook(receiver)})
     with told.site() as site:
         site.prepare()
-        with site.journal.operation("reset", vm="prod"):
+        with started(site):
             while not receiver.got:
                 time.sleep(0.01)
-    assert receiver.told() == [("operation.began", "reset"), ("operation.passed", "reset")]
+    assert receiver.told() == [("operation.began", "start"), ("operation.passed", "start")]
     assert len(receiver.tries) == 4
 
 
@@ -295,8 +305,8 @@ def test_the_queue_is_bounded(told: Told, monkeypatch: pytest.MonkeyPatch) -> No
     told.subscribe({"chat": {"webhook": "http://127.0.0.1:1/", "secret_file": "secret"}})
     with told.site() as site:
         site.prepare()
-        for n in range(6):
-            with site.journal.operation("reset", vm="prod", n=n):
+        for _ in range(6):
+            with started(site):
                 pass
     assert len(told.rows()) == 5
     with told.site() as site:
@@ -393,12 +403,14 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
         "from pathlib import Path\n"
         "import cli.composition\n"
         "from inventory.loader import load\n"
+        "from provision.engine.facts import NoFacts\n"
         "from provision.engine.report import QuietReporter\n"
+        "from provision.power import START\n"
         "from provision.site import Site\n"
         "with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:\n"
         "    site.prepare()\n"
-        "    for n in range(8):\n"
-        "        with site.journal.operation('reset', vm='prod', n=n):\n"
+        "    for _ in range(8):\n"
+        "        with site.journal.begin(START, ['prod'], NoFacts()):\n"
         "            pass\n"
     )
     argv = [sys.executable, "-c", code, str(told.farm.file)]
@@ -418,6 +430,13 @@ def test_several_commands_at_once_keep_the_order(told: Told, receiver: Receiver)
             assert number in begun
             ended.add(number)
     assert len(begun) == len(ended) == 24
+
+
+def test_an_operation_that_is_none_is_told(told: Told, receiver: Receiver) -> None:
+    told.subscribe({"chat": told.hook(receiver, operations=["reset", "rest"])})
+    (check,) = [c for c in examine(told.farm.file).checks if c.name == "events for chat"]
+    assert check.text == "no operation is called rest: nothing is told of it"
+    assert "reset" in str(check.remedy)
 
 
 def test_a_kind_of_ones_own(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +462,7 @@ def test_what_left_the_farm_file_is_forgotten_after_days(told: Told, receiver: R
                 db.execute("UPDATE outbox SET at = ? WHERE subscriber = 'old'", (age,))
             db.close()
             site.prepare()
-            with site.journal.operation("reset", vm="prod"):
+            with started(site):
                 pass
         assert told.rows("subscriber").count(("old",)) == left
 

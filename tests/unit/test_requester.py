@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from cli import views
-from inventory.errors import WrongState
 from inventory.loader import load
 from provision.engine import requester
-from provision.engine.journal import Journal
+from provision.engine.facts import NoFacts
 from provision.engine.report import QuietReporter
 from provision.engine.requester import Requester
+from provision.power import START
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                     "templates: {base: {build: debian-12}}\nvms: {prod: {}}\n")  # fmt: skip
     with Site(load(file), reporter=QuietReporter(), requester=JUHA) as site:
         site.prepare()
-        with site.locks.hold("vm-prod", doing="reset"), site.journal.operation("reset", vm="prod"):
+        with site.locks.hold("vm-prod", doing="reset"), site.journal.begin(START, ["prod"], NoFacts()):
             holder = site.locks.holder("vm-prod")
             assert holder
             assert f"of juha as root (pts/3), since {holder.since.astimezone():%Y}" in str(holder)
@@ -120,26 +120,3 @@ def test_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     heading, row = str(views.history([record], [], 20).text).splitlines()
     assert "BY" in heading
     assert "juha as root (pts/3)" in row
-
-
-@pytest.mark.parametrize("version", [1, 99])
-@pytest.mark.parametrize("writable", [True, False])
-def test_a_journal_in_another_format_is_refused(tmp_path: Path, version: int, writable: bool) -> None:
-    import sqlite3
-
-    path = tmp_path / "journal.db"
-    journal = Journal(path)
-    with journal.operation("reset", vm="prod"):
-        pass
-    journal.close()
-    db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version = {version}")
-    db.close()
-    with pytest.raises(WrongState) as refused:
-        Journal(path, writable=writable).history()
-    assert f"{path} is in format {version}, and this farmhand reads and writes format 2" in str(
-        refused.value
-    )
-    assert "use the farmhand that wrote it, or move it aside: history is lost" in str(
-        refused.value.remedy
-    )
