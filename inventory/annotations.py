@@ -13,19 +13,12 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, kinds, model, services
+from inventory import fields, kinds, model
 from inventory.base import Model
 from inventory.hosts import driver_of
-from inventory.model import ResetStep, RunStep, TransferStep
+from inventory.services import declared
 from inventory.subscribers import subscriber_kind
 from inventory.values import step_kind
-
-_STEP = Annotated[
-    Annotated[ResetStep, Tag("reset")]
-    | Annotated[RunStep, Tag("run")]
-    | Annotated[TransferStep, Tag("transfer")],
-    Discriminator(step_kind),
-]
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:
@@ -45,10 +38,13 @@ def _names() -> dict[str, Any]:
     """What the annotations are made of."""
     drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
     subscribers = [Annotated[kinds.subscriber(kind), Tag(kind)] for kind in kinds.subscribers]
+    steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
+    step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
-        **vars(fields), **vars(services), **vars(model),
-        **{name: kinds.section(name) for name in kinds.parts},
-        "Steps": tuple[_STEP, ...],
+        **vars(fields), **vars(model),
+        **{name: kinds.section(name) for name in kinds.places()},
+        "Steps": tuple[step, ...],
+        kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
         "EventSubscriber": Annotated[reduce(or_, subscribers), Discriminator(subscriber_kind)],
     }  # fmt: skip

@@ -24,6 +24,7 @@ def _text(words: str, **more: object) -> WithJsonSchema:
     return WithJsonSchema({"title": words, "type": ["string", "number"], **more})
 
 
+Own = Literal["file", "block"]
 _Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(values.check_line)]
 _KeyLine = Annotated[str, Field(min_length=1, max_length=16384), AfterValidator(values.check_key)]
 

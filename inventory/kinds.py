@@ -1,7 +1,7 @@
 """The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-A place is "module:Class"; it is imported when it is first needed, so that a farm without a driver never
-imports it. ``cli.composition`` fills the tables.
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a
+service never imports what is known of it. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
+    from inventory.model import Step
     from inventory.subscribers import EventSubscriber
 
 hosts: dict[str, str] = {}
@@ -23,6 +24,13 @@ subscribers: dict[str, str] = {}
 """Of events' subscribers, by the key that only that kind has."""
 parts: dict[str, str] = {}
 """Of sections within those, by their classes' names."""
+services: dict[str, str] = {}
+"""Of network services by their names, in the order they are applied."""
+steps: dict[str, str] = {}
+"""Of a cycle's steps, by the key that each kind is known by."""
+
+ALL_SERVICES = "NetworkServices"
+"""The class of the section that has those of services: ``inventory.services`` makes it."""
 
 
 def host(driver: str) -> type[Host]:
@@ -35,16 +43,28 @@ def subscriber(kind: str) -> type[EventSubscriber]:
     return cast("type[EventSubscriber]", _imported(subscribers[kind]))
 
 
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
+
+
 def section(name: str) -> type[Model] | None:
     """By its class's name; None: no table has it."""
+    if name == ALL_SERVICES:
+        from inventory.services import declared
+
+        return declared()
     place = places().get(name)
     return _imported(place) if place else None
 
 
 def places() -> dict[str, str]:
     """Of all tables, by their classes' names."""
-    tables = (*hosts.values(), *subscribers.values(), *parts.values())
-    return {place.rpartition(":")[2]: place for place in tables}
+    return {place.rpartition(":")[2]: place for place in _all()}
+
+
+def _all() -> tuple[str, ...]:
+    return (*hosts.values(), *parts.values(), *services.values(), *steps.values(), *subscribers.values())
 
 
 def rooms() -> list[Path]:

@@ -8,13 +8,14 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
+from inventory.services import Services
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
@@ -43,29 +44,13 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Ranges,
         Repository,
         Revision,
-        Scripts,
         Seconds,
         ServedName,
         Size,
-        SomeLines,
         Subnet,
         Subnet6,
     )
     from inventory.hosts import Host
-    from inventory.services import (
-        Ansible,
-        Bind,
-        Dhcpd,
-        Dnsmasq,
-        Haproxy,
-        Hosts,
-        Kea,
-        LibvirtNetwork,
-        Nftables,
-        Nginx,
-        Shorewall,
-        SshConfig,
-    )
     from inventory.subscribers import EventSubscriber
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -311,56 +296,34 @@ FailureClass = Literal["source", "dependencies", "environment", "infrastructure"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StepBase(Model):
+class Step(Model):
+    """A step of the cycle: each kind is a section of its own, see ``inventory.kinds``."""
+
+    KIND: ClassVar[str]
+    """The key of the file by which it is known."""
+    VMS: ClassVar[tuple[str, ...]]
+    """Fields that each name a VM of the farm; the last one's is what the step changes."""
+
     name: Label
     """Names the step in `--from`, `--only`, logs and the record."""
     timeout: Seconds = 1800
     """Limit; the remote process is ended too."""
 
+    @property
+    def vms(self) -> tuple[str, ...]:
+        """The VMs that it uses."""
+        return tuple(getattr(self, field) for field in self.VMS)
 
-@dataclass(frozen=True, kw_only=True)
-class ResetStep(_StepBase):
-    """Put a VM back to a checkpoint, start it, wait until it answers."""
+    @property
+    def changes(self) -> str:
+        """The VM that it changes."""
+        return self.vms[-1]
 
-    reset: Label
-    """The VM."""
-    to: Name = "clean"
-    """The checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunStep(_StepBase):
-    """Run shell commands in a VM."""
-
-    vm: Label
-    """The VM."""
-    run: Scripts
-    """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
-    docs/cycle.md."""
-    failure: FailureClass | None = None
-    """The class of its failure; absent: judged by what it printed."""
-    artifacts: Lines = ()
-    """Files (shell patterns) that are fetched into the build record afterwards; relative to the
-    login's home."""
+    def refusal(self, _farm: Farm) -> tuple[str, str] | None:
+        """Why the farm's VMs can't have it: a key, and what is wrong there; None: they can."""
+        return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransferStep(_StepBase):
-    """Carry files from one VM to another, through the host."""
-
-    KEYS: ClassVar = {"source": "from"}
-
-    transfer: SomeLines
-    """Files (shell patterns) in the VM they come from; relative to the login's home."""
-    source: Label
-    """The VM they come from."""
-    to: Label
-    """The VM they go to."""
-    into: Line
-    """The directory they go into; made if it is missing."""
-
-
-Step = ResetStep | RunStep | TransferStep
 if TYPE_CHECKING:
     Steps = tuple[Step, ...]
 
@@ -375,42 +338,8 @@ class Cycle(Model):
     """Build records kept; older successful ones are removed first, failed ones last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Services(Model):
-    """Which network services are kept in step with the farm. What isn't named is not touched."""
-
-    bind: Bind | None = None
-    """BIND's zones."""
-    dhcpd: Dhcpd | None = None
-    """ISC dhcpd."""
-    kea: Kea | None = None
-    """Kea."""
-    dnsmasq: Dnsmasq | None = None
-    """dnsmasq."""
-    hosts: Hosts | None = None
-    """The hosts file."""
-    ssh_config: SshConfig | None = None
-    """An ssh client's configuration."""
-    nginx: Nginx | None = None
-    """nginx."""
-    haproxy: Haproxy | None = None
-    """haproxy."""
-    nftables: Nftables | None = None
-    """nftables."""
-    shorewall: Shorewall | None = None
-    """shorewall."""
-    libvirt: LibvirtNetwork | None = None
-    """A libvirt network."""
-    ansible: Ansible | None = None
-    """An Ansible inventory."""
-    templates: ConfigPath | None = None
-    """A directory with templates of your own: a file of the same name is used instead of farmhand's."""
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The services named, in the order they are applied: names before who looks them up."""
-        names = (field.name for field in fields(self) if field.name != "templates")
-        return tuple(name for name in names if getattr(self, name) is not None)
+if TYPE_CHECKING:
+    NetworkServices = Services  # with a key for each that there is: inventory.services.declared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,7 +352,7 @@ class Farm(Model):
     """Hosts by name. Which keys one has depends on its `driver`; absent: kvm."""
     network: Network = field(default_factory=Network)
     """How the VMs are connected."""
-    services: Services = field(default_factory=Services)
+    services: NetworkServices = field(default_factory=Services)
     """Network services that are kept in step."""
     templates: dict[Name, TemplateSource] = field(default_factory=dict)
     """Templates by name."""

@@ -37,15 +37,23 @@ def validated(content: Mapping[str, Any]) -> Farm:
     drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
     told = content.get("events")
     of_events = frozenset(map(subscriber_kind, told.values() if isinstance(told, dict) else ()))
-    validator = _validator(known, "services" in content, drivers, of_events)
+    validator = _validator(known, _services(content), drivers, of_events)
     farm: Farm = validator.validate_python(content)
     return farm
+
+
+def _services(content: Mapping[str, Any]) -> frozenset[str] | None:
+    """Those named; None: the file has no ``services``."""
+    if "services" not in content:
+        return None
+    found = content["services"]
+    return frozenset(found) if isinstance(found, dict) else frozenset()
 
 
 @cache
 def _validator(
     known: tuple[str, ...],
-    with_services: bool,
+    services: frozenset[str] | None,
     drivers: frozenset[str | None],
     subscribers: frozenset[str | None],
 ) -> SchemaValidator:
@@ -56,13 +64,16 @@ def _validator(
         from inventory.annotations import adapter
 
         return cast(SchemaValidator, adapter(Farm).validator)
-    if not with_services:
-        sections["Services"] = _NOT_THERE
+    if services is None:
+        sections[kinds.ALL_SERVICES] = _NOT_THERE
     for driver, place in kinds.hosts.items():
         if driver not in drivers:
             sections[place.rpartition(":")[2]] = _NOT_THERE
     for kind, place in kinds.subscribers.items():
         if kind not in subscribers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
+    for service, place in kinds.services.items():
+        if service not in (services or ()):
             sections[place.rpartition(":")[2]] = _NOT_THERE
     return SchemaValidator(_named(sections["Farm"], sections))
 
@@ -95,9 +106,4 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    found = getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
-    if found is None:
-        from inventory import services
-
-        found = getattr(services, name, None)
-    return found
+    return getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from inventory.errors import some
+from inventory.errors import Busy, some
 from provision.engine.facts import Facts, from_json
 from provision.engine.locks import lock_of
 
@@ -52,6 +52,10 @@ class Operation(ABC):
         """What others are told who want the same lock."""
         return f"{self.name} {some(vms)}".strip()
 
+    def refused(self, _site: Site, error: Busy) -> Busy:
+        """In its own words, where somebody else has one of its locks."""
+        return error
+
     @abstractmethod
     def plan(self, run: Run) -> Plan:
         """All that is to be done, by real reads, with the locks held (``--plan``: without); an error
@@ -74,6 +78,9 @@ class Activity(ABC, Generic[F]):
     facts: type[F]
     starts: ClassVar[bool] = False
     """Whether it starts VMs: they may be on with all their memory where it was cut off."""
+
+    without_disk: ClassVar[str] = ""
+    """What is the matter, where its VM may have no disk while it is half done."""
 
     @abstractmethod
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:

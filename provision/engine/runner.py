@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from inventory.errors import WrongState, some
+from inventory.errors import Busy, WrongState, some
 from provision.engine.locks import leased, lock_of
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan
@@ -87,7 +87,7 @@ def perform(site: Site, operation: Operation) -> Outcome:
     vms = operation.affected(site)
     with begin(
         site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
-        at_any_time=operation.at_any_time,
+        at_any_time=operation.at_any_time, refused=partial(operation.refused, site),
     ) as run:  # fmt: skip
         run.carry_out(operation.plan(run))
         return run.outcome()
@@ -102,8 +102,10 @@ def begin(
     doing: str = "",
     locks: Sequence[str] = (),
     at_any_time: bool = False,
+    refused: Callable[[Busy], Busy] | None = None,
 ) -> Iterator[Run]:
-    """What every operation begins with. A plan says what would be recovered, and takes no lock."""
+    """What every operation begins with. A plan says what would be recovered, and takes no lock.
+    ``refused``: another error, where a lock is somebody else's."""
     run = Run(site, name, tuple(vms))
     if site.plan:
         run.add(*_recovered(site, vms))
@@ -114,7 +116,11 @@ def begin(
         with lease.recovering:
             run.add(*_recovered(site, vms))
         doing = doing or f"{name} {some(vms)}".strip()
-        with site.locks.hold(*map(lock_of, vms), *locks, doing=doing):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(site.locks.hold(*map(lock_of, vms), *locks, doing=doing))
+            except Busy as error:
+                raise (refused(error) if refused else error) from None
             if not at_any_time:
                 refuse_half_done(site, vms)
             yield run

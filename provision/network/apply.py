@@ -33,42 +33,55 @@ from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongSt
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
-from provision.engine.plan import Job
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, begin
-from provision.network import checkers, live_dns
+from provision.engine.runner import Run, perform
+from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, FileChange, difference
-from provision.network.daemons import Step, kea_sockets, steps
+from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
+from provision.network.service import Service, Step
+from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.network.undo import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.site import Site
 
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
-VERB = "network-apply"
 FEW = 50
 """VMs that come, change or go at once; with more of them the whole is looked at."""
 
 
-@without_collector()
-def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    """Make the services' live files, and the daemons, as the farm file says, for every declared VM;
-    those not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
+@dataclass(frozen=True, slots=True)
+class NetworkApply(Operation):
+    """Make the services' live files, and the daemons, as the farm file says, for all declared VMs; those
+    not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
 
     Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
     CommandFailed (a checker or daemon refuses: everything is as before), Busy."""
-    names = chosen(site, services)
-    with begin(site, VERB, (), locks=[LOCK], doing=VERB) as run:
-        declared = site.vms(None)
-        given = [vm for vm in declared if site.member(vm).info.virtual]
+
+    name = "network-apply"
+    services: tuple[str, ...] = ()
+    force: bool = False
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (LOCK,)
+
+    @without_collector()
+    def plan(self, run: Run) -> Plan:
+        site, names = run.site, chosen(run.site, self.services)
+        given = [member.vm for member in site.members() if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        done = bring(run, names, give(given), force=force, thorough=True)
-        nothing = Action("keep", "", f"all files of {', '.join(names)} are as they should be")
-        run.add(*(done or (nothing,)))
-        return run.outcome()
+        found = _examine(run, names, give(given), force=self.force, thorough=True)
+        nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
+        return [alone(found or nothing)]
+
+
+def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
+    return perform(site, NetworkApply(tuple(services), force))
 
 
 def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
@@ -98,7 +111,13 @@ def keep_in_step(
         left = {} if gone is None else allocator.recorded(without=gone)
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
-        return bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
+        few = None if gone is None else [*given, *gone]
+        found = _examine(run, used, left, nobody=gone is None, vms=few)
+        if found is None:
+            return ()
+        if found.run and not site.plan:
+            found.run()
+        return found.actions
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -114,7 +133,7 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
             return
 
 
-def bring(
+def _examine(
     run: Run,
     services: Sequence[str],
     allocations: Mapping[str, Allocation],
@@ -123,10 +142,10 @@ def bring(
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
-) -> tuple[Action, ...]:
-    """Within a use case that holds the lock: the services get these VMs, and lose all others; with
-    ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
-    the last time. What was to do."""
+) -> Job | None:
+    """With the lock: what there is to do so that the services have these VMs, and no others; with
+    ``nobody`` not even those that nothing is given to. ``vms``: nothing else came, changed or went since
+    the last time. None: nothing."""
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
@@ -142,9 +161,8 @@ def bring(
     if not changes.files and not updates.ops:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        return ()
-    actions = tuple(_actions(changes, told, updates))
-    run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
+        return None
+    run.fact(diff="".join(map(difference, changes.files)) + records.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
             f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
@@ -154,16 +172,18 @@ def bring(
         )
     texts = {change.path: change.after for change in changes.files}
     checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
-    if site.plan:
-        return actions
-    with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
-        new = [d for d in changes.documents if d.path not in state.files]
-        store.begin(new, updates=bool(updates.ops))
-        _carry_out(site, entry, changes.files, told, updates)
-        current_step(RECORD)
-        _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        remove(kept(site, entry.id))
-    return actions
+
+    @without_collector()
+    def act() -> None:
+        with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
+            new = [d for d in changes.documents if d.path not in state.files]
+            store.begin(new, updates=bool(updates.ops))
+            _carry_out(site, entry, changes.files, told, updates)
+            current_step(RECORD)
+            _record(store, state, changes, updates, few=vms is not None, basis=basis)
+            remove(kept(site, entry.id))
+
+    return Job(tuple(_actions(changes, told, updates)), act)
 
 
 def _basis(farm: Farm) -> str:
@@ -175,24 +195,25 @@ def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
     """Whether what these VMs concern can be told without looking at the others: templates of an admin's
     own may show any VM anywhere; machines of ssh hosts may share an address, and declared IPv6 addresses
     may be those that others' are made to; a zone's records may be in doubt."""
-    bind = farm.services.bind
+    live = _with_live_records(farm)
     return (
         len(vms) <= FEW
         and farm.services.templates is None
         and all(host.INFO.virtual for host in farm.hosts.values())
         and not (farm.network.subnet6 and any(vm.address6 for vm in farm.vms.values()))
-        and (bind is None or not bind.dynamic or state.known)
+        and (live is None or state.known)
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Updates:
-    """Of dynamic zones. ``records``: what they have afterwards, of all VMs or of those concerned; None:
+    """Of a server's records. ``known``: what it has afterwards, of all VMs or of those concerned; None:
     there are none."""
 
-    ops: Sequence[live_dns.Op] = ()
-    server: live_dns.Server | None = None
-    records: live_dns.Zones | None = None
+    ops: Sequence[records.Op] = ()
+    server: records.RecordServer | None = None
+    service: str = ""
+    known: records.Zones | None = None
 
 
 def _updates(
@@ -208,30 +229,36 @@ def _updates(
 ) -> _Updates:
     """``thorough``: by what the server has; else by what was applied last, if that is known: each
     update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
-    bind = farm.services.bind
-    if bind is None or not bind.dynamic or "bind" not in services:
+    service = _with_live_records(farm)
+    if service is None or service.NAME not in services:
         return _Updates()
-    zone = bind.zone or farm.network.domain or ""
-    wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
-    server = live_dns.Server(bind, f"farmhand {farm.farm}")
+    name = service.NAME
+    wanted = service.records(changes.view)
+    server = service.record_server(farm)
     new = {change.zone for change in changes.files if change.before is None and change.zone}
     if vms is not None:
-        places = [(at, name) for at, names in wanted.items() for name in names]
+        places = [(at, owner) for at, names in wanted.items() for owner in names]
         known = store.records_of(vms, places)
-        return _Updates(live_dns.compare(known, wanted), server, wanted)
+        return _Updates(records.compare(known, wanted), server, name, wanted)
     before = store.records() if state.known else None
     if before is not None and not thorough:
-        return _Updates(live_dns.compare(before, wanted), server, wanted)
-    there = {name: names for name, names in wanted.items() if name not in new}
+        return _Updates(records.compare(before, wanted), server, name, wanted)
+    there = {zone: names for zone, names in wanted.items() if zone not in new}
     ops, trouble = server.judge(before, there, force=force)
-    ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
+    ops = records.ordered(
+        [*ops, *records.compare({}, {zone: wanted[zone] for zone in wanted if zone in new})]
+    )
     if trouble and not force:
         raise Conflict(
             f"{farm.path.name or farm.farm}: {len(trouble)} records are there by hand: {trouble[0]}",
             remedy="remove them, or take theirs into the farm file; --force overwrites them",
             detail="\n".join(trouble),
         )
-    return _Updates(ops, server, wanted)
+    return _Updates(ops, server, name, wanted)
+
+
+def _with_live_records(farm: Farm) -> Service | None:
+    return next((service for service in used_services(farm) if service.live_records), None)
 
 
 def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[Action]:
@@ -244,24 +271,24 @@ def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[
         edited = " (edited by hand)" if change.path in changes.edited else ""
         actions.append(Action("write", "", text + edited))
     actions += [Action("tell", "", step.text) for step in told]
-    return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
+    return [
+        *actions,
+        *(Action("tell", "", text) for text in records.summary(updates.ops, updates.service)),
+    ]
 
 
 def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """What the checkers are to look at. Of a few VMs' words not what no checker reads (dnsmasq's hosts),
-    nor what a daemon that can be asked refuses by itself, keeping what it has (Kea)."""
-    by_itself = {"dnsmasq"} | ({"kea"} if _kea_answers(farm) else set()) if vms is not None else set()
+    """What the checkers are to look at. Of a few VMs' words not what no checker reads, nor what
+    a daemon that can be asked refuses by itself, keeping what it has."""
+    by_itself = set()
+    if vms is not None:
+        by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
     paths = {change.path for change in changes.files if change.after is not None}
     services = {change.service for change in changes.files} - by_itself
     changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
     return [*changed, *rest]
-
-
-def _kea_answers(farm: Farm) -> bool:
-    kea = farm.services.kea
-    return kea is not None and all(Path(p).is_socket() for p in kea_sockets(farm))
 
 
 def _carry_out(
@@ -328,12 +355,12 @@ def _record(
     few: bool,
     basis: str,
 ) -> None:
-    dynamic = updates.records is not None
-    owners = live_dns.owners(changes.view, updates.records or {})
+    dynamic = updates.known is not None
+    owners = records.owners(changes.view, updates.known or {})
     if few:
         names = {(op.zone, op.name): op.new for op in updates.ops}
     else:
-        names = {(z, n): r for z, found in (updates.records or {}).items() for n, r in found.items()}
+        names = {(z, n): r for z, found in (updates.known or {}).items() for n, r in found.items()}
     documents = map(noted, changes.documents)
     store.finish(
         files=[document for document in documents if state.files.get(document.path) != document],

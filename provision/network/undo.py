@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
@@ -20,11 +19,10 @@ from inventory.errors import FarmhandError, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, Record
 from provision.engine.operation import Activity, Recovery
-from provision.network import live_dns
 from provision.network.changes import FileChange
-from provision.network.daemons import loaded_serial, steps
-from provision.network.document import digest
-from provision.network.serial import following, later, serial_of, with_serial
+from provision.network.daemons import steps
+from provision.network.records import Op
+from provision.network.service import services as used_services
 from provision.site import Site
 
 RECORD = "record what was written"
@@ -38,14 +36,15 @@ def undo(
     words. A file that somebody else has written since is left alone."""
     trouble: list[str] = []
     inverse = []
+    told = {service.NAME: service for service in used_services(site.farm) if service.NAME in services}
     for change in reversed(files):
         back = change.inverse()
         try:
             if _text(change.path) not in (change.after, change.before):
                 trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
                 continue
-            if "bind" in services and change.zone and change.before is not None:
-                back = _forward(site, back)
+            if change.service in told:
+                back = told[change.service].put_back(site.runner, back)
             say(f"put back {change.path}")
             put(back)
             inverse.append(back)
@@ -61,30 +60,6 @@ def undo(
     return trouble
 
 
-def _forward(site: Site, back: FileChange) -> FileChange:
-    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
-    may have it, and would not take an older one."""
-    bind = site.farm.services.bind
-    old = serial_of(back.after or "")
-    if bind is None or old is None:
-        return back
-    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
-    if loaded is None or not later(loaded, old):
-        return back
-    serial = following([old, loaded], datetime.now(UTC).date())
-    text = with_serial(back.after or "", serial)
-    return replace(back, after=_marked_again(text, back.after or ""))
-
-
-def _marked_again(text: str, before: str) -> str:
-    """With the digest in our mark made to fit, for a whole file of ours."""
-    first, _, rest = before.partition("\n")
-    if digest(rest) not in first:
-        return text
-    new = text.partition("\n")[2]
-    return f"{first.replace(digest(rest), digest(new))}\n{new}"
-
-
 # ---- Files
 
 
@@ -97,7 +72,7 @@ def put(change: FileChange) -> None:
         return
     make_directory(path.parent, mode=0o755)
     if change.zone and change.before is None:
-        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
+        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: both would be refused
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -161,7 +136,7 @@ class ApplyFacts(Facts):
     """``files``: in the order they are written; ``updates``: of live zones."""
 
     files: tuple[KeptFile, ...] = ()
-    updates: tuple[live_dns.Op, ...] = ()
+    updates: tuple[Op, ...] = ()
 
 
 def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> None:
@@ -203,9 +178,9 @@ class _ApplyActivity(Activity[ApplyFacts]):
             trouble = undo(site, written, {change.service for change in written}, entry.step)
             for text in trouble:
                 site.reporter.warn(text)
-            if facts.updates and site.farm.services.bind:
-                server = live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}")
-                server.revert(facts.updates)
+            for service in used_services(site.farm) if facts.updates else ():
+                if service.live_records:
+                    service.record_server(site.farm).revert(facts.updates)
             forget(site, record.id, files)
 
         if not written and not facts.updates:

@@ -6,10 +6,16 @@ OPERATIONS = {
     "balloon-all": "provision.operations.balloon:BalloonAll",
     "checkpoint": "provision.operations.checkpoint:Checkpoint",
     "clone-farm": "provision.operations.clone:CloneFarm",
+    "destroy": "provision.operations.destroy:Destroy",
+    "gc": "provision.operations.gc:Gc",
     "merge": "provision.operations.merge:Merge",
+    "network-apply": "provision.network.apply:NetworkApply",
     "reset": "provision.operations.reset:Reset",
     "start": "provision.power:Start",
     "stop": "provision.power:Stop",
+    "template-build": "provision.operations.templates:TemplateBuild",
+    "template-import": "provision.operations.templates:TemplateImport",
+    "template-remove": "provision.operations.templates:TemplateRemove",
 }
 """By name, its class."""
 

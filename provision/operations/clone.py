@@ -112,7 +112,8 @@ class CloneFarm(Operation):
             site.opened(host).check_places()
         disks = {member.vm: member.disk() for member in ours}
         gone = _gone(ours, machines, disks)
-        given = site.allocator.peek_all(one.vm for one in ours if machines[one.vm] is not None)
+        made = [one.vm for one in ours if machines[one.vm] is not None]
+        given = site.allocator.peek_all(made) if made else {}
         to_start = [
             one for one in ours
             if self.start and one.declared.start and not is_on(machines[one.vm])

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import Daemons
@@ -21,8 +22,8 @@ from yard import Yard
 from inventory.errors import FarmhandError
 from provision import farm
 from provision.engine import journal
-from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
+from provision.network.services import kea
 from provision.network.undo import RECORD
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
@@ -68,7 +69,7 @@ def killed(yard: Yard, when: str, number: int) -> str | None:
 
 
 def _arm(when: str, number: int, pipe: int) -> None:
-    real, settle = journal.Operation.step, journal.Journal.settle
+    real, settle = journal.Entry.step, journal.Journal.settle
     seen = 0
 
     def settled(self: journal.Journal, id: int, outcome: str, error: str = "") -> None:
@@ -76,7 +77,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         settle(self, id, outcome, error)
 
-    def step(self: journal.Operation, text: str) -> None:
+    def step(self: journal.Entry[Any], text: str) -> None:
         nonlocal seen
         if when == "done" and seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,7 +88,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
             if when == "written":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Operation.step = step  # type: ignore[method-assign]
+    journal.Entry.step = step  # type: ignore[method-assign]
     journal.Journal.settle = settled  # type: ignore[method-assign]
 
 
@@ -217,7 +218,7 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
 
 def live(yard: Yard) -> tuple[list[str], list[str], bool]:
     """What the daemons themselves have: Kea's reservations, dnsmasq's address of more, nft's map."""
-    told = kea_command(yard.services["kea"]["socket4"], "config-get")
+    told = kea.command(yard.services["kea"]["socket4"], "config-get")
     assert isinstance(told, dict)
     [subnet] = told["Dhcp4"]["subnet4"]
     nft = ["nft", "list", "map", "ip", "farmhand_try_it", "ssh"]

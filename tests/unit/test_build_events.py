@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cycle_farm import Lab, environment, lab, run
+from cycle_farm import Lab, environment, lab, run, run_cycle
 from sshd_machine import wait_for
 
-from builds.cycle import run_cycle
 from builds.record import find_record
 from inventory.errors import BuildFailed
 from inventory.loader import load
@@ -72,11 +71,13 @@ def test_passed_failed_and_killed(lab: Lab, receiver: Receiver) -> None:
     file = declare(lab, receiver, [run("slow", "sleep 300 & echo $! > pid; mv pid ready; wait")])
     code = (
         "import sys; from pathlib import Path; import cli.composition\n"
-        "from builds.cycle import run_cycle\n"
+        "from builds.operation import RunCycle\n"
         "from inventory.loader import load\n"
         "from provision.engine.report import QuietReporter\n"
+        "from provision.engine.runner import perform\n"
         "from provision.site import Site\n"
-        "with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site: run_cycle(site)\n"
+        "with Site(load(Path(sys.argv[1])), reporter=QuietReporter()) as site:\n"
+        "    perform(site, RunCycle())\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code, file], cwd=ROOT, env=environment(lab.root))
     wait_for((lab.dev2.home / "ready").exists)

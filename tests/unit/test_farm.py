@@ -33,7 +33,7 @@ from inventory.errors import (
 from inventory.loader import load
 from provision import farm
 from provision.engine.journal import current_step
-from provision.engine.locks import Locks
+from provision.engine.locks import Locks, lock_of
 from provision.engine.report import Outcome, QuietReporter
 from provision.site import Site, open_site
 
@@ -388,6 +388,24 @@ def test_gc_takes_leftovers_with_owner_age_and_size(made: Desk) -> None:
         assert site.paths.seeds.joinpath("kata-prod.iso").exists()
 
 
+def test_gc_passes_over_what_is_in_use_and_its_plan_says_so(made: Desk) -> None:
+    with made.site() as site:
+        (site.paths.seeds / "kata-gone.iso").write_bytes(b"")
+        (site.paths.seeds / "kata-busy.iso").write_bytes(b"")
+    with made.site() as other, other.locks.hold(lock_of("busy"), doing="what takes long"):
+        with made.site(plan=True) as site:
+            planned = lines(farm.gc(site))
+        with made.site() as site:
+            done = lines(farm.gc(site))
+    assert [line.partition(" (")[0] for line in done] == [line.partition(" (")[0] for line in planned]
+    busy, gone = sorted(done)
+    assert busy.startswith("busy: left alone, in use by ") and "doing: what takes long: " in busy
+    assert gone.startswith("gone: remove seed ")
+    with made.site() as site:
+        assert [path.name for path in site.paths.seeds.glob("*gone*")] == []
+        assert [path.name for path in site.paths.seeds.glob("*busy*")] == ["kata-busy.iso"]
+
+
 def test_status_makes_nothing_and_survives_a_bad_host(desk: Desk) -> None:
     desk.file.write_text(
         "farm: kata\nhosts:\n  here: {driver: kvm}\n  far: {driver: xen, uri: 'xen+ssh://far/system'}\n"
@@ -539,8 +557,8 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
-        "import sys, pathlib; from provision.site import open_site; from provision import farm\n"
-        "import cli.composition\n"
+        "import sys, pathlib, cli.composition; from provision.site import open_site\n"
+        "from provision import farm\n"
         "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"

@@ -13,10 +13,13 @@ from typing import get_args
 
 import pytest
 
+from builds.steps.reset import ResetStep
+from builds.steps.run import RunStep
+from builds.steps.transfer import TransferStep
 from inventory.annotations import hints
 from inventory.errors import InventoryError
 from inventory.loader import default_cycle, load, loads, place, resolve
-from inventory.model import Farm, ResetStep, RunStep, Source, TransferStep
+from inventory.model import Farm, Source
 from inventory.schema import render
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +239,7 @@ def test_loading_stays_light() -> None:
         f"load(Path({str(ROOT / 'inventory' / 'default.yaml')!r}));"
         "print([m for m in ('difflib', 'inventory.explain', 'inventory.schema', 'asyncssh', 'jinja2',"
         " 'rich', 'libvirt', 'invoke', 'pydantic', 'pydantic_core.core_schema', 'inventory.annotations',"
-        " 'inventory.services') if m in sys.modules])"
+        " 'provision.network.service') if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
