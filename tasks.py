@@ -456,11 +456,13 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
 @command({"limit": "How many."}, plans=False)
 def history(run: Run, limit: str = "20") -> Result:
     """Show what was done, and what was built, newest first."""
-    from builds.record import load_records
+    from builds.record import foreign_records, load_records
 
     with run.site() as site:
         most = options.count("--limit", limit)
-        return views.history(site.journal.history(most), load_records(site.paths), most)
+        return views.history(
+            site.journal.history(most), load_records(site.paths), most, foreign_records(site.paths)
+        )
 
 
 # ---- farmhand's own development, where its tests are.

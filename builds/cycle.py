@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import os
 import shlex
 import signal
@@ -74,7 +73,7 @@ class Build:
             farm=site.farm.farm,
             result="running",
             started=now(),
-            who=getpass.getuser(),
+            requester=site.requester,
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             farm_file=str(site.farm.path),
@@ -119,6 +118,28 @@ class Build:
         self._record = replace(self._record, result=result, ended=now())  # type: ignore[arg-type]
         self._save()
         prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
+
+    def verdict(self) -> tuple[str, str, Mapping[str, object]]:
+        """For the journal and those who are told of builds: how it ended, why, and what there is to say
+        of the build."""
+        record, step = self._record, self._record.failed_step
+        told: dict[str, object] = {
+            "result": record.result,
+            "partial": record.partial,
+            "seconds": record.seconds,
+            "repository": record.source.repository,
+            "commit": record.source.commit,
+            "record": str(record.path),
+            "failed": None,
+        }
+        if step is not None:
+            told["failed"] = {
+                "step": step.name, "vm": step.vm, "class": step.failure, "message": step.message,
+            }  # fmt: skip
+        if record.result in ("passed", "partial"):
+            return "done", "", told
+        why = f"step {step.name}: {step.message or step.status}" if step else ""
+        return record.result, self._trouble.message if self._trouble else why, told
 
     def conclude(self) -> BuildRecord:
         """The record, or the error that tells how it ended."""

@@ -78,9 +78,15 @@ class Run:
 
     def site(self, *, plan: bool = False) -> Site:
         """The farm, opened, with ``plan`` for looking only. A context manager."""
+        from provision.engine.requester import Requester
         from provision.site import open_site
 
-        return open_site(self.farm_file(), reporter=self.screen, plan=plan or self.plan)
+        return open_site(
+            self.farm_file(),
+            reporter=self.screen,
+            plan=plan or self.plan,
+            requester=Requester.of_process(),
+        )
 
     @property
     def acts(self) -> bool:

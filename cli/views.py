@@ -230,11 +230,18 @@ def _memory(now: int | None, most: int | None) -> str:
     return f"{_about(now)} of {_about(most)}" if now and now != most else _about(most)
 
 
-def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
-    """Operations and builds as one list, newest first."""
+def history(
+    operations: Sequence[Record],
+    builds: Sequence[BuildRecord],
+    limit: int,
+    foreign: Sequence[str] = (),
+) -> Result:
+    """Operations and builds as one list, newest first. ``foreign``: builds whose records are in another
+    format."""
     data = {
         "operations": [operation.as_dict() for operation in operations],
         "builds": [build.as_dict() for build in builds[:limit]],
+        "foreign_builds": list(foreign),
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
@@ -242,16 +249,21 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
         on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
-        row = (when(o.started), o.verb, on, ended, took, why)
+        row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
         took = format_duration(b.seconds) if b.ended else ""
-        lines.append((moment, (when(moment), "build", b.id, b.verdict, took, _why(b))))
+        row = (when(moment), "build", b.id, str(b.requester), b.verdict, took, _why(b))
+        lines.append((moment, row))
+    notes = ""
+    if foreign:
+        notes = f"in another farmhand's format, and not shown: build {', '.join(foreign)}"
     if not lines:
-        return Result(data, "nothing was done to this farm yet")
+        return Result(data, notes or "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
-    return Result(data, table(("WHEN", "WHAT", "ON", "ENDED", "TOOK", "NOTE"), rows))
+    text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
+    return Result(data, f"{text}\n\n{notes}" if notes else text)
 
 
 def _why(record: BuildRecord) -> str:

@@ -131,6 +131,7 @@ def status(site: Site) -> FarmStatus:
     unfinished: tuple[Text, ...] = ()
     try:
         unfinished = tuple(map(_left, site.journal.unfinished()))
+        warnings += site.journal.troubles()
     except FarmhandError as error:
         warnings.append(error.message)
     return FarmStatus(

@@ -22,6 +22,7 @@ from builds.record import (
     StepRecord,
     VmRecord,
     find_record,
+    foreign_records,
     load_records,
     new_directory,
     now,
@@ -33,10 +34,11 @@ from builds.step_run import StepLog
 from cli.words import Words
 from host.paths import FarmPaths
 from hypervisors.fake.driver import FakeHypervisor
-from inventory.errors import DriverFailed, NotFound
+from inventory.errors import DriverFailed, NotFound, WrongState
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
+from provision.engine.requester import Requester
 from provision.site import Site
 
 
@@ -63,6 +65,7 @@ def make(paths: FarmPaths, result: str = "passed", *, started: str = "") -> Buil
             StepRecord(name="more", kind="run", vm="dev2", status=last),
         ),
         notes=("a note",),
+        requester=Requester(user="root", uid=0, login="juha", tty="pts/3"),
     )  # fmt: skip
     record.save()
     return record
@@ -72,7 +75,7 @@ def test_written_and_read_back_the_same(paths):
     record = make(paths)
     assert load_records(paths) == (record,)
     data = json.loads(record.path.read_text())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert "directory" not in data
     assert record.as_dict()["page"] == str(record.directory / "index.html")
     json.dumps(Words().data(record.as_dict()))
@@ -87,6 +90,20 @@ def test_what_a_newer_version_added_is_passed_by_and_rubbish_too(paths):
     (paths.builds / "broken").mkdir()
     (paths.builds / "broken" / "record.json").write_text("{")
     assert load_records(paths) == (record,)
+
+
+@pytest.mark.parametrize("format", [1, 3, None], ids=["older", "newer", "none"])
+def test_a_record_in_another_format_is_refused_in_words(paths, format):
+    ours, other = make(paths), make(paths)
+    data = {**json.loads(other.path.read_text()), "format": format}
+    other.path.write_text(json.dumps(data))
+    assert load_records(paths) == (ours,)
+    assert find_record(paths) == ours
+    assert foreign_records(paths) == (other.id,)
+    with pytest.raises(WrongState, match="this farmhand reads and writes format 2") as refused:
+        find_record(paths, other.id)
+    assert str(other.path) in refused.value.message
+    assert str(other.directory / "index.html") in refused.value.remedy
 
 
 def test_ids_never_collide_and_last_points_to_the_newest(paths):
