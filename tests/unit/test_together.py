@@ -393,7 +393,7 @@ def told(desk: Desk, use_case: Callable[..., object], *arguments: object) -> lis
     desk.heard.warnings.clear()
     with desk.site() as site, suppress(FarmhandError):
         use_case(site, *arguments)
-    return [text for text in map(spelled, desk.heard.warnings) if "could not recover" in text]
+    return [text for text in desk.heard.warnings if "could not recover" in text]
 
 
 def test_a_recovery_that_can_not_succeed_is_told_once(
