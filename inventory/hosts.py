@@ -50,8 +50,6 @@ class DriverInfo:
     """It switches its machines on and off."""
     disks: bool = True
     """It keeps disks that can be cloned, checkpointed and removed."""
-    own_storage: bool = False
-    """The disks are a server's own, in no store of ours."""
     guests: bool = True
     """Something runs in its machines, that can be waited for and logged in to."""
     shares_memory: bool = False
