@@ -13,10 +13,11 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from inventory import fields, kinds, model, services
+from inventory import fields, kinds, model
 from inventory.base import Model
 from inventory.hosts import driver_of
 from inventory.model import ResetStep, RunStep, TransferStep
+from inventory.services import declared
 from inventory.values import step_kind
 
 _STEP = Annotated[
@@ -44,9 +45,10 @@ def _names() -> dict[str, Any]:
     """What the annotations are made of."""
     drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
     return {
-        **vars(fields), **vars(services), **vars(model),
-        **{name: kinds.section(name) for name in kinds.parts},
+        **vars(fields), **vars(model),
+        **{name: kinds.section(name) for name in kinds.places()},
         "Steps": tuple[_STEP, ...],
+        kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
     }  # fmt: skip
 

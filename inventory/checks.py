@@ -86,7 +86,7 @@ def _network_name(farm: Farm, places: Places) -> Found:
         return
     drivers = [_driver(farm, places, vm) for vm, _ in _vms(farm, places)]
     free = [driver.any_network_name for driver in drivers if driver and driver.virtual]
-    if farm.services.libvirt or not free or not all(free):
+    if any(s.PLAIN_NETWORK for s in farm.services.sections) or not free or not all(free):
         yield places.problem(
             ("network", "network"),
             f"{quote(name)} is not a libvirt network's name: letters, digits, '.', '_' and '-', at most "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 # Looking for plugins reads every installed package's metadata.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -24,6 +24,7 @@ def _text(words: str, **more: object) -> WithJsonSchema:
     return WithJsonSchema({"title": words, "type": ["string", "number"], **more})
 
 
+Own = Literal["file", "block"]
 _Line = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(values.check_line)]
 _KeyLine = Annotated[str, Field(min_length=1, max_length=16384), AfterValidator(values.check_key)]
 

@@ -1,7 +1,7 @@
 """The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-A place is "module:Class"; it is imported when it is first needed, so that a farm without a driver never
-imports it. ``cli.composition`` fills the tables.
+A place is "module:Class"; it is imported when it is first needed, so that a farm without Kea never
+imports what is known of Kea. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
 parts: dict[str, str] = {}
 """Of sections within those, by their classes' names."""
+services: dict[str, str] = {}
+"""Of network services by their names, in the order they are applied."""
+steps: dict[str, str] = {}
+"""Of a cycle's steps, by their kinds."""
+
+ALL_SERVICES = "NetworkServices"
+"""The class of the section that has those of services: ``inventory.services`` makes it."""
 
 
 def host(driver: str) -> type[Host]:
@@ -30,13 +37,21 @@ def host(driver: str) -> type[Host]:
 
 def section(name: str) -> type[Model] | None:
     """By its class's name; None: no table has it."""
+    if name == ALL_SERVICES:
+        from inventory.services import declared
+
+        return declared()
     place = places().get(name)
     return _imported(place) if place else None
 
 
 def places() -> dict[str, str]:
     """Of all tables, by their classes' names."""
-    return {place.rpartition(":")[2]: place for place in (*hosts.values(), *parts.values())}
+    return {place.rpartition(":")[2]: place for place in _all()}
+
+
+def _all() -> tuple[str, ...]:
+    return (*hosts.values(), *parts.values(), *services.values(), *steps.values())
 
 
 def rooms() -> list[Path]:

@@ -8,13 +8,14 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
+from inventory.services import Services
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
@@ -52,20 +53,6 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Subnet6,
     )
     from inventory.hosts import Host
-    from inventory.services import (
-        Ansible,
-        Bind,
-        Dhcpd,
-        Dnsmasq,
-        Haproxy,
-        Hosts,
-        Kea,
-        LibvirtNetwork,
-        Nftables,
-        Nginx,
-        Shorewall,
-        SshConfig,
-    )
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -374,42 +361,8 @@ class Cycle(Model):
     """Build records kept; older successful ones are removed first, failed ones last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Services(Model):
-    """Which network services are kept in step with the farm. What isn't named is not touched."""
-
-    bind: Bind | None = None
-    """BIND's zones."""
-    dhcpd: Dhcpd | None = None
-    """ISC dhcpd."""
-    kea: Kea | None = None
-    """Kea."""
-    dnsmasq: Dnsmasq | None = None
-    """dnsmasq."""
-    hosts: Hosts | None = None
-    """The hosts file."""
-    ssh_config: SshConfig | None = None
-    """An ssh client's configuration."""
-    nginx: Nginx | None = None
-    """nginx."""
-    haproxy: Haproxy | None = None
-    """haproxy."""
-    nftables: Nftables | None = None
-    """nftables."""
-    shorewall: Shorewall | None = None
-    """shorewall."""
-    libvirt: LibvirtNetwork | None = None
-    """A libvirt network."""
-    ansible: Ansible | None = None
-    """An Ansible inventory."""
-    templates: ConfigPath | None = None
-    """A directory with templates of your own: a file of the same name is used instead of farmhand's."""
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The services named, in the order they are applied: names before who looks them up."""
-        names = (field.name for field in fields(self) if field.name != "templates")
-        return tuple(name for name in names if getattr(self, name) is not None)
+if TYPE_CHECKING:
+    NetworkServices = Services  # with a key for each that there is: inventory.services.declared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +375,7 @@ class Farm(Model):
     """Hosts by name. Which keys one has depends on its `driver`; absent: kvm."""
     network: Network = field(default_factory=Network)
     """How the VMs are connected."""
-    services: Services = field(default_factory=Services)
+    services: NetworkServices = field(default_factory=Services)
     """Network services that are kept in step."""
     templates: dict[Name, TemplateSource] = field(default_factory=dict)
     """Templates by name."""

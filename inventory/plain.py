@@ -81,10 +81,6 @@ def _decoded(found: dict[str, Any]) -> object:
 
 def _section(name: str) -> type[Model]:
     found = getattr(model, name, None) or kinds.section(name)
-    if found is None:
-        from inventory import services  # which few farms have
-
-        found = getattr(services, name, None)
     if not (isinstance(found, type) and issubclass(found, Model)):
         raise ValueError(f"no section {name}")
     return found

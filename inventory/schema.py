@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import inventory.model as model_module
-import inventory.services as services_module
 from inventory import kinds
 from inventory.annotations import adapter
 from inventory.base import Model
@@ -32,19 +31,8 @@ REFERENCE_FILE = Path(__file__).parent.parent / "docs" / "inventory.md"
 _SECTIONS = (
     ("DiskStore", "hosts.NAME.disks"),
     ("Network", "network"),
-    ("Services", "services"),
-    ("Bind", "services.bind"),
-    ("Dhcpd", "services.dhcpd"),
-    ("Kea", "services.kea"),
-    ("Dnsmasq", "services.dnsmasq"),
-    ("Hosts", "services.hosts"),
-    ("SshConfig", "services.ssh_config"),
-    ("Nginx", "services.nginx"),
-    ("Haproxy", "services.haproxy"),
-    ("Nftables", "services.nftables"),
-    ("Shorewall", "services.shorewall"),
-    ("LibvirtNetwork", "services.libvirt"),
-    ("Ansible", "services.ansible"),
+    (kinds.ALL_SERVICES, "services"),
+    *((place.rpartition(":")[2], f"services.{name}") for name, place in kinds.services.items()),
     ("TemplateSource", "templates.NAME"),
     ("Boot", "templates.NAME.boot"),
     ("Ssh", "ssh"),
@@ -136,7 +124,7 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or kinds.section(name) or getattr(services_module, name)
+    return getattr(model_module, name, None) or kinds.section(name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +167,11 @@ def _documents(kind: type[Model]) -> dict[str, str]:
     for base in reversed(kind.__mro__):
         if issubclass(base, Model) and base is not Model:
             texts |= _written_in(base.__module__).get(base.__name__, {})
+    if kind.__name__ == kinds.ALL_SERVICES:
+        sections = (
+            (name, kinds.section(place.rpartition(":")[2])) for name, place in kinds.services.items()
+        )
+        texts |= {name: _documents(section)[""] for name, section in sections if section}
     return texts
 
 

@@ -33,14 +33,22 @@ def validated(content: Mapping[str, Any]) -> Farm:
     known = tuple(kinds.places())
     declared = content.get("hosts")
     drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
-    validator = _validator(known, "services" in content, drivers)
+    validator = _validator(known, _services(content), drivers)
     farm: Farm = validator.validate_python(content)
     return farm
 
 
+def _services(content: Mapping[str, Any]) -> frozenset[str] | None:
+    """Those named; None: the file has no ``services``."""
+    if "services" not in content:
+        return None
+    found = content["services"]
+    return frozenset(found) if isinstance(found, dict) else frozenset()
+
+
 @cache
 def _validator(
-    known: tuple[str, ...], with_services: bool, drivers: frozenset[str | None]
+    known: tuple[str, ...], services: frozenset[str] | None, drivers: frozenset[str | None]
 ) -> SchemaValidator:
     """Few farms have services, and most one driver: others' classes aren't imported. Of kinds that
     aren't farmhand's own it isn't made beforehand."""
@@ -49,10 +57,13 @@ def _validator(
         from inventory.annotations import adapter
 
         return cast(SchemaValidator, adapter(Farm).validator)
-    if not with_services:
-        sections["Services"] = _NOT_THERE
+    if services is None:
+        sections[kinds.ALL_SERVICES] = _NOT_THERE
     for driver, place in kinds.hosts.items():
         if driver not in drivers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
+    for service, place in kinds.services.items():
+        if service not in (services or ()):
             sections[place.rpartition(":")[2]] = _NOT_THERE
     return SchemaValidator(_named(sections["Farm"], sections))
 
@@ -84,9 +95,4 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    found = getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
-    if found is None:
-        from inventory import services
-
-        found = getattr(services, name, None)
-    return found
+    return getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)

@@ -21,8 +21,7 @@ from inventory.sizes import parse_duration, parse_size
 LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 MAC = r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}"
 FILENAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-# As BIND, dhcpd, Kea, dnsmasq, nginx, haproxy and the shell of shorewall's params all read it alike,
-# unquoted and quoted.
+# As all services' formats read it alike, unquoted and quoted, a shell's too.
 CONFIG_PATH = r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+"
 INTERFACE = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}"  # IFNAMSIZ of netdevice(7)
 PACKAGE = r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?"  # Debian policy 5.6.1

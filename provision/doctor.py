@@ -280,40 +280,26 @@ def _memory(farm: Farm) -> Iterator[Check]:
     )
 
 
-# Service: commands that check it or tell it, each with its Debian package
-_SERVICE_TOOLS: Mapping[str, Mapping[str, str]] = {
-    "bind": {"named-checkconf": "bind9-utils", "named-checkzone": "bind9-utils"},
-    "dhcpd": {"dhcpd": "isc-dhcp-server"},
-    "kea": {"kea-dhcp4": "kea-dhcp4-server"},
-    "dnsmasq": {"dnsmasq": "dnsmasq-base", "dhcp_release": "dnsmasq-utils"},
-    "ssh_config": {"ssh": "openssh-client"},
-    "nginx": {"nginx": "nginx-light"},
-    "haproxy": {"haproxy": "haproxy"},
-    "nftables": {"nft": "nftables"},
-    "shorewall": {"shorewall": "shorewall"},
-    "libvirt": {"virt-xml-validate": "libvirt-clients", "xmllint": "libxml2-utils"},
-}
-
-
 def _services(farm: Farm) -> Iterator[Check]:
     """Their checkers, and what can't be changed live."""
-    used = farm.services.used
+    used = farm.services.sections
     if not used:
         return
-    wanted = {tool: package for name in used for tool, package in _SERVICE_TOOLS.get(name, {}).items()}
+    from provision.network.service import services
+
+    wanted = {tool: package for each in services(farm) for tool, package in each.TOOLS.items()}
     missing = [tool for tool in wanted if which(tool) is None]
     packages = " ".join(dict.fromkeys(wanted[tool] for tool in missing))
     yield Check(
         "network services",
         not missing,
         "needed",
-        f"not found: {', '.join(missing)}" if missing else ", ".join(used),
+        f"not found: {', '.join(missing)}" if missing else ", ".join(farm.services.used),
         install(packages),
     )
-    from provision.network.daemons import not_live
-
-    for name, why in not_live(farm):
-        yield Check(f"service {name}", True, "note", why)
+    for service in services(farm):
+        for why in service.not_live():
+            yield Check(f"service {service.NAME}", True, "note", why)
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:

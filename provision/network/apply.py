@@ -34,12 +34,14 @@ from provision.allocate import Allocation
 from provision.engine.journal import Operation, current_step
 from provision.engine.report import Action, Outcome
 from provision.engine.work import Run, begin
-from provision.network import checkers, live_dns
+from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, FileChange, difference
-from provision.network.daemons import Step, kea_sockets, steps
+from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
+from provision.network.service import Service, Step
+from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.network.undo import RECORD, keep, kept, put, undo
 from provision.site import Site
@@ -131,7 +133,7 @@ def bring(
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return False
-    run.fact(diff="".join(map(difference, changes.files)) + live_dns.difference(updates.ops))
+    run.fact(diff="".join(map(difference, changes.files)) + records.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
             f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
@@ -162,24 +164,25 @@ def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
     """Whether what these VMs concern can be told without looking at the others: templates of an admin's
     own may show any VM anywhere; machines of ssh hosts may share an address, and declared IPv6 addresses
     may be those that others' are made to; a zone's records may be in doubt."""
-    bind = farm.services.bind
+    live = _with_live_records(farm)
     return (
         len(vms) <= FEW
         and farm.services.templates is None
         and all(host.INFO.virtual for host in farm.hosts.values())
         and not (farm.network.subnet6 and any(vm.address6 for vm in farm.vms.values()))
-        and (bind is None or not bind.dynamic or state.known)
+        and (live is None or state.known)
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Updates:
-    """Of dynamic zones. ``records``: what they have afterwards, of all VMs or of those concerned; None:
+    """Of a server's records. ``known``: what it has afterwards, of all VMs or of those concerned; None:
     there are none."""
 
-    ops: Sequence[live_dns.Op] = ()
-    server: live_dns.Server | None = None
-    records: live_dns.Zones | None = None
+    ops: Sequence[records.Op] = ()
+    server: records.RecordServer | None = None
+    service: str = ""
+    known: records.Zones | None = None
 
 
 def _updates(
@@ -195,30 +198,36 @@ def _updates(
 ) -> _Updates:
     """``thorough``: by what the server has; else by what was applied last, if that is known: each
     update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
-    bind = farm.services.bind
-    if bind is None or not bind.dynamic or "bind" not in services:
+    service = _with_live_records(farm)
+    if service is None or service.NAME not in services:
         return _Updates()
-    zone = bind.zone or farm.network.domain or ""
-    wanted = live_dns.desired(changes.view, zone, reverse=bind.reverse)
-    server = live_dns.Server(bind, f"farmhand {farm.farm}")
+    name = service.NAME
+    wanted = service.records(changes.view)
+    server = service.record_server(farm)
     new = {change.zone for change in changes.files if change.before is None and change.zone}
     if vms is not None:
-        places = [(at, name) for at, names in wanted.items() for name in names]
+        places = [(at, owner) for at, names in wanted.items() for owner in names]
         known = store.records_of(vms, places)
-        return _Updates(live_dns.compare(known, wanted), server, wanted)
+        return _Updates(records.compare(known, wanted), server, name, wanted)
     before = store.records() if state.known else None
     if before is not None and not thorough:
-        return _Updates(live_dns.compare(before, wanted), server, wanted)
-    there = {name: names for name, names in wanted.items() if name not in new}
+        return _Updates(records.compare(before, wanted), server, name, wanted)
+    there = {zone: names for zone, names in wanted.items() if zone not in new}
     ops, trouble = server.judge(before, there, force=force)
-    ops = live_dns.ordered([*ops, *live_dns.compare({}, {n: wanted[n] for n in wanted if n in new})])
+    ops = records.ordered(
+        [*ops, *records.compare({}, {zone: wanted[zone] for zone in wanted if zone in new})]
+    )
     if trouble and not force:
         raise Conflict(
             f"{farm.path.name or farm.farm}: {len(trouble)} records are there by hand: {trouble[0]}",
             remedy="remove them, or take theirs into the farm file; --force overwrites them",
             detail="\n".join(trouble),
         )
-    return _Updates(ops, server, wanted)
+    return _Updates(ops, server, name, wanted)
+
+
+def _with_live_records(farm: Farm) -> Service | None:
+    return next((service for service in used_services(farm) if service.live_records), None)
 
 
 def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[Action]:
@@ -231,24 +240,24 @@ def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[
         edited = " (edited by hand)" if change.path in changes.edited else ""
         actions.append(Action("write", "", text + edited))
     actions += [Action("tell", "", step.text) for step in told]
-    return [*actions, *(Action("tell", "", text) for text in live_dns.summary(updates.ops))]
+    return [
+        *actions,
+        *(Action("tell", "", text) for text in records.summary(updates.ops, updates.service)),
+    ]
 
 
 def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """What the checkers are to look at. Of a few VMs' words not what no checker reads (dnsmasq's hosts),
-    nor what a daemon that can be asked refuses by itself, keeping what it has (Kea)."""
-    by_itself = {"dnsmasq"} | ({"kea"} if _kea_answers(farm) else set()) if vms is not None else set()
+    """What the checkers are to look at. Of a few VMs' words not what no checker reads, nor what
+    a daemon that can be asked refuses by itself, keeping what it has."""
+    by_itself = set()
+    if vms is not None:
+        by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
     paths = {change.path for change in changes.files if change.after is not None}
     services = {change.service for change in changes.files} - by_itself
     changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
     return [*changed, *rest]
-
-
-def _kea_answers(farm: Farm) -> bool:
-    kea = farm.services.kea
-    return kea is not None and all(Path(p).is_socket() for p in kea_sockets(farm))
 
 
 def _carry_out(
@@ -315,12 +324,12 @@ def _record(
     few: bool,
     basis: str,
 ) -> None:
-    dynamic = updates.records is not None
-    owners = live_dns.owners(changes.view, updates.records or {})
+    dynamic = updates.known is not None
+    owners = records.owners(changes.view, updates.known or {})
     if few:
         names = {(op.zone, op.name): op.new for op in updates.ops}
     else:
-        names = {(z, n): r for z, found in (updates.records or {}).items() for n, r in found.items()}
+        names = {(z, n): r for z, found in (updates.known or {}).items() for n, r in found.items()}
     documents = map(noted, changes.documents)
     store.finish(
         files=[document for document in documents if state.files.get(document.path) != document],

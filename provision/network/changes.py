@@ -17,8 +17,10 @@ from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.network.document import Document, Live, Whose, embed, read, whole
-from provision.network.render import APART, Renderer, host_files, part_of
+from provision.network.render import Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial
+from provision.network.service import Service
+from provision.network.service import services as used
 from provision.network.state import NetworkState
 from provision.network.view import View
 
@@ -85,18 +87,18 @@ class Examiner:
 
         Errors: NotOurs (a whole file of ours would take the place of another's), WrongState (marks in
         disorder, unreadable files), TemplateFailed, Conflict (one path twice)."""
-        bind = self._farm.services.bind
-        apart = APART | ({"bind"} if bind and bind.dynamic else set()) if vms is not None else ()
-        whole_ones = [name for name in services if name not in apart]
-        with_zones = "bind" in whole_ones
-        serials = self._live_serials() if with_zones else {}
+        meant = [service for service in used(self._farm) if service.NAME in services]
+        apart = (
+            [s for s in meant if s.live_records or s.host_files(self._farm)] if vms is not None else []
+        )
+        whole_ones = [service for service in meant if service not in apart]
+        names = [service.NAME for service in whole_ones]
+        serials = self._live_serials(whole_ones)
         renderer = Renderer(self._farm, allocations, serials=serials)
-        documents = renderer.documents(whole_ones)
-        zones = {str(zone.path): zone for zone in renderer.zones()} if with_zones else {}
+        documents = renderer.documents(names)
         paths: set[str] = set()
-        if vms is not None and APART & {*services}:
-            there = self._state.files
-            hosts, paths = host_files(self._farm, allocations, vms, services, there)
+        if vms is not None and apart:
+            hosts, paths = host_files(self._farm, allocations, vms, apart, self._state.files)
             documents += hosts
         changes: dict[str, FileChange] = {}
         for document in documents:
@@ -104,16 +106,14 @@ class Examiner:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
             text, known = _read(document.path)
             live = read(document, self._farm.farm, text)
-            if document.zone:
-                zone = zones.get(document.path)
-                if zone is not None and document.own == "file" and not self._same(document, live):
-                    serial = self._next_serial(document, text)
-                    document = renderer.zone(zone, serial)  # noqa: PLW2901
-                    self._serials[document.zone] = serial
+            if document.renumbered and document.own == "file" and not self._same(document, live):
+                serial = self._next_serial(document, text)
+                document = document.renumbered(serial)  # noqa: PLW2901
+                self._serials[document.zone] = serial
             change = self._change(document, live, text, known)
             if change is not None:
                 changes[document.path] = change
-        gone = self._gone({d.path for d in documents}, whole_ones, paths)
+        gone = self._gone({d.path for d in documents}, names, paths)
         for document in gone:
             text, known = _read(document.path)
             change = self._removal(document, read(document, self._farm.farm, text), text, known)
@@ -132,10 +132,11 @@ class Examiner:
             renderer.view,
         )
 
-    def _live_serials(self) -> dict[str, int]:
+    def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""
         found = {}
-        for zone in Renderer(self._farm, {}).zones():
+        renderer = Renderer(self._farm, {})
+        for zone in (zone for service in services for zone in service.zones(renderer)):
             text, _ = _read(zone.path)
             serial = serial_of(text) if text is not None else self._state.serials.get(zone.name)
             if serial is not None:
@@ -162,7 +163,7 @@ class Examiner:
             if live.whose is Whose.OTHERS:
                 raise NotOurs(
                     f"{document.path} is there, and is not farmhand's: it is not touched",
-                    remedy=_make_room(document),
+                    remedy=_make_room(document, self._farm),
                 )
             after = whole(document, self._farm.farm)
         else:
@@ -266,8 +267,9 @@ def _file_change(
     )
 
 
-def _make_room(document: Document) -> str:
-    if document.service in ("dhcpd", "haproxy", "ssh_config") or document.zone:
+def _make_room(document: Document, farm: Farm) -> str:
+    can_share = any(s.CAN_SHARE for s in used(farm) if document.service == s.NAME)
+    if can_share or document.zone:
         return (
             "keep it and set 'own: block', or move its content into the farm file "
             f"(network-import) and the file aside: mv {document.path} {document.path}.before-farmhand"

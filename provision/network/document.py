@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -25,7 +26,8 @@ _ABOUT = "made from the farm file, edit that"
 class Document:
     """``text`` without the mark. ``mode``: of a file that isn't there yet. ``comment``: how the format's
     comments begin and end. ``zone``: the zone that this is the file of; its serial number is ``serial``.
-    ``initial``: written where there is none, then the server's own (a dynamic zone)."""
+    ``renumbered``: a whole zone file's, with another serial number. ``initial``: written where there is
+    none, then the server's own (a dynamic zone)."""
 
     service: str
     path: str
@@ -36,6 +38,7 @@ class Document:
     zone: str = ""
     serial: int = 0
     initial: bool = False
+    renumbered: Callable[[int], Document] | None = field(default=None, compare=False, repr=False)
 
 
 class Whose(StrEnum):
@@ -69,7 +72,7 @@ def whole(document: Document, farm: str) -> str:
 def read(document: Document, farm: str, text: str | None) -> Live:
     """What the live file (None: there is none) is. WrongState where its marks are in disorder."""
     if text is None or (document.own == "file" and not text.strip()):
-        return Live(Whose.ABSENT)  # an empty one was put there to be filled, as for BIND's include
+        return Live(Whose.ABSENT)  # an empty one was put there to be filled, as for an include
     if document.own == "file":
         first, _, rest = text.partition("\n")
         match = _mark(document, farm, "").fullmatch(first)

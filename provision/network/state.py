@@ -14,7 +14,7 @@ from pathlib import Path
 
 from provision.engine.database import transaction
 from provision.network.document import Document
-from provision.network.live_dns import Records, Zones
+from provision.network.records import Records, Zones
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (

@@ -7,7 +7,7 @@ anything else is refused, with the template's line, unless it went through the f
     {{ vm.description | string }}           quoted as the format quotes
     # {{ vm.description | comment }}        on one line
 
-The template's name says its format. A file of the same name in the admin's own directory
+How a format quotes is known to the service. A file of the same name in the admin's own directory
 (``services.templates``) is used instead of ours; it can begin with ``{% extends "farmhand/NAME" %}``.
 """
 
@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.sax.saxutils import escape as xml_escape
 
 from inventory.errors import TemplateFailed
 from provision.network.view import Word
@@ -37,7 +35,7 @@ _MISTAKES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 _AROUND = 2  # lines before and after the one that is wrong
 
 
-class _Unwritable(ValueError):
+class Unwritable(ValueError):
     """A value that a format can't hold, in words."""
 
 
@@ -51,70 +49,22 @@ def finalize(value: object) -> object:
     if kind.__name__ == "StrictUndefined":
         return value  # says so itself, better
     if isinstance(value, str):
-        raise _Unwritable(f"{value[:60]!r} is not a plain word: write it with | string or | comment")
-    raise _Unwritable(
+        raise Unwritable(f"{value[:60]!r} is not a plain word: write it with | string or | comment")
+    raise Unwritable(
         f"a {kind.__name__} can't be written as it is: name one of its parts, or use a filter"
     )
 
 
-def _backslashed(text: str) -> Word:
+def backslashed(text: str) -> Word:
     return Word('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
 
 
-def _zone_string(text: str) -> Word:
-    """A <character-string> of RFC 1035 section 5.1, \\DDD for what isn't printable ASCII."""
-    data = text.encode()
-    if len(data) > 255:
-        raise _Unwritable("a string of DNS has at most 255 bytes")
-    return Word(
-        '"'
-        + "".join(
-            f"\\{chr(byte)}" if byte in b'"\\' else chr(byte) if 32 <= byte < 127 else f"\\{byte:03d}"
-            for byte in data
-        )
-        + '"'
-    )
+def never(_text: str) -> Word:
+    raise Unwritable("this format has no quoted strings")
 
 
-def _dhcpd_string(text: str) -> Word:
-    """dhcpd.conf(5): octal escapes."""
-    return Word(
-        '"'
-        + "".join(
-            f"\\{chr(byte)}" if byte in b'"\\' else chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"
-            for byte in text.encode()
-        )
-        + '"'
-    )
-
-
-def _nginx_string(text: str) -> Word:
-    if "$" in text:
-        raise _Unwritable("nginx has no way to write '$' itself: it begins a variable")
-    return _backslashed(text)
-
-
-def _haproxy_string(text: str) -> Word:
-    """Strong quotes: nothing in them is special (haproxy's configuration manual, 2.2)."""
-    return Word("'" + text.replace("'", "'\\''") + "'")
-
-
-def _nft_string(text: str) -> Word:
-    if '"' in text:
-        raise _Unwritable("nft has no way to write a '\"' in a string")
-    return Word(f'"{text}"')
-
-
-def _never(_text: str) -> Word:
-    raise _Unwritable("this format has no quoted strings")
-
-
-def _json(value: object) -> Word:
+def as_json(value: object) -> Word:
     return Word(json.dumps(value, ensure_ascii=False))
-
-
-def _xml(text: str) -> Word:
-    return Word(xml_escape(text, {'"': "&quot;", "'": "&apos;"}))
 
 
 def _hex(mac: str) -> Word:
@@ -136,27 +86,6 @@ def _comment(text: str) -> Word:
     return Word(plain.replace("--", "- -").replace("--", "- -"))
 
 
-# By the template's name: its comment's beginning and end, and its quoting.
-_STRINGS: Mapping[str, Callable[[str], Word]] = {
-    "zone": _zone_string,
-    "reverse": _zone_string,
-    "parent": _zone_string,
-    "named": _backslashed,
-    "dhcpd": _dhcpd_string,
-    "kea4": _json,
-    "kea6": _json,
-    "kea4-hosts": _json,
-    "kea6-hosts": _json,
-    "nginx": _nginx_string,
-    "haproxy": _haproxy_string,
-    "nftables": _nft_string,
-    "shorewall-params": lambda text: Word(shlex.quote(text)),
-    "ssh_config": _backslashed,
-    "libvirt": _xml,
-    "ansible": _json,
-}
-
-
 class Templates:
     """The templates, the admin's own before ours."""
 
@@ -170,13 +99,16 @@ class Templates:
         # An admin's own may change between one farm's rendering and the next; ours don't.
         self._environment = _environment if own is None else cache(_environment.__wrapped__)
 
-    def render(self, name: str, **values: object) -> str:
-        """The text of templates/network/NAME.j2. TemplateFailed with its name, line and lines around."""
+    def render(
+        self, name: str, values: Mapping[str, object], string: Callable[[str], Word] = never
+    ) -> str:
+        """The text of templates/network/NAME.j2. ``string``: how its format quotes a text.
+        TemplateFailed with its name, line and lines around."""
         import jinja2
 
         file = f"{name}.j2"
         try:
-            return self._environment(self._own, name).get_template(file).render(values)
+            return self._environment(self._own, string).get_template(file).render(values)
         except jinja2.TemplateNotFound as error:
             raise TemplateFailed(f"there is no template {error.name}") from error
         except jinja2.TemplateSyntaxError as error:
@@ -227,7 +159,7 @@ def _words(error: BaseException) -> str:
 
 
 @cache
-def _environment(own: Path | None, name: str) -> Environment:
+def _environment(own: Path | None, string: Callable[[str], Word]) -> Environment:
     import jinja2
 
     ours = jinja2.FileSystemLoader(TEMPLATES)
@@ -245,8 +177,8 @@ def _environment(own: Path | None, name: str) -> Environment:
     )
     # A million look-ups: the builtin is three times as fast, and says itself what isn't there.
     environment.getattr = getattr  # type: ignore[assignment,method-assign]
-    environment.filters["string"] = _STRINGS.get(name, _never)
-    environment.filters["json"] = _json
+    environment.filters["string"] = string
+    environment.filters["json"] = as_json
     environment.filters["comment"] = _comment
     environment.filters["listed"] = _listed
     environment.filters["hex"] = _hex

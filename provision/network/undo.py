@@ -11,19 +11,17 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
 from inventory.errors import FarmhandError, WrongState
 from provision.engine.journal import Operation, Record, current_step
-from provision.network import live_dns
 from provision.network.changes import FileChange
-from provision.network.daemons import loaded_serial, steps
-from provision.network.document import digest
-from provision.network.serial import following, later, serial_of, with_serial
+from provision.network.daemons import steps
+from provision.network.records import Op
+from provision.network.service import services as used_services
 from provision.site import Site
 
 RECORD = "record what was written"
@@ -37,14 +35,15 @@ def undo(
     words. A file that somebody else has written since is left alone."""
     trouble: list[str] = []
     inverse = []
+    told = {service.NAME: service for service in used_services(site.farm) if service.NAME in services}
     for change in reversed(files):
         back = change.inverse()
         try:
             if _text(change.path) not in (change.after, change.before):
                 trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
                 continue
-            if "bind" in services and change.zone and change.before is not None:
-                back = _forward(site, back)
+            if change.service in told:
+                back = told[change.service].put_back(site.runner, back)
             say(f"put back {change.path}")
             put(back)
             inverse.append(back)
@@ -60,30 +59,6 @@ def undo(
     return trouble
 
 
-def _forward(site: Site, back: FileChange) -> FileChange:
-    """The old zone under a new serial number, where the server has gone on to ours already: secondaries
-    may have it, and would not take an older one."""
-    bind = site.farm.services.bind
-    old = serial_of(back.after or "")
-    if bind is None or old is None:
-        return back
-    loaded = loaded_serial(site.runner, bind.rndc, back.zone)
-    if loaded is None or not later(loaded, old):
-        return back
-    serial = following([old, loaded], datetime.now(UTC).date())
-    text = with_serial(back.after or "", serial)
-    return replace(back, after=_marked_again(text, back.after or ""))
-
-
-def _marked_again(text: str, before: str) -> str:
-    """With the digest in our mark made to fit, for a whole file of ours."""
-    first, _, rest = before.partition("\n")
-    if digest(rest) not in first:
-        return text
-    new = text.partition("\n")[2]
-    return f"{first.replace(digest(rest), digest(new))}\n{new}"
-
-
 # ---- Files
 
 
@@ -96,7 +71,7 @@ def put(change: FileChange) -> None:
         return
     make_directory(path.parent, mode=0o755)
     if change.zone and change.before is None:
-        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: BIND would refuse both
+        remove(path.with_name(f"{path.name}.jnl"))  # of a zone that is no more: both would be refused
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -170,8 +145,9 @@ def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
         for text in trouble:
             site.reporter.warn(text)
         ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
-        if ops and site.farm.services.bind:
-            live_dns.Server(site.farm.services.bind, f"farmhand {site.farm.farm}").revert(ops)
+        for service in used_services(site.farm) if ops else ():
+            if service.live_records:
+                service.record_server(site.farm).revert(ops)
         forget(site, record.id, files)
 
     if not written and not record.facts.get("updates"):
@@ -192,9 +168,9 @@ def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any
     )  # fmt: skip
 
 
-def _op(entry: Mapping[str, Any]) -> live_dns.Op:
+def _op(entry: Mapping[str, Any]) -> Op:
     old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
-    return live_dns.Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
+    return Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
 
 
 def _entries(found: object) -> list[Mapping[str, Any]]:

@@ -7,14 +7,18 @@ not in a template. Every ``Word`` was checked at load or made by us.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
 
 from inventory.base import parse_range
 from inventory.errors import Conflict
-from inventory.model import Farm, Proxy
-from provision.allocate import Allocation
+
+if TYPE_CHECKING:
+    from inventory.model import Farm, Proxy
+    from provision.allocate import Allocation
 
 
 class Word(str):
@@ -72,9 +76,11 @@ class Zone:
     labels: tuple[tuple[Word, Word], ...] = ()  # classless: the parent's names, and ours
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """One farm, for its templates."""
+
+    declared: Farm
 
     farm: Word
     identifier: Word  # the farm's name where '-' is no part of a name
@@ -82,8 +88,21 @@ class View:
     subnet: IPv4Network | None
     subnet6: IPv6Network | None
     vms: tuple[VmRow, ...]
-    proxies: tuple[ProxyRow, ...]
-    reverse: tuple[Zone, ...]
+
+    @cached_property
+    def proxies(self) -> tuple[ProxyRow, ...]:
+        rows = {row.vm: row for row in self.vms if row.address}
+        return tuple(
+            _proxy(rows[Word(vm)], proxy)
+            for vm, declared in self.declared.vms.items()
+            if declared.proxy and vm in rows
+            for proxy in declared.proxy
+        )
+
+    @cached_property
+    def reverse(self) -> tuple[Zone, ...]:
+        """Zones of all addresses of the subnets."""
+        return (*_reverse4(self.subnet, self.vms), *_reverse6(self.subnet6, self.vms))
 
     @property
     def nat(self) -> tuple[VmRow, ...]:
@@ -107,24 +126,14 @@ def view(farm: Farm, allocations: Mapping[str, Allocation]) -> View:
         if vm in allocations or not farm.driver_of(vm).virtual
     )
     _distinct(farm, rows)
-    targets = {row.vm: row for row in rows}
-    used = farm.services.used
-    reverse = "bind" in used and farm.services.bind is not None and farm.services.bind.reverse
-    proxies = tuple(
-        _proxy(targets[Word(vm)], proxy)
-        for vm, declared in (farm.vms.items() if {"nginx", "haproxy"} & {*used} else ())
-        if declared.proxy and vm in targets and targets[Word(vm)].address
-        for proxy in declared.proxy
-    )
     return View(
+        farm,
         Word(farm.farm),
         Word(farm.farm.replace("-", "_")),
         Word(network.domain or ""),
         network.subnet,
         network.subnet6,
         rows,
-        proxies,
-        (*_reverse4(network.subnet, rows), *_reverse6(network.subnet6, rows)) if reverse else (),
     )
 
 
@@ -243,6 +252,18 @@ def _reverse6(subnet: IPv6Network | None, rows: tuple[VmRow, ...]) -> list[Zone]
 def _pointer(address: IPv6Address) -> str:
     """As ``reverse_pointer``, five times as fast."""
     return f"{'.'.join(f'{int(address):032x}'[::-1])}.ip6.arpa"
+
+
+def pointers(rows: Iterable[VmRow]) -> dict[Word, Word]:
+    """By the name that an address is looked up by: the full name of the first VM that has it."""
+    found: dict[Word, Word] = {}
+    for row in rows:
+        if row.address:
+            name = ".".join(reversed(row.address.split(".")))
+            found.setdefault(Word(f"{name}.in-addr.arpa"), row.fqdn)
+        if row.address6:
+            found.setdefault(Word(_pointer(IPv6Address(row.address6))), row.fqdn)
+    return found
 
 
 def pools(farm: Farm) -> tuple[tuple[Word, Word], ...]:

@@ -87,13 +87,16 @@ def _measure(yard: Yard, daemons: Daemons, rounds: int, say: Callable[[str], Non
 
 def _kea(yard: Yard, rounds: int) -> Iterator[float]:
     """What the daemons take by themselves, side by side, told on their sockets; nothing has changed."""
-    from provision.network.daemons import kea_command, kea_sockets
+    from provision.network.services.kea import Kea, command
 
-    sockets = kea_sockets(yard.farm())
+    farm = yard.farm()
+    kea = farm.services.get(Kea)
+    assert kea is not None
+    sockets = kea.sockets(farm)
     for _ in range(rounds):
         started = time.perf_counter()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda path: kea_command(path, "config-reload"), sockets))
+            list(pool.map(lambda path: command(path, "config-reload"), sockets))
         yield time.perf_counter() - started
 
 
@@ -163,11 +166,13 @@ def _kept(site: Any, new: list[str]) -> Callable[[], None]:
 
 def _live(yard: Yard, rounds: int) -> Iterator[float]:
     """Records alone, forward and reverse, beside what the zone has."""
-    from provision.network.live_dns import Op, Server
+    from provision.network.records import Op
+    from provision.network.services.bind import Bind
 
     farm = yard.farm()
-    assert farm.services.bind is not None
-    server = Server(farm.services.bind, f"farmhand {farm.farm}")
+    bind = farm.services.get(Bind)
+    assert bind is not None
+    server = bind.record_server(farm)
     forward, back = "try.example", "77.10.in-addr.arpa"
     for turn in range(rounds):
         ops = []

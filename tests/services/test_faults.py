@@ -21,8 +21,8 @@ from yard import Yard
 from inventory.errors import FarmhandError
 from provision import farm
 from provision.engine import journal
-from provision.network.daemons import kea_command
 from provision.network.serial import later, serial_of
+from provision.network.services import kea
 from provision.network.undo import RECORD
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
@@ -217,7 +217,7 @@ def test_a_file_that_somebody_writes_meanwhile_is_theirs(yard: Yard) -> None:
 
 def live(yard: Yard) -> tuple[list[str], list[str], bool]:
     """What the daemons themselves have: Kea's reservations, dnsmasq's address of more, nft's map."""
-    told = kea_command(yard.services["kea"]["socket4"], "config-get")
+    told = kea.command(yard.services["kea"]["socket4"], "config-get")
     assert isinstance(told, dict)
     [subnet] = told["Dhcp4"]["subnet4"]
     nft = ["nft", "list", "map", "ip", "farmhand_try_it", "ssh"]

@@ -12,7 +12,7 @@ from yard import Yard
 
 from provision.engine.work import begin
 from provision.network.apply import keep_in_step
-from provision.network.daemons import kea_command
+from provision.network.services import kea
 
 MANY = 300
 
@@ -106,7 +106,7 @@ def reservations(yard: Yard) -> dict[str, str]:
     """What Kea itself has, of both kinds: the IPv4 addresses."""
     found = {}
     for kind in ("4", "6"):
-        told = kea_command(yard.services["kea"][f"socket{kind}"], "config-get")
+        told = kea.command(yard.services["kea"][f"socket{kind}"], "config-get")
         assert isinstance(told, dict)
         [subnet] = told[f"Dhcp{kind}"][f"subnet{kind}"]
         found[kind] = {host["hw-address"]: host for host in subnet["reservations"]}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from yard import Yard
 
 from inventory.errors import InventoryError
-from provision.network.daemons import kea_configuration
+from provision.network.services import kea as kea_service
 
 FARMS = int(os.environ.get("FARMHAND_FUZZ", "12"))
 CHECKED = ("bind", "dhcpd", "kea", "dnsmasq", "nginx", "haproxy", "nftables")
@@ -61,7 +61,7 @@ farms = st.dictionaries(label, vm, min_size=1, max_size=4)
 
 def read_back(yard: Yard) -> None:
     farm, files = yard.farm(), yard.write()
-    kea: Any = kea_configuration(files["kea/kea4.conf"])
+    kea: Any = kea_service.configuration(files["kea/kea4.conf"])
     [subnet] = kea["Dhcp4"]["subnet4"]
     hosts = {host["hostname"]: host for host in subnet["reservations"]}
     compiled = subprocess.run(

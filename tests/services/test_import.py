@@ -10,6 +10,7 @@ import pytest
 from inventory.errors import Conflict, InventoryError, NotFound, UsageError
 from inventory.loader import loads
 from provision.network.importing import network_import
+from provision.network.services.bind import Bind
 
 # As in the XiVO article: a line of db.farm, a block of dhcpd.conf.
 ZONE = "gallifrey-dev.xivo.vm\tIN\tA\t10.10.60.6\n"
@@ -64,8 +65,9 @@ def test_the_seeds_files(tmp_path: Path) -> None:
     vm = farm.vms["gallifrey-dev"]
     assert (vm.mac, vm.address) == ("52:54:86:b3:3f:10", IPv4Address("10.10.60.6"))
     assert farm.qualified("gallifrey-dev") == "gallifrey-dev.xivo.vm.farm"
-    assert farm.services.bind is not None
-    assert (farm.services.bind.zone, farm.services.bind.own) == ("farm", "block")
+    bind = farm.services.get(Bind)
+    assert bind is not None
+    assert (bind.zone, bind.own) == ("farm", "block")
     assert str(farm.network.subnet) == "10.10.60.0/24"
 
 

@@ -11,9 +11,14 @@ from dhcp_client import lease, lease6
 from yard import Yard
 
 from inventory.errors import DriverFailed
-from provision.network.daemons import kea_command, not_live
+from provision.network.service import services
+from provision.network.services import kea
 
 MORE, OTHER = "52:54:00:00:00:09", "52:54:00:00:00:0a"
+
+
+def _not_live(yard: Yard) -> set[tuple[str, str]]:
+    return {(service.NAME, why) for service in services(yard.farm()) for why in service.not_live()}
 
 
 def test_a_reset_lease_is_of_the_new_address(yard: Yard, daemons: Daemons) -> None:
@@ -41,10 +46,10 @@ def test_dnsmasq(yard: Yard, daemons: Daemons) -> None:
 @pytest.mark.parametrize("number", ["4", "6"])
 def test_kea(yard: Yard, daemons: Daemons, number: str) -> None:
     yard.use("kea")
-    without = set(not_live(yard.farm()))
+    without = _not_live(yard)
     [library] = Path("/usr/lib").glob("*/kea/hooks/libdhcp_lease_cmds.so")
     yard.services["kea"]["lease_commands"] = str(library)
-    [(service, lost)] = without - set(not_live(yard.farm()))
+    [(service, lost)] = without - _not_live(yard)
     assert service == "kea" and "lease runs out by itself" in lost
     yard.vms["more"] = {"address": "10.77.0.9", "mac": MORE}
     yard.apply()
@@ -52,17 +57,17 @@ def test_kea(yard: Yard, daemons: Daemons, number: str) -> None:
     exchange = {"4": lease, "6": lease6}[number]
     asked = yard.services["kea"][f"socket{number}"], f"lease{number}-get", {"ip-address": str(address)}
     assert exchange(MORE) == address
-    assert isinstance(kea_command(*asked), dict)
+    assert isinstance(kea.command(*asked), dict)
     yard.vms["more"]["mac"] = OTHER  # as it would for the next VM with this address
     yard.apply()
     with pytest.raises(DriverFailed, match="not found"):
-        kea_command(*asked)
+        kea.command(*asked)
     assert exchange(OTHER) == address
     del yard.vms["more"]
     done = yard.apply()
     assert any(f"lease{number}-del" in action.text for action in done.actions)
     with pytest.raises(DriverFailed, match="not found"):
-        kea_command(*asked)
+        kea.command(*asked)
 
 
 def test_a_mac_in_another_notation_keeps_its_lease(yard: Yard, daemons: Daemons) -> None:
@@ -82,4 +87,4 @@ def test_a_mac_in_another_notation_keeps_its_lease(yard: Yard, daemons: Daemons)
     assert done.changed
     assert not any("lease4-del" in action.text for action in done.actions)
     asked = yard.services["kea"]["socket4"], "lease4-get", {"ip-address": "10.77.0.6"}
-    assert isinstance(kea_command(*asked), dict)
+    assert isinstance(kea.command(*asked), dict)

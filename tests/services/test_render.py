@@ -16,7 +16,7 @@ import yaml
 from yard import Yard
 
 from inventory.errors import CommandFailed, TemplateFailed
-from provision.network.daemons import kea_configuration
+from provision.network.services import kea as kea_service
 
 SERVICES = (
     "bind", "dhcpd", "kea", "dnsmasq", "hosts", "ssh_config", "nginx", "haproxy", "nftables",
@@ -116,7 +116,7 @@ def test_classless_delegation_resolves(yard: Yard) -> None:
 
 
 def test_kea_reads_the_values_back(yard: Yard) -> None:
-    kea: Any = kea_configuration(yard.write("kea")["kea/kea4.conf"])
+    kea: Any = kea_service.configuration(yard.write("kea")["kea/kea4.conf"])
     [subnet] = kea["Dhcp4"]["subnet4"]
     first, second = sorted(subnet["reservations"], key=itemgetter("hostname"))
     assert first["user-context"]["description"] == yard.vms["dev2"]["description"]

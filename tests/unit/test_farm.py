@@ -539,8 +539,8 @@ def test_ctrl_c_stops_each_vm_before_its_next_step(desk: Desk) -> None:
 
 def test_opening_and_status_load_nothing_heavy(made: Desk) -> None:
     code = (
-        "import sys, pathlib; from provision.site import open_site; from provision import farm\n"
-        "import cli.composition\n"
+        "import sys, pathlib, cli.composition; from provision.site import open_site\n"
+        "from provision import farm\n"
         "from provision.engine.report import QuietReporter\n"
         "with open_site(pathlib.Path(sys.argv[1]), reporter=QuietReporter()) as site:\n"
         "    farm.status(site)\n"

@@ -236,7 +236,7 @@ def test_loading_stays_light() -> None:
         f"load(Path({str(ROOT / 'inventory' / 'default.yaml')!r}));"
         "print([m for m in ('difflib', 'inventory.explain', 'inventory.schema', 'asyncssh', 'jinja2',"
         " 'rich', 'libvirt', 'invoke', 'pydantic', 'pydantic_core.core_schema', 'inventory.annotations',"
-        " 'inventory.services') if m in sys.modules])"
+        " 'provision.network.service') if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

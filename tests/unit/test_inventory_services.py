@@ -8,6 +8,8 @@ import pytest
 from inventory.errors import InventoryError
 from inventory.loader import loads
 from inventory.model import Farm
+from provision.network.services.bind import Bind
+from provision.network.services.nginx import Nginx
 
 BASE = """\
 farm: try
@@ -36,9 +38,11 @@ def refused(services: str = "hosts:", vm: str = "", base: str = BASE) -> list[st
 def test_a_service_by_its_name_alone() -> None:
     services = load("{bind: , hosts: , kea: {interfaces: [br0]}}").services
     assert services.used == ("bind", "kea", "hosts")
-    assert services.bind is not None
-    assert services.bind.config == "/etc/bind/named.conf.farmhand"
-    assert services.nginx is None
+    bind = services.get(Bind)
+    assert bind is not None
+    assert bind.config == "/etc/bind/named.conf.farmhand"
+    assert services.named("bind") is bind
+    assert services.get(Nginx) is None
 
 
 def test_no_services() -> None:

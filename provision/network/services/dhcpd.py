@@ -1,0 +1,63 @@
+"""ISC dhcpd, which reads its file at its start alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from provision.network.daemons import command
+from provision.network.document import Document
+from provision.network.service import Checker, Service, Step
+from provision.network.view import Word
+
+if TYPE_CHECKING:
+    from inventory.fields import ConfigPath, Lines, Own
+    from inventory.model import Farm
+    from provision.network.changes import FileChange
+    from provision.network.render import Renderer
+
+
+def _string(text: str) -> Word:
+    """dhcpd.conf(5): octal escapes."""
+    return Word(
+        '"'
+        + "".join(
+            f"\\{chr(byte)}" if byte in b'"\\' else chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"
+            for byte in text.encode()
+        )
+        + '"'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dhcpd(Service):
+    """ISC dhcpd (DHCPv4)."""
+
+    NAME: ClassVar = "dhcpd"
+    NEEDS_SUBNET: ClassVar = True
+    TOOLS: ClassVar = {"dhcpd": "isc-dhcp-server"}
+    STRINGS: ClassVar = {"dhcpd": _string}
+    CAN_SHARE: ClassVar = True
+    ANSWERS_DHCP: ClassVar = True
+
+    config: ConfigPath = "/etc/dhcp/dhcpd.conf"
+    """Its configuration."""
+    own: Own = "file"
+    """`file`: all of it is ours. `block`: a marked block of host statements in the admin's own."""
+    reload: Lines = ("systemctl", "restart", "isc-dhcp-server")
+    """The command that makes it read its file: it can only be restarted."""
+    alive: Lines = ("systemctl", "is-active", "--quiet", "isc-dhcp-server")
+    """The command that succeeds while it runs."""
+
+    def documents(self, r: Renderer) -> Iterator[Document]:
+        yield Document(self.NAME, self.config, r.render("dhcpd", self, **r.dhcp()), own=self.own)
+
+    def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
+        yield Checker(("dhcpd", "-t", "-4", "-cf", self.config))
+
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+        yield command(self.NAME, self.reload, self.alive)
+
+    def not_live(self) -> Iterator[str]:
+        yield "it reads its file at start only: each change restarts it, in about a second"

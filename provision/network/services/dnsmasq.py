@@ -1,0 +1,127 @@
+"""dnsmasq: DHCP and DNS, its hosts in files that it reads by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from host.run import which
+from provision.network.daemons import command, lines
+from provision.network.document import Document
+from provision.network.service import Checker, Question, Service, Step
+
+if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.fields import Address, Bool, ConfigPath, Interface, Lines, Port
+    from inventory.model import Farm
+    from provision.network.changes import FileChange
+    from provision.network.render import Renderer
+    from provision.network.view import View, VmRow
+
+_HERE = IPv4Address("127.0.0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dnsmasq(Service):
+    """dnsmasq: DHCP (IPv4, and IPv6 where the network has `subnet6`) and DNS in one."""
+
+    NAME: ClassVar = "dnsmasq"
+    NEEDS_SUBNET: ClassVar = True
+    TOOLS: ClassVar = {"dnsmasq": "dnsmasq-base", "dhcp_release": "dnsmasq-utils"}
+    ANSWERS_DHCP: ClassVar = True
+
+    config: ConfigPath = "/etc/dnsmasq.d/farmhand.conf"
+    """Its configuration."""
+    main: ConfigPath = "/etc/dnsmasq.conf"
+    """The server's own configuration, which the check begins with."""
+    hosts: ConfigPath = "/var/lib/farmhand-dnsmasq"
+    """A directory of ours, that it watches: dhcp/ and dns/ in it."""
+    interface: Interface | None = None
+    """Where it listens; absent: the network's `bridge`, else all."""
+    dns: Bool = True
+    """Whether it answers DNS too."""
+    port: Port = 53
+    """Where it answers DNS."""
+    address: Address = _HERE
+    """Where network-verify asks it."""
+    restart: Lines = ("systemctl", "restart", "dnsmasq")
+    """The command for a changed configuration."""
+    reload: Lines = ("systemctl", "reload", "dnsmasq")
+    """The command that sends it SIGHUP, so that removed hosts are forgotten."""
+    alive: Lines = ("systemctl", "is-active", "--quiet", "dnsmasq")
+    """The command that succeeds while it runs."""
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        return ("port",) if self.dns else ()
+
+    def documents(self, r: Renderer) -> Iterator[Document]:
+        from provision.network.render import sharded
+
+        interface = self.interface or r.farm.network.bridge or ""
+        yield Document(
+            self.NAME, self.config, r.render("dnsmasq", self, interface=interface, **r.dhcp())
+        )
+        kinds = [("dhcp", r.view.dhcp)]
+        if self.dns:
+            kinds.append(("dns", tuple(row for row in r.view.vms if row.address)))
+        for kind, rows in kinds:
+            for shard, some in sharded(rows):
+                path = f"{self.hosts}/{kind}/{r.view.farm}-{shard}"
+                yield Document(self.NAME, path, r.render(f"dnsmasq-{kind}", self, vms=some))
+
+    def host_files(self, farm: Farm) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{self.hosts}/{kind}/{farm.farm}-", "") for kind in ("dhcp", "dns"))
+
+    def refuses_by_itself(self, _farm: Farm) -> bool:
+        """No checker reads hosts."""
+        return True
+
+    def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
+        yield Checker(("dnsmasq", "--test", "-C", self.config))
+        if Path(self.main).exists():
+            yield Checker(("dnsmasq", "--test", "-C", self.main))
+
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+        if any(change.path == self.config for change in changes):
+            yield command(self.NAME, self.restart, self.alive)
+            return
+        gone = [line for c in changes for line in sorted(lines(c.before) - lines(c.after))]
+        if not gone:
+            text = "dnsmasq: it reads the new hosts by itself"
+            yield Step(self.NAME, text, lambda _runner: None)
+            return
+        yield command(self.NAME, self.reload, self.alive)
+        interface = self.interface or farm.network.bridge
+        leases = [line for line in gone if re.match(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2},", line)]
+        if interface and leases:
+            yield _release(interface, leases)
+
+    def questions(self, _farm: Farm, _view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
+        if not self.dns:
+            return
+        from provision.network import questions
+
+        named = ((row.address, row.fqdn) for row in rows.values() if row.address)
+        server = (str(self.address), self.port)
+        yield from questions.names(self.NAME, server, rows, reverse=questions.pointers(named))
+
+    def not_live(self) -> Iterator[str]:
+        yield "new hosts are read live; for a removed one it reads all of them again (SIGHUP)"
+
+
+def _release(interface: str, lines: Sequence[str]) -> Step:
+    """A removed host's lease would live on, and its name with it."""
+
+    def run(runner: Runner) -> None:
+        if which("dhcp_release") is None:
+            return
+        for line in lines:
+            mac, address = line.split(",")[:2]
+            runner.change("dhcp_release", interface, address, mac, ok=range(256))
+
+    return Step(Dnsmasq.NAME, f"dnsmasq: release {len(lines)} lease{'s' * (len(lines) != 1)}", run)

@@ -1,0 +1,85 @@
+"""A libvirt network, changed live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+from xml.sax.saxutils import escape
+
+from hypervisors.libvirt.network import drop_network, set_network
+from provision.network.document import Document
+from provision.network.service import Checker, Service, Step
+from provision.network.view import Word
+
+if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.errors import Problem
+    from inventory.fields import ConfigPath, Interface, Line
+    from inventory.model import Farm
+    from inventory.places import Path as Place
+    from inventory.places import Places
+    from provision.network.changes import FileChange
+    from provision.network.render import Renderer
+
+
+def _string(text: str) -> Word:
+    return Word(escape(text, {'"': "&quot;", "'": "&apos;"}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibvirtNetwork(Service):
+    """A libvirt network that gives the VMs their addresses and names."""
+
+    NAME: ClassVar = "libvirt"
+    NEEDS_SUBNET: ClassVar = True
+    PLAIN_NETWORK: ClassVar = True
+    TOOLS: ClassVar = {"virt-xml-validate": "libvirt-clients", "xmllint": "libxml2-utils"}
+    STRINGS: ClassVar = {"libvirt": _string}
+
+    config: ConfigPath = "/var/lib/farmhand/farmhand-network.xml"
+    """The file that it is defined from."""
+    bridge: Interface | None = None
+    """The bridge libvirt makes; absent: it chooses."""
+    forward: Literal["nat", "route", "none"] = "nat"
+    """How it is connected to the outside."""
+    uri: Line = "qemu:///system"
+    """The libvirt that it is in: its URI."""
+
+    def problems(self, farm: Farm, places: Places) -> Iterator[Problem]:
+        path: Place = ("services", self.NAME)
+        if farm.network.mode == "bridge":
+            yield places.problem(path, "it is for mode network; the mode is bridge", key=True)
+        if farm.network.gateway is None:
+            words = "'network' needs 'gateway': libvirt's own address"
+            yield places.problem(path, words, key=True)
+
+    def documents(self, r: Renderer) -> Iterator[Document]:
+        text = r.render("libvirt", self, network=r.farm.network.network, **r.dhcp())
+        yield Document(self.NAME, self.config, text, comment=("<!-- ", " -->"))
+
+    def checkers(self, _farm: Farm, documents: Sequence[Document]) -> Iterator[Checker]:
+        for document in documents:
+            yield Checker(("virt-xml-validate", document.path, "network"))
+
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+        name = farm.network.network or ""
+        for change in changes:
+            if change.after is None:
+                text, run = f"libvirt: remove the network {name}", partial(_drop, self.uri, name)
+            else:
+                text = f"libvirt: define the network {name}, and change it live"
+                run = partial(_set, self.uri, change.after)
+            yield Step(self.NAME, text, run)
+
+    def not_live(self) -> Iterator[str]:
+        yield "hosts are changed live; what else changes, at the network's next start"
+
+
+def _set(uri: str, text: str, _runner: Runner) -> None:
+    set_network(uri, text)
+
+
+def _drop(uri: str, name: str, _runner: Runner) -> None:
+    drop_network(uri, name)

@@ -1,0 +1,155 @@
+"""unbound: local data for the VMs, beside all else that it resolves; told over its control channel.
+
+unbound.conf(5), unbound-control(8).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from inventory.errors import DriverFailed
+from provision.network.daemons import SETTLE
+from provision.network.document import Document
+from provision.network.service import Checker, Question, Service, Step
+from provision.network.view import Word, pointers
+
+if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.fields import Address, Bool, ConfigPath, Lines, Port, TimeToLive
+    from inventory.model import Farm
+    from provision.network.changes import FileChange
+    from provision.network.render import Renderer
+    from provision.network.view import View, VmRow
+
+_HERE = IPv4Address("127.0.0.1")
+_DATA = re.compile(r'^\s*local-data: "(.*)"$\n?', re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unbound(Service):
+    """unbound: the VMs' names and addresses as local data of a resolver."""
+
+    NAME: ClassVar = "unbound"
+    TOOLS: ClassVar = {"unbound-checkconf": "unbound", "unbound-control": "unbound"}
+
+    config: ConfigPath = "/etc/unbound/unbound.conf.d/farmhand.conf"
+    """The file, one that unbound.conf includes with `include-toplevel`."""
+    main: ConfigPath = "/etc/unbound/unbound.conf"
+    """The server's own configuration, which the check begins with."""
+    reverse: Bool = True
+    """Whether addresses lead back to names."""
+    ttl: TimeToLive = 3600
+    """How long answers may be kept."""
+    address: Address = _HERE
+    """Where network-verify asks it."""
+    port: Port = 53
+    """Where it answers."""
+    control: Lines = ("unbound-control",)
+    """The command that tells the server, an argument list; `reload` and so on are added."""
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        return ("port",)
+
+    def documents(self, r: Renderer) -> Iterator[Document]:
+        rows = r.view.vms
+        names = {
+            (name, kind, address): None
+            for row in rows
+            for name in row.full
+            for kind, address in (("A", row.address), ("AAAA", row.address6))
+            if address
+        }
+        back = pointers(rows).items() if self.reverse else ()
+        data = [*names, *((name, "PTR", Word(f"{vm}.")) for name, vm in back)]
+        yield Document(self.NAME, self.config, r.render("unbound", self, data=data, ttl=int(self.ttl)))
+
+    def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
+        main = self.main if Path(self.main).exists() else self.config
+        yield Checker(("unbound-checkconf", main))
+
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+        """By data that go and come, where nothing else differs: a reload empties the cache."""
+        for change in changes:
+            before, after = change.before, change.after
+            if before is None or after is None or _rest(before) != _rest(after):
+                run = partial(self._reload, _data(after or ""))
+                yield Step(self.NAME, f"unbound: {' '.join((*self.control, 'reload'))}", run)
+                continue
+            old, new = _data(before), _data(after)
+            names = {_name(one) for one in old ^ new}
+            text = f"unbound: change the local data of {len(names)} name{'s' * (len(names) != 1)}"
+            yield Step(self.NAME, text, partial(self._change, old, new))
+
+    def _change(self, old: frozenset[str], new: frozenset[str], runner: Runner) -> None:
+        """A name loses all its data at once. So if it has others too, by hand, or not ours, then all is
+        read again."""
+        touched = {_name(one) for one in old - new}
+        there = {one for one in self._there(runner) or () if _name(one) in touched}
+        if there != {one for one in old if _name(one) in touched}:
+            self._reload(new, runner)
+            return
+        coming = {one for one in new if one not in old or _name(one) in touched}
+        for order, lines in (("local_datas_remove", touched), ("local_datas", coming)):
+            if lines:
+                text = "".join(f"{line}\n" for line in sorted(lines))
+                runner.change(*self.control, order, input=text.encode(), timeout=120)
+        self._wait(new, runner)
+
+    def _reload(self, wanted: frozenset[str], runner: Runner) -> None:
+        runner.change(*self.control, "reload", timeout=120)
+        self._wait(wanted, runner)
+
+    def _wait(self, wanted: frozenset[str], runner: Runner) -> None:
+        """It answers before it has read its files, and ends if it can't."""
+        deadline = time.monotonic() + SETTLE
+        while (there := self._there(runner)) is None or not there >= wanted:
+            if time.monotonic() > deadline:
+                if there is None:
+                    said = "unbound does not answer on its control channel"
+                    raise DriverFailed(said, remedy="see its log")
+                raise DriverFailed(
+                    "unbound does not serve all of the farm's names",
+                    remedy=f"include {self.config} in {self.main}; see its log",
+                )
+            time.sleep(0.05)
+
+    def _there(self, runner: Runner) -> frozenset[str] | None:
+        """All local data, other than the farm's too. None: it doesn't answer."""
+        result = runner.read(*self.control, "list_local_data", ok=range(256))
+        return None if result.status else frozenset(map(_plain, result.stdout.splitlines()))
+
+    def questions(self, _farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
+        from provision.network import questions
+
+        of_first = (
+            (a, row.fqdn) for row in reversed(view.vms) for a in (row.address, row.address6) if a
+        )
+        reverse = questions.pointers(of_first) if self.reverse else {}
+        yield from questions.names(self.NAME, (str(self.address), self.port), rows, reverse=reverse)
+
+
+def _data(text: str) -> frozenset[str]:
+    """Resource records of a file of ours."""
+    return frozenset(_plain(match[1]) for match in _DATA.finditer(text))
+
+
+def _plain(record: str) -> str:
+    """With single spaces, as they are compared."""
+    return " ".join(record.split())
+
+
+def _name(record: str) -> str:
+    return record.partition(" ")[0]
+
+
+def _rest(text: str) -> str:
+    """All but records, and the mark in the first line."""
+    return _DATA.sub("", text.partition("\n")[2])
