@@ -31,6 +31,7 @@ from typing import Any
 
 from still import StillSite
 
+import cli.composition  # noqa: F401 - before a farm file is read
 import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones are
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
