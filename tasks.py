@@ -412,27 +412,24 @@ def cycle(
     keep_going: bool = False,
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
-    from builds import cycle as cycles
     from builds.again import cycle_command, cycle_options
+    from builds.operation import RunCycle
+    from builds.record import find_record
+    from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
     again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
     run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
+    request = RunCycle(
+        start_from=from_, only=tuple(which), revision=revision, keep_going=keep_going,
+        stream=run.screen.stream,
+    )  # fmt: skip
     with run.site() as site:
         if run.plan:
-            return views.plan(
-                "cycle", cycles.plan_cycle(site, start_from=from_, only=which, revision=revision)
-            )
+            return views.plan("cycle", perform(site, request).actions)
         with views.failed_build(site.paths) as result:
-            record = cycles.run_cycle(
-                site,
-                start_from=from_,
-                only=which,
-                revision=revision,
-                keep_going=keep_going,
-                stream=run.screen.stream,
-            )
-            result.append(views.build_record(record))
+            build = str(perform(site, request).facts["build"])
+            result.append(views.build_record(find_record(site.paths, build)))
         return result[0]
 
 

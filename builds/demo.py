@@ -111,9 +111,10 @@ def farm_file(farm: str) -> Path:
 
 def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
-    from builds.cycle import run_cycle
+    from builds.operation import RunCycle
     from builds.record import find_record
     from provision import farm
+    from provision.engine.runner import perform
     from provision.operations import templates as golden
 
     with open_site() as site:
@@ -129,11 +130,12 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
             farm.clone_farm(site, (), start=True, wait=True)
         with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
             try:
-                record, failure = run_cycle(site, stream=stream), None
+                build, failure = str(perform(site, RunCycle(stream=stream)).facts["build"]), None
             except BuildFailed as error:
                 if not error.build:
                     raise
-                record, failure = find_record(site.paths, error.build), error
+                build, failure = error.build, error
+            record = find_record(site.paths, build)
         program = ""
         if record.result == "passed":
             with clock.stage("program", f"running {PROGRAM} inside prod"):
@@ -154,12 +156,13 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
 
 def plan(open_site: Opener) -> Outcome:
     """What ``run`` would do."""
-    from builds.cycle import plan_cycle
+    from builds.operation import RunCycle
     from provision import farm
+    from provision.engine.runner import perform
 
     with open_site() as site:
         cloned = farm.clone_farm(site, (), start=True, wait=True)
-        return merged("demo", [cloned, Outcome("demo", True, plan_cycle(site))])
+        return merged("demo", [cloned, perform(site, RunCycle())])
 
 
 def destroy(open_site: Opener) -> Outcome:

@@ -17,12 +17,11 @@ from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
 from inventory.errors import FarmhandError, Unsupported, WrongState
-from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.engine.work import is_on
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
+from provision.member import is_on
 from provision.power import console_tail, until_ready
 from provision.site import Site
 
@@ -97,16 +96,15 @@ class Machines:
 
     # -- reset --------------------------------------------------------------------------------
 
-    async def reset(self, step: ResetStep, say: Callable[[str], None]) -> None:
+    async def reset(self, vm: str, to: str, say: Callable[[str], None]) -> None:
         """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
-        site, vm = self._site, step.reset
-        member = site.member(vm)
+        site, member = self._site, self._site.member(vm)
         await self.drop(vm)
         self._not_reset.add(vm)
         self._update(vm, pristine=False)
         since = time.monotonic()
         with self._meter.hypervisor():
-            outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
+            outcome = await in_thread(lambda: farm.reset(site, [vm], to=to, wait=False))
         self._not_reset.remove(vm)
         self._carried.pop(vm, None)
         proof = _proof(outcome.facts, vm)
@@ -114,14 +112,14 @@ class Machines:
         known = pristine if isinstance(pristine, bool) else None
         self._update(
             vm,
-            checkpoint=step.to,
+            checkpoint=to,
             pristine=known if vm not in self._as_it_was else False,
             template=str(proof.get("template") or self.records[vm].template),
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
         for action in outcome.actions:
             say(f"{action}")
-        say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
+        say(f"disk is checkpoint {to}: {_proven(pristine)}")
         with self._meter.guest():
             ready = await until_ready(member, since=since if member.can_power else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)

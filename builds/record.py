@@ -36,9 +36,13 @@ Outcome = Literal["running", "passed", "partial", "failed", "interrupted"]
 ``--only``: that is no good build by itself."""
 
 
+Flow = Literal["in", "out", ""]
+"""Of a file: into the build, out of it into the record, or within it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A file that went in or came out. ``path`` is relative to the record, or where it was in ``vm``."""
+    """A file that went in or came out. ``path`` is relative to the record, or where it is in ``vm``."""
 
     name: str
     size: int
@@ -46,14 +50,15 @@ class FileRecord:
     step: str = ""
     vm: str = ""
     path: str = ""
+    flow: Flow = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     name: str
-    kind: str  # "reset", "run", "transfer"
-    vm: str
-    to: str = ""  # transfer: the VM it goes to; reset: the checkpoint
+    kind: str
+    vm: str  # the first that it uses
+    to: str = ""  # the VM that it carries something to from there
     status: Status = "waiting"
     chosen: bool = True  # False: left out by --from or --only
     done_in: str = ""  # left out: the build in which it passed, whose state the VM held
@@ -62,6 +67,7 @@ class StepRecord:
     offset: float = 0.0  # seconds since the build's start
     seconds: float = 0.0
     limit: float = 0.0
+    details: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what its kind says of it
     exit: int | None = None
     failure: str = ""  # its class
     message: str = ""  # one line: what failed

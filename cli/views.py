@@ -278,7 +278,7 @@ def build_record(record: BuildRecord) -> Result:
     rows = [
         (
             step.name,
-            f"{step.vm} -> {step.to}" if step.kind == "transfer" else step.vm,
+            f"{step.vm} -> {step.to}" if step.to else step.vm,
             step.status,
             format_duration(step.seconds) if step.status not in ("waiting", "skipped") else "",
             _of_step(step),

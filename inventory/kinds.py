@@ -1,7 +1,7 @@
 """The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-A place is "module:Class"; it is imported when it is first needed, so that a farm without Kea never
-imports what is known of Kea. ``cli.composition`` fills the tables.
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a
+service never imports what is known of it. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
+    from inventory.model import Step
 
 _TOP = Path(__file__).parent.parent
 hosts: dict[str, str] = {}
@@ -24,7 +25,7 @@ parts: dict[str, str] = {}
 services: dict[str, str] = {}
 """Of network services by their names, in the order they are applied."""
 steps: dict[str, str] = {}
-"""Of a cycle's steps, by their kinds."""
+"""Of a cycle's steps, by the key that each kind is known by."""
 
 ALL_SERVICES = "NetworkServices"
 """The class of the section that has those of services: ``inventory.services`` makes it."""
@@ -33,6 +34,11 @@ ALL_SERVICES = "NetworkServices"
 def host(driver: str) -> type[Host]:
     """KeyError: there is no such driver."""
     return cast("type[Host]", _imported(hosts[driver]))
+
+
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
 
 
 def section(name: str) -> type[Model] | None:

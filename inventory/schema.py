@@ -40,9 +40,7 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
-    ("ResetStep", "cycle.steps[]: reset"),
-    ("RunStep", "cycle.steps[]: run"),
-    ("TransferStep", "cycle.steps[]: transfer"),
+    *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
 )
 _INTRODUCTION = """\
 # Farm files
@@ -94,7 +92,7 @@ def json_schema() -> dict[str, Any]:
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [{"$ref": f"#/$defs/{name}Step"} for name in ("Reset", "Run", "Transfer")]
+        "anyOf": [{"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

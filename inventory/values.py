@@ -13,6 +13,7 @@ import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
+from inventory import kinds
 from inventory.base import parse_range, quote
 from inventory.model import Step
 from inventory.sizes import parse_duration, parse_size
@@ -249,14 +250,11 @@ def one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-STEP_KINDS = ("reset", "run", "transfer")
-
-
 def step_kind(value: object) -> str | None:
-    """A step is known by the one key of STEP_KINDS that it has."""
+    """A step is known by the one kind's name that it has for a key."""
     if isinstance(value, Step):
-        return type(value).__name__.removesuffix("Step").lower()
+        return value.KIND
     if not isinstance(value, dict):
         return None
-    kinds = [kind for kind in STEP_KINDS if kind in value]
-    return kinds[0] if len(kinds) == 1 else None
+    found = [kind for kind in kinds.steps if kind in value]
+    return found[0] if len(found) == 1 else None

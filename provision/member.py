@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.ssh_words import path_option
-from hypervisors.api import Disk, Disks, Forward, Hypervisor, Machine, MachineSpec, Nic, Owner
+from hypervisors.api import (
+    Disk,
+    Disks,
+    Forward,
+    Hypervisor,
+    Machine,
+    MachineSpec,
+    Nic,
+    Owner,
+    Power,
+)
 from inventory.errors import NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
@@ -16,6 +26,8 @@ from provision.guest import identity
 if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
+
+ON = (Power.RUNNING, Power.PAUSED)
 
 
 class Member:
@@ -186,3 +198,7 @@ class Member:
             return str(self.declared.address)
         hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
+
+
+def is_on(machine: Machine | None) -> bool:
+    return machine is not None and machine.power in ON

@@ -11,10 +11,9 @@ from threading import Thread
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError
 from provision.engine.journal import Record
-from provision.engine.locks import Holder
-from provision.engine.work import is_on, lock_of
+from provision.engine.locks import Holder, lock_of
 from provision.lost import lost
-from provision.member import Member
+from provision.member import Member, is_on
 from provision.site import Site
 
 _AT_ONCE = 8

@@ -12,23 +12,28 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from host.files import make_directory, make_file
 from host.processes import Process
 from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+from provision.engine.facts import Facts, to_json
 
-_VERSION = 1
+if TYPE_CHECKING:
+    from provision.engine.operation import Activity
+
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS operations (
-    id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vm TEXT NOT NULL, facts TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vms TEXT NOT NULL, facts TEXT NOT NULL,
     pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0
+    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, hindrance TEXT,
+    settled INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS steps (
     operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
@@ -36,62 +41,56 @@ CREATE TABLE IF NOT EXISTS steps (
 );
 CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
 """
-_COLUMNS = "id, verb, vm, facts, pid, pid_start, boot, started, ended, outcome, error, settled"
+_COLUMNS = (
+    "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, hindrance, settled"
+)
 _T = TypeVar("_T")
-_current: ContextVar[Operation | None] = ContextVar("farmhand_operation", default=None)
+_F = TypeVar("_F", bound=Facts)
+_current: ContextVar[Entry[Any] | None] = ContextVar("farmhand_entry", default=None)
 
 
 def current_step(text: str) -> None:
-    """The drivers' StepFn: a step of the operation under way in this context, if there is one."""
-    operation = _current.get()
-    if operation is not None:
-        operation.step(text)
+    """The drivers' StepFn: a step of the activity under way in this context, if there is one."""
+    entry = _current.get()
+    if entry is not None:
+        entry.step(text)
 
 
-def current_operation() -> Operation | None:
+def current_entry() -> Entry[Any] | None:
     return _current.get()
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An operation as it was written down. Times are UTC. ``outcome``: "done", "failed",
-    "interrupted", "recovered", or "" for one that never ended."""
+    """An activity as it was written down. Times are UTC. ``verb`` is the activity's name, ``vms`` those
+    that it is about, in the farm file's order; none: the whole farm, or no VM. ``outcome``: "done",
+    "failed", "interrupted", "recovered", or "" for one that never ended. ``in_its_way``: why its last
+    recovery failed."""
 
     id: int
     verb: str
-    vm: str
+    vms: tuple[str, ...]
     facts: Mapping[str, object]
     process: Process
     started: datetime
     ended: datetime | None
     outcome: str
     error: str
+    in_its_way: str
     settled: bool
     steps: tuple[tuple[datetime, str], ...] = ()
 
     @property
-    def vms(self) -> tuple[str, ...]:
-        """Those it is about, in the farm file's order; none: the whole farm, or no VM."""
-        several = self.facts.get("vms")
-        if isinstance(several, list):
-            return tuple(map(str, several))
-        return (self.vm,) if self.vm else ()
-
-    @property
-    def half_done(self) -> bool:
-        """The disks of some of its VMs are changed, of others not yet."""
-        return bool(self.facts.get("decided")) and not self.facts.get("changed")
-
-    @property
-    def in_its_way(self) -> str:
-        """Why its last recovery failed, and what to do; "" where none has."""
-        return str(self.facts.get("in_its_way", ""))
+    def vm(self) -> str:
+        """The one that it is about; "" for several, or none."""
+        return self.vms[0] if len(self.vms) == 1 else ""
 
     def as_dict(self) -> dict[str, object]:
         return {
             "id": self.id,
             "verb": self.verb,
             "vm": self.vm,
+            "vms": list(self.vms),
             "facts": dict(self.facts),
             "pid": self.process.pid,
             "started": self.started.isoformat(),
@@ -102,10 +101,10 @@ class Record:
         }
 
 
-class Operation:
-    """One under way."""
+class Entry(Generic[_F]):
+    """An activity under way."""
 
-    def __init__(self, journal: Journal, id: int, facts: dict[str, object], steps: int = 0) -> None:
+    def __init__(self, journal: Journal, id: int, facts: _F, steps: int = 0) -> None:
         self.id = id
         self.facts = facts
         self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
@@ -124,12 +123,12 @@ class Operation:
                 "INSERT INTO steps VALUES (?, ?, ?, ?)", (self.id, self._steps, _now(), text)
             )
 
-    def note(self, **facts: object) -> None:
-        """Add to the operation's facts; durable when this returns."""
+    def note(self, facts: _F) -> None:
+        """What is known by now; durable when this returns."""
         with self._guard:
-            self.facts.update(facts)
+            self.facts = facts
             self._journal.write(
-                "UPDATE operations SET facts = ? WHERE id = ?", (json.dumps(self.facts), self.id)
+                "UPDATE operations SET facts = ? WHERE id = ?", (to_json(facts), self.id)
             )
 
 
@@ -148,24 +147,27 @@ class Journal:
         self._process: Process | None = None
 
     @contextlib.contextmanager
-    def operation(self, verb: str, *, vm: str = "", **facts: object) -> Iterator[Operation]:
+    def begin(self, activity: Activity[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
         """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
         Interrupted it stays unsettled, as if killed."""
         process = self._this_process()
         row = self.write(
-            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
+            "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now()),
-        )
-        operation = Operation(self, row, dict(facts))
-        token = _current.set(operation)
+            (
+                activity.name, json.dumps(list(vms)), to_json(facts),
+                process.pid, process.start, process.boot, _now(),
+            ),
+        )  # fmt: skip
+        entry = Entry(self, row, facts)
+        token = _current.set(entry)
         try:
-            yield operation
+            yield entry
         except Interrupted:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         except Exception as error:
-            self._end_quietly(row, "failed", str(error), settled=not operation.must_finish)
+            self._end_quietly(row, "failed", str(error), settled=not entry.must_finish)
             raise
         except BaseException:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
@@ -176,15 +178,19 @@ class Journal:
             _current.reset(token)
 
     @contextlib.contextmanager
-    def resume(self, record: Record) -> Iterator[Operation]:
-        """Bind ``current_step`` to an unfinished operation while it is being recovered; settled
+    def resume(self, record: Record, facts: _F) -> Iterator[Entry[_F]]:
+        """Bind ``current_step`` to an unfinished activity while it is being recovered; settled
         as recovered at the end, left unfinished by any error."""
-        operation = Operation(self, record.id, dict(record.facts), len(record.steps))
-        token = _current.set(operation)
+        entry = Entry(self, record.id, facts, len(record.steps))
+        token = _current.set(entry)
         try:
-            yield operation
+            yield entry
         finally:
             _current.reset(token)
+
+    def hinder(self, id: int, why: str) -> None:
+        """It could not be recovered."""
+        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (why, id))
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
         self.write(
@@ -208,7 +214,7 @@ class Journal:
 
     def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
         """The latest ones, newest first; ``vm`` "": of all."""
-        where = "WHERE vm = ? " if vm else ""
+        where = "WHERE ? IN (SELECT value FROM json_each(vms)) " if vm else ""
         arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
         return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
 
@@ -269,6 +275,7 @@ class Journal:
             deadline = time.monotonic() + 10
             while True:  # the change to WAL doesn't wait for a process that does the same
                 try:
+                    self._is_new(connection)  # what isn't ours is left as it is
                     connection.execute("PRAGMA journal_mode = WAL")
                     break
                 except sqlite3.OperationalError as error:
@@ -280,15 +287,10 @@ class Journal:
                         raise
                     time.sleep(0.02)
             connection.execute("PRAGMA synchronous = FULL")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > _VERSION:
-                raise WrongState(
-                    f"{self.path} was written by a newer farmhand (format {version})",
-                    remedy="use that version, or move the file aside: only history is lost",
+            if self._is_new(connection):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
                 )
-            if version < _VERSION:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             connection.close()
             raise
@@ -298,7 +300,27 @@ class Journal:
         # Without a -wal file nobody has it open, and "immutable" makes no -shm file beside it.
         wal = self.path.with_name(self.path.name + "-wal").exists()
         uri = f"{self.path.absolute().as_uri()}?{'mode=ro' if wal else 'immutable=1'}"
-        return sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._is_new(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _is_new(self, connection: sqlite3.Connection) -> bool:
+        """Whether nothing is in it yet. WrongState where it isn't in our format."""
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == _VERSION:
+            return False
+        if version == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+            return True
+        raise WrongState(
+            f"{self.path} is in format {version}, and this farmhand reads and writes {_VERSION}",
+            remedy="use the farmhand that wrote it, or move the file aside: only history is lost",
+        )
 
     def _this_process(self) -> Process:
         process = self._process
@@ -343,17 +365,18 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, hindrance, settled = row
     return Record(
         id=int(str(number)),
         verb=str(verb),
-        vm=str(vm),
+        vms=tuple(map(str, json.loads(str(vms)))),
         facts=json.loads(str(facts)),
         process=Process(int(str(pid)), str(start), str(boot)),
         started=datetime.fromisoformat(str(started)),
         ended=datetime.fromisoformat(str(ended)) if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
+        in_its_way=str(hindrance or ""),
         settled=bool(settled),
         steps=steps,
     )

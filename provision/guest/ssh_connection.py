@@ -15,7 +15,15 @@ import asyncssh
 
 from host.files import make_directory, open_to_append
 from host.progress import Progress
-from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
+from inventory.errors import (
+    Conflict,
+    ConnectionLost,
+    DriverFailed,
+    FarmhandError,
+    NotFound,
+    TimedOut,
+    WrongState,
+)
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.shell import ended, start
 
@@ -105,7 +113,8 @@ async def wait_ready(
         left = progress.left()
         if left <= 0:
             raise TimedOut(
-                f"{endpoint.vm}: ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
+                f"ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
+                vm=endpoint.vm,
                 remedy=f"look at ./invoke console --vm {endpoint.vm}; "
                 "a slow machine needs a longer ssh: ready_timeout",
                 detail=tail(),
@@ -141,7 +150,8 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise NotFound(
-            f"{endpoint.vm}: the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            f"the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            vm=endpoint.vm,
             remedy="give the VM an 'address' in the farm file, or put its name into DNS or /etc/hosts",
         ) from None
     family, kind, proto, _, address = found[0]
@@ -196,7 +206,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
             return learn
 
     if not endpoint.key.is_file():
-        raise NotFound(f"{endpoint.vm}: there is no private key at {endpoint.key}")
+        raise NotFound(f"there is no private key at {endpoint.key}", vm=endpoint.vm)
     options: dict[str, object] = {
         "username": endpoint.user,
         "client_factory": Client,
@@ -223,11 +233,12 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         raise _stranger(endpoint, seen) from None
     except asyncssh.PermissionDenied:
         raise DriverFailed(
-            f"{endpoint.vm}: {endpoint.place} refuses the key {endpoint.key} for {endpoint.user}"
+            f"{endpoint.place} refuses the key {endpoint.key} for {endpoint.user}", vm=endpoint.vm
         ) from None
     except (asyncssh.Error, OSError) as error:
-        raise DriverFailed(
-            f"{endpoint.vm}: no ssh at {endpoint.place}: {_words(error)}",
+        raise ConnectionLost(
+            f"no ssh at {endpoint.place}: {_words(error)}",
+            vm=endpoint.vm,
             remedy=f"is it running? ./invoke status; ./invoke console --vm {endpoint.vm}",
         ) from None
     except (asyncssh.KeyImportError, ValueError) as error:
@@ -240,8 +251,9 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
 def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
     from_there = f" ({_fingerprint(seen[0])})" if seen else ""
     return Conflict(
-        f"{endpoint.vm}: somebody else answers at {endpoint.place}: "
+        f"somebody else answers at {endpoint.place}: "
         f"its host key{from_there} is not the one {endpoint.vm} was given",
+        vm=endpoint.vm,
         remedy="another machine has this address or port; if the VM was made anew by other hands, "
         f"./invoke destroy --vm {endpoint.vm} and ./invoke clone-farm"
         if endpoint.host_key
@@ -308,7 +320,7 @@ async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
         await shell.drained(1)
         await ended(channel)
     except (asyncssh.Error, OSError) as error:
-        raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+        raise ConnectionLost(f"lost while asking for its boot id: {_words(error)}") from None
     text = b"".join(answer).decode(errors="replace")
     try:
         boot_id, uptime, now = text.splitlines()

@@ -50,12 +50,12 @@ _kind: type[Site] = Site
 
 
 def arm(when: str, number: int) -> None:
-    real_step, real_write = journal.Operation.step, journal.Journal.write
+    real_step, real_write = journal.Entry.step, journal.Journal.write
     guard = threading.Lock()
     seen = 0
     armed = False
 
-    def step(self: journal.Operation, text: str) -> None:
+    def step(self: journal.Entry, text: str) -> None:
         nonlocal seen, armed
         real_step(self, text)
         with guard:
@@ -71,7 +71,7 @@ def arm(when: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_write(self, sql, arguments)
 
-    journal.Operation.step = step  # type: ignore[method-assign]
+    journal.Entry.step = step  # type: ignore[method-assign]
     journal.Journal.write = write  # type: ignore[method-assign]
 
 
@@ -108,14 +108,14 @@ def arm_calls(number: int) -> None:
 
 def count() -> list[str]:
     """The steps, as they are written."""
-    real_step = journal.Operation.step
+    real_step = journal.Entry.step
     texts: list[str] = []
 
-    def step(self: journal.Operation, text: str) -> None:
+    def step(self: journal.Entry, text: str) -> None:
         real_step(self, text)
         texts.append(text)
 
-    journal.Operation.step = step  # type: ignore[method-assign]
+    journal.Entry.step = step  # type: ignore[method-assign]
     return texts
 
 

@@ -18,7 +18,6 @@ from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm
 from inventory.validation import validated
 from provision.allocate import PORTS, Allocator, lock_file_of
-from provision.claims import Claims
 
 
 @pytest.fixture(autouse=True)
@@ -152,24 +151,6 @@ def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None
     for name in names:
         Allocator(farm, lock).release(name)
     assert json.loads(lock.read_text())["vms"] == {}
-
-
-def test_claims_of_an_earlier_farmhand_are_taken_over(tmp_path: Path) -> None:
-    one = Allocator(farm_of("one"), tmp_path / "1")
-    first = one.peek("prod")
-    earlier = tmp_path / "state/claims.json"
-    farm_of("two")
-    taken = {first.mac: "two/prod", str(first.ssh_port): "two/prod"}
-    earlier.write_text(json.dumps(taken | {"22999": "one/prod", "22998": "gone/x"}))
-    assert one.peek("prod").mac != first.mac
-    assert earlier.exists(), "peek changes nothing"
-    got = one.allocate("prod")
-    assert (got.mac != first.mac, got.ssh_port) == (True, 22999)
-    assert not earlier.exists()
-    with Claims(tmp_path / "state/claims.db").reading() as claims:
-        assert claims.of("two/prod") == {first.mac, str(first.ssh_port)}
-        assert claims.owner("22998") is None, "its farm's state was removed by hand"
-        assert claims.of("one/prod") == {got.mac, "22999"}
 
 
 def test_damaged_claims_are_an_error(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import FETCH, STEPS, Lab, environment, lab, reset, run
+from cycle_farm import FETCH, STEPS, Lab, environment, lab, plan_cycle, reset, run, run_cycle
 from sshd_machine import alive, gone, wait_for
 
-from builds.cycle import plan_cycle, run_cycle
+from builds.operation import RunCycle
 from builds.record import find_record, load_records
 from host.run import which
 from hypervisors.fake.driver import FakeDisks
@@ -26,6 +26,7 @@ from inventory.errors import (
     UsageError,
 )
 from inventory.loader import load, loads
+from provision.engine.runner import perform
 from provision.farm import clone_farm
 from provision.site import Site
 
@@ -144,7 +145,8 @@ def test_what_the_docs_say_of_a_script(lab):
     assert alive(left)
     os.kill(left, signal.SIGKILL)
     assert gone(ended)
-    example = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    first, _, _ = text.partition("\n## ")
+    example = "\n".join(line[4:] for line in first.splitlines() if line.startswith("    "))
     base = "farm: docs\ntemplates: {base: {build: debian-12}}\nvms: {build: , test: }\n"
     assert loads((base + example).encode(), Path("docs.yaml")).cycle is not None
 
@@ -429,6 +431,8 @@ def test_the_plan_is_what_the_run_does_and_does_nothing(lab):
     assert named == [step["name"] for step in STEPS]
     assert lines[0].text.startswith(f"build {lab.source} at {lab.git('rev-parse', 'HEAD')[:10]} (One)")
     assert not (lab.root / "state").exists()
+    with lab.site(STEPS) as site:
+        assert perform(site, RunCycle()).actions == lines
 
 
 CHILD = """
@@ -436,7 +440,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import cli.composition
-from builds.cycle import run_cycle
+from cycle_farm import run_cycle
 from inventory.errors import FarmhandError
 from inventory.loader import load, loads
 from provision.engine.report import QuietReporter

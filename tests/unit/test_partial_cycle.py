@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cycle_farm import STEPS, Lab, environment, lab, reset, run
+from cycle_farm import STEPS, Lab, environment, lab, plan_cycle, reset, run, run_cycle
 
-from builds.cycle import plan_cycle, run_cycle
 from builds.record import BuildRecord, find_record, load_records
 from cli import views
 from cli.run import Run

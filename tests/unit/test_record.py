@@ -29,7 +29,7 @@ from builds.record import (
     prune,
 )
 from builds.source import is_directory, mask, name_of
-from builds.steps import StepLog
+from builds.step_run import StepLog
 from host.paths import FarmPaths
 from inventory.errors import NotFound
 from inventory.loader import load
