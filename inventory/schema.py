@@ -92,9 +92,7 @@ def json_schema() -> dict[str, Any]:
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [
-            {"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps
-        ]
+        "anyOf": [{"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

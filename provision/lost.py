@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Template
 from inventory.errors import FarmhandError, NotFound
+from provision.engine.recovery import without_disk
 from provision.member import Member, is_on
 from provision.site import Site
 
@@ -36,10 +37,9 @@ def lost(member: Member, machine: Machine) -> Lost | None:
         return None
     if has_disk_elsewhere(site, host, machine.name):
         return None
-    if any(vm in record.vms for record in site.journal.unfinished() if record.verb == "merge"):
-        return Lost(
-            "its disk is being merged, and that is half done", "./invoke recover goes on with it"
-        )
+    for record in site.journal.unfinished():
+        if member.vm in record.vms and (why := without_disk(record)):
+            return Lost(why, "./invoke recover goes on with it")
     store = member.store
     gone = "its disk is gone"
     if is_on(machine):

@@ -79,6 +79,9 @@ class Activity(ABC, Generic[F]):
     starts: ClassVar[bool] = False
     """Whether it starts VMs: they may be on with all their memory where it was cut off."""
 
+    without_disk: ClassVar[str] = ""
+    """What is the matter, where its VM may have no disk while it is half done."""
+
     @abstractmethod
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
         """By real reads; called with the locks (``--plan``: without), and again where a recovery is

@@ -64,6 +64,14 @@ def half_done(record: Record) -> bool:
         return True
 
 
+def without_disk(record: Record) -> str:
+    """Why its VM may have no disk; "": it has."""
+    try:
+        return registry.activity(record.verb).without_disk
+    except WrongState:
+        return ""
+
+
 def giving(site: Site, record: Record, vm: str) -> int:
     """Bytes of memory that the VM may be getting from one that was cut off: all that it may have, where
     nobody here can read it."""

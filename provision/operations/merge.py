@@ -35,6 +35,7 @@ class _MergeActivity(OneVmActivity[MergeFacts]):
     name = "merge"
     facts = MergeFacts
     starts = True
+    without_disk = "its disk is being merged, and that is half done"
 
     def go_on(self, member: Member, _machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:
         def finish(_: Entry[MergeFacts]) -> None:

@@ -183,3 +183,29 @@ def test_a_plan_is_what_the_run_then_does(made: Desk) -> None:
         assert Reset(("prod",)).plan  # a value; nothing of it is kept between the two
     with made.site() as site:
         assert farm.reset(site, ["prod"]).actions == planned
+
+
+def test_two_operations_of_one_process_wait_for_each_others_memory(made: Desk) -> None:
+    """As two processes do, though they see each other's reservations."""
+    both = "  dev2: {memory: 64M}\n  prod: {memory: 64M}\n"
+    made.run(farm.destroy)
+    made.write(both, host="driver: fake, memory: 200M")
+    made.run(farm.clone_farm, start=False)
+    failed: list[BaseException] = []
+
+    def work(site: Site, vm: str) -> None:
+        try:
+            for _ in range(3):
+                farm.start(site, [vm])
+                farm.stop(site, [vm], force=True)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failed.append(error)
+
+    with made.site() as site:
+        threads = [threading.Thread(target=work, args=(site, vm)) for vm in ("dev2", "prod")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert site.locks.held() == ()
