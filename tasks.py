@@ -413,7 +413,7 @@ def cycle(
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
     from builds.again import cycle_command, cycle_options
-    from builds.cycle import RunCycle
+    from builds.operation import RunCycle
     from builds.record import find_record
     from provision.engine.runner import perform
 

@@ -1,6 +1,6 @@
 """The build cycle: what is built, in which steps, and what is kept of it."""
 
-OPERATIONS = {"cycle": "builds.cycle:RunCycle"}
+OPERATIONS = {"cycle": "builds.operation:RunCycle"}
 """By name, its class."""
 
 ACTIVITIES = {"cycle": "builds.operation:CYCLE"}

@@ -1,7 +1,7 @@
-"""The build cycle: its steps in their order, one build record, everything left consistent.
+"""A build: the jobs of its plan in their order, one build record, everything left consistent.
 
-The lock ``cycle`` and those of the cycle's VMs are held all through. A second Ctrl-C while the first
-is being dealt with gives up on ballooning the VMs down; the record is written in any case.
+A second Ctrl-C while the first is being dealt with gives up on ballooning the VMs down; the record is
+written in any case.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from builds import page
@@ -24,10 +23,9 @@ from builds.again import command, cycle_command, cycle_options
 from builds.lineage import Before, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.operation import CYCLE, CycleFacts
-from builds.plan import BuildPlan, Job, batches, choose, cycle_of, plan_build, vms_of
+from builds.operation import RunCycle
+from builds.plan import BuildPlan, Job, batches
 from builds.record import (
-    CYCLE_LOCK,
     BuildRecord,
     FileRecord,
     Flow,
@@ -41,87 +39,15 @@ from builds.record import (
     prune,
 )
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
-from builds.step_kind import StepKind, steps_of
+from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
-from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted, Remedy
+from inventory.errors import BuildFailed, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
-from provision.engine import plan as plans
-from provision.engine.operation import Operation
-from provision.engine.runner import Run
 from provision.site import Site
-
-Stream = Callable[[str, bytes], None]
-"""Told which VM, and what it printed, as it prints it."""
 
 _SHA256_DIGITS = 64
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunCycle(Operation):
-    """Carry out the farm's build cycle. Its outcome names the build, if all went well.
-
-    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
-    uses one before it resets it is refused, where its disk is ours.
-    ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
-    failed or interrupted cycle; the record says of which. Such a partial run builds what the skipped
-    steps were given, where the VMs tell (``builds.lineage``), and its record says what is not known;
-    it is refused where they hold another commit than ``revision``. ``keep_going``: later steps are tried
-    after a failed one, but not on a VM whose reset failed.
-    ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
-
-    Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
-    NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
-    Interrupted.
-    """
-
-    name = "cycle"
-    start_from: str | None = None
-    only: tuple[str, ...] = ()
-    revision: str | None = None
-    keep_going: bool = False
-    stream: Stream | None = field(default=None, compare=False, repr=False)
-    """Told what is printed; no part of what is asked."""
-
-    def affected(self, site: Site) -> tuple[str, ...]:
-        cycle = cycle_of(site)
-        chosen = choose(cycle, self.start_from, self.only)
-        return site.vms(sorted(vms_of(step for step in steps_of(cycle) if step.name in chosen)))
-
-    def locks(self, _site: Site) -> tuple[str, ...]:
-        return (CYCLE_LOCK,)
-
-    def doing(self, _vms: Sequence[str]) -> str:
-        return "cycle" + (f" --revision {self.revision}" if self.revision else "")
-
-    def refused(self, site: Site, error: Busy) -> Busy:
-        holder = site.locks.holder(CYCLE_LOCK)
-        if holder is None:
-            return error
-        end = "" if holder.pid in (0, os.getpid()) else f", or end it: kill {holder.pid}"
-        return Busy(
-            f"{site.name}: a cycle is running already: {holder}",
-            remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends{end}",
-        )
-
-    def plan(self, run: Run) -> plans.Plan:
-        meter = Meter()
-        with meter.hypervisor():
-            found = plan_build(
-                run.site, self.start_from, self.only, self.revision, snapshot=not run.site.plan
-            )
-        return [plans.alone(plans.Job(found.lines, partial(self._build, run, found, meter)))]
-
-    def _build(self, run: Run, plan: BuildPlan, meter: Meter) -> None:
-        build = Build(run.site, plan, self, meter)
-        # Journaled, so that after a kill the next command brings the VMs' memory down again.
-        with (
-            run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)),
-            asyncio.Runner() as runner,
-        ):
-            runner.run(build.run())
-        run.fact(build=build.conclude().id)
 
 
 class Build:

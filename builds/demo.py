@@ -111,7 +111,7 @@ def farm_file(farm: str) -> Path:
 
 def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
-    from builds.cycle import RunCycle
+    from builds.operation import RunCycle
     from builds.record import find_record
     from provision import farm
     from provision.engine.runner import perform
@@ -156,7 +156,7 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
 
 def plan(open_site: Opener) -> Outcome:
     """What ``run`` would do."""
-    from builds.cycle import RunCycle
+    from builds.operation import RunCycle
     from provision import farm
     from provision.engine.runner import perform
 

@@ -1,7 +1,7 @@
 """The kinds of sections that stand with what they are about, above: open tables of where each is.
 
-A place is "module:Class"; it is imported when it is first needed, so that a farm without Kea never
-imports what is known of Kea. ``cli.composition`` fills the tables.
+A place is "module:Class"; it is imported when it is first needed, so that a farm without a
+service never imports what is known of it. ``cli.composition`` fills the tables.
 """
 
 from __future__ import annotations

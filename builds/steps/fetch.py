@@ -380,7 +380,7 @@ def _placed(site: Site, path: Path | None) -> Path | None:
 
 
 def _sum_of(file: Path) -> str:
-    """ "" where there is none, or it can't be read."""
+    """Its sha256; empty where there is none, or it can't be read."""
     import hashlib
 
     try:

@@ -68,8 +68,7 @@ def as_json(value: object) -> Word:
 
 
 def _hex(mac: str) -> Word:
-    """Without its colons: Kea takes apart what is separated an octet at a time, for a sixth of the time
-    that it needs for a host."""
+    """Without its colons."""
     return Word(mac.replace(":", ""))
 
 

@@ -47,7 +47,7 @@ class VmRow:
     port: int
     nat_port: int | None
     description: str | None
-    parameter: Word  # of shorewall
+    parameter: Word  # its name as a variable of a shell
 
 
 @dataclass(frozen=True, slots=True)

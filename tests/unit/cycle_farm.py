@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, make_key
 
-from builds.cycle import RunCycle
+from builds.operation import RunCycle
 from builds.record import BuildRecord, find_record
 from inventory.loader import load
 from provision.engine.report import Action, QuietReporter

@@ -15,6 +15,7 @@ import pytest
 from cycle_farm import FETCH, STEPS, Lab, environment, lab, plan_cycle, reset, run, run_cycle
 from sshd_machine import alive, gone, wait_for
 
+from builds.operation import RunCycle
 from builds.record import find_record, load_records
 from host.run import which
 from hypervisors.fake.driver import FakeDisks
@@ -25,6 +26,7 @@ from inventory.errors import (
     UsageError,
 )
 from inventory.loader import load, loads
+from provision.engine.runner import perform
 from provision.farm import clone_farm
 from provision.site import Site
 
@@ -429,6 +431,8 @@ def test_the_plan_is_what_the_run_does_and_does_nothing(lab):
     assert named == [step["name"] for step in STEPS]
     assert lines[0].text.startswith(f"build {lab.source} at {lab.git('rev-parse', 'HEAD')[:10]} (One)")
     assert not (lab.root / "state").exists()
+    with lab.site(STEPS) as site:
+        assert perform(site, RunCycle()).actions == lines
 
 
 CHILD = """

@@ -136,9 +136,12 @@ def test_a_file_is_brought_recorded_and_kept(lab: Lab, web: Web) -> None:
     assert len(web.asked) == 1, "from the cache"
     assert again.steps[0].details["cache"]
     kept.write_bytes(b"rotten")
+    dead = kept.with_name(f".{SHA256}.{2**22 + 1}.1")  # no process has that number
+    dead.touch()
     passes(lab, step(url))
     assert "damaged" in said(find_record_of(lab))
     assert (kept.read_bytes(), len(web.asked)) == (CONTENT, 2)
+    assert not dead.exists()
     assert there.read_bytes() == CONTENT
 
 

@@ -1,4 +1,4 @@
-"""A kind of a step is one file, nobody else knows it by name; its failures are judged by data."""
+"""A kind of a cycle's step is one file, nobody else knows it by name; failures are judged by data."""
 
 from __future__ import annotations
 
