@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -122,6 +121,8 @@ class Templates:
 
     def _place(self, error: BaseException, file: str) -> tuple[str, int]:
         """jinja2 has put the template's lines into the traceback."""
+        import traceback
+
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             path = Path(frame.filename)
             if path.suffix == ".j2":

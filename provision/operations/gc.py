@@ -8,7 +8,15 @@ from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import NamelessDisks
-from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted, some, some_remedies
+from inventory.errors import (
+    Busy,
+    DriverFailed,
+    FarmhandError,
+    Interrupted,
+    some,
+    some_remedies,
+    spelled,
+)
 from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
@@ -87,7 +95,7 @@ class _Removing:
                 site.locks.hold(lock_of(vm) if vm else "gc", doing="gc"),
                 site.journal.begin(GC, [vm] if vm else [], GcFacts(ref)) as entry,
             ):
-                entry.step(action.text)
+                entry.step(spelled(action.text))
                 item.discard()
         except Busy as error:  # since the plan
             site.reporter.warn(error.message, vm=vm)
