@@ -16,8 +16,8 @@ from provision.allocate import Allocation
 from provision.network.document import Document
 from provision.network.service import Service
 from provision.network.service import services as used
-from provision.network.templating import Templates, never
-from provision.network.view import View, VmRow, Word, pools, view
+from provision.network.templating import Templates, Word, never
+from provision.network.view import View, VmRow, pools, view
 
 SHARDS = 64
 """Files that a service's hosts are spread over."""

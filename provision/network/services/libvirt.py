@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from hypervisors.libvirt.network import drop_network, set_network
 from provision.network.document import Document
 from provision.network.service import Checker, Service, Step
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
