@@ -1,42 +1,33 @@
-"""The build cycle: its steps in their order, one build record, everything left consistent.
+"""A build: the jobs of its plan in their order, one build record, everything left consistent.
 
-The lock ``cycle`` and those of the cycle's VMs are held all through. A second Ctrl-C while the first
-is being dealt with gives up on ballooning the VMs down; the record is written in any case.
+A second Ctrl-C while the first is being dealt with gives up on ballooning the VMs down; the record is
+written in any case.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from builds import page
-from builds.again import command, cycle_command, cycle_options
-from builds.lineage import Before, look_back, reset_first, vms_of
+from builds.again import cycle_asked, from_step
+from builds.lineage import Before, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.plan import (
-    batches,
-    check,
-    check_source,
-    choose,
-    cycle_of,
-    describe,
-    plan_cycle,
-    source_for,
-)
+from builds.operation import RunCycle
+from builds.plan import BuildPlan, Job, batches
 from builds.record import (
-    CYCLE_LOCK,
     BuildRecord,
     FileRecord,
+    Flow,
     SourceRecord,
     Status,
     StepRecord,
@@ -47,133 +38,53 @@ from builds.record import (
     prune,
 )
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
-from builds.steps import StepFailed, StepLog, StepRun
-from inventory.errors import BuildFailed, Busy, FarmhandError, Interrupted, Remedy
-from inventory.model import Cycle, ResetStep, Step, TransferStep
+from builds.step_kind import StepKind
+from builds.step_run import StepFailed, StepLog, StepRun
+from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
-from provision.engine.work import lock_of
 from provision.site import Site
-
-__all__ = ["plan_cycle", "run_cycle"]
-
-Stream = Callable[[str, bytes], None]
-"""Told which VM, and what it printed, as it prints it."""
 
 _SHA256_DIGITS = 64
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
 
-def run_cycle(
-    site: Site,
-    *,
-    start_from: str | None = None,
-    only: Sequence[str] = (),
-    revision: str | None = None,
-    keep_going: bool = False,
-    stream: Stream | None = None,
-) -> BuildRecord:
-    """Carry out the farm's build cycle; returns its record if all went well.
+class Build:
+    """One run of the cycle: a plan carried out. Everything here happens in one event loop."""
 
-    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
-    uses one before it resets it is refused, where its disk is ours.
-    ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
-    failed or interrupted cycle; the record says of which. Such a partial run builds what the skipped
-    steps were given, where the VMs tell (``builds.lineage``), and its record says what is not known;
-    it is refused where they hold another commit than ``revision``. ``keep_going``: later steps are tried
-    after a failed one, but not on a VM whose reset failed.
-    ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
-
-    Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
-    NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
-    Interrupted.
-    """
-    cycle = cycle_of(site)
-    chosen = choose(cycle, start_from, only)
-    steps = [step for step in cycle.steps if step.name in chosen]
-    vms = site.vms(sorted({vm for step in steps for vm in vms_of(step)}))
-    doing = "cycle" + (f" --revision {revision}" if revision else "")
-    site.prepare()
-    with _cycle_lock(site, doing), site.locks.hold(*map(lock_of, vms), doing=doing):
-        meter = Meter()
-        with meter.hypervisor():
-            check(site, steps, whole=start_from is None and not only)
-        before = look_back(site, cycle, chosen)
-        source = source_for(site, before, revision, cycle=cycle, snapshot=True)
-        check_source(site.farm, cycle, source)
-        options = cycle_options(only=only, revision=revision, keep_going=keep_going)
-        build = _Build(
-            site, cycle, chosen, before, source, meter,
-            options=options, keep_going=keep_going, stream=stream,
-        )  # fmt: skip
-        # Journaled, so that after a kill the next command brings the VMs' memory down again.
-        with site.journal.operation("cycle", vms=vms, build=build.id), asyncio.Runner() as runner:
-            runner.run(build.run(vms))
-        return build.conclude()
-
-
-@contextlib.contextmanager
-def _cycle_lock(site: Site, doing: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(site.locks.hold(CYCLE_LOCK, doing=doing))
-        except Busy as error:
-            holder = site.locks.holder(CYCLE_LOCK)
-            raise Busy(
-                f"{site.name}: a cycle is running already: {holder}" if holder else error.message,
-                remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends"
-                + (f", or end it: kill {holder.pid}" if holder and holder.pid else ""),
-            ) from None
-        yield
-
-
-class _Build:
-    """One run of the cycle. Everything here happens in one event loop."""
-
-    def __init__(
-        self,
-        site: Site,
-        cycle: Cycle,
-        chosen: frozenset[str],
-        before: Before,
-        source: Resolved | None,
-        meter: Meter,
-        *,
-        options: Sequence[str],
-        keep_going: bool,
-        stream: Stream | None,
-    ) -> None:
+    def __init__(self, site: Site, plan: BuildPlan, request: RunCycle, meter: Meter) -> None:
         self._site = site
-        self._cycle = cycle
-        self._chosen = chosen
-        self._source = source
+        self._plan = plan
+        self._source = source = plan.source
         self._meter = meter
-        self._keep_going = keep_going
-        self._stream = stream
+        self._keep_going = request.keep_going
+        self._stream = request.stream
         self._interrupts = 0
         self._trouble: FarmhandError | None = None  # beside any step
         self._under_way: asyncio.Future[None] | None = None
-        known = _source_record(site, source, before)
+        self._archive: tuple[FileRecord, ...] = ()
+        known = _source_record(site, source, plan.before)
         directory = new_directory(site.paths, known.commit)
         self._steps = {
-            step.name: _waiting(number, step, chosen, before)
-            for number, step in enumerate(cycle.steps, 1)
+            step.name: _waiting(number, step, plan) for number, step in enumerate(plan.steps, 1)
         }
         self._record = BuildRecord(
             id=directory.name,
             farm=site.farm.farm,
             result="running",
             started=now(),
-            who=getpass.getuser(),
+            requester=site.requester,
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             farm_file=str(site.farm.path),
-            options=tuple(options),
+            asked=cycle_asked(
+                only=request.only, revision=request.revision, keep_going=request.keep_going
+            ),
             source=known,
-            notes=(*(source.notes if source else ()), *before.notes),
+            notes=(*(source.notes if source else ()), *plan.before.notes),
             directory=directory,
         )
-        self._machines = Machines(site, source, directory, meter, self._note)
+        self.machines = Machines(site, source, directory, meter, self._note)
         point_last(site.paths, directory.name)
 
     @property
@@ -182,16 +93,20 @@ class _Build:
 
     # -- the whole ----------------------------------------------------------------------------
 
-    async def run(self, vms: Sequence[str]) -> None:
-        """All steps, then everything put right; the outcome is in the record."""
+    async def run(self) -> None:
+        """The plan; the outcome is in the record."""
         self._save()
         with self._signals():
             sums = asyncio.ensure_future(self._checksum())
             try:
-                await self._interruptible(self._all(vms))
+                await self._interruptible(self._all())
             finally:
-                await self._interruptible(self._put_right(vms))
+                await self._interruptible(self._put_right())
                 await asyncio.wait([sums])
+        await self._do(self._plan.close)
+
+    def close(self) -> None:
+        """The record's last word."""
         result = "partial" if self._record.partial else "passed"
         if self._trouble or any(step.status == "failed" for step in self._steps.values()):
             result = "failed"
@@ -202,7 +117,29 @@ class _Build:
                 self._steps[name] = replace(step, status="skipped")
         self._record = replace(self._record, result=result, ended=now())  # type: ignore[arg-type]
         self._save()
-        prune(self._site.paths, self._cycle.keep_records, current=self._record.id)
+        prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
+
+    def verdict(self) -> tuple[str, str, Mapping[str, object]]:
+        """For the journal and those who are told of builds: how it ended, why, and what there is to say
+        of the build."""
+        record, step = self._record, self._record.failed_step
+        told: dict[str, object] = {
+            "result": record.result,
+            "partial": record.partial,
+            "seconds": record.seconds,
+            "repository": record.source.repository,
+            "commit": record.source.commit,
+            "record": str(record.path),
+            "failed": None,
+        }
+        if step is not None:
+            told["failed"] = {
+                "step": step.name, "vm": step.vm, "class": step.failure, "message": step.message,
+            }  # fmt: skip
+        if record.result in ("passed", "partial"):
+            return "done", "", told
+        why = f"step {step.name}: {step.message or step.status}" if step else ""
+        return record.result, self._trouble.message if self._trouble else why, told
 
     def conclude(self) -> BuildRecord:
         """The record, or the error that tells how it ended."""
@@ -212,12 +149,12 @@ class _Build:
         bad = [step for step in record.steps if step.status in ("failed", "interrupted")]
         if record.result == "interrupted":
             at = next((s for s in bad if s.status == "interrupted"), None) or next(
-                (s for s in record.steps if s.name in self._chosen and s.status == "skipped"), None
+                (s for s in record.steps if s.name in self._plan.chosen and s.status == "skipped"), None
             )
             where = f" at step {at.name}" if at else ""
             gone = Interrupted(
                 f"interrupted{where}; what ran in the VMs was ended, the record is {record.path}",
-                remedy=f"go on from there: {self._again(at.name)}" if at else self._again(""),
+                remedy=("go on from there: ", self._again(at.name)) if at else self._again(""),
             )
             gone.build = record.id
             raise gone
@@ -225,64 +162,71 @@ class _Build:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
-            look: Remedy = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
+            look: Remedy = ("look at it: ", Call("status"), ", ", Call("console", vm=first.vm))
             if first.failure != "infrastructure":
-                look = f"look inside: {command('ssh', '--vm', first.vm)}"
+                look = ("look inside: ", Call("ssh", vm=first.vm))
             look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
-                remedy=f"{look}; then go on from there: {self._again(first.name)}",
+                remedy=(look, "; then go on from there: ", self._again(first.name)),
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
             )
             failed.build = record.id
             raise failed
         return record
 
-    def _again(self, step: str) -> str:
-        return cycle_command(step, self._record.options)
+    def _again(self, step: str) -> Call:
+        return from_step(self._record.asked, step)
 
-    async def _all(self, vms: Sequence[str]) -> None:
+    async def _all(self) -> None:
+        plan = self._plan
+        chosen = [step for step in plan.steps if step.name in plan.chosen]
         try:
-            chosen = [step for step in self._cycle.steps if step.name in self._chosen]
-            for vm in vms:
-                self._machines.begin(vm, resets=reset_first(chosen, vm))
+            for vm in plan.vms:
+                self.machines.begin(vm, resets=reset_first(chosen, vm))
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error
             return
-        for batch in batches(step for step in self._cycle.steps if step.name in self._chosen):
-            going_on = await asyncio.gather(*(self._step(step) for step in batch))
+        for batch in batches(plan.jobs):
+            going_on = await asyncio.gather(*map(self._do, batch))
             if not all(going_on) and not self._keep_going:
                 return
 
-    async def _put_right(self, vms: Sequence[str]) -> None:
-        await self._machines.drop_all()
-        await asyncio.gather(*(self._machines.deflate(vm) for vm in vms))
+    async def _put_right(self) -> None:
+        await self.machines.drop_all()
+        await asyncio.gather(*map(self._do, self._plan.give_back))
+
+    async def _do(self, job: Job) -> bool:
+        return job.run is None or await job.run(self)
 
     # -- one step -----------------------------------------------------------------------------
 
-    async def _step(self, step: Step) -> bool:
+    async def step(self, step: StepKind) -> bool:
         """Whether it passed. Only CancelledError leaves it."""
-        name, vm = step.name, vms_of(step)[0]
+        name, vm = step.name, step.vms[0]
         reporter = self._site.reporter
-        number = [s.name for s in self._cycle.steps].index(name) + 1
+        number = self._plan.steps.index(step) + 1
         began = self._meter.elapsed
         log = StepLog(self._record.directory / self._steps[name].log, vm, self._stream)
         run = StepRun(
-            machines=self._machines,
+            step=step,
+            site=self._site,
+            machines=self.machines,
             meter=self._meter,
             environment=self._environment,
             before_run=self._find_commit,
             artifacts=self._record.directory / "artifacts",
             log=log,
+            details=dict(step.details()),
         )
-        reporter.say(f"step {number}/{len(self._steps)} {name}: {describe(step)}", vm=vm)
+        reporter.say(f"step {number}/{len(self._steps)} {name}: {step.does()}", vm=vm)
         self._change(name, status="running", started=now(), offset=round(began, 3))
         status: Status = "interrupted"
         failure: StepFailed | None = None
         try:
-            await run.carry_out(step)
+            await run.carry_out()
             status = "passed"
         except StepFailed as error:
             # A reset that Ctrl-C stopped in its thread says so itself.
@@ -309,6 +253,7 @@ class _Build:
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
                 files=tuple(run.files),
+                details=run.details,
             )
         if failure is not None:
             reporter.warn(f"{name} {status} {after}, {failure.failure}: {failure}", vm=vm)
@@ -333,7 +278,7 @@ class _Build:
         source = self._record.source
         if self._source is None or source.commit or source.unverified:
             return
-        connection = await self._machines.connection(vm)
+        connection = await self.machines.connection(vm)
         answer: list[bytes] = []
 
         def keep(data: bytes) -> None:
@@ -375,12 +320,9 @@ class _Build:
         self._record = replace(
             self._record,
             steps=steps,
-            vms=tuple(self._machines.records.values()),
-            inputs=(
-                *(f for f in self._record.inputs if not f.name.startswith("template ")),
-                *self._machines.templates.values(),
-            ),
-            outputs=tuple(f for step in steps for f in step.files if f.path.startswith("artifacts/")),
+            vms=tuple(self.machines.records.values()),
+            inputs=(*self._archive, *self.machines.templates.values(), *_flowing(steps, "in")),
+            outputs=_flowing(steps, "out"),
             **self._meter.shares(),  # type: ignore[arg-type]
         )
         self._record.save(durable=self._record.result != "running")
@@ -397,9 +339,9 @@ class _Build:
             return
         archive = FileRecord(
             name=f"{source.name}-{source.short}.tar", size=size, sha256=sha256,
-            path=f"git archive --format=tar {source.commit}",
+            path=f"git archive --format=tar {source.commit}", flow="in",
         )  # fmt: skip
-        self._record = replace(self._record, inputs=(archive, *self._record.inputs))
+        self._archive = (archive,)
 
     # -- interruption -------------------------------------------------------------------------
 
@@ -442,20 +384,23 @@ class _Build:
                 signal.signal(number, handler)
 
 
-def _waiting(number: int, step: Step, chosen: frozenset[str], before: Before) -> StepRecord:
-    vms = vms_of(step)
-    kind = "reset" if isinstance(step, ResetStep) else "transfer" if len(vms) == 2 else "run"
-    to = step.to if isinstance(step, (ResetStep, TransferStep)) else ""
+def _flowing(steps: Iterable[StepRecord], flow: Flow) -> tuple[FileRecord, ...]:
+    return tuple(file for step in steps for file in step.files if file.flow == flow)
+
+
+def _waiting(number: int, step: StepKind, plan: BuildPlan) -> StepRecord:
+    chosen = step.name in plan.chosen
     return StepRecord(
         name=step.name,
-        kind=kind,
-        vm=vms[0],
-        to=to,
-        status="waiting" if step.name in chosen else "skipped",
-        chosen=step.name in chosen,
-        done_in=before.done.get(step.name, ""),
-        unverified=before.unverified.get(step.name, ""),
+        kind=step.KIND,
+        vm=step.vms[0],
+        to=step.target,
+        status="waiting" if chosen else "skipped",
+        chosen=chosen,
+        done_in=plan.before.done.get(step.name, ""),
+        unverified=plan.before.unverified.get(step.name, ""),
         limit=step.timeout,
+        details=step.details(),
         log=f"{number:02d}-{step.name}.log",
     )
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from builds.record import BuildRecord, SourceRecord, load_records
+from builds.step_kind import StepKind
 from inventory.errors import FarmhandError
-from inventory.model import Cycle, ResetStep, RunStep, Step
 from provision.guest.connection import Connection
 
 if TYPE_CHECKING:
@@ -62,37 +62,28 @@ def _grouped(by_step: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def vms_of(step: Step) -> tuple[str, ...]:
-    if isinstance(step, ResetStep):
-        return (step.reset,)
-    if isinstance(step, RunStep):
-        return (step.vm,)
-    return (step.source, step.to)
-
-
-def reset_first(steps: Iterable[Step], vm: str) -> bool:
+def reset_first(steps: Iterable[StepKind], vm: str) -> bool:
     """Whether the first of these steps that uses the VM resets it."""
-    first = next((step for step in steps if vm in vms_of(step)), None)
-    return isinstance(first, ResetStep)
+    first = next((step for step in steps if vm in step.vms), None)
+    return first is not None and first.RENEWS
 
 
-def look_back(site: Site, cycle: Cycle, chosen: frozenset[str]) -> Before:
-    """What this choice of steps goes on from; VMs are asked only where steps are skipped."""
-    steps = [step for step in cycle.steps if step.name in chosen]
-    first = cycle.steps.index(steps[0])
-    last = cycle.steps.index(steps[-1])
-    relevant = [step for step in cycle.steps[:first] if _counts(step, steps)]
-    between = [s for s in cycle.steps[first:last] if s.name not in chosen and _counts(s, steps)]
+def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> Before:
+    """What this choice of a cycle's steps goes on from; VMs are asked only where steps are skipped."""
+    steps = [step for step in every if step.name in chosen]
+    first, last = every.index(steps[0]), every.index(steps[-1])
+    relevant = [step for step in every[:first] if _counts(step, steps)]
+    between = [s for s in every[first:last] if s.name not in chosen and _counts(s, steps)]
     late = {step.name: f"skipped, though {steps[0].name} is run" for step in between}
     if not relevant:
         return Before(unverified=late)
-    marks = _read_marks(site, sorted({vms_of(step)[-1] for step in relevant}))
+    marks = _read_marks(site, sorted({step.changes for step in relevant}))
     before = judge(relevant, marks, load_records(site.paths))
     return replace(before, unverified={**before.unverified, **late})
 
 
 def judge(
-    steps: Sequence[Step], marks: Mapping[str, tuple[str, str]], records: Sequence[BuildRecord]
+    steps: Sequence[StepKind], marks: Mapping[str, tuple[str, str]], records: Sequence[BuildRecord]
 ) -> Before:
     """``marks``: by VM, the build whose work it holds, or "" and why that isn't known."""
     known = {record.id: record for record in records}
@@ -100,7 +91,7 @@ def judge(
     unverified: dict[str, str] = {}
     held: dict[str, BuildRecord] = {}  # by VM
     for step in steps:
-        vm = vms_of(step)[-1]  # of a transfer, the one it changes
+        vm = step.changes
         build, why = marks[vm]
         record = known.get(build)
         if record is None:
@@ -126,9 +117,9 @@ def judge(
     return Before(done=done, unverified=unverified, source=next(iter(sources.values()), None))
 
 
-def _counts(step: Step, chosen: Sequence[Step]) -> bool:
+def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:
     """Whether what is run depends on it: it left something, in a VM that isn't reset first now."""
-    return not isinstance(step, ResetStep) and not reset_first(chosen, vms_of(step)[-1])
+    return not step.RENEWS and not reset_first(chosen, step.changes)
 
 
 def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -16,13 +16,13 @@ from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
+from hypervisors.api import Machine
 from inventory.errors import FarmhandError, Unsupported, WrongState
-from inventory.model import ResetStep
 from inventory.sizes import format_duration, format_size
 from provision import farm
-from provision.engine.work import is_on
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
+from provision.member import is_on
 from provision.power import console_tail, until_ready
 from provision.site import Site
 
@@ -97,16 +97,15 @@ class Machines:
 
     # -- reset --------------------------------------------------------------------------------
 
-    async def reset(self, step: ResetStep, say: Callable[[str], None]) -> None:
+    async def reset(self, vm: str, to: str, say: Callable[[str], None]) -> None:
         """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
-        site, vm = self._site, step.reset
-        member = site.member(vm)
+        site, member = self._site, self._site.member(vm)
         await self.drop(vm)
         self._not_reset.add(vm)
         self._update(vm, pristine=False)
         since = time.monotonic()
         with self._meter.hypervisor():
-            outcome = await in_thread(lambda: farm.reset(site, [vm], to=step.to, wait=False))
+            outcome = await in_thread(lambda: farm.reset(site, [vm], to=to, wait=False))
         self._not_reset.remove(vm)
         self._carried.pop(vm, None)
         proof = _proof(outcome.facts, vm)
@@ -114,14 +113,14 @@ class Machines:
         known = pristine if isinstance(pristine, bool) else None
         self._update(
             vm,
-            checkpoint=step.to,
+            checkpoint=to,
             pristine=known if vm not in self._as_it_was else False,
             template=str(proof.get("template") or self.records[vm].template),
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
         for action in outcome.actions:
             say(f"{action}")
-        say(f"disk is checkpoint {step.to}: {_proven(pristine)}")
+        say(f"disk is checkpoint {to}: {_proven(pristine)}")
         with self._meter.guest():
             ready = await until_ready(member, since=since if member.can_power else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
@@ -136,7 +135,7 @@ class Machines:
         WrongState where its reset failed in this build: nothing is built on a disk that isn't its
         checkpoint."""
         if vm in self._not_reset:
-            raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
+            raise WrongState("its reset failed, so it is not used in this build", vm=vm)
         async with self._locks.setdefault(vm, asyncio.Lock()):
             connection = await self._connected(vm)
             if vm not in self._in_use:
@@ -281,36 +280,37 @@ class Machines:
     # -- memory -------------------------------------------------------------------------------
 
     async def inflate(self, vm: str) -> None:
-        """Give an idle VM its full memory before it builds."""
-        member = self._site.member(vm)
-        declared = member.declared
-        if declared.idle_memory in (None, declared.memory) or not member.can_power:
-            return
-        with self._meter.hypervisor():
-            machine = member.driver.find(member.machine)
-            if machine is not None and machine.current < declared.memory:
-                await self._balloon(vm, declared.memory)
-            else:
-                self._update(vm, memory=declared.memory)
+        """Give an idle VM its full memory before it builds. Can't be: a note."""
+        full = self._site.member(vm).declared.memory
+        machine = await self._idling(vm)
+        if machine is not None and machine.current < full:
+            await self._balloon(vm, full)
+        elif machine is not None:
+            self._update(vm, memory=full)
 
     async def deflate(self, vm: str) -> None:
-        """Back to idle memory, whatever became of the build."""
+        """Back to idle memory, whatever became of the build. Can't be: a note."""
+        idle = self._site.member(vm).declared.idle_memory
+        machine = await self._idling(vm)
+        if idle is not None and machine is not None and is_on(machine) and machine.current != idle:
+            await self._balloon(vm, idle)
+
+    async def _idling(self, vm: str) -> Machine | None:
+        """The machine of a VM that has less memory while it idles."""
         member = self._site.member(vm)
-        idle = member.declared.idle_memory
-        if idle is None or idle == member.declared.memory or not member.can_power:
-            return
+        if not member.idles:
+            return None
         with self._meter.hypervisor():
             try:
-                machine = member.driver.find(member.machine)
+                return await in_thread(lambda: member.driver.find(member.machine))
             except FarmhandError as error:
                 self._note(f"{vm}: its memory can't be looked at: {error.message}")
-                return
-            if is_on(machine) and machine is not None and machine.current != idle:
-                await self._balloon(vm, idle)
+                return None
 
     async def _balloon(self, vm: str, target: int) -> None:
         try:
-            await in_thread(lambda: farm.balloon(self._site, vm, target))
+            with self._meter.hypervisor():
+                await in_thread(lambda: farm.balloon(self._site, vm, target))
             if target == self._site.farm.vms[vm].memory:
                 self._update(vm, memory=target)
         except FarmhandError as error:

@@ -1,26 +1,29 @@
-"""Which steps a cycle takes, and the plan's lines, from real reads."""
+"""What a build will do, by real reads: the very jobs that it then carries out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING
 
-from builds.again import command, cycle_command
-from builds.lineage import Before, look_back, reset_first, vms_of
-from builds.source import Resolved, check_contents, resolve
+from builds.lineage import Before, look_back, reset_first
+from builds.source import NoRevision, Resolved, check_contents, resolve
+from builds.step_kind import StepKind, steps_of
+from host.check import install
+from host.run import which
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.errors import Call, FarmhandError, NotFound, Unsupported, UsageError, WrongState
 from inventory.loader import place
-from inventory.model import Cycle, Farm, ResetStep, RunStep, Step, TransferStep
-from inventory.sizes import format_duration, format_size
+from inventory.model import Cycle, Farm
+from inventory.sizes import format_size
 from provision.engine.report import Action
-from provision.operations.reset import check_checkpoint
 
 if TYPE_CHECKING:
+    from builds.cycle import Build
     from provision.site import Site
 
 
@@ -55,42 +58,29 @@ def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozens
     return frozenset(chosen)
 
 
-def batches(steps: Iterable[Step]) -> list[list[Step]]:
-    """Steps in their order; resets that follow one another, of different VMs, side by side."""
-    result: list[list[Step]] = []
-    for step in steps:
-        last = result[-1] if result else []
-        if (
-            isinstance(step, ResetStep)
-            and last
-            and all(isinstance(s, ResetStep) and s.reset != step.reset for s in last)
-        ):
-            last.append(step)
-        else:
-            result.append([step])
-    return result
-
-
-def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
+def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
     """Everything that can be known beforehand: the VMs exist, can be driven over ssh, have what they
     are to be reset to, and those not reset first are running. In a ``whole`` cycle each VM with a disk
     of ours is reset before it is built on: a build begins on a proven disk. NotFound, Unsupported,
     WrongState, UsageError."""
     ready: set[str] = set()
     for step in steps:
-        for vm in vms_of(step):
+        for vm in step.vms:
             site.vms([vm])
-            first = vm not in ready and not isinstance(step, ResetStep)
+            first = vm not in ready and not step.RENEWS
             member = site.member(vm)
             if whole and first and member.has_store:
                 raise UsageError(
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
-                    remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
-                    f"record say so: {command('cycle', '--from', steps[0].name)}",
+                    remedy=(
+                        f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
+                        "record say so: ",
+                        Call("cycle", from_=steps[0].name),
+                    ),
                 )
             driver = member.info
-            if not driver.guests and not isinstance(step, ResetStep):
+            if not driver.guests and not step.RENEWS:
                 raise Unsupported(
                     f"{site.name}: step {step.name}: {vm} is on {driver.called}, "
                     "where nothing can be run",
@@ -101,27 +91,19 @@ def check(site: Site, steps: Sequence[Step], *, whole: bool) -> None:
             ready.add(vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
-                raise NotFound(
-                    f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
-                )
-            if isinstance(step, ResetStep):
-                _check_reset(site, step)
-            elif machine.power in (Power.STOPPED, Power.SUSPENDED):
+                raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
+            if not step.RENEWS and machine.power in (Power.STOPPED, Power.SUSPENDED):
                 raise WrongState(
                     f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
-                    remedy=f"./invoke start --vm {vm}",
+                    remedy=Call("start", vm=vm),
                 )
-
-
-def _check_reset(site: Site, step: ResetStep) -> None:
-    """That there is what it goes back to, and not a warm one: a guest whose memory runs on writes to its
-    disk, which is never proven to be its checkpoint."""
-    if check_checkpoint(site, step.reset, step.to):
-        raise Unsupported(
-            f"{site.name}: step {step.name}: {step.reset}'s checkpoint {step.to} is warm, and a build "
-            "begins on a proven disk",
-            remedy="reset it to a cold checkpoint",
-        )
+        for tool in step.TOOLS:
+            if which(tool) is None:
+                raise Unsupported(
+                    f"{site.name}: step {step.name} needs {tool} on this machine",
+                    remedy=install(tool),
+                )
+        step.check(site)
 
 
 def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:
@@ -145,12 +127,11 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
         )
 
 
-def check_source(farm: Farm, cycle: Cycle, source: Resolved | None) -> None:
+def check_source(farm: Farm, steps: Iterable[StepKind], source: Resolved | None) -> None:
     """Unsupported where it has what the cycle would leave out: see ``builds.source``."""
     if source is not None:
         with _placed(farm):
-            steps = (step for step in cycle.steps if isinstance(step, RunStep))
-            check_contents(source, (script for step in steps for script in step.run))
+            check_contents(source, (script for step in steps for script in step.scripts))
 
 
 @contextmanager
@@ -170,7 +151,7 @@ def source_place(farm: Farm) -> str:
 
 
 def source_for(
-    site: Site, before: Before, revision: str | None, *, cycle: Cycle, snapshot: bool
+    site: Site, before: Before, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
 ) -> Resolved | None:
     """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
     farm file's. WrongState where the VMs hold another commit than ``revision``."""
@@ -180,12 +161,12 @@ def source_for(
     asked = held.commit if revision is None else revision
     try:
         found = resolve_source(site, asked, snapshot=snapshot)
-    except NotFound as error:
-        if held.commit not in error.message:
+    except NoRevision as error:
+        if error.revision != held.commit:
             raise
         raise NotFound(  # nobody has typed that one
             f"{error.message}, the commit that the VMs hold",
-            remedy=f"build what is there now: {command('cycle')}",
+            remedy=("build what is there now: ", Call("cycle")),
         ) from None
     if found is None or revision is None:
         return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
@@ -193,31 +174,105 @@ def source_for(
         return found
     name, build = next(iter(before.done.items()))
     is_now = found.commit[:10] or "only known to the VM"
-    vm = vms_of(next(step for step in cycle.steps if step.name == name))[-1]
+    vm = next(step for step in steps if step.name == name).changes
     raise WrongState(
         f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
         f"--revision {revision} is {is_now}, and step {name} is skipped",
-        remedy=f"build that one: {cycle_command(name, ('--revision', revision))}; "
-        "or go on with what is there: leave --revision away",
+        remedy=(
+            "build that one: ",
+            Call("cycle", from_=name, revision=revision),
+            "; or go on with what is there: leave --revision away",
+        ),
     )
 
 
-def plan_cycle(
-    site: Site,
-    *,
-    start_from: str | None = None,
-    only: Sequence[str] = (),
-    revision: str | None = None,
-) -> tuple[Action, ...]:
-    """What ``run_cycle`` would do, line by line, nothing done."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A line of the plan, and what a build does for it, which says whether it went well; None: the line
+    is all. ``step``: which it is, if it is one."""
+
+    action: Action
+    run: Callable[[Build], Awaitable[bool]] | None = None
+    step: StepKind | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """All that a build does, in its order: ``jobs`` until one fails; ``give_back``, side by side,
+    whatever became of them; ``close`` at last."""
+
+    cycle: Cycle
+    steps: tuple[StepKind, ...]
+    chosen: frozenset[str]
+    before: Before
+    source: Resolved | None
+    jobs: tuple[Job, ...]
+    give_back: tuple[Job, ...]
+    close: Job
+
+    @property
+    def lines(self) -> tuple[Action, ...]:
+        return tuple(job.action for job in (*self.jobs, *self.give_back, self.close))
+
+    @property
+    def vms(self) -> tuple[str, ...]:
+        return vms_of(step for step in self.steps if step.name in self.chosen)
+
+
+def vms_of(steps: Iterable[StepKind]) -> tuple[str, ...]:
+    """Each once, in the order in which they are used."""
+    return tuple(dict.fromkeys(vm for step in steps for vm in step.vms))
+
+
+def plan_build(
+    site: Site, start_from: str | None, only: Sequence[str], revision: str | None, *, snapshot: bool
+) -> BuildPlan:
+    """What such a cycle does, by real reads; but for a commit of the source's present state, with
+    ``snapshot``, nothing is changed. Errors as of ``check`` and ``source_for``."""
     cycle = cycle_of(site)
+    every = steps_of(cycle)
     chosen = choose(cycle, start_from, only)
-    steps = [step for step in cycle.steps if step.name in chosen]
+    steps = [step for step in every if step.name in chosen]
     check(site, steps, whole=start_from is None and not only)
-    before = look_back(site, cycle, chosen)
-    source = source_for(site, before, revision, cycle=cycle, snapshot=False)
-    check_source(site.farm, cycle, source)
-    lines: list[Action] = []
+    before = look_back(site, every, chosen)
+    source = source_for(site, before, revision, steps=every, snapshot=snapshot)
+    check_source(site.farm, every, source)
+    jobs = [Job(action) for action in _beforehand(before, source, steps)]
+    raised: set[str] = set()
+    for step in every:
+        if step.name not in chosen:
+            jobs.append(Job(Action("skip", step.vms[0], f"{step.name}: skipped")))
+            continue
+        for vm in step.vms:
+            member = site.member(vm)
+            if step.BUILDS and vm not in raised and member.idles:
+                raised.add(vm)
+                full = format_size(member.declared.memory)
+                run = partial(_inflate, vm)
+                jobs.append(Job(Action("balloon", vm, f"memory to {full}"), run))
+        text = f"{step.name}: {step.does()}"
+        jobs.append(Job(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
+    give_back = []
+    for vm in vms_of(steps):
+        member = site.member(vm)
+        if member.idles:
+            idle = format_size(member.declared.idle_memory or 0)
+            give_back.append(Job(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
+    text = f"write the build record below {site.paths.builds}"
+    return BuildPlan(
+        cycle=cycle,
+        steps=every,
+        chosen=chosen,
+        before=before,
+        source=source,
+        jobs=tuple(jobs),
+        give_back=tuple(give_back),
+        close=Job(Action("record", "", text), _close),
+    )
+
+
+def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
+    """What is built, and on what; nothing is done for it."""
     if source is not None:
         if source.commit:
             what = f"{source.short} ({source.subject})" if source.subject else source.short
@@ -227,44 +282,49 @@ def plan_cycle(
         text = f"build {source.shown} at {what}"
         if before.why:
             text = f"build what the VMs hold of {source.shown}; GIT_REVISION is {what}"
-        lines.append(Action("source", "", text))
-        lines += [Action("note", "", note) for note in source.notes]
-    lines += [Action("note", "", note) for note in before.notes]
-    for vm in dict.fromkeys(vm for step in steps for vm in vms_of(step)):
+        yield Action("source", "", text)
+        yield from (Action("note", "", note) for note in source.notes)
+    yield from (Action("note", "", note) for note in before.notes)
+    for vm in vms_of(steps):
         if not reset_first(steps, vm):
-            lines.append(Action("note", vm, "taken as it is, not reset: the record will say so"))
-    inflated: set[str] = set()
-    for step in cycle.steps:
-        if step.name not in chosen:
-            lines.append(Action("skip", vms_of(step)[0], f"{step.name}: skipped"))
+            yield Action("note", vm, "taken as it is, not reset: the record will say so")
+
+
+def batches(jobs: Iterable[Job]) -> list[list[Job]]:
+    """What there is to do, in its order; resets that follow one another, of different VMs, are side by
+    side."""
+    result: list[list[Job]] = []
+    for job in jobs:
+        if job.run is None:
             continue
-        for vm in vms_of(step):
-            declared = site.farm.vms[vm]
-            idle = declared.idle_memory
-            if isinstance(step, RunStep) and idle not in (None, declared.memory) and vm not in inflated:
-                inflated.add(vm)
-                lines.append(Action("balloon", vm, f"memory to {format_size(declared.memory)}"))
-        lines.append(Action(_verb(step), vms_of(step)[0], f"{step.name}: {describe(step)}"))
-    for vm in sorted(inflated):
-        idle = site.farm.vms[vm].idle_memory
-        assert idle is not None
-        lines.append(Action("balloon", vm, f"memory to {format_size(idle)}"))
-    lines.append(Action("record", "", f"write the build record below {site.paths.builds}"))
-    return tuple(lines)
+        last = result[-1] if result else []
+        if last and all(_beside(job.step, other.step) for other in last):
+            last.append(job)
+        else:
+            result.append([job])
+    return result
 
 
-def describe(step: Step) -> str:
-    """What a step does, in a few words."""
-    limit = f"at most {format_duration(step.timeout)}"
-    if isinstance(step, ResetStep):
-        return f"reset to {step.to}, start, wait until its ssh answers, {limit}"
-    if isinstance(step, TransferStep):
-        return f"carry {', '.join(step.transfer)} to {step.to}:{step.into}, {limit}"
-    first = next((ln.strip() for ln in step.run[0].splitlines() if ln.strip()), "")
-    many = len(step.run) > 1 or len(step.run[0].strip().splitlines()) > 1
-    fetched = f", fetch {', '.join(step.artifacts)}" if step.artifacts else ""
-    return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}, {limit}{fetched}"
+def _beside(one: StepKind | None, other: StepKind | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.RENEWS and other.RENEWS and not set(one.vms) & set(other.vms)
 
 
-def _verb(step: Step) -> str:
-    return {ResetStep: "reset", RunStep: "run", TransferStep: "transfer"}[type(step)]
+async def _step(step: StepKind, build: Build) -> bool:
+    return await build.step(step)
+
+
+async def _inflate(vm: str, build: Build) -> bool:
+    await build.machines.inflate(vm)
+    return True
+
+
+async def _deflate(vm: str, build: Build) -> bool:
+    await build.machines.deflate(vm)
+    return True
+
+
+async def _close(build: Build) -> bool:
+    build.close()
+    return True

@@ -9,7 +9,6 @@ host only the VM reaches) is resolved in the VM.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import re
@@ -24,10 +23,12 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from host.files import make_directory
+from host.processes import account
 from host.run import MASK, Result, Runner
 from inventory.errors import (
     CommandFailed,
     NotFound,
+    Remedy,
     TimedOut,
     Unsupported,
     UsageError,
@@ -76,6 +77,14 @@ case $ASKED in HEAD | HEAD[~^@]*) ASKED=refs/asked/$ASKED ;; esac
 git -C "$d" --no-pager log -1 --no-show-signature --format='%H %s' "$ASKED" --
 """
 """A script for the VM: prints commit and subject of $ASKED at $SOURCE_URL."""
+
+
+class NoRevision(NotFound):
+    """The source is there and has no such revision."""
+
+    def __init__(self, revision: str, what: str, *, remedy: Remedy = "") -> None:
+        super().__init__(what, remedy=remedy)
+        self.revision = revision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +272,7 @@ def _check_directory(directory: Path) -> None:
 
 def _unreadable(path: Path) -> WrongState:
     return WrongState(
-        f"the source {path} can't be read by {getpass.getuser()}",
+        f"the source {path} can't be read by {account(os.geteuid())}",
         remedy="make it, and what it lies in, readable; or run this as a user who may read it",
     )
 
@@ -487,7 +496,8 @@ def _commit(git: Git, revision: str, shown: Path) -> tuple[str, str, str]:
         raise _broken(shown, refs.stderr.splitlines()[0])
     near = get_close_matches(revision, names, 1)
     shallow = git("rev-parse", "--is-shallow-repository").strip() == "true"
-    raise NotFound(
+    raise NoRevision(
+        revision,
         f"{shown} has no revision {revision!r}",
         remedy=f"did you mean {near[0]}?"
         if near
@@ -526,7 +536,8 @@ def _resolve_url(name: str, url: str, revision: str) -> Resolved:
         if ref in refs:
             return Resolved(name=name, shown=mask(url), asked=revision, url=url, commit=refs[ref])
     if not refs and _NAME.fullmatch(revision) and not _ABBREVIATED.fullmatch(revision):
-        raise NotFound(
+        raise NoRevision(
+            revision,
             f"{mask(url)} has no branch or tag {revision!r}",
             remedy="see 'source: revision:' in the farm file, or --revision",
         )

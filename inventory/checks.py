@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
 
+from inventory import kinds
 from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
@@ -12,7 +13,7 @@ from inventory.hosts import DriverInfo
 from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
-from inventory.values import STEP_KINDS, is_plain_name
+from inventory.values import is_plain_name
 from inventory.yamltree import Items, Mapping, Scalar
 
 Found = Iterator[Problem]
@@ -30,6 +31,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _subnet,
         _room,
         _steps,
+        _events,
         check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
@@ -342,29 +344,33 @@ def _steps(farm: Farm, places: Places) -> Found:
                     (*path, "name"),
                     f"a step of this name is in line {places.of_value(first)[0]}",
                 )
-        kinds = [kind for kind in STEP_KINDS if kind in step.keys]
-        if len(kinds) != 1:
+        known = [kind for kind in kinds.steps if kind in step.keys]
+        if len(known) != 1:
             continue
-        for key in {"reset": ("reset",), "run": ("vm",), "transfer": ("from", "to")}[kinds[0]]:
+        section = kinds.step(known[0])
+        for key in map(section.key_of, section.VMS):
             value = step.values.get(key)
             if not isinstance(value, Scalar) or (*path, key) in places.bad or not vms:
                 continue
             if value.text not in vms:
                 yield _at(places, (*path, key), f"no VM {quote(value.text)}{_close(value.text, vms)}")
-            elif kinds[0] == "reset" and value.text in farm.vms:
-                vm = farm.vms[value.text]
-                driver = _driver(farm, places, value.text)
-                if (
-                    driver is not None
-                    and not driver.virtual
-                    and not vm.reset
-                    and not places.is_bad(("vms", value.text, "reset"))
-                ):
-                    yield _at(
-                        places,
-                        (*path, key),
-                        f"VM {value.text} is on {driver.called} and has no 'reset' command",
-                    )
+    for number, accepted in enumerate(farm.cycle.steps if farm.cycle else ()):
+        sound = all(
+            vm in farm.vms and _driver(farm, places, vm) and not places.is_bad(("vms", vm))
+            for vm in accepted.vms
+        )
+        if sound and (refused := accepted.refusal(farm)):
+            key, text = refused
+            yield places.problem(("cycle", "steps", number, key), text)
+
+
+def _events(farm: Farm, places: Places) -> Found:
+    known = _keys(places, "vms")
+    for name, subscriber in farm.events.items():
+        for number, vm in enumerate(subscriber.vms):
+            if vm not in known and ("vms",) not in places.bad:
+                where = ("events", name, "vms", number)
+                yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

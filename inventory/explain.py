@@ -14,20 +14,21 @@ from inventory.base import KeyProblem, Model, quote
 from inventory.engine import ValidationError
 from inventory.errors import Problem
 from inventory.hosts import DEFAULT_DRIVER, Host
-from inventory.model import Farm, ResetStep, RunStep, TransferStep
+from inventory.model import Farm
 from inventory.places import Path, Places
-from inventory.values import STEP_KINDS, step_kind
+from inventory.subscribers import subscriber_kind
+from inventory.values import step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
 
-_STEPS: dict[str | None, type[Model]] = {
-    "reset": ResetStep,
-    "run": RunStep,
-    "transfer": TransferStep,
-}
 _UNKNOWN = "unexpected_keyword_argument"  # pydantic's word for a key that the section has not
 _SECTION = "section"  # ours for what a section itself refuses
 _STAND_IN: dict[str, Any] = {"farm": "x", "vms": {"x": {}}}  # for what a farm can't be without
+
+
+def _kinds() -> str:
+    *first, last = (f"'{name}'" for name in kinds.steps)
+    return f"{', '.join(first)} and {last}"
 
 
 def nearest(word: str, known: Collection[str]) -> str:
@@ -89,10 +90,13 @@ class Pruner:
         return changed
 
     def _without_tags(self, loc: tuple[str | int, ...]) -> Path:
-        """pydantic puts the driver behind a host's name, the kind of step behind its number."""
+        """pydantic puts the driver behind a host's name, the kind of step behind its number, and that of
+        a subscriber behind its name."""
         if loc[:1] == ("hosts",) and len(loc) > 2 and loc[2] in kinds.hosts:
             return (*loc[:2], *loc[3:])
-        if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in STEP_KINDS:
+        if loc[:1] == ("events",) and len(loc) > 2 and loc[2] in kinds.subscribers:
+            return (*loc[:2], *loc[3:])
+        if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in kinds.steps:
             return (*loc[:3], *loc[4:])
         return loc
 
@@ -106,7 +110,8 @@ class Pruner:
         if kind == "missing":
             return path in told
         if kind == "union_tag_not_found":
-            return any((*path, key) in told for key in STEP_KINDS)
+            known = (*kinds.steps, *kinds.subscribers)
+            return any((*path, key) in told for key in known)
         return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:
@@ -144,6 +149,8 @@ class Pruner:
             return path, self._unknown_key(path)
         if path[:1] == ("hosts",) and kind in ("union_tag_not_found", "union_tag_invalid"):
             return self._unknown_driver(path)
+        if path[:1] == ("events",) and kind == "union_tag_not_found":
+            return path, self._unknown_subscriber(node)
         if kind == "union_tag_not_found":
             return path, self._unknown_step(node)
         if not of_key and isinstance(node, Scalar) and node.missing:
@@ -215,13 +222,19 @@ class Pruner:
     def _unknown_step(self, node: object) -> str:
         if not isinstance(node, Keys):
             return "a step is made of keys with values, such as 'name' and 'run'"
-        found = [kind for kind in STEP_KINDS if kind in node.keys]
+        found = [kind for kind in kinds.steps if kind in node.keys]
         if found:
-            return f"a step has one of 'reset', 'run' and 'transfer'; this one has {' and '.join(found)}"
+            return f"a step has one of {_kinds()}; this one has {' and '.join(found)}"
         for key in node.keys:
-            if close := difflib.get_close_matches(key[:100], STEP_KINDS, 1, 0.6):
+            if close := difflib.get_close_matches(key[:100], [*kinds.steps], 1, 0.6):
                 return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
-        return "a step has one of 'reset', 'run' and 'transfer', which say what it does"
+        return f"a step has one of {_kinds()}, which say what it does"
+
+    def _unknown_subscriber(self, node: object) -> str:
+        known = list(kinds.subscribers)
+        found = [kind for kind in known if isinstance(node, Keys) and kind in node.keys]
+        words = f"a subscriber has one of {' and '.join(map(repr, known))}, which says where it is"
+        return f"{words}; this one has {' and '.join(found)}" if found else words
 
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
@@ -231,9 +244,14 @@ class Pruner:
         for depth, part in enumerate(path):
             if depth == 1 and path[0] == "hosts":
                 kind = kinds.host(self._driver_at(path[:2]))
+            elif depth == 1 and path[0] == "events":
+                node = self.places.node(path[:2])
+                told = subscriber_kind(node.keys if isinstance(node, Keys) else None)
+                kind = kinds.subscriber(told) if told else None
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
-                kind = _STEPS.get(step_kind(node.keys if isinstance(node, Keys) else None))
+                name = step_kind(node.keys if isinstance(node, Keys) else None)
+                kind = kinds.step(name) if name else None
             elif isinstance(kind, type) and issubclass(kind, Model):
                 of_fields = hints(kind).items()
                 kind = next((hint for name, hint in of_fields if kind.key_of(name) == part), None)

@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
+    from inventory.model import Step
+    from inventory.subscribers import EventSubscriber
 
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
+subscribers: dict[str, str] = {}
+"""Of events' subscribers, by the key that only that kind has."""
 parts: dict[str, str] = {}
 """Of sections within those, by their classes' names."""
 services: dict[str, str] = {}
 """Of network services by their names, in the order they are applied."""
 steps: dict[str, str] = {}
-"""Of a cycle's steps, by their kinds."""
+"""Of a cycle's steps, by the key that each kind is known by."""
 
 ALL_SERVICES = "NetworkServices"
 """The class of the section that has those of services: ``inventory.services`` makes it."""
@@ -32,6 +36,16 @@ ALL_SERVICES = "NetworkServices"
 def host(driver: str) -> type[Host]:
     """KeyError: there is no such driver."""
     return cast("type[Host]", _imported(hosts[driver]))
+
+
+def subscriber(kind: str) -> type[EventSubscriber]:
+    """KeyError: there is no such kind."""
+    return cast("type[EventSubscriber]", _imported(subscribers[kind]))
+
+
+def step(kind: str) -> type[Step]:
+    """KeyError: there is no such kind."""
+    return cast("type[Step]", _imported(steps[kind]))
 
 
 def section(name: str) -> type[Model] | None:
@@ -50,7 +64,7 @@ def places() -> dict[str, str]:
 
 
 def _all() -> tuple[str, ...]:
-    return (*hosts.values(), *parts.values(), *services.values(), *steps.values())
+    return (*hosts.values(), *parts.values(), *services.values(), *steps.values(), *subscribers.values())
 
 
 def rooms() -> list[Path]:

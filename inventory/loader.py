@@ -16,7 +16,7 @@ from inventory.checks import check
 from inventory.collector import without_collector
 from inventory.engine import ValidationError
 from inventory.errors import InventoryError, Problem
-from inventory.model import Farm, ResetStep
+from inventory.model import Farm
 from inventory.places import Places
 from inventory.reading import MAX_BYTES, read, resolve
 from inventory.validation import validated
@@ -58,7 +58,7 @@ def _loads(data: bytes, path: Path) -> Farm:
         raise InventoryError(tuple(dict.fromkeys(problems)))
     assert farm is not None
     if "cycle" not in tree.values:
-        farm = _without_manual_resets(farm)
+        farm = _without_refused(farm)
     return farm.at(path.absolute())
 
 
@@ -87,18 +87,12 @@ def _wants_default_cycle(content: dict[str, Any]) -> bool:
     )
 
 
-def _without_manual_resets(farm: Farm) -> Farm:
-    """Who builds over ssh alone and gives no reset command resets by hand, as the Autobuild paper has
-    it ("manually or by an own script")."""
+def _without_refused(farm: Farm) -> Farm:
+    """What its VMs can't have of the default cycle is done by hand: who builds over ssh alone and gives
+    no reset command resets "manually or by an own script", as the Autobuild paper has it."""
     if farm.cycle is None:
         return farm
-    steps = tuple(
-        step
-        for step in farm.cycle.steps
-        if not isinstance(step, ResetStep)
-        or farm.driver_of(step.reset).virtual
-        or farm.vms[step.reset].reset
-    )
+    steps = tuple(step for step in farm.cycle.steps if step.refusal(farm) is None)
     return replace(farm, cycle=replace(farm.cycle, steps=steps))
 
 

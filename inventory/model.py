@@ -44,15 +44,14 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Ranges,
         Repository,
         Revision,
-        Scripts,
         Seconds,
         ServedName,
         Size,
-        SomeLines,
         Subnet,
         Subnet6,
     )
     from inventory.hosts import Host
+    from inventory.subscribers import EventSubscriber
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -297,56 +296,34 @@ FailureClass = Literal["source", "dependencies", "environment", "infrastructure"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StepBase(Model):
+class Step(Model):
+    """A step of the cycle: each kind is a section of its own, see ``inventory.kinds``."""
+
+    KIND: ClassVar[str]
+    """The key of the file by which it is known."""
+    VMS: ClassVar[tuple[str, ...]]
+    """Fields that each name a VM of the farm; the last one's is what the step changes."""
+
     name: Label
     """Names the step in `--from`, `--only`, logs and the record."""
     timeout: Seconds = 1800
     """Limit; the remote process is ended too."""
 
+    @property
+    def vms(self) -> tuple[str, ...]:
+        """The VMs that it uses."""
+        return tuple(getattr(self, field) for field in self.VMS)
 
-@dataclass(frozen=True, kw_only=True)
-class ResetStep(_StepBase):
-    """Put a VM back to a checkpoint, start it, wait until it answers."""
+    @property
+    def changes(self) -> str:
+        """The VM that it changes."""
+        return self.vms[-1]
 
-    reset: Label
-    """The VM."""
-    to: Name = "clean"
-    """The checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunStep(_StepBase):
-    """Run shell commands in a VM."""
-
-    vm: Label
-    """The VM."""
-    run: Scripts
-    """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
-    docs/cycle.md."""
-    failure: FailureClass | None = None
-    """The class of its failure; absent: judged by what it printed."""
-    artifacts: Lines = ()
-    """Files (shell patterns) that are fetched into the build record afterwards; relative to the
-    login's home."""
+    def refusal(self, _farm: Farm) -> tuple[str, str] | None:
+        """Why the farm's VMs can't have it: a key, and what is wrong there; None: they can."""
+        return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransferStep(_StepBase):
-    """Carry files from one VM to another, through the host."""
-
-    KEYS: ClassVar = {"source": "from"}
-
-    transfer: SomeLines
-    """Files (shell patterns) in the VM they come from; relative to the login's home."""
-    source: Label
-    """The VM they come from."""
-    to: Label
-    """The VM they go to."""
-    into: Line
-    """The directory they go into; made if it is missing."""
-
-
-Step = ResetStep | RunStep | TransferStep
 if TYPE_CHECKING:
     Steps = tuple[Step, ...]
 
@@ -387,6 +364,8 @@ class Farm(Model):
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
+    events: dict[Label, EventSubscriber] = field(default_factory=dict)
+    """Who is told of operations and builds, by name; see docs/events.md."""
 
     _path = Path()
 

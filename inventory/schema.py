@@ -40,9 +40,7 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
-    ("ResetStep", "cycle.steps[]: reset"),
-    ("RunStep", "cycle.steps[]: run"),
-    ("TransferStep", "cycle.steps[]: transfer"),
+    *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
 )
 _INTRODUCTION = """\
 # Farm files
@@ -70,7 +68,8 @@ are told at once, each with its line and column.
 def _sections() -> dict[str, str]:
     """By their classes' names, in the order of the page: where each stands in a file."""
     hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
-    return {"Farm": "The file", **hosts, **dict(_SECTIONS)}
+    told = {kinds.subscriber(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
+    return {"Farm": "The file", **hosts, **dict(_SECTIONS), **told}
 
 
 def json_schema() -> dict[str, Any]:
@@ -94,7 +93,7 @@ def json_schema() -> dict[str, Any]:
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [{"$ref": f"#/$defs/{name}Step"} for name in ("Reset", "Run", "Transfer")]
+        "anyOf": [{"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

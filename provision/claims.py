@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from host.files import file_error
-from inventory.errors import WrongState
 from provision.engine.database import transaction
 
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS claims_of ON claims (owner);
@@ -25,28 +23,16 @@ class Claims:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._earlier = path.with_suffix(".json")  # of farmhand before SQLite
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Claimed]:
         """As they are now; takes no lock that a writer would wait for."""
-        with contextlib.ExitStack() as stack:
-            if self._earlier.exists():
-                db = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:")))
-                db.executescript(_SCHEMA)
-                db.executemany("INSERT INTO claims VALUES (?, ?)", self._read_earlier())
-                yield Claimed(db, self._farms)
-                return
-            yield Claimed(stack.enter_context(self._transaction(write=False)), self._farms)
+        with self._transaction(write=False) as db:
+            yield Claimed(db, self._farms)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Claimed]:
         """To be changed: durable when it is left. Without claims there is no file."""
-        if self._earlier.exists():
-            with self._transaction(write=True) as db:
-                assert db is not None
-                db.executemany("INSERT OR IGNORE INTO claims VALUES (?, ?)", self._read_earlier())
-            self._earlier.unlink()
         with self._transaction(write=True) as db:
             claimed = Claimed(db, self._farms)
             yield claimed
@@ -61,16 +47,7 @@ class Claims:
     def _transaction(
         self, *, write: bool
     ) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
-        return transaction(self.path, _SCHEMA, write=write, remedy=_REMEDY)
-
-    def _read_earlier(self) -> list[tuple[str, str]]:
-        try:
-            data = json.loads(self._earlier.read_bytes() or b"{}")
-            return [(str(key), str(owner)) for key, owner in data.items()]
-        except OSError as error:
-            raise file_error(error, self._earlier, "read") from error
-        except (ValueError, AttributeError) as error:
-            raise WrongState(f"{self._earlier} is damaged: {error}", remedy=_REMEDY) from error
+        return transaction(self.path, _SCHEMA, _VERSION, write=write, remedy=_REMEDY)
 
 
 class Claimed:

@@ -8,10 +8,11 @@ done: no lock, no file, no daemon.
 from __future__ import annotations
 
 from provision.operations.balloon import MemoryPlan, balloon, balloon_all, memory_plan
-from provision.operations.checkpoint import checkpoint, merge
+from provision.operations.checkpoint import checkpoint
 from provision.operations.clone import clone_farm
 from provision.operations.destroy import destroy
 from provision.operations.gc import gc
+from provision.operations.merge import merge
 from provision.operations.recover import recover
 from provision.operations.reset import reset
 from provision.power import start, stop

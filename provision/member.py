@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.ssh_words import path_option
-from hypervisors.api import Disk, Disks, Forward, Hypervisor, Machine, MachineSpec, Nic, Owner
-from inventory.errors import NotFound, NotOurs
+from hypervisors.api import (
+    Disk,
+    Disks,
+    Forward,
+    Hypervisor,
+    Machine,
+    MachineSpec,
+    Nic,
+    Owner,
+    Power,
+)
+from inventory.errors import Call, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -16,6 +26,8 @@ from provision.guest import identity
 if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
+
+ON = (Power.RUNNING, Power.PAUSED)
 
 
 class Member:
@@ -54,6 +66,11 @@ class Member:
         """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
         return self.info.power
 
+    @property
+    def idles(self) -> bool:
+        """Whether it is to have less memory while nothing is built in it."""
+        return self.can_power and self.declared.idle_memory not in (None, self.declared.memory)
+
     # What is there
 
     @property
@@ -86,7 +103,7 @@ class Member:
         if machine is None:
             raise NotFound(
                 f"{self.site.name}: {self.vm} is not made yet",
-                remedy=f"make it: ./invoke clone-farm --vm {self.vm}",
+                remedy=("make it: ", Call("clone-farm", vm=self.vm)),
             )
         return machine
 
@@ -186,3 +203,7 @@ class Member:
             return str(self.declared.address)
         hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
+
+
+def is_on(machine: Machine | None) -> bool:
+    return machine is not None and machine.power in ON

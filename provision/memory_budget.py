@@ -15,25 +15,72 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from host.memory import memory_available
 from hypervisors.api import Machine, Power
-from inventory.errors import FarmhandError, Interrupted, NoSpace
+from inventory.errors import (
+    Call,
+    FarmhandError,
+    Interrupted,
+    NoSpace,
+    TimedOut,
+    Unsupported,
+    UsageError,
+    WrongState,
+)
 from inventory.sizes import brief, format_size
-from provision.engine.journal import current_step
+from provision.engine.facts import Facts
+from provision.engine.journal import Entry, current_step
+from provision.engine.locks import leased, lock_of
+from provision.engine.operation import Recovery
+from provision.engine.recovery import giving
 from provision.engine.report import Action
-from provision.engine.work import is_on, lock_of
-from provision.member import Member
+from provision.member import Member, is_on
 from provision.memory import Guest, HostMemory, at_once, shared, squeeze
 from provision.site import Site
+from provision.vm_activity import OneVmActivity
 
 PATIENCE = 30.0
 """Seconds a guest gets to give some more memory, or to take it."""
 
 _AT_ONCE = 8
-_STARTING = ("start", "reset", "checkpoint", "merge")
-"""Verbs of the journal that start VMs."""
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonFacts(Facts):
+    """Bytes. ``needy``: the VM that room is made for; "": none, it was asked for."""
+
+    target: int
+    needy: str = ""
+    reached: int | None = None
+
+
+class _BalloonActivity(OneVmActivity[BalloonFacts]):
+    """Finished: there was room when it was begun, and it has been kept since."""
+
+    name = "balloon"
+    facts = BalloonFacts
+
+    def giving(self, _site: Site, _vm: str, facts: BalloonFacts) -> int:
+        return facts.target
+
+    def go_on(self, member: Member, machine: Machine, facts: BalloonFacts) -> Recovery[BalloonFacts]:
+        if not is_on(machine):
+            return Recovery("noted")
+
+        def finish(entry: Entry[BalloonFacts]) -> None:
+            try:
+                entry.step(f"set its memory to {facts.target}")
+                member.driver.balloon(member.machine, facts.target, timeout=PATIENCE)
+            except (TimedOut, Unsupported, UsageError, WrongState) as error:  # it keeps what it has
+                text = f"its memory was not set: {error.message}"
+                member.site.reporter.warn(text, vm=member.vm)
+
+        return Recovery(f"set its memory to {format_size(facts.target)}", finish)
+
+
+BALLOON = _BalloonActivity()
 
 
 def host_memory(
@@ -75,7 +122,7 @@ def room_for(member: Member, size: int, doing: str, *, falls: bool = False) -> I
     def waiting(text: str) -> None:
         site.reporter.working(f"waits for its turn: {text}", vm=vm)
 
-    with contextlib.ExitStack() as stack:
+    with leased(), contextlib.ExitStack() as stack:
         while True:
             with site.turns.take(name, doing=doing, waiting=waiting):
                 since = _make_room(member, size, doing)
@@ -134,8 +181,11 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
         return NoSpace(
             f"{site.name}: {doing} takes {format_size(wanted)}, with {format_size(host.in_use)} in use "
             f"by others on host {host.host}, which may use {format_size(host.limit)}: {shared(host)}",
-            remedy="stop or balloon down others (./invoke balloon --plan-host shows who can give), or "
-            "raise the host's 'memory'",
+            remedy=(
+                "stop or balloon down others (",
+                Call("balloon", plan_host=True),
+                " shows who can give), or raise the host's 'memory'",
+            ),
         )
     return NoSpace(
         f"{site.name}: {doing} takes {format_size(wanted)}, this machine has {brief(host.free or 0)} "
@@ -193,7 +243,7 @@ def _take_from(member: Member, had: int, target: int, needy: str) -> None:
     try:
         with (
             site.locks.hold(lock_of(vm), doing=f"balloon {vm} down, to make room for {needy}"),
-            site.journal.operation("balloon", vm=vm, target=target, room=needy),
+            site.journal.begin(BALLOON, [vm], BalloonFacts(target, needy)),
         ):
             current_step(f"set its memory to {target}, to make room for {needy}")
             reached = member.driver.balloon(member.machine, target, timeout=PATIENCE)
@@ -260,11 +310,7 @@ def _reserved(site: Site) -> dict[str, int]:
     reserved = site.turns.reservations()
     for record in site.journal.unfinished():
         for vm in (vm for vm in record.vms if vm in site.farm.vms):
-            size = site.farm.vms[vm].memory if record.verb in _STARTING else 0
-            if record.verb == "balloon":
-                target = record.facts.get("target")
-                size = target if isinstance(target, int) else 0
-            reserved[vm] = max(reserved.get(vm, 0), size)
+            reserved[vm] = max(reserved.get(vm, 0), giving(site, record, vm))
     return reserved
 
 

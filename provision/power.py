@@ -6,7 +6,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from host.files import make_directory
 from host.progress import Progress
 from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     Interrupted,
@@ -24,14 +25,18 @@ from inventory.errors import (
 )
 from inventory.sizes import format_duration, format_size
 from provision.allocate import port_free
-from provision.engine.journal import current_operation, current_step
+from provision.engine.facts import Facts, NoFacts
+from provision.engine.journal import current_entry, current_step
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import ON, Job, begin, is_on
+from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.lost import require
-from provision.member import Member
+from provision.member import ON, Member, is_on
 from provision.memory_budget import PATIENCE, forecast, room_for
 from provision.site import Site
+from provision.vm_activity import OneVmActivity
 
 if TYPE_CHECKING:
     from provision.guest.remote import Ready
@@ -45,58 +50,99 @@ takes a few, and up to 50 in a host that is emulated itself."""
 _TAIL = 15  # lines of the console
 
 
-def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class StopFacts(Facts):
+    force: bool
+
+
+class _StartActivity(OneVmActivity[NoFacts]):
+    name = "start"
+    facts = NoFacts
+    starts = True
+
+
+class _StopActivity(OneVmActivity[StopFacts]):
+    name = "stop"
+    facts = StopFacts
+
+
+START = _StartActivity()
+STOP = _StopActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Operation):
     """Start VMs; with ``wait`` until their ssh answers. A running one is left alone.
 
     Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
-    members = site.members(vms)
-    with begin(site, "start", [member.vm for member in members]) as run:
+
+    name = "start"
+    vms: tuple[str, ...] = ()
+    wait: bool = True
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms(self.vms)
+
+    def plan(self, run: Run) -> Plan:
+        members = run.site.members(run.vms)
         machines = {member.vm: member.present() for member in members}
         cold = [member for member in members if not is_on(machines[member.vm])]
-        run.add(*check_memory(cold, wait=wait))
         jobs: dict[str, list[Job]] = {}
         for member in members:
             vm = member.vm
             if member in cold and member.can_power:
                 asleep = machines[vm].power is Power.SUSPENDED
                 how = "run on from where it was suspended" if asleep else "start"
-                action = Action("start", vm, f"{how}{then_what(member, wait=wait)}")
-                jobs[vm] = [Job(action, partial(start_one, member, wait=wait))]
+                text = f"{how}{then_what(member, wait=self.wait)}"
+                jobs[vm] = [job("start", vm, text, partial(start_one, member, wait=self.wait))]
             elif member in cold:
-                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} on from here"))]
+                jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
             else:
-                jobs[vm] = [Job(Action("keep", vm, "runs already"))]
-        run.carry_out(jobs)
-        return run.outcome()
+                jobs[vm] = [job("keep", vm, "runs already")]
+        return [alone(foretold(*check_memory(cold, wait=self.wait))), jobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(Operation):
+    """Shut VMs down, or with ``force`` cut their power. A stopped one is left alone."""
+
+    name = "stop"
+    at_any_time = True
+    vms: tuple[str, ...] = ()
+    force: bool = False
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms(self.vms)
+
+    def plan(self, run: Run) -> Plan:
+        return [{member.vm: [self._job(member)] for member in run.site.members(run.vms)}]
+
+    def _job(self, member: Member) -> Job:
+        vm, machine = member.vm, member.look()
+        if not member.can_power:
+            return job("note", vm, f"{no_power(member)} off from here")
+        if machine is None or machine.power not in (*ON, Power.SUSPENDED):
+            return job("keep", vm, "is stopped" if machine else "is not made")
+        text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
+        if self.force:
+            text = "cut its power"
+        if machine.power is Power.SUSPENDED:
+            text = "give up the memory it was suspended with"
+        return job("stop", vm, text, partial(_stop_one, member, force=self.force))
+
+
+def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
+    return perform(site, Start(tuple(vms), wait))
 
 
 def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    """Shut VMs down, or with ``force`` cut their power. A stopped one is left alone."""
-    members = site.members(vms)
-    with begin(site, "stop", [member.vm for member in members]) as run:
-        jobs: dict[str, list[Job]] = {}
-        for member in members:
-            vm, machine = member.vm, member.look()
-            if not member.can_power:
-                jobs[vm] = [Job(Action("note", vm, f"{no_power(member)} off from here"))]
-            elif machine is None or machine.power not in (*ON, Power.SUSPENDED):
-                jobs[vm] = [Job(Action("keep", vm, "is stopped" if machine else "is not made"))]
-            else:
-                text = f"shut down (power cut after {GRACE:g}s without a sign that it does)"
-                if force:
-                    text = "cut its power"
-                if machine.power is Power.SUSPENDED:
-                    text = "give up the memory it was suspended with"
-                action = Action("stop", vm, text)
-                jobs[vm] = [Job(action, partial(_stop_one, member, force=force))]
-        run.carry_out(jobs)
-        return run.outcome()
+    return perform(site, Stop(tuple(vms), force))
 
 
 def start_one(member: Member, *, wait: bool) -> None:
     """A journaled start of a stopped machine."""
     site = member.site
-    with site.journal.operation("start", vm=member.vm):
+    with site.journal.begin(START, [member.vm], NoFacts()):
         began = time.monotonic()
         power_on(member, wait=wait)
     if not wait:
@@ -226,7 +272,7 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
 
     def running() -> bool:
         if site.journal.interrupted.is_set():
-            raise Interrupted("interrupted while waiting", remedy="./invoke recover")
+            raise Interrupted("interrupted while waiting", remedy=Call("recover"))
         if on_trial and progress.lifeless(LIFELESS):
             raise _LifelessError
         found = driver.find(machine)
@@ -271,7 +317,7 @@ def _trust(member: Member) -> None:
 def _start_emulated(member: Member) -> float:
     """Cut its power, and start it without KVM, as every machine of that host is from now on."""
     site, vm, host = member.site, member.vm, member.host
-    with contextlib.nullcontext() if current_operation() else site.journal.operation("start", vm=vm):
+    with contextlib.nullcontext() if current_entry() else site.journal.begin(START, [vm], NoFacts()):
         member.driver.stop(member.machine, grace=0)
         site.distrust_kvm(host, f"it ran {vm} for {LIFELESS:g} s without a sign of life")
         since = _switch_on(member, member.present(), member.disk())
@@ -372,8 +418,8 @@ def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
 
 def _stop_one(member: Member, *, force: bool) -> None:
     site, vm = member.site, member.vm
-    with site.journal.operation("stop", vm=vm, force=force) as operation:
-        operation.step("shut it down")
+    with site.journal.begin(STOP, [vm], StopFacts(force)) as entry:
+        entry.step("shut it down")
         began = time.monotonic()
         member.driver.stop(member.machine, grace=0 if force else GRACE)
     site.reporter.say(f"stopped in {format_duration(time.monotonic() - began)}", vm=vm)

@@ -44,7 +44,7 @@ HUGE = 30 * 2**30
 ROOM = 100 * MIB  # for a hundred clones
 LVM_DEVICE = os.environ.get("FARMHAND_LAB_LVM_DEVICE", "/dev/vdb")
 ZFS_DEVICE = os.environ.get("FARMHAND_LAB_ZFS_DEVICE", "/dev/vdc")
-_AT_ONCE = 10  # as provision.engine.work has it
+_AT_ONCE = 10  # VMs side by side
 
 Say = Callable[[str], None]
 

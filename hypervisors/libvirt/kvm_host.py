@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from host.check import Check
+from host.processes import account
 from host.run import Runner
 from hypervisors.host import Surroundings
 from hypervisors.libvirt.host import TOOLS, LibvirtHost, OpenLibvirt
@@ -75,9 +76,8 @@ class KvmHost(LibvirtHost):
 
 def _group() -> Check:
     import grp
-    import pwd
 
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = account(os.geteuid())
     held = any(group.gr_gid in os.getgroups() for group in grp.getgrall() if group.gr_name == "kvm")
     return Check(
         "permissions",

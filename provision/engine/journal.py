@@ -12,23 +12,46 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from host.files import make_directory, make_file
 from host.processes import Process
-from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+from inventory.errors import (
+    Busy,
+    FarmhandError,
+    Interrupted,
+    NoSpace,
+    Text,
+    UsageError,
+    WrongState,
+    remedy_as_data,
+    remedy_of,
+)
+from provision.engine import events
+from provision.engine.database import refuse_foreign
+from provision.engine.events import Outbox
+from provision.engine.facts import Facts, to_json
+from provision.engine.requester import NOBODY, Requester
 
-_VERSION = 1
-_SCHEMA = """
+if TYPE_CHECKING:
+    from provision.engine.operation import Activity
+
+_VERSION = 2
+_FOREIGN = "move it aside: history is lost, VMs are not"
+_SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS operations (
-    id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vm TEXT NOT NULL, facts TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vms TEXT NOT NULL, facts TEXT NOT NULL,
     pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, settled INTEGER NOT NULL DEFAULT 0
+    started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, hindrance TEXT,
+    settled INTEGER NOT NULL DEFAULT 0,
+    user TEXT NOT NULL DEFAULT '', uid INTEGER, login TEXT NOT NULL DEFAULT '',
+    tty TEXT NOT NULL DEFAULT '', token TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS steps (
     operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
@@ -36,79 +59,80 @@ CREATE TABLE IF NOT EXISTS steps (
 );
 CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
 """
-_COLUMNS = "id, verb, vm, facts, pid, pid_start, boot, started, ended, outcome, error, settled"
+    + events.SCHEMA
+)
+_COLUMNS = (
+    "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, hindrance, settled,"
+    " user, uid, login, tty, token"
+)
 _T = TypeVar("_T")
-_current: ContextVar[Operation | None] = ContextVar("farmhand_operation", default=None)
+_F = TypeVar("_F", bound=Facts)
+_current: ContextVar[Entry[Any] | None] = ContextVar("farmhand_entry", default=None)
 
 
 def current_step(text: str) -> None:
-    """The drivers' StepFn: a step of the operation under way in this context, if there is one."""
-    operation = _current.get()
-    if operation is not None:
-        operation.step(text)
+    """The drivers' StepFn: a step of the activity under way in this context, if there is one."""
+    entry = _current.get()
+    if entry is not None:
+        entry.step(text)
 
 
-def current_operation() -> Operation | None:
+def current_entry() -> Entry[Any] | None:
     return _current.get()
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An operation as it was written down. Times are UTC. ``outcome``: "done", "failed",
-    "interrupted", "recovered", or "" for one that never ended."""
+    """An activity as it was written down. Times are UTC. ``verb`` is the activity's name, ``vms`` those
+    that it is about, in the farm file's order; none: the whole farm, or no VM. ``outcome``: "done",
+    "failed", "interrupted", "recovered", or "" for one that never ended. ``in_its_way``: why its last
+    recovery failed."""
 
     id: int
     verb: str
-    vm: str
+    vms: tuple[str, ...]
     facts: Mapping[str, object]
     process: Process
     started: datetime
     ended: datetime | None
     outcome: str
     error: str
+    in_its_way: Text
     settled: bool
+    requester: Requester = NOBODY
     steps: tuple[tuple[datetime, str], ...] = ()
 
     @property
-    def vms(self) -> tuple[str, ...]:
-        """Those it is about, in the farm file's order; none: the whole farm, or no VM."""
-        several = self.facts.get("vms")
-        if isinstance(several, list):
-            return tuple(map(str, several))
-        return (self.vm,) if self.vm else ()
-
-    @property
-    def half_done(self) -> bool:
-        """The disks of some of its VMs are changed, of others not yet."""
-        return bool(self.facts.get("decided")) and not self.facts.get("changed")
-
-    @property
-    def in_its_way(self) -> str:
-        """Why its last recovery failed, and what to do; "" where none has."""
-        return str(self.facts.get("in_its_way", ""))
+    def vm(self) -> str:
+        """The one that it is about; "" for several, or none."""
+        return self.vms[0] if len(self.vms) == 1 else ""
 
     def as_dict(self) -> dict[str, object]:
         return {
             "id": self.id,
             "verb": self.verb,
             "vm": self.vm,
+            "vms": list(self.vms),
             "facts": dict(self.facts),
             "pid": self.process.pid,
             "started": self.started.isoformat(),
             "ended": self.ended.isoformat() if self.ended else None,
             "outcome": self.outcome,
             "error": self.error,
+            "requester": self.requester.as_dict(),
             "steps": [{"at": at.isoformat(), "text": text} for at, text in self.steps],
         }
 
 
-class Operation:
-    """One under way."""
+class Entry(Generic[_F]):
+    """An activity under way."""
 
-    def __init__(self, journal: Journal, id: int, facts: dict[str, object], steps: int = 0) -> None:
+    def __init__(self, journal: Journal, id: int, facts: _F, steps: int = 0) -> None:
         self.id = id
         self.facts = facts
         self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
+        self.verdict, self.why = "done", ""  # where it came to its end, and that is no good one
+        self.told: Mapping[str, object] = {}  # of a build, to those who are told of its end
         self._journal = journal
         self._steps = steps
         self._guard = threading.Lock()
@@ -124,23 +148,32 @@ class Operation:
                 "INSERT INTO steps VALUES (?, ?, ?, ?)", (self.id, self._steps, _now(), text)
             )
 
-    def note(self, **facts: object) -> None:
-        """Add to the operation's facts; durable when this returns."""
+    def note(self, facts: _F) -> None:
+        """What is known by now; durable when this returns."""
         with self._guard:
-            self.facts.update(facts)
+            self.facts = facts
             self._journal.write(
-                "UPDATE operations SET facts = ? WHERE id = ?", (json.dumps(self.facts), self.id)
+                "UPDATE operations SET facts = ? WHERE id = ?", (to_json(facts), self.id)
             )
 
 
 class Journal:
     """One farm's. Opened at first use; threads and processes may use it at once.
 
-    ``writable`` False: reads only, makes no file.
+    ``writable`` False: reads only, makes no file. ``outbox``: who is told of operations.
     """
 
-    def __init__(self, path: Path, *, writable: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writable: bool = True,
+        requester: Requester | None = None,
+        outbox: Outbox | None = None,
+    ) -> None:
         self.path = path
+        self._requester = requester or NOBODY
+        self._outbox = outbox
         self.interrupted = threading.Event()
         self._writable = writable
         self._guard = threading.RLock()
@@ -148,50 +181,66 @@ class Journal:
         self._process: Process | None = None
 
     @contextlib.contextmanager
-    def operation(self, verb: str, *, vm: str = "", **facts: object) -> Iterator[Operation]:
+    def begin(self, activity: Activity[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
         """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
         Interrupted it stays unsettled, as if killed."""
-        process = self._this_process()
+        process, who = self._this_process(), self._requester
         row = self.write(
-            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (verb, vm, json.dumps(facts), process.pid, process.start, process.boot, _now()),
-        )
-        operation = Operation(self, row, dict(facts))
-        token = _current.set(operation)
+            "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started,"
+            " user, uid, login, tty, token) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                activity.name, json.dumps(list(vms)), to_json(facts),
+                process.pid, process.start, process.boot, _now(),
+                who.user, who.uid, who.login, who.tty, who.token,
+            ),
+            stage="began",
+        )  # fmt: skip
+        entry = Entry(self, row, facts)
+        token = _current.set(entry)
         try:
-            yield operation
+            yield entry
         except Interrupted:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         except Exception as error:
-            self._end_quietly(row, "failed", str(error), settled=not operation.must_finish)
+            self._end_quietly(row, "failed", str(error), settled=not entry.must_finish)
             raise
         except BaseException:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         else:
-            self.settle(row, "done")
+            stage = "passed" if entry.verdict == "done" else "failed"
+            self._settle(row, entry.verdict, entry.why, stage, entry.told)
         finally:
             _current.reset(token)
 
     @contextlib.contextmanager
-    def resume(self, record: Record) -> Iterator[Operation]:
-        """Bind ``current_step`` to an unfinished operation while it is being recovered; settled
+    def resume(self, record: Record, facts: _F) -> Iterator[Entry[_F]]:
+        """Bind ``current_step`` to an unfinished activity while it is being recovered; settled
         as recovered at the end, left unfinished by any error."""
-        operation = Operation(self, record.id, dict(record.facts), len(record.steps))
-        token = _current.set(operation)
+        entry = Entry(self, record.id, facts, len(record.steps))
+        token = _current.set(entry)
         try:
-            yield operation
+            yield entry
         finally:
             _current.reset(token)
 
+    def hinder(self, id: int, why: Text) -> None:
+        """It could not be recovered."""
+        text = json.dumps(remedy_as_data(why))
+        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (text, id))
+
     def settle(self, id: int, outcome: str, error: str = "") -> None:
+        """Of one that was recovered."""
+        self._settle(id, outcome, error, "recovered", {})
+
+    def _settle(self, id: int, outcome: str, error: str, stage: str, told: Mapping[str, object]) -> None:
         self.write(
             "UPDATE operations SET ended = coalesce(ended, ?), outcome = ?, error = ?, settled = 1"
             " WHERE id = ?",
             (_now(), outcome, error, id),
-        )
+            id, stage=stage, told=told,
+        )  # fmt: skip
 
     def unfinished(self) -> tuple[Record, ...]:
         """Operations whose process died or was interrupted in their midst, oldest first."""
@@ -208,7 +257,7 @@ class Journal:
 
     def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
         """The latest ones, newest first; ``vm`` "": of all."""
-        where = "WHERE vm = ? " if vm else ""
+        where = "WHERE ? IN (SELECT value FROM json_each(vms)) " if vm else ""
         arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
         return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
 
@@ -218,16 +267,43 @@ class Journal:
                 self._connection.close()
                 self._connection = None
 
-    def write(self, sql: str, arguments: tuple[object, ...]) -> int:
-        """One statement, committed durably; the row's id for an INSERT. For this module and its
-        operations."""
+    def write(
+        self,
+        sql: str,
+        arguments: tuple[object, ...],
+        operation: int | None = None,
+        *,
+        stage: str = "",
+        told: Mapping[str, object] | None = None,
+    ) -> int:
+        """One statement, committed durably; the row's id for an INSERT. ``stage``: what it makes of the
+        operation (absent: the one inserted), for the outbox, in the same transaction. For this module
+        and its operations."""
         if not self._writable:
             raise UsageError(f"would write to {self.path}, which a plan must not")
+        outbox = self._outbox if stage else None
 
         def run(connection: sqlite3.Connection) -> int:
-            return connection.execute(sql, arguments).lastrowid or 0
+            if outbox is None:
+                return connection.execute(sql, arguments).lastrowid or 0
+            with events.transaction(connection):
+                row = connection.execute(sql, arguments).lastrowid or 0
+                query = f"SELECT {_COLUMNS} FROM operations WHERE id = ?"  # noqa: S608 - our own words
+                now = connection.execute(query, (operation or row,)).fetchone()
+                outbox.put(connection, _record(now, ()), stage, told or {})
+            return row
 
-        return self._use(run)
+        row = self._use(run)
+        if outbox is not None:
+            outbox.start()
+        return row
+
+    def troubles(self) -> tuple[str, ...]:
+        """What of the outbox could not be delivered so far, or was given up, in words."""
+        outbox = self._outbox
+        if outbox is None or not self.path.exists():
+            return ()
+        return self._use(outbox.troubles)
 
     def _records(
         self, rest: str, arguments: tuple[object, ...], *, steps: bool = True
@@ -269,6 +345,8 @@ class Journal:
             deadline = time.monotonic() + 10
             while True:  # the change to WAL doesn't wait for a process that does the same
                 try:
+                    # first: what isn't ours is left as it is
+                    refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
                     connection.execute("PRAGMA journal_mode = WAL")
                     break
                 except sqlite3.OperationalError as error:
@@ -280,15 +358,10 @@ class Journal:
                         raise
                     time.sleep(0.02)
             connection.execute("PRAGMA synchronous = FULL")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > _VERSION:
-                raise WrongState(
-                    f"{self.path} was written by a newer farmhand (format {version})",
-                    remedy="use that version, or move the file aside: only history is lost",
+            if not refuse_foreign(connection, self.path, _VERSION, _FOREIGN):
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
                 )
-            if version < _VERSION:
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             connection.close()
             raise
@@ -298,7 +371,15 @@ class Journal:
         # Without a -wal file nobody has it open, and "immutable" makes no -shm file beside it.
         wal = self.path.with_name(self.path.name + "-wal").exists()
         uri = f"{self.path.absolute().as_uri()}?{'mode=ro' if wal else 'immutable=1'}"
-        return sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        try:
+            refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _this_process(self) -> Process:
         process = self._process
@@ -312,7 +393,8 @@ class Journal:
             self.write(
                 "UPDATE operations SET ended = ?, outcome = ?, error = ?, settled = ? WHERE id = ?",
                 (_now(), outcome, error, int(settled), id),
-            )
+                id, stage="failed",
+            )  # fmt: skip
 
     def _failure(self, error: sqlite3.Error) -> FarmhandError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -343,20 +425,30 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    number, verb, vm, facts, pid, start, boot, started, ended, outcome, error, settled = row
+    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, *rest = row
+    hindrance, settled, *who = rest
     return Record(
         id=int(str(number)),
         verb=str(verb),
-        vm=str(vm),
+        vms=tuple(map(str, json.loads(str(vms)))),
         facts=json.loads(str(facts)),
         process=Process(int(str(pid)), str(start), str(boot)),
         started=datetime.fromisoformat(str(started)),
         ended=datetime.fromisoformat(str(ended)) if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
+        in_its_way=remedy_of(json.loads(str(hindrance))) if hindrance else "",
         settled=bool(settled),
+        requester=_requester(*who),
         steps=steps,
     )
+
+
+def _requester(user: object, uid: object, login: object, tty: object, token: object) -> Requester:
+    return Requester(
+        user=str(user), uid=None if uid is None else int(str(uid)), login=str(login), tty=str(tty),
+        token=str(token),
+    )  # fmt: skip
 
 
 def _now() -> str:

@@ -2,6 +2,11 @@
 
 The file holds a note of who took it, for the refusal; the note decides nothing. A file left by a
 dead process blocks nobody.
+
+What is held belongs to an operation, not to a process. Whoever takes the first lock in a context
+begins a *lease*; all that is done within it (also by its threads, which copy the context, and by
+operations that it begins itself) has the same lease and may take the lock again. Another operation of
+the same process is refused just as another process is.
 """
 
 from __future__ import annotations
@@ -10,10 +15,10 @@ import contextlib
 import fcntl
 import json
 import os
-import pwd
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +26,45 @@ from pathlib import Path
 from host.files import file_error, make_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy
+from provision.engine.requester import NOBODY, Requester
 
 _FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
 
 
+class Lease:
+    """One operation's claim on its locks, whatever farms they are of."""
+
+    def __init__(self) -> None:
+        self.recovering = threading.Lock()
+        """Of its threads, one at a time looks for what killed commands left."""
+
+
+_lease: ContextVar[Lease | None] = ContextVar("farmhand_lease", default=None)
+
+
+@contextlib.contextmanager
+def leased() -> Iterator[Lease]:
+    """The lease of this context; where there is none, a new one for the time being."""
+    lease = _lease.get()
+    if lease is not None:
+        yield lease
+        return
+    lease = Lease()
+    token = _lease.set(lease)
+    try:
+        yield lease
+    finally:
+        _lease.reset(token)
+
+
+def lock_of(vm: str) -> str:
+    return f"vm-{vm}"
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. ``since`` is UTC."""
+    """Who holds a lock. ``user`` is the requester, in words. ``since`` is UTC."""
 
     lock: str
     pid: int
@@ -51,31 +87,33 @@ class Holder:
 
 
 class Locks:
-    """One farm's locks, as one process sees them. Re-entrant: who holds a lock through this object,
-    in whichever thread, may take it again."""
+    """One farm's locks, as one process sees them. Re-entrant within a lease."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, requester: Requester | None = None) -> None:
+        """``requester``: for the note; whoever only looks needs none."""
         self._directory = directory
+        self._requester = requester or NOBODY
         self._guard = threading.Lock()
-        self._held: dict[str, tuple[int, int]] = {}  # file descriptor, times taken
+        self._held: dict[str, _Held] = {}
         self._begun = 0
         self._since: dict[str, int] = {}
 
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
         """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
-        note = _note(doing)
+        note = _note(doing, self._requester)
         may_open(_FILES + _FILES_EACH * len(names))
-        with contextlib.ExitStack() as stack:
+        with leased() as lease, contextlib.ExitStack() as stack:
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
-                self._take(name, note)
+                self._take(name, lease, note)
                 stack.callback(self._let_go, name)
             yield
 
     def mine(self, name: str) -> bool:
-        """Whether this object holds it."""
+        """Whether the operation of this context holds it."""
         with self._guard:
-            return name in self._held
+            held = self._held.get(name)
+            return held is not None and held.lease is _lease.get()
 
     def held_since(self, name: str) -> int:
         """Another number whenever this object took it anew: while it is the same, nobody else had it."""
@@ -123,18 +161,18 @@ class Locks:
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.lock"
 
-    def _take(self, name: str, note: bytes) -> None:
+    def _take(self, name: str, lease: Lease, note: bytes) -> None:
         deadline = time.monotonic() + _PATIENCE
         while True:
             with self._guard:
-                if name in self._held:
-                    handle, times = self._held[name]
-                    self._held[name] = handle, times + 1
+                held = self._held.get(name)
+                if held is not None and held.lease is lease:
+                    held.times += 1
                     return
-                got = self._open(name)
+                got = None if held is not None else self._open(name)
                 if got is not None:
                     _write(got, note)
-                    self._held[name] = got, 1
+                    self._held[name] = _Held(lease, got)
                     self._begun += 1
                     self._since[name] = self._begun
                     return
@@ -166,24 +204,29 @@ class Locks:
 
     def _let_go(self, name: str) -> None:
         with self._guard:
-            handle, times = self._held[name]
-            if times > 1:
-                self._held[name] = handle, times - 1
+            held = self._held[name]
+            held.times -= 1
+            if held.times:
                 return
             del self._held[name]
             with contextlib.suppress(OSError):
-                os.ftruncate(handle, 0)
-            os.close(handle)  # the kernel's lock goes with it
+                os.ftruncate(held.handle, 0)
+            os.close(held.handle)  # the kernel's lock goes with it
 
     def _refusal(self, name: str) -> Busy:
         holder = self.holder(name)
         what = name.removeprefix("vm-") if name.startswith("vm-") else f"the lock {name!r}"
         if holder is None:
             return Busy(f"{what} is busy", remedy="try again")
-        return Busy(
-            f"{what} is held by {holder}",
-            remedy=f"wait until that ends, or end it (kill {holder.pid}) and try again",
-        )
+        end = "" if holder.pid in (0, os.getpid()) else f", or end it (kill {holder.pid})"
+        return Busy(f"{what} is held by {holder}", remedy=f"wait until that ends{end} and try again")
+
+
+@dataclass(slots=True)
+class _Held:
+    lease: Lease
+    handle: int
+    times: int = 1
 
 
 def _same(handle: int, path: Path) -> bool:
@@ -195,13 +238,13 @@ def _same(handle: int, path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _note(doing: str) -> bytes:
+def _note(doing: str, requester: Requester) -> bytes:
     process = Process.this()
     note = {
         "pid": process.pid,
         "start": process.start,
         "boot": process.boot,
-        "user": _user(),
+        "user": str(requester),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "doing": doing,
     }
@@ -226,10 +269,3 @@ def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
         return holder, Process(note["pid"], note["start"], note["boot"])
     except (ValueError, KeyError, TypeError):  # cut off by a full disk
         return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import posixpath
 import re
 import secrets
 import shlex
@@ -31,7 +32,15 @@ import asyncssh
 
 from host.files import make_directory, open_new
 from host.run import Runner, hang_up
-from inventory.errors import Conflict, DriverFailed, NotFound, Unsupported, UsageError
+from inventory.errors import (
+    Call,
+    Conflict,
+    ConnectionLost,
+    DriverFailed,
+    NotFound,
+    Unsupported,
+    UsageError,
+)
 from provision.git import reading
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.shell import Shell, ended, start
@@ -160,7 +169,7 @@ class Connection:
         ``log`` in their order, as raw bytes, as they are made. After ``timeout`` seconds it is ended
         in the guest, children too; likewise when this call is cancelled, or the connection lost.
 
-        DriverFailed when the connection is lost, UsageError for a script that can't be passed on.
+        ConnectionLost when it is, UsageError for a script that can't be passed on.
         """
         text = _exports(env or {}) + script
         data = text.encode()
@@ -197,8 +206,9 @@ class Connection:
         text = b"".join(parts).decode(errors="replace")
         if result.status:
             raise DriverFailed(
-                f"{self.endpoint.vm}: a command failed with {result.status}: "
-                f"{(text.strip().splitlines() or ['no output'])[-1]}"
+                f"a command failed with {result.status}: "
+                f"{(text.strip().splitlines() or ['no output'])[-1]}",
+                vm=self.endpoint.vm,
             )
         return text
 
@@ -233,7 +243,8 @@ class Connection:
             lacks.append("sha256sum")
         if lacks:
             raise Unsupported(
-                f"{self.endpoint.vm}: {self.endpoint.user} finds no {', '.join(lacks)} there",
+                f"{self.endpoint.user} finds no {', '.join(lacks)} there",
+                vm=self.endpoint.vm,
                 remedy="they come with coreutils and util-linux, or busybox; and must be in the PATH "
                 "that a command over ssh gets",
             )
@@ -248,16 +259,17 @@ class Connection:
             return await start(self._ssh, program, log, ended)
         except DriverFailed as error:
             raise DriverFailed(
-                f"{self.endpoint.vm}: {error.message}", remedy=error.remedy, detail=error.detail
+                error.message, vm=self.endpoint.vm, remedy=error.remedy, detail=error.detail
             ) from None
         except (asyncssh.Error, OSError) as error:
             raise self._lost(error) from None
 
-    def _lost(self, error: BaseException | None) -> DriverFailed:
+    def _lost(self, error: BaseException | None) -> ConnectionLost:
         why = str(error or "").strip() or "the connection was closed"
-        return DriverFailed(
-            f"{self.endpoint.vm}: the ssh connection to {self.endpoint.place} was lost: {why}",
-            remedy=f"see ./invoke console --vm {self.endpoint.vm}",
+        return ConnectionLost(
+            f"the ssh connection to {self.endpoint.place} was lost: {why}",
+            vm=self.endpoint.vm,
+            remedy=("see ", Call("console", vm=self.endpoint.vm)),
         )
 
     # -- files --------------------------------------------------------------------------------
@@ -275,7 +287,7 @@ class Connection:
             )
             files = text.split("\0\n")[:-1]
             if not files:
-                raise NotFound(f"{self.endpoint.vm}: no file matches {pattern}")
+                raise NotFound(f"no file matches {pattern}", vm=self.endpoint.vm)
             for entry in files:
                 sums, _, path = entry.partition("\n")
                 sha256, *_, size = sums.split()
@@ -284,7 +296,9 @@ class Connection:
         names = [file.name for file in unique]
         for name in names:
             if names.count(name) > 1:
-                raise Conflict(f"{self.endpoint.vm}: two files called {name} match {' '.join(patterns)}")
+                raise Conflict(
+                    f"two files called {name} match {' '.join(patterns)}", vm=self.endpoint.vm
+                )
         return tuple(unique)
 
     async def get(self, patterns: Sequence[str], directory: Path) -> tuple[Moved, ...]:
@@ -314,6 +328,18 @@ class Connection:
             with path.open("rb") as source:
                 moved.append(await self._receive(_from(source), path.name, str(path), directory))
         return tuple(moved)
+
+    async def put_file(self, file: Path, there: str, *, sha256: str, ready: Sequence[str] = ()) -> Moved:
+        """Bring one file to a path in the guest, complete or not at all; its directory is made if it is
+        missing. ``ready``: the beginning of commands that the file is given to before it gets its name,
+        such as ``chmod 644 --``. DriverFailed unless it has that sha256 here and there."""
+        home, name = posixpath.split(there)
+
+        def same(digest: str) -> None:
+            self._same(Moved(name, str(file), 0, sha256), digest)
+
+        with file.open("rb") as source:
+            return await self._receive(_from(source), name, str(file), home or ".", same, ready)
 
     async def transfer(
         self, patterns: Sequence[str], target: Connection, directory: str
@@ -357,6 +383,7 @@ class Connection:
         path: str,
         directory: str,
         same: Callable[[str], None] = lambda _digest: None,
+        ready: Sequence[str] = (),
     ) -> Moved:
         home = PurePosixPath(directory.removeprefix("~/"))
         part, final = str(home / f".{name}.{secrets.token_hex(4)}.part"), str(home / name)
@@ -392,7 +419,8 @@ class Connection:
             # into a directory of that name it would be moved silently
             await self.output(
                 f"[ ! -d {there} ] || {{ echo {there} is a directory; exit 1; }}\n"
-                f"mv -f -- {here} {there}"
+                + "".join(f"{command} {here}\n" for command in ready)
+                + f"mv -f -- {here} {there}"
             )
         except BaseException:
             if not self.closed:
@@ -404,13 +432,14 @@ class Connection:
     def _same(self, file: Moved, digest: str) -> None:
         if file.sha256 != digest:
             raise DriverFailed(
-                f"{self.endpoint.vm}: {file.path} arrived as sha256 {digest[:12]}..., "
+                f"{file.path} arrived as sha256 {digest[:12]}..., "
                 f"but the guest says {file.sha256[:12]}...",
+                vm=self.endpoint.vm,
                 remedy="it changed while it was carried, or memory or disk is bad",
             )
 
     def _failed(self, doing: str, why: str) -> DriverFailed:
-        return DriverFailed(f"{self.endpoint.vm}: {doing}: {why or 'no reason given'}")
+        return DriverFailed(f"{doing}: {why or 'no reason given'}", vm=self.endpoint.vm)
 
     # -- the source ---------------------------------------------------------------------------
 
@@ -455,8 +484,9 @@ class Connection:
             if self.closed:
                 raise self._lost(error) from None
             raise Unsupported(
-                f"{self.endpoint.vm}: its sshd forwards no ports, so {repository} can't be offered: "
+                f"its sshd forwards no ports, so {repository} can't be offered: "
                 f"{str(error).strip() or type(error).__name__}",
+                vm=self.endpoint.vm,
                 remedy="allow it there: AllowTcpForwarding yes in sshd_config; "
                 "or give 'source: repository:' as a URL that the VM reaches",
             ) from None

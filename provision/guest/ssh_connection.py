@@ -15,7 +15,16 @@ import asyncssh
 
 from host.files import make_directory, open_to_append
 from host.progress import Progress
-from inventory.errors import Conflict, DriverFailed, FarmhandError, NotFound, TimedOut, WrongState
+from inventory.errors import (
+    Call,
+    Conflict,
+    ConnectionLost,
+    DriverFailed,
+    FarmhandError,
+    NotFound,
+    TimedOut,
+    WrongState,
+)
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.shell import ended, start
 
@@ -94,7 +103,7 @@ async def wait_ready(
             if not await asyncio.to_thread(running):
                 raise WrongState(
                     f"{endpoint.vm} stopped {now - since:.0f} s after its start, before ssh answered",
-                    remedy=f"see ./invoke console --vm {endpoint.vm}",
+                    remedy=("see ", Call("console", vm=endpoint.vm)),
                     detail=tail(),
                 )
             await asyncio.to_thread(progress.look)
@@ -105,9 +114,13 @@ async def wait_ready(
         left = progress.left()
         if left <= 0:
             raise TimedOut(
-                f"{endpoint.vm}: ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
-                remedy=f"look at ./invoke console --vm {endpoint.vm}; "
-                "a slow machine needs a longer ssh: ready_timeout",
+                f"ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
+                vm=endpoint.vm,
+                remedy=(
+                    "look at ",
+                    Call("console", vm=endpoint.vm),
+                    "; a slow machine needs a longer ssh: ready_timeout",
+                ),
                 detail=tail(),
             )
         await asyncio.sleep(min(pause, left))
@@ -141,7 +154,8 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise NotFound(
-            f"{endpoint.vm}: the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            f"the address {endpoint.host!r} can't be resolved: {error.strerror}",
+            vm=endpoint.vm,
             remedy="give the VM an 'address' in the farm file, or put its name into DNS or /etc/hosts",
         ) from None
     family, kind, proto, _, address = found[0]
@@ -196,7 +210,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
             return learn
 
     if not endpoint.key.is_file():
-        raise NotFound(f"{endpoint.vm}: there is no private key at {endpoint.key}")
+        raise NotFound(f"there is no private key at {endpoint.key}", vm=endpoint.vm)
     options: dict[str, object] = {
         "username": endpoint.user,
         "client_factory": Client,
@@ -223,12 +237,13 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         raise _stranger(endpoint, seen) from None
     except asyncssh.PermissionDenied:
         raise DriverFailed(
-            f"{endpoint.vm}: {endpoint.place} refuses the key {endpoint.key} for {endpoint.user}"
+            f"{endpoint.place} refuses the key {endpoint.key} for {endpoint.user}", vm=endpoint.vm
         ) from None
     except (asyncssh.Error, OSError) as error:
-        raise DriverFailed(
-            f"{endpoint.vm}: no ssh at {endpoint.place}: {_words(error)}",
-            remedy=f"is it running? ./invoke status; ./invoke console --vm {endpoint.vm}",
+        raise ConnectionLost(
+            f"no ssh at {endpoint.place}: {_words(error)}",
+            vm=endpoint.vm,
+            remedy=("is it running? ", Call("status"), "; ", Call("console", vm=endpoint.vm)),
         ) from None
     except (asyncssh.KeyImportError, ValueError) as error:
         raise FarmhandError(f"{endpoint.key} is not a usable private key: {error}") from None
@@ -240,10 +255,15 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
 def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
     from_there = f" ({_fingerprint(seen[0])})" if seen else ""
     return Conflict(
-        f"{endpoint.vm}: somebody else answers at {endpoint.place}: "
+        f"somebody else answers at {endpoint.place}: "
         f"its host key{from_there} is not the one {endpoint.vm} was given",
-        remedy="another machine has this address or port; if the VM was made anew by other hands, "
-        f"./invoke destroy --vm {endpoint.vm} and ./invoke clone-farm"
+        vm=endpoint.vm,
+        remedy=(
+            "another machine has this address or port; if the VM was made anew by other hands, ",
+            Call("destroy", vm=endpoint.vm),
+            " and ",
+            Call("clone-farm"),
+        )
         if endpoint.host_key
         else f"if that machine was set up anew, remove its line from {_known_hosts(endpoint)}",
     )
@@ -308,7 +328,7 @@ async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
         await shell.drained(1)
         await ended(channel)
     except (asyncssh.Error, OSError) as error:
-        raise DriverFailed(f"lost while asking for its boot id: {_words(error)}") from None
+        raise ConnectionLost(f"lost while asking for its boot id: {_words(error)}") from None
     text = b"".join(answer).decode(errors="replace")
     try:
         boot_id, uptime, now = text.splitlines()

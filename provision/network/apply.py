@@ -21,19 +21,22 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
-from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
+from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState, joined
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.engine.journal import Operation, current_step
+from provision.engine.journal import Entry, current_step
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin
+from provision.engine.runner import Run, perform
 from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import steps
@@ -43,51 +46,78 @@ from provision.network.rendered import chosen
 from provision.network.service import Service, Step
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
-from provision.network.undo import RECORD, keep, kept, put, undo
+from provision.network.undo import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.site import Site
 
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
-VERB = "network-apply"
 FEW = 50
 """VMs that come, change or go at once; with more of them the whole is looked at."""
 
 
-@without_collector()
-def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    """Make the services' live files, and the daemons, as the farm file says, for every declared VM;
-    those not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
+@dataclass(frozen=True, slots=True)
+class NetworkApply(Operation):
+    """Make the services' live files, and the daemons, as the farm file says, for all declared VMs; those
+    not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
 
     Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
     CommandFailed (a checker or daemon refuses: everything is as before), Busy."""
-    names = chosen(site, services)
-    with begin(site, VERB, (), locks=[LOCK], doing=VERB) as run:
-        declared = site.vms(None)
-        given = [vm for vm in declared if site.member(vm).info.virtual]
+
+    name = "network-apply"
+    services: tuple[str, ...] = ()
+    force: bool = False
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (LOCK,)
+
+    @without_collector()
+    def plan(self, run: Run) -> Plan:
+        site, names = run.site, chosen(run.site, self.services)
+        given = [member.vm for member in site.members() if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        if not bring(run, names, give(given), force=force, thorough=True):
-            run.add(Action("keep", "", f"all files of {', '.join(names)} are as they should be"))
-        return run.outcome()
+        found = _examine(run, names, give(given), force=self.force, thorough=True)
+        nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
+        return [alone(found or nothing)]
+
+
+def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
+    return perform(site, NetworkApply(tuple(services), force))
+
+
+def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
+    """For the plan of clone-farm and destroy. What there is to do is known only once the VMs have their
+    addresses, and nobody else changes the services."""
+    if run.site.plan:
+        return Job(keep_in_step(run, new=new, gone=gone))
+    return Job((), partial(keep_in_step, run, new=new, gone=gone))
 
 
 @without_collector()
-def keep_in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> None:
-    """For clone-farm and destroy: the services have the VMs that something was given to, those ``new``
-    ones, and not those that are ``gone`` (None: nobody stays). Waits for others that do the same."""
+def keep_in_step(
+    run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+) -> tuple[Action, ...]:
+    """The services have the VMs that something was given to, those ``new`` ones, and not those that are
+    ``gone`` (None: nobody stays). Waits for others that do the same. What was done."""
     site = run.site
     used = site.farm.services.used
     if not used:
-        return
+        return ()
     allocator = site.allocator
     given = [vm for vm in new if site.member(vm).info.virtual]
     with contextlib.ExitStack() as stack:
         if not site.plan:
-            _patiently(site, stack, run.verb)
+            _patiently(site, stack, run.name)
             allocator.allocate_all(given)
         left = {} if gone is None else allocator.recorded(without=gone)
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
-        bring(run, used, left, nobody=gone is None, vms=None if gone is None else [*given, *gone])
+        few = None if gone is None else [*given, *gone]
+        found = _examine(run, used, left, nobody=gone is None, vms=few)
+        if found is None:
+            return ()
+        if found.run and not site.plan:
+            found.run()
+        return found.actions
 
 
 def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
@@ -103,7 +133,7 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
             return
 
 
-def bring(
+def _examine(
     run: Run,
     services: Sequence[str],
     allocations: Mapping[str, Allocation],
@@ -112,10 +142,10 @@ def bring(
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
-) -> bool:
-    """Within a use case that holds the lock: the services get these VMs, and lose all others; with
-    ``nobody`` also those that nothing is given to. ``vms``: nothing else came, changed or went since
-    the last time. Whether anything was to do."""
+) -> Job | None:
+    """With the lock: what there is to do so that the services have these VMs, and no others; with
+    ``nobody`` not even those that nothing is given to. ``vms``: nothing else came, changed or went since
+    the last time. None: nothing."""
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
@@ -128,11 +158,10 @@ def bring(
     changes = examiner.examine(allocations, services, vms)
     told = steps(site.farm, changes.files)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
-    run.add(*_actions(changes, told, updates))
     if not changes.files and not updates.ops:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        return False
+        return None
     run.fact(diff="".join(map(difference, changes.files)) + records.difference(updates.ops))
     if changes.edited and not force:
         raise WrongState(
@@ -143,16 +172,18 @@ def bring(
         )
     texts = {change.path: change.after for change in changes.files}
     checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
-    if site.plan:
-        return True
-    with site.journal.operation(VERB) as operation:
-        new = [d for d in changes.documents if d.path not in state.files]
-        store.begin(new, updates=bool(updates.ops))
-        _carry_out(site, operation, changes.files, told, updates)
-        current_step(RECORD)
-        _record(store, state, changes, updates, few=vms is not None, basis=basis)
-        remove(kept(site, operation.id))
-    return True
+
+    @without_collector()
+    def act() -> None:
+        with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
+            new = [d for d in changes.documents if d.path not in state.files]
+            store.begin(new, updates=bool(updates.ops))
+            _carry_out(site, entry, changes.files, told, updates)
+            current_step(RECORD)
+            _record(store, state, changes, updates, few=vms is not None, basis=basis)
+            remove(kept(site, entry.id))
+
+    return Job(tuple(_actions(changes, told, updates)), act)
 
 
 def _basis(farm: Farm) -> str:
@@ -262,34 +293,34 @@ def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[
 
 def _carry_out(
     site: Site,
-    operation: Operation,
+    entry: Entry[ApplyFacts],
     files: Sequence[FileChange],
     told: Sequence[Step],
     updates: _Updates,
 ) -> None:
-    keep(site, operation, files)
+    keep(site, entry, files)
     done: list[Step] = []
     written: list[FileChange] = []
     try:
         for change in files:
-            operation.step(f"write {change.path}")
+            entry.step(f"write {change.path}")
             written.append(change)
             put(change)
         for step in told:
-            operation.step(step.text)
+            entry.step(step.text)
             done.append(step)
             step.run(site.runner)
         if updates.server is not None:
-            operation.note(updates=[asdict(op) for op in updates.ops])
-            updates.server.update(updates.ops, operation.step)
+            entry.note(replace(entry.facts, updates=tuple(updates.ops)))
+            updates.server.update(updates.ops, entry.step)
     except Interrupted:
         raise  # undone by the next command, as after a kill
     except Exception as error:
         trouble = undo(site, written, {step.service for step in done}, current_step)
         if trouble:
-            trouble.append(f"the old files are in {kept(site, operation.id)}, by the journal's numbers")
+            trouble.append(f"the old files are in {kept(site, entry.id)}, by the journal's numbers")
         else:
-            remove(kept(site, operation.id))
+            remove(kept(site, entry.id))
         if isinstance(error, FarmhandError):
             _tell_of_undoing(error, trouble)
         raise
@@ -297,7 +328,7 @@ def _carry_out(
 
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
-    error.remedy = f"{error.remedy}{'; ' if error.remedy else ''}{state}"
+    error.remedy = joined(filter(None, (error.remedy, state)))
 
 
 def _state_file(site: Site) -> Path:

@@ -120,7 +120,7 @@ def host_files(
     services: Collection[Service],
     known: Collection[str],
 ) -> tuple[tuple[Document, ...], set[str]]:
-    """Of services that spread their hosts over files: the files which have these VMs in them, or had, and
+    """Of services that spread their hosts over files: the files that have these VMs in them, or had, and
     the configurations that include them: documents, and all paths that the former may have. ``known``:
     paths of all files that are there."""
     shards = {_shard(vm) for vm in vms}

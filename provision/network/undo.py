@@ -10,14 +10,15 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
 from inventory.errors import FarmhandError, WrongState
-from provision.engine.journal import Operation, Record, current_step
+from provision.engine.facts import Facts
+from provision.engine.journal import Entry, Record
+from provision.engine.operation import Activity, Recovery
 from provision.network.changes import FileChange
 from provision.network.daemons import steps
 from provision.network.records import Op
@@ -115,66 +116,88 @@ def _text(path: str) -> str | None:
 # ---- What is kept for a kill
 
 
-def keep(site: Site, operation: Operation, files: Sequence[FileChange]) -> None:
+@dataclass(frozen=True, slots=True)
+class KeptFile(Facts):
+    """A file that is written anew. ``before``: whether there was one; ``after``: the new one's SHA-256,
+    None where it goes."""
+
+    service: str
+    path: str
+    before: bool
+    after: str | None
+    mode: int
+    uid: int
+    gid: int
+    zone: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyFacts(Facts):
+    """``files``: in the order they are written; ``updates``: of live zones."""
+
+    files: tuple[KeptFile, ...] = ()
+    updates: tuple[Op, ...] = ()
+
+
+def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> None:
     """The old files, and what of them the new ones are, before the first is written."""
-    directory = kept(site, operation.id)
+    directory = kept(site, entry.id)
     make_directory(directory, mode=0o700)
-    facts = []
+    noted = []
     for number, change in enumerate(files):
         if change.before is not None:
             data = change.before.encode(errors="surrogateescape")
             write_atomic(directory / str(number), data, mode=0o600)
-        entry: dict[str, object] = asdict(change)
-        entry["before"] = change.before is not None
-        entry["after"] = None if change.after is None else _sum(change.after)
-        facts.append(entry)
-    operation.note(files=facts)
+        after = None if change.after is None else _sum(change.after)
+        noted.append(
+            KeptFile(
+                change.service, change.path, change.before is not None, after, change.mode,
+                change.uid, change.gid, change.zone,
+            )
+        )  # fmt: skip
+    entry.note(replace(entry.facts, files=tuple(noted)))
 
 
-def recover_apply(site: Site, record: Record) -> tuple[str, Callable[[], None]]:
-    """For an apply that was killed: what is to do, in words, and doing it."""
-    found = record.facts.get("files")
-    begun = {text for _, text in record.steps}
-    files = [_remembered(site, record, n, entry) for n, entry in enumerate(_entries(found))]
-    written = [change for change in files if f"write {change.path}" in begun]
-    if RECORD in begun:
-        return "it was complete; noted", lambda: forget(site, record.id, files)
+class _ApplyActivity(Activity[ApplyFacts]):
+    """The old files are put back, and the daemons told."""
 
-    def run() -> None:
-        trouble = undo(site, written, {change.service for change in written}, current_step)
-        for text in trouble:
-            site.reporter.warn(text)
-        ops = [_op(entry) for entry in _entries(record.facts.get("updates"))]
-        for service in used_services(site.farm) if ops else ():
-            if service.live_records:
-                service.record_server(site.farm).revert(ops)
-        forget(site, record.id, files)
+    name = "network-apply"
+    facts = ApplyFacts
 
-    if not written and not record.facts.get("updates"):
-        return "it had not begun to write", run
-    return "put the old files back, and tell the daemons", run
+    def locks(self, _site: Site, _record: Record, _facts: ApplyFacts) -> tuple[str, ...]:
+        return ("network",)
+
+    def recover(self, site: Site, record: Record, facts: ApplyFacts) -> Recovery[ApplyFacts]:
+        begun = {text for _, text in record.steps}
+        files = [_remembered(site, record.id, n, kept) for n, kept in enumerate(facts.files)]
+        written = [change for change in files if f"write {change.path}" in begun]
+        if RECORD in begun:
+            return Recovery("it was complete; noted", lambda _: forget(site, record.id, files))
+
+        def run(entry: Entry[ApplyFacts]) -> None:
+            trouble = undo(site, written, {change.service for change in written}, entry.step)
+            for text in trouble:
+                site.reporter.warn(text)
+            for service in used_services(site.farm) if facts.updates else ():
+                if service.live_records:
+                    service.record_server(site.farm).revert(facts.updates)
+            forget(site, record.id, files)
+
+        if not written and not facts.updates:
+            return Recovery("it had not begun to write", run)
+        return Recovery("put the old files back, and tell the daemons", run)
 
 
-def _remembered(site: Site, record: Record, number: int, entry: Mapping[str, Any]) -> FileChange:
+APPLY = _ApplyActivity()
+
+
+def _remembered(site: Site, operation: int, number: int, file: KeptFile) -> FileChange:
     """As it was, but for ``after``: what is live, if that is what was to be written."""
-    path = str(entry["path"])
-    before = _text(str(kept(site, record.id) / str(number))) if entry["before"] else None
-    live = _text(path)
-    ours = entry["after"] is not None and live is not None and _sum(live) == entry["after"]
-    after = live if ours or entry["after"] is None else before
-    return FileChange(
-        str(entry["service"]), path, before, after, int(entry["mode"]), int(entry["uid"]),
-        int(entry["gid"]), str(entry["zone"]),
-    )  # fmt: skip
-
-
-def _op(entry: Mapping[str, Any]) -> Op:
-    old, new = (tuple((str(k), str(v)) for k, v in entry[key]) for key in ("old", "new"))
-    return Op(str(entry["zone"]), str(entry["name"]), old, new, bool(entry["shared"]))
-
-
-def _entries(found: object) -> list[Mapping[str, Any]]:
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    before = _text(str(kept(site, operation) / str(number))) if file.before else None
+    live = _text(file.path)
+    ours = file.after is not None and live is not None and _sum(live) == file.after
+    after = live if ours or file.after is None else before
+    return FileChange(file.service, file.path, before, after, file.mode, file.uid, file.gid, file.zone)
 
 
 def forget(site: Site, operation: int, files: Sequence[FileChange]) -> None:

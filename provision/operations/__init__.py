@@ -1,0 +1,39 @@
+"""The operations of a farm, a file each: what can be asked, how it is carried out, how it is
+recovered."""
+
+OPERATIONS = {
+    "balloon": "provision.operations.balloon:Balloon",
+    "balloon-all": "provision.operations.balloon:BalloonAll",
+    "checkpoint": "provision.operations.checkpoint:Checkpoint",
+    "clone-farm": "provision.operations.clone:CloneFarm",
+    "destroy": "provision.operations.destroy:Destroy",
+    "gc": "provision.operations.gc:Gc",
+    "merge": "provision.operations.merge:Merge",
+    "network-apply": "provision.network.apply:NetworkApply",
+    "reset": "provision.operations.reset:Reset",
+    "start": "provision.power:Start",
+    "stop": "provision.power:Stop",
+    "template-build": "provision.operations.templates:TemplateBuild",
+    "template-import": "provision.operations.templates:TemplateImport",
+    "template-remove": "provision.operations.templates:TemplateRemove",
+}
+"""By name, its class."""
+
+ACTIVITIES = {
+    "balloon": "provision.memory_budget:BALLOON",
+    "checkpoint": "provision.operations.checkpoint:CHECKPOINT",
+    "clone": "provision.operations.clone:CLONE",
+    "destroy": "provision.operations.destroy:DESTROY",
+    "gc": "provision.operations.gc:GC",
+    "merge": "provision.operations.merge:MERGE",
+    "network-apply": "provision.network.undo:APPLY",
+    "redefine": "provision.operations.clone:REDEFINE",
+    "reset": "provision.operations.reset:RESET",
+    "start": "provision.power:START",
+    "stop": "provision.power:STOP",
+    "template-build": "provision.operations.templates:BUILD",
+    "template-remove": "provision.operations.templates:REMOVE",
+    "template-seal": "provision.operations.templates:SEAL",
+    "wait": "provision.operations.clone:WAIT",
+}
+"""By the name in the journal, what recovers it."""

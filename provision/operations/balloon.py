@@ -1,40 +1,47 @@
-"""balloon: running VMs' memory, one by one or the farm's as a whole, never more than their host may use.
-
-Under recovery (``finish_balloon``) nothing is looked at anew: there was room when it was begun, and it
-has been kept since (``provision.memory_budget``).
-"""
+"""balloon: running VMs' memory, one by one or the farm's as a whole, never more than their host may
+use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from hypervisors.api import Machine
-from inventory.errors import (
-    FarmhandError,
-    TimedOut,
-    Unsupported,
-    UsageError,
-    WrongState,
-)
+from inventory.errors import Call, FarmhandError, Unsupported, UsageError, WrongState
 from inventory.sizes import brief, format_size
-from provision.engine.journal import current_step
-from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, Run, begin, is_on, lock_of
-from provision.member import Member
+from provision.engine.locks import lock_of
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Outcome
+from provision.engine.runner import Run, perform
+from provision.member import Member, is_on
 from provision.memory import HostMemory, Prospect, plan
-from provision.memory_budget import PATIENCE, forecast, host_memory, room_for
+from provision.memory_budget import BALLOON, PATIENCE, BalloonFacts, forecast, host_memory, room_for
 from provision.site import Site
 
 
-def balloon(site: Site, vm: str, target: int) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Balloon(Operation):
     """Give a running VM ``target`` bytes of memory; facts say what the guest reached. Where its host may
     not use so much more, VMs that idle are ballooned down first, as far as needed.
 
     Errors: NotFound, WrongState (stopped), UsageError (above its maximum, below its need),
     Unsupported (no balloon driver), NoSpace, TimedOut (with what it reached)."""
-    (member,) = site.members([vm])
-    with begin(site, "balloon", [vm], doing=f"balloon {vm} to {format_size(target)}") as run:
+
+    name = "balloon"
+    vm: str
+    target: int
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms([self.vm])
+
+    def doing(self, _vms: Sequence[str]) -> str:
+        return f"balloon {self.vm} to {format_size(self.target)}"
+
+    def plan(self, run: Run) -> Plan:
+        vm, target, site = self.vm, self.target, run.site
+        member = site.member(vm)
         machine = member.present()
         if not member.driver.capabilities().live_balloon:
             raise Unsupported(
@@ -44,7 +51,7 @@ def balloon(site: Site, vm: str, target: int) -> Outcome:
         if not is_on(machine):
             raise WrongState(
                 f"{site.name}: {vm} is stopped: memory is given to running VMs",
-                remedy=f"./invoke start --vm {vm}",
+                remedy=Call("start", vm=vm),
             )
         if target > machine.memory:
             raise UsageError(
@@ -54,50 +61,48 @@ def balloon(site: Site, vm: str, target: int) -> Outcome:
         run.vm_fact(vm, before=machine.current, asked=target)
         if machine.current == target:
             run.vm_fact(vm, reached=target)
-            run.carry_out({vm: [Job(Action("keep", vm, f"has {format_size(target)}"))]})
-            return run.outcome()
-        if target > machine.current:
-            run.add(*forecast({member: (target, target)}, _doing(vm, target)))
-        run.carry_out({vm: [_job(run, member, machine, target)]})
-        return run.outcome()
+            return [alone(job("keep", vm, f"has {format_size(target)}"))]
+        grows = target > machine.current
+        first = forecast({member: (target, target)}, _doing(vm, target)) if grows else ()
+        return [alone(foretold(*first), _job(run, member, machine, target))]
 
 
-def balloon_all(site: Site) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class BalloonAll(Operation):
     """What each VM has, brought to what its state asks for: those that idle fall to their
     ``idle_memory``, or to what their guest needs; when they are there, the others come up to what they
     are declared with, as far as their hosts may. One that a command uses is left as it is.
 
     Errors: Several, TimedOut (nobody is given more then), Busy."""
-    with begin(site, "balloon", [], doing="balloon") as run:
+
+    name = "balloon-all"
+
+    def plan(self, run: Run) -> Plan:
         down: dict[str, list[Job]] = {}
         up: dict[str, list[Job]] = {}
-        for host in site.farm.hosts:
-            for prospect in plan(host_memory(site, host, needs=True)):
+        for host in run.site.farm.hosts:
+            for prospect in plan(host_memory(run.site, host, needs=True)):
                 guest = prospect.guest
-                if guest.vm not in site.farm.vms:
+                if guest.vm not in run.site.farm.vms:
                     continue
                 if prospect.target == guest.now or not guest.on:
                     text = f"has {brief(guest.now)}" if guest.on else ""
                     why = ", ".join(filter(None, (text, prospect.why)))
-                    down[guest.vm] = [Job(Action("keep", guest.vm, why))]
+                    down[guest.vm] = [job("keep", guest.vm, why)]
                     continue
-                member = site.member(guest.vm)
+                member = run.site.member(guest.vm)
                 run.vm_fact(guest.vm, before=guest.now, asked=prospect.target)
                 jobs = down if prospect.target < guest.now else up
                 jobs[guest.vm] = [_job(run, member, member.present(), prospect.target)]
-        run.carry_out(down)
-        run.carry_out(up)
-        return run.outcome()
+        return [down, up]
 
 
-def finish_balloon(site: Site, vm: str, target: int) -> None:
-    """Within the operation that was killed. What can't be is a warning, and it keeps what it has."""
-    try:
-        current_step(f"set its memory to {target}")
-        member = site.member(vm)
-        member.driver.balloon(member.machine, target, timeout=PATIENCE)
-    except (TimedOut, Unsupported, UsageError, WrongState) as error:
-        site.reporter.warn(f"its memory was not set: {error.message}", vm=vm)
+def balloon(site: Site, vm: str, target: int) -> Outcome:
+    return perform(site, Balloon(vm, target))
+
+
+def balloon_all(site: Site) -> Outcome:
+    return perform(site, BalloonAll())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,31 +146,28 @@ def memory_plan(site: Site) -> MemoryPlan:
 
 def _job(run: Run, member: Member, machine: Machine, target: int) -> Job:
     text = f"memory {brief(machine.current)} -> {brief(target)}"
-    return Job(Action("balloon", member.vm, text), _setting(run, member, machine, target))
+    return job("balloon", member.vm, text, partial(_set, run, member, machine, target))
 
 
-def _setting(run: Run, member: Member, machine: Machine, target: int) -> Callable[[], None]:
+def _set(run: Run, member: Member, machine: Machine, target: int) -> None:
+    with run.site.locks.hold(lock_of(member.vm), doing=_doing(member.vm, target)):
+        if target <= machine.current:
+            _set_now(run, member, machine, target)
+            return
+        with room_for(member, target, _doing(member.vm, target)):
+            # journaled only now: it is finished after a kill, without another look
+            _set_now(run, member, machine, target)
+
+
+def _set_now(run: Run, member: Member, machine: Machine, target: int) -> None:
     site, vm = run.site, member.vm
-
-    def set_it() -> None:
-        with site.journal.operation("balloon", vm=vm, target=target) as operation:
-            operation.step(f"set its memory to {target}")
-            reached = member.driver.balloon(machine.name, target, timeout=PATIENCE)
-            operation.note(reached=reached)
-        run.vm_fact(vm, reached=reached)
-        site.reporter.say(
-            f"memory {brief(machine.current)} -> {brief(reached)}, as the guest says", vm=vm
-        )
-
-    def go() -> None:
-        with site.locks.hold(lock_of(vm), doing=_doing(vm, target)):
-            if target <= machine.current:
-                set_it()
-                return
-            with room_for(member, target, _doing(vm, target)):
-                set_it()  # journaled only now: it is finished after a kill, without another look
-
-    return go
+    with site.journal.begin(BALLOON, [vm], BalloonFacts(target)) as entry:
+        entry.step(f"set its memory to {target}")
+        reached = member.driver.balloon(machine.name, target, timeout=PATIENCE)
+        entry.note(replace(entry.facts, reached=reached))
+    run.vm_fact(vm, reached=reached)
+    text = f"memory {brief(machine.current)} -> {brief(reached)}, as the guest says"
+    site.reporter.say(text, vm=vm)
 
 
 def _doing(vm: str, target: int) -> str:

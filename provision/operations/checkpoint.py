@@ -1,13 +1,16 @@
-"""checkpoint: VMs' present state kept, all at one moment; and a disk merged back into its checkpoint."""
+"""checkpoint: VMs' present state kept, all at one moment."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, Machine, MergingDisks, Power
+from hypervisors.api import Checkpoint as Kept
+from hypervisors.api import Disk, Disks, FarmDisks, Machine, Power
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     Interrupted,
@@ -16,11 +19,15 @@ from inventory.errors import (
     WrongState,
     some,
 )
-from provision.engine.group_change import as_before, change_disks, ran_before, stop_all
-from provision.engine.journal import Operation, current_step
+from provision.engine.journal import Entry, Record
+from provision.engine.operation import Operation, Recovery
+from provision.engine.parallel import side_by_side
+from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, begin, is_on, side_by_side
+from provision.engine.runner import Run, perform
 from provision.lost import require
+from provision.member import Member, is_on
+from provision.operations.group_change import GroupActivity, GroupFacts
 from provision.power import check_memory, power_on
 from provision.site import Site
 
@@ -30,182 +37,171 @@ GRACE = 180.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def checkpoint(
-    site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
-) -> Outcome:
-    """Keep the VMs' present state as a checkpoint, all at one moment: all are stopped, all are kept (or
-    none, see engine/group_change.py), those that ran are started again (``wait``: until they answer).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFacts(GroupFacts):
+    """``name``: the new checkpoint's. ``warm``: with the VM's memory."""
+
+    name: str
+    warm: bool = False
+
+
+class _CheckpointActivity(GroupActivity[CheckpointFacts]):
+    """A warm one is there or not, and nothing is to be finished."""
+
+    name = "checkpoint"
+    facts = CheckpointFacts
+
+    def grace(self) -> float:
+        return GRACE
+
+    def change(self, facts: CheckpointFacts, store: Disks, machines: Sequence[str]) -> None:
+        """Those that a killed call left with the checkpoint have it."""
+        lacking = [machine for machine in machines if not _has(store.find(machine), facts.name)]
+        if isinstance(store, FarmDisks) and lacking:
+            store.checkpoint_all(lacking, facts.name)
+        else:
+            for machine in lacking:
+                store.checkpoint(machine, facts.name)
+
+    def done(self, _members: Sequence[Member], entry: Entry[CheckpointFacts]) -> None:
+        entry.note(replace(entry.facts, changed=True))
+
+    def words(self, facts: CheckpointFacts) -> str:
+        return f"keep as {facts.name}"
+
+    def then_on(self, facts: CheckpointFacts, vms: Sequence[str]) -> Sequence[str]:
+        return [vm for vm in vms if vm in facts.was_on]
+
+    def recover(self, site: Site, record: Record, facts: CheckpointFacts) -> Recovery[CheckpointFacts]:
+        if facts.warm:
+            return Recovery("it is there or not, and complete; noted")
+        return super().recover(site, record, facts)
+
+
+CHECKPOINT = _CheckpointActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Operation):
+    """Keep the VMs' present state as a checkpoint, all at one moment: all are stopped, all are kept
+    (or none, see group_change.py), those that ran are started again (``wait``: until they answer).
     What programs hold in memory is not part of it: running VMs are shut down by themselves first.
     ``warm``: of one VM that runs, and runs on; its memory is part of it.
 
     Errors: UsageError (the name; several, ``warm``), Conflict (the checkpoint exists), NotFound,
     Unsupported (also of a host that can't keep memory), NoSpace, Busy, WrongState (one store of several
     failed midway; ``warm``: it doesn't run)."""
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"{name!r} is not a checkpoint name",
-            remedy="letters, digits, '.', '_' and '-', at most 64, such as before-upgrade",
-        )
-    names = site.vms(vms)
-    if warm and len(names) > 1:
-        raise UsageError(
-            "a warm checkpoint is of one VM: several can't be kept at one moment while they run",
-            remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
-        )
-    with begin(site, "checkpoint", names, doing=f"checkpoint {some(names)} as {name}") as run:
-        machines = {vm: site.member(vm).present() for vm in names}
-        for vm in names:
-            if any(kept.name == name for kept in _disk(site, vm).checkpoints):
+
+    name = "checkpoint"
+    label: str
+    vms: tuple[str, ...] = ()
+    warm: bool = False
+    wait: bool = True
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.label):
+            raise UsageError(
+                f"{self.label!r} is not a checkpoint name",
+                remedy="letters, digits, '.', '_' and '-', at most 64, such as before-upgrade",
+            )
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        names = site.vms(self.vms)
+        if self.warm and len(names) > 1:
+            raise UsageError(
+                "a warm checkpoint is of one VM: several can't be kept at one moment while they run",
+                remedy="--vm NAME --warm for each; or a cold one of all, without --warm",
+            )
+        return names
+
+    def doing(self, vms: Sequence[str]) -> str:
+        return f"checkpoint {some(vms)} as {self.label}"
+
+    def plan(self, run: Run) -> Plan:
+        members, label = run.site.members(run.vms), self.label
+        machines = {member.vm: member.present() for member in members}
+        for member in members:
+            disk = disk_with_checkpoints(member, machines[member.vm])
+            if any(kept.name == label for kept in disk.checkpoints):
                 raise Conflict(
-                    f"{site.name}: {vm} has a checkpoint {name!r} already",
+                    f"{run.site.name}: {member.vm} has a checkpoint {label!r} already",
                     remedy="choose another name; checkpoints never change",
                 )
-        was_on = [vm for vm in names if is_on(machines[vm])]
-        run.fact(checkpoint=name)
-        if warm:
-            _check_warm(site, names[0], machines[names[0]])
-            run.add(Action("checkpoint", names[0], f"keep as {name}, disk and memory; it runs on"))
-            if not site.plan:
-                _keep_warm(site, names[0], name)
-            return run.outcome()
-        run.add(*check_memory([site.member(vm) for vm in was_on], wait=wait))
-        for vm in names:
-            text = f"shut down, keep as {name}, start again" if vm in was_on else f"keep as {name}"
-            run.add(Action("checkpoint", vm, text))
-        if not site.plan:
-            alone = names[0] if len(names) == 1 else ""
-            with site.journal.operation(
-                "checkpoint", vm=alone, vms=list(names), name=name, was_on=was_on
-            ) as operation:
-                change_disks(site, operation, names, partial(keep, name), grace=GRACE)
-                kept_all(site, operation, names, name, wait=wait)
-        return run.outcome()
+        run.fact(checkpoint=label)
+        was_on = tuple(vm for vm, machine in machines.items() if is_on(machine))
+        if self.warm:
+            (member,) = members
+            _check_warm(member, machines[member.vm])
+            text = f"keep as {label}, disk and memory; it runs on"
+            return [alone(job("checkpoint", member.vm, text, partial(self._keep_warm, member)))]
+        first = check_memory([one for one in members if one.vm in was_on], wait=self.wait)
+        actions = tuple(
+            Action("checkpoint", vm, f"shut down, keep as {label}, start again" if vm in was_on
+                   else f"keep as {label}")
+            for vm in run.vms
+        )  # fmt: skip
+        return [alone(foretold(*first), Job(actions, partial(self._keep, members, was_on)))]
+
+    def _keep(self, members: Sequence[Member], was_on: tuple[str, ...]) -> None:
+        site = members[0].site
+        facts = CheckpointFacts(was_on=was_on, name=self.label)
+        with site.journal.begin(CHECKPOINT, [member.vm for member in members], facts) as entry:
+            CHECKPOINT.carry_out(members, entry)
+            for member in members:
+                site.reporter.say(f"kept as {self.label}", vm=member.vm)
+            again = [member for member in members if member.vm in was_on]
+            side_by_side(site, {one.vm: partial(power_on, one, wait=self.wait) for one in again})
+
+    def _keep_warm(self, member: Member) -> None:
+        site, vm = member.site, member.vm
+        facts = CheckpointFacts(was_on=(vm,), name=self.label, warm=True)
+        with site.journal.begin(CHECKPOINT, [vm], facts):
+            try:
+                member.driver.checkpoint(member.machine, self.label, warm=True)
+            except Interrupted:
+                raise
+            except FarmhandError:
+                if not is_on(member.look()):
+                    site.reporter.warn(("it doesn't run any more: ", Call("start")), vm=vm)
+                raise
+            site.reporter.say(f"kept as {self.label}, disk and memory; it runs on", vm=vm)
 
 
-def _check_warm(site: Site, vm: str, machine: Machine) -> None:
-    """Before anything is changed."""
-    can = site.hypervisor(site.farm.host_of(vm), look=True).capabilities()
-    if not can.warm_checkpoints:
-        why = "; ".join(note for note in can.notes if "warm" in note) or f"driver {can.driver} can't"
-        raise Unsupported(
-            f"{site.name}: {vm}'s host {site.farm.host_of(vm)} keeps no running machine's memory: {why}",
-            remedy="without --warm: a cold checkpoint, for which it is shut down",
-        )
-    if machine.power is not Power.RUNNING:
-        raise WrongState(
-            f"{site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
-            remedy=f"./invoke start --vm {vm}; or a cold one, without --warm",
-        )
+def checkpoint(
+    site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
+) -> Outcome:
+    return perform(site, Checkpoint(name, tuple(vms), warm, wait))
 
 
-def _keep_warm(site: Site, vm: str, name: str) -> None:
-    """Killed, it is there or not, and the VM runs on; nothing is to be finished."""
-    with site.journal.operation("checkpoint", vm=vm, vms=[vm], name=name, was_on=[vm], warm=True):
-        try:
-            site.member(vm).driver.checkpoint(site.member(vm).machine, name, warm=True)
-        except Interrupted:
-            raise
-        except FarmhandError:
-            if not is_on(site.member(vm).look()):
-                site.reporter.warn("it doesn't run any more: ./invoke start", vm=vm)
-            raise
-        site.reporter.say(f"kept as {name}, disk and memory; it runs on", vm=vm)
-
-
-def keep(name: str, store: Disks, machines: Sequence[str]) -> None:
-    """Of one store, several only where it does them as one: see ``together.Change``. Those that a
-    killed call left with the checkpoint have it."""
-    lacking = [machine for machine in machines if not _has(store.find(machine), name)]
-    if isinstance(store, FarmDisks) and lacking:
-        store.checkpoint_all(lacking, name)
-    else:
-        for machine in lacking:
-            store.checkpoint(machine, name)
-
-
-def kept_all(site: Site, operation: Operation, vms: Sequence[str], name: str, *, wait: bool) -> None:
-    """What comes after: noted, and those that ran are started again."""
-    operation.note(changed=True)
-    for vm in vms:
-        site.reporter.say(f"kept as {name}", vm=vm)
-    again = [vm for vm in ran_before(site, operation.facts) if vm in vms]
-    side_by_side(site, {vm: partial(power_on, site.member(vm), wait=wait) for vm in again})
-
-
-def merge(site: Site, vms: Sequence[str], *, wait: bool = True) -> Outcome:
-    """Write what changed on the VMs' disks since their checkpoints back into these, each for itself: the
-    checkpoint then is what the disk is now. Never into ``clean``, the template's. Running VMs are shut
-    down for it, and started again. Killed, it is gone on with by recovery.
-
-    Errors: Unsupported (a store that can't, a disk grown from clean), NotFound, NoSpace, Busy."""
-    names = site.vms(vms)
-    with begin(site, "merge", names) as run:
-        jobs: dict[str, list[Job]] = {}
-        on = {vm: is_on(site.member(vm).present()) for vm in names}
-        run.add(*check_memory([site.member(vm) for vm in names if on[vm]], wait=wait))
-        for vm in names:
-            was_on = on[vm]
-            disk, store = _disk(site, vm), site.disks(site.farm.host_of(vm))
-            if not isinstance(store, MergingDisks):
-                raise Unsupported(
-                    f"{site.name}: {vm}'s disk store can't merge a disk back into its checkpoint",
-                    remedy="make a new checkpoint instead: here it costs next to nothing; only the "
-                    "linked copies of store lvm can merge",
-                )
-            if disk.base == "clean":
-                raise Unsupported(
-                    f"{site.name}: {vm}'s disk grew from clean, its template, which never changes",
-                    remedy="make a checkpoint: what comes after it can be merged into it",
-                )
-            text = f"merge what changed since {disk.base} into it"
-            if was_on:
-                text = f"shut down, {text}, start again"
-            run_one = partial(_merge_one, site, vm, disk.base, was_on=was_on, wait=wait)
-            jobs[vm] = [Job(Action("merge", vm, text), run_one)]
-        run.carry_out(jobs)
-        return run.outcome()
-
-
-def merge_on(site: Site, vm: str) -> None:
-    """Within an operation under way: also goes on with a merge that was killed."""
-    store = site.disks(site.farm.host_of(vm))
-    if isinstance(store, MergingDisks):
-        stop_all(site, [vm], grace=GRACE)
-        store.merge(site.farm.machine_of(vm))
-
-
-def _merge_one(site: Site, vm: str, base: str, *, was_on: bool, wait: bool) -> None:
-    ran = [vm] if was_on else []
-    with site.journal.operation("merge", vm=vm, into=base, was_on=ran) as operation:
-        try:
-            if was_on:
-                current_step("shut it down")
-            merge_on(site, vm)
-        except Interrupted:
-            raise
-        except FarmhandError:
-            if site.member(vm).disk() is not None:  # else cut off within: the store knows how to go on
-                as_before(site, operation.facts)
-            else:
-                operation.must_finish = True
-            raise
-        site.reporter.say(f"merged into {base}", vm=vm)
-        if was_on:
-            power_on(site.member(vm), wait=wait)
-
-
-def _disk(site: Site, vm: str) -> Disk:
-    member = site.member(vm)
+def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
+    """The VM's disk. NotFound where it is gone, Unsupported where its host keeps none."""
     disk = member.disk()
-    require(member, member.present(), disk)
+    require(member, machine, disk)
     if disk is None:
         raise Unsupported(
-            f"{site.name}: {vm}'s host {site.farm.host_of(vm)} keeps no checkpoints",
+            f"{member.site.name}: {member.vm}'s host {member.host} keeps no checkpoints",
             remedy="checkpoints are kept by disk stores; this machine has its reset command",
         )
     return disk
 
 
+def _check_warm(member: Member, machine: Machine) -> None:
+    """Before anything is changed."""
+    site, vm = member.site, member.vm
+    can = site.hypervisor(member.host, look=True).capabilities()
+    if not can.warm_checkpoints:
+        why = "; ".join(note for note in can.notes if "warm" in note) or f"driver {can.driver} can't"
+        raise Unsupported(
+            f"{site.name}: {vm}'s host {member.host} keeps no running machine's memory: {why}",
+            remedy="without --warm: a cold checkpoint, for which it is shut down",
+        )
+    if machine.power is not Power.RUNNING:
+        raise WrongState(
+            f"{site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
+            remedy=(Call("start", vm=vm), "; or a cold one, without --warm"),
+        )
+
+
 def _has(disk: Disk | None, name: str) -> bool:
-    kept: Sequence[Checkpoint] = disk.checkpoints if disk else ()
+    kept: Sequence[Kept] = disk.checkpoints if disk else ()
     return any(one.name == name for one in kept)

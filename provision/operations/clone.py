@@ -6,18 +6,22 @@ import contextlib
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Disk, Machine, Power, Template
-from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound, some
+from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NoSpace, NotFound, joined, some
 from inventory.sizes import format_duration, format_size
 from provision.allocate import Allocation
+from provision.engine.facts import Facts, NoFacts
+from provision.engine.operation import Operation, Recovery
+from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Job, begin, is_on
+from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import discard_of
 from provision.lost import Lost, lost
+from provision.member import Member, is_on
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -31,6 +35,7 @@ from provision.power import (
     write_identity,
 )
 from provision.site import Site
+from provision.vm_activity import OneVmActivity
 
 HEADROOM = 256 * 2**20
 """Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
@@ -39,7 +44,45 @@ _ASLEEP = 2**20
 """Bytes for one that is not started."""
 
 
-def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class CloneFacts(Facts):
+    """``again``: its machine was there, its disk was gone."""
+
+    template: str
+    again: bool
+
+
+class _CloneActivity(OneVmActivity[CloneFacts]):
+    """Without a machine it is undone; a machine is complete, and the next clone-farm goes on."""
+
+    name = "clone"
+    facts = CloneFacts
+
+    def go_on(self, _member: Member, _machine: Machine, facts: CloneFacts) -> Recovery[CloneFacts]:
+        whole = "the machine is as it was" if facts.again else "the machine is complete"
+        return Recovery(f"{whole}; clone-farm goes on from there")
+
+    def unmade(self, member: Member, _facts: CloneFacts) -> Recovery[CloneFacts]:
+        return Recovery("undone, nothing of it stays", lambda _: _undo(member))
+
+
+class _RedefineActivity(OneVmActivity[NoFacts]):
+    name = "redefine"
+    facts = NoFacts
+
+
+class _WaitActivity(OneVmActivity[NoFacts]):
+    name = "wait"
+    facts = NoFacts
+
+
+CLONE = _CloneActivity()
+REDEFINE = _RedefineActivity()
+WAIT = _WaitActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class CloneFarm(Operation):
     """Make the VMs that are missing, start those that should run, wait until their ssh answers.
     What is already as declared is left alone, so a second call changes nothing.
 
@@ -49,70 +92,90 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
 
     Errors: NoSpace (disk or memory, before anything is begun), Conflict and NotOurs (names),
     TimedOut with the console's tail, Several, Busy."""
-    names = site.vms(vms)
-    with begin(site, "clone-farm", names) as run:
-        check_accelerator(site.members(names))
+
+    name = "clone-farm"
+    vms: tuple[str, ...] = ()
+    start: bool = True
+    wait: bool = True
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms(self.vms)
+
+    def plan(self, run: Run) -> Plan:
+        site, members = run.site, run.site.members(run.vms)
+        check_accelerator(members)
         templates = _Templates(site)
-        machines = {vm: site.member(vm).look() for vm in names}
-        ours = [vm for vm in names if site.member(vm).can_power]
-        missing = [vm for vm in ours if machines[vm] is None]
-        for host in dict.fromkeys(map(site.farm.host_of, missing)):
+        machines = {member.vm: member.look() for member in members}
+        ours = [member for member in members if member.can_power]
+        missing = [member for member in ours if machines[member.vm] is None]
+        for host in dict.fromkeys(member.host for member in missing):
             site.opened(host).check_places()
-        disks = {vm: site.member(vm).disk() for vm in ours}
-        gone = _gone(site, machines, disks)
-        given = site.allocator.peek_all(vm for vm in ours if machines[vm] is not None)
+        disks = {member.vm: member.disk() for member in ours}
+        gone = _gone(ours, machines, disks)
+        made = [one.vm for one in ours if machines[one.vm] is not None]
+        given = site.allocator.peek_all(made) if made else {}
         to_start = [
-            vm
-            for vm in names
-            if start and site.farm.vms[vm].start and vm in ours and not is_on(machines[vm])
-            if vm not in gone or gone[vm].template
-        ]
-        starting = frozenset(to_start)
-        _check_space(site, [*missing, *(vm for vm in gone if gone[vm].template)], starting)
-        run.add(*check_memory(site.members(to_start) if to_start else (), wait=wait))
-        unbuilt = dict.fromkeys(templates.name_of(vm) for vm in missing if templates.newest(vm) is None)
-        run.add(
-            *(Action("template", "", f"make template {name}: there is none yet") for name in unbuilt)
+            one for one in ours
+            if self.start and one.declared.start and not is_on(machines[one.vm])
+            if one.vm not in gone or gone[one.vm].template
+        ]  # fmt: skip
+        starting = {member.vm for member in to_start}
+        new = [*missing, *(one for one in ours if one.vm in gone and gone[one.vm].template)]
+        _check_space(site, new, starting)
+        first = list(check_memory(to_start, wait=self.wait))
+        unbuilt = dict.fromkeys(
+            templates.name_of(one) for one in missing if templates.newest(one) is None
         )
+        first += [Action("template", "", f"make template {name}: there is none yet") for name in unbuilt]
         jobs: dict[str, list[Job]] = {}
-        for vm in names:
-            machine = machines[vm]
-            if not site.member(vm).can_power:
-                jobs[vm] = [Job(Action("keep", vm, "on an ssh host: nothing to make"))]
+        for member in members:
+            vm, machine = member.vm, machines[member.vm]
+            if not member.can_power:
+                jobs[vm] = [job("keep", vm, "on an ssh host: nothing to make")]
             elif machine is None:
-                jobs[vm] = _make(site, vm, templates, disks[vm])
+                jobs[vm] = _make(member, templates, disks[vm])
             elif vm in gone:
-                jobs[vm] = [_make_again(site, vm, gone[vm])]
+                jobs[vm] = [_make_again(member, gone[vm])]
             else:
                 jobs[vm] = _keep(
-                    site, vm, machine, disks[vm], templates, given[vm],
-                    starting=vm in starting, wait=wait,
+                    member, machine, disks[vm], templates, given[vm],
+                    waits=self.wait and vm not in starting,
                 )  # fmt: skip
             if vm in starting:
-                action = Action("start", vm, f"start{then_what(site.member(vm), wait=wait)}")
-                jobs[vm].append(Job(action, partial(start_one, site.member(vm), wait=wait)))
+                text = f"start{then_what(member, wait=self.wait)}"
+                jobs[vm].append(job("start", vm, text, partial(start_one, member, wait=self.wait)))
             if not jobs[vm]:
-                jobs[vm] = [Job(Action("keep", vm, "already as declared"))]
-        if site.farm.services.used:
-            from provision.network.apply import keep_in_step
+                jobs[vm] = [job("keep", vm, "already as declared")]
+        before = [foretold(*first), Job((), partial(_allocate, missing))]
+        if site.farm.services.used:  # before they start: DHCP is the first thing they ask for
+            from provision.network.apply import in_step
 
-            keep_in_step(run, new=names)  # before they start: DHCP is the first thing they ask for
-        if missing and not site.plan:
-            with contextlib.suppress(FarmhandError):  # then the one that it is about fails by itself
-                site.allocator.allocate_all(missing)  # as one: the lock file is written whole
-        run.carry_out(jobs)
-        return run.outcome()
+            before.insert(1, in_step(run, new=run.vms))
+        return [alone(*before), jobs]
 
 
-def undo_clone(site: Site, vm: str) -> None:
+def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True) -> Outcome:
+    return perform(site, CloneFarm(tuple(vms), start, wait))
+
+
+def _allocate(members: Sequence[Member]) -> None:
+    """As one: the lock file is written whole. What can't be given makes the one that it is about
+    fail."""
+    if members:
+        with contextlib.suppress(FarmhandError):
+            given = members[0].site.allocator.allocate_all([member.vm for member in members])
+            for member in members:
+                member.was_given(given[member.vm])
+
+
+def _undo(member: Member) -> None:
     """Take away what a clone that didn't end left. A machine that exists is complete: it stays."""
-    member = site.member(vm)
     if member.look() is not None:
         return
     discard_of([member])
     if member.disk() is not None:
         member.store.destroy(member.machine)
-    identity.remove_identity(site.paths, vm, member.machine)
+    identity.remove_identity(member.site.paths, member.vm, member.machine)
 
 
 class _Templates:
@@ -125,86 +188,88 @@ class _Templates:
         self._seen: dict[str, Mapping[str, Template]] = {}  # by host and name
         self._failed: dict[str, FarmhandError] = {}
 
-    def name_of(self, vm: str) -> str:
-        name = self._site.farm.template_of(vm)
+    def name_of(self, member: Member) -> str:
+        name = self._site.farm.template_of(member.vm)
         if name is None:
             raise NotFound(
-                f"{self._site.name}: {vm} has no template, and the farm file declares none",
+                f"{self._site.name}: {member.vm} has no template, and the farm file declares none",
                 remedy="declare one under 'templates:'",
             )
         return name
 
-    def newest(self, vm: str) -> Template | None:
+    def newest(self, member: Member) -> Template | None:
         """The newest generation in the VM's store."""
-        host = self._site.farm.host_of(vm)
+        host = member.host
         if host not in self._seen:
-            found = sorted(self._site.disks(host).templates(), key=lambda t: t.generation)
+            found = sorted(member.store.templates(), key=lambda t: t.generation)
             self._seen[host] = {template.name: template for template in found}
-        return self._seen[host].get(self.name_of(vm))
+        return self._seen[host].get(self.name_of(member))
 
-    def get(self, vm: str) -> Template:
-        name = self.name_of(vm)
+    def get(self, member: Member) -> Template:
+        name = self.name_of(member)
         with self._guard:
             if name in self._failed:
                 raise self._failed[name]
-            found = self.newest(vm)
+            found = self.newest(member)
             if found is not None:
                 return found
             from provision.operations.templates import ensure_template
 
             try:
-                ensure_template(self._site, name, self._site.farm.host_of(vm))
+                ensure_template(self._site, name, member.host)
             except FarmhandError as error:
                 self._failed[name] = error
                 raise
             self._seen.clear()
-            found = self.newest(vm)
+            found = self.newest(member)
             if found is None:
                 raise NotFound(
-                    f"{self._site.name}: template {name} is not in the store of host "
-                    f"{self._site.farm.host_of(vm)}",
-                    remedy=f"./invoke template-build {name}",
+                    f"{self._site.name}: template {name} is not in the store of host {member.host}",
+                    remedy=Call("template-build", name=name),
                 )
             return found
 
 
 def _gone(
-    site: Site, machines: Mapping[str, Machine | None], disks: Mapping[str, Disk | None]
+    members: Sequence[Member],
+    machines: Mapping[str, Machine | None],
+    disks: Mapping[str, Disk | None],
 ) -> dict[str, Lost]:
     """The VMs whose machine is there and whose disk is not."""
     found: dict[str, Lost] = {}
-    for vm, disk in disks.items():
-        machine = machines[vm]
-        if machine is not None and disk is None and (one := lost(site.member(vm), machine)):
-            found[vm] = one
+    for member in members:
+        machine = machines[member.vm]
+        if machine is not None and disks[member.vm] is None and (one := lost(member, machine)):
+            found[member.vm] = one
     return found
 
 
-def _make_again(site: Site, vm: str, gone: Lost) -> Job:
+def _make_again(member: Member, gone: Lost) -> Job:
+    vm = member.vm
     if gone.template:
         text = f"{gone.text}: a new one from {gone.template.label}"
-        return Job(Action("clone", vm, text), partial(_clone, site, vm, gone.template, again=True))
+        return job("clone", vm, text, partial(_clone, member, gone.template, again=True))
 
     def refuse() -> None:
-        raise gone.error(site.member(vm))
+        raise gone.error(member)
 
-    return Job(Action("note", vm, f"{gone.text}; {gone.remedy}"), refuse)
+    return job("note", vm, joined((gone.text, gone.remedy)), refuse)
 
 
-def _make(site: Site, vm: str, templates: _Templates, disk: Disk | None) -> list[Job]:
-    declared = site.farm.vms[vm]
+def _make(member: Member, templates: _Templates, disk: Disk | None) -> list[Job]:
+    site, vm, declared = member.site, member.vm, member.declared
     jobs: list[Job] = []
     if disk is not None:
         # A disk without a machine. Untouched since cloning, nothing is lost with it.
-        if not site.member(vm).store.pristine(site.member(vm).machine, "clean"):
+        if not member.store.pristine(member.machine, "clean"):
             raise Conflict(
                 f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
-                remedy=f"copy what you need from it, then remove it: ./invoke destroy --vm {vm}",
+                remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=vm)),
             )
-        action = Action("discard", vm, "remove a disk that no machine has and nothing was written to")
-        jobs.append(Job(action, lambda: undo_clone(site, vm)))
-    found = templates.newest(vm)
-    size = declared.disk or site.farm.templates[templates.name_of(vm)].size
+        text = "remove a disk that no machine has and nothing was written to"
+        jobs.append(job("discard", vm, text, partial(_undo, member)))
+    found = templates.newest(member)
+    size = declared.disk or site.farm.templates[templates.name_of(member)].size
     if found is not None:
         if declared.disk is not None and declared.disk < found.size:
             raise Conflict(
@@ -214,32 +279,32 @@ def _make(site: Site, vm: str, templates: _Templates, disk: Disk | None) -> list
             )
         size = declared.disk or found.size
     text = (
-        f"clone from {found.label if found else templates.name_of(vm)}: disk {format_size(size)}, "
+        f"clone from {found.label if found else templates.name_of(member)}: disk {format_size(size)}, "
         f"memory {format_size(declared.memory)}, {declared.vcpus} vCPU"
     )
-    jobs.append(Job(Action("clone", vm, text), lambda: _clone(site, vm, templates.get(vm))))
+    jobs.append(job("clone", vm, text, lambda: _clone(member, templates.get(member))))
     return jobs
 
 
-def _clone(site: Site, vm: str, template: Template, *, again: bool = False) -> None:
+def _clone(member: Member, template: Template, *, again: bool = False) -> None:
     """``again``: its machine is there, its disk is gone."""
-    began, member = time.monotonic(), site.member(vm)
-    with site.journal.operation("clone", vm=vm, template=template.label, again=again) as operation:
+    began, site, vm = time.monotonic(), member.site, member.vm
+    with site.journal.begin(CLONE, [vm], CloneFacts(template.label, again)) as entry:
         try:
             if again:
-                operation.step("remove the definition, whose disk is gone")
+                entry.step("remove the definition, whose disk is gone")
                 member.driver.destroy(member.machine)
-            operation.step("give it an identity")
+            entry.step("give it an identity")
             write_identity(member)
             spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
-            operation.step("make disk and machine")
+            entry.step("make disk and machine")
             member.driver.define(spec, template)
         except Interrupted:
             raise
         except Exception:
             with contextlib.suppress(FarmhandError):  # the first error is the one to show
-                undo_clone(site, vm)
+                _undo(member)
             raise
     site.reporter.say(
         f"cloned from {template.label} in {format_duration(time.monotonic() - began)}", vm=vm
@@ -247,66 +312,63 @@ def _clone(site: Site, vm: str, template: Template, *, again: bool = False) -> N
 
 
 def _keep(
-    site: Site,
-    vm: str,
+    member: Member,
     machine: Machine,
     disk: Disk | None,
     templates: _Templates,
     given: Allocation,
     *,
-    starting: bool,
-    wait: bool,
+    waits: bool,
 ) -> list[Job]:
+    """``waits``: until it answers, where it runs."""
     jobs: list[Job] = []
-    declared = site.farm.vms[vm]
-    reason = why_redefine(site.member(vm), machine, site.member(vm).spec(given))
+    vm, declared = member.vm, member.declared
+    reason = why_redefine(member, machine, member.spec(given))
     running = is_on(machine) or machine.power is Power.SUSPENDED  # which runs on as it was
     if reason and running:
         text = f"takes effect at its next stop or reset: change its definition {reason}"
-        jobs.append(Job(Action("note", vm, text)))
+        jobs.append(job("note", vm, text))
     elif reason:
         text = f"change its definition {reason}"
-        jobs.append(Job(Action("redefine", vm, text), lambda: _redefine(site, vm)))
-    found = templates.newest(vm)
+        jobs.append(job("redefine", vm, text, partial(_redefine, member)))
+    found = templates.newest(member)
     if found is not None and machine.template != found.label:
         text = f"stays on {machine.template}; to move to {found.label}, destroy and clone it"
-        jobs.append(Job(Action("note", vm, text)))
+        jobs.append(job("note", vm, text))
     if disk is not None and declared.disk is not None and disk.size != declared.disk:
         text = (
             f"its disk is {format_size(disk.size)}, declared {format_size(declared.disk)}: "
             "takes effect when it is destroyed and cloned again"
         )
-        jobs.append(Job(Action("note", vm, text)))
-    if is_on(machine) and wait and not starting and declared.start and not answers(site.member(vm)):
+        jobs.append(job("note", vm, text))
+    if is_on(machine) and waits and declared.start and not answers(member):
         text = "runs, but its ssh doesn't answer: wait for it"
-        jobs.append(Job(Action("wait", vm, text), lambda: _await(site, vm)))
+        jobs.append(job("wait", vm, text, partial(_await, member)))
     return jobs
 
 
-def _redefine(site: Site, vm: str) -> None:
-    with site.journal.operation("redefine", vm=vm):
-        member = site.member(vm)
+def _redefine(member: Member) -> None:
+    with member.site.journal.begin(REDEFINE, [member.vm], NoFacts()):
         bring_up_to_date(member, member.present(), member.disk())
 
 
-def _await(site: Site, vm: str) -> None:
-    with site.journal.operation("wait", vm=vm):
+def _await(member: Member) -> None:
+    with member.site.journal.begin(WAIT, [member.vm], NoFacts()):
         # Since when it runs isn't known for sure: any boot of this machine is the one meant.
-        member = site.member(vm)
         wait_until_ready(member, since=float("-inf"))
         machine, idle = member.look(), member.declared.idle_memory
         if machine is not None and idle is not None and machine.current > idle:
             deflate(member)
 
 
-def _check_space(site: Site, missing: Sequence[str], starting: Collection[str]) -> None:
-    for host in dict.fromkeys(map(site.farm.host_of, missing)):
-        new = [vm for vm in missing if site.farm.host_of(vm) == host]
+def _check_space(site: Site, members: Sequence[Member], starting: Collection[str]) -> None:
+    for host in dict.fromkeys(member.host for member in members):
+        new = [member.vm for member in members if member.host == host]
         free = site.disks(host).capacity().free
         wanted = sum(HEADROOM if vm in starting else _ASLEEP for vm in new)
         if free < wanted:
             raise NoSpace(
                 f"{site.name}: the disk store of host {host} has {format_size(free)} free; cloning "
                 f"{some(new)} takes {format_size(wanted)} at least",
-                remedy="./invoke gc shows what can go, or give the host's 'disks' another path",
+                remedy=(Call("gc"), " shows what can go, or give the host's 'disks' another path"),
             )

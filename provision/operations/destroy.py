@@ -4,22 +4,57 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 from host.files import remove
 from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState, some
-from provision.engine.journal import current_step
+from provision.engine.facts import Facts
+from provision.engine.journal import Record, current_step
+from provision.engine.locks import lock_of
+from provision.engine.operation import Operation, Recovery
+from provision.engine.parallel import side_by_side
+from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import begin, side_by_side
+from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.lost import left_of
 from provision.site import Site
+from provision.vm_activity import VmActivity
 
 
-def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class DestroyFacts(Facts):
+    """``whole``: the farm itself goes. ``purge``: its build records, too."""
+
+    whole: bool = False
+    purge: bool = False
+
+
+class _DestroyActivity(VmActivity[DestroyFacts]):
+    """Finished: what is gone of it nobody brings back."""
+
+    name = "destroy"
+    facts = DestroyFacts
+
+    def recover(self, site: Site, record: Record, facts: DestroyFacts) -> Recovery[DestroyFacts]:
+        if facts.whole:
+            text = "finish it, the whole farm goes"
+            return Recovery(text, lambda _: _finish_farm(site, purge=facts.purge))
+        return Recovery("finish it", lambda _: erase(site, record.vms))
+
+    def locks(self, site: Site, record: Record, facts: DestroyFacts) -> tuple[str, ...]:
+        return tuple(map(lock_of, site.farm.vms if facts.whole else record.vms))
+
+
+DESTROY = _DestroyActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy(Operation):
     """Named VMs: machine, disk and checkpoints, seed, host key, console log, what they were given.
     None named: the whole farm, then its templates, its private daemon and its state directory too.
     Build records stay (facts say where) unless ``purge``. What isn't there any more is no error.
@@ -27,28 +62,59 @@ def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outc
     VMs no longer in the farm file can be named as long as their machines exist.
 
     Errors: NotFound, NotOurs, Busy (also by work on templates or builds, for the whole farm)."""
-    if not vms:
-        return _destroy_farm(site, purge=purge)
-    names = _names(site, vms)
-    with begin(site, "destroy", names) as run:
-        foreign = {vm for vm in names if vm in site.farm.vms and not site.member(vm).info.virtual}
-        there = _there(site, survey(site), [vm for vm in names if vm not in foreign])
-        for vm in names:
-            if vm in foreign:
-                run.add(Action("note", vm, f"on {site.member(vm).info.called}: not ours to destroy"))
-            elif vm in there:
-                run.add(Action("destroy", vm, "destroy machine, disk, checkpoints and identity"))
-            else:
-                run.add(Action("keep", vm, "is not there"))
-        if site.farm.services.used:
-            from provision.network.apply import keep_in_step
 
-            keep_in_step(run, gone=names)  # killed after it: a VM without records, not the other way
-        if there and not site.plan:
-            alone = next(iter(there)) if len(there) == 1 else ""
-            with site.journal.operation("destroy", vm=alone, vms=list(there)):
-                erase(site, there)
-        return run.outcome()
+    name = "destroy"
+    at_any_time = True
+    vms: tuple[str, ...] = ()
+    purge: bool = False
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        if self.vms:
+            return _names(site, self.vms)
+        return tuple(dict.fromkeys((*site.farm.vms, *survey(site).vms)))
+
+    def locks(self, site: Site) -> tuple[str, ...]:
+        return () if self.vms else ("cycle", *(f"template-{name}" for name in site.farm.templates))
+
+    def doing(self, vms: Sequence[str]) -> str:
+        return f"destroy {some(vms)}" if self.vms else "destroy the whole farm"
+
+    def plan(self, run: Run) -> Plan:
+        return _plan_vms(run) if self.vms else _plan_farm(run, purge=self.purge)
+
+
+def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
+    return perform(site, Destroy(tuple(vms), purge))
+
+
+def _plan_vms(run: Run) -> Plan:
+    site = run.site
+    foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
+    there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
+    said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
+    said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
+
+    def act() -> None:
+        with site.journal.begin(DESTROY, list(there), DestroyFacts()):
+            erase(site, there)
+
+    # Killed after the network services: a VM without records, not records without a VM.
+    jobs = [*said, *_of_network(run, gone=run.vms)]
+    if there:
+        jobs.append(Job(tuple(map(_destroyed, there)), act))
+    return [alone(*jobs)]
+
+
+def _destroyed(vm: str) -> Action:
+    return Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
+
+
+def _of_network(run: Run, *, gone: Sequence[str] | None) -> list[Job]:
+    if not run.site.farm.services.used:
+        return []
+    from provision.network.apply import in_step
+
+    return [in_step(run, gone=gone)]
 
 
 def erase(site: Site, vms: Collection[str]) -> None:
@@ -143,51 +209,52 @@ def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
 # The whole farm
 
 
-def _destroy_farm(site: Site, *, purge: bool) -> Outcome:
-    nothing = not site.paths.root.exists()
-    made = survey(site).vms
-    names = tuple(dict.fromkeys((*site.farm.vms, *made)))
-    if nothing and not made and not site.plan:
-        last_of(site)
-        site.allocator.lock_file.unlink(missing_ok=True)
-        return Outcome("destroy", False, (Action("keep", "", "nothing is there"),))
-    locks = ["cycle", *(f"template-{name}" for name in site.farm.templates)]
-    with begin(site, "destroy", names, doing="destroy the whole farm", locks=locks) as run:
-        _refuse_if_in_use(site)
-        _refuse_strangers(site)
-        there = _there(site, survey(site), names)
-        run.add(
-            *(Action("destroy", vm, "destroy machine, disk, checkpoints and identity") for vm in there)
-        )
-        labels = _templates(site)
-        run.add(*(Action("destroy", "", f"remove template {label}") for _, label in labels))
-        builds = site.paths.builds
-        records = _records(builds)
-        if records and purge:
-            run.add(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
-        elif records:
-            run.add(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
-            run.fact(kept=str(builds))
-        if site.paths.root.exists():
-            daemon = site.daemon()
-            stopped = "stop its daemon, " if daemon and daemon.directory.exists() else ""
-            run.add(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
-            if others := _others_files(site):
-                text = f"stays: files that aren't farmhand's, such as {others[0]}"
-                run.add(Action("note", "", text))
-        elif not there:
-            run.add(Action("keep", "", "nothing is there"))
-        if site.farm.services.used:
-            from provision.network.apply import keep_in_step
+def _plan_farm(run: Run, *, purge: bool) -> Plan:
+    site, builds = run.site, run.site.paths.builds
+    _refuse_if_in_use(site)
+    _refuse_strangers(site)
+    there = _there(site, survey(site), run.vms)
+    actions = list(map(_destroyed, there))
+    actions += [Action("destroy", "", f"remove template {label}") for _, label in _templates(site)]
+    records = _records(builds)
+    if records and purge:
+        actions.append(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
+    elif records:
+        actions.append(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
+        run.fact(kept=str(builds))
+    if _is_used(site):
+        stopped = "stop its daemon, " if _has_daemon(site) else ""
+        actions.append(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
+        if others := _others_files(site):
+            text = f"stays: files that aren't farmhand's, such as {others[0]}"
+            actions.append(Action("note", "", text))
+    if not any(action.verb == "destroy" for action in actions):
+        actions.insert(0, Action("keep", "", "nothing is there"))
+        return [alone(Job(tuple(actions), partial(_end, site)))]
 
-            keep_in_step(run, gone=None)
-        if not site.plan:
-            with site.journal.operation("destroy", whole=True, purge=purge):
-                erase(site, there)
-                raze(site, purge=purge)
-            last_of(site)
-            site.reporter.say("the farm is destroyed")
-        return run.outcome()
+    def act() -> None:
+        with site.journal.begin(DESTROY, (), DestroyFacts(whole=True, purge=purge)):
+            erase(site, there)
+            raze(site, purge=purge)
+        _end(site)
+        site.reporter.say("the farm is destroyed")
+
+    return [alone(*_of_network(run, gone=None), Job(tuple(actions), act))]
+
+
+def _is_used(site: Site) -> bool:
+    """Whether something was ever done to the farm: the journal is written first, and goes last."""
+    return site.paths.journal.exists() or _has_daemon(site)
+
+
+def _has_daemon(site: Site) -> bool:
+    daemon = site.daemon()
+    return daemon is not None and daemon.directory.exists()
+
+
+def _end(site: Site) -> None:
+    last_of(site)
+    site.allocator.lock_file.unlink(missing_ok=True)
 
 
 def _records(builds: Path) -> int:
@@ -233,7 +300,7 @@ def raze(site: Site, *, purge: bool) -> None:
             far.tidy()
 
 
-def finish_farm(site: Site, *, purge: bool) -> None:
+def _finish_farm(site: Site, *, purge: bool) -> None:
     """What is left to do for a whole farm's destroy that was killed."""
     seen = survey(site)
     erase(site, _there(site, seen, tuple(dict.fromkeys((*seen.vms, *site.farm.vms)))))
@@ -241,7 +308,11 @@ def finish_farm(site: Site, *, purge: bool) -> None:
 
 
 def last_of(site: Site) -> None:
-    """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
+    """Journal, locks, the directory itself: killed in between, nothing of worth is left. What can't be
+    told to subscribers now goes with the journal."""
+    site.outbox.close()
+    for text in site.journal.troubles():
+        site.reporter.warn(f"{text}; they go with the farm")
     site.journal.close()
     if site.paths.root.is_dir():
         keep = [site.paths.builds, site.paths.locks]

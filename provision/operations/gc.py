@@ -2,89 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from hypervisors.api import NamelessDisks
-from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies
+from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies, spelled
+from provision.engine.facts import Facts
+from provision.engine.locks import lock_of
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin, lock_of
+from provision.engine.runner import Run, perform
 from provision.leftovers import Found, survey
 from provision.site import Site
+from provision.vm_activity import OneVmActivity
+
+
+@dataclass(frozen=True, slots=True)
+class GcFacts(Facts):
+    """``ref``: what is removed, as its driver calls it."""
+
+    ref: str
+
+
+class _GcActivity(OneVmActivity[GcFacts]):
+    """Of one thing. Cut off, it is left over still."""
+
+    name = "gc"
+    facts = GcFacts
+
+
+GC = _GcActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Gc(Operation):
+    """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
+    DriverFailed, at its end, where something could not be removed."""
+
+    name = "gc"
+    at_any_time = True
+
+    def plan(self, run: Run) -> Plan:
+        found = survey(run.site).left
+        removing = _Removing(run, datetime.now(UTC))
+        jobs = [job("note", "", text) for text in _doubtful(run.site)]
+        jobs += map(removing.job, found)
+        run.fact(leftovers=[removing.as_dict(item) for item in found], freed=0)
+        if not found:
+            jobs.append(job("keep", "", "nothing is left over"))
+        return [alone(*jobs), alone(Job((), removing.end))]
 
 
 def gc(site: Site) -> Outcome:
-    """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
-    DriverFailed, at its end, where something could not be removed."""
-    with begin(site, "gc", (), doing="gc") as run:
-        run.add(*_doubtful(site))
-        found = survey(site).left
-        now = datetime.now(UTC)
-        total = 0
-        failed: dict[str, FarmhandError] = {}
-        for item in found:
-            owner = item.what.owner
-            vm = owner.vm if owner else ""
-            if site.plan and site.locks.holder(lock_of(vm)) is not None:
-                run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))
-            elif site.plan:
-                run.add(Action("discard", vm, item.text(now)))
-            elif _discard(site, item, vm, run, item.text(now), failed):
-                total += item.what.bytes
-        run.fact(
-            leftovers=[
-                {
-                    "kind": item.what.kind,
-                    "ref": item.what.ref,
-                    "owner": item.what.owner.vm if item.what.owner else None,
-                    "farm": item.what.owner.farm if item.what.owner else None,
-                    "created": item.what.created.isoformat(timespec="seconds"),
-                    "age": round((now - item.what.created).total_seconds(), 1),
-                    "bytes": item.what.bytes,
-                    "why": item.what.why,
-                }
-                for item in found
-            ],
-            freed=total,
-        )
-        if not found:
-            run.add(Action("keep", "", "nothing is left over"))
-        if failed:
+    return perform(site, Gc())
+
+
+class _Removing:
+    """One after the other; what fails is told at the end."""
+
+    def __init__(self, run: Run, now: datetime) -> None:
+        self._run = run
+        self._now = now
+        self._tried = 0
+        self._freed = 0
+        self._failed: dict[str, FarmhandError] = {}
+
+    def job(self, item: Found) -> Job:
+        vm = _vm(item)
+        holder = self._run.site.locks.holder(lock_of(vm)) if vm else None
+        if holder is not None:
+            return job("note", vm, f"left alone, in use by {holder}: {item.what.ref}")
+        action = Action("discard", vm, item.text(self._now))
+        return Job((action,), partial(self._remove, item, action))
+
+    def _remove(self, item: Found, action: Action) -> Sequence[Action] | None:
+        """What it did in place of ``action``; None: just that."""
+        site, vm, ref = self._run.site, action.vm, item.what.ref
+        self._tried += 1
+        try:
+            with (
+                site.locks.hold(lock_of(vm) if vm else "gc", doing="gc"),
+                site.journal.begin(GC, [vm] if vm else [], GcFacts(ref)) as entry,
+            ):
+                entry.step(spelled(action.text))
+                item.discard()
+        except Busy as error:  # since the plan
+            site.reporter.warn(error.message, vm=vm)
+            return [Action("note", vm, f"left alone, in use: {ref}")]
+        except FarmhandError as error:
+            self._failed[ref] = error
+            return []
+        self._freed += item.what.bytes
+        site.reporter.say(action.text, vm=vm)
+        return None
+
+    def end(self) -> None:
+        self._run.fact(freed=self._freed)
+        if self._failed:
             raise DriverFailed(
-                f"{site.name}: {len(failed)} of {len(found)} leftovers could not be removed: "
-                + some([f"{ref}: {error.message}" for ref, error in failed.items()], by="; "),
-                remedy=some_remedies(failed.values()),
+                f"{self._run.site.name}: {len(self._failed)} of {self._tried} leftovers could not be "
+                "removed: "
+                + some([f"{ref}: {error.message}" for ref, error in self._failed.items()], by="; "),
+                remedy=some_remedies(self._failed.values()),
             )
-        return run.outcome()
+
+    def as_dict(self, item: Found) -> dict[str, object]:
+        what = item.what
+        return {
+            "kind": what.kind,
+            "ref": what.ref,
+            "owner": what.owner.vm if what.owner else None,
+            "farm": what.owner.farm if what.owner else None,
+            "created": what.created.isoformat(timespec="seconds"),
+            "age": round((self._now - what.created).total_seconds(), 1),
+            "bytes": what.bytes,
+            "why": what.why,
+        }
 
 
-def _doubtful(site: Site) -> Iterator[Action]:
+def _vm(item: Found) -> str:
+    return item.what.owner.vm if item.what.owner else ""
+
+
+def _doubtful(site: Site) -> Iterator[str]:
     """Disks that lost their names, and that nobody can prove to be ours."""
     for host in site.farm.hosts:
         store = site.disks(host) if site.has_disks(host) else None
         if isinstance(store, NamelessDisks) and (found := store.doubtful()):
             text = f"left alone, may be anybody's: disks without name, marks and VM on host {host}"
-            yield Action("note", "", f"{text}: {some(found)}")
-
-
-def _discard(
-    site: Site, item: Found, vm: str, run: Run, text: str, failed: dict[str, FarmhandError]
-) -> bool:
-    """Whether it is gone. One that others use is left to them; what fails goes to ``failed``."""
-    try:
-        with (
-            site.locks.hold(lock_of(vm) if vm else "gc", doing="gc"),
-            site.journal.operation("gc", vm=vm, ref=item.what.ref) as operation,
-        ):
-            operation.step(text)
-            item.discard()
-    except Busy as error:
-        run.add(Action("note", vm, f"left alone, in use: {item.what.ref}"))
-        site.reporter.warn(error.message, vm=vm)
-        return False
-    except FarmhandError as error:
-        failed[item.what.ref] = error
-        return False
-    run.add(Action("discard", vm, text))
-    site.reporter.say(text, vm=vm)
-    return True
+            yield f"{text}: {some(found)}"

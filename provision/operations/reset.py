@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Checkpoint, Disks, FarmDisks
-from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported, some
+from inventory.errors import Call, DriverFailed, FarmhandError, NotFound, Unsupported, some
 from inventory.sizes import format_duration
-from provision.engine.group_change import change_disks, is_half_back
-from provision.engine.journal import Operation, current_step
+from provision.engine.facts import Facts
+from provision.engine.journal import Entry, current_step
+from provision.engine.operation import Operation
+from provision.engine.parallel import side_by_side
+from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
-from provision.engine.work import Run, begin, is_on, side_by_side
+from provision.engine.runner import Run, perform
 from provision.lost import grows_from, require
-from provision.member import Member
+from provision.member import Member, is_on
+from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back
 from provision.power import (
     check_memory,
     power_on,
@@ -24,21 +29,79 @@ from provision.power import (
 )
 from provision.site import Site
 
-Proofs = dict[str, dict[str, object]]
-"""By VM, JSON values."""
+
+@dataclass(frozen=True, slots=True)
+class Proof(Facts):
+    """That a VM's disk is a checkpoint. ``pristine``: proven by its store; None: nobody looked, and
+    ``by`` says on whose word it is."""
+
+    checkpoint: str
+    pristine: bool | None
+    template: str = ""
+    disk: str = ""
+    by: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        if self.pristine is None:
+            return {"checkpoint": self.checkpoint, "pristine": None, "by": self.by}
+        return {
+            "checkpoint": self.checkpoint,
+            "pristine": self.pristine,
+            "template": self.template,
+            "disk": self.disk,
+        }
 
 
-def reset(
-    site: Site,
-    vms: Sequence[str] = (),
-    *,
-    to: str = "clean",
-    start: bool = True,
-    wait: bool = True,
-) -> Outcome:
-    """Put VMs back to a checkpoint; then, with ``start``, started and (``wait``) answering. All of them
-    get there or none, also when killed or refused midway: see engine/group_change.py. What an ssh
-    host's machine does is its own command's doing; those run last, each for itself.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResetFacts(GroupFacts):
+    """``start``: those VMs are started afterwards. ``warm``: the checkpoint has their memory, too.
+    ``proofs``: by VM, once ``changed``."""
+
+    to: str
+    start: bool = False
+    warm: bool = False
+    proofs: Mapping[str, Proof] | None = None
+
+
+class _ResetActivity(GroupActivity[ResetFacts]):
+    """Also put back again: a way back to a warm checkpoint whose start was cut off."""
+
+    name = "reset"
+    facts = ResetFacts
+
+    def change(self, facts: ResetFacts, store: Disks, machines: Sequence[str]) -> None:
+        if isinstance(store, FarmDisks) and len(machines) > 1:
+            store.restore_all(machines, facts.to)
+        else:
+            for machine in machines:
+                store.restore(machine, facts.to)
+
+    def done(self, members: Sequence[Member], entry: Entry[ResetFacts]) -> None:
+        """The proofs are noted before any of the VMs runs again: the disks need not be put back once
+        more."""
+        facts = entry.facts
+        if facts.warm:
+            by = "its hypervisor: disk and memory are of one moment"
+            proofs: Mapping[str, Proof] = {one.vm: Proof(facts.to, None, by=by) for one in members}
+        else:
+            proofs = prove(members, facts.to)
+        entry.note(replace(facts, proofs=proofs, changed=True))
+
+    def words(self, facts: ResetFacts) -> str:
+        return f"put back to {facts.to}"
+
+    def then_on(self, facts: ResetFacts, vms: Sequence[str]) -> Sequence[str]:
+        return vms if facts.start else ()
+
+
+RESET = _ResetActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Reset(Operation):
+    """Put VMs back to a checkpoint; then, with ``start``, started and (``wait``) answering. All of
+    them get there or none, also when killed or refused midway: see group_change.py. What an ssh host's
+    machine does is its own command's doing; those run last, each for itself.
 
     Before the first start the stores prove that each disk equals the checkpoint; the proof is in the
     outcome's facts and in the journal. If one doesn't, none is started: DriverFailed.
@@ -49,129 +112,130 @@ def reset(
     Errors: NotFound (VM, checkpoint), Unsupported (ssh host without a reset command, a warm checkpoint
     of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
     warm checkpoint's; recovery goes on with it)."""
-    names = site.vms(vms)
-    doing = f"reset {some(names)} to {to}"
-    with begin(site, "reset", names, doing=doing) as run:
-        warm = []
-        for vm in names:
-            site.member(vm).present()
-            if check_checkpoint(site, vm, to):
-                warm.append(vm)
-        if warm and len(names) > 1:
+
+    name = "reset"
+    vms: tuple[str, ...] = ()
+    to: str = "clean"
+    start: bool = True
+    wait: bool = True
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms(self.vms)
+
+    def doing(self, vms: Sequence[str]) -> str:
+        return f"reset {some(vms)} to {self.to}"
+
+    def plan(self, run: Run) -> Plan:
+        site, members = run.site, run.site.members(run.vms)
+        on = {member.vm for member in members if is_on(member.present())}
+        warm = [member.vm for member in members if check_checkpoint(member, self.to)]
+        if warm and len(members) > 1:
             raise Unsupported(
-                f"{site.name}: {warm[0]}'s checkpoint {to} is warm: that is for one VM at a time",
-                remedy=f"one by one: ./invoke reset --vm {warm[0]} --to {to}",
+                f"{site.name}: {warm[0]}'s checkpoint {self.to} is warm: that is for one VM at a time",
+                remedy=("one by one: ", Call("reset", vm=warm[0], to=self.to)),
             )
-        if start:
-            run.add(*check_memory(site.members(names), wait=wait))
-        for vm in names:
-            text = f"put back to {to}"
-            if warm:
-                text += ", disk and memory"
-            if start:
-                text += f", {'run on' if warm else 'start'}{then_what(site.member(vm), wait=wait)}"
-            run.add(Action("reset", vm, text))
-        if not site.plan:
-            ours = [vm for vm in names if site.member(vm).can_power]
-            if ours:
-                _reset_disks(site, run, ours, to=to, start=start, wait=wait, warm=bool(warm))
-            theirs = {vm: partial(_reset_by_command, site, run, vm, to=to, wait=start and wait)
-                      for vm in names if vm not in ours}  # fmt: skip
-            side_by_side(site, theirs)
-        return run.outcome()
+        first = check_memory(members, wait=self.wait) if self.start else ()
+        ours = [member for member in members if member.can_power]
+        facts = ResetFacts(
+            was_on=tuple(one.vm for one in ours if one.vm in on), to=self.to, start=self.start,
+            warm=bool(warm),
+        )  # fmt: skip
+        actions = tuple(Action("reset", one.vm, self._text(one, warm=bool(warm))) for one in ours)
+        disks = Job(actions, partial(self._disks, run, ours, facts))
+        theirs = {
+            one.vm: [job("reset", one.vm, self._text(one), partial(self._by_command, run, one))]
+            for one in members
+            if not one.can_power
+        }
+        return [alone(foretold(*first)), alone(disks) if ours else {}, theirs]
+
+    def _text(self, member: Member, *, warm: bool = False) -> str:
+        text = f"put back to {self.to}"
+        if warm:
+            text += ", disk and memory"
+        if self.start:
+            text += f", {'run on' if warm else 'start'}{then_what(member, wait=self.wait)}"
+        return text
+
+    def _disks(self, run: Run, members: Sequence[Member], facts: ResetFacts) -> None:
+        began, site = time.monotonic(), run.site
+        with site.journal.begin(RESET, [member.vm for member in members], facts) as entry:
+            current_step("refresh identities")
+            side_by_side(site, {one.vm: partial(write_identity, one) for one in members})
+            RESET.carry_out(members, entry)
+            swapped = time.monotonic() - began
+            what = "disk and memory are" if facts.warm else "disk is"
+            how = "" if facts.warm else ", proven"
+            for member in members:
+                text = f"{what} {self.to} again{how}, in {format_duration(swapped)}"
+                site.reporter.say(text, vm=member.vm)
+            proofs = entry.facts.proofs
+            assert proofs is not None, "noted once the disks are changed"
+
+            def finish(member: Member) -> None:
+                if self.start:
+                    try:
+                        power_on(member, wait=self.wait)
+                    except FarmhandError:
+                        if is_half_back(member.store, member.machine):
+                            entry.must_finish = True  # its memory has been used, perhaps
+                        raise
+                run.vm_fact(
+                    member.vm, proof=proofs[member.vm].as_dict(), reset_seconds=round(swapped, 3),
+                    seconds=round(time.monotonic() - began, 3),
+                )  # fmt: skip
+
+            side_by_side(site, {member.vm: partial(finish, member) for member in members})
+
+    def _by_command(self, run: Run, member: Member) -> None:
+        began = time.monotonic()
+        with run.site.journal.begin(RESET, [member.vm], ResetFacts(was_on=(), to=self.to)):
+            member.driver.reset(member.machine, self.to)
+            if self.start and self.wait:  # the command may have booted it or not: any boot counts
+                wait_until_ready(member, since=float("-inf"))
+        proof = Proof(self.to, None, by="the reset command of the farm file")
+        seconds = round(time.monotonic() - began, 3)
+        run.vm_fact(member.vm, proof=proof.as_dict(), seconds=seconds)
 
 
-def restore(to: str, store: Disks, machines: Sequence[str]) -> None:
-    """Of one store, several only where it does them as one: see ``together.Change``."""
-    if isinstance(store, FarmDisks) and len(machines) > 1:
-        store.restore_all(machines, to)
-    else:
-        for machine in machines:
-            store.restore(machine, to)
+def reset(
+    site: Site,
+    vms: Sequence[str] = (),
+    *,
+    to: str = "clean",
+    start: bool = True,
+    wait: bool = True,
+) -> Outcome:
+    return perform(site, Reset(tuple(vms), to, start, wait))
 
 
-def prove(site: Site, vms: Sequence[str], to: str) -> Proofs:
-    """That each disk is that checkpoint, or DriverFailed; the machines are stopped."""
-    proofs: Proofs = {}
+def prove(members: Sequence[Member], to: str) -> Mapping[str, Proof]:
+    """That each disk is that checkpoint, by VM, or DriverFailed; the machines are stopped."""
+    proofs: dict[str, Proof] = {}
 
-    def one(vm: str) -> None:
-        member = site.member(vm)
+    def one(member: Member) -> None:
         disk = member.disk()
         pristine = member.store.pristine(member.machine, to)
         if disk is None or not pristine:
             raise DriverFailed(
-                f"{site.name}: {vm}'s disk was reset, but isn't provably checkpoint {to}: not started",
-                remedy=f"reset it again; if that fails too, ./invoke destroy --vm {vm} "
-                "and clone it again",
+                f"{member.site.name}: {member.vm}'s disk was reset, but isn't provably checkpoint {to}: "
+                "not started",
+                remedy=(
+                    "reset it again; if that fails too, ",
+                    Call("destroy", vm=member.vm),
+                    " and clone it again",
+                ),
             )
-        proofs[vm] = {
-            "checkpoint": to, "pristine": True, "template": disk.template, "disk": str(disk.path),
-        }  # fmt: skip
+        proofs[member.vm] = Proof(to, True, template=disk.template, disk=str(disk.path))
 
-    side_by_side(site, {vm: partial(one, vm) for vm in vms})
-    return {vm: proofs[vm] for vm in vms}
-
-
-def _reset_disks(
-    site: Site, run: Run, vms: Sequence[str], *, to: str, start: bool, wait: bool, warm: bool
-) -> None:
-    began = time.monotonic()
-    was_on = [vm for vm in vms if is_on(site.member(vm).present())]
-    alone = vms[0] if len(vms) == 1 else ""
-    with site.journal.operation(
-        "reset", vm=alone, vms=list(vms), to=to, start=start, was_on=was_on, warm=warm
-    ) as operation:
-        current_step("refresh identities")
-        side_by_side(site, {vm: partial(write_identity, site.member(vm)) for vm in vms})
-        change_disks(site, operation, vms, partial(restore, to), grace=0)
-        proofs = proven(site, operation, vms, to)
-        swapped = time.monotonic() - began
-        what = "disk and memory are" if warm else "disk is"
-        how = "" if warm else ", proven"
-        for vm in vms:
-            site.reporter.say(f"{what} {to} again{how}, in {format_duration(swapped)}", vm=vm)
-
-        def finish(vm: str) -> None:
-            if start:
-                try:
-                    power_on(site.member(vm), wait=wait)
-                except FarmhandError:
-                    if is_half_back(site.member(vm).store, site.member(vm).machine):
-                        operation.must_finish = True  # its memory has been used, perhaps
-                    raise
-            run.vm_fact(
-                vm, proof=proofs[vm], reset_seconds=round(swapped, 3),
-                seconds=round(time.monotonic() - began, 3),
-            )  # fmt: skip
-
-        side_by_side(site, {vm: partial(finish, vm) for vm in vms})
+    if members:
+        side_by_side(members[0].site, {member.vm: partial(one, member) for member in members})
+    return {member.vm: proofs[member.vm] for member in members}
 
 
-def proven(site: Site, operation: Operation, vms: Sequence[str], to: str) -> Proofs:
-    """The proofs, noted before any of the VMs runs again: the disks need not be put back once more."""
-    if operation.facts.get("warm"):
-        by = "its hypervisor: disk and memory are of one moment"
-        proofs: Proofs = {vm: {"checkpoint": to, "pristine": None, "by": by} for vm in vms}
-    else:
-        proofs = prove(site, vms, to)
-    operation.note(proof=proofs, changed=True)
-    return proofs
-
-
-def _reset_by_command(site: Site, run: Run, vm: str, *, to: str, wait: bool) -> None:
-    began = time.monotonic()
-    with site.journal.operation("reset", vm=vm, to=to):
-        member = site.member(vm)
-        member.driver.reset(member.machine, to)
-        if wait:  # the command may have booted it or not: any boot counts
-            wait_until_ready(member, since=float("-inf"))
-    proof = {"checkpoint": to, "pristine": None, "by": "the reset command of the farm file"}
-    run.vm_fact(vm, proof=proof, seconds=round(time.monotonic() - began, 3))
-
-
-def check_checkpoint(site: Site, vm: str, to: str) -> bool:
+def check_checkpoint(member: Member, to: str) -> bool:
     """That the VM can be put back to it. Whether it is a warm one. NotFound, Unsupported."""
-    member = site.member(vm)
+    site, vm = member.site, member.vm
     if not member.can_power:
         if not member.declared.reset:
             raise Unsupported(

@@ -13,19 +13,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.files import make_directory, make_file, open_to_append, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
-from inventory.errors import NoSpace, NotFound, UsageError
+from inventory.errors import Call, NoSpace, NotFound, UsageError
 from inventory.model import TemplateSource
+from provision.engine.facts import Facts
+from provision.engine.journal import Record
+from provision.engine.operation import Activity, Operation, Recovery
+from provision.engine.plan import Job, Plan, alone
 from provision.engine.report import Action, Outcome
+from provision.engine.runner import Run, perform
+from provision.leftovers import discard_unowned
 
 if TYPE_CHECKING:
     from provision.guest.debian import Recipe
@@ -33,6 +41,178 @@ if TYPE_CHECKING:
 
 CACHE_LIFE = 30 * 24 * 3600
 """Seconds that a built image is used again; after that its packages have aged enough to build anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFacts(Facts):
+    """``key``: the hash of all that makes the image."""
+
+    recipe: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFacts(Facts):
+    """A generation, such as base@2."""
+
+    label: str
+
+
+class _BuildActivity(Activity[BuildFacts]):
+    """Of an image for the cache: without its note it isn't one, and the next build clears it away."""
+
+    name = "template-build"
+    facts = BuildFacts
+
+    def recover(self, _site: Site, _record: Record, _facts: BuildFacts) -> Recovery[BuildFacts]:
+        return Recovery("noted")
+
+
+class _LabelActivity(Activity[LabelFacts]):
+    facts = LabelFacts
+
+    def recover(self, site: Site, _record: Record, _facts: LabelFacts) -> Recovery[LabelFacts]:
+        return Recovery("what was left of it is removed", lambda _: discard_unowned(site))
+
+
+class _SealActivity(_LabelActivity):
+    """On each host a generation is sealed or isn't; its number never comes again."""
+
+    name = "template-seal"
+
+
+class _RemoveActivity(_LabelActivity):
+    """On each host it is there or gone."""
+
+    name = "template-remove"
+
+
+BUILD = _BuildActivity()
+SEAL = _SealActivity()
+REMOVE = _RemoveActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateBuild(Operation):
+    """Build a template of the farm and seal it as a new generation on each host that has VMs of it. From
+    the cache where it holds the same recipe's disk, unless ``fresh``.
+
+    NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
+
+    name = "template-build"
+    template: str
+    fresh: bool = False
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (_lock_of(self.template),)
+
+    def doing(self, _vms: Sequence[str]) -> str:
+        return f"{self.name} {self.template}"
+
+    def plan(self, run: Run) -> Plan:
+        return _plan(run, _building(run.site, self.template, fresh=self.fresh))
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateImport(Operation):
+    """Seal an existing raw, qcow2 or vmdk image (the farm file's, or ``image``) as a new generation of
+    the template. The image is left as it is.
+
+    NotFound, UsageError (it is a built one; not a disk image; it refers to other files), Busy."""
+
+    name = "template-import"
+    template: str
+    image: Path | None = None
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (_lock_of(self.template),)
+
+    def doing(self, _vms: Sequence[str]) -> str:
+        return f"{self.name} {self.template}"
+
+    def plan(self, run: Run) -> Plan:
+        return _plan(run, _importing(run.site, self.template, self.image))
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateRemove(Operation):
+    """Remove one generation, such as base@2, from every host. WrongState, naming them, while disks
+    depend on it; NotFound."""
+
+    name = "template-remove"
+    label: str
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (_lock_of(self.label.partition("@")[0]),)
+
+    def doing(self, _vms: Sequence[str]) -> str:
+        return f"{self.name} {self.label}"
+
+    def plan(self, run: Run) -> Plan:
+        site, label = run.site, self.label
+        sealed = {
+            host: [template.label for template in site.disks(host).templates()]
+            for host in _storing_hosts(site)
+        }
+        hosts = [host for host, labels in sealed.items() if label in labels]
+        if not hosts:
+            known = list(dict.fromkeys(known for labels in sealed.values() for known in labels))
+            near = get_close_matches(label, known, 3, 0.4) or known
+            raise NotFound(
+                f"no template {label}",
+                remedy=f"there are: {', '.join(near)}"
+                if near
+                else ("make one: ", Call("template-build")),
+            )
+        run.fact(template=label)
+        lines = (Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
+        return [alone(Job(tuple(lines), partial(_remove, site, label, hosts)))]
+
+
+def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
+    return perform(site, TemplateBuild(name, fresh))
+
+
+def template_import(site: Site, name: str, image: Path | None = None) -> Outcome:
+    return perform(site, TemplateImport(name, image))
+
+
+def template_remove(site: Site, label: str) -> Outcome:
+    return perform(site, TemplateRemove(label))
+
+
+def template_list(site: Site) -> tuple[Template, ...]:
+    """All sealed generations of all the farm's hosts, oldest first by name."""
+    found: dict[str, Template] = {}
+    for host in _storing_hosts(site):
+        for template in site.disks(host).templates():
+            found.setdefault(template.label, template)
+    return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation)))
+
+
+def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
+    """The newest generation that ``host`` has (absent: the first host that has VMs of it)."""
+    store = site.disks(host or _hosts(site, name)[0])
+    own = [t for t in store.templates() if t.name == name]
+    return max(own, key=lambda t: t.generation, default=None)
+
+
+def ensure_template(site: Site, name: str, host: str | None = None) -> Template:
+    """The newest generation on ``host``; built or imported first if there is none: then within whichever
+    operation is under way. Not under a plan: use ``newest_template`` there."""
+    found = newest_template(site, name, host)
+    if found is None:
+        site.prepare()
+        built = _source(site, name).build is not None
+        doing = f"template-{'build' if built else 'import'} {name}"
+        with site.locks.hold(_lock_of(name), doing=doing):
+            (_building(site, name) if built else _importing(site, name)).make()
+        found = newest_template(site, name, host)
+    assert found is not None, "sealing on every host leaves one on each"
+    return found
+
+
+# Making one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,138 +226,156 @@ class _Image:
     firstboot: str
 
 
-def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
-    """Build the farm's template ``name`` and seal it as a new generation on each host that has VMs of
-    it. From the cache where it holds the same recipe's disk, unless ``fresh``.
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A new generation. ``first``: what is done before it is sealed on its hosts. ``image``: doing that;
+    within it the disk is there to be sealed; None: a pretended one."""
 
-    NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
+    site: Site
+    name: str
+    generation: int
+    hosts: Sequence[str]
+    source: TemplateSource
+    first: Action
+    image: Callable[[], AbstractContextManager[_Image | None]]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.generation}"
+
+    def actions(self) -> tuple[Action, ...]:
+        sealed = (Action("seal", "", f"seal it as {self.label} on host {host}") for host in self.hosts)
+        return (self.first, *sealed)
+
+    def make(self) -> Template:
+        with self.image() as image:
+            return _seal(self, image)
+
+
+def _plan(run: Run, making: _Making) -> Plan:
+    run.fact(template=making.label, hosts=list(making.hosts))
+
+    def make() -> None:
+        sealed = making.make()
+        run.fact(sha256=sealed.sha256, ref=sealed.ref)
+
+    return [alone(Job(making.actions(), make))]
+
+
+def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
     source = _source(site, name)
     if source.build is None:
         raise UsageError(
-            f"template {name} is imported, not built", remedy=f"./invoke template-import {name}"
+            f"template {name} is imported, not built", remedy=Call("template-import", name=name)
         )
     hosts = _hosts(site, name)
-    with _changing(site, name, "template-build"):
-        generation = _next_generation(site, name, hosts)
-        if _pretended(site, hosts):
-            first = Action("build", "", "pretend a disk: the hosts are fake")
-            return _seal_all(site, name, generation, hosts, None, source, first)
-        recipe = _recipe(site, source, hosts)
-        key = recipe.digest(source.size)
-        cached = None if fresh else _cached(key)
-        origin = f"{source.build} {key}"
-        first = (
-            Action("reuse", "", f"use the disk built from {origin} on {cached.created:%Y-%m-%d}")
-            if cached
-            else Action("build", "", f"build a disk from {origin}")
-        )
-        if site.plan:
-            return _seal_all(site, name, generation, hosts, None, source, first)
-        if not cached:
-            cached = _build(site, recipe, source.size, key, fresh=fresh)
-        image = _Image(
+    generation = _next_generation(site, name, hosts)
+    if not any(site.farm.hosts[host].INFO.guests for host in hosts):
+        first = Action("build", "", "pretend a disk: the hosts are fake")
+        return _Making(site, name, generation, hosts, source, first, nullcontext)
+    recipe = _recipe(site, source, hosts)
+    key = recipe.digest(source.size)
+    found = None if fresh else _cached(key)
+    origin = f"{source.build} {key}"
+    if found:
+        text = f"use the disk built from {origin} on {found.created:%Y-%m-%d}"
+        first = Action("reuse", "", text)
+    else:
+        first = Action("build", "", f"build a disk from {origin}")
+
+    @contextlib.contextmanager
+    def image() -> Iterator[_Image]:
+        cached = found or _build(site, recipe, source.size, key, fresh=fresh)
+        yield _Image(
             _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand"
         )
-        return _seal_all(site, name, generation, hosts, image, source, first)
+
+    return _Making(site, name, generation, hosts, source, first, image)
 
 
-def template_import(site: Site, name: str, image: Path | None = None) -> Outcome:
-    """Seal an existing raw, qcow2 or vmdk image (the farm file's, or ``image``) as a new generation of
-    template ``name``. The image is left as it is.
-
-    NotFound, UsageError (it is a built one; not a disk image; it refers to other files), Busy."""
+def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
     from hypervisors.disks.images import convert, image_info, sha256_file
 
     source = _source(site, name)
-    given = image or source.image
-    if given is None:
+    if given is None and source.image is None:
         raise UsageError(
             f"template {name} is built from recipe {source.build}",
-            remedy=f"./invoke template-build {name}",
+            remedy=Call("template-build", name=name),
         )
-    path = given if image else (site.farm.path.parent / given)
+    path = given or site.farm.path.parent / (source.image or "")
     path = path.expanduser().resolve()
     info = image_info(site.runner, path)
     hosts = _hosts(site, name)
-    with _changing(site, name, "template-import"):
-        generation = _next_generation(site, name, hosts)
-        first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
-        if site.plan:
-            return _seal_all(site, name, generation, hosts, None, source, first)
+    first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
+
+    @contextlib.contextmanager
+    def image() -> Iterator[_Image]:
         with _cache_lock(site) as cache:
             _need(cache, path.stat().st_blocks * 512 + 2**26)
             site.reporter.say(f"importing {path}: it is read, copied and hashed")
             work = cache / f".import-{os.getpid()}.qcow2"
             try:
                 convert(site.runner, path, work, format=info.format, size=source.size)
-                size = image_info(site.runner, work).size
-                ready = _Image(
+                yield _Image(
                     work,
-                    size,
+                    image_info(site.runner, work).size,
                     sha256_file(work),
                     f"{path.name} sha256:{sha256_file(path)}",
                     source.firstboot or "cloud-init",
                 )
-                return _seal_all(site, name, generation, hosts, ready, source, first)
             finally:
                 work.unlink(missing_ok=True)
 
-
-def template_list(site: Site) -> tuple[Template, ...]:
-    """All sealed generations of all the farm's hosts, oldest first by name."""
-    found: dict[str, Template] = {}
-    for host in _storing_hosts(site):
-        for template in site.disks(host).templates():
-            found.setdefault(template.label, template)
-    return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation)))
+    return _Making(site, name, _next_generation(site, name, hosts), hosts, source, first, image)
 
 
-def template_remove(site: Site, label: str) -> Outcome:
-    """Remove one generation, such as base@2, from every host. WrongState, naming them, while disks
-    depend on it; NotFound."""
-    known = [template.label for template in template_list(site)]
-    if label not in known:
-        near = get_close_matches(label, known, 3, 0.4) or known
-        raise NotFound(
-            f"no template {label}",
-            remedy=f"there are: {', '.join(near)}" if near else "make one: ./invoke template-build",
-        )
-    hosts = [
-        host
-        for host in _storing_hosts(site)
-        if any(t.label == label for t in site.disks(host).templates())
-    ]
-    actions = tuple(Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
-    with _changing(site, label.partition("@")[0], "template-remove"):
-        if not site.plan:
-            # so that its number never comes again, also when it was the newest
-            _note_generation(site, label.partition("@")[0], int(label.rpartition("@")[2]))
-            with site.journal.operation("template-remove", template=label) as op:
-                for host in hosts:
-                    op.step(f"remove {label} from {host}")
-                    site.disks(host).remove_template(label)
-    return Outcome("template-remove", site.plan, actions, {"template": label})
+def _seal(making: _Making, image: _Image | None) -> Template:
+    site, source, label = making.site, making.source, making.label
+    sealed = Template(
+        name=making.name,
+        generation=making.generation,
+        ref="",
+        size=image.size if image else source.size,
+        sha256=image.sha256 if image else "",
+        created=datetime.now(UTC),
+        origin=image.origin if image else f"{source.build or source.image}",
+        firstboot=source.firstboot or ("farmhand" if source.build else "cloud-init"),
+    )
+    make_directory(_images(), mode=0o700)
+    with site.journal.begin(SEAL, (), LabelFacts(label)) as entry:
+        _note_generation(site, making.name, making.generation)
+        for host in making.hosts:
+            part = _images() / f".seal-{os.getpid()}-{host}.qcow2"
+            part.unlink(missing_ok=True)
+            try:
+                if image is None:
+                    make_file(part)
+                else:
+                    _offer(image.path, part)
+                entry.step(f"seal {label} on {host}")
+                sealed = site.disks(host).seal(part, sealed)
+            finally:
+                part.unlink(missing_ok=True)
+    site.reporter.say(f"template {label} is sealed on {', '.join(making.hosts)}")
+    return sealed
 
 
-def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
-    """The newest generation that ``host`` has (absent: the first host that has VMs of it)."""
-    store = site.disks(host or _hosts(site, name)[0])
-    own = [t for t in store.templates() if t.name == name]
-    return max(own, key=lambda t: t.generation, default=None)
+def _offer(image: Path, part: Path) -> None:
+    """Another name for the image, for a store to consume; sealed files and cached ones never change, so
+    one file may be both."""
+    try:
+        part.hardlink_to(image)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(image, part)
 
 
-def ensure_template(site: Site, name: str, host: str | None = None) -> Template:
-    """The newest generation on ``host``; built or imported first if there is none. Not under a plan:
-    use ``newest_template`` there."""
-    found = newest_template(site, name, host)
-    if found is None:
-        if _source(site, name).build is not None:
-            template_build(site, name)
-        else:
-            template_import(site, name)
-        found = newest_template(site, name, host)
-    assert found is not None, "sealing on every host leaves one on each"
-    return found
+def _remove(site: Site, label: str, hosts: Sequence[str]) -> None:
+    name, _, generation = label.rpartition("@")
+    _note_generation(site, name, int(generation))  # never given again, also if it was the newest
+    with site.journal.begin(REMOVE, (), LabelFacts(label)) as entry:
+        for host in hosts:
+            entry.step(f"remove {label} from {host}")
+            site.disks(host).remove_template(label)
 
 
 # What the farm file says
@@ -209,10 +407,6 @@ def _hosts(site: Site, name: str) -> list[str]:
     return hosts
 
 
-def _pretended(site: Site, hosts: Sequence[str]) -> bool:
-    return not any(site.farm.hosts[host].INFO.guests for host in hosts)
-
-
 def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
     """With the logins that the farm file names: those keys work even without a seed. The farm's own key
     comes with each VM's seed. With a kernel that boots on all of these hosts."""
@@ -231,6 +425,10 @@ def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
 
 
 # Generations
+
+
+def _lock_of(name: str) -> str:
+    return f"template-{name}"
 
 
 def _generations_file(site: Site) -> Path:
@@ -256,69 +454,6 @@ def _note_generation(site: Site, name: str, generation: int) -> None:
 def _next_generation(site: Site, name: str, hosts: Sequence[str]) -> int:
     sealed = [t.generation for host in hosts for t in site.disks(host).templates() if t.name == name]
     return max([*sealed, _noted(site).get(name, 0)]) + 1
-
-
-@contextlib.contextmanager
-def _changing(site: Site, name: str, doing: str) -> Iterator[None]:
-    if site.plan:
-        yield
-        return
-    make_directory(site.paths.root, mode=0o711)
-    with site.locks.hold(f"template-{name}", doing=f"{doing} {name}"):
-        yield
-
-
-def _seal_all(
-    site: Site,
-    name: str,
-    generation: int,
-    hosts: Sequence[str],
-    image: _Image | None,
-    source: TemplateSource,
-    first: Action,
-) -> Outcome:
-    label = f"{name}@{generation}"
-    actions = (first, *(Action("seal", "", f"seal it as {label} on host {host}") for host in hosts))
-    facts: dict[str, object] = {"template": label, "hosts": list(hosts)}
-    if site.plan:
-        return Outcome("template", True, actions, facts)
-    firstboot = source.firstboot or ("farmhand" if source.build else "cloud-init")
-    sealed = Template(
-        name=name,
-        generation=generation,
-        ref="",
-        size=image.size if image else source.size,
-        sha256=image.sha256 if image else "",
-        created=datetime.now(UTC),
-        origin=image.origin if image else f"{source.build or source.image}",
-        firstboot=firstboot,
-    )
-    make_directory(_images(), mode=0o700)
-    with site.journal.operation("template-seal", template=label) as op:
-        _note_generation(site, name, generation)
-        for host in hosts:
-            part = _images() / f".seal-{os.getpid()}-{host}.qcow2"
-            part.unlink(missing_ok=True)
-            try:
-                if image is None:
-                    make_file(part)
-                else:
-                    _offer(image.path, part)
-                op.step(f"seal {label} on {host}")
-                sealed = site.disks(host).seal(part, sealed)
-            finally:
-                part.unlink(missing_ok=True)
-    site.reporter.say(f"template {label} is sealed on {', '.join(hosts)}")
-    return Outcome("template", False, actions, {**facts, "sha256": sealed.sha256, "ref": sealed.ref})
-
-
-def _offer(image: Path, part: Path) -> None:
-    """Another name for the image, for a store to consume; sealed files and cached ones never change, so
-    one file may be both."""
-    try:
-        part.hardlink_to(image)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(image, part)
 
 
 # The cache of built images
@@ -396,8 +531,8 @@ def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _
         make_directory(logs, mode=0o700)
         log = logs / f"template-{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.log"
         site.reporter.say(f"building {recipe.name} from Debian's packages; its log: {log}")
-        with site.journal.operation("template-build", recipe=recipe.name, hash=key) as op:
-            op.step(f"build image {key}")
+        with site.journal.begin(BUILD, (), BuildFacts(recipe.name, key)) as entry:
+            entry.step(f"build image {key}")
             image, note = _image_file(key), _image_file(key).with_suffix(".json")
             note.unlink(missing_ok=True)
             packages = image.with_suffix(".packages")

@@ -35,8 +35,8 @@ from hypervisors.api import Disk, Template
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
-from provision.engine.work import is_on
 from provision.guest.identity import host_key, seed_file
+from provision.member import is_on
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]

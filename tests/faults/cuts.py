@@ -25,6 +25,7 @@ from typing import Any
 
 from places import SIZE, TEMPLATE, LvmPlace, Place, ZfsPlace, run
 
+import cli.composition  # noqa: F401
 from hypervisors.api import Template
 from inventory.loader import load
 from provision import farm

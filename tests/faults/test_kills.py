@@ -11,7 +11,7 @@ from bench import KILLS, Bench
 from benches import on_two_as_well, xen
 
 from provision import farm
-from provision.engine.work import is_on
+from provision.member import is_on
 from provision.operations import templates as golden
 from provision.site import Site
 

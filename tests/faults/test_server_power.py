@@ -19,7 +19,7 @@ from test_warm import NEWER, _content, _newer, _unharmed
 
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
 from provision import farm
-from provision.engine.work import is_on
+from provision.member import is_on
 from provision.operations import templates as golden
 
 pytestmark = [

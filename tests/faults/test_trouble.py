@@ -21,7 +21,7 @@ from places import OLD, LvmPlace, Machines, ZfsPlace, run
 from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, DriverFailed, FarmhandError, NoSpace
 from provision import farm
-from provision.engine.work import is_on
+from provision.member import is_on
 from tests.contract import lvm_rig
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]

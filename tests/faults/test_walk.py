@@ -23,7 +23,7 @@ from benches import AT_RANDOM, HERE, STORES, bench_on, make_place, of_lab
 from places import TEMPLATE
 
 from provision import farm
-from provision.engine.work import is_on
+from provision.member import is_on
 from provision.site import Site
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(7200)]

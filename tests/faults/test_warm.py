@@ -11,7 +11,7 @@ from places import OLD, XenApiPlace
 
 from inventory.errors import FarmhandError, WrongState
 from provision import farm
-from provision.engine.work import is_on
+from provision.member import is_on
 from provision.site import Site
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]

@@ -154,7 +154,7 @@ def _one_more_name(yard: Yard, number: int) -> float:
 
 
 def _kept(site: Any, new: list[str]) -> Callable[[], None]:
-    from provision.engine.work import begin
+    from provision.engine.runner import begin
     from provision.network.apply import keep_in_step
 
     def keep() -> None:

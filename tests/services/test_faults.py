@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import Daemons
@@ -68,7 +69,7 @@ def killed(yard: Yard, when: str, number: int) -> str | None:
 
 
 def _arm(when: str, number: int, pipe: int) -> None:
-    real, settle = journal.Operation.step, journal.Journal.settle
+    real, settle = journal.Entry.step, journal.Journal.settle
     seen = 0
 
     def settled(self: journal.Journal, id: int, outcome: str, error: str = "") -> None:
@@ -76,7 +77,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         settle(self, id, outcome, error)
 
-    def step(self: journal.Operation, text: str) -> None:
+    def step(self: journal.Entry[Any], text: str) -> None:
         nonlocal seen
         if when == "done" and seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,7 +88,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
             if when == "written":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Operation.step = step  # type: ignore[method-assign]
+    journal.Entry.step = step  # type: ignore[method-assign]
     journal.Journal.settle = settled  # type: ignore[method-assign]
 
 

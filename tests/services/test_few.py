@@ -10,7 +10,7 @@ from test_apply import ask
 from test_live_dns import dynamic  # noqa: F401 - a fixture
 from yard import Yard
 
-from provision.engine.work import begin
+from provision.engine.runner import begin
 from provision.network.apply import keep_in_step
 from provision.network.services import kea
 

@@ -10,11 +10,26 @@ from pathlib import Path
 import pytest
 from sshd_machine import Sshd, make_key
 
+from builds.operation import RunCycle
+from builds.record import BuildRecord, find_record
 from inventory.loader import load
-from provision.engine.report import QuietReporter
+from provision.engine.report import Action, QuietReporter
+from provision.engine.runner import perform
 from provision.site import Site
 
 GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")
+
+
+def run_cycle(site: Site, **options) -> BuildRecord:
+    """The record of a cycle that passed."""
+    build = perform(site, RunCycle(**options)).facts["build"]
+    return find_record(site.paths, str(build))
+
+
+def plan_cycle(site: Site, **options) -> tuple[Action, ...]:
+    """The lines of ``--plan``."""
+    with Site(site.farm, reporter=site.reporter, plan=True) as planning:
+        return perform(planning, RunCycle(**options)).actions
 
 
 class Told(QuietReporter):

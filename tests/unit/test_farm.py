@@ -33,7 +33,7 @@ from inventory.errors import (
 from inventory.loader import load
 from provision import farm
 from provision.engine.journal import current_step
-from provision.engine.locks import Locks
+from provision.engine.locks import Locks, lock_of
 from provision.engine.report import Outcome, QuietReporter
 from provision.site import Site, open_site
 
@@ -386,6 +386,24 @@ def test_gc_takes_leftovers_with_owner_age_and_size(made: Desk) -> None:
         assert len(farm.gc(site).actions) == 3
         assert lines(farm.gc(site)) == ["nothing is left over"]
         assert site.paths.seeds.joinpath("kata-prod.iso").exists()
+
+
+def test_gc_passes_over_what_is_in_use_and_its_plan_says_so(made: Desk) -> None:
+    with made.site() as site:
+        (site.paths.seeds / "kata-gone.iso").write_bytes(b"")
+        (site.paths.seeds / "kata-busy.iso").write_bytes(b"")
+    with made.site() as other, other.locks.hold(lock_of("busy"), doing="what takes long"):
+        with made.site(plan=True) as site:
+            planned = lines(farm.gc(site))
+        with made.site() as site:
+            done = lines(farm.gc(site))
+    assert [line.partition(" (")[0] for line in done] == [line.partition(" (")[0] for line in planned]
+    busy, gone = sorted(done)
+    assert busy.startswith("busy: left alone, in use by ") and "doing: what takes long: " in busy
+    assert gone.startswith("gone: remove seed ")
+    with made.site() as site:
+        assert [path.name for path in site.paths.seeds.glob("*gone*")] == []
+        assert [path.name for path in site.paths.seeds.glob("*busy*")] == ["kata-busy.iso"]
 
 
 def test_status_makes_nothing_and_survives_a_bad_host(desk: Desk) -> None:

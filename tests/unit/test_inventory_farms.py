@@ -13,10 +13,13 @@ from typing import get_args
 
 import pytest
 
+from builds.steps.reset import ResetStep
+from builds.steps.run import RunStep
+from builds.steps.transfer import TransferStep
 from inventory.annotations import hints
 from inventory.errors import InventoryError
 from inventory.loader import default_cycle, load, loads, place, resolve
-from inventory.model import Farm, ResetStep, RunStep, Source, TransferStep
+from inventory.model import Farm, Source
 from inventory.schema import render
 
 ROOT = Path(__file__).parents[2]

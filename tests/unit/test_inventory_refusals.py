@@ -239,13 +239,13 @@ def test_one_wrong_line_of_the_rest(line: str) -> None:
     assert len(found) == (2 if "vms.dev2" in TOP[line] else 1)  # what is said of dev2 holds for prod
 
 
+KINDS = "'reset', 'run', 'transfer' and 'fetch'"
 STEPS = {
     "{name: a, reset: dev}": "8:24: step a: reset: no VM 'dev'; did you mean 'dev2'?",
     "{name: a, vm: dev2, rn: x}": "8:7: step a: unknown key 'rn'; did you mean 'run'?",
-    "{name: a, vm: dev2}": "8:7: step a: a step has one of 'reset', 'run' and 'transfer', "
-    "which say what it does",
-    "{name: a, run: x, reset: dev2, vm: dev2}": "8:7: step a: a step has one of 'reset', 'run' and "
-    "'transfer'; this one has reset and run",
+    "{name: a, vm: dev2}": f"8:7: step a: a step has one of {KINDS}, which say what it does",
+    "{name: a, run: x, reset: dev2, vm: dev2}": f"8:7: step a: a step has one of {KINDS}; "
+    "this one has reset and run",
     "{name: a, run: x}": "8:7: step a: 'vm' is missing",
     "{name: a, run: x, vm: dev2, timout: 5m}": "8:35: step a: unknown key 'timout'; did you mean 'timeout'?",
     "{name: a, run: x, vm: dev2, timeout: soon}": "8:44: step a: timeout: 'soon' is not a duration: "

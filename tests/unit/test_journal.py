@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager
 from contextvars import copy_context
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from inventory.errors import FarmhandError, Interrupted, UsageError, WrongState
-from provision.engine.journal import Journal, current_operation, current_step
+from provision.engine.facts import NoFacts, from_json, to_json
+from provision.engine.journal import Entry, Journal, current_entry, current_step
+from provision.operations.clone import CLONE, CloneFacts
+from provision.operations.reset import RESET, Proof, ResetFacts
+from provision.power import START
 
 ROOT = Path(__file__).parents[2]
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def begin(journal: Journal, *vms: str) -> AbstractContextManager[Entry[NoFacts]]:
+    return journal.begin(START, vms, NoFacts())
 
 
 def test_an_operation_its_steps_and_its_end(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    with journal.operation("reset", vm="prod", to="clean") as operation:
+    begun = ResetFacts(was_on=("prod",), to="clean")
+    with journal.begin(RESET, ["prod"], begun) as entry:
         current_step("swap the disk")
-        operation.note(proof=True)
+        entry.note(replace(entry.facts, proofs={"prod": Proof("clean", True)}, asked=MOMENT))
         assert journal.under_way()[0].verb == "reset"
         assert journal.unfinished() == (), "its process lives"
-    assert current_operation() is None
+    assert current_entry() is None
     current_step("outside: nothing is written")
     (record,) = journal.history()
     assert (record.verb, record.vm, record.outcome) == ("reset", "prod", "done")
-    assert record.facts == {"to": "clean", "proof": True}
+    kept = RESET.facts_of(record)
+    assert kept == replace(begun, proofs={"prod": Proof("clean", True)}, asked=MOMENT)
     assert [text for _, text in record.steps] == ["swap the disk"]
     assert record.ended
     assert record.as_dict()["outcome"] == "done"
@@ -39,19 +55,19 @@ def test_an_operation_its_steps_and_its_end(tmp_path: Path) -> None:
 
 def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    with pytest.raises(WrongState), journal.operation("reset", vm="a"):
+    with pytest.raises(WrongState), begin(journal, "a"):
         raise WrongState("no")
     assert journal.unfinished() == ()
-    with pytest.raises(KeyboardInterrupt), journal.operation("reset", vm="b"):
+    with pytest.raises(KeyboardInterrupt), begin(journal, "b"):
         raise KeyboardInterrupt
-    with pytest.raises(Interrupted), journal.operation("reset", vm="c"):
+    with pytest.raises(Interrupted), begin(journal, "c"):
         journal.interrupted.set()
         current_step("never done")
     journal.interrupted.clear()
     left = journal.unfinished()
     assert [record.vm for record in left] == ["b", "c"]
     assert left[1].steps == ()
-    with journal.resume(left[0]):
+    with journal.resume(left[0], NoFacts()):
         current_step("undo")
     journal.settle(left[0].id, "recovered", "undone")
     assert [record.vm for record in journal.unfinished()] == ["c"]
@@ -64,8 +80,10 @@ def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path)
 def test_a_killed_process_leaves_its_step(tmp_path: Path) -> None:
     code = """
 import os, pathlib, signal, sys
+from provision.engine.facts import NoFacts
 from provision.engine.journal import Journal, current_step
-with Journal(pathlib.Path(sys.argv[1])).operation("clone", vm="dev2", template="base@1"):
+from provision.power import START
+with Journal(pathlib.Path(sys.argv[1])).begin(START, ["dev2"], NoFacts()):
     current_step("make the disk")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -73,18 +91,18 @@ with Journal(pathlib.Path(sys.argv[1])).operation("clone", vm="dev2", template="
     child = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
     assert child.returncode == -signal.SIGKILL
     (record,) = Journal(path).unfinished()
-    assert (record.verb, record.vm) == ("clone", "dev2")
+    assert (record.verb, record.vm) == ("start", "dev2")
     assert [text for _, text in record.steps] == ["make the disk"]
     reader = Journal(path, writable=False)
     assert reader.unfinished() == (record,)
-    with pytest.raises(UsageError), reader.operation("reset"):
+    with pytest.raises(UsageError), begin(reader):
         pass
 
 
 def _work(path: Path, number: int) -> None:
     journal = Journal(path)
     for turn in range(10):
-        with journal.operation("reset", vm=f"vm{number}"):
+        with begin(journal, f"vm{number}"):
             current_step(f"turn {turn}")
             current_step("done")
     journal.close()
@@ -108,7 +126,7 @@ def test_threads_each_write_to_their_own_operation(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
 
     def work(vm: str) -> None:
-        with journal.operation("clone", vm=vm):
+        with begin(journal, vm):
             for n in range(20):
                 current_step(f"{vm} {n}")
 
@@ -126,7 +144,7 @@ def test_reading_makes_no_file(tmp_path: Path) -> None:
     reader = Journal(path, writable=False)
     assert reader.history() == ()
     writer = Journal(path)
-    with writer.operation("start", vm="prod"):
+    with begin(writer, "prod"):
         pass
     assert len(reader.history()) == 1, "while it is being written"
     writer.close()
@@ -144,7 +162,7 @@ def test_a_damaged_journal_says_what_to_do(tmp_path: Path, content: bytes | None
     if content is None:
         journal = Journal(path)
         for _ in range(50):
-            with journal.operation("reset", vm="prod", why="x" * 500):
+            with journal.begin(CLONE, ["prod"], CloneFacts("x" * 500, again=False)):
                 pass
         journal.close()
         content = bytearray(path.read_bytes())  # type: ignore[assignment]
@@ -153,7 +171,7 @@ def test_a_damaged_journal_says_what_to_do(tmp_path: Path, content: bytes | None
     with pytest.raises(WrongState, match="damaged") as damaged:
         Journal(path).history()
     assert "history is lost, VMs are not" in damaged.value.remedy
-    with pytest.raises(FarmhandError), Journal(path).operation("reset"):
+    with pytest.raises(FarmhandError), begin(Journal(path)):
         pass
 
 
@@ -168,12 +186,14 @@ def small(tmp_path: Path) -> Path:
 FULL = """
 import pathlib, sys
 from inventory.errors import NoSpace
+from provision.engine.facts import NoFacts
 from provision.engine.journal import Journal, current_step
+from provision.power import START
 place = pathlib.Path(sys.argv[1])
 journal = Journal(place / "journal.db")
 changed = 0
 try:
-    with journal.operation("reset", vm="prod"):
+    with journal.begin(START, ["prod"], NoFacts()):
         while True:
             current_step("x" * 4000)
             changed += 1
@@ -207,10 +227,12 @@ def test_a_full_disk_stops_the_change_with_a_clear_error(small: Path) -> None:
 READ_ONLY = """
 import pathlib, sys
 from inventory.errors import WrongState
+from provision.engine.facts import NoFacts
 from provision.engine.journal import Journal
+from provision.power import START
 journal = Journal(pathlib.Path(sys.argv[1]) / "journal.db")
 try:
-    with journal.operation("reset", vm="prod"):
+    with journal.begin(START, ["prod"], NoFacts()):
         sys.exit("wrote")
 except WrongState as error:
     print(error.message, "|", error.remedy)
@@ -221,7 +243,7 @@ print(len(reader.history()))
 
 def test_a_read_only_place_says_so(small: Path) -> None:
     journal = Journal(small / "journal.db")
-    with journal.operation("reset", vm="prod"):
+    with begin(journal, "prod"):
         pass
     journal.close()
     done = subprocess.run(
@@ -239,20 +261,62 @@ def test_a_read_only_place_says_so(small: Path) -> None:
 def test_a_lost_journal_loses_history_only(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     journal = Journal(path)
-    with journal.operation("reset", vm="prod"):
+    with begin(journal, "prod"):
         pass
     journal.close()
     for file in tmp_path.iterdir():
         file.unlink()
     again = Journal(path)
-    with contextlib.closing(again), again.operation("reset", vm="prod"):
+    with contextlib.closing(again), begin(again, "prod"):
         current_step("x")
     assert len(Journal(path).history()) == 1
 
 
 def test_a_pid_given_to_another_process_is_not_the_one(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    with journal.operation("reset", vm="prod") as operation:
-        journal.write("UPDATE operations SET pid_start = '1' WHERE id = ?", (operation.id,))
+    with begin(journal, "prod") as entry:
+        journal.write("UPDATE operations SET pid_start = '1' WHERE id = ?", (entry.id,))
         (record,) = journal.unfinished()
         assert record.process.pid == os.getpid()
+
+
+def test_history_of_a_vm_has_what_was_done_to_several(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    for vms in (["dev2", "prod"], ["dev2"], []):
+        with begin(journal, *vms):
+            pass
+    assert [record.vms for record in journal.history(vm="prod")] == [("dev2", "prod")]
+    assert [record.vm for record in journal.history(vm="dev2")] == ["dev2", ""]
+
+
+@pytest.mark.parametrize("version", [0, 1, 99])
+@pytest.mark.parametrize("writable", [True, False], ids=["to write", "to read"])
+def test_another_format_is_refused_in_words(tmp_path: Path, version: int, writable: bool) -> None:
+    """Older or newer than ours, or no journal at all: it is not read, and not written to."""
+    path = tmp_path / "journal.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(f"CREATE TABLE operations (id, vm); PRAGMA user_version = {version};")
+    before = path.read_bytes()
+    with pytest.raises(WrongState, match=f"is in format {version}, and this farmhand") as refused:
+        Journal(path, writable=writable).unfinished()
+    assert "use the farmhand that wrote it, or move it aside" in refused.value.remedy
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"again": None}, "no 'again'"),
+        ({"more": 1}, "an unknown 'more'"),
+        ({"again": "yes"}, "again: Input should be a valid boolean"),
+    ],
+)
+def test_facts_that_are_not_ours_are_refused_in_words(change: dict[str, object], words: str) -> None:
+    found = json.loads(to_json(CloneFacts("base@1", again=False))) | change
+    found = {key: value for key, value in found.items() if value is not None}
+    with pytest.raises(WrongState, match="the journal's entry 7 is not in this farmhand's format") as no:
+        from_json(CloneFacts, found, "the journal's entry 7")
+    assert words in no.value.message
+    assert no.value.remedy

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_a_killed_holder_blocks_nobody(tmp_path: Path, other: subprocess.Popen[s
     assert locks.holder("vm-prod") is None
 
 
-def test_reentrant_in_one_site_also_from_its_threads(tmp_path: Path) -> None:
+def test_reentrant_in_one_operation_also_from_its_threads(tmp_path: Path) -> None:
     locks = Locks(tmp_path / "locks")
     taken = []
     with locks.hold("vm-prod", doing="cycle"):
@@ -80,7 +82,7 @@ def test_reentrant_in_one_site_also_from_its_threads(tmp_path: Path) -> None:
             with locks.hold("vm-prod", "vm-dev2", doing="reset"):
                 taken.append(True)
 
-        thread = threading.Thread(target=again)
+        thread = threading.Thread(target=copy_context().run, args=(again,))
         thread.start()
         thread.join()
         holder = locks.holder("vm-prod")
@@ -90,6 +92,29 @@ def test_reentrant_in_one_site_also_from_its_threads(tmp_path: Path) -> None:
         with pytest.raises(Busy), Locks(tmp_path / "locks").hold("vm-prod", doing="reset"):
             pass
     assert locks.holder("vm-prod") is None
+
+
+def test_another_operation_of_this_process_is_refused(tmp_path: Path) -> None:
+    """Through the same object, as another process is."""
+    locks = Locks(tmp_path / "locks")
+    refusals: list[Busy] = []
+
+    def other() -> None:
+        assert not locks.mine("vm-prod")
+        with pytest.raises(Busy) as refused, locks.hold("vm-dev2", "vm-prod", doing="reset"):
+            pass
+        refusals.append(refused.value)
+
+    with locks.hold("vm-prod", doing="cycle"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert locks.mine("vm-prod")
+    (refusal,) = refusals
+    assert f"prod is held by pid {os.getpid()} of " in refusal.message
+    assert refusal.message.endswith("doing: cycle")
+    assert refusal.remedy == "wait until that ends and try again", "nobody is told to kill himself"
+    assert locks.held() == (), "all of them or none"
 
 
 def test_children_inherit_no_lock(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypervisors.fake.driver import FakeDisks
 from inventory.errors import DriverFailed, FarmhandError, NotFound
 from provision import farm
 from provision.engine.report import Outcome
-from provision.engine.work import is_on
+from provision.member import is_on
 from provision.site import Site
 from provision.status import status
 

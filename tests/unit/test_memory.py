@@ -16,9 +16,10 @@ from host.processes import Process
 from hypervisors.fake.driver import FakeHypervisor
 from inventory.errors import NoSpace, TimedOut, UsageError
 from provision import farm
+from provision.engine.facts import to_json
 from provision.engine.locks import Locks
 from provision.memory import SLACK, Guest, HostMemory, at_once, plan, squeeze
-from provision.memory_budget import host_memory, room_for
+from provision.memory_budget import BalloonFacts, host_memory, room_for
 from tests.unit.test_farm import MIB, Desk, lines
 
 GIB = 2**30
@@ -334,10 +335,10 @@ def test_what_a_killed_command_may_be_giving_is_counted_until_it_is_recovered(de
     with desk.site() as site:  # as a process leaves it that dies right after it asked for more
         dead = Process(2**22 + 1, "0", "gone")
         site.journal._process = dead
-        facts = '{"target": 536870912}'
+        facts = to_json(BalloonFacts(512 * MIB))
         site.journal.write(
-            "INSERT INTO operations (verb, vm, facts, pid, pid_start, boot, started)"
-            " VALUES ('balloon', 'a', ?, ?, ?, ?, '2026-01-01T00:00:00+00:00')",
+            "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started)"
+            " VALUES ('balloon', '[\"a\"]', ?, ?, ?, ?, '2026-01-01T00:00:00+00:00')",
             (facts, dead.pid, dead.start, dead.boot),
         )
     with desk.site() as site:

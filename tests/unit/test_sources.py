@@ -17,11 +17,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cycle_farm import STEPS, Lab, reset, run
+from cycle_farm import STEPS, Lab, plan_cycle, reset, run, run_cycle
 from cycle_farm import lab as cycles
 from sshd_machine import Sshd, free_port, make_key, wait_for
 
-from builds.cycle import plan_cycle, run_cycle
 from builds.record import find_record
 from builds.source import Resolved, archive_sha256, pack, resolve
 from host.run import Runner

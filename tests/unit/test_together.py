@@ -26,6 +26,10 @@ from inventory.errors import (
 )
 from provision import farm
 from provision.doctor import examine
+from provision.engine.facts import Facts
+from provision.engine.operation import Activity
+from provision.memory_budget import BALLOON, BalloonFacts
+from provision.operations.reset import RESET, ResetFacts
 
 TWO_HOSTS = """\
 farm: kata
@@ -356,7 +360,7 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
         with (
             apart.site() as site,
             pytest.raises(Interrupted),
-            site.journal.operation("reset", vm=vm, vms=[vm], to=to, decided=True, start=False),
+            site.journal.begin(RESET, [vm], ResetFacts(was_on=(), to=to, decided=True)),
         ):
             raise Interrupted("as if it was killed")
     for _ in range(2):
@@ -374,11 +378,11 @@ def test_a_recovery_that_can_not_succeed_is_in_no_others_way(apart: Desk) -> Non
     assert "gone" in half.value.message
 
 
-def left_by(desk: Desk, verb: str, **facts: object) -> None:
+def left_by(desk: Desk, activity: Activity[Any], facts: Facts) -> None:
     with (
         desk.site() as site,
         pytest.raises(Interrupted),
-        site.journal.operation(verb, vm="dev2", vms=["dev2"], **facts),
+        site.journal.begin(activity, ["dev2"], facts),
     ):
         raise Interrupted("as if it was killed")
 
@@ -396,7 +400,7 @@ def test_a_recovery_that_can_not_succeed_is_told_once(
 ) -> None:
     """With its remedy, by the command that met it first; then by those that want to know, and where
     it is another error."""
-    left_by(apart, "reset", to="gone", decided=True, start=False)
+    left_by(apart, RESET, ResetFacts(was_on=(), to="gone", decided=True))
     [first] = told(apart, farm.start, ["repo"])
     assert "could not recover its reset" in first
     assert "gone" in first
@@ -425,7 +429,7 @@ def test_what_is_in_nobodys_way_is_told_by_each_command_for_its_vm(
     apart: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A balloon that can't be finished: its VM may be used, and its memory isn't what was asked for."""
-    left_by(apart, "balloon", target=300 * 2**20)
+    left_by(apart, BALLOON, BalloonFacts(300 * 2**20))
 
     def fails(self: FakeHypervisor, name: str, target: int, *, timeout: float) -> int:
         raise DriverFailed("no balloon driver", remedy="load it")

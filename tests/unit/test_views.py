@@ -31,7 +31,7 @@ def test_some(names: str, said: str) -> None:
 def test_history_of_many_vms() -> None:
     moment = datetime(2026, 1, 1, tzinfo=UTC)
     record = Record(
-        id=1, verb="reset", vm="", facts={"vms": list(MANY)}, started=moment, ended=moment,
+        id=1, verb="reset", vms=tuple(MANY), facts={}, in_its_way="", started=moment, ended=moment,
         outcome="done", error="", process=Process.this(), settled=True,
     )  # fmt: skip
     text = views.history([record], [], 20).text

@@ -38,7 +38,7 @@ class Dhcpd(Service):
     NEEDS_SUBNET: ClassVar = True
     TOOLS: ClassVar = {"dhcpd": "isc-dhcp-server"}
     STRINGS: ClassVar = {"dhcpd": _string}
-    CAN_SHARE: ClassVar = True
+    CAN_SHARE: ClassVar = ("config",)
     ANSWERS_DHCP: ClassVar = True
 
     config: ConfigPath = "/etc/dhcp/dhcpd.conf"

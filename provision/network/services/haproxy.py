@@ -37,7 +37,7 @@ class Haproxy(Service):
     FILES: ClassVar = ("config", "map")
     TOOLS: ClassVar = {"haproxy": "haproxy"}
     STRINGS: ClassVar = {"haproxy": _string}
-    CAN_SHARE: ClassVar = True
+    CAN_SHARE: ClassVar = ("config",)
 
     config: ConfigPath = "/etc/haproxy/haproxy.cfg"
     """Its configuration."""

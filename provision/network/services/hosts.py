@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.document import Document
-from provision.network.service import Question, Service
+from provision.network.service import Question, Service, Silent
 
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath
@@ -42,10 +42,8 @@ class Hosts(Service):
 def _resolve(name: str) -> str:
     import socket
 
-    from provision.network.questions import NO_ANSWER
-
     try:
         found = {str(item[4][0]) for item in socket.getaddrinfo(name, None, socket.AF_INET)}
     except OSError as error:
-        return f"{NO_ANSWER} ({error.strerror})"
+        raise Silent(error.strerror) from None
     return " ".join(sorted(found))

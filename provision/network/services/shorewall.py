@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from inventory.errors import FarmhandError
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import Checker, NotAsked, Question, Service, Step
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _rule(row: VmRow) -> Question:
         try:
             rules = Runner().read("iptables", "-w", "-t", "nat", "-S").stdout
         except FarmhandError as error:
-            return f"could not be asked: {error.message}"
+            raise NotAsked(f"could not be asked: {error.message}") from None
         match = re.search(rf"--dport {row.nat_port} .*--to-destination (\S+)", rules)
         return match[1] if match else "no rule"
 

@@ -1,0 +1,141 @@
+"""cycle: what is asked of it, its locks, its plan, and what a kill of it leaves to be done.
+
+The lock ``cycle`` and those of the cycle's VMs are held all through.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from builds.record import CYCLE_LOCK
+from builds.step_kind import steps_of
+from inventory.errors import Busy
+from provision.engine import plan as engine
+from provision.engine.facts import Facts
+from provision.engine.journal import Entry, Record
+from provision.engine.operation import Activity, Operation, Recovery
+from provision.engine.runner import Run
+from provision.member import Member, is_on
+from provision.power import deflate
+from provision.site import Site
+
+if TYPE_CHECKING:
+    from builds.meter import Meter
+    from builds.plan import BuildPlan
+
+Stream = Callable[[str, bytes], None]
+"""Told which VM, and what it printed, as it prints it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCycle(Operation):
+    """Carry out the farm's build cycle. Its outcome names the build, if all went well.
+
+    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
+    uses one before it resets it is refused, where its disk is ours.
+    ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
+    failed or interrupted cycle; the record says of which. Such a partial run builds what the skipped
+    steps were given, where the VMs tell (``builds.lineage``), and its record says what is not known;
+    it is refused where they hold another commit than ``revision``. ``keep_going``: later steps are tried
+    after a failed one, but not on a VM whose reset failed.
+    ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
+
+    Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
+    NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
+    Interrupted.
+    """
+
+    name = "cycle"
+
+    start_from: str | None = None
+    only: tuple[str, ...] = ()
+    revision: str | None = None
+    keep_going: bool = False
+    stream: Stream | None = field(default=None, compare=False, repr=False)
+    """Told what is printed; no part of what is asked."""
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        from builds.plan import choose, cycle_of, vms_of
+
+        cycle = cycle_of(site)
+        chosen = choose(cycle, self.start_from, self.only)
+        return site.vms(sorted(vms_of(step for step in steps_of(cycle) if step.name in chosen)))
+
+    def locks(self, _site: Site) -> tuple[str, ...]:
+        return (CYCLE_LOCK,)
+
+    def doing(self, _vms: Sequence[str]) -> str:
+        return self.name + (f" --revision {self.revision}" if self.revision else "")
+
+    def refused(self, site: Site, error: Busy) -> Busy:
+        holder = site.locks.holder(CYCLE_LOCK)
+        if holder is None:
+            return error
+        end = "" if holder.pid in (0, os.getpid()) else f", or end it: kill {holder.pid}"
+        return Busy(
+            f"{site.name}: a cycle is running already: {holder}",
+            remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends{end}",
+        )
+
+    def plan(self, run: Run) -> engine.Plan:
+        from builds.meter import Meter
+        from builds.plan import plan_build
+
+        site, meter = run.site, Meter()
+        with meter.hypervisor():
+            plan = plan_build(
+                site, self.start_from, self.only, self.revision, snapshot=not site.plan
+            )  # fmt: skip
+        carry_out = partial(self._carry_out, run, plan, meter)
+        return [engine.alone(engine.Job(plan.lines, carry_out))]
+
+    def _carry_out(self, run: Run, plan: BuildPlan, meter: Meter) -> None:
+        import asyncio
+
+        from builds.cycle import Build
+
+        build = Build(run.site, plan, self, meter)
+        run.fact(build=build.id)
+        # Journaled, so that after a kill the next command brings the VMs' memory down again.
+        with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
+            with asyncio.Runner() as runner:
+                runner.run(build.run())
+            entry.verdict, entry.why, entry.told = build.verdict()
+        build.conclude()
+
+
+@dataclass(frozen=True, slots=True)
+class CycleFacts(Facts):
+    """``build``: the record's id."""
+
+    build: str
+
+
+class _CycleActivity(Activity[CycleFacts]):
+    """The VMs' memory goes down again; how far it came its record says."""
+
+    name = "cycle"
+    facts = CycleFacts
+
+    def recover(self, site: Site, record: Record, _facts: CycleFacts) -> Recovery[CycleFacts]:
+        members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
+        high = [member for member in members if member.can_power and _is_inflated(member)]
+
+        def calm(_: Entry[CycleFacts]) -> None:
+            for member in high:
+                deflate(member)
+
+        text = f"balloon down {', '.join(member.vm for member in high)}" if high else "noted"
+        return Recovery(f"{text}; log shows how far it came", calm)
+
+
+CYCLE = _CycleActivity()
+
+
+def _is_inflated(member: Member) -> bool:
+    machine, idle = member.look(), member.declared.idle_memory
+    return machine is not None and is_on(machine) and idle is not None and machine.current > idle

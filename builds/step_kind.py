@@ -1,0 +1,76 @@
+"""A kind of a cycle's step: all that farmhand knows of it is in its one file of ``builds.steps``.
+
+A kind is its section of the farm file, with what is done for it: what is looked at beforehand, its line
+in the plan, how it is carried out, what it leaves in the record, which class its failures have. The
+cycle, its plan, record and page know no kind by name.
+
+Each command imports the kinds that its farm uses: what only a run needs is imported by the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from inventory.errors import FarmhandError, NoSpace
+from inventory.model import Cycle, FailureClass, Step
+
+if TYPE_CHECKING:
+    from builds.step_run import StepRun
+    from provision.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
+    """A step. Its fields are the keys of its section."""
+
+    RENEWS: ClassVar[bool] = False
+    """Whether it puts its VM into a known state, whatever the VM held before. Such steps that follow one
+    another, of different VMs, are done side by side. Any other needs a VM that runs and answers."""
+    BUILDS: ClassVar[bool] = False
+    """Whether its VM has all its memory for it."""
+    TOOLS: ClassVar[tuple[str, ...]] = ()
+    """Commands that it runs on this machine, each in the Debian package of its name."""
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds after which it is ended from outside; None: it keeps ``timeout`` by itself."""
+        return self.timeout
+
+    @property
+    def scripts(self) -> tuple[str, ...]:
+        """What it runs in its VM."""
+        return ()
+
+    @abstractmethod
+    def does(self) -> str:
+        """What it does, in a few words, for the plan."""
+
+    @property
+    def target(self) -> str:
+        """The VM that it brings something to from another one; "" if it does no such thing."""
+        return ""
+
+    def details(self) -> Mapping[str, str]:
+        """What the record and its page say of it beside its name and VMs: short names, short texts."""
+        return {}
+
+    def check(self, site: Site) -> None:
+        """What can be known before anything is touched; its VMs are there. FarmhandError."""
+
+    @abstractmethod
+    async def carry_out(self, work: StepRun) -> None:
+        """Do it. StepFailed where it knows the class of its failure, else FarmhandError."""
+
+    def class_of(self, error: FarmhandError) -> FailureClass:
+        """Of an error of ours that it was ended by."""
+        return "environment" if isinstance(error, NoSpace) else "infrastructure"
+
+
+def steps_of(cycle: Cycle) -> tuple[StepKind, ...]:
+    """A cycle's steps, as what they are."""
+    steps = tuple(step for step in cycle.steps if isinstance(step, StepKind))
+    assert len(steps) == len(cycle.steps), "every kind of builds.steps is a StepKind"
+    return steps

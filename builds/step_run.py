@@ -1,0 +1,154 @@
+"""One step of a cycle under way: what it works with, its log written as it is made, its failure given a
+class."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builds.machines import Machines
+from builds.meter import Meter
+from builds.record import FileRecord, Flow
+from builds.step_kind import StepKind
+from host.files import open_to_append
+from host.printable import plain
+from inventory.errors import ConnectionLost, FarmhandError, Remedy
+from inventory.model import FailureClass
+from inventory.sizes import format_duration
+from provision.guest.connection import Moved
+from provision.site import Site
+
+_TAIL_BYTES = 65536
+
+
+class StepFailed(Exception):
+    """``failure`` is the class; the message one line; ``remedy`` what the error it comes from says."""
+
+    def __init__(
+        self,
+        failure: FailureClass,
+        message: str,
+        *,
+        remedy: Remedy = "",
+        exit: int | None = None,
+        console: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.remedy = remedy
+        self.exit = exit
+        self.console = console
+
+
+class StepLog:
+    """A step's log: raw bytes to the file and onwards as they come; the end is kept in memory."""
+
+    def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
+        self._file = open_to_append(path, mode=0o644)
+        self._vm = vm
+        self._stream = stream
+        self._tail = bytearray()
+        self._mark = 0
+        self.trouble = ""
+
+    def write(self, data: bytes) -> None:
+        """Never raises: a full disk here must not end what runs there."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.trouble = f"the log is incomplete: {error.strerror}"
+        self._tail += data
+        if len(self._tail) > 2 * _TAIL_BYTES:
+            cut = len(self._tail) - _TAIL_BYTES
+            del self._tail[:cut]
+            self._mark = max(self._mark - cut, 0)
+        if self._stream is not None:
+            self._stream(self._vm, data)
+
+    def say(self, text: str) -> None:
+        """A line of ours."""
+        start = b"\n" if self._tail and not self._tail.endswith(b"\n") else b""
+        self.write(start + f"farmhand: {text}\n".encode())
+
+    def mark(self) -> None:
+        """What is judged later begins here."""
+        self._mark = len(self._tail)
+
+    def text(self) -> str:
+        """The output since the mark, at most its last 64 KiB, as plain text."""
+        return _plain(self._tail[self._mark :][-_TAIL_BYTES:])
+
+    def last(self, lines: int) -> str:
+        return "\n".join(_plain(self._tail).splitlines()[-lines:])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _plain(data: bytearray) -> str:
+    return plain(data.decode(errors="replace"))
+
+
+@dataclass(slots=True, kw_only=True)
+class StepRun:
+    """A step, and everything that it works with. ``files`` is what it fetched or carried, ``details``
+    what the record says of it, ``exit`` its last status."""
+
+    step: StepKind
+    site: Site
+    machines: Machines
+    meter: Meter
+    environment: Callable[[str], Mapping[str, str]]
+    before_run: Callable[[str, StepLog], Awaitable[None]]
+    artifacts: Path
+    log: StepLog
+    details: dict[str, str] = field(default_factory=dict)
+    files: list[FileRecord] = field(default_factory=list)
+    exit: int | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+    def keep(self, file: Moved, *, vm: str, path: str, flow: Flow = "") -> None:
+        """Have the record name a file, as in ``FileRecord``."""
+        self.files.append(
+            FileRecord(
+                name=file.name, size=file.size, sha256=file.sha256, step=self.step.name,
+                vm=vm, path=path, flow=flow,
+            )
+        )  # fmt: skip
+
+    async def carry_out(self) -> None:
+        """StepFailed, with its class, for everything that can go wrong."""
+        step = self.step
+        try:
+            await self.machines.look()
+            async with asyncio.timeout(step.limit):
+                await step.carry_out(self)
+        except TimeoutError:
+            raise StepFailed(
+                "time-out",
+                f"not done within its limit of {format_duration(step.timeout)}",
+                console=self.machines.console(step.changes) if step.RENEWS else "",
+            ) from None
+        except FarmhandError as error:
+            raise await self._judged(error) from error
+
+    async def _judged(self, error: FarmhandError) -> StepFailed:
+        """An error of ours, with its class. What a guest's own scripts print is judged elsewhere."""
+        failure = self.step.class_of(error)
+        failed = StepFailed(failure, error.message, remedy=error.remedy)
+        if failure != "infrastructure":
+            return failed
+        vm = error.vm if error.vm in self.step.vms else self.step.vms[0]
+        if isinstance(error, ConnectionLost):
+            state = await asyncio.to_thread(self.machines.state, vm)
+            failed.args = (f"{error.message} ({state})",) if state else failed.args
+        failed.console = error.detail or self.machines.console(vm)
+        return failed

@@ -1,0 +1,8 @@
+"""The kinds of a cycle's steps, each by the key that such a step is known by."""
+
+STEPS = {
+    "reset": "builds.steps.reset:ResetStep",
+    "run": "builds.steps.run:RunStep",
+    "transfer": "builds.steps.transfer:TransferStep",
+    "fetch": "builds.steps.fetch:FetchStep",
+}

@@ -1,0 +1,60 @@
+"""Values that are kept as JSON: what the journal holds of an activity, and what an operation was
+asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, ClassVar, TypeVar
+
+from inventory.errors import WrongState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the journal holds of one activity: a frozen dataclass of JSON values, times and dataclasses
+    of such."""
+
+    __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, slots=True)
+class NoFacts(Facts):
+    """Of an activity whose name and VMs say it all."""
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(
+        {field.name: getattr(value, field.name) for field in fields(value)}, default=_plain
+    )
+
+
+def from_json(kind: type[T], found: Mapping[str, object], where: str) -> T:
+    """``found`` as that dataclass, each field of it there and of its type. ``where``: for the refusal.
+    WrongState."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    trouble = [f"no {name!r}" for name in sorted(known - found.keys())]
+    trouble += [f"an unknown {name!r}" for name in sorted(found.keys() - known)]
+    if not trouble:
+        from pydantic import TypeAdapter, ValidationError  # takes a while, and is hardly ever needed
+
+        try:
+            return TypeAdapter(kind).validate_json(json.dumps(found), strict=True)
+        except ValidationError as error:
+            trouble = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+    raise WrongState(
+        f"{where} is not in this farmhand's format: {'; '.join(trouble)}",
+        remedy="use the farmhand that wrote it",
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""What is going to be done: the lines that ``--plan`` shows are those of the very jobs that a run
+carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from inventory.errors import Text
+from provision.engine.report import Action
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Its lines, and what carries them out; None: only said. ``run`` may return what it did in place of
+    what its lines announced."""
+
+    actions: tuple[Action, ...]
+    run: Callable[[], Sequence[Action] | None] | None = None
+
+
+Plan = Sequence[Mapping[str, Sequence[Job]]]
+"""Stages, one after the other. In each, the jobs of every VM ("" : the farm) in their order, the VMs
+side by side."""
+
+
+def job(verb: str, vm: str, text: Text, run: Callable[[], object] | None = None) -> Job:
+    """With one line. What ``run`` returns doesn't matter."""
+    if run is None:
+        return Job((Action(verb, vm, text),))
+    do = run
+
+    def go() -> None:
+        do()
+
+    return Job((Action(verb, vm, text),), go)
+
+
+def foretold(*actions: Action) -> Job:
+    """What a later job does on its way, and says when it has."""
+    return Job(actions, lambda: None)
+
+
+def alone(*jobs: Job) -> Mapping[str, Sequence[Job]]:
+    """A stage of one job after the other."""
+    return {"": jobs}

@@ -1,0 +1,136 @@
+"""What killed processes left half-done: finished or undone, by the journal and by what is there.
+
+Each activity is recovered under its own locks, by what its class says (``Activity.recover``), and stays
+unfinished until its recovery is complete: a recovery that is killed is recovered by the next. One that
+can't succeed is in nobody else's way: the others are recovered, then its error is told, and noted. It
+is tried again by each command, and told by those for its VMs, by ``recover`` and ``status``; by others
+only where it is another error than before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from host.files import sweep
+from inventory.errors import Busy, FarmhandError, Interrupted, Several, Text, WrongState, spelled
+from provision.engine import registry
+from provision.engine.operation import Recovery
+from provision.engine.report import Action
+
+if TYPE_CHECKING:
+    from provision.engine.journal import Record
+    from provision.site import Site
+
+
+def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) -> tuple[Action, ...]:
+    """What was (in a plan: would be) done. What others hold a lock on is left to them. ``vms``: those of
+    the command that asks. Errors are warnings; ``strict``: raised at the end."""
+    actions: list[Action] = []
+    failed: dict[str, FarmhandError] = {}
+    for record in site.journal.unfinished():
+        try:
+            actions += _recover(site, record)
+        except Busy as error:
+            site.reporter.warn(f"not recovered now: {error.message}", vm=record.vm)
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            failed.setdefault(", ".join(record.vms) or record.verb, error)
+            # one for the VMs of a half-done change is refused, and told why
+            concerned = set(vms) & set(record.vms) and not half_done(record)
+            if not strict and (concerned or whole(error) != record.in_its_way):
+                text = (f"could not recover its {record.verb}: ", whole(error))
+                site.reporter.warn(text, vm=record.vm)
+    if actions and not site.plan:
+        _sweep(site)
+    if strict and failed:
+        raise next(iter(failed.values())) if len(failed) == 1 else Several(failed)
+    return tuple(actions)
+
+
+def whole(error: FarmhandError) -> Text:
+    return (error.message, " (", error.remedy, ")") if error.remedy else error.message
+
+
+def half_done(record: Record) -> bool:
+    """Whether the disks of its VMs are not to be used before it is recovered; also where nobody here can
+    read it."""
+    try:
+        activity = registry.activity(record.verb)
+        return activity.half_done(activity.facts_of(record))
+    except WrongState:
+        return True
+
+
+def without_disk(record: Record) -> str:
+    """Why its VM may have no disk; "": it has."""
+    try:
+        return registry.activity(record.verb).without_disk
+    except WrongState:
+        return ""
+
+
+def giving(site: Site, record: Record, vm: str) -> int:
+    """Bytes of memory that the VM may be getting from one that was cut off: all that it may have, where
+    nobody here can read it."""
+    try:
+        activity = registry.activity(record.verb)
+        return activity.giving(site, vm, activity.facts_of(record))
+    except WrongState:
+        return site.farm.vms[vm].memory
+
+
+def _recover(site: Site, record: Record) -> Iterator[Action]:
+    activity = registry.activity(record.verb)
+    facts = activity.facts_of(record)
+    if site.plan:
+        yield _action(record, activity.recover(site, record, facts))
+        return
+    doing = f"recover {record.verb} {record.vm}".strip()
+    with site.locks.hold(*activity.locks(site, record, facts), doing=doing):
+        now = site.journal.find(record.id)
+        if now is None or now.settled:  # somebody else did, before we had the locks
+            return
+        with _noted(site, now):
+            facts = activity.facts_of(now)
+            with site.journal.resume(now, facts) as entry:
+                recovery = activity.recover(site, now, facts)
+                if recovery.run is not None:
+                    recovery.run(entry)
+                activity.after(site, now)
+        action = _action(now, recovery)
+        with contextlib.suppress(WrongState):  # the journal may have gone with its farm
+            site.journal.settle(now.id, "recovered", spelled(action.text))
+        site.reporter.warn(action.text, vm=now.vm)
+        yield action
+
+
+@contextlib.contextmanager
+def _noted(site: Site, record: Record) -> Iterator[None]:
+    """An error of its recovery is the journal's too."""
+    try:
+        yield
+    except (Busy, Interrupted):
+        raise
+    except FarmhandError as error:
+        if record.in_its_way != whole(error):
+            with contextlib.suppress(FarmhandError):  # then it is told once more
+                site.journal.hinder(record.id, whole(error))
+        raise
+
+
+def _action(record: Record, recovery: Recovery[Any]) -> Action:
+    began = record.started.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    of = f" of {', '.join(record.vms)}" if len(record.vms) > 1 else ""
+    what = f"a {record.verb}{of} of {began} (pid {record.process.pid}) was interrupted"
+    return Action("recover", record.vm, f"{what}: {recovery.text}")
+
+
+def _sweep(site: Site) -> None:
+    """Temporary files of killed writers."""
+    paths, lock_file = site.paths, site.allocator.lock_file
+    for directory in (paths.root, paths.seeds, paths.keys, paths.keys / "hostkeys"):
+        sweep(directory)
+    sweep(lock_file.parent, lock_file.name)

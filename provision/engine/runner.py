@@ -1,0 +1,155 @@
+"""How an operation is carried out: finish or undo what killed ones left, take its locks, plan, act.
+
+``--plan`` stops after the plan: a run shows the same lines, and carries each out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from inventory.errors import Busy, Call, WrongState, some, spelled
+from provision.engine.locks import leased, lock_of
+from provision.engine.parallel import side_by_side
+from provision.engine.plan import Job, Plan
+from provision.engine.report import Action, Outcome
+
+if TYPE_CHECKING:
+    from provision.engine.operation import Operation
+    from provision.site import Site
+
+
+class Run:
+    """One operation under way: its VMs, what it does, and the facts it hands back. Facts may be added by
+    any thread."""
+
+    def __init__(self, site: Site, name: str, vms: tuple[str, ...] = ()) -> None:
+        self.site = site
+        self.name = name
+        self.vms = vms
+        self._actions: list[Action] = []
+        self._facts: dict[str, object] = {}
+        self._of_vms: dict[str, dict[str, object]] = {}
+        self._guard = threading.Lock()
+
+    def add(self, *actions: Action) -> None:
+        with self._guard:
+            self._actions += actions
+
+    def fact(self, **facts: object) -> None:
+        with self._guard:
+            self._facts.update(facts)
+
+    def vm_fact(self, vm: str, **facts: object) -> None:
+        with self._guard:
+            self._of_vms.setdefault(vm, {}).update(facts)
+
+    def carry_out(self, plan: Plan) -> None:
+        """Stage by stage; in a plan nothing. The lines of all jobs are the run's, in the plan's order;
+        of those that did otherwise, what they did."""
+        jobs = [job for stage in plan for chain in stage.values() for job in chain]
+        done = {id(job): job.actions for job in jobs}
+        for stage in () if self.site.plan else plan:
+            self._stage(stage, done)
+        self.add(*(action for job in jobs for action in done[id(job)]))
+
+    def _stage(self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]) -> None:
+        for job in (job for chain in stage.values() for job in chain if job.run is None):
+            for action in job.actions:
+                self.site.reporter.say(action.text, vm=action.vm)
+
+        def one(chain: Sequence[Job]) -> None:
+            for job in chain:
+                instead = job.run() if job.run is not None else None
+                if instead is not None:
+                    done[id(job)] = tuple(instead)
+
+        tasks = {vm: partial(one, chain) for vm, chain in stage.items() if any(job.run for job in chain)}
+        side_by_side(self.site, tasks)
+
+    def outcome(self) -> Outcome:
+        with self._guard:
+            facts = dict(self._facts)
+            if self._of_vms:
+                facts["vms"] = {vm: dict(of_one) for vm, of_one in self._of_vms.items()}
+            return Outcome(self.name, self.site.plan, tuple(self._actions), facts)
+
+
+def perform(site: Site, operation: Operation) -> Outcome:
+    """Carry it out, or (``site.plan``) say what would be done. Busy where a VM is in use, WrongState
+    where one is part of a change that can't be finished; else what the operation names."""
+    vms = operation.affected(site)
+    with begin(
+        site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
+        at_any_time=operation.at_any_time, refused=partial(operation.refused, site),
+    ) as run:  # fmt: skip
+        run.carry_out(operation.plan(run))
+        return run.outcome()
+
+
+@contextlib.contextmanager
+def begin(
+    site: Site,
+    name: str,
+    vms: Sequence[str],
+    *,
+    doing: str = "",
+    locks: Sequence[str] = (),
+    at_any_time: bool = False,
+    refused: Callable[[Busy], Busy] | None = None,
+) -> Iterator[Run]:
+    """What every operation begins with. A plan says what would be recovered, and takes no lock.
+    ``refused``: another error, where a lock is somebody else's."""
+    run = Run(site, name, tuple(vms))
+    if site.plan:
+        run.add(*_recovered(site, vms))
+        yield run
+        return
+    site.prepare()
+    with leased() as lease:
+        with lease.recovering:
+            run.add(*_recovered(site, vms))
+        doing = doing or f"{name} {some(vms)}".strip()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(site.locks.hold(*map(lock_of, vms), *locks, doing=doing))
+            except Busy as error:
+                raise (refused(error) if refused else error) from None
+            if not at_any_time:
+                refuse_half_done(site, vms)
+            yield run
+
+
+def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
+    """WrongState where one of the VMs is part of a change that recovery could not finish: the disks of
+    some are changed, of others not, and neither is to be used."""
+    from provision.engine.recovery import half_done
+
+    wanted = frozenset(vms)
+    for record in site.journal.unfinished():
+        both = [vm for vm in record.vms if vm in wanted]
+        if both and half_done(record):
+            why = f"; in its way: {spelled(record.in_its_way)}" if record.in_its_way else ""
+            raise WrongState(
+                f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "
+                f"{', '.join(both)} can't be used before it is finished{why}",
+                remedy=(
+                    Call("recover"),
+                    " tries again; or ",
+                    Call("destroy"),
+                    " a VM that can't be brought there",
+                ),
+            )
+
+
+def _recovered(site: Site, vms: Sequence[str]) -> Sequence[Action]:
+    """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every
+    operation with it."""
+    if not site.journal.unfinished():
+        return ()
+    from provision.engine.recovery import recover_all
+
+    return recover_all(site, vms)

@@ -1,0 +1,123 @@
+"""merge: a disk's changes written back into the checkpoint that it grew from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from hypervisors.api import Machine, MergingDisks
+from inventory.errors import FarmhandError, Interrupted, Unsupported
+from provision.engine.facts import Facts
+from provision.engine.journal import Entry, current_step
+from provision.engine.operation import Operation, Recovery
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Outcome
+from provision.engine.runner import Run, perform
+from provision.member import Member, is_on
+from provision.operations import checkpoint
+from provision.operations.checkpoint import disk_with_checkpoints
+from provision.operations.group_change import as_before, stop_all
+from provision.power import check_memory, power_on
+from provision.site import Site
+from provision.vm_activity import OneVmActivity
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFacts(Facts):
+    """``into``: the checkpoint. ``was_on``: whether the VM ran when it began."""
+
+    into: str
+    was_on: bool
+
+
+class _MergeActivity(OneVmActivity[MergeFacts]):
+    name = "merge"
+    facts = MergeFacts
+    starts = True
+    without_disk = "its disk is being merged, and that is half done"
+
+    def go_on(self, member: Member, _machine: Machine, facts: MergeFacts) -> Recovery[MergeFacts]:
+        def finish(_: Entry[MergeFacts]) -> None:
+            _merge(member)
+            as_before([member], [member.vm] if facts.was_on else [])
+
+        return Recovery("merge it to the end", finish)
+
+
+MERGE = _MergeActivity()
+
+
+@dataclass(frozen=True, slots=True)
+class Merge(Operation):
+    """Write what changed on the VMs' disks since their checkpoints back into these, each for itself: the
+    checkpoint then is what the disk is now. Never into ``clean``, the template's. Running VMs are shut
+    down for it, and started again. Killed, it is gone on with by recovery.
+
+    Errors: Unsupported (a store that can't, a disk grown from clean), NotFound, NoSpace, Busy."""
+
+    name = "merge"
+    vms: tuple[str, ...] = ()
+    wait: bool = True
+
+    def affected(self, site: Site) -> tuple[str, ...]:
+        return site.vms(self.vms)
+
+    def plan(self, run: Run) -> Plan:
+        members = run.site.members(run.vms)
+        machines = {member.vm: member.present() for member in members}
+        on = [member for member in members if is_on(machines[member.vm])]
+        first = check_memory(on, wait=self.wait)
+        jobs = {one.vm: [self._job(one, machines[one.vm])] for one in members}
+        return [alone(foretold(*first)), jobs]
+
+    def _job(self, member: Member, machine: Machine) -> Job:
+        site, vm = member.site, member.vm
+        disk = disk_with_checkpoints(member, machine)
+        if not isinstance(member.store, MergingDisks):
+            raise Unsupported(
+                f"{site.name}: {vm}'s disk store can't merge a disk back into its checkpoint",
+                remedy="make a new checkpoint instead: here it costs next to nothing; only the "
+                "linked copies of store lvm can merge",
+            )
+        if disk.base == "clean":
+            raise Unsupported(
+                f"{site.name}: {vm}'s disk grew from clean, its template, which never changes",
+                remedy="make a checkpoint: what comes after it can be merged into it",
+            )
+        facts = MergeFacts(disk.base, is_on(machine))
+        text = f"merge what changed since {disk.base} into it"
+        if facts.was_on:
+            text = f"shut down, {text}, start again"
+        return job("merge", vm, text, partial(self._one, member, facts))
+
+    def _one(self, member: Member, facts: MergeFacts) -> None:
+        site, vm = member.site, member.vm
+        with site.journal.begin(MERGE, [vm], facts) as entry:
+            try:
+                if facts.was_on:
+                    current_step("shut it down")
+                _merge(member)
+            except Interrupted:
+                raise
+            except FarmhandError:
+                if member.disk() is not None:  # else cut off within: the store knows how to go on
+                    as_before([member], [vm] if facts.was_on else [])
+                else:
+                    entry.must_finish = True
+                raise
+            site.reporter.say(f"merged into {facts.into}", vm=vm)
+            if facts.was_on:
+                power_on(member, wait=self.wait)
+
+
+def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
+    return perform(site, Merge(tuple(vms), wait))
+
+
+def _merge(member: Member) -> None:
+    """Within an activity under way: also goes on with a merge that was killed."""
+    store = member.store
+    if isinstance(store, MergingDisks):
+        stop_all([member], grace=checkpoint.GRACE)
+        store.merge(member.machine)

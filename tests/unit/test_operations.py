@@ -1,0 +1,211 @@
+"""Operations and activities: what there is, what each can, and whose its locks are."""
+
+from __future__ import annotations
+
+import ast
+import threading
+from collections.abc import Iterator
+from contextvars import copy_context
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_farm import Desk
+
+from inventory.errors import Busy, Interrupted, WrongState
+from provision import farm
+from provision.engine import registry
+from provision.engine.facts import Facts, NoFacts
+from provision.engine.journal import Entry
+from provision.engine.operation import Activity, Operation
+from provision.engine.parallel import side_by_side
+from provision.operations.reset import Reset
+from provision.site import Site
+
+ROOT = Path(__file__).parents[2]
+LOWER = ("host", "hypervisors", "inventory", "provision.engine")
+"""What provision/engine may import."""
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    desk = Desk(tmp_path)
+    desk.run(farm.clone_farm)
+    yield desk
+
+
+@pytest.mark.parametrize("name", registry.operations())
+def test_an_operation_is_a_value_that_is_asked_for(name: str) -> None:
+    found = registry.operation(name)
+    assert is_dataclass(found)
+    assert found.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert issubclass(found, Operation)
+
+
+@pytest.mark.parametrize("name", registry.activities())
+def test_an_activity_has_typed_facts_and_a_recovery(name: str) -> None:
+    found = registry.activity(name)
+    assert isinstance(found, Activity)
+    assert found.name == name
+    assert issubclass(found.facts, Facts)
+    assert is_dataclass(found.facts)
+
+
+def test_what_nobody_can_recover_can_not_be_begun(made: Desk) -> None:
+    class Wild(Activity[NoFacts]):
+        name = "wild"
+        facts = NoFacts
+
+    with pytest.raises(TypeError, match="recover"):
+        Wild()  # type: ignore[abstract]
+
+
+def test_all_that_the_journal_holds_is_known_to_recovery() -> None:
+    """Whatever is handed to ``journal.begin`` stands in a registry."""
+    known = {id(registry.activity(name)) for name in registry.activities()}
+    begun = set()
+    for path in (*(ROOT / "provision").rglob("*.py"), *(ROOT / "builds").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("journal.begin"):
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                begun.add((module, ast.unparse(node.args[0])))
+    assert len(begun) > 10
+    for module, name in begun:
+        found = getattr(__import__(module, fromlist=[name]), name)
+        assert id(found) in known, (module, name)
+
+
+def test_an_unfinished_activity_of_another_farmhand_is_refused_in_words(made: Desk) -> None:
+    with made.site() as site, pytest.raises(Interrupted), site.journal.begin(_Strange(), (), NoFacts()):
+        raise Interrupted("as if it was killed")
+    with made.site() as site, pytest.raises(WrongState, match="an unfinished frobnicate") as refused:
+        farm.recover(site)
+    assert "the farmhand that began it" in str(refused.value.remedy)
+    with made.site() as site:
+        farm.stop(site, ["prod"])  # no VM of its own: in nobody's way
+
+
+class _Strange(Activity[NoFacts]):
+    name = "frobnicate"
+    facts = NoFacts
+
+    def recover(self, site: Site, record: Any, facts: NoFacts) -> Any:
+        raise AssertionError("nobody knows it")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "provision/engine").glob("*.py")), ids=lambda p: p.name)
+def test_the_engine_knows_no_operation(path: Path) -> None:
+    """Not even late, in a function; what is for type checkers alone doesn't count."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
+            module = node.module or ""
+            assert not module.startswith("provision") or module.startswith("provision.engine"), (
+                f"{path}:{node.lineno} imports {module}"
+            )
+
+
+# Locks are an operation's
+
+
+def test_another_operation_on_the_same_site_is_refused(made: Desk) -> None:
+    """As another process is: told who holds it, doing what; and it has changed nothing."""
+    with made.site() as site:
+        refused: list[Busy] = []
+
+        def other() -> None:
+            with pytest.raises(Busy) as caught:
+                farm.reset(site, ["prod"])
+            refused.append(caught.value)
+
+        before = made.machine("prod").started
+        with site.locks.hold("vm-prod", doing="cycle"):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        assert "prod is held by pid" in refused[0].message
+        assert refused[0].message.endswith("doing: cycle")
+        assert [record.verb for record in site.journal.history(1)] == ["start"]
+        assert made.machine("prod").started == before
+        farm.reset(site, ["prod"])
+        assert site.locks.held() == ()
+
+
+def test_two_resets_of_one_vm_on_the_same_site(made: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them goes on, the other is refused: whichever comes first."""
+    inside, over = threading.Event(), threading.Event()
+    step = Entry.step
+
+    def waits(self: Entry[Any], text: str) -> None:
+        step(self, text)
+        if text == "refresh identities":
+            inside.set()
+            assert over.wait(20)
+
+    monkeypatch.setattr(Entry, "step", waits)
+    with made.site() as site:
+        first = threading.Thread(target=farm.reset, args=(site, ["prod"]))
+        first.start()
+        try:
+            assert inside.wait(20)
+            with pytest.raises(Busy, match="doing: reset prod to clean"):
+                farm.reset(site, ["prod", "dev2"])
+        finally:
+            over.set()
+            first.join()
+        outcomes = [(record.verb, record.outcome) for record in site.journal.history(2)]
+        assert outcomes == [("reset", "done"), ("start", "done")]
+
+
+def test_an_operation_begun_within_another_has_its_locks(made: Desk) -> None:
+    """Also in its worker threads, which copy the context: as a cycle's resets do."""
+    with made.site() as site, site.locks.hold("vm-prod", "vm-dev2", doing="cycle"):
+        side_by_side(site, {vm: lambda vm=vm: farm.reset(site, [vm]) for vm in ("prod", "dev2")})  # type: ignore[misc, return-value]
+        thread = threading.Thread(target=copy_context().run, args=(farm.stop, site, ["prod"]))
+        thread.start()
+        thread.join()
+    assert made.machine("prod").power == "stopped"
+
+
+def test_a_plan_is_what_the_run_then_does(made: Desk) -> None:
+    with made.site(plan=True) as site:
+        planned = farm.reset(site, ["prod"]).actions
+        assert Reset(("prod",)).plan  # a value; nothing of it is kept between the two
+    with made.site() as site:
+        assert farm.reset(site, ["prod"]).actions == planned
+
+
+def test_two_operations_of_one_process_wait_for_each_others_memory(made: Desk) -> None:
+    """As two processes do, though they see each other's reservations."""
+    both = "  dev2: {memory: 64M}\n  prod: {memory: 64M}\n"
+    made.run(farm.destroy)
+    made.write(both, host="driver: fake, memory: 200M")
+    made.run(farm.clone_farm, start=False)
+    failed: list[BaseException] = []
+
+    def work(site: Site, vm: str) -> None:
+        try:
+            for _ in range(3):
+                farm.start(site, [vm])
+                farm.stop(site, [vm], force=True)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failed.append(error)
+
+    with made.site() as site:
+        threads = [threading.Thread(target=work, args=(site, vm)) for vm in ("dev2", "prod")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert site.locks.held() == ()
