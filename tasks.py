@@ -8,9 +8,9 @@ from cli import options, streams, terminal, views
 from cli.command import command
 from cli.run import Result, Run
 from host.program import ROOT
-from inventory.errors import Remedy, UsageError
+from inventory.errors import Call, Text, UsageError
 
-# For those who type invoke, not ./invoke.
+# For those who type invoke, without the wrapper.
 streams.take_over()
 
 Names = Sequence[str] | None
@@ -40,13 +40,14 @@ def demo(run: Run, destroy: bool = False) -> Result:
     from builds import demo as demonstration
 
     run.farm = str(demonstration.farm_file(run.farm))
-    run.resume = "go on with ./invoke demo, or take it away with ./invoke demo --destroy"
+    run.resume = ("go on with ", Call("demo"), ", or take it away with ", Call("demo", destroy=True))
     if destroy:
         return views.outcome(demonstration.destroy(run.site))
     if run.plan:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
-    return Result(report.as_dict(), report.text(), report.ok, report.problem, report.remedy)
+    text = report.text(run.words.text)
+    return Result(report.as_dict(), text, report.ok, report.problem, report.remedy)
 
 
 # ---- Templates.
@@ -255,7 +256,7 @@ def destroy(
         return views.outcome(farm.destroy(site, chosen, purge=purge))
 
 
-def _doomed(run: Run, purge: bool) -> tuple[object, Remedy]:
+def _doomed(run: Run, purge: bool) -> tuple[object, Text]:
     from provision import farm
 
     with run.site(plan=True) as site:
@@ -412,14 +413,19 @@ def cycle(
     keep_going: bool = False,
 ) -> Result:
     """Run the build cycle; it leaves one build record."""
-    from builds.again import cycle_command, cycle_options
+    from builds.again import cycle_asked, from_step
     from builds.operation import RunCycle
     from builds.record import find_record
     from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
-    again = cycle_command("STEP", cycle_options(only=which, revision=revision, keep_going=keep_going))
-    run.resume = f"what is done is kept; ./invoke log shows the step it stopped in; go on with: {again}"
+    asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)
+    run.resume = (
+        "what is done is kept; ",
+        Call("log"),
+        " shows the step it stopped in; go on with: ",
+        from_step(asked, "STEP"),
+    )
     request = RunCycle(
         start_from=from_, only=tuple(which), revision=revision, keep_going=keep_going,
         stream=run.screen.stream,
@@ -450,11 +456,13 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
 @command({"limit": "How many."}, plans=False)
 def history(run: Run, limit: str = "20") -> Result:
     """Show what was done, and what was built, newest first."""
-    from builds.record import load_records
+    from builds.record import foreign_records, load_records
 
     with run.site() as site:
         most = options.count("--limit", limit)
-        return views.history(site.journal.history(most), load_records(site.paths), most)
+        return views.history(
+            site.journal.history(most), load_records(site.paths), most, foreign_records(site.paths)
+        )
 
 
 # ---- farmhand's own development, where its tests are.

@@ -1,4 +1,5 @@
-"""The source, looked at before it is built: for ``doctor``, ``demo`` and ``clone-farm --plan``.
+"""What a cycle needs, looked at beforehand: its source, and the tools of its steps. For ``doctor``,
+``demo`` and ``clone-farm --plan``.
 
 Nothing is fetched, nothing written.
 """
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from builds.plan import source_place
 from builds.source import is_directory, mask, resolve, secret_of
-from host.check import Check
+from builds.step_kind import steps_of
+from host.check import Check, install
 from host.paths import FarmPaths
-from host.run import Runner
+from host.run import Runner, which
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
@@ -23,14 +25,27 @@ _PATIENCE = 10.0  # seconds for a URL
 
 
 def with_source(report: Report, farm_file: Path, *, ask: bool) -> Report:
-    """The report, and what is to be said of the farm's source. ``ask``: whether a URL is asked, which
-    may take seconds. A farm file that can't be read is the report's own matter."""
+    """The report, and what is to be said of the farm's source and its steps. ``ask``: whether a URL is
+    asked, which may take seconds. A farm file that can't be read is the report's own matter."""
     try:
         farm = load(farm_file)
     except FarmhandError:
         return report
-    found = examine(farm, ask=ask)
-    return Report((*report.checks, found)) if found else report
+    found = (check for check in (examine(farm, ask=ask), _tools(farm)) if check)
+    return Report((*report.checks, *found))
+
+
+def _tools(farm: Farm) -> Check | None:
+    """Of the cycle's steps; None where they need none here."""
+    steps = steps_of(farm.cycle) if farm.cycle else ()
+    wanted = sorted({tool for step in steps for tool in step.TOOLS})
+    if not wanted:
+        return None
+    missing = [tool for tool in wanted if which(tool) is None]
+    if not missing:
+        return Check("step tools", True, "needed", ", ".join(wanted))
+    text = f"{', '.join(missing)} not found, which the cycle's steps need"
+    return Check("step tools", False, "needed", text, install(" ".join(missing)))
 
 
 def noted(farm: Farm, outcome: Outcome) -> Outcome:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds import page
-from builds.again import command, cycle_command, cycle_options
+from builds.again import cycle_asked, from_step
 from builds.lineage import Before, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
@@ -41,7 +40,7 @@ from builds.record import (
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
-from inventory.errors import BuildFailed, FarmhandError, Interrupted, Remedy
+from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
 from provision.site import Site
 
@@ -74,11 +73,11 @@ class Build:
             farm=site.farm.farm,
             result="running",
             started=now(),
-            who=getpass.getuser(),
+            requester=site.requester,
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             farm_file=str(site.farm.path),
-            options=cycle_options(
+            asked=cycle_asked(
                 only=request.only, revision=request.revision, keep_going=request.keep_going
             ),
             source=known,
@@ -120,6 +119,28 @@ class Build:
         self._save()
         prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
 
+    def verdict(self) -> tuple[str, str, Mapping[str, object]]:
+        """For the journal and those who are told of builds: how it ended, why, and what there is to say
+        of the build."""
+        record, step = self._record, self._record.failed_step
+        told: dict[str, object] = {
+            "result": record.result,
+            "partial": record.partial,
+            "seconds": record.seconds,
+            "repository": record.source.repository,
+            "commit": record.source.commit,
+            "record": str(record.path),
+            "failed": None,
+        }
+        if step is not None:
+            told["failed"] = {
+                "step": step.name, "vm": step.vm, "class": step.failure, "message": step.message,
+            }  # fmt: skip
+        if record.result in ("passed", "partial"):
+            return "done", "", told
+        why = f"step {step.name}: {step.message or step.status}" if step else ""
+        return record.result, self._trouble.message if self._trouble else why, told
+
     def conclude(self) -> BuildRecord:
         """The record, or the error that tells how it ended."""
         record = self._record
@@ -133,7 +154,7 @@ class Build:
             where = f" at step {at.name}" if at else ""
             gone = Interrupted(
                 f"interrupted{where}; what ran in the VMs was ended, the record is {record.path}",
-                remedy=f"go on from there: {self._again(at.name)}" if at else self._again(""),
+                remedy=("go on from there: ", self._again(at.name)) if at else self._again(""),
             )
             gone.build = record.id
             raise gone
@@ -141,22 +162,22 @@ class Build:
             first = bad[0]
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
-            look: Remedy = f"look at it: ./invoke status, {command('console', '--vm', first.vm)}"
+            look: Remedy = ("look at it: ", Call("status"), ", ", Call("console", vm=first.vm))
             if first.failure != "infrastructure":
-                look = f"look inside: {command('ssh', '--vm', first.vm)}"
+                look = ("look inside: ", Call("ssh", vm=first.vm))
             look = first.remedy or look
             failed = BuildFailed(
                 f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
-                remedy=f"{look}; then go on from there: {self._again(first.name)}",
+                remedy=(look, "; then go on from there: ", self._again(first.name)),
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
             )
             failed.build = record.id
             raise failed
         return record
 
-    def _again(self, step: str) -> str:
-        return cycle_command(step, self._record.options)
+    def _again(self, step: str) -> Call:
+        return from_step(self._record.asked, step)
 
     async def _all(self) -> None:
         plan = self._plan

@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inventory.errors import BuildFailed, Remedy, Unsupported
+from host.program import ROOT
+from inventory.errors import BuildFailed, Call, Remedy, Text, Unsupported, spelled
 from inventory.sizes import format_duration, format_size
 from provision.engine.report import Action, Outcome, Reporter, merged
 from provision.site import Site
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "kata"
 COMMAND = f"{PROGRAM} --version; {PROGRAM} 2026"
 """What prod.rpm installs, and what is run in prod at the end."""
@@ -48,7 +48,6 @@ class DemoReport:
     build: Mapping[str, object]
     page: Path
     program: str
-    farm_flag: str
     problem: str = ""
     remedy: Remedy = ""
 
@@ -64,7 +63,8 @@ class DemoReport:
             "record": str(self.page),
         }
 
-    def text(self) -> str:
+    def text(self, word: Callable[[Text], str] = spelled) -> str:
+        """``word``: how calls are worded."""
         width = max(len(stage.name) for stage in self.stages)
         lines = [f"{stage.name:<{width}}  {format_duration(stage.seconds):>6}" for stage in self.stages]
         total = format_duration(sum(stage.seconds for stage in self.stages))
@@ -73,17 +73,16 @@ class DemoReport:
             lines += [f"{PROGRAM}, run inside prod, says:"]
             lines += [*(f"  {line}" for line in self.program.splitlines()), ""]
         lines += [f"build record: {self.page}", "", "What to type next:"]
-        flag = self.farm_flag
-        for text, what in (
-            (f"./invoke status{flag}", "the two VMs as they are"),
-            (f"./invoke ssh --vm prod{flag}", "log in to prod"),
-            (f"./invoke reset --vm prod{flag}", f"put prod back to clean: {PROGRAM} is gone"),
-            (f"./invoke cycle{flag}", "build again"),
-            (f"./invoke log{flag}", "what was built, from what"),
-            ("./invoke demo --destroy", "leave nothing behind"),
-        ):
-            lines.append(f"  {text:<{26 + len(flag)}}  {what}")
-        return "\n".join(lines)
+        calls = [
+            (word(Call("status")), "the two VMs as they are"),
+            (word(Call("ssh", vm="prod")), "log in to prod"),
+            (word(Call("reset", vm="prod")), f"put prod back to clean: {PROGRAM} is gone"),
+            (word(Call("cycle")), "build again"),
+            (word(Call("log")), "what was built, from what"),
+            (word(Call("demo", destroy=True)), "leave nothing behind"),
+        ]
+        width = max(len(typed) for typed, _ in calls)
+        return "\n".join([*lines, *(f"  {typed:<{width}}  {what}" for typed, what in calls)])
 
 
 @dataclass(slots=True)
@@ -148,7 +147,6 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
             build=record.as_dict(),
             page=record.page,
             program=program,
-            farm_flag=_farm_flag(site),
             problem=failure.message if failure else "",
             remedy=failure.remedy if failure else "",
         )
@@ -192,16 +190,6 @@ def _examine(site: Site) -> None:
     if report.problems:
         first = report.problems[0]
         raise Unsupported(f"{first.name}: {first.text}", remedy=first.remedy)
-
-
-def _farm_flag(site: Site) -> str:
-    import os
-
-    default = ROOT / "inventory" / "default.yaml"
-    chosen = os.environ.get("FARMHAND_FARM") or "farm.yaml"
-    if site.farm.path == default and not Path(chosen).is_file():
-        return ""
-    return f" --farm {site.farm.path}"
 
 
 def _run_program(site: Site) -> str:

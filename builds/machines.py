@@ -16,6 +16,7 @@ from builds.lineage import WRITE_MARK
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
+from hypervisors.api import Machine
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.sizes import format_duration, format_size
 from provision import farm
@@ -134,7 +135,7 @@ class Machines:
         WrongState where its reset failed in this build: nothing is built on a disk that isn't its
         checkpoint."""
         if vm in self._not_reset:
-            raise WrongState(f"{vm}: its reset failed, so it is not used in this build")
+            raise WrongState("its reset failed, so it is not used in this build", vm=vm)
         async with self._locks.setdefault(vm, asyncio.Lock()):
             connection = await self._connected(vm)
             if vm not in self._in_use:
@@ -279,36 +280,37 @@ class Machines:
     # -- memory -------------------------------------------------------------------------------
 
     async def inflate(self, vm: str) -> None:
-        """Give an idle VM its full memory before it builds."""
-        member = self._site.member(vm)
-        declared = member.declared
-        if declared.idle_memory in (None, declared.memory) or not member.can_power:
-            return
-        with self._meter.hypervisor():
-            machine = member.driver.find(member.machine)
-            if machine is not None and machine.current < declared.memory:
-                await self._balloon(vm, declared.memory)
-            else:
-                self._update(vm, memory=declared.memory)
+        """Give an idle VM its full memory before it builds. Can't be: a note."""
+        full = self._site.member(vm).declared.memory
+        machine = await self._idling(vm)
+        if machine is not None and machine.current < full:
+            await self._balloon(vm, full)
+        elif machine is not None:
+            self._update(vm, memory=full)
 
     async def deflate(self, vm: str) -> None:
-        """Back to idle memory, whatever became of the build."""
+        """Back to idle memory, whatever became of the build. Can't be: a note."""
+        idle = self._site.member(vm).declared.idle_memory
+        machine = await self._idling(vm)
+        if idle is not None and machine is not None and is_on(machine) and machine.current != idle:
+            await self._balloon(vm, idle)
+
+    async def _idling(self, vm: str) -> Machine | None:
+        """The machine of a VM that has less memory while it idles."""
         member = self._site.member(vm)
-        idle = member.declared.idle_memory
-        if idle is None or idle == member.declared.memory or not member.can_power:
-            return
+        if not member.idles:
+            return None
         with self._meter.hypervisor():
             try:
-                machine = member.driver.find(member.machine)
+                return await in_thread(lambda: member.driver.find(member.machine))
             except FarmhandError as error:
                 self._note(f"{vm}: its memory can't be looked at: {error.message}")
-                return
-            if is_on(machine) and machine is not None and machine.current != idle:
-                await self._balloon(vm, idle)
+                return None
 
     async def _balloon(self, vm: str, target: int) -> None:
         try:
-            await in_thread(lambda: farm.balloon(self._site, vm, target))
+            with self._meter.hypervisor():
+                await in_thread(lambda: farm.balloon(self._site, vm, target))
             if target == self._site.farm.vms[vm].memory:
                 self._update(vm, memory=target)
         except FarmhandError as error:

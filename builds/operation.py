@@ -101,11 +101,10 @@ class RunCycle(Operation):
         build = Build(run.site, plan, self, meter)
         run.fact(build=build.id)
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
-        with (
-            run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)),
-            asyncio.Runner() as runner,
-        ):
-            runner.run(build.run())
+        with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
+            with asyncio.Runner() as runner:
+                runner.run(build.run())
+            entry.verdict, entry.why, entry.told = build.verdict()
         build.conclude()
 
 

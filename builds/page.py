@@ -8,10 +8,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builds.again import command, cycle_command
+from builds.again import from_step
 from builds.record import BuildRecord, StepRecord, replace_file
 from host.program import typed
-from inventory.errors import spelled
+from inventory.errors import Call, spelled
 from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def write(record: BuildRecord) -> None:
 def render(record: BuildRecord) -> str:
     """The page as text."""
     span = max(record.seconds, *(s.offset + s.seconds for s in record.steps if s.started), 0.001)
+    word = partial(typed, farm=record.farm_file)
     return _template().render(
         build=record,
         failed=record.failed_step,
@@ -39,9 +40,9 @@ def render(record: BuildRecord) -> str:
         refresh=_REFRESH if record.result == "running" else None,
         bar=lambda step: _bar(step, span),
         glance=_glance(record),
-        command=partial(command, farm=record.farm_file),
-        spelled=partial(spelled, how=partial(typed, farm=record.farm_file)),
-        go_on=partial(cycle_command, options=record.options, farm=record.farm_file),
+        command=lambda task, **flags: word(Call(task, **flags)),
+        spelled=partial(spelled, how=word),
+        go_on=lambda step: word(from_step(record.asked, step)),
     )
 
 

@@ -9,14 +9,14 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
-from builds.again import command, cycle_command
 from builds.lineage import Before, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
+from host.check import install
 from host.run import which
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.errors import Call, FarmhandError, NotFound, Unsupported, UsageError, WrongState
 from inventory.loader import place
 from inventory.model import Cycle, Farm
 from inventory.sizes import format_size
@@ -24,7 +24,6 @@ from provision.engine.report import Action
 
 if TYPE_CHECKING:
     from builds.cycle import Build
-    from provision.member import Member
     from provision.site import Site
 
 
@@ -74,8 +73,11 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
                 raise UsageError(
                     f"{site.name}: step {step.name} uses {vm} before the cycle resets it: "
                     "its disk is no known state to build on",
-                    remedy=f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
-                    f"record say so: {command('cycle', '--from', steps[0].name)}",
+                    remedy=(
+                        f"put a step 'reset: {vm}' before it; or build on it as it is, and have the "
+                        "record say so: ",
+                        Call("cycle", from_=steps[0].name),
+                    ),
                 )
             driver = member.info
             if not driver.guests and not step.RENEWS:
@@ -89,19 +91,17 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             ready.add(vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
-                raise NotFound(
-                    f"{site.name}: {vm} is not made yet", remedy=f"./invoke clone-farm --vm {vm}"
-                )
+                raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
             if not step.RENEWS and machine.power in (Power.STOPPED, Power.SUSPENDED):
                 raise WrongState(
                     f"{site.name}: step {step.name} needs {vm}, which is {machine.power}",
-                    remedy=f"./invoke start --vm {vm}",
+                    remedy=Call("start", vm=vm),
                 )
         for tool in step.TOOLS:
             if which(tool) is None:
                 raise Unsupported(
                     f"{site.name}: step {step.name} needs {tool} on this machine",
-                    remedy=f"as root: apt-get install {tool}",
+                    remedy=install(tool),
                 )
         step.check(site)
 
@@ -166,7 +166,7 @@ def source_for(
             raise
         raise NotFound(  # nobody has typed that one
             f"{error.message}, the commit that the VMs hold",
-            remedy=f"build what is there now: {command('cycle')}",
+            remedy=("build what is there now: ", Call("cycle")),
         ) from None
     if found is None or revision is None:
         return found and replace(found, asked=held.asked, subject=found.subject or held.subject)
@@ -178,8 +178,11 @@ def source_for(
     raise WrongState(
         f"{site.name}: {vm} holds commit {held.commit[:10]} ({held.asked}, build {build}), but "
         f"--revision {revision} is {is_now}, and step {name} is skipped",
-        remedy=f"build that one: {cycle_command(name, ('--revision', revision))}; "
-        "or go on with what is there: leave --revision away",
+        remedy=(
+            "build that one: ",
+            Call("cycle", from_=name, revision=revision),
+            "; or go on with what is there: leave --revision away",
+        ),
     )
 
 
@@ -242,7 +245,7 @@ def plan_build(
             continue
         for vm in step.vms:
             member = site.member(vm)
-            if step.BUILDS and vm not in raised and _idles(member):
+            if step.BUILDS and vm not in raised and member.idles:
                 raised.add(vm)
                 full = format_size(member.declared.memory)
                 run = partial(_inflate, vm)
@@ -252,7 +255,7 @@ def plan_build(
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
-        if _idles(member):
+        if member.idles:
             idle = format_size(member.declared.idle_memory or 0)
             give_back.append(Job(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
     text = f"write the build record below {site.paths.builds}"
@@ -306,10 +309,6 @@ def _beside(one: StepKind | None, other: StepKind | None) -> bool:
     if one is None or other is None:
         return False
     return one.RENEWS and other.RENEWS and not set(one.vms) & set(other.vms)
-
-
-def _idles(member: Member) -> bool:
-    return member.can_power and member.declared.idle_memory not in (None, member.declared.memory)
 
 
 async def _step(step: StepKind, build: Build) -> bool:

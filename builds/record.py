@@ -20,14 +20,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from host.files import file_error, make_directory, open_new, write_atomic
+from host.files import file_error, foreign, make_directory, open_new, write_atomic
 from host.paths import FarmPaths
-from inventory.errors import NotFound, Remedy, remedy_as_data, remedy_of
+from inventory.errors import Call, NotFound, Remedy, Text, WrongState, remedy_as_data, remedy_of
 from provision.engine.locks import Locks
+from provision.engine.requester import NOBODY, Requester
 
 CYCLE_LOCK = "cycle"
-FORMAT = 1
+FORMAT = 2
 _NEVER_REMOVED = ("running",)
+_WHOLE = Call("cycle")
 
 Status = Literal["waiting", "running", "passed", "failed", "skipped", "interrupted"]
 """Of a step. Skipped: by ``--from``, ``--only``, or after a failure."""
@@ -124,11 +126,11 @@ class BuildRecord:
     controller_seconds: float = 0.0  # neither waiting for guests nor for hypervisors
     guest_seconds: float = 0.0  # at least one guest worked
     hypervisor_seconds: float = 0.0  # no guest worked, but a hypervisor or disk store did
-    who: str = ""
+    requester: Requester = NOBODY
     pid: int = 0
     command: str = ""
     farm_file: str = ""
-    options: tuple[str, ...] = ()  # what the cycle was told beside where to begin
+    asked: Call = _WHOLE  # what the cycle was told, beside where to begin
     source: SourceRecord = SourceRecord()
     vms: tuple[VmRecord, ...] = ()
     steps: tuple[StepRecord, ...] = ()
@@ -166,11 +168,12 @@ class BuildRecord:
         """As ``--json`` has it; ``record`` and ``page`` say where it lies."""
         return {**self._stored(), "record": str(self.path), "page": str(self.page)}
 
-    def _stored(self, remedy: Callable[[Remedy], object] = lambda known: known) -> dict[str, object]:
+    def _stored(self, text: Callable[[Text], object] = lambda known: known) -> dict[str, object]:
         values = dataclasses.asdict(self)
         del values["directory"]
         for step, known in zip(values["steps"], self.steps, strict=True):
-            step["remedy"] = remedy(known.remedy)
+            step["remedy"] = text(known.remedy)
+        values["asked"] = text(self.asked)
         return {"format": FORMAT, **values, "partial": self.partial}
 
     def save(self, *, durable: bool = True) -> None:
@@ -226,8 +229,8 @@ def point_last(paths: FarmPaths, build: str) -> None:
 
 def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
     """All of a farm's records, the newest first. A directory without a readable record is passed by:
-    a cycle killed before its first step left nothing to tell. One that says it is running, though no
-    living cycle is, was interrupted."""
+    a cycle killed before its first step left nothing to tell, and one of another farmhand is told by
+    ``foreign_records``. One that says it is running, though no living cycle is, was interrupted."""
     holder = Locks(paths.locks).holder(CYCLE_LOCK)
     records = []
     if paths.builds.is_dir():
@@ -236,7 +239,7 @@ def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
                 continue
             try:
                 record = _read(path)
-            except (OSError, ValueError, TypeError, KeyError):
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, WrongState):
                 continue
             if record.result == "running" and (holder is None or holder.pid != record.pid):
                 record = as_interrupted(record)
@@ -244,11 +247,30 @@ def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
     return tuple(sorted(records, key=lambda record: (record.started, record.id), reverse=True))
 
 
+def foreign_records(paths: FarmPaths) -> tuple[str, ...]:
+    """Ids of the records that are in another farmhand's format, sorted; no damaged ones."""
+    found = []
+    for path in sorted(paths.builds.iterdir()) if paths.builds.is_dir() else ():
+        if not path.is_symlink() and not path.name.startswith("."):
+            try:
+                _read(path)
+            except WrongState:
+                found.append(path.name)
+            except (OSError, ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return tuple(found)
+
+
 def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
-    """By id, the beginning of one, or "last". NotFound, naming the nearest."""
+    """By id, the beginning of one, or "last". NotFound, naming the nearest; WrongState for one in
+    another farmhand's format."""
     records = load_records(paths)
+    if build != "last":
+        others = [name for name in foreign_records(paths) if name.startswith(build)]
+        if len(others) == 1 and not any(record.id.startswith(build) for record in records):
+            return _read(paths.builds / others[0])  # refuses it
     if not records:
-        raise NotFound(f"farm {paths.farm} has no build record", remedy="./invoke cycle makes one")
+        raise NotFound(f"farm {paths.farm} has no build record", remedy=(Call("cycle"), " makes one"))
     if build == "last":
         return records[0]
     found = [record for record in records if record.id == build]
@@ -297,12 +319,16 @@ def as_interrupted(record: BuildRecord) -> BuildRecord:
 
 
 def _read(directory: Path) -> BuildRecord:
+    """WrongState: it is in another farmhand's format."""
     data = json.loads((directory / "record.json").read_text())
     if data.get("format") != FORMAT:
-        raise ValueError(f"{directory}: written by another version")
+        where = directory / "record.json"
+        remedy = f"read {directory / 'index.html'} instead"
+        raise foreign(where, data.get("format"), FORMAT, remedy)
     return BuildRecord(
         **{
             **_known(BuildRecord, data),
+            "requester": Requester(**_known(Requester, data["requester"])),
             "source": SourceRecord(**_known(SourceRecord, data["source"])),
             "vms": tuple(VmRecord(**_known(VmRecord, vm)) for vm in data["vms"]),
             "steps": tuple(
@@ -318,7 +344,7 @@ def _read(directory: Path) -> BuildRecord:
             "inputs": _files(data["inputs"]),
             "outputs": _files(data["outputs"]),
             "notes": tuple(data["notes"]),
-            "options": tuple(data["options"]),
+            "asked": remedy_of(data["asked"]),
             "directory": directory,
         }
     )

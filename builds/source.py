@@ -9,7 +9,6 @@ host only the VM reaches) is resolved in the VM.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from host.files import make_directory
+from host.processes import account
 from host.run import MASK, Result, Runner
 from inventory.errors import (
     CommandFailed,
@@ -272,7 +272,7 @@ def _check_directory(directory: Path) -> None:
 
 def _unreadable(path: Path) -> WrongState:
     return WrongState(
-        f"the source {path} can't be read by {getpass.getuser()}",
+        f"the source {path} can't be read by {account(os.geteuid())}",
         remedy="make it, and what it lies in, readable; or run this as a user who may read it",
     )
 

@@ -32,7 +32,7 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
     BUILDS: ClassVar[bool] = False
     """Whether its VM has all its memory for it."""
     TOOLS: ClassVar[tuple[str, ...]] = ()
-    """Commands that it runs on this machine."""
+    """Commands that it runs on this machine, each in the Debian package of its name."""
 
     @property
     def limit(self) -> float | None:

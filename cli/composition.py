@@ -9,9 +9,11 @@ from hypervisors.drivers import DRIVERS, PARTS
 from inventory import kinds
 from provision import operations
 from provision.engine import registry
+from provision.events import SUBSCRIBERS
 from provision.network.services import SERVICES
 
 kinds.hosts.update(DRIVERS)
+kinds.subscribers.update(SUBSCRIBERS)
 kinds.parts.update(PARTS)
 kinds.services.update(SERVICES)
 kinds.steps.update(STEPS)

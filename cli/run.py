@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cli.words import Words
 from host.program import ROOT
-from inventory.errors import FarmhandError, NotFound, Remedy
+from inventory.errors import FarmhandError, NotFound, Remedy, Text
 
 if TYPE_CHECKING:
     from cli.screen import Screen
@@ -24,7 +24,7 @@ class Result:
     ``problem`` and ``remedy`` then go to stderr, as an error's do."""
 
     data: Mapping[str, object]
-    text: Remedy
+    text: Text
     ok: bool = True
     problem: str = ""
     remedy: Remedy = ""
@@ -78,9 +78,15 @@ class Run:
 
     def site(self, *, plan: bool = False) -> Site:
         """The farm, opened, with ``plan`` for looking only. A context manager."""
+        from provision.engine.requester import Requester
         from provision.site import open_site
 
-        return open_site(self.farm_file(), reporter=self.screen, plan=plan or self.plan)
+        return open_site(
+            self.farm_file(),
+            reporter=self.screen,
+            plan=plan or self.plan,
+            requester=Requester.of_process(),
+        )
 
     @property
     def acts(self) -> bool:

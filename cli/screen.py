@@ -15,7 +15,7 @@ from typing import TextIO
 
 from cli.streams import columns
 from host.printable import plain
-from inventory.errors import Remedy, spelled
+from inventory.errors import Text, spelled
 
 _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
@@ -28,7 +28,7 @@ class Screen:
     ``working`` is shown when it is news and nothing was said for a while: a log needs no spinner, but
     a long wait should be seen to be one."""
 
-    def __init__(self, stream: TextIO, words: Callable[[Remedy], str] = spelled) -> None:
+    def __init__(self, stream: TextIO, words: Callable[[Text], str] = spelled) -> None:
         self._stream = stream
         self._words = words
         self._lock = threading.RLock()
@@ -36,8 +36,8 @@ class Screen:
         self._last = time.monotonic()
         self._said = ""
 
-    def say(self, text: str, *, vm: str = "") -> None:
-        self._line(text, vm)
+    def say(self, text: Text, *, vm: str = "") -> None:
+        self._line(self._words(text), vm)
 
     def working(self, text: str, *, vm: str = "") -> None:
         with self._lock:
@@ -47,7 +47,7 @@ class Screen:
                 self._said = line
                 self._line(text, vm)
 
-    def warn(self, text: Remedy, *, vm: str = "") -> None:
+    def warn(self, text: Text, *, vm: str = "") -> None:
         self._line(f"warning: {self._words(text)}", vm)
 
     def stream(self, vm: str, data: bytes) -> None:
@@ -89,7 +89,7 @@ def _what(text: str) -> str:
 class LiveScreen(Screen):
     """With the live line: what is under way on each VM, and since when."""
 
-    def __init__(self, stream: TextIO, words: Callable[[Remedy], str] = spelled) -> None:
+    def __init__(self, stream: TextIO, words: Callable[[Text], str] = spelled) -> None:
         super().__init__(stream, words)
         self._under_way: dict[str, tuple[str, float]] = {}
         self._stop = threading.Event()
@@ -147,7 +147,7 @@ class LiveScreen(Screen):
         self._shown = True
 
 
-def open_screen(stream: TextIO, words: Callable[[Remedy], str] = spelled) -> Screen:
+def open_screen(stream: TextIO, words: Callable[[Text], str] = spelled) -> Screen:
     """Live on a terminal that can erase a line, dated lines elsewhere. ``words``: how the calls in what
     is said are worded."""
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from cli.run import Result, Run
-from inventory.errors import FarmhandError, NotFound, Remedy, Unsupported, UsageError
+from inventory.errors import Call, FarmhandError, NotFound, Text, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from hypervisors.api import Console
 
 
-def agree(run: Run, look: Callable[[], tuple[object, Remedy]]) -> None:
+def agree(run: Run, look: Callable[[], tuple[object, Text]]) -> None:
     """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
     ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
     done. Where nobody can answer, nothing is asked: a script means what it says."""
@@ -71,24 +71,25 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
     if log or (run.json and not run.plan):
         if found.log is None:
             raise Unsupported(
-                f"{vm}: this host keeps no console log", remedy="console --vm attaches to it"
+                "this host keeps no console log", vm=vm, remedy="console --vm attaches to it"
             )
         from provision.guest.remote import tail_of
 
         if not found.log.exists():
-            raise NotFound(f"{vm}: no console log yet", remedy=f"start it: ./invoke start --vm {vm}")
+            raise NotFound("no console log yet", vm=vm, remedy=("start it: ", Call("start", vm=vm)))
         text = tail_of(found.log, lines=lines, limit=200 * lines + 4096)
         return Result({"vm": vm, "log": str(found.log), "text": text}, text)
     if not found.argv:
         raise Unsupported(
-            f"{vm}: its console can't be attached to",
-            remedy=f"see its log: ./invoke console --vm {vm} --log",
+            "its console can't be attached to",
+            vm=vm,
+            remedy=("see its log: ", Call("console", vm=vm, log=True)),
         )
     if run.plan:
         return Result({"argv": list(found.argv)}, shlex.join(found.argv))
     if not sys.stdin.isatty():
         raise UsageError(
-            "a console needs a terminal", remedy=f"see its log: ./invoke console --vm {vm} --log"
+            "a console needs a terminal", remedy=("see its log: ", Call("console", vm=vm, log=True))
         )
     sys.stderr.write(f"console of {vm}; leave with Ctrl-]\n")
     return replace_process(run, found.argv)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import Result
 from cli.streams import columns
-from inventory.errors import BuildFailed, Remedy, joined, some
+from inventory.errors import BuildFailed, Call, Text, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from provision.engine.journal import Record
     from provision.engine.report import Action, Outcome
     from provision.network.rendered import Rendered
-    from provision.network.verify import Answer, Report
+    from provision.network.verify import Report
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
@@ -34,11 +34,17 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
     widest = max(len(action.vm) for action in result.actions)
     changing = "would" if result.planned else "done"
     lines = [
-        f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} "
-        f"{f'{a.vm:<{widest}}  ' if widest else ''}{a.text}"
+        joined(
+            (
+                f"{f'{changing if a.verb not in UNCHANGING else a.verb}:':<6} ",
+                f"{a.vm:<{widest}}  " if widest else "",
+                a.text,
+            ),
+            "",
+        )
         for a in result.actions
     ]
-    return Result(result.as_dict(), "\n".join(lines))
+    return Result(result.as_dict(), joined(lines, "\n"))
 
 
 def width(stream: TextIO | None = None) -> int:
@@ -70,7 +76,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     return "\n".join(blocks)
 
 
-def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Remedy]:
+def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Text]:
     """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
     there is nothing. The plan's lines, with what is known of each VM in place of its own."""
     if not plan.changed:
@@ -88,7 +94,7 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Remedy]:
         for vm in going
     ]
     headings = ("VM", "STATE", "CHECKPOINTS", "DISK")
-    parts: list[Remedy] = [f"farm {status.farm} ({status.file}): all of this goes, for good"]
+    parts: list[Text] = [f"farm {status.farm} ({status.file}): all of this goes, for good"]
     if rows:
         parts += ["", table(headings, rows, sys.stderr)]
     if rest:
@@ -156,19 +162,19 @@ def farm_status(status: FarmStatus) -> Result:
         for vm in status.vms
     ]
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
-    lines = [head, *hosts, "", table(headings, rows)]
-    notes = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
-    notes += [f"{vm.vm}: {text}" for vm in status.vms for text in (vm.error, vm.note) if text]
+    lines: list[Text] = [head, *hosts, "", table(headings, rows)]
+    notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
     left = "left unfinished, the next command tries to recover it"
-    notes += [f"{left}: {text}" for text in status.unfinished]
+    notes += [joined((left, text), ": ") for text in status.unfinished]
     notes += list(status.warnings)
     if notes:
         lines += ["", *notes]
     if status.vms and all(vm.state == "not made" for vm in status.vms):
         lines += ["", "nothing is made yet: clone-farm makes it"]
-    return Result(status.as_dict(), "\n".join(lines))
+    return Result(status.as_dict(), joined(lines, "\n"))
 
 
 def _checkpoint(vm: VmStatus) -> str:
@@ -224,11 +230,18 @@ def _memory(now: int | None, most: int | None) -> str:
     return f"{_about(now)} of {_about(most)}" if now and now != most else _about(most)
 
 
-def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: int) -> Result:
-    """Operations and builds as one list, newest first."""
+def history(
+    operations: Sequence[Record],
+    builds: Sequence[BuildRecord],
+    limit: int,
+    foreign: Sequence[str] = (),
+) -> Result:
+    """Operations and builds as one list, newest first. ``foreign``: builds whose records are in another
+    format."""
     data = {
         "operations": [operation.as_dict() for operation in operations],
         "builds": [build.as_dict() for build in builds[:limit]],
+        "foreign_builds": list(foreign),
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
@@ -236,16 +249,21 @@ def history(operations: Sequence[Record], builds: Sequence[BuildRecord], limit: 
             continue
         took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
         on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
-        row = (when(o.started), o.verb, on, ended, took, why)
+        row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
         lines.append((o.started, row))
     for b in builds[:limit]:
         moment = datetime.fromisoformat(b.started)
         took = format_duration(b.seconds) if b.ended else ""
-        lines.append((moment, (when(moment), "build", b.id, b.verdict, took, _why(b))))
+        row = (when(moment), "build", b.id, str(b.requester), b.verdict, took, _why(b))
+        lines.append((moment, row))
+    notes = ""
+    if foreign:
+        notes = f"in another farmhand's format, and not shown: build {', '.join(foreign)}"
     if not lines:
-        return Result(data, "nothing was done to this farm yet")
+        return Result(data, notes or "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
-    return Result(data, table(("WHEN", "WHAT", "ON", "ENDED", "TOOK", "NOTE"), rows))
+    text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
+    return Result(data, f"{text}\n\n{notes}" if notes else text)
 
 
 def _why(record: BuildRecord) -> str:
@@ -270,7 +288,9 @@ def build_record(record: BuildRecord) -> Result:
     """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
-    lines = [f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"]
+    lines: list[Text] = [
+        f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"
+    ]
     if source.commit or source.repository:
         subject = f"  {source.subject}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
@@ -294,9 +314,9 @@ def build_record(record: BuildRecord) -> Result:
         lines += ["", f"the last lines of {failed.name}:"]
         lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
     if failed is not None and failed.remedy:
-        lines += ["", f"what to do: {failed.remedy}"]
+        lines += ["", ("what to do: ", failed.remedy)]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
-    return Result(record.as_dict(), "\n".join(lines))
+    return Result(record.as_dict(), joined(lines, "\n"))
 
 
 @contextmanager
@@ -333,7 +353,7 @@ def step_log(record: BuildRecord, name: str) -> Result:
     if not step.log or not path.is_file():
         raise NotFound(
             f"build {record.id}: step {name} left no log: {step.status}",
-            remedy="./invoke log shows the build",
+            remedy=(Call("log"), " shows the build"),
         )
     text = path.read_text(errors="replace")
     return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
@@ -361,7 +381,7 @@ def rendered(files: Sequence[Rendered], out: str) -> Result:
 def applied(result: Outcome, asked: Report | None) -> Result:
     """What was done, or would be, how the files differ, and what the services then answered."""
     shown = outcome(result)
-    parts: list[Remedy] = [str(result.facts.get("diff", "")), shown.text]
+    parts: list[Text] = [str(result.facts.get("diff", "")), shown.text]
     if asked is None:
         return Result(shown.data, joined(filter(None, parts), "\n"))
     answers = verified(asked)
@@ -370,19 +390,12 @@ def applied(result: Outcome, asked: Report | None) -> Result:
     return Result(data, text, answers.ok, answers.problem, answers.remedy)
 
 
-def _unknown(answer: Answer) -> str:
-    """Why it could not be told."""
-    if answer.seen.startswith("could not"):
-        return answer.seen
-    return f"the VM itself: {answer.expected}"
-
-
 def verified(report: Report) -> Result:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
         return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
     lines = [
-        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {_unknown(answer)}"
+        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {answer.why}"
         for answer in report.unknown
     ]
     lines += [
@@ -401,5 +414,8 @@ def verified(report: Report) -> Result:
         "\n".join(lines),
         False,
         f"{len(report.wrong)} wrong answers from {services}",
-        "./invoke network-apply --plan shows whether the files are right; else see the service's log",
+        (
+            Call("network-apply", plan=True),
+            " shows whether the files are right; else see the service's log",
+        ),
     )

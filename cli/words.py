@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from host.program import typed
-from inventory.errors import Remedy, calls_in, spelled
+from inventory.errors import Text, calls_in, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +17,9 @@ class Words:
 
     farm: str = ""
 
-    def text(self, remedy: Remedy) -> str:
+    def text(self, text: Text) -> str:
         """To be read, and its calls to be typed as they stand."""
-        text = spelled(remedy, partial(typed, farm=self.farm))
-        if not self.farm:
-            return text
-        flag = f" --farm {shlex.quote(self.farm)}"  # of calls that are text still
-        return re.sub(
-            r"(\./invoke (?!installs?\b)[a-z]+(?:-[a-z]+)*)(?![\w-])(?! --farm\b)",
-            lambda found: found[1] + flag,
-            text,
-        )
+        return spelled(text, partial(typed, farm=self.farm))
 
     def data(self, value: Any) -> Any:
         """Plain JSON values: each remedy in ``value`` as text, and in the same object its ``calls``,
@@ -40,7 +30,7 @@ class Words:
             if calls:
                 found["calls"] = [self._of_farm(call.as_dict()) for call in calls]
             return found
-        if calls_in(value) or isinstance(value, str):
+        if calls_in(value):
             return self.text(value)
         return [self.data(item) for item in value] if isinstance(value, list | tuple) else value
 

@@ -53,6 +53,16 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
     return WrongState(message, remedy=remedy.format(directory=path.parent))
 
 
+def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
+    """The refusal of a file that another farmhand wrote, in a format that isn't ours. ``remedy``: what
+    can be done if that one isn't used. There is no conversion."""
+    known = f"in format {found}" if found is not None else "in an unknown format"
+    return WrongState(
+        f"{path} is {known}, and this farmhand reads and writes format {ours}",
+        remedy=f"use the farmhand that wrote it, or {remedy}",
+    )
+
+
 def make_directory(path: Path, *, mode: int) -> None:
     """With its parents; those made here get 0711, so that a QEMU under another user may pass."""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import resource
 import select
 import signal
@@ -54,6 +55,14 @@ class Process:
             return False
         now = _stat(self.pid)
         return now.start == self.start and now.state not in "ZX"
+
+
+def account(uid: int) -> str:
+    """Its name (passwd(5)); "uid 1000" where it has none. Never by what the environment says."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def boot_id() -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from host.files import file_error, open_to_append
 from host.progress import Progress, Pulse
-from inventory.errors import CommandFailed, TimedOut, UsageError
+from inventory.errors import Call, CommandFailed, TimedOut, UsageError
 
 if TYPE_CHECKING:
     import asyncio
@@ -68,13 +68,15 @@ class Runner:
         env: Mapping[str, str] | None = None,
         input: bytes | None = None,
         log: Path | None = None,
+        clean: bool = False,
     ) -> Result:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
         made, and the result's own are empty; ``timeout`` is then for no output, see
-        ``host.progress``."""
+        ``host.progress``. ``clean``: it gets ``env`` and the locale, and nothing else of our own
+        environment."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
-        return self._run(argv, timeout, ok, env, input, log)
+        return self._run(argv, timeout, ok, env, input, log, clean=clean)
 
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
@@ -123,6 +125,8 @@ class Runner:
         env: Mapping[str, str] | None,
         data: bytes | None,
         log: Path | None,
+        *,
+        clean: bool = False,
     ) -> Result:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
@@ -137,7 +141,7 @@ class Runner:
                 stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
                 stdout=sink or subprocess.PIPE,
                 stderr=sink or subprocess.PIPE,
-                env={**os.environ, **_LOCALE, **(env or {})},
+                env={**({} if clean else os.environ), **_LOCALE, **(env or {})},
                 start_new_session=True,  # so that a time-out ends its children too
             )
         except OSError as error:
@@ -193,7 +197,9 @@ def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
     return CommandFailed(
         f"cannot run {argv[0]}: {where}{error.strerror}",
         argv=argv,
-        remedy=f"install it: ./invoke doctor names the package that has {argv[0]}" if absent else "",
+        remedy=("install it: ", Call("doctor"), f" names the package that has {argv[0]}")
+        if absent
+        else "",
     )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
-from inventory.errors import Unsupported
+from inventory.errors import Text, Unsupported
 
 CLEAN = "clean"
 """The checkpoint that every disk has from its cloning on."""
@@ -37,13 +37,21 @@ def no_step(_text: str) -> None:
     """For callers that keep no journal (tests, read-only use)."""
 
 
+WarnFn = Callable[[Text], None]
+"""Told what an admin should know, though the work goes on."""
+
+
+def no_warning(_text: Text) -> None:
+    """For callers with nobody to warn."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Voices:
     """What drivers tell while they work: before each change, of what an admin should know, and of how
     far a long one has come."""
 
     step: StepFn = no_step
-    warn: Callable[[str], None] = no_step
+    warn: WarnFn = no_warning
     working: Callable[[str], None] = no_step
 
 

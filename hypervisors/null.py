@@ -16,7 +16,7 @@ from hypervisors.api import (
     MemoryUse,
     Template,
 )
-from inventory.errors import NotFound
+from inventory.errors import Call, NotFound
 
 
 class NoMachines:
@@ -84,4 +84,4 @@ class NoMachines:
         """Nothing is open."""
 
     def _refuse(self, name: str) -> NoReturn:
-        raise NotFound(f"{name} does not exist", remedy="make it: ./invoke clone-farm")
+        raise NotFound(f"{name} does not exist", remedy=("make it: ", Call("clone-farm")))

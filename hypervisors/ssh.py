@@ -29,7 +29,7 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, Surroundings, no_disks
-from inventory.errors import NotFound, Unsupported
+from inventory.errors import Call, NotFound, Remedy, Unsupported
 from inventory.hosts import DriverInfo
 
 _RESET_LIMIT = 3600.0  # seconds: a machine may be installed anew
@@ -113,7 +113,7 @@ class SshHypervisor:
 
     def stop(self, name: str, *, grace: float) -> None:
         del grace
-        self._refuse(name, "be stopped", "shut it down by hand: ./invoke ssh, then poweroff")
+        self._refuse(name, "be stopped", ("shut it down by hand: ", Call("ssh"), ", then poweroff"))
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:  # noqa: ARG002
         self._refuse(name, f"be checkpointed as {checkpoint}", "its reset command knows one state only")
@@ -133,10 +133,10 @@ class SshHypervisor:
         self._refuse(name, "be ballooned", "leave 'idle_memory' out")
 
     def memory(self, name: str) -> MemoryUse:
-        self._refuse(name, "have its memory looked at", "./invoke ssh reaches it")
+        self._refuse(name, "have its memory looked at", (Call("ssh"), " reaches it"))
 
     def console(self, name: str) -> Console:
-        self._refuse(name, "show a console", "./invoke ssh reaches it")
+        self._refuse(name, "show a console", (Call("ssh"), " reaches it"))
 
     def pulse(self, name: str) -> None:
         """Nobody sees what goes on in it before its ssh answers."""
@@ -164,6 +164,6 @@ class SshHypervisor:
                 f"the farm file lists no ssh machine {name}", remedy=f"known: {known}"
             ) from None
 
-    def _refuse(self, name: str, what: str, remedy: str) -> NoReturn:
+    def _refuse(self, name: str, what: str, remedy: Remedy) -> NoReturn:
         self._known(name)
         raise Unsupported(f"{name} is a machine over ssh alone: it can't {what}", remedy=remedy)

@@ -17,6 +17,7 @@ from inventory import fields, kinds, model
 from inventory.base import Model
 from inventory.hosts import driver_of
 from inventory.services import declared
+from inventory.subscribers import subscriber_kind
 from inventory.values import step_kind
 
 
@@ -36,6 +37,7 @@ def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
 def _names() -> dict[str, Any]:
     """What the annotations are made of."""
     drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
+    subscribers = [Annotated[kinds.subscriber(kind), Tag(kind)] for kind in kinds.subscribers]
     steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
     step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
@@ -44,6 +46,7 @@ def _names() -> dict[str, Any]:
         "Steps": tuple[step, ...],
         kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
+        "EventSubscriber": Annotated[reduce(or_, subscribers), Discriminator(subscriber_kind)],
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _subnet,
         _room,
         _steps,
+        _events,
         check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
@@ -361,6 +362,15 @@ def _steps(farm: Farm, places: Places) -> Found:
         if sound and (refused := accepted.refusal(farm)):
             key, text = refused
             yield places.problem(("cycle", "steps", number, key), text)
+
+
+def _events(farm: Farm, places: Places) -> Found:
+    known = _keys(places, "vms")
+    for name, subscriber in farm.events.items():
+        for number, vm in enumerate(subscriber.vms):
+            if vm not in known and ("vms",) not in places.bad:
+                where = ("events", name, "vms", number)
+                yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

@@ -37,62 +37,61 @@ Flag: TypeAlias = str | bool | tuple[str, ...]
 """A flag's value: True for a switch, a tuple for one that is repeated."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Call:
-    """A task of farmhand with its flags, for somebody to do next; made by ``call``. Each face (a command
-    line, a page, REST) words it."""
+    """A task of farmhand with its flags, for somebody to do next. Each face (a command line, a page,
+    REST) words it."""
 
     task: str
-    flags: tuple[tuple[str, Flag], ...] = ()
+    flags: tuple[tuple[str, Flag], ...]
+
+    def __init__(self, task: str, **flags: Flag | Sequence[str] | None) -> None:
+        """``Call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
+        ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
+        given: list[tuple[str, Flag]] = []
+        for name, value in flags.items():
+            if isinstance(value, str) or value:
+                plain = value if isinstance(value, str | bool) else tuple(value)
+                given.append((name.rstrip("_").replace("_", "-"), plain))
+        object.__setattr__(self, "task", task)
+        object.__setattr__(self, "flags", tuple(given))
 
     def words(self) -> tuple[str, ...]:
         """As a command line has it, from the task on."""
         found = [self.task]
         for name, value in self.flags:
-            if value is True:
-                found.append(f"--{name}")
-            elif value is not False:
-                for each in (value,) if isinstance(value, str) else value:
-                    found += (f"--{name}", each)
+            for each in value if isinstance(value, tuple) else (value,):
+                found += (f"--{name}", each) if isinstance(each, str) else (f"--{name}",)
         return tuple(found)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain JSON values."""
+        """Plain JSON values; ``Call(task, **flags)`` reads them."""
         return {"task": self.task, "flags": dict(self.flags)}
 
     def __str__(self) -> str:
         return shlex.join(self.words())
 
 
-def call(task: str, **flags: Flag | Sequence[str] | None) -> Call:
-    """``call("reset", vm="prod", to="clean")``. None, False and an empty sequence are left out;
-    ``from_`` is ``--from``, and ``keep_going`` is ``--keep-going``."""
-    given = (
-        (name.rstrip("_").replace("_", "-"), value if isinstance(value, str | bool) else tuple(value))
-        for name, value in flags.items()
-        if value is not None and value is not False and value != ()
-    )
-    return Call(task, tuple(given))
+Text: TypeAlias = "str | Call | tuple[Text, ...]"
+"""What somebody is told: strings and calls, in the order in which they are read."""
+Remedy: TypeAlias = Text
+"""What to do; ``""`` where nothing is known."""
 
 
-Remedy: TypeAlias = "str | Call | tuple[Remedy, ...]"
-"""What to do: text, calls, or both in the order in which they are read. ``""`` for nothing known."""
+def spelled(text: Text, how: Callable[[Call], str] = str) -> str:
+    """As one string, its calls as ``how`` has them."""
+    if isinstance(text, str):
+        return text
+    if isinstance(text, Call):
+        return how(text)
+    return "".join(spelled(part, how) for part in text)
 
 
-def spelled(remedy: Remedy, how: Callable[[Call], str] = str) -> str:
-    """A remedy as text, its calls as ``how`` has them."""
-    if isinstance(remedy, str):
-        return remedy
-    if isinstance(remedy, Call):
-        return how(remedy)
-    return "".join(spelled(part, how) for part in remedy)
-
-
-def calls_in(remedy: object) -> tuple[Call, ...]:
-    """The calls of a remedy, in its order; none of what isn't one."""
-    if isinstance(remedy, Call):
-        return (remedy,)
-    return tuple(call for part in remedy for call in calls_in(part)) if isinstance(remedy, tuple) else ()
+def calls_in(text: object) -> tuple[Call, ...]:
+    """The calls that a text names, in its order; none in what is no text."""
+    if isinstance(text, Call):
+        return (text,)
+    return tuple(call for part in text for call in calls_in(part)) if isinstance(text, tuple) else ()
 
 
 def remedy_as_data(remedy: Remedy) -> object:
@@ -110,16 +109,16 @@ def remedy_of(data: Any) -> Remedy:
         return data
     if isinstance(data, list):
         return tuple(remedy_of(part) for part in data)
-    return call(str(data["task"]), **data["flags"])
+    return Call(str(data["task"]), **data["flags"])
 
 
-def joined(remedies: Iterable[Remedy], by: str = "; ") -> Remedy:
-    """Several as one; text where all are."""
-    found = list(remedies)
-    texts = [remedy for remedy in found if isinstance(remedy, str)]
-    if len(texts) == len(found):
-        return by.join(texts)
-    return tuple(part for remedy in found for part in (by, remedy))[1:]
+def joined(texts: Iterable[Text], by: str = "; ") -> Text:
+    """Several as one; a string where all are."""
+    found = list(texts)
+    strings = [text for text in found if isinstance(text, str)]
+    if len(strings) == len(found):
+        return by.join(strings)
+    return tuple(part for text in found for part in (by, text))[1:]
 
 
 class FarmhandError(Exception):
@@ -288,14 +287,15 @@ class Several(FarmhandError):
         self.errors = dict(errors)
         told, more = [], []
         for vm, error in self.errors.items():
-            first, *rest = error.message.removeprefix(f"{vm}: ").splitlines() or [""]
+            line = error.what if error.vm == vm else error.message
+            first, *rest = line.splitlines() or [""]
             told.append(f"{vm}: {first}")
             more.append("\n    ".join((told[-1], *rest, *error.detail.splitlines())))
-        line = some(told, by="; ")
+        names = some(told, by="; ")
         super().__init__(
-            f"{len(self.errors)} VMs failed: {line}",
+            f"{len(self.errors)} VMs failed: {names}",
             remedy=some_remedies(self.errors.values()),
-            detail="\n".join(text for text in more if text not in line),
+            detail="\n".join(text for text in more if text not in names),
         )
 
     def as_dict(self) -> Mapping[str, object]:

@@ -16,6 +16,7 @@ from inventory.errors import Problem
 from inventory.hosts import DEFAULT_DRIVER, Host
 from inventory.model import Farm
 from inventory.places import Path, Places
+from inventory.subscribers import subscriber_kind
 from inventory.values import step_kind
 from inventory.yamltree import Items, Scalar
 from inventory.yamltree import Mapping as Keys
@@ -89,8 +90,11 @@ class Pruner:
         return changed
 
     def _without_tags(self, loc: tuple[str | int, ...]) -> Path:
-        """pydantic puts the driver behind a host's name, the kind of step behind its number."""
+        """pydantic puts the driver behind a host's name, the kind of step behind its number, and that of
+        a subscriber behind its name."""
         if loc[:1] == ("hosts",) and len(loc) > 2 and loc[2] in kinds.hosts:
+            return (*loc[:2], *loc[3:])
+        if loc[:1] == ("events",) and len(loc) > 2 and loc[2] in kinds.subscribers:
             return (*loc[:2], *loc[3:])
         if loc[:2] == ("cycle", "steps") and len(loc) > 3 and loc[3] in kinds.steps:
             return (*loc[:3], *loc[4:])
@@ -106,7 +110,8 @@ class Pruner:
         if kind == "missing":
             return path in told
         if kind == "union_tag_not_found":
-            return any((*path, key) in told for key in kinds.steps)
+            known = (*kinds.steps, *kinds.subscribers)
+            return any((*path, key) in told for key in known)
         return kind == "too_short" and any(bad[: len(path)] == path for bad in told)
 
     def _filled(self, path: Path, kind: str) -> bool:
@@ -144,6 +149,8 @@ class Pruner:
             return path, self._unknown_key(path)
         if path[:1] == ("hosts",) and kind in ("union_tag_not_found", "union_tag_invalid"):
             return self._unknown_driver(path)
+        if path[:1] == ("events",) and kind == "union_tag_not_found":
+            return path, self._unknown_subscriber(node)
         if kind == "union_tag_not_found":
             return path, self._unknown_step(node)
         if not of_key and isinstance(node, Scalar) and node.missing:
@@ -223,6 +230,12 @@ class Pruner:
                 return f"unknown key {quote(key)}; did you mean '{close[0]}'?"
         return f"a step has one of {_kinds()}, which say what it does"
 
+    def _unknown_subscriber(self, node: object) -> str:
+        known = list(kinds.subscribers)
+        found = [kind for kind in known if isinstance(node, Keys) and kind in node.keys]
+        words = f"a subscriber has one of {' and '.join(map(repr, known))}, which says where it is"
+        return f"{words}; this one has {' and '.join(found)}" if found else words
+
     def _model_at(self, path: Path) -> type[Model] | None:
         """The part of the model that describes what is at this path of the file."""
         from inventory.annotations import hints
@@ -231,6 +244,10 @@ class Pruner:
         for depth, part in enumerate(path):
             if depth == 1 and path[0] == "hosts":
                 kind = kinds.host(self._driver_at(path[:2]))
+            elif depth == 1 and path[0] == "events":
+                node = self.places.node(path[:2])
+                told = subscriber_kind(node.keys if isinstance(node, Keys) else None)
+                kind = kinds.subscriber(told) if told else None
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 name = step_kind(node.keys if isinstance(node, Keys) else None)

@@ -150,6 +150,26 @@ Scripts = Annotated[tuple[Script, ...], Field(min_length=1), BeforeValidator(val
 Lines = Annotated[tuple[Line, ...], BeforeValidator(values.one_or_many)]
 SomeLines = Annotated[tuple[Line, ...], Field(min_length=1), BeforeValidator(values.one_or_many)]
 Keys = Annotated[tuple[Key, ...], BeforeValidator(values.one_or_many)]
+Labels = Annotated[tuple[Label, ...], BeforeValidator(values.one_or_many)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(values.one_or_many)]
+EventTypes = Annotated[
+    tuple[
+        Literal[
+            "operation", "operation.began", "operation.passed", "operation.failed",
+            "operation.recovered", "build", "build.began", "build.passed", "build.failed",
+            "build.recovered",
+        ],
+        ...,
+    ],
+    BeforeValidator(values.one_or_many),
+]  # fmt: skip
+Variable = Annotated[
+    str,
+    AfterValidator(values.check_variable),
+    _text("environment variable", pattern=f"^{values.VARIABLE}$"),
+]
+WebAddress = Annotated[str, AfterValidator(values.check_web_address), _text("https URL", minLength=1)]
+TimeLimit = Annotated[float, Field(ge=1, le=60), BeforeValidator(values.to_duration), _DURATION]
 Hostnames = Annotated[tuple[Hostname, ...], BeforeValidator(values.one_or_many)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(values.one_or_many)]
 Ranges = Annotated[tuple[Range, ...], BeforeValidator(values.one_or_many)]

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from inventory.base import Model
     from inventory.hosts import Host
     from inventory.model import Step
+    from inventory.subscribers import EventSubscriber
 
 _TOP = Path(__file__).parent.parent
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
+subscribers: dict[str, str] = {}
+"""Of events' subscribers, by the key that only that kind has."""
 parts: dict[str, str] = {}
 """Of sections within those, by their classes' names."""
 services: dict[str, str] = {}
@@ -34,6 +37,11 @@ ALL_SERVICES = "NetworkServices"
 def host(driver: str) -> type[Host]:
     """KeyError: there is no such driver."""
     return cast("type[Host]", _imported(hosts[driver]))
+
+
+def subscriber(kind: str) -> type[EventSubscriber]:
+    """KeyError: there is no such kind."""
+    return cast("type[EventSubscriber]", _imported(subscribers[kind]))
 
 
 def step(kind: str) -> type[Step]:
@@ -57,7 +65,7 @@ def places() -> dict[str, str]:
 
 
 def _all() -> tuple[str, ...]:
-    return (*hosts.values(), *parts.values(), *services.values(), *steps.values())
+    return (*hosts.values(), *parts.values(), *services.values(), *steps.values(), *subscribers.values())
 
 
 def rooms() -> list[Path]:

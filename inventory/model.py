@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Subnet6,
     )
     from inventory.hosts import Host
+    from inventory.subscribers import EventSubscriber
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -363,6 +364,8 @@ class Farm(Model):
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
+    events: dict[Label, EventSubscriber] = field(default_factory=dict)
+    """Who is told of operations and builds, by name; see docs/events.md."""
 
     _path = Path()
 

@@ -68,7 +68,8 @@ are told at once, each with its line and column.
 def _sections() -> dict[str, str]:
     """By their classes' names, in the order of the page: where each stands in a file."""
     hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
-    return {"Farm": "The file", **hosts, **dict(_SECTIONS)}
+    told = {kinds.subscriber(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
+    return {"Farm": "The file", **hosts, **dict(_SECTIONS), **told}
 
 
 def json_schema() -> dict[str, Any]:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from inventory import hosts, kinds, model, values
+from inventory import subscribers as subscriber_sections
 from inventory.engine import SchemaValidator
 from inventory.hosts import driver_of
 from inventory.model import Farm
+from inventory.subscribers import subscriber_kind
 
 CORE_FILE = Path(__file__).with_name("farm.core.json")
 # The only key of an object that stands for what JSON has no word for: a class or a function by its name,
@@ -33,7 +35,9 @@ def validated(content: Mapping[str, Any]) -> Farm:
     known = tuple(kinds.places())
     declared = content.get("hosts")
     drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
-    validator = _validator(known, _services(content), drivers)
+    told = content.get("events")
+    of_events = frozenset(map(subscriber_kind, told.values() if isinstance(told, dict) else ()))
+    validator = _validator(known, _services(content), drivers, of_events)
     farm: Farm = validator.validate_python(content)
     return farm
 
@@ -48,7 +52,10 @@ def _services(content: Mapping[str, Any]) -> frozenset[str] | None:
 
 @cache
 def _validator(
-    known: tuple[str, ...], services: frozenset[str] | None, drivers: frozenset[str | None]
+    known: tuple[str, ...],
+    services: frozenset[str] | None,
+    drivers: frozenset[str | None],
+    subscribers: frozenset[str | None],
 ) -> SchemaValidator:
     """Few farms have services, and most one driver: others' classes aren't imported. Of kinds that
     aren't farmhand's own it isn't made beforehand."""
@@ -61,6 +68,9 @@ def _validator(
         sections[kinds.ALL_SERVICES] = _NOT_THERE
     for driver, place in kinds.hosts.items():
         if driver not in drivers:
+            sections[place.rpartition(":")[2]] = _NOT_THERE
+    for kind, place in kinds.subscribers.items():
+        if kind not in subscribers:
             sections[place.rpartition(":")[2]] = _NOT_THERE
     for service, place in kinds.services.items():
         if service not in (services or ()):
@@ -86,7 +96,8 @@ def _named(value: Any, sections: Mapping[str, Any]) -> Any:
 def stands_for(key: str, name: Any) -> Any:
     """None: there is no such class or function."""
     if key == FUNCTION:
-        return getattr(values, name, None) or getattr(hosts, name, None)
+        homes = (values, hosts, subscriber_sections)
+        return next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     if key == CLASS:
         return _class(name)
     section, field = name

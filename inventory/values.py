@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 
 from inventory import kinds
@@ -26,6 +26,7 @@ FILENAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 CONFIG_PATH = r"(?:/(?!\.\.?(?:/|$))[A-Za-z0-9_@+.-]+)+"
 INTERFACE = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}"  # IFNAMSIZ of netdevice(7)
 PACKAGE = r"[a-z0-9][a-z0-9+.-]+(?:[:=][A-Za-z0-9.+~:-]+)?"  # Debian policy 5.6.1
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 REVISION = r"[A-Za-z0-9_][A-Za-z0-9_./@{}^~-]{0,199}"
 
 
@@ -164,6 +165,39 @@ def check_interface(value: str) -> str:
     if not re.fullmatch(INTERFACE, value):
         raise ValueError(f"{quote(value)} is not the name of a network interface")
     return value
+
+
+def check_variable(value: str) -> str:
+    if not re.fullmatch(VARIABLE, value):
+        raise ValueError(f"{quote(value)} is not the name of an environment variable")
+    return value
+
+
+def check_web_address(value: str) -> str:
+    """An https URL; on this very machine http will do. It may hold a secret: it isn't repeated."""
+    from urllib.parse import urlsplit
+
+    if not re.fullmatch(r"[!-~]{1,2048}", value):
+        raise ValueError("this is not a URL: ASCII without spaces, at most 2048 characters")
+    try:
+        parts = urlsplit(value)
+        port, host = parts.port, parts.hostname or ""
+    except ValueError:
+        raise ValueError("this is not a URL such as https://chat.example/hooks/1") from None
+    if parts.scheme not in ("https", "http") or not host or port == 0:
+        raise ValueError("this is not a URL such as https://chat.example/hooks/1")
+    if "@" in parts.netloc or parts.fragment:
+        raise ValueError("a URL without a login and without '#' is expected here")
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ValueError("only an address of this very machine may do without TLS: write https://")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_range(value: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 from host.check import Check
-from inventory.errors import Remedy, spelled
+from inventory.errors import Text, spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Report:
     def as_dict(self) -> Mapping[str, object]:
         return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
-    def text(self, columns: int = 10_000, how: Callable[[Remedy], str] = spelled) -> str:
+    def text(self, columns: int = 10_000, how: Callable[[Text], str] = spelled) -> str:
         """Wrapped to ``columns``, remedies, as ``how`` words them, below what they are for."""
         width = max(len(check.name) for check in self.checks)
         indent = " " * (width + 8)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from provision.engine.database import transaction
 
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS claims_of ON claims (owner);
@@ -46,7 +47,7 @@ class Claims:
     def _transaction(
         self, *, write: bool
     ) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
-        return transaction(self.path, _SCHEMA, write=write, remedy=_REMEDY)
+        return transaction(self.path, _SCHEMA, _VERSION, write=write, remedy=_REMEDY)
 
 
 class Claimed:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from host import paths
 from host.check import Check, Level, install
-from host.program import CHECKOUT
+from host.processes import account
+from host.program import CHECKOUT, PROGRAM
 from host.run import which
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
-from inventory.errors import FarmhandError, UsageError
+from inventory.errors import Call, FarmhandError, UsageError
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
@@ -120,7 +121,7 @@ def _python() -> Check:
             False,
             "needed",
             f"Python {version} lacks {', '.join(missing)}",
-            "call ./invoke instead of invoke: it sets up an environment with all of them"
+            f"call {PROGRAM} instead of invoke: it sets up an environment with all of them"
             if CHECKOUT
             else "see docs/installing.md",
         )
@@ -180,9 +181,8 @@ def _permissions(drivers: Collection[DriverInfo]) -> Iterator[Check]:
         text = "root: VMs run as an account of their own" if own else "root"
         yield Check("permissions", True, "note", text)
         return
-    import pwd
 
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = account(os.geteuid())
     entry = any(line.split(":")[0] in (user, str(os.geteuid())) for line in _lines(Path("/etc/subuid")))
     yield Check(
         "subuid",
@@ -320,6 +320,26 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
                     yield from _far_tools(name, host, far, _wanted_files(farm, host.INFO))
                 yield from _kernels(farm, name, far)
             yield from _store(site, name)
+        yield from _subscribers(site)
+
+
+def _subscribers(site: Site) -> Iterator[Check]:
+    """Of events. Nobody is called."""
+    from provision.engine.registry import activities
+
+    for name, section in site.farm.events.items():
+        if unknown := [verb for verb in section.operations if verb not in activities()]:
+            text = f"no operation is called {', '.join(unknown)}: nothing is told of it"
+            yield Check(f"events for {name}", False, "note", text, f"known: {', '.join(activities())}")
+    for name, error in site.outbox.check():
+        if error is not None:
+            yield Check(f"events for {name}", False, "note", error.message, error.remedy)
+    try:
+        for text in site.journal.troubles():
+            remedy = "see to it that it answers: what waits is sent again"
+            yield Check("events", False, "note", text, remedy)
+    except FarmhandError as error:
+        yield Check("journal", False, "needed", error.message, error.remedy)
 
 
 def _host(site: Site, name: str, driver: str) -> Check:
@@ -393,5 +413,5 @@ def _store(site: Site, name: str) -> Iterator[Check]:
     text = f"{kind}: {about(room.free)} of {about(room.total)} free"
     yield Check(f"disks of {name}", True, "needed", text)
     for note in notes:
-        remedy = "make room before it is full: ./invoke gc, or extend it"
+        remedy = ("make room before it is full: ", Call("gc"), ", or extend it")
         yield Check(f"disks of {name}", False, "note", note, remedy)

@@ -15,7 +15,7 @@ from operator import itemgetter, le
 from pathlib import Path
 from typing import Any, TypedDict
 
-from host.files import file_error, write_atomic
+from host.files import file_error, foreign, write_atomic
 from inventory.errors import WrongState
 
 _ABOUT = (
@@ -32,6 +32,7 @@ class Entry(TypedDict):
     ssh_port: int
 
 
+_FORMAT = 1
 _FIELDS = ("mac", "address", "ssh_port")
 
 
@@ -76,6 +77,10 @@ class LockFile:
     def _load(self) -> Book:
         text = _text(self.path)
         data = _object(self.path, text)
+        found = data.get("format")
+        if text.strip() and found != _FORMAT:
+            remedy = f"move it aside (mv {self.path} {self.path}.aside): VMs may then be given others"
+            raise foreign(self.path, found, _FORMAT, remedy)
         try:
             vms = data.get("vms", {})
             _check(vms)
@@ -92,6 +97,7 @@ class LockFile:
         now = datetime.now(UTC)
         data = {
             "about": _ABOUT,
+            "format": _FORMAT,
             "farm": self._farm,
             "vms": {},
             "resting": {

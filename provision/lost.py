@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypervisors.api import Checkpoint, Disk, Disks, LostDisks, Machine, Template
-from inventory.errors import FarmhandError, NotFound
+from inventory.errors import Call, FarmhandError, NotFound, Remedy
 from provision.engine.recovery import without_disk
 from provision.member import Member, is_on
 from provision.site import Site
@@ -23,7 +23,7 @@ class Lost:
     None: somebody has to look first."""
 
     text: str
-    remedy: str
+    remedy: Remedy
     template: Template | None = None
 
     def error(self, member: Member) -> FarmhandError:
@@ -39,33 +39,37 @@ def lost(member: Member, machine: Machine) -> Lost | None:
         return None
     for record in site.journal.unfinished():
         if member.vm in record.vms and (why := without_disk(record)):
-            return Lost(why, "./invoke recover goes on with it")
+            return Lost(why, (Call("recover"), " goes on with it"))
     store = member.store
     gone = "its disk is gone"
     if is_on(machine):
         return Lost(
             f"{gone} while it runs: what its guest writes is lost when it stops",
-            f"copy what you need out of it, ./invoke stop --vm {vm}, then ./invoke clone-farm",
+            ("copy what you need out of it, ", Call("stop", vm=vm), ", then ", Call("clone-farm")),
         )
     if kept := left_of(store, machine.name):
-        again = f"./invoke destroy --vm {vm}, which gives them up, then ./invoke clone-farm"
+        again: Remedy = (Call("destroy", vm=vm), ", which gives them up, then ", Call("clone-farm"))
         if grows_from(store, machine.name):
-            again = f"./invoke reset --vm {vm} --to {kept[-1]} makes it a new one from there; or {again}"
+            again = (Call("reset", vm=vm, to=kept[-1]), " makes it a new one from there; or ", again)
         return Lost(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
     rest = [] if isinstance(store, LostDisks) else store.leftovers()
     if refs := [left.ref for left in rest if left.owner == member.owner]:
         return Lost(
             f"{gone}; something of it is left: {', '.join(refs)}",
-            f"./invoke destroy --vm {vm} gives that up; then ./invoke clone-farm",
+            (Call("destroy", vm=vm), " gives that up; then ", Call("clone-farm")),
         )
     template = next((t for t in store.templates() if t.label == machine.template), None)
     if template is None:
         return Lost(
             f"{gone}, and so is its template {machine.template}",
-            f"see that what host {host} keeps its disks on is mounted; if all is lost: "
-            f"./invoke destroy --vm {vm}, then ./invoke clone-farm",
+            (
+                f"see that what host {host} keeps its disks on is mounted; if all is lost: ",
+                Call("destroy", vm=vm),
+                ", then ",
+                Call("clone-farm"),
+            ),
         )
-    remedy = f"./invoke clone-farm --vm {vm} makes it a new one from {template.label}"
+    remedy = (Call("clone-farm", vm=vm), f" makes it a new one from {template.label}")
     return Lost(gone, remedy, template)
 
 

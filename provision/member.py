@@ -17,7 +17,7 @@ from hypervisors.api import (
     Owner,
     Power,
 )
-from inventory.errors import NotFound, NotOurs
+from inventory.errors import Call, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -66,6 +66,11 @@ class Member:
         """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
         return self.info.power
 
+    @property
+    def idles(self) -> bool:
+        """Whether it is to have less memory while nothing is built in it."""
+        return self.can_power and self.declared.idle_memory not in (None, self.declared.memory)
+
     # What is there
 
     @property
@@ -98,7 +103,7 @@ class Member:
         if machine is None:
             raise NotFound(
                 f"{self.site.name}: {self.vm} is not made yet",
-                remedy=f"make it: ./invoke clone-farm --vm {self.vm}",
+                remedy=("make it: ", Call("clone-farm", vm=self.vm)),
             )
         return machine
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from host.memory import memory_available
 from hypervisors.api import Machine, Power
 from inventory.errors import (
+    Call,
     FarmhandError,
     Interrupted,
     NoSpace,
@@ -180,8 +181,11 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
         return NoSpace(
             f"{site.name}: {doing} takes {format_size(wanted)}, with {format_size(host.in_use)} in use "
             f"by others on host {host.host}, which may use {format_size(host.limit)}: {shared(host)}",
-            remedy="stop or balloon down others (./invoke balloon --plan-host shows who can give), or "
-            "raise the host's 'memory'",
+            remedy=(
+                "stop or balloon down others (",
+                Call("balloon", plan_host=True),
+                " shows who can give), or raise the host's 'memory'",
+            ),
         )
     return NoSpace(
         f"{site.name}: {doing} takes {format_size(wanted)}, this machine has {brief(host.free or 0)} "

@@ -14,6 +14,7 @@ from host.files import make_directory
 from host.progress import Progress
 from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     Interrupted,
@@ -271,7 +272,7 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
 
     def running() -> bool:
         if site.journal.interrupted.is_set():
-            raise Interrupted("interrupted while waiting", remedy="./invoke recover")
+            raise Interrupted("interrupted while waiting", remedy=Call("recover"))
         if on_trial and progress.lifeless(LIFELESS):
             raise _LifelessError
         found = driver.find(machine)

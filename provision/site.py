@@ -15,11 +15,14 @@ from hypervisors.api import Directories, Disks, Hypervisor, Voices
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, some
 from inventory.model import Farm
+from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
+from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
 from provision.engine.locks import Locks
 from provision.engine.mutex import Turns
 from provision.engine.report import Reporter
+from provision.engine.requester import Requester
 from provision.guest import identity
 from provision.known import known_farm
 from provision.member import Member
@@ -30,16 +33,30 @@ if TYPE_CHECKING:
 
 class Site:
     """A context manager; may be used by several threads. Nothing is written and nothing started by
-    opening it; with ``plan`` nothing ever is."""
+    opening it; with ``plan`` nothing ever is. ``requester``: who asked; absent: who runs this
+    process."""
 
-    def __init__(self, farm: Farm, *, reporter: Reporter, plan: bool = False) -> None:
+    def __init__(
+        self,
+        farm: Farm,
+        *,
+        reporter: Reporter,
+        plan: bool = False,
+        requester: Requester | None = None,
+    ) -> None:
         self.farm = farm
         self.paths = FarmPaths(farm.farm)
         self.reporter = reporter
         self.plan = plan
         self.runner = Runner(changes=not plan)
-        self.journal = Journal(self.paths.journal, writable=not plan)
-        self.locks = Locks(self.paths.locks)
+        self.requester = requester or Requester.of_process()
+        self.outbox = Outbox(
+            farm.farm, farm.events, self.paths.journal, self.paths.locks, self._subscriber
+        )
+        self.journal = Journal(
+            self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
+        )
+        self.locks = Locks(self.paths.locks, self.requester)
         self.turns = Turns(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
@@ -62,12 +79,15 @@ class Site:
             for opened in self._opened.values():
                 opened.close()
             self._opened.clear()
-            self.journal.close()
+        self.outbox.close()
+        self.journal.close()
 
     def prepare(self) -> None:
         """Make the farm's own directory, for those about to change something. QEMU, under another
-        user, passes through it to its disks; it can't list it."""
+        user, passes through it to its disks; it can't list it. What earlier commands left to be told to
+        subscribers is told from now on."""
         make_directory(self.paths.root, mode=0o711)
+        self.outbox.start()
 
     # What the farm file names
 
@@ -97,6 +117,10 @@ class Site:
     def members(self, names: Sequence[str] | None = None) -> tuple[Member, ...]:
         """As ``vms``."""
         return tuple(map(self.member, self.vms(names)))
+
+    def _subscriber(self, section: EventSubscriber) -> Subscriber:
+        assert isinstance(section, SubscriberSection)
+        return section.opened(self.farm.path.parent, self.runner)
 
     # Drivers
 
@@ -173,11 +197,13 @@ class Site:
         }
 
 
-def open_site(farm_file: Path, *, reporter: Reporter, plan: bool = False) -> Site:
+def open_site(
+    farm_file: Path, *, reporter: Reporter, plan: bool = False, requester: Requester | None = None
+) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
     environment asks for."""
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)
         kind.check_environment()
-    return Site(farm, reporter=reporter, plan=plan)
+    return Site(farm, reporter=reporter, plan=plan, requester=requester)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from threading import Thread
 
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, Text
 from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
 from provision.lost import lost
@@ -47,7 +47,7 @@ class VmStatus:
     holder: Holder | None = None
     declared: bool = True
     note: str = ""  # what its hypervisor sees that is wrong in its guest
-    error: str = ""
+    error: Text = ""
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -103,7 +103,7 @@ class FarmStatus:
     hosts: tuple[HostStatus, ...]
     vms: tuple[VmStatus, ...]
     holders: tuple[Holder, ...] = ()  # of all locks, the VMs' too
-    unfinished: tuple[str, ...] = ()  # what the next changing command will recover
+    unfinished: tuple[Text, ...] = ()  # what the next changing command will recover
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -128,9 +128,10 @@ def status(site: Site) -> FarmStatus:
         hosts.append(seen)
         rows.update({row.vm: row for row in of_host if row.vm not in rows})
     ordered = [rows.pop(vm) for vm in site.farm.vms if vm in rows]
-    unfinished: tuple[str, ...] = ()
+    unfinished: tuple[Text, ...] = ()
     try:
         unfinished = tuple(map(_left, site.journal.unfinished()))
+        warnings += site.journal.troubles()
     except FarmhandError as error:
         warnings.append(error.message)
     return FarmStatus(
@@ -144,9 +145,9 @@ def status(site: Site) -> FarmStatus:
     )
 
 
-def _left(record: Record) -> str:
+def _left(record: Record) -> Text:
     text = f"{record.verb} {' '.join(record.vms)}".strip()
-    return f"{text}; it could not so far: {record.in_its_way}" if record.in_its_way else text
+    return (f"{text}; it could not so far: ", record.in_its_way) if record.in_its_way else text
 
 
 def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
@@ -211,7 +212,8 @@ def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
 
 def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
     site, vm, name, host = member.site, member.vm, member.machine, member.host
-    error, ssh, address, port = "", "", "", None
+    error: Text = ""
+    ssh, address, port = "", "", None
     holder = site.locks.holder(lock_of(vm))
     try:
         if machine is None:
@@ -235,7 +237,7 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
     if disk is None:
         try:
             gone = lost(member, machine)
-            error = f"{gone.text}: {gone.remedy}" if gone else error
+            error = (gone.text, ": ", gone.remedy) if gone else error
         except FarmhandError as problem:
             error = problem.message.splitlines()[0]
     condition = "dirty" if disk is not None else ""

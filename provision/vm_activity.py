@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from hypervisors.api import Machine
-from inventory.errors import Busy, FarmhandError, Interrupted
+from inventory.errors import Busy, Call, FarmhandError, Interrupted
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Recovery
 from provision.engine.recovery import whole
@@ -33,7 +33,7 @@ class VmActivity(Activity[F]):
         except (Busy, Interrupted):
             raise
         except FarmhandError as error:
-            text = f"something of it is left over, for ./invoke gc: {whole(error)}"
+            text = ("something of it is left over, for ", Call("gc"), ": ", whole(error))
             site.reporter.warn(text, vm=members[0].vm if len(members) == 1 else "")
         sweep_seeds(site.paths, {member.machine for member in members})
 

@@ -347,7 +347,9 @@ def _failed(message: str, *, remedy: str = "", server: bool = False) -> StepFail
     """``server``: it or the way there failed; else it is the file."""
     from builds.step_run import StepFailed
 
-    return StepFailed("infrastructure" if server else "dependencies", message, remedy=remedy)
+    if server:
+        return StepFailed("infrastructure", message, remedy=remedy or "see what ails that server")
+    return StepFailed("dependencies", message, remedy=remedy or "put the step in the farm file right")
 
 
 def _check_address(key: str, address: str) -> None:

@@ -36,7 +36,7 @@ from hypervisors.api import (
     spec_hash,
 )
 from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
-from inventory.errors import Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
 _TOTAL = 2**40
@@ -77,7 +77,7 @@ class FakeDisks:
     def remove_template(self, label: str) -> None:
         with self.store.change() as world:
             if label not in world.templates:
-                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+                raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
             if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
@@ -101,10 +101,10 @@ class FakeDisks:
                     f"{machine}: {format_size(size)} is smaller than template {template.label}"
                 )
             if self.capacity().free < self._reserve:
-                raise NoSpace(f"no room for the disk of {machine}", remedy="./invoke gc")
+                raise NoSpace(f"no room for the disk of {machine}", remedy=Call("gc"))
             if template.label not in world.templates:
                 raise NotFound(
-                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
             if machine in world.disks:
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
@@ -187,7 +187,7 @@ class FakeDisks:
     def _ours(self, world: World, machine: str) -> StoredDisk:
         disk = world.disks.get(machine)
         if disk is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if disk.owner.farm != self._farm:
             raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
         return disk
@@ -245,7 +245,7 @@ class FakeHypervisor:
         self._check_name(spec.name)
         disk = self._disks.find(spec.name)
         if disk is not None and not self._disks.pristine(spec.name, disk.base):
-            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy="./invoke gc")
+            raise Conflict(f"{spec.name} has a disk with data, and no machine", remedy=Call("gc"))
         if disk is not None and (disk.template, disk.size) != (template.label, spec.disk_size):
             self._disks.destroy(spec.name)
             disk = None
@@ -268,7 +268,7 @@ class FakeHypervisor:
         with self._store.change() as world:
             fake = self._ours(world, spec.name)
             if fake.machine.power is not Power.STOPPED:
-                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+                raise WrongState(f"{spec.name} is running", remedy=Call("stop", vm=spec.owner.vm))
             self._step(f"redefine {spec.name}")
             fake.machine = self._from(spec, fake.machine.disk, fake.machine.template)
             fake.spec = spec
@@ -279,7 +279,7 @@ class FakeHypervisor:
             self._ours(world, name)
         ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
         if ready(name) is None:
-            raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+            raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
         with self._store.change() as world:
             fake = self._ours(world, name)
             if fake.machine.power is not Power.STOPPED:
@@ -316,7 +316,9 @@ class FakeHypervisor:
             self._ours(world, name)
         disk = self._disks.find(name)
         if disk is None or checkpoint not in (c.name for c in disk.checkpoints):
-            raise NotFound(f"{name} has no checkpoint {checkpoint}", remedy="./invoke status shows them")
+            raise NotFound(
+                f"{name} has no checkpoint {checkpoint}", remedy=(Call("status"), " shows them")
+            )
         with self._store.change() as world:
             fake = self._ours(world, name)
             if fake.machine.power is not Power.STOPPED:
@@ -417,7 +419,7 @@ class FakeHypervisor:
     def _ours(self, world: World, name: str) -> StoredMachine:
         fake = world.machines.get(name)
         if fake is None:
-            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         owner = fake.machine.owner
         if owner is None or owner.farm != self._farm:
             raise NotOurs(f"{name} is not of farm {self._farm}: left alone")

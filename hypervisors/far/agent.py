@@ -92,7 +92,7 @@ class Agent:
     def _open(self, place: Place, home: Home, *, plan: bool) -> None:
         voices = Voices(
             step=self._step,
-            warn=lambda text: self._pipe.send({"warn": text}),
+            warn=lambda text: self._pipe.send({"warn": encode(text)}),
             working=lambda text: self._pipe.send({"working": text}),
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)

@@ -22,7 +22,7 @@ from hypervisors.far.agent import PING
 from hypervisors.far.parcel import COMMAND, parcel
 from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt.opening import Place
-from inventory.errors import DriverFailed, FarmhandError
+from inventory.errors import ConnectionLost, DriverFailed, FarmhandError
 
 _OPENING = 90.0  # seconds: ssh's own limit, and what waits for an earlier agent's end
 _ABANDONED = 60.0  # seconds that a call may go on after nobody wants it: until its next step
@@ -232,7 +232,7 @@ class _Line:
 
     def _hand_on(self, frame: dict[str, Any]) -> None:
         if "warn" in frame:
-            self._voices.warn(f"{self._name}: {frame['warn']}")
+            self._voices.warn((f"{self._name}: ", decode(frame["warn"])))
         elif "working" in frame:
             self._voices.working(frame["working"])
         elif "ready" in frame or "refused" in frame:
@@ -247,9 +247,9 @@ class _Line:
             while not self._ended.wait(PING):
                 self._pipe.send({"ping": 1})
 
-    def _lost(self, doing: str) -> DriverFailed:
+    def _lost(self, doing: str) -> ConnectionLost:
         why = self._last_words()
-        return DriverFailed(
+        return ConnectionLost(
             f"the connection to {self._name} was lost ({doing}){': ' + why if why else ''}",
             remedy="run the command again: what was cut off is finished, or undone, first",
         )

@@ -21,7 +21,7 @@ from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
 from inventory import errors
-from inventory.errors import FarmhandError
+from inventory.errors import Call, FarmhandError, remedy_of
 
 _LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
 _VALUES = {
@@ -29,7 +29,7 @@ _VALUES = {
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
         api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place, StorePlace, errors.Call,
+        Place, StorePlace,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
@@ -56,6 +56,8 @@ def encode(value: object) -> Any:
     if isinstance(value, FarmhandError):
         known = {name: item for name, item in vars(value).items() if not name.startswith("_")}
         return {f"!{type(value).__name__}": encode(known)}
+    if isinstance(value, Call):
+        return {"Call": value.as_dict()}
     if is_dataclass(value) and type(value).__name__ in _VALUES:
         return {type(value).__name__: {f.name: encode(getattr(value, f.name)) for f in fields(value)}}
     raise TypeError(f"not a value of a driver's: {type(value).__name__}")
@@ -72,6 +74,8 @@ def decode(value: Any) -> Any:
         return _PLAIN[name](content)
     if name.startswith("!"):
         return _error(name[1:], decode(content))
+    if name == "Call":
+        return remedy_of(content)
     found = {key: decode(item) for key, item in content.items()}
     return _VALUES[name](**found) if name else found
 

@@ -47,7 +47,7 @@ from hypervisors.libvirt.domain_xml import (
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
 from hypervisors.libvirt.kinds import Kind
 from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
-from inventory.errors import Conflict, NotFound, NotOurs, WrongState
+from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -152,10 +152,10 @@ class LibvirtHypervisor:
         with self._translated(doing):
             domain = self._ours(spec.name)
             if domain.isActive():
-                raise WrongState(f"{spec.name} is running", remedy=f"./invoke stop --vm {spec.owner.vm}")
+                raise WrongState(f"{spec.name} is running", remedy=Call("stop", vm=spec.owner.vm))
             seen, disk = read_domain(domain.XMLDesc(0)), self._disks.find(spec.name)
             if disk is None:
-                raise NotFound(f"{spec.name} has no disk", remedy="./invoke clone-farm makes it")
+                raise NotFound(f"{spec.name} has no disk", remedy=(Call("clone-farm"), " makes it"))
             self._step(doing)
             self._define(spec, disk, seen.template, uuid=seen.uuid)
             machine = self.find(spec.name)
@@ -189,7 +189,7 @@ class LibvirtHypervisor:
             ready = self._disks.ready if isinstance(self._disks, DeviceDisks) else self._disks.find
             disk = ready(name)
             if disk is None:
-                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+                raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
             self._step(doing)
             if seen.disk != disk.path:  # the store put another in its place: it knows which
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
@@ -229,7 +229,7 @@ class LibvirtHypervisor:
             domain = self._ours(name)
             disk = self._disks.find(name)
             if disk is None:
-                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+                raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
             self._check_disk(disk)
             known = [c.name for c in disk.checkpoints]
             if checkpoint not in known:  # before its power is cut
@@ -370,7 +370,7 @@ class LibvirtHypervisor:
     def _ours(self, name: str) -> libvirt.virDomain:
         domain = self._look_up(name)
         if domain is None:
-            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         self._check(domain, name)
         return domain
 
@@ -393,7 +393,7 @@ class LibvirtHypervisor:
             if not self._disks.pristine(spec.name, disk.base):
                 raise Conflict(
                     f"{spec.name} has a disk with data, and no machine",
-                    remedy="./invoke gc removes it, then try again",
+                    remedy=(Call("gc"), " removes it, then try again"),
                 )
             if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
                 return disk

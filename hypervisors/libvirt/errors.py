@@ -8,10 +8,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from inventory.errors import (
+    Call,
     Conflict,
+    ConnectionLost,
     DriverFailed,
     FarmhandError,
     NotFound,
+    Remedy,
     TimedOut,
     Unsupported,
     WrongState,
@@ -77,7 +80,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             remedy=f"see who has it (ss -ltnp 'sport = :{port[2]}'), or give the VM another ssh_port",
         )
     if connection_lost(error):
-        return DriverFailed(
+        return ConnectionLost(
             f"{doing}: the connection to libvirtd was lost: {message}",
             remedy="run the command again: it finishes what was begun",
         )
@@ -93,25 +96,25 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
             remedy=f"libvirt wants an account: uid {uid[1]} has none (getent passwd {uid[1]})",
         )
     if going_down(error):
-        return WrongState(f"{doing}: it is going down", remedy="./invoke status shows its state")
+        return WrongState(f"{doing}: it is going down", remedy=(Call("status"), " shows its state"))
     if "libxenlight failed" in message:  # all that libvirt tells of it
-        remedy = f"see why at the end of that host's {_LIBXL_LOG}"
-        return DriverFailed(f"{doing}: {message}", remedy=remedy)
-    by_code: dict[int, tuple[type[FarmhandError], str]] = {
-        42: (NotFound, "./invoke status shows what is there"),  # NO_DOMAIN
+        where = f"see why at the end of that host's {_LIBXL_LOG}"
+        return DriverFailed(f"{doing}: {message}", remedy=where)
+    by_code: dict[int, tuple[type[FarmhandError], Remedy]] = {
+        42: (NotFound, (Call("status"), " shows what is there")),  # NO_DOMAIN
         43: (NotFound, "virsh net-list --all shows libvirt's networks"),  # NO_NETWORK
-        55: (WrongState, "./invoke status shows its state"),  # OPERATION_INVALID
+        55: (WrongState, (Call("status"), " shows its state")),  # OPERATION_INVALID
         3: (Unsupported, ""),  # NO_SUPPORT
-        67: (Unsupported, "./invoke doctor shows what this host can do"),  # CONFIG_UNSUPPORTED
+        67: (Unsupported, (Call("doctor"), " shows what this host can do")),  # CONFIG_UNSUPPORTED
         68: (TimedOut, "another command holds the machine: try again"),  # OPERATION_TIMEOUT
-        45: (DriverFailed, "./invoke doctor shows which permission is missing"),  # AUTH_FAILED
-        79: (DriverFailed, "./invoke doctor shows which permission is missing"),  # AUTH_CANCELLED
+        45: (DriverFailed, (Call("doctor"), " shows which permission is missing")),  # AUTH_FAILED
+        79: (DriverFailed, (Call("doctor"), " shows which permission is missing")),  # AUTH_CANCELLED
         88: (DriverFailed, "add this user to the group libvirt"),  # ACCESS_DENIED
     }
     if _KVM.search(message):  # QEMU's words: it fails this guest, whatever was tried beforehand
-        remedy = "do without KVM: FARMHAND_ACCELERATOR=tcg, or accelerator: tcg of its host"
-        return DriverFailed(f"{doing}: {message}", remedy=remedy)
+        without = "do without KVM: FARMHAND_ACCELERATOR=tcg, or accelerator: tcg of its host"
+        return DriverFailed(f"{doing}: {message}", remedy=without)
     if "already exists with uuid" in message:
         return Conflict(f"{doing}: {message}")
-    family, remedy = by_code.get(code, (DriverFailed, "./invoke doctor checks the host"))
+    family, remedy = by_code.get(code, (DriverFailed, (Call("doctor"), " checks the host")))
     return family(f"{doing}: {message}", remedy=remedy)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from host.processes import account
 from host.run import Runner
 from hypervisors.host import Surroundings
 from hypervisors.libvirt.host import TOOLS, LibvirtHost, OpenLibvirt
@@ -75,11 +76,10 @@ class KvmHost(LibvirtHost):
 
 def _group() -> Check:
     import grp
-    import pwd
 
     from host.check import Check
 
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = account(os.geteuid())
     held = any(group.gr_gid in os.getgroups() for group in grp.getgrall() if group.gr_name == "kvm")
     return Check(
         "permissions",

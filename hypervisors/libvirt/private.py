@@ -33,7 +33,7 @@ from host.files import file_error, make_directory, open_new
 from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
-from inventory.errors import CommandFailed, DriverFailed, Unsupported, WrongState
+from inventory.errors import Call, CommandFailed, DriverFailed, Unsupported, WrongState
 
 _ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
@@ -110,7 +110,7 @@ class PrivateLibvirt:
             if (names := self.machines_running()) and not force:
                 raise WrongState(
                     f"the private libvirtd still runs {', '.join(names)}",
-                    remedy="stop them first: ./invoke stop --all",
+                    remedy=("stop them first: ", Call("stop", all=True)),
                 )
             reapers = {
                 parent_of(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid

@@ -56,11 +56,13 @@ from hypervisors.xenapi.templates import Templates
 from hypervisors.xenapi.wait import look
 from hypervisors.xenapi.warm import Warm, half_back
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     NoSpace,
     NotFound,
     NotOurs,
+    Remedy,
     Unsupported,
     UsageError,
     WrongState,
@@ -222,7 +224,7 @@ class XenApiDisks:
             raise NoSpace(
                 f"the storage repository has {format_size(free)} free; this takes "
                 f"{format_size(need)} at least",
-                remedy="./invoke gc shows what can go",
+                remedy=(Call("gc"), " shows what can go"),
             )
         with making(owner) as name:
             vm, vdi = self.pool.grow(source, name, token)
@@ -248,7 +250,7 @@ class XenApiDisks:
         source = Vm(ref, record) if record else None
         if source is None or source.marks.get("label") != template.label:
             raise NotFound(
-                f"there is no template {template.label}", remedy="./invoke template-list shows them"
+                f"there is no template {template.label}", remedy=(Call("template-list"), " shows them")
             )
         if room is None:
             raise NotFound("the storage repository is gone", remedy="xe sr-list shows them")
@@ -433,7 +435,7 @@ class XenApiDisks:
         """One that is half way back to a warm checkpoint is brought there first, for it has no disk."""
         machine = seen.vm.name
         if seen.vm.power is not Power.STOPPED:
-            raise WrongState(f"{machine} is not stopped", remedy=f"./invoke stop --vm {machine}")
+            raise WrongState(f"{machine} is not stopped", remedy=Call("stop", vm=seen.vm.marks["vm"]))
         half = half_back(seen.vm, seen.checkpoints)
         if half:
             self.warm.back(seen, half)
@@ -458,7 +460,7 @@ class XenApiDisks:
     def ours(self, machine: str) -> Seen:
         vm = self.pool.machine(machine)
         if vm is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if vm.owner is None or vm.owner.farm != self._farm:
             whose = f"of farm {vm.owner.farm}" if vm.owner else "not farmhand's"
             raise NotOurs(f"{machine} is {whose}: left alone")
@@ -497,12 +499,12 @@ class XenApiDisks:
         self._remains.discard(leftover)
 
 
-def without_disk(seen: Seen) -> str:
+def without_disk(seen: Seen) -> Remedy:
     """What to do about a machine that has none."""
     if seen.vm.disk is None:
-        return "destroy it, then ./invoke clone-farm"
+        return ("destroy it, then ", Call("clone-farm"))
     last, vm = seen.checkpoint_names[-1], seen.vm.marks["vm"]
-    return f"its storage has lost it: ./invoke reset --vm {vm} --to {last} gives it a new one"
+    return ("its storage has lost it: ", Call("reset", vm=vm, to=last), " gives it a new one")
 
 
 def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:

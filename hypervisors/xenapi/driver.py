@@ -37,6 +37,7 @@ from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
 from hypervisors.xenapi.wait import watch
 from hypervisors.xenapi.warm import half_back
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     NotFound,
@@ -166,7 +167,7 @@ class XenApiHypervisor:
         if not self._disks.pristine(spec.name, disk.base):
             raise Conflict(
                 f"{spec.name} has a disk with data, and no machine",
-                remedy="./invoke gc removes it, then try again",
+                remedy=(Call("gc"), " removes it, then try again"),
             )
         if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
             return True
@@ -189,9 +190,7 @@ class XenApiHypervisor:
         with translated(f"redefine {spec.name}"):
             vm = self._ours(spec.name)
             if vm.power is not Power.STOPPED:
-                raise WrongState(
-                    f"{spec.name} is {vm.power}", remedy=f"./invoke stop --vm {spec.owner.vm}"
-                )
+                raise WrongState(f"{spec.name} is {vm.power}", remedy=Call("stop", vm=spec.owner.vm))
             return self._redefined(spec, f"redefine {spec.name}")
 
     def _redefined(self, spec: MachineSpec, doing: str) -> Machine:
@@ -415,7 +414,7 @@ class XenApiHypervisor:
             self._defined(seen.vm, name)
             half = half_back(seen.vm, seen.checkpoints)
             if seen.vm.disk is None and not half:
-                raise NotFound(f"{name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+                raise NotFound(f"{name} has no disk", remedy=("destroy it, then ", Call("clone-farm")))
             if checkpoint not in seen.checkpoint_names:  # before its power is cut
                 raise NotFound(
                     f"{name} has no checkpoint {checkpoint}",
@@ -459,7 +458,7 @@ class XenApiHypervisor:
             while (left := approach.left()) > 0:
                 for record in watch(self._pool.sessions, metrics, left if sure else min(left, _LAG)):
                     if record is None:
-                        raise WrongState(f"{name} ended meanwhile", remedy="./invoke status")
+                        raise WrongState(f"{name} ended meanwhile", remedy=Call("status"))
                     reached = int(record["memory_actual"])
                     if sure and abs(reached - target) <= _NEAR:
                         return reached
@@ -542,13 +541,15 @@ class XenApiHypervisor:
     def _ours(self, name: str) -> Vm:
         vm = self._pool.machine(name)
         if vm is None:
-            raise NotFound(f"there is no machine {name}", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         self._check(vm, name)
         return self._defined(vm, name)
 
     def _defined(self, vm: Vm, name: str) -> Vm:
         if not vm.marks.get("spec"):
-            raise NotFound(f"{name} is a disk without a machine", remedy="./invoke clone-farm makes it")
+            raise NotFound(
+                f"{name} is a disk without a machine", remedy=(Call("clone-farm"), " makes it")
+            )
         return vm
 
     def _check(self, vm: Vm, name: str) -> None:

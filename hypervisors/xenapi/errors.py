@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from inventory.errors import (
+    Call,
     Conflict,
     DriverFailed,
     FarmhandError,
     NoSpace,
     NotFound,
+    Remedy,
     Unsupported,
     UsageError,
     WrongState,
@@ -19,16 +21,16 @@ from inventory.errors import (
 GONE = ("HANDLE_INVALID", "UUID_INVALID")
 """The object isn't there, or isn't any more."""
 
-_KINDS: dict[str, tuple[type[FarmhandError], str]] = {
-    "HANDLE_INVALID": (NotFound, "it is gone: somebody removed it meanwhile; ./invoke status"),
-    "UUID_INVALID": (NotFound, "it is gone: somebody removed it meanwhile; ./invoke status"),
+_KINDS: dict[str, tuple[type[FarmhandError], Remedy]] = {
+    "HANDLE_INVALID": (NotFound, ("it is gone: somebody removed it meanwhile; ", Call("status"))),
+    "UUID_INVALID": (NotFound, ("it is gone: somebody removed it meanwhile; ", Call("status"))),
     "VM_BAD_POWER_STATE": (WrongState, "somebody else starts or stops it too: look again"),
     "OTHER_OPERATION_IN_PROGRESS": (WrongState, "wait for it: xe task-list shows what is going on"),
     "OPERATION_NOT_ALLOWED": (WrongState, "xe vm-param-get param-name=blocked-operations tells more"),
     "OPERATION_BLOCKED": (WrongState, "an admin blocked it: xe vm-param-get "
                           "param-name=blocked-operations"),
-    "VM_IS_TEMPLATE": (WrongState, "./invoke recover"),
-    "VM_IS_SNAPSHOT": (WrongState, "./invoke recover"),
+    "VM_IS_TEMPLATE": (WrongState, Call("recover")),
+    "VM_IS_SNAPSHOT": (WrongState, Call("recover")),
     "VDI_IN_USE": (WrongState, "it is attached elsewhere: xe vbd-list vdi-uuid=..."),
     "DEVICE_ALREADY_EXISTS": (WrongState, "something was attached by hand: xe vbd-list"),
     "VM_LACKS_FEATURE": (Unsupported, "install xe-guest-utilities in the template"),
@@ -38,14 +40,14 @@ _KINDS: dict[str, tuple[type[FarmhandError], str]] = {
                          "suspend-image-SR=..."),
     "FEATURE_RESTRICTED": (Unsupported, "the server's licence doesn't cover it"),
     "LICENCE_RESTRICTION": (Unsupported, "the server's licence doesn't cover it"),
-    "SR_FULL": (NoSpace, "make room in the storage repository: ./invoke gc shows what can go"),
-    "SR_BACKEND_FAILURE_44": (NoSpace, "make room in the storage repository: ./invoke gc"),
+    "SR_FULL": (NoSpace, ("make room in the storage repository: ", Call("gc"), " shows what can go")),
+    "SR_BACKEND_FAILURE_44": (NoSpace, ("make room in the storage repository: ", Call("gc"))),
     "NO_HOSTS_AVAILABLE": (NoSpace, "no host can run it now; most often for want of memory: stop or "
                            "balloon another VM"),
     "HOST_NOT_ENOUGH_FREE_MEMORY": (NoSpace, "stop or balloon another VM"),
     "VM_HVM_REQUIRED": (Unsupported, "switch virtualization (VT-x, AMD-V) on in the host's firmware"),
-    "VM_INCOMPATIBLE_WITH_THIS_HOST": (WrongState, "its memory is of a host with other CPU features: "
-                                       "start it there, or give the memory up: ./invoke stop"),
+    "VM_INCOMPATIBLE_WITH_THIS_HOST": (WrongState, ("its memory is of a host with other CPU features: "
+                                       "start it there, or give the memory up: ", Call("stop"))),
     "VM_REQUIRES_SR": (WrongState, "the host has no access to its storage: xe pbd-list"),
     "VM_REQUIRES_NETWORK": (WrongState, "the host isn't on its network: xe pif-list"),
     "HOST_DISABLED": (WrongState, "it is in maintenance: xe host-enable"),

@@ -25,7 +25,7 @@ from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, Vm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
-from inventory.errors import DriverFailed, FarmhandError, NotFound
+from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
 
 Record = Mapping[str, Any]
 _HALTING = 10.0
@@ -183,7 +183,7 @@ class Pool:
             raise DriverFailed(
                 f"{self.sessions.url}: the server was started again meanwhile, and may have lost what "
                 "was just changed",
-                remedy="./invoke recover, then do it again",
+                remedy=(Call("recover"), ", then do it again"),
             )
         self._mine.doubts = False
         with self._guard:

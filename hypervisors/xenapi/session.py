@@ -31,7 +31,7 @@ from urllib.parse import urlencode, urlsplit
 from host.file_lock import FileLock
 from host.files import file_error, make_directory
 from hypervisors.xenapi.errors import XenApiError, translate
-from inventory.errors import DriverFailed, FarmhandError, TimedOut, UsageError
+from inventory.errors import Call, DriverFailed, FarmhandError, TimedOut, UsageError
 
 CONNECT_LIMIT = 10.0
 """Seconds until a server must have taken a connection."""
@@ -305,7 +305,7 @@ class Sessions:
             import XenAPI
         except ImportError:
             raise DriverFailed(
-                "the Python package XenAPI is missing", remedy="./invoke installs it"
+                "the Python package XenAPI is missing", remedy="requirements.in names it"
             ) from None
         return XenAPI.Session(self._url, transport=_Transport(self._server, self._url))
 
@@ -325,12 +325,12 @@ class Sessions:
         except TimeoutError:
             raise TimedOut(
                 f"{self._url}: {what}: no answer within the time limit",
-                remedy="the server may still do it: look with xe task-list, then ./invoke recover",
+                remedy=("the server may still do it: look with xe task-list, then ", Call("recover")),
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise DriverFailed(
                 f"{self._url}: {what}: {error or type(error).__name__}",
-                remedy="is the server up, and xapi running there? ./invoke recover goes on",
+                remedy=("is the server up, and xapi running there? ", Call("recover"), " goes on"),
             ) from None
         except (xmlrpc.client.Error, ValueError, TypeError) as error:
             raise DriverFailed(

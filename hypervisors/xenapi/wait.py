@@ -11,7 +11,7 @@ from typing import Any
 
 from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.session import Sessions
-from inventory.errors import FarmhandError, TimedOut
+from inventory.errors import Call, FarmhandError, TimedOut
 
 PATIENCE = 3600.0
 """Seconds that a task, such as a full copy, may take."""
@@ -94,7 +94,7 @@ def do(
             sessions.call("task.cancel", task)
         raise TimedOut(
             f"{sessions.url}: {name} took more than {limit:.0f} s and was cancelled",
-            remedy="look at the server's load (xe task-list), then ./invoke recover",
+            remedy=("look at the server's load (xe task-list), then ", Call("recover")),
         )
     finally:
         with contextlib.suppress(XenApiError, FarmhandError):  # xapi removes it after a day

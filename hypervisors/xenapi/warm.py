@@ -42,6 +42,7 @@ from hypervisors.xenapi.pool import Pool, Seen
 from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
+    Call,
     Conflict,
     DriverFailed,
     FarmhandError,
@@ -180,7 +181,7 @@ class Warm:
         vm, kept = seen.vm, seen.checkpoint(name)
         assert vm.owner and kept
         if vm.power is not Power.STOPPED:
-            raise WrongState(f"{vm.name} is not stopped", remedy=f"./invoke stop --vm {vm.owner.vm}")
+            raise WrongState(f"{vm.name} is not stopped", remedy=Call("stop", vm=vm.owner.vm))
         if self._disk_of(kept) is None or not self._is_there(kept.record["suspend_VDI"]):
             raise WrongState(
                 f"{vm.name}: disk or memory of checkpoint {name} is gone",
@@ -188,12 +189,14 @@ class Warm:
             )
         if not half_back(vm, seen.checkpoints):
             if vm.disk is None:
-                raise NotFound(f"{vm.name} has no disk", remedy="destroy it, then ./invoke clone-farm")
+                raise NotFound(
+                    f"{vm.name} has no disk", remedy=("destroy it, then ", Call("clone-farm"))
+                )
             self.pool.settle(seen)  # nothing, where its own is gone
         if capacity_of(self.pool.call("SR.get_record", self.pool.sr())).free < self._headroom:
             raise NoSpace(
                 f"the storage repository has less than {format_size(self._headroom)} free",
-                remedy="./invoke gc shows what can go",
+                remedy=(Call("gc"), " shows what can go"),
             )
         with making(vm.owner) as label:
             self._revert(seen, kept, label)
@@ -277,7 +280,7 @@ class Warm:
                 why = f"its server went down while it was {'kept' if stale else 'resumed'}"
             raise WrongState(
                 f"{name} is suspended, and its memory may not be that of its disk: {why}",
-                remedy=f"./invoke stop --vm {vm.owner.vm} gives the memory up; or reset it",
+                remedy=(Call("stop", vm=vm.owner.vm), " gives the memory up; or reset it"),
             )
         assert seen.vdi
         self._step(doing)
@@ -294,7 +297,7 @@ class Warm:
             if gone or error.code.startswith("SR_BACKEND_FAILURE"):
                 raise WrongState(
                     f"{name} is suspended, and its memory can't be had: {error}",
-                    remedy=f"./invoke stop --vm {vm.owner.vm} gives the memory up; or reset it",
+                    remedy=(Call("stop", vm=vm.owner.vm), " gives the memory up; or reset it"),
                 ) from error
             if error.code in _NO_MEMORY:
                 again = {**marks, "resume": ""}
@@ -307,7 +310,7 @@ class Warm:
         if name and seen.vm.owner:
             raise WrongState(
                 f"{seen.vm.name} is half way back to {name}: it can't be used before it is there",
-                remedy=f"./invoke reset --vm {seen.vm.owner.vm} --to {name} goes on with it",
+                remedy=(Call("reset", vm=seen.vm.owner.vm, to=name), " goes on with it"),
             )
 
     def lost_disk(self, seen: Seen) -> Disk | None:

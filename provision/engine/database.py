@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from host.files import make_directory, make_file
+from host.files import foreign, make_directory, make_file
 from inventory.errors import FarmhandError, NoSpace, WrongState
 
 _PATIENCE = 30  # seconds for somebody else's transaction
@@ -15,11 +15,12 @@ _PATIENCE = 30  # seconds for somebody else's transaction
 
 @contextlib.contextmanager
 def transaction(
-    path: Path, schema: str, *, write: bool, remedy: str
+    path: Path, schema: str, version: int, *, write: bool, remedy: str
 ) -> Iterator[sqlite3.Connection | None]:
     """With ``write`` durable when it is left, and nothing of it where it is left by an error. None: to
-    read, and there is no such file. ``schema``: statements that do nothing where all is there.
-    ``remedy``: what to do about a file that is damaged.
+    read, and nothing was written yet. ``schema``: statements that do nothing where all is there, and
+    ``version`` their number, from 1. ``remedy``: what to do about a file that is damaged, or not in this
+    format.
 
     Errors: NoSpace, WrongState."""
     if not write and not path.exists():
@@ -34,14 +35,26 @@ def transaction(
         with contextlib.closing(
             sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
         ) as db:
+            filled = refuse_foreign(db, path, version, remedy)
             if write:
-                db.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {schema} COMMIT;")
+                fresh = f"BEGIN IMMEDIATE; {schema} PRAGMA user_version = {version}; COMMIT;"
+                db.executescript(f"PRAGMA synchronous = FULL; {fresh}")
                 db.execute("BEGIN IMMEDIATE")
-            yield db
+            yield db if write or filled else None
             if write:
                 db.execute("COMMIT")
     except sqlite3.Error as error:
         raise _failed(path, error, remedy) from error
+
+
+def refuse_foreign(db: sqlite3.Connection, path: Path, version: int, remedy: str) -> bool:
+    """Whether anything is in it yet. WrongState where that isn't in format ``version``."""
+    found, filled = db.execute(  # at one moment: somebody else may be filling it
+        "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
+    ).fetchone()
+    if found == version or (found == 0 and not filled):
+        return bool(filled)
+    raise foreign(path, found, version, remedy)
 
 
 def _failed(path: Path, error: sqlite3.Error, remedy: str) -> FarmhandError:

@@ -21,19 +21,37 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from host.files import make_directory, make_file
 from host.processes import Process
-from inventory.errors import Busy, FarmhandError, Interrupted, NoSpace, UsageError, WrongState
+from inventory.errors import (
+    Busy,
+    FarmhandError,
+    Interrupted,
+    NoSpace,
+    Text,
+    UsageError,
+    WrongState,
+    remedy_as_data,
+    remedy_of,
+)
+from provision.engine import events
+from provision.engine.database import refuse_foreign
+from provision.engine.events import Outbox
 from provision.engine.facts import Facts, to_json
+from provision.engine.requester import NOBODY, Requester
 
 if TYPE_CHECKING:
     from provision.engine.operation import Activity
 
 _VERSION = 2
-_SCHEMA = """
+_FOREIGN = "move it aside: history is lost, VMs are not"
+_SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS operations (
     id INTEGER PRIMARY KEY, verb TEXT NOT NULL, vms TEXT NOT NULL, facts TEXT NOT NULL,
     pid INTEGER NOT NULL, pid_start TEXT NOT NULL, boot TEXT NOT NULL,
     started TEXT NOT NULL, ended TEXT, outcome TEXT, error TEXT, hindrance TEXT,
-    settled INTEGER NOT NULL DEFAULT 0
+    settled INTEGER NOT NULL DEFAULT 0,
+    user TEXT NOT NULL DEFAULT '', uid INTEGER, login TEXT NOT NULL DEFAULT '',
+    tty TEXT NOT NULL DEFAULT '', token TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS steps (
     operation INTEGER NOT NULL REFERENCES operations, n INTEGER NOT NULL,
@@ -41,8 +59,11 @@ CREATE TABLE IF NOT EXISTS steps (
 );
 CREATE INDEX IF NOT EXISTS unsettled ON operations (id) WHERE settled = 0;
 """
+    + events.SCHEMA
+)
 _COLUMNS = (
-    "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, hindrance, settled"
+    "id, verb, vms, facts, pid, pid_start, boot, started, ended, outcome, error, hindrance, settled,"
+    " user, uid, login, tty, token"
 )
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Facts)
@@ -76,8 +97,9 @@ class Record:
     ended: datetime | None
     outcome: str
     error: str
-    in_its_way: str
+    in_its_way: Text
     settled: bool
+    requester: Requester = NOBODY
     steps: tuple[tuple[datetime, str], ...] = ()
 
     @property
@@ -97,6 +119,7 @@ class Record:
             "ended": self.ended.isoformat() if self.ended else None,
             "outcome": self.outcome,
             "error": self.error,
+            "requester": self.requester.as_dict(),
             "steps": [{"at": at.isoformat(), "text": text} for at, text in self.steps],
         }
 
@@ -108,6 +131,8 @@ class Entry(Generic[_F]):
         self.id = id
         self.facts = facts
         self.must_finish = False  # an error then leaves it unfinished: recovery goes on with it
+        self.verdict, self.why = "done", ""  # where it came to its end, and that is no good one
+        self.told: Mapping[str, object] = {}  # of a build, to those who are told of its end
         self._journal = journal
         self._steps = steps
         self._guard = threading.Lock()
@@ -135,11 +160,20 @@ class Entry(Generic[_F]):
 class Journal:
     """One farm's. Opened at first use; threads and processes may use it at once.
 
-    ``writable`` False: reads only, makes no file.
+    ``writable`` False: reads only, makes no file. ``outbox``: who is told of operations.
     """
 
-    def __init__(self, path: Path, *, writable: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        writable: bool = True,
+        requester: Requester | None = None,
+        outbox: Outbox | None = None,
+    ) -> None:
         self.path = path
+        self._requester = requester or NOBODY
+        self._outbox = outbox
         self.interrupted = threading.Event()
         self._writable = writable
         self._guard = threading.RLock()
@@ -150,14 +184,16 @@ class Journal:
     def begin(self, activity: Activity[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
         """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
         Interrupted it stays unsettled, as if killed."""
-        process = self._this_process()
+        process, who = self._this_process(), self._requester
         row = self.write(
-            "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started,"
+            " user, uid, login, tty, token) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 activity.name, json.dumps(list(vms)), to_json(facts),
                 process.pid, process.start, process.boot, _now(),
+                who.user, who.uid, who.login, who.tty, who.token,
             ),
+            stage="began",
         )  # fmt: skip
         entry = Entry(self, row, facts)
         token = _current.set(entry)
@@ -173,7 +209,8 @@ class Journal:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         else:
-            self.settle(row, "done")
+            stage = "passed" if entry.verdict == "done" else "failed"
+            self._settle(row, entry.verdict, entry.why, stage, entry.told)
         finally:
             _current.reset(token)
 
@@ -188,16 +225,22 @@ class Journal:
         finally:
             _current.reset(token)
 
-    def hinder(self, id: int, why: str) -> None:
+    def hinder(self, id: int, why: Text) -> None:
         """It could not be recovered."""
-        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (why, id))
+        text = json.dumps(remedy_as_data(why))
+        self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (text, id))
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
+        """Of one that was recovered."""
+        self._settle(id, outcome, error, "recovered", {})
+
+    def _settle(self, id: int, outcome: str, error: str, stage: str, told: Mapping[str, object]) -> None:
         self.write(
             "UPDATE operations SET ended = coalesce(ended, ?), outcome = ?, error = ?, settled = 1"
             " WHERE id = ?",
             (_now(), outcome, error, id),
-        )
+            id, stage=stage, told=told,
+        )  # fmt: skip
 
     def unfinished(self) -> tuple[Record, ...]:
         """Operations whose process died or was interrupted in their midst, oldest first."""
@@ -224,16 +267,43 @@ class Journal:
                 self._connection.close()
                 self._connection = None
 
-    def write(self, sql: str, arguments: tuple[object, ...]) -> int:
-        """One statement, committed durably; the row's id for an INSERT. For this module and its
-        operations."""
+    def write(
+        self,
+        sql: str,
+        arguments: tuple[object, ...],
+        operation: int | None = None,
+        *,
+        stage: str = "",
+        told: Mapping[str, object] | None = None,
+    ) -> int:
+        """One statement, committed durably; the row's id for an INSERT. ``stage``: what it makes of the
+        operation (absent: the one inserted), for the outbox, in the same transaction. For this module
+        and its operations."""
         if not self._writable:
             raise UsageError(f"would write to {self.path}, which a plan must not")
+        outbox = self._outbox if stage else None
 
         def run(connection: sqlite3.Connection) -> int:
-            return connection.execute(sql, arguments).lastrowid or 0
+            if outbox is None:
+                return connection.execute(sql, arguments).lastrowid or 0
+            with events.transaction(connection):
+                row = connection.execute(sql, arguments).lastrowid or 0
+                query = f"SELECT {_COLUMNS} FROM operations WHERE id = ?"  # noqa: S608 - our own words
+                now = connection.execute(query, (operation or row,)).fetchone()
+                outbox.put(connection, _record(now, ()), stage, told or {})
+            return row
 
-        return self._use(run)
+        row = self._use(run)
+        if outbox is not None:
+            outbox.start()
+        return row
+
+    def troubles(self) -> tuple[str, ...]:
+        """What of the outbox could not be delivered so far, or was given up, in words."""
+        outbox = self._outbox
+        if outbox is None or not self.path.exists():
+            return ()
+        return self._use(outbox.troubles)
 
     def _records(
         self, rest: str, arguments: tuple[object, ...], *, steps: bool = True
@@ -275,7 +345,8 @@ class Journal:
             deadline = time.monotonic() + 10
             while True:  # the change to WAL doesn't wait for a process that does the same
                 try:
-                    self._is_new(connection)  # what isn't ours is left as it is
+                    # first: what isn't ours is left as it is
+                    refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
                     connection.execute("PRAGMA journal_mode = WAL")
                     break
                 except sqlite3.OperationalError as error:
@@ -287,7 +358,7 @@ class Journal:
                         raise
                     time.sleep(0.02)
             connection.execute("PRAGMA synchronous = FULL")
-            if self._is_new(connection):
+            if not refuse_foreign(connection, self.path, _VERSION, _FOREIGN):
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
                 )
@@ -304,23 +375,11 @@ class Journal:
             uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False
         )
         try:
-            self._is_new(connection)
+            refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _is_new(self, connection: sqlite3.Connection) -> bool:
-        """Whether nothing is in it yet. WrongState where it isn't in our format."""
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == _VERSION:
-            return False
-        if version == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-            return True
-        raise WrongState(
-            f"{self.path} is in format {version}, and this farmhand reads and writes {_VERSION}",
-            remedy="use the farmhand that wrote it, or move the file aside: only history is lost",
-        )
 
     def _this_process(self) -> Process:
         process = self._process
@@ -334,7 +393,8 @@ class Journal:
             self.write(
                 "UPDATE operations SET ended = ?, outcome = ?, error = ?, settled = ? WHERE id = ?",
                 (_now(), outcome, error, int(settled), id),
-            )
+                id, stage="failed",
+            )  # fmt: skip
 
     def _failure(self, error: sqlite3.Error) -> FarmhandError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -365,7 +425,8 @@ def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
-    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, hindrance, settled = row
+    number, verb, vms, facts, pid, start, boot, started, ended, outcome, error, *rest = row
+    hindrance, settled, *who = rest
     return Record(
         id=int(str(number)),
         verb=str(verb),
@@ -376,10 +437,18 @@ def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) ->
         ended=datetime.fromisoformat(str(ended)) if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
-        in_its_way=str(hindrance or ""),
+        in_its_way=remedy_of(json.loads(str(hindrance))) if hindrance else "",
         settled=bool(settled),
+        requester=_requester(*who),
         steps=steps,
     )
+
+
+def _requester(user: object, uid: object, login: object, tty: object, token: object) -> Requester:
+    return Requester(
+        user=str(user), uid=None if uid is None else int(str(uid)), login=str(login), tty=str(tty),
+        token=str(token),
+    )  # fmt: skip
 
 
 def _now() -> str:

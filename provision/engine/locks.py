@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 from host.files import file_error, make_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy
+from provision.engine.requester import NOBODY, Requester
 
 _FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
@@ -64,7 +64,7 @@ def lock_of(vm: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. ``since`` is UTC."""
+    """Who holds a lock. ``user`` is the requester, in words. ``since`` is UTC."""
 
     lock: str
     pid: int
@@ -89,8 +89,10 @@ class Holder:
 class Locks:
     """One farm's locks, as one process sees them. Re-entrant within a lease."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, requester: Requester | None = None) -> None:
+        """``requester``: for the note; whoever only looks needs none."""
         self._directory = directory
+        self._requester = requester or NOBODY
         self._guard = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._begun = 0
@@ -99,7 +101,7 @@ class Locks:
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
         """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
-        note = _note(doing)
+        note = _note(doing, self._requester)
         may_open(_FILES + _FILES_EACH * len(names))
         with leased() as lease, contextlib.ExitStack() as stack:
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
@@ -236,13 +238,13 @@ def _same(handle: int, path: Path) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
-def _note(doing: str) -> bytes:
+def _note(doing: str, requester: Requester) -> bytes:
     process = Process.this()
     note = {
         "pid": process.pid,
         "start": process.start,
         "boot": process.boot,
-        "user": _user(),
+        "user": str(requester),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "doing": doing,
     }
@@ -267,10 +269,3 @@ def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
         return holder, Process(note["pid"], note["start"], note["boot"])
     except (ValueError, KeyError, TypeError):  # cut off by a full disk
         return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from inventory.errors import Busy, Interrupted
+from inventory.errors import Busy, Call, Interrupted
 from provision.engine.locks import Locks
 
 _PATIENCE = 900.0
@@ -117,4 +117,4 @@ class Turns:
 
     def _still_wanted(self) -> None:
         if self._interrupted.is_set():
-            raise Interrupted("interrupted while waiting for memory", remedy="./invoke recover")
+            raise Interrupted("interrupted while waiting for memory", remedy=Call("recover"))

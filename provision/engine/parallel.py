@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
-from inventory.errors import FarmhandError, Interrupted, Several
+from inventory.errors import Call, FarmhandError, Interrupted, Several
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -20,14 +20,14 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
     then the error of the one that failed is raised, or Several. Ctrl-C lets each stop before its next
     step, then raises Interrupted."""
     if len(tasks) == 1:
-        for task in tasks.values():
-            task()
+        for vm, task in tasks.items():
+            _of(vm, task)
         return
     if not tasks:
         return
     with ThreadPoolExecutor(min(len(tasks), _AT_ONCE), thread_name_prefix="vm") as pool:
         futures: dict[str, Future[None]] = {
-            vm: pool.submit(copy_context().run, task) for vm, task in tasks.items()
+            vm: pool.submit(copy_context().run, _of, vm, task) for vm, task in tasks.items()
         }
         try:
             wait(futures.values())
@@ -38,7 +38,11 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
             wait(futures.values())
             raise Interrupted(
                 "interrupted; each VM stopped before its next step",
-                remedy="the same command goes on from there; ./invoke recover puts things right first",
+                remedy=(
+                    "the same command goes on from there; ",
+                    Call("recover"),
+                    " puts things right first",
+                ),
             ) from None
     errors: dict[str, FarmhandError] = {}
     for vm, future in futures.items():
@@ -52,3 +56,12 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
         raise Several(errors)
     for error in errors.values():
         raise error
+
+
+def _of(vm: str, task: Callable[[], None]) -> None:
+    """An error of its is about that VM."""
+    try:
+        task()
+    except FarmhandError as error:
+        error.vm = error.vm or vm
+        raise

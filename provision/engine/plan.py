@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from inventory.errors import Text
 from provision.engine.report import Action
 
 
@@ -23,7 +24,7 @@ Plan = Sequence[Mapping[str, Sequence[Job]]]
 side by side."""
 
 
-def job(verb: str, vm: str, text: str, run: Callable[[], object] | None = None) -> Job:
+def job(verb: str, vm: str, text: Text, run: Callable[[], object] | None = None) -> Job:
     """With one line. What ``run`` returns doesn't matter."""
     if run is None:
         return Job((Action(verb, vm, text),))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from host.files import sweep
-from inventory.errors import Busy, FarmhandError, Interrupted, Several, WrongState
+from inventory.errors import Busy, FarmhandError, Interrupted, Several, Text, WrongState, spelled
 from provision.engine import registry
 from provision.engine.operation import Recovery
 from provision.engine.report import Action
@@ -41,7 +41,7 @@ def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) ->
             # one for the VMs of a half-done change is refused, and told why
             concerned = set(vms) & set(record.vms) and not half_done(record)
             if not strict and (concerned or whole(error) != record.in_its_way):
-                text = f"could not recover its {record.verb}: {whole(error)}"
+                text = (f"could not recover its {record.verb}: ", whole(error))
                 site.reporter.warn(text, vm=record.vm)
     if actions and not site.plan:
         _sweep(site)
@@ -50,8 +50,8 @@ def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) ->
     return tuple(actions)
 
 
-def whole(error: FarmhandError) -> str:
-    return f"{error.message} ({error.remedy})" if error.remedy else error.message
+def whole(error: FarmhandError) -> Text:
+    return (error.message, " (", error.remedy, ")") if error.remedy else error.message
 
 
 def half_done(record: Record) -> bool:
@@ -102,7 +102,7 @@ def _recover(site: Site, record: Record) -> Iterator[Action]:
                 activity.after(site, now)
         action = _action(now, recovery)
         with contextlib.suppress(WrongState):  # the journal may have gone with its farm
-            site.journal.settle(now.id, "recovered", action.text)
+            site.journal.settle(now.id, "recovered", spelled(action.text))
         site.reporter.warn(action.text, vm=now.vm)
         yield action
 

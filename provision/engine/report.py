@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from inventory.errors import Remedy
+from inventory.errors import Text, spelled
 
 UNCHANGING = ("keep", "note")
 """Verbs of the actions that change nothing: ``keep`` is as declared, ``note`` is worth knowing."""
@@ -15,27 +15,27 @@ UNCHANGING = ("keep", "note")
 class Reporter(Protocol):
     """Told by any thread, at any time."""
 
-    def say(self, text: str, *, vm: str = "") -> None:
+    def say(self, text: Text, *, vm: str = "") -> None:
         """Something happened; stays on the screen."""
 
     def working(self, text: str, *, vm: str = "") -> None:
         """Under way; shown on a terminal, may be dropped elsewhere. What follows a semicolon is how far
         it is: the same thing goes on where only that changes."""
 
-    def warn(self, text: Remedy, *, vm: str = "") -> None:
+    def warn(self, text: Text, *, vm: str = "") -> None:
         """Worth a look, though the work goes on."""
 
 
 class QuietReporter:
     """Says nothing: for libraries, tests and ``--json``."""
 
-    def say(self, text: str, *, vm: str = "") -> None:
+    def say(self, text: Text, *, vm: str = "") -> None:
         """Drops it."""
 
     def working(self, text: str, *, vm: str = "") -> None:
         """Drops it."""
 
-    def warn(self, text: Remedy, *, vm: str = "") -> None:
+    def warn(self, text: Text, *, vm: str = "") -> None:
         """Drops it."""
 
 
@@ -45,10 +45,11 @@ class Action:
 
     verb: str
     vm: str
-    text: str
+    text: Text
 
     def __str__(self) -> str:
-        return f"{self.vm}: {self.text}" if self.vm else self.text
+        text = spelled(self.text)
+        return f"{self.vm}: {text}" if self.vm else text
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from inventory.errors import Busy, WrongState, some
+from inventory.errors import Busy, Call, WrongState, some, spelled
 from provision.engine.locks import leased, lock_of
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan
@@ -52,12 +52,9 @@ class Run:
         of those that did otherwise, what they did."""
         jobs = [job for stage in plan for chain in stage.values() for job in chain]
         done = {id(job): job.actions for job in jobs}
-        try:
-            if not self.site.plan:
-                for stage in plan:
-                    self._stage(stage, done)
-        finally:
-            self.add(*(action for job in jobs for action in done[id(job)]))
+        for stage in () if self.site.plan else plan:
+            self._stage(stage, done)
+        self.add(*(action for job in jobs for action in done[id(job)]))
 
     def _stage(self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]) -> None:
         for job in (job for chain in stage.values() for job in chain if job.run is None):
@@ -135,12 +132,16 @@ def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
     for record in site.journal.unfinished():
         both = [vm for vm in record.vms if vm in wanted]
         if both and half_done(record):
-            why = f"; in its way: {record.in_its_way}" if record.in_its_way else ""
+            why = f"; in its way: {spelled(record.in_its_way)}" if record.in_its_way else ""
             raise WrongState(
                 f"{site.name}: a {record.verb} of {', '.join(record.vms)} is half done: "
                 f"{', '.join(both)} can't be used before it is finished{why}",
-                remedy="./invoke recover tries again; or ./invoke destroy a VM that can't be brought "
-                "there",
+                remedy=(
+                    Call("recover"),
+                    " tries again; or ",
+                    Call("destroy"),
+                    " a VM that can't be brought there",
+                ),
             )
 
 

@@ -32,7 +32,15 @@ import asyncssh
 
 from host.files import make_directory, open_new
 from host.run import Runner, hang_up
-from inventory.errors import Conflict, ConnectionLost, DriverFailed, NotFound, Unsupported, UsageError
+from inventory.errors import (
+    Call,
+    Conflict,
+    ConnectionLost,
+    DriverFailed,
+    NotFound,
+    Unsupported,
+    UsageError,
+)
 from provision.git import reading
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.shell import Shell, ended, start
@@ -261,7 +269,7 @@ class Connection:
         return ConnectionLost(
             f"the ssh connection to {self.endpoint.place} was lost: {why}",
             vm=self.endpoint.vm,
-            remedy=f"see ./invoke console --vm {self.endpoint.vm}",
+            remedy=("see ", Call("console", vm=self.endpoint.vm)),
         )
 
     # -- files --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ gap before the first partition. The recipe is data, see templates/recipes/.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from host.hints import NAMESPACES, ROOM, Hint, hint
+from host.processes import account
 from host.run import Runner, which
 from hypervisors.disks.images import convert
 from inventory.errors import CommandFailed, NoSpace, NotFound, Unsupported, UsageError, WrongState
@@ -294,7 +294,7 @@ def _need_room(directory: Path) -> None:
 
 def _check_unshare(runner: Runner) -> None:
     """An ordinary user needs a user namespace and a range of ids for it: say which one is missing."""
-    user = getpass.getuser()
+    user = account(os.getuid())
     if not which("newuidmap"):
         raise Unsupported("an ordinary user's build needs newuidmap", remedy="apt-get install uidmap")
     for file in (Path("/etc/subuid"), Path("/etc/subgid")):

@@ -16,6 +16,7 @@ import asyncssh
 from host.files import make_directory, open_to_append
 from host.progress import Progress
 from inventory.errors import (
+    Call,
     Conflict,
     ConnectionLost,
     DriverFailed,
@@ -102,7 +103,7 @@ async def wait_ready(
             if not await asyncio.to_thread(running):
                 raise WrongState(
                     f"{endpoint.vm} stopped {now - since:.0f} s after its start, before ssh answered",
-                    remedy=f"see ./invoke console --vm {endpoint.vm}",
+                    remedy=("see ", Call("console", vm=endpoint.vm)),
                     detail=tail(),
                 )
             await asyncio.to_thread(progress.look)
@@ -115,8 +116,11 @@ async def wait_ready(
             raise TimedOut(
                 f"ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
                 vm=endpoint.vm,
-                remedy=f"look at ./invoke console --vm {endpoint.vm}; "
-                "a slow machine needs a longer ssh: ready_timeout",
+                remedy=(
+                    "look at ",
+                    Call("console", vm=endpoint.vm),
+                    "; a slow machine needs a longer ssh: ready_timeout",
+                ),
                 detail=tail(),
             )
         await asyncio.sleep(min(pause, left))
@@ -239,7 +243,7 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         raise ConnectionLost(
             f"no ssh at {endpoint.place}: {_words(error)}",
             vm=endpoint.vm,
-            remedy=f"is it running? ./invoke status; ./invoke console --vm {endpoint.vm}",
+            remedy=("is it running? ", Call("status"), "; ", Call("console", vm=endpoint.vm)),
         ) from None
     except (asyncssh.KeyImportError, ValueError) as error:
         raise FarmhandError(f"{endpoint.key} is not a usable private key: {error}") from None
@@ -254,8 +258,12 @@ def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
         f"somebody else answers at {endpoint.place}: "
         f"its host key{from_there} is not the one {endpoint.vm} was given",
         vm=endpoint.vm,
-        remedy="another machine has this address or port; if the VM was made anew by other hands, "
-        f"./invoke destroy --vm {endpoint.vm} and ./invoke clone-farm"
+        remedy=(
+            "another machine has this address or port; if the VM was made anew by other hands, ",
+            Call("destroy", vm=endpoint.vm),
+            " and ",
+            Call("clone-farm"),
+        )
         if endpoint.host_key
         else f"if that machine was set up anew, remove its line from {_known_hosts(endpoint)}",
     )

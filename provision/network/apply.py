@@ -29,7 +29,7 @@ from pathlib import Path
 from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
-from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState
+from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState, joined
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
@@ -328,7 +328,7 @@ def _carry_out(
 
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
-    error.remedy = f"{error.remedy}{'; ' if error.remedy else ''}{state}"
+    error.remedy = joined(filter(None, (error.remedy, state)))
 
 
 def _state_file(site: Site) -> Path:

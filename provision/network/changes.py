@@ -97,8 +97,9 @@ class Examiner:
         renderer = Renderer(self._farm, allocations, serials=serials)
         documents = renderer.documents(names)
         paths: set[str] = set()
-        if vms is not None and apart:
-            hosts, paths = host_files(self._farm, allocations, vms, apart, self._state.files)
+        spread = [service for service in apart if service.host_files(self._farm)]
+        if vms is not None and spread:
+            hosts, paths = host_files(self._farm, allocations, vms, spread, self._state.files)
             documents += hosts
         changes: dict[str, FileChange] = {}
         for document in documents:
@@ -268,8 +269,8 @@ def _file_change(
 
 
 def _make_room(document: Document, farm: Farm) -> str:
-    can_share = any(s.CAN_SHARE for s in used(farm) if document.service == s.NAME)
-    if can_share or document.zone:
+    [service] = (service for service in used(farm) if document.service == service.NAME)
+    if document.zone or document.path in (getattr(service, key) for key in service.CAN_SHARE):
         return (
             "keep it and set 'own: block', or move its content into the farm file "
             f"(network-import) and the file aside: mv {document.path} {document.path}.before-farmhand"

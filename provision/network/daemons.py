@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from host.run import Runner
 from inventory.errors import DriverFailed
-from inventory.model import Farm
-from provision.network.changes import FileChange
 from provision.network.service import Step, services
+
+if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.model import Farm
+    from provision.network.changes import FileChange
 
 SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from inventory.errors import Conflict, DriverFailed, FarmhandError
+from inventory.errors import Call, Conflict, DriverFailed, FarmhandError
 from provision.network.records import Live, Op, Records, Zones, batches, counted, ordered
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Server:
         if code in (dns.rcode.YXDOMAIN, dns.rcode.YXRRSET, dns.rcode.NXRRSET, dns.rcode.NXDOMAIN):
             raise Conflict(
                 f"{zone}: a name of this update is not as it was left: somebody changed it by hand",
-                remedy="./invoke network-apply --plan names it",
+                remedy=(Call("network-apply", plan=True), " names it"),
             )
         if code != dns.rcode.NOERROR:
             raise self._failed(zone, "update it", dns.rcode.to_text(code))

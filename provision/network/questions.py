@@ -13,12 +13,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from inventory.model import Farm
-from provision.network.service import Question
+from provision.network.service import NotAsked, Question, Silent
 from provision.network.view import ProxyRow, View, VmRow
 
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _PATIENCE = 3.0  # seconds for each answer
-NO_ANSWER = "no answer"
 
 # ---- Names
 
@@ -65,7 +64,7 @@ def _query(server: tuple[str, int], name: str, kind: str) -> str:
         try:
             answer = dns.query.udp(question, server[0], port=server[1], timeout=_PATIENCE)
         except (dns.exception.DNSException, OSError) as error:
-            seen = f"{NO_ANSWER} ({type(error).__name__})"
+            why = type(error).__name__
             continue
         found = sorted(
             rdata.to_text()
@@ -74,7 +73,7 @@ def _query(server: tuple[str, int], name: str, kind: str) -> str:
             for rdata in rrset
         )
         return " ".join(found) or str(dns.rcode.to_text(answer.rcode()))
-    return seen
+    raise Silent(why)
 
 
 # ---- Proxies and NAT, beside the VM's own answer
@@ -117,7 +116,8 @@ def _http(address: str, port: int, host: str, *, secure: bool = False) -> str:
         response = connection.getresponse()
         size = len(response.read(1 << 20))
     except (OSError, http.client.HTTPException) as error:
-        return f"{NO_ANSWER} ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Silent(why) from None
     finally:
         connection.close()
     return f"{response.status}, {size} bytes"
@@ -137,9 +137,9 @@ def _presented(server: tuple[str, int], name: str, file: str, right: str) -> str
     try:
         found = _PEM.findall(Path(file).read_text(encoding="ascii", errors="replace"))
     except OSError as error:
-        return f"could not read {file}: {error.strerror}"
+        raise NotAsked(f"could not read {file}: {error.strerror}") from None
     if not found:
-        return f"could not find a certificate in {file}"
+        raise NotAsked(f"could not find a certificate in {file}")
     try:
         context = ssl.create_default_context(cadata="\n".join(found))
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -151,7 +151,7 @@ def _presented(server: tuple[str, int], name: str, file: str, right: str) -> str
     except ssl.SSLCertVerificationError as error:
         return f"refused: {error.verify_message}"
     except OSError as error:
-        return f"{NO_ANSWER} ({error.strerror or error})"
+        raise Silent(error.strerror or error) from None
     return right if given == ssl.PEM_cert_to_DER_cert(found[0]) else "another: the file is newer"
 
 
@@ -171,4 +171,4 @@ def _banner(address: str, port: int) -> str:
                 return peer.recv(255).decode(errors="replace").strip() or "closed"
             return "connected"
     except OSError as error:
-        return f"{NO_ANSWER} ({error.strerror or error})"
+        raise Silent(error.strerror or error) from None

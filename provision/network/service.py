@@ -2,7 +2,8 @@
 file, in one file of ``provision.network.services``.
 
 What renders, applies, undoes, verifies and diagnoses asks the services that a farm uses, and knows none
-by its name. A new one: its file, its templates, a line in the registry.
+by its name. A new one: its file, its templates, a line in the registry. Each command on a farm imports
+the files of its services, so what is at their top is light.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from inventory.services import ServiceSection
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -44,10 +45,21 @@ class Step:
     run: Callable[[Runner], None]
 
 
+class Silent(Exception):
+    """Nobody answered."""
+
+    def __init__(self, why: object = "") -> None:
+        super().__init__(f"no answer ({why})" if why else "no answer")
+
+
+class NotAsked(Exception):
+    """It can't be asked from here: why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """``ask`` gives what is seen; ``expected`` what should be, told beforehand or asked for as well.
-    Either may say that it can't be known."""
+    Either may raise Silent; ``ask`` NotAsked."""
 
     service: str
     vm: str
@@ -75,8 +87,8 @@ class Service(ServiceSection, ABC):
     """Commands that check it or tell it, each with its Debian package."""
     STRINGS: ClassVar[Mapping[str, Callable[[str], Word]]] = {}
     """How its formats quote a text, by the template; others have no quoted strings."""
-    CAN_SHARE: ClassVar[bool] = False
-    """Its file may be the admin's, with a block of ours in it."""
+    CAN_SHARE: ClassVar[tuple[str, ...]] = ()
+    """Keys of files that may be the admin's, with a block of ours in each (`own: block`)."""
     ANSWERS_DHCP: ClassVar[bool] = False
     """It answers on the network's bridge."""
     TOLD_LAST: ClassVar[bool] = False

@@ -16,6 +16,7 @@ from provision.engine.database import transaction
 from provision.network.document import Document
 from provision.network.records import Records, Zones
 
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, service TEXT NOT NULL, own TEXT NOT NULL,
@@ -133,7 +134,7 @@ class StateFile:
     def _open(self, *, write: bool) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
         """A transaction, durable when it is left; None: to read, and there is none."""
         remedy = "move it aside: what left the farm file since must then be removed by hand"
-        return transaction(self.path, _SCHEMA, write=write, remedy=remedy)
+        return transaction(self.path, _SCHEMA, _VERSION, write=write, remedy=remedy)
 
 
 def _row(document: Document) -> tuple[str, ...]:

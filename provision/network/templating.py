@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import json
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inventory.errors import TemplateFailed
-from provision.network.view import Word
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -33,6 +31,12 @@ _WORD = re.compile(r"[A-Za-z0-9_./:@+-]*")
 _MARK = re.compile("(?:BEGIN|END) farmhand")
 _MISTAKES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _AROUND = 2  # lines before and after the one that is wrong
+
+
+class Word(str):
+    """Text that every format takes as it is, without quotes: a name, an address, a number, a path."""
+
+    __slots__ = ()
 
 
 class Unwritable(ValueError):
@@ -122,6 +126,8 @@ class Templates:
 
     def _place(self, error: BaseException, file: str) -> tuple[str, int]:
         """jinja2 has put the template's lines into the traceback."""
+        import traceback
+
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             path = Path(frame.filename)
             if path.suffix == ".j2":

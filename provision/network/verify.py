@@ -7,15 +7,14 @@ What can't be told (the VM is off) is said, and is not taken for right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from inventory.errors import FarmhandError
 from provision.network.dhcp_probe import probe
-from provision.network.questions import NO_ANSWER
 from provision.network.rendered import chosen
-from provision.network.service import Question
+from provision.network.service import NotAsked, Question, Silent
 from provision.network.service import services as services_of
 from provision.network.view import VmRow, view
 from provision.site import Site
@@ -25,7 +24,7 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``ok`` None: it could not be told."""
+    """``ok`` None: it could not be told, and ``why``."""
 
     service: str
     vm: str
@@ -33,6 +32,7 @@ class Answer:
     expected: str
     seen: str
     ok: bool | None
+    why: str = ""
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -42,6 +42,7 @@ class Answer:
             "expected": self.expected,
             "seen": self.seen,
             "ok": self.ok,
+            "why": self.why,
         }
 
 
@@ -94,20 +95,31 @@ def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] 
 
 def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:
     bridge = site.farm.network.bridge or ""
+    why = ""
+    found: Mapping[str, str] = {}
     try:
         found = probe(site.runner, bridge, [row.mac for row in rows])
     except FarmhandError as error:
-        found = dict.fromkeys((row.mac for row in rows), f"could not be asked: {error.message}")
+        why = f"could not be asked: {error.message}"
     for row in rows:
-        seen = found.get(row.mac, NO_ANSWER)
+        seen = why or found.get(row.mac, str(Silent()))
         text = f"exchange for {row.mac}, expect {row.address}"
-        known = None if seen.startswith("could not") else seen == row.address
-        yield Answer(servers, row.vm, text, str(row.address), seen, known)
+        known = None if why else seen == row.address
+        yield Answer(servers, row.vm, text, str(row.address), seen, known, why)
 
 
 def _answer(question: Question) -> Answer:
-    seen, expected = question.ask(), question.expected()
-    ok: bool | None = seen == expected
-    if expected.startswith(NO_ANSWER) or seen.startswith("could not"):
-        ok = None  # the VM itself is silent: what its proxy or port says proves nothing
-    return Answer(question.service, question.vm, question.text, expected, seen, ok)
+    why = ""
+    try:
+        expected = question.expected()
+    except Silent as error:
+        expected = str(error)
+        why = f"the VM itself: {error}"  # what its proxy or port says then proves nothing
+    try:
+        seen = question.ask()
+    except Silent as error:
+        seen = str(error)
+    except NotAsked as error:
+        seen = why = str(error)
+    ok = None if why else seen == expected
+    return Answer(question.service, question.vm, question.text, expected, seen, ok, why)

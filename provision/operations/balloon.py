@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Machine
-from inventory.errors import FarmhandError, Unsupported, UsageError, WrongState
+from inventory.errors import Call, FarmhandError, Unsupported, UsageError, WrongState
 from inventory.sizes import brief, format_size
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
@@ -51,7 +51,7 @@ class Balloon(Operation):
         if not is_on(machine):
             raise WrongState(
                 f"{site.name}: {vm} is stopped: memory is given to running VMs",
-                remedy=f"./invoke start --vm {vm}",
+                remedy=Call("start", vm=vm),
             )
         if target > machine.memory:
             raise UsageError(

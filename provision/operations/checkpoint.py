@@ -10,6 +10,7 @@ from functools import partial
 from hypervisors.api import Checkpoint as Kept
 from hypervisors.api import Disk, Disks, FarmDisks, Machine, Power
 from inventory.errors import (
+    Call,
     Conflict,
     FarmhandError,
     Interrupted,
@@ -161,7 +162,7 @@ class Checkpoint(Operation):
                 raise
             except FarmhandError:
                 if not is_on(member.look()):
-                    site.reporter.warn("it doesn't run any more: ./invoke start", vm=vm)
+                    site.reporter.warn(("it doesn't run any more: ", Call("start")), vm=vm)
                 raise
             site.reporter.say(f"kept as {self.label}, disk and memory; it runs on", vm=vm)
 
@@ -197,7 +198,7 @@ def _check_warm(member: Member, machine: Machine) -> None:
     if machine.power is not Power.RUNNING:
         raise WrongState(
             f"{site.name}: {vm} is {machine.power}: a warm checkpoint is of a running VM",
-            remedy=f"./invoke start --vm {vm}; or a cold one, without --warm",
+            remedy=(Call("start", vm=vm), "; or a cold one, without --warm"),
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Disk, Machine, Power, Template
-from inventory.errors import Conflict, FarmhandError, Interrupted, NoSpace, NotFound, some
+from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NoSpace, NotFound, joined, some
 from inventory.sizes import format_duration, format_size
 from provision.allocate import Allocation
 from provision.engine.facts import Facts, NoFacts
@@ -225,7 +225,7 @@ class _Templates:
             if found is None:
                 raise NotFound(
                     f"{self._site.name}: template {name} is not in the store of host {member.host}",
-                    remedy=f"./invoke template-build {name}",
+                    remedy=Call("template-build", name=name),
                 )
             return found
 
@@ -253,7 +253,7 @@ def _make_again(member: Member, gone: Lost) -> Job:
     def refuse() -> None:
         raise gone.error(member)
 
-    return job("note", vm, f"{gone.text}; {gone.remedy}", refuse)
+    return job("note", vm, joined((gone.text, gone.remedy)), refuse)
 
 
 def _make(member: Member, templates: _Templates, disk: Disk | None) -> list[Job]:
@@ -264,7 +264,7 @@ def _make(member: Member, templates: _Templates, disk: Disk | None) -> list[Job]
         if not member.store.pristine(member.machine, "clean"):
             raise Conflict(
                 f"{site.name}: {vm} has a disk that was written to ({disk.path}), but no machine",
-                remedy=f"copy what you need from it, then remove it: ./invoke destroy --vm {vm}",
+                remedy=("copy what you need from it, then remove it: ", Call("destroy", vm=vm)),
             )
         text = "remove a disk that no machine has and nothing was written to"
         jobs.append(job("discard", vm, text, partial(_undo, member)))
@@ -370,5 +370,5 @@ def _check_space(site: Site, members: Sequence[Member], starting: Collection[str
             raise NoSpace(
                 f"{site.name}: the disk store of host {host} has {format_size(free)} free; cloning "
                 f"{some(new)} takes {format_size(wanted)} at least",
-                remedy="./invoke gc shows what can go, or give the host's 'disks' another path",
+                remedy=(Call("gc"), " shows what can go, or give the host's 'disks' another path"),
             )

@@ -308,7 +308,11 @@ def _finish_farm(site: Site, *, purge: bool) -> None:
 
 
 def last_of(site: Site) -> None:
-    """Journal, locks, the directory itself: killed in between, nothing of worth is left."""
+    """Journal, locks, the directory itself: killed in between, nothing of worth is left. What can't be
+    told to subscribers now goes with the journal."""
+    site.outbox.close()
+    for text in site.journal.troubles():
+        site.reporter.warn(f"{text}; they go with the farm")
     site.journal.close()
     if site.paths.root.is_dir():
         keep = [site.paths.builds, site.paths.locks]

@@ -25,7 +25,7 @@ from functools import partial
 from typing import TypeVar
 
 from hypervisors.api import Disks, FarmDisks, WarmDisks
-from inventory.errors import FarmhandError, Interrupted, NoSpace, WrongState
+from inventory.errors import Call, FarmhandError, Interrupted, NoSpace, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, Record
 from provision.engine.operation import Recovery
@@ -243,9 +243,9 @@ def _halfway(error: FarmhandError, changed: Sequence[str], vms: Sequence[str]) -
         state = f"{', '.join(changed)} is done, {rest} not yet"
     else:
         state = f"some of {rest} may be done, others not yet"
-    first = f"{error.remedy}; then " if error.remedy else ""
+    first = (error.remedy, "; then ") if error.remedy else ""
     return WrongState(
         f"{error.message}; {state}: all stay stopped until they are at one",
-        remedy=f"{first}./invoke recover takes the rest there",
+        remedy=(first, Call("recover"), " takes the rest there"),
         detail=error.detail,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hypervisors.api import Checkpoint, Disks, FarmDisks
-from inventory.errors import DriverFailed, FarmhandError, NotFound, Unsupported, some
+from inventory.errors import Call, DriverFailed, FarmhandError, NotFound, Unsupported, some
 from inventory.sizes import format_duration
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
@@ -132,7 +132,7 @@ class Reset(Operation):
         if warm and len(members) > 1:
             raise Unsupported(
                 f"{site.name}: {warm[0]}'s checkpoint {self.to} is warm: that is for one VM at a time",
-                remedy=f"one by one: ./invoke reset --vm {warm[0]} --to {self.to}",
+                remedy=("one by one: ", Call("reset", vm=warm[0], to=self.to)),
             )
         first = check_memory(members, wait=self.wait) if self.start else ()
         ours = [member for member in members if member.can_power]
@@ -220,8 +220,11 @@ def prove(members: Sequence[Member], to: str) -> Mapping[str, Proof]:
             raise DriverFailed(
                 f"{member.site.name}: {member.vm}'s disk was reset, but isn't provably checkpoint {to}: "
                 "not started",
-                remedy=f"reset it again; if that fails too, ./invoke destroy --vm {member.vm} "
-                "and clone it again",
+                remedy=(
+                    "reset it again; if that fails too, ",
+                    Call("destroy", vm=member.vm),
+                    " and clone it again",
+                ),
             )
         proofs[member.vm] = Proof(to, True, template=disk.template, disk=str(disk.path))
 

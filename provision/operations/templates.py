@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory, make_file, open_to_append, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
-from inventory.errors import NoSpace, NotFound, UsageError
+from inventory.errors import Call, NoSpace, NotFound, UsageError
 from inventory.model import TemplateSource
 from provision.engine.facts import Facts
 from provision.engine.journal import Record
@@ -160,7 +160,9 @@ class TemplateRemove(Operation):
             near = get_close_matches(label, known, 3, 0.4) or known
             raise NotFound(
                 f"no template {label}",
-                remedy=f"there are: {', '.join(near)}" if near else "make one: ./invoke template-build",
+                remedy=f"there are: {', '.join(near)}"
+                if near
+                else ("make one: ", Call("template-build")),
             )
         run.fact(template=label)
         lines = (Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
@@ -221,7 +223,6 @@ class _Image:
     size: int
     sha256: str
     origin: str
-    firstboot: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
     source = _source(site, name)
     if source.build is None:
         raise UsageError(
-            f"template {name} is imported, not built", remedy=f"./invoke template-import {name}"
+            f"template {name} is imported, not built", remedy=Call("template-import", name=name)
         )
     hosts = _hosts(site, name)
     generation = _next_generation(site, name, hosts)
@@ -284,9 +285,7 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
         cached = found or _build(site, recipe, source.size, key, fresh=fresh)
-        yield _Image(
-            _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand"
-        )
+        yield _Image(_image_file(key), source.size, cached.sha256, origin)
 
     return _Making(site, name, generation, hosts, source, first, image)
 
@@ -298,7 +297,7 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
     if given is None and source.image is None:
         raise UsageError(
             f"template {name} is built from recipe {source.build}",
-            remedy=f"./invoke template-build {name}",
+            remedy=Call("template-build", name=name),
         )
     path = given or site.farm.path.parent / (source.image or "")
     path = path.expanduser().resolve()
@@ -319,7 +318,6 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
                     image_info(site.runner, work).size,
                     sha256_file(work),
                     f"{path.name} sha256:{sha256_file(path)}",
-                    source.firstboot or "cloud-init",
                 )
             finally:
                 work.unlink(missing_ok=True)

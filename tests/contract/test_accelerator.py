@@ -19,7 +19,7 @@ from host.run import Runner, which
 from hypervisors.api import Machine, Power
 from hypervisors.libvirt import kvm
 from hypervisors.libvirt.kvm import KvmVerdict, distrust_kvm, kvm_usable, try_guest
-from inventory.errors import Unsupported, UsageError
+from inventory.errors import Text, Unsupported, UsageError, spelled
 from inventory.loader import load
 from provision import farm
 from provision.doctor import examine
@@ -34,8 +34,8 @@ class Heard(QuietReporter):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str, *, vm: str = "") -> None:
-        self.said.append(f"{vm}: {text}")
+    def say(self, text: Text, *, vm: str = "") -> None:
+        self.said.append(f"{vm}: {spelled(text)}")
 
 
 class Desk:

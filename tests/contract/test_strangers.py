@@ -17,7 +17,7 @@ import pytest
 from rigs import SIZE, short_directory, template
 from strangers_rig import LvmNeighbours, Qcow2Neighbours, ZfsNeighbours
 
-from inventory.errors import NotOurs
+from inventory.errors import NotOurs, Text, spelled
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
@@ -30,8 +30,8 @@ class Told(QuietReporter):
     def __init__(self) -> None:
         self.warned: list[str] = []
 
-    def warn(self, text: str, *, vm: str = "") -> None:
-        self.warned.append(f"{vm}: {text}")
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warned.append(f"{vm}: {spelled(text)}")
 
 
 class Town:

@@ -23,7 +23,7 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kinds import Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.kvm_trust import KvmTrust
-from inventory.errors import Several, TimedOut
+from inventory.errors import Several, Text, TimedOut, spelled
 from inventory.loader import load
 from provision import farm
 from provision.allocate import Allocation
@@ -49,8 +49,8 @@ class Heard(QuietReporter):
     def __init__(self) -> None:
         self.warnings: list[tuple[str, str]] = []
 
-    def warn(self, text: str, *, vm: str = "") -> None:
-        self.warnings.append((vm, text))
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warnings.append((vm, spelled(text)))
 
 
 class GuestMember(Member):

@@ -23,6 +23,7 @@ from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import watch
 from inventory.errors import (
+    Call,
     DriverFailed,
     FarmhandError,
     NoSpace,
@@ -30,6 +31,7 @@ from inventory.errors import (
     TimedOut,
     Unsupported,
     UsageError,
+    calls_in,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -407,7 +409,7 @@ def test_a_machine_whose_disk_is_gone_is_put_back(rig, server, made):
         assert list(made.leftovers()) == []
         with pytest.raises(NotFound, match="no disk") as caught:
             made.start(NAME)
-        assert "./invoke reset --vm prod --to one" in caught.value.remedy
+        assert Call("reset", vm="prod", to="one") in calls_in(caught.value.remedy)
         made.reset(NAME, name)
         assert rig.read(NAME) == letter and disks.pristine(NAME, name) and disks.left(NAME) == []
 

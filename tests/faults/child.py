@@ -7,8 +7,9 @@ everything and opened nothing: hundreds of kills would else be mostly hundreds o
 WHEN "written": right after step NUMBER was written, its change not begun. "done": at the first thing
 written after that, so its change was made. Product code has no hook for this: the journal's own
 methods are wrapped here. "called": when call NUMBER of a server's API was answered; the text is the
-call's name. "alone": after NUMBER seconds, its commands live on; "together": they are
-killed too. "never": the text is the numbers of steps and of calls.
+call's name. "putting": event NUMBER is written, and its transaction open; "telling" and "told": right
+before and right after a receiver is told of event NUMBER. "alone": after NUMBER seconds, its commands
+live on; "together": they are killed too. "never": the text is the numbers of steps and of calls.
 
 Arguments: "still", machines run nothing, see still.py; "listens", there are guests that shut down when
 they are asked to.
@@ -31,7 +32,7 @@ from typing import Any
 
 from still import StillSite
 
-import cli.composition  # noqa: F401 - before a farm file is read
+import cli.composition  # noqa: F401 - what there is
 import hypervisors.disks.lvm.classic  # imported for the forks, as the next ones are
 import hypervisors.disks.lvm.thin
 import hypervisors.disks.zfs.disks  # noqa: F401
@@ -40,8 +41,9 @@ from hypervisors.fake import world as fake_world
 from hypervisors.xenapi.session import Sessions
 from inventory.loader import load
 from provision import farm
-from provision.engine import journal
+from provision.engine import events, journal
 from provision.engine.report import QuietReporter
+from provision.events.webhook import Webhook
 from provision.operations import checkpoint
 from provision.operations import templates as golden
 from provision.site import Site
@@ -66,10 +68,10 @@ def arm(when: str, number: int) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 armed = True
 
-    def write(self: journal.Journal, sql: str, arguments: tuple[object, ...]) -> int:
+    def write(self: journal.Journal, *arguments: Any, **more: Any) -> int:
         if armed:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real_write(self, sql, arguments)
+        return real_write(self, *arguments, **more)
 
     journal.Entry.step = step  # type: ignore[method-assign]
     journal.Journal.write = write  # type: ignore[method-assign]
@@ -106,6 +108,32 @@ def arm_calls(number: int) -> None:
     watch_calls(told)
 
 
+def arm_events(when: str, number: int) -> None:
+    guard = threading.Lock()
+    seen = 0
+
+    def passing(kind: str, words: str) -> None:
+        nonlocal seen
+        with guard:
+            seen += kind == when
+            if seen == number and kind == when:
+                print(words, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    real_put, real_deliver = events.Outbox.put, Webhook.deliver
+
+    def put(self: events.Outbox, *arguments: Any) -> None:
+        real_put(self, *arguments)
+        passing("putting", f"event of {arguments[1].verb}, {arguments[2]}")
+
+    def deliver(self: Webhook, event: events.Event) -> None:
+        passing("telling", f"event {event.type}")
+        real_deliver(self, event)
+        passing("told", f"event {event.type}")
+
+    events.Outbox.put, Webhook.deliver = put, deliver  # type: ignore[method-assign]
+
+
 def count() -> list[str]:
     """The steps, as they are written."""
     real_step = journal.Entry.step
@@ -126,6 +154,8 @@ def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str
         watch_calls(calls.append)
     if when == "called":
         arm_calls(int(number))
+    if when in ("putting", "telling", "told"):
+        arm_events(when, int(number))
     if when in ("written", "done"):
         arm(when, int(number))
     if "listens" not in sys.argv:

@@ -25,8 +25,9 @@ from typing import Any
 
 from places import SIZE, TEMPLATE, LvmPlace, Place, ZfsPlace, run
 
-import cli.composition  # noqa: F401 - before a farm file is read
+import cli.composition  # noqa: F401
 from hypervisors.api import Template
+from inventory.errors import Text, spelled
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import Reporter
@@ -51,8 +52,8 @@ VMS
 
 
 class OnStandardError:
-    def say(self, text: str, *, vm: str = "") -> None:
-        print(f"{vm}: {text}", file=sys.stderr)
+    def say(self, text: Text, *, vm: str = "") -> None:
+        print(f"{vm}: {spelled(text)}", file=sys.stderr)
 
     working = say
     warn = say

@@ -85,6 +85,18 @@ def test_an_edit_of_what_is_ours_is_noticed(yard: Yard, service: str) -> None:
     assert not yard.apply().changed
 
 
+def test_what_to_do_with_a_file_of_anothers(yard: Yard) -> None:
+    """Of haproxy's files one alone may be shared."""
+    yard.use("haproxy")
+    for key, remedy in (("map", "give the service another path"), ("config", "set 'own: block'")):
+        path = Path(yard.services["haproxy"][key])
+        path.write_text("mine\n")
+        with pytest.raises(NotOurs) as caught:
+            yard.apply()
+        assert remedy in str(caught.value.remedy)
+        path.unlink()
+
+
 def test_a_file_of_another_is_never_touched(yard: Yard) -> None:
     yard.use("ssh_config")
     path = yard.directory / "ssh_config"

@@ -12,6 +12,7 @@ from sshd_machine import Sshd, make_key
 
 from builds.operation import RunCycle
 from builds.record import BuildRecord, find_record
+from inventory.errors import Text, spelled
 from inventory.loader import load
 from provision.engine.report import Action, QuietReporter
 from provision.engine.runner import perform
@@ -39,11 +40,11 @@ class Told(QuietReporter):
         self.said: list[str] = []
         self.warned: list[str] = []
 
-    def say(self, text: str, *, vm: str = "") -> None:
-        self.said.append(f"{vm}: {text}")
+    def say(self, text: Text, *, vm: str = "") -> None:
+        self.said.append(f"{vm}: {spelled(text)}")
 
-    def warn(self, text: str, *, vm: str = "") -> None:
-        self.warned.append(f"{vm}: {text}")
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warned.append(f"{vm}: {spelled(text)}")
 
 
 class Lab:

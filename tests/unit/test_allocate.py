@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None
     Allocator(farm, lock).allocate("a-b")
     assert lock.read_text() == whole
     lines = whole.splitlines(keepends=True)
-    lines[4], lines[5] = lines[5], lines[4]
+    lines[5], lines[6] = lines[6], lines[5]
     lock.write_text("".join(lines))
     Allocator(farm, lock).release("zz")
     Allocator(farm, lock).allocate("zz")
@@ -151,6 +152,33 @@ def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None
     for name in names:
         Allocator(farm, lock).release(name)
     assert json.loads(lock.read_text())["vms"] == {}
+
+
+@pytest.mark.parametrize("version", [0, 2], ids=["before versions", "newer"])
+def test_claims_in_another_format_are_refused(tmp_path: Path, version: int) -> None:
+    allocator = Allocator(farm_of(), tmp_path / "1")
+    allocator.allocate("prod")
+    with sqlite3.connect(tmp_path / "state/claims.db") as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    db.close()
+    before = (tmp_path / "state/claims.db").read_bytes()
+    for ask in (allocator.peek, allocator.allocate, allocator.release):
+        with pytest.raises(WrongState) as refused:
+            ask("prod")
+        assert f"claims.db is in format {version}, and this farmhand reads" in refused.value.message
+        assert "use the farmhand that wrote it, or move it aside" in refused.value.remedy
+    assert (tmp_path / "state/claims.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["", '"format": 2, '], ids=["before formats", "newer"])
+def test_a_lock_file_in_another_format_is_refused(tmp_path: Path, format: str) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text(f'{{{format}"vms": {{}}}}')
+    with pytest.raises(WrongState) as refused:
+        Allocator(farm_of(), lock).allocate("prod")
+    known = "in format 2" if format else "in an unknown format"
+    assert refused.value.message == f"{lock} is {known}, and this farmhand reads and writes format 1"
+    assert f"mv {lock} {lock}.aside" in refused.value.remedy
 
 
 def test_damaged_claims_are_an_error(tmp_path: Path) -> None:
@@ -162,10 +190,10 @@ def test_damaged_claims_are_an_error(tmp_path: Path) -> None:
 
 def test_a_broken_lock_file_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    lock.write_text('<<<<<<< HEAD\n{"vms": {}}')
+    lock.write_text('<<<<<<< HEAD\n{"format": 1, "vms": {}}')
     with pytest.raises(WrongState, match="not readable"):
         Allocator(farm_of(), lock).allocate("prod")
-    lock.write_text('{"vms": {"prod": {"mac": "x"}}}')
+    lock.write_text('{"format": 1, "vms": {"prod": {"mac": "x"}}}')
     with pytest.raises(WrongState, match="not readable"):
         Allocator(farm_of(), lock).recorded()
 

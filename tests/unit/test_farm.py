@@ -26,9 +26,11 @@ from inventory.errors import (
     NotFound,
     NotOurs,
     Several,
+    Text,
     Unsupported,
     UsageError,
     WrongState,
+    spelled,
 )
 from inventory.loader import load
 from provision import farm
@@ -44,8 +46,8 @@ class Heard(QuietReporter):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def warn(self, text: str, *, vm: str = "") -> None:
-        self.warnings.append(f"{vm}: {text}")
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warnings.append(f"{vm}: {spelled(text)}")
 
 
 class Desk:

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 from cycle_farm import Lab, lab, plan_cycle, run, run_cycle
 
+from builds.checkup import with_source
 from builds.record import BuildRecord, StepRecord, find_record
 from builds.steps import fetch
-from inventory.errors import BuildFailed, FarmhandError, InventoryError
+from inventory.errors import BuildFailed, FarmhandError, InventoryError, Unsupported
 from inventory.loader import loads
+from provision.checkup import Report
 
 __all__ = ["lab"]
 CONTENT = b"a ready package\n" * 1000
@@ -156,6 +158,25 @@ def test_the_plan_says_so_and_asks_nobody(lab: Lab, web: Web) -> None:
     assert (line.vm, web.asked) == ("dev2", [])
     assert line.text.startswith(f"get: fetch {web.url('/tools.rpm?...')}, sha256 {SHA256[:12]}, to dev2")
     assert not (lab.root / "cache" / "fetched").exists()
+
+
+def test_what_it_needs_here_is_told_beforehand(
+    lab: Lab, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = lab.root / "tools"
+    tools.mkdir()
+    (tools / "gpgv").symlink_to("/usr/bin/gpgv")
+    with lab.site([step(web.url())], source=None) as site:
+        assert [check.text for check in with_source(Report(()), site.farm.path, ask=False).checks] == [
+            "curl, gpgv"
+        ]
+        monkeypatch.setenv("PATH", str(tools))
+        with pytest.raises(Unsupported, match="step get needs curl on this machine") as caught:
+            plan_cycle(site)
+        [check] = with_source(Report(()), site.farm.path, ask=False).checks
+    assert "install" in str(caught.value.remedy)
+    assert (check.ok, check.level, check.remedy) == (False, "needed", caught.value.remedy)
+    assert check.text.startswith("curl not found")
 
 
 def test_another_file_is_not_taken(lab: Lab, web: Web) -> None:

@@ -299,7 +299,7 @@ def test_another_format_is_refused_in_words(tmp_path: Path, version: int, writab
     before = path.read_bytes()
     with pytest.raises(WrongState, match=f"is in format {version}, and this farmhand") as refused:
         Journal(path, writable=writable).unfinished()
-    assert "use the farmhand that wrote it, or move the file aside" in refused.value.remedy
+    assert "use the farmhand that wrote it, or move it aside" in refused.value.remedy
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (1,)
     assert path.read_bytes() == before

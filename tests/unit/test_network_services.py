@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,6 +32,44 @@ def test_each_is_what_the_registry_says(name: str) -> None:
     assert {*kind.FILES} <= {field.name for field in fields(kind)}
     taken = {field.name for field in fields(kind)} & {*dir(Service)}
     assert not taken, "a key is called like a method"
+
+
+FARM = """\
+farm: try
+network: {mode: network, network: br0, subnet: 10.0.0.0/24, gateway: 10.0.0.1, domain: try.example}
+templates: {t: {build: debian-12}}
+vms: {a: {}}
+services:
+"""
+HEAVY = {"sqlite3", "ssl", "jinja2", "dns", "xml", "email", "concurrent.futures", "libvirt"}
+
+
+@pytest.mark.parametrize("used", [("dnsmasq", "hosts"), tuple(SERVICES)], ids=["two", "all"])
+def test_a_farm_imports_its_own_services_alone(used: Sequence[str], tmp_path: Path) -> None:
+    """Whether it is read or known already; and they are light: each command on the farm begins so."""
+    keys = {"dnsmasq": "{port: 54}", "unbound": "{port: 55}", "haproxy": "{port: 81, tls_port: 444}"}
+    text = FARM + "".join(f"  {name}: {keys.get(name, '')}\n" for name in used)
+    (tmp_path / "farm.yaml").write_text(text)
+    code = (
+        "import sys, cli.composition, provision.known\n"
+        "before = {*sys.modules}\n"
+        "from pathlib import Path\n"
+        f"farm = provision.known.known_farm(Path('farm.yaml'), Path({str(tmp_path)!r}))\n"
+        f"assert farm.services.used == {tuple(used)}, farm.services.used\n"
+        "print(*sorted({*sys.modules} - before))"
+    )
+    for known in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = {*done.stdout.split()}
+        places = {SERVICES[name].partition(":")[0] for name in used}
+        assert {name for name in found if name.startswith("provision.network.services.")} == places
+        if known:
+            assert not found & HEAVY
+        assert known == ("inventory.loader" not in found)
 
 
 @pytest.mark.parametrize("name", SERVICES)

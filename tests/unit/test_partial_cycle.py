@@ -14,7 +14,15 @@ from cycle_farm import STEPS, Lab, environment, lab, plan_cycle, reset, run, run
 from builds.record import BuildRecord, find_record, load_records
 from cli import views
 from cli.run import Run
-from inventory.errors import BuildFailed, FarmhandError, NotFound, WrongState, call
+from inventory.errors import (
+    BuildFailed,
+    Call,
+    FarmhandError,
+    NotFound,
+    WrongState,
+    calls_in,
+    spelled,
+)
 from provision.farm import reset as reset_by_hand
 from provision.site import Site
 
@@ -59,8 +67,8 @@ def test_the_printed_remedy_makes_a_record_of_what_is_in_the_vm(lab):
         run_cycle(site)
         error, failed = fails(site, start_from="fetch", revision="asked", keep_going=False)
         assert (failed.source.commit, failed.verdict) == (wanted, "failed, partial 3/4")
-        command = error.remedy.partition("go on from there: ")[2]
-        assert command == "./invoke cycle --from ci --revision asked"
+        command = spelled(error.remedy).partition("go on from there: ")[2]
+        assert command == "cycle --from ci --revision asked"
         (lab.dev2.home / "repaired").touch()
         lab.commit("Newer still", program="echo newer\n")
         for revision in ("asked", None):
@@ -91,7 +99,7 @@ def test_another_revision_than_the_one_in_the_vm_is_refused(lab):
                 f"{site.name}: dev2 holds commit {one[:10]} (HEAD, build {build}), but --revision "
                 f"master is {two[:10]}, and step fetch is skipped"
             )
-            assert "./invoke cycle --from fetch --revision master" in caught.value.remedy
+            assert Call("cycle", from_="fetch", revision="master") in calls_in(caught.value.remedy)
         assert find_record(site.paths).id == build, "nothing was begun"
         assert run_cycle(site, start_from="fetch", revision="master").source.commit == two == in_vm(lab)
 
@@ -143,7 +151,7 @@ def test_a_commit_that_the_source_has_no_more(lab):
         lab.git("gc", "-q", "--prune=now")
         with pytest.raises(NotFound, match=f"{held}', the commit that the VMs hold") as caught:
             run_cycle(site, start_from="ci")
-        assert caught.value.remedy == "build what is there now: ./invoke cycle"
+        assert spelled(caught.value.remedy) == "build what is there now: cycle"
 
 
 def test_what_was_built_of_another_commit_is_not_taken_for_this_one(lab):
@@ -187,9 +195,9 @@ def test_a_remedy_has_the_options_of_the_run(lab):
     lab.git("tag", "it's")
     with lab.site(steps) as site:
         error, record = fails(site, only=["two-words", "three"], revision="it's", keep_going=True)
-        command = error.remedy.partition("go on from there: ")[2]
+        command = spelled(error.remedy).partition("go on from there: ")[2]
         assert shlex.split(command) == [
-            "./invoke", "cycle", "--from", "two-words", "--only", "two-words", "--only", "three",
+            "cycle", "--from", "two-words", "--only", "two-words", "--only", "three",
             "--revision", "it's", "--keep-going",
         ]  # fmt: skip
         page = record.page.read_text()
@@ -233,8 +241,8 @@ def test_a_call_names_the_farm_where_it_must(tmp_path, monkeypatch):
     farm = tmp_path / "x.yaml"
     farm.touch()
     run_ = Run(task="status", farm=str(farm), json=False, plan=False)
-    remedy = ("it is told; ", call("ssh"), ", then: ", call("clone-farm", vm="a"), "; ",
-              call("cycle", farm="b"))  # fmt: skip
+    remedy = ("it is told; ", Call("ssh"), ", then: ", Call("clone-farm", vm="a"), "; ",
+              Call("cycle", farm="b"))  # fmt: skip
     assert run_.words.text(remedy) == (
         f"it is told; ./invoke ssh --farm {farm}, then: "
         f"./invoke clone-farm --farm {farm} --vm a; ./invoke cycle --farm b"

@@ -22,6 +22,7 @@ from builds.record import (
     StepRecord,
     VmRecord,
     find_record,
+    foreign_records,
     load_records,
     new_directory,
     now,
@@ -30,11 +31,14 @@ from builds.record import (
 )
 from builds.source import is_directory, mask, name_of
 from builds.step_run import StepLog
+from cli.words import Words
 from host.paths import FarmPaths
-from inventory.errors import NotFound
+from hypervisors.fake.driver import FakeHypervisor
+from inventory.errors import DriverFailed, NotFound, WrongState
 from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
+from provision.engine.requester import Requester
 from provision.site import Site
 
 
@@ -61,6 +65,7 @@ def make(paths: FarmPaths, result: str = "passed", *, started: str = "") -> Buil
             StepRecord(name="more", kind="run", vm="dev2", status=last),
         ),
         notes=("a note",),
+        requester=Requester(user="root", uid=0, login="juha", tty="pts/3"),
     )  # fmt: skip
     record.save()
     return record
@@ -70,10 +75,10 @@ def test_written_and_read_back_the_same(paths):
     record = make(paths)
     assert load_records(paths) == (record,)
     data = json.loads(record.path.read_text())
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert "directory" not in data
     assert record.as_dict()["page"] == str(record.directory / "index.html")
-    json.dumps(record.as_dict())
+    json.dumps(Words().data(record.as_dict()))
     assert [p.name for p in record.directory.iterdir()] == ["record.json"]
 
 
@@ -85,6 +90,20 @@ def test_what_a_newer_version_added_is_passed_by_and_rubbish_too(paths):
     (paths.builds / "broken").mkdir()
     (paths.builds / "broken" / "record.json").write_text("{")
     assert load_records(paths) == (record,)
+
+
+@pytest.mark.parametrize("format", [1, 3, None], ids=["older", "newer", "none"])
+def test_a_record_in_another_format_is_refused_in_words(paths, format):
+    ours, other = make(paths), make(paths)
+    data = {**json.loads(other.path.read_text()), "format": format}
+    other.path.write_text(json.dumps(data))
+    assert load_records(paths) == (ours,)
+    assert find_record(paths) == ours
+    assert foreign_records(paths) == (other.id,)
+    with pytest.raises(WrongState, match="this farmhand reads and writes format 2") as refused:
+        find_record(paths, other.id)
+    assert str(other.path) in refused.value.message
+    assert str(other.directory / "index.html") in refused.value.remedy
 
 
 def test_ids_never_collide_and_last_points_to_the_newest(paths):
@@ -256,7 +275,7 @@ def test_time_is_shared_out_once():
     assert sum(parts) == pytest.approx(shares["seconds"], abs=0.002)
 
 
-def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
+def test_memory_is_raised_to_build_and_given_back(paths, tmp_path, monkeypatch):
     """On the fake driver: what is asked of the hypervisor is what matters here."""
     (tmp_path / "farm.yaml").write_text(
         "farm: kata\nhosts:\n  here: {driver: fake}\ntemplates:\n  base: {build: debian-12}\n"
@@ -288,6 +307,14 @@ def test_memory_is_raised_to_build_and_given_back(paths, tmp_path):
         asyncio.run(machines.deflate("dev2"))  # off: nothing to give back
         assert notes == []
         assert machines.records["dev2"].template == "base@1"
+
+        def find(_self: FakeHypervisor, _name: str) -> None:
+            raise DriverFailed("nobody answers")
+
+        monkeypatch.setattr(FakeHypervisor, "find", find)
+        for work in (machines.inflate, machines.deflate):  # the build goes on: its steps will tell
+            asyncio.run(work("dev2"))
+            assert notes.pop() == "dev2: its memory can't be looked at: nobody answers"
 
 
 def _seal(site: Site) -> None:

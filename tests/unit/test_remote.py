@@ -18,6 +18,7 @@ from sshd_machine import Sshd, alive, free_port, gone, make_key, wait_for
 from host.progress import Progress, Pulse
 from host.run import Runner
 from inventory.errors import (
+    Call,
     Conflict,
     DriverFailed,
     NotFound,
@@ -25,6 +26,7 @@ from inventory.errors import (
     Unsupported,
     UsageError,
     WrongState,
+    calls_in,
 )
 from provision.guest.connection import Connection
 from provision.guest.remote import tail_of
@@ -123,7 +125,7 @@ def test_the_boot_from_before_is_not_ready(dev2):
     with pytest.raises(TimedOut, match="still the boot from before") as caught:
         ready(dev2.endpoint(), since=time.monotonic(), timeout=1, tail=lambda: "login:")
     assert caught.value.detail == "login:"
-    assert "console" in caught.value.remedy
+    assert Call("console", vm="dev2") in calls_in(caught.value.remedy)
 
 
 def test_the_wait_says_what_it_sees(dev2):

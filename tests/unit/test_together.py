@@ -23,6 +23,7 @@ from inventory.errors import (
     NotFound,
     Unsupported,
     WrongState,
+    spelled,
 )
 from provision import farm
 from provision.doctor import examine
@@ -161,7 +162,7 @@ def test_a_second_store_that_fails_holds_all_until_it_is_mended(
     with apart.site() as site, pytest.raises(WrongState) as halted:
         farm.reset(site)
     assert "the pool is full; dev2 is done, prod, repo not yet" in halted.value.message
-    assert halted.value.remedy == "make room; then ./invoke recover takes the rest there"
+    assert spelled(halted.value.remedy) == "make room; then recover takes the rest there"
     assert contents(apart) == [b"", b"old", b"old"]
     assert powers(apart) == ["stopped"] * 3
     for use_case, arguments in (
@@ -408,7 +409,7 @@ def test_a_recovery_that_can_not_succeed_is_told_once(
     for use_case, vms in ((farm.stop, ["repo"]), (farm.start, ["repo"]), (farm.start, ["dev2"])):
         assert told(apart, use_case, vms) == []
     with apart.site() as site:
-        shown = farm_status(farm.status(site)).text
+        shown = spelled(farm_status(farm.status(site)).text)
     assert "reset dev2; it could not so far: " in shown
     assert first.partition(": could not recover its reset: ")[2] in shown
     with monkeypatch.context() as otherwise:

@@ -50,8 +50,8 @@ def test_many_that_fail() -> None:
 
 def test_two_that_fail() -> None:
     """Nothing is told twice."""
-    tail = TimedOut("b: not ready", detail="Booting\nHalted")
-    error = Several({"a": NotFound("a: not there"), "b": tail})
+    tail = TimedOut("not ready", vm="b", detail="Booting\nHalted")
+    error = Several({"a": NotFound("not there", vm="a"), "b": tail})
     assert error.message == "2 VMs failed: a: not there; b: not ready"
     assert error.detail == "b: not ready\n    Booting\n    Halted"
 

@@ -32,14 +32,13 @@ from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, no_step
+from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import Group, Volume, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen, kept
-from hypervisors.disks.lvm.volumes import WarnFn, no_warning
 from hypervisors.disks.stores import StorePlace
-from inventory.errors import DriverFailed, NoSpace, Unsupported
+from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
 
 WARN_AT = 70.0
@@ -300,7 +299,7 @@ class LvmClassicDisks(LvmStore):
             raise NoSpace(
                 f"{self._vg}: {format_size(seen.group.free)} free, "
                 f"{what} needs {format_size(beside + need + self._headroom)}",
-                remedy="./invoke gc, or vgextend the group",
+                remedy=(Call("gc"), ", or vgextend the group"),
             )
         return need
 

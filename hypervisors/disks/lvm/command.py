@@ -23,6 +23,7 @@ from host.run import Runner, which
 from hypervisors.disks.devices import await_node, holders, passing
 from inventory.errors import (
     Busy,
+    Call,
     CommandFailed,
     Conflict,
     DriverFailed,
@@ -165,7 +166,9 @@ class Lvm:
             text,
         ):
             return NoSpace(
-                f"{self.vg}: {why}", remedy="./invoke gc, or extend the group or its pool", detail=detail
+                f"{self.vg}: {why}",
+                remedy=(Call("gc"), ", or extend the group or its pool"),
+                detail=detail,
             )
         if used := re.search(
             r"ogical volume (?:\S+/)?(\S+) (?:in use|is used by|contains a filesystem)", text

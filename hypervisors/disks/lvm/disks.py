@@ -40,7 +40,7 @@ from hypervisors.disks.lvm.command import Group, Volume, retagged
 from hypervisors.disks.lvm.seen import Held, Seen, kept, read_template, template_facts
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
-from inventory.errors import Conflict, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import Call, Conflict, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
 
@@ -158,7 +158,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             seen = self._look()
             volume = seen.templates.get(label)
             if volume is None:
-                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+                raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
             users = {v.facts.get("machine", "?") for v in seen.ours if v.facts.get("template") == label}
             if users:
                 raise WrongState(
@@ -199,7 +199,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             source = seen.templates.get(template.label)
             if source is None:
                 raise NotFound(
-                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
             if there := seen.present(machine):
                 self._check_farm(there)
@@ -431,7 +431,7 @@ class LvmStore(LvmVolumes, abc.ABC):
     def _ours(self, seen: Seen, machine: str) -> Volume:
         disk = seen.present(plain(machine))
         if disk is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(disk)
         return disk
 

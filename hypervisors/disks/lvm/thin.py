@@ -23,14 +23,13 @@ from typing import Self
 
 from host.files import sync
 from host.run import Runner, which
-from hypervisors.api import Capacity, Directories, StepFn, Voices, no_step
+from hypervisors.api import Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import Volume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.seen import Held, Seen
-from hypervisors.disks.lvm.volumes import WarnFn, no_warning
 from hypervisors.disks.stores import StorePlace
-from inventory.errors import CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
+from inventory.errors import Call, CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
 from inventory.sizes import format_size
 
 _METADATA_LIMIT = 90.0  # percent: beyond it nothing new is made
@@ -181,7 +180,7 @@ class LvmThinDisks(LvmStore):
         option = "--poolmetadatasize" if metadata else "-L"
         raise NoSpace(
             f"{text} {format_size(need)} (autoextend is {how})",
-            remedy=f"./invoke gc, or lvextend {option} +SIZE {self._vg}/{self._pool_name}",
+            remedy=(Call("gc"), f", or lvextend {option} +SIZE {self._vg}/{self._pool_name}"),
         )
 
     def _space(self, _seen: Seen, _source: Volume) -> int:

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,19 +15,14 @@ from pathlib import Path
 from host.file_lock import FileLock
 from host.files import make_directory, reachable, sync
 from host.run import Runner
-from hypervisors.api import StepFn, no_step
+from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
 from hypervisors.disks.lvm.command import Lvm, Volume, users_of
 from hypervisors.disks.lvm.seen import Held, Seen
-from inventory.errors import FarmhandError, NotFound, UsageError, WrongState
+from inventory.errors import Call, FarmhandError, NotFound, UsageError, WrongState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FRESH = 15.0  # seconds for which a look's figures of room will do
-WarnFn = Callable[[str], None]
-
-
-def no_warning(_text: str) -> None:
-    """For callers with nobody to warn."""
 
 
 class LvmVolumes:
@@ -191,7 +186,7 @@ class LvmVolumes:
         try:
             self._lvm.remove(names)
         except FarmhandError as error:
-            self._warn(f"{error.message}; ./invoke gc will remove it later")
+            self._warn((f"{error.message}; ", Call("gc"), " will remove it later"))
 
     def _drop(self, name: str) -> None:
         """What this very call made."""

@@ -70,7 +70,16 @@ from hypervisors.disks.qcow2.store import (
     write_template,
 )
 from hypervisors.disks.stores import StorePlace
-from inventory.errors import Conflict, DriverFailed, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import (
+    Call,
+    Conflict,
+    DriverFailed,
+    NoSpace,
+    NotFound,
+    NotOurs,
+    UsageError,
+    WrongState,
+)
 from inventory.sizes import format_size
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -162,7 +171,7 @@ class Qcow2Disks:
         path = self._template_path(label)
         with self._lock.hold():
             if not describe(path).exists():
-                raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+                raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
             users = [m.machine for m in marks(self._vms) if m.template == label]
             if users:
                 raise WrongState(
@@ -201,7 +210,7 @@ class Qcow2Disks:
             base = self._template_path(template.label)
             if read_template(base) is None:
                 raise NotFound(
-                    f"no template {template.label}", remedy="./invoke template-list shows them"
+                    f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
             self._make_room(home)
             mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
@@ -367,7 +376,7 @@ class Qcow2Disks:
     def _mark_of(self, machine: str) -> Mark:
         mark = read_mark(self._home(machine))
         if mark is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(mark)
         return mark
 
@@ -379,7 +388,7 @@ class Qcow2Disks:
         mark = self._mark_of(machine)
         disk = self._disk(mark)
         if disk is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         return mark, disk
 
     def _disk(self, mark: Mark) -> Disk | None:
@@ -508,7 +517,7 @@ class Qcow2Disks:
             raise NoSpace(
                 f"{self._root}: {format_size(free)} free, "
                 f"{what} needs {format_size(size + self._headroom)}",
-                remedy="make room there (./invoke gc), or point the host's disks elsewhere",
+                remedy=("make room there (", Call("gc"), "), or point the host's disks elsewhere"),
             )
 
 

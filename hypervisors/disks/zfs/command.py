@@ -22,6 +22,7 @@ from host.run import Result, Runner, which
 from hypervisors.disks.devices import await_closed, holders, passing
 from inventory.errors import (
     Busy,
+    Call,
     CommandFailed,
     Conflict,
     DriverFailed,
@@ -136,7 +137,7 @@ class Zfs:
             case "foreign":
                 return NotOurs(f"{at} belongs to another farm")
             case "no disk":
-                return NotFound(f"{at} has no disk here", remedy="./invoke clone-farm makes it")
+                return NotFound(f"{at} has no disk here", remedy=(Call("clone-farm"), " makes it"))
             case "exists":
                 return Conflict(f"{at} is that machine's disk already", remedy="destroy it first")
             case "taken":
@@ -173,7 +174,7 @@ class Zfs:
     def _full(self) -> NoSpace:
         return NoSpace(
             f"{self._root}: pool or quota is full; nothing was changed",
-            remedy=f"./invoke gc; zfs list -o space -r {self._pool} shows what takes it",
+            remedy=(Call("gc"), f"; zfs list -o space -r {self._pool} shows what takes it"),
         )
 
     def _translated(self, error: CommandFailed) -> FarmhandError:

@@ -66,7 +66,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, Look, plain
 from hypervisors.disks.zfs.store import ZfsStore
-from inventory.errors import Conflict, NotFound, UsageError
+from inventory.errors import Call, Conflict, NotFound, UsageError
 from inventory.sizes import format_size
 
 _ANOTHER = "give the new one another name"
@@ -139,7 +139,7 @@ class ZfsDisks(ZfsStore):
             except NotFound:
                 raise NotFound(
                     f"no template {template.label} in {self._root}",
-                    remedy="./invoke template-list shows them",
+                    remedy=(Call("template-list"), " shows them"),
                 ) from None
             except Conflict:  # a volume whose device isn't there: not ours, or just being made
                 other = self._make_way(machine)

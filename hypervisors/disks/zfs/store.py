@@ -22,7 +22,7 @@ from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
 from hypervisors.disks.zfs.kinds import Files, Kind, Volumes
 from hypervisors.disks.zfs.state import SEALED, Look, plain
-from inventory.errors import Busy, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
 _HOLD = "farmhand"
@@ -133,7 +133,7 @@ class ZfsStore:
             if known and known.label == label:
                 break
         else:
-            raise NotFound(f"no template {label}", remedy="./invoke template-list shows them")
+            raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
         clones = sorted({c for s in volume.snapshots for c in s.clones})
         if clones:
             prefix = f"{self._vms}/"
@@ -176,7 +176,7 @@ class ZfsStore:
     def _disk(self, look: Look, machine: str) -> Disk:
         disk = state.read_disk(look, machine, self._kind.path)
         if disk is None:
-            raise NotFound(f"{machine} has no disk here", remedy="./invoke clone-farm makes it")
+            raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(look, machine)
         return disk
 
@@ -192,7 +192,11 @@ class ZfsStore:
             raise NoSpace(
                 f"{self._root}: {format_size(self._room[1])} available, "
                 f"{what} needs {format_size(size + self._headroom)}",
-                remedy=f"make room (./invoke gc; zfs list -o space -r {self._pool}), or raise its quota",
+                remedy=(
+                    "make room (",
+                    Call("gc"),
+                    f"; zfs list -o space -r {self._pool}), or raise its quota",
+                ),
             )
 
     # -- changes ----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from host.run import which
 from provision.network.daemons import command, lines
 from provision.network.document import Document
 from provision.network.service import Checker, Question, Service, Step
@@ -118,6 +117,8 @@ def _release(interface: str, lines: Sequence[str]) -> Step:
     """A removed host's lease would live on, and its name with it."""
 
     def run(runner: Runner) -> None:
+        from host.run import which
+
         if which("dhcp_release") is None:
             return
         for line in lines:

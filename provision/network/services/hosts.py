@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.document import Document
-from provision.network.service import Question, Service
+from provision.network.service import Question, Service, Silent
 
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath
@@ -41,10 +40,10 @@ class Hosts(Service):
 
 
 def _resolve(name: str) -> str:
-    from provision.network.questions import NO_ANSWER
+    import socket
 
     try:
         found = {str(item[4][0]) for item in socket.getaddrinfo(name, None, socket.AF_INET)}
     except OSError as error:
-        return f"{NO_ANSWER} ({error.strerror})"
+        raise Silent(error.strerror) from None
     return " ".join(sorted(found))

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
-from xml.sax.saxutils import escape
 
-from hypervisors.libvirt.network import drop_network, set_network
 from provision.network.document import Document
 from provision.network.service import Checker, Service, Step
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
 
 
 def _string(text: str) -> Word:
+    from xml.sax.saxutils import escape
+
     return Word(escape(text, {'"': "&quot;", "'": "&apos;"}))
 
 
@@ -78,8 +78,12 @@ class LibvirtNetwork(Service):
 
 
 def _set(uri: str, text: str, _runner: Runner) -> None:
+    from hypervisors.libvirt.network import set_network
+
     set_network(uri, text)
 
 
 def _drop(uri: str, name: str, _runner: Runner) -> None:
+    from hypervisors.libvirt.network import drop_network
+
     drop_network(uri, name)

@@ -24,7 +24,7 @@ class SshConfig(Service):
     NEEDS_ADDRESSES: ClassVar = False
     TOOLS: ClassVar = {"ssh": "openssh-client"}
     STRINGS: ClassVar = {"ssh_config": backslashed}
-    CAN_SHARE: ClassVar = True
+    CAN_SHARE: ClassVar = ("config",)
 
     config: ConfigPath = "/etc/ssh/ssh_config.d/farmhand.conf"
     """The file."""
