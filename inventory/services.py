@@ -68,9 +68,6 @@ class Services(Model):
     def get(self, kind: type[S]) -> S | None:
         return next((section for section in self.sections if isinstance(section, kind)), None)
 
-    def named(self, name: str) -> ServiceSection | None:
-        return next((section for section in self.sections if name == section.NAME), None)
-
 
 def declared() -> type[Services]:
     """What ``services`` is in a file: with a key for each service that there is."""

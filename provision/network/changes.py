@@ -97,8 +97,9 @@ class Examiner:
         renderer = Renderer(self._farm, allocations, serials=serials)
         documents = renderer.documents(names)
         paths: set[str] = set()
-        if vms is not None and apart:
-            hosts, paths = host_files(self._farm, allocations, vms, apart, self._state.files)
+        spread = [service for service in apart if service.host_files(self._farm)]
+        if vms is not None and spread:
+            hosts, paths = host_files(self._farm, allocations, vms, spread, self._state.files)
             documents += hosts
         changes: dict[str, FileChange] = {}
         for document in documents:

@@ -10,7 +10,6 @@ digest of what we wrote, which shows whether somebody edited it since.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,6 +59,8 @@ class Live:
 
 
 def digest(text: str) -> str:
+    import hashlib
+
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -16,8 +16,8 @@ from provision.allocate import Allocation
 from provision.network.document import Document
 from provision.network.service import Service
 from provision.network.service import services as used
-from provision.network.templating import Templates, never
-from provision.network.view import View, VmRow, Word, pools, view
+from provision.network.templating import Templates, Word, never
+from provision.network.view import View, VmRow, pools, view
 
 SHARDS = 64
 """Files that a service's hosts are spread over."""
@@ -120,19 +120,18 @@ def host_files(
     services: Collection[Service],
     known: Collection[str],
 ) -> tuple[tuple[Document, ...], set[str]]:
-    """Of those of these services that spread their hosts over files: the files which have these VMs in
-    them, or had, and the configurations that include them: documents, and all paths that the former may
-    have. ``known``: paths of all files that are there."""
+    """Of services that spread their hosts over files: the files that have these VMs in them, or had, and
+    the configurations that include them: documents, and all paths that the former may have. ``known``:
+    paths of all files that are there."""
     shards = {_shard(vm) for vm in vms}
     names = [vm for vm in farm.vms if crc32(vm.encode()) % SHARDS in shards]  # _shard, of thousands
     some = {vm: farm.vms[vm] for vm in names if vm in allocations}
-    spread = [service for service in services if service.host_files(farm)]
-    places = [place for service in spread for place in service.host_files(farm)]
+    places = [place for service in services for place in service.host_files(farm)]
     paths = {f"{begin}{shard:02}{end}" for begin, end in places for shard in shards}
-    configs = {path for service in spread for path in service.including}
+    configs = {path for service in services for path in service.including}
     others = {path for path in known if path not in paths}
     renderer = Renderer(part_of(farm, some), allocations, others=others)
-    documents = renderer.documents([service.NAME for service in spread])
+    documents = renderer.documents([service.NAME for service in services])
     return tuple(d for d in documents if d.path in paths or d.path in configs), paths
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from inventory.services import ServiceSection
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inventory.errors import TemplateFailed
-from provision.network.view import Word
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,6 +31,12 @@ _WORD = re.compile(r"[A-Za-z0-9_./:@+-]*")
 _MARK = re.compile("(?:BEGIN|END) farmhand")
 _MISTAKES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _AROUND = 2  # lines before and after the one that is wrong
+
+
+class Word(str):
+    """Text that every format takes as it is, without quotes: a name, an address, a number, a path."""
+
+    __slots__ = ()
 
 
 class Unwritable(ValueError):

@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING
 
 from inventory.base import parse_range
 from inventory.errors import Conflict
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from inventory.model import Farm, Proxy
     from provision.allocate import Allocation
-
-
-class Word(str):
-    """Text that every format takes as it is, without quotes: a name, an address, a number, a path."""
-
-    __slots__ = ()
 
 
 _NONE = Word()

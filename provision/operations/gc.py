@@ -8,7 +8,15 @@ from datetime import UTC, datetime
 from functools import partial
 
 from hypervisors.api import NamelessDisks
-from inventory.errors import Busy, DriverFailed, FarmhandError, some, some_remedies, spelled
+from inventory.errors import (
+    Busy,
+    DriverFailed,
+    FarmhandError,
+    Interrupted,
+    some,
+    some_remedies,
+    spelled,
+)
 from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
@@ -53,7 +61,7 @@ class Gc(Operation):
         run.fact(leftovers=[removing.as_dict(item) for item in found], freed=0)
         if not found:
             jobs.append(job("keep", "", "nothing is left over"))
-        return [alone(*jobs), alone(Job((), removing.end))]
+        return [alone(*jobs, Job((), removing.end))]
 
 
 def gc(site: Site) -> Outcome:
@@ -92,6 +100,8 @@ class _Removing:
         except Busy as error:  # since the plan
             site.reporter.warn(error.message, vm=vm)
             return [Action("note", vm, f"left alone, in use: {ref}")]
+        except Interrupted:
+            raise
         except FarmhandError as error:
             self._failed[ref] = error
             return []

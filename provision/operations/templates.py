@@ -223,7 +223,6 @@ class _Image:
     size: int
     sha256: str
     origin: str
-    firstboot: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +285,7 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
         cached = found or _build(site, recipe, source.size, key, fresh=fresh)
-        yield _Image(
-            _image_file(key), source.size, cached.sha256, origin, source.firstboot or "farmhand"
-        )
+        yield _Image(_image_file(key), source.size, cached.sha256, origin)
 
     return _Making(site, name, generation, hosts, source, first, image)
 
@@ -321,7 +318,6 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
                     image_info(site.runner, work).size,
                     sha256_file(work),
                     f"{path.name} sha256:{sha256_file(path)}",
-                    source.firstboot or "cloud-init",
                 )
             finally:
                 work.unlink(missing_ok=True)

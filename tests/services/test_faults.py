@@ -69,13 +69,13 @@ def killed(yard: Yard, when: str, number: int) -> str | None:
 
 
 def _arm(when: str, number: int, pipe: int) -> None:
-    real, settle = journal.Entry.step, journal.Journal.settle
+    real, settle = journal.Entry.step, journal.Journal._settle
     seen = 0
 
-    def settled(self: journal.Journal, id: int, outcome: str, error: str = "") -> None:
+    def settled(self: journal.Journal, *arguments: Any) -> None:
         if when == "done" and seen == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        settle(self, id, outcome, error)
+        settle(self, *arguments)
 
     def step(self: journal.Entry[Any], text: str) -> None:
         nonlocal seen
@@ -89,7 +89,7 @@ def _arm(when: str, number: int, pipe: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     journal.Entry.step = step  # type: ignore[method-assign]
-    journal.Journal.settle = settled  # type: ignore[method-assign]
+    journal.Journal._settle = settled  # type: ignore[method-assign]
 
 
 def serving(yard: Yard, *, more: bool) -> None:

@@ -41,7 +41,6 @@ def test_a_service_by_its_name_alone() -> None:
     bind = services.get(Bind)
     assert bind is not None
     assert bind.config == "/etc/bind/named.conf.farmhand"
-    assert services.named("bind") is bind
     assert services.get(Nginx) is None
 
 

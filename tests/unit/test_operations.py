@@ -13,19 +13,24 @@ from typing import Any
 import pytest
 from test_farm import Desk
 
-from inventory.errors import Busy, Interrupted, WrongState
+from inventory.errors import Busy, Interrupted, UsageError, WrongState
 from provision import farm
 from provision.engine import registry
 from provision.engine.facts import Facts, NoFacts
 from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation
 from provision.engine.parallel import side_by_side
+from provision.engine.runner import perform
+from provision.operations.balloon import BalloonAll
+from provision.operations.checkpoint import Checkpoint
+from provision.operations.clone import CloneFarm
+from provision.operations.destroy import Destroy
+from provision.operations.gc import Gc
 from provision.operations.reset import Reset
+from provision.power import Start, Stop
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
-LOWER = ("host", "hypervisors", "inventory", "provision.engine")
-"""What provision/engine may import."""
 
 
 @pytest.fixture
@@ -178,11 +183,29 @@ def test_an_operation_begun_within_another_has_its_locks(made: Desk) -> None:
 
 
 def test_a_plan_is_what_the_run_then_does(made: Desk) -> None:
-    with made.site(plan=True) as site:
-        planned = farm.reset(site, ["prod"]).actions
-        assert Reset(("prod",)).plan  # a value; nothing of it is kept between the two
-    with made.site() as site:
-        assert farm.reset(site, ["prod"]).actions == planned
+    for operation in (
+        Reset(("prod",)),
+        Checkpoint("kept", ("dev2", "prod")),
+        Stop(("prod",), force=True),
+        Start(),
+        CloneFarm(),
+        BalloonAll(),
+        Destroy(("prod",)),
+        CloneFarm(),
+        Gc(),
+        Destroy(),
+    ):
+        with made.site(plan=True) as site:
+            planned = perform(site, operation).actions
+        with made.site() as site:
+            assert perform(site, operation).actions == planned
+        assert planned, operation
+
+
+def test_what_was_asked_is_valid_by_itself() -> None:
+    with pytest.raises(UsageError, match="not a checkpoint name"):
+        Checkpoint("-rf /", ("prod",))
+    assert Reset(("prod",)) == Reset(("prod",), to="clean")
 
 
 def test_two_operations_of_one_process_wait_for_each_others_memory(made: Desk) -> None:

@@ -22,8 +22,7 @@ from provision.network.daemons import SETTLE, command
 from provision.network.document import Document, digest
 from provision.network.serial import following, later, serial_of, with_serial
 from provision.network.service import Checker, Question, Service, Step, ZoneFile
-from provision.network.templating import Unwritable, backslashed
-from provision.network.view import Word
+from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
     import dns.tsig

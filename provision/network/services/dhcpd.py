@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from provision.network.daemons import command
 from provision.network.document import Document
 from provision.network.service import Checker, Service, Step
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath, Lines, Own

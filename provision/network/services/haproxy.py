@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from provision.network.daemons import command
 from provision.network.document import Document
 from provision.network.service import Checker, Question, Service, Step
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from inventory.errors import Problem

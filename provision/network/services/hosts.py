@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +40,8 @@ class Hosts(Service):
 
 
 def _resolve(name: str) -> str:
+    import socket
+
     try:
         found = {str(item[4][0]) for item in socket.getaddrinfo(name, None, socket.AF_INET)}
     except OSError as error:

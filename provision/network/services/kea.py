@@ -20,8 +20,7 @@ from inventory.errors import DriverFailed, TimedOut
 from provision.network.daemons import SETTLE, lines
 from provision.network.document import Document
 from provision.network.service import Checker, Service, Step
-from provision.network.templating import as_json
-from provision.network.view import Word
+from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
     from host.run import Runner

@@ -11,8 +11,7 @@ from inventory.errors import CommandFailed
 from provision.network.daemons import command
 from provision.network.document import Document
 from provision.network.service import Checker, Question, Service, Step
-from provision.network.templating import Unwritable
-from provision.network.view import Word
+from provision.network.templating import Unwritable, Word
 
 if TYPE_CHECKING:
     from host.run import Runner

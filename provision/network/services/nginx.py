@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from provision.network.daemons import command
 from provision.network.document import Document
 from provision.network.service import Checker, Question, Service, Step
-from provision.network.templating import Unwritable, backslashed
-from provision.network.view import Word
+from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
     from inventory.fields import Address, ConfigPath, Lines, Port

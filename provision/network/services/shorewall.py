@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from inventory.errors import FarmhandError
 from provision.network.daemons import command
 from provision.network.document import Document
 from provision.network.service import Checker, NotAsked, Question, Service, Step
-from provision.network.view import Word
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from inventory.fields import Address, ConfigPath, Lines, Name
@@ -73,6 +72,8 @@ class Shorewall(Service):
 
 def _ours(address: str) -> bool:
     """Whether this machine has the address."""
+    import socket
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((address, 0))

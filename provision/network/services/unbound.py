@@ -18,7 +18,7 @@ from inventory.errors import DriverFailed
 from provision.network.daemons import SETTLE
 from provision.network.document import Document
 from provision.network.service import Checker, Question, Service, Step
-from provision.network.view import Word, pointers
+from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -59,6 +59,8 @@ class Unbound(Service):
         return ("port",)
 
     def documents(self, r: Renderer) -> Iterator[Document]:
+        from provision.network.view import pointers
+
         rows = r.view.vms
         names = {
             (name, kind, address): None
