@@ -143,11 +143,11 @@ async def start(
             remedy="MaxSessions in its sshd_config must not be 0, nor its account be for tunnels only",
         ) from None
     try:
-        channel.write(_ENTER)
+        _write(channel, _ENTER)
         async with asyncio.timeout(START_SECONDS):
             await shell.answered()
         if shell.marked:
-            channel.write(f"{end}\n{program}\n{end}\n".encode())
+            _write(channel, f"{end}\n{program}\n{end}\n".encode())
             return channel, shell
     except TimeoutError:
         channel.abort()
@@ -160,6 +160,12 @@ async def start(
     if shell.error is not None:
         raise shell.error
     raise _refused(shell, "runs no commands")
+
+
+def _write(channel: asyncssh.SSHClientChannel[bytes], data: bytes) -> None:
+    """To a login that may have ended by now: what it said, and its status, tell why."""
+    with contextlib.suppress(BrokenPipeError):
+        channel.write(data)
 
 
 async def _open(

@@ -152,6 +152,21 @@ def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypa
     assert caught.value.remedy
 
 
+def test_a_login_that_has_ended_before_it_is_spoken_to(login, monkeypatch):
+    """As on a busy host: what it said is told, not that the connection was lost."""
+    real = shell._open
+
+    async def slow(*arguments):
+        opened = await real(*arguments)
+        await asyncio.sleep(0.5)
+        return opened
+
+    monkeypatch.setattr(shell, "_open", slow)
+    machine = login(shell="/usr/sbin/nologin")
+    with pytest.raises(DriverFailed, match="^dev2: its login runs no commands: it says: "):
+        asyncio.run(Connection.open(machine.endpoint()))
+
+
 def test_a_date_that_knows_whole_seconds_only(login, tmp_path):
     """Asked for the time, and to set the clock; the machine's own is left alone."""
     applets = tmp_path / "applets"
