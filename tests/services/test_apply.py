@@ -13,7 +13,7 @@ import pytest
 from daemons import Daemons
 from yard import Yard
 
-from inventory.errors import CommandFailed, NotOurs, WrongState
+from inventory.errors import CommandFailed, NotOurs, WrongState, spelled
 from provision.network.serial import later, serial_of
 
 FILES_ONLY = ("hosts", "ssh_config", "ansible")
@@ -211,7 +211,7 @@ def test_bind_that_refuses_leaves_everything(yard: Yard, daemons: Daemons) -> No
     before = yard.snapshot()
     with pytest.raises(Exception, match=r"does not serve try\.example") as caught:
         yard.apply()
-    assert "every file and daemon is as it was before" in caught.value.remedy
+    assert "every file and daemon is as it was before" in spelled(caught.value.remedy)
     after = yard.snapshot()
     assert {k: v[:2] for k, v in after.items()} == {k: v[:2] for k, v in before.items()}
 
