@@ -24,7 +24,7 @@ _ABOUT = (
 )
 
 
-class Entry(TypedDict):
+class LockFileEntry(TypedDict):
     """One VM's in the lock file, checked to be such."""
 
     mac: str
@@ -40,7 +40,7 @@ _FIELDS = ("mac", "address", "ssh_port")
 class Book:
     """What was read is shared by its readers; whoever changes it takes a copy."""
 
-    vms: dict[str, Entry] = field(default_factory=dict)
+    vms: dict[str, LockFileEntry] = field(default_factory=dict)
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
     text: str = ""  # of the file
     _by: dict[str, Mapping[Any, str]] = field(default_factory=dict)
@@ -143,13 +143,13 @@ def _lines(book: Book, changed: Iterable[str]) -> Sequence[str]:
     return [_line(vm, book.vms[vm]) for vm in sorted(book.vms)]
 
 
-def _line(vm: str, entry: Entry) -> str:
+def _line(vm: str, entry: LockFileEntry) -> str:
     address = f'"{entry["address"]}"' if entry["address"] else "null"
     start = f'    {_quoted(vm)}: {{"mac": {_quoted(entry["mac"])}, "address": {address}'
     return f'{start}, "ssh_port": {entry["ssh_port"]}}}'
 
 
-def _check(vms: Mapping[str, Entry]) -> None:
+def _check(vms: Mapping[str, LockFileEntry]) -> None:
     """Entries' fields by their types, and addresses in their one form (inet_pton(3) takes no other):
     KeyError, TypeError, OSError."""
     entries = vms.values()

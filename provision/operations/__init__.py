@@ -4,7 +4,7 @@ recovered."""
 OPERATIONS = {
     "balloon": "provision.operations.balloon:Balloon",
     "balloon-all": "provision.operations.balloon:BalloonAll",
-    "checkpoint": "provision.operations.checkpoint:Checkpoint",
+    "checkpoint": "provision.operations.checkpoint:TakeCheckpoint",
     "clone-farm": "provision.operations.clone:CloneFarm",
     "destroy": "provision.operations.destroy:Destroy",
     "gc": "provision.operations.gc:Gc",
