@@ -20,7 +20,7 @@ from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
-from hypervisors.disks.zfs.kinds import Files, Kind, Volumes
+from hypervisors.disks.zfs.kinds import DatasetKind, RawFiles, Zvols
 from hypervisors.disks.zfs.state import SEALED, Look, plain
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
@@ -61,8 +61,8 @@ class ZfsStore:
         reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
         self._zfs = Zfs(runner, pool, self._root, farm)
-        self._kind: Kind = (
-            Files(reader, self._zfs, runner, files) if files else Volumes(reader, self._zfs)
+        self._kind: DatasetKind = (
+            RawFiles(reader, self._zfs, runner, files) if files else Zvols(reader, self._zfs)
         )
         self._room: tuple[float, int] | None = None  # when it was read, available
 
