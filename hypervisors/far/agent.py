@@ -65,7 +65,7 @@ class Agent:
         self._calls: dict[int, _Call] = {}
         self._current = threading.local()
         self._heard = time.monotonic()
-        self._files = Files(Path())
+        self._files = IncomingFiles(Path())
         self._parts: dict[str, object] = {}
 
     def serve(self) -> None:
@@ -97,14 +97,14 @@ class Agent:
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
         disks = open_disks(place.disks, home.directories, runner, voices, reader)
-        self._files = Files(home.directories.farm / "incoming")
+        self._files = IncomingFiles(home.directories.farm / "incoming")
         if not plan:
             self._files.sweep(home.directories.runtime)
 
         def machines_anew() -> None:
             machines = open_machines(place, place.uri, disks, home.directories, runner, voices)
             self._parts["machines"] = machines
-            self._parts["host"] = Host(place, home, disks, machines, self._files, reader)
+            self._parts["host"] = AgentHost(place, home, disks, machines, self._files, reader)
 
         self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), machines_anew)}
         machines_anew()
@@ -171,7 +171,7 @@ def _told(error: Exception) -> object:
     return encode(DriverFailed(f"{type(error).__name__}: {error}", detail=detail))
 
 
-class Host:
+class AgentHost:
     """What of the machine itself is of interest: its memory, its tools, and the files that the asker
     would else have beside its own."""
 
@@ -181,7 +181,7 @@ class Host:
         home: Home,
         disks: Disks,
         machines: LibvirtHypervisor,
-        files: Files,
+        files: IncomingFiles,
         reader_uid: int | None,
     ) -> None:
         self._place = place
@@ -299,7 +299,7 @@ class Host:
                 )  # fmt: skip
 
 
-class Files:
+class IncomingFiles:
     """What comes over, chunk by chunk, into a directory that is made when it is needed. The name says
     for whom: what an agent that was cut off leaves, the next one removes."""
 
