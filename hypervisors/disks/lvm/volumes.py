@@ -17,7 +17,7 @@ from host.files import make_directory, reachable, sync
 from host.run import Runner
 from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
-from hypervisors.disks.lvm.command import Lvm, Volume, users_of
+from hypervisors.disks.lvm.command import LogicalVolume, Lvm, users_of
 from hypervisors.disks.lvm.seen import Held, Seen
 from inventory.errors import Call, FarmhandError, NotFound, UsageError, WrongState
 
@@ -80,7 +80,7 @@ class LvmVolumes:
         (self._links / ".lock").write_text(secrets.token_hex(8))
         return last[1] if last and good else None
 
-    def _remember(self, seen: Seen, new: Volume, *, space: int) -> None:
+    def _remember(self, seen: Seen, new: LogicalVolume, *, space: int) -> None:
         """This very call, which has the lock, made ``new`` and no other change since ``seen``."""
         group = seen.group
         group = replace(group, free=group.free - space, volumes=(*group.volumes, new))
@@ -147,7 +147,7 @@ class LvmVolumes:
         """To QEMU's user, read and write; nobody else's but root's."""
         give(self._lvm.ready(name), self._reader)
 
-    def _path(self, disk: Volume) -> Path:
+    def _path(self, disk: LogicalVolume) -> Path:
         """The link; where that is lost, the device itself."""
         link, node = self._links / disk.facts["machine"], self._lvm.node(disk.name)
         try:
@@ -155,13 +155,13 @@ class LvmVolumes:
         except OSError:
             return node
 
-    def _unused(self, volume: Volume) -> None:
+    def _unused(self, volume: LogicalVolume) -> None:
         """Busy if somebody has it open. udev looks at a new device for a moment: that doesn't count."""
         if volume.open and users_of(self._lvm.node(volume.name)):
             raise self._lvm.busy(volume.name)
 
     @staticmethod
-    def _check_dependents(seen: Seen, volumes: Sequence[Volume]) -> None:
+    def _check_dependents(seen: Seen, volumes: Sequence[LogicalVolume]) -> None:
         """lvremove takes a classic origin's snapshots along, whoever made them."""
         names = {v.name for v in volumes}
         others = [
@@ -175,7 +175,7 @@ class LvmVolumes:
                 remedy="remove them first, if nobody needs them",
             )
 
-    def _remove(self, seen: Seen, volumes: Sequence[Volume]) -> None:
+    def _remove(self, seen: Seen, volumes: Sequence[LogicalVolume]) -> None:
         self._check_dependents(seen, volumes)
         self._lvm.remove([v.name for v in volumes])
         for volume in volumes:
