@@ -45,7 +45,7 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
-from hypervisors.libvirt.kinds import Kind
+from hypervisors.libvirt.kinds import DomainType
 from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
 from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
@@ -70,7 +70,7 @@ class LibvirtHypervisor:
         runner: Runner,
         *,
         step: StepFn = no_step,
-        kind: Kind,
+        kind: DomainType,
         working: Callable[[str], None] = no_step,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead

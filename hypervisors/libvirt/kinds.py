@@ -24,7 +24,7 @@ UNDEFINE_MANAGED_SAVE = 1
 _UNDEFINE_SNAPSHOTS, _UNDEFINE_NVRAM, _UNDEFINE_CHECKPOINTS = 2, 4, 16
 
 
-class Kind(Protocol):
+class DomainType(Protocol):
     """``shutdown`` and ``undefine``: flags for virDomainShutdownFlags and virDomainUndefineFlags."""
 
     @property

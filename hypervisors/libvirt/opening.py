@@ -12,7 +12,7 @@ from host.run import Runner
 from hypervisors.api import Directories, Disks, Voices
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import Kind, Qemu
+from hypervisors.libvirt.kinds import DomainType, Qemu
 from hypervisors.libvirt.kvm import Accelerator, judge
 
 
@@ -46,7 +46,7 @@ def open_machines(
     )  # fmt: skip
 
 
-def _kind(place: Place, directories: Directories) -> Kind:
+def _kind(place: Place, directories: Directories) -> DomainType:
     """Which hypervisor libvirt drives there."""
     if place.driver == "xen":
         from hypervisors.libvirt.libxl import Xen
