@@ -39,7 +39,7 @@ from hypervisors.api import (
 from hypervisors.libvirt.domain_xml import (
     START_KEY,
     START_URI,
-    Seen,
+    DomainDefinition,
     read_domain,
     start_mark,
     with_disk,
@@ -374,7 +374,7 @@ class LibvirtHypervisor:
         self._check(domain, name)
         return domain
 
-    def _check(self, domain: libvirt.virDomain, name: str) -> Seen:
+    def _check(self, domain: libvirt.virDomain, name: str) -> DomainDefinition:
         seen = read_domain(domain.XMLDesc(0))
         if seen.owner is None or seen.owner.farm != self._farm:
             whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
@@ -410,7 +410,7 @@ class LibvirtHypervisor:
     def _undefine(self, domain: libvirt.virDomain) -> None:
         domain.undefineFlags(self._kind.undefine)
 
-    def _create(self, domain: libvirt.virDomain, seen: Seen) -> None:
+    def _create(self, domain: libvirt.virDomain, seen: DomainDefinition) -> None:
         import libvirt
 
         try:
@@ -449,7 +449,7 @@ class LibvirtHypervisor:
             time.sleep(0.05)
         return not domain.isActive()
 
-    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
+    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: DomainDefinition) -> None:
         """Also of one that is not running yet: what a killed command asked for, libvirtd goes on with,
         and while libxl makes a domain it isn't active. To destroy it waits for that."""
         import libvirt
