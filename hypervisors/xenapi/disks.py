@@ -41,7 +41,7 @@ from hypervisors.api import (
 )
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
-from hypervisors.xenapi.pool import Pool, Seen, freshness
+from hypervisors.xenapi.pool import Pool, PoolMachine, freshness
 from hypervisors.xenapi.records import (
     DISK,
     NULL,
@@ -77,7 +77,7 @@ _HEADROOM = 2**28
 class _Swap:
     """A fresh disk that is ready to be switched to."""
 
-    seen: Seen
+    seen: PoolMachine
     temporary: Vm
     vdi: Vdi
     marks: Mapping[str, str]
@@ -135,7 +135,7 @@ class XenApiDisks:
             clean = Checkpoint(name="clean", created=when(vm.marks["created"]))
             return [clean, *(checkpoint_of(kept) for kept in seen.checkpoints)]
 
-    def disk(self, seen: Seen) -> Disk:
+    def disk(self, seen: PoolMachine) -> Disk:
         assert seen.vdi and seen.vm.owner
         marks = seen.vm.marks
         clean = Checkpoint(name="clean", created=when(marks["created"]))
@@ -195,7 +195,7 @@ class XenApiDisks:
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 self.pool.call("VM.set_name_label", vm.ref, machine)
             made = dict(vm.record) | {"name_label": machine, "other_config": vm.other_config(marks)}
-            return self.disk(Seen(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
+            return self.disk(PoolMachine(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
 
     def named(self, vdi: Vdi, machine: str) -> None:
         """A disk is called after its machine; one grown from a checkpoint is so already."""
@@ -294,7 +294,7 @@ class XenApiDisks:
             self.pool.keep()
             return done
 
-    def _snapshot(self, seen: Seen, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
+    def _snapshot(self, seen: PoolMachine, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
         """Complete but for its name."""
         assert seen.vdi
         owner, vm, call = _owner(seen), seen.vm, self.pool.call
@@ -324,7 +324,7 @@ class XenApiDisks:
         call("VM.set_other_config", ref, config)
         return Vm(ref, {**record, "other_config": config})
 
-    def _attached_anew(self, seen: Seen) -> None:
+    def _attached_anew(self, seen: PoolMachine) -> None:
         """So that its VBD tells of starts since the checkpoint, not of those before."""
         assert seen.vdi and seen.attached
         vbd, vdi = seen.attached
@@ -362,7 +362,7 @@ class XenApiDisks:
             seen = self.ours(machine)
             return half_back(seen.vm, seen.checkpoints)
 
-    def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
+    def restore_seen(self, everyone: Sequence[PoolMachine], name: str) -> Sequence[Disk]:
         """Of machines that were just looked at, and are stopped by now."""
         machines = ", ".join(seen.vm.name for seen in everyone)
         for seen in everyone:
@@ -387,7 +387,7 @@ class XenApiDisks:
             undo.pop_all()
             return [self._settled(swap) for swap in swaps]
 
-    def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
+    def _fresh(self, seen: PoolMachine, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
         vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))
@@ -412,7 +412,7 @@ class XenApiDisks:
         record = dict(vm.record) | {"other_config": vm.other_config(swap.marks)}
         return self.disk(replace(swap.seen, vm=Vm(vm.ref, record), vdi=swap.vdi))
 
-    def _checkpoint_source(self, seen: Seen, name: str) -> Vm:
+    def _checkpoint_source(self, seen: PoolMachine, name: str) -> Vm:
         kept = seen.checkpoint(name)
         if kept is not None:
             return kept
@@ -427,11 +427,11 @@ class XenApiDisks:
             )
         return found[0]
 
-    def _ready(self, machine: str) -> Seen:
+    def _ready(self, machine: str) -> PoolMachine:
         """A stopped machine of ours, its disk attached as its marks say."""
         return self._readied(self.ours(machine))
 
-    def _readied(self, seen: Seen) -> Seen:
+    def _readied(self, seen: PoolMachine) -> PoolMachine:
         """One that is half way back to a warm checkpoint is brought there first, for it has no disk."""
         machine = seen.vm.name
         if seen.vm.power is not Power.STOPPED:
@@ -449,7 +449,7 @@ class XenApiDisks:
             seen = self.ours(machine)
         return seen
 
-    def _restorable(self, seen: Seen) -> Seen:
+    def _restorable(self, seen: PoolMachine) -> PoolMachine:
         """One whose own disk is gone is restored as any other."""
         if seen.vm.disk and seen.vdi is None and not half_back(seen.vm, seen.checkpoints):
             if seen.vm.power is not Power.STOPPED:
@@ -457,7 +457,7 @@ class XenApiDisks:
             return seen
         return self._readied(seen)
 
-    def ours(self, machine: str) -> Seen:
+    def ours(self, machine: str) -> PoolMachine:
         vm = self.pool.machine(machine)
         if vm is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
@@ -486,7 +486,7 @@ class XenApiDisks:
                 if vbd["VDI"] != NULL:
                     self.pool.remove_vdi(vbd["VDI"], seen.vbds)
 
-    def remove(self, seen: Seen) -> None:
+    def remove(self, seen: PoolMachine) -> None:
         self._remains.remove(seen)
 
     def leftovers(self) -> Sequence[Leftover]:
@@ -499,7 +499,7 @@ class XenApiDisks:
         self._remains.discard(leftover)
 
 
-def without_disk(seen: Seen) -> Remedy:
+def without_disk(seen: PoolMachine) -> Remedy:
     """What to do about a machine that has none."""
     if seen.vm.disk is None:
         return ("destroy it, then ", Call("clone-farm"))
@@ -507,16 +507,16 @@ def without_disk(seen: Seen) -> Remedy:
     return ("its storage has lost it: ", Call("reset", vm=vm, to=last), " gives it a new one")
 
 
-def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
+def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> PoolMachine:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref
         and s.marks["farm"] == vm.marks["farm"]
     ]  # fmt: skip
     ours.sort(key=lambda s: checkpoint_of(s).created)
-    return Seen(vm, vdi, tuple(ours), (), {}, None, "")
+    return PoolMachine(vm, vdi, tuple(ours), (), {}, None, "")
 
 
-def _owner(seen: Seen) -> Owner:
+def _owner(seen: PoolMachine) -> Owner:
     assert seen.vm.owner, "it was looked at as one of ours"
     return seen.vm.owner

@@ -39,7 +39,7 @@ _REMOVING = (
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PoolMachine:
     """A machine with all that belongs to it. ``token``: of the moment it was seen, for what changed
     since (``wait.look``)."""
 
@@ -267,7 +267,7 @@ class Pool:
     def _is_ours(self, vm: Vm) -> bool:
         return vm.is_machine and vm.kind == "machine" and vm.marks["farm"] == self.farm
 
-    def seen(self, vm: Vm) -> Seen:
+    def seen(self, vm: Vm) -> PoolMachine:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
         wanted += [f"vbd/{ref}" for ref in vm.record["VBDs"]]
         _, _, template = vm.marks.get("source", "").partition(" ")
@@ -279,7 +279,7 @@ class Pool:
         records = {ref: record for ref, record in batch.records.items() if record is not None}
         snapshots = [Vm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
         ours = [s for s in snapshots if s.kind == "checkpoint" and s.marks["farm"] == self.farm_of(vm)]
-        return Seen(
+        return PoolMachine(
             vm=vm,
             vdi=self._disk(vm, records),
             checkpoints=tuple(sorted(ours, key=lambda s: checkpoint_of(s).created)),
@@ -461,7 +461,7 @@ class Pool:
                     return Vm(ref, record), Vdi(seen["VDI"], vdi)
         return None
 
-    def settle(self, seen: Seen, vdi: Vdi | None = None) -> None:
+    def settle(self, seen: PoolMachine, vdi: Vdi | None = None) -> None:
         """Attach the disk that the mark names; what was attached in its place is an old one of the
         machine's, and is removed. ``vdi``: the mark's, where it was just written."""
         wanted = vdi or seen.vdi

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from hypervisors.api import Leftover, Owner, Power, StepFn
 from hypervisors.xenapi.errors import translated
 from hypervisors.xenapi.making import is_dead, made_for
-from hypervisors.xenapi.pool import Pool, Seen
+from hypervisors.xenapi.pool import Pool, PoolMachine
 from hypervisors.xenapi.records import PREFIX, Vdi, Vm
 from hypervisors.xenapi.wait import look
 
@@ -21,7 +21,7 @@ class Remains:
         self._step = step
         self._nameless: frozenset[str] = frozenset()  # as of the last look for leftovers
 
-    def remove(self, seen: Seen) -> None:
+    def remove(self, seen: PoolMachine) -> None:
         """The whole machine. From the first call on it isn't there any more, only its remains."""
         self.pool.give_up(seen.vm)
         swept = [s for s in seen.unfinished if made_for(s.name)]

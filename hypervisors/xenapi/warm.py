@@ -38,7 +38,7 @@ from typing import Any
 from hypervisors.api import Checkpoint, Disk, Power, StepFn
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.making import making
-from hypervisors.xenapi.pool import Pool, Seen
+from hypervisors.xenapi.pool import Pool, PoolMachine
 from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
@@ -97,7 +97,7 @@ class Warm:
 
     # -- there ------------------------------------------------------------------------------------
 
-    def checkpoint(self, seen: Seen, name: str) -> Checkpoint:
+    def checkpoint(self, seen: PoolMachine, name: str) -> Checkpoint:
         """Of a running machine, which runs on. Complete, or not there.
 
         The machine's marks say meanwhile that no image of it is to be trusted: the server suspends and
@@ -175,7 +175,7 @@ class Warm:
 
     # -- and back ---------------------------------------------------------------------------------
 
-    def back(self, seen: Seen, name: str) -> None:
+    def back(self, seen: PoolMachine, name: str) -> None:
         """Of a stopped machine; afterwards it is suspended. See the module's head. An error leaves it as
         it was, or half back. May be called again, and for another checkpoint."""
         vm, kept = seen.vm, seen.checkpoint(name)
@@ -213,7 +213,7 @@ class Warm:
     def _is_there(self, vdi: str) -> bool:
         return vdi != NULL and look(self.pool.sessions, [f"vdi/{vdi}"]).records.get(vdi) is not None
 
-    def _revert(self, seen: Seen, kept: Vm, label: str) -> None:
+    def _revert(self, seen: PoolMachine, kept: Vm, label: str) -> None:
         vm, call = seen.vm, self.pool.call
         name = kept.marks["checkpoint"]
         self._step(f"mark that {vm.name} goes back to {name}")
@@ -231,7 +231,7 @@ class Warm:
             self._unless_begun(seen, kept, names)
             raise
 
-    def _unless_begun(self, seen: Seen, kept: Vm, names: Mapping[str, str]) -> None:
+    def _unless_begun(self, seen: PoolMachine, kept: Vm, names: Mapping[str, str]) -> None:
         """Refused: all is taken back, where the server has not begun. It begins with the marks. A
         machine that was half back before stays so."""
         if half_back(seen.vm, seen.checkpoints):
@@ -244,7 +244,7 @@ class Warm:
                     self.pool.call("VDI.set_name_label", vdi, name)
                 self.pool.call("VM.set_other_config", kept.ref, kept.other_config(kept.marks))
 
-    def _whole(self, before: Seen, kept: Vm) -> None:
+    def _whole(self, before: PoolMachine, kept: Vm) -> None:
         """Steps 4 and 5. The marks of the moment tell its definition as it is now."""
         call, name = self.pool.call, kept.marks["checkpoint"]
         seen = self.pool.seen(Vm(before.vm.ref, call("VM.get_record", before.vm.ref)))
@@ -266,7 +266,7 @@ class Warm:
             self.pool.remove_vdi(old, ())
         call("VM.set_other_config", kept.ref, kept.other_config({**kept.marks, "revert": ""}))
 
-    def resume(self, seen: Seen, doing: str) -> None:
+    def resume(self, seen: PoolMachine, doing: str) -> None:
         """A suspended machine runs on, on the disk that its memory is of."""
         vm, image = seen.vm, str(seen.vm.record["suspend_VDI"])
         name, call = vm.name, self.pool.call
@@ -304,7 +304,7 @@ class Warm:
                 call("VM.set_other_config", vm.ref, vm.other_config(again))
             raise
 
-    def refuse_half(self, seen: Seen) -> None:
+    def refuse_half(self, seen: PoolMachine) -> None:
         """WrongState for a machine that must not run before it is put back once more."""
         name = half_back(seen.vm, seen.checkpoints)
         if name and seen.vm.owner:
@@ -313,7 +313,7 @@ class Warm:
                 remedy=(Call("reset", vm=seen.vm.owner.vm, to=name), " goes on with it"),
             )
 
-    def lost_disk(self, seen: Seen) -> Disk | None:
+    def lost_disk(self, seen: PoolMachine) -> Disk | None:
         """Of a machine half back, whose disk may be gone: what the checkpoint's tells of it."""
         kept = seen.checkpoint(half_back(seen.vm, seen.checkpoints))
         vdi = self._disk_of(kept) if kept else None
@@ -328,7 +328,7 @@ class Warm:
         )  # fmt: skip
 
 
-def _disks(seen: Seen) -> list[str]:
+def _disks(seen: PoolMachine) -> list[str]:
     """All that is attached to it: its disk, its seed."""
     vbds: Iterable[Mapping[str, Any]] = seen.vbds.values()
     return [vbd["VDI"] for vbd in vbds if vbd["VDI"] != NULL and vbd["type"] == "Disk"]
