@@ -272,7 +272,7 @@ class XenApiDisks:
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         """The marks say first that what the disk grew from is no longer known for sure, then that it is
-        the new checkpoint; this counts only once that one is complete (``Seen.base``)."""
+        the new checkpoint; this counts only once that one is complete (``PoolMachine.base``)."""
         with translated(f"checkpoint {', '.join(machines)}"), contextlib.ExitStack() as names:
             everyone = [self._ready(machine) for machine in machines]
             for seen in everyone:
@@ -387,7 +387,9 @@ class XenApiDisks:
             undo.pop_all()
             return [self._settled(swap) for swap in swaps]
 
-    def _fresh(self, seen: PoolMachine, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
+    def _fresh(
+        self, seen: PoolMachine, name: str, source: Vm, label: str, undo: contextlib.ExitStack
+    ) -> _Swap:
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
         vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))

@@ -97,7 +97,12 @@ class Guests:
     console = ""
 
     def __init__(
-        self, place: Path, store: StoreRig, guest: small_guest.Guest, uri: Callable[[], str], kind: DomainType
+        self,
+        place: Path,
+        store: StoreRig,
+        guest: small_guest.Guest,
+        uri: Callable[[], str],
+        kind: DomainType,
     ) -> None:
         self.place = place
         self.store = store

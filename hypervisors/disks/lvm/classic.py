@@ -332,7 +332,9 @@ class LvmClassicDisks(LvmStore):
     def _used(self, seen: Seen, disk: LogicalVolume) -> int:
         return disk.space + sum(v.space for v in seen.checkpoints(disk.facts["machine"]))
 
-    def _equal(self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool) -> bool | None:
+    def _equal(
+        self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None:
         """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
         count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""
         if disk.snapshot:

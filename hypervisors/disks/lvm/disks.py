@@ -93,7 +93,9 @@ class LvmStore(LvmVolumes, abc.ABC):
         """Bytes that a clone of it takes of the group at once."""
 
     @abc.abstractmethod
-    def _equal(self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool) -> bool | None: ...
+    def _equal(
+        self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None: ...
 
     @abc.abstractmethod
     def _used(self, seen: Seen, disk: LogicalVolume) -> int: ...

@@ -213,7 +213,9 @@ class LvmThinDisks(LvmStore):
 
     # -- pristine ---------------------------------------------------------------------------------
 
-    def _equal(self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool) -> bool | None:
+    def _equal(
+        self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None:
         if quick and self._lock.held():
             return None
         if which("thin_delta"):
