@@ -36,6 +36,7 @@ from hypervisors.api import (
     no_step,
     no_warm,
 )
+from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_xml import (
     START_KEY,
     START_URI,
@@ -46,7 +47,6 @@ from hypervisors.libvirt.domain_xml import (
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
 from hypervisors.libvirt.kinds import DomainType
-from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
 from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, WarnFn
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
-from hypervisors.disks.lvm.seen import Held, Seen, kept
+from hypervisors.disks.lvm.state import HeldLock, LvmState, kept
 from hypervisors.disks.stores import StorePlace
 from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
@@ -142,7 +142,7 @@ class LvmClassicDisks(LvmStore):
             plain = {key: value for key, value in base.facts.items() if key != "merging"}
             self._change(base.name, *retagged(base.facts, plain))
 
-    def _mergeable(self, seen: Seen, disk: LogicalVolume) -> LogicalVolume:
+    def _mergeable(self, seen: LvmState, disk: LogicalVolume) -> LogicalVolume:
         """The disk's base, if it may take the disk's content."""
         machine, name = disk.facts["machine"], disk.facts["base"]
         base = seen.base(disk, name)
@@ -174,7 +174,13 @@ class LvmClassicDisks(LvmStore):
         self._change(name, "-pr")
 
     def _grow(
-        self, held: Held, seen: Seen, source: LogicalVolume, facts: dict[str, str], *, first: bool
+        self,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
+        facts: dict[str, str],
+        *,
+        first: bool,
     ) -> str:
         machine, size = facts["machine"], int(facts["size"])
         if self._copy == "full":
@@ -195,7 +201,7 @@ class LvmClassicDisks(LvmStore):
             raise
         return name
 
-    def _freeze(self, held: Held, seen: Seen, disk: LogicalVolume, facts: dict[str, str]) -> str:
+    def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         what = f"checkpoint {facts['name']} of {facts['machine']}"
         if disk.snapshot:
             return self._copied_to(held, seen, disk, facts, what)
@@ -208,7 +214,9 @@ class LvmClassicDisks(LvmStore):
         finally:
             self._drop(name)
 
-    def _rebase(self, held: Held, seen: Seen, disk: LogicalVolume, frozen: str, name: str) -> str:
+    def _rebase(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str
+    ) -> str:
         facts = {**disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1)}
         if not disk.snapshot:
             self._change(disk.name, *retagged(disk.facts, {**disk.facts, "base": name}))
@@ -237,8 +245,8 @@ class LvmClassicDisks(LvmStore):
 
     def _copied_to(
         self,
-        held: Held,
-        seen: Seen,
+        held: HeldLock,
+        seen: LvmState,
         source: LogicalVolume,
         facts: dict[str, str],
         what: str,
@@ -283,7 +291,7 @@ class LvmClassicDisks(LvmStore):
 
     def _room(
         self,
-        seen: Seen,
+        seen: LvmState,
         what: str,
         *,
         copy: int | None,
@@ -303,7 +311,7 @@ class LvmClassicDisks(LvmStore):
             )
         return need
 
-    def _space(self, seen: Seen, source: LogicalVolume) -> int:
+    def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         return seen.group.rounded(self._area(source.size))
 
     def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
@@ -329,11 +337,11 @@ class LvmClassicDisks(LvmStore):
                 f"{self._vg} has nothing free: when it is full the disk is lost"
             )
 
-    def _used(self, seen: Seen, disk: LogicalVolume) -> int:
+    def _used(self, seen: LvmState, disk: LogicalVolume) -> int:
         return disk.space + sum(v.space for v in seen.checkpoints(disk.facts["machine"]))
 
     def _equal(
-        self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+        self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
     ) -> bool | None:
         """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
         count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""

@@ -37,7 +37,7 @@ from pathlib import Path
 from host.files import blocks, sync
 from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
-from hypervisors.disks.lvm.seen import Held, Seen, kept, read_template, template_facts
+from hypervisors.disks.lvm.state import HeldLock, LvmState, kept, read_template, template_facts
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
 from inventory.errors import Call, Conflict, NotFound, NotOurs, UsageError, WrongState
@@ -60,23 +60,31 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     @abc.abstractmethod
     def _grow(
-        self, held: Held, seen: Seen, source: LogicalVolume, facts: dict[str, str], *, first: bool
+        self,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
+        facts: dict[str, str],
+        *,
+        first: bool,
     ) -> str:
         """A new disk with ``source``'s content; returns its name. ``first``: the machine has none yet,
         so ``_point`` before the commit that makes it one. ``held`` has the store's lock."""
 
     @abc.abstractmethod
-    def _freeze(self, held: Held, seen: Seen, disk: LogicalVolume, facts: dict[str, str]) -> str:
+    def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         """A complete sealed checkpoint with the disk's content; returns its name."""
 
     @abc.abstractmethod
-    def _rebase(self, held: Held, seen: Seen, disk: LogicalVolume, frozen: str, name: str) -> str:
+    def _rebase(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str
+    ) -> str:
         """The disk (returned by name: the same or a new one) now grows from checkpoint ``name``."""
 
     @abc.abstractmethod
     def _room(
         self,
-        seen: Seen,
+        seen: LvmState,
         what: str,
         *,
         copy: int | None,
@@ -89,16 +97,16 @@ class LvmStore(LvmVolumes, abc.ABC):
         those that this will take."""
 
     @abc.abstractmethod
-    def _space(self, seen: Seen, source: LogicalVolume) -> int:
+    def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         """Bytes that a clone of it takes of the group at once."""
 
     @abc.abstractmethod
     def _equal(
-        self, seen: Seen, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+        self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
     ) -> bool | None: ...
 
     @abc.abstractmethod
-    def _used(self, seen: Seen, disk: LogicalVolume) -> int: ...
+    def _used(self, seen: LvmState, disk: LogicalVolume) -> int: ...
 
     @abc.abstractmethod
     def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
@@ -387,7 +395,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     # -- parts of the above -----------------------------------------------------------------------
 
-    def _freezable(self, seen: Seen, machine: str, name: str) -> LogicalVolume:
+    def _freezable(self, seen: LvmState, machine: str, name: str) -> LogicalVolume:
         disk = self._ours(seen, machine)
         if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
             raise Conflict(
@@ -405,7 +413,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._point(disk.facts["machine"], disk.name)
             self._drop(current)
 
-    def _way_back(self, seen: Seen, machine: str, name: str) -> tuple[LogicalVolume, LogicalVolume]:
+    def _way_back(self, seen: LvmState, machine: str, name: str) -> tuple[LogicalVolume, LogicalVolume]:
         """The disk, and what a fresh one is made of."""
         disk = self._ours(seen, machine)
         base = seen.base(disk, name)
@@ -430,7 +438,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     _fill_options: tuple[str, ...] = ()
 
-    def _ours(self, seen: Seen, machine: str) -> LogicalVolume:
+    def _ours(self, seen: LvmState, machine: str) -> LogicalVolume:
         disk = seen.present(plain(machine))
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
@@ -443,7 +451,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 f"the disk of {volume.facts.get('machine')} belongs to farm {volume.facts.get('farm')}"
             )
 
-    def _checkpoints(self, seen: Seen, disk: LogicalVolume) -> tuple[Checkpoint, ...]:
+    def _checkpoints(self, seen: LvmState, disk: LogicalVolume) -> tuple[Checkpoint, ...]:
         first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
         rest = [
             Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")))
@@ -452,7 +460,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         ]
         return (first, *sorted(rest, key=lambda c: c.created))
 
-    def _disk(self, seen: Seen, disk: LogicalVolume) -> Disk:
+    def _disk(self, seen: LvmState, disk: LogicalVolume) -> Disk:
         made = self._made(disk.facts, self._checkpoints(seen, disk))
         return replace(made, path=self._path(disk), used=self._used(seen, disk))
 
@@ -470,7 +478,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             checkpoints=tuple(checkpoints) or (clean,),
         )
 
-    def _left(self, seen: Seen) -> Iterator[Leftover]:
+    def _left(self, seen: LvmState) -> Iterator[Leftover]:
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts

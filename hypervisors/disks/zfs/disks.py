@@ -64,7 +64,7 @@ from hypervisors.api import (
 )
 from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
-from hypervisors.disks.zfs.state import SEALED, Look, plain
+from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
 from inventory.errors import Call, Conflict, NotFound, UsageError
 from inventory.sizes import format_size
@@ -177,7 +177,7 @@ class ZfsDisks(ZfsStore):
         self._step(f"put the disk of {machine} back to {name}")
         self._shut([machine])
         answer = self._zfs.program("restore", machine, name)
-        look = state.read_look(answer)
+        look = state.read_state(answer)
         if answer.get("done"):
             return self._disk(look, machine)
         return self._grow([machine], name, look)[0]
@@ -249,7 +249,7 @@ class ZfsDisks(ZfsStore):
             look = self._look(machine)
         return self._next_name(look, machine)
 
-    def _next_name(self, look: Look, machine: str) -> str:
+    def _next_name(self, look: ZfsState, machine: str) -> str:
         """Nor one of a disk that is gone, as long as something is left of it."""
         stem = f"{self._vms}/{machine}"
         number = int(look.next_name(self._vms, machine).rpartition(".")[2])
@@ -263,7 +263,7 @@ class ZfsDisks(ZfsStore):
     def _shut(self, machines: Sequence[str]) -> None:
         self._kind.shut([v for m in machines for v in self._kind.opened(f"{self._vms}/{plain(m)}")])
 
-    def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:
+    def _grow(self, machines: Sequence[str], name: str, look: ZfsState) -> Sequence[Disk]:
         """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
         transaction. The disks as they then are."""
         items: list[str] = []
@@ -299,7 +299,7 @@ class ZfsDisks(ZfsStore):
             self._zfs.program("switch", *items)
         return disks
 
-    def _source(self, look: Look, machine: str, disk: Disk, name: str) -> str:
+    def _source(self, look: ZfsState, machine: str, disk: Disk, name: str) -> str:
         if name == CLEAN:
             return self._template_snapshot(disk.template)
         for volume in look.of(machine):

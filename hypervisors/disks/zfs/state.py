@@ -98,7 +98,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ZfsState:
     """A store, or of one machine what belongs to it."""
 
     volumes: tuple[Dataset, ...]
@@ -122,9 +122,9 @@ class Look:
         return f"{vms}/{machine}.{max(numbers, default=0) + 1}"
 
 
-def read_look(answer: Mapping[str, Any]) -> Look:
+def read_state(answer: Mapping[str, Any]) -> ZfsState:
     space = answer.get("space") or {}
-    return Look(
+    return ZfsState(
         volumes=_volumes(answer.get("volumes") or {}),
         templates=_volumes(answer.get("templates") or {}),
         total=int(space.get("used", 0)) + int(space.get("available", 0)),
@@ -239,7 +239,7 @@ def read_template(volume: Dataset) -> Template | None:
     return template if named else None  # else a copy somebody made
 
 
-def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | None:
+def read_disk(look: ZfsState, machine: str, path: Callable[[str], Path]) -> Disk | None:
     """``path``: of a volume's name."""
     volume = look.disk(machine)
     if volume is None or volume.owner is None:
@@ -257,7 +257,7 @@ def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | N
     )
 
 
-def checkpoints(look: Look, machine: str, volume: Dataset) -> tuple[Checkpoint, ...]:
+def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoint, ...]:
     kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
     kept.sort(key=lambda s: (s.txg, s.name))
     return (
@@ -266,7 +266,7 @@ def checkpoints(look: Look, machine: str, volume: Dataset) -> tuple[Checkpoint, 
     )
 
 
-def find_leftovers(look: Look, farm: str) -> list[Leftover]:
+def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
     """Newest volumes first: they grew from older ones."""
     found = []
     now = datetime.now(UTC)
@@ -309,7 +309,7 @@ def being_made(volume: Dataset) -> bool:
     return (datetime.now(UTC) - volume.created).total_seconds() < MARKING
 
 
-def _unborn(volume: Dataset, look: Look, now: datetime) -> bool:
+def _unborn(volume: Dataset, look: ZfsState, now: datetime) -> bool:
     """Where only ours are made, and without a word of data: a clone of one of our snapshots, or an
     empty volume, whose marks a power cut swallowed. Nothing of anybody's can be lost with it."""
     if volume.marks or volume.snapshots or (now - volume.created).total_seconds() < SETTLED:

@@ -21,7 +21,7 @@ from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
 from hypervisors.disks.zfs.kinds import DatasetKind, RawFiles, Zvols
-from hypervisors.disks.zfs.state import SEALED, Look, plain
+from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -168,19 +168,19 @@ class ZfsStore:
         name, _, generation = label.rpartition("@")
         return f"{self._templates}/{name}.{generation}@{SEALED}"
 
-    def _look(self, machine: str = "", *, synced: bool = False) -> Look:
-        look = state.read_look(self._zfs.look(machine, synced=synced))
+    def _look(self, machine: str = "", *, synced: bool = False) -> ZfsState:
+        look = state.read_state(self._zfs.look(machine, synced=synced))
         self._room = (time.monotonic(), look.free)
         return look
 
-    def _disk(self, look: Look, machine: str) -> Disk:
+    def _disk(self, look: ZfsState, machine: str) -> Disk:
         disk = state.read_disk(look, machine, self._kind.path)
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(look, machine)
         return disk
 
-    def _check_farm(self, look: Look, machine: str) -> None:
+    def _check_farm(self, look: ZfsState, machine: str) -> None:
         for volume in look.of(machine):
             if volume.marks.get("farm") != self._farm:
                 raise NotOurs(f"the disk of {machine} belongs to farm {volume.marks.get('farm')}")

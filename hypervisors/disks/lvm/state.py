@@ -14,7 +14,7 @@ from hypervisors.api import CLEAN, Template
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
 
 
-class Seen:
+class LvmState:
     """One report, read by its marks."""
 
     def __init__(self, group: VolumeGroup, links: Path, when: float = 0.0) -> None:
@@ -80,17 +80,17 @@ class Seen:
         return self.templates.get(disk.facts.get("template", "")) if name == CLEAN else None
 
 
-class Held:
+class HeldLock:
     """The store's lock while it is held, and the locks of parts that go with it. None: no lock.
     ``seen``: an earlier look, if it still holds good."""
 
     def __init__(self, lock: FileLock | None) -> None:
-        self.seen: Seen | None = None
+        self.seen: LvmState | None = None
         self._lock = lock
         self._own = contextlib.ExitStack()
         self._kept = contextlib.ExitStack()
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> HeldLock:
         if self._lock:
             self._own.enter_context(self._lock.hold())
         return self
