@@ -46,7 +46,7 @@ from hypervisors.xenapi.records import (
     DISK,
     NULL,
     Vdi,
-    Vm,
+    XenApiVm,
     capacity_of,
     checkpoint_of,
     when,
@@ -78,7 +78,7 @@ class _Swap:
     """A fresh disk that is ready to be switched to."""
 
     seen: PoolMachine
-    temporary: Vm
+    temporary: XenApiVm
     vdi: Vdi
     marks: Mapping[str, str]
 
@@ -195,7 +195,7 @@ class XenApiDisks:
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 self.pool.call("VM.set_name_label", vm.ref, machine)
             made = dict(vm.record) | {"name_label": machine, "other_config": vm.other_config(marks)}
-            return self.disk(PoolMachine(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
+            return self.disk(PoolMachine(XenApiVm(vm.ref, made), vdi, (), (), {}, None, ""))
 
     def named(self, vdi: Vdi, machine: str) -> None:
         """A disk is called after its machine; one grown from a checkpoint is so already."""
@@ -214,7 +214,7 @@ class XenApiDisks:
     @contextlib.contextmanager
     def growing(
         self, template: Template, owner: Owner, size: int
-    ) -> Iterator[tuple[Vm, Vdi, dict[str, str]]]:
+    ) -> Iterator[tuple[XenApiVm, Vdi, dict[str, str]]]:
         """A VM with a disk of its own, and the marks that make it one of ours, to be written last; an
         error within takes it away again."""
         source, record, token = self._source(template, size)
@@ -241,13 +241,13 @@ class XenApiDisks:
                 self.pool.undo(vm.ref)
                 raise
 
-    def _source(self, template: Template, size: int) -> tuple[Vm, Mapping[str, Any], str]:
+    def _source(self, template: Template, size: int) -> tuple[XenApiVm, Mapping[str, Any], str]:
         """The template's VM and the storage repository's record, in one call."""
         _, _, ref = template.ref.partition(" ")
         sr = self.pool.sr()
         batch = look(self.pool.sessions, [f"vm/{ref}", f"sr/{sr}"])
         record, room = batch.records.get(ref), batch.records.get(sr)
-        source = Vm(ref, record) if record else None
+        source = XenApiVm(ref, record) if record else None
         if source is None or source.marks.get("label") != template.label:
             raise NotFound(
                 f"there is no template {template.label}", remedy=(Call("template-list"), " shows them")
@@ -294,7 +294,9 @@ class XenApiDisks:
             self.pool.keep()
             return done
 
-    def _snapshot(self, seen: PoolMachine, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
+    def _snapshot(
+        self, seen: PoolMachine, name: str, label: str, undo: contextlib.ExitStack
+    ) -> XenApiVm:
         """Complete but for its name."""
         assert seen.vdi
         owner, vm, call = _owner(seen), seen.vm, self.pool.call
@@ -315,14 +317,14 @@ class XenApiDisks:
         self.pool.note_of(ref, batch)
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
-        snapshot = Vm(ref, record)
+        snapshot = XenApiVm(ref, record)
         marks = {
             "farm": owner.farm, "vm": owner.vm, "kind": "checkpoint",
             "checkpoint": name, "created": datetime.now(UTC).isoformat(),
         }  # fmt: skip
         config = snapshot.other_config(marks)
         call("VM.set_other_config", ref, config)
-        return Vm(ref, {**record, "other_config": config})
+        return XenApiVm(ref, {**record, "other_config": config})
 
     def _attached_anew(self, seen: PoolMachine) -> None:
         """So that its VBD tells of starts since the checkpoint, not of those before."""
@@ -332,7 +334,7 @@ class XenApiDisks:
             self.pool.ignoring_gone("VBD.destroy", vbd)
             self.pool.attach(seen.vm.ref, vdi, DISK, read_only=False)
 
-    def _remark(self, vm: Vm, marks: Mapping[str, str]) -> None:
+    def _remark(self, vm: XenApiVm, marks: Mapping[str, str]) -> None:
         with contextlib.suppress(XenApiError, FarmhandError):
             self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
 
@@ -388,7 +390,7 @@ class XenApiDisks:
             return [self._settled(swap) for swap in swaps]
 
     def _fresh(
-        self, seen: PoolMachine, name: str, source: Vm, label: str, undo: contextlib.ExitStack
+        self, seen: PoolMachine, name: str, source: XenApiVm, label: str, undo: contextlib.ExitStack
     ) -> _Swap:
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
@@ -400,10 +402,10 @@ class XenApiDisks:
         }  # fmt: skip
         return _Swap(seen, temporary, vdi, marks)
 
-    def _unmake(self, vm: Vm, temporary: Vm, vdi: Vdi) -> None:
+    def _unmake(self, vm: XenApiVm, temporary: XenApiVm, vdi: Vdi) -> None:
         """Not what the machine's marks name: a switch may be done and its answer lost."""
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            now = XenApiVm(vm.ref, self.pool.call("VM.get_record", vm.ref))
             if now.disk is None or now.disk[0] != vdi.uuid:
                 self.pool.undo(temporary.ref)
 
@@ -412,9 +414,9 @@ class XenApiDisks:
         self.pool.ignoring_gone("VM.destroy", swap.temporary.ref)  # the disk is the machine's
         vm = swap.seen.vm
         record = dict(vm.record) | {"other_config": vm.other_config(swap.marks)}
-        return self.disk(replace(swap.seen, vm=Vm(vm.ref, record), vdi=swap.vdi))
+        return self.disk(replace(swap.seen, vm=XenApiVm(vm.ref, record), vdi=swap.vdi))
 
-    def _checkpoint_source(self, seen: PoolMachine, name: str) -> Vm:
+    def _checkpoint_source(self, seen: PoolMachine, name: str) -> XenApiVm:
         kept = seen.checkpoint(name)
         if kept is not None:
             return kept
@@ -509,7 +511,7 @@ def without_disk(seen: PoolMachine) -> Remedy:
     return ("its storage has lost it: ", Call("reset", vm=vm, to=last), " gives it a new one")
 
 
-def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> PoolMachine:
+def _from_lists(vm: XenApiVm, vdi: Vdi, vms: Sequence[XenApiVm]) -> PoolMachine:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref

@@ -10,7 +10,7 @@ from hypervisors.api import Leftover, Owner, Power, StepFn
 from hypervisors.xenapi.errors import translated
 from hypervisors.xenapi.making import is_dead, made_for
 from hypervisors.xenapi.pool import Pool, PoolMachine
-from hypervisors.xenapi.records import PREFIX, Vdi, Vm
+from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm
 from hypervisors.xenapi.wait import look
 
 
@@ -66,7 +66,7 @@ class Remains:
             return sorted(self._unknown(self.pool.all_vms(), vdis) - self.pool.notes.all())
 
     @staticmethod
-    def _unknown(vms: Sequence[Vm], vdis: Mapping[str, Vdi]) -> frozenset[str]:
+    def _unknown(vms: Sequence[XenApiVm], vdis: Mapping[str, Vdi]) -> frozenset[str]:
         used = {vm.record["suspend_VDI"] for vm in vms}
         named = {vm.disk[0] for vm in vms if vm.disk}
         return frozenset(
@@ -75,7 +75,9 @@ class Remains:
             and ref not in used and vdi.uuid not in named and vdi.record["type"] == "user"
         )  # fmt: skip
 
-    def _why_left(self, vm: Vm, vms: Sequence[Vm]) -> Iterator[tuple[str, Owner | None, str]]:
+    def _why_left(
+        self, vm: XenApiVm, vms: Sequence[XenApiVm]
+    ) -> Iterator[tuple[str, Owner | None, str]]:
         written = vm.written
         if written.get("farm") != self._farm:
             return
@@ -121,7 +123,7 @@ class Remains:
                     self._step(f"remove VM {uuid}")
                     self._sweep(vm, vms)
 
-    def _sweep(self, vm: Vm, vms: Sequence[Vm]) -> None:
+    def _sweep(self, vm: XenApiVm, vms: Sequence[XenApiVm]) -> None:
         """A disk that some machine's mark names by now is that machine's: it is attached there."""
         named = {}
         for other in vms:

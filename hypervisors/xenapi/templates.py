@@ -22,7 +22,7 @@ from hypervisors.api import Owner, StepFn, Template
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
-from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vm, template_of
+from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24
@@ -109,7 +109,7 @@ class Templates:
                 self.pool.attach(vm, vdi, DISK, read_only=False)
                 label = f"{self._farm} {template.label}"
                 call("VDI.set_name_label", vdi, label)
-                made = Vm(vm, call("VM.get_record", vm))
+                made = XenApiVm(vm, call("VM.get_record", vm))
                 sealed = {
                     "farm": self._farm, "kind": "template", "label": template.label,
                     "size": str(template.size), "sha256": template.sha256,
@@ -133,7 +133,7 @@ class Templates:
             found = [template_of(vm) for vm in self.among(self.pool.all_vms())]
             return sorted(found, key=lambda t: (t.name, t.generation))
 
-    def among(self, vms: Sequence[Vm]) -> Sequence[Vm]:
+    def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
         """Those of the farm's."""
         return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
 

@@ -39,7 +39,16 @@ from hypervisors.api import Checkpoint, Disk, Power, StepFn
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, PoolMachine
-from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
+from hypervisors.xenapi.records import (
+    DISK,
+    NULL,
+    Vdi,
+    XenApiVm,
+    capacity_of,
+    checkpoint_of,
+    vdi_path,
+    when,
+)
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Call,
@@ -61,7 +70,7 @@ _NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY", "VM_INCOMPATI
 """VM.resume has not begun."""
 
 
-def half_back(vm: Vm, snapshots: Iterable[Vm]) -> str:
+def half_back(vm: XenApiVm, snapshots: Iterable[XenApiVm]) -> str:
     """The warm checkpoint that the machine is on its way back to and has to be put back to once more
     before it may run; "" for one that is whole, or runs. ``snapshots``: our checkpoints of it."""
     if vm.power not in (Power.STOPPED, Power.SUSPENDED):
@@ -123,7 +132,7 @@ class Warm:
                 ref = self.pool.do("VM.checkpoint", vm.ref, label)
                 call("VM.set_other_config", vm.ref, vm.other_config({**during, "resume": ""}))
                 batch = look(self.pool.sessions, [f"vm/{ref}", "vbd", "vdi"], seen.token)
-                snapshot = Vm(ref, batch.records.get(ref) or call("VM.get_record", ref))
+                snapshot = XenApiVm(ref, batch.records.get(ref) or call("VM.get_record", ref))
                 self.pool.note_of(ref, batch)
                 if snapshot.record["suspend_VDI"] == NULL:
                     raise DriverFailed(
@@ -145,7 +154,7 @@ class Warm:
                     self._as_it_was(vm)
                 raise
         self.pool.keep()
-        return checkpoint_of(Vm(ref, {**snapshot.record, "other_config": config}))
+        return checkpoint_of(XenApiVm(ref, {**snapshot.record, "other_config": config}))
 
     def _has_room(self, memory: int) -> None:
         record = self._suspend_sr()
@@ -165,10 +174,10 @@ class Warm:
                 remedy="make room there, or make a cold checkpoint: without --warm",
             )
 
-    def _as_it_was(self, vm: Vm) -> None:
+    def _as_it_was(self, vm: XenApiVm) -> None:
         """Its marks, where it runs; else its image may be one that has run on already."""
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            now = XenApiVm(vm.ref, self.pool.call("VM.get_record", vm.ref))
             if now.power is Power.RUNNING:
                 marks = {**vm.marks, "fresh": ""}
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
@@ -202,7 +211,7 @@ class Warm:
             self._revert(seen, kept, label)
         self._whole(seen, kept)
 
-    def _disk_of(self, kept: Vm) -> Vdi | None:
+    def _disk_of(self, kept: XenApiVm) -> Vdi | None:
         """A snapshot's."""
         vbds = look(self.pool.sessions, [f"vbd/{ref}" for ref in kept.record["VBDs"]]).records
         for vbd in vbds.values():
@@ -213,7 +222,7 @@ class Warm:
     def _is_there(self, vdi: str) -> bool:
         return vdi != NULL and look(self.pool.sessions, [f"vdi/{vdi}"]).records.get(vdi) is not None
 
-    def _revert(self, seen: PoolMachine, kept: Vm, label: str) -> None:
+    def _revert(self, seen: PoolMachine, kept: XenApiVm, label: str) -> None:
         vm, call = seen.vm, self.pool.call
         name = kept.marks["checkpoint"]
         self._step(f"mark that {vm.name} goes back to {name}")
@@ -231,23 +240,23 @@ class Warm:
             self._unless_begun(seen, kept, names)
             raise
 
-    def _unless_begun(self, seen: PoolMachine, kept: Vm, names: Mapping[str, str]) -> None:
+    def _unless_begun(self, seen: PoolMachine, kept: XenApiVm, names: Mapping[str, str]) -> None:
         """Refused: all is taken back, where the server has not begun. It begins with the marks. A
         machine that was half back before stays so."""
         if half_back(seen.vm, seen.checkpoints):
             return
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = self.pool.seen(Vm(seen.vm.ref, self.pool.call("VM.get_record", seen.vm.ref)))
+            now = self.pool.seen(XenApiVm(seen.vm.ref, self.pool.call("VM.get_record", seen.vm.ref)))
             untouched = now.vm.record["other_config"] == seen.vm.record["other_config"]
             if untouched and set(_disks(now)) == set(names):
                 for vdi, name in names.items():
                     self.pool.call("VDI.set_name_label", vdi, name)
                 self.pool.call("VM.set_other_config", kept.ref, kept.other_config(kept.marks))
 
-    def _whole(self, before: PoolMachine, kept: Vm) -> None:
+    def _whole(self, before: PoolMachine, kept: XenApiVm) -> None:
         """Steps 4 and 5. The marks of the moment tell its definition as it is now."""
         call, name = self.pool.call, kept.marks["checkpoint"]
-        seen = self.pool.seen(Vm(before.vm.ref, call("VM.get_record", before.vm.ref)))
+        seen = self.pool.seen(XenApiVm(before.vm.ref, call("VM.get_record", before.vm.ref)))
         vm, attached = seen.vm, seen.attached
         if vm.power is not Power.SUSPENDED or attached is None or vm.record["suspend_VDI"] == NULL:
             raise DriverFailed(
