@@ -52,7 +52,7 @@ from hypervisors.xenapi.records import (
     when,
 )
 from hypervisors.xenapi.remains import Remains
-from hypervisors.xenapi.templates import Templates
+from hypervisors.xenapi.templates import TemplateImages
 from hypervisors.xenapi.wait import look
 from hypervisors.xenapi.warm import Warm, half_back
 from inventory.errors import (
@@ -97,7 +97,7 @@ class XenApiDisks:
         self._runner = runner
         self._step = step
         self._headroom = headroom
-        self._sealed = Templates(pool, runner, step)
+        self._sealed = TemplateImages(pool, runner, step)
         self._remains = Remains(pool, step)
         self.warm = Warm(pool, step, headroom)
 

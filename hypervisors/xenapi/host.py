@@ -85,14 +85,14 @@ class OpenXenApi(OpenHost):
         from hypervisors.xenapi.disks import XenApiDisks
         from hypervisors.xenapi.notes import Notes
         from hypervisors.xenapi.pool import Pool
-        from hypervisors.xenapi.session import Server, Sessions
+        from hypervisors.xenapi.session import Sessions, XenApiServer
 
         declared, around, beside = self._declared, self.around, self.around.beside
         if declared.insecure:
             around.voices.warn(
                 f"host {around.host}: 'insecure': whoever answers at {declared.uri} gets the password"
             )
-        server = Server(
+        server = XenApiServer(
             url=declared.uri,
             credentials=beside / declared.credentials.expanduser(),
             ca=beside / declared.ca.expanduser() if declared.ca else None,

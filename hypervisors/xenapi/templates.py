@@ -42,7 +42,7 @@ _HVM = {
 """A machine that boots from its disk as a PC does; the fields VM.create wants (data model 2.20)."""
 
 
-class Templates:
+class TemplateImages:
     def __init__(self, pool: Pool, runner: Runner, step: StepFn) -> None:
         self.pool = pool
         self._farm = pool.farm

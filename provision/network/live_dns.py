@@ -25,7 +25,7 @@ _TIMEOUT = 30.0
 _OURS = ("A", "AAAA", "PTR")
 
 
-class Server:
+class DnsServer:
     """One server's dynamic zones. ``ttl``: seconds, of what is added. ``mark``: what our names' TXT
     records say."""
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from inventory.places import Path as Place
     from inventory.places import Places
     from provision.network.changes import FileChange
-    from provision.network.live_dns import Server
+    from provision.network.live_dns import DnsServer
     from provision.network.records import Records, Zones
     from provision.network.render import Renderer
     from provision.network.view import View, VmRow, Zone
@@ -253,11 +253,11 @@ class Bind(Service):
     def live_records(self) -> bool:
         return self.dynamic
 
-    def record_server(self, farm: Farm) -> Server:
-        from provision.network.live_dns import Server
+    def record_server(self, farm: Farm) -> DnsServer:
+        from provision.network.live_dns import DnsServer
 
         mark = f"farmhand {farm.farm}"
-        return Server(str(self.address), self.port, _tsig_key(self), ttl=int(self.ttl), mark=mark)
+        return DnsServer(str(self.address), self.port, _tsig_key(self), ttl=int(self.ttl), mark=mark)
 
     def records(self, view: View) -> Zones:
         return _desired(view, self._zone(view.declared), reverse=self.reverse)
