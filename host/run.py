@@ -32,7 +32,7 @@ MASK = "********"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CommandResult:
     """``stdout`` and ``stderr`` decoded as UTF-8, bad bytes replaced."""
 
     argv: tuple[str, ...]
@@ -56,7 +56,7 @@ class Runner:
         ok: Sequence[int] = (0,),
         env: Mapping[str, str] | None = None,
         input: bytes | None = None,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command that changes nothing. CommandFailed unless its status is in ``ok``."""
         return self._run(argv, timeout, ok, env, input, None)
 
@@ -69,7 +69,7 @@ class Runner:
         input: bytes | None = None,
         log: Path | None = None,
         clean: bool = False,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
         made, and the result's own are empty; ``timeout`` is then for no output, see
         ``host.progress``. ``clean``: it gets ``env`` and the locale, and nothing else of our own
@@ -127,7 +127,7 @@ class Runner:
         log: Path | None,
         *,
         clean: bool = False,
-    ) -> Result:
+    ) -> CommandResult:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
         try:
@@ -158,7 +158,7 @@ class Runner:
         except BaseException:  # Ctrl-C: the child is in its own session and did not get it
             _end(process)
             raise
-        result = Result(
+        result = CommandResult(
             args,
             process.returncode,
             (out or b"").decode(errors="replace"),
@@ -169,7 +169,7 @@ class Runner:
             raise self._failure(result, log)
         return result
 
-    def _failure(self, result: Result, log: Path | None) -> CommandFailed:
+    def _failure(self, result: CommandResult, log: Path | None) -> CommandFailed:
         if result.status < 0:
             how = f"was killed by {signal.Signals(-result.status).name}"
         else:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from host.files import open_new
-from host.run import Result, Runner, which
+from host.run import CommandResult, Runner, which
 from inventory.errors import CommandFailed
 
 
@@ -31,7 +31,9 @@ class Stage:
                 new = str(path)
             self._files.append((new, live))
 
-    def check(self, argv: Sequence[str], *, shadow: Sequence[str] = (), timeout: float = 120) -> Result:
+    def check(
+        self, argv: Sequence[str], *, shadow: Sequence[str] = (), timeout: float = 120
+    ) -> CommandResult:
         """Run a checker. CommandFailed, naming it, if it refuses or isn't installed."""
         program = which(argv[0])
         if program is None:
@@ -54,7 +56,7 @@ class Stage:
             raise self._refused(argv, result)
         return result
 
-    def _refused(self, argv: Sequence[str], result: Result) -> CommandFailed:
+    def _refused(self, argv: Sequence[str], result: CommandResult) -> CommandFailed:
         said = [line for text in (result.stderr, result.stdout) for line in text.strip().splitlines()]
         first = next((line for line in said if _tells(line)), said[-1] if said else "it says nothing")
         return CommandFailed(
