@@ -23,7 +23,7 @@ from builds.lineage import Before, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.operation import RunCycle
-from builds.plan import BuildPlan, Job, batches
+from builds.plan import BuildJob, BuildPlan, batches
 from builds.record import (
     BuildRecord,
     FileRecord,
@@ -198,7 +198,7 @@ class Build:
         await self.machines.drop_all()
         await asyncio.gather(*map(self._do, self._plan.give_back))
 
-    async def _do(self, job: Job) -> bool:
+    async def _do(self, job: BuildJob) -> bool:
         return job.run is None or await job.run(self)
 
     # -- one step -----------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def source_for(
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BuildJob:
     """A line of the plan, and what a build does for it, which says whether it went well; None: the line
     is all. ``step``: which it is, if it is one."""
 
@@ -206,9 +206,9 @@ class BuildPlan:
     chosen: frozenset[str]
     before: Before
     source: Resolved | None
-    jobs: tuple[Job, ...]
-    give_back: tuple[Job, ...]
-    close: Job
+    jobs: tuple[BuildJob, ...]
+    give_back: tuple[BuildJob, ...]
+    close: BuildJob
 
     @property
     def lines(self) -> tuple[Action, ...]:
@@ -237,11 +237,11 @@ def plan_build(
     before = look_back(site, every, chosen)
     source = source_for(site, before, revision, steps=every, snapshot=snapshot)
     check_source(site.farm, every, source)
-    jobs = [Job(action) for action in _beforehand(before, source, steps)]
+    jobs = [BuildJob(action) for action in _beforehand(before, source, steps)]
     raised: set[str] = set()
     for step in every:
         if step.name not in chosen:
-            jobs.append(Job(Action("skip", step.vms[0], f"{step.name}: skipped")))
+            jobs.append(BuildJob(Action("skip", step.vms[0], f"{step.name}: skipped")))
             continue
         for vm in step.vms:
             member = site.member(vm)
@@ -249,15 +249,15 @@ def plan_build(
                 raised.add(vm)
                 full = format_size(member.declared.memory)
                 run = partial(_inflate, vm)
-                jobs.append(Job(Action("balloon", vm, f"memory to {full}"), run))
+                jobs.append(BuildJob(Action("balloon", vm, f"memory to {full}"), run))
         text = f"{step.name}: {step.does()}"
-        jobs.append(Job(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
+        jobs.append(BuildJob(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
         if member.idles:
             idle = format_size(member.declared.idle_memory or 0)
-            give_back.append(Job(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
+            give_back.append(BuildJob(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
     text = f"write the build record below {site.paths.builds}"
     return BuildPlan(
         cycle=cycle,
@@ -267,7 +267,7 @@ def plan_build(
         source=source,
         jobs=tuple(jobs),
         give_back=tuple(give_back),
-        close=Job(Action("record", "", text), _close),
+        close=BuildJob(Action("record", "", text), _close),
     )
 
 
@@ -290,10 +290,10 @@ def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKin
             yield Action("note", vm, "taken as it is, not reset: the record will say so")
 
 
-def batches(jobs: Iterable[Job]) -> list[list[Job]]:
+def batches(jobs: Iterable[BuildJob]) -> list[list[BuildJob]]:
     """What there is to do, in its order; resets that follow one another, of different VMs, are side by
     side."""
-    result: list[list[Job]] = []
+    result: list[list[BuildJob]] = []
     for job in jobs:
         if job.run is None:
             continue
