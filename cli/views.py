@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from provision.engine.journal import Record
     from provision.engine.report import Action, Outcome
     from provision.network.rendered import Rendered
-    from provision.network.verify import Report
+    from provision.network.verify import VerifyReport
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
@@ -378,7 +378,7 @@ def rendered(files: Sequence[Rendered], out: str) -> TaskResult:
     return TaskResult(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
 
 
-def applied(result: Outcome, asked: Report | None) -> TaskResult:
+def applied(result: Outcome, asked: VerifyReport | None) -> TaskResult:
     """What was done, or would be, how the files differ, and what the services then answered."""
     shown = outcome(result)
     parts: list[Text] = [str(result.facts.get("diff", "")), shown.text]
@@ -390,7 +390,7 @@ def applied(result: Outcome, asked: Report | None) -> TaskResult:
     return TaskResult(data, text, answers.ok, answers.problem, answers.remedy)
 
 
-def verified(report: Report) -> TaskResult:
+def verified(report: VerifyReport) -> TaskResult:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
         return TaskResult(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
