@@ -16,7 +16,7 @@ from inventory.collector import without_collector
 from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.network.document import Document, Live, Whose, embed, read, whole
+from provision.network.document import Document, LiveFile, Whose, embed, read, whole
 from provision.network.render import Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.service import Service
@@ -144,7 +144,7 @@ class Examiner:
                 found[str(zone.name)] = serial
         return found
 
-    def _same(self, document: Document, live: Live) -> bool:
+    def _same(self, document: Document, live: LiveFile) -> bool:
         if document.initial and live.whose is not Whose.ABSENT:
             return True  # the server's own by now
         return live.whose is Whose.OURS and live.body == document.text
@@ -154,7 +154,7 @@ class Examiner:
         return following([serial for serial in known if serial is not None], self._today)
 
     def _change(
-        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
     ) -> FileChange | None:
         if self._same(document, live):
             return None
@@ -194,7 +194,7 @@ class Examiner:
         ]
 
     def _removal(
-        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
     ) -> FileChange | None:
         if live.whose is Whose.EDITED:
             self._edited.append(document.path)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inventory.errors import Call, Conflict, DriverFailed, FarmhandError
-from provision.network.records import Live, Op, Records, Zones, batches, counted, ordered
+from provision.network.records import LiveRecords, Op, Records, Zones, batches, counted, ordered
 
 if TYPE_CHECKING:
     import dns.message
@@ -33,7 +33,7 @@ class DnsServer:
         self._address, self._port, self._key, self._ttl = address, port, key, ttl
         self._mark = f'"{mark}"'
 
-    def look(self, zone: str) -> dict[str, Live] | None:
+    def look(self, zone: str) -> dict[str, LiveRecords] | None:
         """All of a zone, by a signed transfer; None: the server has no such zone. DriverFailed."""
         import dns.exception
         import dns.name
@@ -74,7 +74,7 @@ class DnsServer:
                         marked = True
                     else:
                         other = True
-            found[name.to_text(omit_final_dot=True)] = Live(tuple(sorted(records)), marked, other)
+            found[name.to_text(omit_final_dot=True)] = LiveRecords(tuple(sorted(records)), marked, other)
         return found
 
     def judge(self, known: Zones | None, wanted: Zones, *, force: bool) -> tuple[list[Op], list[str]]:
@@ -131,7 +131,7 @@ class DnsServer:
         zones = {zone: self.look(zone) or {} for zone in dict.fromkeys(op.zone for op in ops)}
         done = []
         for op in ops:
-            live = zones[op.zone].get(op.name, Live((), False, False))
+            live = zones[op.zone].get(op.name, LiveRecords((), False, False))
             if live.records == op.new and op.old != op.new and live.marked == bool(op.new):
                 done.append(Op(op.zone, op.name, op.new, op.old, live.other))
         for batch in batches(list(reversed(done))):

@@ -40,7 +40,7 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveRecords:
     """What a zone has at one name."""
 
     records: Records
