@@ -14,7 +14,7 @@ from host.run import CommandResult, Runner, which
 from inventory.errors import CommandFailed
 
 
-class Stage:
+class StagedFiles:
     """New files that a checker sees at their live places. Text None: the file is to be gone."""
 
     def __init__(self, runner: Runner, directory: Path, files: Mapping[str, str | None]) -> None:
@@ -69,11 +69,11 @@ class Stage:
 
 
 @contextmanager
-def stage(runner: Runner, files: Mapping[str, str | None]) -> Iterator[Stage]:
+def stage(runner: Runner, files: Mapping[str, str | None]) -> Iterator[StagedFiles]:
     """A staging area, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="farmhand-") as name:
         Path(name).chmod(0o711)  # checkers may run as the daemon's user
-        yield Stage(runner, Path(name), files)
+        yield StagedFiles(runner, Path(name), files)
 
 
 def _tells(line: str) -> bool:
