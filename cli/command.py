@@ -53,7 +53,7 @@ def command(
     name: str | None = None,
 ) -> Callable[[Callable[..., TaskResult | None]], object]:
     """The decorator under which a task stands. ``plans`` False: the task has no --plan, for it changes
-    nothing. The function gets a Run first."""
+    nothing. The function gets a TaskRun first."""
     texts = dict(help or {})
 
     def decorate(body: Callable[..., TaskResult | None]) -> object:

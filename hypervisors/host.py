@@ -11,9 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from host.check import Check
 from host.run import Runner
 from hypervisors.api import Directories, Disks, Hypervisor, Voices
 from hypervisors.null import NoMachines
@@ -22,11 +21,11 @@ from inventory.errors import Unsupported
 from inventory.hosts import Host
 
 if TYPE_CHECKING:
+    from host.check import Check
     from hypervisors.far.drivers import FarHypervisor
 
 
-@dataclass(frozen=True, slots=True)
-class ListedMachine:
+class ListedMachine(NamedTuple):
     """One that the farm file lists because nobody virtualizes it. ``address``: a name or an address.
     ``reset_argv``: run on this host, never through a shell; empty: it can't be reset."""
 

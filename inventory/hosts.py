@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from inventory import kinds
 from inventory.base import Model
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tool:
+class Tool(NamedTuple):
     """A command that a driver runs on its host, and the Debian package that has it."""
 
     command: str
@@ -24,8 +23,7 @@ class Tool:
     """Only where the host is this machine."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NeededFile:
+class NeededFile(NamedTuple):
     """Something that a driver needs on its host and that is no command."""
 
     path: str
@@ -50,8 +48,6 @@ class DriverInfo:
     """It switches its machines on and off."""
     disks: bool = True
     """It keeps disks that can be cloned, checkpointed and removed."""
-    own_storage: bool = False
-    """The disks are a server's own, in no store of ours."""
     guests: bool = True
     """Something runs in its machines, that can be waited for and logged in to."""
     shares_memory: bool = False

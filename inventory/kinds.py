@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from inventory.model import Step
     from inventory.subscribers import EventSubscriber
 
+_TOP = Path(__file__).parent.parent
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
 subscribers: dict[str, str] = {}
@@ -69,8 +70,17 @@ def _all() -> tuple[str, ...]:
 
 def rooms() -> list[Path]:
     """The directories of all tables' modules: what decides about their sections is in there."""
-    specs = map(find_spec, dict.fromkeys(place.partition(":")[0] for place in places().values()))
-    return sorted({Path(spec.origin).parent for spec in specs if spec and spec.origin})
+    modules = dict.fromkeys(place.partition(":")[0] for place in places().values())
+    return sorted({_file(module).parent for module in modules})
+
+
+def _file(module: str) -> Path:
+    own = _TOP / f"{module.replace('.', '/')}.py"
+    if own.exists():  # found so without importing what it is in
+        return own
+    spec = find_spec(module)
+    assert spec and spec.origin, module
+    return Path(spec.origin)
 
 
 @cache

@@ -50,17 +50,22 @@ def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
 
 def _name(data: bytes) -> str:
     """Of the farm file's bytes and all that decides what they mean. The environment's packages are
-    pinned: its place is named by their hashes."""
-    digest = hashlib.sha256(repr((sys.version, sys.prefix, kinds.places())).encode())
+    pinned: its place is named by their hashes. What the kinds of sections are made of stands among much
+    else, which would take a millisecond to read: a look must do."""
+    rooms = [(str(room), _looks(room)) for room in kinds.rooms()]
+    digest = hashlib.sha256(repr((sys.version, sys.prefix, kinds.places(), rooms)).encode())
     own = Path(*inventory.__path__)
-    kept = sorted(own.glob("*.core.json"))
-    for source in (
-        *kept,
-        *(file for room in (own, *kinds.rooms()) for file in sorted(room.glob("*.py"))),
-    ):
+    for source in sorted((*own.glob("*.py"), *own.glob("*.core.json"))):
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
+
+
+def _looks(room: Path) -> list[tuple[object, ...]]:
+    """Of its modules: a file that was written anew is another, or has another time."""
+    with os.scandir(room) as entries:
+        seen = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(".py")]
+    return sorted((name, info.st_ino, info.st_size, info.st_mtime_ns) for name, info in seen)
 
 
 def _kept(directory: Path, name: str) -> Farm | None:

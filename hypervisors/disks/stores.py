@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 from host.run import Runner
 from hypervisors.api import Directories, Disks, Voices
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreInfo:
+class StoreInfo(NamedTuple):
     """``place``: module:class. ``tool``: the command it can't do without, of these Debian packages."""
 
     place: str

@@ -1,5 +1,5 @@
 """Machines through libvirt: the private daemon's, the session's or the system's. Which hypervisor that
-is, and what differs with it, is a ``DomainType``.
+is, and what differs with it, is a ``hypervisors.libvirt.kinds.DomainType``.
 
 Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
 anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an

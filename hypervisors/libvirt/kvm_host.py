@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from host.check import Check
 from host.processes import account
 from host.run import Runner
 from hypervisors.host import Surroundings
@@ -18,6 +17,7 @@ from inventory.errors import FarmhandError, Unsupported
 from inventory.hosts import DriverInfo, Tool
 
 if TYPE_CHECKING:  # the last, for the annotations, which inventory has evaluated
+    from host.check import Check
     from hypervisors.far.drivers import FarKvmTrust
     from hypervisors.libvirt.kvm import KvmVerdict
     from hypervisors.libvirt.kvm_trust import KvmTrust
@@ -77,6 +77,8 @@ class KvmHost(LibvirtHost):
 def _group() -> Check:
     import grp
 
+    from host.check import Check
+
     user = account(os.geteuid())
     held = any(group.gr_gid in os.getgroups() for group in grp.getgrall() if group.gr_name == "kvm")
     return Check(
@@ -89,6 +91,7 @@ def _group() -> Check:
 
 
 def _kvm(declared: Sequence[Literal["auto", "kvm", "tcg"]], cache: Path) -> Check:
+    from host.check import Check
     from hypervisors.libvirt.kvm import DO_WITHOUT, asked_for, judge
 
     try:
@@ -141,10 +144,15 @@ class OpenKvm(OpenLibvirt):
 
                 directories = self.around.directories
                 self._private = PrivateLibvirt(
-                    directories.farm / "libvirt", directories.runtime, directories.cache / "libvirt",
+                    self._directory, directories.runtime, directories.cache / "libvirt",
                     hide_kvm=self._nowhere_usable,
                 )  # fmt: skip
             return self._private
+
+    @property
+    def _directory(self) -> Path:
+        """The private daemon's; it is there once something was made."""
+        return self.around.directories.farm / "libvirt"
 
     def _nowhere_usable(self) -> bool:
         """Of the farm's hosts that have that daemon."""
@@ -159,8 +167,11 @@ class OpenKvm(OpenLibvirt):
     def _untouched(self) -> bool:
         """A private daemon isn't needed to know that there is nothing: it has no directory, or holds no
         definition and no disk."""
-        private = self.daemon()
-        return private is not None and not private.defined() and not self.disks().list()
+        if not self.declared.private:
+            return False
+        if self._directory.exists() and (daemon := self.daemon()) and daemon.defined():
+            return False
+        return not self.disks().list()
 
     def reader_uid(self) -> int | None:
         if self.declared.private and os.geteuid() == 0:

@@ -22,7 +22,7 @@ class XenApiHost(DrivenHost):
     """A server with Xen's management API, or a pool of them: XCP-ng, XenServer."""
 
     INFO: ClassVar = DriverInfo(
-        name="xenapi", called="a xenapi host", own_storage=True, user_mode=False, any_network_name=True,
+        name="xenapi", called="a xenapi host", user_mode=False, any_network_name=True,
         kernel_boot=False, mac_prefix="00:16:3e",
     )  # fmt: skip
     KEYS: ClassVar = {"copy_mode": "copy"}

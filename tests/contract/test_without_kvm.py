@@ -29,6 +29,7 @@ from provision import farm
 from provision.allocate import Allocation
 from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
+from provision.member import Member
 from provision.power import wait_until_ready, write_identity
 from provision.site import Site
 
@@ -52,6 +53,17 @@ class Heard(QuietReporter):
         self.warnings.append((vm, spelled(text)))
 
 
+class GuestMember(Member):
+    """Its guest is the rig's, without a console."""
+
+    site: ClaimingSite
+
+    def spec(self, given: Allocation) -> MachineSpec:
+        del given
+        spec = self.site.guests.spec(self.vm, stamp=self.site.stamp)
+        return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
+
+
 class ClaimingSite(Site):
     """Its driver claims KVM until that is distrusted."""
 
@@ -63,9 +75,8 @@ class ClaimingSite(Site):
         self.distrusted = why
         super().distrust_kvm(host, why)
 
-    def spec(self, vm: str, allocation: Allocation) -> MachineSpec:
-        spec = self.guests.spec(vm, stamp=self.stamp)
-        return replace(spec, cmdline=spec.cmdline.replace("console=ttyS0", "console=tty0"))
+    def member(self, vm: str) -> Member:
+        return GuestMember(self, vm)
 
     def _open(self, host: str) -> OpenHost:
         opened = super()._open(host)

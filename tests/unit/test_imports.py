@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hypervisors.drivers import DRIVERS
+
 ROOT = Path(__file__).resolve().parents[2]
 # From the top down. Each may import what stands below it (and its own).
 ORDER = ("tasks", "cli", "builds", "provision", "hypervisors", "host", "inventory")
@@ -165,6 +167,22 @@ def test_every_command_begins_light(path: str) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for module, line in imports(node):
                 assert module.split(".")[0] not in HEAVY, f"{path}:{line} imports {module} at once"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parts[0] not in ("hypervisors", "tests")], ids=str
+)
+def test_what_a_driver_can_is_asked_not_its_name(path: Path) -> None:
+    """It says so itself, in its ``DriverInfo``."""
+    names = {*DRIVERS}
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        said = {getattr(one, "attr", getattr(one, "id", "")) for one in sides}
+        constants = {c.value for side in sides for c in ast.walk(side) if isinstance(c, ast.Constant)}
+        assert not (said & {"driver", "name"} and constants & names), f"{path}:{node.lineno}"
+        assert "driver" not in {getattr(one, "attr", "") for one in sides}, f"{path}:{node.lineno}"
 
 
 def test_no_shell() -> None:

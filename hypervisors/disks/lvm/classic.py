@@ -4,7 +4,7 @@
 What the guest writes goes to the snapshot's copy-on-write area (``share`` of the disk); when that is
 full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it from ``WARN_AT`` percent
 on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
-of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow; a reset is a copy.
+of its own, copied at idle I/O priority (``copy``): full speed, no area to overflow; a reset is a copy.
 
 Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
 copies in ``linked`` stores too, with progress and going on after a kill:

@@ -1,5 +1,5 @@
 """Disks on ZFS: a template is a sealed snapshot, a VM's disk a clone of it: a volume, or a dataset with
-one raw file (zfs_kinds.py). Both are "volumes" below.
+one raw file (``kinds``). Both are "volumes" below.
 
     POOL/DATASET/templates/NAME.N           a generation's volume, read-only, no device
                           NAME.N@sealed     the template: marked and held (zfs-hold(8)), so that a
@@ -9,7 +9,7 @@ one raw file (zfs_kinds.py). Both are "volumes" below.
                     MACHINE.K@_start        what it was when it became the disk, or was first put back
                     MACHINE.K@CHECKPOINT    a checkpoint; former disks stay for these
 
-What a volume is, is in properties set on it (zfs_state.py). They are given with ``zfs clone``, in one
+What a volume is, is in properties set on it (``state``). They are given with ``zfs clone``, in one
 system call, so a process killed anywhere leaves a marked volume, or none; only a power cut can swallow
 the marks of a volume made in that second, which then is known by being empty.
 

@@ -1,5 +1,5 @@
 """A dataset of ours in a pool: its places, its room, its templates; and what is made in it goes again
-where making fails. What it is all about is told in zfs.py."""
+where making fails. What it is all about is told in ``disks``."""
 
 from __future__ import annotations
 
