@@ -36,7 +36,7 @@ class Checker:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ApplyStep:
     """Something a daemon is told; raises if it refuses or dies. ``text``: what is done, for plan,
     journal and screen."""
 
@@ -106,7 +106,7 @@ class Service(ServiceSection, ABC):
         """``documents``: those that are to be looked at."""
         yield from ()
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """What to tell it after these changes of its files, live where that can be. Of the changes'
         inverse: what puts it back."""
         yield from ()
