@@ -51,7 +51,7 @@ class Home:
 
 
 @dataclass(slots=True)
-class _Call:
+class _RunningCall:
     number: int
     answers: queue.Queue[bool]
 
@@ -62,7 +62,7 @@ class Agent:
     def __init__(self, pipe: Pipe, home: Callable[[str], Home]) -> None:
         self._pipe = pipe
         self._home = home
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _RunningCall] = {}
         self._current = threading.local()
         self._heard = time.monotonic()
         self._files = IncomingFiles(Path())
@@ -111,7 +111,7 @@ class Agent:
 
     def _take(self, frame: dict[str, Any], data: bytes) -> None:
         if "call" in frame:
-            call = _Call(frame["call"], queue.Queue())
+            call = _RunningCall(frame["call"], queue.Queue())
             self._calls[call.number] = call
             threading.Thread(target=self._carry_out, args=(call, frame), daemon=True).start()
         elif "file" in frame:
@@ -121,7 +121,7 @@ class Agent:
             if waiting := self._calls.get(frame["go" if going else "stop"]):
                 waiting.answers.put(going)
 
-    def _carry_out(self, call: _Call, frame: dict[str, Any]) -> None:
+    def _carry_out(self, call: _RunningCall, frame: dict[str, Any]) -> None:
         self._current.call = call
         try:
             method = getattr(self._parts[frame["of"]], frame["method"])
@@ -133,7 +133,7 @@ class Agent:
         self._pipe.send(answer)
 
     def _step(self, text: str) -> None:
-        call: _Call = self._current.call
+        call: _RunningCall = self._current.call
         self._pipe.send({"step": call.number, "text": text})
         if not call.answers.get():
             raise Interrupted(f"abandoned before: {text}")
