@@ -131,9 +131,12 @@ class _FarLostDisks(FarDisks):
 
 
 _MORE = {
-    FarmDisks: _FarFarmDisks, DeviceDisks: _FarDeviceDisks, WatchedDisks: _FarWatchedDisks, MergingDisks: _FarMergingDisks,
+    FarmDisks: _FarFarmDisks,
+    DeviceDisks: _FarDeviceDisks,
+    WatchedDisks: _FarWatchedDisks,
+    MergingDisks: _FarMergingDisks,
     LostDisks: _FarLostDisks,
-}  # fmt: skip
+}
 
 
 def far_disks(link: Link, step: StepFn) -> Disks:
