@@ -32,9 +32,9 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
 from provision.guest import identity
-from provision.lost import require
 from provision.member import ON, Member, is_on
 from provision.memory_budget import PATIENCE, forecast, room_for
+from provision.missing_disk import require
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 

@@ -20,7 +20,7 @@ from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
 from provision.engine.locks import Locks
-from provision.engine.mutex import Turns
+from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
 from provision.guest import identity
@@ -57,7 +57,7 @@ class Site:
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
         self.locks = Locks(self.paths.locks, self.requester)
-        self.turns = Turns(self.locks, self.journal.interrupted)
+        self.turns = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
         self._opened: dict[str, OpenHost] = {}

@@ -12,8 +12,8 @@ from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, Watc
 from inventory.errors import FarmhandError, Text
 from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
-from provision.lost import lost
 from provision.member import Member, is_on
+from provision.missing_disk import lost
 from provision.site import Site
 
 _AT_ONCE = 8

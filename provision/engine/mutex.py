@@ -16,7 +16,7 @@ _PATIENCE = 900.0
 _LOOK = 0.2
 
 
-class Turns:
+class NamedMutex:
     """One farm's, as one process sees them. ``interrupted``: nobody waits any longer."""
 
     def __init__(self, locks: Locks, interrupted: threading.Event) -> None:

@@ -43,10 +43,10 @@ from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
+from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.network.service import ApplyStep, Service
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
-from provision.network.undo import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.site import Site
 
 LOCK = "network"

@@ -26,7 +26,7 @@ ACTIVITIES = {
     "destroy": "provision.operations.destroy:DESTROY",
     "gc": "provision.operations.gc:GC",
     "merge": "provision.operations.merge:MERGE",
-    "network-apply": "provision.network.undo:APPLY",
+    "network-apply": "provision.network.rollback:APPLY",
     "redefine": "provision.operations.clone:REDEFINE",
     "reset": "provision.operations.reset:RESET",
     "start": "provision.power:START",

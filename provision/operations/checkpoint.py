@@ -24,8 +24,8 @@ from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
-from provision.lost import require
 from provision.member import Member, is_on
+from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts
 from provision.power import check_memory, power_on
 from provision.site import Site

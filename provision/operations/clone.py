@@ -20,8 +20,8 @@ from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import discard_of
-from provision.lost import Lost, lost
 from provision.member import Member, is_on
+from provision.missing_disk import MissingDisk, lost
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -234,9 +234,9 @@ def _gone(
     members: Sequence[Member],
     machines: Mapping[str, Machine | None],
     disks: Mapping[str, Disk | None],
-) -> dict[str, Lost]:
+) -> dict[str, MissingDisk]:
     """The VMs whose machine is there and whose disk is not."""
-    found: dict[str, Lost] = {}
+    found: dict[str, MissingDisk] = {}
     for member in members:
         machine = machines[member.vm]
         if machine is not None and disks[member.vm] is None and (one := lost(member, machine)):
@@ -244,7 +244,7 @@ def _gone(
     return found
 
 
-def _make_again(member: Member, gone: Lost) -> Job:
+def _make_again(member: Member, gone: MissingDisk) -> Job:
     vm = member.vm
     if gone.template:
         text = f"{gone.text}: a new one from {gone.template.label}"

@@ -116,8 +116,8 @@ def _whole(yard: Yard) -> float:
     from inventory.loader import load
     from provision.allocate import Allocator
     from provision.network.changes import Examiner, difference
+    from provision.network.rollback import put
     from provision.network.state import NetworkState
-    from provision.network.undo import put
 
     file = yard.directory / "farm.yaml"
     file.write_text(yard.text())
