@@ -46,7 +46,7 @@ def no_warning(_text: Text) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Voices:
+class Callbacks:
     """What drivers tell while they work: before each change, of what an admin should know, and of how
     far a long one has come."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.paths import FarmPaths, cache_dir, state_dir
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Hypervisor, Voices
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, some
 from inventory.model import Farm
@@ -185,7 +185,7 @@ class Site:
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
-            voices=Voices(step=current_step, warn=self.reporter.warn, working=self.reporter.working),
+            voices=Callbacks(step=current_step, warn=self.reporter.warn, working=self.reporter.working),
             plan=self.plan,
         )
 

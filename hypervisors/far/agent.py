@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from host.files import UMASK, make_directory, sync
 from host.memory import memory_available
 from host.run import Runner, which
-from hypervisors.api import Console, Directories, Disks, Leftover, Owner, Template, Voices
+from hypervisors.api import Callbacks, Console, Directories, Disks, Leftover, Owner, Template
 from hypervisors.disks.stores import open_disks
 from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt.driver import LibvirtHypervisor
@@ -90,7 +90,7 @@ class Agent:
     # -- being asked ------------------------------------------------------------------------------
 
     def _open(self, place: Place, home: Home, *, plan: bool) -> None:
-        voices = Voices(
+        voices = Callbacks(
             step=self._step,
             warn=lambda text: self._pipe.send({"warn": encode(text)}),
             working=lambda text: self._pipe.send({"working": text}),

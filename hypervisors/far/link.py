@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from host.run import Runner
-from hypervisors.api import StepFn, Voices, no_step
+from hypervisors.api import Callbacks, StepFn, no_step
 from hypervisors.far.agent import PING
 from hypervisors.far.parcel import COMMAND, parcel
 from hypervisors.far.wire import Pipe, decode, encode
@@ -38,7 +38,7 @@ class Link:
         name: str,
         argv: Callable[[Sequence[str]], tuple[str, ...]],
         place: Place,
-        voices: Voices,
+        voices: Callbacks,
         *,
         plan: bool = False,
     ) -> None:
@@ -96,7 +96,7 @@ class Link:
 class _Line:
     """One agent's process, as seen from here: ssh's."""
 
-    def __init__(self, name: str, argv: Sequence[str], voices: Voices) -> None:
+    def __init__(self, name: str, argv: Sequence[str], voices: Callbacks) -> None:
         self._name = name
         self._voices = voices
         self._errors: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - see close

@@ -1,5 +1,5 @@
 """Machines through libvirt: the private daemon's, the session's or the system's. Which hypervisor that
-is, and what differs with it, is a ``hypervisors.libvirt.kinds.DomainType``.
+is, and what differs with it, is a ``hypervisors.libvirt.domain_types.DomainType``.
 
 Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
 anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an
@@ -37,6 +37,7 @@ from hypervisors.api import (
     no_warm,
 )
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
+from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
     START_KEY,
     START_URI,
@@ -46,7 +47,6 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
-from hypervisors.libvirt.kinds import DomainType
 from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 from host.run import Runner
 from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
 from hypervisors.libvirt import libxl_balloon
+from hypervisors.libvirt.domain_types import SHUTDOWN_PARAVIRT, UNDEFINE_MANAGED_SAVE
 from hypervisors.libvirt.domain_xml import DomainDefinition, add_ends, head, is_device, read_domain, text
-from hypervisors.libvirt.kinds import SHUTDOWN_PARAVIRT, UNDEFINE_MANAGED_SAVE
 from inventory.errors import Conflict, FarmhandError, Unsupported
 
 if TYPE_CHECKING:

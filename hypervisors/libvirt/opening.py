@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Voices
+from hypervisors.api import Callbacks, Directories, Disks
 from hypervisors.disks.stores import StorePlace
+from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import DomainType, Qemu
 from hypervisors.libvirt.kvm import Accelerator, judge
 
 
@@ -37,7 +37,7 @@ def open_machines(
     disks: Disks,
     directories: Directories,
     runner: Runner,
-    voices: Voices,
+    voices: Callbacks,
 ) -> LibvirtHypervisor:
     """``uri``: to connect to, instead of the place's own. Nothing is connected to yet."""
     return LibvirtHypervisor(

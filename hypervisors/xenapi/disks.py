@@ -40,7 +40,7 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
+from hypervisors.xenapi.leftovers import XenApiLeftovers
 from hypervisors.xenapi.pool import Pool, PoolMachine, freshness
 from hypervisors.xenapi.records import (
     DISK,
@@ -51,10 +51,10 @@ from hypervisors.xenapi.records import (
     checkpoint_of,
     when,
 )
-from hypervisors.xenapi.remains import Remains
 from hypervisors.xenapi.templates import TemplateImages
+from hypervisors.xenapi.temporary_names import making
 from hypervisors.xenapi.wait import look
-from hypervisors.xenapi.warm import Warm, half_back
+from hypervisors.xenapi.warm import WarmCheckpoints, half_back
 from inventory.errors import (
     Call,
     Conflict,
@@ -98,8 +98,8 @@ class XenApiDisks:
         self._step = step
         self._headroom = headroom
         self._sealed = TemplateImages(pool, runner, step)
-        self._remains = Remains(pool, step)
-        self.warm = Warm(pool, step, headroom)
+        self._remains = XenApiLeftovers(pool, step)
+        self.warm = WarmCheckpoints(pool, step, headroom)
 
     # -- templates --------------------------------------------------------------------------------
 

@@ -31,9 +31,9 @@ from hypervisors.api import (
 from hypervisors.libvirt.balloon import Approach
 from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import NULL, PREFIX, SEED, XenApiVm, started, vdi_path
+from hypervisors.xenapi.temporary_names import making
 from hypervisors.xenapi.wait import watch
 from hypervisors.xenapi.warm import half_back
 from inventory.errors import (

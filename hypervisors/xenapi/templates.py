@@ -20,9 +20,9 @@ from pathlib import Path
 from host.run import Runner
 from hypervisors.api import Owner, StepFn, Template
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
+from hypervisors.xenapi.temporary_names import making
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24

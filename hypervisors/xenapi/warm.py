@@ -37,7 +37,6 @@ from typing import Any
 
 from hypervisors.api import Checkpoint, Disk, Power, StepFn
 from hypervisors.xenapi.errors import GONE, XenApiError
-from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool, PoolMachine
 from hypervisors.xenapi.records import (
     DISK,
@@ -49,6 +48,7 @@ from hypervisors.xenapi.records import (
     vdi_path,
     when,
 )
+from hypervisors.xenapi.temporary_names import making
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Call,
@@ -86,7 +86,7 @@ def half_back(vm: XenApiVm, snapshots: Iterable[XenApiVm]) -> str:
     return ""
 
 
-class Warm:
+class WarmCheckpoints:
     """Its callers translate errors."""
 
     def __init__(self, pool: Pool, step: StepFn, headroom: int) -> None:

@@ -38,8 +38,8 @@ from host.paths import cache_dir
 from host.run import Runner
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import DomainType, Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt

@@ -32,7 +32,7 @@ from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
+from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
@@ -79,7 +79,7 @@ class LvmClassicDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        voices: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""

@@ -23,7 +23,7 @@ from typing import Self
 
 from host.files import sync
 from host.run import Runner, which
-from hypervisors.api import Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
+from hypervisors.api import Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import LogicalVolume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
@@ -68,7 +68,7 @@ class LvmThinDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        voices: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""

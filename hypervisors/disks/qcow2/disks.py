@@ -40,6 +40,7 @@ from host.files import blocks, changed, make_directory, matching, reachable, syn
 from host.run import Runner
 from hypervisors.api import (
     CLEAN,
+    Callbacks,
     Capacity,
     Checkpoint,
     Directories,
@@ -48,7 +49,6 @@ from hypervisors.api import (
     Owner,
     StepFn,
     Template,
-    Voices,
     no_step,
 )
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
@@ -115,7 +115,7 @@ class Qcow2Disks:
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        voices: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""

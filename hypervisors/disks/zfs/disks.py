@@ -53,6 +53,7 @@ from typing import Self
 from host.run import Runner
 from hypervisors.api import (
     CLEAN,
+    Callbacks,
     Capacity,
     Checkpoint,
     Directories,
@@ -60,7 +61,6 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
-    Voices,
 )
 from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
@@ -84,7 +84,7 @@ class ZfsDisks(ZfsStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        voices: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""

@@ -20,7 +20,7 @@ from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
-from hypervisors.disks.zfs.kinds import DatasetKind, RawFiles, Zvols
+from hypervisors.disks.zfs.dataset_kinds import DatasetKind, RawFiles, Zvols
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 
 from hypervisors.api import Leftover, Owner, Power, StepFn
 from hypervisors.xenapi.errors import translated
-from hypervisors.xenapi.making import is_dead, made_for
 from hypervisors.xenapi.pool import Pool, PoolMachine
 from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm
+from hypervisors.xenapi.temporary_names import is_dead, made_for
 from hypervisors.xenapi.wait import look
 
 
-class Remains:
+class XenApiLeftovers:
     def __init__(self, pool: Pool, step: StepFn) -> None:
         self.pool = pool
         self._farm = pool.farm
