@@ -417,9 +417,9 @@ def cycle(
     keep_going: bool = False,
 ) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
-    from builds.again import cycle_asked, from_step
     from builds.operation import RunCycle
     from builds.record import find_record
+    from builds.resume import cycle_asked, from_step
     from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")

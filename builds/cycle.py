@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds import page
-from builds.again import cycle_asked, from_step
-from builds.lineage import Before, reset_first
+from builds.lineage import Lineage, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.operation import RunCycle
@@ -37,6 +36,7 @@ from builds.record import (
     point_last,
     prune,
 )
+from builds.resume import cycle_asked, from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
@@ -405,7 +405,7 @@ def _waiting(number: int, step: StepKind, plan: BuildPlan) -> StepRecord:
     )
 
 
-def _source_record(site: Site, source: Resolved | None, before: Before) -> SourceRecord:
+def _source_record(site: Site, source: Resolved | None, before: Lineage) -> SourceRecord:
     """Of a partial run whose skipped steps nobody can vouch for: without a commit."""
     if source is None:
         return SourceRecord()

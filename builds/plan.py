@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
-from builds.lineage import Before, look_back, reset_first
+from builds.lineage import Lineage, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
 from host.check import install
@@ -151,7 +151,7 @@ def source_place(farm: Farm) -> str:
 
 
 def source_for(
-    site: Site, before: Before, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
+    site: Site, before: Lineage, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
 ) -> Resolved | None:
     """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
     farm file's. WrongState where the VMs hold another commit than ``revision``."""
@@ -204,7 +204,7 @@ class BuildPlan:
     cycle: Cycle
     steps: tuple[StepKind, ...]
     chosen: frozenset[str]
-    before: Before
+    before: Lineage
     source: Resolved | None
     jobs: tuple[BuildJob, ...]
     give_back: tuple[BuildJob, ...]
@@ -271,7 +271,7 @@ def plan_build(
     )
 
 
-def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
+def _beforehand(before: Lineage, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
     """What is built, and on what; nothing is done for it."""
     if source is not None:
         if source.commit:

@@ -25,7 +25,7 @@ from host.files import file_error, make_directory
 from host.paths import FarmPaths, state_dir
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
-from provision.claims import Claimed, Claims
+from provision.claims import Claims, OpenClaims
 from provision.lockfile import LockFile, LockFileContent, LockFileEntry
 
 PORTS = range(22000, 30000)
@@ -100,7 +100,9 @@ class _Index:
     """Who has what and what is free, for any number of VMs. Addresses are texts, of which each has
     one."""
 
-    def __init__(self, farm: Farm, declared: _Declared, book: LockFileContent, claims: Claimed) -> None:
+    def __init__(
+        self, farm: Farm, declared: _Declared, book: LockFileContent, claims: OpenClaims
+    ) -> None:
         self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.declared, self.resting, self.claims = declared, book.resting, claims
         self.now = datetime.now(UTC)

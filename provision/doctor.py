@@ -28,7 +28,7 @@ from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
 from provision.checkup import CheckReport
-from provision.known import known_farm
+from provision.farm_cache import known_farm
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor

@@ -23,8 +23,8 @@ from provision.engine.locks import Locks
 from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
+from provision.farm_cache import known_farm
 from provision.guest import identity
-from provision.known import known_farm
 from provision.member import Member
 
 if TYPE_CHECKING:

@@ -210,7 +210,7 @@ class _Updates:
     """Of a server's records. ``known``: what it has afterwards, of all VMs or of those concerned; None:
     there are none."""
 
-    ops: Sequence[records.Op] = ()
+    ops: Sequence[records.RecordChange] = ()
     server: records.RecordServer | None = None
     service: str = ""
     known: records.Zones | None = None
