@@ -51,7 +51,7 @@ class Surroundings:
     console_log: Callable[[str], Path]
     listed: Callable[[], Mapping[str, ListedMachine]]
     runner: Runner
-    voices: Callbacks
+    callbacks: Callbacks
     plan: bool
 
 

@@ -165,7 +165,7 @@ def power_on(member: Member, *, wait: bool) -> None:
             wait_until_ready(member, since=float("-inf") if asleep else since)
             deflate(member)
     finally:
-        member.site.turns.fell(member.vm)
+        member.site.mutex.fell(member.vm)
 
 
 def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:

@@ -57,7 +57,7 @@ class Site:
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
         self.locks = Locks(self.paths.locks, self.requester)
-        self.turns = NamedMutex(self.locks, self.journal.interrupted)
+        self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
         self._opened: dict[str, OpenHost] = {}
@@ -185,7 +185,9 @@ class Site:
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
-            voices=Callbacks(step=current_step, warn=self.reporter.warn, working=self.reporter.working),
+            callbacks=Callbacks(
+                step=current_step, warn=self.reporter.warn, working=self.reporter.working
+            ),
             plan=self.plan,
         )
 

@@ -59,7 +59,7 @@ class Openable(Disks, Protocol):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Callbacks,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """Nothing is read or made yet. ``reader_uid``: who else must be able to read disks."""
@@ -76,8 +76,8 @@ def open_disks(
     place: StorePlace,
     directories: Directories,
     runner: Runner,
-    voices: Callbacks,
+    callbacks: Callbacks,
     reader_uid: int | None,
 ) -> Disks:
     """The host's disk store. Nothing is read or made yet."""
-    return store_class(place.store).at(place, directories, runner, voices, reader_uid)
+    return store_class(place.store).at(place, directories, runner, callbacks, reader_uid)

@@ -90,19 +90,19 @@ class Agent:
     # -- being asked ------------------------------------------------------------------------------
 
     def _open(self, place: Place, home: Home, *, plan: bool) -> None:
-        voices = Callbacks(
+        callbacks = Callbacks(
             step=self._step,
             warn=lambda text: self._pipe.send({"warn": encode(text)}),
             working=lambda text: self._pipe.send({"working": text}),
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
-        disks = open_disks(place.disks, home.directories, runner, voices, reader)
+        disks = open_disks(place.disks, home.directories, runner, callbacks, reader)
         self._files = IncomingFiles(home.directories.farm / "incoming")
         if not plan:
             self._files.sweep(home.directories.runtime)
 
         def machines_anew() -> None:
-            machines = open_machines(place, place.uri, disks, home.directories, runner, voices)
+            machines = open_machines(place, place.uri, disks, home.directories, runner, callbacks)
             self._parts["machines"] = machines
             self._parts["host"] = AgentHost(place, home, disks, machines, self._files, reader)
 

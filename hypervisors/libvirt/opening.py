@@ -37,12 +37,12 @@ def open_machines(
     disks: Disks,
     directories: Directories,
     runner: Runner,
-    voices: Callbacks,
+    callbacks: Callbacks,
 ) -> LibvirtHypervisor:
     """``uri``: to connect to, instead of the place's own. Nothing is connected to yet."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
-        step=voices.step, kind=_kind(place, directories), working=voices.working,
+        step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from hypervisors.xenapi.records import (
     when,
 )
 from hypervisors.xenapi.templates import TemplateImages
-from hypervisors.xenapi.temporary_names import making
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import look
 from hypervisors.xenapi.warm import WarmCheckpoints, half_back
 from inventory.errors import (
@@ -226,7 +226,7 @@ class XenApiDisks:
                 f"{format_size(need)} at least",
                 remedy=(Call("gc"), " shows what can go"),
             )
-        with making(owner) as name:
+        with temporary_name(owner) as name:
             vm, vdi = self.pool.grow(source, name, token)
             try:
                 vdi = self._sized(vdi, size)
@@ -285,7 +285,7 @@ class XenApiDisks:
             with contextlib.ExitStack() as undo:
                 made = []
                 for seen in everyone:
-                    label = names.enter_context(making(_owner(seen)))
+                    label = names.enter_context(temporary_name(_owner(seen)))
                     made.append(self._snapshot(seen, name, label, undo))
                 for machine, snapshot in zip(machines, made, strict=True):
                     self.pool.call("VM.set_name_label", snapshot.ref, f"{machine} {name}")
@@ -375,7 +375,7 @@ class XenApiDisks:
                 )
         sources = [self._checkpoint_source(seen, name) for seen in everyone]
         with contextlib.ExitStack() as names, contextlib.ExitStack() as undo:
-            labels = [names.enter_context(making(_owner(seen))) for seen in everyone]
+            labels = [names.enter_context(temporary_name(_owner(seen))) for seen in everyone]
             self._step(f"grow a fresh disk for {machines} from {name}")
             swaps = [
                 self._fresh(seen, name, source, label, undo)

@@ -33,7 +33,7 @@ from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import NULL, PREFIX, SEED, XenApiVm, started, vdi_path
-from hypervisors.xenapi.temporary_names import making
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import watch
 from hypervisors.xenapi.warm import half_back
 from inventory.errors import (
@@ -291,7 +291,7 @@ class XenApiHypervisor:
             return {"seed": path, "seedsum": digest}
         size = -(-file.stat().st_size // 2**20) * 2**20
         marks = {"farm": self._farm, "vm": owner.vm, "kind": "seed"}
-        with making(owner) as name:
+        with temporary_name(owner) as name:
             vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
                 self._pool.sessions.put(vdi, file, size)

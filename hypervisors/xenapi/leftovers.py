@@ -1,5 +1,5 @@
 """What killed processes left on a XenAPI server: found by names and marks alone, removed in the order
-that loses nothing. See ``making`` for how a living process' work is told from a dead one's."""
+that loses nothing. See ``temporary_names`` for how a living process' work is told from a dead one's."""
 
 from __future__ import annotations
 

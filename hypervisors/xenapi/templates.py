@@ -6,7 +6,7 @@ machine. So it is kept from running otherwise, from its first moment on: its sta
 VM.clone does not copy (read in xapi's xapi_vm_clone.ml), and it has more memory than any host, which
 VM.clone copies. Thus no host can run a clone before it gets a machine's memory, which it gets last.
 
-What a killed import leaves has a name that says so, see ``making``; what a killed removal leaves was
+What a killed import leaves has a name that says so, see ``temporary_names``; what a killed removal leaves was
 marked as gone first of all."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypervisors.api import Owner, StepFn, Template
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
-from hypervisors.xenapi.temporary_names import making
+from hypervisors.xenapi.temporary_names import temporary_name
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24
@@ -89,7 +89,7 @@ class TemplateImages:
         call = self.pool.call
         marks = {"farm": self._farm, "kind": "making"}
         config = {PREFIX + key: value for key, value in marks.items()}
-        with making(Owner(self._farm, "")) as name:
+        with temporary_name(Owner(self._farm, "")) as name:
             vdi, vm = "", ""
             try:
                 vdi = self.pool.new_vdi(name, template.size, config)

@@ -48,7 +48,7 @@ from hypervisors.xenapi.records import (
     vdi_path,
     when,
 )
-from hypervisors.xenapi.temporary_names import making
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Call,
@@ -125,7 +125,7 @@ class WarmCheckpoints:
         assert vm.owner
         self._step(f"keep {vm.name}, disk and memory, as {name}")
         during = {**vm.marks, "before": seen.base, "base": name, "fresh": "", "resume": _ANY}
-        with making(vm.owner) as label:
+        with temporary_name(vm.owner) as label:
             call("VM.set_other_config", vm.ref, vm.other_config(during))
             ref = ""
             try:
@@ -207,7 +207,7 @@ class WarmCheckpoints:
                 f"the storage repository has less than {format_size(self._headroom)} free",
                 remedy=(Call("gc"), " shows what can go"),
             )
-        with making(vm.owner) as label:
+        with temporary_name(vm.owner) as label:
             self._revert(seen, kept, label)
         self._whole(seen, kept)
 

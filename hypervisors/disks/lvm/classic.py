@@ -79,14 +79,14 @@ class LvmClassicDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Callbacks,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.farm, runner, links=directories.state / "lvm", copy=place.copy,
-            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
-            progress=lambda what, done, total: voices.working(f"{what}: {done * 100 // total} %"),
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
+            progress=lambda what, done, total: callbacks.working(f"{what}: {done * 100 // total} %"),
         )  # fmt: skip
 
     def capacity(self) -> Capacity:

@@ -68,13 +68,13 @@ class LvmThinDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Callbacks,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.dataset, place.farm, runner, links=directories.state / "lvm",
-            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     def capacity(self) -> Capacity:

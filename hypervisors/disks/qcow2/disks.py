@@ -115,13 +115,13 @@ class Qcow2Disks:
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Callbacks,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
-            step=voices.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid,
         )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------

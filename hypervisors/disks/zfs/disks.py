@@ -1,5 +1,5 @@
 """Disks on ZFS: a template is a sealed snapshot, a VM's disk a clone of it: a volume, or a dataset with
-one raw file (``kinds``). Both are "volumes" below.
+one raw file (``dataset_kinds``). Both are "volumes" below.
 
     POOL/DATASET/templates/NAME.N           a generation's volume, read-only, no device
                           NAME.N@sealed     the template: marked and held (zfs-hold(8)), so that a
@@ -84,13 +84,13 @@ class ZfsDisks(ZfsStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Callbacks,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.dataset or "farmhand", place.farm, runner,
-            step=voices.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid,
             files=directories.state / "zfs" if place.store == "zfs-files" else None,
         )  # fmt: skip
 
