@@ -30,7 +30,7 @@ class MissingDisk:
         return NotFound(f"{member.site.name}: {member.vm}: {self.text}", remedy=self.remedy)
 
 
-def lost(member: Member, machine: Machine) -> MissingDisk | None:
+def missing_disk(member: Member, machine: Machine) -> MissingDisk | None:
     """None: its disk is there, or none of ours to keep."""
     site, vm, host = member.site, member.vm, member.host
     if not member.has_store or member.disk() is not None:
@@ -87,8 +87,8 @@ def grows_from(store: Disks, machine: str) -> tuple[Checkpoint, ...]:
 
 
 def left_to_people(site: Site, host: str, name: str) -> bool:
-    """Whether a machine without a disk in its host's store is nothing to clear away: as ``lost`` has
-    it, somebody has to look first. With its definition would go what its guest still writes, or what
+    """Whether a machine without a disk in its host's store is nothing to clear away: as ``missing_disk``
+    has it, somebody has to look first. With its definition would go what its guest still writes, or what
     says whose the disk is that comes back."""
     if has_disk_elsewhere(site, host, name):
         return True
@@ -113,6 +113,6 @@ def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
 
 def require(member: Member, machine: Machine, disk: Disk | None) -> None:
     """For whoever is about to use the disk that was found. NotFound."""
-    found = lost(member, machine) if disk is None else None
+    found = missing_disk(member, machine) if disk is None else None
     if found is not None:
         raise found.error(member)

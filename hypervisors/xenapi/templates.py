@@ -6,8 +6,8 @@ machine. So it is kept from running otherwise, from its first moment on: its sta
 VM.clone does not copy (read in xapi's xapi_vm_clone.ml), and it has more memory than any host, which
 VM.clone copies. Thus no host can run a clone before it gets a machine's memory, which it gets last.
 
-What a killed import leaves has a name that says so, see ``temporary_names``; what a killed removal leaves was
-marked as gone first of all."""
+What a killed import leaves has a name that says so, see ``temporary_names``; what a killed removal
+leaves was marked as gone first of all."""
 
 from __future__ import annotations
 

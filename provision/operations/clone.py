@@ -21,7 +21,7 @@ from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import discard_of
 from provision.member import Member, is_on
-from provision.missing_disk import MissingDisk, lost
+from provision.missing_disk import MissingDisk, missing_disk
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -239,7 +239,7 @@ def _gone(
     found: dict[str, MissingDisk] = {}
     for member in members:
         machine = machines[member.vm]
-        if machine is not None and disks[member.vm] is None and (one := lost(member, machine)):
+        if machine is not None and disks[member.vm] is None and (one := missing_disk(member, machine)):
             found[member.vm] = one
     return found
 
