@@ -15,7 +15,7 @@ import pytest
 from host.files import file_error
 from host.hints import Hint
 from host.run import Runner
-from inventory.errors import CommandFailed, NoSpace
+from inventory.errors import CommandFailed, NoSpace, spelled
 from provision.guest import debian
 from provision.guest.debian import build_image, load_recipe
 
@@ -199,7 +199,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from hypervisors.libvirt.private import PrivateLibvirt
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, spelled
 place = Path(sys.argv[2])
 try:
     PrivateLibvirt(place / "s", place / "r", place / "c", True).uri()
@@ -260,4 +260,4 @@ def test_what_can_not_be_run_is_told_from_what_is_not_there(tmp_path: Path) -> N
     assert "Permission denied" in caught.value.message and not caught.value.remedy
     with pytest.raises(CommandFailed) as caught:
         Runner().read("farmhand-no-such-command")
-    assert caught.value.remedy.startswith("install it")
+    assert spelled(caught.value.remedy).startswith("install it")
