@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cli import options, streams, terminal, views
 from cli.command import command
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 from host.program import ROOT
 from inventory.errors import Call, Text, UsageError
 
@@ -24,18 +24,18 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 
 
 @command(plans=False)
-def doctor(run: Run) -> Result:
+def doctor(run: TaskRun) -> TaskResult:
     """Check this machine; each failure with its remedy."""
     from builds.checkup import with_source
     from provision.doctor import examine
 
     report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
     text = report.text(views.width(), run.words.text)
-    return Result(report.as_dict(), text, ok=report.ok)
+    return TaskResult(report.as_dict(), text, ok=report.ok)
 
 
 @command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
-def demo(run: Run, destroy: bool = False) -> Result:
+def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
     """Clone two VMs, build in them, and say what to type next."""
     from builds import demo as demonstration
 
@@ -47,14 +47,14 @@ def demo(run: Run, destroy: bool = False) -> Result:
         return views.outcome(demonstration.plan(run.site))
     report = demonstration.run(run.site, stream=run.screen.stream)
     text = report.text(run.words.text)
-    return Result(report.as_dict(), text, report.ok, report.problem, report.remedy)
+    return TaskResult(report.as_dict(), text, report.ok, report.problem, report.remedy)
 
 
 # ---- Templates.
 
 
 @command({"name": "The template's name in the farm file; absent where there is only one."})
-def template_build(run: Run, name: str = "") -> Result:
+def template_build(run: TaskRun, name: str = "") -> TaskResult:
     """Build a new generation of a template."""
     from provision.operations import templates as golden
 
@@ -68,7 +68,7 @@ def template_build(run: Run, name: str = "") -> Result:
         "image": "A raw, qcow2 or vmdk image; absent: the one the farm file names.",
     }
 )
-def template_import(run: Run, name: str = "", image: str = "") -> Result:
+def template_import(run: TaskRun, name: str = "", image: str = "") -> TaskResult:
     """Import an image as a new generation of a template."""
     from pathlib import Path
 
@@ -81,7 +81,7 @@ def template_import(run: Run, name: str = "", image: str = "") -> Result:
 
 
 @command(plans=False)
-def template_list(run: Run) -> Result:
+def template_list(run: TaskRun) -> TaskResult:
     """List the templates' generations."""
     from provision.operations import templates as golden
 
@@ -90,7 +90,7 @@ def template_list(run: Run) -> Result:
 
 
 @command({"template": "The generation, such as base@2."})
-def template_remove(run: Run, template: str = "") -> Result:
+def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     """Remove a generation that no clone depends on."""
     from provision.operations import templates as golden
 
@@ -110,7 +110,7 @@ def template_remove(run: Run, template: str = "") -> Result:
     },
     iterable=["vm"],
 )
-def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True) -> Result:
+def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = True) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
     from provision.operations import clone  # not all of provision.farm: this one is to be quick
 
@@ -136,13 +136,13 @@ def clone_farm(run: Run, vm: Names = None, start: bool = True, wait: bool = True
     iterable=["vm"],
 )
 def reset(
-    run: Run,
+    run: TaskRun,
     vm: Names = None,
     all_: bool = False,
     to: str = "clean",
     start: bool = True,
     wait: bool = True,
-) -> Result:
+) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
     from provision import farm
 
@@ -159,7 +159,9 @@ def reset(
         "plan_host": "Show who may have how much memory now, and who could give some; changes nothing.",
     }
 )
-def balloon(run: Run, vm: str = "", to: str = "", all_: bool = False, plan_host: bool = False) -> Result:
+def balloon(
+    run: TaskRun, vm: str = "", to: str = "", all_: bool = False, plan_host: bool = False
+) -> TaskResult:
     """Change running VMs' memory, and see that it took."""
     from provision import farm
 
@@ -177,7 +179,7 @@ def balloon(run: Run, vm: str = "", to: str = "", all_: bool = False, plan_host:
 
 
 @command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
-def start(run: Run, vm: Names = None, all_: bool = False, wait: bool = True) -> Result:
+def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True) -> TaskResult:
     """Start VMs, and wait until they answer."""
     from provision import farm
 
@@ -189,7 +191,7 @@ def start(run: Run, vm: Names = None, all_: bool = False, wait: bool = True) -> 
     {"vm": _VM, "all_": _ALL, "force": "Cut the power, without asking the guest to shut down."},
     iterable=["vm"],
 )
-def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) -> Result:
+def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False) -> TaskResult:
     """Shut VMs down."""
     from provision import farm
 
@@ -208,13 +210,13 @@ def stop(run: Run, vm: Names = None, all_: bool = False, force: bool = False) ->
     iterable=["vm"],
 )
 def checkpoint(
-    run: Run,
+    run: TaskRun,
     vm: Names = None,
     all_: bool = False,
     name: str = "",
     warm: bool = False,
     merge: bool = False,
-) -> Result:
+) -> TaskResult:
     """Keep VMs' state, for reset to go back to."""
     from provision import farm
 
@@ -243,8 +245,8 @@ def checkpoint(
     iterable=["vm"],
 )
 def destroy(
-    run: Run, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
-) -> Result:
+    run: TaskRun, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
+) -> TaskResult:
     """Remove VMs and their disks."""
     from provision import farm
 
@@ -256,7 +258,7 @@ def destroy(
         return views.outcome(farm.destroy(site, chosen, purge=purge))
 
 
-def _doomed(run: Run, purge: bool) -> tuple[object, Text]:
+def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
     from provision import farm
 
     with run.site(plan=True) as site:
@@ -264,7 +266,7 @@ def _doomed(run: Run, purge: bool) -> tuple[object, Text]:
 
 
 @command()
-def gc(run: Run) -> Result:
+def gc(run: TaskRun) -> TaskResult:
     """Remove what nothing refers to any more."""
     from provision import farm
 
@@ -273,7 +275,7 @@ def gc(run: Run) -> Result:
 
 
 @command()
-def recover(run: Run) -> Result:
+def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""
     from provision import farm
 
@@ -285,7 +287,7 @@ def recover(run: Run) -> Result:
 
 
 @command(plans=False)
-def status(run: Run) -> Result:
+def status(run: TaskRun) -> TaskResult:
     """Show the VMs as they are now."""
     from provision.status import status as look  # not all of provision.farm: this one is to be quick
 
@@ -295,7 +297,7 @@ def status(run: Run) -> Result:
 
 @command({"vm": _ONE, "log": "Print the end of the console's log instead of attaching.",
           "lines": "How many lines of the log."})  # fmt: skip
-def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Result | None:
+def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") -> TaskResult | None:
     """Attach to a VM's serial console."""
     most = options.count("--lines", lines)
     with run.site() as site:
@@ -306,7 +308,7 @@ def console(run: Run, vm: str = "", log: bool = False, lines: str = "40") -> Res
 
 
 @command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
-def ssh(run: Run, vm: str = "", command: str = "") -> Result | None:
+def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
         member = site.member(options.one_vm(site, vm))
@@ -324,7 +326,7 @@ _SERVICE = "A service the farm uses; repeatable. Absent: all of them."
     iterable=["service"],
     plans=False,
 )
-def render(run: Run, service: Names = None, out: str = "") -> Result:
+def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
     """Show the network services' files as they should be."""
     from pathlib import Path
 
@@ -345,7 +347,9 @@ def render(run: Run, service: Names = None, out: str = "") -> Result:
     },
     iterable=["service"],
 )
-def network_apply(run: Run, service: Names = None, force: bool = False, verify: bool = True) -> Result:
+def network_apply(
+    run: TaskRun, service: Names = None, force: bool = False, verify: bool = True
+) -> TaskResult:
     """Bring the network services in step, all of them or none."""
     from provision.network.apply import network_apply as apply
     from provision.network.verify import network_verify
@@ -358,7 +362,7 @@ def network_apply(run: Run, service: Names = None, force: bool = False, verify: 
 
 
 @command({"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"])
-def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
+def network_verify(run: TaskRun, service: Names = None, vm: Names = None) -> TaskResult:
     """Ask the live services as their clients do."""
     from provision.network.verify import network_verify as verify
 
@@ -377,8 +381,8 @@ def network_verify(run: Run, service: Names = None, vm: Names = None) -> Result:
     plans=False,
 )
 def network_import(
-    _run: Run, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
-) -> Result:
+    _run: TaskRun, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
+) -> TaskResult:
     """Make a farm file from a zone and a dhcpd.conf."""
     from pathlib import Path
 
@@ -390,7 +394,7 @@ def network_import(
     )
     to = Path(out).expanduser() if out else None
     found = read(first, second, origin=origin, name=name, out=to)
-    return Result(found.as_dict(), f"{out} written" if out else found.text)
+    return TaskResult(found.as_dict(), f"{out} written" if out else found.text)
 
 
 # ---- Building.
@@ -406,16 +410,16 @@ def network_import(
     iterable=["only"],
 )
 def cycle(
-    run: Run,
+    run: TaskRun,
     from_: str | None = None,
     only: Names = None,
     revision: str | None = None,
     keep_going: bool = False,
-) -> Result:
+) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
-    from builds.again import cycle_asked, from_step
     from builds.operation import RunCycle
     from builds.record import find_record
+    from builds.resume import cycle_asked, from_step
     from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
@@ -442,7 +446,7 @@ def cycle(
 @command(
     {"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False
 )
-def log(run: Run, build: str = "last", step: str = "") -> Result:
+def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
 
@@ -454,7 +458,7 @@ def log(run: Run, build: str = "last", step: str = "") -> Result:
 
 
 @command({"limit": "How many."}, plans=False)
-def history(run: Run, limit: str = "20") -> Result:
+def history(run: TaskRun, limit: str = "20") -> TaskResult:
     """Show what was done, and what was built, newest first."""
     from builds.record import foreign_records, load_records
 

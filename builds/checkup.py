@@ -18,13 +18,13 @@ from host.run import Runner, which
 from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
-from provision.checkup import Report
+from provision.checkup import CheckReport
 from provision.engine.report import Action, Outcome
 
 _PATIENCE = 10.0  # seconds for a URL
 
 
-def with_source(report: Report, farm_file: Path, *, ask: bool) -> Report:
+def with_source(report: CheckReport, farm_file: Path, *, ask: bool) -> CheckReport:
     """The report, and what is to be said of the farm's source and its steps. ``ask``: whether a URL is
     asked, which may take seconds. A farm file that can't be read is the report's own matter."""
     try:
@@ -32,7 +32,7 @@ def with_source(report: Report, farm_file: Path, *, ask: bool) -> Report:
     except FarmhandError:
         return report
     found = (check for check in (examine(farm, ask=ask), _tools(farm)) if check)
-    return Report((*report.checks, *found))
+    return CheckReport((*report.checks, *found))
 
 
 def _tools(farm: Farm) -> Check | None:

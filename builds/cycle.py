@@ -18,12 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from builds import page
-from builds.again import cycle_asked, from_step
-from builds.lineage import Before, reset_first
+from builds.lineage import Lineage, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.operation import RunCycle
-from builds.plan import BuildPlan, Job, batches
+from builds.plan import BuildJob, BuildPlan, batches
 from builds.record import (
     BuildRecord,
     FileRecord,
@@ -37,6 +36,7 @@ from builds.record import (
     point_last,
     prune,
 )
+from builds.resume import cycle_asked, from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
@@ -198,7 +198,7 @@ class Build:
         await self.machines.drop_all()
         await asyncio.gather(*map(self._do, self._plan.give_back))
 
-    async def _do(self, job: Job) -> bool:
+    async def _do(self, job: BuildJob) -> bool:
         return job.run is None or await job.run(self)
 
     # -- one step -----------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def _waiting(number: int, step: StepKind, plan: BuildPlan) -> StepRecord:
     )
 
 
-def _source_record(site: Site, source: Resolved | None, before: Before) -> SourceRecord:
+def _source_record(site: Site, source: Resolved | None, before: Lineage) -> SourceRecord:
     """Of a partial run whose skipped steps nobody can vouch for: without a commit."""
     if source is None:
         return SourceRecord()

@@ -27,7 +27,7 @@ Stream = Callable[[str, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoStage:
     """One part of the demo and how long it took."""
 
     name: str
@@ -43,7 +43,7 @@ class DemoReport:
     """What the demo ends with. ``program`` is what the installed program printed inside prod."""
 
     ok: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[DemoStage, ...]
     vms: tuple[Mapping[str, object], ...]
     build: Mapping[str, object]
     page: Path
@@ -88,7 +88,7 @@ class DemoReport:
 @dataclass(slots=True)
 class _Clock:
     reporter: Reporter
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[DemoStage] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[None]:
@@ -99,7 +99,7 @@ class _Clock:
             yield
             ok = True
         finally:
-            self.stages.append(Stage(name, time.monotonic() - started, ok))
+            self.stages.append(DemoStage(name, time.monotonic() - started, ok))
 
 
 def farm_file(farm: str) -> Path:

@@ -31,7 +31,7 @@ _PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
+class Lineage:
     """What the steps that are skipped left behind, as far as anybody knows. ``done``: by step, the build
     in which it passed. ``unverified``: by step, why it is not known to have been done. ``source``: what
     the builds that did them were given; None where nothing of it is in the VMs."""
@@ -68,7 +68,7 @@ def reset_first(steps: Iterable[StepKind], vm: str) -> bool:
     return first is not None and first.RENEWS
 
 
-def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> Before:
+def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> Lineage:
     """What this choice of a cycle's steps goes on from; VMs are asked only where steps are skipped."""
     steps = [step for step in every if step.name in chosen]
     first, last = every.index(steps[0]), every.index(steps[-1])
@@ -76,7 +76,7 @@ def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> 
     between = [s for s in every[first:last] if s.name not in chosen and _counts(s, steps)]
     late = {step.name: f"skipped, though {steps[0].name} is run" for step in between}
     if not relevant:
-        return Before(unverified=late)
+        return Lineage(unverified=late)
     marks = _read_marks(site, sorted({step.changes for step in relevant}))
     before = judge(relevant, marks, load_records(site.paths))
     return replace(before, unverified={**before.unverified, **late})
@@ -84,7 +84,7 @@ def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> 
 
 def judge(
     steps: Sequence[StepKind], marks: Mapping[str, tuple[str, str]], records: Sequence[BuildRecord]
-) -> Before:
+) -> Lineage:
     """``marks``: by VM, the build whose work it holds, or "" and why that isn't known."""
     known = {record.id: record for record in records}
     done: dict[str, str] = {}
@@ -108,13 +108,13 @@ def judge(
         holds = " and ".join(
             f"{vm} holds {r.source.commit[:10] or 'nobody knows what'}" for vm, r in held.items()
         )
-        return Before(unverified={**dict.fromkeys(done, holds), **unverified})
+        return Lineage(unverified={**dict.fromkeys(done, holds), **unverified})
     for record in held.values():
         if record.source.unverified:
             lost = f"build {record.id} itself went on from what nobody knows"
             unverified = {**dict.fromkeys(done, lost), **unverified}
             done = {}
-    return Before(done=done, unverified=unverified, source=next(iter(sources.values()), None))
+    return Lineage(done=done, unverified=unverified, source=next(iter(sources.values()), None))
 
 
 def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:

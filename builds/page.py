@@ -8,8 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builds.again import from_step
 from builds.record import BuildRecord, StepRecord, replace_file
+from builds.resume import from_step
 from host.program import typed
 from inventory.errors import Call, spelled
 from inventory.sizes import format_duration, format_size

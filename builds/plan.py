@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
-from builds.lineage import Before, look_back, reset_first
+from builds.lineage import Lineage, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
 from host.check import install
@@ -151,7 +151,7 @@ def source_place(farm: Farm) -> str:
 
 
 def source_for(
-    site: Site, before: Before, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
+    site: Site, before: Lineage, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
 ) -> Resolved | None:
     """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
     farm file's. WrongState where the VMs hold another commit than ``revision``."""
@@ -187,7 +187,7 @@ def source_for(
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BuildJob:
     """A line of the plan, and what a build does for it, which says whether it went well; None: the line
     is all. ``step``: which it is, if it is one."""
 
@@ -204,11 +204,11 @@ class BuildPlan:
     cycle: Cycle
     steps: tuple[StepKind, ...]
     chosen: frozenset[str]
-    before: Before
+    before: Lineage
     source: Resolved | None
-    jobs: tuple[Job, ...]
-    give_back: tuple[Job, ...]
-    close: Job
+    jobs: tuple[BuildJob, ...]
+    give_back: tuple[BuildJob, ...]
+    close: BuildJob
 
     @property
     def lines(self) -> tuple[Action, ...]:
@@ -237,11 +237,11 @@ def plan_build(
     before = look_back(site, every, chosen)
     source = source_for(site, before, revision, steps=every, snapshot=snapshot)
     check_source(site.farm, every, source)
-    jobs = [Job(action) for action in _beforehand(before, source, steps)]
+    jobs = [BuildJob(action) for action in _beforehand(before, source, steps)]
     raised: set[str] = set()
     for step in every:
         if step.name not in chosen:
-            jobs.append(Job(Action("skip", step.vms[0], f"{step.name}: skipped")))
+            jobs.append(BuildJob(Action("skip", step.vms[0], f"{step.name}: skipped")))
             continue
         for vm in step.vms:
             member = site.member(vm)
@@ -249,15 +249,15 @@ def plan_build(
                 raised.add(vm)
                 full = format_size(member.declared.memory)
                 run = partial(_inflate, vm)
-                jobs.append(Job(Action("balloon", vm, f"memory to {full}"), run))
+                jobs.append(BuildJob(Action("balloon", vm, f"memory to {full}"), run))
         text = f"{step.name}: {step.does()}"
-        jobs.append(Job(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
+        jobs.append(BuildJob(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
         if member.idles:
             idle = format_size(member.declared.idle_memory or 0)
-            give_back.append(Job(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
+            give_back.append(BuildJob(Action("balloon", vm, f"memory to {idle}"), partial(_deflate, vm)))
     text = f"write the build record below {site.paths.builds}"
     return BuildPlan(
         cycle=cycle,
@@ -267,11 +267,11 @@ def plan_build(
         source=source,
         jobs=tuple(jobs),
         give_back=tuple(give_back),
-        close=Job(Action("record", "", text), _close),
+        close=BuildJob(Action("record", "", text), _close),
     )
 
 
-def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
+def _beforehand(before: Lineage, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
     """What is built, and on what; nothing is done for it."""
     if source is not None:
         if source.commit:
@@ -290,10 +290,10 @@ def _beforehand(before: Before, source: Resolved | None, steps: Sequence[StepKin
             yield Action("note", vm, "taken as it is, not reset: the record will say so")
 
 
-def batches(jobs: Iterable[Job]) -> list[list[Job]]:
+def batches(jobs: Iterable[BuildJob]) -> list[list[BuildJob]]:
     """What there is to do, in its order; resets that follow one another, of different VMs, are side by
     side."""
-    result: list[list[Job]] = []
+    result: list[list[BuildJob]] = []
     for job in jobs:
         if job.run is None:
             continue

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from host.files import make_directory
 from host.processes import account
-from host.run import MASK, Result, Runner
+from host.run import MASK, CommandResult, Runner
 from inventory.errors import (
     CommandFailed,
     NotFound,
@@ -231,7 +231,7 @@ class Git:
     def __call__(self, *args: str | Path) -> str:
         return self.ask(*args).stdout
 
-    def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = _LONG) -> Result:
+    def ask(self, *args: str | Path, ok: Sequence[int] = (0,), timeout: float = _LONG) -> CommandResult:
         return self._runner.read(
             *_GIT, "-C", self._where, *args, ok=ok, timeout=timeout, env=self._env
         )  # fmt: skip
@@ -427,7 +427,7 @@ def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
     raise _broken(directory, _reason(found))
 
 
-def _reason(failed: Result) -> str:
+def _reason(failed: CommandResult) -> str:
     """Of what git said, the line that tells why."""
     lines = [line.strip() for line in failed.stderr.splitlines() if line.strip()]
     why = [line for line in lines if line.startswith(("error:", "fatal:"))]

@@ -29,7 +29,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task as invoke_task
 
 from cli import composition, streams  # noqa: F401 - the first, before a farm file is read
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 from host.files import UMASK
 from inventory.errors import FarmhandError, Interrupted, InventoryError
 
@@ -51,12 +51,12 @@ def command(
     iterable: Sequence[str] = (),
     plans: bool = True,
     name: str | None = None,
-) -> Callable[[Callable[..., Result | None]], object]:
+) -> Callable[[Callable[..., TaskResult | None]], object]:
     """The decorator under which a task stands. ``plans`` False: the task has no --plan, for it changes
-    nothing. The function gets a Run first."""
+    nothing. The function gets a TaskRun first."""
     texts = dict(help or {})
 
-    def decorate(body: Callable[..., Result | None]) -> object:
+    def decorate(body: Callable[..., TaskResult | None]) -> object:
         own = list(inspect.signature(body).parameters.values())
         flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
         extra = [
@@ -68,7 +68,7 @@ def command(
 
         @functools.wraps(body)
         def shell(_context: object, **options: Any) -> None:
-            run = Run(
+            run = TaskRun(
                 task=name or body.__name__.replace("_", "-"),
                 farm=str(options.pop("farm")),
                 json=bool(options.pop("json")),
@@ -100,7 +100,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
     raise _Ended(number)
 
 
-def _carry_out(run: Run, body: Callable[[], Result | None]) -> None:
+def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
     """Run a task's body; every way it can end, ends here."""
     atexit.unregister(streams.at_end)
     os.umask(UMASK)
@@ -139,7 +139,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _interrupted(run: Run, number: int, result: Result | None) -> Interrupted:
+def _interrupted(run: TaskRun, number: int, result: TaskResult | None) -> Interrupted:
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     if result is not None:  # a reader that waits, a terminal that was held (Ctrl-S)
         run.json = False  # its object was begun: no second one
@@ -148,11 +148,11 @@ def _interrupted(run: Run, number: int, result: Result | None) -> Interrupted:
     return Interrupted(how, remedy=run.resume or (remedy if run.changes else ""))
 
 
-def _was_done(run: Run, result: Result) -> str:
+def _was_done(run: TaskRun, result: TaskResult) -> str:
     return f"; {run.task} was done" if result.ok and run.acts else ""
 
 
-def _lost(run: Run, result: Result, why: str) -> str:
+def _lost(run: TaskRun, result: TaskResult, why: str) -> str:
     again = "status, log and history show" if run.acts else "then type the same for"
     return (
         f"farmhand: the result could not be written: {why}{_was_done(run, result)}\n"
@@ -160,7 +160,7 @@ def _lost(run: Run, result: Result, why: str) -> str:
     )
 
 
-def _show(run: Run, result: Result) -> int:
+def _show(run: TaskRun, result: TaskResult) -> int:
     """The exit status."""
     if run.json:
         _write_json(run.words.data({"task": run.task, "ok": result.ok, **result.data}))
@@ -183,7 +183,7 @@ def _write_json(data: Mapping[str, object]) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
+def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:
     """The error as an admin reads it, the most important last; as one object with --json."""
     if run.json:
         _write_json(run.words.data({"task": run.task, "ok": False, **error.as_dict()}))
@@ -201,7 +201,7 @@ def _refuse(run: Run, error: FarmhandError, status: int) -> NoReturn:
     raise Exit(code=status) from None
 
 
-def _keep_traceback(run: Run) -> Path:
+def _keep_traceback(run: TaskRun) -> Path:
     import platform
     import tempfile
     import traceback

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class TaskResult:
     """What a task prints: ``data`` with --json, else ``text``. ``ok`` False makes the status 1;
     ``problem`` and ``remedy`` then go to stderr, as an error's do."""
 
@@ -31,7 +31,7 @@ class Result:
 
 
 @dataclass(slots=True)
-class Run:
+class TaskRun:
     """``changes``: whether the task changes VMs, or what belongs to them. ``resume``: what to do after
     an interruption."""
 

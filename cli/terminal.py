@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, FarmhandError, NotFound, Text, Unsupported, UsageError
 
 if TYPE_CHECKING:
     from hypervisors.api import Console
 
 
-def agree(run: Run, look: Callable[[], tuple[object, Text]]) -> None:
+def agree(run: TaskRun, look: Callable[[], tuple[object, Text]]) -> None:
     """On a terminal: show what ``look`` finds (a value to compare, and its text; no text: nothing to
     ask about), and go on at "yes" alone, as long as it is the same then. FarmhandError: nothing was
     done. Where nobody can answer, nothing is asked: a script means what it says."""
@@ -51,7 +51,7 @@ def _answer(question: str) -> bytes:
     return line.strip()
 
 
-def ssh(run: Run, argv: Sequence[str]) -> Result | None:
+def ssh(run: TaskRun, argv: Sequence[str]) -> TaskResult | None:
     """Log in: OpenSSH in our place. Unsupported where it isn't installed."""
     from host.run import which
 
@@ -62,11 +62,11 @@ def ssh(run: Run, argv: Sequence[str]) -> Result | None:
             remedy="as root: apt-get install -y --no-install-recommends openssh-client",
         )
     if run.plan or run.json:
-        return Result({"argv": list(argv)}, shlex.join(argv))
+        return TaskResult({"argv": list(argv)}, shlex.join(argv))
     return replace_process(run, [program, *argv[1:]])
 
 
-def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Result | None:
+def console(run: TaskRun, vm: str, found: Console, *, log: bool, lines: int) -> TaskResult | None:
     """Attach to the console, or show the end of its log. Unsupported where there is none."""
     if log or (run.json and not run.plan):
         if found.log is None:
@@ -78,7 +78,7 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
         if not found.log.exists():
             raise NotFound("no console log yet", vm=vm, remedy=("start it: ", Call("start", vm=vm)))
         text = tail_of(found.log, lines=lines, limit=200 * lines + 4096)
-        return Result({"vm": vm, "log": str(found.log), "text": text}, text)
+        return TaskResult({"vm": vm, "log": str(found.log), "text": text}, text)
     if not found.argv:
         raise Unsupported(
             "its console can't be attached to",
@@ -86,7 +86,7 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
             remedy=("see its log: ", Call("console", vm=vm, log=True)),
         )
     if run.plan:
-        return Result({"argv": list(found.argv)}, shlex.join(found.argv))
+        return TaskResult({"argv": list(found.argv)}, shlex.join(found.argv))
     if not sys.stdin.isatty():
         raise UsageError(
             "a console needs a terminal", remedy=("see its log: ", Call("console", vm=vm, log=True))
@@ -95,7 +95,7 @@ def console(run: Run, vm: str, found: Console, *, log: bool, lines: int) -> Resu
     return replace_process(run, found.argv)
 
 
-def replace_process(run: Run, argv: Sequence[str]) -> NoReturn:
+def replace_process(run: TaskRun, argv: Sequence[str]) -> NoReturn:
     """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
     handlers of signals end with this program, and two signals are ignored by Python for itself. But
     the umask does: all that they write is our list of known hosts."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
-from cli.run import Result
+from cli.run import TaskResult
 from cli.streams import columns
 from inventory.errors import BuildFailed, Call, Text, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from provision.engine.journal import Record
     from provision.engine.report import Action, Outcome
     from provision.network.rendered import Rendered
-    from provision.network.verify import Report
+    from provision.network.verify import VerifyReport
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
 
-def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> Result:
+def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> TaskResult:
     """What was done, or would be, one line an action."""
     if not result.actions:
-        return Result(result.as_dict(), nothing)
+        return TaskResult(result.as_dict(), nothing)
     widest = max(len(action.vm) for action in result.actions)
     changing = "would" if result.planned else "done"
     lines = [
@@ -44,7 +44,7 @@ def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it shou
         )
         for a in result.actions
     ]
-    return Result(result.as_dict(), joined(lines, "\n"))
+    return TaskResult(result.as_dict(), joined(lines, "\n"))
 
 
 def width(stream: TextIO | None = None) -> int:
@@ -103,14 +103,14 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Text]:
     return what, joined(parts, "\n")
 
 
-def plan(verb: str, actions: Sequence[Action]) -> Result:
+def plan(verb: str, actions: Sequence[Action]) -> TaskResult:
     """A plan that came without an outcome."""
     from provision.engine.report import Outcome
 
     return outcome(Outcome(verb, True, tuple(actions)))
 
 
-def templates(found: Sequence[Template]) -> Result:
+def templates(found: Sequence[Template]) -> TaskResult:
     data = {
         "templates": [
             {
@@ -125,12 +125,12 @@ def templates(found: Sequence[Template]) -> Result:
         ]
     }
     if not found:
-        return Result(data, "no template yet: clone-farm makes what it needs")
+        return TaskResult(data, "no template yet: clone-farm makes what it needs")
     rows = [
         (t.label, format_size(t.size), when(t.created), t.firstboot, t.origin, t.sha256[:12])
         for t in found
     ]
-    return Result(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
+    return TaskResult(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
 
 
 def when(moment: datetime) -> str:
@@ -142,7 +142,7 @@ def _free(host: HostStatus) -> str:
     return f", {_about(host.free)} free" if host.free is not None else ""
 
 
-def farm_status(status: FarmStatus) -> Result:
+def farm_status(status: FarmStatus) -> TaskResult:
     """One line a VM, then who is at work and what wants a look."""
     head = f"farm {status.farm} ({status.file})"
     hosts = [
@@ -174,7 +174,7 @@ def farm_status(status: FarmStatus) -> Result:
         lines += ["", *notes]
     if status.vms and all(vm.state == "not made" for vm in status.vms):
         lines += ["", "nothing is made yet: clone-farm makes it"]
-    return Result(status.as_dict(), joined(lines, "\n"))
+    return TaskResult(status.as_dict(), joined(lines, "\n"))
 
 
 def _checkpoint(vm: VmStatus) -> str:
@@ -195,7 +195,7 @@ def _about(size: int) -> str:
     return f"{size}B"
 
 
-def memory_plan(found: MemoryPlan) -> Result:
+def memory_plan(found: MemoryPlan) -> TaskResult:
     """A block for each host: what its VMs have, may have, and could give."""
     blocks = [f"host {host}: {error}" for host, error in found.errors.items()]
     for name, host in found.hosts.items():
@@ -221,7 +221,7 @@ def memory_plan(found: MemoryPlan) -> Result:
         ]
         headings = ("VM", "HAS", "NEEDS", "IDLE", "MAXIMUM", "MAY HAVE", "COULD GIVE", "")
         blocks.append(f"{', '.join(parts)}\n\n{table(headings, rows)}")
-    return Result(found.as_dict(), "\n\n".join(blocks))
+    return TaskResult(found.as_dict(), "\n\n".join(blocks))
 
 
 def _memory(now: int | None, most: int | None) -> str:
@@ -235,7 +235,7 @@ def history(
     builds: Sequence[BuildRecord],
     limit: int,
     foreign: Sequence[str] = (),
-) -> Result:
+) -> TaskResult:
     """Operations and builds as one list, newest first. ``foreign``: builds whose records are in another
     format."""
     data = {
@@ -260,10 +260,10 @@ def history(
     if foreign:
         notes = f"in another farmhand's format, and not shown: build {', '.join(foreign)}"
     if not lines:
-        return Result(data, notes or "nothing was done to this farm yet")
+        return TaskResult(data, notes or "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
     text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
-    return Result(data, f"{text}\n\n{notes}" if notes else text)
+    return TaskResult(data, f"{text}\n\n{notes}" if notes else text)
 
 
 def _why(record: BuildRecord) -> str:
@@ -284,7 +284,7 @@ def _of_step(step: StepRecord) -> str:
     return f"{step.failure}{': ' if step.failure else ''}{step.message.partition(chr(10))[0]}"
 
 
-def build_record(record: BuildRecord) -> Result:
+def build_record(record: BuildRecord) -> TaskResult:
     """A build's steps, what came out, where the record is."""
     moment = when(datetime.fromisoformat(record.started))
     source = record.source
@@ -316,15 +316,15 @@ def build_record(record: BuildRecord) -> Result:
     if failed is not None and failed.remedy:
         lines += ["", ("what to do: ", failed.remedy)]
     lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
-    return Result(record.as_dict(), joined(lines, "\n"))
+    return TaskResult(record.as_dict(), joined(lines, "\n"))
 
 
 @contextmanager
-def failed_build(paths: FarmPaths) -> Iterator[list[Result]]:
+def failed_build(paths: FarmPaths) -> Iterator[list[TaskResult]]:
     """A failed build is shown as its record too, not by its error alone."""
     from builds.record import find_record
 
-    result: list[Result] = []
+    result: list[TaskResult] = []
     try:
         yield result
     except BuildFailed as error:
@@ -332,10 +332,10 @@ def failed_build(paths: FarmPaths) -> Iterator[list[Result]]:
             raise
         shown = build_record(find_record(paths, error.build))
         data = {**shown.data, **error.as_dict()}
-        result.append(Result(data, shown.text, False, error.message, error.remedy))
+        result.append(TaskResult(data, shown.text, False, error.message, error.remedy))
 
 
-def step_log(record: BuildRecord, name: str) -> Result:
+def step_log(record: BuildRecord, name: str) -> TaskResult:
     """The whole log of one step. NotFound with the nearest known."""
     from difflib import get_close_matches
 
@@ -356,10 +356,10 @@ def step_log(record: BuildRecord, name: str) -> Result:
             remedy=(Call("log"), " shows the build"),
         )
     text = path.read_text(errors="replace")
-    return Result({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+    return TaskResult({"build": record.id, "step": name, "log": str(path), "text": text}, text)
 
 
-def rendered(files: Sequence[Rendered], out: str) -> Result:
+def rendered(files: Sequence[Rendered], out: str) -> TaskResult:
     """The files one after the other, or where they were written."""
     data = {
         "files": [
@@ -374,26 +374,26 @@ def rendered(files: Sequence[Rendered], out: str) -> Result:
         ]
     }
     if out:
-        return Result(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
-    return Result(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
+        return TaskResult(data, "\n".join(f"{out.rstrip('/')}{file.document.path}" for file in files))
+    return TaskResult(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
 
 
-def applied(result: Outcome, asked: Report | None) -> Result:
+def applied(result: Outcome, asked: VerifyReport | None) -> TaskResult:
     """What was done, or would be, how the files differ, and what the services then answered."""
     shown = outcome(result)
     parts: list[Text] = [str(result.facts.get("diff", "")), shown.text]
     if asked is None:
-        return Result(shown.data, joined(filter(None, parts), "\n"))
+        return TaskResult(shown.data, joined(filter(None, parts), "\n"))
     answers = verified(asked)
     data = {**shown.data, **answers.data}
     text = joined(filter(None, (*parts, answers.text)), "\n")
-    return Result(data, text, answers.ok, answers.problem, answers.remedy)
+    return TaskResult(data, text, answers.ok, answers.problem, answers.remedy)
 
 
-def verified(report: Report) -> Result:
+def verified(report: VerifyReport) -> TaskResult:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
-        return Result(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
+        return TaskResult(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
     lines = [
         f"unknown  {answer.service}: {answer.vm}: {answer.text}; {answer.why}"
         for answer in report.unknown
@@ -407,9 +407,9 @@ def verified(report: Report) -> Result:
     rest = f", {len(report.unknown)} can't be told" if report.unknown else ""
     lines.append(f"{right} of {len(report.answers)} answers are as expected{rest}")
     if report.ok:
-        return Result(report.as_dict(), "\n".join(lines))
+        return TaskResult(report.as_dict(), "\n".join(lines))
     services = ", ".join(dict.fromkeys(answer.service for answer in report.wrong))
-    return Result(
+    return TaskResult(
         report.as_dict(),
         "\n".join(lines),
         False,

@@ -1,4 +1,4 @@
-"""Locks of files: the kernel's, so that they end with their holder."""
+"""Locks of files by the kernel: they end with their holder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 class FileLock:
-    """flock(2) on a file: ends with its holder, however that ends. One object may be used by many
-    threads: each use opens the file anew."""
+    """flock(2) on a file; it ends with its holder, however that ends. Many threads may use one object:
+    each use opens the file anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @contextlib.contextmanager
     def hold(self, *, shared: bool = False, remove: bool = False) -> Iterator[None]:
-        """Waits for it. ``remove``: the file goes when it is given back."""
+        """Wait for the lock, and hold it. ``remove``: remove the file when the lock is given back."""
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -29,7 +29,7 @@ class FileLock:
             os.close(handle)
 
     def held(self) -> bool:
-        """Whether somebody holds it now."""
+        """Whether anybody holds the lock now."""
         try:
             handle = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:

@@ -1,6 +1,5 @@
-"""Files and directories of ours. Their modes are set, not asked for: whatever the umask is, what we made
-is passed through, read and written by exactly those whom its mode names. What an admin made is left as
-it is."""
+"""Files and directories of ours. We set their modes ourselves, whatever the umask is, so that exactly
+those whom the mode names can read, write or pass. What an admin made is left as it is."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ _ERESTARTSYS = 512  # the kernel's own: no program should see it
 
 
 def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
-    """The error for an admin: ``what`` is the thing that was being done, such as "write"."""
+    """The error to show an admin. ``what``: what was being done, such as "write"."""
     reason = error.strerror or str(error)
     message = f"cannot {what} {path}: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -54,8 +53,8 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
 
 
 def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
-    """The refusal of a file that another farmhand wrote, in a format that isn't ours. ``remedy``: what
-    can be done if that one isn't used. There is no conversion."""
+    """The error for a file in a format that isn't ours: another farmhand wrote it, and there is no
+    conversion. ``remedy``: what to do if that farmhand is no longer used."""
     known = f"in format {found}" if found is not None else "in an unknown format"
     return WrongState(
         f"{path} is {known}, and this farmhand reads and writes format {ours}",
@@ -64,7 +63,8 @@ def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
 
 
 def make_directory(path: Path, *, mode: int) -> None:
-    """With its parents; those made here get 0711, so that a QEMU under another user may pass."""
+    """Make a directory with its parents. Parents made here get mode 0711, so that a QEMU under another
+    user may pass."""
     try:
         missing = [p for p in (path, *path.parents) if not p.exists()]
         for directory in reversed(missing):
@@ -77,13 +77,13 @@ def make_directory(path: Path, *, mode: int) -> None:
 
 
 def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
-    """To write the file, made or emptied. OSError."""
+    """Open a file for writing; it is made, or emptied. OSError."""
     return os.fdopen(_open(path, os.O_TRUNC, mode), "wb")
 
 
 def write_note(path: Path, text: str) -> None:
-    """A file that anybody may read and a power cut may take, in a cache of ours that is made if there is
-    none: whole or not at all, whoever else writes it. OSError, FarmhandError."""
+    """Write a file that anybody may read and that a power cut may take, in a cache of ours (made if need
+    be). It is written whole or not at all, whoever else writes it. Errors: OSError, FarmhandError."""
     make_directory(path.parent, mode=0o711)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with open_new(fresh, mode=0o644) as file:
@@ -92,13 +92,14 @@ def write_note(path: Path, text: str) -> None:
 
 
 def open_to_append(path: Path, *, mode: int = 0o600) -> BinaryIO:
-    """Made if there is none, with that mode. Each write is one of write(2). OSError."""
+    """Open a file for appending; it is made with that mode if there is none. Each write is one write(2).
+    OSError."""
     make_file(path, mode=mode)
     return path.open("ab", buffering=0)
 
 
 def make_file(path: Path, *, mode: int = 0o600) -> None:
-    """An empty file, if there is none: for a library that would make it with a mode of its own.
+    """Make an empty file if there is none, with our mode, for a library that would choose a mode itself.
     OSError."""
     with contextlib.suppress(FileExistsError):
         os.close(_open(path, os.O_EXCL, mode))
@@ -115,8 +116,8 @@ def _open(path: Path, how: int, mode: int) -> int:
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace ``path`` durably (rename(2) after fsync(2), then its directory's). The directory must
-    exist. Errors: NoSpace, WrongState."""
+    """Replace ``path`` durably: rename(2) after fsync(2), then fsync of its directory. The directory
+    must exist. Errors: NoSpace, WrongState."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -134,8 +135,8 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Remove what processes that died while writing left in it: ``.NAME.PID...``, only for ``name`` if
-    given. Living ones' stay."""
+    """Remove temporary files (``.NAME.PID...``) that processes left when they died while writing; only
+    of ``name`` if given. Those of living processes stay."""
     for path in directory.glob(f".{name}*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not is_there(int(match[2])) and name in ("", match[1]):
@@ -144,7 +145,7 @@ def sweep(directory: Path, name: str = "") -> None:
 
 
 def write_new(path: Path, data: bytes, *, mode: int) -> None:
-    """A new file whose bytes are on the disk when this returns; its name isn't yet."""
+    """Write a new file. When this returns, its bytes are on the disk; its name may not be yet."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.fchmod(handle, mode)
@@ -166,9 +167,9 @@ def sync(path: Path) -> None:
 
 
 def open_node(path: Path, flags: int, *, timeout: float = 60) -> int:
-    """As open(2), of what may be a ZFS volume: where others work on its pool for longer than a second,
-    opening it ends with the kernel's own ERESTARTSYS, which means that it is to be tried again
-    (OpenZFS's zvol_open, zvol_open_timeout_ms). OSError."""
+    """As open(2), for what may be a ZFS volume. While others work on the pool for more than a second,
+    opening a volume fails with the kernel's own ERESTARTSYS, which means "try again" (OpenZFS's
+    zvol_open, zvol_open_timeout_ms). OSError."""
     limit = time.monotonic() + timeout
     while True:
         try:
@@ -180,7 +181,7 @@ def open_node(path: Path, flags: int, *, timeout: float = 60) -> int:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file or a whole directory; whether there was one."""
+    """Remove a file or a whole directory. Returns whether there was one."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -194,7 +195,7 @@ def remove(path: Path) -> bool:
 
 
 def blocks(path: Path) -> int:
-    """Bytes it takes on its file system; 0 if it is gone."""
+    """Bytes that it takes on its file system; 0 if it is gone."""
     try:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
@@ -202,7 +203,7 @@ def blocks(path: Path) -> int:
 
 
 def changed(path: Path) -> datetime:
-    """Its modification time; now, if it is gone."""
+    """Its modification time; the present time if it is gone."""
     try:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except FileNotFoundError:
@@ -210,8 +211,9 @@ def changed(path: Path) -> datetime:
 
 
 def matching(directory: Path, pattern: str) -> list[Path]:
-    """Sorted. Empty also where the directory goes while it is read: another thread or process may be
-    destroying that machine, and a look at all machines must not fail for it."""
+    """Paths in the directory that match, sorted. Empty as well if the directory goes meanwhile: another
+    thread or process may be destroying that machine, and a look at all machines must not fail because of
+    it."""
     try:
         return sorted(directory.glob(pattern))
     except (FileNotFoundError, NotADirectoryError):
@@ -219,7 +221,7 @@ def matching(directory: Path, pattern: str) -> list[Path]:
 
 
 def reachable(directory: Path, uid: int) -> None:
-    """DriverFailed unless that user may pass through to ``directory``: else QEMU would fail later,
+    """DriverFailed unless that user may pass through to ``directory``. Otherwise QEMU would fail later,
     with "permission denied" on a file that is plainly its own."""
     for place in (directory, *directory.parents):
         try:

@@ -1,5 +1,5 @@
-"""What to do about what a tool said. A hint follows from the tool's own words; where they say nothing
-that is known, there is none: a wrong one costs an admin more than silence."""
+"""What to do about what a tool said. A hint follows from the tool's own words. For words that are not
+known there is no hint: a wrong one costs an admin more than silence."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """``line``: of what was said, the one that tells; ``remedy``: what to do. Both "" for none."""
+    """``line``: the line of the output that tells. ``remedy``: what to do. Both are "" if there is no
+    hint."""
 
     line: str = ""
     remedy: str = ""
 
 
 def hint(said: str, known: Iterable[tuple[str, str]], **facts: object) -> Hint:
-    """By the first of ``known``, pairs of a pattern and a remedy, whose pattern is in ``said``: what
-    explains the rest comes first. A remedy may name the pattern's {groups}, and ``facts``."""
+    """The hint of the first pair in ``known`` (a pattern and a remedy) whose pattern is in ``said``. So
+    put what explains the rest first. A remedy may name the pattern's {groups}, and ``facts``."""
     for pattern, remedy in known:
         if match := re.search(pattern, said, re.MULTILINE):
             begin, end = said.rfind("\n", 0, match.start()) + 1, said.find("\n", match.start())

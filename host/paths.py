@@ -14,7 +14,8 @@ _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def _fit(path: Path, source: str) -> Path:
-    """``path``, from / on. UsageError, naming its ``source``, for one that not every program takes."""
+    """``path`` as an absolute path. UsageError, naming its ``source``, if not every program could take
+    it."""
     path = path.absolute()
     if _UNFIT.search(str(path)):
         raise UsageError(
@@ -35,17 +36,19 @@ def _directory(variable: str, root: str, xdg: str, fallback: str) -> Path:
 
 
 def state_dir() -> Path:
-    """What must not be lost: disks, journal, records, keys. hier(7), or the XDG base directories."""
+    """Where to keep what must not be lost: disks, journal, records, keys. By hier(7), or the XDG base
+    directories."""
     return _directory("FARMHAND_STATE_DIR", "/var/lib/farmhand", "XDG_STATE_HOME", ".local/state")
 
 
 def cache_dir() -> Path:
-    """What can be made again: built images, virtual environments."""
+    """Where to keep what can be made again: built images, virtual environments."""
     return _directory("FARMHAND_CACHE_DIR", "/var/cache/farmhand", "XDG_CACHE_HOME", ".cache")
 
 
 def runtime_dir() -> Path:
-    """Sockets and pid files. Short, for a unix socket's path has at most 107 bytes (unix(7))."""
+    """Where to keep sockets and pid files. The path is short: a unix socket's has at most 107 bytes
+    (unix(7))."""
     if given := os.environ.get("FARMHAND_RUNTIME_DIR"):
         return _fit(Path(given), "FARMHAND_RUNTIME_DIR")
     if os.geteuid() == 0:

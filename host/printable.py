@@ -1,4 +1,4 @@
-"""What guests and tools wrote, fit to be shown: on a terminal, in a record, within a message."""
+"""What guests and tools wrote, made fit to be shown on a terminal, in a record, or in a message."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 
 
 def plain(text: str) -> str:
-    """Its lines without colours and cursor movements; of one that was rewritten by carriage returns, its
-    last state. Other control characters, which must not reach anybody's terminal, are blanks."""
+    """The text without colours and cursor movements. Of a line rewritten by carriage returns the last
+    state stays. Other control characters, which must not reach a terminal, become blanks."""
     return "\n".join(map(_line, _ESCAPES.sub("", text).split("\n")))
 
 
@@ -22,6 +22,6 @@ def _line(text: str) -> str:
 
 
 def last_line(text: str, most: int = 60) -> str:
-    """The last line with anything in it, of so many characters at most; or ""."""
+    """The last line that isn't empty, cut to that many characters; "" if there is none."""
     shown = next(filter(None, map(str.strip, reversed(plain(text).split("\n")))), "")
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"

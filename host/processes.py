@@ -1,8 +1,7 @@
-"""Processes of this machine: which is which, whether it still lives, and how one is ended.
+"""Processes of this machine: which is which, whether it still lives, how to end it.
 
-A pid alone doesn't tell: it may have been given to another since, also after a reboot. What tells is
-the boot, the pid and when it started (proc(5), /proc/PID/stat, field 22).
-"""
+A pid alone does not identify a process: it may have been given to another since, also after a reboot.
+The boot, the pid and the start time together do (proc(5), /proc/PID/stat, field 22)."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """``start`` is in clock ticks since boot; "" of one that isn't there. ``boot`` is the boot's id
+    """``start``: clock ticks since boot; "" if there is no such process. ``boot``: the boot's id
     (random(4), boot_id)."""
 
     pid: int
@@ -34,23 +33,23 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """The one that has this pid now; where none has, one that isn't alive."""
+        """The process with this pid now; if there is none, a value that isn't alive."""
         return cls(pid, _stat(pid).start, boot_id())
 
     @classmethod
     def parse(cls, mark: str) -> Process:
-        """From ``mark``; of anything else, one that isn't alive."""
+        """The process of a ``mark``; from any other text, a value that isn't alive."""
         boot, _, rest = mark.partition(":")
         pid, _, start = rest.partition(":")
         return cls(int(pid), start, boot) if pid.isascii() and pid.isdigit() else cls(0, "", "")
 
     @property
     def mark(self) -> str:
-        """In one word, for marks on what it makes."""
+        """One word that identifies the process, for marks on what it makes."""
         return f"{self.boot}:{self.pid}:{self.start}"
 
     def alive(self) -> bool:
-        """A zombie holds nothing any more: it counts as dead."""
+        """Whether it lives. A zombie holds nothing any more, and counts as dead."""
         if not self.start or self.boot != boot_id():
             return False
         now = _stat(self.pid)
@@ -58,7 +57,7 @@ class Process:
 
 
 def account(uid: int) -> str:
-    """Its name (passwd(5)); "uid 1000" where it has none. Never by what the environment says."""
+    """The name of that uid (passwd(5)), or "uid 1000" if it has none. The environment is not asked."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -70,15 +69,14 @@ def boot_id() -> str:
 
 
 def started(pid: int) -> str:
-    """When the process that has this pid started, in clock ticks since boot; "" if none has it, or only
-    its corpse."""
+    """When the process with this pid started, in clock ticks since boot; "" if there is none, or it is a
+    zombie."""
     now = _stat(pid)
     return "" if now.state in "ZX" else now.start
 
 
 def is_there(pid: int) -> bool:
-    """Whether any process has this pid, dead ones that nobody waited for included. Only where nothing
-    but the pid is known."""
+    """Whether any process has this pid, zombies included. For where only the pid is known."""
     return _stat(pid).start != ""
 
 
@@ -88,21 +86,21 @@ def parent_of(pid: int) -> int:
 
 
 def command_line(pid: int) -> tuple[str, ...]:
-    """Its arguments, as proc(5) has them; none of a zombie. OSError if it is gone or not ours to see."""
+    """Its arguments, as in proc(5); empty for a zombie. OSError if it is gone or not ours to see."""
     text = Path(f"/proc/{pid}/cmdline").read_bytes()
     return tuple(os.fsdecode(text).split("\0")[:-1])
 
 
 def pids() -> Iterator[int]:
-    """Of all processes there are now."""
+    """The pids of all processes there are now."""
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
             yield int(place.name)
 
 
 def end(handle: int, how: signal.Signals | None, *, timeout: float) -> bool:
-    """Signal the process of this pidfd (None: don't) and wait so many seconds; whether it is gone.
-    OSError where it isn't ours to signal."""
+    """Send the signal ``how`` to the process of this pidfd (None: send none) and wait at most
+    ``timeout`` seconds. Returns whether it is gone. OSError if we may not signal it."""
     if how is not None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, how)
@@ -112,8 +110,9 @@ def end(handle: int, how: signal.Signals | None, *, timeout: float) -> bool:
 
 
 def may_open(files: int) -> None:
-    """Let this process have so many files open at once, as far as its hard limit goes (getrlimit(2)).
-    Those it starts may have as many; no more than is needed, for some close all that they may have."""
+    """Raise this process's limit of open files to so many, as far as its hard limit goes (getrlimit(2)).
+    Programs that it starts inherit the limit, and some close all that they may have open: so it is
+    raised no further than needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files if hard == resource.RLIM_INFINITY else min(files, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -15,8 +15,8 @@ PROGRAM = "./invoke" if CHECKOUT else "farmhand"
 
 
 def typed(call: Call, *, farm: str = "") -> str:
-    """A call as it is typed in a shell; ``farm``: the farm file that it is about, where one has to be
-    named and the call has none of its own."""
+    """A call as it is typed in a shell. ``farm``: the farm file to name in it if the call names none;
+    "": none needs to be named."""
     task, *rest = call.words()
     named = farm and all(name != "farm" for name, _ in call.flags)
     return " ".join((PROGRAM, shlex.join([task, *(("--farm", farm) if named else ()), *rest])))

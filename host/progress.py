@@ -1,10 +1,9 @@
-"""Patience by progress: whoever waits for a guest waits for as long as it is seen to go on.
+"""Patience by progress: a wait for a guest lasts as long as the guest is seen to go on.
 
-What counts is what a guest brings about outside: its console grows, its disks are read or written. CPU
-time says nothing, for a guest that hangs spins. Disks count by the megabyte, so that a system at rest,
-which writes a page now and then, isn't taken for one that boots. What goes on without end (a guest that
-boots, fails and boots again) ends at a larger limit.
-"""
+What counts is what a guest does outside: its console grows, its disks are read or written. CPU time
+tells nothing, for a guest that hangs spins. Disks count by the megabyte, so that a system at rest, which
+writes a page now and then, doesn't count as going on. What goes on without end (a guest that boots,
+fails and boots again) ends at a larger limit."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ _DISK = 2**20  # bytes, together, that are worth waiting for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
-    """What a running machine has brought about since its start, as seen from outside. Bytes; None: that
-    can't be seen. It goes on where one of them changes."""
+    """What a running machine has done since its start, as seen from outside. Bytes; None: that can't be
+    seen. It goes on when one of them changes."""
 
     console: int | None = None  # written on its console
     said: str = ""  # the end of that, as it came
@@ -38,8 +37,8 @@ class Pulse:
 
 
 class Progress:
-    """One wait. ``pulse`` gives what the guest has done by now; None: nobody sees, and then the clock
-    alone counts. ``patience``: seconds without progress. For one thread at a time."""
+    """One wait, for one thread at a time. ``pulse``: returns what the guest has done by now; None:
+    nobody sees it, and then only the clock counts. ``patience``: seconds without progress."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class Progress:
         self._counted = 0  # bytes of the disks when they last were progress
 
     def look(self) -> None:
-        """Ask, once a second at most, however often it is called."""
+        """Look at the guest, at most once a second, however often this is called."""
         now = self._clock()
         if now < self._again:
             return
@@ -78,20 +77,20 @@ class Progress:
         self._last = pulse
 
     def left(self) -> float:
-        """Seconds; none or less: it is given up."""
+        """Seconds left; 0 or less: give up."""
         return min(self._moved + self.patience, self._began + self.patience * IN_ALL) - self._clock()
 
     def lifeless(self, seconds: float) -> bool:
-        """Whether it has brought about nothing at all: not one byte on its console, nothing written to a
-        disk, and for so long nothing read from one either, which is what boot loaders do. False where
-        nobody sees both."""
+        """Whether it has done nothing at all: no byte on its console, none written to a disk, and for
+        ``seconds`` none read from a disk, which is what boot loaders do. False where nobody sees
+        both."""
         seen = self._last
         if seen is None or seen.console is None or seen.read is None or seen.written is None:
             return False
         return not seen.console and not seen.written and self._clock() - self._quiet >= seconds
 
     def verdict(self) -> str:
-        """Why it is given up, as the end of a sentence."""
+        """Why the wait is given up, as the end of a sentence."""
         patience = _whole(self.patience)
         if self._last is None:
             return f"within {patience}"
@@ -100,7 +99,8 @@ class Progress:
         return f"and nothing has gone on in it for {patience} ({self})"
 
     def __str__(self) -> str:
-        """What was seen: ``console 12s ago: 'Starting udevd', disk 3s ago: 120M``; "": nothing is."""
+        """What was seen, such as ``console 12s ago: 'Starting udevd', disk 3s ago: 120M``; "" if nothing
+        was."""
         seen, now, parts = self._last, self._clock(), []
         if seen is None:
             return ""

@@ -1,10 +1,9 @@
 """The one place that starts host commands.
 
-Argument lists, never a shell; the C locale; standard input closed unless given; a time limit always.
-``read`` is for commands that change nothing and may always run; ``change`` for the rest, refused by a
-runner made with ``changes=False`` (as under ``--plan``): a plan that would change something is a
-defect of ours, and shows as one.
-"""
+Argument lists, never a shell; the C locale; standard input closed unless given; always a time limit.
+``read`` is for commands that change nothing and may always run; ``change`` is for the rest. A runner
+made with ``changes=False``, as under ``--plan``, refuses those: a plan that would change something is a
+defect of ours, and shows as one."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ MASK = "********"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """``stdout`` and ``stderr`` decoded as UTF-8, bad bytes replaced."""
+class CommandResult:
+    """What a command ended with. ``stdout`` and ``stderr`` are decoded as UTF-8, bad bytes replaced."""
 
     argv: tuple[str, ...]
     status: int
@@ -43,7 +42,7 @@ class Result:
 
 
 class Runner:
-    """Runs commands. ``secrets`` are strings that must never be shown."""
+    """Runs commands. ``secrets``: strings that must never be shown."""
 
     def __init__(self, *, changes: bool = True, secrets: Sequence[str] = ()) -> None:
         self.changes = changes
@@ -56,7 +55,7 @@ class Runner:
         ok: Sequence[int] = (0,),
         env: Mapping[str, str] | None = None,
         input: bytes | None = None,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command that changes nothing. CommandFailed unless its status is in ``ok``."""
         return self._run(argv, timeout, ok, env, input, None)
 
@@ -69,11 +68,10 @@ class Runner:
         input: bytes | None = None,
         log: Path | None = None,
         clean: bool = False,
-    ) -> Result:
+    ) -> CommandResult:
         """Run a command that changes the host. ``log``: both outputs are appended there as they are
-        made, and the result's own are empty; ``timeout`` is then for no output, see
-        ``host.progress``. ``clean``: it gets ``env`` and the locale, and nothing else of our own
-        environment."""
+        made, and the result's are empty; ``timeout`` then counts seconds without output, see
+        ``host.progress``. ``clean``: its environment is ``env`` and the locale, nothing else of ours."""
         if not self.changes:
             raise UsageError(f"would run, which a plan must not: {self.show(argv)}")
         return self._run(argv, timeout, ok, env, input, log, clean=clean)
@@ -81,8 +79,8 @@ class Runner:
     async def serve(
         self, *argv: str | Path, env: Mapping[str, str] | None = None
     ) -> asyncio.subprocess.Process:
-        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``), its
-        errors over one of their own. The caller reads them all, and ends it with ``hang_up``."""
+        """Start a command that changes nothing and talks over pipes (``git daemon --inetd``); its errors
+        have a pipe of their own. The caller reads all of them, and ends it with ``hang_up``."""
         import asyncio  # 50 ms, and few commands need it
 
         return await asyncio.create_subprocess_exec(
@@ -96,7 +94,8 @@ class Runner:
 
     def talk(self, *argv: str | Path, errors: BinaryIO) -> subprocess.Popen[bytes]:
         """Start a command that is talked to over pipes for as long as it is needed (an agent on another
-        machine). Ctrl-C is not for it: it ends when its input does. CommandFailed: there is none."""
+        machine). Ctrl-C does not reach it: it ends when its input does. CommandFailed if it isn't
+        there."""
         args = tuple(str(a) for a in argv)
         try:
             return subprocess.Popen(
@@ -111,7 +110,7 @@ class Runner:
             raise _not_there(args, error) from error
 
     def show(self, argv: Sequence[str | Path]) -> str:
-        """The command as it can be pasted into a shell, secrets masked."""
+        """The command, fit to be pasted into a shell; secrets are masked."""
         text = shlex.join(str(a) for a in argv)
         for secret in self._secrets:
             text = text.replace(secret, MASK)
@@ -127,7 +126,7 @@ class Runner:
         log: Path | None,
         *,
         clean: bool = False,
-    ) -> Result:
+    ) -> CommandResult:
         args = tuple(str(a) for a in argv)
         started = time.monotonic()
         try:
@@ -158,7 +157,7 @@ class Runner:
         except BaseException:  # Ctrl-C: the child is in its own session and did not get it
             _end(process)
             raise
-        result = Result(
+        result = CommandResult(
             args,
             process.returncode,
             (out or b"").decode(errors="replace"),
@@ -169,7 +168,7 @@ class Runner:
             raise self._failure(result, log)
         return result
 
-    def _failure(self, result: Result, log: Path | None) -> CommandFailed:
+    def _failure(self, result: CommandResult, log: Path | None) -> CommandFailed:
         if result.status < 0:
             how = f"was killed by {signal.Signals(-result.status).name}"
         else:
@@ -191,7 +190,8 @@ class Runner:
 
 
 def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
-    """Also where what fails is not the program: its standard input, /dev/null."""
+    """The error for a command that could not be started. What is missing may also be /dev/null, its
+    standard input."""
     where = f"{error.filename}: " if error.filename not in (None, argv[0]) else ""
     absent = isinstance(error, FileNotFoundError) and not where
     return CommandFailed(
@@ -206,7 +206,7 @@ def _not_there(argv: tuple[str, ...], error: OSError) -> CommandFailed:
 def _outputs(
     process: subprocess.Popen[bytes], data: bytes | None, timeout: float, log: Path | None
 ) -> tuple[bytes | None, bytes | None]:
-    """As ``Popen.communicate``. TimeoutExpired; one that writes a log goes on as long as that grows."""
+    """As ``Popen.communicate``. TimeoutExpired; a command with a log may go on as long as that grows."""
     if log is None:
         return process.communicate(data, timeout)
     progress = Progress(lambda: Pulse(console=log.stat().st_size), timeout)

@@ -34,7 +34,7 @@ StepFn = Callable[[str], None]
 
 
 def no_step(_text: str) -> None:
-    """For callers that keep no journal (tests, read-only use)."""
+    """The StepFn of callers that keep no journal (tests, read-only use)."""
 
 
 WarnFn = Callable[[Text], None]
@@ -42,13 +42,13 @@ WarnFn = Callable[[Text], None]
 
 
 def no_warning(_text: Text) -> None:
-    """For callers with nobody to warn."""
+    """The WarnFn of callers with nobody to warn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Voices:
-    """What drivers tell while they work: before each change, of what an admin should know, and of how
-    far a long one has come."""
+class Callbacks:
+    """What drivers call while they work. ``step``: before each change. ``warn``: of what an admin should
+    know. ``working``: how far a long change has come."""
 
     step: StepFn = no_step
     warn: WarnFn = no_warning
@@ -57,8 +57,8 @@ class Voices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directories:
-    """``state``: all farms' lasting things; ``farm``: this farm's own, below it; ``cache``: what can be
-    made again; ``runtime``: this farm's, gone after a boot."""
+    """``state``: what lasts, of all farms. ``farm``: this farm's part of it. ``cache``: what can be made
+    again. ``runtime``: this farm's, gone after a boot."""
 
     state: Path
     farm: Path
@@ -68,7 +68,7 @@ class Directories:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Our mark, carried by the object itself. Nothing without it is ever changed or removed."""
+    """Our mark, carried by the object itself. An object without it is never changed or removed."""
 
     farm: str
     vm: str
@@ -118,7 +118,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """Something of ours that nothing refers to: from a killed operation, or an orphan."""
+    """Something of ours that nothing refers to: left by a killed operation, or orphaned."""
 
     kind: str  # "disk", "domain", "file", "checkpoint", ...
     ref: str
@@ -130,7 +130,7 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Of the store. ``free`` is what new data may still take."""
+    """A store's size in bytes. ``free``: what new data may still take."""
 
     total: int
     free: int
@@ -140,35 +140,37 @@ class Disks(Protocol):
     """A disk store. One instance serves one farm; ``list`` shows that farm's disks only."""
 
     def seal(self, image: Path, template: Template) -> Template:
-        """Take over ``image`` (a qcow2 or raw file, consumed) as this generation; returns it with
-        ``ref`` filled in. Conflict where the generation exists."""
+        """Take over ``image`` (a qcow2 or raw file; it is consumed) as this generation. Returns the
+        template with ``ref`` filled in. Conflict if the generation exists."""
 
     def templates(self) -> Sequence[Template]: ...
 
     def remove_template(self, label: str) -> None:
-        """WrongState, naming them, while disks depend on it."""
+        """WrongState while disks depend on it; it names them."""
 
     def find(self, machine: str) -> Disk | None: ...
 
     def list(self) -> Sequence[Disk]: ...
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
-        """A new disk, complete or not there at all, with checkpoint ``clean`` = the template.
-        ``size`` >= template.size. Conflict where the machine has one; NoSpace before beginning."""
+        """Make a new disk, complete or not at all, whose checkpoint ``clean`` is the template. ``size``:
+        bytes, at least the template's. Errors: Conflict (the machine has a disk), NoSpace (before
+        anything is made)."""
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
-        """Cold: the caller has stopped the VM. Conflict where the name is taken."""
+        """Keep the disk as it is. The caller has stopped the VM. Conflict if the name is taken."""
 
     def restore(self, machine: str, name: str) -> Disk:
-        """Swap in a fresh disk grown from that checkpoint; atomic; newer checkpoints stay.
+        """Swap in a fresh disk grown from that checkpoint, in one atomic step. Newer checkpoints stay.
         The caller has stopped the VM. NotFound for an unknown checkpoint."""
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool | None:
-        """True only if the present disk provably equals that checkpoint: nothing written since.
-        ``quick``, for a look: None where that takes reading a disk whole, or waiting for others."""
+        """True only if the present disk provably equals that checkpoint: nothing was written since.
+        ``quick`` is for a look: then None where the proof takes reading a whole disk, or waiting for
+        others."""
 
     def destroy(self, machine: str) -> None:
-        """The disk and its checkpoints, in the order their dependencies allow."""
+        """Remove the disk and its checkpoints, in the order their dependencies allow."""
 
     def leftovers(self) -> Sequence[Leftover]: ...
 
@@ -179,77 +181,82 @@ class Disks(Protocol):
 
 @runtime_checkable
 class FarmDisks(Protocol):
-    """What a store offers besides ``Disks`` where it changes several disks as one. The caller has
+    """What a store offers besides ``Disks`` if it can change several disks as one. The caller has
     stopped the VMs.
 
-    All that can be refused or run out is seen to before the first disk changes, and an error later on
-    puts back what was changed: an error means that none is. A kill leaves all or none where the store
-    has transactions; else perhaps some, and then the caller goes on (its journal knows): ``restore_all``
-    may be called again, ``checkpoint_all`` for those that have no such checkpoint yet."""
+    Whatever can be refused or run out is checked before the first disk changes. A later error puts back
+    what was changed. So an error means that no disk is changed.
+
+    A kill leaves all disks changed or none, in a store with transactions. In others some may be changed.
+    Then the caller, whose journal knows, goes on: it calls ``restore_all`` again, or ``checkpoint_all``
+    for the machines that have no such checkpoint yet."""
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
-        """One moment for all of them. Conflict where one has such a checkpoint."""
+        """Keep all disks as they are at one moment. Conflict if one has a checkpoint of that name."""
 
     def restore_all(self, machines: Sequence[str], name: str) -> Sequence[Disk]:
-        """NotFound where one has no such checkpoint."""
+        """NotFound if one has no such checkpoint."""
 
 
 @runtime_checkable
 class DeviceDisks(Protocol):
-    """What a store offers besides ``Disks`` where disks are block devices, whose nodes are made anew
-    by every boot of the host, and whose path may change when a disk is restored."""
+    """What a store offers besides ``Disks`` if its disks are block devices. Each boot of the host makes
+    their nodes anew, and a disk's path may change when it is restored."""
 
     def ready(self, machine: str) -> Disk:
-        """To be called right before a start: the device is there, and the hypervisor may open it."""
+        """Called right before a start. When it returns, the device is there and the hypervisor may open
+        it."""
 
 
 @runtime_checkable
 class WatchedDisks(Protocol):
-    """What a store offers besides ``Disks`` where it may run full in ways that its capacity doesn't
+    """What a store offers besides ``Disks`` if it can run full in ways that its capacity doesn't
     show."""
 
     def notes(self) -> Sequence[str]:
-        """What an admin should look at, a line each; none: all is well. Quick, changes nothing."""
+        """What an admin should look at, a line each; empty: all is well. Quick; changes nothing."""
 
 
 @runtime_checkable
 class MergingDisks(Protocol):
-    """What a store offers besides ``Disks`` where a disk can be written back into its checkpoint."""
+    """What a store offers besides ``Disks`` if a disk can be written back into its checkpoint."""
 
     def merge(self, machine: str) -> None:
-        """The disk's changes go into the checkpoint it grew from, which then is what the disk is now.
-        The caller has stopped the VM. Cut off, it is gone on with by calling it again. Unsupported for
-        ``clean``, the template's."""
+        """Write the disk's changes into the checkpoint it grew from; that then equals the disk. The
+        caller has stopped the VM. Cut off, it is continued by calling it again. Unsupported for
+        ``clean``, which is the template's."""
 
 
 @runtime_checkable
 class LostDisks(Protocol):
-    """What a store offers besides ``Disks`` where checkpoints may outlive a disk that somebody removed.
-    They are no leftovers, and a ``clone`` is refused (Conflict) as long as they are there."""
+    """What a store offers besides ``Disks`` if checkpoints can outlive a disk that somebody removed.
+    Such checkpoints are no leftovers, and ``clone`` is refused (Conflict) as long as they are there."""
 
     def left(self, machine: str) -> Sequence[Checkpoint]:
-        """Of a machine whose disk is gone; ``clean`` among it where ``restore`` makes a disk from each.
-        Empty: a disk is there, or nothing."""
+        """The checkpoints of a machine whose disk is gone; empty if it has a disk, or nothing. ``clean``
+        is among them where ``restore`` makes a disk from each."""
 
 
 @runtime_checkable
 class NamelessDisks(Protocol):
-    """What a store offers besides ``Disks`` whose server may lose a disk's name and marks, and keep the
-    disk. What is provably ours of those is among the leftovers."""
+    """What a store offers besides ``Disks`` if its server may lose a disk's name and marks and keep the
+    disk. Those of them that are provably ours are among the leftovers."""
 
     def doubtful(self) -> Sequence[str]:
-        """The rest, after the storage was looked at anew: may be anybody's, and is never touched."""
+        """Those that are not provably ours, by a new look at the storage. They may be anybody's, and are
+        never touched."""
 
 
 @runtime_checkable
 class WarmDisks(Protocol):
-    """What a store offers besides ``Disks`` where a checkpoint may hold a running machine's memory
-    (``Checkpoint.warm``). ``restore`` to such a one leaves the machine suspended: a start runs on from
-    there. It is of one machine, and can't be undone: cut off, it is done again."""
+    """What a store offers besides ``Disks`` if a checkpoint can hold a running machine's memory
+    (``Checkpoint.warm``). ``restore`` to a warm one leaves the machine suspended; its next start runs on
+    from there. It is for one machine at a time and can't be undone: if it is cut off, it is done
+    again."""
 
     def half_back(self, machine: str) -> str:
-        """The warm checkpoint that it has to be put back to once more before it can be started, for the
-        way there, or the first start from there, was cut off. "": it is whole."""
+        """Name of an interrupted warm restore that must be repeated before the machine can be started;
+        "" if none. The restore counts as interrupted until the first start from it succeeded."""
 
 
 class Power(StrEnum):
@@ -262,7 +269,7 @@ class Power(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Host loopback port -> guest port, for user-mode networking."""
+    """A forwarded TCP port of user-mode networking: from the host's loopback to the guest."""
 
     host: int
     guest: int
@@ -270,7 +277,8 @@ class Forward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nic:
-    """``mode``: "user" (QEMU's own, forwards used), "bridge" or "network" (``target`` names it)."""
+    """A network card. ``mode``: "user" (QEMU's own network, with ``forwards``), "bridge" or "network"
+    (``target`` names it)."""
 
     mac: str
     mode: str
@@ -304,7 +312,7 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A machine as the hypervisor sees it now. ``owner`` None: not ours, hands off."""
+    """A machine as the hypervisor sees it now. ``owner`` None: it is not ours."""
 
     name: str
     owner: Owner | None
@@ -322,7 +330,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """A running machine's memory, as asked just now. Bytes."""
+    """A running machine's memory in bytes, as asked just now."""
 
     actual: int  # given to the guest
     maximum: int  # it can't be ballooned above
@@ -331,7 +339,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """Data that ``status`` and ``doctor`` show."""
+    """What a driver can do, as ``status`` and ``doctor`` show it."""
 
     driver: str  # "kvm", "qemu" (no working KVM), "xen", "ssh", "fake"
     accelerated: bool  # as a machine is defined now, see Machine
@@ -353,60 +361,63 @@ class Console:
 
 
 class Hypervisor(Protocol):
-    """Machines on one host. Handed its disk store; ``list`` shows this farm's machines only."""
+    """The machines of one host. It is handed its disk store. ``list`` shows this farm's machines
+    only."""
 
     def capabilities(self) -> Capabilities: ...
 
     def find(self, name: str) -> Machine | None:
-        """By machine name, ours or not."""
+        """The machine of that name, ours or not; None if there is none."""
 
     def list(self) -> Sequence[Machine]: ...
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
-        """Disk first, then the definition: the machine exists complete or not at all, stopped.
-        NotOurs where the name is somebody else's; Conflict where it is ours already."""
+        """Make the disk, then the definition: the machine exists complete or not at all, and is stopped.
+        Errors: NotOurs (the name is somebody else's), Conflict (it is ours already)."""
 
     def redefine(self, spec: MachineSpec) -> Machine:
-        """Change a stopped machine's definition (memory, NIC, ...), disk untouched."""
+        """Change a stopped machine's definition (memory, NIC, ...). The disk stays as it is."""
 
     def start(self, name: str) -> None:
-        """Returns once the guest's CPUs run; of a suspended one, where it was. WrongState if it runs
-        already, or if its memory can't be trusted to be that of its disk."""
+        """Start it; returns once the guest's CPUs run. A suspended machine runs on from where it was.
+        WrongState if it runs already, or if its memory may not belong to its disk."""
 
     def stop(self, name: str, *, grace: float) -> None:
-        """Ask the guest to shut down, wait, then cut power (0: at once). ``grace``: seconds without a
-        sign that it goes on, see ``host.progress``; where nobody sees it, seconds.
-        A stopped machine is left alone, a suspended one loses its memory."""
+        """Ask the guest to shut down, wait, then cut power. ``grace``: seconds without a sign of
+        progress, see ``host.progress``; where nobody sees progress, seconds in all; 0: cut power at
+        once. A stopped machine is left alone. A suspended one loses its memory."""
 
     def checkpoint(self, name: str, checkpoint: str, *, warm: bool = False) -> Checkpoint:
-        """Cold: WrongState while running. ``warm``: of a running machine, which runs on, disk and
-        memory; WrongState where it doesn't run, Unsupported where the driver, or its host, can't."""
+        """Keep a stopped machine's disk; WrongState while it runs. With ``warm`` keep a running
+        machine's disk and memory, and it runs on. Then WrongState if it doesn't run, Unsupported if the
+        driver or its host can't."""
 
     def reset(self, name: str, checkpoint: str) -> None:
-        """Cut power, put the disk back; leaves it stopped on the old state or the new. Back to a warm
-        checkpoint it is suspended; see ``WarmDisks``."""
+        """Cut power and put the disk back. The machine is then stopped, with the old state or the new.
+        After a warm checkpoint it is suspended, see ``WarmDisks``."""
 
     def balloon(self, name: str, target: int, *, timeout: float) -> int:
-        """Set the guest's memory and wait until the guest says it is there; returns what it
-        reached. ``timeout``: seconds without coming nearer. Errors: WrongState (stopped), Unsupported
-        (no balloon driver), UsageError (above maximum or under the guest's need), TimedOut (with what it
-        did reach)."""
+        """Set the guest's memory to ``target`` bytes, wait until the guest has reached it, and return
+        what it reached. ``timeout``: seconds without coming nearer.
+
+        Errors: WrongState (stopped), Unsupported (no balloon driver), UsageError (above the maximum, or
+        below what the guest needs), TimedOut (with what it did reach)."""
 
     def memory(self, name: str) -> MemoryUse:
-        """What it has, and within what ``balloon`` can change it; changes nothing. WrongState
-        (stopped), Unsupported where nobody knows."""
+        """What memory it has, and the bounds for ``balloon``. Changes nothing. WrongState (stopped),
+        Unsupported where nobody knows."""
 
     def console(self, name: str) -> Console: ...
 
     def pulse(self, name: str) -> Pulse | None:
-        """What it has done since its start, for those that wait for it; a look, which costs a few
-        milliseconds. None where nobody sees that, or it doesn't run."""
+        """What it has done since its start, for whoever waits for it. Takes a few milliseconds. None if
+        it doesn't run, or nobody sees that."""
 
     def destroy(self, name: str) -> None:
-        """Cut power, remove the definition, then the disk. NotOurs without our mark."""
+        """Cut power, remove the definition, then the disk. NotOurs if it lacks our mark."""
 
     def leftovers(self) -> Sequence[Leftover]:
-        """Definitions of ours without a disk, disks of ours without a definition, half-made."""
+        """Definitions of ours without a disk, disks of ours without a definition, and half-made ones."""
 
     def discard(self, leftover: Leftover) -> None: ...
 
@@ -415,15 +426,15 @@ class Hypervisor(Protocol):
 
 @runtime_checkable
 class WatchedMachines(Protocol):
-    """What a hypervisor offers besides ``Hypervisor`` where it sees into its guests."""
+    """What a hypervisor offers besides ``Hypervisor`` if it sees into its guests."""
 
     def notes(self) -> Mapping[str, str]:
-        """What an admin should know of running machines, a line each, by name; none: all is well. Asks
-        the hypervisor for all of them at once, and changes nothing."""
+        """What an admin should know of running machines, a line each, by name; empty: all is well. One
+        question to the hypervisor for all of them. Changes nothing."""
 
 
 def no_warm(machine: str) -> Unsupported:
-    """What a driver with cold checkpoints only says to a warm one."""
+    """The error of a driver that only has cold checkpoints when it is asked for a warm one."""
     return Unsupported(
         f"{machine}: this driver's checkpoints are cold: a running machine's memory can't be kept",
         remedy="without --warm: a cold one, for which it is shut down",
@@ -431,7 +442,8 @@ def no_warm(machine: str) -> Unsupported:
 
 
 def spec_hash(spec: MachineSpec) -> str:
-    """A short hash that changes when the machine must be defined anew: of the fields marked so."""
+    """A short hash of the fields marked as part of the definition. When it changes, the machine must be
+    defined anew."""
     import hashlib
 
     text = repr([(f.name, getattr(spec, f.name)) for f in fields(spec) if "defined" in f.metadata])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Hypervisor, Voices
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.null import NoMachines
 from inventory import kinds
 from inventory.errors import Unsupported
@@ -51,7 +51,7 @@ class Surroundings:
     console_log: Callable[[str], Path]
     listed: Callable[[], Mapping[str, ListedMachine]]
     runner: Runner
-    voices: Voices
+    callbacks: Callbacks
     plan: bool
 
 

@@ -54,7 +54,7 @@ class OpenSsh(OpenHost):
 
     def _connect(self) -> Hypervisor:
         around = self.around
-        return SshHypervisor(around.farm, around.listed(), around.runner, step=around.voices.step)
+        return SshHypervisor(around.farm, around.listed(), around.runner, step=around.callbacks.step)
 
     def _open_disks(self) -> Disks:
         raise no_disks(self.around, "ssh")

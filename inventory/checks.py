@@ -14,7 +14,7 @@ from inventory.model import Farm
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
 from inventory.values import is_plain_name
-from inventory.yamltree import Items, Mapping, Scalar
+from inventory.yamltree import MappingNode, ScalarNode, SequenceNode
 
 Found = Iterator[Problem]
 
@@ -46,7 +46,7 @@ def _vms(farm: Farm, places: Places) -> Iterator[tuple[str, Path]]:
 
 def _keys(places: Places, section: str) -> Collection[str]:
     node = places.node((section,))
-    return list(node.keys) if isinstance(node, Mapping) else []
+    return list(node.keys) if isinstance(node, MappingNode) else []
 
 
 def _hosts(farm: Farm, places: Places) -> Collection[str]:
@@ -327,16 +327,16 @@ def _room(farm: Farm, places: Places) -> Found:
 def _steps(farm: Farm, places: Places) -> Found:
     """Read from the file, not the model: a step that has something else wrong is still looked at."""
     steps = places.node(("cycle", "steps"))
-    if not isinstance(steps, Items):
+    if not isinstance(steps, SequenceNode):
         return
     vms = _keys(places, "vms")
     named: dict[str, Path] = {}
     for number, step in enumerate(steps.items):
-        if not isinstance(step, Mapping):
+        if not isinstance(step, MappingNode):
             continue
         path: Path = ("cycle", "steps", number)
         name = step.values.get("name")
-        if isinstance(name, Scalar) and (*path, "name") not in places.bad:
+        if isinstance(name, ScalarNode) and (*path, "name") not in places.bad:
             first = named.setdefault(name.text, (*path, "name"))
             if first != (*path, "name"):
                 yield _at(
@@ -350,7 +350,7 @@ def _steps(farm: Farm, places: Places) -> Found:
         section = kinds.step(known[0])
         for key in map(section.key_of, section.VMS):
             value = step.values.get(key)
-            if not isinstance(value, Scalar) or (*path, key) in places.bad or not vms:
+            if not isinstance(value, ScalarNode) or (*path, key) in places.bad or not vms:
                 continue
             if value.text not in vms:
                 yield _at(places, (*path, key), f"no VM {quote(value.text)}{_close(value.text, vms)}")

@@ -18,8 +18,7 @@ from inventory.model import Farm
 from inventory.places import Path, Places
 from inventory.subscribers import subscriber_kind
 from inventory.values import step_kind
-from inventory.yamltree import Items, Scalar
-from inventory.yamltree import Mapping as Keys
+from inventory.yamltree import MappingNode, ScalarNode, SequenceNode
 
 _UNKNOWN = "unexpected_keyword_argument"  # pydantic's word for a key that the section has not
 _SECTION = "section"  # ours for what a section itself refuses
@@ -65,12 +64,16 @@ class Pruner:
             if kind == "too_short" and any(len(p) > len(loc) and p[: len(loc)] == loc for p in places):
                 continue  # it counts only what it accepted
             path = self.places.in_file(self._without_tags(loc))
-            if path and isinstance(path[-1], int) and isinstance(self.places.node(path[:-1]), Scalar):
+            if (
+                path
+                and isinstance(path[-1], int)
+                and isinstance(self.places.node(path[:-1]), ScalarNode)
+            ):
                 path = path[:-1]  # one text where there could be a list of them
             of_key = bool(path) and path[-1] == "[key]"
             path = path[:-1] if of_key else path
             node = self.places.node(path)
-            if isinstance(node, Scalar) and node.missing and self._filled(path, kind):
+            if isinstance(node, ScalarNode) and node.missing and self._filled(path, kind):
                 changed = True
                 continue
             consequence = self._consequence(path, kind, context)
@@ -134,10 +137,10 @@ class Pruner:
     ) -> tuple[Path, str]:
         """What is concerned, and what is wrong with it."""
         node = self.places.node(path)
-        text = node.text if isinstance(node, Scalar) else ""
+        text = node.text if isinstance(node, ScalarNode) else ""
         found = (
-            "a list" if isinstance(node, Items)
-            else "keys with values" if isinstance(node, Keys)
+            "a list" if isinstance(node, SequenceNode)
+            else "keys with values" if isinstance(node, MappingNode)
             else quote(text)
         )  # fmt: skip
         if kind == _SECTION:
@@ -153,7 +156,7 @@ class Pruner:
             return path, self._unknown_subscriber(node)
         if kind == "union_tag_not_found":
             return path, self._unknown_step(node)
-        if not of_key and isinstance(node, Scalar) and node.missing:
+        if not of_key and isinstance(node, ScalarNode) and node.missing:
             return path, "it has no value: give it one, or leave the key out"
         if kind == "value_error":
             return path, str(context["error"])
@@ -162,8 +165,8 @@ class Pruner:
         if kind in ("tuple_type", "list_type"):
             return path, f"a list is expected here, not {found}"
         if kind == "too_short":
-            return path, "it is empty" if isinstance(node, Scalar) else "at least one is needed"
-        if not isinstance(node, Scalar):
+            return path, "it is empty" if isinstance(node, ScalarNode) else "at least one is needed"
+        if not isinstance(node, ScalarNode):
             return path, f"a single value is expected here, not {found}"
         if kind == "literal_error":
             known = re.findall(r"'([^']+)'", context["expected"])
@@ -190,8 +193,8 @@ class Pruner:
     def _unknown_driver(self, path: Path) -> tuple[Path, str]:
         path = (*path, "driver")
         node = self.places.node(path)
-        if not isinstance(node, Scalar):
-            found = "a list" if isinstance(node, Items) else "keys with values"
+        if not isinstance(node, ScalarNode):
+            found = "a list" if isinstance(node, SequenceNode) else "keys with values"
             return path, f"a single value is expected here, not {found}"
         if node.missing:
             return path, "it has no value: give it one, or leave the key out"
@@ -220,7 +223,7 @@ class Pruner:
         return f"unknown key {quote(key)}{nearest(key, known)}"
 
     def _unknown_step(self, node: object) -> str:
-        if not isinstance(node, Keys):
+        if not isinstance(node, MappingNode):
             return "a step is made of keys with values, such as 'name' and 'run'"
         found = [kind for kind in kinds.steps if kind in node.keys]
         if found:
@@ -232,7 +235,7 @@ class Pruner:
 
     def _unknown_subscriber(self, node: object) -> str:
         known = list(kinds.subscribers)
-        found = [kind for kind in known if isinstance(node, Keys) and kind in node.keys]
+        found = [kind for kind in known if isinstance(node, MappingNode) and kind in node.keys]
         words = f"a subscriber has one of {' and '.join(map(repr, known))}, which says where it is"
         return f"{words}; this one has {' and '.join(found)}" if found else words
 
@@ -246,11 +249,11 @@ class Pruner:
                 kind = kinds.host(self._driver_at(path[:2]))
             elif depth == 1 and path[0] == "events":
                 node = self.places.node(path[:2])
-                told = subscriber_kind(node.keys if isinstance(node, Keys) else None)
+                told = subscriber_kind(node.keys if isinstance(node, MappingNode) else None)
                 kind = kinds.subscriber(told) if told else None
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
-                name = step_kind(node.keys if isinstance(node, Keys) else None)
+                name = step_kind(node.keys if isinstance(node, MappingNode) else None)
                 kind = kinds.step(name) if name else None
             elif isinstance(kind, type) and issubclass(kind, Model):
                 of_fields = hints(kind).items()
@@ -265,7 +268,7 @@ class Pruner:
 
     def _driver_at(self, host: Path) -> str:
         node = self.places.node((*host, "driver"))
-        driver = node.text if isinstance(node, Scalar) else ""
+        driver = node.text if isinstance(node, ScalarNode) else ""
         return driver if driver in kinds.hosts else DEFAULT_DRIVER
 
     def _holder(self, path: Path) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from inventory.base import quote
 from inventory.errors import Problem
-from inventory.yamltree import Items, Mapping, Node, Scalar
+from inventory.yamltree import MappingNode, Node, ScalarNode, SequenceNode
 
 Path = tuple[str | int, ...]
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,63}")
@@ -18,7 +18,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 class Places:
     """Places of a farm's parts by their path, such as ("vms", "prod", "proxy", 0, "port")."""
 
-    tree: Mapping
+    tree: MappingNode
     file: str
     bad: set[Path] = field(default_factory=set)
     """What the model didn't accept: it is not in the farm, and nothing more is said about it."""
@@ -51,9 +51,9 @@ class Places:
         """Of a path of the file."""
         node: Node = self.tree
         for part in path:
-            if isinstance(node, Mapping) and isinstance(part, str) and part in node.values:
+            if isinstance(node, MappingNode) and isinstance(part, str) and part in node.values:
                 node = node.values[part]
-            elif isinstance(node, Items) and isinstance(part, int) and part < len(node.items):
+            elif isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.items):
                 node = node.items[part]
             else:
                 return None
@@ -64,7 +64,7 @@ class Places:
         node = self.node(path)
         if node is None:
             return self.of_key(path[:-1])
-        if isinstance(node, Scalar) and node.missing:
+        if isinstance(node, ScalarNode) and node.missing:
             return self.of_key(path)
         return node.line, node.column
 
@@ -72,7 +72,7 @@ class Places:
         if not path:
             return self.tree.line, self.tree.column
         parent = self.node(path[:-1])
-        if isinstance(parent, Mapping) and path[-1] in parent.keys:
+        if isinstance(parent, MappingNode) and path[-1] in parent.keys:
             key = parent.keys[str(path[-1])]
             return key.line, key.column
         return self.of_value(path)
@@ -90,10 +90,10 @@ class Places:
         """``vms.prod.proxy[0].port``, ``step build-dev: timeout``. Of a path of the file."""
         if path[:2] == ("cycle", "steps") and len(path) > 2 and isinstance(path[2], int):
             name = self.node((*path[:3], "name"))
-            known = isinstance(name, Scalar) and name.text
+            known = isinstance(name, ScalarNode) and name.text
             step = (
                 f"step {shown(name.text)}"
-                if known and isinstance(name, Scalar)
+                if known and isinstance(name, ScalarNode)
                 else (f"step {path[2] + 1}")
             )
             rest = _dotted(path[3:])

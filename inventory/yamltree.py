@@ -31,7 +31,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uf
 
 
 @dataclass(slots=True)
-class Scalar:
+class ScalarNode:
     line: int
     column: int
     text: str
@@ -44,7 +44,7 @@ class Scalar:
 
 
 @dataclass(slots=True)
-class Items:
+class SequenceNode:
     """A YAML sequence."""
 
     line: int
@@ -53,29 +53,29 @@ class Items:
 
 
 @dataclass(slots=True)
-class Mapping:
+class MappingNode:
     line: int
     column: int
-    keys: dict[str, Scalar] = field(default_factory=dict)
+    keys: dict[str, ScalarNode] = field(default_factory=dict)
     values: dict[str, Node] = field(default_factory=dict)
 
 
 _YAML = "tag:yaml.org,2002:"
-_NO_KEY = Scalar(0, 0, "", False)
-Node = Scalar | Items | Mapping
+_NO_KEY = ScalarNode(0, 0, "", False)
+Node = ScalarNode | SequenceNode | MappingNode
 Report = Callable[[int, int, str], None]
 
 
 def plain(node: Node) -> Any:
     """The tree as dicts, lists and strings. Aliases give one object in several places."""
-    if isinstance(node, Scalar):
+    if isinstance(node, ScalarNode):
         return node.text
-    if isinstance(node, Items):
+    if isinstance(node, SequenceNode):
         return [plain(item) for item in node.items]
     return {key: plain(value) for key, value in node.values.items()}
 
 
-def parse(data: bytes, file: str) -> tuple[Mapping | None, list[Problem]]:
+def parse(data: bytes, file: str) -> tuple[MappingNode | None, list[Problem]]:
     """The tree, and what is wrong with the text. The tree is None where there is none to speak of;
     it may be there although there are problems (duplicate keys, for one). Raises nothing."""
     problems: list[Problem] = []
@@ -101,12 +101,12 @@ def parse(data: bytes, file: str) -> tuple[Mapping | None, list[Problem]]:
     except yaml.YAMLError as error:
         report(1, 1, f"not YAML: {' '.join(str(error).split())}")
         return None, problems
-    if root is None or (isinstance(root, Scalar) and root.missing):
+    if root is None or (isinstance(root, ScalarNode) and root.missing):
         if not problems:
             report(1, 1, "the file is empty: a farm file has at least 'farm' and 'vms'")
         return None, problems
-    if not isinstance(root, Mapping):
-        kind = "a list" if isinstance(root, Items) else "text"
+    if not isinstance(root, MappingNode):
+        kind = "a list" if isinstance(root, SequenceNode) else "text"
         report(root.line, root.column, f"a farm file is made of keys with values, this is {kind}")
         return None, problems
     return root, problems
@@ -162,8 +162,10 @@ class _Builder:
     def __init__(self, report: Report) -> None:
         self._report = report
         self._root: Node | None = None
-        self._open: list[tuple[Items | Mapping, str]] = []  # what is being filled, and its anchor
-        self._keys: list[Scalar | None] = []  # the key whose value comes next, for each mapping
+        self._open: list[
+            tuple[SequenceNode | MappingNode, str]
+        ] = []  # what is being filled, and its anchor
+        self._keys: list[ScalarNode | None] = []  # the key whose value comes next, for each mapping
         self._anchors: dict[str, tuple[Node, int, int]] = {}  # with its nodes and depth
         self._counts: list[int] = []  # nodes in each open one
         self._depths: list[int] = []  # levels below each open one
@@ -177,13 +179,13 @@ class _Builder:
                 case yaml.ScalarEvent():
                     self._tag(event)
                     style = event.style  # None or "" is plain for the C parser
-                    scalar = Scalar(*_start(event), event.value, not style)
+                    scalar = ScalarNode(*_start(event), event.value, not style)
                     self._value(scalar)
                     self._add(scalar, event.anchor or "", 1, 0)
                 case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
                     self._tag(event)
                     mapping = isinstance(event, yaml.MappingStartEvent)
-                    kind = Mapping if mapping else Items
+                    kind = MappingNode if mapping else SequenceNode
                     if len(self._open) == _MAX_DEPTH:
                         self._report(*_start(event), "nested too deeply")
                         return None
@@ -210,7 +212,7 @@ class _Builder:
             tag = _quote(event.tag.replace(_YAML, "!!"))
             self._report(*_start(event), f"tag {tag}: tags are not allowed here")
 
-    def _value(self, scalar: Scalar) -> None:
+    def _value(self, scalar: ScalarNode) -> None:
         # Escapes in double quotes can bring in what the file's own text may not hold.
         match = _FORBIDDEN.search(scalar.text)
         if match:
@@ -253,7 +255,7 @@ class _Builder:
         self._counts[-1] += count
         self._depths[-1] = max(self._depths[-1], depth + 1)
         parent = self._open[-1][0]
-        if isinstance(parent, Items):
+        if isinstance(parent, SequenceNode):
             parent.items.append(node)
         elif self._keys[-1] is None:
             self._keys[-1] = self._key(parent, node)
@@ -265,8 +267,8 @@ class _Builder:
             parent.keys[key.text] = key
             parent.values[key.text] = node
 
-    def _key(self, parent: Mapping, node: Node) -> Scalar:
-        if not isinstance(node, Scalar):
+    def _key(self, parent: MappingNode, node: Node) -> ScalarNode:
+        if not isinstance(node, ScalarNode):
             self._report(node.line, node.column, "a key must be a word, not a list or mapping")
         elif node.text == "<<" and node.plain:
             self._report(node.line, node.column, "merge keys ('<<') are not supported: write it out")

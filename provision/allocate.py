@@ -25,8 +25,8 @@ from host.files import file_error, make_directory
 from host.paths import FarmPaths, state_dir
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
-from provision.claims import Claimed, Claims
-from provision.lockfile import Book, Entry, LockFile
+from provision.claims import Claims, OpenClaims
+from provision.lockfile import LockFile, LockFileContent, LockFileEntry
 
 PORTS = range(22000, 30000)
 """Loopback ports for ssh in user mode, of all farms of the host; outside the kernel's ephemeral range
@@ -50,7 +50,7 @@ class Allocation:
 class _Given(Mapping[str, Allocation]):
     """Of ten thousand entries the few that somebody asks for are made into values."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, entries: Mapping[str, LockFileEntry]) -> None:
         self._entries = entries
 
     def __getitem__(self, vm: str) -> Allocation:
@@ -66,12 +66,12 @@ class _Given(Mapping[str, Allocation]):
         return len(self._entries)
 
 
-def _allocation(vm: str, entry: Entry) -> Allocation:
+def _allocation(vm: str, entry: LockFileEntry) -> Allocation:
     address = entry["address"]
     return Allocation(vm, entry["mac"], IPv4Address(address) if address else None, entry["ssh_port"])
 
 
-def _entry(got: Allocation) -> Entry:
+def _entry(got: Allocation) -> LockFileEntry:
     return {"mac": got.mac, "address": str(got.address or "") or None, "ssh_port": got.ssh_port}
 
 
@@ -100,7 +100,9 @@ class _Index:
     """Who has what and what is free, for any number of VMs. Addresses are texts, of which each has
     one."""
 
-    def __init__(self, farm: Farm, declared: _Declared, book: Book, claims: Claimed) -> None:
+    def __init__(
+        self, farm: Farm, declared: _Declared, book: LockFileContent, claims: OpenClaims
+    ) -> None:
         self._recorded, self._given = book.vms, dict[str, Allocation]()
         self.declared, self.resting, self.claims = declared, book.resting, claims
         self.now = datetime.now(UTC)

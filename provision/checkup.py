@@ -11,7 +11,7 @@ from inventory.errors import Text, spelled
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CheckReport:
     """All checks. ``ok``: nothing that is needed is broken."""
 
     checks: tuple[Check, ...]

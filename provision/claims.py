@@ -25,16 +25,16 @@ class Claims:
         self.path = path
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Claimed]:
+    def reading(self) -> Iterator[OpenClaims]:
         """As they are now; takes no lock that a writer would wait for."""
         with self._transaction(write=False) as db:
-            yield Claimed(db, self._farms)
+            yield OpenClaims(db, self._farms)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Claimed]:
+    def writing(self) -> Iterator[OpenClaims]:
         """To be changed: durable when it is left. Without claims there is no file."""
         with self._transaction(write=True) as db:
-            claimed = Claimed(db, self._farms)
+            claimed = OpenClaims(db, self._farms)
             yield claimed
             nobody = claimed.nobody()
         if nobody:
@@ -50,7 +50,7 @@ class Claims:
         return transaction(self.path, _SCHEMA, _VERSION, write=write, remedy=_REMEDY)
 
 
-class Claimed:
+class OpenClaims:
     """Claims, while they are open."""
 
     def __init__(self, db: sqlite3.Connection | None, farms: Path) -> None:

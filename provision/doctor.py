@@ -27,8 +27,8 @@ from inventory.errors import Call, FarmhandError, UsageError
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
-from provision.checkup import Report
-from provision.known import known_farm
+from provision.checkup import CheckReport
+from provision.farm_cache import known_farm
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -54,7 +54,7 @@ _FREE_BUILD = 4 * 2**30
 _MEMORY_RESERVE = 256 * 2**20
 
 
-def examine(farm_file: Path, *, hosts: bool = True) -> Report:
+def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
     """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
     seconds: connecting to each host."""
     farm, check = _farm(farm_file)
@@ -71,10 +71,10 @@ def examine(farm_file: Path, *, hosts: bool = True) -> Report:
         checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
-    return Report(tuple(checks))
+    return CheckReport(tuple(checks))
 
 
-def short(farm_file: Path) -> Report:
+def short(farm_file: Path) -> CheckReport:
     """As ``examine``, in a fraction of a second."""
     return examine(farm_file, hosts=False)
 

@@ -15,8 +15,8 @@ from hypervisors.api import Leftover, Owner
 from inventory.errors import FarmhandError, Interrupted
 from inventory.sizes import format_duration, format_size
 from provision.allocate import Allocation
-from provision.lost import left_to_people
 from provision.member import Member
+from provision.missing_disk import left_to_people
 from provision.site import Site
 
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")

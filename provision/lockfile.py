@@ -24,7 +24,7 @@ _ABOUT = (
 )
 
 
-class Entry(TypedDict):
+class LockFileEntry(TypedDict):
     """One VM's in the lock file, checked to be such."""
 
     mac: str
@@ -37,10 +37,10 @@ _FIELDS = ("mac", "address", "ssh_port")
 
 
 @dataclass(slots=True)
-class Book:
+class LockFileContent:
     """What was read is shared by its readers; whoever changes it takes a copy."""
 
-    vms: dict[str, Entry] = field(default_factory=dict)
+    vms: dict[str, LockFileEntry] = field(default_factory=dict)
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
     text: str = ""  # of the file
     _by: dict[str, Mapping[Any, str]] = field(default_factory=dict)
@@ -52,8 +52,8 @@ class Book:
             self._by[what] = dict(zip(found, self.vms, strict=True))
         return self._by[what]
 
-    def copy(self) -> Book:
-        return Book(dict(self.vms), dict(self.resting), self.text)
+    def copy(self) -> LockFileContent:
+        return LockFileContent(dict(self.vms), dict(self.resting), self.text)
 
 
 class LockFile:
@@ -62,9 +62,11 @@ class LockFile:
     def __init__(self, farm: str, path: Path) -> None:
         self.path = path
         self._farm = farm
-        self._seen: tuple[tuple[int, ...], Book] | None = None  # which file, and what is in it
+        self._seen: tuple[tuple[int, ...], LockFileContent] | None = (
+            None  # which file, and what is in it
+        )
 
-    def read(self) -> Book:
+    def read(self) -> LockFileContent:
         """The file is replaced, never changed: one that was read is not read again."""
         which: tuple[int, ...] = ()
         with contextlib.suppress(OSError):  # one that can't be reached is _text's to say
@@ -74,7 +76,7 @@ class LockFile:
             seen = self._seen = (which, self._load())
         return seen[1]
 
-    def _load(self) -> Book:
+    def _load(self) -> LockFileContent:
         text = _text(self.path)
         data = _object(self.path, text)
         found = data.get("format")
@@ -90,9 +92,9 @@ class LockFile:
             }
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise _unreadable(self.path, f"{type(error).__name__} {error}") from error
-        return Book(vms, resting, text)
+        return LockFileContent(vms, resting, text)
 
-    def write(self, book: Book, changed: Iterable[str]) -> None:
+    def write(self, book: LockFileContent, changed: Iterable[str]) -> None:
         """Durably. ``changed``: all VMs whose entries are others than were read, or gone."""
         now = datetime.now(UTC)
         data = {
@@ -128,7 +130,7 @@ def _pretty(data: dict[str, Any], lines: Sequence[str]) -> str:
 _BEGIN, _END = '"vms": {\n', "\n  }"
 
 
-def _lines(book: Book, changed: Iterable[str]) -> Sequence[str]:
+def _lines(book: LockFileContent, changed: Iterable[str]) -> Sequence[str]:
     """Of all VMs, by their names. Those of the others are as the file has them, if it is as we write it:
     a line for each, in this order."""
     lines = book.text.partition(_BEGIN)[2].partition(_END)[0].split(",\n")
@@ -143,13 +145,13 @@ def _lines(book: Book, changed: Iterable[str]) -> Sequence[str]:
     return [_line(vm, book.vms[vm]) for vm in sorted(book.vms)]
 
 
-def _line(vm: str, entry: Entry) -> str:
+def _line(vm: str, entry: LockFileEntry) -> str:
     address = f'"{entry["address"]}"' if entry["address"] else "null"
     start = f'    {_quoted(vm)}: {{"mac": {_quoted(entry["mac"])}, "address": {address}'
     return f'{start}, "ssh_port": {entry["ssh_port"]}}}'
 
 
-def _check(vms: Mapping[str, Entry]) -> None:
+def _check(vms: Mapping[str, LockFileEntry]) -> None:
     """Entries' fields by their types, and addresses in their one form (inet_pton(3) takes no other):
     KeyError, TypeError, OSError."""
     entries = vms.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from host.ssh_words import path_option
+from host.ssh_options import path_option
 from hypervisors.api import (
     Disk,
     Disks,

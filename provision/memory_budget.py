@@ -124,18 +124,18 @@ def room_for(member: Member, size: int, doing: str, *, falls: bool = False) -> I
 
     with leased(), contextlib.ExitStack() as stack:
         while True:
-            with site.turns.take(name, doing=doing, waiting=waiting):
+            with site.mutex.take(name, doing=doing, waiting=waiting):
                 since = _make_room(member, size, doing)
                 if since is None:
                     # Threads of this process may look again, for they see what is reserved; others
                     # wait until the hypervisor shows it.
                     stack.enter_context(site.locks.hold(name, doing=doing))
-                    stack.enter_context(site.turns.reserved(vm, size))
+                    stack.enter_context(site.mutex.reserved(vm, size))
                     if falls:
-                        site.turns.falls(vm, host)
+                        site.mutex.falls(vm, host)
                     break
             site.reporter.working("waits until others have fallen to their idle memory", vm=vm)
-            site.turns.wait_for_fall(since)
+            site.mutex.wait_for_fall(since)
         yield
 
 
@@ -200,15 +200,15 @@ def _make_room(member: Member, size: int, doing: str) -> int | None:
     if _plainly_there(site, host, size):
         return None
     name = turn_of(host)
-    if _machine_has(site, host, size) and site.turns.spend(name, size):
+    if _machine_has(site, host, size) and site.mutex.spend(name, size):
         return None
     asked: set[str] = set()
     while True:
         now = host_memory(site, host, but=[vm], needs=bool(asked))
         if not now.short_of(size):
-            site.turns.saw(name, None if now.limit is None else now.limit - now.in_use - size)
+            site.mutex.saw(name, None if now.limit is None else now.limit - now.in_use - size)
             return None
-        since = site.turns.falling(host)
+        since = site.mutex.falling(host)
         if since is not None:
             return since
         now = host_memory(site, host, but=[vm], needs=True)
@@ -234,7 +234,7 @@ def _machine_has(site: Site, host: str, size: int) -> bool:
     that themselves."""
     if not site.farm.hosts[host].INFO.shares_memory:
         return True
-    return size + sum(site.turns.reservations().values()) <= _memory_available(site, host)
+    return size + sum(site.mutex.reservations().values()) <= _memory_available(site, host)
 
 
 def _take_from(member: Member, had: int, target: int, needy: str) -> None:
@@ -307,7 +307,7 @@ def _user(member: Member) -> str:
 
 def _reserved(site: Site) -> dict[str, int]:
     """What this process is giving VMs, and what commands that were killed may be giving them still."""
-    reserved = site.turns.reservations()
+    reserved = site.mutex.reservations()
     for record in site.journal.unfinished():
         for vm in (vm for vm in record.vms if vm in site.farm.vms):
             reserved[vm] = max(reserved.get(vm, 0), giving(site, record, vm))

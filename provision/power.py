@@ -32,9 +32,9 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
 from provision.guest import identity
-from provision.lost import require
 from provision.member import ON, Member, is_on
 from provision.memory_budget import PATIENCE, forecast, room_for
+from provision.missing_disk import require
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -165,7 +165,7 @@ def power_on(member: Member, *, wait: bool) -> None:
             wait_until_ready(member, since=float("-inf") if asleep else since)
             deflate(member)
     finally:
-        member.site.turns.fell(member.vm)
+        member.site.mutex.fell(member.vm)
 
 
 def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:

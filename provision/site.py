@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.paths import FarmPaths, cache_dir, state_dir
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Hypervisor, Voices
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, some
 from inventory.model import Farm
@@ -20,11 +20,11 @@ from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
 from provision.engine.locks import Locks
-from provision.engine.mutex import Turns
+from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
+from provision.farm_cache import known_farm
 from provision.guest import identity
-from provision.known import known_farm
 from provision.member import Member
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Site:
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
         self.locks = Locks(self.paths.locks, self.requester)
-        self.turns = Turns(self.locks, self.journal.interrupted)
+        self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
         self._opened: dict[str, OpenHost] = {}
@@ -185,7 +185,9 @@ class Site:
             console_log=lambda machine: identity.console_log(self.paths, machine),
             listed=lambda: self._listed(host),
             runner=self.runner,
-            voices=Voices(step=current_step, warn=self.reporter.warn, working=self.reporter.working),
+            callbacks=Callbacks(
+                step=current_step, warn=self.reporter.warn, working=self.reporter.working
+            ),
             plan=self.plan,
         )
 

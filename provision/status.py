@@ -12,8 +12,8 @@ from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, Watc
 from inventory.errors import FarmhandError, Text
 from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
-from provision.lost import lost
 from provision.member import Member, is_on
+from provision.missing_disk import missing_disk
 from provision.site import Site
 
 _AT_ONCE = 8
@@ -236,7 +236,7 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
         )  # fmt: skip
     if disk is None:
         try:
-            gone = lost(member, machine)
+            gone = missing_disk(member, machine)
             error = (gone.text, ": ", gone.remedy) if gone else error
         except FarmhandError as problem:
             error = problem.message.splitlines()[0]

@@ -72,8 +72,8 @@ def _spec(name: str, port: int) -> MachineSpec:
 def _hypervisor(directory: Path) -> Iterator[tuple[Hypervisor, Template, str]]:
     from host.paths import cache_dir
     from hypervisors.disks.qcow2.disks import Qcow2Disks
+    from hypervisors.libvirt.domain_types import Qemu
     from hypervisors.libvirt.driver import LibvirtHypervisor
-    from hypervisors.libvirt.kinds import Qemu
     from hypervisors.libvirt.kvm import asked_for, judge
     from hypervisors.libvirt.private import PrivateLibvirt
 

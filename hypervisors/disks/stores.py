@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, Self
 
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Voices
+from hypervisors.api import Callbacks, Directories, Disks
 
 
 class StoreInfo(NamedTuple):
@@ -59,7 +59,7 @@ class Openable(Disks, Protocol):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """Nothing is read or made yet. ``reader_uid``: who else must be able to read disks."""
@@ -73,7 +73,11 @@ def store_class(store: str) -> type[Openable]:
 
 
 def open_disks(
-    place: StorePlace, directories: Directories, runner: Runner, voices: Voices, reader_uid: int | None
+    place: StorePlace,
+    directories: Directories,
+    runner: Runner,
+    callbacks: Callbacks,
+    reader_uid: int | None,
 ) -> Disks:
     """The host's disk store. Nothing is read or made yet."""
-    return store_class(place.store).at(place, directories, runner, voices, reader_uid)
+    return store_class(place.store).at(place, directories, runner, callbacks, reader_uid)

@@ -35,12 +35,12 @@ class OpenFake(OpenHost):
         from hypervisors.fake.driver import FakeHypervisor
 
         around = self.around
-        return FakeHypervisor(around.farm, self.disks(), self.state(), step=around.voices.step)
+        return FakeHypervisor(around.farm, self.disks(), self.state(), step=around.callbacks.step)
 
     def _open_disks(self) -> Disks:
         from hypervisors.fake.driver import FakeDisks
 
-        return FakeDisks(self.around.farm, self.state(), step=self.around.voices.step)
+        return FakeDisks(self.around.farm, self.state(), step=self.around.callbacks.step)
 
     def state(self) -> Path | None:
         """In memory only for a plan over nothing: the fake would make its file by looking."""

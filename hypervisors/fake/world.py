@@ -73,7 +73,7 @@ def adapter(kind: str) -> TypeAdapter[Any]:
     return TypeAdapter(KINDS[kind])
 
 
-class Shelf(Generic[_T]):
+class Table(Generic[_T]):
     """All of one kind by their names, within one look or change. What it handed out may be changed in
     place."""
 
@@ -157,13 +157,13 @@ class World:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self.templates: Shelf[Template] = Shelf(
+        self.templates: Table[Template] = Table(
             db, "templates", farm=lambda _: "", counts=lambda template: template.size
         )
-        self.disks: Shelf[StoredDisk] = Shelf(
+        self.disks: Table[StoredDisk] = Table(
             db, "disks", farm=lambda disk: disk.owner.farm, counts=lambda disk: len(disk.content)
         )
-        self.machines: Shelf[StoredMachine] = Shelf(db, "machines", farm=_farm, counts=_given)
+        self.machines: Table[StoredMachine] = Table(db, "machines", farm=_farm, counts=_given)
 
     @property
     def used(self) -> int:

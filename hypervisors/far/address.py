@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qs, quote, urlsplit
 
-from host.ssh_words import path_option
+from host.ssh_options import path_option
 from inventory.errors import UsageError
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.:-]*[A-Za-z0-9_])?")

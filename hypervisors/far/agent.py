@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from host.files import UMASK, make_directory, sync
 from host.memory import memory_available
 from host.run import Runner, which
-from hypervisors.api import Console, Directories, Disks, Leftover, Owner, Template, Voices
+from hypervisors.api import Callbacks, Console, Directories, Disks, Leftover, Owner, Template
 from hypervisors.disks.stores import open_disks
 from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt.driver import LibvirtHypervisor
@@ -51,7 +51,7 @@ class Home:
 
 
 @dataclass(slots=True)
-class _Call:
+class _RunningCall:
     number: int
     answers: queue.Queue[bool]
 
@@ -62,10 +62,10 @@ class Agent:
     def __init__(self, pipe: Pipe, home: Callable[[str], Home]) -> None:
         self._pipe = pipe
         self._home = home
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _RunningCall] = {}
         self._current = threading.local()
         self._heard = time.monotonic()
-        self._files = Files(Path())
+        self._files = IncomingFiles(Path())
         self._parts: dict[str, object] = {}
 
     def serve(self) -> None:
@@ -90,28 +90,28 @@ class Agent:
     # -- being asked ------------------------------------------------------------------------------
 
     def _open(self, place: Place, home: Home, *, plan: bool) -> None:
-        voices = Voices(
+        callbacks = Callbacks(
             step=self._step,
             warn=lambda text: self._pipe.send({"warn": encode(text)}),
             working=lambda text: self._pipe.send({"working": text}),
         )
         runner, reader = Runner(changes=not plan), reader_of(place.driver, place.uri)
-        disks = open_disks(place.disks, home.directories, runner, voices, reader)
-        self._files = Files(home.directories.farm / "incoming")
+        disks = open_disks(place.disks, home.directories, runner, callbacks, reader)
+        self._files = IncomingFiles(home.directories.farm / "incoming")
         if not plan:
             self._files.sweep(home.directories.runtime)
 
         def machines_anew() -> None:
-            machines = open_machines(place, place.uri, disks, home.directories, runner, voices)
+            machines = open_machines(place, place.uri, disks, home.directories, runner, callbacks)
             self._parts["machines"] = machines
-            self._parts["host"] = Host(place, home, disks, machines, self._files, reader)
+            self._parts["host"] = AgentHost(place, home, disks, machines, self._files, reader)
 
         self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), machines_anew)}
         machines_anew()
 
     def _take(self, frame: dict[str, Any], data: bytes) -> None:
         if "call" in frame:
-            call = _Call(frame["call"], queue.Queue())
+            call = _RunningCall(frame["call"], queue.Queue())
             self._calls[call.number] = call
             threading.Thread(target=self._carry_out, args=(call, frame), daemon=True).start()
         elif "file" in frame:
@@ -121,7 +121,7 @@ class Agent:
             if waiting := self._calls.get(frame["go" if going else "stop"]):
                 waiting.answers.put(going)
 
-    def _carry_out(self, call: _Call, frame: dict[str, Any]) -> None:
+    def _carry_out(self, call: _RunningCall, frame: dict[str, Any]) -> None:
         self._current.call = call
         try:
             method = getattr(self._parts[frame["of"]], frame["method"])
@@ -133,7 +133,7 @@ class Agent:
         self._pipe.send(answer)
 
     def _step(self, text: str) -> None:
-        call: _Call = self._current.call
+        call: _RunningCall = self._current.call
         self._pipe.send({"step": call.number, "text": text})
         if not call.answers.get():
             raise Interrupted(f"abandoned before: {text}")
@@ -171,7 +171,7 @@ def _told(error: Exception) -> object:
     return encode(DriverFailed(f"{type(error).__name__}: {error}", detail=detail))
 
 
-class Host:
+class AgentHost:
     """What of the machine itself is of interest: its memory, its tools, and the files that the asker
     would else have beside its own."""
 
@@ -181,7 +181,7 @@ class Host:
         home: Home,
         disks: Disks,
         machines: LibvirtHypervisor,
-        files: Files,
+        files: IncomingFiles,
         reader_uid: int | None,
     ) -> None:
         self._place = place
@@ -299,7 +299,7 @@ class Host:
                 )  # fmt: skip
 
 
-class Files:
+class IncomingFiles:
     """What comes over, chunk by chunk, into a directory that is made when it is needed. The name says
     for whom: what an agent that was cut off leaves, the next one removes."""
 

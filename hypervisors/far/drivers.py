@@ -97,7 +97,7 @@ class FarDisks:
         return self._link.call("disks", method, *args, step=self._step, **options)
 
 
-class _OfFarms(FarDisks):
+class _FarFarmDisks(FarDisks):
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         made: Mapping[str, Checkpoint] = self._ask("checkpoint_all", list(machines), name)
         return made
@@ -107,33 +107,36 @@ class _OfFarms(FarDisks):
         return restored
 
 
-class _OnDevices(FarDisks):
+class _FarDeviceDisks(FarDisks):
     def ready(self, machine: str) -> Disk:
         found: Disk = self._ask("ready", machine)
         return found
 
 
-class _Watched(FarDisks):
+class _FarWatchedDisks(FarDisks):
     def notes(self) -> Sequence[str]:
         told: Sequence[str] = self._ask("notes")
         return told
 
 
-class _Merging(FarDisks):
+class _FarMergingDisks(FarDisks):
     def merge(self, machine: str) -> None:
         self._ask("merge", machine)
 
 
-class _Lost(FarDisks):
+class _FarLostDisks(FarDisks):
     def left(self, machine: str) -> Sequence[Checkpoint]:
         found: Sequence[Checkpoint] = self._ask("left", machine)
         return found
 
 
 _MORE = {
-    FarmDisks: _OfFarms, DeviceDisks: _OnDevices, WatchedDisks: _Watched, MergingDisks: _Merging,
-    LostDisks: _Lost,
-}  # fmt: skip
+    FarmDisks: _FarFarmDisks,
+    DeviceDisks: _FarDeviceDisks,
+    WatchedDisks: _FarWatchedDisks,
+    MergingDisks: _FarMergingDisks,
+    LostDisks: _FarLostDisks,
+}
 
 
 def far_disks(link: Link, step: StepFn) -> Disks:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from host.run import Runner
-from hypervisors.api import StepFn, Voices, no_step
+from hypervisors.api import Callbacks, StepFn, no_step
 from hypervisors.far.agent import PING
 from hypervisors.far.parcel import COMMAND, parcel
 from hypervisors.far.wire import Pipe, decode, encode
@@ -38,14 +38,14 @@ class Link:
         name: str,
         argv: Callable[[Sequence[str]], tuple[str, ...]],
         place: Place,
-        voices: Voices,
+        callbacks: Callbacks,
         *,
         plan: bool = False,
     ) -> None:
         self.name = name
         self.place = place
         self._argv = argv
-        self._voices = voices
+        self._callbacks = callbacks
         self._plan = plan
         self._opening = threading.Lock()
         self._line: _Line | None = None
@@ -68,7 +68,9 @@ class Link:
                 sent += len(chunk)
                 if time.monotonic() > said + 1:
                     said = time.monotonic()
-                    self._voices.working(f"sending {file.name} to {self.name}: {sent * 100 // size} %")
+                    self._callbacks.working(
+                        f"sending {file.name} to {self.name}: {sent * 100 // size} %"
+                    )
             line.ask("host", "end_file", (there,))
         return there
 
@@ -83,7 +85,7 @@ class Link:
             if self._line is None or self._line.lost:
                 if self._line:
                     self._line.close()
-                self._line = _Line(self.name, self._argv(COMMAND), self._voices)
+                self._line = _Line(self.name, self._argv(COMMAND), self._callbacks)
                 try:
                     self._line.open(self.place, plan=self._plan)
                 except BaseException:
@@ -96,9 +98,9 @@ class Link:
 class _Line:
     """One agent's process, as seen from here: ssh's."""
 
-    def __init__(self, name: str, argv: Sequence[str], voices: Voices) -> None:
+    def __init__(self, name: str, argv: Sequence[str], callbacks: Callbacks) -> None:
         self._name = name
-        self._voices = voices
+        self._callbacks = callbacks
         self._errors: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - see close
         self._process = Runner().talk(*argv, errors=self._errors)
         assert self._process.stdin and self._process.stdout
@@ -232,9 +234,9 @@ class _Line:
 
     def _hand_on(self, frame: dict[str, Any]) -> None:
         if "warn" in frame:
-            self._voices.warn((f"{self._name}: ", decode(frame["warn"])))
+            self._callbacks.warn((f"{self._name}: ", decode(frame["warn"])))
         elif "working" in frame:
-            self._voices.working(frame["working"])
+            self._callbacks.working(frame["working"])
         elif "ready" in frame or "refused" in frame:
             self._opened.put(frame)
         else:

@@ -27,7 +27,7 @@ ET.register_namespace("qemu", _QEMU_URI)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class DomainDefinition:
     """What a definition says of itself. ``owner`` None: no mark of ours. ``kind``: libvirt's domain type
     ("kvm", "qemu", "xen")."""
 
@@ -186,7 +186,7 @@ def start_mark(when: datetime) -> str:
     return ET.tostring(ET.Element("start", at=when.isoformat()), encoding="unicode")
 
 
-def read_domain(xml: str) -> Seen:
+def read_domain(xml: str) -> DomainDefinition:
     """Of any domain, ours or not. A mark that speaks of another machine came with a copy somebody made
     (virt-clone(1) copies metadata): that one is theirs."""
     domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
@@ -206,7 +206,7 @@ def read_domain(xml: str) -> Seen:
     memory = domain.find("memory")
     place = (disk.get("file") or disk.get("dev")) if disk is not None else None
     log_file = log.get("file") if log is not None else None
-    return Seen(
+    return DomainDefinition(
         kind=domain.get("type", ""),
         uuid=domain.findtext("uuid", ""),
         owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,

@@ -1,5 +1,5 @@
 """Machines through libvirt: the private daemon's, the session's or the system's. Which hypervisor that
-is, and what differs with it, is a ``hypervisors.libvirt.kinds.Kind``.
+is, and what differs with it, is a ``hypervisors.libvirt.domain_types.DomainType``.
 
 Every method opens with a look-up. If that finds the connection dead (the daemon was killed or started
 anew) it connects again, once: a look-up changes nothing. A connection lost later in a method is an
@@ -36,17 +36,17 @@ from hypervisors.api import (
     no_step,
     no_warm,
 )
+from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
+from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
     START_KEY,
     START_URI,
-    Seen,
+    DomainDefinition,
     read_domain,
     start_mark,
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
-from hypervisors.libvirt.kinds import Kind
-from hypervisors.libvirt.seen import INACTIVE, as_machine, opened_by, pulse_of
 from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class LibvirtHypervisor:
         runner: Runner,
         *,
         step: StepFn = no_step,
-        kind: Kind,
+        kind: DomainType,
         working: Callable[[str], None] = no_step,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
@@ -374,7 +374,7 @@ class LibvirtHypervisor:
         self._check(domain, name)
         return domain
 
-    def _check(self, domain: libvirt.virDomain, name: str) -> Seen:
+    def _check(self, domain: libvirt.virDomain, name: str) -> DomainDefinition:
         seen = read_domain(domain.XMLDesc(0))
         if seen.owner is None or seen.owner.farm != self._farm:
             whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
@@ -410,7 +410,7 @@ class LibvirtHypervisor:
     def _undefine(self, domain: libvirt.virDomain) -> None:
         domain.undefineFlags(self._kind.undefine)
 
-    def _create(self, domain: libvirt.virDomain, seen: Seen) -> None:
+    def _create(self, domain: libvirt.virDomain, seen: DomainDefinition) -> None:
         import libvirt
 
         try:
@@ -449,7 +449,7 @@ class LibvirtHypervisor:
             time.sleep(0.05)
         return not domain.isActive()
 
-    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: Seen) -> None:
+    def _cut_power(self, domain: libvirt.virDomain, name: str, seen: DomainDefinition) -> None:
         """Also of one that is not running yet: what a killed command asked for, libvirtd goes on with,
         and while libxl makes a domain it isn't active. To destroy it waits for that."""
         import libvirt

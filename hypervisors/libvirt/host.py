@@ -106,11 +106,11 @@ class OpenLibvirt(OpenHost):
             from hypervisors.far.drivers import FarHypervisor
 
             terminal = far(self.declared.uri).terminal
-            return FarHypervisor(self._linked(), terminal, around.console_log, around.voices.step)
+            return FarHypervisor(self._linked(), terminal, around.console_log, around.callbacks.step)
         from hypervisors.libvirt.opening import open_machines
 
         return open_machines(
-            self.place(), self._uri(), self.disks(), around.directories, around.runner, around.voices
+            self.place(), self._uri(), self.disks(), around.directories, around.runner, around.callbacks
         )
 
     def _open_disks(self) -> Disks:
@@ -118,11 +118,11 @@ class OpenLibvirt(OpenHost):
         if self.declared.far:
             from hypervisors.far.drivers import far_disks
 
-            return far_disks(self._linked(), around.voices.step)
+            return far_disks(self._linked(), around.callbacks.step)
         from hypervisors.disks.stores import open_disks
 
         return open_disks(
-            self.store_place(), around.directories, around.runner, around.voices, self.reader_uid()
+            self.store_place(), around.directories, around.runner, around.callbacks, self.reader_uid()
         )
 
     def _linked(self) -> Link:
@@ -135,7 +135,7 @@ class OpenLibvirt(OpenHost):
                 self._check_far()
                 there, around = far(self.declared.uri), self.around
                 place = replace(self.place(), uri=there.uri)
-                self._link = Link(there.name, there.argv, place, around.voices, plan=around.plan)
+                self._link = Link(there.name, there.argv, place, around.callbacks, plan=around.plan)
             return self._link
 
     def _check_far(self) -> None:

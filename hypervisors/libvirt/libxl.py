@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 from host.run import Runner
 from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
 from hypervisors.libvirt import libxl_balloon
-from hypervisors.libvirt.domain_xml import Seen, add_ends, head, is_device, read_domain, text
-from hypervisors.libvirt.kinds import SHUTDOWN_PARAVIRT, UNDEFINE_MANAGED_SAVE
+from hypervisors.libvirt.domain_types import SHUTDOWN_PARAVIRT, UNDEFINE_MANAGED_SAVE
+from hypervisors.libvirt.domain_xml import DomainDefinition, add_ends, head, is_device, read_domain, text
 from inventory.errors import Conflict, FarmhandError, Unsupported
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Xen:
     def cut_power(self, name: str, uuid: str) -> bool:  # noqa: ARG002
         return False
 
-    def console_log(self, name: str, seen: Seen) -> Path | None:  # noqa: ARG002
+    def console_log(self, name: str, seen: DomainDefinition) -> Path | None:  # noqa: ARG002
         """xenconsoled's; it goes on over all starts."""
         log = self.consoles / f"guest-{name}.log"
         return log if log.exists() else None
@@ -116,7 +116,7 @@ class Xen:
         """Xen counts pages itself, and knows no time at which a guest told anything."""
         return {}
 
-    def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
+    def why_no_start(self, domain: libvirt.virDomain, seen: DomainDefinition) -> FarmhandError | None:
         """libxl says only that it failed. A device that another guest has open is the usual reason."""
         import libvirt
 

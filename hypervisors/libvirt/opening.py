@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from host.run import Runner
-from hypervisors.api import Directories, Disks, Voices
+from hypervisors.api import Callbacks, Directories, Disks
 from hypervisors.disks.stores import StorePlace
+from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import Kind, Qemu
 from hypervisors.libvirt.kvm import Accelerator, judge
 
 
@@ -37,16 +37,16 @@ def open_machines(
     disks: Disks,
     directories: Directories,
     runner: Runner,
-    voices: Voices,
+    callbacks: Callbacks,
 ) -> LibvirtHypervisor:
     """``uri``: to connect to, instead of the place's own. Nothing is connected to yet."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
-        step=voices.step, kind=_kind(place, directories), working=voices.working,
+        step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
     )  # fmt: skip
 
 
-def _kind(place: Place, directories: Directories) -> Kind:
+def _kind(place: Place, directories: Directories) -> DomainType:
     """Which hypervisor libvirt drives there."""
     if place.driver == "xen":
         from hypervisors.libvirt.libxl import Xen

@@ -40,21 +40,21 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
-from hypervisors.xenapi.pool import Pool, Seen, freshness
+from hypervisors.xenapi.leftovers import XenApiLeftovers
+from hypervisors.xenapi.pool import Pool, PoolMachine, freshness
 from hypervisors.xenapi.records import (
     DISK,
     NULL,
     Vdi,
-    Vm,
+    XenApiVm,
     capacity_of,
     checkpoint_of,
     when,
 )
-from hypervisors.xenapi.remains import Remains
-from hypervisors.xenapi.templates import Templates
+from hypervisors.xenapi.templates import TemplateImages
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import look
-from hypervisors.xenapi.warm import Warm, half_back
+from hypervisors.xenapi.warm import WarmCheckpoints, half_back
 from inventory.errors import (
     Call,
     Conflict,
@@ -77,8 +77,8 @@ _HEADROOM = 2**28
 class _Swap:
     """A fresh disk that is ready to be switched to."""
 
-    seen: Seen
-    temporary: Vm
+    seen: PoolMachine
+    temporary: XenApiVm
     vdi: Vdi
     marks: Mapping[str, str]
 
@@ -97,9 +97,9 @@ class XenApiDisks:
         self._runner = runner
         self._step = step
         self._headroom = headroom
-        self._sealed = Templates(pool, runner, step)
-        self._remains = Remains(pool, step)
-        self.warm = Warm(pool, step, headroom)
+        self._sealed = TemplateImages(pool, runner, step)
+        self._remains = XenApiLeftovers(pool, step)
+        self.warm = WarmCheckpoints(pool, step, headroom)
 
     # -- templates --------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class XenApiDisks:
             clean = Checkpoint(name="clean", created=when(vm.marks["created"]))
             return [clean, *(checkpoint_of(kept) for kept in seen.checkpoints)]
 
-    def disk(self, seen: Seen) -> Disk:
+    def disk(self, seen: PoolMachine) -> Disk:
         assert seen.vdi and seen.vm.owner
         marks = seen.vm.marks
         clean = Checkpoint(name="clean", created=when(marks["created"]))
@@ -195,7 +195,7 @@ class XenApiDisks:
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
                 self.pool.call("VM.set_name_label", vm.ref, machine)
             made = dict(vm.record) | {"name_label": machine, "other_config": vm.other_config(marks)}
-            return self.disk(Seen(Vm(vm.ref, made), vdi, (), (), {}, None, ""))
+            return self.disk(PoolMachine(XenApiVm(vm.ref, made), vdi, (), (), {}, None, ""))
 
     def named(self, vdi: Vdi, machine: str) -> None:
         """A disk is called after its machine; one grown from a checkpoint is so already."""
@@ -214,7 +214,7 @@ class XenApiDisks:
     @contextlib.contextmanager
     def growing(
         self, template: Template, owner: Owner, size: int
-    ) -> Iterator[tuple[Vm, Vdi, dict[str, str]]]:
+    ) -> Iterator[tuple[XenApiVm, Vdi, dict[str, str]]]:
         """A VM with a disk of its own, and the marks that make it one of ours, to be written last; an
         error within takes it away again."""
         source, record, token = self._source(template, size)
@@ -226,7 +226,7 @@ class XenApiDisks:
                 f"{format_size(need)} at least",
                 remedy=(Call("gc"), " shows what can go"),
             )
-        with making(owner) as name:
+        with temporary_name(owner) as name:
             vm, vdi = self.pool.grow(source, name, token)
             try:
                 vdi = self._sized(vdi, size)
@@ -241,13 +241,13 @@ class XenApiDisks:
                 self.pool.undo(vm.ref)
                 raise
 
-    def _source(self, template: Template, size: int) -> tuple[Vm, Mapping[str, Any], str]:
+    def _source(self, template: Template, size: int) -> tuple[XenApiVm, Mapping[str, Any], str]:
         """The template's VM and the storage repository's record, in one call."""
         _, _, ref = template.ref.partition(" ")
         sr = self.pool.sr()
         batch = look(self.pool.sessions, [f"vm/{ref}", f"sr/{sr}"])
         record, room = batch.records.get(ref), batch.records.get(sr)
-        source = Vm(ref, record) if record else None
+        source = XenApiVm(ref, record) if record else None
         if source is None or source.marks.get("label") != template.label:
             raise NotFound(
                 f"there is no template {template.label}", remedy=(Call("template-list"), " shows them")
@@ -272,7 +272,7 @@ class XenApiDisks:
 
     def checkpoint_all(self, machines: Sequence[str], name: str) -> Mapping[str, Checkpoint]:
         """The marks say first that what the disk grew from is no longer known for sure, then that it is
-        the new checkpoint; this counts only once that one is complete (``Seen.base``)."""
+        the new checkpoint; this counts only once that one is complete (``PoolMachine.base``)."""
         with translated(f"checkpoint {', '.join(machines)}"), contextlib.ExitStack() as names:
             everyone = [self._ready(machine) for machine in machines]
             for seen in everyone:
@@ -285,7 +285,7 @@ class XenApiDisks:
             with contextlib.ExitStack() as undo:
                 made = []
                 for seen in everyone:
-                    label = names.enter_context(making(_owner(seen)))
+                    label = names.enter_context(temporary_name(_owner(seen)))
                     made.append(self._snapshot(seen, name, label, undo))
                 for machine, snapshot in zip(machines, made, strict=True):
                     self.pool.call("VM.set_name_label", snapshot.ref, f"{machine} {name}")
@@ -294,7 +294,9 @@ class XenApiDisks:
             self.pool.keep()
             return done
 
-    def _snapshot(self, seen: Seen, name: str, label: str, undo: contextlib.ExitStack) -> Vm:
+    def _snapshot(
+        self, seen: PoolMachine, name: str, label: str, undo: contextlib.ExitStack
+    ) -> XenApiVm:
         """Complete but for its name."""
         assert seen.vdi
         owner, vm, call = _owner(seen), seen.vm, self.pool.call
@@ -315,16 +317,16 @@ class XenApiDisks:
         self.pool.note_of(ref, batch)
         fresh = seen.freshness(Vdi(seen.vdi.ref, vdi))
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
-        snapshot = Vm(ref, record)
+        snapshot = XenApiVm(ref, record)
         marks = {
             "farm": owner.farm, "vm": owner.vm, "kind": "checkpoint",
             "checkpoint": name, "created": datetime.now(UTC).isoformat(),
         }  # fmt: skip
         config = snapshot.other_config(marks)
         call("VM.set_other_config", ref, config)
-        return Vm(ref, {**record, "other_config": config})
+        return XenApiVm(ref, {**record, "other_config": config})
 
-    def _attached_anew(self, seen: Seen) -> None:
+    def _attached_anew(self, seen: PoolMachine) -> None:
         """So that its VBD tells of starts since the checkpoint, not of those before."""
         assert seen.vdi and seen.attached
         vbd, vdi = seen.attached
@@ -332,7 +334,7 @@ class XenApiDisks:
             self.pool.ignoring_gone("VBD.destroy", vbd)
             self.pool.attach(seen.vm.ref, vdi, DISK, read_only=False)
 
-    def _remark(self, vm: Vm, marks: Mapping[str, str]) -> None:
+    def _remark(self, vm: XenApiVm, marks: Mapping[str, str]) -> None:
         with contextlib.suppress(XenApiError, FarmhandError):
             self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
 
@@ -362,7 +364,7 @@ class XenApiDisks:
             seen = self.ours(machine)
             return half_back(seen.vm, seen.checkpoints)
 
-    def restore_seen(self, everyone: Sequence[Seen], name: str) -> Sequence[Disk]:
+    def restore_seen(self, everyone: Sequence[PoolMachine], name: str) -> Sequence[Disk]:
         """Of machines that were just looked at, and are stopped by now."""
         machines = ", ".join(seen.vm.name for seen in everyone)
         for seen in everyone:
@@ -373,7 +375,7 @@ class XenApiDisks:
                 )
         sources = [self._checkpoint_source(seen, name) for seen in everyone]
         with contextlib.ExitStack() as names, contextlib.ExitStack() as undo:
-            labels = [names.enter_context(making(_owner(seen))) for seen in everyone]
+            labels = [names.enter_context(temporary_name(_owner(seen))) for seen in everyone]
             self._step(f"grow a fresh disk for {machines} from {name}")
             swaps = [
                 self._fresh(seen, name, source, label, undo)
@@ -387,7 +389,9 @@ class XenApiDisks:
             undo.pop_all()
             return [self._settled(swap) for swap in swaps]
 
-    def _fresh(self, seen: Seen, name: str, source: Vm, label: str, undo: contextlib.ExitStack) -> _Swap:
+    def _fresh(
+        self, seen: PoolMachine, name: str, source: XenApiVm, label: str, undo: contextlib.ExitStack
+    ) -> _Swap:
         temporary, vdi = self.pool.grow(source, label, seen.token)
         undo.callback(self._unmake, seen.vm, temporary, vdi)
         vdi = self._sized(vdi, seen.vdi.size if seen.vdi else int(seen.vm.marks.get("size", "0")))
@@ -398,10 +402,10 @@ class XenApiDisks:
         }  # fmt: skip
         return _Swap(seen, temporary, vdi, marks)
 
-    def _unmake(self, vm: Vm, temporary: Vm, vdi: Vdi) -> None:
+    def _unmake(self, vm: XenApiVm, temporary: XenApiVm, vdi: Vdi) -> None:
         """Not what the machine's marks name: a switch may be done and its answer lost."""
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            now = XenApiVm(vm.ref, self.pool.call("VM.get_record", vm.ref))
             if now.disk is None or now.disk[0] != vdi.uuid:
                 self.pool.undo(temporary.ref)
 
@@ -410,9 +414,9 @@ class XenApiDisks:
         self.pool.ignoring_gone("VM.destroy", swap.temporary.ref)  # the disk is the machine's
         vm = swap.seen.vm
         record = dict(vm.record) | {"other_config": vm.other_config(swap.marks)}
-        return self.disk(replace(swap.seen, vm=Vm(vm.ref, record), vdi=swap.vdi))
+        return self.disk(replace(swap.seen, vm=XenApiVm(vm.ref, record), vdi=swap.vdi))
 
-    def _checkpoint_source(self, seen: Seen, name: str) -> Vm:
+    def _checkpoint_source(self, seen: PoolMachine, name: str) -> XenApiVm:
         kept = seen.checkpoint(name)
         if kept is not None:
             return kept
@@ -427,11 +431,11 @@ class XenApiDisks:
             )
         return found[0]
 
-    def _ready(self, machine: str) -> Seen:
+    def _ready(self, machine: str) -> PoolMachine:
         """A stopped machine of ours, its disk attached as its marks say."""
         return self._readied(self.ours(machine))
 
-    def _readied(self, seen: Seen) -> Seen:
+    def _readied(self, seen: PoolMachine) -> PoolMachine:
         """One that is half way back to a warm checkpoint is brought there first, for it has no disk."""
         machine = seen.vm.name
         if seen.vm.power is not Power.STOPPED:
@@ -449,7 +453,7 @@ class XenApiDisks:
             seen = self.ours(machine)
         return seen
 
-    def _restorable(self, seen: Seen) -> Seen:
+    def _restorable(self, seen: PoolMachine) -> PoolMachine:
         """One whose own disk is gone is restored as any other."""
         if seen.vm.disk and seen.vdi is None and not half_back(seen.vm, seen.checkpoints):
             if seen.vm.power is not Power.STOPPED:
@@ -457,7 +461,7 @@ class XenApiDisks:
             return seen
         return self._readied(seen)
 
-    def ours(self, machine: str) -> Seen:
+    def ours(self, machine: str) -> PoolMachine:
         vm = self.pool.machine(machine)
         if vm is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
@@ -486,7 +490,7 @@ class XenApiDisks:
                 if vbd["VDI"] != NULL:
                     self.pool.remove_vdi(vbd["VDI"], seen.vbds)
 
-    def remove(self, seen: Seen) -> None:
+    def remove(self, seen: PoolMachine) -> None:
         self._remains.remove(seen)
 
     def leftovers(self) -> Sequence[Leftover]:
@@ -499,7 +503,7 @@ class XenApiDisks:
         self._remains.discard(leftover)
 
 
-def without_disk(seen: Seen) -> Remedy:
+def without_disk(seen: PoolMachine) -> Remedy:
     """What to do about a machine that has none."""
     if seen.vm.disk is None:
         return ("destroy it, then ", Call("clone-farm"))
@@ -507,16 +511,16 @@ def without_disk(seen: Seen) -> Remedy:
     return ("its storage has lost it: ", Call("reset", vm=vm, to=last), " gives it a new one")
 
 
-def _from_lists(vm: Vm, vdi: Vdi, vms: Sequence[Vm]) -> Seen:
+def _from_lists(vm: XenApiVm, vdi: Vdi, vms: Sequence[XenApiVm]) -> PoolMachine:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref
         and s.marks["farm"] == vm.marks["farm"]
     ]  # fmt: skip
     ours.sort(key=lambda s: checkpoint_of(s).created)
-    return Seen(vm, vdi, tuple(ours), (), {}, None, "")
+    return PoolMachine(vm, vdi, tuple(ours), (), {}, None, "")
 
 
-def _owner(seen: Seen) -> Owner:
+def _owner(seen: PoolMachine) -> Owner:
     assert seen.vm.owner, "it was looked at as one of ours"
     return seen.vm.owner

@@ -31,9 +31,9 @@ from hypervisors.api import (
 from hypervisors.libvirt.balloon import Approach
 from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
-from hypervisors.xenapi.records import NULL, PREFIX, SEED, Vm, started, vdi_path
+from hypervisors.xenapi.records import NULL, PREFIX, SEED, XenApiVm, started, vdi_path
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import watch
 from hypervisors.xenapi.warm import half_back
 from inventory.errors import (
@@ -121,14 +121,14 @@ class XenApiHypervisor:
             machines = [self._machine(vm, metrics.get(vm.record["metrics"])) for vm in found]
             return sorted(machines, key=lambda machine: machine.name)
 
-    def _metrics(self, vm: Vm) -> Mapping[str, Any] | None:
+    def _metrics(self, vm: XenApiVm) -> Mapping[str, Any] | None:
         """Of one that runs: else they say nothing that the record doesn't."""
         if not _is_on(vm) or vm.record["metrics"] == NULL:
             return None
         record: Mapping[str, Any] = self._pool.call("VM_metrics.get_record", vm.record["metrics"])
         return record
 
-    def _machine(self, vm: Vm, metrics: Mapping[str, Any] | None) -> Machine:
+    def _machine(self, vm: XenApiVm, metrics: Mapping[str, Any] | None) -> Machine:
         marks, record = vm.marks, vm.record
         on = _is_on(vm) and metrics is not None
         memory = int(record["memory_static_max"])
@@ -204,15 +204,15 @@ class XenApiHypervisor:
             self._pool.remove_vdi(vdi, ())
         return self._as_set(seen.vm, spec, config)
 
-    def _as_set(self, vm: Vm, spec: MachineSpec, config: Mapping[str, str]) -> Machine:
+    def _as_set(self, vm: XenApiVm, spec: MachineSpec, config: Mapping[str, str]) -> Machine:
         record = {
             **vm.record, "name_label": spec.name, "other_config": config, "power_state": "Halted",
             "memory_static_max": spec.memory, "VCPUs_max": spec.vcpus, "is_a_template": False,
         }  # fmt: skip
-        return self._machine(Vm(vm.ref, record), None)
+        return self._machine(XenApiVm(vm.ref, record), None)
 
     def _configure(
-        self, vm: Vm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]], old: set[str]
+        self, vm: XenApiVm, spec: MachineSpec, vbds: Mapping[str, Mapping[str, Any]], old: set[str]
     ) -> dict[str, str]:
         """All that the definition says, but for the disk; the marks that note it. May be done again. The
         memory comes last: until then no host can run a clone (see ``templates``).
@@ -274,7 +274,7 @@ class XenApiHypervisor:
 
     def _seeded(
         self,
-        vm: Vm,
+        vm: XenApiVm,
         owner: Owner,
         path: str,
         vbds: Mapping[str, Mapping[str, Any]],
@@ -291,7 +291,7 @@ class XenApiHypervisor:
             return {"seed": path, "seedsum": digest}
         size = -(-file.stat().st_size // 2**20) * 2**20
         marks = {"farm": self._farm, "vm": owner.vm, "kind": "seed"}
-        with making(owner) as name:
+        with temporary_name(owner) as name:
             vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
                 self._pool.sessions.put(vdi, file, size)
@@ -350,7 +350,7 @@ class XenApiHypervisor:
                 raise
 
     @contextlib.contextmanager
-    def _reasons(self, vm: Vm) -> Iterator[None]:
+    def _reasons(self, vm: XenApiVm) -> Iterator[None]:
         """NO_HOSTS_AVAILABLE, which is told whatever the reason, becomes what each host says: with the
         code of the first one's, which tells what to do."""
         try:
@@ -387,7 +387,7 @@ class XenApiHypervisor:
                         raise
             self._cut(vm, name)
 
-    def _cut(self, vm: Vm, name: str) -> None:
+    def _cut(self, vm: XenApiVm, name: str) -> None:
         if vm.power is Power.STOPPED:
             return
         self._step(f"cut the power of {name}")
@@ -538,21 +538,21 @@ class XenApiHypervisor:
 
     # -- whose it is --------------------------------------------------------------------------------
 
-    def _ours(self, name: str) -> Vm:
+    def _ours(self, name: str) -> XenApiVm:
         vm = self._pool.machine(name)
         if vm is None:
             raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         self._check(vm, name)
         return self._defined(vm, name)
 
-    def _defined(self, vm: Vm, name: str) -> Vm:
+    def _defined(self, vm: XenApiVm, name: str) -> XenApiVm:
         if not vm.marks.get("spec"):
             raise NotFound(
                 f"{name} is a disk without a machine", remedy=(Call("clone-farm"), " makes it")
             )
         return vm
 
-    def _check(self, vm: Vm, name: str) -> None:
+    def _check(self, vm: XenApiVm, name: str) -> None:
         if vm.owner is None or vm.owner.farm != self._farm:
             whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
             raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
@@ -565,7 +565,7 @@ def _current(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> int:
     return max(int(metrics["memory_actual"]), int(record["memory_dynamic_max"]))
 
 
-def _is_on(vm: Vm) -> bool:
+def _is_on(vm: XenApiVm) -> bool:
     return vm.power not in (Power.STOPPED, Power.SUSPENDED)
 
 
@@ -582,7 +582,7 @@ def _stopped(name: str) -> WrongState:
     return WrongState(f"{name} is stopped: only a running guest's memory can change")
 
 
-def _orphan(kind: str, vm: Vm, size: int, why: str) -> Leftover:
+def _orphan(kind: str, vm: XenApiVm, size: int, why: str) -> Leftover:
     return Leftover(
         kind=kind, ref=vm.name, owner=vm.owner, created=datetime.now(UTC), bytes=size, why=why
     )

@@ -79,20 +79,20 @@ class OpenXenApi(OpenHost):
 
         served = self.disks()
         assert isinstance(served, XenApiDisks)
-        return XenApiHypervisor(served, step=self.around.voices.step)
+        return XenApiHypervisor(served, step=self.around.callbacks.step)
 
     def _open_disks(self) -> Disks:
         from hypervisors.xenapi.disks import XenApiDisks
         from hypervisors.xenapi.notes import Notes
         from hypervisors.xenapi.pool import Pool
-        from hypervisors.xenapi.session import Server, Sessions
+        from hypervisors.xenapi.session import Sessions, XenApiServer
 
         declared, around, beside = self._declared, self.around, self.around.beside
         if declared.insecure:
-            around.voices.warn(
+            around.callbacks.warn(
                 f"host {around.host}: 'insecure': whoever answers at {declared.uri} gets the password"
             )
-        server = Server(
+        server = XenApiServer(
             url=declared.uri,
             credentials=beside / declared.credentials.expanduser(),
             ca=beside / declared.ca.expanduser() if declared.ca else None,
@@ -102,10 +102,10 @@ class OpenXenApi(OpenHost):
         )
         pool = Pool(
             Sessions(server), around.farm, sr=declared.sr or "", copy=declared.copy_mode == "full",
-            progress=lambda what, part: around.voices.working(f"{what}: {part:.0%}"),
+            progress=lambda what, part: around.callbacks.working(f"{what}: {part:.0%}"),
             notes=Notes(around.directories.farm / f"xenapi-{around.host}", plan=around.plan),
         )  # fmt: skip
-        return XenApiDisks(pool, around.runner, step=around.voices.step)
+        return XenApiDisks(pool, around.runner, step=around.callbacks.step)
 
     def _turns(self) -> Path:
         """The lock of all this user's commands for one storage repository, whatever their farms."""

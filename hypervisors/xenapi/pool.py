@@ -22,7 +22,7 @@ from typing import Any
 from hypervisors.api import Power
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
-from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, Vm, checkpoint_of
+from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, XenApiVm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
 from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
@@ -39,16 +39,16 @@ _REMOVING = (
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PoolMachine:
     """A machine with all that belongs to it. ``token``: of the moment it was seen, for what changed
     since (``wait.look``)."""
 
-    vm: Vm
+    vm: XenApiVm
     vdi: Vdi | None  # the one the mark names, if it is there
-    checkpoints: tuple[Vm, ...]  # our snapshots of it, oldest first
-    unfinished: tuple[Vm, ...]  # other snapshots of it
+    checkpoints: tuple[XenApiVm, ...]  # our snapshots of it, oldest first
+    unfinished: tuple[XenApiVm, ...]  # other snapshots of it
     vbds: Mapping[str, Record]
-    source: Vm | None  # the template that its mark names, if it is there
+    source: XenApiVm | None  # the template that its mark names, if it is there
     token: str
     others: Mapping[str, Record] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class Seen:
     def checkpoint_names(self) -> tuple[str, ...]:
         return ("clean", *(vm.marks["checkpoint"] for vm in self.checkpoints))
 
-    def checkpoint(self, name: str) -> Vm | None:
+    def checkpoint(self, name: str) -> XenApiVm | None:
         return next((vm for vm in self.checkpoints if vm.marks["checkpoint"] == name), None)
 
     @property
@@ -232,19 +232,19 @@ class Pool:
 
     # -- what there is ----------------------------------------------------------------------------
 
-    def machine(self, name: str) -> Vm | None:
+    def machine(self, name: str) -> XenApiVm | None:
         """A machine of that name: ours, if one is, else anybody's. Names are not unique on a server."""
         self._looks()
         known = self._refs.get(name)
         if known is not None:
             with contextlib.suppress(XenApiError):
-                vm = Vm(known, self.call("VM.get_record", known))
+                vm = XenApiVm(known, self.call("VM.get_record", known))
                 if vm.name == name and self._is_ours(vm):
                     return vm
         found = []
         for ref in self.call("VM.get_by_name_label", name):
             try:
-                vm = Vm(ref, self.call("VM.get_record", ref))
+                vm = XenApiVm(ref, self.call("VM.get_record", ref))
             except XenApiError as error:
                 if error.code in GONE:  # it went between the two
                     continue
@@ -264,10 +264,10 @@ class Pool:
         """Of a machine of ours that was just made: it is looked up with one call less."""
         self._refs[name] = ref
 
-    def _is_ours(self, vm: Vm) -> bool:
+    def _is_ours(self, vm: XenApiVm) -> bool:
         return vm.is_machine and vm.kind == "machine" and vm.marks["farm"] == self.farm
 
-    def seen(self, vm: Vm) -> Seen:
+    def seen(self, vm: XenApiVm) -> PoolMachine:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
         wanted += [f"vbd/{ref}" for ref in vm.record["VBDs"]]
         _, _, template = vm.marks.get("source", "").partition(" ")
@@ -277,23 +277,23 @@ class Pool:
             wanted.append(f"vdi/{vm.disk[1]}")
         batch = look(self.sessions, wanted)
         records = {ref: record for ref, record in batch.records.items() if record is not None}
-        snapshots = [Vm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
+        snapshots = [XenApiVm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
         ours = [s for s in snapshots if s.kind == "checkpoint" and s.marks["farm"] == self.farm_of(vm)]
-        return Seen(
+        return PoolMachine(
             vm=vm,
             vdi=self._disk(vm, records),
             checkpoints=tuple(sorted(ours, key=lambda s: checkpoint_of(s).created)),
             unfinished=tuple(s for s in snapshots if s not in ours),
             vbds={ref: records[ref] for ref in vm.record["VBDs"] if ref in records},
-            source=Vm(template, records[template]) if template in records else None,
+            source=XenApiVm(template, records[template]) if template in records else None,
             token=batch.token,
         )
 
     @staticmethod
-    def farm_of(vm: Vm) -> str:
+    def farm_of(vm: XenApiVm) -> str:
         return vm.marks.get("farm", "")
 
-    def _disk(self, vm: Vm, records: Mapping[str, Record]) -> Vdi | None:
+    def _disk(self, vm: XenApiVm, records: Mapping[str, Record]) -> Vdi | None:
         """By the mark's uuid; its reference may have changed, as when storage was moved. Where that one
         is gone, and another attached, a switch landed late: whoever had asked for it was killed or had
         given up, and the fresh disk was removed again. The old one is the machine's as it was."""
@@ -315,7 +315,7 @@ class Pool:
         return None
 
     @staticmethod
-    def disk_among(vm: Vm, vdis: Iterable[Vdi]) -> Vdi | None:
+    def disk_among(vm: XenApiVm, vdis: Iterable[Vdi]) -> Vdi | None:
         """The same, of a list of all."""
         if vm.disk is None:
             return None
@@ -328,9 +328,9 @@ class Pool:
                 found = vdi
         return found
 
-    def all_vms(self) -> list[Vm]:
+    def all_vms(self) -> list[XenApiVm]:
         self._looks()
-        return [Vm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+        return [XenApiVm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
 
     def all_vdis(self) -> dict[str, Vdi]:
         records = self.call("VDI.get_all_records")
@@ -379,7 +379,7 @@ class Pool:
         records = [known.get(ref) for ref in refs]
         return bool(records) and all(record and not record["device"] for record in records)
 
-    def shut_off(self, name: str, vm: Vm, *, limit: float = 0.0) -> None:
+    def shut_off(self, name: str, vm: XenApiVm, *, limit: float = 0.0) -> None:
         """VM.clean_shutdown (a task of so many seconds at most) or VM.hard_shutdown. Now and then xapi
         answers with INTERNAL_ERROR although the machine is off a moment later: its own event thread
         removes a device's record that is still wanted (measured, 23.10)."""
@@ -425,7 +425,7 @@ class Pool:
 
     # -- growing and swapping ---------------------------------------------------------------------
 
-    def grow(self, source: Vm, name: str, token: str) -> tuple[Vm, Vdi]:
+    def grow(self, source: XenApiVm, name: str, token: str) -> tuple[XenApiVm, Vdi]:
         """A new VM ``name`` with a disk of its own grown from ``source``'s (a template or a snapshot);
         ``token``: of before."""
         if self.copy:
@@ -436,7 +436,7 @@ class Pool:
             batch = look(self.sessions, [f"vm/{ref}", "vbd", "vdi"], token)
             found = self._disk_at(ref, batch)
             if found is None:  # as where the server dropped events
-                vm = Vm(ref, self.call("VM.get_record", ref))
+                vm = XenApiVm(ref, self.call("VM.get_record", ref))
                 attached = look(self.sessions, [f"vbd/{vbd}" for vbd in vm.record["VBDs"]])
                 refs = [r["VDI"] for r in attached.records.values() if r and r["userdevice"] == DISK]
                 if not refs:
@@ -452,16 +452,16 @@ class Pool:
             raise
 
     @staticmethod
-    def _disk_at(ref: str, batch: Batch) -> tuple[Vm, Vdi] | None:
+    def _disk_at(ref: str, batch: Batch) -> tuple[XenApiVm, Vdi] | None:
         record = batch.records.get(ref)
         for seen in batch.records.values():
             if seen and seen.get("VM") == ref and seen.get("userdevice") == DISK:
                 vdi = batch.records.get(seen["VDI"])
                 if record and vdi:
-                    return Vm(ref, record), Vdi(seen["VDI"], vdi)
+                    return XenApiVm(ref, record), Vdi(seen["VDI"], vdi)
         return None
 
-    def settle(self, seen: Seen, vdi: Vdi | None = None) -> None:
+    def settle(self, seen: PoolMachine, vdi: Vdi | None = None) -> None:
         """Attach the disk that the mark names; what was attached in its place is an old one of the
         machine's, and is removed. ``vdi``: the mark's, where it was just written."""
         wanted = vdi or seen.vdi
@@ -502,7 +502,7 @@ class Pool:
         if set(record["VBDs"]) <= set(vbds):
             self.destroy_vdi(ref)
 
-    def raze(self, vms: Sequence[Vm], *, keep: Iterable[str] = ()) -> None:
+    def raze(self, vms: Sequence[XenApiVm], *, keep: Iterable[str] = ()) -> None:
         """VMs, templates and snapshots with their disks, in the order given; each one's disks first, so
         that none is ever left that nothing refers to. ``keep``: VDIs of others. A snapshot with memory
         holds its disks as a machine that runs does, until it is shut down, which gives its memory up."""
@@ -527,7 +527,7 @@ class Pool:
                 self.destroy_vdi(vm.record["suspend_VDI"])
             self.ignoring_gone("VM.destroy", vm.ref)
 
-    def _shut_down(self, snapshot: Vm) -> None:
+    def _shut_down(self, snapshot: XenApiVm) -> None:
         self.keep_first()  # its memory is destroyed with it
         try:
             self.call("VM.hard_shutdown", snapshot.ref)
@@ -535,7 +535,7 @@ class Pool:
             if error.code not in (*GONE, "VM_BAD_POWER_STATE"):
                 raise
 
-    def give_up(self, vm: Vm) -> None:
+    def give_up(self, vm: XenApiVm) -> None:
         """Mark what is about to be removed: from here on it isn't there any more, only its remains."""
         marks = {key: vm.marks.get(key, "") for key in ("farm", "vm", "label")} | {"kind": "gone"}
         self.call("VM.set_other_config", vm.ref, vm.other_config(marks))
@@ -543,4 +543,4 @@ class Pool:
     def undo(self, ref: str, *, keep: Iterable[str] = ()) -> None:
         """Of what was just being made; what can't be removed now is found later."""
         with contextlib.suppress(XenApiError, FarmhandError):
-            self.raze([Vm(ref, self.call("VM.get_record", ref))], keep=keep)
+            self.raze([XenApiVm(ref, self.call("VM.get_record", ref))], keep=keep)

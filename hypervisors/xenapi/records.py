@@ -34,7 +34,7 @@ _POWER = {
 
 
 @dataclass(frozen=True, slots=True)
-class Vm:
+class XenApiVm:
     """A VM, template or snapshot as the server has it."""
 
     ref: str
@@ -127,14 +127,14 @@ def vdi_path(uuid: str) -> Path:
     return Path("/xenapi/vdi", uuid)
 
 
-def checkpoint_of(vm: Vm) -> Checkpoint:
+def checkpoint_of(vm: XenApiVm) -> Checkpoint:
     marks = vm.marks
     return Checkpoint(
         name=marks["checkpoint"], created=when(marks["created"]), warm=marks.get("warm") == "yes"
     )
 
 
-def template_of(vm: Vm) -> Template:
+def template_of(vm: XenApiVm) -> Template:
     """DriverFailed where somebody changed its marks by hand."""
     marks = vm.marks
     try:

@@ -47,7 +47,7 @@ server, and tried again after a random time, up to 19 s (xapi 23.10, measured)."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class XenApiServer:
     """Where the server is and how it is known to be the right one: by a CA's certificate file, by the
     SHA-256 of its own certificate (64 hexadecimal digits), by the system's CAs; or ``insecure``.
     ``turns``: a file that all who use one storage repository lock for each change of it."""
@@ -86,7 +86,7 @@ def read_credentials(file: Path) -> tuple[str, str]:
 class _PinnedConnection(http.client.HTTPSConnection):
     """Nothing is sent to a server whose certificate isn't the pinned one."""
 
-    def __init__(self, host: str, server: Server, context: ssl.SSLContext) -> None:
+    def __init__(self, host: str, server: XenApiServer, context: ssl.SSLContext) -> None:
         super().__init__(host, timeout=server.connect_limit, context=context)
         self._server = server
 
@@ -103,7 +103,7 @@ class _PinnedConnection(http.client.HTTPSConnection):
 
 
 class _PlainConnection(http.client.HTTPConnection):
-    def __init__(self, host: str, server: Server) -> None:
+    def __init__(self, host: str, server: XenApiServer) -> None:
         super().__init__(host, timeout=server.connect_limit)
         self._server = server
 
@@ -121,14 +121,14 @@ def _keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
-def connection(server: Server, url: str) -> http.client.HTTPConnection:
+def connection(server: XenApiServer, url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     if parts.scheme == "http":  # a test's; the farm file takes https only
         return _PlainConnection(parts.netloc, server)
     return _PinnedConnection(parts.netloc, server, _context(server))
 
 
-def _context(server: Server) -> ssl.SSLContext:
+def _context(server: XenApiServer) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=server.ca)
     except (OSError, ssl.SSLError) as error:
@@ -145,7 +145,7 @@ def _context(server: Server) -> ssl.SSLContext:
 class _Transport(xmlrpc.client.Transport):
     """Over one kept connection. xmlrpc's own sends a call again when its connection broke: not here."""
 
-    def __init__(self, server: Server, url: str) -> None:
+    def __init__(self, server: XenApiServer, url: str) -> None:
         super().__init__(use_builtin_types=False)
         self._server, self._url, self._last = server, url, 0.0
 
@@ -168,7 +168,7 @@ class _Transport(xmlrpc.client.Transport):
 class Sessions:
     """Sessions with one pool, shared by threads. Nothing is connected before the first call."""
 
-    def __init__(self, server: Server, *, count: Callable[[str], None] | None = None) -> None:
+    def __init__(self, server: XenApiServer, *, count: Callable[[str], None] | None = None) -> None:
         self._server = server
         self._url = server.url.rstrip("/")
         self._idle: list[Any] = []

@@ -6,8 +6,8 @@ machine. So it is kept from running otherwise, from its first moment on: its sta
 VM.clone does not copy (read in xapi's xapi_vm_clone.ml), and it has more memory than any host, which
 VM.clone copies. Thus no host can run a clone before it gets a machine's memory, which it gets last.
 
-What a killed import leaves has a name that says so, see ``making``; what a killed removal leaves was
-marked as gone first of all."""
+What a killed import leaves has a name that says so, see ``temporary_names``; what a killed removal
+leaves was marked as gone first of all."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pathlib import Path
 from host.run import Runner
 from hypervisors.api import Owner, StepFn, Template
 from hypervisors.xenapi.errors import XenApiError, translated
-from hypervisors.xenapi.making import making
 from hypervisors.xenapi.pool import Pool
-from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vm, template_of
+from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
+from hypervisors.xenapi.temporary_names import temporary_name
 from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24
@@ -42,7 +42,7 @@ _HVM = {
 """A machine that boots from its disk as a PC does; the fields VM.create wants (data model 2.20)."""
 
 
-class Templates:
+class TemplateImages:
     def __init__(self, pool: Pool, runner: Runner, step: StepFn) -> None:
         self.pool = pool
         self._farm = pool.farm
@@ -89,7 +89,7 @@ class Templates:
         call = self.pool.call
         marks = {"farm": self._farm, "kind": "making"}
         config = {PREFIX + key: value for key, value in marks.items()}
-        with making(Owner(self._farm, "")) as name:
+        with temporary_name(Owner(self._farm, "")) as name:
             vdi, vm = "", ""
             try:
                 vdi = self.pool.new_vdi(name, template.size, config)
@@ -109,7 +109,7 @@ class Templates:
                 self.pool.attach(vm, vdi, DISK, read_only=False)
                 label = f"{self._farm} {template.label}"
                 call("VDI.set_name_label", vdi, label)
-                made = Vm(vm, call("VM.get_record", vm))
+                made = XenApiVm(vm, call("VM.get_record", vm))
                 sealed = {
                     "farm": self._farm, "kind": "template", "label": template.label,
                     "size": str(template.size), "sha256": template.sha256,
@@ -133,7 +133,7 @@ class Templates:
             found = [template_of(vm) for vm in self.among(self.pool.all_vms())]
             return sorted(found, key=lambda t: (t.name, t.generation))
 
-    def among(self, vms: Sequence[Vm]) -> Sequence[Vm]:
+    def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
         """Those of the farm's."""
         return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
 

@@ -37,9 +37,18 @@ from typing import Any
 
 from hypervisors.api import Checkpoint, Disk, Power, StepFn
 from hypervisors.xenapi.errors import GONE, XenApiError
-from hypervisors.xenapi.making import making
-from hypervisors.xenapi.pool import Pool, Seen
-from hypervisors.xenapi.records import DISK, NULL, Vdi, Vm, capacity_of, checkpoint_of, vdi_path, when
+from hypervisors.xenapi.pool import Pool, PoolMachine
+from hypervisors.xenapi.records import (
+    DISK,
+    NULL,
+    Vdi,
+    XenApiVm,
+    capacity_of,
+    checkpoint_of,
+    vdi_path,
+    when,
+)
+from hypervisors.xenapi.temporary_names import temporary_name
 from hypervisors.xenapi.wait import look
 from inventory.errors import (
     Call,
@@ -61,7 +70,7 @@ _NO_MEMORY = ("NO_HOSTS_AVAILABLE", "HOST_NOT_ENOUGH_FREE_MEMORY", "VM_INCOMPATI
 """VM.resume has not begun."""
 
 
-def half_back(vm: Vm, snapshots: Iterable[Vm]) -> str:
+def half_back(vm: XenApiVm, snapshots: Iterable[XenApiVm]) -> str:
     """The warm checkpoint that the machine is on its way back to and has to be put back to once more
     before it may run; "" for one that is whole, or runs. ``snapshots``: our checkpoints of it."""
     if vm.power not in (Power.STOPPED, Power.SUSPENDED):
@@ -77,7 +86,7 @@ def half_back(vm: Vm, snapshots: Iterable[Vm]) -> str:
     return ""
 
 
-class Warm:
+class WarmCheckpoints:
     """Its callers translate errors."""
 
     def __init__(self, pool: Pool, step: StepFn, headroom: int) -> None:
@@ -97,7 +106,7 @@ class Warm:
 
     # -- there ------------------------------------------------------------------------------------
 
-    def checkpoint(self, seen: Seen, name: str) -> Checkpoint:
+    def checkpoint(self, seen: PoolMachine, name: str) -> Checkpoint:
         """Of a running machine, which runs on. Complete, or not there.
 
         The machine's marks say meanwhile that no image of it is to be trusted: the server suspends and
@@ -116,14 +125,14 @@ class Warm:
         assert vm.owner
         self._step(f"keep {vm.name}, disk and memory, as {name}")
         during = {**vm.marks, "before": seen.base, "base": name, "fresh": "", "resume": _ANY}
-        with making(vm.owner) as label:
+        with temporary_name(vm.owner) as label:
             call("VM.set_other_config", vm.ref, vm.other_config(during))
             ref = ""
             try:
                 ref = self.pool.do("VM.checkpoint", vm.ref, label)
                 call("VM.set_other_config", vm.ref, vm.other_config({**during, "resume": ""}))
                 batch = look(self.pool.sessions, [f"vm/{ref}", "vbd", "vdi"], seen.token)
-                snapshot = Vm(ref, batch.records.get(ref) or call("VM.get_record", ref))
+                snapshot = XenApiVm(ref, batch.records.get(ref) or call("VM.get_record", ref))
                 self.pool.note_of(ref, batch)
                 if snapshot.record["suspend_VDI"] == NULL:
                     raise DriverFailed(
@@ -145,7 +154,7 @@ class Warm:
                     self._as_it_was(vm)
                 raise
         self.pool.keep()
-        return checkpoint_of(Vm(ref, {**snapshot.record, "other_config": config}))
+        return checkpoint_of(XenApiVm(ref, {**snapshot.record, "other_config": config}))
 
     def _has_room(self, memory: int) -> None:
         record = self._suspend_sr()
@@ -165,17 +174,17 @@ class Warm:
                 remedy="make room there, or make a cold checkpoint: without --warm",
             )
 
-    def _as_it_was(self, vm: Vm) -> None:
+    def _as_it_was(self, vm: XenApiVm) -> None:
         """Its marks, where it runs; else its image may be one that has run on already."""
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = Vm(vm.ref, self.pool.call("VM.get_record", vm.ref))
+            now = XenApiVm(vm.ref, self.pool.call("VM.get_record", vm.ref))
             if now.power is Power.RUNNING:
                 marks = {**vm.marks, "fresh": ""}
                 self.pool.call("VM.set_other_config", vm.ref, vm.other_config(marks))
 
     # -- and back ---------------------------------------------------------------------------------
 
-    def back(self, seen: Seen, name: str) -> None:
+    def back(self, seen: PoolMachine, name: str) -> None:
         """Of a stopped machine; afterwards it is suspended. See the module's head. An error leaves it as
         it was, or half back. May be called again, and for another checkpoint."""
         vm, kept = seen.vm, seen.checkpoint(name)
@@ -198,11 +207,11 @@ class Warm:
                 f"the storage repository has less than {format_size(self._headroom)} free",
                 remedy=(Call("gc"), " shows what can go"),
             )
-        with making(vm.owner) as label:
+        with temporary_name(vm.owner) as label:
             self._revert(seen, kept, label)
         self._whole(seen, kept)
 
-    def _disk_of(self, kept: Vm) -> Vdi | None:
+    def _disk_of(self, kept: XenApiVm) -> Vdi | None:
         """A snapshot's."""
         vbds = look(self.pool.sessions, [f"vbd/{ref}" for ref in kept.record["VBDs"]]).records
         for vbd in vbds.values():
@@ -213,7 +222,7 @@ class Warm:
     def _is_there(self, vdi: str) -> bool:
         return vdi != NULL and look(self.pool.sessions, [f"vdi/{vdi}"]).records.get(vdi) is not None
 
-    def _revert(self, seen: Seen, kept: Vm, label: str) -> None:
+    def _revert(self, seen: PoolMachine, kept: XenApiVm, label: str) -> None:
         vm, call = seen.vm, self.pool.call
         name = kept.marks["checkpoint"]
         self._step(f"mark that {vm.name} goes back to {name}")
@@ -231,23 +240,23 @@ class Warm:
             self._unless_begun(seen, kept, names)
             raise
 
-    def _unless_begun(self, seen: Seen, kept: Vm, names: Mapping[str, str]) -> None:
+    def _unless_begun(self, seen: PoolMachine, kept: XenApiVm, names: Mapping[str, str]) -> None:
         """Refused: all is taken back, where the server has not begun. It begins with the marks. A
         machine that was half back before stays so."""
         if half_back(seen.vm, seen.checkpoints):
             return
         with contextlib.suppress(XenApiError, FarmhandError):
-            now = self.pool.seen(Vm(seen.vm.ref, self.pool.call("VM.get_record", seen.vm.ref)))
+            now = self.pool.seen(XenApiVm(seen.vm.ref, self.pool.call("VM.get_record", seen.vm.ref)))
             untouched = now.vm.record["other_config"] == seen.vm.record["other_config"]
             if untouched and set(_disks(now)) == set(names):
                 for vdi, name in names.items():
                     self.pool.call("VDI.set_name_label", vdi, name)
                 self.pool.call("VM.set_other_config", kept.ref, kept.other_config(kept.marks))
 
-    def _whole(self, before: Seen, kept: Vm) -> None:
+    def _whole(self, before: PoolMachine, kept: XenApiVm) -> None:
         """Steps 4 and 5. The marks of the moment tell its definition as it is now."""
         call, name = self.pool.call, kept.marks["checkpoint"]
-        seen = self.pool.seen(Vm(before.vm.ref, call("VM.get_record", before.vm.ref)))
+        seen = self.pool.seen(XenApiVm(before.vm.ref, call("VM.get_record", before.vm.ref)))
         vm, attached = seen.vm, seen.attached
         if vm.power is not Power.SUSPENDED or attached is None or vm.record["suspend_VDI"] == NULL:
             raise DriverFailed(
@@ -266,7 +275,7 @@ class Warm:
             self.pool.remove_vdi(old, ())
         call("VM.set_other_config", kept.ref, kept.other_config({**kept.marks, "revert": ""}))
 
-    def resume(self, seen: Seen, doing: str) -> None:
+    def resume(self, seen: PoolMachine, doing: str) -> None:
         """A suspended machine runs on, on the disk that its memory is of."""
         vm, image = seen.vm, str(seen.vm.record["suspend_VDI"])
         name, call = vm.name, self.pool.call
@@ -304,7 +313,7 @@ class Warm:
                 call("VM.set_other_config", vm.ref, vm.other_config(again))
             raise
 
-    def refuse_half(self, seen: Seen) -> None:
+    def refuse_half(self, seen: PoolMachine) -> None:
         """WrongState for a machine that must not run before it is put back once more."""
         name = half_back(seen.vm, seen.checkpoints)
         if name and seen.vm.owner:
@@ -313,7 +322,7 @@ class Warm:
                 remedy=(Call("reset", vm=seen.vm.owner.vm, to=name), " goes on with it"),
             )
 
-    def lost_disk(self, seen: Seen) -> Disk | None:
+    def lost_disk(self, seen: PoolMachine) -> Disk | None:
         """Of a machine half back, whose disk may be gone: what the checkpoint's tells of it."""
         kept = seen.checkpoint(half_back(seen.vm, seen.checkpoints))
         vdi = self._disk_of(kept) if kept else None
@@ -328,7 +337,7 @@ class Warm:
         )  # fmt: skip
 
 
-def _disks(seen: Seen) -> list[str]:
+def _disks(seen: PoolMachine) -> list[str]:
     """All that is attached to it: its disk, its seed."""
     vbds: Iterable[Mapping[str, Any]] = seen.vbds.values()
     return [vbd["VDI"] for vbd in vbds if vbd["VDI"] != NULL and vbd["type"] == "Disk"]

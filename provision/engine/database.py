@@ -17,10 +17,10 @@ _PATIENCE = 30  # seconds for somebody else's transaction
 def transaction(
     path: Path, schema: str, version: int, *, write: bool, remedy: str
 ) -> Iterator[sqlite3.Connection | None]:
-    """With ``write`` durable when it is left, and nothing of it where it is left by an error. None: to
-    read, and nothing was written yet. ``schema``: statements that do nothing where all is there, and
-    ``version`` their number, from 1. ``remedy``: what to do about a file that is damaged, or not in this
-    format.
+    """A transaction on the SQLite file at ``path``. With ``write`` it is durable when it is left, and
+    rolled back when it is left by an error. Without ``write`` None where nothing was ever written.
+    ``schema``: statements that do nothing where all is there; ``version`` is their number, from 1.
+    ``remedy``: what to do about a file that is damaged or in another format.
 
     Errors: NoSpace, WrongState."""
     if not write and not path.exists():
@@ -48,7 +48,7 @@ def transaction(
 
 
 def refuse_foreign(db: sqlite3.Connection, path: Path, version: int, remedy: str) -> bool:
-    """Whether anything is in it yet. WrongState where that isn't in format ``version``."""
+    """Whether anything is in the file yet. WrongState where it is not in format ``version``."""
     found, filled = db.execute(  # at one moment: somebody else may be filling it
         "SELECT user_version, EXISTS (SELECT 1 FROM sqlite_master) FROM pragma_user_version"
     ).fetchone()

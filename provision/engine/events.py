@@ -1,16 +1,16 @@
-"""The outbox: what was begun and how it ended, to be told to the farm file's subscribers.
+"""The outbox: what began and how it ended, to be told to the farm file's subscribers.
 
 An event is written in the transaction that writes the operation's row in the journal, once for each
-subscriber that wants it: none is lost with a killed process, and none tells of what never was. A
-courier, a thread for each subscriber, delivers them in their order, beside the operation. An event
-leaves the outbox when it was taken: so it may be delivered twice, with the same id, but never not at
-all. What is left is delivered by the next command. Nobody waits for a courier longer than ``PATIENCE``
-seconds, at the command's end, and no operation fails by one.
+subscriber that wants it. So a kill loses none, and none tells of an operation that never was.
 
-What can't be delivered is tried again after longer and longer waits, and given up after ``_GIVE_UP``
-days and ``_TRIES`` tries, or where the subscriber says that it will never take it: ``Outbox.troubles``
-tells.
-"""
+Each subscriber has a courier: a thread that delivers its events in their order, beside the operation. An
+event leaves the outbox when the subscriber has taken it, so it is delivered at least once; a second time
+it has the same id. What is left is delivered by the next command. At a command's end nobody waits for a
+courier longer than ``PATIENCE`` seconds, and no operation fails because of one.
+
+What can't be delivered is tried again after longer and longer waits. It is given up after ``_GIVE_UP``
+days and ``_TRIES`` tries, or when the subscriber says that it will never take it. ``Outbox.troubles``
+tells."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ seconds since the epoch."""
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The same at each try. ``body`` is JSON, with the id and the type in it."""
+    """What a subscriber is told, the same at each try. ``body`` is JSON; the id and the type are in it,
+    too."""
 
     id: str
     type: str
@@ -71,34 +72,35 @@ class Event:
 
 
 class Undelivered(FarmhandError):
-    """The subscriber didn't take it; later it may."""
+    """The subscriber did not take it now; it may later."""
 
 
 class Refused(Undelivered):
-    """It will never take this event: there is no use in trying again."""
+    """The subscriber will never take this event. It is not tried again."""
 
 
 class Subscriber(Protocol):
     """Somebody who is told of events. Each kind is a file in ``provision/events/``."""
 
     def deliver(self, event: Event) -> None:
-        """Once, within a time limit of its own. Refused; Undelivered, or any other FarmhandError: to be
-        tried again."""
+        """Deliver it once, within a time limit of its own. Refused: never try again. Undelivered, or any
+        other FarmhandError: try again later."""
 
     def check(self) -> None:
-        """FarmhandError for what would keep it from being told, as far as that can be seen here."""
+        """Raises FarmhandError for what would keep events from being delivered, as far as that shows
+        from here."""
 
 
 class SubscriberSection(EventSubscriber, ABC):
-    """What a kind's own section is derived from: it makes the subscriber."""
+    """The base of each kind's section of the farm file: it makes the subscriber."""
 
     @abstractmethod
     def opened(self, beside: Path, runner: Runner) -> Subscriber:
-        """``beside``: the farm file's directory. Nobody is called yet."""
+        """The subscriber; nobody is called yet. ``beside``: the farm file's directory."""
 
 
 class Outbox:
-    """One farm's. ``path`` is the journal's file; ``open`` makes a subscriber of its section."""
+    """One farm's outbox. ``path``: the journal's file. ``open``: makes a subscriber of its section."""
 
     def __init__(
         self,
@@ -119,8 +121,8 @@ class Outbox:
     def put(
         self, db: sqlite3.Connection, record: Record, stage: str, more: Mapping[str, object]
     ) -> None:
-        """Within the transaction in which the record got as it is. ``stage``: began, passed, failed or
-        recovered; ``more``: what there is to say of a build."""
+        """Write the events of one change of ``record``, within the transaction that writes the record.
+        ``stage``: began, passed, failed or recovered. ``more``: what a build adds."""
         build = record.facts.get("build")
         kind = f"{'build' if build else 'operation'}.{stage}"
         wanting = [name for name, one in self._sections.items() if _wants(one, kind, record)]
@@ -153,7 +155,7 @@ class Outbox:
             _drop_oldest(db, name)
 
     def start(self) -> None:
-        """Deliver what is there, from now on until ``close``; beside whatever else is done."""
+        """Start the couriers; they deliver until ``close``."""
         if not self._sections or not self._path.exists():
             return
         with self._guard:
@@ -168,7 +170,8 @@ class Outbox:
                 courier.wake()
 
     def close(self, patience: float = PATIENCE) -> None:
-        """Wait so many seconds for what can be delivered now; what is left is for the next command."""
+        """Wait at most ``patience`` seconds for what can be delivered now. The next command delivers the
+        rest."""
         with self._guard:
             couriers = tuple(self._couriers.values())
             self._couriers.clear()
@@ -181,7 +184,7 @@ class Outbox:
             courier.leave()
 
     def check(self) -> Iterator[tuple[str, FarmhandError | None]]:
-        """Each subscriber, and what would keep it from being told."""
+        """Each subscriber, with what would keep events from being delivered to it."""
         for name, section in self._sections.items():
             try:
                 self._open(section).check()
@@ -223,7 +226,8 @@ def _wants(section: EventSubscriber, type: str, record: Record) -> bool:
 
 
 def _forget_strangers(db: sqlite3.Connection, known: Collection[str]) -> None:
-    """Of subscribers that left the farm file; for some days they may come back."""
+    """Drop events older than ``_GIVE_UP`` days of subscribers that are no longer in the farm file.
+    Younger ones stay: the subscriber may come back."""
     before = (datetime.now(UTC) - timedelta(days=_GIVE_UP)).isoformat()
     gone = [
         name for (name,) in db.execute("SELECT DISTINCT subscriber FROM outbox") if name not in known
@@ -255,8 +259,8 @@ def _give_up(db: sqlite3.Connection, id: int, why: str) -> None:
 
 
 class _Courier(threading.Thread):
-    """Delivers one subscriber's events, the oldest first; one courier at a time, of all processes. It
-    ends with its process, in the midst of whatever it does."""
+    """Delivers one subscriber's events, the oldest first. Of all processes' couriers for it, one works
+    at a time. It ends with its process, whatever it is doing."""
 
     def __init__(
         self,
@@ -280,17 +284,17 @@ class _Courier(threading.Thread):
         self._woken.set()
 
     def finish(self) -> None:
-        """What can be delivered now, and no more."""
+        """Deliver what can be delivered now, then end."""
         self._finishing = True
         self._woken.set()
 
     def leave(self) -> None:
-        """Begin nothing more."""
+        """Begin no further delivery."""
         self._leaving = True
         self._woken.set()
 
     def run(self) -> None:
-        """Whatever goes wrong here is nobody's trouble but the events', which stay where they are."""
+        """Errors stay here: events that fail remain in the outbox, and the operation goes on."""
         with contextlib.suppress(sqlite3.Error, OSError, FarmhandError):
             uri = f"{self._path.absolute().as_uri()}?mode=rw"
             with contextlib.closing(
@@ -307,7 +311,8 @@ class _Courier(threading.Thread):
                         return
 
     def _deliver(self, db: sqlite3.Connection) -> float | None:
-        """All that is due. Seconds until the next one is; None: nothing is left."""
+        """Deliver all that is due. Returns the seconds until the next event is due; None: none is
+        left."""
         if self._next(db) is None:
             return None
         make_directory(self._lock.parent, mode=0o700)
@@ -358,7 +363,7 @@ class _Courier(threading.Thread):
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Committed when it is left, and nothing of it where it is left by an error."""
+    """Committed when it is left, rolled back when it is left by an error."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -1,5 +1,5 @@
-"""Values that are kept as JSON: what the journal holds of an activity, and what an operation was
-asked."""
+"""Values that are kept as JSON: what the journal holds of an activity, and what an operation was asked
+for."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the journal holds of one activity: a frozen dataclass of JSON values, times and dataclasses
-    of such."""
+    """What the journal holds of one activity: a frozen dataclass. Its fields are JSON values, times and
+    further dataclasses of such."""
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, slots=True)
 class NoFacts(Facts):
-    """Of an activity whose name and VMs say it all."""
+    """For an activity that needs no more than its name and its VMs."""
 
 
 def to_json(value: Any) -> str:
@@ -34,8 +34,8 @@ def to_json(value: Any) -> str:
 
 
 def from_json(kind: type[T], found: Mapping[str, object], where: str) -> T:
-    """``found`` as that dataclass, each field of it there and of its type. ``where``: for the refusal.
-    WrongState."""
+    """``found`` as a value of the dataclass ``kind``. WrongState unless each field is there and of its
+    type. ``where``: names the place in that error."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     trouble = [f"no {name!r}" for name in sorted(known - found.keys())]
     trouble += [f"an unknown {name!r}" for name in sorted(found.keys() - known)]

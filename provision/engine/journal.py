@@ -1,9 +1,8 @@
-"""What was begun, how far it came, how it ended: SQLite, durable, for recovery and for history.
+"""What began, how far it came, how it ended: in SQLite, durable, for recovery and for history.
 
-An operation is written before it begins, each of its steps before it is done. An operation that
-never got its end was killed; ``recover`` finishes or undoes it. The hypervisor and the disk store
-are the truth: a lost journal loses history, not VMs.
-"""
+An operation is written before it begins, each of its steps before it is done. An operation without an
+end was killed; ``recover`` finishes or undoes it. The hypervisor and the disk store are the truth: a
+lost journal loses history, not VMs."""
 
 from __future__ import annotations
 
@@ -71,7 +70,8 @@ _current: ContextVar[Entry[Any] | None] = ContextVar("farmhand_entry", default=N
 
 
 def current_step(text: str) -> None:
-    """The drivers' StepFn: a step of the activity under way in this context, if there is one."""
+    """The StepFn for drivers: writes a step of the activity under way in this context. Without one it
+    does nothing."""
     entry = _current.get()
     if entry is not None:
         entry.step(text)
@@ -83,10 +83,10 @@ def current_entry() -> Entry[Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An activity as it was written down. Times are UTC. ``verb`` is the activity's name, ``vms`` those
-    that it is about, in the farm file's order; none: the whole farm, or no VM. ``outcome``: "done",
-    "failed", "interrupted", "recovered", or "" for one that never ended. ``in_its_way``: why its last
-    recovery failed."""
+    """An activity as the journal has it. Times are UTC. ``verb``: the activity's name. ``vms``: the VMs
+    it is about, in the farm file's order; empty: the whole farm, or no VM. ``outcome``: "done",
+    "failed", "interrupted", "recovered", or "" if it never ended. ``in_its_way``: why its last recovery
+    failed; "" if none did."""
 
     id: int
     verb: str
@@ -104,7 +104,7 @@ class Record:
 
     @property
     def vm(self) -> str:
-        """The one that it is about; "" for several, or none."""
+        """The one VM that it is about; "" if there are several, or none."""
         return self.vms[0] if len(self.vms) == 1 else ""
 
     def as_dict(self) -> dict[str, object]:
@@ -138,8 +138,8 @@ class Entry(Generic[_F]):
         self._guard = threading.Lock()
 
     def step(self, text: str) -> None:
-        """Durable when this returns. Raises, so that the change is not made, if it can't be written
-        or the whole run is being interrupted."""
+        """Write a step; it is durable when this returns. Raises when it can't be written, or when the
+        run is being interrupted: then the change must not be made."""
         if self._journal.interrupted.is_set():
             raise Interrupted("interrupted")
         with self._guard:
@@ -149,7 +149,7 @@ class Entry(Generic[_F]):
             )
 
     def note(self, facts: _F) -> None:
-        """What is known by now; durable when this returns."""
+        """Write what is known by now; it is durable when this returns."""
         with self._guard:
             self.facts = facts
             self._journal.write(
@@ -158,10 +158,8 @@ class Entry(Generic[_F]):
 
 
 class Journal:
-    """One farm's. Opened at first use; threads and processes may use it at once.
-
-    ``writable`` False: reads only, makes no file. ``outbox``: who is told of operations.
-    """
+    """One farm's journal. Opened at first use; threads and processes may use it at once. ``writable``
+    False: only reads, makes no file. ``outbox``: takes the events of what is written."""
 
     def __init__(
         self,
@@ -182,8 +180,8 @@ class Journal:
 
     @contextlib.contextmanager
     def begin(self, activity: Activity[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
-        """Writes the beginning, binds ``current_step`` to it, writes the end. Left by Ctrl-C or
-        Interrupted it stays unsettled, as if killed."""
+        """Write the beginning, bind ``current_step`` to it, write the end. Left by Ctrl-C or
+        Interrupted, the entry gets no end, as if the process were killed."""
         process, who = self._this_process(), self._requester
         row = self.write(
             "INSERT INTO operations (verb, vms, facts, pid, pid_start, boot, started,"
@@ -216,8 +214,8 @@ class Journal:
 
     @contextlib.contextmanager
     def resume(self, record: Record, facts: _F) -> Iterator[Entry[_F]]:
-        """Bind ``current_step`` to an unfinished activity while it is being recovered; settled
-        as recovered at the end, left unfinished by any error."""
+        """Bind ``current_step`` to an unfinished activity while it is recovered. Left without an error,
+        it is settled as recovered; left by an error, it stays unfinished."""
         entry = Entry(self, record.id, facts, len(record.steps))
         token = _current.set(entry)
         try:
@@ -226,12 +224,12 @@ class Journal:
             _current.reset(token)
 
     def hinder(self, id: int, why: Text) -> None:
-        """It could not be recovered."""
+        """Note why it could not be recovered."""
         text = json.dumps(remedy_as_data(why))
         self.write("UPDATE operations SET hindrance = ? WHERE id = ?", (text, id))
 
     def settle(self, id: int, outcome: str, error: str = "") -> None:
-        """Of one that was recovered."""
+        """Write the end of an activity that was recovered."""
         self._settle(id, outcome, error, "recovered", {})
 
     def _settle(self, id: int, outcome: str, error: str, stage: str, told: Mapping[str, object]) -> None:
@@ -243,12 +241,12 @@ class Journal:
         )  # fmt: skip
 
     def unfinished(self) -> tuple[Record, ...]:
-        """Operations whose process died or was interrupted in their midst, oldest first."""
+        """Activities whose process died, or was interrupted midway; oldest first."""
         records = self._records("WHERE settled = 0 ORDER BY id", ())
         return tuple(r for r in records if r.ended is not None or not r.process.alive())
 
     def under_way(self) -> tuple[Record, ...]:
-        """Operations of living processes, oldest first."""
+        """Activities of living processes, oldest first."""
         records = self._records("WHERE settled = 0 AND ended IS NULL ORDER BY id", ())
         return tuple(r for r in records if r.process.alive())
 
@@ -256,7 +254,7 @@ class Journal:
         return next(iter(self._records("WHERE id = ?", (id,))), None)
 
     def history(self, limit: int = 50, *, vm: str = "", steps: bool = True) -> tuple[Record, ...]:
-        """The latest ones, newest first; ``vm`` "": of all."""
+        """The latest activities, newest first. ``vm`` "": of all VMs."""
         where = "WHERE ? IN (SELECT value FROM json_each(vms)) " if vm else ""
         arguments: tuple[object, ...] = (vm, limit) if vm else (limit,)
         return self._records(f"{where}ORDER BY id DESC LIMIT ?", arguments, steps=steps)
@@ -276,9 +274,9 @@ class Journal:
         stage: str = "",
         told: Mapping[str, object] | None = None,
     ) -> int:
-        """One statement, committed durably; the row's id for an INSERT. ``stage``: what it makes of the
-        operation (absent: the one inserted), for the outbox, in the same transaction. For this module
-        and its operations."""
+        """Run one statement, committed durably. Returns the row's id for an INSERT. ``stage``: what the
+        statement makes of ``operation`` (absent: of the row inserted); its events are written in the
+        same transaction. For this module and its operations only."""
         if not self._writable:
             raise UsageError(f"would write to {self.path}, which a plan must not")
         outbox = self._outbox if stage else None

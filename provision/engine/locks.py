@@ -33,7 +33,7 @@ _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or lettin
 
 
 class Lease:
-    """One operation's claim on its locks, whatever farms they are of."""
+    """One operation's claim on its locks, in whatever farms they are."""
 
     def __init__(self) -> None:
         self.recovering = threading.Lock()
@@ -45,7 +45,7 @@ _lease: ContextVar[Lease | None] = ContextVar("farmhand_lease", default=None)
 
 @contextlib.contextmanager
 def leased() -> Iterator[Lease]:
-    """The lease of this context; where there is none, a new one for the time being."""
+    """The lease of this context; a new one, for the duration of the ``with``, if there is none."""
     lease = _lease.get()
     if lease is not None:
         yield lease
@@ -90,7 +90,7 @@ class Locks:
     """One farm's locks, as one process sees them. Re-entrant within a lease."""
 
     def __init__(self, directory: Path, requester: Requester | None = None) -> None:
-        """``requester``: for the note; whoever only looks needs none."""
+        """``requester``: named in the lock's note. Not needed for only looking."""
         self._directory = directory
         self._requester = requester or NOBODY
         self._guard = threading.Lock()
@@ -100,7 +100,8 @@ class Locks:
 
     @contextlib.contextmanager
     def hold(self, *names: str, doing: str) -> Iterator[None]:
-        """All of them or none. Busy, saying who, since when, doing what, if another holds one."""
+        """Hold all of these locks, or none. Busy if another operation holds one: it says who, since
+        when, doing what."""
         note = _note(doing, self._requester)
         may_open(_FILES + _FILES_EACH * len(names))
         with leased() as lease, contextlib.ExitStack() as stack:
@@ -110,18 +111,19 @@ class Locks:
             yield
 
     def mine(self, name: str) -> bool:
-        """Whether the operation of this context holds it."""
+        """Whether the operation of this context holds the lock."""
         with self._guard:
             held = self._held.get(name)
             return held is not None and held.lease is _lease.get()
 
     def held_since(self, name: str) -> int:
-        """Another number whenever this object took it anew: while it is the same, nobody else had it."""
+        """A number that changes each time this object takes the lock anew. The same number as before:
+        nobody else has had the lock in between."""
         with self._guard:
             return self._since[name]
 
     def holder(self, name: str) -> Holder | None:
-        """Who holds it now; None if nobody does. Takes no lock that could be in anybody's way."""
+        """Who holds the lock now; None if nobody does. Takes no lock that could make others wait."""
         try:
             handle = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -151,8 +153,8 @@ class Locks:
         return tuple(holder for name in names if (holder := self.holder(name)))
 
     def remove_all(self) -> None:
-        """Remove the files, held by us or not at all, as the farm goes. Whoever comes next makes new
-        ones; whoever waits on an old one notices (see ``_open``)."""
+        """Remove the lock files, as the farm goes; each must be free, or held by us. Whoever comes next
+        makes new ones; whoever waits on a removed one notices (see ``_open``)."""
         for path in self._directory.glob("*.lock"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

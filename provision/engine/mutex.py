@@ -1,5 +1,6 @@
-"""One at a time through a name: the threads of this process by a condition, processes by the farm's
-locks. And what threads wait for: others' VMs that are about to give memory back."""
+"""A mutex by name, for threads and processes alike: threads of this process wait on a condition,
+processes on the farm's locks. It also keeps what threads wait for: VMs that are about to give memory
+back."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ _PATIENCE = 900.0
 _LOOK = 0.2
 
 
-class Turns:
-    """One farm's, as one process sees them. ``interrupted``: nobody waits any longer."""
+class NamedMutex:
+    """One farm's mutexes, as this process sees them. ``interrupted``: when it is set, nobody waits any
+    longer."""
 
     def __init__(self, locks: Locks, interrupted: threading.Event) -> None:
         self._locks = locks
@@ -31,8 +33,8 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, name: str, *, doing: str, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Wait for the turn, and have it. Not to be nested. ``waiting`` is told for whom. Busy when
-        that takes longer than anything honest does, Interrupted."""
+        """Wait for the mutex ``name``, and hold it. Not to be nested. ``waiting``: told who holds it.
+        Errors: Busy after ``_PATIENCE`` seconds, Interrupted."""
         end = time.monotonic() + _PATIENCE
         with self._condition:
             while name in self._taken:
@@ -60,7 +62,7 @@ class Turns:
 
     @contextlib.contextmanager
     def reserved(self, vm: str, size: int) -> Iterator[None]:
-        """What this process is about to give a VM."""
+        """Within it ``size`` bytes count as taken: this process is about to give them to the VM."""
         with self._condition:
             self._reserved[vm] = size
         try:
@@ -70,20 +72,21 @@ class Turns:
                 self._reserved.pop(vm, None)
 
     def reservations(self) -> dict[str, int]:
-        """All of this process's, by VM."""
+        """Bytes reserved by this process, by VM."""
         with self._condition:
             return dict(self._reserved)
 
     def saw(self, name: str, left: int | None) -> None:
-        """With the turn: what a look found that is left, of what only who has the turn may take."""
+        """Note how much a look found left; None: unbounded. The caller holds the mutex."""
         with self._condition:
             self._left.pop(name, None)
             if left is not None:
                 self._left[name] = self._locks.held_since(name), left
 
     def spend(self, name: str, size: int) -> bool:
-        """With the turn: whether that much was left at the last look and is still, for this process has
-        held on to the turn since; it is taken off. Others may only have given back since."""
+        """Take ``size`` bytes off what the last look found left. False: that is less, or another process
+        has held the mutex since, so look again. Others may only have given back meanwhile. The caller
+        holds the mutex."""
         with self._condition:
             since, left = self._left.get(name, (0, 0))
             if since != self._locks.held_since(name) or left < size:
@@ -92,24 +95,26 @@ class Turns:
             return True
 
     def falls(self, vm: str, host: str) -> None:
-        """This process starts it, and will balloon it down as soon as it answers."""
+        """This process starts the VM, and will balloon it down as soon as it answers."""
         with self._condition:
             self._falling[vm] = host
 
     def fell(self, vm: str) -> None:
-        """... and it did, or never will."""
+        """The VM was ballooned down, or never will be."""
         with self._condition:
             if self._falling.pop(vm, None) is not None:
                 self._fallen += 1
                 self._condition.notify_all()
 
     def falling(self, host: str) -> int | None:
-        """Whether any is about to; what to give to ``wait_for_fall``."""
+        """The number to give to ``wait_for_fall``; None if no VM on ``host`` is about to be ballooned
+        down."""
         with self._condition:
             return self._fallen if host in self._falling.values() else None
 
     def wait_for_fall(self, since: int) -> None:
-        """Until one more fell than when ``falling`` said so."""
+        """Wait until one more VM has fallen since ``falling`` gave ``since``, or none is about to any
+        more. Interrupted."""
         with self._condition:
             while self._fallen == since and self._falling:
                 self._still_wanted()

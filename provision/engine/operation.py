@@ -3,13 +3,12 @@
 An *operation* is what somebody asks for: a frozen dataclass whose fields are the request, such as
 ``Start(vms=("prod",), wait=False)``. ``runner.perform`` carries it out: recover, lock, plan, act.
 
-An *activity* is what a kill can cut off: one kind of entry in the journal, with its facts and with how
-it is recovered. An operation begins one or many (clone-farm: ``clone`` and ``start`` of each VM), and
-several operations the same ones. Nothing gets into the journal but an activity, and an activity
-without a way to recover it can't be made: ``recover`` is abstract.
+An *activity* is what a kill can cut off: one kind of entry in the journal, with its facts and its
+recovery. An operation begins one or several (clone-farm: ``clone`` and ``start`` of each VM), and
+several operations may begin the same ones. Only activities get into the journal. One without a recovery
+can't be made: ``recover`` is abstract.
 
-Both are named in tables of a line each, see ``engine/registry.py``.
-"""
+Both are named in tables of a line each, see ``engine/registry.py``."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ F = TypeVar("F", bound=Facts)
 
 
 class Operation(ABC):
-    """Something that changes something. Its fields are what was asked, valid by itself
-    (``__post_init__`` raises UsageError); what depends on the farm is checked in ``plan``."""
+    """Something that changes something. Its fields are the request. ``__post_init__`` raises UsageError
+    for a request that is never valid; what depends on the farm is checked in ``plan``."""
 
     name: ClassVar[str]
     """As the command line has it."""
@@ -41,31 +40,32 @@ class Operation(ABC):
     """Whether a half-done change of its VMs' disks is not in its way."""
 
     def affected(self, _site: Site) -> tuple[str, ...]:
-        """The VMs that nobody else may use meanwhile; their locks are taken. NotFound."""
+        """The VMs that nobody else may use meanwhile; the engine takes their locks. NotFound for one
+        that does not exist."""
         return ()
 
     def locks(self, _site: Site) -> tuple[str, ...]:
-        """Further locks that it takes."""
+        """Names of further locks that the engine takes."""
         return ()
 
     def doing(self, vms: Sequence[str]) -> str:
-        """What others are told who want the same lock."""
+        """What the operation does, in words, for others who want one of its locks."""
         return f"{self.name} {some(vms)}".strip()
 
     def refused(self, _site: Site, error: Busy) -> Busy:
-        """In its own words, where somebody else has one of its locks."""
+        """The error to raise when another operation holds one of its locks; ``error`` says which."""
         return error
 
     @abstractmethod
     def plan(self, run: Run) -> Plan:
-        """All that is to be done, by real reads, with the locks held (``--plan``: without); an error
-        means that nothing was changed."""
+        """All that is to be done, found by real reads. The locks are held; under ``--plan`` they are
+        not. An error means that nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery(Generic[F]):
-    """How an activity that was cut off is finished or undone: in words, and doing it. ``run`` None:
-    there is nothing to do."""
+    """How an activity that was cut off is finished or undone. ``text`` says it in words, ``run`` does
+    it; None: there is nothing to do."""
 
     text: str
     run: Callable[[Entry[F]], object] | None = None
@@ -84,24 +84,24 @@ class Activity(ABC, Generic[F]):
 
     @abstractmethod
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
-        """By real reads; called with the locks (``--plan``: without), and again where a recovery is
-        cut off itself."""
+        """How to recover it, found by real reads. Called with its locks held; under ``--plan`` without.
+        Called again when the recovery itself was cut off."""
 
     def after(self, site: Site, record: Record) -> None:
-        """Clear away what may be left of it, once it is recovered."""
+        """Clear away what may be left over, after the recovery."""
 
     def locks(self, _site: Site, record: Record, _facts: F) -> tuple[str, ...]:
-        """What its recovery holds."""
+        """Names of the locks that its recovery holds."""
         return tuple(map(lock_of, record.vms)) or ("recover",)
 
     def giving(self, site: Site, vm: str, _facts: F) -> int:
-        """Bytes of memory that the VM may still be getting from one that was cut off."""
+        """Bytes of memory that the VM may still be getting from an activity that was cut off."""
         return site.farm.vms[vm].memory if self.starts else 0
 
     def half_done(self, _facts: F) -> bool:
-        """Whether its VMs' disks are not to be used before it is recovered."""
+        """Whether its VMs' disks must not be used until it is recovered."""
         return False
 
     def facts_of(self, record: Record) -> F:
-        """WrongState for those that aren't in this farmhand's format."""
+        """The record's facts. WrongState where they are not in this farmhand's format."""
         return from_json(self.facts, record.facts, f"the journal's entry {record.id} ({self.name})")

@@ -1,4 +1,4 @@
-"""VMs side by side: a thread each, of the operation that is under way."""
+"""The VMs of the operation under way, side by side: a thread for each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _AT_ONCE = 16  # threads: each mostly waits for a daemon or a guest
 
 
 def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
-    """Run each VM's task in a thread of its own, this one's context with it. All run to their end;
-    then the error of the one that failed is raised, or Several. Ctrl-C lets each stop before its next
-    step, then raises Interrupted."""
+    """Run each VM's task in a thread of its own, in this thread's context. All run to their end; then
+    the error of a task that failed is raised, or Several. At Ctrl-C each stops before its next step,
+    then Interrupted is raised."""
     if len(tasks) == 1:
         for vm, task in tasks.items():
             _of(vm, task)
@@ -59,7 +59,7 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
 
 
 def _of(vm: str, task: Callable[[], None]) -> None:
-    """An error of its is about that VM."""
+    """Run the task; an error of it that names no VM gets this one."""
     try:
         task()
     except FarmhandError as error:

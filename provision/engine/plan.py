@@ -12,8 +12,8 @@ from provision.engine.report import Action
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Its lines, and what carries them out; None: only said. ``run`` may return what it did in place of
-    what its lines announced."""
+    """One part of a plan: its lines, and what carries them out (None: they are only said). What ``run``
+    returns, if anything, are the lines of what it did, in place of those announced."""
 
     actions: tuple[Action, ...]
     run: Callable[[], Sequence[Action] | None] | None = None
@@ -25,7 +25,7 @@ side by side."""
 
 
 def job(verb: str, vm: str, text: Text, run: Callable[[], object] | None = None) -> Job:
-    """With one line. What ``run`` returns doesn't matter."""
+    """A job of one line. What ``run`` returns is dropped."""
     if run is None:
         return Job((Action(verb, vm, text),))
     do = run
@@ -37,10 +37,10 @@ def job(verb: str, vm: str, text: Text, run: Callable[[], object] | None = None)
 
 
 def foretold(*actions: Action) -> Job:
-    """What a later job does on its way, and says when it has."""
+    """A job of lines that a later job carries out, and reports when it has."""
     return Job(actions, lambda: None)
 
 
 def alone(*jobs: Job) -> Mapping[str, Sequence[Job]]:
-    """A stage of one job after the other."""
+    """A stage of these jobs, one after the other."""
     return {"": jobs}

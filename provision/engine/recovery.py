@@ -1,11 +1,11 @@
 """What killed processes left half-done: finished or undone, by the journal and by what is there.
 
-Each activity is recovered under its own locks, by what its class says (``Activity.recover``), and stays
-unfinished until its recovery is complete: a recovery that is killed is recovered by the next. One that
-can't succeed is in nobody else's way: the others are recovered, then its error is told, and noted. It
-is tried again by each command, and told by those for its VMs, by ``recover`` and ``status``; by others
-only where it is another error than before.
-"""
+Each activity is recovered under its own locks, as its class says (``Activity.recover``). It stays
+unfinished until its recovery is complete, so a recovery that is killed is done again by the next.
+
+A recovery that fails holds up no other one: the others go on, then its error is noted and told. Each
+command tries it again. Commands for its VMs, ``recover`` and ``status`` tell the error each time; others
+only if it is another one than before."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 
 def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) -> tuple[Action, ...]:
-    """What was (in a plan: would be) done. What others hold a lock on is left to them. ``vms``: those of
-    the command that asks. Errors are warnings; ``strict``: raised at the end."""
+    """Recover all that is unfinished, except what others hold a lock on. Returns what was done (in a
+    plan: what would be). ``vms``: those of the command that asks. Errors become warnings; with
+    ``strict`` they are raised at the end."""
     actions: list[Action] = []
     failed: dict[str, FarmhandError] = {}
     for record in site.journal.unfinished():
@@ -55,8 +56,8 @@ def whole(error: FarmhandError) -> Text:
 
 
 def half_done(record: Record) -> bool:
-    """Whether the disks of its VMs are not to be used before it is recovered; also where nobody here can
-    read it."""
+    """Whether the disks of its VMs must not be used until it is recovered. True as well for a record
+    that nobody here can read."""
     try:
         activity = registry.activity(record.verb)
         return activity.half_done(activity.facts_of(record))
@@ -65,7 +66,7 @@ def half_done(record: Record) -> bool:
 
 
 def without_disk(record: Record) -> str:
-    """Why its VM may have no disk; "": it has."""
+    """Why its VM may have no disk; "" if it has one."""
     try:
         return registry.activity(record.verb).without_disk
     except WrongState:
@@ -73,8 +74,8 @@ def without_disk(record: Record) -> str:
 
 
 def giving(site: Site, record: Record, vm: str) -> int:
-    """Bytes of memory that the VM may be getting from one that was cut off: all that it may have, where
-    nobody here can read it."""
+    """Bytes of memory that the VM may still be getting from an activity that was cut off. For a record
+    that nobody here can read: all that the VM may have."""
     try:
         activity = registry.activity(record.verb)
         return activity.giving(site, vm, activity.facts_of(record))
@@ -109,7 +110,7 @@ def _recover(site: Site, record: Record) -> Iterator[Action]:
 
 @contextlib.contextmanager
 def _noted(site: Site, record: Record) -> Iterator[None]:
-    """An error of its recovery is the journal's too."""
+    """Note in the journal an error of its recovery."""
     try:
         yield
     except (Busy, Interrupted):
@@ -129,7 +130,7 @@ def _action(record: Record, recovery: Recovery[Any]) -> Action:
 
 
 def _sweep(site: Site) -> None:
-    """Temporary files of killed writers."""
+    """Remove temporary files of writers that were killed."""
     paths, lock_file = site.paths, site.allocator.lock_file
     for directory in (paths.root, paths.seeds, paths.keys, paths.keys / "hostkeys"):
         sweep(directory)

@@ -1,9 +1,9 @@
-"""What operations and activities there are: by name, where each is; imported only when it is wanted.
+"""The table of operations and activities: by name, where each is. It is imported when it is first
+wanted.
 
-The rooms keep their own tables (``provision/operations/__init__.py``, ``builds/__init__.py``), and what
-is at the top puts them in here (``cli/composition.py``). So the engine recovers a build cycle and knows
-nothing of builds.
-"""
+The rooms keep their own tables (``provision/operations/__init__.py``, ``builds/__init__.py``), and
+``cli/composition.py``, at the top, puts them in here. So the engine can recover a build cycle without
+knowing of builds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _activities: dict[str, str] = {}
 
 
 def register(operations: Mapping[str, str], activities: Mapping[str, str]) -> None:
-    """By name "module:attribute": of an operation its class, of an activity the one object."""
+    """Add names, each with its "module:attribute": an operation's class, an activity's one object."""
     _operations.update(operations)
     _activities.update(activities)
 
@@ -41,7 +41,7 @@ def operation(name: str) -> type[Operation]:
 
 
 def activity(name: str) -> Activity[Any]:
-    """WrongState for one that this farmhand doesn't know."""
+    """The activity of that name. WrongState if this farmhand has none."""
     if name not in _activities:
         raise WrongState(
             f"the journal has an unfinished {name}, which this farmhand knows nothing of",

@@ -13,17 +13,17 @@ UNCHANGING = ("keep", "note")
 
 
 class Reporter(Protocol):
-    """Told by any thread, at any time."""
+    """Where an operation tells what it does. Any thread may call it, at any time."""
 
     def say(self, text: Text, *, vm: str = "") -> None:
-        """Something happened; stays on the screen."""
+        """Something happened; the line stays on the screen."""
 
     def working(self, text: str, *, vm: str = "") -> None:
-        """Under way; shown on a terminal, may be dropped elsewhere. What follows a semicolon is how far
-        it is: the same thing goes on where only that changes."""
+        """Something is under way. Shown on a terminal, may be dropped elsewhere. What follows a
+        semicolon is how far it is: where only that changes, the same thing goes on."""
 
     def warn(self, text: Text, *, vm: str = "") -> None:
-        """Worth a look, though the work goes on."""
+        """Something is worth a look, though the work goes on."""
 
 
 class QuietReporter:

@@ -1,7 +1,6 @@
-"""How an operation is carried out: finish or undo what killed ones left, take its locks, plan, act.
+"""How an operation is carried out: recover what killed ones left, take its locks, plan, act.
 
-``--plan`` stops after the plan: a run shows the same lines, and carries each out.
-"""
+``--plan`` stops after the plan. A run shows the same lines, and carries each out."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One operation under way: its VMs, what it does, and the facts it hands back. Facts may be added by
-    any thread."""
+    """One operation under way: its VMs, what it does, and the facts it hands back. Any thread may add
+    facts."""
 
     def __init__(self, site: Site, name: str, vms: tuple[str, ...] = ()) -> None:
         self.site = site
@@ -48,8 +47,9 @@ class Run:
             self._of_vms.setdefault(vm, {}).update(facts)
 
     def carry_out(self, plan: Plan) -> None:
-        """Stage by stage; in a plan nothing. The lines of all jobs are the run's, in the plan's order;
-        of those that did otherwise, what they did."""
+        """Carry the plan out, stage by stage; under ``--plan`` nothing is done. The run's lines are
+        those of all jobs, in the plan's order. A job that did something else than announced gives its
+        own lines."""
         jobs = [job for stage in plan for chain in stage.values() for job in chain]
         done = {id(job): job.actions for job in jobs}
         for stage in () if self.site.plan else plan:
@@ -79,8 +79,10 @@ class Run:
 
 
 def perform(site: Site, operation: Operation) -> Outcome:
-    """Carry it out, or (``site.plan``) say what would be done. Busy where a VM is in use, WrongState
-    where one is part of a change that can't be finished; else what the operation names."""
+    """Carry the operation out; under ``site.plan`` say what would be done.
+
+    Errors: Busy (a VM is in use), WrongState (a VM is part of a change that recovery could not finish),
+    and those that the operation names."""
     vms = operation.affected(site)
     with begin(
         site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
@@ -101,8 +103,8 @@ def begin(
     at_any_time: bool = False,
     refused: Callable[[Busy], Busy] | None = None,
 ) -> Iterator[Run]:
-    """What every operation begins with. A plan says what would be recovered, and takes no lock.
-    ``refused``: another error, where a lock is somebody else's."""
+    """Begin an operation: recover, then hold the locks. A plan says what would be recovered, and takes
+    no lock. ``refused``: makes the error to raise when another operation holds a lock."""
     run = Run(site, name, tuple(vms))
     if site.plan:
         run.add(*_recovered(site, vms))
@@ -124,8 +126,8 @@ def begin(
 
 
 def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
-    """WrongState where one of the VMs is part of a change that recovery could not finish: the disks of
-    some are changed, of others not, and neither is to be used."""
+    """WrongState where one of the VMs is part of a change of several disks that recovery could not
+    finish: some disks are changed and others are not, so none may be used."""
     from provision.engine.recovery import half_done
 
     wanted = frozenset(vms)
@@ -146,8 +148,8 @@ def refuse_half_done(site: Site, vms: Sequence[str]) -> None:
 
 
 def _recovered(site: Site, vms: Sequence[str]) -> Sequence[Action]:
-    """What was (in a plan: would be) finished or undone; hardly ever anything, and it has every
-    operation with it."""
+    """What was recovered (in a plan: would be). There is hardly ever anything, so it looks before it
+    imports the code."""
     if not site.journal.unfinished():
         return ()
     from provision.engine.recovery import recover_all

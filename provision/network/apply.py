@@ -43,10 +43,10 @@ from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
-from provision.network.service import Service, Step
+from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
+from provision.network.service import ApplyStep, Service
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
-from provision.network.undo import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
 from provision.site import Site
 
 LOCK = "network"
@@ -210,7 +210,7 @@ class _Updates:
     """Of a server's records. ``known``: what it has afterwards, of all VMs or of those concerned; None:
     there are none."""
 
-    ops: Sequence[records.Op] = ()
+    ops: Sequence[records.RecordChange] = ()
     server: records.RecordServer | None = None
     service: str = ""
     known: records.Zones | None = None
@@ -261,7 +261,7 @@ def _with_live_records(farm: Farm) -> Service | None:
     return next((service for service in used_services(farm) if service.live_records), None)
 
 
-def _actions(changes: Changes, told: Sequence[Step], updates: _Updates) -> list[Action]:
+def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> list[Action]:
     actions = []
     for change in changes.files:
         if change.after is None:
@@ -295,11 +295,11 @@ def _carry_out(
     site: Site,
     entry: Entry[ApplyFacts],
     files: Sequence[FileChange],
-    told: Sequence[Step],
+    told: Sequence[ApplyStep],
     updates: _Updates,
 ) -> None:
     keep(site, entry, files)
-    done: list[Step] = []
+    done: list[ApplyStep] = []
     written: list[FileChange] = []
     try:
         for change in files:

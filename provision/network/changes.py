@@ -16,7 +16,7 @@ from inventory.collector import without_collector
 from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.network.document import Document, Live, Whose, embed, read, whole
+from provision.network.document import Document, LiveFile, Ownership, embed, read, whole
 from provision.network.render import Renderer, host_files, part_of
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.service import Service
@@ -144,24 +144,24 @@ class Examiner:
                 found[str(zone.name)] = serial
         return found
 
-    def _same(self, document: Document, live: Live) -> bool:
-        if document.initial and live.whose is not Whose.ABSENT:
+    def _same(self, document: Document, live: LiveFile) -> bool:
+        if document.initial and live.whose is not Ownership.ABSENT:
             return True  # the server's own by now
-        return live.whose is Whose.OURS and live.body == document.text
+        return live.whose is Ownership.OURS and live.body == document.text
 
     def _next_serial(self, document: Document, text: str | None) -> int:
         known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
         return following([serial for serial in known if serial is not None], self._today)
 
     def _change(
-        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
     ) -> FileChange | None:
         if self._same(document, live):
             return None
-        if live.whose is Whose.EDITED:
+        if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
         if document.own == "file":
-            if live.whose is Whose.OTHERS:
+            if live.whose is Ownership.OTHERS:
                 raise NotOurs(
                     f"{document.path} is there, and is not farmhand's: it is not touched",
                     remedy=_make_room(document, self._farm),
@@ -194,11 +194,11 @@ class Examiner:
         ]
 
     def _removal(
-        self, document: Document, live: Live, text: str | None, known: os.stat_result | None
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
     ) -> FileChange | None:
-        if live.whose is Whose.EDITED:
+        if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
-        elif live.whose is not Whose.OURS:
+        elif live.whose is not Ownership.OURS:
             return None
         after = None
         if document.own == "block":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inventory.errors import DriverFailed
-from provision.network.service import Step, services
+from provision.network.service import ApplyStep, services
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -24,7 +24,7 @@ _BLINK = 1.0
 _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment later
 
 
-def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[Step, ...]:
+def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
     """What to tell whom, after these changes."""
     found: dict[str, list[FileChange]] = {}
     for change in changes:
@@ -37,7 +37,7 @@ def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[Step, ...]:
     )
 
 
-def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> Step:
+def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> ApplyStep:
     """``alive``: the command that succeeds while the daemon runs."""
 
     def run(runner: Runner) -> None:
@@ -45,7 +45,7 @@ def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> Ste
         if alive:
             _stays_up(runner, service, alive)
 
-    return Step(service, f"{service}: {' '.join(argv)}", run)
+    return ApplyStep(service, f"{service}: {' '.join(argv)}", run)
 
 
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:

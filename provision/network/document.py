@@ -40,7 +40,7 @@ class Document:
     renumbered: Callable[[int], Document] | None = field(default=None, compare=False, repr=False)
 
 
-class Whose(StrEnum):
+class Ownership(StrEnum):
     """What a live file is to us."""
 
     ABSENT = "absent"
@@ -50,10 +50,10 @@ class Whose(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveFile:
     """A live file as it was found. ``text``: all of it; ``body``: our part, without the mark."""
 
-    whose: Whose
+    whose: Ownership
     text: str = ""
     body: str = ""
 
@@ -70,22 +70,22 @@ def whole(document: Document, farm: str) -> str:
     return f"{begin}farmhand {farm} {digest(document.text)}: {_ABOUT}{end}\n{document.text}"
 
 
-def read(document: Document, farm: str, text: str | None) -> Live:
+def read(document: Document, farm: str, text: str | None) -> LiveFile:
     """What the live file (None: there is none) is. WrongState where its marks are in disorder."""
     if text is None or (document.own == "file" and not text.strip()):
-        return Live(Whose.ABSENT)  # an empty one was put there to be filled, as for an include
+        return LiveFile(Ownership.ABSENT)  # an empty one was put there to be filled, as for an include
     if document.own == "file":
         first, _, rest = text.partition("\n")
         match = _mark(document, farm, "").fullmatch(first)
         if not match:
-            return Live(Whose.OTHERS, text)
-        return Live(Whose.OURS if match[1] == digest(rest) else Whose.EDITED, text, rest)
+            return LiveFile(Ownership.OTHERS, text)
+        return LiveFile(Ownership.OURS if match[1] == digest(rest) else Ownership.EDITED, text, rest)
     found = _find(document, farm, text)
     if found is None:
-        return Live(Whose.OTHERS, text)
+        return LiveFile(Ownership.OTHERS, text)
     start, stop, written = found
     body = text[text.index("\n", start) + 1 : text.rindex("\n", start, stop - 1) + 1]
-    return Live(Whose.OURS if written == digest(body) else Whose.EDITED, text, body)
+    return LiveFile(Ownership.OURS if written == digest(body) else Ownership.EDITED, text, body)
 
 
 def embed(document: Document, farm: str, text: str) -> str:

@@ -35,7 +35,7 @@ class Imported:
 
 
 @dataclass(frozen=True, slots=True)
-class _Host:
+class _HostStatement:
     """A host statement. ``address``: as written, a name or an address."""
 
     name: str
@@ -45,8 +45,8 @@ class _Host:
 
 
 @dataclass(slots=True)
-class _Dhcpd:
-    hosts: list[_Host] = field(default_factory=list)
+class _DhcpdConfig:
+    hosts: list[_HostStatement] = field(default_factory=list)
     subnets: list[IPv4Network] = field(default_factory=list)
     routers: list[str] = field(default_factory=list)
     servers: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class _Dhcpd:
 
 
 @dataclass(slots=True)
-class _Zone:
+class _ZoneRecords:
     """By full name, lower case, without the last dot."""
 
     addresses: dict[str, str] = field(default_factory=dict)
@@ -97,7 +97,7 @@ def _text(path: Path) -> str:
 # ---- Reading
 
 
-def _read_zone(path: Path, origin: str) -> _Zone:
+def _read_zone(path: Path, origin: str) -> _ZoneRecords:
     """A whole zone, or lines of one, as an editor has them."""
     import dns.exception
     import dns.rdatatype
@@ -117,7 +117,7 @@ def _read_zone(path: Path, origin: str) -> _Zone:
         match = re.search(r":(\d+): (.*)", str(error)) or re.search(r"line (\d+)(.*)", str(error))
         line = max(int(match[1]) - shift - 1, 1) if match else 1  # it has read the line's end already
         raise InventoryError([Problem(str(path), line, 1, f"not a zone: {error}")]) from error
-    found = _Zone()
+    found = _ZoneRecords()
     for name, node in content.nodes.items():
         owner = name.to_text(omit_final_dot=True).lower()
         for rdataset in node.rdatasets:
@@ -130,8 +130,8 @@ def _read_zone(path: Path, origin: str) -> _Zone:
     return found
 
 
-def _read_dhcpd(path: Path) -> _Dhcpd:
-    found = _Dhcpd()
+def _read_dhcpd(path: Path) -> _DhcpdConfig:
+    found = _DhcpdConfig()
     statements = _statements(_text(path), str(path))
     _collect(statements, found)
     return found
@@ -177,7 +177,7 @@ def _statements(text: str, file: str) -> list[_Statement]:
     return top
 
 
-def _collect(statements: Sequence[_Statement], found: _Dhcpd) -> None:
+def _collect(statements: Sequence[_Statement], found: _DhcpdConfig) -> None:
     for statement in statements:
         words = [word for word in statement.words if word != ","]
         match words:
@@ -198,7 +198,7 @@ def _collect(statements: Sequence[_Statement], found: _Dhcpd) -> None:
             _collect(statement.inner, found)
 
 
-def _host(name: str, statement: _Statement) -> _Host:
+def _host(name: str, statement: _Statement) -> _HostStatement:
     mac = address = ""
     for inner in statement.inner or ():
         match [word for word in inner.words if word != ","]:
@@ -206,19 +206,19 @@ def _host(name: str, statement: _Statement) -> _Host:
                 mac = ":".join(part.rjust(2, "0") for part in value.lower().split(":"))
             case ["fixed-address", value, *_]:
                 address = value.lower().rstrip(".")
-    return _Host(name.lower(), statement.line, mac, address)
+    return _HostStatement(name.lower(), statement.line, mac, address)
 
 
 # ---- Writing
 
 
 def _farm_file(
-    zone: _Zone, dhcpd: _Dhcpd, zone_file: Path, dhcpd_file: Path, origin: str, name: str
+    zone: _ZoneRecords, dhcpd: _DhcpdConfig, zone_file: Path, dhcpd_file: Path, origin: str, name: str
 ) -> Imported:
     left: list[str] = []
     vms: dict[str, dict[str, str]] = {}
     by_address = {address: owner for owner, address in zone.addresses.items()}
-    taken: dict[str, tuple[str, str, _Host]] = {}
+    taken: dict[str, tuple[str, str, _HostStatement]] = {}
     for host in dhcpd.hosts:
         address, full = _resolved(host, zone, by_address, origin)
         label = full.split(".")[0]
@@ -253,7 +253,9 @@ def _farm_file(
     return Imported("\n".join(lines) + "\n", tuple(vms), tuple(left))
 
 
-def _resolved(host: _Host, zone: _Zone, by_address: Mapping[str, str], origin: str) -> tuple[str, str]:
+def _resolved(
+    host: _HostStatement, zone: _ZoneRecords, by_address: Mapping[str, str], origin: str
+) -> tuple[str, str]:
     """Address and full name."""
     if re.fullmatch(r"[0-9.]+", host.address):
         named = by_address.get(host.address, host.name)
@@ -265,7 +267,7 @@ def _resolved(host: _Host, zone: _Zone, by_address: Mapping[str, str], origin: s
 
 
 def _lines(
-    dhcpd: _Dhcpd,
+    dhcpd: _DhcpdConfig,
     vms: Mapping[str, Mapping[str, str]],
     domain: str,
     origin: str,

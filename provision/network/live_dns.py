@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inventory.errors import Call, Conflict, DriverFailed, FarmhandError
-from provision.network.records import Live, Op, Records, Zones, batches, counted, ordered
+from provision.network.records import (
+    LiveRecords,
+    RecordChange,
+    Records,
+    Zones,
+    batches,
+    counted,
+    ordered,
+)
 
 if TYPE_CHECKING:
     import dns.message
@@ -25,7 +33,7 @@ _TIMEOUT = 30.0
 _OURS = ("A", "AAAA", "PTR")
 
 
-class Server:
+class DnsServer:
     """One server's dynamic zones. ``ttl``: seconds, of what is added. ``mark``: what our names' TXT
     records say."""
 
@@ -33,7 +41,7 @@ class Server:
         self._address, self._port, self._key, self._ttl = address, port, key, ttl
         self._mark = f'"{mark}"'
 
-    def look(self, zone: str) -> dict[str, Live] | None:
+    def look(self, zone: str) -> dict[str, LiveRecords] | None:
         """All of a zone, by a signed transfer; None: the server has no such zone. DriverFailed."""
         import dns.exception
         import dns.name
@@ -74,13 +82,15 @@ class Server:
                         marked = True
                     else:
                         other = True
-            found[name.to_text(omit_final_dot=True)] = Live(tuple(sorted(records)), marked, other)
+            found[name.to_text(omit_final_dot=True)] = LiveRecords(tuple(sorted(records)), marked, other)
         return found
 
-    def judge(self, known: Zones | None, wanted: Zones, *, force: bool) -> tuple[list[Op], list[str]]:
+    def judge(
+        self, known: Zones | None, wanted: Zones, *, force: bool
+    ) -> tuple[list[RecordChange], list[str]]:
         """What is to be updated, by what the server has; and what is there by hand and in the way, in
         words. With ``force`` that is overwritten all the same. ``known``: what was applied last."""
-        ops: list[Op] = []
+        ops: list[RecordChange] = []
         trouble: list[str] = []
         for zone, names in wanted.items():
             there = self.look(zone) or {}
@@ -88,10 +98,12 @@ class Server:
             for name, new in names.items():
                 live = there.get(name)
                 if live is None or not live.records:
-                    ops.append(Op(zone, name, (), new, live is not None and live.other, marked=False))
+                    ops.append(
+                        RecordChange(zone, name, (), new, live is not None and live.other, marked=False)
+                    )
                 elif live.records == new:
                     if not live.marked:
-                        ops.append(Op(zone, name, new, new, live.other, marked=False))
+                        ops.append(RecordChange(zone, name, new, new, live.other, marked=False))
                 else:
                     ours = live.marked and (
                         known is None or before.get(name, live.records) == live.records
@@ -99,21 +111,21 @@ class Server:
                     if not ours:
                         trouble.append(f"{name} {_shown(live.records)}, by hand; ours: {_shown(new)}")
                     if ours or force:
-                        ops.append(Op(zone, name, live.records, new, live.other, live.marked))
+                        ops.append(RecordChange(zone, name, live.records, new, live.other, live.marked))
             for name, live in there.items():
                 if live.marked and name not in names:
                     edited = known is not None and before.get(name, live.records) != live.records
                     if edited:
                         trouble.append(f"{name} {_shown(live.records)}, by hand; ours: nothing")
                     if not edited or force:
-                        ops.append(Op(zone, name, live.records, (), live.other))
+                        ops.append(RecordChange(zone, name, live.records, (), live.other))
         return ordered(ops), trouble
 
-    def update(self, ops: Sequence[Op], step: Callable[[str], None]) -> None:
+    def update(self, ops: Sequence[RecordChange], step: Callable[[str], None]) -> None:
         """Carry them out in their order, a batch of one zone after the other; ``step`` is told before
         each. Conflict: a prerequisite isn't met, nothing of that batch was done. If one fails, those
         before it are undone."""
-        done: list[Op] = []
+        done: list[RecordChange] = []
         try:
             for batch in batches(ops):
                 step(f"update {batch[0].zone}: {counted(batch)}")
@@ -125,19 +137,19 @@ class Server:
                 self._send(batch)
             raise
 
-    def revert(self, ops: Sequence[Op]) -> None:
+    def revert(self, ops: Sequence[RecordChange]) -> None:
         """Undo what of these was done, for an update that was killed: each name that has exactly what
         it was to have, and our mark."""
         zones = {zone: self.look(zone) or {} for zone in dict.fromkeys(op.zone for op in ops)}
         done = []
         for op in ops:
-            live = zones[op.zone].get(op.name, Live((), False, False))
+            live = zones[op.zone].get(op.name, LiveRecords((), False, False))
             if live.records == op.new and op.old != op.new and live.marked == bool(op.new):
-                done.append(Op(op.zone, op.name, op.new, op.old, live.other))
+                done.append(RecordChange(op.zone, op.name, op.new, op.old, live.other))
         for batch in batches(list(reversed(done))):
             self._send(batch)
 
-    def _send(self, batch: Sequence[Op]) -> None:
+    def _send(self, batch: Sequence[RecordChange]) -> None:
         import dns.exception
         import dns.query
         import dns.rcode
@@ -157,7 +169,7 @@ class Server:
         if code != dns.rcode.NOERROR:
             raise self._failed(zone, "update it", dns.rcode.to_text(code))
 
-    def _message(self, batch: Sequence[Op]) -> dns.message.Message:
+    def _message(self, batch: Sequence[RecordChange]) -> dns.message.Message:
         import dns.name
         import dns.update
 

@@ -24,7 +24,7 @@ Zones = Mapping[str, Mapping[str, Records]]
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class RecordChange:
     """One name of one zone: from ``old`` to ``new``, either may be empty. ``shared``: the name is also
     in use for something else, which stays. ``marked``: it has our mark already."""
 
@@ -35,12 +35,12 @@ class Op:
     shared: bool = False
     marked: bool = True
 
-    def inverse(self) -> Op:
-        return Op(self.zone, self.name, self.new, self.old, self.shared)
+    def inverse(self) -> RecordChange:
+        return RecordChange(self.zone, self.name, self.new, self.old, self.shared)
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveRecords:
     """What a zone has at one name."""
 
     records: Records
@@ -59,7 +59,7 @@ def owners(view: View, zones: Zones) -> dict[tuple[str, str], str]:
     return found
 
 
-def compare(known: Zones, wanted: Zones) -> list[Op]:
+def compare(known: Zones, wanted: Zones) -> list[RecordChange]:
     """From what was applied last, without asking the server."""
     ops = []
     for zone, names in wanted.items():
@@ -67,14 +67,14 @@ def compare(known: Zones, wanted: Zones) -> list[Op]:
         for name in {**before, **names}:
             old, new = tuple(before.get(name, ())), names.get(name, ())
             if old != new:
-                ops.append(Op(zone, name, old, new, marked=bool(old)))
+                ops.append(RecordChange(zone, name, old, new, marked=bool(old)))
     return ordered(ops)
 
 
-def ordered(ops: Iterable[Op]) -> list[Op]:
+def ordered(ops: Iterable[RecordChange]) -> list[RecordChange]:
     """Pointers that go; names; pointers that come or change."""
 
-    def rank(op: Op) -> tuple[int, str]:
+    def rank(op: RecordChange) -> tuple[int, str]:
         pointer = op.zone.endswith(".arpa")
         return (1 if not pointer else 0 if not op.new else 2, op.zone)
 
@@ -84,23 +84,25 @@ def ordered(ops: Iterable[Op]) -> list[Op]:
 class RecordServer(Protocol):
     """A server with such records."""
 
-    def judge(self, known: Zones | None, wanted: Zones, *, force: bool) -> tuple[list[Op], list[str]]:
+    def judge(
+        self, known: Zones | None, wanted: Zones, *, force: bool
+    ) -> tuple[list[RecordChange], list[str]]:
         """What is to be updated, by what the server has; and what is there by hand and in the way, in
         words. With ``force`` that is overwritten all the same. ``known``: what was applied last."""
         ...
 
-    def update(self, ops: Sequence[Op], step: Callable[[str], None]) -> None:
+    def update(self, ops: Sequence[RecordChange], step: Callable[[str], None]) -> None:
         """Carry them out in their order; ``step`` is told before each batch. Conflict: the server has
         something else than we think. If one fails, those before it are undone."""
         ...
 
-    def revert(self, ops: Sequence[Op]) -> None:
+    def revert(self, ops: Sequence[RecordChange]) -> None:
         """Undo what of these was done, for an update that was killed."""
         ...
 
 
-def batches(ops: Sequence[Op]) -> list[list[Op]]:
-    found: list[list[Op]] = []
+def batches(ops: Sequence[RecordChange]) -> list[list[RecordChange]]:
+    found: list[list[RecordChange]] = []
     for op in ops:
         if not found or found[-1][0].zone != op.zone or len(found[-1]) == BATCH:
             found.append([])
@@ -108,7 +110,7 @@ def batches(ops: Sequence[Op]) -> list[list[Op]]:
     return found
 
 
-def difference(ops: Sequence[Op]) -> str:
+def difference(ops: Sequence[RecordChange]) -> str:
     """As of files: a line for each record that goes or comes."""
     lines = []
     for zone in dict.fromkeys(op.zone for op in ops):
@@ -120,13 +122,13 @@ def difference(ops: Sequence[Op]) -> str:
     return "".join(lines)
 
 
-def summary(ops: Sequence[Op], service: str) -> list[str]:
+def summary(ops: Sequence[RecordChange], service: str) -> list[str]:
     """One line a zone."""
     zones = dict.fromkeys(op.zone for op in ops)
     return [f"{service}: update {zone}: {counted([o for o in ops if o.zone == zone])}" for zone in zones]
 
 
-def counted(ops: Sequence[Op]) -> str:
+def counted(ops: Sequence[RecordChange]) -> str:
     counts = {
         "add": sum(1 for op in ops if not op.old),
         "change": sum(1 for op in ops if op.old and op.new and op.old != op.new),

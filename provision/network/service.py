@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Checker:
-    """A command that succeeds where a daemon's configuration is right. ``shadow``: directories that it
-    writes in."""
+    """A command that succeeds if a daemon's configuration is right. ``shadow``: directories that it
+    writes to."""
 
     argv: tuple[str, ...]
     shadow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Something a daemon is told; raises if it refuses or dies. ``text``: what is done, for plan,
-    journal and screen."""
+class ApplyStep:
+    """Something a daemon is told. ``run`` raises if it refuses or dies. ``text``: what is done, for
+    plan, journal and screen."""
 
     service: str
     text: str
@@ -53,13 +53,13 @@ class Silent(Exception):
 
 
 class NotAsked(Exception):
-    """It can't be asked from here: why."""
+    """The question can't be asked from here; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``ask`` gives what is seen; ``expected`` what should be, told beforehand or asked for as well.
-    Either may raise Silent; ``ask`` NotAsked."""
+    """A question of network-verify. ``ask`` returns what a client sees; it may raise Silent or NotAsked.
+    ``expected`` returns what it should see; it may raise Silent."""
 
     service: str
     vm: str
@@ -70,7 +70,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class ZoneFile:
-    """A zone of ours, and its file: what its templates see as ``zone``."""
+    """One of our zones and its file. Templates see it as ``zone``."""
 
     name: Word
     path: Word
@@ -96,66 +96,67 @@ class Service(ServiceSection, ABC):
 
     @abstractmethod
     def documents(self, r: Renderer) -> Iterator[Document]:
-        """Its files, in the order they are written."""
+        """The service's files, in the order they are written."""
 
     def zones(self, _r: Renderer) -> Sequence[ZoneFile]:
         """Those that have serial numbers, forward first."""
         return ()
 
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
-        """``documents``: those that are to be looked at."""
+        """The commands that check these documents."""
         yield from ()
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
-        """What to tell it after these changes of its files, live where that can be. Of the changes'
-        inverse: what puts it back."""
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
+        """What to tell the daemon after these changes of its files; live where it can. Given the inverse
+        of the changes, what takes them back."""
         yield from ()
 
     def put_back(self, _runner: Runner, back: FileChange) -> FileChange:
-        """An old file as it is to come back, once the daemon was told of the new one. ``back``: as it
-        was."""
+        """What to write when ``back``, an old file, is put back after the daemon was told of the new
+        one."""
         return back
 
     def questions(self, _farm: Farm, _view: View, _rows: Mapping[str, VmRow]) -> Iterator[Question]:
-        """For network-verify, as its clients ask. ``rows``: of the VMs meant, by their names."""
+        """Questions for network-verify, asked as the service's clients ask. ``rows``: the VMs meant, by
+        name."""
         yield from ()
 
     def not_live(self) -> Iterator[str]:
-        """Why it can't take one VM more without a reload or restart, for doctor."""
+        """Reasons, for doctor, why one VM more takes a reload or restart; none: it doesn't."""
         yield from ()
 
     # ---- Services that keep VMs apart, so that a few are brought in step without a look at the others
 
     def host_files(self, _farm: Farm) -> tuple[tuple[str, str], ...]:
-        """What the paths of files begin and end with that its hosts are spread over, a number between
-        (``provision.network.render.sharded``)."""
+        """The beginning and end of each path that its hosts are spread over; between them stands a
+        number (``provision.network.render.sharded``)."""
         return ()
 
     @property
     def including(self) -> tuple[str, ...]:
-        """Paths of files that name those."""
+        """Paths of the files that include those of ``host_files``."""
         return ()
 
     def refuses_by_itself(self, _farm: Farm) -> bool:
-        """Whether its checker has nothing to say of those files that the daemon won't, which then keeps
+        """True if the daemon itself finds all that its checker would find in those files, and then keeps
         what it has."""
         return False
 
     @property
     def live_records(self) -> bool:
-        """Whether records are changed one by one in the server, which has the files. Of a farm's
-        services one may be so."""
+        """Whether the server owns the zones' files and takes records one by one. At most one service of
+        a farm does."""
         return False
 
     def record_server(self, _farm: Farm) -> RecordServer:
-        """Where ``live_records`` are changed. WrongState: there is no key to it."""
+        """The server in which ``live_records`` are changed. WrongState if there is no key to it."""
         raise NotImplementedError
 
     def records(self, _view: View) -> Zones:
-        """Those that the server should have."""
+        """The records that the server should have."""
         raise NotImplementedError
 
 
 def services(farm: Farm) -> tuple[Service, ...]:
-    """Those that the farm uses, in the order they are applied."""
+    """The services that the farm uses, in the order they are applied."""
     return cast("tuple[Service, ...]", farm.services.sections)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from host.files import open_new
-from host.run import Result, Runner, which
+from host.run import CommandResult, Runner, which
 from inventory.errors import CommandFailed
 
 
-class Stage:
+class StagedFiles:
     """New files that a checker sees at their live places. Text None: the file is to be gone."""
 
     def __init__(self, runner: Runner, directory: Path, files: Mapping[str, str | None]) -> None:
@@ -31,7 +31,9 @@ class Stage:
                 new = str(path)
             self._files.append((new, live))
 
-    def check(self, argv: Sequence[str], *, shadow: Sequence[str] = (), timeout: float = 120) -> Result:
+    def check(
+        self, argv: Sequence[str], *, shadow: Sequence[str] = (), timeout: float = 120
+    ) -> CommandResult:
         """Run a checker. CommandFailed, naming it, if it refuses or isn't installed."""
         program = which(argv[0])
         if program is None:
@@ -54,7 +56,7 @@ class Stage:
             raise self._refused(argv, result)
         return result
 
-    def _refused(self, argv: Sequence[str], result: Result) -> CommandFailed:
+    def _refused(self, argv: Sequence[str], result: CommandResult) -> CommandFailed:
         said = [line for text in (result.stderr, result.stdout) for line in text.strip().splitlines()]
         first = next((line for line in said if _tells(line)), said[-1] if said else "it says nothing")
         return CommandFailed(
@@ -67,11 +69,11 @@ class Stage:
 
 
 @contextmanager
-def stage(runner: Runner, files: Mapping[str, str | None]) -> Iterator[Stage]:
+def stage(runner: Runner, files: Mapping[str, str | None]) -> Iterator[StagedFiles]:
     """A staging area, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="farmhand-") as name:
         Path(name).chmod(0o711)  # checkers may run as the daemon's user
-        yield Stage(runner, Path(name), files)
+        yield StagedFiles(runner, Path(name), files)
 
 
 def _tells(line: str) -> bool:

@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """``planned``: what would be asked; nothing was."""
 
     answers: tuple[Answer, ...]
@@ -73,7 +73,7 @@ class Report:
         }
 
 
-def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] = ()) -> Report:
+def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] = ()) -> VerifyReport:
     """Ask about the VMs that something was given to (or those named). In a plan only say what."""
     names = chosen(site, services)
     recorded = site.allocator.recorded()
@@ -86,11 +86,11 @@ def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] 
     asked = [row for row in rows.values() if row.mac and row.address] if servers else []
     if site.plan:
         dhcp = [f"dhcp: {row.vm}: exchange for {row.mac}, expect {row.address}" for row in asked]
-        return Report((), (*dhcp, *(f"{q.service}: {q.vm}: {q.text}" for q in found)))
+        return VerifyReport((), (*dhcp, *(f"{q.service}: {q.vm}: {q.text}" for q in found)))
     answers = list(_dhcp(site, ", ".join(servers), asked)) if asked else []
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="verify") as pool:
         answers += pool.map(_answer, found)
-    return Report(tuple(answers))
+    return VerifyReport(tuple(answers))
 
 
 def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:

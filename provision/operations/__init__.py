@@ -4,7 +4,7 @@ recovered."""
 OPERATIONS = {
     "balloon": "provision.operations.balloon:Balloon",
     "balloon-all": "provision.operations.balloon:BalloonAll",
-    "checkpoint": "provision.operations.checkpoint:Checkpoint",
+    "checkpoint": "provision.operations.checkpoint:TakeCheckpoint",
     "clone-farm": "provision.operations.clone:CloneFarm",
     "destroy": "provision.operations.destroy:Destroy",
     "gc": "provision.operations.gc:Gc",
@@ -26,7 +26,7 @@ ACTIVITIES = {
     "destroy": "provision.operations.destroy:DESTROY",
     "gc": "provision.operations.gc:GC",
     "merge": "provision.operations.merge:MERGE",
-    "network-apply": "provision.network.undo:APPLY",
+    "network-apply": "provision.network.rollback:APPLY",
     "redefine": "provision.operations.clone:REDEFINE",
     "reset": "provision.operations.reset:RESET",
     "start": "provision.power:START",

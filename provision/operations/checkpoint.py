@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from hypervisors.api import Checkpoint as Kept
-from hypervisors.api import Disk, Disks, FarmDisks, Machine, Power
+from hypervisors.api import Checkpoint, Disk, Disks, FarmDisks, Machine, Power
 from inventory.errors import (
     Call,
     Conflict,
@@ -25,8 +24,8 @@ from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
-from provision.lost import require
 from provision.member import Member, is_on
+from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts
 from provision.power import check_memory, power_on
 from provision.site import Site
@@ -82,7 +81,7 @@ CHECKPOINT = _CheckpointActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint(Operation):
+class TakeCheckpoint(Operation):
     """Keep the VMs' present state as a checkpoint, all at one moment: all are stopped, all are kept
     (or none, see group_change.py), those that ran are started again (``wait``: until they answer).
     What programs hold in memory is not part of it: running VMs are shut down by themselves first.
@@ -170,7 +169,7 @@ class Checkpoint(Operation):
 def checkpoint(
     site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
 ) -> Outcome:
-    return perform(site, Checkpoint(name, tuple(vms), warm, wait))
+    return perform(site, TakeCheckpoint(name, tuple(vms), warm, wait))
 
 
 def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
@@ -203,5 +202,5 @@ def _check_warm(member: Member, machine: Machine) -> None:
 
 
 def _has(disk: Disk | None, name: str) -> bool:
-    kept: Sequence[Kept] = disk.checkpoints if disk else ()
+    kept: Sequence[Checkpoint] = disk.checkpoints if disk else ()
     return any(one.name == name for one in kept)

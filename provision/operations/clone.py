@@ -20,8 +20,8 @@ from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import discard_of
-from provision.lost import Lost, lost
 from provision.member import Member, is_on
+from provision.missing_disk import MissingDisk, missing_disk
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -104,7 +104,7 @@ class CloneFarm(Operation):
     def plan(self, run: Run) -> Plan:
         site, members = run.site, run.site.members(run.vms)
         check_accelerator(members)
-        templates = _Templates(site)
+        templates = _CloneTemplates(site)
         machines = {member.vm: member.look() for member in members}
         ours = [member for member in members if member.can_power]
         missing = [member for member in ours if machines[member.vm] is None]
@@ -178,7 +178,7 @@ def _undo(member: Member) -> None:
     identity.remove_identity(member.site.paths, member.vm, member.machine)
 
 
-class _Templates:
+class _CloneTemplates:
     """The templates of this run's clones, as they were when it began. One that is missing is made once,
     by whichever VM comes first; a failure is every waiting VM's."""
 
@@ -234,17 +234,17 @@ def _gone(
     members: Sequence[Member],
     machines: Mapping[str, Machine | None],
     disks: Mapping[str, Disk | None],
-) -> dict[str, Lost]:
+) -> dict[str, MissingDisk]:
     """The VMs whose machine is there and whose disk is not."""
-    found: dict[str, Lost] = {}
+    found: dict[str, MissingDisk] = {}
     for member in members:
         machine = machines[member.vm]
-        if machine is not None and disks[member.vm] is None and (one := lost(member, machine)):
+        if machine is not None and disks[member.vm] is None and (one := missing_disk(member, machine)):
             found[member.vm] = one
     return found
 
 
-def _make_again(member: Member, gone: Lost) -> Job:
+def _make_again(member: Member, gone: MissingDisk) -> Job:
     vm = member.vm
     if gone.template:
         text = f"{gone.text}: a new one from {gone.template.label}"
@@ -256,7 +256,7 @@ def _make_again(member: Member, gone: Lost) -> Job:
     return job("note", vm, joined((gone.text, gone.remedy)), refuse)
 
 
-def _make(member: Member, templates: _Templates, disk: Disk | None) -> list[Job]:
+def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list[Job]:
     site, vm, declared = member.site, member.vm, member.declared
     jobs: list[Job] = []
     if disk is not None:
@@ -315,7 +315,7 @@ def _keep(
     member: Member,
     machine: Machine,
     disk: Disk | None,
-    templates: _Templates,
+    templates: _CloneTemplates,
     given: Allocation,
     *,
     waits: bool,

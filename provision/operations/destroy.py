@@ -21,7 +21,7 @@ from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
-from provision.lost import left_of
+from provision.missing_disk import left_of
 from provision.site import Site
 from provision.vm_activity import VmActivity
 

@@ -17,8 +17,8 @@ from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, Outcome
 from provision.engine.runner import Run, perform
-from provision.lost import grows_from, require
 from provision.member import Member, is_on
+from provision.missing_disk import grows_from, require
 from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back
 from provision.power import (
     check_memory,

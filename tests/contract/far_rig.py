@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from host.paths import cache_dir
-from hypervisors.api import Disks, StepFn, Voices, no_step
+from hypervisors.api import Callbacks, Disks, StepFn, no_step
 from hypervisors.disks.stores import StorePlace
 from hypervisors.far.address import Far, far
 from hypervisors.far.drivers import FarHypervisor, far_disks
@@ -85,7 +85,7 @@ class FarMachine:
         of_store = {f.name for f in fields(StorePlace)}
         disks = StorePlace(farm=farm, **{key: place.pop(key) for key in of_store & place.keys()})
         asked = replace(Place(disks=disks, driver="kvm", uri=there.uri), **place)
-        link = Link(there.name, argv, asked, Voices(), plan=plan)
+        link = Link(there.name, argv, asked, Callbacks(), plan=plan)
         self.links.append(link)
         return link
 

@@ -38,8 +38,8 @@ from host.paths import cache_dir
 from host.run import Runner
 from hypervisors.api import Disks, Forward, Hypervisor, MachineSpec, Nic, Owner, no_step
 from hypervisors.fake.driver import FakeDisks, FakeHypervisor
+from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import Kind, Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt
@@ -97,7 +97,12 @@ class Guests:
     console = ""
 
     def __init__(
-        self, place: Path, store: StoreRig, guest: small_guest.Guest, uri: Callable[[], str], kind: Kind
+        self,
+        place: Path,
+        store: StoreRig,
+        guest: small_guest.Guest,
+        uri: Callable[[], str],
+        kind: DomainType,
     ) -> None:
         self.place = place
         self.store = store

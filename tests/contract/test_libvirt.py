@@ -15,9 +15,9 @@ from rigs import MIB, short_directory
 
 from host.run import Runner
 from hypervisors.api import Nic, Power
+from hypervisors.libvirt.domain_types import Qemu
 from hypervisors.libvirt.domain_xml import domain_xml, read_domain
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState

@@ -19,8 +19,8 @@ from rigs import FARM
 from host.run import Runner
 from hypervisors.api import Capabilities, Hypervisor, Machine, MachineSpec
 from hypervisors.host import OpenHost
+from hypervisors.libvirt.domain_types import Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
-from hypervisors.libvirt.kinds import Qemu
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.kvm_trust import KvmTrust
 from inventory.errors import Several, Text, TimedOut, spelled

@@ -199,8 +199,10 @@ from hypervisors.api import Owner
 from host.run import Runner
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.pool import Pool
-from hypervisors.xenapi.session import Server, Sessions
-server = Server(url={url!r}, credentials=Path({credentials!r}), ca=Path({ca!r}), turns=Path({turns!r}))
+from hypervisors.xenapi.session import Sessions, XenApiServer
+server = XenApiServer(
+    url={url!r}, credentials=Path({credentials!r}), ca=Path({ca!r}), turns=Path({turns!r})
+)
 disks = XenApiDisks(Pool(Sessions(server), "kata"), Runner())
 (template,) = disks.templates()
 for n in range(3):

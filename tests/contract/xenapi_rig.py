@@ -33,7 +33,7 @@ from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.pool import Pool
-from hypervisors.xenapi.session import Server, Sessions, connection
+from hypervisors.xenapi.session import Sessions, XenApiServer, connection
 from inventory.loader import loads
 from inventory.model import Farm
 
@@ -73,8 +73,8 @@ class TestServer:
         self.ca = self.directory / "ca.pem"
         self.sr, self.network = "", NETWORK
 
-    def server(self, **options: Any) -> Server:
-        return Server(url=self.https, credentials=self.credentials, **({"ca": self.ca} | options))
+    def server(self, **options: Any) -> XenApiServer:
+        return XenApiServer(url=self.https, credentials=self.credentials, **({"ca": self.ca} | options))
 
     def tell(self, **request: Any) -> Any:
         """See server.py, /test-control."""
@@ -112,9 +112,9 @@ class RealServer:
         self.sr = env.get("FARMHAND_XENAPI_SR", "")
         self.network = env.get("FARMHAND_XENAPI_NETWORK", NETWORK)
 
-    def server(self, **options: Any) -> Server:
+    def server(self, **options: Any) -> XenApiServer:
         trust = {"ca": self.ca, "fingerprint": self.fingerprint}
-        return Server(url=self.https, credentials=self.credentials, **(trust | options))
+        return XenApiServer(url=self.https, credentials=self.credentials, **(trust | options))
 
     def tell(self, **request: Any) -> Any:
         if set(request) != {"world"}:

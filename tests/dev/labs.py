@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 from cli.terminal import replace_process
 from host.run import Runner
 from inventory.errors import NotFound, UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.lab.kinds import Kind
 
 
-def prepare(run: Run, kind: Kind | None = None) -> None:
+def prepare(run: TaskRun, kind: Kind | None = None) -> None:
     """Build the image of that kind of lab, else the KVM lab's, where there is none: minutes, with
     progress on the screen."""
     from tests.lab import image
@@ -30,7 +30,7 @@ def prepare(run: Run, kind: Kind | None = None) -> None:
     image.ensure(Runner(), run.screen.say, kind or KVM)
 
 
-def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> Result:
+def up(run: TaskRun, name: str, *, xen: bool, cold: bool, memory: str, disk: str) -> TaskResult:
     """A lab with clean disks and the working tree in it; one that runs is left as it is. UsageError."""
     from tests.lab import machine as machines
     from tests.lab import qemu
@@ -71,7 +71,7 @@ def up(run: Run, name: str, *, xen: bool, cold: bool, memory: str, disk: str) ->
         f"the working tree is in /root/farmhand; spare disks: /dev/vdb, /dev/vdc, /dev/vdd\n"
         f"go in: ./invoke lab-ssh{option}; end it: ./invoke lab-down{option}"
     )
-    return Result(data, text)
+    return TaskResult(data, text)
 
 
 def usual_name(xen: bool) -> str:
@@ -84,7 +84,7 @@ def _option(name: str) -> str:
     return usual.get(name, f" --name {name}")
 
 
-def ssh(run: Run, name: str, command: str, *, xen: bool) -> Result | None:
+def ssh(run: TaskRun, name: str, command: str, *, xen: bool) -> TaskResult | None:
     """Log in as root, in place of this process. NotFound where no such lab runs."""
     from tests.lab import machine as machines
 
@@ -94,11 +94,11 @@ def ssh(run: Run, name: str, command: str, *, xen: bool) -> Result | None:
         raise NotFound(f"the lab {name} is not running", remedy=f"./invoke lab-up{_option(name)}")
     argv = machine.ssh_argv(*([command] if command else []))
     if run.json:
-        return Result({"argv": argv}, "")
+        return TaskResult({"argv": argv}, "")
     return replace_process(run, argv)
 
 
-def down(run: Run, name: str, *, xen: bool, all_: bool) -> Result:
+def down(run: TaskRun, name: str, *, xen: bool, all_: bool) -> TaskResult:
     """End labs and remove their disks."""
     from tests.lab import machine as machines
 
@@ -112,11 +112,11 @@ def down(run: Run, name: str, *, xen: bool, all_: bool) -> Result:
         machine.remove()
     names = [machine.name for machine in there]
     text = f"ended: {', '.join(names)}" if names else "no such lab: nothing to do"
-    return Result({"ended": names}, text)
+    return TaskResult({"ended": names}, text)
 
 
 def test(
-    run: Run,
+    run: TaskRun,
     name: str,
     *,
     kvm: bool,
@@ -126,7 +126,7 @@ def test(
     match: str,
     minutes: int,
     brief: bool,
-) -> Result:
+) -> TaskResult:
     """In the running lab ``name``, or a choice in a lab of its own, the KVM lab but with ``xen``; or
     all, of both kinds or of one: a lab for each portion, two side by side where the machine has the
     cores, and the tests of the labs themselves, on this host. pytest's closing line is the last on
@@ -165,14 +165,14 @@ def test(
         parts += others.finish()
     problems = [part.problem for part in parts if not part.ok]
     data = {"parts": [part.data for part in parts]}
-    return Result(data, "", ok=not problems, problem="; ".join(problems))
+    return TaskResult(data, "", ok=not problems, problem="; ".join(problems))
 
 
 _CORES = 2  # a lab's tests seldom keep more than one busy
 
 
 def _in_a_lab(
-    run: Run,
+    run: TaskRun,
     kind: Kind,
     name: str,
     *,
@@ -181,7 +181,7 @@ def _in_a_lab(
     match: str,
     minutes: int,
     brief: bool,
-) -> Result:
+) -> TaskResult:
     from tests.lab import run as labrun
 
     show: Callable[[bytes], None] = (lambda _: None) if run.json else labrun.to_terminal
@@ -194,10 +194,10 @@ def _in_a_lab(
     problem = ""
     if not report.ok:
         problem = f"the tests in the {kind.title} lab failed (pytest's status {report.status})"
-    return Result(report.as_dict(), "", ok=report.ok, problem=problem)
+    return TaskResult(report.as_dict(), "", ok=report.ok, problem=problem)
 
 
-def bench(run: Run, name: str, *, rounds: int) -> Result:
+def bench(run: TaskRun, name: str, *, rounds: int) -> TaskResult:
     """The figures of the disk stores, of Xen and of XenAPI's calls; with ``name`` those of that
     lab alone. Not ok where one is over its limit."""
     from tests import bench_xenapi
@@ -213,4 +213,4 @@ def bench(run: Run, name: str, *, rounds: int) -> Result:
         found += bench_xenapi.measure()
     figures = Figures(tuple(found))
     problem = "" if figures.all_within else "a figure is over its limit"
-    return Result(figures.as_dict(), figures.text(), ok=figures.all_within, problem=problem)
+    return TaskResult(figures.as_dict(), figures.text(), ok=figures.all_within, problem=problem)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 from host.files import make_directory
 from host.paths import cache_dir
 from host.program import ROOT
@@ -29,7 +29,7 @@ _LAB_MINUTES = 40
 _ASIDE = [ROOT / "tests" / "faults" / name for name in ("test_kills.py", "test_walk.py")]
 
 
-def _tool(run: Run, name: str, *arguments: str) -> tuple[int, str]:
+def _tool(run: TaskRun, name: str, *arguments: str) -> tuple[int, str]:
     """Run one of the tools: on the terminal, or with --json with its output kept. Its caches stay out
     of the checkout."""
     cache = cache_dir() / "tests"
@@ -93,7 +93,7 @@ def _need_tools() -> None:
         )
 
 
-def _linters(run: Run) -> list[dict[str, object]]:
+def _linters(run: TaskRun) -> list[dict[str, object]]:
     _need_tools()
     steps: list[dict[str, object]] = []
     for name, arguments in (("ruff", ("check", "--quiet", ".")), ("mypy", ())):
@@ -107,19 +107,19 @@ def _linters(run: Run) -> list[dict[str, object]]:
     return steps
 
 
-def _result(steps: list[dict[str, object]]) -> Result:
+def _result(steps: list[dict[str, object]]) -> TaskResult:
     bad = [str(step["name"]) for step in steps if not step["ok"]]
     if bad:
         sys.stderr.write(f"farmhand: failed: {', '.join(bad)}\n")
-    return Result({"steps": steps}, "", ok=not bad)
+    return TaskResult({"steps": steps}, "", ok=not bad)
 
 
-def lint(run: Run) -> Result:
+def lint(run: TaskRun) -> TaskResult:
     """ruff and mypy. UsageError where they are not installed."""
     return _result(_linters(run))
 
 
-def test(run: Run, *, fast: bool, only: tuple[str, ...], match: str) -> Result:
+def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> TaskResult:
     """ruff, mypy, pytest here, and at the same time, but with ``fast`` or a choice of tests, pytest in a
     lab, then the kills. The closing lines of all are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
@@ -162,7 +162,7 @@ class Aside:
     something else. What pytest says there is shown when all are through. Ctrl-C reaches them too; left
     by an error, the one under way is ended."""
 
-    def __init__(self, run: Run, tasks: Iterable[Sequence[str]]) -> None:
+    def __init__(self, run: TaskRun, tasks: Iterable[Sequence[str]]) -> None:
         self._run = run
         self._tasks = tasks
         self._guard = threading.Lock()
@@ -194,12 +194,12 @@ class Aside:
                 self._process.terminate()
         self._lane.join()
 
-    def finish(self) -> list[Result]:
+    def finish(self) -> list[TaskResult]:
         """Waits for them."""
         self._lane.join()
         return [self._told(status, json.loads(answer or "{}")) for status, answer in self._answers]
 
-    def _told(self, status: int, data: dict[str, Any]) -> Result:
+    def _told(self, status: int, data: dict[str, Any]) -> TaskResult:
         if not self._run.json:
             if results := data.get("results"):
                 sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
@@ -207,29 +207,29 @@ class Aside:
                 sys.stdout.write(step["output"])
             sys.stdout.flush()
         if status == 0:
-            return Result(data, "")
+            return TaskResult(data, "")
         said = "; ".join(str(data[key]) for key in ("message", "remedy") if data.get(key))
-        return Result(data, "", ok=False, problem=said or "tests aside failed")
+        return TaskResult(data, "", ok=False, problem=said or "tests aside failed")
 
 
-def of_the_lab(run: Run) -> Result:
+def of_the_lab(run: TaskRun) -> TaskResult:
     """The tests that start labs of their own, on this host: power cuts, saved states."""
     step = _pytest(run, [*map(str, _OF_THE_LAB), *_CACHE])
-    return Result(
+    return TaskResult(
         step, "", ok=bool(step["ok"]), problem="" if step["ok"] else "the tests of the lab failed"
     )
 
 
-def _pytest(run: Run, arguments: list[str]) -> dict[str, object]:
+def _pytest(run: TaskRun, arguments: list[str]) -> dict[str, object]:
     started = time.monotonic()
     status, output = _tool(run, "pytest", *arguments)
     seconds = round(time.monotonic() - started, 2)
     return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
 
 
-def bench(run: Run, *, rounds: int) -> Result:
+def bench(run: TaskRun, *, rounds: int) -> TaskResult:
     """The figures of the toolkit, side by side with the bare tools in the same run."""
     from tests.bench import measure
 
     figures = measure(rounds=rounds, say=run.screen.working)
-    return Result(figures.as_dict(), figures.text(), ok=True)
+    return TaskResult(figures.as_dict(), figures.text(), ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cli import options
 from cli.command import command
-from cli.run import Result, Run
+from cli.run import TaskResult, TaskRun
 
 Names = Sequence[str] | None
 
@@ -21,7 +21,7 @@ Names = Sequence[str] | None
     iterable=["only"],
     plans=False,
 )
-def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> Result:
+def test(run: TaskRun, fast: bool = False, only: Names = None, match: str = "") -> TaskResult:
     """Run ruff, mypy and the tests, in the lab too."""
     from tests.dev import suite
 
@@ -29,7 +29,7 @@ def test(run: Run, fast: bool = False, only: Names = None, match: str = "") -> R
 
 
 @command(plans=False)
-def lint(run: Run) -> Result:
+def lint(run: TaskRun) -> TaskResult:
     """Run ruff and mypy."""
     from tests.dev import suite
 
@@ -44,7 +44,7 @@ def lint(run: Run) -> Result:
     },
     plans=False,
 )
-def bench(run: Run, rounds: str = "5", lab: bool = False, name: str = "") -> Result:
+def bench(run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "") -> TaskResult:
     """Measure clone, reset and start-up times."""
     number = options.count("--rounds", rounds)
     if lab:
@@ -74,8 +74,8 @@ _COLD = "Boot it, instead of going on from the saved state."
     plans=False,
 )
 def lab_up(
-    run: Run, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
-) -> Result:  # fmt: skip
+    run: TaskRun, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
+) -> TaskResult:  # fmt: skip
     """Start a lab with clean disks; its image is built once."""
     from tests.dev import labs
 
@@ -91,7 +91,7 @@ def lab_up(
     },
     plans=False,
 )
-def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> Result | None:
+def lab_ssh(run: TaskRun, name: str = "", xen: bool = False, command: str = "") -> TaskResult | None:
     """Log in to a lab as root, or run a command there."""
     from tests.dev import labs
 
@@ -113,9 +113,9 @@ def lab_ssh(run: Run, name: str = "", xen: bool = False, command: str = "") -> R
     plans=False,
 )
 def lab_test(
-    run: Run, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
+    run: TaskRun, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
     only: Names = None, match: str = "", brief: bool = False, minutes: str = "180",
-) -> Result:  # fmt: skip
+) -> TaskResult:  # fmt: skip
     """Run the contract suites and the labs' own tests there."""
     from tests.dev import labs
 
@@ -129,7 +129,7 @@ def lab_test(
 @command(
     {"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."}, plans=False
 )
-def lab_down(run: Run, name: str = "", xen: bool = False, all_: bool = False) -> Result:
+def lab_down(run: TaskRun, name: str = "", xen: bool = False, all_: bool = False) -> TaskResult:
     """End a lab, and remove its disks."""
     from tests.dev import labs
 

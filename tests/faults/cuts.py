@@ -154,7 +154,9 @@ def check() -> None:
     """Recovers; then nothing is left over, of what isn't there no object has the name, and each
     machine has its disk."""
     up = float(Path("/proc/uptime").read_text().split()[0])
-    time.sleep(max(0.0, 35 - up))  # what a cut left without a mark is known by its age, see zfs_state
+    time.sleep(
+        max(0.0, 35 - up)
+    )  # what a cut left without a mark is known by its age, see hypervisors.disks.zfs.state
     with site() as opened:
         done = [str(action) for action in farm.recover(opened).actions]
         assert opened.journal.unfinished() == ()

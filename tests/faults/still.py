@@ -20,7 +20,9 @@ class Still(OpenHost):
         self.real = real
 
     def _connect(self) -> Hypervisor:
-        return FakeHypervisor(self.around.farm, self.disks(), self.state(), step=self.around.voices.step)
+        return FakeHypervisor(
+            self.around.farm, self.disks(), self.state(), step=self.around.callbacks.step
+        )
 
     def _open_disks(self) -> Disks:
         return self.real.disks()

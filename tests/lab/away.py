@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from host.run import Result
+from host.run import CommandResult
 from inventory.errors import CommandFailed, DriverFailed, TimedOut
 
 _LOST = 255  # ssh(1): of its own, an error with the connection
@@ -53,7 +53,7 @@ class Place(Protocol):
 
     def ssh_argv(self, *command: str) -> list[str]: ...
 
-    def run(self, script: str, *, timeout: float = 120, input: bytes | None = None) -> Result: ...
+    def run(self, script: str, *, timeout: float = 120, input: bytes | None = None) -> CommandResult: ...
 
 
 @dataclass(slots=True)

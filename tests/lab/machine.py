@@ -34,7 +34,7 @@ from pathlib import Path
 from host.paths import runtime_dir, state_dir
 from host.processes import Process
 from host.progress import Progress, Pulse
-from host.run import Result, Runner
+from host.run import CommandResult, Runner
 from inventory.errors import Busy, CommandFailed, FarmhandError, NotFound, TimedOut, UsageError
 from tests.lab import image as images
 from tests.lab import parcel, qemu
@@ -190,7 +190,7 @@ class Machine:
 
     def run(
         self, script: str, *, timeout: float = 120, ok: Sequence[int] = (0,), input: bytes | None = None
-    ) -> Result:
+    ) -> CommandResult:
         """A shell script in the lab, as root. CommandFailed unless its status is in ``ok`` (255: no
         connection), TimedOut."""
         return self.runner.change(*self.ssh_argv(script), timeout=timeout, ok=ok, input=input)

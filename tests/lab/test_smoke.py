@@ -127,8 +127,8 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
     from host.paths import cache_dir
     from hypervisors.api import MachineSpec, Nic, Owner, Template
     from hypervisors.disks.qcow2.disks import Qcow2Disks
+    from hypervisors.libvirt.domain_types import Qemu
     from hypervisors.libvirt.driver import LibvirtHypervisor
-    from hypervisors.libvirt.kinds import Qemu
     from hypervisors.libvirt.private import PrivateLibvirt
     from tests.contract import small_guest
 

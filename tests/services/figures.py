@@ -116,8 +116,8 @@ def _whole(yard: Yard) -> float:
     from inventory.loader import load
     from provision.allocate import Allocator
     from provision.network.changes import Examiner, difference
+    from provision.network.rollback import put
     from provision.network.state import NetworkState
-    from provision.network.undo import put
 
     file = yard.directory / "farm.yaml"
     file.write_text(yard.text())
@@ -166,7 +166,7 @@ def _kept(site: Any, new: list[str]) -> Callable[[], None]:
 
 def _live(yard: Yard, rounds: int) -> Iterator[float]:
     """Records alone, forward and reverse, beside what the zone has."""
-    from provision.network.records import Op
+    from provision.network.records import RecordChange
     from provision.network.services.bind import Bind
 
     farm = yard.farm()
@@ -179,9 +179,9 @@ def _live(yard: Yard, rounds: int) -> Iterator[float]:
         for n in range(LIVE):
             third, fourth = 110 + turn * 4 + n // 250, n % 250
             name = f"live{turn}-{n}.try.example"
-            ops.append(Op(forward, name, (), (("A", f"10.77.{third}.{fourth}"),)))
+            ops.append(RecordChange(forward, name, (), (("A", f"10.77.{third}.{fourth}"),)))
             pointer = f"{fourth}.{third}.{back}"
-            ops.append(Op(back, pointer, (), (("PTR", f"{name}."),)))
+            ops.append(RecordChange(back, pointer, (), (("PTR", f"{name}."),)))
         ops.sort(key=lambda op: op.zone == back)
         started = time.perf_counter()
         server.update(ops, lambda _text: None)

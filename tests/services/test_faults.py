@@ -22,9 +22,9 @@ from yard import Yard
 from inventory.errors import FarmhandError, spelled
 from provision import farm
 from provision.engine import journal
+from provision.network.rollback import RECORD
 from provision.network.serial import later, serial_of
 from provision.network.services import kea
-from provision.network.undo import RECORD
 
 DAEMONS = ("bind", "nginx", "haproxy", "nftables", "hosts")
 

@@ -17,7 +17,7 @@ from yard import SECRET, Yard
 
 from inventory.errors import Conflict, DriverFailed, FarmhandError, WrongState
 from provision import farm as use_cases
-from provision.network.live_dns import Server
+from provision.network.live_dns import DnsServer
 
 KEY = f'key "farmhand" {{\n\talgorithm hmac-sha256;\n\tsecret "{SECRET}";\n}};\n'
 
@@ -120,16 +120,16 @@ def test_between_the_look_and_the_update(dynamic: Yard, monkeypatch: pytest.Monk
     yard = dynamic
     yard.apply()
     yard.vms["more"] = {"address": "10.77.0.9"}
-    real = Server._send
+    real = DnsServer._send
     sent = []
 
-    def slow(self: Server, batch: list) -> None:
+    def slow(self: DnsServer, batch: list) -> None:
         if not sent:
             by_hand(yard, "add", "9", "300", "PTR", "mine.example.", zone="0.77.10.in-addr.arpa.")
         sent.append(batch)
         real(self, batch)
 
-    monkeypatch.setattr(Server, "_send", slow)
+    monkeypatch.setattr(DnsServer, "_send", slow)
     with pytest.raises(Conflict, match="changed it by hand"):
         yard.apply()
     assert ask("9.0.77.10.in-addr.arpa", "PTR") == ["mine.example."]

@@ -13,15 +13,15 @@ from http_machine import machine
 from networks import enter, ip, within
 from yard import Yard
 
-from provision.network.verify import Report, network_verify
+from provision.network.verify import VerifyReport, network_verify
 
 
-def verify(yard: Yard, *services: str) -> Report:
+def verify(yard: Yard, *services: str) -> VerifyReport:
     with yard.site() as site:
         return network_verify(site, services)
 
 
-def kinds(report: Report) -> set[tuple[str, bool | None]]:
+def kinds(report: VerifyReport) -> set[tuple[str, bool | None]]:
     return {(answer.service, answer.ok) for answer in report.answers}
 
 

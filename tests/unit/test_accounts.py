@@ -163,7 +163,7 @@ def test_a_login_that_has_ended_before_it_is_spoken_to(login, monkeypatch):
 
     monkeypatch.setattr(shell, "_open", slow)
     machine = login(shell="/usr/sbin/nologin")
-    with pytest.raises(DriverFailed, match="^dev2: its login runs no commands: it says: "):
+    with pytest.raises(DriverFailed, match=r"^dev2: its login runs no commands: it says: "):
         asyncio.run(Connection.open(machine.endpoint()))
 
 

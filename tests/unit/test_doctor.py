@@ -17,7 +17,7 @@ from hypervisors.libvirt.xen_host import XenHost
 from inventory.errors import DriverFailed
 from inventory.hosts import NeededFile
 from provision import doctor
-from provision.checkup import Report
+from provision.checkup import CheckReport
 from provision.doctor import examine
 
 _FARM = """
@@ -48,7 +48,7 @@ def test_the_source_is_looked_at(tmp_path: Path) -> None:
 
     def look(source: str, *, ask: bool = True) -> Check:
         file.write_text(f"{base}source:\n  {source}\n  revision: main\n")
-        report = with_source(Report(()), file, ask=ask)
+        report = with_source(CheckReport(()), file, ask=ask)
         [check] = report.checks
         assert check.name == "source"
         return check
@@ -71,8 +71,8 @@ def test_the_source_is_looked_at(tmp_path: Path) -> None:
     away = look(f"repository: {url}")
     assert (away.ok, away.level) == (False, "note")
     assert away.text.startswith(f"{file}:5:15: {url} can't be reached from here: ")
-    assert Report((away,)).ok
-    with_source(Report(()), tmp_path / "none.yaml", ask=True)
+    assert CheckReport((away,)).ok
+    with_source(CheckReport(()), tmp_path / "none.yaml", ask=True)
 
 
 def checks(tmp_path: Path, driver: str, store: str, more: str = "") -> list[Check]:

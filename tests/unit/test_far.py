@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from hypervisors.api import (
+    Callbacks,
     Capacity,
     Checkpoint,
     DeviceDisks,
@@ -29,7 +30,6 @@ from hypervisors.api import (
     Owner,
     Power,
     Template,
-    Voices,
     WatchedDisks,
 )  # fmt: skip
 from hypervisors.disks.stores import StorePlace
@@ -146,7 +146,7 @@ def test_this_machine_is_not_far(uri: str) -> None:
 def test_a_store_offers_there_what_it_offers_here() -> None:
     def offers(store: str) -> set[str]:
         place = Place(disks=StorePlace(farm="kata", store=store), driver="xen", uri="xen:///system")
-        made = far_disks(Link("x", tuple, place, Voices()), lambda _: None)
+        made = far_disks(Link("x", tuple, place, Callbacks()), lambda _: None)
         assert isinstance(made, FarDisks)
         more = (FarmDisks, DeviceDisks, WatchedDisks, MergingDisks)
         return {protocol.__name__ for protocol in more if isinstance(made, protocol)}
@@ -311,7 +311,7 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
         there = far(uri)
         place = Place(disks=StorePlace(farm="kata"), driver="xen", uri=there.uri)
         with pytest.raises(DriverFailed, match="Connection refused"):
-            Link(there.name, there.argv, place, Voices()).call("disks", "list")
+            Link(there.name, there.argv, place, Callbacks()).call("disks", "list")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from builds.record import BuildRecord, StepRecord, find_record
 from builds.steps import fetch
 from inventory.errors import BuildFailed, FarmhandError, InventoryError, Unsupported
 from inventory.loader import loads
-from provision.checkup import Report
+from provision.checkup import CheckReport
 
 __all__ = ["lab"]
 CONTENT = b"a ready package\n" * 1000
@@ -167,13 +167,13 @@ def test_what_it_needs_here_is_told_beforehand(
     tools.mkdir()
     (tools / "gpgv").symlink_to("/usr/bin/gpgv")
     with lab.site([step(web.url())], source=None) as site:
-        assert [check.text for check in with_source(Report(()), site.farm.path, ask=False).checks] == [
-            "curl, gpgv"
-        ]
+        assert [
+            check.text for check in with_source(CheckReport(()), site.farm.path, ask=False).checks
+        ] == ["curl, gpgv"]
         monkeypatch.setenv("PATH", str(tools))
         with pytest.raises(Unsupported, match="step get needs curl on this machine") as caught:
             plan_cycle(site)
-        [check] = with_source(Report(()), site.farm.path, ask=False).checks
+        [check] = with_source(CheckReport(()), site.farm.path, ask=False).checks
     assert "install" in str(caught.value.remedy)
     assert (check.ok, check.level, check.remedy) == (False, "needed", caught.value.remedy)
     assert check.text.startswith("curl not found")

@@ -199,7 +199,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from hypervisors.libvirt.private import PrivateLibvirt
-from inventory.errors import FarmhandError
+from inventory.errors import FarmhandError, spelled
 place = Path(sys.argv[2])
 try:
     PrivateLibvirt(place / "s", place / "r", place / "c", True).uri()

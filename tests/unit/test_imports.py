@@ -60,7 +60,7 @@ SOURCES = [
 LIGHT_FARM = (
     "inventory/model.py",
     "inventory/plain.py",
-    "provision/known.py",
+    "provision/farm_cache.py",
     "provision/site.py",
     "builds/step_kind.py",
     *(str(path) for path in SOURCES if path.match("builds/steps/*.py")),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from host.run import Result, Runner
+from host.run import CommandResult, Runner
 from inventory.errors import CommandFailed, DriverFailed, TimedOut
 from tests.lab.away import Away
 
@@ -25,7 +25,7 @@ class Here:
     def ssh_argv(self, *command: str) -> list[str]:
         return ["sh", "-c", *command]
 
-    def run(self, script: str, *, timeout: float = 120, input: bytes | None = None) -> Result:
+    def run(self, script: str, *, timeout: float = 120, input: bytes | None = None) -> CommandResult:
         if self.gone:
             raise CommandFailed("ssh exited with 255: no route to host")
         return Runner().change("sh", "-c", script, timeout=timeout, input=input)

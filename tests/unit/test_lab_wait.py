@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from host.processes import Process
-from host.run import Result, Runner
+from host.run import CommandResult, Runner
 from inventory.errors import CommandFailed, TimedOut
 from tests.lab import machine as lab
 from tests.lab import qemu
@@ -19,8 +19,8 @@ from tests.lab import qemu
 class Booting(lab.Machine):
     """One whose files are real, and whose QEMU is this process."""
 
-    def run(self, script: str, **_: object) -> Result:  # type: ignore[override]
-        return Result((script,), 0, "", "", 0.0)
+    def run(self, script: str, **_: object) -> CommandResult:  # type: ignore[override]
+        return CommandResult((script,), 0, "", "", 0.0)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from sshd_machine import Sshd, make_key
 from host import paths
 from host.files import make_directory, open_new, open_to_append
 from host.run import Runner
-from host.ssh_words import path_option
+from host.ssh_options import path_option
 from hypervisors.api import Owner, Template
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.libvirt import private

@@ -51,10 +51,10 @@ def test_a_farm_imports_its_own_services_alone(used: Sequence[str], tmp_path: Pa
     text = FARM + "".join(f"  {name}: {keys.get(name, '')}\n" for name in used)
     (tmp_path / "farm.yaml").write_text(text)
     code = (
-        "import sys, cli.composition, provision.known\n"
+        "import sys, cli.composition, provision.farm_cache\n"
         "before = {*sys.modules}\n"
         "from pathlib import Path\n"
-        f"farm = provision.known.known_farm(Path('farm.yaml'), Path({str(tmp_path)!r}))\n"
+        f"farm = provision.farm_cache.known_farm(Path('farm.yaml'), Path({str(tmp_path)!r}))\n"
         f"assert farm.services.used == {tuple(used)}, farm.services.used\n"
         "print(*sorted({*sys.modules} - before))"
     )

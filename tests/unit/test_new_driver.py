@@ -61,7 +61,7 @@ class MineHost(FakeHost):
 
 class OpenMine(OpenFake):
     def _connect(self) -> Hypervisor:
-        return Mine(self.around.farm, self.disks(), self.state(), step=self.around.voices.step)
+        return Mine(self.around.farm, self.disks(), self.state(), step=self.around.callbacks.step)
 
 
 class Mine(FakeHypervisor):

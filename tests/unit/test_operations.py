@@ -22,7 +22,7 @@ from provision.engine.operation import Activity, Operation
 from provision.engine.parallel import side_by_side
 from provision.engine.runner import perform
 from provision.operations.balloon import BalloonAll
-from provision.operations.checkpoint import Checkpoint
+from provision.operations.checkpoint import TakeCheckpoint
 from provision.operations.clone import CloneFarm
 from provision.operations.destroy import Destroy
 from provision.operations.gc import Gc
@@ -185,7 +185,7 @@ def test_an_operation_begun_within_another_has_its_locks(made: Desk) -> None:
 def test_a_plan_is_what_the_run_then_does(made: Desk) -> None:
     for operation in (
         Reset(("prod",)),
-        Checkpoint("kept", ("dev2", "prod")),
+        TakeCheckpoint("kept", ("dev2", "prod")),
         Stop(("prod",), force=True),
         Start(),
         CloneFarm(),
@@ -204,7 +204,7 @@ def test_a_plan_is_what_the_run_then_does(made: Desk) -> None:
 
 def test_what_was_asked_is_valid_by_itself() -> None:
     with pytest.raises(UsageError, match="not a checkpoint name"):
-        Checkpoint("-rf /", ("prod",))
+        TakeCheckpoint("-rf /", ("prod",))
     assert Reset(("prod",)) == Reset(("prod",), to="clean")
 
 

@@ -13,7 +13,7 @@ from cycle_farm import STEPS, Lab, environment, lab, plan_cycle, reset, run, run
 
 from builds.record import BuildRecord, find_record, load_records
 from cli import views
-from cli.run import Run
+from cli.run import TaskRun
 from inventory.errors import (
     BuildFailed,
     Call,
@@ -240,7 +240,7 @@ def test_a_call_names_the_farm_where_it_must(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     farm = tmp_path / "x.yaml"
     farm.touch()
-    run_ = Run(task="status", farm=str(farm), json=False, plan=False)
+    run_ = TaskRun(task="status", farm=str(farm), json=False, plan=False)
     remedy = ("it is told; ", Call("ssh"), ", then: ", Call("clone-farm", vm="a"), "; ",
               Call("cycle", farm="b"))  # fmt: skip
     assert run_.words.text(remedy) == (

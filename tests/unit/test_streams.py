@@ -116,7 +116,7 @@ sys.path.insert(0, {root!r})
 from cli import streams, terminal
 streams.take_over()
 from cli.command import command
-from cli.run import Result
+from cli.run import TaskResult
 from host.run import Runner
 
 @command()
@@ -127,14 +127,14 @@ def lands(run):
         print("one", flush=True)
         print("two", file=sys.stderr)
         subprocess.run(["sh", "-c", "echo three; echo four >&2"], check=True)
-        return Result({{}}, "five")
+        return TaskResult({{}}, "five")
 
 @command()
 def goes_on(run):
     "Waits for a line; tells what a child ignores."
     run.screen.say("waiting")
     sys.stdin.readline()
-    return Result({{}}, Runner().read("grep", "SigIgn", "/proc/self/status").stdout)
+    return TaskResult({{}}, Runner().read("grep", "SigIgn", "/proc/self/status").stdout)
 
 @command()
 def hands_over(run):
@@ -144,7 +144,7 @@ def hands_over(run):
 @command()
 def much(run):
     "Prints more than a pipe holds."
-    return Result({{}}, "x" * 400_000)
+    return TaskResult({{}}, "x" * 400_000)
 """
 
 

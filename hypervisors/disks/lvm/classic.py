@@ -4,7 +4,7 @@
 What the guest writes goes to the snapshot's copy-on-write area (``share`` of the disk); when that is
 full the kernel drops the snapshot, and the disk is lost: ``ready`` extends it from ``WARN_AT`` percent
 on, warns where the group has no room, and refuses to start a lost one. ``full``: a VM runs on a volume
-of its own, copied at idle I/O priority (lvm_copy): full speed, no area to overflow; a reset is a copy.
+of its own, copied at idle I/O priority (``copy``): full speed, no area to overflow; a reset is a copy.
 
 Classic LVM has no snapshot of a snapshot and can't make a snapshot larger than its origin, so these are
 copies in ``linked`` stores too, with progress and going on after a kill:
@@ -32,11 +32,11 @@ from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
-from hypervisors.api import CLEAN, Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
-from hypervisors.disks.lvm.command import Group, Volume, marked, retagged
+from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
+from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
-from hypervisors.disks.lvm.seen import Held, Seen, kept
+from hypervisors.disks.lvm.state import HeldLock, LvmState, kept
 from hypervisors.disks.stores import StorePlace
 from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
@@ -79,14 +79,14 @@ class LvmClassicDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.farm, runner, links=directories.state / "lvm", copy=place.copy,
-            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
-            progress=lambda what, done, total: voices.working(f"{what}: {done * 100 // total} %"),
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
+            progress=lambda what, done, total: callbacks.working(f"{what}: {done * 100 // total} %"),
         )  # fmt: skip
 
     def capacity(self) -> Capacity:
@@ -142,7 +142,7 @@ class LvmClassicDisks(LvmStore):
             plain = {key: value for key, value in base.facts.items() if key != "merging"}
             self._change(base.name, *retagged(base.facts, plain))
 
-    def _mergeable(self, seen: Seen, disk: Volume) -> Volume:
+    def _mergeable(self, seen: LvmState, disk: LogicalVolume) -> LogicalVolume:
         """The disk's base, if it may take the disk's content."""
         machine, name = disk.facts["machine"], disk.facts["base"]
         base = seen.base(disk, name)
@@ -162,7 +162,7 @@ class LvmClassicDisks(LvmStore):
     def _sealed_size(self, size: int, stored: int) -> int:
         return size
 
-    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
+    def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
         return size if frozen or self._copy == "full" or size > source.size else None
 
     def _blank(self, name: str, size: int, facts: Mapping[str, str]) -> None:
@@ -174,7 +174,13 @@ class LvmClassicDisks(LvmStore):
         self._change(name, "-pr")
 
     def _grow(
-        self, held: Held, seen: Seen, source: Volume, facts: dict[str, str], *, first: bool
+        self,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
+        facts: dict[str, str],
+        *,
+        first: bool,
     ) -> str:
         machine, size = facts["machine"], int(facts["size"])
         if self._copy == "full":
@@ -195,7 +201,7 @@ class LvmClassicDisks(LvmStore):
             raise
         return name
 
-    def _freeze(self, held: Held, seen: Seen, disk: Volume, facts: dict[str, str]) -> str:
+    def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         what = f"checkpoint {facts['name']} of {facts['machine']}"
         if disk.snapshot:
             return self._copied_to(held, seen, disk, facts, what)
@@ -208,7 +214,9 @@ class LvmClassicDisks(LvmStore):
         finally:
             self._drop(name)
 
-    def _rebase(self, held: Held, seen: Seen, disk: Volume, frozen: str, name: str) -> str:
+    def _rebase(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str
+    ) -> str:
         facts = {**disk.facts, "base": name, "seq": str(int(disk.facts["seq"]) + 1)}
         if not disk.snapshot:
             self._change(disk.name, *retagged(disk.facts, {**disk.facts, "base": name}))
@@ -229,7 +237,7 @@ class LvmClassicDisks(LvmStore):
         area = min(max(int(size * self._share), _SMALLEST), size + size // 128 + 2**22)
         return -(-area // 512) * 512  # lvcreate takes no other
 
-    def _snapshot(self, source: Volume, name: str, facts: Mapping[str, str]) -> None:
+    def _snapshot(self, source: LogicalVolume, name: str, facts: Mapping[str, str]) -> None:
         self._lvm.change(
             "lvcreate", "-y", "-s", "-c", f"{_CHUNK}b", "-prw", "-kn", "-ay",
             "-L", f"{self._area(source.size)}b", "-n", name, *marked(facts), f"{self._vg}/{source.name}",
@@ -237,9 +245,9 @@ class LvmClassicDisks(LvmStore):
 
     def _copied_to(
         self,
-        held: Held,
-        seen: Seen,
-        source: Volume,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
         facts: dict[str, str],
         what: str,
         *,
@@ -283,11 +291,11 @@ class LvmClassicDisks(LvmStore):
 
     def _room(
         self,
-        seen: Seen,
+        seen: LvmState,
         what: str,
         *,
         copy: int | None,
-        source: Volume | None,
+        source: LogicalVolume | None,
         swap: bool = False,
         beside: int = 0,
     ) -> int:
@@ -303,10 +311,10 @@ class LvmClassicDisks(LvmStore):
             )
         return need
 
-    def _space(self, seen: Seen, source: Volume) -> int:
+    def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         return seen.group.rounded(self._area(source.size))
 
-    def _tend(self, disk: Volume, group: Group) -> None:
+    def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
         if not disk.snapshot:
             return
         machine = disk.facts.get("machine")
@@ -329,10 +337,12 @@ class LvmClassicDisks(LvmStore):
                 f"{self._vg} has nothing free: when it is full the disk is lost"
             )
 
-    def _used(self, seen: Seen, disk: Volume) -> int:
+    def _used(self, seen: LvmState, disk: LogicalVolume) -> int:
         return disk.space + sum(v.space for v in seen.checkpoints(disk.facts["machine"]))
 
-    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None:
+    def _equal(
+        self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None:
         """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
         count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""
         if disk.snapshot:
@@ -348,5 +358,5 @@ class LvmClassicDisks(LvmStore):
         return same_content(node, other, min(disk.size, base.size)) and empty_from(node, base.size)
 
 
-def _lost(disk: Volume) -> bool:
+def _lost(disk: LogicalVolume) -> bool:
     return disk.invalid or disk.data >= 100

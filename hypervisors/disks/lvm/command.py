@@ -45,7 +45,7 @@ _FIELDS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Volume:
+class LogicalVolume:
     """A logical volume. ``size`` is what its device shows; ``space`` what it takes of its group by
     itself (a classic snapshot: its copy-on-write area; a thin volume: nothing)."""
 
@@ -69,16 +69,16 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class VolumeGroup:
     """A volume group with all its visible volumes, ours and foreign."""
 
     name: str
     size: int
     free: int
     extent: int
-    volumes: tuple[Volume, ...]
+    volumes: tuple[LogicalVolume, ...]
 
-    def get(self, name: str) -> Volume | None:
+    def get(self, name: str) -> LogicalVolume | None:
         return next((v for v in self.volumes if v.name == name), None)
 
     def rounded(self, size: int) -> int:
@@ -96,14 +96,14 @@ class Lvm:
         self._runner = runner
         self._lvm = which("lvm") or "lvm"
 
-    def report(self) -> Group:
+    def report(self) -> VolumeGroup:
         """Errors: NotFound (no such group), DriverFailed (LVM doesn't work or isn't permitted)."""
         rows = self._rows("lvs", _FIELDS, "lv")
         volumes = tuple(_volume(row) for row in rows)
         if not rows:  # an empty group has no row to carry its own columns
             rows = self._rows("vgs", "vg_size,vg_free,vg_extent_size", "vg")
         first = rows[0]
-        return Group(
+        return VolumeGroup(
             self.vg, int(first["vg_size"]), int(first["vg_free"]), int(first["vg_extent_size"]), volumes
         )
 
@@ -202,11 +202,11 @@ class Lvm:
 _AUTOEXTEND = ("threshold", "percent")
 
 
-def _volume(row: Mapping[str, str]) -> Volume:
+def _volume(row: Mapping[str, str]) -> LogicalVolume:
     tags = row["lv_tags"].split(",")
     snapshot = "thicksnapshot" in row["lv_role"].split(",")
     size = int(row["lv_size"])
-    return Volume(
+    return LogicalVolume(
         name=row["lv_name"],
         size=int(row["origin_size"]) if snapshot else size,
         space=0 if row["pool_lv"] else size,

@@ -36,8 +36,8 @@ from pathlib import Path
 
 from host.files import blocks, sync
 from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
-from hypervisors.disks.lvm.command import Group, Volume, retagged
-from hypervisors.disks.lvm.seen import Held, Seen, kept, read_template, template_facts
+from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
+from hypervisors.disks.lvm.state import HeldLock, LvmState, kept, read_template, template_facts
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
 from inventory.errors import Call, Conflict, NotFound, NotOurs, UsageError, WrongState
@@ -60,27 +60,35 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     @abc.abstractmethod
     def _grow(
-        self, held: Held, seen: Seen, source: Volume, facts: dict[str, str], *, first: bool
+        self,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
+        facts: dict[str, str],
+        *,
+        first: bool,
     ) -> str:
         """A new disk with ``source``'s content; returns its name. ``first``: the machine has none yet,
         so ``_point`` before the commit that makes it one. ``held`` has the store's lock."""
 
     @abc.abstractmethod
-    def _freeze(self, held: Held, seen: Seen, disk: Volume, facts: dict[str, str]) -> str:
+    def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         """A complete sealed checkpoint with the disk's content; returns its name."""
 
     @abc.abstractmethod
-    def _rebase(self, held: Held, seen: Seen, disk: Volume, frozen: str, name: str) -> str:
+    def _rebase(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str
+    ) -> str:
         """The disk (returned by name: the same or a new one) now grows from checkpoint ``name``."""
 
     @abc.abstractmethod
     def _room(
         self,
-        seen: Seen,
+        seen: LvmState,
         what: str,
         *,
         copy: int | None,
-        source: Volume | None,
+        source: LogicalVolume | None,
         swap: bool = False,
         beside: int = 0,
     ) -> int:
@@ -89,17 +97,19 @@ class LvmStore(LvmVolumes, abc.ABC):
         those that this will take."""
 
     @abc.abstractmethod
-    def _space(self, seen: Seen, source: Volume) -> int:
+    def _space(self, seen: LvmState, source: LogicalVolume) -> int:
         """Bytes that a clone of it takes of the group at once."""
 
     @abc.abstractmethod
-    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None: ...
+    def _equal(
+        self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None: ...
 
     @abc.abstractmethod
-    def _used(self, seen: Seen, disk: Volume) -> int: ...
+    def _used(self, seen: LvmState, disk: LogicalVolume) -> int: ...
 
     @abc.abstractmethod
-    def _tend(self, disk: Volume, group: Group) -> None:
+    def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
         """Before a start: refuse a lost disk, see to room."""
 
     @abc.abstractmethod
@@ -253,7 +263,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._sweep(seen)
             now = datetime.now(UTC)
             frozen: list[str] = []
-            rebased: list[tuple[Volume, str]] = []
+            rebased: list[tuple[LogicalVolume, str]] = []
             try:
                 for disk in disks:
                     sync(self._lvm.ready(disk.name))  # QEMU may have been told not to
@@ -290,15 +300,15 @@ class LvmStore(LvmVolumes, abc.ABC):
                 copy = self._copied(base, int(disk.facts["size"]))
                 what = f"the disk of {which}"
                 taken += self._room(seen, what, copy=copy, source=base, swap=True, beside=taken)
-            old: list[Volume] = []
+            old: list[LogicalVolume] = []
             for machine in machines:
                 old += seen.kind("disk", machine)
                 old += [*seen.half_made(machine), *seen.kind("source", machine)]
             self._check_dependents(seen, old)
             self._step(f"make a fresh disk of {which} from {name}")
             self._sweep(seen)
-            fresh: list[tuple[Volume, str, dict[str, str]]] = []
-            swapped: list[Volume] = []
+            fresh: list[tuple[LogicalVolume, str, dict[str, str]]] = []
+            swapped: list[LogicalVolume] = []
             try:
                 for disk, base in pairs:
                     facts = {
@@ -385,7 +395,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     # -- parts of the above -----------------------------------------------------------------------
 
-    def _freezable(self, seen: Seen, machine: str, name: str) -> Volume:
+    def _freezable(self, seen: LvmState, machine: str, name: str) -> LogicalVolume:
         disk = self._ours(seen, machine)
         if name == CLEAN or name in (v.facts.get("name") for v in seen.checkpoints(machine)):
             raise Conflict(
@@ -395,7 +405,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         self._tend(disk, seen.group)
         return disk
 
-    def _unrebase(self, disk: Volume, current: str, name: str) -> None:
+    def _unrebase(self, disk: LogicalVolume, current: str, name: str) -> None:
         """Take a ``_rebase`` back."""
         if current == disk.name:
             self._change(disk.name, *retagged({**disk.facts, "base": name}, disk.facts))
@@ -403,7 +413,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._point(disk.facts["machine"], disk.name)
             self._drop(current)
 
-    def _way_back(self, seen: Seen, machine: str, name: str) -> tuple[Volume, Volume]:
+    def _way_back(self, seen: LvmState, machine: str, name: str) -> tuple[LogicalVolume, LogicalVolume]:
         """The disk, and what a fresh one is made of."""
         disk = self._ours(seen, machine)
         base = seen.base(disk, name)
@@ -413,7 +423,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         self._unused(disk)
         return disk, base
 
-    def _copied(self, source: Volume, size: int, *, frozen: bool = False) -> int | None:
+    def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
         """Bytes a clone (``frozen``: a checkpoint) copies in full; None: a snapshot does."""
         return None
 
@@ -428,20 +438,20 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     _fill_options: tuple[str, ...] = ()
 
-    def _ours(self, seen: Seen, machine: str) -> Volume:
+    def _ours(self, seen: LvmState, machine: str) -> LogicalVolume:
         disk = seen.present(plain(machine))
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(disk)
         return disk
 
-    def _check_farm(self, volume: Volume) -> None:
+    def _check_farm(self, volume: LogicalVolume) -> None:
         if volume.facts.get("farm") != self._farm:
             raise NotOurs(
                 f"the disk of {volume.facts.get('machine')} belongs to farm {volume.facts.get('farm')}"
             )
 
-    def _checkpoints(self, seen: Seen, disk: Volume) -> tuple[Checkpoint, ...]:
+    def _checkpoints(self, seen: LvmState, disk: LogicalVolume) -> tuple[Checkpoint, ...]:
         first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
         rest = [
             Checkpoint(name=v.facts["name"], created=when(v.facts.get("created", "")))
@@ -450,7 +460,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         ]
         return (first, *sorted(rest, key=lambda c: c.created))
 
-    def _disk(self, seen: Seen, disk: Volume) -> Disk:
+    def _disk(self, seen: LvmState, disk: LogicalVolume) -> Disk:
         made = self._made(disk.facts, self._checkpoints(seen, disk))
         return replace(made, path=self._path(disk), used=self._used(seen, disk))
 
@@ -468,7 +478,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             checkpoints=tuple(checkpoints) or (clean,),
         )
 
-    def _left(self, seen: Seen) -> Iterator[Leftover]:
+    def _left(self, seen: LvmState) -> Iterator[Leftover]:
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts

@@ -23,11 +23,11 @@ from typing import Self
 
 from host.files import sync
 from host.run import Runner, which
-from hypervisors.api import Capacity, Directories, StepFn, Voices, WarnFn, no_step, no_warning
-from hypervisors.disks.lvm.command import Volume, marked, retagged
+from hypervisors.api import Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
+from hypervisors.disks.lvm.command import LogicalVolume, marked, retagged
 from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
-from hypervisors.disks.lvm.seen import Held, Seen
+from hypervisors.disks.lvm.state import HeldLock, LvmState
 from hypervisors.disks.stores import StorePlace
 from inventory.errors import Call, CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
 from inventory.sizes import format_size
@@ -68,13 +68,13 @@ class LvmThinDisks(LvmStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.dataset, place.farm, runner, links=directories.state / "lvm",
-            step=voices.step, reader_uid=reader_uid, warn=voices.warn,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     def capacity(self) -> Capacity:
@@ -115,7 +115,13 @@ class LvmThinDisks(LvmStore):
         self._change(name, "-pr", "-ky")
 
     def _grow(
-        self, held: Held, seen: Seen, source: Volume, facts: dict[str, str], *, first: bool
+        self,
+        held: HeldLock,
+        seen: LvmState,
+        source: LogicalVolume,
+        facts: dict[str, str],
+        *,
+        first: bool,
     ) -> str:
         name, machine = self._name(facts["machine"]), facts["machine"]
         if first:
@@ -129,12 +135,14 @@ class LvmThinDisks(LvmStore):
             raise
         return name
 
-    def _freeze(self, held: Held, seen: Seen, disk: Volume, facts: dict[str, str]) -> str:
+    def _freeze(self, held: HeldLock, seen: LvmState, disk: LogicalVolume, facts: dict[str, str]) -> str:
         name = self._name(facts["machine"], facts["name"])
         self._snapshot(disk.name, name, facts, "-pr", "-ky")
         return name
 
-    def _rebase(self, held: Held, seen: Seen, disk: Volume, frozen: str, name: str) -> str:
+    def _rebase(
+        self, held: HeldLock, seen: LvmState, disk: LogicalVolume, frozen: str, name: str
+    ) -> str:
         self._change(disk.name, *retagged(disk.facts, {**disk.facts, "base": name}))
         return disk.name
 
@@ -143,11 +151,11 @@ class LvmThinDisks(LvmStore):
 
     def _room(
         self,
-        seen: Seen,
+        seen: LvmState,
         what: str,
         *,
         copy: int | None,
-        source: Volume | None,
+        source: LogicalVolume | None,
         swap: bool = False,
         beside: int = 0,
     ) -> int:
@@ -163,7 +171,7 @@ class LvmThinDisks(LvmStore):
             self._full(seen, f"{place}: metadata {pool.metadata:.0f} % full, {what} needs", short, short)
         return copy or 0
 
-    def _full(self, seen: Seen, text: str, need: int, missing: int) -> None:
+    def _full(self, seen: LvmState, text: str, need: int, missing: int) -> None:
         """NoSpace, unless LVM is set to extend the pool and the group has what is missing."""
         config = self._lvm.autoextend()
         threshold = config["thin_pool_autoextend_threshold"]
@@ -183,10 +191,10 @@ class LvmThinDisks(LvmStore):
             remedy=(Call("gc"), f", or lvextend {option} +SIZE {self._vg}/{self._pool_name}"),
         )
 
-    def _space(self, _seen: Seen, _source: Volume) -> int:
+    def _space(self, _seen: LvmState, _source: LogicalVolume) -> int:
         return 0
 
-    def _pool(self, seen: Seen) -> Volume:
+    def _pool(self, seen: LvmState) -> LogicalVolume:
         pool = seen.group.get(self._pool_name)
         if pool is None or pool.metadata_size == 0:
             raise NotFound(
@@ -201,10 +209,10 @@ class LvmThinDisks(LvmStore):
             )
         return pool
 
-    def _tend(self, disk: Volume, group: object) -> None:
+    def _tend(self, disk: LogicalVolume, group: object) -> None:
         """The pool refuses by itself; how full it is was looked at when the disk was made."""
 
-    def _used(self, seen: Seen, disk: Volume) -> int:
+    def _used(self, seen: LvmState, disk: LogicalVolume) -> int:
         """At least: mapped beyond what its base maps. Blocks overwritten since are shared no more, but
         only the whole metadata could tell how many."""
         base = seen.base(disk, disk.facts.get("base", ""))
@@ -213,7 +221,9 @@ class LvmThinDisks(LvmStore):
 
     # -- pristine ---------------------------------------------------------------------------------
 
-    def _equal(self, seen: Seen, disk: Volume, base: Volume, *, quick: bool) -> bool | None:
+    def _equal(
+        self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
+    ) -> bool | None:
         if quick and self._lock.held():
             return None
         if which("thin_delta"):
@@ -225,7 +235,7 @@ class LvmThinDisks(LvmStore):
         with self._locked(), self._readable(base) as other, self._readable(disk) as one:
             return same_content(one, other, min(disk.size, base.size)) and empty_from(one, base.size)
 
-    def _no_difference(self, disk: Volume, base: Volume, metadata: str) -> bool:
+    def _no_difference(self, disk: LogicalVolume, base: LogicalVolume, metadata: str) -> bool:
         ids = ("--thin1", str(base.thin_id), "--thin2", str(disk.thin_id))
         try:
             text = self._runner.read("thin_delta", "-m", *ids, metadata, timeout=600).stdout
@@ -266,7 +276,7 @@ class LvmThinDisks(LvmStore):
             ours.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _readable(self, volume: Volume) -> Iterator[Path]:
+    def _readable(self, volume: LogicalVolume) -> Iterator[Path]:
         """Active for as long as it is read."""
         if volume.active:
             yield self._lvm.ready(volume.name)

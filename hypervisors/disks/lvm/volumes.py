@@ -17,8 +17,8 @@ from host.files import make_directory, reachable, sync
 from host.run import Runner
 from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
-from hypervisors.disks.lvm.command import Lvm, Volume, users_of
-from hypervisors.disks.lvm.seen import Held, Seen
+from hypervisors.disks.lvm.command import LogicalVolume, Lvm, users_of
+from hypervisors.disks.lvm.state import HeldLock, LvmState
 from inventory.errors import Call, FarmhandError, NotFound, UsageError, WrongState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -52,12 +52,12 @@ class LvmVolumes:
         self._headroom = headroom
         self._warn = warn
         self._lock = FileLock(self._links / ".lock")
-        self._last: tuple[str, Seen] | None = None  # the stamp, and what was seen under it
+        self._last: tuple[str, LvmState] | None = None  # the stamp, and what was seen under it
 
-    def _look(self) -> Seen:
-        return Seen(self._lvm.report(), self._links)
+    def _look(self) -> LvmState:
+        return LvmState(self._lvm.report(), self._links)
 
-    def _glance(self) -> Seen:
+    def _glance(self) -> LvmState:
         """A look without the store's lock, to be gone on from by whoever holds the lock next: a report
         is a third of what a clone takes. The lock file's content, its stamp, is new whenever somebody
         holds the lock; if that didn't happen meanwhile, nobody changed anything of ours."""
@@ -73,29 +73,29 @@ class LvmVolumes:
         except OSError:
             return ""
 
-    def _take_over(self) -> Seen | None:
+    def _take_over(self) -> LvmState | None:
         """The lock has just been taken: what was seen last, if it still holds good; and a new stamp."""
         last, self._last = self._last, None
         good = last and last[0] == self._stamp() and time.monotonic() - last[1].when < _FRESH
         (self._links / ".lock").write_text(secrets.token_hex(8))
         return last[1] if last and good else None
 
-    def _remember(self, seen: Seen, new: Volume, *, space: int) -> None:
+    def _remember(self, seen: LvmState, new: LogicalVolume, *, space: int) -> None:
         """This very call, which has the lock, made ``new`` and no other change since ``seen``."""
         group = seen.group
         group = replace(group, free=group.free - space, volumes=(*group.volumes, new))
-        self._last = (self._stamp(), Seen(group, self._links, seen.when))
+        self._last = (self._stamp(), LvmState(group, self._links, seen.when))
 
     @contextlib.contextmanager
-    def _locked(self, *, read: bool = False) -> Iterator[Held]:
+    def _locked(self, *, read: bool = False) -> Iterator[HeldLock]:
         """The store's lock, between all processes and farms."""
         if read and not self._links.is_dir():
-            yield Held(None)
+            yield HeldLock(None)
             return
         make_directory(self._links, mode=0o711)
         if self._reader is not None:
             reachable(self._links, self._reader)
-        with Held(self._lock) as held:
+        with HeldLock(self._lock) as held:
             held.seen = self._take_over()
             yield held
 
@@ -115,7 +115,7 @@ class LvmVolumes:
         if not self._alive(name):
             (self._links / f".{name}.lock").unlink(missing_ok=True)
 
-    def _strays(self, seen: Seen) -> Iterator[Path]:
+    def _strays(self, seen: LvmState) -> Iterator[Path]:
         """Files that killed operations left. The store's lock is held: nobody makes any now."""
         names = {v.name for v in seen.group.volumes}
         for path in sorted(self._links.glob(".fh.*")):
@@ -124,7 +124,7 @@ class LvmVolumes:
                 yield path
         yield from sorted(self._links.glob(".*.link"))
 
-    def _sweep(self, seen: Seen) -> None:
+    def _sweep(self, seen: LvmState) -> None:
         for path in self._strays(seen):
             path.unlink(missing_ok=True)
 
@@ -147,7 +147,7 @@ class LvmVolumes:
         """To QEMU's user, read and write; nobody else's but root's."""
         give(self._lvm.ready(name), self._reader)
 
-    def _path(self, disk: Volume) -> Path:
+    def _path(self, disk: LogicalVolume) -> Path:
         """The link; where that is lost, the device itself."""
         link, node = self._links / disk.facts["machine"], self._lvm.node(disk.name)
         try:
@@ -155,13 +155,13 @@ class LvmVolumes:
         except OSError:
             return node
 
-    def _unused(self, volume: Volume) -> None:
+    def _unused(self, volume: LogicalVolume) -> None:
         """Busy if somebody has it open. udev looks at a new device for a moment: that doesn't count."""
         if volume.open and users_of(self._lvm.node(volume.name)):
             raise self._lvm.busy(volume.name)
 
     @staticmethod
-    def _check_dependents(seen: Seen, volumes: Sequence[Volume]) -> None:
+    def _check_dependents(seen: LvmState, volumes: Sequence[LogicalVolume]) -> None:
         """lvremove takes a classic origin's snapshots along, whoever made them."""
         names = {v.name for v in volumes}
         others = [
@@ -175,7 +175,7 @@ class LvmVolumes:
                 remedy="remove them first, if nobody needs them",
             )
 
-    def _remove(self, seen: Seen, volumes: Sequence[Volume]) -> None:
+    def _remove(self, seen: LvmState, volumes: Sequence[LogicalVolume]) -> None:
         self._check_dependents(seen, volumes)
         self._lvm.remove([v.name for v in volumes])
         for volume in volumes:

@@ -40,6 +40,7 @@ from host.files import blocks, changed, make_directory, matching, reachable, syn
 from host.run import Runner
 from hypervisors.api import (
     CLEAN,
+    Callbacks,
     Capacity,
     Checkpoint,
     Directories,
@@ -48,7 +49,6 @@ from hypervisors.api import (
     Owner,
     StepFn,
     Template,
-    Voices,
     no_step,
 )
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
@@ -115,13 +115,13 @@ class Qcow2Disks:
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
-            step=voices.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid,
         )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pkgutil import get_data
 from typing import Any
 
 from host.files import sync
-from host.run import Result, Runner, which
+from host.run import CommandResult, Runner, which
 from hypervisors.disks.devices import await_closed, holders, passing
 from inventory.errors import (
     Busy,
@@ -88,7 +88,7 @@ class Zfs:
         self._check_pool()
         sync(path)
 
-    def change(self, *argv: str | Path, timeout: float = 600) -> Result:
+    def change(self, *argv: str | Path, timeout: float = 600) -> CommandResult:
         """``zfs ARGUMENT...``"""
         self._check_pool()
         try:
@@ -106,7 +106,7 @@ class Zfs:
             self._runner.change("udevadm", "trigger", "--action=change", *devices, timeout=60)
 
     def _answer(
-        self, run: Callable[..., Result], flags: tuple[str, ...], operation: str, *arguments: str
+        self, run: Callable[..., CommandResult], flags: tuple[str, ...], operation: str, *arguments: str
     ) -> Mapping[str, Any]:
         self._check_pool()
         try:

@@ -1,5 +1,5 @@
 """Disks on ZFS: a template is a sealed snapshot, a VM's disk a clone of it: a volume, or a dataset with
-one raw file (zfs_kinds.py). Both are "volumes" below.
+one raw file (``dataset_kinds``). Both are "volumes" below.
 
     POOL/DATASET/templates/NAME.N           a generation's volume, read-only, no device
                           NAME.N@sealed     the template: marked and held (zfs-hold(8)), so that a
@@ -9,7 +9,7 @@ one raw file (zfs_kinds.py). Both are "volumes" below.
                     MACHINE.K@_start        what it was when it became the disk, or was first put back
                     MACHINE.K@CHECKPOINT    a checkpoint; former disks stay for these
 
-What a volume is, is in properties set on it (zfs_state.py). They are given with ``zfs clone``, in one
+What a volume is, is in properties set on it (``state``). They are given with ``zfs clone``, in one
 system call, so a process killed anywhere leaves a marked volume, or none; only a power cut can swallow
 the marks of a volume made in that second, which then is known by being empty.
 
@@ -53,6 +53,7 @@ from typing import Self
 from host.run import Runner
 from hypervisors.api import (
     CLEAN,
+    Callbacks,
     Capacity,
     Checkpoint,
     Directories,
@@ -60,11 +61,10 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
-    Voices,
 )
 from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
-from hypervisors.disks.zfs.state import SEALED, Look, plain
+from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
 from inventory.errors import Call, Conflict, NotFound, UsageError
 from inventory.sizes import format_size
@@ -84,13 +84,13 @@ class ZfsDisks(ZfsStore):
         place: StorePlace,
         directories: Directories,
         runner: Runner,
-        voices: Voices,
+        callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.dataset or "farmhand", place.farm, runner,
-            step=voices.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid,
             files=directories.state / "zfs" if place.store == "zfs-files" else None,
         )  # fmt: skip
 
@@ -177,7 +177,7 @@ class ZfsDisks(ZfsStore):
         self._step(f"put the disk of {machine} back to {name}")
         self._shut([machine])
         answer = self._zfs.program("restore", machine, name)
-        look = state.read_look(answer)
+        look = state.read_state(answer)
         if answer.get("done"):
             return self._disk(look, machine)
         return self._grow([machine], name, look)[0]
@@ -249,7 +249,7 @@ class ZfsDisks(ZfsStore):
             look = self._look(machine)
         return self._next_name(look, machine)
 
-    def _next_name(self, look: Look, machine: str) -> str:
+    def _next_name(self, look: ZfsState, machine: str) -> str:
         """Nor one of a disk that is gone, as long as something is left of it."""
         stem = f"{self._vms}/{machine}"
         number = int(look.next_name(self._vms, machine).rpartition(".")[2])
@@ -263,7 +263,7 @@ class ZfsDisks(ZfsStore):
     def _shut(self, machines: Sequence[str]) -> None:
         self._kind.shut([v for m in machines for v in self._kind.opened(f"{self._vms}/{plain(m)}")])
 
-    def _grow(self, machines: Sequence[str], name: str, look: Look) -> Sequence[Disk]:
+    def _grow(self, machines: Sequence[str], name: str, look: ZfsState) -> Sequence[Disk]:
         """Put machines' disks back: fresh clones, or rolled back where that will do, all in one
         transaction. The disks as they then are."""
         items: list[str] = []
@@ -299,7 +299,7 @@ class ZfsDisks(ZfsStore):
             self._zfs.program("switch", *items)
         return disks
 
-    def _source(self, look: Look, machine: str, disk: Disk, name: str) -> str:
+    def _source(self, look: ZfsState, machine: str, disk: Disk, name: str) -> str:
         if name == CLEAN:
             return self._template_snapshot(disk.template)
         for volume in look.of(machine):

@@ -51,7 +51,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Volume:
+class Dataset:
     """A dataset that is a disk, or was: a volume, or one with a file in it. ``newest``: the newest
     snapshot of ours, "" without one. ``written`` since then (since its origin without one); None where
     somebody else's snapshot hides it."""
@@ -98,18 +98,18 @@ class Volume:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ZfsState:
     """A store, or of one machine what belongs to it."""
 
-    volumes: tuple[Volume, ...]
-    templates: tuple[Volume, ...]
+    volumes: tuple[Dataset, ...]
+    templates: tuple[Dataset, ...]
     total: int
     free: int
 
-    def of(self, machine: str) -> tuple[Volume, ...]:
+    def of(self, machine: str) -> tuple[Dataset, ...]:
         return tuple(v for v in self.volumes if v.stem == machine and v.state)
 
-    def disk(self, machine: str) -> Volume | None:
+    def disk(self, machine: str) -> Dataset | None:
         disks = [v for v in self.of(machine) if v.state == "disk"]
         return max(disks, key=lambda v: v.number, default=None)
 
@@ -122,9 +122,9 @@ class Look:
         return f"{vms}/{machine}.{max(numbers, default=0) + 1}"
 
 
-def read_look(answer: Mapping[str, Any]) -> Look:
+def read_state(answer: Mapping[str, Any]) -> ZfsState:
     space = answer.get("space") or {}
-    return Look(
+    return ZfsState(
         volumes=_volumes(answer.get("volumes") or {}),
         templates=_volumes(answer.get("templates") or {}),
         total=int(space.get("used", 0)) + int(space.get("available", 0)),
@@ -132,12 +132,12 @@ def read_look(answer: Mapping[str, Any]) -> Look:
     )
 
 
-def _volumes(seen: Mapping[str, Any]) -> tuple[Volume, ...]:
+def _volumes(seen: Mapping[str, Any]) -> tuple[Dataset, ...]:
     volumes = (_volume(name, facts) for name, facts in seen.items())
     return tuple(sorted(volumes, key=lambda v: (v.stem, v.number)))
 
 
-def _volume(name: str, facts: Mapping[str, Any]) -> Volume:
+def _volume(name: str, facts: Mapping[str, Any]) -> Dataset:
     marks = dict(facts["marks"])
     snapshots = (
         Snapshot(
@@ -146,7 +146,7 @@ def _volume(name: str, facts: Mapping[str, Any]) -> Volume:
         for short, s in facts["snapshots"].items()
     )
     written = facts.get("written")
-    return Volume(
+    return Dataset(
         name=name,
         marks=marks,
         snapshots=tuple(sorted(snapshots, key=lambda s: s.txg)),
@@ -216,7 +216,7 @@ def template_marks(template: Template, image: str) -> dict[str, str]:
     }
 
 
-def read_template(volume: Volume) -> Template | None:
+def read_template(volume: Dataset) -> Template | None:
     """None unless it is sealed and says what it is."""
     seals = [s for s in volume.snapshots if s.name == SEALED and s.kind == "template"]
     if not seals:
@@ -239,7 +239,7 @@ def read_template(volume: Volume) -> Template | None:
     return template if named else None  # else a copy somebody made
 
 
-def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | None:
+def read_disk(look: ZfsState, machine: str, path: Callable[[str], Path]) -> Disk | None:
     """``path``: of a volume's name."""
     volume = look.disk(machine)
     if volume is None or volume.owner is None:
@@ -257,7 +257,7 @@ def read_disk(look: Look, machine: str, path: Callable[[str], Path]) -> Disk | N
     )
 
 
-def checkpoints(look: Look, machine: str, volume: Volume) -> tuple[Checkpoint, ...]:
+def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoint, ...]:
     kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
     kept.sort(key=lambda s: (s.txg, s.name))
     return (
@@ -266,7 +266,7 @@ def checkpoints(look: Look, machine: str, volume: Volume) -> tuple[Checkpoint, .
     )
 
 
-def find_leftovers(look: Look, farm: str) -> list[Leftover]:
+def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
     """Newest volumes first: they grew from older ones."""
     found = []
     now = datetime.now(UTC)
@@ -297,19 +297,19 @@ def find_leftovers(look: Look, farm: str) -> list[Leftover]:
     return found
 
 
-def made_now(volume: Volume) -> bool:
+def made_now(volume: Dataset) -> bool:
     """Whether the process that makes it still lives."""
     return Process.parse(volume.marks.get("maker", "")).alive()
 
 
-def being_made(volume: Volume) -> bool:
+def being_made(volume: Dataset) -> bool:
     """By a process that lives, or may: the marks come a moment after the volume."""
     if volume.marks:
         return volume.state == "new" and made_now(volume)
     return (datetime.now(UTC) - volume.created).total_seconds() < MARKING
 
 
-def _unborn(volume: Volume, look: Look, now: datetime) -> bool:
+def _unborn(volume: Dataset, look: ZfsState, now: datetime) -> bool:
     """Where only ours are made, and without a word of data: a clone of one of our snapshots, or an
     empty volume, whose marks a power cut swallowed. Nothing of anybody's can be lost with it."""
     if volume.marks or volume.snapshots or (now - volume.created).total_seconds() < SETTLED:
@@ -322,7 +322,7 @@ def _unborn(volume: Volume, look: Look, now: datetime) -> bool:
     return volume.origin in ours and volume.written is not None and volume.written < EMPTY
 
 
-def _leftover(kind: str, volume: Volume, why: str) -> Leftover:
+def _leftover(kind: str, volume: Dataset, why: str) -> Leftover:
     return Leftover(
         kind=kind,
         ref=volume.name,

@@ -1,5 +1,5 @@
 """A dataset of ours in a pool: its places, its room, its templates; and what is made in it goes again
-where making fails. What it is all about is told in zfs.py."""
+where making fails. What it is all about is told in ``disks``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
-from hypervisors.disks.zfs.kinds import Files, Kind, Volumes
-from hypervisors.disks.zfs.state import SEALED, Look, plain
+from hypervisors.disks.zfs.dataset_kinds import DatasetKind, RawFiles, Zvols
+from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -61,8 +61,8 @@ class ZfsStore:
         reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
         self._zfs = Zfs(runner, pool, self._root, farm)
-        self._kind: Kind = (
-            Files(reader, self._zfs, runner, files) if files else Volumes(reader, self._zfs)
+        self._kind: DatasetKind = (
+            RawFiles(reader, self._zfs, runner, files) if files else Zvols(reader, self._zfs)
         )
         self._room: tuple[float, int] | None = None  # when it was read, available
 
@@ -168,19 +168,19 @@ class ZfsStore:
         name, _, generation = label.rpartition("@")
         return f"{self._templates}/{name}.{generation}@{SEALED}"
 
-    def _look(self, machine: str = "", *, synced: bool = False) -> Look:
-        look = state.read_look(self._zfs.look(machine, synced=synced))
+    def _look(self, machine: str = "", *, synced: bool = False) -> ZfsState:
+        look = state.read_state(self._zfs.look(machine, synced=synced))
         self._room = (time.monotonic(), look.free)
         return look
 
-    def _disk(self, look: Look, machine: str) -> Disk:
+    def _disk(self, look: ZfsState, machine: str) -> Disk:
         disk = state.read_disk(look, machine, self._kind.path)
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         self._check_farm(look, machine)
         return disk
 
-    def _check_farm(self, look: Look, machine: str) -> None:
+    def _check_farm(self, look: ZfsState, machine: str) -> None:
         for volume in look.of(machine):
             if volume.marks.get("farm") != self._farm:
                 raise NotOurs(f"the disk of {machine} belongs to farm {volume.marks.get('farm')}")

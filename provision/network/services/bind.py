@@ -21,7 +21,7 @@ from inventory.errors import DriverFailed, FarmhandError, WrongState
 from provision.network.daemons import SETTLE, command
 from provision.network.document import Document, digest
 from provision.network.serial import following, later, serial_of, with_serial
-from provision.network.service import Checker, Question, Service, Step, ZoneFile
+from provision.network.service import ApplyStep, Checker, Question, Service, ZoneFile
 from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from inventory.places import Path as Place
     from inventory.places import Places
     from provision.network.changes import FileChange
-    from provision.network.live_dns import Server
+    from provision.network.live_dns import DnsServer
     from provision.network.records import Records, Zones
     from provision.network.render import Renderer
     from provision.network.view import View, VmRow, Zone
@@ -224,7 +224,7 @@ class Bind(Service):
 
     # ---- How it is told
 
-    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, (*self.rndc, "reconfig"))
         for change in changes:
@@ -253,11 +253,11 @@ class Bind(Service):
     def live_records(self) -> bool:
         return self.dynamic
 
-    def record_server(self, farm: Farm) -> Server:
-        from provision.network.live_dns import Server
+    def record_server(self, farm: Farm) -> DnsServer:
+        from provision.network.live_dns import DnsServer
 
         mark = f"farmhand {farm.farm}"
-        return Server(str(self.address), self.port, _tsig_key(self), ttl=int(self.ttl), mark=mark)
+        return DnsServer(str(self.address), self.port, _tsig_key(self), ttl=int(self.ttl), mark=mark)
 
     def records(self, view: View) -> Zones:
         return _desired(view, self._zone(view.declared), reverse=self.reverse)
@@ -284,7 +284,7 @@ def _name_problems(farm: Farm, places: Places, path: Place, name: str, zone: str
         yield places.problem(path, f"{quote(full)} is longer than 253 characters")
 
 
-def _load(rndc: Sequence[str], change: FileChange, *, reload: bool) -> Step:
+def _load(rndc: Sequence[str], change: FileChange, *, reload: bool) -> ApplyStep:
     """Loaded is what counts: rndc answers before it is, and doesn't say if a zone won't load."""
     serial = serial_of(change.after or "")
 
@@ -301,7 +301,7 @@ def _load(rndc: Sequence[str], change: FileChange, *, reload: bool) -> Step:
                 raise _not_loaded(change, loaded)
             time.sleep(0.05)
 
-    return Step(Bind.NAME, f"bind: {'reload' if reload else 'load'} {change.zone}", run)
+    return ApplyStep(Bind.NAME, f"bind: {'reload' if reload else 'load'} {change.zone}", run)
 
 
 def _loaded_serial(runner: Runner, rndc: Sequence[str], zone: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, Service, Step
+from provision.network.service import ApplyStep, Checker, Service
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Dhcpd(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("dhcpd", "-t", "-4", "-cf", self.config))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload, self.alive)
 
     def not_live(self) -> Iterator[str]:

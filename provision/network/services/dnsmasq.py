@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.daemons import command, lines
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, Question, Service
 
 if TYPE_CHECKING:
     from host.run import Runner
@@ -85,14 +85,14 @@ class Dnsmasq(Service):
         if Path(self.main).exists():
             yield Checker(("dnsmasq", "--test", "-C", self.main))
 
-    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, self.restart, self.alive)
             return
         gone = [line for c in changes for line in sorted(lines(c.before) - lines(c.after))]
         if not gone:
             text = "dnsmasq: it reads the new hosts by itself"
-            yield Step(self.NAME, text, lambda _runner: None)
+            yield ApplyStep(self.NAME, text, lambda _runner: None)
             return
         yield command(self.NAME, self.reload, self.alive)
         interface = self.interface or farm.network.bridge
@@ -113,7 +113,7 @@ class Dnsmasq(Service):
         yield "new hosts are read live; for a removed one it reads all of them again (SIGHUP)"
 
 
-def _release(interface: str, lines: Sequence[str]) -> Step:
+def _release(interface: str, lines: Sequence[str]) -> ApplyStep:
     """A removed host's lease would live on, and its name with it."""
 
     def run(runner: Runner) -> None:
@@ -125,4 +125,4 @@ def _release(interface: str, lines: Sequence[str]) -> Step:
             mac, address = line.split(",")[:2]
             runner.change("dhcp_release", interface, address, mac, ok=range(256))
 
-    return Step(Dnsmasq.NAME, f"dnsmasq: release {len(lines)} lease{'s' * (len(lines) != 1)}", run)
+    return ApplyStep(Dnsmasq.NAME, f"dnsmasq: release {len(lines)} lease{'s' * (len(lines) != 1)}", run)

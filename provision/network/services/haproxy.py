@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, Question, Service
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Haproxy(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("haproxy", "-c", "-q", "-f", self.config))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload, self.alive)
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from inventory.errors import DriverFailed, TimedOut
 from provision.network.daemons import SETTLE, lines
 from provision.network.document import Document
-from provision.network.service import Checker, Service, Step
+from provision.network.service import ApplyStep, Checker, Service
 from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Kea(Service):
             if any(document.path == config for document in documents):
                 yield Checker((program, "-t", config))
 
-    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
         frees = []
         for kind, config, socket_path, restart in (
@@ -145,7 +145,7 @@ class Kea(Service):
                 frees.append(_free(f"lease{kind}-del", socket_path, addresses))
         if sets:
             text = f"kea: set its {' and '.join(sets)} configuration{'s' * (len(sets) > 1)}"
-            yield Step(self.NAME, text, partial(_at_once, tuple(sets.values())))
+            yield ApplyStep(self.NAME, text, partial(_at_once, tuple(sets.values())))
         yield from frees
 
     def not_live(self) -> Iterator[str]:
@@ -178,7 +178,7 @@ def _addresses(lines: Iterable[str]) -> set[tuple[str, str]]:
     return found
 
 
-def _free(order: str, path: str, addresses: Sequence[str]) -> Step:
+def _free(order: str, path: str, addresses: Sequence[str]) -> ApplyStep:
     """A lease lives on without its reservation, and keeps the address from the next who has it."""
 
     def run(_runner: Runner) -> None:
@@ -186,7 +186,7 @@ def _free(order: str, path: str, addresses: Sequence[str]) -> Step:
             command(path, order, {"ip-address": address}, ok=(0, _EMPTY))
 
     count = f"{len(addresses)} address{'es' * (len(addresses) != 1)}"
-    return Step(Kea.NAME, f"kea: free the leases of {count} ({order})", run)
+    return ApplyStep(Kea.NAME, f"kea: free the leases of {count} ({order})", run)
 
 
 def _set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from provision.network.document import Document
-from provision.network.service import Checker, Service, Step
+from provision.network.service import ApplyStep, Checker, Service
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class LibvirtNetwork(Service):
         for document in documents:
             yield Checker(("virt-xml-validate", document.path, "network"))
 
-    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         name = farm.network.network or ""
         for change in changes:
             if change.after is None:
@@ -71,7 +71,7 @@ class LibvirtNetwork(Service):
             else:
                 text = f"libvirt: define the network {name}, and change it live"
                 run = partial(_set, self.uri, change.after)
-            yield Step(self.NAME, text, run)
+            yield ApplyStep(self.NAME, text, run)
 
     def not_live(self) -> Iterator[str]:
         yield "hosts are changed live; what else changes, at the network's next start"

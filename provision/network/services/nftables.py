@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from inventory.errors import CommandFailed
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, Question, Service
 from provision.network.templating import Unwritable, Word
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Nftables(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker((*self.nft, "-c", "-f", self.config))
 
-    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         table = f"farmhand_{farm.farm.replace('-', '_')}"
         for change in changes:
             if change.after is None:
@@ -94,7 +94,7 @@ def _element_changes(before: str | None, after: str, table: str) -> str | None:
     return script
 
 
-def _nft(nft: Sequence[str], text: str, script: str, *, otherwise: str = "") -> Step:
+def _nft(nft: Sequence[str], text: str, script: str, *, otherwise: str = "") -> ApplyStep:
     def run(runner: Runner) -> None:
         try:
             runner.change(*nft, "-f", "-", input=script.encode())
@@ -103,4 +103,4 @@ def _nft(nft: Sequence[str], text: str, script: str, *, otherwise: str = "") -> 
                 raise
             runner.change(*nft, "-f", otherwise)  # the kernel's table isn't what our file said
 
-    return Step(Nftables.NAME, f"nftables: {text}", run)
+    return ApplyStep(Nftables.NAME, f"nftables: {text}", run)

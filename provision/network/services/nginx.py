@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, Question, Service
 from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Nginx(Service):
         shadow = (self.logs, "/run", *sorted(logs))
         yield Checker(("nginx", "-t", "-q", "-c", self.main), shadow)
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload, self.alive)
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:

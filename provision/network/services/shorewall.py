@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from inventory.errors import FarmhandError
 from provision.network.daemons import command
 from provision.network.document import Document
-from provision.network.service import Checker, NotAsked, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, NotAsked, Question, Service
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Shorewall(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("shorewall", "check", self.directory), ("/var/lib/shorewall",))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload)
 
     def questions(self, _farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from inventory.errors import DriverFailed
 from provision.network.daemons import SETTLE
 from provision.network.document import Document
-from provision.network.service import Checker, Question, Service, Step
+from provision.network.service import ApplyStep, Checker, Question, Service
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
@@ -77,18 +77,18 @@ class Unbound(Service):
         main = self.main if Path(self.main).exists() else self.config
         yield Checker(("unbound-checkconf", main))
 
-    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[Step]:
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """By data that go and come, where nothing else differs: a reload empties the cache."""
         for change in changes:
             before, after = change.before, change.after
             if before is None or after is None or _rest(before) != _rest(after):
                 run = partial(self._reload, _data(after or ""))
-                yield Step(self.NAME, f"unbound: {' '.join((*self.control, 'reload'))}", run)
+                yield ApplyStep(self.NAME, f"unbound: {' '.join((*self.control, 'reload'))}", run)
                 continue
             old, new = _data(before), _data(after)
             names = {_name(one) for one in old ^ new}
             text = f"unbound: change the local data of {len(names)} name{'s' * (len(names) != 1)}"
-            yield Step(self.NAME, text, partial(self._change, old, new))
+            yield ApplyStep(self.NAME, text, partial(self._change, old, new))
 
     def _change(self, old: frozenset[str], new: frozenset[str], runner: Runner) -> None:
         """A name loses all its data at once. So if it has others too, by hand, or not ours, then all is

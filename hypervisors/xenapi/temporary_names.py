@@ -30,7 +30,7 @@ _guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def making(owner: Owner) -> Iterator[str]:
+def temporary_name(owner: Owner) -> Iterator[str]:
     """A new name, of something alive within the context."""
     pid = os.getpid()
     maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"

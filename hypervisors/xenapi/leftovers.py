@@ -1,5 +1,5 @@
 """What killed processes left on a XenAPI server: found by names and marks alone, removed in the order
-that loses nothing. See ``making`` for how a living process' work is told from a dead one's."""
+that loses nothing. See ``temporary_names`` for how a living process' work is told from a dead one's."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from datetime import UTC, datetime
 
 from hypervisors.api import Leftover, Owner, Power, StepFn
 from hypervisors.xenapi.errors import translated
-from hypervisors.xenapi.making import is_dead, made_for
-from hypervisors.xenapi.pool import Pool, Seen
-from hypervisors.xenapi.records import PREFIX, Vdi, Vm
+from hypervisors.xenapi.pool import Pool, PoolMachine
+from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm
+from hypervisors.xenapi.temporary_names import is_dead, made_for
 from hypervisors.xenapi.wait import look
 
 
-class Remains:
+class XenApiLeftovers:
     def __init__(self, pool: Pool, step: StepFn) -> None:
         self.pool = pool
         self._farm = pool.farm
         self._step = step
         self._nameless: frozenset[str] = frozenset()  # as of the last look for leftovers
 
-    def remove(self, seen: Seen) -> None:
+    def remove(self, seen: PoolMachine) -> None:
         """The whole machine. From the first call on it isn't there any more, only its remains."""
         self.pool.give_up(seen.vm)
         swept = [s for s in seen.unfinished if made_for(s.name)]
@@ -66,7 +66,7 @@ class Remains:
             return sorted(self._unknown(self.pool.all_vms(), vdis) - self.pool.notes.all())
 
     @staticmethod
-    def _unknown(vms: Sequence[Vm], vdis: Mapping[str, Vdi]) -> frozenset[str]:
+    def _unknown(vms: Sequence[XenApiVm], vdis: Mapping[str, Vdi]) -> frozenset[str]:
         used = {vm.record["suspend_VDI"] for vm in vms}
         named = {vm.disk[0] for vm in vms if vm.disk}
         return frozenset(
@@ -75,7 +75,9 @@ class Remains:
             and ref not in used and vdi.uuid not in named and vdi.record["type"] == "user"
         )  # fmt: skip
 
-    def _why_left(self, vm: Vm, vms: Sequence[Vm]) -> Iterator[tuple[str, Owner | None, str]]:
+    def _why_left(
+        self, vm: XenApiVm, vms: Sequence[XenApiVm]
+    ) -> Iterator[tuple[str, Owner | None, str]]:
         written = vm.written
         if written.get("farm") != self._farm:
             return
@@ -121,7 +123,7 @@ class Remains:
                     self._step(f"remove VM {uuid}")
                     self._sweep(vm, vms)
 
-    def _sweep(self, vm: Vm, vms: Sequence[Vm]) -> None:
+    def _sweep(self, vm: XenApiVm, vms: Sequence[XenApiVm]) -> None:
         """A disk that some machine's mark names by now is that machine's: it is attached there."""
         named = {}
         for other in vms:

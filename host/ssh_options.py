@@ -8,9 +8,9 @@ from inventory.errors import UsageError
 
 
 def path_option(name: str, path: str | Path) -> tuple[str, str]:
-    """``-o NAME="PATH"``: with IdentityFile or UserKnownHostsFile, the very path, whatever is in it.
-    UsageError for "${", which ssh takes for a variable of the environment and has no other way to
-    write."""
+    """``-o NAME="PATH"``, for IdentityFile or UserKnownHostsFile: exactly that path, whatever is in it.
+    UsageError for "${": ssh takes it for a variable of the environment, and it can't be written
+    otherwise."""
     text = str(path)
     if "${" in text or "\n" in text:
         raise UsageError(f"{text!r}: OpenSSH can't be told such a path", remedy="give it another name")

@@ -11,13 +11,13 @@ from types import TracebackType
 
 from host.file_lock import FileLock
 from hypervisors.api import CLEAN, Template
-from hypervisors.disks.lvm.command import Group, Volume
+from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
 
 
-class Seen:
+class LvmState:
     """One report, read by its marks."""
 
-    def __init__(self, group: Group, links: Path, when: float = 0.0) -> None:
+    def __init__(self, group: VolumeGroup, links: Path, when: float = 0.0) -> None:
         """``when``: of the report, time.monotonic(); 0: now."""
         self.when = when or time.monotonic()
         self.group = group
@@ -25,7 +25,7 @@ class Seen:
         self.ours = tuple(v for v in group.volumes if v.ours)
         self.templates = {label_of(v): v for v in self.kind("template")}
 
-    def kind(self, kind: str, machine: str | None = None) -> list[Volume]:
+    def kind(self, kind: str, machine: str | None = None) -> list[LogicalVolume]:
         """Oldest first."""
         found = [v for v in self.ours if v.facts.get("kind") == kind]
         if machine is not None:
@@ -35,13 +35,13 @@ class Seen:
     def machines(self) -> list[str]:
         return sorted({v.facts["machine"] for v in self.kind("disk") if "machine" in v.facts})
 
-    def of(self, machine: str) -> list[Volume]:
+    def of(self, machine: str) -> list[LogicalVolume]:
         """All its volumes in the order to remove them: what depends comes before what it depends on."""
         return [
             v for k in ("disk", "source", "part", "checkpoint") for v in reversed(self.kind(k, machine))
         ]
 
-    def present(self, machine: str) -> Volume | None:
+    def present(self, machine: str) -> LogicalVolume | None:
         whole = [v for v in self.kind("disk", machine) if v.size >= int(v.facts.get("size", 0))]
         with contextlib.suppress(OSError):
             name = (self.links / machine).readlink().name
@@ -50,12 +50,12 @@ class Seen:
                     return volume
         return whole[-1] if whole else None
 
-    def checkpoints(self, machine: str) -> list[Volume]:
+    def checkpoints(self, machine: str) -> list[LogicalVolume]:
         """Complete ones, a base of its own for ``clean`` included."""
         half = self.half_made(machine)
         return [v for v in self.kind("checkpoint", machine) if v not in half]
 
-    def half_made(self, machine: str) -> list[Volume]:
+    def half_made(self, machine: str) -> list[LogicalVolume]:
         """Checkpoints killed before the disk was made to grow from them: the disk is still the one
         they were taken of, on the base it had then."""
         disk = self.present(machine)
@@ -64,7 +64,7 @@ class Seen:
             if disk and v.facts.get("of") == disk.name and v.facts.get("prev") == disk.facts.get("base")
         ]  # fmt: skip
 
-    def undone(self, machine: str) -> list[Volume]:
+    def undone(self, machine: str) -> list[LogicalVolume]:
         """What a checkpoint that was cut off has left, in the order to remove it: disks that grew from
         half-made checkpoints but never became present, those checkpoints, what they were read from."""
         half = self.half_made(machine)
@@ -72,7 +72,7 @@ class Seen:
         grown = [v for v in self.kind("disk", machine) if v.snapshot and v.origin in names]
         return [*grown, *half, *self.kind("source", machine)]
 
-    def base(self, disk: Volume, name: str) -> Volume | None:
+    def base(self, disk: LogicalVolume, name: str) -> LogicalVolume | None:
         """The sealed volume behind a checkpoint's name."""
         for volume in self.checkpoints(disk.facts["machine"]):
             if volume.facts.get("name") == name:
@@ -80,17 +80,17 @@ class Seen:
         return self.templates.get(disk.facts.get("template", "")) if name == CLEAN else None
 
 
-class Held:
+class HeldLock:
     """The store's lock while it is held, and the locks of parts that go with it. None: no lock.
     ``seen``: an earlier look, if it still holds good."""
 
     def __init__(self, lock: FileLock | None) -> None:
-        self.seen: Seen | None = None
+        self.seen: LvmState | None = None
         self._lock = lock
         self._own = contextlib.ExitStack()
         self._kept = contextlib.ExitStack()
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> HeldLock:
         if self._lock:
             self._own.enter_context(self._lock.hold())
         return self
@@ -123,7 +123,7 @@ def kept(facts: Mapping[str, str]) -> dict[str, str]:
     return {key: facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")}
 
 
-def label_of(volume: Volume) -> str:
+def label_of(volume: LogicalVolume) -> str:
     return f"{volume.facts.get('name', '')}@{volume.facts.get('gen', '')}"
 
 
@@ -139,7 +139,7 @@ def template_facts(template: Template) -> dict[str, str]:
     }
 
 
-def read_template(volume: Volume, vg: str) -> Template:
+def read_template(volume: LogicalVolume, vg: str) -> Template:
     facts = volume.facts
     return Template(
         name=facts["name"],

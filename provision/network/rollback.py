@@ -21,7 +21,7 @@ from provision.engine.journal import Entry, Record
 from provision.engine.operation import Activity, Recovery
 from provision.network.changes import FileChange
 from provision.network.daemons import steps
-from provision.network.records import Op
+from provision.network.records import RecordChange
 from provision.network.service import services as used_services
 from provision.site import Site
 
@@ -136,7 +136,7 @@ class ApplyFacts(Facts):
     """``files``: in the order they are written; ``updates``: of live zones."""
 
     files: tuple[KeptFile, ...] = ()
-    updates: tuple[Op, ...] = ()
+    updates: tuple[RecordChange, ...] = ()
 
 
 def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> None:

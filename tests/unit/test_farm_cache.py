@@ -16,7 +16,7 @@ from inventory.errors import InventoryError, NotFound
 from inventory.loader import loads
 from inventory.model import Farm
 from inventory.validation import CORE_FILE, validated
-from provision.known import known_farm
+from provision.farm_cache import known_farm
 from tests.unit.test_inventory_properties import farms
 
 ROOT = Path(__file__).resolve().parents[2]

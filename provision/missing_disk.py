@@ -18,7 +18,7 @@ from provision.site import Site
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class MissingDisk:
     """``text`` and ``remedy``: a line each. ``template``: what a new disk may be made from at once;
     None: somebody has to look first."""
 
@@ -30,7 +30,7 @@ class Lost:
         return NotFound(f"{member.site.name}: {member.vm}: {self.text}", remedy=self.remedy)
 
 
-def lost(member: Member, machine: Machine) -> Lost | None:
+def missing_disk(member: Member, machine: Machine) -> MissingDisk | None:
     """None: its disk is there, or none of ours to keep."""
     site, vm, host = member.site, member.vm, member.host
     if not member.has_store or member.disk() is not None:
@@ -39,11 +39,11 @@ def lost(member: Member, machine: Machine) -> Lost | None:
         return None
     for record in site.journal.unfinished():
         if member.vm in record.vms and (why := without_disk(record)):
-            return Lost(why, (Call("recover"), " goes on with it"))
+            return MissingDisk(why, (Call("recover"), " goes on with it"))
     store = member.store
     gone = "its disk is gone"
     if is_on(machine):
-        return Lost(
+        return MissingDisk(
             f"{gone} while it runs: what its guest writes is lost when it stops",
             ("copy what you need out of it, ", Call("stop", vm=vm), ", then ", Call("clone-farm")),
         )
@@ -51,16 +51,16 @@ def lost(member: Member, machine: Machine) -> Lost | None:
         again: Remedy = (Call("destroy", vm=vm), ", which gives them up, then ", Call("clone-farm"))
         if grows_from(store, machine.name):
             again = (Call("reset", vm=vm, to=kept[-1]), " makes it a new one from there; or ", again)
-        return Lost(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
+        return MissingDisk(f"{gone}; its checkpoints are left: {', '.join(kept)}", again)
     rest = [] if isinstance(store, LostDisks) else store.leftovers()
     if refs := [left.ref for left in rest if left.owner == member.owner]:
-        return Lost(
+        return MissingDisk(
             f"{gone}; something of it is left: {', '.join(refs)}",
             (Call("destroy", vm=vm), " gives that up; then ", Call("clone-farm")),
         )
     template = next((t for t in store.templates() if t.label == machine.template), None)
     if template is None:
-        return Lost(
+        return MissingDisk(
             f"{gone}, and so is its template {machine.template}",
             (
                 f"see that what host {host} keeps its disks on is mounted; if all is lost: ",
@@ -70,7 +70,7 @@ def lost(member: Member, machine: Machine) -> Lost | None:
             ),
         )
     remedy = (Call("clone-farm", vm=vm), f" makes it a new one from {template.label}")
-    return Lost(gone, remedy, template)
+    return MissingDisk(gone, remedy, template)
 
 
 def left_of(store: Disks, machine: str) -> tuple[str, ...]:
@@ -87,8 +87,8 @@ def grows_from(store: Disks, machine: str) -> tuple[Checkpoint, ...]:
 
 
 def left_to_people(site: Site, host: str, name: str) -> bool:
-    """Whether a machine without a disk in its host's store is nothing to clear away: as ``lost`` has
-    it, somebody has to look first. With its definition would go what its guest still writes, or what
+    """Whether a machine without a disk in its host's store is nothing to clear away: as ``missing_disk``
+    has it, somebody has to look first. With its definition would go what its guest still writes, or what
     says whose the disk is that comes back."""
     if has_disk_elsewhere(site, host, name):
         return True
@@ -113,6 +113,6 @@ def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
 
 def require(member: Member, machine: Machine, disk: Disk | None) -> None:
     """For whoever is about to use the disk that was found. NotFound."""
-    found = lost(member, machine) if disk is None else None
+    found = missing_disk(member, machine) if disk is None else None
     if found is not None:
         raise found.error(member)

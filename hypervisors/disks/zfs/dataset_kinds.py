@@ -21,7 +21,7 @@ _DEV = Path("/dev/zvol")
 _CLOSING = 10.0  # seconds that udev may take to look at a device
 
 
-class Kind(Protocol):
+class DatasetKind(Protocol):
     name: str  # the value of "farmhand:store" on the store's own datasets
     parents: Sequence[str]  # properties of these, inherited by all that is made
 
@@ -62,7 +62,7 @@ class Kind(Protocol):
         """Before they are rolled back or removed: all of them, or none. Busy where one is in use."""
 
 
-class Volumes:
+class Zvols:
     """Block devices below /dev/zvol. Nothing need be shut: that they are open the kernel says."""
 
     name = "1"
@@ -124,7 +124,7 @@ class Volumes:
         pass
 
 
-class Files:
+class RawFiles:
     """``disk.raw`` in each dataset, mounted below a directory of ours that only QEMU's user may enter;
     so the file itself needs no change when a clone is given to that user, which would count as written.
 

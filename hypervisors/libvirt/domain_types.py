@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hypervisors.api import Capabilities, Disk, MachineSpec, MemoryUse, StepFn
 from hypervisors.libvirt import balloon
-from hypervisors.libvirt.domain_xml import Seen, domain_xml
+from hypervisors.libvirt.domain_xml import DomainDefinition, domain_xml
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.libvirt.qemu_process import kill_qemu
 from inventory.errors import FarmhandError
@@ -24,7 +24,7 @@ UNDEFINE_MANAGED_SAVE = 1
 _UNDEFINE_SNAPSHOTS, _UNDEFINE_NVRAM, _UNDEFINE_CHECKPOINTS = 2, 4, 16
 
 
-class Kind(Protocol):
+class DomainType(Protocol):
     """``shutdown`` and ``undefine``: flags for virDomainShutdownFlags and virDomainUndefineFlags."""
 
     @property
@@ -41,7 +41,7 @@ class Kind(Protocol):
     def cut_power(self, name: str, uuid: str) -> bool:
         """Where there is a quicker way than libvirt's own: True if that was taken."""
 
-    def console_log(self, name: str, seen: Seen) -> Path | None: ...
+    def console_log(self, name: str, seen: DomainDefinition) -> Path | None: ...
 
     def set_memory(
         self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
@@ -54,7 +54,7 @@ class Kind(Protocol):
     def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
         """As ``hypervisors.api.WatchedMachines``."""
 
-    def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> FarmhandError | None:
+    def why_no_start(self, domain: libvirt.virDomain, seen: DomainDefinition) -> FarmhandError | None:
         """What it was that libvirt's own words don't tell, after a start has failed."""
 
 
@@ -89,7 +89,7 @@ class Qemu:
         is noted in a few milliseconds."""
         return kill_qemu(name, uuid)
 
-    def console_log(self, name: str, seen: Seen) -> Path | None:  # noqa: ARG002
+    def console_log(self, name: str, seen: DomainDefinition) -> Path | None:  # noqa: ARG002
         return seen.console_log
 
     def set_memory(
@@ -103,5 +103,5 @@ class Qemu:
     def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
         return balloon.notes(connection)
 
-    def why_no_start(self, domain: libvirt.virDomain, seen: Seen) -> None:  # noqa: ARG002
+    def why_no_start(self, domain: libvirt.virDomain, seen: DomainDefinition) -> None:  # noqa: ARG002
         return
