@@ -25,8 +25,9 @@ _PATIENCE = 10.0  # seconds for a URL
 
 
 def with_source(report: CheckReport, farm_file: Path, *, ask: bool) -> CheckReport:
-    """The report, and what is to be said of the farm's source and its steps. ``ask``: whether a URL is
-    asked, which may take seconds. A farm file that can't be read is the report's own matter."""
+    """The report, with what there is to say of the farm's source and steps. ``ask``: whether to ask a
+    URL, which may take seconds. A farm file that can't be read adds nothing here: the report has it
+    already."""
     try:
         farm = load(farm_file)
     except FarmhandError:
@@ -36,7 +37,7 @@ def with_source(report: CheckReport, farm_file: Path, *, ask: bool) -> CheckRepo
 
 
 def _tools(farm: Farm) -> Check | None:
-    """Of the cycle's steps; None where they need none here."""
+    """Tools of the cycle's steps that must be here; none if they need none."""
     steps = steps_of(farm.cycle) if farm.cycle else ()
     wanted = sorted({tool for step in steps for tool in step.TOOLS})
     if not wanted:
@@ -49,7 +50,7 @@ def _tools(farm: Farm) -> Check | None:
 
 
 def noted(farm: Farm, outcome: Outcome) -> Outcome:
-    """A plan, with a note if the source is broken, which the cycle would only find later."""
+    """The plan, with a note if the source is broken: otherwise only the cycle would find that."""
     found = examine(farm, ask=False)
     if found is None or found.ok:
         return outcome
@@ -57,8 +58,8 @@ def noted(farm: Farm, outcome: Outcome) -> Outcome:
 
 
 def examine(farm: Farm, *, ask: bool) -> Check | None:
-    """Whether the source is there, a git repository, and has the revision; None without one. A URL is
-    judged by what answers here, which is a note at most, for it is the VM that must reach it."""
+    """Whether the source is there, is a git repository, and has the revision; None without a source. A
+    URL that doesn't answer from here is a note at most: it is the VM that must reach it."""
     source = farm.source
     if source is None:
         return None

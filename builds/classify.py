@@ -50,8 +50,8 @@ _COMPILED = tuple((kind, re.compile(pattern, re.MULTILINE)) for kind, pattern in
 def classify(
     output: str, *, status: int, timed_out: bool = False, declared: FailureClass | None = None
 ) -> tuple[FailureClass, str]:
-    """The class, and the line of the output that tells it ("" if none does). ``declared`` is the
-    step's own ``failure``. A lost connection never comes here: that is infrastructure."""
+    """The class, and the line of the output that tells it ("" if none does). ``declared``: the step's
+    own ``failure``. A lost connection never comes here: that is infrastructure."""
     if timed_out:
         return "time-out", ""
     for kind, pattern in _COMPILED:
@@ -65,7 +65,8 @@ def classify(
 
 
 def _line(output: str, at: int) -> str:
-    """The line there; where it only announces ("Failed build dependencies:"), the next one with it."""
+    """The line at that place. If it only announces ("Failed build dependencies:"), the next line,
+    too."""
     lines = output[output.rfind("\n", 0, at) + 1 :].splitlines()
     first = lines[0].strip()
     if first.endswith(":") and len(lines) > 1:

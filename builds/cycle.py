@@ -1,8 +1,7 @@
 """A build: the jobs of its plan in their order, one build record, everything left consistent.
 
-A second Ctrl-C while the first is being dealt with gives up on ballooning the VMs down; the record is
-written in any case.
-"""
+A second Ctrl-C, while the first is being dealt with, only skips ballooning the VMs down. The record is
+written in any case."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ _DETAIL_LINES = 20  # in the error
 
 
 class Build:
-    """One run of the cycle: a plan carried out. Everything here happens in one event loop."""
+    """One run of the cycle: it carries a plan out. Everything here happens in one event loop."""
 
     def __init__(self, site: Site, plan: BuildPlan, request: RunCycle, meter: Meter) -> None:
         self._site = site
@@ -94,7 +93,7 @@ class Build:
     # -- the whole ----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """The plan; the outcome is in the record."""
+        """Carry the plan out. The outcome is in the record."""
         self._save()
         with self._signals():
             sums = asyncio.ensure_future(self._checksum())
@@ -106,7 +105,7 @@ class Build:
         await self._do(self._plan.close)
 
     def close(self) -> None:
-        """The record's last word."""
+        """Write the record's end."""
         result = "partial" if self._record.partial else "passed"
         if self._trouble or any(step.status == "failed" for step in self._steps.values()):
             result = "failed"
@@ -120,8 +119,8 @@ class Build:
         prune(self._site.paths, self._plan.cycle.keep_records, current=self._record.id)
 
     def verdict(self) -> tuple[str, str, Mapping[str, object]]:
-        """For the journal and those who are told of builds: how it ended, why, and what there is to say
-        of the build."""
+        """How the build ended, why, and what there is to say of it: for the journal and for
+        subscribers."""
         record, step = self._record, self._record.failed_step
         told: dict[str, object] = {
             "result": record.result,
@@ -142,7 +141,7 @@ class Build:
         return record.result, self._trouble.message if self._trouble else why, told
 
     def conclude(self) -> BuildRecord:
-        """The record, or the error that tells how it ended."""
+        """The record of a build that passed; else raises the error that tells how it ended."""
         record = self._record
         if self._trouble is not None:
             raise self._trouble
@@ -204,7 +203,7 @@ class Build:
     # -- one step -----------------------------------------------------------------------------
 
     async def step(self, step: StepKind) -> bool:
-        """Whether it passed. Only CancelledError leaves it."""
+        """Carry one step out. Returns whether it passed. Raises only CancelledError."""
         name, vm = step.name, step.vms[0]
         reporter = self._site.reporter
         number = self._plan.steps.index(step) + 1
@@ -406,7 +405,8 @@ def _waiting(number: int, step: StepKind, plan: BuildPlan) -> StepRecord:
 
 
 def _source_record(site: Site, source: Resolved | None, before: Lineage) -> SourceRecord:
-    """Of a partial run whose skipped steps nobody can vouch for: without a commit."""
+    """The record's source. A partial run has no commit there if nobody can vouch for the skipped
+    steps."""
     if source is None:
         return SourceRecord()
     whole = (r.source.commit for r in load_records(site.paths) if r.source.commit and not r.partial)

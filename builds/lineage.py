@@ -1,9 +1,8 @@
 """What a VM holds of earlier builds, so that a cycle that skips steps can say what it goes on from.
 
-The VM itself tells: before a build does anything in it, the build's id is written to a file in the
-login's home. A reset takes that file away with all the rest, whoever resets; a restart doesn't; a
-checkpoint keeps it with the state that it belongs to. What the build did there is in its record.
-"""
+The VM itself tells. Before a build does anything in it, the build's id is written to a file in the
+login's home. A reset, by whomever, takes that file away with all the rest. A restart doesn't. A
+checkpoint keeps it with the state that it belongs to. What the build did there is in its record."""
 
 from __future__ import annotations
 
@@ -32,9 +31,9 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """What the steps that are skipped left behind, as far as anybody knows. ``done``: by step, the build
-    in which it passed. ``unverified``: by step, why it is not known to have been done. ``source``: what
-    the builds that did them were given; None where nothing of it is in the VMs."""
+    """What the skipped steps left behind, as far as that is known. ``done``: by step, the build in which
+    it passed. ``unverified``: by step, why that is not known. ``source``: what the builds that did them
+    were given; None if nothing of it is in the VMs."""
 
     done: Mapping[str, str] = field(default_factory=dict)
     unverified: Mapping[str, str] = field(default_factory=dict)
@@ -42,12 +41,12 @@ class Lineage:
 
     @property
     def why(self) -> str:
-        """Why nobody knows which commit is in the VMs; "" where that is known."""
+        """Why nobody knows which commit is in the VMs; "" if it is known."""
         return "; ".join(f"{steps}: {why}" for why, steps in _grouped(self.unverified))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the plan and the record."""
+        """Notes for the plan and the record."""
         return (
             *(f"{steps}: not run, passed in build {build}" for build, steps in _grouped(self.done)),
             *(f"not verified: {steps}: {why}" for why, steps in _grouped(self.unverified)),
@@ -69,7 +68,7 @@ def reset_first(steps: Iterable[StepKind], vm: str) -> bool:
 
 
 def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> Lineage:
-    """What this choice of a cycle's steps goes on from; VMs are asked only where steps are skipped."""
+    """What the chosen steps of a cycle go on from. VMs are asked only if steps are skipped."""
     steps = [step for step in every if step.name in chosen]
     first, last = every.index(steps[0]), every.index(steps[-1])
     relevant = [step for step in every[:first] if _counts(step, steps)]
@@ -85,7 +84,8 @@ def look_back(site: Site, every: Sequence[StepKind], chosen: frozenset[str]) -> 
 def judge(
     steps: Sequence[StepKind], marks: Mapping[str, tuple[str, str]], records: Sequence[BuildRecord]
 ) -> Lineage:
-    """``marks``: by VM, the build whose work it holds, or "" and why that isn't known."""
+    """``marks``: by VM, the build whose work it holds ("" if that isn't known), and why it isn't
+    known."""
     known = {record.id: record for record in records}
     done: dict[str, str] = {}
     unverified: dict[str, str] = {}
@@ -118,7 +118,8 @@ def judge(
 
 
 def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:
-    """Whether what is run depends on it: it left something, in a VM that isn't reset first now."""
+    """Whether the chosen steps depend on this one: it left something in a VM that isn't reset first
+    now."""
     return not step.RENEWS and not reset_first(chosen, step.changes)
 
 

@@ -40,8 +40,8 @@ export LC_ALL=C
 
 
 class Machines:
-    """Used within one event loop. ``note`` tells the record (and the admin) what did not work but
-    does not stop the build."""
+    """The VMs of one build, used within one event loop. ``note``: tells the record, and the admin, what
+    did not work but doesn't stop the build."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Machines:
     # -- as the record sees them --------------------------------------------------------------
 
     def begin(self, vm: str, *, resets: bool) -> None:
-        """Note what the VM is, before anything is done to it. ``resets``: that is the first thing this
-        build does to it; else it is taken as it is, which the record says."""
+        """Note what the VM is, before anything is done to it. ``resets``: whether this build resets it
+        first. If not, it is taken as it is, and the record says so."""
         member = self._site.member(vm)
         with self._meter.hypervisor():
             capabilities = member.driver.capabilities()
@@ -98,7 +98,8 @@ class Machines:
     # -- reset --------------------------------------------------------------------------------
 
     async def reset(self, vm: str, to: str, say: Callable[[str], None]) -> None:
-        """To the checkpoint, started, answering as itself. The step's limit is kept by the caller."""
+        """Reset the VM to the checkpoint and start it; returns when it answers as itself. The caller
+        keeps the step's limit."""
         site, member = self._site, self._site.member(vm)
         await self.drop(vm)
         self._not_reset.add(vm)
@@ -131,8 +132,8 @@ class Machines:
     # -- connections --------------------------------------------------------------------------
 
     async def connection(self, vm: str) -> Connection:
-        """The VM's one connection, for work there: its clock is right, and it is marked as this build's.
-        WrongState where its reset failed in this build: nothing is built on a disk that isn't its
+        """The VM's one connection, for work there. Its clock is right, and it is marked as this build's.
+        WrongState if its reset failed in this build: nothing is built on a disk that isn't its
         checkpoint."""
         if vm in self._not_reset:
             raise WrongState("its reset failed, so it is not used in this build", vm=vm)
@@ -146,8 +147,8 @@ class Machines:
             return connection
 
     async def look(self) -> None:
-        """Before the first step: whether the VMs that are taken as they are can be built on. (Of one
-        that is reset, its reset tells.)"""
+        """Check, before the first step, that VMs taken as they are can be built on. For the others their
+        reset tells."""
         while self._unseen:
             await self._connected(self._unseen.pop())
 
@@ -177,7 +178,7 @@ class Machines:
         self._note(f"{vm}: its clock was {ready.skew:+.1f} s off; set, {left:+.2f} s left")
 
     async def _mark(self, vm: str, connection: Connection) -> None:
-        """From here on the VM holds this build's work."""
+        """Write into the VM that it holds this build's work from now on."""
         said: list[bytes] = []
         env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
         done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
@@ -195,7 +196,7 @@ class Machines:
             await connection.close()
 
     async def drop_all(self) -> None:
-        """At the end: what was carried there for the build is taken away."""
+        """Close all connections, at the end. What was copied there for the build is removed."""
         await asyncio.gather(*(self._tidy(vm) for vm in list(self._carried)))
         await asyncio.gather(*(self.drop(vm) for vm in list(self._connections)))
         for packed in self._directory.glob(".*.tar"):
@@ -208,7 +209,8 @@ class Machines:
                 await connection.output(f"rm -rf {shlex.quote(there)}")
 
     async def source(self, vm: str) -> Mapping[str, str]:
-        """What tells the VM's scripts where the source is: SOURCE_URL, "" without one."""
+        """Variables that tell the VM's scripts where the source is. SOURCE_URL is "" without a
+        source."""
         source = self._source
         if source is None:
             return {"SOURCE_URL": ""}
@@ -236,7 +238,7 @@ class Machines:
         return self._offers[vm]
 
     async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
-        """Copies of what is offered, in a directory of their own in the login's home: until the end, or
+        """Copy what is offered to a directory of its own in the login's home. It stays until the end, or
         the VM's reset."""
         if vm in self._carried:
             return self._carried[vm]
@@ -256,7 +258,7 @@ class Machines:
         return there
 
     async def list_packages(self, vm: str) -> None:
-        """Once a boot: what is installed before the build, into a file of the record."""
+        """Write the packages installed before the build to a file of the record, once per boot."""
         if self.records[vm].packages:
             return
         connection = await self.connection(vm)
@@ -280,7 +282,7 @@ class Machines:
     # -- memory -------------------------------------------------------------------------------
 
     async def inflate(self, vm: str) -> None:
-        """Give an idle VM its full memory before it builds. Can't be: a note."""
+        """Give an idle VM its full memory before it builds. A failure is a note."""
         full = self._site.member(vm).declared.memory
         machine = await self._idling(vm)
         if machine is not None and machine.current < full:
@@ -289,14 +291,14 @@ class Machines:
             self._update(vm, memory=full)
 
     async def deflate(self, vm: str) -> None:
-        """Back to idle memory, whatever became of the build. Can't be: a note."""
+        """Take it back to its idle memory, whatever became of the build. A failure is a note."""
         idle = self._site.member(vm).declared.idle_memory
         machine = await self._idling(vm)
         if idle is not None and machine is not None and is_on(machine) and machine.current != idle:
             await self._balloon(vm, idle)
 
     async def _idling(self, vm: str) -> Machine | None:
-        """The machine of a VM that has less memory while it idles."""
+        """The machine of a VM that has less memory while it idles; None for others."""
         member = self._site.member(vm)
         if not member.idles:
             return None
@@ -319,11 +321,11 @@ class Machines:
     # -- when things go wrong -----------------------------------------------------------------
 
     def console(self, vm: str) -> str:
-        """The console's last lines, or ""."""
+        """The last lines of its console; "" if there are none."""
         return console_tail(self._site.member(vm), lines=_CONSOLE_LINES)
 
     def state(self, vm: str) -> str:
-        """What the hypervisor says of it now, in a word, or ""."""
+        """Its power state in a word, as the hypervisor tells it now; "" if nobody can."""
         try:
             member = self._site.member(vm)
             machine = member.driver.find(member.machine)

@@ -33,21 +33,21 @@ Stream = Callable[[str, bytes], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunCycle(Operation):
-    """Carry out the farm's build cycle. Its outcome names the build, if all went well.
+    """Run the farm's build cycle. The outcome names the build, if all went well.
 
-    A VM is built on only once it was reset and its disk is proven to be the checkpoint; a cycle that
-    uses one before it resets it is refused, where its disk is ours.
-    ``start_from`` skips the steps before it: VMs are then taken as they are, which makes sense after a
-    failed or interrupted cycle; the record says of which. Such a partial run builds what the skipped
-    steps were given, where the VMs tell (``builds.lineage``), and its record says what is not known;
-    it is refused where they hold another commit than ``revision``. ``keep_going``: later steps are tried
-    after a failed one, but not on a VM whose reset failed.
-    ``revision`` is any gitrevisions(7) of the source, in place of the farm file's.
+    A VM is built on only after it was reset and its disk was proven to be the checkpoint. A cycle that
+    uses a VM before it resets it is refused, if its disk is ours.
 
-    Raises, before anything is touched: Busy (another cycle, or somebody at work on one of the VMs),
+    ``start_from`` skips the steps before it; VMs are then taken as they are, and the record says which.
+    That is meant for going on after a failed or interrupted cycle. Such a partial run builds what the
+    skipped steps were given, if the VMs tell (``builds.lineage``), and its record says what is not
+    known. It is refused if they hold another commit than ``revision``. ``keep_going``: later steps are
+    tried after a failed one, but not on a VM whose reset failed. ``revision``: any gitrevisions(7) of
+    the source, in place of the farm file's.
+
+    Errors before anything is touched: Busy (another cycle, or somebody works on one of the VMs),
     NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
-    Interrupted.
-    """
+    Interrupted."""
 
     name = "cycle"
 
@@ -116,7 +116,7 @@ class CycleFacts(Facts):
 
 
 class _CycleActivity(Activity[CycleFacts]):
-    """The VMs' memory goes down again; how far it came its record says."""
+    """Recovery takes the VMs' memory down again. How far the build came is in its record."""
 
     name = "cycle"
     facts = CycleFacts

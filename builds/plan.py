@@ -41,8 +41,8 @@ def cycle_of(site: Site) -> Cycle:
 
 
 def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozenset[str]:
-    """Names of the steps to take. ``start_from`` skips those before it, ``only`` all others; both:
-    what both leave. NotFound names the nearest step."""
+    """Names of the steps to take. ``start_from`` skips those before it, ``only`` skips all others; with
+    both, what both leave. NotFound names the nearest step."""
     names = [step.name for step in cycle.steps]
     for name in (*only, *((start_from,) if start_from is not None else ())):
         if name not in names:
@@ -59,10 +59,11 @@ def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozens
 
 
 def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
-    """Everything that can be known beforehand: the VMs exist, can be driven over ssh, have what they
-    are to be reset to, and those not reset first are running. In a ``whole`` cycle each VM with a disk
-    of ours is reset before it is built on: a build begins on a proven disk. NotFound, Unsupported,
-    WrongState, UsageError."""
+    """Check all that can be known beforehand: the VMs exist, can be driven over ssh, and have the
+    checkpoints they are to be reset to; those not reset first are running. In a ``whole`` cycle each VM
+    with a disk of ours is reset before it is built on: a build begins on a proven disk.
+
+    Errors: NotFound, Unsupported, WrongState, UsageError."""
     ready: set[str] = set()
     for step in steps:
         for vm in step.vms:
@@ -107,7 +108,7 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
 
 
 def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:
-    """What ``source`` and ``--revision`` mean now; None for a farm without a source."""
+    """The commit that ``source`` and ``--revision`` mean now; None for a farm without a source."""
     source = site.farm.source
     if source is None:
         if revision is not None:
@@ -128,7 +129,7 @@ def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resol
 
 
 def check_source(farm: Farm, steps: Iterable[StepKind], source: Resolved | None) -> None:
-    """Unsupported where it has what the cycle would leave out: see ``builds.source``."""
+    """Unsupported if the source has what the cycle would leave out: see ``builds.source``."""
     if source is not None:
         with _placed(farm):
             check_contents(source, (script for step in steps for script in step.scripts))
@@ -145,7 +146,7 @@ def _placed(farm: Farm) -> Iterator[None]:
 
 
 def source_place(farm: Farm) -> str:
-    """Where the farm file names its source: ``farm.yaml:42:15``."""
+    """The place where the farm file names its source, such as ``farm.yaml:42:15``."""
     key = "example" if farm.source is not None and farm.source.example else "repository"
     return place(farm, "source", key)
 
@@ -153,8 +154,8 @@ def source_place(farm: Farm) -> str:
 def source_for(
     site: Site, before: Lineage, revision: str | None, *, steps: Sequence[StepKind], snapshot: bool
 ) -> Resolved | None:
-    """What is built: what the skipped steps were given, where there are such; else ``revision`` or the
-    farm file's. WrongState where the VMs hold another commit than ``revision``."""
+    """What is built: what the skipped steps were given, if there are any; else ``revision``, or the farm
+    file's. WrongState if the VMs hold another commit than ``revision``."""
     held = before.source if site.farm.source else None
     if held is None or not held.commit or (before.why and revision is not None):
         return resolve_source(site, revision, snapshot=snapshot)
@@ -188,8 +189,8 @@ def source_for(
 
 @dataclass(frozen=True, slots=True)
 class BuildJob:
-    """A line of the plan, and what a build does for it, which says whether it went well; None: the line
-    is all. ``step``: which it is, if it is one."""
+    """A line of the plan, and what a build does for it. ``run``: returns whether it went well; None: the
+    line is all. ``step``: the step that it is, if it is one."""
 
     action: Action
     run: Callable[[Build], Awaitable[bool]] | None = None
@@ -198,8 +199,8 @@ class BuildJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """All that a build does, in its order: ``jobs`` until one fails; ``give_back``, side by side,
-    whatever became of them; ``close`` at last."""
+    """All that a build does, in its order. ``jobs``: until one fails. ``give_back``: side by side,
+    whatever became of the jobs. ``close``: at the end."""
 
     cycle: Cycle
     steps: tuple[StepKind, ...]
@@ -220,15 +221,15 @@ class BuildPlan:
 
 
 def vms_of(steps: Iterable[StepKind]) -> tuple[str, ...]:
-    """Each once, in the order in which they are used."""
+    """The VMs of these steps, each once, in the order in which they are used."""
     return tuple(dict.fromkeys(vm for step in steps for vm in step.vms))
 
 
 def plan_build(
     site: Site, start_from: str | None, only: Sequence[str], revision: str | None, *, snapshot: bool
 ) -> BuildPlan:
-    """What such a cycle does, by real reads; but for a commit of the source's present state, with
-    ``snapshot``, nothing is changed. Errors as of ``check`` and ``source_for``."""
+    """What such a cycle does, by real reads. Nothing is changed; only with ``snapshot`` the source's
+    present state is committed. Errors: as of ``check`` and ``source_for``."""
     cycle = cycle_of(site)
     every = steps_of(cycle)
     chosen = choose(cycle, start_from, only)
@@ -272,7 +273,7 @@ def plan_build(
 
 
 def _beforehand(before: Lineage, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:
-    """What is built, and on what; nothing is done for it."""
+    """Lines that say what is built, and on what. Nothing is done for them."""
     if source is not None:
         if source.commit:
             what = f"{source.short} ({source.subject})" if source.subject else source.short
@@ -291,8 +292,8 @@ def _beforehand(before: Lineage, source: Resolved | None, steps: Sequence[StepKi
 
 
 def batches(jobs: Iterable[BuildJob]) -> list[list[BuildJob]]:
-    """What there is to do, in its order; resets that follow one another, of different VMs, are side by
-    side."""
+    """The jobs in their order, in batches. Resets of different VMs that follow one another are one
+    batch, and run side by side."""
     result: list[list[BuildJob]] = []
     for job in jobs:
         if job.run is None:

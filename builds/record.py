@@ -44,7 +44,7 @@ Flow = Literal["in", "out", ""]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A file that went in or came out. ``path`` is relative to the record, or where it is in ``vm``."""
+    """A file that went in or came out. ``path``: relative to the record, or its place in ``vm``."""
 
     name: str
     size: int
@@ -115,7 +115,7 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRecord:
-    """One build. ``directory`` is where it lies now; not part of the JSON."""
+    """One build. ``directory``: where it lies now; it is not part of the JSON."""
 
     id: str
     farm: str
@@ -145,13 +145,13 @@ class BuildRecord:
 
     @property
     def partial(self) -> str:
-        """``1/7``: of seven steps one was asked for; "" where all were."""
+        """``1/7`` if one of seven steps was asked for; "" if all were."""
         chosen = sum(step.chosen for step in self.steps)
         return f"{chosen}/{len(self.steps)}" if chosen < len(self.steps) else ""
 
     @property
     def verdict(self) -> str:
-        """The result in words: ``passed``, ``partial 1/7``, ``failed, partial 3/7``."""
+        """The result in words, such as ``passed``, ``partial 1/7``, ``failed, partial 3/7``."""
         if not self.partial:
             return self.result
         return f"{'' if self.result == 'partial' else f'{self.result}, '}partial {self.partial}"
@@ -165,7 +165,7 @@ class BuildRecord:
         return self.directory / "index.html"
 
     def as_dict(self) -> dict[str, object]:
-        """As ``--json`` has it; ``record`` and ``page`` say where it lies."""
+        """The record for ``--json``; ``record`` and ``page`` say where it lies."""
         return {**self._stored(), "record": str(self.path), "page": str(self.page)}
 
     def _stored(self, text: Callable[[Text], object] = lambda known: known) -> dict[str, object]:
@@ -183,8 +183,9 @@ class BuildRecord:
 
 
 def replace_file(path: Path, text: str, *, durable: bool) -> None:
-    """Replace a file in one step, mode 0644. While a build runs, not ``durable``: the death of this
-    process leaves the old or the new all the same, and a disk's flush may take longer than a step."""
+    """Replace a file in one step, with mode 0644. While a build runs it need not be ``durable``: if this
+    process dies, the old file or the new is there all the same, and a disk's flush may take longer than
+    a step."""
     if durable:
         write_atomic(path, text.encode())
         return
@@ -203,7 +204,7 @@ def now() -> str:
 
 
 def new_directory(paths: FarmPaths, commit: str) -> Path:
-    """A record's own directory, its name the build's id: UTC second and short commit."""
+    """Make a record's directory. Its name is the build's id: UTC second and short commit."""
     make_directory(paths.builds, mode=0o755)
     base = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ") + (f"-{commit[:7]}" if commit else "")
     number = 1
@@ -221,16 +222,16 @@ def new_directory(paths: FarmPaths, commit: str) -> Path:
 
 
 def point_last(paths: FarmPaths, build: str) -> None:
-    """``builds/last`` is the build begun last."""
+    """Make ``builds/last`` point to the build begun last."""
     link = paths.builds / f".last.{secrets.token_hex(4)}"
     link.symlink_to(build)
     link.replace(paths.builds / "last")
 
 
 def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
-    """All of a farm's records, the newest first. A directory without a readable record is passed by:
-    a cycle killed before its first step left nothing to tell, and one of another farmhand is told by
-    ``foreign_records``. One that says it is running, though no living cycle is, was interrupted."""
+    """All of a farm's records, the newest first. A directory without a readable record is skipped: a
+    cycle killed before its first step left nothing to tell, and ``foreign_records`` tells of another
+    farmhand's. A record that says it is running, though no living cycle is, is shown as interrupted."""
     holder = Locks(paths.locks).holder(CYCLE_LOCK)
     records = []
     if paths.builds.is_dir():
@@ -262,8 +263,8 @@ def foreign_records(paths: FarmPaths) -> tuple[str, ...]:
 
 
 def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
-    """By id, the beginning of one, or "last". NotFound, naming the nearest; WrongState for one in
-    another farmhand's format."""
+    """The record with that id, or with an id that begins so, or the "last". Errors: NotFound (it names
+    the nearest), WrongState (it is in another farmhand's format)."""
     records = load_records(paths)
     if build != "last":
         others = [name for name in foreign_records(paths) if name.startswith(build)]
@@ -286,8 +287,8 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
 
 
 def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:
-    """Remove what is more than ``keep``: old successful builds first, failed ones last, the current
-    one never. Returns the ids removed."""
+    """Remove all but ``keep`` records: old successful builds first, failed ones last, the current one
+    never. Returns the ids removed."""
     for rest in paths.builds.glob(".trash-*"):  # from a killed one
         shutil.rmtree(rest, ignore_errors=True)
     records = [r for r in load_records(paths) if r.id != current and r.result not in _NEVER_REMOVED]
@@ -305,7 +306,7 @@ def prune(paths: FarmPaths, keep: int, *, current: str) -> tuple[str, ...]:
 
 
 def as_interrupted(record: BuildRecord) -> BuildRecord:
-    """A record whose cycle was killed, as it should read."""
+    """The record of a cycle that was killed, as it should read."""
     steps = tuple(
         dataclasses.replace(step, status="interrupted" if step.status == "running" else "skipped")
         if step.status in ("running", "waiting")
@@ -319,7 +320,7 @@ def as_interrupted(record: BuildRecord) -> BuildRecord:
 
 
 def _read(directory: Path) -> BuildRecord:
-    """WrongState: it is in another farmhand's format."""
+    """The record in that directory. WrongState if it is in another farmhand's format."""
     data = json.loads((directory / "record.json").read_text())
     if data.get("format") != FORMAT:
         where = directory / "record.json"
@@ -355,6 +356,6 @@ def _files(data: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
 
 
 def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what a newer version may have added."""
+    """The values without those that a newer version may have added."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in data.items() if name in names}

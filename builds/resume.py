@@ -1,4 +1,4 @@
-"""Calls to go on with: nothing that mattered in the run before is left out."""
+"""The calls to go on with after a cycle. They repeat all that mattered in the one before."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from inventory.errors import Call
 
 
 def cycle_asked(*, only: Sequence[str], revision: str | None, keep_going: bool) -> Call:
-    """A cycle as it was asked for, beside where to begin."""
+    """The call of a cycle as it was asked for, without where it begins."""
     return Call("cycle", only=only, revision=revision, keep_going=keep_going)
 
 
 def from_step(asked: Call, step: str) -> Call:
-    """The same from this step on; "": all of it."""
+    """The same call, from this step on; "": from the beginning."""
     return Call(asked.task, from_=step or None, **dict(asked.flags))

@@ -1,11 +1,10 @@
 """What is built: a git revision, resolved to one commit before anything is touched.
 
-A directory on this machine is resolved here and later offered to the VMs through their ssh
-connections. One that isn't a git repository by itself (though it may lie inside one) is made one: its
-present state is committed to a bare repository of the farm's own, so that what was built has a name
-and can be built again. A URL is asked by ``git ls-remote``; what that can't answer (``master~3``, a
-host only the VM reaches) is resolved in the VM.
-"""
+A directory on this machine is resolved here, and later offered to the VMs through their ssh connections.
+A directory that is no git repository itself (though it may lie inside one) is made one: its present
+state is committed to a bare repository of the farm's own. So what was built has a name and can be built
+again. A URL is asked by ``git ls-remote``. What that can't answer (``master~3``, a host that only the VM
+reaches) is resolved in the VM."""
 
 from __future__ import annotations
 
@@ -89,8 +88,8 @@ class NoRevision(NotFound):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submodule:
-    """Another repository's ``commit`` within the source. ``name`` is as .gitmodules has it, or "";
-    ``repository`` is where it is on this machine, if it is."""
+    """Another repository's ``commit`` within the source. ``name``: as in .gitmodules, or "".
+    ``repository``: its place on this machine; None if it isn't here."""
 
     name: str
     path: str
@@ -100,8 +99,8 @@ class Submodule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """One revision. ``commit`` is "" where only the VM can tell; ``url`` is "" where the repository is
-    offered through the connection; ``repository`` is the git directory that is offered then."""
+    """One revision. ``commit``: "" if only the VM can tell. ``url``: "" if the repository is offered
+    through the connection. ``repository``: the git directory that is offered then."""
 
     name: str
     shown: str  # the source as messages and records show it, without passwords
@@ -121,7 +120,7 @@ class Resolved:
 
 
 def is_directory(repository: str) -> bool:
-    """Whether it names a directory of this machine, rather than a URL that the VM reaches."""
+    """Whether the source is a directory of this machine; else it is a URL that the VM reaches."""
     if repository.startswith("file://"):
         return True
     return "://" not in repository and not _SCP_LIKE.match(repository)
@@ -132,7 +131,7 @@ def directory_of(repository: str, base: Path) -> Path:
 
 
 def mask(url: str) -> str:
-    """A URL without the password it may hold, or the token that stands in the user's place."""
+    """A URL without its password, or the token in the user's place."""
     if not (secret := secret_of(url)):
         return url
     parts = urlsplit(url)
@@ -141,7 +140,7 @@ def mask(url: str) -> str:
 
 
 def secret_of(url: str) -> str:
-    """What of a URL may be shown nowhere, or ""."""
+    """The part of a URL that must never be shown; "" if there is none."""
     if "://" not in url:
         return ""
     user, _, _ = urlsplit(url).netloc.rpartition("@")
@@ -159,7 +158,7 @@ def name_of(repository: str, base: Path) -> str:
 
 
 def check_revision(revision: str) -> str:
-    """UsageError for what git could take for an option or could not take at all."""
+    """UsageError for a revision that git could take for an option, or not take at all."""
     if not revision or revision.startswith("-") or not revision.isprintable() or len(revision) > 500:
         raise UsageError(
             f"{revision!r} is not a git revision",
@@ -171,12 +170,12 @@ def check_revision(revision: str) -> str:
 def resolve(
     runner: Runner, repository: str, revision: str, *, base: Path, sources: Path, snapshot: bool = True
 ) -> Resolved:
-    """Find the commit. ``base``: what relative paths start from; ``sources``: where repositories of our
-    own are kept. ``snapshot`` False changes nothing: a directory's present state stays unresolved.
+    """Find the commit. ``base``: relative paths start there. ``sources``: where repositories of our own
+    are kept. With ``snapshot`` False nothing is changed, and a directory's present state stays
+    unresolved.
 
     Errors: NotFound (no such directory or revision), UsageError, WrongState (a repository that can't be
-    read, or lacks what it should hold), CommandFailed.
-    """
+    read, or lacks what it should hold), CommandFailed."""
     check_revision(revision)
     name = name_of(repository, base)
     if not is_directory(repository):
@@ -215,9 +214,9 @@ def resolve(
 
 
 class Git:
-    """git in a repository that the admin named as the source: read whoever owns it, and without running
-    any program that its own configuration names, for its owner may be somebody else. Nothing is written
-    to a repository that somebody works in."""
+    """git in a repository that the admin named as the source. It reads the repository whoever owns it,
+    and runs no program that its configuration names, for its owner may be somebody else. It writes
+    nothing to a repository that somebody works in."""
 
     def __init__(self, runner: Runner, where: Path) -> None:
         self._runner = runner
@@ -238,8 +237,8 @@ class Git:
 
 
 def check_contents(source: Resolved, scripts: Iterable[str]) -> None:
-    """Unsupported where the commit has what git alone doesn't bring to the VM, and none of the cycle's
-    ``scripts`` speaks of it."""
+    """Unsupported if the commit has what git alone doesn't bring to the VM, and none of the cycle's
+    ``scripts`` mentions it."""
     text = "\n".join(scripts).lower()
     submodules = tuple(submodule.path for submodule in source.submodules)
     for paths, word, what, how in (
@@ -285,8 +284,8 @@ def _broken(directory: Path, why: str) -> WrongState:
 
 
 def _check_complete(git: Git, commit: str, directory: Path) -> None:
-    """Whether all is there that a clone of it would bring, as far as can be told in little time. Nothing
-    is fetched from where a partial clone comes from: a VM that clones it could not wait for that."""
+    """Check that all is there that a clone would bring, as far as can be told in little time. What a
+    partial clone lacks is not fetched: a VM that clones it could not wait for that."""
     partial = git.ask("config", "--get-regexp", r"^remote\..*\.partialclonefilter$", ok=(0, 1)).stdout
     what = ("--all", commit) if partial else (f"--max-count={_RECENT}", commit)
     found = git.ask(
@@ -341,7 +340,7 @@ def _submodules(runner: Runner, git: Git, commit: str, directory: Path) -> Itera
 
 
 def _pointers(git: Git, commit: str) -> tuple[str, ...]:
-    """Looked for only where a .gitattributes speaks of LFS."""
+    """Files that are LFS pointers. Looked for only if a .gitattributes mentions LFS."""
 
     def holding(*args: str) -> tuple[str, ...]:
         found = git.ask("grep", "-I", "-l", "-z", "--full-name", *args, ok=(0, 1)).stdout
@@ -353,7 +352,7 @@ def _pointers(git: Git, commit: str) -> tuple[str, ...]:
 
 
 def archive_sha256(runner: Runner, source: Resolved) -> tuple[str, int]:
-    """sha256 and size in bytes of the commit's ``git archive``, the same wherever it is made."""
+    """sha256 and size in bytes of the commit's ``git archive``; the same wherever it is made."""
     assert source.repository is not None
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "source.tar"
@@ -371,8 +370,9 @@ def offered(source: Resolved) -> dict[str, tuple[Path, str]]:
 
 
 def variables(source: Resolved, urls: Sequence[str]) -> dict[str, str]:
-    """The environment of a build's scripts, given the URLs there of what is ``offered``, in its order.
-    Submodules are then fetched from there, whatever their own URLs: git-config(1), ENVIRONMENT."""
+    """The environment of a build's scripts. It has the URLs, in the VM, of what is ``offered``, in its
+    order. Submodules are then fetched from there, whatever their own URLs are: git-config(1),
+    ENVIRONMENT."""
     names = [s.name for s in source.submodules if s.name and s.repository is not None]
     settings = {f"submodule.{name}.url": url for name, url in zip(names, urls[1:], strict=True)}
     if not settings:
@@ -407,8 +407,8 @@ def pack(runner: Runner, source: Resolved, out: Path) -> None:
 
 
 def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
-    """The git directory that holds this directory's branches, if it is a repository (or a work tree)
-    by itself; None if it merely lies inside one."""
+    """The git directory with this directory's branches, if it is a repository (or a work tree) itself;
+    None if it only lies inside one."""
     # git-rev-parse looks no further up than this.
     env = {**reading({}), "GIT_CEILING_DIRECTORIES": str(directory.parent)}
     found = runner.read(
@@ -428,14 +428,14 @@ def _own_git_directory(runner: Runner, directory: Path) -> Path | None:
 
 
 def _reason(failed: CommandResult) -> str:
-    """Of what git said, the line that tells why."""
+    """The line of git's output that says why."""
     lines = [line.strip() for line in failed.stderr.splitlines() if line.strip()]
     why = [line for line in lines if line.startswith(("error:", "fatal:"))]
     return (why or lines[-1:] or ["no reason"])[0]
 
 
 def _take_state(runner: Runner, directory: Path, mirror: Path, name: str) -> bool:
-    """Commit the directory's present state to ``mirror``; False if nothing has changed."""
+    """Commit the directory's present state to ``mirror``. False if nothing has changed."""
     if not (mirror / "HEAD").is_file():
         fresh = mirror.with_name(f".{mirror.name}.{os.getpid()}")
         shutil.rmtree(fresh, ignore_errors=True)

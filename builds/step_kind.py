@@ -1,11 +1,10 @@
-"""A kind of a cycle's step: all that farmhand knows of it is in its one file of ``builds.steps``.
+"""A kind of step of a cycle. All that farmhand knows of a kind is in one file of ``builds.steps``.
 
-A kind is its section of the farm file, with what is done for it: what is looked at beforehand, its line
-in the plan, how it is carried out, what it leaves in the record, which class its failures have. The
-cycle, its plan, record and page know no kind by name.
+A kind is its section of the farm file, with what is done for it: what is checked beforehand, its line in
+the plan, how it is carried out, what it leaves in the record, the class of its failures. The cycle, its
+plan, record and page know no kind by name.
 
-Each command imports the kinds that its farm uses: what only a run needs is imported by the run.
-"""
+Each command imports the kinds that its farm uses. What only a run needs, the run imports."""
 
 from __future__ import annotations
 
@@ -36,12 +35,12 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
 
     @property
     def limit(self) -> float | None:
-        """Seconds after which it is ended from outside; None: it keeps ``timeout`` by itself."""
+        """Seconds after which the step is ended from outside; None: it keeps ``timeout`` itself."""
         return self.timeout
 
     @property
     def scripts(self) -> tuple[str, ...]:
-        """What it runs in its VM."""
+        """The shell commands that it runs in its VM."""
         return ()
 
     @abstractmethod
@@ -50,27 +49,28 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
 
     @property
     def target(self) -> str:
-        """The VM that it brings something to from another one; "" if it does no such thing."""
+        """The VM that it brings something to from another VM; "" if it does no such thing."""
         return ""
 
     def details(self) -> Mapping[str, str]:
-        """What the record and its page say of it beside its name and VMs: short names, short texts."""
+        """What the record and its page say of it besides its name and VMs: short texts by short
+        names."""
         return {}
 
     def check(self, site: Site) -> None:
-        """What can be known before anything is touched; its VMs are there. FarmhandError."""
+        """Check what can be known before anything is touched; its VMs exist. FarmhandError."""
 
     @abstractmethod
     async def carry_out(self, work: StepRun) -> None:
-        """Do it. StepFailed where it knows the class of its failure, else FarmhandError."""
+        """Do it. Raises StepFailed if it knows the class of its failure, else another FarmhandError."""
 
     def class_of(self, error: FarmhandError) -> FailureClass:
-        """Of an error of ours that it was ended by."""
+        """The failure class of an error of ours that ended it."""
         return "environment" if isinstance(error, NoSpace) else "infrastructure"
 
 
 def steps_of(cycle: Cycle) -> tuple[StepKind, ...]:
-    """A cycle's steps, as what they are."""
+    """A cycle's steps, as StepKinds."""
     steps = tuple(step for step in cycle.steps if isinstance(step, StepKind))
     assert len(steps) == len(cycle.steps), "every kind of builds.steps is a StepKind"
     return steps

@@ -1,5 +1,5 @@
-"""One step of a cycle under way: what it works with, its log written as it is made, its failure given a
-class."""
+"""One step of a cycle under way: what it works with, its log written as it is made, the class of its
+failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TAIL_BYTES = 65536
 
 
 class StepFailed(Exception):
-    """``failure`` is the class; the message one line; ``remedy`` what the error it comes from says."""
+    """``failure``: the class. ``message``: one line. ``remedy``: that of the error it comes from."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class StepFailed(Exception):
 
 
 class StepLog:
-    """A step's log: raw bytes to the file and onwards as they come; the end is kept in memory."""
+    """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory."""
 
     def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
         self._file = open_to_append(path, mode=0o644)
@@ -55,7 +55,7 @@ class StepLog:
         self.trouble = ""
 
     def write(self, data: bytes) -> None:
-        """Never raises: a full disk here must not end what runs there."""
+        """Never raises: a full disk here must not end what runs in the VM."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -69,16 +69,16 @@ class StepLog:
             self._stream(self._vm, data)
 
     def say(self, text: str) -> None:
-        """A line of ours."""
+        """Write a line of ours."""
         start = b"\n" if self._tail and not self._tail.endswith(b"\n") else b""
         self.write(start + f"farmhand: {text}\n".encode())
 
     def mark(self) -> None:
-        """What is judged later begins here."""
+        """What is written from now on is judged."""
         self._mark = len(self._tail)
 
     def text(self) -> str:
-        """The output since the mark, at most its last 64 KiB, as plain text."""
+        """The output since the mark as plain text, at most its last 64 KiB."""
         return _plain(self._tail[self._mark :][-_TAIL_BYTES:])
 
     def last(self, lines: int) -> str:
@@ -94,8 +94,8 @@ def _plain(data: bytearray) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """A step, and everything that it works with. ``files`` is what it fetched or carried, ``details``
-    what the record says of it, ``exit`` its last status."""
+    """A step with everything that it works with. ``files``: what it fetched or carried. ``details``:
+    what the record says of it. ``exit``: its last exit status."""
 
     step: StepKind
     site: Site
@@ -112,11 +112,11 @@ class StepRun:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self.began
 
     def keep(self, file: Moved, *, vm: str, path: str, flow: Flow = "") -> None:
-        """Have the record name a file, as in ``FileRecord``."""
+        """Have the record name a file, with the values of ``FileRecord``."""
         self.files.append(
             FileRecord(
                 name=file.name, size=file.size, sha256=file.sha256, step=self.step.name,
@@ -125,7 +125,7 @@ class StepRun:
         )  # fmt: skip
 
     async def carry_out(self) -> None:
-        """StepFailed, with its class, for everything that can go wrong."""
+        """Carry the step out. StepFailed, with its class, for everything that can go wrong."""
         step = self.step
         try:
             await self.machines.look()

@@ -23,10 +23,10 @@ from provision.site import Site
 
 @dataclass(frozen=True, slots=True)
 class Balloon(Operation):
-    """Give a running VM ``target`` bytes of memory; facts say what the guest reached. Where its host may
-    not use so much more, VMs that idle are ballooned down first, as far as needed.
+    """Give a running VM ``target`` bytes of memory. The facts say what the guest reached. If its host
+    may not use so much more, VMs that idle are ballooned down first, as far as needed.
 
-    Errors: NotFound, WrongState (stopped), UsageError (above its maximum, below its need),
+    Errors: NotFound, WrongState (stopped), UsageError (above its maximum, or below what it needs),
     Unsupported (no balloon driver), NoSpace, TimedOut (with what it reached)."""
 
     name = "balloon"
@@ -69,11 +69,11 @@ class Balloon(Operation):
 
 @dataclass(frozen=True, slots=True)
 class BalloonAll(Operation):
-    """What each VM has, brought to what its state asks for: those that idle fall to their
-    ``idle_memory``, or to what their guest needs; when they are there, the others come up to what they
-    are declared with, as far as their hosts may. One that a command uses is left as it is.
+    """Bring each VM's memory to what its state asks for. Those that idle fall to their ``idle_memory``,
+    or to what their guest needs. When they have, the others come up to what they are declared with, as
+    far as their hosts may. A VM that another command uses is left as it is.
 
-    Errors: Several, TimedOut (nobody is given more then), Busy."""
+    Errors: Several, TimedOut (then nobody is given more), Busy."""
 
     name = "balloon-all"
 
@@ -133,7 +133,7 @@ class MemoryPlan:
 
 
 def memory_plan(site: Site) -> MemoryPlan:
-    """Who has how much now, who may have how much, who could give. Changes nothing."""
+    """Who has how much memory now, who may have how much, who could give some. Changes nothing."""
     hosts: dict[str, HostMemory] = {}
     errors: dict[str, str] = {}
     for host in site.farm.hosts:

@@ -45,7 +45,7 @@ class CheckpointFacts(GroupFacts):
 
 
 class _CheckpointActivity(GroupActivity[CheckpointFacts]):
-    """A warm one is there or not, and nothing is to be finished."""
+    """A warm checkpoint is there or not; there is nothing to finish."""
 
     name = "checkpoint"
     facts = CheckpointFacts
@@ -54,7 +54,7 @@ class _CheckpointActivity(GroupActivity[CheckpointFacts]):
         return GRACE
 
     def change(self, facts: CheckpointFacts, store: Disks, machines: Sequence[str]) -> None:
-        """Those that a killed call left with the checkpoint have it."""
+        """Make it of those that lack it: a killed call may have made some."""
         lacking = [machine for machine in machines if not _has(store.find(machine), facts.name)]
         if isinstance(store, FarmDisks) and lacking:
             store.checkpoint_all(lacking, facts.name)
@@ -82,13 +82,15 @@ CHECKPOINT = _CheckpointActivity()
 
 @dataclass(frozen=True, slots=True)
 class TakeCheckpoint(Operation):
-    """Keep the VMs' present state as a checkpoint, all at one moment: all are stopped, all are kept
-    (or none, see group_change.py), those that ran are started again (``wait``: until they answer).
-    What programs hold in memory is not part of it: running VMs are shut down by themselves first.
-    ``warm``: of one VM that runs, and runs on; its memory is part of it.
+    """Keep the VMs' present state as a checkpoint of the name ``label``, all at one moment. All are
+    stopped, all are kept (or none, see group_change.py), and those that ran are started again; with
+    ``wait`` it waits until they answer. Running VMs shut down by themselves first: what programs hold in
+    memory is not kept.
 
-    Errors: UsageError (the name; several, ``warm``), Conflict (the checkpoint exists), NotFound,
-    Unsupported (also of a host that can't keep memory), NoSpace, Busy, WrongState (one store of several
+    ``warm`` is for one running VM: its memory is kept, too, and it runs on.
+
+    Errors: UsageError (the name; ``warm`` for several), Conflict (the checkpoint exists), NotFound,
+    Unsupported (also for a host that can't keep memory), NoSpace, Busy, WrongState (one store of several
     failed midway; ``warm``: it doesn't run)."""
 
     name = "checkpoint"
@@ -173,7 +175,7 @@ def checkpoint(
 
 
 def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:
-    """The VM's disk. NotFound where it is gone, Unsupported where its host keeps none."""
+    """The VM's disk. NotFound if it is gone, Unsupported if its host keeps none."""
     disk = member.disk()
     require(member, machine, disk)
     if disk is None:

@@ -46,14 +46,15 @@ _ASLEEP = 2**20
 
 @dataclass(frozen=True, slots=True)
 class CloneFacts(Facts):
-    """``again``: its machine was there, its disk was gone."""
+    """``again``: the machine was there and its disk was gone."""
 
     template: str
     again: bool
 
 
 class _CloneActivity(OneVmActivity[CloneFacts]):
-    """Without a machine it is undone; a machine is complete, and the next clone-farm goes on."""
+    """Undone if there is no machine yet. A machine is complete: it stays, and the next clone-farm goes
+    on."""
 
     name = "clone"
     facts = CloneFacts
@@ -159,8 +160,8 @@ def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait:
 
 
 def _allocate(members: Sequence[Member]) -> None:
-    """As one: the lock file is written whole. What can't be given makes the one that it is about
-    fail."""
+    """Allocate for all of them at once, for the lock file is written whole. If something can't be given,
+    only the VM that it is for fails."""
     if members:
         with contextlib.suppress(FarmhandError):
             given = members[0].site.allocator.allocate_all([member.vm for member in members])
@@ -169,7 +170,7 @@ def _allocate(members: Sequence[Member]) -> None:
 
 
 def _undo(member: Member) -> None:
-    """Take away what a clone that didn't end left. A machine that exists is complete: it stays."""
+    """Remove what a clone that did not end left. A machine that exists is complete, and stays."""
     if member.look() is not None:
         return
     discard_of([member])
@@ -179,8 +180,8 @@ def _undo(member: Member) -> None:
 
 
 class _CloneTemplates:
-    """The templates of this run's clones, as they were when it began. One that is missing is made once,
-    by whichever VM comes first; a failure is every waiting VM's."""
+    """The templates of this run's clones, as they were when it began. A missing one is made once, by the
+    VM that comes first. If that fails, all VMs that wait for it fail."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -235,7 +236,7 @@ def _gone(
     machines: Mapping[str, Machine | None],
     disks: Mapping[str, Disk | None],
 ) -> dict[str, MissingDisk]:
-    """The VMs whose machine is there and whose disk is not."""
+    """The VMs that have a machine and no disk."""
     found: dict[str, MissingDisk] = {}
     for member in members:
         machine = machines[member.vm]
@@ -287,7 +288,7 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
 
 
 def _clone(member: Member, template: Template, *, again: bool = False) -> None:
-    """``again``: its machine is there, its disk is gone."""
+    """``again``: the machine is there and its disk is gone."""
     began, site, vm = time.monotonic(), member.site, member.vm
     with site.journal.begin(CLONE, [vm], CloneFacts(template.label, again)) as entry:
         try:
@@ -320,7 +321,7 @@ def _keep(
     *,
     waits: bool,
 ) -> list[Job]:
-    """``waits``: until it answers, where it runs."""
+    """``waits``: if it runs, wait until it answers."""
     jobs: list[Job] = []
     vm, declared = member.vm, member.declared
     reason = why_redefine(member, machine, member.spec(given))

@@ -28,14 +28,14 @@ from provision.vm_activity import VmActivity
 
 @dataclass(frozen=True, slots=True)
 class DestroyFacts(Facts):
-    """``whole``: the farm itself goes. ``purge``: its build records, too."""
+    """``whole``: the farm itself goes. ``purge``: its build records go, too."""
 
     whole: bool = False
     purge: bool = False
 
 
 class _DestroyActivity(VmActivity[DestroyFacts]):
-    """Finished: what is gone of it nobody brings back."""
+    """Recovery finishes it: what is gone can't be brought back."""
 
     name = "destroy"
     facts = DestroyFacts
@@ -55,13 +55,14 @@ DESTROY = _DestroyActivity()
 
 @dataclass(frozen=True, slots=True)
 class Destroy(Operation):
-    """Named VMs: machine, disk and checkpoints, seed, host key, console log, what they were given.
-    None named: the whole farm, then its templates, its private daemon and its state directory too.
-    Build records stay (facts say where) unless ``purge``. What isn't there any more is no error.
+    """Remove VMs: machine, disk and checkpoints, seed, host key, console log, and what they were given.
+    With no VM named, remove the whole farm: then its templates, its private daemon and its state
+    directory, too. Build records stay (the facts say where) unless ``purge``. What is gone already is no
+    error.
 
-    VMs no longer in the farm file can be named as long as their machines exist.
+    VMs that are no longer in the farm file can be named as long as their machines exist.
 
-    Errors: NotFound, NotOurs, Busy (also by work on templates or builds, for the whole farm)."""
+    Errors: NotFound, NotOurs, Busy (for the whole farm also by work on templates or builds)."""
 
     name = "destroy"
     at_any_time = True
@@ -118,8 +119,8 @@ def _of_network(run: Run, *, gone: Sequence[str] | None) -> list[Job]:
 
 
 def erase(site: Site, vms: Collection[str]) -> None:
-    """Within an operation under way: all that is these VMs'. One that can't be destroyed keeps what it
-    has, and its error is raised at the end. Safe to call again after a kill."""
+    """Remove all that is these VMs', within an operation under way. A VM that can't be destroyed keeps
+    what it has; its error is raised at the end. Safe to call again after a kill."""
     gone: dict[str, None] = {}
 
     def one(vm: str) -> None:
@@ -140,7 +141,7 @@ def erase(site: Site, vms: Collection[str]) -> None:
 
 
 def _erase_rest(site: Site, vms: Collection[str]) -> None:
-    """What takes a look at the whole farm, once for all of them."""
+    """Remove what takes a look at the whole farm: one look for all of them."""
     for item in (*of_drivers(site), *of_files(site, ())):
         if item.what.owner is not None and item.what.owner.vm in vms:
             current_step(f"remove {item.what.kind} {item.what.ref}")
@@ -182,7 +183,7 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
 
 
 def _hosts(site: Site, vm: str) -> list[str]:
-    """Where it may be: its host, or any for one no longer declared."""
+    """The hosts where it may be: its own; for one no longer declared, any."""
     if vm in site.farm.vms:
         member = site.member(vm)
         return [member.host] if member.info.virtual else []
@@ -190,7 +191,7 @@ def _hosts(site: Site, vm: str) -> list[str]:
 
 
 def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
-    """Those of which there is anything, in their order."""
+    """Those of the VMs of which anything is there, in their order."""
     paths = site.paths
     known = {*seen.vms, *seen.given, *(item.what.owner.vm for item in seen.left if item.what.owner)}
 
@@ -243,7 +244,8 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan:
 
 
 def _is_used(site: Site) -> bool:
-    """Whether something was ever done to the farm: the journal is written first, and goes last."""
+    """Whether anything was ever done to the farm. The journal tells: it is written first and removed
+    last."""
     return site.paths.journal.exists() or _has_daemon(site)
 
 
@@ -264,8 +266,8 @@ def _records(builds: Path) -> int:
 
 
 def raze(site: Site, *, purge: bool) -> None:
-    """Within an operation under way, after the VMs: all else, but the journal and the locks, which
-    are needed to the end. Safe to call again after a kill."""
+    """Remove all else, after the VMs, within an operation under way. The journal and the locks stay:
+    they are needed to the end. Safe to call again after a kill."""
     for item in survey(site).left:
         current_step(f"remove {item.what.kind} {item.what.ref}")
         item.discard()
@@ -301,15 +303,15 @@ def raze(site: Site, *, purge: bool) -> None:
 
 
 def _finish_farm(site: Site, *, purge: bool) -> None:
-    """What is left to do for a whole farm's destroy that was killed."""
+    """Do what is left to do of a whole farm's destroy that was killed."""
     seen = survey(site)
     erase(site, _there(site, seen, tuple(dict.fromkeys((*seen.vms, *site.farm.vms)))))
     raze(site, purge=purge)
 
 
 def last_of(site: Site) -> None:
-    """Journal, locks, the directory itself: killed in between, nothing of worth is left. What can't be
-    told to subscribers now goes with the journal."""
+    """Remove journal, locks, and the directory itself. A kill in between leaves nothing of worth. Events
+    that can't be delivered now go with the journal."""
     site.outbox.close()
     for text in site.journal.troubles():
         site.reporter.warn(f"{text}; they go with the farm")
@@ -328,8 +330,8 @@ def last_of(site: Site) -> None:
 
 
 def _templates(site: Site) -> list[tuple[str, str]]:
-    """(host, label) of what the farm file declares, newest first; a store shared by hosts counts once.
-    Others in a store may be another farm's."""
+    """(host, label) of the templates that the farm file declares, newest first. A store that hosts share
+    counts once. Other templates in a store may be another farm's."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for host in site.farm.hosts:
         if site.has_disks(host):
@@ -340,7 +342,7 @@ def _templates(site: Site) -> list[tuple[str, str]]:
 
 
 def _refuse_if_in_use(site: Site) -> None:
-    """Somebody else's lock on anything of the farm (a cycle, a template being built)."""
+    """Busy if somebody else holds a lock on anything of the farm (a cycle, a template being built)."""
     for holder in site.locks.held():
         if not site.locks.mine(holder.lock):
             raise Busy(
@@ -350,7 +352,8 @@ def _refuse_if_in_use(site: Site) -> None:
 
 
 def _refuse_strangers(site: Site) -> None:
-    """Machines that somebody defined in the farm's own libvirtd by hand: they would go with it."""
+    """Refuse while there are machines that somebody defined by hand in the farm's own libvirtd: they
+    would go with it."""
     daemon = site.daemon()
     if daemon is None:
         return
@@ -369,8 +372,8 @@ def _refuse_strangers(site: Site) -> None:
 
 
 def _others_files(site: Site) -> list[Path]:
-    """What lies among the farm's own disks and isn't a template's, a VM's or a lock: an image, or a
-    copy of a VM's directory, that somebody put there."""
+    """Files among the farm's own disks that are no template's, no VM's and no lock: somebody put an
+    image, or a copy of a VM's directory, there."""
     from hypervisors.disks.qcow2.leftovers import strangers
 
     return strangers(site.paths.disks)

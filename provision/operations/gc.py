@@ -1,4 +1,4 @@
-"""gc: what is ours and belongs to nothing any more, shown with owner, age and size, and removed."""
+"""gc: what is ours and belongs to nothing any more: shown with owner, age and size, and removed."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from provision.vm_activity import OneVmActivity
 
 @dataclass(frozen=True, slots=True)
 class GcFacts(Facts):
-    """``ref``: what is removed, as its driver calls it."""
+    """``ref``: the thing removed, by its driver's name for it."""
 
     ref: str
 
 
 class _GcActivity(OneVmActivity[GcFacts]):
-    """Of one thing. Cut off, it is left over still."""
+    """The removal of one thing. Cut off, the thing is still left over."""
 
     name = "gc"
     facts = GcFacts
@@ -48,7 +48,7 @@ GC = _GcActivity()
 @dataclass(frozen=True, slots=True)
 class Gc(Operation):
     """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
-    DriverFailed, at its end, where something could not be removed."""
+    DriverFailed, at the end, if something could not be removed."""
 
     name = "gc"
     at_any_time = True
@@ -69,7 +69,7 @@ def gc(site: Site) -> Outcome:
 
 
 class _Removing:
-    """One after the other; what fails is told at the end."""
+    """Removes one thing after the other. Errors are told at the end."""
 
     def __init__(self, run: Run, now: datetime) -> None:
         self._run = run

@@ -1,18 +1,17 @@
 """Several VMs' disks changed as one: all of them, or none.
 
-1. The VMs are stopped. Up to here nothing was changed: killed, or refused, those that ran are started
-   again, and that was all. A guest that was asked to shut down goes on with it, whoever is killed: when
-   it was asked is noted, and recovery waits for it.
+1. The VMs are stopped. Nothing is changed yet: killed or refused here, those that ran are started
+   again, and that is all. A guest that was asked to shut down goes on with it even if we are killed. So
+   the journal notes when it was asked, and recovery waits for it.
 2. The decision is noted in the journal.
-3. Each store changes all its disks (``FarmDisks``: an error means that none is changed, and undoes step
-   1 too). Killed from here on, recovery does this step again, to its end.
+3. Each store changes all its disks (``FarmDisks``). An error means that none is changed, and step 1 is
+   undone, too. Killed from here on, recovery does this step again, to its end.
 
-A farm on several stores takes them one after the other. There nobody can take the first one back when
-the second fails: the activity then stays unfinished, the VMs stay stopped, and until a recovery got
-the rest there too, none of them is started, cloned or reset (``runner.refuse_half_done``). A store that
-does not implement ``FarmDisks`` is treated the same, disk by disk. Nor can anybody take back the way to
-a warm checkpoint once it is begun (``WarmDisks``): then it stays unfinished, too.
-"""
+A farm on several stores changes one store after the other. If the second fails, the first can't be taken
+back. Then the activity stays unfinished and the VMs stay stopped. None of them is started, cloned or
+reset (``runner.refuse_half_done``) until a recovery has changed the rest, too. A store without
+``FarmDisks`` is treated the same way, disk by disk. So is the way back to a warm checkpoint
+(``WarmDisks``), which can't be taken back once it is begun."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ _LOOK = 0.5  # seconds between looks at a VM that goes down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFacts(Facts):
-    """``was_on``: the VMs that ran when it began. ``asked``: when guests were asked to shut down, who
-    had ``grace`` seconds for it. ``decided``: step 3 was begun; ``changed``: it is done."""
+    """``was_on``: the VMs that ran at the beginning. ``asked``: when guests were asked to shut down;
+    ``grace``: the seconds they had for it. ``decided``: step 3 was begun. ``changed``: it is done."""
 
     was_on: tuple[str, ...]
     asked: datetime | None = None
@@ -54,8 +53,8 @@ F = TypeVar("F", bound=GroupFacts)
 
 
 class GroupActivity(VmActivity[F]):
-    """A change of several VMs' disks as one. Not decided yet, it is undone, and those that ran are
-    started again; decided, it is done again, to its end."""
+    """A change of several VMs' disks as one. Recovery undoes it if it was not decided yet, and starts
+    again those that ran. Once decided, recovery does it again, to its end."""
 
     starts = True
 
@@ -65,16 +64,16 @@ class GroupActivity(VmActivity[F]):
 
     @abstractmethod
     def change(self, facts: F, store: Disks, machines: Sequence[str]) -> None:
-        """Of these machines' disks in their store, all or none of them, or an error; several only where
-        the store does them as one. Safe to do again."""
+        """Change these machines' disks in their store: all of them, or raise an error and change none.
+        It gets several machines only if the store changes them as one. Safe to do again."""
 
     @abstractmethod
     def done(self, members: Sequence[Member], entry: Entry[F]) -> None:
-        """After step 3, before any of them runs again: notes what is known, and ``changed``."""
+        """Called after step 3, before any VM runs again. It notes what is known, and ``changed``."""
 
     @abstractmethod
     def words(self, facts: F) -> str:
-        """What is done to the disks: "put back to clean"."""
+        """What is done to the disks, in words, such as "put back to clean"."""
 
     @abstractmethod
     def then_on(self, facts: F, vms: Sequence[str]) -> Sequence[str]:
@@ -86,7 +85,7 @@ class GroupActivity(VmActivity[F]):
     # Doing it
 
     def carry_out(self, members: Sequence[Member], entry: Entry[F]) -> None:
-        """See the module's head. Afterwards all are stopped and changed."""
+        """Steps 1 to 3, see the module's docstring. Afterwards all VMs are stopped and changed."""
         grace = self.grace()
         if grace > 0:
             entry.note(replace(entry.facts, asked=datetime.now(UTC), grace=grace))
@@ -101,7 +100,7 @@ class GroupActivity(VmActivity[F]):
         self.finish(members, entry)
 
     def finish(self, members: Sequence[Member], entry: Entry[F]) -> None:
-        """Step 3, and what comes right after it. Also for recovery, which must get to its end:
+        """Step 3 and what comes right after it. Recovery, which must get to its end, sets
         ``must_finish``."""
         changed: list[str] = []
         for store, here in _groups(members):
@@ -172,7 +171,8 @@ class GroupActivity(VmActivity[F]):
 
 
 def is_half_back(store: Disks, machine: str) -> bool:
-    """Also where nobody can tell at the moment: then recovery looks again."""
+    """Whether a VM is on an interrupted way to a warm checkpoint. True as well if nobody can tell now:
+    recovery looks again."""
     if not isinstance(store, WarmDisks):
         return False
     try:
@@ -182,7 +182,8 @@ def is_half_back(store: Disks, machine: str) -> bool:
 
 
 def as_before(members: Sequence[Member], was_on: Sequence[str]) -> None:
-    """Start again those that ran. One that can't be is a warning: an error led here, and comes first."""
+    """Start again the VMs that ran. One that can't be started is a warning: the error that led here
+    comes first."""
     for member in members:
         try:
             if member.vm in was_on and not is_on(member.look()):
@@ -193,14 +194,14 @@ def as_before(members: Sequence[Member], was_on: Sequence[str]) -> None:
 
 
 def stop_all(members: Sequence[Member], *, grace: float) -> None:
-    """Side by side; those that are stopped are left alone."""
+    """Stop the VMs side by side. Stopped ones are left alone."""
     if members:
         stops = {one.vm: partial(one.driver.stop, one.machine, grace=grace) for one in members}
         side_by_side(members[0].site, stops)
 
 
 def _groups(members: Sequence[Member]) -> Iterator[tuple[Disks, list[Member]]]:
-    """What can be changed as one."""
+    """The VMs that can be changed as one, in groups."""
     for host in dict.fromkeys(member.host for member in members):
         here = [member for member in members if member.host == host]
         store = here[0].store
@@ -211,9 +212,9 @@ def _groups(members: Sequence[Member]) -> Iterator[tuple[Disks, list[Member]]]:
 
 
 def _run_again(member: Member, facts: GroupFacts) -> None:
-    """Start one that ran before. Where it may have been asked to shut down and not have got there yet,
-    that is waited for; if it doesn't listen, it runs on, and that is as before, too. For want of
-    memory it stays stopped: nothing is lost with that."""
+    """Start a VM that ran before. If it may still be shutting down, because it was asked to, that is
+    waited for. If it doesn't listen, it runs on, which is as before, too. For want of memory it stays
+    stopped; nothing is lost with that."""
     end, reporter = time.monotonic() + _left(facts), member.site.reporter
     if is_on(member.look()) and time.monotonic() < end:
         text = "it was asked to shut down: when it has, it is started again"
@@ -229,8 +230,8 @@ def _run_again(member: Member, facts: GroupFacts) -> None:
 
 
 def _left(facts: GroupFacts) -> float:
-    """Seconds that are left of those which the guests were given to shut down; a clock that was set
-    back makes them no more."""
+    """Seconds left of those that the guests had to shut down. A clock that was set back does not add to
+    them."""
     if facts.asked is None:
         return 0.0
     gone = datetime.now(UTC) - facts.asked

@@ -25,7 +25,7 @@ from provision.vm_activity import OneVmActivity
 
 @dataclass(frozen=True, slots=True)
 class MergeFacts(Facts):
-    """``into``: the checkpoint. ``was_on``: whether the VM ran when it began."""
+    """``into``: name of the checkpoint. ``was_on``: whether the VM ran at the beginning."""
 
     into: str
     was_on: bool
@@ -50,9 +50,9 @@ MERGE = _MergeActivity()
 
 @dataclass(frozen=True, slots=True)
 class Merge(Operation):
-    """Write what changed on the VMs' disks since their checkpoints back into these, each for itself: the
-    checkpoint then is what the disk is now. Never into ``clean``, the template's. Running VMs are shut
-    down for it, and started again. Killed, it is gone on with by recovery.
+    """Write what changed on the VMs' disks since their checkpoints back into these, each VM for itself.
+    The checkpoint then equals the disk. Never into ``clean``, which is the template's. Running VMs are
+    shut down for it, and started again. After a kill, recovery goes on with it.
 
     Errors: Unsupported (a store that can't, a disk grown from clean), NotFound, NoSpace, Busy."""
 
@@ -116,7 +116,7 @@ def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
 
 
 def _merge(member: Member) -> None:
-    """Within an activity under way: also goes on with a merge that was killed."""
+    """Merge one VM, within an activity under way. Also continues a merge that was killed."""
     store = member.store
     if isinstance(store, MergingDisks):
         stop_all([member], grace=checkpoint.GRACE)

@@ -9,8 +9,8 @@ from provision.site import Site
 
 
 def recover(site: Site) -> Outcome:
-    """Finish or undo all that was left; also what every operation does first. Errors are raised here,
-    where it is all that was asked; there they are warnings."""
+    """Finish or undo all that was left. Every operation does so first, and warns of errors; here, where
+    it is all that was asked for, errors are raised."""
     if not site.plan and site.paths.root.exists():
         site.prepare()
     left = [record for record in site.journal.unfinished() if record.verb == DESTROY.name]

@@ -32,8 +32,8 @@ from provision.site import Site
 
 @dataclass(frozen=True, slots=True)
 class Proof(Facts):
-    """That a VM's disk is a checkpoint. ``pristine``: proven by its store; None: nobody looked, and
-    ``by`` says on whose word it is."""
+    """The proof that a VM's disk is a checkpoint. ``pristine`` True: its store has proven it; None:
+    nobody looked, and ``by`` says whose word it is."""
 
     checkpoint: str
     pristine: bool | None
@@ -54,8 +54,8 @@ class Proof(Facts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResetFacts(GroupFacts):
-    """``start``: those VMs are started afterwards. ``warm``: the checkpoint has their memory, too.
-    ``proofs``: by VM, once ``changed``."""
+    """``start``: the VMs that are started afterwards. ``warm``: the checkpoint has their memory, too.
+    ``proofs``: by VM, known once ``changed``."""
 
     to: str
     start: bool = False
@@ -64,7 +64,7 @@ class ResetFacts(GroupFacts):
 
 
 class _ResetActivity(GroupActivity[ResetFacts]):
-    """Also put back again: a way back to a warm checkpoint whose start was cut off."""
+    """It also repeats a way back to a warm checkpoint whose first start was cut off."""
 
     name = "reset"
     facts = ResetFacts
@@ -77,7 +77,7 @@ class _ResetActivity(GroupActivity[ResetFacts]):
                 store.restore(machine, facts.to)
 
     def done(self, members: Sequence[Member], entry: Entry[ResetFacts]) -> None:
-        """The proofs are noted before any of the VMs runs again: the disks need not be put back once
+        """Note the proofs before any VM runs again. After that the disks need not be put back once
         more."""
         facts = entry.facts
         if facts.warm:
@@ -99,19 +99,19 @@ RESET = _ResetActivity()
 
 @dataclass(frozen=True, slots=True)
 class Reset(Operation):
-    """Put VMs back to a checkpoint; then, with ``start``, started and (``wait``) answering. All of
-    them get there or none, also when killed or refused midway: see group_change.py. What an ssh host's
-    machine does is its own command's doing; those run last, each for itself.
+    """Put VMs back to a checkpoint. With ``start`` start them then; with ``wait`` wait until they
+    answer. All of them get there or none, also if it is killed or refused midway: see group_change.py. A
+    machine of an ssh host is reset by its own command; those run last, each for itself.
 
-    Before the first start the stores prove that each disk equals the checkpoint; the proof is in the
-    outcome's facts and in the journal. If one doesn't, none is started: DriverFailed.
+    Before the first start the stores prove that each disk equals the checkpoint. The proof is in the
+    outcome's facts and in the journal. If one disk doesn't, no VM is started: DriverFailed.
 
-    Back to a warm checkpoint goes one VM at a time: its disk and its memory; with ``start`` it runs on
-    from there, else it is suspended. There is no proof of such a disk, for its guest goes on writing.
+    A warm checkpoint takes one VM at a time. Its disk and its memory go back; with ``start`` it runs on
+    from there, else it is suspended. Its disk is never proven, for the guest goes on writing.
 
-    Errors: NotFound (VM, checkpoint), Unsupported (ssh host without a reset command, a warm checkpoint
-    of several), NoSpace, TimedOut, Several, Busy, WrongState (one store of several failed midway, or a
-    warm checkpoint's; recovery goes on with it)."""
+    Errors: NotFound (VM, checkpoint), Unsupported (an ssh host without a reset command; a warm
+    checkpoint for several VMs), NoSpace, TimedOut, Several, Busy, WrongState (one store of several
+    failed midway, or the way to a warm checkpoint did; recovery goes on with it)."""
 
     name = "reset"
     vms: tuple[str, ...] = ()
@@ -210,7 +210,8 @@ def reset(
 
 
 def prove(members: Sequence[Member], to: str) -> Mapping[str, Proof]:
-    """That each disk is that checkpoint, by VM, or DriverFailed; the machines are stopped."""
+    """Prove that each VM's disk is that checkpoint; the machines are stopped. Returns the proofs by VM.
+    DriverFailed if one is not."""
     proofs: dict[str, Proof] = {}
 
     def one(member: Member) -> None:
@@ -234,7 +235,8 @@ def prove(members: Sequence[Member], to: str) -> Mapping[str, Proof]:
 
 
 def check_checkpoint(member: Member, to: str) -> bool:
-    """That the VM can be put back to it. Whether it is a warm one. NotFound, Unsupported."""
+    """Check that the VM can be put back to it. Returns whether it is a warm one. Errors: NotFound,
+    Unsupported."""
     site, vm = member.site, member.vm
     if not member.can_power:
         if not member.declared.reset:
@@ -254,7 +256,7 @@ def check_checkpoint(member: Member, to: str) -> bool:
 
 
 def _left(member: Member) -> tuple[Checkpoint, ...]:
-    """What a VM whose disk is gone can be put back to. NotFound."""
+    """The checkpoints that a VM whose disk is gone can be put back to. NotFound if there is none."""
     known = grows_from(member.store, member.machine)
     if not known:
         require(member, member.present(), None)

@@ -1,9 +1,8 @@
 """Golden disks: built from a recipe or imported, sealed as a new generation, listed, removed.
 
-A built image is kept in the cache by the hash of all that made it, so that building the same template
-again, for another farm or after a destroy, is a link. A sealed generation never changes and its number
-never comes again.
-"""
+A built image is kept in the cache by the hash of all that made it. So building the same template again,
+for another farm or after a destroy, only makes a link. A sealed generation never changes, and its number
+is never used again."""
 
 from __future__ import annotations
 
@@ -53,13 +52,14 @@ class BuildFacts(Facts):
 
 @dataclass(frozen=True, slots=True)
 class LabelFacts(Facts):
-    """A generation, such as base@2."""
+    """``label``: of a generation, such as base@2."""
 
     label: str
 
 
 class _BuildActivity(Activity[BuildFacts]):
-    """Of an image for the cache: without its note it isn't one, and the next build clears it away."""
+    """The making of an image for the cache. Without its note it isn't one, and the next build clears it
+    away."""
 
     name = "template-build"
     facts = BuildFacts
@@ -76,13 +76,13 @@ class _LabelActivity(Activity[LabelFacts]):
 
 
 class _SealActivity(_LabelActivity):
-    """On each host a generation is sealed or isn't; its number never comes again."""
+    """On each host the generation is sealed or it isn't. Its number is never used again."""
 
     name = "template-seal"
 
 
 class _RemoveActivity(_LabelActivity):
-    """On each host it is there or gone."""
+    """On each host the generation is there or it is gone."""
 
     name = "template-remove"
 
@@ -94,10 +94,10 @@ REMOVE = _RemoveActivity()
 
 @dataclass(frozen=True, slots=True)
 class TemplateBuild(Operation):
-    """Build a template of the farm and seal it as a new generation on each host that has VMs of it. From
-    the cache where it holds the same recipe's disk, unless ``fresh``.
+    """Build a template of the farm and seal it as a new generation on each host that has VMs of it. A
+    disk of the same recipe is taken from the cache, unless ``fresh``.
 
-    NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
+    Errors: NotFound, UsageError (it is an imported one), Busy, NoSpace, Unsupported, CommandFailed."""
 
     name = "template-build"
     template: str
@@ -115,10 +115,11 @@ class TemplateBuild(Operation):
 
 @dataclass(frozen=True, slots=True)
 class TemplateImport(Operation):
-    """Seal an existing raw, qcow2 or vmdk image (the farm file's, or ``image``) as a new generation of
-    the template. The image is left as it is.
+    """Seal an existing raw, qcow2 or vmdk image (``image``; the farm file's if that is not given) as a
+    new generation of the template. The image itself is left as it is.
 
-    NotFound, UsageError (it is a built one; not a disk image; it refers to other files), Busy."""
+    Errors: NotFound, UsageError (it is a built one; not a disk image; it refers to other files),
+    Busy."""
 
     name = "template-import"
     template: str
@@ -136,8 +137,8 @@ class TemplateImport(Operation):
 
 @dataclass(frozen=True, slots=True)
 class TemplateRemove(Operation):
-    """Remove one generation, such as base@2, from every host. WrongState, naming them, while disks
-    depend on it; NotFound."""
+    """Remove one generation, such as base@2, from every host. Errors: WrongState while disks depend on
+    it (it names them), NotFound."""
 
     name = "template-remove"
     label: str
@@ -182,7 +183,7 @@ def template_remove(site: Site, label: str) -> Outcome:
 
 
 def template_list(site: Site) -> tuple[Template, ...]:
-    """All sealed generations of all the farm's hosts, oldest first by name."""
+    """All sealed generations on all the farm's hosts, by name, the oldest first."""
     found: dict[str, Template] = {}
     for host in _storing_hosts(site):
         for template in site.disks(host).templates():
@@ -191,15 +192,15 @@ def template_list(site: Site) -> tuple[Template, ...]:
 
 
 def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
-    """The newest generation that ``host`` has (absent: the first host that has VMs of it)."""
+    """The newest generation on ``host``; without ``host``: on the first host that has VMs of it."""
     store = site.disks(host or _hosts(site, name)[0])
     own = [t for t in store.templates() if t.name == name]
     return max(own, key=lambda t: t.generation, default=None)
 
 
 def ensure_template(site: Site, name: str, host: str | None = None) -> Template:
-    """The newest generation on ``host``; built or imported first if there is none: then within whichever
-    operation is under way. Not under a plan: use ``newest_template`` there."""
+    """The newest generation on ``host``. If there is none, it is built or imported first, within the
+    operation under way. Not for a plan: use ``newest_template`` there."""
     found = newest_template(site, name, host)
     if found is None:
         site.prepare()
@@ -227,8 +228,9 @@ class _Image:
 
 @dataclass(frozen=True, slots=True)
 class _Making:
-    """A new generation. ``first``: what is done before it is sealed on its hosts. ``image``: doing that;
-    within it the disk is there to be sealed; None: a pretended one."""
+    """A new generation to be made. ``first``: what is done before it is sealed on its hosts. ``image``:
+    a context that does so; within it the disk is there to be sealed, or None if it is a pretended
+    one."""
 
     site: Site
     name: str
@@ -357,8 +359,8 @@ def _seal(making: _Making, image: _Image | None) -> Template:
 
 
 def _offer(image: Path, part: Path) -> None:
-    """Another name for the image, for a store to consume; sealed files and cached ones never change, so
-    one file may be both."""
+    """Another name for the image, for a store to consume. Sealed and cached files never change, so one
+    file may be both."""
     try:
         part.hardlink_to(image)
     except OSError:  # a file system without hard links
@@ -390,7 +392,7 @@ def _source(site: Site, name: str) -> TemplateSource:
 
 
 def _storing_hosts(site: Site) -> list[str]:
-    """Hosts with a disk store: nobody clones onto machines known by ssh alone."""
+    """Hosts with a disk store. Machines that are known by ssh alone are never cloned onto."""
     return [name for name, host in site.farm.hosts.items() if host.INFO.disks]
 
 
@@ -470,7 +472,8 @@ def _image_file(key: str) -> Path:
 
 
 def _cached(key: str) -> _Cached | None:
-    """The note beside an image is written last: without it there is no image."""
+    """The note of the cached image; None if there is no such image, or it is past its life. The note is
+    written last: without it there is no image."""
     try:
         note = json.loads(_image_file(key).with_suffix(".json").read_text(encoding="utf-8"))
         present = _image_file(key).stat().st_size == note["bytes"]
@@ -484,7 +487,8 @@ def _cached(key: str) -> _Cached | None:
 
 @contextlib.contextmanager
 def _cache_lock(site: Site) -> Iterator[Path]:
-    """One build or import at a time for all farms of this user; what killed ones left is removed."""
+    """Held for one build or import at a time, for all farms of this user. It removes what killed ones
+    left."""
     from provision.guest.debian import remove_build, stale_scratch, still_running
 
     cache = _images()
@@ -548,7 +552,7 @@ def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _
 
 
 def _prune(cache: Path) -> None:
-    """Images past their life, with their notes."""
+    """Remove images past their life, with their notes."""
     for note in cache.glob("*.json"):
         if _cached(note.stem) is None:
             for suffix in (".json", ".qcow2", ".packages"):
