@@ -141,7 +141,8 @@ class StepRun:
             raise await self._judged(error) from error
 
     async def _judged(self, error: FarmhandError) -> StepFailed:
-        """An error of ours, with its class. What a guest's own scripts print is judged elsewhere."""
+        """StepFailed for an error of ours, with its class. What a guest's scripts print is judged
+        elsewhere."""
         failure = self.step.class_of(error)
         failed = StepFailed(failure, error.message, remedy=error.remedy)
         if failure != "infrastructure":

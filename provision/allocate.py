@@ -38,8 +38,8 @@ HOLD = timedelta(hours=12)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """``ssh_port`` is of the host's loopback in user mode, else of the address. ``address`` None:
-    user mode, or left to DHCP."""
+    """What a VM was given. ``ssh_port``: in user mode a port of the host's loopback, else of the
+    address. ``address``: None in user mode, or if DHCP gives it."""
 
     vm: str
     mac: str
@@ -48,7 +48,8 @@ class Allocation:
 
 
 class _Given(Mapping[str, Allocation]):
-    """Of ten thousand entries the few that somebody asks for are made into values."""
+    """The lock file's entries as values. They are made when they are asked for: of ten thousand few
+    are."""
 
     def __init__(self, entries: Mapping[str, LockFileEntry]) -> None:
         self._entries = entries
@@ -76,7 +77,8 @@ def _entry(got: Allocation) -> LockFileEntry:
 
 
 class _Declared:
-    """What the farm file gives by name, and so nobody else: looked up once, and only what is asked."""
+    """What the farm file gives by name, and so nobody else. Each value is looked up when it is asked
+    for, once."""
 
     def __init__(self, farm: Farm) -> None:
         self._vms, self._network = farm.vms.values(), farm.network
@@ -97,8 +99,7 @@ class _Declared:
 
 
 class _Index:
-    """Who has what and what is free, for any number of VMs. Addresses are texts, of which each has
-    one."""
+    """Who has what and what is free, for any number of VMs. Addresses are texts in their one form."""
 
     def __init__(
         self, farm: Farm, declared: _Declared, book: LockFileContent, claims: OpenClaims
@@ -149,12 +150,12 @@ class _Index:
 
 
 def _over(recorded: Mapping[Any, str]) -> ChainMap[Any, str]:
-    """What is added goes beside it, not into it."""
+    """A view of one mapping over another: additions don't change the lower one."""
     return ChainMap({}, cast("dict[Any, str]", recorded))
 
 
 class Allocator:
-    """One farm's. Safe between threads and processes."""
+    """One farm's allocations. Safe between threads and processes."""
 
     def __init__(self, farm: Farm, lock_file: Path, claims: Path | None = None) -> None:
         self._farm = farm
@@ -167,7 +168,7 @@ class Allocator:
         return self._file.path
 
     def recorded(self, *, without: Iterable[str] = ()) -> Mapping[str, Allocation]:
-        """What the lock file says, of VMs that are declared or not, but for those ``without``."""
+        """What the lock file says, of declared VMs and others, except those ``without``."""
         entries = self._file.read().vms
         gone = frozenset(without)
         return _Given(
@@ -175,24 +176,25 @@ class Allocator:
         )
 
     def peek(self, vm: str) -> Allocation:
-        """What ``allocate`` would give now; nothing is recorded. Takes no lock."""
+        """What ``allocate`` would give now. Records nothing, takes no lock."""
         return self.peek_all([vm])[vm]
 
     def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
-        """What ``allocate_all`` would give them now, each something else. Takes no lock."""
+        """What ``allocate_all`` would give now. Records nothing, takes no lock."""
         with self._claims.reading() as claims:
             index = _Index(self._farm, self._declared, self._file.read(), claims)
             return {vm: self._choose(vm, index) for vm in vms}
 
     def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
-        """The recorded one, or a new one, durably recorded when this returns. ``move_port``: another
-        ssh port than the recorded one, which somebody else has taken meanwhile.
+        """What the VM was given; if nothing, something new, which is durably recorded when this returns.
+        ``move_port``: give another ssh port than the recorded one, which somebody else has taken
+        meanwhile.
 
         Errors: Conflict (declared, but another VM has it), NotFound (nothing left in the pool)."""
         return self._allocate([vm], move_port=move_port)[vm]
 
     def allocate_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
-        """As ``allocate``, of many at once."""
+        """As ``allocate``, for many VMs at once."""
         return self._allocate(vms)
 
     def _allocate(self, vms: Iterable[str], *, move_port: bool = False) -> dict[str, Allocation]:
@@ -219,7 +221,8 @@ class Allocator:
             return given
 
     def release(self, *vms: str) -> None:
-        """Give all of theirs back; addresses rest for a while. Nothing recorded: nothing done."""
+        """Give back all that these VMs have. Their addresses rest for a while. Does nothing if nothing
+        is recorded."""
         with self._exclusively():
             book = self._file.read().copy()
             got = {vm: book.vms.pop(vm) for vm in vms if vm in book.vms}
@@ -233,7 +236,7 @@ class Allocator:
                     claims.drop(self._owner(vm))
 
     def forget(self) -> None:
-        """The whole farm goes: its claims and its lock file."""
+        """Remove the whole farm's claims and its lock file."""
         with self._exclusively():
             with self._claims.writing() as claims:
                 claims.drop(self._owner(""))
@@ -344,8 +347,9 @@ class Allocator:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """The host's claims first, then the lock file's directory: the file itself is replaced, so a
-        lock on it would be lost, and this leaves no file of its own beside the admin's."""
+        """Hold the host's claims first, then the lock file's directory. The file itself is replaced, so
+        a lock on it would be lost; and a lock on the directory leaves no file of ours beside the
+        admin's."""
         make_directory(self._claims.path.parent, mode=0o711)
         make_directory(self.lock_file.parent, mode=0o711)
         with contextlib.ExitStack() as stack:
@@ -367,8 +371,8 @@ class Allocator:
 
 
 def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
-    """Next to the farm file; in the state directory for those inside the toolkit's own tree, where
-    nothing is ever written."""
+    """The lock file's place: next to the farm file. For a farm file inside the toolkit's own tree, where
+    nothing is ever written, it is in the state directory."""
     import inventory
 
     name = f"{farm.path.name or 'farm.yaml'}.lock"
@@ -379,8 +383,8 @@ def lock_file_of(farm: Farm, paths: FarmPaths) -> Path:
 
 
 def port_free(port: int) -> bool:
-    """Whether a listener could be put on the host's loopback now. SO_REUSEADDR as QEMU does it:
-    connections that ended a moment ago are no obstacle (socket(7))."""
+    """Whether a listener could be put on the host's loopback now. With SO_REUSEADDR, as QEMU does it:
+    connections that ended a moment ago don't count (socket(7))."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -22,14 +22,15 @@ class CheckReport:
 
     @property
     def problems(self) -> tuple[Check, ...]:
-        """What is needed and broken."""
+        """The checks of what is needed and broken."""
         return tuple(check for check in self.checks if not check.ok and check.level == "needed")
 
     def as_dict(self) -> Mapping[str, object]:
         return {"healthy": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
     def text(self, columns: int = 10_000, how: Callable[[Text], str] = spelled) -> str:
-        """Wrapped to ``columns``, remedies, as ``how`` words them, below what they are for."""
+        """The report as text, wrapped to ``columns``. Remedies stand below what they are for. ``how``:
+        words them."""
         width = max(len(check.name) for check in self.checks)
         indent = " " * (width + 8)
         lines = []

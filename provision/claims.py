@@ -18,21 +18,22 @@ _REMEDY = "move it aside: what the farms' lock files say still holds"
 
 
 class Claims:
-    """In ``path``; writers hold the allocator's locks. A key is a MAC or a port's number, an owner
-    FARM/VM. Errors: WrongState, NoSpace."""
+    """The claims in the file ``path``. Whoever writes holds the allocator's locks. A key is a MAC or the
+    number of a port; an owner is FARM/VM. Errors: WrongState, NoSpace."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[OpenClaims]:
-        """As they are now; takes no lock that a writer would wait for."""
+        """Open them as they are now. Takes no lock that a writer would wait for."""
         with self._transaction(write=False) as db:
             yield OpenClaims(db, self._farms)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[OpenClaims]:
-        """To be changed: durable when it is left. Without claims there is no file."""
+        """Open them to be changed; durable when it is left. No file is made as long as there are no
+        claims."""
         with self._transaction(write=True) as db:
             claimed = OpenClaims(db, self._farms)
             yield claimed
@@ -51,7 +52,7 @@ class Claims:
 
 
 class OpenClaims:
-    """Claims, while they are open."""
+    """Claims while they are open."""
 
     def __init__(self, db: sqlite3.Connection | None, farms: Path) -> None:
         self._db = db
@@ -59,7 +60,7 @@ class OpenClaims:
         self._void: dict[str, bool] = {}
 
     def owner(self, key: str) -> str | None:
-        """None: nobody, or a farm whose state was removed by hand."""
+        """Who has the key; None if nobody has, or a farm whose state was removed by hand."""
         for (owner,) in self._rows("SELECT owner FROM claims WHERE key = ?", key):
             farm = owner.split("/")[0]
             if farm not in self._void:
@@ -74,7 +75,7 @@ class OpenClaims:
         return {key for (key,) in self._rows("SELECT key FROM claims WHERE owner = ?", owner)}
 
     def give(self, given: Mapping[str, set[str]]) -> None:
-        """Each of these owners has these keys, and no others."""
+        """Give each of these owners these keys, and take all others from it."""
         assert self._db is not None
         for owner, keys in given.items():
             if self.of(owner) != keys:
@@ -83,7 +84,7 @@ class OpenClaims:
                 self._db.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", rows)
 
     def drop(self, owner: str) -> None:
-        """Of one VM, or, where it ends in "/", of a whole farm."""
+        """Drop the claims of one VM, or, if it ends in "/", of a whole farm."""
         assert self._db is not None
         if owner.endswith("/"):
             query = "DELETE FROM claims WHERE substr(owner, 1, ?) = ?"

@@ -55,8 +55,8 @@ _MEMORY_RESERVE = 256 * 2**20
 
 
 def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
-    """Check this machine and what ``farm_file`` needs of it. ``hosts`` False leaves out what takes
-    seconds: connecting to each host."""
+    """Check this machine and what ``farm_file`` needs of it. With ``hosts`` False no host is connected
+    to, which takes seconds."""
     farm, check = _farm(farm_file)
     kinds = _kinds(farm)
     checks: list[Check] = [_platform(), _python(), *_tools(farm, kinds), *_store_tools(farm)]
@@ -80,8 +80,8 @@ def short(farm_file: Path) -> CheckReport:
 
 
 def _kinds(farm: Farm | None) -> dict[type[DrivenHost], list[DrivenHost]]:
-    """The farm's kinds of hosts, each with those that are this machine; what the others need, they need
-    over there. Of a farm that can't be read, all there are."""
+    """The kinds of the farm's hosts, each with those of its hosts that are this machine; the others need
+    their tools over there. All kinds there are, if the farm file can't be read."""
     if farm is None:
         return {kind: [] for kind in all_drivers()}
     kinds: dict[type[DrivenHost], list[DrivenHost]] = {}
@@ -157,7 +157,7 @@ def _store_tools(farm: Farm | None) -> Iterator[Check]:
 
 
 def _wanted_files(farm: Farm, driver: DriverInfo) -> Iterator[NeededFile]:
-    """A boot loader is for VMs that boot what is on their disk."""
+    """Files that are needed. A boot loader is only for VMs that boot what is on their disk."""
     all_given = all(farm.boot_of(vm) for vm in farm.vms if farm.driver_of(vm) is driver)
     for file in driver.files:
         if not (file.disk_boot and all_given):
@@ -231,7 +231,8 @@ def _space(farm: Farm | None) -> Iterator[Check]:
 
 
 def _disks_in_state(farm: Farm | None) -> bool:
-    """Of one host at least; of a file that can't be read it may be so."""
+    """Whether at least one host keeps disks in the state directory. True if the farm file can't be
+    read."""
     return farm is None or any(host.disks_in_state for host in farm.hosts.values())
 
 
@@ -263,7 +264,7 @@ def _farm(farm_file: Path) -> tuple[Farm | None, Check]:
 
 
 def _memory(farm: Farm) -> Iterator[Check]:
-    """Of VMs that take this machine's."""
+    """The check of memory, for VMs that take this machine's."""
     hosts = {name for name, host in farm.hosts.items() if host.INFO.shares_memory and not host.far}
     if not hosts:
         return
@@ -281,7 +282,7 @@ def _memory(farm: Farm) -> Iterator[Check]:
 
 
 def _services(farm: Farm) -> Iterator[Check]:
-    """Their checkers, and what can't be changed live."""
+    """Checks of the services' checkers, and notes on what can't be changed live."""
     used = farm.services.sections
     if not used:
         return
@@ -324,7 +325,7 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
 
 
 def _subscribers(site: Site) -> Iterator[Check]:
-    """Of events. Nobody is called."""
+    """Checks of subscribers of events. Nobody is called."""
     from provision.engine.registry import activities
 
     for name, section in site.farm.events.items():
@@ -357,7 +358,7 @@ def _host(site: Site, name: str, driver: str) -> Check:
 def _far_tools(
     name: str, host: Host, far: FarHypervisor, files: Iterable[NeededFile]
 ) -> Iterator[Check]:
-    """What its driver and its store run on that machine."""
+    """Checks of what a host's driver and store run on that machine."""
     wanted = {tool.command: tool.package for tool in host.INFO.tools if not tool.near}
     if (store := STORES.get(host.store)) and store.tool:
         wanted[store.tool] = store.packages
@@ -374,7 +375,7 @@ def _far_tools(
 
 
 def _kernels(farm: Farm, name: str, far: FarHypervisor | None) -> Iterator[Check]:
-    """What its VMs boot that is not on their disks."""
+    """Checks of kernels that VMs boot and that are not on their disks."""
     boots = (farm.boot_of(vm) for vm in farm.vms if farm.host_of(vm) == name)
     wanted = (file for boot in boots if boot for file in (boot.kernel, boot.initrd) if file)
     files = [Path(file) for file in dict.fromkeys(wanted)]
@@ -394,7 +395,7 @@ def _kernels(farm: Farm, name: str, far: FarHypervisor | None) -> Iterator[Check
 
 
 def _store(site: Site, name: str) -> Iterator[Check]:
-    """What the host's disk store says of itself."""
+    """Checks of what the host's disk store says of itself."""
     from hypervisors.api import WatchedDisks
 
     if not site.has_disks(name):

@@ -1,10 +1,9 @@
 """Farm files that were validated before: an unchanged one is not validated again.
 
-Validating takes a while: pydantic's engine, YAML, the checks. What came of it is a function of the
-file's bytes and of our own code alone, so it is kept in the cache directory, under a name made of both:
-what is found under that name is never out of date. Only a file that is ours alone to write is believed,
-in a directory that is; anything else is as if it weren't there.
-"""
+Validating takes a while: pydantic's engine, YAML, the checks. Its result depends on the file's bytes and
+on our own code alone. So it is kept in the cache directory under a name made of both, and what is found
+under that name is never out of date. A kept file is used only if it, and its directory, are ours alone
+to write. Any other is treated as absent."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ _SUM = hashlib.sha256().digest_size
 
 
 def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
-    """The farm in this file, as ``inventory.loader.load`` has it. ``keep`` False: nothing is written, as
-    in a plan. NotFound, InventoryError."""
+    """The farm in this file, as ``inventory.loader.load`` returns it. With ``keep`` False nothing is
+    written, as in a plan. Errors: NotFound, InventoryError."""
     data = read(path)
     directory, name = cache / f"farms-{os.geteuid()}", _name(data)
     farm = _kept(directory, name)
@@ -49,9 +48,9 @@ def known_farm(path: Path, cache: Path, *, keep: bool = True) -> Farm:
 
 
 def _name(data: bytes) -> str:
-    """Of the farm file's bytes and all that decides what they mean. The environment's packages are
-    pinned: its place is named by their hashes. What the kinds of sections are made of stands among much
-    else, which would take a millisecond to read: a look must do."""
+    """A name made of the farm file's bytes and all that decides what they mean. The environment's
+    packages are pinned: its path has their hashes. Of the modules in the kinds' rooms only names, sizes
+    and times count: reading them would take a millisecond."""
     rooms = [(str(room), _looks(room)) for room in kinds.rooms()]
     digest = hashlib.sha256(repr((sys.version, sys.prefix, kinds.places(), rooms)).encode())
     own = Path(*inventory.__path__)
@@ -69,7 +68,7 @@ def _looks(room: Path) -> list[tuple[object, ...]]:
 
 
 def _kept(directory: Path, name: str) -> Farm | None:
-    """None where there is none, or none to be believed."""
+    """The kept result; None if there is none, or none that may be believed."""
     try:
         with _opened(directory) as inside:
             handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
@@ -119,7 +118,7 @@ def _opened(directory: Path) -> Iterator[int]:
 
 
 def _refuse_others(handle: int, of_kind: Callable[[int], bool]) -> None:
-    """PermissionError where it isn't ours alone to write."""
+    """PermissionError unless it is ours alone to write."""
     found = os.fstat(handle)
     if not of_kind(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise PermissionError(f"not ours alone: mode {found.st_mode:o}, owner {found.st_uid}")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 
 def reading(more: Mapping[str, str]) -> dict[str, str]:
-    """The environment for reading it: trusted, but none of the programs run that its configuration names
-    (its owner may be somebody else), and nothing written to where somebody works. ``more``: further
-    settings of git-config(1), as strong as ``-c``.
+    """The environment for reading a repository: it is trusted, but no program that its configuration
+    names is run (its owner may be somebody else), and nothing is written where somebody works. ``more``:
+    further settings of git-config(1), as strong as ``-c``.
 
-    safe.directory is "*", for what git compares it with has changed from version to version: to some,
+    safe.directory is "*", because what git compares it with has changed between versions: to some,
     git-daemon's repository is called "."."""
     settings = {
         "safe.directory": "*",
@@ -23,7 +23,8 @@ def reading(more: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_config(values: Mapping[str, str]) -> dict[str, str]:
-    """git-config(1), ENVIRONMENT: settings for one git command."""
+    """Variables of the environment with these settings, for one git command: git-config(1),
+    ENVIRONMENT."""
     env = {"GIT_CONFIG_COUNT": str(len(values))}
     for index, (key, value) in enumerate(values.items()):
         env[f"GIT_CONFIG_KEY_{index}"] = key

@@ -1,4 +1,4 @@
-"""What is ours and belongs to nothing any more: who it was of, how old, how large, how to remove it."""
+"""What is ours and belongs to nothing any more: whose it was, how old, how large, how to remove it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is there of a farm, on all its hosts and in its files, by one look at each."""
+    """What there is of a farm on all its hosts and in its files, by one look at each."""
 
     vms: tuple[str, ...]
     """Declared or not, that have a machine or a disk where we make them."""
@@ -52,7 +52,7 @@ class Survey:
 
 
 def survey(site: Site) -> Survey:
-    """Drivers name nothing as left over that is still being made."""
+    """Look at all of it. Drivers never list as left over what is still being made."""
     vms: dict[str, None] = {}
     machines: set[str] = set()
     disks: set[str] = set()
@@ -82,8 +82,8 @@ def of_drivers(site: Site) -> tuple[Found, ...]:
 
 
 def discard_of(members: Sequence[Member]) -> None:
-    """Remove these VMs' leftovers in their drivers, and those that died before they could be marked as
-    anybody's; the caller holds their locks."""
+    """Remove these VMs' leftovers in their drivers, and those that died before they were marked as
+    anybody's. The caller holds their locks."""
     owners = {None, *(member.owner for member in members)}
     hosts = {member.host: member.site for member in members if member.can_power}
     for host, site in hosts.items():
@@ -93,8 +93,8 @@ def discard_of(members: Sequence[Member]) -> None:
 
 
 def discard_unowned(site: Site) -> None:
-    """Remove on all hosts what is left of making and removing templates, which are no VM's. A host that
-    doesn't answer keeps nobody from going on: what is left there is for gc."""
+    """Remove on all hosts what the making and removing of templates left, which is no VM's. A host that
+    doesn't answer is skipped: gc removes what is left there."""
     for host, declared in site.farm.hosts.items():
         if not declared.INFO.virtual:
             continue
@@ -124,8 +124,8 @@ def _of_host(site: Site, host: str) -> Iterator[Found]:
 
 
 def of_files(site: Site, machines: Collection[str]) -> Iterator[Found]:
-    """Seeds, console logs and host keys of machines that are not there, by the names that we give them:
-    whatever else lies beside them is somebody's."""
+    """Seeds, console logs and host keys of machines that are gone. They are known by the names that we
+    give them; whatever else lies beside them is somebody's."""
     paths, farm = site.paths, site.farm
     prefix = f"{farm.farm}-"
     now = datetime.now(UTC)

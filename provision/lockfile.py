@@ -1,4 +1,4 @@
-"""What the VMs of a farm were given, in a file for people and version control: JSON, a VM a line."""
+"""What the VMs of a farm were given, in a file for people and version control: JSON, one VM a line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ABOUT = (
 
 
 class LockFileEntry(TypedDict):
-    """One VM's in the lock file, checked to be such."""
+    """One VM's entry in the lock file, already checked."""
 
     mac: str
     address: str | None
@@ -38,7 +38,7 @@ _FIELDS = ("mac", "address", "ssh_port")
 
 @dataclass(slots=True)
 class LockFileContent:
-    """What was read is shared by its readers; whoever changes it takes a copy."""
+    """What was read. Its readers share it; whoever changes it takes a copy."""
 
     vms: dict[str, LockFileEntry] = field(default_factory=dict)
     resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
@@ -46,7 +46,7 @@ class LockFileContent:
     _by: dict[str, Mapping[Any, str]] = field(default_factory=dict)
 
     def by(self, what: str) -> Mapping[Any, str]:
-        """Who has it, by an entry's field; looked through once."""
+        """Who has what, by the value of that field of the entries. Made once."""
         if what not in self._by:
             found = map(itemgetter(what), self.vms.values())
             self._by[what] = dict(zip(found, self.vms, strict=True))
@@ -57,7 +57,7 @@ class LockFileContent:
 
 
 class LockFile:
-    """One farm's. Whoever writes keeps all others from it; WrongState: it is damaged."""
+    """One farm's lock file. Whoever writes it keeps all others from it. WrongState if it is damaged."""
 
     def __init__(self, farm: str, path: Path) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class LockFile:
         )
 
     def read(self) -> LockFileContent:
-        """The file is replaced, never changed: one that was read is not read again."""
+        """The content. The file is only ever replaced, so an unchanged one is not read again."""
         which: tuple[int, ...] = ()
         with contextlib.suppress(OSError):  # one that can't be reached is _text's to say
             which = _which(self.path)
@@ -95,7 +95,8 @@ class LockFile:
         return LockFileContent(vms, resting, text)
 
     def write(self, book: LockFileContent, changed: Iterable[str]) -> None:
-        """Durably. ``changed``: all VMs whose entries are others than were read, or gone."""
+        """Write it durably. ``changed``: all VMs whose entries differ from what was read, or are
+        gone."""
         now = datetime.now(UTC)
         data = {
             "about": _ABOUT,
@@ -131,8 +132,8 @@ _BEGIN, _END = '"vms": {\n', "\n  }"
 
 
 def _lines(book: LockFileContent, changed: Iterable[str]) -> Sequence[str]:
-    """Of all VMs, by their names. Those of the others are as the file has them, if it is as we write it:
-    a line for each, in this order."""
+    """One line for each VM, by name. Lines of VMs that are not in ``changed`` are taken from the file,
+    if it is as we write it."""
     lines = book.text.partition(_BEGIN)[2].partition(_END)[0].split(",\n")
     in_order = not any(map(le, lines[1:], lines))
     for vm in changed if in_order else ():

@@ -31,8 +31,8 @@ ON = (Power.RUNNING, Power.PAUSED)
 
 
 class Member:
-    """A declared VM: resolved once for an operation (``Site.members``), and handed on. Its host is
-    connected at first use. For one operation only: what the VM was given is asked once."""
+    """A declared VM. It is resolved once for an operation (``Site.members``) and handed on, and is valid
+    for that operation only. Its host is connected at first use. What it was given is asked once."""
 
     def __init__(self, site: Site, vm: str) -> None:
         farm = site.farm
@@ -53,7 +53,7 @@ class Member:
 
     @property
     def info(self) -> DriverInfo:
-        """What its host's driver can, and can't."""
+        """What its host's driver can do."""
         return self.declared_host.INFO
 
     @property
@@ -63,7 +63,8 @@ class Member:
 
     @property
     def can_power(self) -> bool:
-        """Whether it can be switched on and off from here: not a machine that nobody virtualizes."""
+        """Whether it can be switched on and off from here. Not so for a machine that nobody
+        virtualizes."""
         return self.info.power
 
     @property
@@ -83,11 +84,11 @@ class Member:
 
     @property
     def store(self) -> Disks:
-        """Unsupported where its host keeps no disks of ours."""
+        """Its disk store. Unsupported if its host keeps no disks of ours."""
         return self.site.disks(self.host)
 
     def look(self) -> Machine | None:
-        """Its machine now; None if it isn't made. NotOurs if another's has its name."""
+        """Its machine as it is now; None if it isn't made. NotOurs if another's machine has its name."""
         machine = self.site.hypervisor(self.host, look=True).find(self.machine)
         if machine is not None and machine.owner != self.owner:
             raise NotOurs(
@@ -98,7 +99,7 @@ class Member:
         return machine
 
     def present(self) -> Machine:
-        """As ``look``. NotFound if it isn't made."""
+        """As ``look``, but NotFound if it isn't made."""
         machine = self.look()
         if machine is None:
             raise NotFound(
@@ -108,24 +109,25 @@ class Member:
         return machine
 
     def disk(self) -> Disk | None:
-        """None also where its host keeps no disks of ours."""
+        """Its disk; None if there is none, or its host keeps no disks of ours."""
         return self.store.find(self.machine) if self.has_store else None
 
     # What it was given
 
     def allocate(self, *, move_port: bool = False) -> Allocation:
-        """What it has, durably recorded; asked once. ``move_port``: another ssh port from now on.
-        Errors: as ``Allocator.allocate``."""
+        """What it was given, durably recorded; asked once. ``move_port``: give it another ssh port from
+        now on. Errors: as ``Allocator.allocate``."""
         if self._allocation is None or move_port:
             self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port)
         return self._allocation
 
     def was_given(self, allocation: Allocation) -> None:
-        """``allocate`` has it from now on: the caller recorded it, for many VMs at once."""
+        """Set what ``allocate`` returns from now on. The caller has recorded it, for many VMs at
+        once."""
         self._allocation = allocation
 
     def spec(self, given: Allocation) -> MachineSpec:
-        """Its machine as the farm file wants it."""
+        """Its machine as the farm file asks for it."""
         site, declared, network = self.site, self.declared, self.site.farm.network
         user_mode = network.mode == "user"
         boot = site.farm.boot_of(self.vm)
@@ -156,7 +158,7 @@ class Member:
     # How it is reached
 
     def address(self) -> tuple[str, int]:
-        """Host and port of its ssh, as recorded or as they would be given."""
+        """Host and port of its ssh: as recorded, or as they would be given."""
         if not self.info.virtual:
             return self._name_or_address(), self.declared.ssh_port or 22
         allocator = self.site.allocator
@@ -180,9 +182,9 @@ class Member:
         )
 
     def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
-        """The OpenSSH client's command line that logs in, or runs a command there. Exactly the VM's
-        own host key is accepted; of a machine nobody cloned, the first key seen from then on. Nothing
-        of the user's or the host's ssh configuration is used."""
+        """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host
+        key only; for a machine that nobody cloned, the first key that it shows, from then on. It uses no
+        ssh configuration of the user or the host."""
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
             known = identity.known_hosts(self.site.paths, self.vm)

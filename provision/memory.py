@@ -1,12 +1,11 @@
-"""A host's memory and the farm's VMs on it: who may have how much. Values in, values out: what is so is
-looked at, and what comes out is carried out, by ``provision.memory_budget``.
+"""A host's memory and the farm's VMs on it: who may have how much. This is calculation only:
+``provision.memory_budget`` looks at what there is, and carries out what is decided here.
 
-As xapi's squeezed does it (doc/content/squeezed of xapi-project/xen-api): whoever needs memory gets what
-is left; where that is too little, VMs that idle give what they have over their ``idle_memory``, and none
-falls below what its guest needs. One that is in use gives nothing.
+It follows xapi's squeezed (doc/content/squeezed of xapi-project/xen-api). Whoever needs memory gets what
+is left. If that is too little, VMs that idle give what they have above their ``idle_memory``, but none
+falls below what its guest needs. A VM in use gives nothing.
 
-All sizes are bytes.
-"""
+All sizes are bytes."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ class Guest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """``limit``: what the farm's VMs may have together, as declared; None: no limit. ``free``: what
-    the machine itself has for more of them; None: that is for the hypervisor to say."""
+    """``limit``: what the farm's VMs may have together, as declared; None: no limit. ``free``: what the
+    machine itself has for more of them; None: only the hypervisor can say."""
 
     host: str
     limit: int | None
@@ -58,21 +57,21 @@ class HostMemory:
 
     @property
     def left(self) -> int | None:
-        """For more; negative where they have too much already. None: nothing bounds it."""
+        """What is left for more; negative if they have too much already. None: there is no bound."""
         bounds = [] if self.limit is None else [self.limit - self.in_use]
         if self.free is not None:
             bounds.append(self.free)
         return min(bounds, default=None)
 
     def short_of(self, more: int) -> int:
-        """How much is missing to that; 0: it is there."""
+        """How much is missing to have that; 0: nothing."""
         return 0 if self.left is None or more <= 0 else max(0, more - self.left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prospect:
-    """What one VM may become. ``grow_to``: how much it may have now, if it alone asks (stopped: 0, or
-    its maximum, with which it would start). ``target``: what ``balloon --all`` gives it."""
+    """What one VM may become. ``grow_to``: what it may have now if it alone asks (stopped: 0, or the
+    maximum it would start with). ``target``: what ``balloon --all`` gives it."""
 
     guest: Guest
     grow_to: int
@@ -81,8 +80,8 @@ class Prospect:
 
 
 def squeeze(host: HostMemory, short: int, *, but: Collection[str] = ()) -> Mapping[str, int] | None:
-    """Targets of those that idle, so that together they give ``short``: as few of them as can be, none
-    more than is needed. None where they don't have it. ``but``: leave these alone."""
+    """Targets for VMs that idle, so that together they give ``short`` bytes: as few VMs as possible,
+    none giving more than needed. None if they don't have that much. ``but``: VMs to leave alone."""
     targets: dict[str, int] = {}
     givers = [g for g in host.guests if g.vm not in but and g.gives > SLACK]
     for guest in sorted(givers, key=lambda g: -g.gives):
@@ -95,8 +94,9 @@ def squeeze(host: HostMemory, short: int, *, but: Collection[str] = ()) -> Mappi
 
 
 def at_once(starting: Iterable[tuple[int, int]]) -> int:
-    """What VMs that are started take at most, each as (what it starts with, what it falls to).
-    One that doesn't fit yet waits until others have fallen, in whichever order they come."""
+    """The most that VMs take while they are started, each given as (what it starts with, what it falls
+    to). One that doesn't fit yet waits until others have fallen. The order in which they come doesn't
+    matter."""
     pairs = list(starting)
     return sum(low for _, low in pairs) + max((high - low for high, low in pairs), default=0)
 
@@ -117,8 +117,9 @@ def shared(host: HostMemory) -> str:
 
 
 def _targets(host: HostMemory) -> Mapping[str, int]:
-    """Those that idle fall to their idle memory, or to what they need; then the others come up to what
-    they are declared with, in the farm's order, as far as it goes. Who is in use stays as it is."""
+    """VMs that idle fall to their idle memory, or to what they need. Then the others come up to what
+    they are declared with, in the farm's order, as far as the memory goes. A VM in use stays as it
+    is."""
     targets: dict[str, int] = {}
     left = host.left
     for guest in host.guests:
@@ -155,5 +156,5 @@ def _prospect(host: HostMemory, guest: Guest, target: int) -> Prospect:
 
 
 def _givers(guests: Sequence[Guest], but: Guest) -> int:
-    """What the others would give, each less what a balloon may be off."""
+    """What the others would give, each less the inaccuracy of a balloon."""
     return sum(g.gives - SLACK for g in guests if g is not but and g.gives > SLACK)

@@ -1,14 +1,13 @@
-"""Room in a host's memory: looked at, made, and kept until it is taken, so that VMs of this farm never
-have more together than the host's ``memory``, however many commands run at once.
+"""Room in a host's memory: looked for, made, and kept until it is used. So VMs of this farm never have
+more together than the host's ``memory``, however many commands run at once.
 
-A process that starts VMs, or gives one more, has the host's turn (engine/mutex.py) from the look
-until the hypervisor has done it; from then on the hypervisor itself shows it. What is needed and not
-there is made first, by ballooning down VMs that idle (``provision.memory`` says which), each under its
-own lock.
+A process that starts a VM, or gives one more memory, holds the host's mutex (engine/mutex.py) from the
+look until the hypervisor has done it; from then on the hypervisor itself shows it. If there is too
+little room, VMs that idle are ballooned down first (``provision.memory`` says which), each under its own
+lock.
 
-A command that is killed within its turn leaves an operation unfinished. What that may be doing still,
-in the guest or in libvirt's daemon, is counted in full until it is recovered.
-"""
+A command that is killed while it holds the mutex leaves an unfinished activity. What that may still be
+doing, in the guest or in libvirt's daemon, counts in full until it is recovered."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ _AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class BalloonFacts(Facts):
-    """Bytes. ``needy``: the VM that room is made for; "": none, it was asked for."""
+    """Sizes are bytes. ``needy``: the VM that room is made for; "": nobody, it was asked for."""
 
     target: int
     needy: str = ""
@@ -57,7 +56,7 @@ class BalloonFacts(Facts):
 
 
 class _BalloonActivity(OneVmActivity[BalloonFacts]):
-    """Finished: there was room when it was begun, and it has been kept since."""
+    """Recovery finishes it: there was room at its beginning, and that has been kept since."""
 
     name = "balloon"
     facts = BalloonFacts
@@ -86,8 +85,8 @@ BALLOON = _BalloonActivity()
 def host_memory(
     site: Site, host: str, *, but: Collection[str] = (), taken: int = 0, needs: bool = False
 ) -> HostMemory:
-    """As it is now, without the VMs ``but``, as if they had nothing. ``taken``: of what the machine
-    has free, for others. ``needs``: also what the guests need, which takes a question to each."""
+    """The host's memory now, as if the VMs ``but`` had none. ``taken``: bytes of what the machine has
+    free that are for others. ``needs``: whether to ask each guest what it needs."""
     declared = site.farm.hosts[host]
     members = [one for one in site.members() if one.host == host and one.vm not in but]
     driver = site.hypervisor(host, look=True)
@@ -113,9 +112,9 @@ def host_memory(
 
 @contextlib.contextmanager
 def room_for(member: Member, size: int, doing: str, *, falls: bool = False) -> Iterator[None]:
-    """Within it there is room for the VM to have ``size``, whatever it has now, and nobody else takes
-    it. ``falls``: it is started, and falls to its idle memory later (the caller says when, to
-    ``Turns.fell``); those of this command that do are waited for. NoSpace, saying who has how much."""
+    """Within it the VM may have ``size`` bytes in all, and nobody else takes them. ``falls``: the VM is
+    started and falls to its idle memory later (the caller says when, by ``NamedMutex.fell``); whoever
+    needs room waits for those of this command. NoSpace says who has how much."""
     site, vm, host = member.site, member.vm, member.host
     name = turn_of(host)
 
@@ -144,8 +143,8 @@ def turn_of(host: str) -> str:
 
 
 def forecast(sizes: Mapping[Member, tuple[int, int]], doing: str) -> tuple[Action, ...]:
-    """Before anything is begun: whether these VMs fit, each with what it starts with and what it falls
-    to. What will be taken from others, as far as can be told now; NoSpace."""
+    """Check, before anything is begun, that these VMs fit, each given with what it starts with and what
+    it falls to. Returns what will be taken from others, as far as that can be told now. NoSpace."""
     actions: list[Action] = []
     taken = 0
     if not sizes:
@@ -176,7 +175,7 @@ def forecast(sizes: Mapping[Member, tuple[int, int]], doing: str) -> tuple[Actio
 
 
 def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
-    """One line: what was wanted, what there is, who has it."""
+    """The error, in one line: what was wanted, what there is, who has it."""
     if host.limit is not None and wanted > host.limit - host.in_use:
         return NoSpace(
             f"{site.name}: {doing} takes {format_size(wanted)}, with {format_size(host.in_use)} in use "
@@ -195,7 +194,7 @@ def no_room(site: Site, host: HostMemory, doing: str, wanted: int) -> NoSpace:
 
 
 def _make_room(member: Member, size: int, doing: str) -> int | None:
-    """With the turn. None: it is there; else what to wait for."""
+    """Make room; the caller holds the mutex. None: the room is there; else what to wait for."""
     site, vm, host = member.site, member.vm, member.host
     if _plainly_there(site, host, size):
         return None
@@ -222,7 +221,7 @@ def _make_room(member: Member, size: int, doing: str) -> int | None:
 
 
 def _plainly_there(site: Site, host: str, size: int) -> bool:
-    """Whether that can be told without a look at the host's machines: it has no limit."""
+    """Whether there is room for certain, without a look at the host's machines: it has no limit."""
     declared = site.farm.hosts[host]
     if declared.memory is not None or not declared.INFO.shares_memory:
         return declared.memory is None
@@ -230,15 +229,15 @@ def _plainly_there(site: Site, host: str, size: int) -> bool:
 
 
 def _machine_has(site: Site, host: str, size: int) -> bool:
-    """Whether that much is free beside all that this process is about to give; other servers see to
-    that themselves."""
+    """Whether that much is free besides all that this process is about to give. Other servers check that
+    themselves."""
     if not site.farm.hosts[host].INFO.shares_memory:
         return True
     return size + sum(site.mutex.reservations().values()) <= _memory_available(site, host)
 
 
 def _take_from(member: Member, had: int, target: int, needy: str) -> None:
-    """One that doesn't give, or is in use meanwhile, is passed over."""
+    """Balloon them down. One that doesn't give, or is in use meanwhile, is skipped."""
     site, vm = member.site, member.vm
     try:
         with (
@@ -295,7 +294,7 @@ def _asked(member: Member, guest: Guest) -> Guest:
 
 
 def _user(member: Member) -> str:
-    """Who uses it. This very command does not, unless it builds there."""
+    """Who uses the VM; "": nobody. This command itself doesn't count, unless it builds there."""
     site, vm = member.site, member.vm
     holder = site.locks.holder(lock_of(vm))
     if holder is None:
@@ -306,7 +305,8 @@ def _user(member: Member) -> str:
 
 
 def _reserved(site: Site) -> dict[str, int]:
-    """What this process is giving VMs, and what commands that were killed may be giving them still."""
+    """Bytes that this process is giving VMs, and that commands that were killed may still be giving
+    them."""
     reserved = site.mutex.reservations()
     for record in site.journal.unfinished():
         for vm in (vm for vm in record.vms if vm in site.farm.vms):

@@ -1,10 +1,9 @@
 """A VM whose machine is there and whose disk is not: removed by hand, or gone with what it was on.
 
-``clone-farm`` makes it a new one, from the template generation that it was cloned from, but only where
-nothing can be lost with that: not while it runs, for its guest has the old disk open still, and not
-where something of the disk is left. Nor where that generation is not in the store: then, most likely,
-the store isn't there at all, such as a file system that is not mounted.
-"""
+``clone-farm`` makes it a new disk, from the template generation that it was cloned from, but only if
+nothing can be lost by that. Not while the VM runs, for its guest still has the old disk open. Not if
+something of the disk is left. And not if that generation is missing, too: then, most likely, the store
+itself isn't there, such as a file system that is not mounted."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class MissingDisk:
 
 
 def missing_disk(member: Member, machine: Machine) -> MissingDisk | None:
-    """None: its disk is there, or none of ours to keep."""
+    """None if its disk is there, or it has none of ours."""
     site, vm, host = member.site, member.vm, member.host
     if not member.has_store or member.disk() is not None:
         return None
@@ -74,22 +73,22 @@ def missing_disk(member: Member, machine: Machine) -> MissingDisk | None:
 
 
 def left_of(store: Disks, machine: str) -> tuple[str, ...]:
-    """Checkpoints, but for clean, that outlived the machine's disk."""
+    """Names of checkpoints, except clean, that outlived the machine's disk."""
     if not isinstance(store, LostDisks):
         return ()
     return tuple(kept.name for kept in store.left(machine) if kept.name != "clean")
 
 
 def grows_from(store: Disks, machine: str) -> tuple[Checkpoint, ...]:
-    """What a reset can make a new disk from, the old one being gone."""
+    """The checkpoints that a reset can make a new disk from when the old one is gone."""
     kept = tuple(store.left(machine)) if isinstance(store, LostDisks) else ()
     return kept if "clean" in (one.name for one in kept) else ()
 
 
 def left_to_people(site: Site, host: str, name: str) -> bool:
-    """Whether a machine without a disk in its host's store is nothing to clear away: as ``missing_disk``
-    has it, somebody has to look first. With its definition would go what its guest still writes, or what
-    says whose the disk is that comes back."""
+    """Whether a machine without a disk in its host's store must not be cleared away, because somebody
+    has to look first (see ``missing_disk``). Its definition may tell whose the disk is when that comes
+    back, and its guest may still be writing."""
     if has_disk_elsewhere(site, host, name):
         return True
     machine = site.hypervisor(host, look=True).find(name)
@@ -106,13 +105,14 @@ def left_to_people(site: Site, host: str, name: str) -> bool:
 
 
 def has_disk_elsewhere(site: Site, host: str, machine: str) -> bool:
-    """Two hosts of the farm file may be one hypervisor with two stores; a driver knows its own only."""
+    """Whether another host's store has its disk. Two hosts of the farm file may be one hypervisor with
+    two stores, and a driver knows only its own."""
     others = (site.disks(other) for other in site.farm.hosts if other != host and site.has_disks(other))
     return any(store.find(machine) is not None for store in others)
 
 
 def require(member: Member, machine: Machine, disk: Disk | None) -> None:
-    """For whoever is about to use the disk that was found. NotFound."""
+    """Check, before the disk is used, that it was found. NotFound if it is gone."""
     found = missing_disk(member, machine) if disk is None else None
     if found is not None:
         raise found.error(member)

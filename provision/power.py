@@ -1,4 +1,4 @@
-"""Starting and stopping; and what a start takes: definition, port, memory, patience."""
+"""Starting and stopping, and what a start takes: definition, port, memory, patience."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ STOP = _StopActivity()
 
 @dataclass(frozen=True, slots=True)
 class Start(Operation):
-    """Start VMs; with ``wait`` until their ssh answers. A running one is left alone.
+    """Start VMs; with ``wait`` until their ssh answers. A running VM is left alone.
 
     Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
 
@@ -104,7 +104,7 @@ class Start(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Stop(Operation):
-    """Shut VMs down, or with ``force`` cut their power. A stopped one is left alone."""
+    """Shut VMs down; with ``force`` cut their power. A stopped VM is left alone."""
 
     name = "stop"
     at_any_time = True
@@ -140,7 +140,7 @@ def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome
 
 
 def start_one(member: Member, *, wait: bool) -> None:
-    """A journaled start of a stopped machine."""
+    """Start a stopped machine, with an entry in the journal."""
     site = member.site
     with site.journal.begin(START, [member.vm], NoFacts()):
         began = time.monotonic()
@@ -150,11 +150,12 @@ def start_one(member: Member, *, wait: bool) -> None:
 
 
 def power_on(member: Member, *, wait: bool) -> None:
-    """Within an operation under way: bring its definition up to date, start it when there is room in
-    the host's memory, wait, balloon down. NoSpace.
+    """Bring its definition up to date, start it when there is room in the host's memory, wait, balloon
+    it down; within an operation under way. NoSpace.
 
-    A suspended one runs on as it was defined then, and up for as long as it was then: of it, any answer
-    with its host key counts as ready. It had no power before, so that none is from before."""
+    A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
+    with its host key counts as ready: while suspended it could not answer, so no answer can be an old
+    one."""
     machine, disk = member.present(), member.disk()
     require(member, machine, disk)
     asleep = machine.power is Power.SUSPENDED
@@ -169,8 +170,8 @@ def power_on(member: Member, *, wait: bool) -> None:
 
 
 def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:
-    """time.monotonic() just before its start. ``machine``, ``disk``: as they are now. ``falls``: see
-    ``room_for``."""
+    """Start it. Returns time.monotonic() of just before. ``machine``, ``disk``: as they are now.
+    ``falls``: see ``room_for``."""
     if machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
@@ -182,9 +183,8 @@ def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bo
 
 
 def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Machine:
-    """A stopped machine's seed and definition, as the farm file and its host want them now; given as
-    they are now. The machine as it then is. Unsupported where it is to run under KVM, and that doesn't
-    work."""
+    """Bring a stopped machine's seed and definition to what the farm file and its host ask for. Returns
+    the machine as it then is. Unsupported if it is to run under KVM and KVM doesn't work."""
     check_accelerator([member])
     allocation = member.allocate()
     write_identity(member)
@@ -199,7 +199,8 @@ def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Mac
 
 
 def why_redefine(member: Member, machine: Machine, spec: MachineSpec) -> str:
-    """For people; empty where its definition is what the farm file and its host ask for now."""
+    """Why its definition must change, for people; "" if it is what the farm file and its host ask
+    for."""
     if machine.spec_hash != spec_hash(spec):
         return "as the farm file has been"
     if machine.accelerated is None:
@@ -212,7 +213,7 @@ def why_redefine(member: Member, machine: Machine, spec: MachineSpec) -> str:
 
 
 def write_identity(member: Member) -> None:
-    """Keys and seed, made or refreshed; nothing is written where all is right."""
+    """Make or refresh its keys and seed. Writes nothing if all is right."""
     site, machine = member.site, member.machine
     allocation = member.allocate()
     identity.make_controller_key(site.farm, site.paths)
@@ -230,8 +231,7 @@ def write_identity(member: Member) -> None:
 
 
 def wait_until_ready(member: Member, *, since: float) -> None:
-    """As ``until_ready``, and says how long it took. Where machines have no guests there is nothing to
-    wait for."""
+    """As ``until_ready``, and says how long it took. Returns at once where machines have no guests."""
     if not member.info.guests:
         return
     import asyncio
@@ -243,10 +243,10 @@ def wait_until_ready(member: Member, *, since: float) -> None:
 
 
 async def until_ready(member: Member, *, since: float) -> Ready:
-    """Until its ssh answers as this very VM since this very start, for as long as it is seen to go on.
-    ``since``: time.monotonic() just before the start; minus infinity: any boot is the one meant.
+    """Wait until its ssh answers as this very VM since this very start, for as long as it is seen to go
+    on. ``since``: time.monotonic() of just before the start; minus infinity: any boot will do.
 
-    One that was started under KVM, and shows no sign of life, is started once more under emulation,
+    A VM that was started under KVM and shows no sign of life is started once more under emulation,
     unless a guest has answered under KVM since this machine booted.
 
     Errors: Conflict (somebody else answers), WrongState (it stopped), TimedOut with the console's last
@@ -261,7 +261,7 @@ async def until_ready(member: Member, *, since: float) -> Ready:
 
 
 class _LifelessError(Exception):
-    """On trial, and it shows no sign of life."""
+    """A VM on trial shows no sign of life."""
 
 
 async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready:
@@ -291,7 +291,7 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
 
 
 def console_tail(member: Member, *, lines: int = _TAIL) -> str:
-    """The console's last lines, or ""."""
+    """The last lines of its console; "" if there are none."""
     from provision.guest.remote import tail_of
 
     try:
@@ -302,20 +302,21 @@ def console_tail(member: Member, *, lines: int = _TAIL) -> str:
 
 
 def _on_trial(member: Member) -> bool:
-    """Whether it runs under KVM that no guest has answered under yet, and need not."""
+    """Whether it runs under KVM, doesn't have to, and no guest has answered under KVM here yet."""
     opened = member.site.opened(member.host)
     return bool(member.present().accelerated) and opened.on_trial()
 
 
 def _trust(member: Member) -> None:
-    """It answered. What can't be looked at, or noted, now will be another time."""
+    """It answered: note that KVM works. What can't be looked at or noted now is left for another
+    time."""
     with contextlib.suppress(FarmhandError):
         if member.present().accelerated:
             member.site.opened(member.host).prove()
 
 
 def _start_emulated(member: Member) -> float:
-    """Cut its power, and start it without KVM, as every machine of that host is from now on."""
+    """Cut its power and start it without KVM, as every machine of that host is from now on."""
     site, vm, host = member.site, member.vm, member.host
     with contextlib.nullcontext() if current_entry() else site.journal.begin(START, [vm], NoFacts()):
         member.driver.stop(member.machine, grace=0)
@@ -331,8 +332,8 @@ def _start_emulated(member: Member) -> float:
 
 
 def answers(member: Member, *, timeout: float = 2.0) -> bool:
-    """Whether an ssh server greets at the VM's address. In user mode QEMU itself accepts the
-    connection, so only the greeting (RFC 4253, 4.2) tells."""
+    """Whether an ssh server greets at the VM's address. In user mode QEMU itself accepts the connection,
+    so only the greeting (RFC 4253, 4.2) tells."""
     if not member.info.guests:
         return True
     try:
@@ -344,7 +345,7 @@ def answers(member: Member, *, timeout: float = 2.0) -> bool:
 
 
 def deflate(member: Member) -> None:
-    """Balloon an idle VM down to its ``idle_memory``, if it has one. Can't be: a warning."""
+    """Balloon an idle VM down to its ``idle_memory``, if it has one. A failure is a warning."""
     declared, say = member.declared, member.site.reporter
     idle = declared.idle_memory
     if idle is None or idle == declared.memory or not member.can_power:
@@ -370,14 +371,14 @@ def then_what(member: Member, *, wait: bool) -> str:
 
 
 def no_power(member: Member) -> str:
-    """For a note in a plan: it goes on with what can't be done."""
+    """A plan's note that nobody can switch the VM on or off. The plan goes on."""
     return f"on {member.info.called}: nobody can switch it"
 
 
 def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]:
-    """Whether these VMs may be started beside what runs, within each host's ``memory`` and within what
-    this machine has free; what others give for it. NoSpace before anything was begun; Unsupported where
-    they are to run under KVM, and it doesn't work."""
+    """Check, before anything is begun, that these VMs may be started beside what runs: within each
+    host's ``memory``, and within what this machine has free, with what others give. Errors: NoSpace;
+    Unsupported if they are to run under KVM and KVM doesn't work."""
     new = [member for member in members if member.can_power]
     check_accelerator(new)
     doing = f"starting {', '.join(member.vm for member in new)}"
@@ -385,7 +386,7 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
 
 
 def check_accelerator(members: Sequence[Member]) -> None:
-    """Unsupported where these VMs are to run under KVM, and it doesn't work."""
+    """Unsupported if these VMs are to run under KVM and KVM doesn't work."""
     for host, site in {member.host: member.site for member in members}.items():
         site.opened(host).demand_accelerator()
 
@@ -397,7 +398,8 @@ def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
 
 
 def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
-    """Another program may listen where a stopped VM's ssh used to: move, unless it was declared."""
+    """Give it another ssh port if another program listens where the stopped VM's used to be. Conflict if
+    it was declared."""
     site, vm = member.site, member.vm
     if site.farm.network.mode != "user" or not member.info.forwards:
         return

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 class Site:
-    """A context manager; may be used by several threads. Nothing is written and nothing started by
-    opening it; with ``plan`` nothing ever is. ``requester``: who asked; absent: who runs this
+    """An open farm: a context manager that several threads may use. Opening it writes nothing and starts
+    nothing; with ``plan`` nothing ever does. ``requester``: who asked; None: whoever runs this
     process."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Site:
         self.close()
 
     def close(self) -> None:
-        """Connections and journal; machines and daemons go on."""
+        """Close connections and journal. Machines and daemons go on."""
         with self._guard:
             for opened in self._opened.values():
                 opened.close()
@@ -83,16 +83,17 @@ class Site:
         self.journal.close()
 
     def prepare(self) -> None:
-        """Make the farm's own directory, for those about to change something. QEMU, under another
-        user, passes through it to its disks; it can't list it. What earlier commands left to be told to
-        subscribers is told from now on."""
+        """Make the farm's own directory, before something is changed. QEMU, under another user, can pass
+        through it to its disks but can't list it. Events that earlier commands left are delivered from
+        now on."""
         make_directory(self.paths.root, mode=0o711)
         self.outbox.start()
 
     # What the farm file names
 
     def vms(self, names: Sequence[str] | None) -> tuple[str, ...]:
-        """Declared VMs, in the farm file's order; none named: all. NotFound with the nearest known."""
+        """Declared VMs in the farm file's order; all, if none is named. NotFound names the nearest
+        known."""
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
@@ -107,7 +108,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The farm as messages call it: its file, as it is known."""
+        """The farm as messages call it: its file, as the user knows it."""
         return self.farm.path.name or self.farm.farm
 
     def member(self, vm: str) -> Member:
@@ -115,7 +116,7 @@ class Site:
         return Member(self, vm)
 
     def members(self, names: Sequence[str] | None = None) -> tuple[Member, ...]:
-        """As ``vms``."""
+        """Declared VMs, for one operation; chosen as by ``vms``."""
         return tuple(map(self.member, self.vms(names)))
 
     def _subscriber(self, section: EventSubscriber) -> Subscriber:
@@ -125,7 +126,7 @@ class Site:
     # Drivers
 
     def opened(self, host: str) -> OpenHost:
-        """The host, for what only some drivers have to tell."""
+        """The host, for what only some drivers can tell."""
         with self._guard:
             found = self._opened.get(host)
             if found is None:
@@ -133,31 +134,31 @@ class Site:
             return found
 
     def hypervisor(self, host: str, *, look: bool = False) -> Hypervisor:
-        """The host's driver. ``look``: for reading only; a private daemon that never defined anything
-        is then not started (in a plan always so)."""
+        """The host's driver. ``look``: for reading only. A private daemon that never defined anything is
+        then not started (nor in a plan)."""
         return self.opened(host).hypervisor(look=look)
 
     def disconnect(self, host: str) -> None:
-        """Close the driver; the next use connects again."""
+        """Close the driver. The next use connects again."""
         self.opened(host).disconnect()
 
     def disks(self, host: str) -> Disks:
-        """The host's disk store. Unsupported where nobody stores disks (driver ssh)."""
+        """The host's disk store. Unsupported if the host stores no disks (driver ssh)."""
         return self.opened(host).disks()
 
     def has_disks(self, host: str) -> bool:
         return self.farm.hosts[host].INFO.disks
 
     def daemon(self) -> OwnDaemon | None:
-        """The farm's own, running or not; None: no host of it is served by one."""
+        """The farm's own libvirt daemon, running or not; None if no host is served by one."""
         return next(filter(None, (self.opened(host).daemon() for host in self.farm.hosts)), None)
 
     def far(self, host: str) -> FarHypervisor | None:
-        """The driver, where it works on another machine."""
+        """The driver, if it works on another machine."""
         return self.opened(host).far()
 
     def distrust_kvm(self, host: str, why: str) -> None:
-        """It failed a guest: from now on machines there are defined without it."""
+        """KVM failed a guest there: from now on machines are defined without it."""
         self.opened(host).distrust(why)
         lost = self.farm.hosts[host]
         if lost.far:  # the agent there sees to that by itself
@@ -202,8 +203,8 @@ class Site:
 def open_site(
     farm_file: Path, *, reporter: Reporter, plan: bool = False, requester: Requester | None = None
 ) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError for what the
-    environment asks for."""
+    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError (for what the
+    environment asks for)."""
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)

@@ -1,4 +1,4 @@
-"""status: one line a VM, by reading only. A host out of reach spoils its own lines only."""
+"""status: one line a VM, by reading only. A host out of reach spoils only its own lines."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NOTES_PATIENCE = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
-    """``state``: "not made", "running", "stopped", "suspended", "paused", "unknown" (ssh host, host out
-    of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written to, or
-    running), "building" (a cycle holds it), "" where nobody can tell, or not without reading the whole
-    disk (LVM's full copies). Bytes; None: not known."""
+    """``state``: "not made", "running", "stopped", "suspended", "paused", "unknown" (an ssh host, or a
+    host out of reach), "not ours". ``condition``: "clean" (provably its checkpoint), "dirty" (written
+    to, or running), "building" (a cycle holds it), or "" if nobody can tell, or only by reading the
+    whole disk (LVM's full copies). Sizes are bytes; None: not known."""
 
     vm: str
     machine: str
@@ -76,7 +76,7 @@ class VmStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostStatus:
-    """``driver`` as its capabilities call it ("qemu": KVM without working KVM)."""
+    """``driver``: as its capabilities call it ("qemu": KVM that doesn't work)."""
 
     host: str
     driver: str
@@ -188,8 +188,8 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
 
 
 def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
-    """Asks beside what else is looked at; what comes gives the answer. None in time is none: one guest
-    whose hypervisor hangs must not hide all the rest."""
+    """Notes on running machines, asked for while the rest is looked at; None if they don't come in time:
+    one guest whose hypervisor hangs must not hide all the rest."""
     if not isinstance(driver, WatchedMachines):
         return dict
     answer: Future[Mapping[str, str]] = Future()

@@ -1,4 +1,4 @@
-"""What the recovery of all activities on VMs has in common."""
+"""What the recoveries of all activities on VMs have in common."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ F = TypeVar("F", bound=Facts)
 
 
 class VmActivity(Activity[F]):
-    """On VMs, whose leftovers go once it is recovered."""
+    """An activity on VMs. Their leftovers are removed once it is recovered."""
 
     def after(self, site: Site, record: Record) -> None:
-        """Where something can't be removed now, it is recovered all the same: gc finds it again, and
-        fails as long as it is there."""
+        """If something can't be removed now, the activity is recovered all the same: gc finds it again,
+        and fails as long as it is there."""
         from provision.leftovers import discard_of
 
         members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
@@ -39,7 +39,8 @@ class VmActivity(Activity[F]):
 
 
 class OneVmActivity(VmActivity[F]):
-    """On one VM; on one that is no longer declared, or not ours to power, nothing is done."""
+    """An activity on one VM. For a VM that is no longer declared, or not ours to power, recovery does
+    nothing."""
 
     def recover(self, site: Site, record: Record, facts: F) -> Recovery[F]:
         vm = record.vm
@@ -52,10 +53,10 @@ class OneVmActivity(VmActivity[F]):
         return self.unmade(member, facts) if machine is None else self.go_on(member, machine, facts)
 
     def go_on(self, _member: Member, _machine: Machine, _facts: F) -> Recovery[F]:
-        """Where its machine is there. Unless told otherwise it is safe to call again, and all that it
-        began was: nothing to do."""
+        """Recovery if its machine is there. By default nothing is to do: the operation can simply be
+        called again."""
         return Recovery("noted")
 
     def unmade(self, _member: Member, _facts: F) -> Recovery[F]:
-        """Where there is no machine."""
+        """Recovery if there is no machine."""
         return Recovery("its machine is gone; noted")
