@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,15 @@ from host.check import install
 from host.run import which
 from hypervisors.api import Power
 from inventory.autobuild import default_cycle
-from inventory.errors import Call, FarmhandError, NotFound, Unsupported, UsageError, WrongState
+from inventory.errors import (
+    Call,
+    FarmhandError,
+    NotFound,
+    Unsupported,
+    UsageError,
+    WrongState,
+    did_you_mean,
+)
 from inventory.loader import place
 from inventory.model import Cycle, Farm
 from inventory.sizes import format_size
@@ -46,10 +53,9 @@ def choose(cycle: Cycle, start_from: str | None, only: Sequence[str]) -> frozens
     names = [step.name for step in cycle.steps]
     for name in (*only, *((start_from,) if start_from is not None else ())):
         if name not in names:
-            near = get_close_matches(name, names, 1)
             raise NotFound(
                 f"the cycle has no step {name!r}",
-                remedy=f"did you mean {near[0]}?" if near else f"its steps: {', '.join(names)}",
+                remedy=did_you_mean(name, names, f"its steps: {', '.join(names)}"),
             )
     chosen = names[names.index(start_from) :] if start_from is not None else names
     chosen = [name for name in chosen if not only or name in only]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from inventory.errors import NotFound, UsageError, some
+from inventory.errors import NotFound, UsageError, did_you_mean, some
 
 if TYPE_CHECKING:
     from provision.site import Site
@@ -76,15 +76,12 @@ def needed(option: str, text: str, meaning: str) -> str:
 
 def template(site: Site, name: str, *, built: bool) -> str:
     """The template meant: the named one, or the only one that is built (or imported)."""
-    from difflib import get_close_matches
-
     known = site.farm.templates
     if name:
         if name not in known:
-            near = get_close_matches(name, known, 1)
             raise NotFound(
                 f"{site.farm.path}: there is no template {name!r}",
-                remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}",
+                remedy=did_you_mean(name, known, f"it has {', '.join(known) or 'none'}"),
             )
         return name
     fitting = [key for key, source in known.items() if (source.build is not None) == built]

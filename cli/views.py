@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import TaskResult
 from cli.streams import columns
-from inventory.errors import BuildFailed, Call, Text, joined, some
+from inventory.errors import BuildFailed, Call, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -337,16 +337,13 @@ def failed_build(paths: FarmPaths) -> Iterator[list[TaskResult]]:
 
 def step_log(record: BuildRecord, name: str) -> TaskResult:
     """The whole log of one step. NotFound with the nearest known."""
-    from difflib import get_close_matches
-
     from inventory.errors import NotFound
 
     known = {step.name: step for step in record.steps}
     if name not in known:
-        near = get_close_matches(name, known, 1)
         raise NotFound(
             f"build {record.id} has no step {name!r}",
-            remedy=f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}",
+            remedy=did_you_mean(name, known, f"it has {', '.join(known)}"),
         )
     step = known[name]
     path = record.directory / step.log

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
-from inventory.errors import Text, Unsupported
+from inventory.errors import Call, Conflict, Text, Unsupported, UsageError
+from inventory.sizes import format_size
 
 CLEAN = "clean"
 """The checkpoint that every disk has from its cloning on."""
@@ -438,6 +439,23 @@ def no_warm(machine: str) -> Unsupported:
     return Unsupported(
         f"{machine}: this driver's checkpoints are cold: a running machine's memory can't be kept",
         remedy="without --warm: a cold one, for which it is shut down",
+    )
+
+
+def too_small(machine: str, size: int, template: Template) -> UsageError:
+    """The error for a disk that can't hold its template. ``size``: bytes."""
+    return UsageError(
+        f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
+        f"{format_size(template.size)}",
+        remedy="leave 'disk' out, or make it at least as large",
+    )
+
+
+def disk_with_data(machine: str) -> Conflict:
+    """The error for a disk that is in the way of a new machine, and is not a fresh clone."""
+    return Conflict(
+        f"{machine} has a disk with data, and no machine",
+        remedy=(Call("gc"), " removes it, then try again"),
     )
 
 

@@ -272,6 +272,14 @@ def some(names: Collection[str], most: int = 6, *, by: str = ", ") -> str:
     return f"{by.join(islice(names, most))} and {more} more"
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for a name that isn't among ``known``: the nearest one, or ``otherwise``."""
+    from difflib import get_close_matches  # only when something is wrong
+
+    near = get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 def some_remedies(errors: Iterable[FarmhandError], most: int = 6) -> Remedy:
     """The remedies of several errors, each once, few of them however many there are."""
     found = tuple(dict.fromkeys(error.remedy for error in errors if error.remedy))

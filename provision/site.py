@@ -13,7 +13,7 @@ from host.paths import FarmPaths, cache_dir, state_dir
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
-from inventory.errors import NotFound, some
+from inventory.errors import NotFound, did_you_mean, some
 from inventory.model import Farm
 from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
@@ -97,12 +97,9 @@ class Site:
         wanted = dict.fromkeys(names or self.farm.vms)
         for name in wanted:
             if name not in self.farm.vms:
-                from difflib import get_close_matches
-
-                near = get_close_matches(name, self.farm.vms, 1)
                 raise NotFound(
                     f"{self.name}: there is no VM {name!r}",
-                    remedy=f"did you mean {near[0]}?" if near else f"it has {some(self.farm.vms)}",
+                    remedy=did_you_mean(name, self.farm.vms, f"it has {some(self.farm.vms)}"),
                 )
         return tuple(vm for vm in self.farm.vms if vm in wanted)
 

@@ -61,6 +61,13 @@ def stopped(name: str) -> WrongState:
     return WrongState(f"{name} is stopped: only a running guest's memory can change", remedy="start it")
 
 
+def above_maximum(name: str, target: int, maximum: int) -> UsageError:
+    return UsageError(
+        f"{name} can't have {format_size(target)}: its maximum is {format_size(maximum)}",
+        remedy="raise 'memory' in the farm file; it takes effect when the VM is stopped and started",
+    )
+
+
 def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn) -> int:
     """As ``Hypervisor.balloon``. On TimedOut the target becomes what was reached, so that the guest
     is not pressed any further."""
@@ -70,10 +77,7 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
         raise stopped(name)
     maximum = domain.maxMemory() * 1024
     if target > maximum:
-        raise UsageError(
-            f"{name} can't have {format_size(target)}: its maximum is {format_size(maximum)}",
-            remedy="raise 'memory' in the farm file; it takes effect when the VM is stopped and started",
-        )
+        raise above_maximum(name, target, maximum)
     stats = _listening(domain, name, min(timeout, _DRIVER_PATIENCE))
     least = floor(stats, maximum)
     if target < stats["actual"] * 1024 and least is not None and target < least:

@@ -33,6 +33,7 @@ from hypervisors.api import (
     MemoryUse,
     StepFn,
     Template,
+    disk_with_data,
     no_step,
     no_warm,
 )
@@ -391,10 +392,7 @@ class LibvirtHypervisor:
         if disk is not None:
             self._check_disk(disk)
             if not self._disks.pristine(spec.name, disk.base):
-                raise Conflict(
-                    f"{spec.name} has a disk with data, and no machine",
-                    remedy=(Call("gc"), " removes it, then try again"),
-                )
+                raise disk_with_data(spec.name)
             if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
                 return disk
             self._disks.destroy(spec.name)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from host.run import Runner, which
 from hypervisors.api import MemoryUse, StepFn
-from hypervisors.libvirt.balloon import floor, follow, near, stopped, stuck
+from hypervisors.libvirt.balloon import above_maximum, floor, follow, near, stopped, stuck
 from inventory.errors import UsageError
 from inventory.sizes import format_size
 
@@ -94,10 +94,7 @@ def set_memory(
         raise stopped(name)
     maximum = domain.maxMemory() * 1024
     if target > maximum:
-        raise UsageError(
-            f"{name} can't have {format_size(target)}: its maximum is {format_size(maximum)}",
-            remedy="raise 'memory' in the farm file; it takes effect when the VM is stopped and started",
-        )
+        raise above_maximum(name, target, maximum)
     booted = store.read("memory/static-max")
     if booted is not None and target > booted * 1024:
         raise UsageError(

@@ -25,6 +25,7 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    disk_with_data,
     no_step,
     spec_hash,
 )
@@ -165,10 +166,7 @@ class XenApiHypervisor:
         if disk is None:
             return False
         if not self._disks.pristine(spec.name, disk.base):
-            raise Conflict(
-                f"{spec.name} has a disk with data, and no machine",
-                remedy=(Call("gc"), " removes it, then try again"),
-            )
+            raise disk_with_data(spec.name)
         if (disk.template, disk.size, disk.owner) == (template.label, spec.disk_size, spec.owner):
             return True
         self._disks.destroy(spec.name)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from host.files import make_directory, write_atomic
 from inventory.collector import without_collector
-from inventory.errors import NotFound, UsageError
+from inventory.errors import NotFound, UsageError, did_you_mean
 from provision.network.document import Document, embed, whole
 from provision.network.render import render
 from provision.site import Site
@@ -33,10 +32,9 @@ def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
         )
     for name in services:
         if name not in used:
-            near = get_close_matches(name, used, 1)
             raise NotFound(
                 f"{site.name}: the farm uses no service {name!r}",
-                remedy=f"did you mean {near[0]}?" if near else f"it uses {', '.join(used)}",
+                remedy=did_you_mean(name, used, f"it uses {', '.join(used)}"),
             )
     return tuple(name for name in used if not services or name in services)
 

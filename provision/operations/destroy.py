@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 from host.files import remove
-from inventory.errors import Busy, FarmhandError, Interrupted, NotFound, NotOurs, WrongState, some
+from inventory.errors import (
+    Busy,
+    FarmhandError,
+    Interrupted,
+    NotFound,
+    NotOurs,
+    WrongState,
+    did_you_mean,
+    some,
+)
 from provision.engine.facts import Facts
 from provision.engine.journal import Record, current_step
 from provision.engine.locks import lock_of
@@ -174,10 +182,9 @@ def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
         known |= dict.fromkeys((*seen.vms, *seen.given))
     for vm in vms:
         if vm not in known:
-            near = get_close_matches(vm, known, 1)
             raise NotFound(
                 f"{site.name}: there is no VM {vm!r}",
-                remedy=f"did you mean {near[0]}?" if near else f"it has {some(known)}",
+                remedy=did_you_mean(vm, known, f"it has {some(known)}"),
             )
     return tuple(vm for vm in known if vm in vms)
 

@@ -35,13 +35,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from host.files import blocks, sync
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template, too_small
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
 from hypervisors.disks.lvm.state import HeldLock, LvmState, kept, read_template, template_facts
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
-from inventory.errors import Call, Conflict, NotFound, NotOurs, UsageError, WrongState
-from inventory.sizes import format_size
+from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 
 class LvmStore(LvmVolumes, abc.ABC):
@@ -197,11 +196,7 @@ class LvmStore(LvmVolumes, abc.ABC):
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         plain(machine)
         if size < template.size:
-            raise UsageError(
-                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
-                f"{format_size(template.size)}",
-                remedy="leave 'disk' out, or make it at least as large",
-            )
+            raise too_small(machine, size, template)
         with self._locked() as held:
             seen = held.seen
             if seen is None or template.label not in seen.templates or seen.of(machine):

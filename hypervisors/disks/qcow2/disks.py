@@ -50,6 +50,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     no_step,
+    too_small,
 )
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
 from hypervisors.disks.qcow2.leftovers import (
@@ -197,11 +198,7 @@ class Qcow2Disks:
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         home = self._home(machine)
         if size < template.size:
-            raise UsageError(
-                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
-                f"{format_size(template.size)}",
-                remedy="leave 'disk' out, or make it at least as large",
-            )
+            raise too_small(machine, size, template)
         make_directory(self._vms, mode=0o711)
         if self._reader is not None:
             reachable(self._vms, self._reader)

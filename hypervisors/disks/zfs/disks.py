@@ -61,13 +61,13 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    too_small,
 )
 from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
-from inventory.errors import Call, Conflict, NotFound, UsageError
-from inventory.sizes import format_size
+from inventory.errors import Call, Conflict, NotFound
 
 _ANOTHER = "give the new one another name"
 
@@ -115,11 +115,7 @@ class ZfsDisks(ZfsStore):
         """One process for a volume of the template's size, where nothing hints at an earlier disk."""
         plain(machine)
         if size < template.size:
-            raise UsageError(
-                f"{machine}: a disk of {format_size(size)} is smaller than template {template.label}, "
-                f"{format_size(template.size)}",
-                remedy="leave 'disk' out, or make it at least as large",
-            )
+            raise too_small(machine, size, template)
         source = f"{self._templates}/{plain(template.name)}.{template.generation}@{SEALED}"
         target = f"{self._vms}/{machine}.1"
         # A machine's first volume goes when it is put back to an older checkpoint, so its name being
