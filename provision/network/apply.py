@@ -57,11 +57,11 @@ FEW = 50
 
 @dataclass(frozen=True, slots=True)
 class NetworkApply(Operation):
-    """Make the services' live files, and the daemons, as the farm file says, for all declared VMs; those
-    not made yet are given their addresses now. ``force``: also where somebody edited what is ours.
+    """Make the services' live files, and their daemons, as the farm file says, for all declared VMs. VMs
+    not made yet are given their addresses now. ``force``: also overwrite what somebody edited of ours.
 
     Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
-    CommandFailed (a checker or daemon refuses: everything is as before), Busy."""
+    CommandFailed (a checker or daemon refuses; then everything is as before), Busy."""
 
     name = "network-apply"
     services: tuple[str, ...] = ()
@@ -85,8 +85,8 @@ def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = Fal
 
 
 def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
-    """For the plan of clone-farm and destroy. What there is to do is known only once the VMs have their
-    addresses, and nobody else changes the services."""
+    """The jobs for the plans of clone-farm and destroy. What there is to do is known only when the VMs
+    have their addresses, and nobody else changes the services."""
     if run.site.plan:
         return Job(keep_in_step(run, new=new, gone=gone))
     return Job((), partial(keep_in_step, run, new=new, gone=gone))
@@ -96,8 +96,9 @@ def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = (
 def keep_in_step(
     run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
 ) -> tuple[Action, ...]:
-    """The services have the VMs that something was given to, those ``new`` ones, and not those that are
-    ``gone`` (None: nobody stays). Waits for others that do the same. What was done."""
+    """Bring the services in step: they get the VMs that have allocations, with the ``new`` ones, and
+    lose those that are ``gone`` (None: all). Waits for others that do the same. Returns what was
+    done."""
     site = run.site
     used = site.farm.services.used
     if not used:
@@ -143,9 +144,9 @@ def _examine(
     thorough: bool = False,
     vms: Sequence[str] | None = None,
 ) -> Job | None:
-    """With the lock: what there is to do so that the services have these VMs, and no others; with
-    ``nobody`` not even those that nothing is given to. ``vms``: nothing else came, changed or went since
-    the last time. None: nothing."""
+    """What there is to do so that the services have these VMs and no others; None: nothing. The caller
+    holds the lock. With ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
+    came, changed or went since the last time."""
     site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
@@ -187,14 +188,14 @@ def _examine(
 
 
 def _basis(farm: Farm) -> str:
-    """Of all that isn't a VM in the farm file."""
+    """A digest of all in the farm file that isn't a VM."""
     return hashlib.sha256(plain.dumps(replace(farm, vms={}))).hexdigest()
 
 
 def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
-    """Whether what these VMs concern can be told without looking at the others: templates of an admin's
-    own may show any VM anywhere; machines of ssh hosts may share an address, and declared IPv6 addresses
-    may be those that others' are made to; a zone's records may be in doubt."""
+    """Whether what concerns these VMs can be told without looking at the others. Not so: an admin's own
+    templates, which may show any VM anywhere; machines of ssh hosts, which may share an address;
+    declared IPv6 addresses, which may be those made for others; a zone whose records are in doubt."""
     live = _with_live_records(farm)
     return (
         len(vms) <= FEW
@@ -207,8 +208,8 @@ def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Updates:
-    """Of a server's records. ``known``: what it has afterwards, of all VMs or of those concerned; None:
-    there are none."""
+    """The changes of a server's records. ``known``: what it has afterwards, of all VMs or of those
+    concerned; None: there is no such server."""
 
     ops: Sequence[records.RecordChange] = ()
     server: records.RecordServer | None = None
@@ -227,8 +228,9 @@ def _updates(
     thorough: bool,
     force: bool,
 ) -> _Updates:
-    """``thorough``: by what the server has; else by what was applied last, if that is known: each
-    update's prerequisites tell if it is so no more. Conflict: something by hand is in the way."""
+    """The changes of records. ``thorough``: by what the server has. Else by what was applied last, if
+    that is known: then each update's prerequisites tell if it no longer holds. Conflict: something made
+    by hand is in the way."""
     service = _with_live_records(farm)
     if service is None or service.NAME not in services:
         return _Updates()
@@ -278,8 +280,8 @@ def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> 
 
 
 def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """What the checkers are to look at. Of a few VMs' words not what no checker reads, nor what
-    a daemon that can be asked refuses by itself, keeping what it has."""
+    """The documents that the checkers look at. For a few VMs: without those that no checker reads, and
+    without those that a daemon checks itself before it takes them."""
     by_itself = set()
     if vms is not None:
         by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
@@ -336,8 +338,8 @@ def _state_file(site: Site) -> Path:
 
 
 def _say_what_is_forgotten(site: Site, store: StateFile) -> None:
-    """Files have our mark in them, and records theirs: only what left the farm file is known by the
-    state alone."""
+    """Warn that an earlier farmhand's state is not read. Live files and records have our mark in them;
+    what left the farm file only the state knows."""
     old = site.paths.root / "network.json"
     if old.exists() and not store.path.exists():
         site.reporter.warn(

@@ -1,4 +1,4 @@
-"""What has to change in the live files, by reading them; nothing is written here."""
+"""What has to change in the live files, found by reading them. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _COMPARED = 20_000  # lines of it that are compared one with the other
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """One file, whole: ``before`` None: there is none; ``after`` None: it goes. Owner and mode are those
-    of the live file."""
+    """The change of one whole file. ``before`` None: there is none yet; ``after`` None: it goes. Owner
+    and mode are the live file's."""
 
     service: str
     path: str
@@ -48,10 +48,10 @@ class FileChange:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """``files`` in the order they are written. ``documents``: all that should be, changed or not.
-    ``gone``: paths of ours that should be no more, changed now or lost before.
-    ``edited``: paths where somebody edited what is ours. ``serials``: the zones' after the change.
-    ``view``: of all VMs, or of those that were asked about."""
+    """``files``: in the order they are written. ``documents``: all that should be, changed or not.
+    ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
+    paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
+    of all VMs, or of those that were asked about."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
@@ -82,11 +82,11 @@ class Examiner:
         services: Sequence[str],
         vms: Collection[str] | None = None,
     ) -> Changes:
-        """What applying these services would change. ``vms``: only these came, changed or went; where a
-        service keeps VMs apart (files of hosts, dynamic zones) nothing else is looked at.
+        """What applying these services would change. ``vms``: only these came, changed or went; then
+        services that keep VMs apart (files of hosts, dynamic zones) look at nothing else.
 
-        Errors: NotOurs (a whole file of ours would take the place of another's), WrongState (marks in
-        disorder, unreadable files), TemplateFailed, Conflict (one path twice)."""
+        Errors: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
+        unreadable files), TemplateFailed, Conflict (one path twice)."""
         meant = [service for service in used(self._farm) if service.NAME in services]
         apart = (
             [s for s in meant if s.live_records or s.host_files(self._farm)] if vms is not None else []
@@ -183,8 +183,8 @@ class Examiner:
         return _file_change(document, text, after, known)
 
     def _gone(self, wanted: set[str], services: Sequence[str], paths: set[str]) -> list[Document]:
-        """What we wrote once and should not be there any more, of these services and paths, or of
-        services that the farm has given up."""
+        """What we once wrote and what should no longer be: of these services and paths, or of services
+        that the farm has given up."""
         used = self._farm.services.used
         return [
             document
@@ -209,8 +209,7 @@ class Examiner:
 
 
 def difference(change: FileChange) -> str:
-    """A unified diff. Lines of an admin's around a block of ours are not shown: they are nobody's
-    business here, and may hold secrets."""
+    """A unified diff. Lines of an admin's around a block of ours are left out: they may hold secrets."""
     before = (change.before or "").splitlines(keepends=True)
     after = (change.after or "").splitlines(keepends=True)
     start, limit = 0, min(len(before), len(after))
@@ -242,7 +241,7 @@ def _numbered(line: str, offset: int) -> str:
 
 
 def _read(path: str) -> tuple[str | None, os.stat_result | None]:
-    """Text and facts of a live file; None where there is none. WrongState where it isn't a file."""
+    """Text and status of a live file; None if there is none. WrongState if it isn't a regular file."""
     try:
         with Path(path).open("rb") as file:
             known = os.fstat(file.fileno())

@@ -1,8 +1,8 @@
-"""How daemons are told about changed files, live where it can be, and seen to have taken them.
+"""How daemons are told about changed files, live where they can be, and how they are seen to have taken
+them.
 
-A step is said before it is done, is the same in a plan, and raises if the daemon refuses or dies. The
-steps of a change's inverse put the daemon back.
-"""
+A step is announced before it is done, is the same in a plan, and raises if the daemon refuses or dies.
+The steps of a change's inverse put the daemon back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEADY = 0.3  # for so long it must stay up: one that forks first dies a moment
 
 
 def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
-    """What to tell whom, after these changes."""
+    """What to tell which daemon after these changes."""
     found: dict[str, list[FileChange]] = {}
     for change in changes:
         found.setdefault(change.service, []).append(change)
@@ -38,7 +38,7 @@ def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
 
 
 def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> ApplyStep:
-    """``alive``: the command that succeeds while the daemon runs."""
+    """A step that runs a command. ``alive``: the command that succeeds while the daemon runs."""
 
     def run(runner: Runner) -> None:
         runner.change(*argv, timeout=120)
@@ -49,8 +49,8 @@ def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> App
 
 
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
-    """One that was seen and is gone has a moment: haproxy, for one, empties its pid file and writes it
-    again when it is told to reload."""
+    """Check that the daemon runs. One that was seen and is gone has a moment: haproxy, for one, empties
+    its pid file and writes it again when it is told to reload."""
     limit = deadline = time.monotonic() + SETTLE
     since = None
     while True:
@@ -71,5 +71,5 @@ def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
 
 
 def lines(text: str | None) -> set[str]:
-    """Of a file, without comments: to see which came and went."""
+    """A file's lines without comments: to see which came and went."""
     return {line for line in (text or "").splitlines() if not line.startswith("#")}

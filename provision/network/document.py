@@ -23,10 +23,10 @@ _ABOUT = "made from the farm file, edit that"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """``text`` without the mark. ``mode``: of a file that isn't there yet. ``comment``: how the format's
-    comments begin and end. ``zone``: the zone that this is the file of; its serial number is ``serial``.
-    ``renumbered``: a whole zone file's, with another serial number. ``initial``: written where there is
-    none, then the server's own (a dynamic zone)."""
+    """What a file, or a block in it, should hold. ``text``: without the mark. ``mode``: for a file that
+    isn't there yet. ``comment``: how the format's comments begin and end. ``zone``: the zone whose file
+    this is; ``serial``: its serial number. ``renumbered``: makes a zone file with another serial number.
+    ``initial``: only written if there is no file; afterwards it is the server's own (a dynamic zone)."""
 
     service: str
     path: str
@@ -71,7 +71,8 @@ def whole(document: Document, farm: str) -> str:
 
 
 def read(document: Document, farm: str, text: str | None) -> LiveFile:
-    """What the live file (None: there is none) is. WrongState where its marks are in disorder."""
+    """What the live file is to us; text None: there is no file. WrongState if its marks are in
+    disorder."""
     if text is None or (document.own == "file" and not text.strip()):
         return LiveFile(Ownership.ABSENT)  # an empty one was put there to be filled, as for an include
     if document.own == "file":
@@ -89,7 +90,8 @@ def read(document: Document, farm: str, text: str | None) -> LiveFile:
 
 
 def embed(document: Document, farm: str, text: str) -> str:
-    """The admin's file with our block in it: where it was, else at the end; none for an empty one."""
+    """The admin's file with our block in it: at its old place, else at the end; an empty block is left
+    out."""
     begin, end = document.comment
     block = ""
     if document.text:
@@ -111,7 +113,7 @@ def _mark(document: Document, farm: str, word: str) -> re.Pattern[str]:
 
 
 def _find(document: Document, farm: str, text: str) -> tuple[int, int, str] | None:
-    """Where our block begins and ends in a text, and the digest in its mark."""
+    """Where our block begins and ends in the text, and the digest in its mark."""
     begin, end = map(re.escape, document.comment)
     name = re.escape(farm)
     begins = list(re.finditer(rf"^{begin}BEGIN farmhand {name} (.*)$", text, re.MULTILINE))

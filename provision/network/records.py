@@ -1,9 +1,7 @@
-"""Records that a service's server is told of one by one, instead of files: names with their addresses,
-and addresses with their names, in zones.
+"""Records that a service's server takes one by one, instead of files: names with their addresses, and
+addresses with their names, in zones.
 
-Forward and reverse are ordered: a pointer goes before its name and comes after it, so that no pointer
-leads to nowhere.
-"""
+A pointer is removed before its name and added after it. So no pointer ever leads nowhere."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ Zones = Mapping[str, Mapping[str, Records]]
 
 @dataclass(frozen=True, slots=True)
 class RecordChange:
-    """One name of one zone: from ``old`` to ``new``, either may be empty. ``shared``: the name is also
-    in use for something else, which stays. ``marked``: it has our mark already."""
+    """The change of one name in one zone, from ``old`` to ``new``; either may be empty. ``shared``: the
+    name is also in use for something else, which stays. ``marked``: it has our mark already."""
 
     zone: str
     name: str
@@ -49,7 +47,7 @@ class LiveRecords:
 
 
 def owners(view: View, zones: Zones) -> dict[tuple[str, str], str]:
-    """Which VM each zone's name is of."""
+    """Which VM each zone's name belongs to."""
     vms = {str(name): str(row.vm) for row in view.vms for name in row.full}
     found = {}
     for zone, names in zones.items():
@@ -60,7 +58,7 @@ def owners(view: View, zones: Zones) -> dict[tuple[str, str], str]:
 
 
 def compare(known: Zones, wanted: Zones) -> list[RecordChange]:
-    """From what was applied last, without asking the server."""
+    """The changes since what was applied last; the server is not asked."""
     ops = []
     for zone, names in wanted.items():
         before = known.get(zone, {})
@@ -72,7 +70,7 @@ def compare(known: Zones, wanted: Zones) -> list[RecordChange]:
 
 
 def ordered(ops: Iterable[RecordChange]) -> list[RecordChange]:
-    """Pointers that go; names; pointers that come or change."""
+    """The changes in their order: pointers that go, names, pointers that come or change."""
 
     def rank(op: RecordChange) -> tuple[int, str]:
         pointer = op.zone.endswith(".arpa")
@@ -87,17 +85,17 @@ class RecordServer(Protocol):
     def judge(
         self, known: Zones | None, wanted: Zones, *, force: bool
     ) -> tuple[list[RecordChange], list[str]]:
-        """What is to be updated, by what the server has; and what is there by hand and in the way, in
-        words. With ``force`` that is overwritten all the same. ``known``: what was applied last."""
+        """What to update, by what the server has; and, in words, what was made by hand and is in the
+        way. With ``force`` that is overwritten. ``known``: what was applied last."""
         ...
 
     def update(self, ops: Sequence[RecordChange], step: Callable[[str], None]) -> None:
-        """Carry them out in their order; ``step`` is told before each batch. Conflict: the server has
-        something else than we think. If one fails, those before it are undone."""
+        """Carry the changes out in their order. ``step`` is called before each batch. Conflict if the
+        server has something else than we think. If one batch fails, those before it are undone."""
         ...
 
     def revert(self, ops: Sequence[RecordChange]) -> None:
-        """Undo what of these was done, for an update that was killed."""
+        """Undo those of the changes that were made, after an update that was killed."""
         ...
 
 
@@ -111,7 +109,7 @@ def batches(ops: Sequence[RecordChange]) -> list[list[RecordChange]]:
 
 
 def difference(ops: Sequence[RecordChange]) -> str:
-    """As of files: a line for each record that goes or comes."""
+    """A line for each record that goes or comes, as in a diff of files."""
     lines = []
     for zone in dict.fromkeys(op.zone for op in ops):
         lines.append(f"--- zone {zone}\n+++ zone {zone}\n")

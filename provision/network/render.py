@@ -77,7 +77,7 @@ class Renderer:
         return self._templates.render(template, seen, service.STRINGS.get(template, never))
 
     def dhcp(self) -> dict[str, Any]:
-        """What DHCP servers tell besides addresses."""
+        """What DHCP servers hand out besides addresses."""
         network = self.farm.network
         subnet, subnet6 = network.subnet, network.subnet6
         assert subnet is not None
@@ -109,7 +109,7 @@ def render(
 
 
 def part_of(farm: Farm, vms: Mapping[str, Any]) -> Farm:
-    """The farm with these of its VMs alone."""
+    """The farm with only these of its VMs."""
     return replace(farm, vms=dict(vms)).at(farm.path)
 
 

@@ -16,14 +16,14 @@ from provision.site import Site
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """``text``: of a file all of it; of a block the block alone, with its marks."""
+    """``text``: all of a file; of a block the block alone, with its marks."""
 
     document: Document
     text: str
 
 
 def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
-    """The services meant: those named, else all that the farm uses. NotFound, UsageError."""
+    """The services named; all that the farm uses if none is. Errors: NotFound, UsageError."""
     used = site.farm.services.used
     if not used:
         raise UsageError(
@@ -41,8 +41,8 @@ def chosen(site: Site, services: Sequence[str]) -> tuple[str, ...]:
 
 @without_collector()
 def rendered(site: Site, services: Sequence[str] = ()) -> tuple[Rendered, ...]:
-    """Of all declared VMs: those not made yet get what clone-farm would give them now. Zones have the
-    serial number 1 here: network-apply counts on from the live one."""
+    """The files for all declared VMs; VMs not made yet get what clone-farm would give them now. Zones
+    have serial number 1 here: network-apply counts on from the live one."""
     names = chosen(site, services)
     documents = render(site.farm, site.allocator.peek_all(site.farm.vms), services=names)
     return tuple(Rendered(document, full_text(document, site.farm.farm)) for document in documents)
@@ -53,7 +53,7 @@ def full_text(document: Document, farm: str) -> str:
 
 
 def write_out(files: Sequence[Rendered], directory: Path) -> None:
-    """Each at its path below the directory. UsageError where that is the root itself."""
+    """Write each file at its path below the directory. UsageError if that is the root itself."""
     if directory.resolve() == Path("/"):
         raise UsageError("--out /: these are the live files", remedy="network-apply writes them")
     for file in files:

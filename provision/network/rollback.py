@@ -32,8 +32,8 @@ RECORD = "record what was written"
 def undo(
     site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
 ) -> list[str]:
-    """Put the old files back, the last one first, and tell these services. What went wrong with it, in
-    words. A file that somebody else has written since is left alone."""
+    """Put the old files back, the last one first, and tell these services. Returns, in words, what went
+    wrong. A file that somebody else has written since is left alone."""
     trouble: list[str] = []
     inverse = []
     told = {service.NAME: service for service in used_services(site.farm) if service.NAME in services}
@@ -64,8 +64,8 @@ def undo(
 
 
 def put(change: FileChange) -> None:
-    """The new file in the old one's place in one step, with its owner and mode; through a symbolic
-    link, to what it points to."""
+    """Put the new file in the old one's place in one step, with its owner and mode. A symbolic link is
+    followed."""
     path = Path(os.path.realpath(change.path))
     if change.after is None:
         remove(path)
@@ -98,7 +98,7 @@ def put(change: FileChange) -> None:
 
 
 def _same_attributes(old: Path, new: Path) -> None:
-    """Access control lists and the like, where the file system has them."""
+    """Copy access control lists and the like, if the file system has them."""
     with contextlib.suppress(OSError):
         for name in os.listxattr(old):
             os.setxattr(new, name, os.getxattr(old, name))
@@ -118,8 +118,8 @@ def _text(path: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class KeptFile(Facts):
-    """A file that is written anew. ``before``: whether there was one; ``after``: the new one's SHA-256,
-    None where it goes."""
+    """A file that is written anew. ``before``: whether there was one. ``after``: SHA-256 of the new one;
+    None if it goes."""
 
     service: str
     path: str
@@ -133,14 +133,14 @@ class KeptFile(Facts):
 
 @dataclass(frozen=True, slots=True)
 class ApplyFacts(Facts):
-    """``files``: in the order they are written; ``updates``: of live zones."""
+    """``files``: in the order they are written. ``updates``: of live zones."""
 
     files: tuple[KeptFile, ...] = ()
     updates: tuple[RecordChange, ...] = ()
 
 
 def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> None:
-    """The old files, and what of them the new ones are, before the first is written."""
+    """Keep the old files, and note the digests of the new ones, before the first is written."""
     directory = kept(site, entry.id)
     make_directory(directory, mode=0o700)
     noted = []
@@ -159,7 +159,7 @@ def keep(site: Site, entry: Entry[ApplyFacts], files: Sequence[FileChange]) -> N
 
 
 class _ApplyActivity(Activity[ApplyFacts]):
-    """The old files are put back, and the daemons told."""
+    """Recovery puts the old files back and tells the daemons."""
 
     name = "network-apply"
     facts = ApplyFacts
@@ -213,5 +213,5 @@ def _sum(text: str) -> str:
 
 
 def kept(site: Site, operation: int) -> Path:
-    """Where an operation's old files are, until it is through."""
+    """The directory of an apply's old files, until it is through."""
     return site.paths.root / "network" / str(operation)

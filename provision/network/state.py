@@ -1,7 +1,6 @@
-"""What was written where, so that it can be taken away again after it left the farm file; the newest
-serial number of each zone, so that a lost zone file doesn't take it back; and each VM's records in
-dynamic zones. In SQLite: one VM more among ten thousand is a few rows.
-"""
+"""What was written where, so that it can be removed after it left the farm file; the newest serial
+number of each zone, so that a lost zone file doesn't set it back; and each VM's records in dynamic
+zones. It is in SQLite: one VM more among ten thousand is a few rows."""
 
 from __future__ import annotations
 
@@ -39,9 +38,9 @@ _KNOWN, _BASIS = "records", "basis"
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """``files``: documents as they are ``noted``, by path. ``known``: whether it is sure what dynamic
+    """``files``: documents as they are ``noted``, by path. ``known``: whether it is certain what dynamic
     zones have of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a
-    whole; "": none, or an apply has begun since."""
+    whole; "" if there is none, or an apply has begun since."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
@@ -50,19 +49,19 @@ class NetworkState:
 
 
 def noted(document: Document) -> Document:
-    """What is remembered of one: whose part of which file it is."""
+    """What is remembered of a document: which part of which file is whose."""
     d = document
     return Document(d.service, d.path, "", own=d.own, comment=d.comment, zone=d.zone)
 
 
 class StateFile:
-    """One farm's. Its writers hold the lock of network-apply. Errors: WrongState, NoSpace."""
+    """One farm's state. Its writers hold the lock of network-apply. Errors: WrongState, NoSpace."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> NetworkState:
-        """Empty where there is none."""
+        """The state; an empty one if there is no file."""
         with self._open(write=False) as db:
             if db is None:
                 return NetworkState()
@@ -75,13 +74,13 @@ class StateFile:
         return NetworkState(files, serials, facts.get(_KNOWN) == "known", facts.get(_BASIS, ""))
 
     def records(self) -> Zones:
-        """All that was applied last."""
+        """All records that were applied last."""
         with self._open(write=False) as db:
             rows = db.execute("SELECT zone, name, records FROM records").fetchall() if db else ()
         return _zones(rows)
 
     def records_of(self, vms: Iterable[str], names: Collection[tuple[str, str]]) -> Zones:
-        """These VMs', and what is at these names (zone and name), whoever has them."""
+        """The records of these VMs, and those at these names (zone and name), whoever has them."""
         query = "SELECT zone, name, records FROM records WHERE"
         rows: list[tuple[str, str, str]] = []
         with self._open(write=False) as db:
@@ -93,9 +92,9 @@ class StateFile:
         return _zones(rows)
 
     def begin(self, new: Iterable[Document], *, updates: bool) -> None:
-        """Before an apply writes anything. New files are known for ours before they are there, so that
-        they go again even if the apply is killed right at its end; until it is through, nobody knows
-        that all is as the farm file has it, nor, with ``updates``, what the zones have."""
+        """Note new files before an apply writes anything: they are ours even if the apply is killed, so
+        they can be removed. Until the apply has finished, it is unknown whether all is as in the farm
+        file, and, with ``updates``, what the zones have."""
         with self._open(write=True) as db:
             assert db is not None
             db.executemany(_FILE, map(_row, new))
@@ -114,9 +113,9 @@ class StateFile:
         known: bool,
         basis: str,
     ) -> None:
-        """What was applied: files that differ from what is noted, paths that are ours no more, serials,
-        and the VM and records of zones and names, none where there are no records. ``anew``: these
-        names are all that there are."""
+        """Note what was applied: files that differ from what is noted, paths that are no longer ours,
+        serials, and the VM and records of zones and names (empty records: none). ``anew``: these names
+        are all there are."""
         with self._open(write=True) as db:
             assert db is not None
             db.executemany(_FILE, map(_row, files))
@@ -132,7 +131,7 @@ class StateFile:
             db.execute(_FACT, (_BASIS, basis))
 
     def _open(self, *, write: bool) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
-        """A transaction, durable when it is left; None: to read, and there is none."""
+        """A transaction, durable when it is left. None: for reading, and there is no file."""
         remedy = "move it aside: what left the farm file since must then be removed by hand"
         return transaction(self.path, _SCHEMA, _VERSION, write=write, remedy=remedy)
 

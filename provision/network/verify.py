@@ -24,7 +24,7 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``ok`` None: it could not be told, and ``why``."""
+    """``ok`` None: it could not be told, and ``why`` says why."""
 
     service: str
     vm: str
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """``planned``: what would be asked; nothing was."""
+    """``planned``: what would be asked; then nothing was."""
 
     answers: tuple[Answer, ...]
     planned: tuple[str, ...] = ()
@@ -74,7 +74,8 @@ class VerifyReport:
 
 
 def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] = ()) -> VerifyReport:
-    """Ask about the VMs that something was given to (or those named). In a plan only say what."""
+    """Ask about the VMs that have allocations, or those named. In a plan it only says what it would
+    ask."""
     names = chosen(site, services)
     recorded = site.allocator.recorded()
     wanted = [vm for vm in site.vms(vms or None) if vm in recorded or not site.member(vm).info.virtual]
