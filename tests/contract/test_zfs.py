@@ -57,7 +57,7 @@ class Counting(Runner):
 
 def as_if_killed(monkeypatch) -> None:
     """The makers' marks then name a process that is gone."""
-    monkeypatch.setattr(zfs_state, "alive", lambda maker: False)
+    monkeypatch.setattr(zfs_state.Process, "alive", lambda _self: False)
 
 
 def test_it_offers_what_it_says(made):

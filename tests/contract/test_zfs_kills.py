@@ -56,7 +56,7 @@ class Mortal(Runner):
 
 def as_if_killed(monkeypatch) -> None:
     """The makers' marks then name a process that is gone."""
-    monkeypatch.setattr(zfs_state, "alive", lambda maker: False)
+    monkeypatch.setattr(zfs_state.Process, "alive", lambda _self: False)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

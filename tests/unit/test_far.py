@@ -294,7 +294,7 @@ def test_a_file_that_does_not_fit_is_an_error_and_goes(machine: FarMachine, tmp_
     full = (
         "import hypervisors.far.agent as a, errno\n"
         "def add(self, path, data): self._failed[path] = OSError(errno.ENOSPC, 'No space left')\n"
-        "a.Files.add = add"
+        "a.IncomingFiles.add = add"
     )
     disks = machine.disks("kata", spoil=full)
     sent = image(tmp_path)
