@@ -13,7 +13,7 @@ from inventory.errors import Busy, Call, Interrupted
 from provision.engine.locks import Locks
 
 _PATIENCE = 900.0
-"""Seconds. Whoever has the turn looks, squeezes and starts one VM; many may be in line."""
+"""Seconds. Whoever holds the mutex looks, squeezes and starts one VM; many may be in line."""
 _LOOK = 0.2
 
 
