@@ -56,10 +56,10 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 @command({"name": "The template's name in the farm file; absent where there is only one."})
 def template_build(run: TaskRun, name: str = "") -> TaskResult:
     """Build a new generation of a template."""
-    from provision.operations import templates as golden
+    from provision.operations.templates import TemplateBuild
 
-    with run.site() as site:
-        return views.outcome(golden.template_build(site, options.template(site, name, built=True)))
+    done = run.perform(lambda site: TemplateBuild(options.template(site, name, built=True)))
+    return views.outcome(done)
 
 
 @command(
@@ -72,31 +72,29 @@ def template_import(run: TaskRun, name: str = "", image: str = "") -> TaskResult
     """Import an image as a new generation of a template."""
     from pathlib import Path
 
-    from provision.operations import templates as golden
+    from provision.operations.templates import TemplateImport
 
-    with run.site() as site:
-        path = Path(image).expanduser().absolute() if image else None
-        which = options.template(site, name, built=False)
-        return views.outcome(golden.template_import(site, which, path))
+    path = Path(image).expanduser().absolute() if image else None
+    done = run.perform(lambda site: TemplateImport(options.template(site, name, built=False), path))
+    return views.outcome(done)
 
 
 @command(plans=False)
 def template_list(run: TaskRun) -> TaskResult:
     """List the templates' generations."""
-    from provision.operations import templates as golden
+    from provision.operations.templates import template_list as found
 
     with run.site() as site:
-        return views.templates(golden.template_list(site))
+        return views.templates(found(site))
 
 
 @command({"template": "The generation, such as base@2."})
 def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     """Remove a generation that no clone depends on."""
-    from provision.operations import templates as golden
+    from provision.operations.templates import TemplateRemove
 
-    with run.site() as site:
-        label = options.needed("--template", template, "a generation, as template-list shows")
-        return views.outcome(golden.template_remove(site, label))
+    label = options.needed("--template", template, "a generation, as template-list shows")
+    return views.outcome(run.perform(lambda _: TemplateRemove(label)))
 
 
 # ---- The farm.
@@ -112,12 +110,13 @@ def template_remove(run: TaskRun, template: str = "") -> TaskResult:
 )
 def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = True) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
-    from provision.operations import clone  # not all of provision.farm: this one is to be quick
+    from provision.engine.runner import perform
+    from provision.operations.clone import CloneFarm
 
     run.resume = "type the same again: it goes on from what is there"
+    request = CloneFarm(options.names(vm), start, wait)
     with run.site() as site:
-        chosen = site.vms(options.names(vm) or None)
-        done = clone.clone_farm(site, chosen, start=start, wait=wait)
+        done = perform(site, request)
         if run.plan:
             from builds.checkup import noted
 
@@ -144,11 +143,10 @@ def reset(
     wait: bool = True,
 ) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
-    from provision import farm
+    from provision.operations.reset import Reset
 
-    with run.site() as site:
-        chosen = options.vms_or_all(site, vm, all_)
-        return views.outcome(farm.reset(site, chosen, to=to, start=start, wait=wait))
+    done = run.perform(lambda site: Reset(options.vms_or_all(site, vm, all_), to, start, wait))
+    return views.outcome(done)
 
 
 @command(
@@ -163,28 +161,27 @@ def balloon(
     run: TaskRun, vm: str = "", to: str = "", all_: bool = False, plan_host: bool = False
 ) -> TaskResult:
     """Change running VMs' memory, and see that it took."""
-    from provision import farm
+    from provision.operations.balloon import Balloon, BalloonAll, memory_plan
 
     if (all_ or plan_host) and (vm or to or (all_ and plan_host)):
         words = "--all" if all_ else "--plan-host"
         raise UsageError(f"{words} is for the whole farm", remedy=f"{words} alone, or --vm and --to")
     run.plan = run.plan or plan_host  # a look, and nothing else
-    with run.site() as site:
-        if plan_host:
-            return views.memory_plan(farm.memory_plan(site))
-        if all_:
-            return views.outcome(farm.balloon_all(site))
-        target = options.size("--to", to)
-        return views.outcome(farm.balloon(site, options.one_vm(site, vm), target))
+    if plan_host:
+        with run.site() as site:
+            return views.memory_plan(memory_plan(site))
+    if all_:
+        return views.outcome(run.perform(lambda _: BalloonAll()))
+    target = options.size("--to", to)
+    return views.outcome(run.perform(lambda site: Balloon(options.one_vm(site, vm), target)))
 
 
 @command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
 def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True) -> TaskResult:
     """Start VMs, and wait until they answer."""
-    from provision import farm
+    from provision.power import Start
 
-    with run.site() as site:
-        return views.outcome(farm.start(site, options.vms_or_all(site, vm, all_), wait=wait))
+    return views.outcome(run.perform(lambda site: Start(options.vms_or_all(site, vm, all_), wait)))
 
 
 @command(
@@ -193,10 +190,9 @@ def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True)
 )
 def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False) -> TaskResult:
     """Shut VMs down."""
-    from provision import farm
+    from provision.power import Stop
 
-    with run.site() as site:
-        return views.outcome(farm.stop(site, options.vms_or_all(site, vm, all_), force=force))
+    return views.outcome(run.perform(lambda site: Stop(options.vms_or_all(site, vm, all_), force)))
 
 
 @command(
@@ -218,21 +214,21 @@ def checkpoint(
     merge: bool = False,
 ) -> TaskResult:
     """Keep VMs' state, for reset to go back to."""
-    from provision import farm
+    from provision.operations.checkpoint import TakeCheckpoint
+    from provision.operations.merge import Merge
 
-    with run.site() as site:
-        if merge and name:
-            raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
-        if warm and (merge or all_):
-            raise UsageError(
-                f"--warm is for one VM's new checkpoint, not with {'--merge' if merge else '--all'}",
-                remedy="--vm NAME --name NAME --warm",
-            )
-        if merge:
-            return views.outcome(farm.merge(site, options.vms_or_all(site, vm, all_)))
-        label = options.needed("--name", name, "the new checkpoint's name")
-        chosen = options.vms_or_all(site, vm, all_)
-        return views.outcome(farm.checkpoint(site, chosen, label, warm=warm))
+    if merge and name:
+        raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
+    if warm and (merge or all_):
+        raise UsageError(
+            f"--warm is for one VM's new checkpoint, not with {'--merge' if merge else '--all'}",
+            remedy="--vm NAME --name NAME --warm",
+        )
+    if merge:
+        return views.outcome(run.perform(lambda site: Merge(options.vms_or_all(site, vm, all_))))
+    label = options.needed("--name", name, "the new checkpoint's name")
+    done = run.perform(lambda site: TakeCheckpoint(label, options.vms_or_all(site, vm, all_), warm))
+    return views.outcome(done)
 
 
 @command(
@@ -248,39 +244,39 @@ def destroy(
     run: TaskRun, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
 ) -> TaskResult:
     """Remove VMs and their disks."""
-    from provision import farm
+    from provision.operations.destroy import Destroy
 
     if all_ and not vm and not yes:
         terminal.agree(run, lambda: _doomed(run, purge))
-    with run.site() as site:
-        # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
-        chosen = () if options.some_or_all(site, vm, all_) is None else options.names(vm)
-        return views.outcome(farm.destroy(site, chosen, purge=purge))
+    # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
+    done = run.perform(lambda site: Destroy(options.some_or_all(site, vm, all_) or (), purge))
+    return views.outcome(done)
 
 
 def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
-    from provision import farm
+    from provision.engine.runner import perform
+    from provision.operations.destroy import Destroy
+    from provision.status import status as look
 
     with run.site(plan=True) as site:
-        return views.doomed(farm.destroy(site, (), purge=purge), farm.status(site))
+        return views.doomed(perform(site, Destroy(purge=purge)), look(site))
 
 
 @command()
 def gc(run: TaskRun) -> TaskResult:
     """Remove what nothing refers to any more."""
-    from provision import farm
+    from provision.operations.gc import Gc
 
-    with run.site() as site:
-        return views.outcome(farm.gc(site), nothing="nothing left over")
+    return views.outcome(run.perform(lambda _: Gc()), nothing="nothing left over")
 
 
 @command()
 def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""
-    from provision import farm
+    from provision.operations.recover import recover as finish
 
     with run.site() as site:
-        return views.outcome(farm.recover(site), nothing="nothing to recover")
+        return views.outcome(finish(site), nothing="nothing to recover")
 
 
 # ---- Looking, and going in.
@@ -351,12 +347,13 @@ def network_apply(
     run: TaskRun, service: Names = None, force: bool = False, verify: bool = True
 ) -> TaskResult:
     """Bring the network services in step, all of them or none."""
-    from provision.network.apply import network_apply as apply
+    from provision.engine.runner import perform
+    from provision.network.apply import NetworkApply
     from provision.network.verify import network_verify
 
+    names = tuple(service or ())
     with run.site() as site:
-        names = tuple(service or ())
-        done = apply(site, names, force=force)
+        done = perform(site, NetworkApply(names, force))
         asked = network_verify(site, names) if verify and not run.plan else None
         return views.applied(done, asked)
 
@@ -436,9 +433,9 @@ def cycle(
     )  # fmt: skip
     with run.site() as site:
         if run.plan:
-            return views.plan("cycle", perform(site, request).actions)
+            return views.outcome(perform(site, request))
         with views.failed_build(site.paths) as result:
-            build = str(perform(site, request).facts["build"])
+            build = perform(site, request).result.build
             result.append(views.build_record(find_record(site.paths, build)))
         return result[0]
 

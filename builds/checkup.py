@@ -19,7 +19,7 @@ from inventory.errors import CommandFailed, FarmhandError, TimedOut
 from inventory.loader import load
 from inventory.model import Farm
 from provision.checkup import CheckReport
-from provision.engine.report import Action, Outcome
+from provision.engine.report import Action, Outcome, R
 
 _PATIENCE = 10.0  # seconds for a URL
 
@@ -49,7 +49,7 @@ def _tools(farm: Farm) -> Check | None:
     return Check("step tools", False, "needed", text, install(" ".join(missing)))
 
 
-def noted(farm: Farm, outcome: Outcome) -> Outcome:
+def noted(farm: Farm, outcome: Outcome[R]) -> Outcome[R]:
     """The plan, with a note if the source is broken: otherwise only the cycle would find that."""
     found = examine(farm, ask=False)
     if found is None or found.ok:

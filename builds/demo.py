@@ -9,14 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from host.program import ROOT
 from inventory.errors import BuildFailed, Call, Remedy, Text, Unsupported, spelled
 from inventory.sizes import format_duration, format_size
-from provision.engine.report import Action, Outcome, Reporter, merged
+from provision.engine.report import Action, Outcome, Reporter
 from provision.site import Site
+
+if TYPE_CHECKING:
+    from provision.operations.clone import CloneResult
+    from provision.operations.destroy import DestroyResult
 
 PROGRAM = "kata"
 COMMAND = f"{PROGRAM} --version; {PROGRAM} 2026"
@@ -112,9 +117,10 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
     """All of it. Errors of the parts as they are; a failed build is a report that isn't ok."""
     from builds.operation import RunCycle
     from builds.record import find_record
-    from provision import farm
     from provision.engine.runner import perform
     from provision.operations import templates as golden
+    from provision.operations.clone import CloneFarm
+    from provision.status import status
 
     with open_site() as site:
         clock = _Clock(site.reporter)
@@ -126,10 +132,10 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
                 site.reporter.say(f"template {template.label}, {format_size(template.size)}")
         names = " and ".join(site.farm.vms)
         with clock.stage("clone-farm", f"cloning {names}, and waiting until they answer"):
-            farm.clone_farm(site, (), start=True, wait=True)
+            perform(site, CloneFarm())
         with clock.stage("cycle", "the build cycle: reset, build, transfer, install"):
             try:
-                build, failure = str(perform(site, RunCycle(stream=stream)).facts["build"]), None
+                build, failure = perform(site, RunCycle(stream=stream)).result.build, None
             except BuildFailed as error:
                 if not error.build:
                     raise
@@ -139,7 +145,7 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
         if record.result == "passed":
             with clock.stage("program", f"running {PROGRAM} inside prod"):
                 program = _run_program(site)
-        vms = tuple(vm.as_dict() for vm in farm.status(site).vms)
+        vms = tuple(vm.as_dict() for vm in status(site).vms)
         return DemoReport(
             ok=record.result == "passed" and bool(program),
             stages=tuple(clock.stages),
@@ -152,24 +158,25 @@ def run(open_site: Opener, *, stream: Stream) -> DemoReport:
         )
 
 
-def plan(open_site: Opener) -> Outcome:
+def plan(open_site: Opener) -> Outcome[CloneResult]:
     """What ``run`` would do."""
     from builds.operation import RunCycle
-    from provision import farm
     from provision.engine.runner import perform
+    from provision.operations.clone import CloneFarm
 
     with open_site() as site:
-        cloned = farm.clone_farm(site, (), start=True, wait=True)
-        return merged("demo", [cloned, perform(site, RunCycle())])
+        cloned, built = perform(site, CloneFarm()), perform(site, RunCycle())
+        return replace(cloned, verb="demo", actions=(*cloned.actions, *built.actions))
 
 
-def destroy(open_site: Opener) -> Outcome:
+def destroy(open_site: Opener) -> Outcome[DestroyResult]:
     """The demo farm, its build records go; the image cache stays, and is named."""
-    from provision import farm
+    from provision.engine.runner import perform
+    from provision.operations.destroy import Destroy
 
     with open_site() as site:
-        outcome = farm.destroy(site, (), purge=True)
-    return merged("demo", [outcome, Outcome("demo", outcome.planned, (Action("note", "", kept()),))])
+        outcome = perform(site, Destroy(purge=True))
+    return replace(outcome, verb="demo", actions=(*outcome.actions, Action("note", "", kept())))
 
 
 def kept() -> str:

@@ -19,10 +19,12 @@ from builds.source import Resolved, offered, pack, variables
 from hypervisors.api import Machine
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.sizes import format_duration, format_size
-from provision import farm
+from provision.engine.runner import perform
 from provision.guest.connection import Connection
 from provision.guest.ssh_connection import in_thread
 from provision.member import is_on
+from provision.operations.balloon import Balloon
+from provision.operations.reset import Reset
 from provision.power import console_tail, until_ready
 from provision.site import Site
 
@@ -106,22 +108,20 @@ class Machines:
         self._update(vm, pristine=False)
         since = time.monotonic()
         with self._meter.hypervisor():
-            outcome = await in_thread(lambda: farm.reset(site, [vm], to=to, wait=False))
+            outcome = await in_thread(lambda: perform(site, Reset((vm,), to, wait=False)))
         self._not_reset.remove(vm)
         self._carried.pop(vm, None)
-        proof = _proof(outcome.facts, vm)
-        pristine = proof.get("pristine")
-        known = pristine if isinstance(pristine, bool) else None
+        proof = outcome.result.vms[vm].proof
         self._update(
             vm,
             checkpoint=to,
-            pristine=known if vm not in self._as_it_was else False,
-            template=str(proof.get("template") or self.records[vm].template),
+            pristine=proof.pristine if vm not in self._as_it_was else False,
+            template=proof.template or self.records[vm].template,
             packages="", packages_sha256="", packages_count=0,
         )  # fmt: skip
         for action in outcome.actions:
             say(f"{action}")
-        say(f"disk is checkpoint {to}: {_proven(pristine)}")
+        say(f"disk is checkpoint {to}: {_proven(proof.pristine)}")
         with self._meter.guest():
             ready = await until_ready(member, since=since if member.can_power else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
@@ -312,7 +312,7 @@ class Machines:
     async def _balloon(self, vm: str, target: int) -> None:
         try:
             with self._meter.hypervisor():
-                await in_thread(lambda: farm.balloon(self._site, vm, target))
+                await in_thread(lambda: perform(self._site, Balloon(vm, target)))
             if target == self._site.farm.vms[vm].memory:
                 self._update(vm, memory=target)
         except FarmhandError as error:
@@ -334,12 +334,5 @@ class Machines:
         return "it is gone" if machine is None else f"it is {machine.power} now"
 
 
-def _proof(facts: Mapping[str, object], vm: str) -> dict[str, object]:
-    vms = facts.get("vms")
-    of_one = vms.get(vm) if isinstance(vms, dict) else None
-    proof = of_one.get("proof") if isinstance(of_one, dict) else None
-    return proof if isinstance(proof, dict) else {}
-
-
-def _proven(pristine: object) -> str:
+def _proven(pristine: bool | None) -> str:
     return "proven by the disk store" if pristine is True else "on the word of its reset command"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from builds.record import CYCLE_LOCK
@@ -31,9 +30,16 @@ Stream = Callable[[str, bytes], None]
 """Told which VM, and what it printed, as it prints it."""
 
 
+@dataclass(frozen=True, slots=True)
+class CycleResult:
+    """``build``: the record's id; "" of one that is only planned."""
+
+    build: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunCycle(Operation):
-    """Run the farm's build cycle. The outcome names the build, if all went well.
+class RunCycle(Operation[CycleResult]):
+    """Run the farm's build cycle.
 
     A VM is built on only after it was reset and its disk was proven to be the checkpoint. A cycle that
     uses a VM before it resets it is refused, if its disk is ours.
@@ -81,7 +87,7 @@ class RunCycle(Operation):
             remedy=f"watch it: tail -f {site.paths.builds}/last/*.log; or wait until it ends{end}",
         )
 
-    def plan(self, run: Run) -> engine.Plan:
+    def plan(self, run: Run) -> engine.Plan[CycleResult]:
         from builds.meter import Meter
         from builds.plan import plan_build
 
@@ -90,22 +96,24 @@ class RunCycle(Operation):
             plan = plan_build(
                 site, self.start_from, self.only, self.revision, snapshot=not site.plan
             )  # fmt: skip
-        carry_out = partial(self._carry_out, run, plan, meter)
-        return [engine.alone(engine.Job(plan.lines, carry_out))]
+        done: list[str] = []
+        job = engine.Job(plan.lines, lambda: done.append(self._carry_out(run, plan, meter)))
+        return engine.Plan([engine.alone(job)], lambda: CycleResult(*done))
 
-    def _carry_out(self, run: Run, plan: BuildPlan, meter: Meter) -> None:
+    def _carry_out(self, run: Run, plan: BuildPlan, meter: Meter) -> str:
+        """The build's id."""
         import asyncio
 
         from builds.cycle import Build
 
         build = Build(run.site, plan, self, meter)
-        run.fact(build=build.id)
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
         with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
             with asyncio.Runner() as runner:
                 runner.run(build.run())
             entry.verdict, entry.why, entry.told = build.verdict()
         build.conclude()
+        return build.id
 
 
 @dataclass(frozen=True, slots=True)

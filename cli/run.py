@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from inventory.errors import FarmhandError, NotFound, Remedy, Text
 
 if TYPE_CHECKING:
     from cli.screen import Screen
+    from provision.engine.operation import Operation
+    from provision.engine.report import Outcome, R
     from provision.site import Site
 
 
@@ -87,6 +89,13 @@ class TaskRun:
             plan=plan or self.plan,
             requester=Requester.of_process(),
         )
+
+    def perform(self, request: Callable[[Site], Operation[R]]) -> Outcome[R]:
+        """Open the farm, and carry out, or plan, what is asked of it."""
+        from provision.engine.runner import perform
+
+        with self.site() as site:
+            return perform(site, request(site))
 
     @property
     def acts(self) -> bool:

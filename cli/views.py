@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from host.paths import FarmPaths
     from hypervisors.api import Template
     from provision.engine.journal import Record
-    from provision.engine.report import Action, Outcome
+    from provision.engine.report import Outcome
+    from provision.network.apply import ApplyResult
     from provision.network.rendered import Rendered
     from provision.network.verify import VerifyReport
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
 
-def outcome(result: Outcome, *, nothing: str = "nothing to do: all is as it should be") -> TaskResult:
+def outcome(
+    result: Outcome[object], *, nothing: str = "nothing to do: all is as it should be"
+) -> TaskResult:
     """What was done, or would be, one line an action."""
     if not result.actions:
         return TaskResult(result.as_dict(), nothing)
@@ -76,7 +79,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     return "\n".join(blocks)
 
 
-def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Text]:
+def doomed(plan: Outcome[object], status: FarmStatus) -> tuple[object, Text]:
     """What a whole farm's destroy would take: a value to compare, and the text for stderr; no text where
     there is nothing. The plan's lines, with what is known of each VM in place of its own."""
     if not plan.changed:
@@ -101,13 +104,6 @@ def doomed(plan: Outcome, status: FarmStatus) -> tuple[object, Text]:
         parts += ["", outcome(replace(plan, actions=tuple(rest))).text]
     what = (plan.actions, tuple((vm.vm, vm.state, vm.checkpoints) for vm in going))
     return what, joined(parts, "\n")
-
-
-def plan(verb: str, actions: Sequence[Action]) -> TaskResult:
-    """A plan that came without an outcome."""
-    from provision.engine.report import Outcome
-
-    return outcome(Outcome(verb, True, tuple(actions)))
 
 
 def templates(found: Sequence[Template]) -> TaskResult:
@@ -375,10 +371,10 @@ def rendered(files: Sequence[Rendered], out: str) -> TaskResult:
     return TaskResult(data, "\n".join(f"==> {file.document.path} <==\n{file.text}" for file in files))
 
 
-def applied(result: Outcome, asked: VerifyReport | None) -> TaskResult:
+def applied(done: Outcome[ApplyResult], asked: VerifyReport | None) -> TaskResult:
     """What was done, or would be, how the files differ, and what the services then answered."""
-    shown = outcome(result)
-    parts: list[Text] = [str(result.facts.get("diff", "")), shown.text]
+    shown = outcome(done)
+    parts: list[Text] = [done.result.diff, shown.text]
     if asked is None:
         return TaskResult(shown.data, joined(filter(None, parts), "\n"))
     answers = verified(asked)

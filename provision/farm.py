@@ -1,22 +1,38 @@
-"""The use cases, under one roof: what tasks and builds call.
+"""All that can be asked of a farm, as plain calls: for those who use farmhand as a library.
 
-Each finishes or undoes first what a killed process left, takes the VMs' locks, plans by real reads,
-then acts, its VMs side by side. With ``site.plan`` the very same actions are computed and nothing is
-done: no lock, no file, no daemon.
+Each carries an operation out, see ``engine/runner.py``; with ``site.plan`` it says what would be done.
 """
 
 from __future__ import annotations
 
-from provision.operations.balloon import MemoryPlan, balloon, balloon_all, memory_plan
-from provision.operations.checkpoint import checkpoint
-from provision.operations.clone import clone_farm
-from provision.operations.destroy import destroy
-from provision.operations.gc import gc
-from provision.operations.merge import merge
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from provision.engine.report import NoResult, Outcome
+from provision.engine.runner import perform
+from provision.operations.balloon import Balloon, BalloonAll, BalloonResult, MemoryPlan, memory_plan
+from provision.operations.checkpoint import CheckpointResult, TakeCheckpoint
+from provision.operations.clone import CloneFarm, CloneResult
+from provision.operations.destroy import Destroy, DestroyResult
+from provision.operations.gc import Gc, GcResult
+from provision.operations.merge import Merge
 from provision.operations.recover import recover
-from provision.operations.reset import reset
-from provision.power import start, stop
+from provision.operations.reset import Reset, ResetResult
+from provision.operations.templates import (
+    RemoveResult,
+    SealResult,
+    TemplateBuild,
+    TemplateImport,
+    TemplateRemove,
+    template_list,
+)
+from provision.power import Start, Stop
+from provision.site import Site
 from provision.status import FarmStatus, HostStatus, VmStatus, status
+
+if TYPE_CHECKING:
+    from provision.network.apply import ApplyResult
 
 __all__ = [
     "FarmStatus",
@@ -31,9 +47,85 @@ __all__ = [
     "gc",
     "memory_plan",
     "merge",
+    "network_apply",
     "recover",
     "reset",
     "start",
     "status",
     "stop",
+    "template_build",
+    "template_import",
+    "template_list",
+    "template_remove",
 ]
+
+
+def balloon(site: Site, vm: str, target: int) -> Outcome[BalloonResult]:
+    return perform(site, Balloon(vm, target))
+
+
+def balloon_all(site: Site) -> Outcome[BalloonResult]:
+    return perform(site, BalloonAll())
+
+
+def checkpoint(
+    site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
+) -> Outcome[CheckpointResult]:
+    return perform(site, TakeCheckpoint(name, tuple(vms), warm, wait))
+
+
+def clone_farm(
+    site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True
+) -> Outcome[CloneResult]:
+    return perform(site, CloneFarm(tuple(vms), start, wait))
+
+
+def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome[DestroyResult]:
+    return perform(site, Destroy(tuple(vms), purge))
+
+
+def gc(site: Site) -> Outcome[GcResult]:
+    return perform(site, Gc())
+
+
+def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:
+    return perform(site, Merge(tuple(vms), wait))
+
+
+def network_apply(
+    site: Site, services: Sequence[str] = (), *, force: bool = False
+) -> Outcome[ApplyResult]:
+    from provision.network.apply import NetworkApply  # most farms have no services
+
+    return perform(site, NetworkApply(tuple(services), force))
+
+
+def reset(
+    site: Site,
+    vms: Sequence[str] = (),
+    *,
+    to: str = "clean",
+    start: bool = True,
+    wait: bool = True,
+) -> Outcome[ResetResult]:
+    return perform(site, Reset(tuple(vms), to, start, wait))
+
+
+def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[NoResult]:
+    return perform(site, Start(tuple(vms), wait))
+
+
+def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome[NoResult]:
+    return perform(site, Stop(tuple(vms), force))
+
+
+def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome[SealResult]:
+    return perform(site, TemplateBuild(name, fresh))
+
+
+def template_import(site: Site, name: str, image: Path | None = None) -> Outcome[SealResult]:
+    return perform(site, TemplateImport(name, image))
+
+
+def template_remove(site: Site, label: str) -> Outcome[RemoveResult]:
+    return perform(site, TemplateRemove(label))

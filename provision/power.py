@@ -29,8 +29,8 @@ from provision.engine.facts import Facts, NoFacts
 from provision.engine.journal import current_entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action, NoResult
+from provision.engine.runner import Run
 from provision.guest import identity
 from provision.member import ON, Member, is_on
 from provision.memory_budget import PATIENCE, forecast, room_for
@@ -71,7 +71,7 @@ STOP = _StopActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Start(Operation):
+class Start(Operation[NoResult]):
     """Start VMs; with ``wait`` until their ssh answers. A running VM is left alone.
 
     Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
@@ -83,7 +83,7 @@ class Start(Operation):
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = {member.vm: member.present() for member in members}
         cold = [member for member in members if not is_on(machines[member.vm])]
@@ -99,11 +99,12 @@ class Start(Operation):
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]
-        return [alone(foretold(*check_memory(cold, wait=self.wait))), jobs]
+        first = foretold(*check_memory(cold, wait=self.wait))
+        return Plan([alone(first), jobs], NoResult)
 
 
 @dataclass(frozen=True, slots=True)
-class Stop(Operation):
+class Stop(Operation[NoResult]):
     """Shut VMs down; with ``force`` cut their power. A stopped VM is left alone."""
 
     name = "stop"
@@ -114,8 +115,9 @@ class Stop(Operation):
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
 
-    def plan(self, run: Run) -> Plan:
-        return [{member.vm: [self._job(member)] for member in run.site.members(run.vms)}]
+    def plan(self, run: Run) -> Plan[NoResult]:
+        jobs = {member.vm: [self._job(member)] for member in run.site.members(run.vms)}
+        return Plan([jobs], NoResult)
 
     def _job(self, member: Member) -> Job:
         vm, machine = member.vm, member.look()
@@ -129,14 +131,6 @@ class Stop(Operation):
         if machine.power is Power.SUSPENDED:
             text = "give up the memory it was suspended with"
         return job("stop", vm, text, partial(_stop_one, member, force=self.force))
-
-
-def start(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
-    return perform(site, Start(tuple(vms), wait))
-
-
-def stop(site: Site, vms: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    return perform(site, Stop(tuple(vms), force))
 
 
 def start_one(member: Member, *, wait: bool) -> None:

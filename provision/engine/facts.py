@@ -1,12 +1,13 @@
-"""Values that are kept as JSON: what the journal holds of an activity, and what an operation was asked
-for."""
+"""Values that are JSON elsewhere: what the journal holds of an activity, and what an operation hands
+back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from inventory.errors import WrongState
@@ -58,3 +59,22 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     return {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]
+
+
+def shown(value: object) -> Any:
+    """As ``--json`` shows it. Of a dataclass not those fields that have their defaults: there is nothing
+    to say of them."""
+    if is_dataclass(value):
+        found = {field: getattr(value, field.name) for field in fields(value)}
+        return {field.name: shown(of) for field, of in found.items() if of != _default(field)}
+    if isinstance(value, Mapping):
+        return {key: shown(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [shown(one) for one in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, Path) else value
+
+
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from inventory.errors import Busy, some
 from provision.engine.facts import Facts, from_json
 from provision.engine.locks import lock_of
+from provision.engine.report import R_co
 
 if TYPE_CHECKING:
     from provision.engine.journal import Entry, Record
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Facts)
 
 
-class Operation(ABC):
+class Operation(ABC, Generic[R_co]):
     """Something that changes something. Its fields are the request. ``__post_init__`` raises UsageError
-    for a request that is never valid; what depends on the farm is checked in ``plan``."""
+    for a request that is never valid; what depends on the farm is checked in ``plan``. What it hands
+    back is a frozen dataclass: NoResult if its actions say it all."""
 
     name: ClassVar[str]
     """As the command line has it."""
@@ -57,7 +59,7 @@ class Operation(ABC):
         return error
 
     @abstractmethod
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[R_co]:
         """All that is to be done, found by real reads. The locks are held; under ``--plan`` they are
         not. An error means that nothing was changed."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 from inventory.errors import Text
-from provision.engine.report import Action
+from provision.engine.report import Action, R_co
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,18 @@ class Job:
     run: Callable[[], Sequence[Action] | None] | None = None
 
 
-Plan = Sequence[Mapping[str, Sequence[Job]]]
-"""Stages, one after the other. In each, the jobs of every VM ("" : the farm) in their order, the VMs
-side by side."""
+Stages = Sequence[Mapping[str, Sequence[Job]]]
+"""One after the other. In each, the jobs of every VM ("" : the farm) in their order, the VMs side by
+side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[R_co]):
+    """``result``: what the operation hands back, asked for when its jobs are done; where it is only
+    planned, as much as is known."""
+
+    stages: Stages
+    result: Callable[[], R_co]
 
 
 def job(verb: str, vm: str, text: Text, run: Callable[[], object] | None = None) -> Job:

@@ -34,8 +34,8 @@ def activities() -> tuple[str, ...]:
     return tuple(_activities)
 
 
-def operation(name: str) -> type[Operation]:
-    found: type[Operation] = _load(_operations[name])
+def operation(name: str) -> type[Operation[Any]]:
+    found: type[Operation[Any]] = _load(_operations[name])
     assert found.name == name, found
     return found
 

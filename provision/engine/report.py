@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from inventory.errors import Text, spelled
+from provision.engine.facts import shown
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 UNCHANGING = ("keep", "note")
 """Verbs of the actions that change nothing: ``keep`` is as declared, ``note`` is worth knowing."""
@@ -53,13 +56,18 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a use case did, or would do (``planned``). ``facts`` hold plain JSON values."""
+class NoResult:
+    """Of an operation whose actions say it all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[R_co]):
+    """What an operation did, or would do (``planned``). ``result``: a frozen dataclass of its own."""
 
     verb: str
     planned: bool
     actions: tuple[Action, ...]
-    facts: Mapping[str, object] = field(default_factory=dict)
+    result: R_co
 
     @property
     def changed(self) -> bool:
@@ -72,18 +80,5 @@ class Outcome:
             "planned": self.planned,
             "changed": self.changed,
             "actions": [{"verb": a.verb, "vm": a.vm, "text": a.text} for a in self.actions],
-            "facts": dict(self.facts),
+            "facts": shown(self.result),
         }
-
-
-def merged(verb: str, outcomes: Sequence[Outcome]) -> Outcome:
-    """Several outcomes as one."""
-    facts: dict[str, object] = {}
-    for outcome in outcomes:
-        facts.update(outcome.facts)
-    return Outcome(
-        verb,
-        any(outcome.planned for outcome in outcomes),
-        tuple(action for outcome in outcomes for action in outcome.actions),
-        facts,
-    )

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING
 from inventory.errors import Busy, Call, WrongState, some, spelled
 from provision.engine.locks import leased, lock_of
 from provision.engine.parallel import side_by_side
-from provision.engine.plan import Job, Plan
-from provision.engine.report import Action, Outcome
+from provision.engine.plan import Job, Stages
+from provision.engine.report import Action, Outcome, R
 
 if TYPE_CHECKING:
     from provision.engine.operation import Operation
@@ -22,37 +21,24 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One operation under way: its VMs, what it does, and the facts it hands back. Any thread may add
-    facts."""
+    """One operation under way: its VMs, and what it does."""
 
     def __init__(self, site: Site, name: str, vms: tuple[str, ...] = ()) -> None:
         self.site = site
         self.name = name
         self.vms = vms
-        self._actions: list[Action] = []
-        self._facts: dict[str, object] = {}
-        self._of_vms: dict[str, dict[str, object]] = {}
-        self._guard = threading.Lock()
+        self.actions: list[Action] = []
 
     def add(self, *actions: Action) -> None:
-        with self._guard:
-            self._actions += actions
+        self.actions += actions
 
-    def fact(self, **facts: object) -> None:
-        with self._guard:
-            self._facts.update(facts)
-
-    def vm_fact(self, vm: str, **facts: object) -> None:
-        with self._guard:
-            self._of_vms.setdefault(vm, {}).update(facts)
-
-    def carry_out(self, plan: Plan) -> None:
-        """Carry the plan out, stage by stage; under ``--plan`` nothing is done. The run's lines are
+    def carry_out(self, stages: Stages) -> None:
+        """Carry a plan out, stage by stage; under ``--plan`` nothing is done. The run's lines are
         those of all jobs, in the plan's order. A job that did something else than announced gives its
         own lines."""
-        jobs = [job for stage in plan for chain in stage.values() for job in chain]
+        jobs = [job for stage in stages for chain in stage.values() for job in chain]
         done = {id(job): job.actions for job in jobs}
-        for stage in () if self.site.plan else plan:
+        for stage in () if self.site.plan else stages:
             self._stage(stage, done)
         self.add(*(action for job in jobs for action in done[id(job)]))
 
@@ -70,15 +56,8 @@ class Run:
         tasks = {vm: partial(one, chain) for vm, chain in stage.items() if any(job.run for job in chain)}
         side_by_side(self.site, tasks)
 
-    def outcome(self) -> Outcome:
-        with self._guard:
-            facts = dict(self._facts)
-            if self._of_vms:
-                facts["vms"] = {vm: dict(of_one) for vm, of_one in self._of_vms.items()}
-            return Outcome(self.name, self.site.plan, tuple(self._actions), facts)
 
-
-def perform(site: Site, operation: Operation) -> Outcome:
+def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
     """Carry the operation out; under ``site.plan`` say what would be done.
 
     Errors: Busy (a VM is in use), WrongState (a VM is part of a change that recovery could not finish),
@@ -88,8 +67,9 @@ def perform(site: Site, operation: Operation) -> Outcome:
         site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
         at_any_time=operation.at_any_time, refused=partial(operation.refused, site),
     ) as run:  # fmt: skip
-        run.carry_out(operation.plan(run))
-        return run.outcome()
+        plan = operation.plan(run)
+        run.carry_out(plan.stages)
+        return Outcome(run.name, site.plan, tuple(run.actions), plan.result())
 
 
 @contextlib.contextmanager

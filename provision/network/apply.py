@@ -35,8 +35,8 @@ from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, FileChange, difference
 from provision.network.daemons import steps
@@ -56,7 +56,14 @@ FEW = 50
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkApply(Operation):
+class ApplyResult:
+    """``diff``: how the files and records differ from what they were."""
+
+    diff: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkApply(Operation[ApplyResult]):
     """Make the services' live files, and their daemons, as the farm file says, for all declared VMs. VMs
     not made yet are given their addresses now. ``force``: also overwrite what somebody edited of ours.
 
@@ -71,30 +78,30 @@ class NetworkApply(Operation):
         return (LOCK,)
 
     @without_collector()
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[ApplyResult]:
         site, names = run.site, chosen(run.site, self.services)
         given = [member.vm for member in site.members() if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
-        found = _examine(run, names, give(given), force=self.force, thorough=True)
+        diffs: list[str] = []
+        found = _examine(site, diffs, names, give(given), force=self.force, thorough=True)
         nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
-        return [alone(found or nothing)]
+        return Plan([alone(found or nothing)], lambda: ApplyResult("".join(diffs)))
 
 
-def network_apply(site: Site, services: Sequence[str] = (), *, force: bool = False) -> Outcome:
-    return perform(site, NetworkApply(tuple(services), force))
-
-
-def in_step(run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()) -> Job:
+def in_step(
+    run: Run, diffs: list[str], *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+) -> Job:
     """The jobs for the plans of clone-farm and destroy. What there is to do is known only when the VMs
-    have their addresses, and nobody else changes the services."""
+    have their addresses, and nobody else changes the services. ``diffs`` is given how their files
+    differ, then."""
     if run.site.plan:
-        return Job(keep_in_step(run, new=new, gone=gone))
-    return Job((), partial(keep_in_step, run, new=new, gone=gone))
+        return Job(keep_in_step(run, diffs, new=new, gone=gone))
+    return Job((), partial(keep_in_step, run, diffs, new=new, gone=gone))
 
 
 @without_collector()
 def keep_in_step(
-    run: Run, *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
+    run: Run, diffs: list[str], *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
 ) -> tuple[Action, ...]:
     """Bring the services in step: they get the VMs that have allocations, with the ``new`` ones, and
     lose those that are ``gone`` (None: all). Waits for others that do the same. Returns what was
@@ -113,7 +120,7 @@ def keep_in_step(
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
         few = None if gone is None else [*given, *gone]
-        found = _examine(run, used, left, nobody=gone is None, vms=few)
+        found = _examine(site, diffs, used, left, nobody=gone is None, vms=few)
         if found is None:
             return ()
         if found.run and not site.plan:
@@ -135,7 +142,8 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
 
 
 def _examine(
-    run: Run,
+    site: Site,
+    diffs: list[str],
     services: Sequence[str],
     allocations: Mapping[str, Allocation],
     *,
@@ -147,7 +155,6 @@ def _examine(
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
     holds the lock. With ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
     came, changed or went since the last time."""
-    site = run.site
     store = StateFile(_state_file(site))
     state = store.read()
     _say_what_is_forgotten(site, store)
@@ -163,7 +170,7 @@ def _examine(
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return None
-    run.fact(diff="".join(map(difference, changes.files)) + records.difference(updates.ops))
+    diffs += [*map(difference, changes.files), records.difference(updates.ops)]
     if changes.edited and not force:
         raise WrongState(
             f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",

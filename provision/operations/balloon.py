@@ -4,7 +4,7 @@ use."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hypervisors.api import Machine
@@ -13,8 +13,7 @@ from inventory.sizes import brief, format_size
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.runner import Run
 from provision.member import Member, is_on
 from provision.memory import HostMemory, Prospect, plan
 from provision.memory_budget import BALLOON, PATIENCE, BalloonFacts, forecast, host_memory, room_for
@@ -22,8 +21,24 @@ from provision.site import Site
 
 
 @dataclass(frozen=True, slots=True)
-class Balloon(Operation):
-    """Give a running VM ``target`` bytes of memory. The facts say what the guest reached. If its host
+class Ballooned:
+    """Bytes of a VM's memory. ``reached``: as its guest says; None if it was not tried, or failed."""
+
+    before: int
+    asked: int
+    reached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonResult:
+    """By VM."""
+
+    vms: Mapping[str, Ballooned] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Balloon(Operation[BalloonResult]):
+    """Give a running VM ``target`` bytes of memory. The result has what the guest reached. If its host
     may not use so much more, VMs that idle are ballooned down first, as far as needed.
 
     Errors: NotFound, WrongState (stopped), UsageError (above its maximum, or below what it needs),
@@ -39,7 +54,7 @@ class Balloon(Operation):
     def doing(self, _vms: Sequence[str]) -> str:
         return f"balloon {self.vm} to {format_size(self.target)}"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[BalloonResult]:
         vm, target, site = self.vm, self.target, run.site
         member = site.member(vm)
         machine = member.present()
@@ -58,17 +73,18 @@ class Balloon(Operation):
                 f"{vm} has at most {format_size(machine.memory)}, {format_size(target)} was asked for",
                 remedy="raise 'memory' in the farm file; it takes effect at the next stop or reset",
             )
-        run.vm_fact(vm, before=machine.current, asked=target)
         if machine.current == target:
-            run.vm_fact(vm, reached=target)
-            return [alone(job("keep", vm, f"has {format_size(target)}"))]
+            kept = BalloonResult({vm: Ballooned(target, target, target)})
+            return Plan([alone(job("keep", vm, f"has {format_size(target)}"))], lambda: kept)
+        done = {vm: Ballooned(machine.current, target)}
         grows = target > machine.current
         first = forecast({member: (target, target)}, _doing(vm, target)) if grows else ()
-        return [alone(foretold(*first), _job(run, member, machine, target))]
+        stages = [alone(foretold(*first), _job(member, machine, target, done))]
+        return Plan(stages, lambda: BalloonResult(done))
 
 
 @dataclass(frozen=True, slots=True)
-class BalloonAll(Operation):
+class BalloonAll(Operation[BalloonResult]):
     """Bring each VM's memory to what its state asks for. Those that idle fall to their ``idle_memory``,
     or to what their guest needs. When they have, the others come up to what they are declared with, as
     far as their hosts may. A VM that another command uses is left as it is.
@@ -77,9 +93,10 @@ class BalloonAll(Operation):
 
     name = "balloon-all"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[BalloonResult]:
         down: dict[str, list[Job]] = {}
         up: dict[str, list[Job]] = {}
+        done: dict[str, Ballooned] = {}
         for host in run.site.farm.hosts:
             for prospect in plan(host_memory(run.site, host, needs=True)):
                 guest = prospect.guest
@@ -91,18 +108,10 @@ class BalloonAll(Operation):
                     down[guest.vm] = [job("keep", guest.vm, why)]
                     continue
                 member = run.site.member(guest.vm)
-                run.vm_fact(guest.vm, before=guest.now, asked=prospect.target)
+                done[guest.vm] = Ballooned(guest.now, prospect.target)
                 jobs = down if prospect.target < guest.now else up
-                jobs[guest.vm] = [_job(run, member, member.present(), prospect.target)]
-        return [down, up]
-
-
-def balloon(site: Site, vm: str, target: int) -> Outcome:
-    return perform(site, Balloon(vm, target))
-
-
-def balloon_all(site: Site) -> Outcome:
-    return perform(site, BalloonAll())
+                jobs[guest.vm] = [_job(member, member.present(), prospect.target, done)]
+        return Plan([down, up], lambda: BalloonResult(done))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,28 +153,28 @@ def memory_plan(site: Site) -> MemoryPlan:
     return MemoryPlan(site.farm.farm, hosts, errors)
 
 
-def _job(run: Run, member: Member, machine: Machine, target: int) -> Job:
+def _job(member: Member, machine: Machine, target: int, done: dict[str, Ballooned]) -> Job:
     text = f"memory {brief(machine.current)} -> {brief(target)}"
-    return job("balloon", member.vm, text, partial(_set, run, member, machine, target))
+    return job("balloon", member.vm, text, partial(_set, member, machine, target, done))
 
 
-def _set(run: Run, member: Member, machine: Machine, target: int) -> None:
-    with run.site.locks.hold(lock_of(member.vm), doing=_doing(member.vm, target)):
+def _set(member: Member, machine: Machine, target: int, done: dict[str, Ballooned]) -> None:
+    with member.site.locks.hold(lock_of(member.vm), doing=_doing(member.vm, target)):
         if target <= machine.current:
-            _set_now(run, member, machine, target)
+            _set_now(member, machine, target, done)
             return
         with room_for(member, target, _doing(member.vm, target)):
             # journaled only now: it is finished after a kill, without another look
-            _set_now(run, member, machine, target)
+            _set_now(member, machine, target, done)
 
 
-def _set_now(run: Run, member: Member, machine: Machine, target: int) -> None:
-    site, vm = run.site, member.vm
+def _set_now(member: Member, machine: Machine, target: int, done: dict[str, Ballooned]) -> None:
+    site, vm = member.site, member.vm
     with site.journal.begin(BALLOON, [vm], BalloonFacts(target)) as entry:
         entry.step(f"set its memory to {target}")
         reached = member.driver.balloon(machine.name, target, timeout=PATIENCE)
         entry.note(replace(entry.facts, reached=reached))
-    run.vm_fact(vm, reached=reached)
+    done[vm] = replace(done[vm], reached=reached)
     text = f"memory {brief(machine.current)} -> {brief(reached)}, as the guest says"
     site.reporter.say(text, vm=vm)
 

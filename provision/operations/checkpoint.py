@@ -22,8 +22,8 @@ from provision.engine.journal import Entry, Record
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.member import Member, is_on
 from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts
@@ -81,7 +81,14 @@ CHECKPOINT = _CheckpointActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class TakeCheckpoint(Operation):
+class CheckpointResult:
+    """``checkpoint``: the new one's name."""
+
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeCheckpoint(Operation[CheckpointResult]):
     """Keep the VMs' present state as a checkpoint of the name ``label``, all at one moment. All are
     stopped, all are kept (or none, see group_change.py), and those that ran are started again; with
     ``wait`` it waits until they answer. Running VMs shut down by themselves first: what programs hold in
@@ -118,7 +125,7 @@ class TakeCheckpoint(Operation):
     def doing(self, vms: Sequence[str]) -> str:
         return f"checkpoint {some(vms)} as {self.label}"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[CheckpointResult]:
         members, label = run.site.members(run.vms), self.label
         machines = {member.vm: member.present() for member in members}
         for member in members:
@@ -128,20 +135,22 @@ class TakeCheckpoint(Operation):
                     f"{run.site.name}: {member.vm} has a checkpoint {label!r} already",
                     remedy="choose another name; checkpoints never change",
                 )
-        run.fact(checkpoint=label)
+        result = partial(CheckpointResult, label)
         was_on = tuple(vm for vm, machine in machines.items() if is_on(machine))
         if self.warm:
             (member,) = members
             _check_warm(member, machines[member.vm])
             text = f"keep as {label}, disk and memory; it runs on"
-            return [alone(job("checkpoint", member.vm, text, partial(self._keep_warm, member)))]
+            keep = job("checkpoint", member.vm, text, partial(self._keep_warm, member))
+            return Plan([alone(keep)], result)
         first = check_memory([one for one in members if one.vm in was_on], wait=self.wait)
         actions = tuple(
             Action("checkpoint", vm, f"shut down, keep as {label}, start again" if vm in was_on
                    else f"keep as {label}")
             for vm in run.vms
         )  # fmt: skip
-        return [alone(foretold(*first), Job(actions, partial(self._keep, members, was_on)))]
+        keep = Job(actions, partial(self._keep, members, was_on))
+        return Plan([alone(foretold(*first), keep)], result)
 
     def _keep(self, members: Sequence[Member], was_on: tuple[str, ...]) -> None:
         site = members[0].site
@@ -166,12 +175,6 @@ class TakeCheckpoint(Operation):
                     site.reporter.warn(("it doesn't run any more: ", Call("start")), vm=vm)
                 raise
             site.reporter.say(f"kept as {self.label}, disk and memory; it runs on", vm=vm)
-
-
-def checkpoint(
-    site: Site, vms: Sequence[str], name: str, *, warm: bool = False, wait: bool = True
-) -> Outcome:
-    return perform(site, TakeCheckpoint(name, tuple(vms), warm, wait))
 
 
 def disk_with_checkpoints(member: Member, machine: Machine) -> Disk:

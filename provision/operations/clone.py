@@ -16,8 +16,8 @@ from provision.allocate import Allocation
 from provision.engine.facts import Facts, NoFacts
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.guest import identity
 from provision.leftovers import discard_of
 from provision.member import Member, is_on
@@ -83,7 +83,14 @@ WAIT = _WaitActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class CloneFarm(Operation):
+class CloneResult:
+    """``diff``: how the network services' files and records differ from what they were."""
+
+    diff: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CloneFarm(Operation[CloneResult]):
     """Make the VMs that are missing, start those that should run, wait until their ssh answers.
     What is already as declared is left alone, so a second call changes nothing.
 
@@ -102,7 +109,7 @@ class CloneFarm(Operation):
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[CloneResult]:
         site, members = run.site, run.site.members(run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
@@ -148,15 +155,12 @@ class CloneFarm(Operation):
             if not jobs[vm]:
                 jobs[vm] = [job("keep", vm, "already as declared")]
         before = [foretold(*first), Job((), partial(_allocate, missing))]
+        diffs: list[str] = []
         if site.farm.services.used:  # before they start: DHCP is the first thing they ask for
             from provision.network.apply import in_step
 
-            before.insert(1, in_step(run, new=run.vms))
-        return [alone(*before), jobs]
-
-
-def clone_farm(site: Site, vms: Sequence[str] = (), *, start: bool = True, wait: bool = True) -> Outcome:
-    return perform(site, CloneFarm(tuple(vms), start, wait))
+            before.insert(1, in_step(run, diffs, new=run.vms))
+        return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
 
 
 def _allocate(members: Sequence[Member]) -> None:

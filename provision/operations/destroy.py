@@ -25,8 +25,8 @@ from provision.engine.locks import lock_of
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.missing_disk import left_of
@@ -62,11 +62,20 @@ DESTROY = _DestroyActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Destroy(Operation):
+class DestroyResult:
+    """``kept``: where build records stay. ``diff``: how the network services' files and records differ
+    from what they were."""
+
+    kept: Path | None = None
+    diff: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy(Operation[DestroyResult]):
     """Remove VMs: machine, disk and checkpoints, seed, host key, console log, and what they were given.
     With no VM named, remove the whole farm: then its templates, its private daemon and its state
-    directory, too. Build records stay (the facts say where) unless ``purge``. What is gone already is no
-    error.
+    directory, too. Build records stay (the result says where) unless ``purge``. What is gone already is
+    no error.
 
     VMs that are no longer in the farm file can be named as long as their machines exist.
 
@@ -88,15 +97,11 @@ class Destroy(Operation):
     def doing(self, vms: Sequence[str]) -> str:
         return f"destroy {some(vms)}" if self.vms else "destroy the whole farm"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[DestroyResult]:
         return _plan_vms(run) if self.vms else _plan_farm(run, purge=self.purge)
 
 
-def destroy(site: Site, vms: Sequence[str] = (), *, purge: bool = False) -> Outcome:
-    return perform(site, Destroy(tuple(vms), purge))
-
-
-def _plan_vms(run: Run) -> Plan:
+def _plan_vms(run: Run) -> Plan[DestroyResult]:
     site = run.site
     foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
@@ -108,22 +113,23 @@ def _plan_vms(run: Run) -> Plan:
             erase(site, there)
 
     # Killed after the network services: a VM without records, not records without a VM.
-    jobs = [*said, *_of_network(run, gone=run.vms)]
+    diffs: list[str] = []
+    jobs = [*said, *_of_network(run, diffs, gone=run.vms)]
     if there:
         jobs.append(Job(tuple(map(_destroyed, there)), act))
-    return [alone(*jobs)]
+    return Plan([alone(*jobs)], lambda: DestroyResult(diff="".join(diffs)))
 
 
 def _destroyed(vm: str) -> Action:
     return Action("destroy", vm, "destroy machine, disk, checkpoints and identity")
 
 
-def _of_network(run: Run, *, gone: Sequence[str] | None) -> list[Job]:
+def _of_network(run: Run, diffs: list[str], *, gone: Sequence[str] | None) -> list[Job]:
     if not run.site.farm.services.used:
         return []
     from provision.network.apply import in_step
 
-    return [in_step(run, gone=gone)]
+    return [in_step(run, diffs, gone=gone)]
 
 
 def erase(site: Site, vms: Collection[str]) -> None:
@@ -217,7 +223,7 @@ def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
 # The whole farm
 
 
-def _plan_farm(run: Run, *, purge: bool) -> Plan:
+def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
     site, builds = run.site, run.site.paths.builds
     _refuse_if_in_use(site)
     _refuse_strangers(site)
@@ -225,11 +231,11 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan:
     actions = list(map(_destroyed, there))
     actions += [Action("destroy", "", f"remove template {label}") for _, label in _templates(site)]
     records = _records(builds)
+    kept = builds if records and not purge else None
     if records and purge:
         actions.append(Action("destroy", "", f"remove {records} build record{'s' * (records > 1)}"))
     elif records:
         actions.append(Action("note", "", f"build records stay in {builds} (--purge removes them)"))
-        run.fact(kept=str(builds))
     if _is_used(site):
         stopped = "stop its daemon, " if _has_daemon(site) else ""
         actions.append(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
@@ -238,7 +244,8 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan:
             actions.append(Action("note", "", text))
     if not any(action.verb == "destroy" for action in actions):
         actions.insert(0, Action("keep", "", "nothing is there"))
-        return [alone(Job(tuple(actions), partial(_end, site)))]
+        end = Job(tuple(actions), partial(_end, site))
+        return Plan([alone(end)], lambda: DestroyResult(kept))
 
     def act() -> None:
         with site.journal.begin(DESTROY, (), DestroyFacts(whole=True, purge=purge)):
@@ -247,7 +254,9 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan:
         _end(site)
         site.reporter.say("the farm is destroyed")
 
-    return [alone(*_of_network(run, gone=None), Job(tuple(actions), act))]
+    diffs: list[str] = []
+    stages = [alone(*_of_network(run, diffs, gone=None), Job(tuple(actions), act))]
+    return Plan(stages, lambda: DestroyResult(kept, "".join(diffs)))
 
 
 def _is_used(site: Site) -> bool:

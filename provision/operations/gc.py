@@ -21,8 +21,8 @@ from provision.engine.facts import Facts
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.leftovers import Found, survey
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
@@ -46,41 +46,61 @@ GC = _GcActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Gc(Operation):
+class Leftover:
+    """``ref``: as its driver calls it. ``owner``, ``farm``: whose it was, None where nothing says.
+    ``age`` in seconds."""
+
+    kind: str
+    ref: str
+    owner: str | None
+    farm: str | None
+    created: datetime
+    age: float
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GcResult:
+    """``leftovers``: all that was found. ``freed``: bytes of those that were removed."""
+
+    leftovers: tuple[Leftover, ...]
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gc(Operation[GcResult]):
     """Remove what killed operations or lost definitions left behind. VMs in use are passed over.
     DriverFailed, at the end, if something could not be removed."""
 
     name = "gc"
     at_any_time = True
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[GcResult]:
         found = survey(run.site).left
-        removing = _Removing(run, datetime.now(UTC))
+        removing = _Removing(run.site, datetime.now(UTC))
         jobs = [job("note", "", text) for text in _doubtful(run.site)]
         jobs += map(removing.job, found)
-        run.fact(leftovers=[removing.as_dict(item) for item in found], freed=0)
+        leftovers = tuple(map(removing.leftover, found))
         if not found:
             jobs.append(job("keep", "", "nothing is left over"))
-        return [alone(*jobs, Job((), removing.end))]
-
-
-def gc(site: Site) -> Outcome:
-    return perform(site, Gc())
+        stages = [alone(*jobs, Job((), removing.end))]
+        return Plan(stages, lambda: GcResult(leftovers, removing.freed))
 
 
 class _Removing:
     """Removes one thing after the other. Errors are told at the end."""
 
-    def __init__(self, run: Run, now: datetime) -> None:
-        self._run = run
+    def __init__(self, site: Site, now: datetime) -> None:
+        self._site = site
         self._now = now
         self._tried = 0
-        self._freed = 0
+        self.freed = 0
         self._failed: dict[str, FarmhandError] = {}
 
     def job(self, item: Found) -> Job:
         vm = _vm(item)
-        holder = self._run.site.locks.holder(lock_of(vm)) if vm else None
+        holder = self._site.locks.holder(lock_of(vm)) if vm else None
         if holder is not None:
             return job("note", vm, f"left alone, in use by {holder}: {item.what.ref}")
         action = Action("discard", vm, item.text(self._now))
@@ -88,7 +108,7 @@ class _Removing:
 
     def _remove(self, item: Found, action: Action) -> Sequence[Action] | None:
         """What it did in place of ``action``; None: just that."""
-        site, vm, ref = self._run.site, action.vm, item.what.ref
+        site, vm, ref = self._site, action.vm, item.what.ref
         self._tried += 1
         try:
             with (
@@ -105,32 +125,31 @@ class _Removing:
         except FarmhandError as error:
             self._failed[ref] = error
             return []
-        self._freed += item.what.bytes
+        self.freed += item.what.bytes
         site.reporter.say(action.text, vm=vm)
         return None
 
     def end(self) -> None:
-        self._run.fact(freed=self._freed)
         if self._failed:
             raise DriverFailed(
-                f"{self._run.site.name}: {len(self._failed)} of {self._tried} leftovers could not be "
+                f"{self._site.name}: {len(self._failed)} of {self._tried} leftovers could not be "
                 "removed: "
                 + some([f"{ref}: {error.message}" for ref, error in self._failed.items()], by="; "),
                 remedy=some_remedies(self._failed.values()),
             )
 
-    def as_dict(self, item: Found) -> dict[str, object]:
+    def leftover(self, item: Found) -> Leftover:
         what = item.what
-        return {
-            "kind": what.kind,
-            "ref": what.ref,
-            "owner": what.owner.vm if what.owner else None,
-            "farm": what.owner.farm if what.owner else None,
-            "created": what.created.isoformat(timespec="seconds"),
-            "age": round((self._now - what.created).total_seconds(), 1),
-            "bytes": what.bytes,
-            "why": what.why,
-        }
+        return Leftover(
+            kind=what.kind,
+            ref=what.ref,
+            owner=what.owner.vm if what.owner else None,
+            farm=what.owner.farm if what.owner else None,
+            created=what.created.replace(microsecond=0),
+            age=round((self._now - what.created).total_seconds(), 1),
+            bytes=what.bytes,
+            why=what.why,
+        )
 
 
 def _vm(item: Found) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +11,8 @@ from provision.engine.facts import Facts
 from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import NoResult
+from provision.engine.runner import Run
 from provision.member import Member, is_on
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
@@ -49,7 +48,7 @@ MERGE = _MergeActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Merge(Operation):
+class Merge(Operation[NoResult]):
     """Write what changed on the VMs' disks since their checkpoints back into these, each VM for itself.
     The checkpoint then equals the disk. Never into ``clean``, which is the template's. Running VMs are
     shut down for it, and started again. After a kill, recovery goes on with it.
@@ -63,13 +62,13 @@ class Merge(Operation):
     def affected(self, site: Site) -> tuple[str, ...]:
         return site.vms(self.vms)
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
         machines = {member.vm: member.present() for member in members}
         on = [member for member in members if is_on(machines[member.vm])]
         first = check_memory(on, wait=self.wait)
         jobs = {one.vm: [self._job(one, machines[one.vm])] for one in members}
-        return [alone(foretold(*first)), jobs]
+        return Plan([alone(foretold(*first)), jobs], NoResult)
 
     def _job(self, member: Member, machine: Machine) -> Job:
         site, vm = member.site, member.vm
@@ -109,10 +108,6 @@ class Merge(Operation):
             site.reporter.say(f"merged into {facts.into}", vm=vm)
             if facts.was_on:
                 power_on(member, wait=self.wait)
-
-
-def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome:
-    return perform(site, Merge(tuple(vms), wait))
 
 
 def _merge(member: Member) -> None:

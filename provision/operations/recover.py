@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from provision.engine.recovery import recover_all
-from provision.engine.report import Action, Outcome
+from provision.engine.report import Action, NoResult, Outcome
 from provision.operations.destroy import DESTROY, last_of
 from provision.site import Site
 
 
-def recover(site: Site) -> Outcome:
+def recover(site: Site) -> Outcome[NoResult]:
     """Finish or undo all that was left. Every operation does so first, and warns of errors; here, where
     it is all that was asked for, errors are raised."""
     if not site.plan and site.paths.root.exists():
@@ -20,4 +20,4 @@ def recover(site: Site) -> Outcome:
         last_of(site)
     if not actions:
         actions = (Action("keep", "", "nothing was left unfinished"),)
-    return Outcome("recover", site.plan, actions)
+    return Outcome("recover", site.plan, actions, NoResult())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hypervisors.api import Checkpoint, Disks, FarmDisks
@@ -15,8 +15,8 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.member import Member, is_on
 from provision.missing_disk import grows_from, require
 from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back
@@ -40,16 +40,6 @@ class Proof(Facts):
     template: str = ""
     disk: str = ""
     by: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        if self.pristine is None:
-            return {"checkpoint": self.checkpoint, "pristine": None, "by": self.by}
-        return {
-            "checkpoint": self.checkpoint,
-            "pristine": self.pristine,
-            "template": self.template,
-            "disk": self.disk,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +87,31 @@ class _ResetActivity(GroupActivity[ResetFacts]):
 RESET = _ResetActivity()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmReset:
+    """``reset_seconds``: until the disks of all were back; None for a reset by command. ``seconds``:
+    until the VM was on, or answered."""
+
+    proof: Proof
+    reset_seconds: float | None = None
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
-class Reset(Operation):
+class ResetResult:
+    """By VM."""
+
+    vms: Mapping[str, VmReset] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reset(Operation[ResetResult]):
     """Put VMs back to a checkpoint. With ``start`` start them then; with ``wait`` wait until they
     answer. All of them get there or none, also if it is killed or refused midway: see group_change.py. A
     machine of an ssh host is reset by its own command; those run last, each for itself.
 
     Before the first start the stores prove that each disk equals the checkpoint. The proof is in the
-    outcome's facts and in the journal. If one disk doesn't, no VM is started: DriverFailed.
+    result and in the journal. If one disk doesn't, no VM is started: DriverFailed.
 
     A warm checkpoint takes one VM at a time. Its disk and its memory go back; with ``start`` it runs on
     from there, else it is suspended. Its disk is never proven, for the guest goes on writing.
@@ -125,8 +132,9 @@ class Reset(Operation):
     def doing(self, vms: Sequence[str]) -> str:
         return f"reset {some(vms)} to {self.to}"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[ResetResult]:
         site, members = run.site, run.site.members(run.vms)
+        done: dict[str, VmReset] = {}
         on = {member.vm for member in members if is_on(member.present())}
         warm = [member.vm for member in members if check_checkpoint(member, self.to)]
         if warm and len(members) > 1:
@@ -141,13 +149,14 @@ class Reset(Operation):
             warm=bool(warm),
         )  # fmt: skip
         actions = tuple(Action("reset", one.vm, self._text(one, warm=bool(warm))) for one in ours)
-        disks = Job(actions, partial(self._disks, run, ours, facts))
+        disks = Job(actions, partial(self._disks, site, ours, facts, done))
         theirs = {
-            one.vm: [job("reset", one.vm, self._text(one), partial(self._by_command, run, one))]
+            one.vm: [job("reset", one.vm, self._text(one), partial(self._by_command, one, done))]
             for one in members
             if not one.can_power
         }
-        return [alone(foretold(*first)), alone(disks) if ours else {}, theirs]
+        stages = [alone(foretold(*first)), alone(disks) if ours else {}, theirs]
+        return Plan(stages, lambda: ResetResult(done))
 
     def _text(self, member: Member, *, warm: bool = False) -> str:
         text = f"put back to {self.to}"
@@ -157,8 +166,10 @@ class Reset(Operation):
             text += f", {'run on' if warm else 'start'}{then_what(member, wait=self.wait)}"
         return text
 
-    def _disks(self, run: Run, members: Sequence[Member], facts: ResetFacts) -> None:
-        began, site = time.monotonic(), run.site
+    def _disks(
+        self, site: Site, members: Sequence[Member], facts: ResetFacts, done: dict[str, VmReset]
+    ) -> None:
+        began = time.monotonic()
         with site.journal.begin(RESET, [member.vm for member in members], facts) as entry:
             current_step("refresh identities")
             side_by_side(site, {one.vm: partial(write_identity, one) for one in members})
@@ -180,33 +191,21 @@ class Reset(Operation):
                         if is_half_back(member.store, member.machine):
                             entry.must_finish = True  # its memory has been used, perhaps
                         raise
-                run.vm_fact(
-                    member.vm, proof=proofs[member.vm].as_dict(), reset_seconds=round(swapped, 3),
+                done[member.vm] = VmReset(
+                    proof=proofs[member.vm], reset_seconds=round(swapped, 3),
                     seconds=round(time.monotonic() - began, 3),
                 )  # fmt: skip
 
             side_by_side(site, {member.vm: partial(finish, member) for member in members})
 
-    def _by_command(self, run: Run, member: Member) -> None:
+    def _by_command(self, member: Member, done: dict[str, VmReset]) -> None:
         began = time.monotonic()
-        with run.site.journal.begin(RESET, [member.vm], ResetFacts(was_on=(), to=self.to)):
+        with member.site.journal.begin(RESET, [member.vm], ResetFacts(was_on=(), to=self.to)):
             member.driver.reset(member.machine, self.to)
             if self.start and self.wait:  # the command may have booted it or not: any boot counts
                 wait_until_ready(member, since=float("-inf"))
         proof = Proof(self.to, None, by="the reset command of the farm file")
-        seconds = round(time.monotonic() - began, 3)
-        run.vm_fact(member.vm, proof=proof.as_dict(), seconds=seconds)
-
-
-def reset(
-    site: Site,
-    vms: Sequence[str] = (),
-    *,
-    to: str = "clean",
-    start: bool = True,
-    wait: bool = True,
-) -> Outcome:
-    return perform(site, Reset(tuple(vms), to, start, wait))
+        done[member.vm] = VmReset(proof=proof, seconds=round(time.monotonic() - began, 3))
 
 
 def prove(members: Sequence[Member], to: str) -> Mapping[str, Proof]:

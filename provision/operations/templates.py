@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
@@ -30,8 +30,8 @@ from provision.engine.facts import Facts
 from provision.engine.journal import Record
 from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Job, Plan, alone
-from provision.engine.report import Action, Outcome
-from provision.engine.runner import Run, perform
+from provision.engine.report import Action
+from provision.engine.runner import Run
 from provision.leftovers import discard_unowned
 
 if TYPE_CHECKING:
@@ -93,7 +93,25 @@ REMOVE = _RemoveActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateBuild(Operation):
+class SealResult:
+    """``template``: the new generation, such as base@2, on ``hosts``. ``sha256`` of the disk, and
+    ``ref`` as its store calls it: None before it is sealed."""
+
+    template: str
+    hosts: tuple[str, ...]
+    sha256: str | None = None
+    ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveResult:
+    """``template``: the generation that goes."""
+
+    template: str
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateBuild(Operation[SealResult]):
     """Build a template of the farm and seal it as a new generation on each host that has VMs of it. A
     disk of the same recipe is taken from the cache, unless ``fresh``.
 
@@ -109,12 +127,12 @@ class TemplateBuild(Operation):
     def doing(self, _vms: Sequence[str]) -> str:
         return f"{self.name} {self.template}"
 
-    def plan(self, run: Run) -> Plan:
-        return _plan(run, _building(run.site, self.template, fresh=self.fresh))
+    def plan(self, run: Run) -> Plan[SealResult]:
+        return _plan(_building(run.site, self.template, fresh=self.fresh))
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateImport(Operation):
+class TemplateImport(Operation[SealResult]):
     """Seal an existing raw, qcow2 or vmdk image (``image``; the farm file's if that is not given) as a
     new generation of the template. The image itself is left as it is.
 
@@ -131,12 +149,12 @@ class TemplateImport(Operation):
     def doing(self, _vms: Sequence[str]) -> str:
         return f"{self.name} {self.template}"
 
-    def plan(self, run: Run) -> Plan:
-        return _plan(run, _importing(run.site, self.template, self.image))
+    def plan(self, run: Run) -> Plan[SealResult]:
+        return _plan(_importing(run.site, self.template, self.image))
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateRemove(Operation):
+class TemplateRemove(Operation[RemoveResult]):
     """Remove one generation, such as base@2, from every host. Errors: WrongState while disks depend on
     it (it names them), NotFound."""
 
@@ -149,7 +167,7 @@ class TemplateRemove(Operation):
     def doing(self, _vms: Sequence[str]) -> str:
         return f"{self.name} {self.label}"
 
-    def plan(self, run: Run) -> Plan:
+    def plan(self, run: Run) -> Plan[RemoveResult]:
         site, label = run.site, self.label
         sealed = {
             host: [template.label for template in site.disks(host).templates()]
@@ -165,21 +183,9 @@ class TemplateRemove(Operation):
                 if near
                 else ("make one: ", Call("template-build")),
             )
-        run.fact(template=label)
         lines = (Action("remove", "", f"remove template {label} from host {host}") for host in hosts)
-        return [alone(Job(tuple(lines), partial(_remove, site, label, hosts)))]
-
-
-def template_build(site: Site, name: str, *, fresh: bool = False) -> Outcome:
-    return perform(site, TemplateBuild(name, fresh))
-
-
-def template_import(site: Site, name: str, image: Path | None = None) -> Outcome:
-    return perform(site, TemplateImport(name, image))
-
-
-def template_remove(site: Site, label: str) -> Outcome:
-    return perform(site, TemplateRemove(label))
+        remove = Job(tuple(lines), partial(_remove, site, label, hosts))
+        return Plan([alone(remove)], partial(RemoveResult, label))
 
 
 def template_list(site: Site) -> tuple[Template, ...]:
@@ -253,14 +259,15 @@ class _Making:
             return _seal(self, image)
 
 
-def _plan(run: Run, making: _Making) -> Plan:
-    run.fact(template=making.label, hosts=list(making.hosts))
+def _plan(making: _Making) -> Plan[SealResult]:
+    sealed: list[Template] = []
 
-    def make() -> None:
-        sealed = making.make()
-        run.fact(sha256=sealed.sha256, ref=sealed.ref)
+    def result() -> SealResult:
+        planned = SealResult(making.label, tuple(making.hosts))
+        return replace(planned, sha256=sealed[0].sha256, ref=sealed[0].ref) if sealed else planned
 
-    return [alone(Job(making.actions(), make))]
+    job = Job(making.actions(), lambda: sealed.append(making.make()))
+    return Plan([alone(job)], result)
 
 
 def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:

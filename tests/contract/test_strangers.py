@@ -163,14 +163,13 @@ def test_gc_and_destroy_leave_strangers_alone(town: Town) -> None:
     began = datetime.now(UTC)
     with town.site(plan=True) as site:
         planned = farm.gc(site)
-        facts = planned.facts["leftovers"]
-        assert isinstance(facts, list)
-        (disk,) = [item for item in facts if item["kind"] == "disk"]
-        assert (disk["farm"], disk["owner"], disk["why"]) == ("kata", "dev2", "no machine has it")
-        assert 0 <= disk["age"] < 3600
-        assert datetime.fromisoformat(disk["created"]) <= began
-        assert disk["bytes"] >= 0
-        assert {item["owner"] for item in facts} == {"dev2"}
+        found = planned.result.leftovers
+        (disk,) = [item for item in found if item.kind == "disk"]
+        assert (disk.farm, disk.owner, disk.why) == ("kata", "dev2", "no machine has it")
+        assert 0 <= disk.age < 3600
+        assert disk.created <= began
+        assert disk.bytes >= 0
+        assert {item.owner for item in found} == {"dev2"}
     assert town.prints() == strangers, "a plan touches nothing at all"
     with town.site() as site:
         assert str(farm.gc(site).actions[0]).startswith("dev2: remove disk kata-dev2 (of kata/dev2; ")

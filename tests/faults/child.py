@@ -45,7 +45,6 @@ from provision.engine import events, journal
 from provision.engine.report import QuietReporter
 from provision.events.webhook import Webhook
 from provision.operations import checkpoint
-from provision.operations import templates as golden
 from provision.site import Site
 
 _kind: type[Site] = Site
@@ -161,7 +160,7 @@ def use_case(file: str, when: str, number: float, verb: str, arguments: dict[str
     if "listens" not in sys.argv:
         checkpoint.GRACE = 0.2
     with _kind(load(Path(file)), reporter=QuietReporter()) as site:
-        (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
+        getattr(farm, verb)(site, **arguments)
     if texts is not None:
         print(len(texts), len(calls))
 

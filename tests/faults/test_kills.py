@@ -277,7 +277,7 @@ def test_template_import(bench: Bench) -> None:
         bench.recovered(context)
         with bench.site() as site:
             assert len(_spare(site)) <= 1, context
-            golden.template_import(site, "spare")
+            farm.template_import(site, "spare")
             assert len(_spare(site)) >= 1, context
         assert image.exists(), context
 
@@ -291,7 +291,7 @@ def test_template_remove(bench: Bench) -> None:
         nonlocal label
         with bench.site() as site:
             if not _spare(site):
-                golden.template_import(site, "spare")
+                farm.template_import(site, "spare")
             (label,) = _spare(site)
             arguments["label"] = label
 
@@ -309,7 +309,7 @@ def _spare(site: Site) -> list[str]:
 def _no_spare(bench: Bench) -> None:
     with bench.site() as site:
         for label in _spare(site):
-            golden.template_remove(site, label)
+            farm.template_remove(site, label)
 
 
 def _whole(bench: Bench) -> None:

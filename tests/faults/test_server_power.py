@@ -20,7 +20,6 @@ from test_warm import NEWER, _content, _newer, _unharmed
 from inventory.errors import DriverFailed, FarmhandError, NotFound, WrongState
 from provision import farm
 from provision.member import is_on
-from provision.operations import templates as golden
 
 pytestmark = [
     pytest.mark.system,
@@ -53,7 +52,7 @@ def cuts(
 
     def do() -> None:
         with bench.site() as site:
-            (getattr(farm, verb, None) or getattr(golden, verb))(site, **arguments)
+            getattr(farm, verb)(site, **arguments)
 
     ready()
     place.calls()
@@ -189,7 +188,7 @@ def test_template_import_and_remove(bench: Bench) -> None:
     def ready() -> None:
         with bench.site() as site:
             if not _spare(site):
-                golden.template_import(site, "spare")
+                farm.template_import(site, "spare")
             (arguments["label"],) = _spare(site)
 
     for context in cuts(bench, "template-remove", "template_remove", arguments, ready):

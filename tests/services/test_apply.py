@@ -39,7 +39,7 @@ def test_the_plan_is_what_is_done(yard: Yard) -> None:
     planned = yard.plan()
     done = yard.apply()
     assert planned.actions == done.actions
-    assert planned.facts["diff"] == done.facts["diff"]
+    assert planned.result.diff == done.result.diff
 
 
 def test_an_admins_lines_owner_and_mode_stay(yard: Yard) -> None:

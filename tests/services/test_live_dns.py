@@ -76,8 +76,8 @@ def test_the_plan_is_what_is_done(dynamic: Yard) -> None:
     planned = yard.plan()
     assert ask("more.try.example", "A") == []
     done = yard.apply()
-    assert (planned.actions, planned.facts["diff"]) == (done.actions, done.facts["diff"])
-    assert "+more.try.example. A 10.77.0.9\n" in str(done.facts["diff"])
+    assert (planned.actions, planned.result.diff) == (done.actions, done.result.diff)
+    assert "+more.try.example. A 10.77.0.9\n" in done.result.diff
 
 
 def test_a_record_by_hand_is_not_overwritten_unseen(dynamic: Yard) -> None:

@@ -13,10 +13,11 @@ import yaml
 from host.run import Runner
 from inventory.loader import loads
 from inventory.model import Farm
+from provision import farm
 from provision.allocate import Allocation, Allocator
 from provision.engine.report import Outcome, QuietReporter
 from provision.network import checkers
-from provision.network.apply import network_apply
+from provision.network.apply import ApplyResult
 from provision.network.document import Document
 from provision.network.render import render
 from provision.network.rendered import full_text
@@ -134,13 +135,13 @@ class Yard:
         with open_site(self.directory / "farm.yaml", reporter=QuietReporter(), plan=plan) as site:
             yield site
 
-    def apply(self, *services: str, force: bool = False) -> Outcome:
+    def apply(self, *services: str, force: bool = False) -> Outcome[ApplyResult]:
         with self.site() as site:
-            return network_apply(site, services, force=force)
+            return farm.network_apply(site, services, force=force)
 
-    def plan(self, *services: str, force: bool = False) -> Outcome:
+    def plan(self, *services: str, force: bool = False) -> Outcome[ApplyResult]:
         with self.site(plan=True) as site:
-            return network_apply(site, services, force=force)
+            return farm.network_apply(site, services, force=force)
 
     def use(self, *services: str) -> None:
         """No others."""

@@ -15,6 +15,7 @@ import pytest
 from host.run import Runner
 from hypervisors.api import Template
 from inventory.errors import UsageError
+from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.seed import SeedData, StaticAddress, new_host_key, write_seed
 from provision.operations import templates as golden
@@ -224,12 +225,12 @@ def test_clones_of_the_built_template_are_themselves(site: Site, work: Path, key
 
 def test_an_imported_image_boots_as_itself_without_a_seed(site: Site, work: Path, key: Path) -> None:
     with pytest.raises(UsageError, match="stand alone"):
-        golden.template_import(site, "again", work / "bb.qcow2")  # an overlay
+        farm.template_import(site, "again", work / "bb.qcow2")  # an overlay
     subprocess.run(
         ["qemu-img", "convert", "-O", "qcow2", str(work / "bb.qcow2"), str(work / "again.qcow2")],
         check=True,
     )
-    golden.template_import(site, "again")
+    farm.template_import(site, "again")
     template = golden.newest_template(site, "again")
     assert template is not None
     guest = Guest(work, "ccc", template, key=key, seed=None, size="5G")

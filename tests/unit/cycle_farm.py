@@ -23,8 +23,8 @@ GIT = ("git", "-c", "user.name=Test", "-c", "user.email=test@example.org")
 
 def run_cycle(site: Site, **options) -> BuildRecord:
     """The record of a cycle that passed."""
-    build = perform(site, RunCycle(**options)).facts["build"]
-    return find_record(site.paths, str(build))
+    build = perform(site, RunCycle(**options)).result.build
+    return find_record(site.paths, build)
 
 
 def plan_cycle(site: Site, **options) -> tuple[Action, ...]:

@@ -36,7 +36,8 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.journal import current_step
 from provision.engine.locks import Locks, lock_of
-from provision.engine.report import Outcome, QuietReporter
+from provision.engine.report import Outcome, QuietReporter, R
+from provision.operations.balloon import Ballooned
 from provision.site import Site, open_site
 
 MIB = 2**20
@@ -71,7 +72,7 @@ class Desk:
     def site(self, *, plan: bool = False) -> Site:
         return Site(load(self.file), reporter=self.heard, plan=plan)
 
-    def run(self, use_case: Callable[..., Outcome], *arguments: Any, **options: Any) -> Outcome:
+    def run(self, use_case: Callable[..., Outcome[R]], *arguments: Any, **options: Any) -> Outcome[R]:
         """Planned first, then carried out: the very same actions."""
         before = self.files()
         with self.site(plan=True) as site:
@@ -123,7 +124,7 @@ def test_a_kernel_of_the_host(desk: Desk) -> None:
     assert spec.cmdline == "root=/dev/xvda1 ro"
 
 
-def lines(outcome: Outcome) -> list[str]:
+def lines(outcome: Outcome[Any]) -> list[str]:
     return [str(action) for action in outcome.actions]
 
 
@@ -176,10 +177,8 @@ def test_a_changed_declaration_waits_for_a_running_vm_and_changes_a_stopped_one(
 
 
 def test_a_newer_template_moves_nobody(made: Desk) -> None:
-    from provision.operations.templates import template_build
-
     with made.site() as site:
-        template_build(site, "base")
+        farm.template_build(site, "base")
     done = made.run(farm.clone_farm)
     assert lines(done)[0] == "dev2: stays on base@1; to move to base@2, destroy and clone it"
     assert not done.changed
@@ -219,7 +218,7 @@ def test_somebody_elses_machine_is_never_touched(desk: Desk) -> None:
         driver = site.hypervisor("here")
         assert isinstance(driver, FakeHypervisor)
         driver.add_foreign("kata-prod")
-    calls: list[tuple[Callable[..., Outcome], tuple[Any, ...]]] = [
+    calls: list[tuple[Callable[..., Outcome[Any]], tuple[Any, ...]]] = [
         (farm.clone_farm, ()),
         (farm.reset, (["prod"],)),
         (farm.start, (["prod"],)),
@@ -249,8 +248,7 @@ def test_reset_is_proven_and_goes_to_any_checkpoint(made: Desk) -> None:
     made.run(farm.checkpoint, ["prod"], "two")
     for name, content in (("one", b"one"), ("two", b"two"), ("one", b"one")):
         done = made.run(farm.reset, ["prod"], to=name, start=False)
-        facts: Any = done.facts["vms"]
-        assert facts["prod"]["proof"]["pristine"] is True
+        assert done.result.vms["prod"].proof.pristine is True
         with made.site() as site:
             assert store(site).content("kata-prod") == content
     assert made.machine("prod").power == "stopped"
@@ -306,7 +304,7 @@ def test_refusals_say_what_and_the_remedy(made: Desk) -> None:
 def test_balloon_says_what_was_reached(made: Desk) -> None:
     done = made.run(farm.balloon, "dev2", 384 * MIB)
     assert lines(done) == ["dev2: memory 256M -> 384M"]
-    assert done.facts["vms"] == {"dev2": {"before": 256 * MIB, "asked": 384 * MIB, "reached": 384 * MIB}}
+    assert done.result.vms == {"dev2": Ballooned(256 * MIB, asked=384 * MIB, reached=384 * MIB)}
     assert not made.run(farm.balloon, "dev2", 384 * MIB).changed
 
 
@@ -352,7 +350,7 @@ def test_destroy_the_whole_farm_keeps_build_records(made: Desk) -> None:
         record.parent.mkdir(parents=True)
         record.write_text("{}")
     done = made.run(farm.destroy)
-    assert done.facts["kept"] == str(record.parent.parent)
+    assert done.result.kept == record.parent.parent
     assert record.exists()
     assert [path.name for path in record.parents[2].iterdir()] == ["builds"]
     assert not (made.directory / "kata.yaml.lock").exists()
@@ -380,9 +378,9 @@ def test_gc_takes_leftovers_with_owner_age_and_size(made: Desk) -> None:
         (site.paths.keys / "hostkeys/gone").write_text("secret")
     with made.site(plan=True) as site:
         planned = farm.gc(site)
-        facts: Any = planned.facts["leftovers"]
-        assert {item["owner"] for item in facts} == {"gone"}
-        assert sorted(item["kind"] for item in facts) == ["console log", "host key", "seed"]
+        found = planned.result.leftovers
+        assert {item.owner for item in found} == {"gone"}
+        assert sorted(item.kind for item in found) == ["console log", "host key", "seed"]
         assert any("2K" in line for line in lines(planned))
     with made.site() as site:
         assert len(farm.gc(site).actions) == 3
@@ -472,7 +470,7 @@ def test_an_ssh_host_is_left_to_its_admin(desk: Desk) -> None:
     assert not done.changed
     with desk.site() as site:
         outcome = farm.reset(site, ["dev2"], wait=False)
-        assert outcome.facts["vms"]["dev2"]["proof"]["pristine"] is None  # type: ignore[index]
+        assert outcome.result.vms["dev2"].proof.pristine is None
         assert flag.exists()
         with pytest.raises(Unsupported, match="no reset command"):
             farm.reset(site, ["prod"])

@@ -10,6 +10,7 @@ import pytest
 
 from hypervisors.api import Owner
 from inventory.errors import NotFound, UsageError, WrongState, spelled
+from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.debian import load_recipe
 from provision.operations import templates as golden
@@ -57,10 +58,10 @@ def put_in_cache(site: Site, created: datetime) -> Path:
 
 
 def test_an_import_is_sealed_grown_and_recorded(site: Site, farm_file: Path) -> None:
-    outcome = golden.template_import(site, "cloud")
+    outcome = farm.template_import(site, "cloud")
     assert outcome.changed
     (template,) = golden.template_list(site)
-    assert template.label == "cloud@1" == outcome.facts["template"]
+    assert template.label == "cloud@1" == outcome.result.template
     assert template.size == 2 * MIB
     assert template.firstboot == "cloud-init"
     assert len(template.sha256) == 64
@@ -71,10 +72,10 @@ def test_an_import_is_sealed_grown_and_recorded(site: Site, farm_file: Path) -> 
 
 
 def test_a_generation_number_never_comes_again(site: Site) -> None:
-    golden.template_import(site, "cloud")
-    golden.template_import(site, "cloud")
-    golden.template_remove(site, "cloud@2")
-    golden.template_import(site, "cloud")
+    farm.template_import(site, "cloud")
+    farm.template_import(site, "cloud")
+    farm.template_remove(site, "cloud@2")
+    farm.template_import(site, "cloud")
     assert [t.label for t in golden.template_list(site)] == ["cloud@1", "cloud@3"]
     newest = golden.newest_template(site, "cloud")
     assert newest is not None
@@ -87,64 +88,64 @@ def test_a_plan_says_what_the_run_does_and_does_nothing(
     kept = sorted((tmp_path / "cache").rglob("*"))  # the farm file, validated
     farm_file.write_text(farm_file.read_text() + "# another one\n")
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
-        planned = golden.template_import(planning, "cloud")
-        planned_build = golden.template_build(planning, "base")
+        planned = farm.template_import(planning, "cloud")
+        planned_build = farm.template_build(planning, "base")
     assert planned.planned
     assert "build a disk from debian-12" in planned_build.actions[0].text
     assert not (tmp_path / "state").exists()
     assert sorted((tmp_path / "cache").rglob("*")) == kept
-    assert golden.template_import(site, "cloud").actions == planned.actions
+    assert farm.template_import(site, "cloud").actions == planned.actions
 
 
 def test_a_template_with_clones_stays(site: Site) -> None:
-    golden.template_import(site, "cloud")
+    farm.template_import(site, "cloud")
     (template,) = golden.template_list(site)
     store = site.disks("here")
     store.clone(template, "t-one", Owner("t", "one"), template.size)
     with pytest.raises(WrongState, match="t-one"):
-        golden.template_remove(site, "cloud@1")
+        farm.template_remove(site, "cloud@1")
     store.destroy("t-one")
-    golden.template_remove(site, "cloud@1")
+    farm.template_remove(site, "cloud@1")
     assert golden.template_list(site) == ()
 
 
 def test_a_cached_disk_is_used_again_and_stays(site: Site) -> None:
     image = put_in_cache(site, datetime.now(UTC))
-    outcome = golden.template_build(site, "base")
+    outcome = farm.template_build(site, "base")
     assert outcome.actions[0].verb == "reuse"
-    golden.template_remove(site, "base@1")
+    farm.template_remove(site, "base@1")
     assert image.exists()
-    assert golden.template_build(site, "base").facts["template"] == "base@2"
+    assert farm.template_build(site, "base").result.template == "base@2"
 
 
 def test_an_aged_or_cut_disk_is_not_used(site: Site, farm_file: Path) -> None:
     image = put_in_cache(site, datetime(2020, 1, 1, tzinfo=UTC))
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning:
-        assert golden.template_build(planning, "base").actions[0].verb == "build"
+        assert farm.template_build(planning, "base").actions[0].verb == "build"
         put_in_cache(site, datetime.now(UTC))
         image.write_bytes(image.read_bytes()[:-1])
-        assert golden.template_build(planning, "base").actions[0].verb == "build"
+        assert farm.template_build(planning, "base").actions[0].verb == "build"
 
 
 def test_what_a_killed_build_left_goes_with_the_next(site: Site) -> None:
     left = golden._images() / ".build-dead"
     left.mkdir(parents=True)
     (left / "root.tar").write_text("x")
-    golden.template_import(site, "cloud")
+    farm.template_import(site, "cloud")
     assert not left.exists()
 
 
 def test_refusals_name_what_to_do(site: Site, farm_file: Path) -> None:
     with pytest.raises(NotFound) as caught:
-        golden.template_build(site, "bse")
+        farm.template_build(site, "bse")
     assert "base" in spelled(caught.value.remedy)
     with pytest.raises(UsageError) as wrong:
-        golden.template_build(site, "cloud")
+        farm.template_build(site, "cloud")
     assert spelled(wrong.value.remedy) == "template-import --name cloud"
     with pytest.raises(UsageError):
-        golden.template_import(site, "base")
+        farm.template_import(site, "base")
     with pytest.raises(NotFound):
-        golden.template_remove(site, "cloud@9")
+        farm.template_remove(site, "cloud@9")
     (farm_file.parent / "cloud.raw").unlink()
     with pytest.raises(NotFound, match=r"cloud\.raw"):
-        golden.template_import(site, "cloud")
+        farm.template_import(site, "cloud")

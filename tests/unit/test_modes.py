@@ -27,7 +27,6 @@ from inventory.errors import DriverFailed, UsageError
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.network.staged import stage
-from provision.operations.templates import template_build
 from provision.site import open_site
 
 MIB = 2**20
@@ -73,7 +72,7 @@ def test_a_life_on_the_fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "templates: {base: {build: debian-12, size: 64M}}\n"
     )
     with open_site(file, reporter=QuietReporter()) as site:
-        template_build(site, "base")
+        farm.template_build(site, "base")
         farm.clone_farm(site)
         farm.checkpoint(site, ("prod",), "x")
         farm.reset(site, ("prod",))

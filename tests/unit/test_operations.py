@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import ast
+import json
 import threading
 from collections.abc import Iterator
 from contextvars import copy_context
 from dataclasses import is_dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from test_farm import Desk
+from test_farm import MIB, Desk
 
 from inventory.errors import Busy, Interrupted, UsageError, WrongState
 from provision import farm
 from provision.engine import registry
-from provision.engine.facts import Facts, NoFacts
+from provision.engine.facts import Facts, NoFacts, shown
 from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation
 from provision.engine.parallel import side_by_side
 from provision.engine.runner import perform
-from provision.operations.balloon import BalloonAll
+from provision.operations.balloon import Balloon, BalloonAll
 from provision.operations.checkpoint import TakeCheckpoint
 from provision.operations.clone import CloneFarm
 from provision.operations.destroy import Destroy
 from provision.operations.gc import Gc
-from provision.operations.reset import Reset
+from provision.operations.reset import Proof, Reset, VmReset
+from provision.operations.templates import TemplateBuild, TemplateRemove
 from provision.power import Start, Stop
 from provision.site import Site
 
@@ -48,6 +51,62 @@ def test_an_operation_is_a_value_that_is_asked_for(name: str) -> None:
     assert is_dataclass(found)
     assert found.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert issubclass(found, Operation)
+    (base,) = found.__orig_bases__  # type: ignore[attr-defined]
+    (result,) = get_args(base)
+    assert is_dataclass(result), "and hands back a value"
+    assert result.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_json_has_all_of_a_result_that_is_known(made: Desk) -> None:
+    """And nothing that isn't; a proof's ``pristine`` is null where nobody looked."""
+    planned, done = _asked(made, Reset(("prod",)))
+    assert planned == {}
+    (prod,) = done.pop("vms").values()
+    assert (done, list(prod)) == ({}, ["proof", "reset_seconds", "seconds"])
+    with made.site() as site:
+        found = site.member("prod").disk()
+    assert found is not None
+    disk = str(found.path)
+    assert prod["proof"] == {"checkpoint": "clean", "pristine": True, "template": "base@1", "disk": disk}
+    by_word = VmReset(proof=Proof("clean", None, by="its word"), seconds=0.5)
+    assert shown(by_word) == {
+        "proof": {"checkpoint": "clean", "pristine": None, "by": "its word"}, "seconds": 0.5,
+    }  # fmt: skip
+
+    sizes = {"before": 256 * MIB, "asked": 384 * MIB}
+    assert _asked(made, Balloon("dev2", 384 * MIB)) == (
+        {"vms": {"dev2": sizes}}, {"vms": {"dev2": {**sizes, "reached": 384 * MIB}}},
+    )  # fmt: skip
+    assert _asked(made, TakeCheckpoint("one")) == ({"checkpoint": "one"}, {"checkpoint": "one"})
+    assert _asked(made, Stop(("prod",))) == ({}, {})
+
+    planned, done = _asked(made, TemplateBuild("base"))
+    assert planned == {"template": "base@2", "hosts": ["here"]}
+    assert list(done) == ["template", "hosts", "sha256", "ref"]
+    assert _asked(made, TemplateRemove("base@2")) == ({"template": "base@2"}, {"template": "base@2"})
+
+    with made.site() as site:
+        (site.paths.seeds / "kata-gone.iso").write_bytes(b"x" * 2048)
+    planned, done = _asked(made, Gc())
+    assert (planned["freed"], done["freed"]) == (0, 2048)
+    (left,) = done["leftovers"]
+    assert list(left) == ["kind", "ref", "owner", "farm", "created", "age", "bytes", "why"]
+    assert datetime.fromisoformat(left["created"]).microsecond == 0
+    with made.site() as site:
+        (site.paths.builds / "1").mkdir(parents=True)
+        kept = str(site.paths.builds)
+    assert _asked(made, Destroy()) == ({"kept": kept}, {"kept": kept})
+
+
+def _asked(made: Desk, operation: Operation[Any]) -> tuple[Any, Any]:
+    """What --json shows of its result: only planned, and carried out."""
+    shown_of = []
+    for plan in (True, False):
+        with made.site(plan=plan) as site:
+            facts = perform(site, operation).as_dict()["facts"]
+        assert json.loads(json.dumps(facts)) == facts, "plain values"
+        shown_of.append(facts)
+    return shown_of[0], shown_of[1]
 
 
 @pytest.mark.parametrize("name", registry.activities())
