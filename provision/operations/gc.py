@@ -46,9 +46,9 @@ GC = _GcActivity()
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
-    """``ref``: as its driver calls it. ``owner``, ``farm``: whose it was, None where nothing says.
-    ``age`` in seconds."""
+class GcItem:
+    """Something left over, as the result names it. ``ref``: its driver's name for it. ``owner``,
+    ``farm``: whose it was; None: nothing says. ``age`` in seconds, ``bytes`` on its store."""
 
     kind: str
     ref: str
@@ -64,7 +64,7 @@ class Leftover:
 class GcResult:
     """``leftovers``: all that was found. ``freed``: bytes of those that were removed."""
 
-    leftovers: tuple[Leftover, ...]
+    leftovers: tuple[GcItem, ...]
     freed: int
 
 
@@ -138,9 +138,9 @@ class _Removing:
                 remedy=some_remedies(self._failed.values()),
             )
 
-    def leftover(self, item: Found) -> Leftover:
+    def leftover(self, item: Found) -> GcItem:
         what = item.what
-        return Leftover(
+        return GcItem(
             kind=what.kind,
             ref=what.ref,
             owner=what.owner.vm if what.owner else None,
