@@ -44,7 +44,7 @@ from provision.network.document import Document
 from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
-from provision.network.service import ApplyStep, Service
+from provision.network.service import ApplyStep, RecordKeeper
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -203,7 +203,7 @@ def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
     """Whether what concerns these VMs can be told without looking at the others. Not so: an admin's own
     templates, which may show any VM anywhere; machines of ssh hosts, which may share an address;
     declared IPv6 addresses, which may be those made for others; a zone whose records are in doubt."""
-    live = _with_live_records(farm)
+    live = _record_keeper(farm)
     return (
         len(vms) <= FEW
         and farm.services.templates is None
@@ -238,12 +238,12 @@ def _updates(
     """The changes of records. ``thorough``: by what the server has. Else by what was applied last, if
     that is known: then each update's prerequisites tell if it no longer holds. Conflict: something made
     by hand is in the way."""
-    service = _with_live_records(farm)
-    if service is None or service.NAME not in services:
+    keeper = _record_keeper(farm)
+    if keeper is None or keeper.NAME not in services:
         return _Updates()
-    name = service.NAME
-    wanted = service.records(changes.view)
-    server = service.record_server(farm)
+    name = keeper.NAME
+    wanted = keeper.records(changes.view)
+    server = keeper.record_server(farm)
     new = {change.zone for change in changes.files if change.before is None and change.zone}
     if vms is not None:
         places = [(at, owner) for at, names in wanted.items() for owner in names]
@@ -266,8 +266,8 @@ def _updates(
     return _Updates(ops, server, name, wanted)
 
 
-def _with_live_records(farm: Farm) -> Service | None:
-    return next((service for service in used_services(farm) if service.live_records), None)
+def _record_keeper(farm: Farm) -> RecordKeeper | None:
+    return next((keeper for service in used_services(farm) if (keeper := service.live_records)), None)
 
 
 def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> list[Action]:

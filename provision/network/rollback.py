@@ -179,8 +179,8 @@ class _ApplyActivity(Activity[ApplyFacts]):
             for text in trouble:
                 site.reporter.warn(text)
             for service in used_services(site.farm) if facts.updates else ():
-                if service.live_records:
-                    service.record_server(site.farm).revert(facts.updates)
+                if keeper := service.live_records:
+                    keeper.record_server(site.farm).revert(facts.updates)
             forget(site, record.id, files)
 
         if not written and not facts.updates:

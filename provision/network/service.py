@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from inventory.services import ServiceSection
 from provision.network.templating import Word
@@ -79,6 +79,18 @@ class ZoneFile:
     records: tuple[tuple[Word, Word], ...] = ()
 
 
+class RecordKeeper(Protocol):
+    """A service whose server owns the zones' files, and takes records one by one."""
+
+    NAME: ClassVar[str]
+
+    def record_server(self, farm: Farm) -> RecordServer:
+        """The server. WrongState if there is no key to it."""
+
+    def records(self, view: View) -> Zones:
+        """The records that the server should have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Service(ServiceSection, ABC):
     """One network service, with its section's values."""
@@ -143,18 +155,10 @@ class Service(ServiceSection, ABC):
         return False
 
     @property
-    def live_records(self) -> bool:
-        """Whether the server owns the zones' files and takes records one by one. At most one service of
-        a farm does."""
-        return False
-
-    def record_server(self, _farm: Farm) -> RecordServer:
-        """The server in which ``live_records`` are changed. WrongState if there is no key to it."""
-        raise NotImplementedError
-
-    def records(self, _view: View) -> Zones:
-        """The records that the server should have."""
-        raise NotImplementedError
+    def live_records(self) -> RecordKeeper | None:
+        """Where its records are changed one by one; None: in its files. At most one service of a farm
+        does that."""
+        return None
 
 
 def services(farm: Farm) -> tuple[Service, ...]:

@@ -250,8 +250,8 @@ class Bind(Service):
     # ---- Dynamic zones
 
     @property
-    def live_records(self) -> bool:
-        return self.dynamic
+    def live_records(self) -> Bind | None:
+        return self if self.dynamic else None
 
     def record_server(self, farm: Farm) -> DnsServer:
         from provision.network.live_dns import DnsServer
