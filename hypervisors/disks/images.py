@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from host.files import file_error, open_new
 from host.run import Runner
 from inventory.errors import CommandFailed, NotFound, UsageError
 
@@ -23,6 +26,7 @@ _ISO_DATES = {  # ECMA-119 8.4.26-29: made, changed, expires, takes effect
     847: b"0000000000000000\0",
     864: b"0000000000000000\0",
 }
+_CHUNK = 2**20
 _ISO_TIME = 315532800  # 1980-01-01, UTC
 
 
@@ -34,29 +38,61 @@ class ImageInfo:
     size: int
 
 
-def image_info(runner: Runner, path: Path) -> ImageInfo:
-    """What ``path`` is: raw, qcow2 or vmdk, standing alone.
+def open_image(path: Path) -> BinaryIO:
+    """Open an image for reading; links are followed. UsageError for what is neither a file nor a block
+    device, or can't be read; NotFound without it."""
+    try:
+        # O_NONBLOCK: a FIFO without a writer would be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound(f"no image {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the image {path}: {error.strerror}") from error
+    mode = os.fstat(handle).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(handle)
+        raise UsageError(f"cannot read the image {path}: it is neither a file nor a block device")
+    return os.fdopen(handle, "rb", buffering=0)
+
+
+def copy_image(image: BinaryIO, out: Path) -> str:
+    """Copy the image's bytes to ``out``, 0600, with holes where there are zeros. Their SHA-256, in
+    hexadecimal. NoSpace, WrongState."""
+    digest, zeros = hashlib.sha256(), bytes(_CHUNK)
+    try:
+        with open_new(out) as copy:
+            while chunk := image.read(_CHUNK):
+                digest.update(chunk)
+                if chunk == zeros[: len(chunk)]:
+                    copy.seek(len(chunk), os.SEEK_CUR)
+                else:
+                    copy.write(chunk)
+            copy.truncate(copy.tell())
+    except OSError as error:
+        raise file_error(error, out, "copy the image to") from error
+    return digest.hexdigest()
+
+
+def image_info(runner: Runner, path: Path, *, name: Path | None = None) -> ImageInfo:
+    """What ``path`` is: raw, qcow2 or vmdk, standing alone. ``name``: what errors call it, where it is a
+    copy.
 
     An image is somebody else's data and can name files of this host: a qcow2's backing or data file,
     a vmdk's extents. Opening it would hand them to the guest, so the header is read here, first, and
     QEMU is told the format instead of guessing it. UsageError for such images and for anything that
     isn't a disk; NotFound without the file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-            bytes_ = file.seek(0, os.SEEK_END)
-    except FileNotFoundError:
-        raise NotFound(f"no image {path}") from None
-    except OSError as error:
-        raise UsageError(f"cannot read the image {path}: {error.strerror}") from error
-    kind = _format(path, head, bytes_)
+    name = name or path
+    with open_image(path) as file:
+        head = file.read(512)
+        bytes_ = file.seek(0, os.SEEK_END)
+    kind = _format(name, head, bytes_)
     if kind == "raw":
         return ImageInfo("raw", bytes_)
     try:
         output = runner.read("qemu-img", "info", "--output=json", "-U", "-f", kind, path).stdout
     except CommandFailed as error:
         raise UsageError(
-            f"{path} is damaged: {error.message}", remedy="fetch it again and compare its checksum"
+            f"{name} is damaged: {error.message}", remedy="fetch it again and compare its checksum"
         ) from error
     if kind == "qcow2":
         # 3: leaked clusters only, as a crashed writer leaves them
@@ -66,18 +102,18 @@ def image_info(runner: Runner, path: Path) -> ImageInfo:
         if checked.status not in (0, 3):
             why = (checked.stderr or checked.stdout).strip().splitlines() or ["qemu-img check fails"]
             raise UsageError(
-                f"{path} is damaged: {why[-1]}", remedy="fetch it again and compare its checksum"
+                f"{name} is damaged: {why[-1]}", remedy="fetch it again and compare its checksum"
             )
     info = json.loads(output)
     specific = info.get("format-specific", {}).get("data", {})
     if info.get("backing-filename") or specific.get("data-file"):
-        raise _leans(path, str(info.get("backing-filename") or specific.get("data-file")))
+        raise _leans(name, str(info.get("backing-filename") or specific.get("data-file")))
     for extent in specific.get("extents", ()):
         # a sparse vmdk's only extent is the file itself
         if Path(extent["filename"]).resolve() != path.resolve():
-            raise _leans(path, extent["filename"])
+            raise _leans(name, extent["filename"])
     if specific.get("encrypted") or info.get("encrypted"):
-        raise UsageError(f"{path} is encrypted", remedy="decrypt it with qemu-img convert first")
+        raise UsageError(f"{name} is encrypted", remedy="decrypt it with qemu-img convert first")
     return ImageInfo(kind, int(info["virtual-size"]))
 
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +20,12 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from host.files import make_directory, make_file, open_to_append, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
-from inventory.errors import Call, NoSpace, NotFound, UsageError
+from inventory.errors import Call, NoSpace, NotFound, UsageError, WrongState
 from inventory.model import TemplateSource
 from provision.engine.facts import Facts
 from provision.engine.journal import Record
@@ -137,7 +138,7 @@ class TemplateImport(Operation[SealResult]):
     new generation of the template. The image itself is left as it is.
 
     Errors: NotFound, UsageError (it is a built one; not a disk image; it refers to other files),
-    Busy."""
+    WrongState (it was replaced meanwhile), Busy, NoSpace."""
 
     name = "template-import"
     template: str
@@ -300,7 +301,7 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
 
 
 def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
-    from hypervisors.disks.images import convert, image_info, sha256_file
+    from hypervisors.disks.images import convert, copy_image, image_info, open_image, sha256_file
 
     source = _source(site, name)
     if given is None and source.image is None:
@@ -309,29 +310,59 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
             remedy=Call("template-build", name=name),
         )
     path = given or site.farm.path.parent / (source.image or "")
-    path = path.expanduser().resolve()
+    with open_image(path.expanduser()) as opened:
+        path, inode = _opened(opened)
     info = image_info(site.runner, path)
     hosts = _hosts(site, name)
     first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
 
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
+        # Others may own the image, replace it, or write to it at any time. So what is checked, converted
+        # and hashed is our own copy: QEMU has no way to open a qcow2 or vmdk and surely nothing else.
+        # Hashed as it is copied, it is read no more often than without one.
         with _cache_lock(site) as cache:
-            _need(cache, path.stat().st_blocks * 512 + 2**26)
-            site.reporter.say(f"importing {path}: it is read, copied and hashed")
-            work = cache / f".import-{os.getpid()}.qcow2"
+            copy, work = (cache / f".import-{os.getpid()}.{kind}" for kind in ("copy", "qcow2"))
             try:
-                convert(site.runner, path, work, format=info.format, size=source.size)
+                with open_image(path) as file:
+                    if _opened(file)[1] != inode:
+                        raise WrongState(
+                            f"{path} was replaced by another file while it was imported",
+                            remedy="import it again when nobody else works on it",
+                        )
+                    _need(cache, 2 * _taken(file) + 2**26)
+                    site.reporter.say(f"importing {path}: it is copied, checked and converted")
+                    digest = copy_image(file, copy)
+                found = image_info(site.runner, copy, name=path)
+                convert(site.runner, copy, work, format=found.format, size=source.size)
+                copy.unlink()
                 yield _Image(
                     work,
                     image_info(site.runner, work).size,
                     sha256_file(work),
-                    f"{path.name} sha256:{sha256_file(path)}",
+                    f"{path.name} sha256:{digest}",
                 )
             finally:
+                copy.unlink(missing_ok=True)
                 work.unlink(missing_ok=True)
 
     return _Making(site, name, _next_generation(site, name, hosts), hosts, source, first, image)
+
+
+def _opened(file: BinaryIO) -> tuple[Path, tuple[int, int]]:
+    """The path of what was opened, without links, and its identity."""
+    seen = os.fstat(file.fileno())
+    return Path(f"/proc/self/fd/{file.fileno()}").readlink(), (seen.st_dev, seen.st_ino)
+
+
+def _taken(file: BinaryIO) -> int:
+    """Bytes that it takes where it is; a block device: all it has."""
+    seen = os.fstat(file.fileno())
+    if stat.S_ISREG(seen.st_mode):
+        return seen.st_blocks * 512
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 def _seal(making: _Making, image: _Image | None) -> Template:

@@ -1,14 +1,17 @@
 """Golden disks on a real qcow2 store."""
 
+import hashlib
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from hypervisors.api import Owner
+from hypervisors.disks import images
 from inventory.errors import NotFound, UsageError, WrongState, spelled
 from provision import farm
 from provision.engine.report import QuietReporter
@@ -69,6 +72,97 @@ def test_an_import_is_sealed_grown_and_recorded(site: Site, farm_file: Path) -> 
     assert (farm_file.parent / "cloud.raw").exists()
     assert not [p for p in golden._images().iterdir() if p.name not in (".lock", ".running")]
     assert golden.ensure_template(site, "cloud") == template
+
+
+SECRET = b"only root may read this" * 100
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    """A qcow2 image that shows another file as its own content."""
+    secret, path = tmp_path / "secret", tmp_path / "overlay"
+    secret.write_bytes(SECRET.ljust(MIB, b"."))
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, path, "1M"], check=True
+    )
+    return path
+
+
+@pytest.fixture
+def shared(farm_file: Path) -> Path:
+    """An image whose owner may change it at any time, in the form in which it can name other files."""
+    path = farm_file.parent / "cloud.raw"
+    raw = path.rename(path.with_name("raw"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    return path
+
+
+def renamed(overlay: Path, image: Path) -> None:
+    overlay.rename(image)
+
+
+def rewritten(overlay: Path, image: Path) -> None:
+    image.write_bytes(overlay.read_bytes())
+
+
+def linked(overlay: Path, image: Path) -> None:
+    image.unlink()
+    image.symlink_to(overlay.parent / "secret")
+
+
+SWAPS = pytest.mark.parametrize("swap", [renamed, rewritten, linked])
+
+
+@SWAPS
+def test_an_image_swapped_once_it_was_checked_changes_nothing(
+    site: Site, shared: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch,
+    swap: Callable[[Path, Path], None],
+) -> None:  # fmt: skip
+    content = shared.with_name("raw").read_bytes()
+    digest = hashlib.sha256(shared.read_bytes()).hexdigest()
+    real = images.convert
+    monkeypatch.setattr(
+        images, "convert", lambda *args, **named: (swap(overlay, shared), real(*args, **named))
+    )
+    farm.template_import(site, "cloud")
+    (template,) = golden.template_list(site)
+    raw = shared.with_name("out")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", template.ref, raw], check=True)
+    assert raw.read_bytes()[: len(content)] == content
+    assert template.origin == f"cloud.raw sha256:{digest}"
+
+
+@SWAPS
+def test_an_image_swapped_after_the_plan_is_refused(
+    site: Site, shared: Path, overlay: Path, monkeypatch: pytest.MonkeyPatch,
+    swap: Callable[[Path, Path], None],
+) -> None:  # fmt: skip
+    real = golden._cache_lock
+    monkeypatch.setattr(golden, "_cache_lock", lambda site: (swap(overlay, shared), real(site))[1])
+    with pytest.raises((UsageError, WrongState), match=r"cloud\.raw") as refused:
+        farm.template_import(site, "cloud")
+    assert "stand alone" in refused.value.message or "replaced" in refused.value.message
+    assert golden.template_list(site) == ()
+    assert not list(golden._images().glob(".import-*"))
+
+
+def test_a_sparse_image_stays_sparse_and_what_is_no_file_is_refused(
+    site: Site, farm_file: Path, tmp_path: Path
+) -> None:
+    image, copy = tmp_path / "sparse", tmp_path / "copy"
+    with image.open("wb") as file:
+        file.seek(2**26)
+        file.write(b"x")
+        file.truncate(2**27 + 1)
+    with images.open_image(image) as opened:
+        digest = images.copy_image(opened, copy)
+    assert digest == images.sha256_file(image) == images.sha256_file(copy)
+    assert copy.stat().st_blocks * 512 <= 2 * MIB
+    assert copy.stat().st_mode & 0o777 == 0o600
+    pipe = farm_file.parent / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="neither a file nor"):
+        farm.template_import(site, "cloud", pipe)
 
 
 def test_a_generation_number_never_comes_again(site: Site) -> None:
