@@ -143,8 +143,8 @@ def _disk(
     source.set("dev" if disk.get("type") == "block" else "file", str(path))
     if system:
         # libvirt would give the file, and a template below it, to QEMU's user and back to root: the
-        # store has already given it the overlay, and templates are readable by all. A session's
-        # libvirtd can't give files away, and refuses to be told not to.
+        # store has already given both to that user. A session's libvirtd can't give files away, and
+        # refuses to be told not to.
         ET.SubElement(source, "seclabel", model="dac", relabel="no")
     ET.SubElement(disk, "target", dev=target, bus="virtio")
     if readonly:

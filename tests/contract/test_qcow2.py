@@ -256,6 +256,49 @@ def test_qemus_user_gets_the_disk_and_must_reach_it(store):
             break
 
 
+def reads(path: Path, uid: int) -> bool:
+    """Whether that user may."""
+    argv = ["cat", path]
+    done = subprocess.run(
+        argv, user=uid, group=uid, extra_groups=[], capture_output=True, check=False, cwd="/"
+    )
+    return done.returncode == 0
+
+
+def test_a_template_is_for_qemus_user_and_nobody_else(store, tmp_path):
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(0o711)
+    open_to_all = tmp_path / "open"
+    open_to_all.write_bytes(b"x")
+    assert reads(open_to_all, 12346), "the way there is open"
+    raw = store.place / "image.raw"
+    raw.write_bytes(b"R" * SIZE)
+    disks = store.disks(reader_uid=12345)
+    for number, image in enumerate((store.image(), raw), 1):
+        sealed = disks.seal(image, template(number))
+        disk = disks.clone(sealed, f"kata-prod{number}", PROD, SIZE)
+        disks.checkpoint(f"kata-prod{number}", "x")
+        files = [Path(sealed.ref), *disk.path.parent.glob("*.qcow2")]
+        assert len(files) == 3
+        assert all(reads(path, 12345) for path in files)
+        assert not any(reads(path, 12346) for path in files)
+
+
+def test_an_image_that_is_sealed_for_one_user_stays_his(store, tmp_path):
+    """The cache has one file for all farms, whose QEMUs may run as different users."""
+    first, second = store.image(), tmp_path / "again"
+    second.hardlink_to(first)
+    third = tmp_path / "third"
+    third.hardlink_to(first)
+    one = store.disks(reader_uid=12345).seal(first, template())
+    assert Path(one.ref).samefile(second)
+    other = store.disks(reader_uid=12346).seal(second, template(2))
+    same = store.disks(reader_uid=12345).seal(third, template(3))
+    owners = [(Path(t.ref).stat().st_uid, Path(t.ref).stat().st_nlink) for t in (one, other, same)]
+    assert owners == [(12345, 2), (12346, 1), (12345, 2)]
+    assert one.sha256 == other.sha256 == same.sha256
+
+
 def test_a_look_at_all_disks_survives_another_s_destroy(tmp_path):
     """Two VMs destroyed side by side: each looks for leftovers while the other's directory goes."""
     rig = Qcow2Rig(tmp_path)

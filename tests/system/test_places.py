@@ -41,7 +41,7 @@ MODES: tuple[tuple[str, int | None], ...] = (
     (r"state/farms/try/(seeds/try-a\.(iso|sum)|consoles/try-a\.log)", SECRET),
     (r"state/farms/try/disks/(\.lock|vms/try-a/disk\.qcow2)", SECRET),
     (r"state/farms/try/disks/(templates/base@1\.json|vms/try-a/owner\.json)", SEEN),
-    (r"state/farms/try/disks/templates/base@1\.qcow2", 0o444),
+    (r"state/farms/try/disks/templates/base@1\.qcow2", 0o400),
     (r"state/farms/try/generations\.json", SEEN),
     (r"state/farms/try/libvirt(/(etc|lib|log|etc/libvirt))?", PASSED),
     (r"state/farms/try/libvirt/(etc/(libvirtd|qemu)\.conf|log/libvirtd\.log)", SECRET),

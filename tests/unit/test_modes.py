@@ -105,7 +105,7 @@ def test_a_disk_s_life(tmp_path: Path, umask: int) -> None:
         "store/.lock": 0o600,
         "store/templates": 0o711,
         "store/templates/base@1.json": 0o644,
-        "store/templates/base@1.qcow2": 0o444,
+        "store/templates/base@1.qcow2": 0o400,
         "store/vms": 0o711,
         "store/vms/kata-prod": 0o711,
         "store/vms/kata-prod/disk.qcow2": 0o600,

@@ -1,12 +1,15 @@
 """Disks as qcow2 files: a template is a sealed image, a VM's disk an overlay over it.
 
-    templates/NAME@N.qcow2, .json     sealed (0444), and what it is; both there, or it isn't a template
+    templates/NAME@N.qcow2, .json     sealed (0400), and what it is; both there, or it isn't a template
     vms/MACHINE/owner.json            our mark: without it the directory is none of ours
                 disk.qcow2            what the hypervisor opens
                 checkpoint-NAME.qcow2 a former disk.qcow2, frozen (0400)
                 gone.qcow2            the disk, while it is being destroyed with all of its checkpoints
     .farmhand-new-*                   under construction while its .lock is held (flock)
     .lock                             held shared by who adds, exclusively by who removes
+
+Templates, disks and checkpoints belong to QEMU's user, and nobody else may read them: not by a group,
+for that of QEMU's user may have ordinary users in it (Debian's is kvm).
 
 Names become real in one rename, and are durable (fsync) before what they replace goes. Backing
 files are named relative to the overlay, so the whole directory can move. A disk's base is read from
@@ -29,6 +32,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -36,7 +40,16 @@ from pathlib import Path
 from typing import Self
 
 from host.file_lock import FileLock
-from host.files import blocks, changed, make_directory, matching, reachable, sync, write_new
+from host.files import (
+    blocks,
+    changed,
+    make_directory,
+    make_file,
+    matching,
+    reachable,
+    sync,
+    write_new,
+)
 from host.run import Runner
 from hypervisors.api import (
     CLEAN,
@@ -83,6 +96,7 @@ from inventory.errors import (
 )
 from inventory.sizes import format_size
 
+_SEALED = 0o400
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -100,8 +114,8 @@ class Qcow2Disks:
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
     ) -> None:
-        """``reader_uid``: who QEMU runs as, if not ourselves: disks are given to it. ``headroom``:
-        bytes that must be free before a disk is made."""
+        """``reader_uid``: who QEMU runs as, if not ourselves: templates and disks are given to it.
+        ``headroom``: bytes that must be free before a disk is made."""
         self._root = root.absolute()
         self._farm = farm
         self._runner = runner
@@ -138,7 +152,8 @@ class Qcow2Disks:
         if known := read_template(final):  # killed right before its last step
             image.unlink(missing_ok=True)
             return known
-        self._need(0 if _same_store(image, self._templates) else blocks(image), f"template {label}")
+        linked = _same_store(image, self._templates) and self._may_share(image)
+        self._need(0 if linked else blocks(image), f"template {label}")
         self._step(f"seal template {label}")
         with self._temporary(self._templates, f"{label}.qcow2") as fresh:
             self._bring(image, fresh)
@@ -148,7 +163,8 @@ class Qcow2Disks:
                     f"{image} is an overlay of {header.backing}: it can't stand alone",
                     remedy="flatten it first: qemu-img convert -O qcow2",
                 )
-            fresh.chmod(0o444)
+            self._give(fresh)
+            fresh.chmod(_SEALED)
             sync(fresh)
             with fresh.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -459,6 +475,9 @@ class Qcow2Disks:
 
     def _write_overlay(self, path: Path, size: int, backing: str) -> None:
         write_new(path, empty_overlay(size, backing), mode=0o600)
+        self._give(path)
+
+    def _give(self, path: Path) -> None:
         if self._reader is not None:
             os.chown(path, self._reader, -1)
 
@@ -498,15 +517,26 @@ class Qcow2Disks:
         """``image``, as qcow2, under the name ``fresh``; the image itself stays until the end."""
         with image.open("rb") as file:
             is_qcow2 = file.read(4) == b"QFI\xfb"
-        if not is_qcow2:
+        if is_qcow2 and self._may_share(image):
+            try:
+                fresh.hardlink_to(image)
+                return
+            except OSError:  # another file system, or one without hard links
+                pass
+        make_file(fresh)  # closed from the first byte on
+        if is_qcow2:
+            shutil.copyfile(image, fresh)
+        else:
             self._runner.change(
                 "qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, fresh, timeout=3600
             )
-            return
-        try:
-            fresh.hardlink_to(image)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(image, fresh)
+
+    def _may_share(self, image: Path) -> bool:
+        """Whether the template may be another name of that file: not of one that another store has
+        sealed for another user of QEMU's."""
+        seen = image.stat()
+        owner = os.geteuid() if self._reader is None else self._reader
+        return stat.S_IMODE(seen.st_mode) != _SEALED or seen.st_uid == owner
 
     def _need(self, size: int, what: str) -> None:
         free = self.capacity().free
