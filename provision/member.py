@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,31 +169,45 @@ class Member:
         return (str(got.address) if got.address else self._name_or_address()), got.ssh_port
 
     def endpoint(self) -> Endpoint:
-        """Where its ssh answers and as whom."""
+        """Where its ssh answers and as whom. NotFound if it is a VM whose host key isn't there."""
         from provision.guest.remote import Endpoint
 
         host, port = self.address()
+        key = identity.host_key(self.site.paths, self.vm) if self.info.virtual else ""
+        if self.info.virtual and not key:
+            file = identity.host_key_file(self.site.paths, self.vm)
+            raise NotFound(
+                f"there is no host key {file}: it can't be told from others that answer in its place",
+                vm=self.vm,
+                remedy=(
+                    "give it another one: ", Call("reset", vm=self.vm),
+                    "; if it isn't made yet: ", Call("clone-farm"),
+                ),
+            )  # fmt: skip
         return Endpoint(
             vm=self.vm,
             host=host,
             port=port,
             user=self.site.farm.ssh.user,
             key=identity.controller_key(self.site.farm, self.site.paths),
-            host_key=identity.host_key(self.site.paths, self.vm),
+            host_key=key,
+            pinned=None if key else partial(self.site.reporter.warn, vm=self.vm),
         )
 
     def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
         """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host
-        key only; for a machine that nobody cloned, the first key that it shows, from then on. It uses no
-        ssh configuration of the user or the host."""
+        key only; for a machine that nobody cloned, the first key that it shows, from then on, and says
+        so. It uses no ssh configuration of the user or the host."""
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
+            identity.write_known_hosts(self.site.paths, self.vm, self.machine)
             known = identity.known_hosts(self.site.paths, self.vm)
             options["HostKeyAlias"] = self.machine
             options["StrictHostKeyChecking"] = "yes"
         else:
             known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
             options["StrictHostKeyChecking"] = "accept-new"
+            options["LogLevel"] = "INFO"  # "Permanently added ..."
         argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]
         argv += path_option("IdentityFile", endpoint.key)
         argv += path_option("UserKnownHostsFile", known)

@@ -211,7 +211,9 @@ def write_identity(member: Member) -> None:
     site, machine = member.site, member.machine
     allocation = member.allocate()
     identity.make_controller_key(site.farm, site.paths)
-    identity.make_host_key(site.paths, member.vm, machine)
+    known = identity.seed_file(site.paths, machine).exists()
+    if identity.make_host_key(site.paths, member.vm, machine) and known:
+        site.reporter.warn("its host key was lost: it gets another one at its start", vm=member.vm)
     identity.refresh_seed(
         site.farm,
         site.paths,

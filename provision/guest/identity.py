@@ -57,7 +57,11 @@ def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
 def public_key(private: Path) -> str:
     """Of a private key, from the file beside it or computed. UsageError where neither works."""
     with contextlib.suppress(FileNotFoundError):
-        return private.with_name(private.name + ".pub").read_text(encoding="utf-8").strip()
+        return _public_file(private).read_text(encoding="utf-8").strip()
+    return _public_half(private)
+
+
+def _public_half(private: Path) -> str:
     from cryptography.hazmat.primitives import serialization
 
     try:
@@ -78,21 +82,27 @@ def host_key_file(paths: FarmPaths, vm: str) -> Path:
 
 
 def host_key(paths: FarmPaths, vm: str) -> str:
-    """The public half, "ssh-ed25519 AAAA..."; "" if the VM has none yet."""
-    try:
-        text = host_key_file(paths, vm).with_name(f"{vm}.pub").read_text(encoding="ascii")
-    except FileNotFoundError:
-        return ""
-    return " ".join(text.split()[:2])
+    """The public half, "ssh-ed25519 AAAA..."; "" if the VM has none yet. A lost file is no reason to
+    trust anybody else: the private half says what was in it."""
+    file = host_key_file(paths, vm)
+    with contextlib.suppress(FileNotFoundError):
+        words = _public_file(file).read_text(encoding="ascii").split()
+        if len(words) > 1:
+            return " ".join(words[:2])
+    return _public_half(file) if file.exists() else ""
 
 
-def make_host_key(paths: FarmPaths, vm: str, machine: str) -> None:
-    """Once; the public half is written first, so that a private one without it never counts."""
+def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
+    """Once; whether it was made now. The public half is written first: a private one alone has lost
+    it."""
     file = host_key_file(paths, vm)
     with _making:
-        if not file.exists() or not host_key(paths, vm):
+        if new := not file.exists():
             _write_pair(file, machine)
-        _write_known_hosts(paths, vm, machine)
+        else:
+            _keep(_public_file(file), f"{host_key(paths, vm)} {machine}\n")
+        write_known_hosts(paths, vm, machine)
+    return new
 
 
 def known_hosts(paths: FarmPaths, vm: str) -> Path:
@@ -101,10 +111,9 @@ def known_hosts(paths: FarmPaths, vm: str) -> Path:
     return paths.keys / "hostkeys" / f"{vm}.known"
 
 
-def _write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
-    target, text = known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n".encode()
-    if not target.exists() or target.read_bytes() != text:
-        write_atomic(target, text)
+def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
+    """From the VM's key, unless it is right already."""
+    _keep(known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n")
 
 
 def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
@@ -116,7 +125,7 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             seed_file(paths, machine),
             _fingerprint_file(paths, machine),
             file,
-            file.with_name(f"{vm}.pub"),
+            _public_file(file),
             known_hosts(paths, vm),
             log,
             log.with_name(f"{log.name}.1"),  # of the start before
@@ -234,10 +243,20 @@ def _write_pair(private: Path, comment: str) -> None:
     make_directory(private.parent, mode=0o700)
     secret, public = new_host_key()
     public = " ".join([*public.split()[:2], comment])
-    write_atomic(private.with_name(f"{private.name}.pub"), f"{public}\n".encode())
+    write_atomic(_public_file(private), f"{public}\n".encode())
     write_atomic(
         private, secret.encode() if secret.endswith("\n") else f"{secret}\n".encode(), mode=0o600
     )
+
+
+def _public_file(private: Path) -> Path:
+    return private.with_name(f"{private.name}.pub")
+
+
+def _keep(path: Path, text: str) -> None:
+    """Write it unless it says so already."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomic(path, text.encode())
 
 
 def _fingerprint_file(paths: FarmPaths, machine: str) -> Path:

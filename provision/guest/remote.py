@@ -9,7 +9,8 @@ need asyncssh and are imported late, for most commands never get that far.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.printable import plain
@@ -17,8 +18,9 @@ from host.printable import plain
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a VM's ssh answers, and as whom. ``host_key`` is "ssh-ed25519 AAAA..."; empty: the first
-    key seen is kept in ``known_hosts`` and is the only one from then on (machines nobody cloned)."""
+    """Where a VM's ssh answers, and as whom. ``host_key`` is "ssh-ed25519 AAAA...". Empty, for machines
+    nobody cloned: the first key seen is kept in ``known_hosts`` and is the only one from then on;
+    ``pinned`` is told so, in a line. There is no endpoint that accepts any key without a word."""
 
     vm: str
     host: str
@@ -27,6 +29,11 @@ class Endpoint:
     key: Path
     host_key: str
     known_hosts: Path | None = None  # absent: "known_hosts" beside the key
+    pinned: Callable[[str], None] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.host_key and self.pinned is None:
+            raise ValueError(f"{self.vm}: no host key, and nobody to tell of the first one seen")
 
     @property
     def place(self) -> str:

@@ -249,6 +249,11 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
         raise FarmhandError(f"{endpoint.key} is not a usable private key: {error}") from None
     if learn and seen:
         _remember(endpoint, seen[0])
+        assert endpoint.pinned, "an endpoint without a host key has it"
+        endpoint.pinned(
+            f"{_name(endpoint)} was not known: its host key ({_fingerprint(seen[0])}) is in "
+            f"{_known_hosts(endpoint)} now, and no other one is accepted"
+        )
     return connection
 
 

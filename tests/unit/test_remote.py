@@ -101,6 +101,8 @@ def test_a_stranger_is_named_at_once(dev2, tmp_path):
     other = make_key(tmp_path / "other")
     with pytest.raises(Conflict, match=f"dev2: somebody else answers at 127.0.0.1:{dev2.port}"):
         ready(dev2.endpoint(host_key=other), timeout=600)
+    with pytest.raises(Conflict, match="somebody else"):
+        asyncio.run(Connection.open(dev2.endpoint(host_key=other)))
 
 
 def test_a_stranger_with_another_kind_of_key_is_a_stranger(dev2, tmp_path):
@@ -170,17 +172,32 @@ def test_a_refused_key_is_waited_out_and_named(dev2, tmp_path):
 
 
 def test_a_machine_of_nobodys_is_learned_once(dev2, prod, tmp_path):
-    known = tmp_path / "known_hosts"
-    ready(dev2.endpoint(host_key="", known_hosts=known))
+    known, told = tmp_path / "known_hosts", []
+    unknown = {"host_key": "", "known_hosts": known, "pinned": told.append}
+    ready(dev2.endpoint(**unknown))
     assert known.read_text().split()[:2] == [f"[127.0.0.1]:{dev2.port}", "ssh-ed25519"]
-    ready(dev2.endpoint(host_key="", known_hosts=known))
+    ready(dev2.endpoint(**unknown))
     assert len(known.read_text().splitlines()) == 1
     subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
-    ready(dev2.endpoint(host_key="", known_hosts=known))
+    ready(dev2.endpoint(**unknown))
     assert len(known.read_text().splitlines()) == 1
+    shown = subprocess.run(
+        ["ssh-keygen", "-lf", dev2.root / "host.pub"], check=True, capture_output=True, text=True
+    )
+    (line,) = told
+    assert shown.stdout.split()[1] in line and str(known) in line
     known.write_text(f"[127.0.0.1]:{prod.port} {dev2.host_key}\n")
     with pytest.raises(Conflict, match="somebody else"):
-        ready(prod.endpoint(host_key="", known_hosts=known))
+        ready(prod.endpoint(**unknown))
+    assert told == [line]
+    known.unlink()
+    ready(prod.endpoint(**unknown))
+    assert len(told) == 2, "never again without a word"
+
+
+def test_no_key_is_accepted_without_a_word(dev2):
+    with pytest.raises(ValueError, match="no host key"):
+        dev2.endpoint(host_key="")
 
 
 def test_unknown_address(dev2):
