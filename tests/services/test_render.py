@@ -143,6 +143,14 @@ def test_ssh_reads_the_values_back(yard: Yard) -> None:
         assert "hostkeyalias try-it-dev2" in lines
 
 
+def test_ssh_asks_about_a_vms_unknown_key_whatever_the_host_does(yard: Yard) -> None:
+    path = yard.write("ssh_config")["ssh_config"]
+    with Path(path).open("a") as file:
+        file.write("Host *\n\tStrictHostKeyChecking accept-new\n")
+    assert "stricthostkeychecking ask" in output("ssh", "-G", "-F", path, "dev2").splitlines()
+    assert "stricthostkeychecking accept-new" in output("ssh", "-G", "-F", path, "other").splitlines()
+
+
 def test_hosts_block(yard: Yard) -> None:
     path = yard.directory / "hosts"
     path.write_bytes(b"127.0.0.1 localhost # caf\xe9")
