@@ -146,6 +146,16 @@ def test_an_image_swapped_after_the_plan_is_refused(
     assert not list(golden._images().glob(".import-*"))
 
 
+def test_a_vmdk_is_imported(site: Site, farm_file: Path) -> None:
+    """Its own name is in it, and it is read under another one."""
+    raw, image, out = (farm_file.parent / name for name in ("cloud.raw", "cloud.vmdk", "out"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vmdk", raw, image], check=True)
+    farm.template_import(site, "cloud", image)
+    (template,) = golden.template_list(site)
+    subprocess.run(["qemu-img", "convert", "-O", "raw", template.ref, out], check=True)
+    assert out.read_bytes()[:MIB] == raw.read_bytes()
+
+
 def test_a_sparse_image_stays_sparse_and_what_is_no_file_is_refused(
     site: Site, farm_file: Path, tmp_path: Path
 ) -> None:
