@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from host.files import open_lock
+
 
 class FileLock:
     """flock(2) on a file; it ends with its holder, however that ends. Many threads may use one object:
@@ -18,8 +20,9 @@ class FileLock:
 
     @contextlib.contextmanager
     def hold(self, *, shared: bool = False, remove: bool = False) -> Iterator[None]:
-        """Wait for the lock, and hold it. ``remove``: remove the file when the lock is given back."""
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        """Wait for the lock, and hold it. ``remove``: remove the file when the lock is given back.
+        WrongState: what has that name is no lock of ours."""
+        handle = open_lock(self._path)
         try:
             fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             yield
@@ -31,7 +34,7 @@ class FileLock:
     def held(self) -> bool:
         """Whether anybody holds the lock now."""
         try:
-            handle = os.open(self._path, os.O_RDONLY)
+            handle = open_lock(self._path, make=False)
         except FileNotFoundError:
             return False
         try:

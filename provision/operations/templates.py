@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from host.files import make_directory, make_file, open_to_append, write_atomic
+from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
 from inventory.errors import Call, NoSpace, NotFound, UsageError
@@ -499,8 +499,8 @@ def _cache_lock(site: Site) -> Iterator[Path]:
     from provision.guest.debian import remove_build, stale_scratch, still_running
 
     cache = _images()
-    make_directory(cache, mode=0o700)
-    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    own_directory(cache, mode=0o700)
+    handle = open_lock(cache / ".lock")
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
