@@ -1,0 +1,52 @@
+"""Another user of the machine: a real one, with no rights to what is ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+
+UID = 65534  # nobody's: no account is needed for that
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+_OPENS = """
+import json, os, sys
+got = []
+for path in json.loads(sys.argv[1]):
+    for flags in (os.O_RDONLY, os.O_WRONLY):
+        try:
+            os.close(os.open(path, flags | os.O_NONBLOCK))
+            got.append(path)
+        except OSError:
+            pass
+print(json.dumps(got))
+"""
+
+
+@pytest.fixture
+def square() -> Iterator[Path]:
+    """A directory where everybody may make files, as /tmp is; pytest's own are closed to others."""
+    path = Path(tempfile.mkdtemp(prefix="fh"))
+    path.chmod(0o1777)
+    yield path
+    rmtree(path)
+
+
+def stranger(program: str, *arguments: str | Path) -> str:
+    """What the Python program says, run as the other user."""
+    done = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", program, *map(str, arguments)],
+        check=True, capture_output=True, text=True, cwd="/", user=UID, group=UID, extra_groups=[],
+        umask=0,
+    )  # fmt: skip
+    return done.stdout
+
+
+def opened_by_stranger(paths: Iterable[Path]) -> list[str]:
+    """Which of these the other user can open, in any way: enough to lock it."""
+    return list(json.loads(stranger(_OPENS, json.dumps([str(path) for path in paths]))))
