@@ -96,11 +96,18 @@ def command_line(pid: int) -> tuple[str, ...]:
 def described(pid: int) -> str:
     """The process in words: its pid, user and command, as far as they can be seen."""
     try:
-        whose = account(Path(f"/proc/{pid}").stat().st_uid)
+        whose = account(credentials(pid)[0])
         command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return f"pid {pid}"
     return f"pid {pid} of {whose} ({last_line(command)})"
+
+
+def credentials(pid: int) -> tuple[int, frozenset[int]]:
+    """Its real user, whatever it runs as, and its groups: proc(5), /proc/PID/status. OSError."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    fields = {line.partition(":")[0]: line.split()[1:] for line in text.splitlines()}
+    return int(fields["Uid"][0]), frozenset(map(int, (fields["Gid"][0], *fields["Groups"])))
 
 
 def lockers(path: Path) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,6 +29,14 @@ print(json.dumps(got))
 """
 
 
+_LOCKS = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture
 def square() -> Iterator[Path]:
     """A directory where everybody may make files, as /tmp is; pytest's own are closed to others."""
@@ -45,6 +54,21 @@ def stranger(program: str, *arguments: str | Path) -> str:
         umask=0,
     )  # fmt: skip
     return done.stdout
+
+
+@contextlib.contextmanager
+def locked_by_stranger(path: Path) -> Iterator[int]:
+    """Within it the other user holds a shared lock on it: its pid."""
+    holder = subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", _LOCKS, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd="/", user=UID, group=UID, extra_groups=[],
+    )  # fmt: skip
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        yield holder.pid
+    finally:
+        holder.communicate()
 
 
 def opened_by_stranger(paths: Iterable[Path]) -> list[str]:

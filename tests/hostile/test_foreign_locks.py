@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from neighbour import NEEDS_ROOT, UID, opened_by_stranger, square
+from neighbour import NEEDS_ROOT, UID, locked_by_stranger, opened_by_stranger, square
 
-from host.file_lock import FileLock
+from host.file_lock import FileLock, directory_lock
 from inventory.errors import Busy, WrongState
 from provision.claims import Claims
 from provision.engine import database
@@ -209,3 +209,22 @@ def test_what_sqlite_left_open_to_all_is_closed(square: Path) -> None:
             assert opened_by_stranger(beside) == []
         again.close()
     journal.close()
+
+
+@NEEDS_ROOT
+def test_a_directory_of_the_admin_s_is_locked_by_those_alone_who_may_write_there(square: Path) -> None:
+    place = square / "farms"
+    place.mkdir()
+    place.chmod(0o755)
+    with locked_by_stranger(place):
+        with directory_lock(place, patience=300):
+            pass  # it is none of us
+        place.chmod(0o777)
+        with pytest.raises(Busy, match="stays locked by pid"), directory_lock(place, patience=0.1):
+            pass
+        os.chown(place, 0, UID)
+        place.chmod(0o775)
+        with pytest.raises(Busy, match="stays locked by pid"), directory_lock(place, patience=0.1):
+            pass
+    with directory_lock(place, patience=0.1):
+        pass
