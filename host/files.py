@@ -195,7 +195,7 @@ def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
 def write_note(path: Path, text: str) -> None:
     """Write a file that anybody may read and that a power cut may take, in a cache of ours (made if need
     be). It is written whole or not at all, whoever else writes it. Errors: OSError, FarmhandError."""
-    make_directory(path.parent, mode=0o711)
+    own_directory(path.parent, mode=0o711)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with open_new(fresh, mode=0o644) as file:
         file.write(text.encode())

@@ -159,7 +159,7 @@ class FetchStep(StepKind):
         import os
         import threading
 
-        from host.files import file_error, make_directory, open_new, sweep, sync
+        from host.files import file_error, open_new, own_directory, sweep, sync
         from host.paths import cache_dir
         from provision.guest.ssh_connection import in_thread
 
@@ -174,7 +174,7 @@ class FetchStep(StepKind):
             return place
         if found:
             work.log.say(f"{place} is damaged: it is fetched again")
-        make_directory(home, mode=0o711)
+        own_directory(home, mode=0o711)
         sweep(home)
         part = home / f".{sha256}.{os.getpid()}.{threading.get_ident()}"
         digest = hashlib.sha256()

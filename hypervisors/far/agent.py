@@ -349,6 +349,7 @@ def presence(directory: Path) -> Iterator[Callable[[], None]]:
     asker was heard from. Enters when every other agent of this farm that was there before has ended, or
     was heard from since: one whose asker was cut off ends soon, and until then it may still be changing
     what we are asked to recover."""
+    own_directory(directory.parent, mode=0o711)  # below /tmp others could have made it
     own_directory(directory, mode=0o711)
     mine = directory / f"far-{os.getpid()}"
     handle = open_lock(mine)

@@ -29,7 +29,14 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from host.files import file_error, make_directory, open_lock, open_new, own_directory
+from host.files import (
+    check_own_directory,
+    file_error,
+    make_directory,
+    open_lock,
+    open_new,
+    own_directory,
+)
 from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
@@ -88,6 +95,8 @@ class PrivateLibvirt:
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
         check_runtime(self._runtime)
+        check_own_directory(self._runtime.parent)  # before we trust what listens there
+        check_own_directory(self._runtime)
         if not self.running() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
@@ -328,7 +337,7 @@ class PrivateLibvirt:
         whether the one we hold is still the one there."""
         path, mode = self._runtime / "lock", 0o711 if self._root else 0o700
         for _ in range(_TRIES):
-            own_directory(self._runtime.parent, mode=mode)  # below /tmp others could have made it
+            own_directory(self._runtime.parent, mode=0o711)  # below /tmp others could have made it
             own_directory(self._runtime, mode=mode)
             try:
                 handle = open_lock(path)

@@ -346,7 +346,7 @@ def _seal(making: _Making, image: _Image | None) -> Template:
         origin=image.origin if image else f"{source.build or source.image}",
         firstboot=source.firstboot or ("farmhand" if source.build else "cloud-init"),
     )
-    make_directory(_images(), mode=0o700)
+    own_directory(_images(), mode=0o700)
     with site.journal.begin(SEAL, (), LabelFacts(label)) as entry:
         _note_generation(site, making.name, making.generation)
         for host in making.hosts:
