@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from host.files import own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
-from host.run import Runner
+from host.run import Runner, withhold
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, did_you_mean, some
@@ -57,6 +57,7 @@ class Site:
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
         self.locks = Locks(self.paths.locks, self.requester)
+        withhold(*farm.secrets)
         self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()

@@ -100,6 +100,10 @@ class FetchStep(StepKind):
             raise at_key("login", "this is not the name of an environment variable")
 
     @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.login,) if self.login else ()
+
+    @property
     def _name(self) -> str:
         """As a sum file has it."""
         return unquote(urlsplit(self.fetch).path).rpartition("/")[2]
