@@ -14,6 +14,7 @@ we start (``nohup``, ``&`` in a script) stay ignored.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import inspect
 import json as jsonlib
@@ -206,7 +207,7 @@ def _keep_traceback(run: TaskRun) -> Path:
     import tempfile
     import traceback
 
-    from host.files import make_directory, open_new
+    from host.files import open_new, own_directory
     from host.paths import state_dir
 
     text = (
@@ -214,13 +215,16 @@ def _keep_traceback(run: TaskRun) -> Path:
         f"{platform.platform()} Python {platform.python_version()}\n\n{traceback.format_exc()}"
     )
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for directory in (state_dir() / "logs", Path(tempfile.gettempdir())):
-        try:
-            make_directory(directory, mode=0o700)
-            with open_new(directory / name) as file:
-                file.write(text.encode(errors="backslashreplace"))
-        except (FarmhandError, OSError):
-            continue
-        return directory / name
+    data = text.encode(errors="backslashreplace")
+    with contextlib.suppress(FarmhandError, OSError):
+        own_directory(state_dir() / "logs", mode=0o700)
+        with open_new(state_dir() / "logs" / name) as file:
+            file.write(data)
+        return state_dir() / "logs" / name
+    with contextlib.suppress(OSError):  # where everybody may write: under a name that is nobody's yet
+        handle, made = tempfile.mkstemp(prefix=f"farmhand-{name}-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        return Path(made)
     sys.stderr.write(text)
     return Path("the text above")

@@ -99,9 +99,11 @@ def replace_process(run: TaskRun, argv: Sequence[str]) -> NoReturn:
     """Hand the terminal over to another program: ssh, or a console. Nothing of ours stays behind:
     handlers of signals end with this program, and two signals are ignored by Python for itself. But
     the umask does: all that they write is our list of known hosts."""
+    from host.run import environment
+
     run.close()
     sys.stdout.flush()
     sys.stderr.flush()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    os.execvp(argv[0], list(argv))  # noqa: S606 - in our place: the terminal is theirs
+    os.execvpe(argv[0], list(argv), environment())  # noqa: S606 - in our place: the terminal is theirs

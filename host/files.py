@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from host.processes import is_there
+from host.processes import account, is_there
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, WrongState
 
 UMASK = 0o022
@@ -76,6 +76,117 @@ def make_directory(path: Path, *, mode: int) -> None:
         raise file_error(error, path, "make the directory") from error
 
 
+def own_directory(path: Path, *, mode: int) -> None:
+    """Make a directory of ours with its parents, as ``make_directory`` does, or take the one that is
+    there: only if it passes ``check_own_directory``."""
+    make_directory(path, mode=mode)
+    check_own_directory(path)
+
+
+def check_own_directory(path: Path) -> None:
+    """WrongState unless the directory is ours (or root's) and nobody else may write in it, or there is
+    none. A link to it is an admin's way to move it: one that somebody else made is refused. What others
+    may read is for the admin to say."""
+    try:
+        handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(handle)
+        finally:
+            os.close(handle)
+        if stat.S_ISLNK(found.st_mode):
+            if found.st_uid not in (0, os.geteuid()):
+                raise _not_ours(path, f"is a link that {account(found.st_uid)} made")
+            found = path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise _not_ours(path, "is a link to nothing") from None
+        return
+    except OSError as error:
+        raise file_error(error, path, "look at") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise _not_ours(path, f"is {_kind(found.st_mode)}, and should be a directory of ours")
+    if found.st_uid not in (0, os.geteuid()):
+        us, other = account(os.geteuid()), account(found.st_uid)
+        raise _not_ours(path, f"belongs to {other}, and we are {us}")
+    if found.st_mode & 0o022:
+        mode = stat.S_IMODE(found.st_mode)
+        raise WrongState(
+            f"{path}: others may write in this directory of ours (mode {mode:04o})",
+            remedy=f"if all that is in it is yours: chmod go-w {shlex.quote(str(path))}",
+        )
+
+
+def own_file(path: Path, *, mode: int = 0o600, make: bool = True) -> None:
+    """Make an empty file if there is none (``make``), and see to it that what is there is a regular file
+    of ours with one name, and with no more than our mode: for a library that opens it by name. It is
+    not opened, for closing it would drop the locks that this process has on it (fcntl(2)). WrongState;
+    OSError where it can't be made."""
+    if make:
+        make_file(path, mode=mode)  # O_EXCL follows no link
+    handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        _refuse_file(path, found)
+        if found.st_mode & 0o7777 & ~mode:
+            os.chmod(f"/proc/self/fd/{handle}", mode)  # noqa: PTH101 - of a descriptor
+    finally:
+        os.close(handle)
+
+
+def open_lock(path: Path, *, make: bool = True) -> int:
+    """A descriptor of a lock file of ours, for flock(2). Nothing in it is changed, no link is followed,
+    and nobody is waited for. ``make``: it is made where there is none, and only we may open it; without,
+    it is opened for looking alone. FileNotFoundError, WrongState."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags |= os.O_RDWR | os.O_CREAT if make else os.O_RDONLY
+    try:
+        handle = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _refuse_file(path, path.lstat())
+        raise file_error(error, path, "open the lock") from error
+    try:
+        found = os.fstat(handle)
+        _refuse_file(path, found)
+        if make and found.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _refuse_file(path: Path, found: os.stat_result) -> None:
+    """WrongState unless it is a regular file, ours, with one name (none: it was just removed)."""
+    if not stat.S_ISREG(found.st_mode):
+        raise _not_ours(path, f"is {_kind(found.st_mode)}, and should be a file of ours")
+    if found.st_uid != os.geteuid():
+        us, other = account(os.geteuid()), account(found.st_uid)
+        raise _not_ours(path, f"belongs to {other}, and we are {us}")
+    if found.st_nlink > 1:
+        raise _not_ours(path, "has another name too (a hard link)")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFREG: "a file",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _not_ours(path: Path, why: str) -> WrongState:
+    return WrongState(
+        f"{path} {why}: it is not used",
+        remedy=f"look who made it (ls -ld {shlex.quote(str(path))}), then move it away",
+    )
+
+
 def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
     """Open a file for writing; it is made, or emptied. OSError."""
     return os.fdopen(_open(path, os.O_TRUNC, mode), "wb")
@@ -84,7 +195,7 @@ def open_new(path: Path, *, mode: int = 0o600) -> BinaryIO:
 def write_note(path: Path, text: str) -> None:
     """Write a file that anybody may read and that a power cut may take, in a cache of ours (made if need
     be). It is written whole or not at all, whoever else writes it. Errors: OSError, FarmhandError."""
-    make_directory(path.parent, mode=0o711)
+    own_directory(path.parent, mode=0o711)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with open_new(fresh, mode=0o644) as file:
         file.write(text.encode())

@@ -60,6 +60,15 @@ def runtime_dir() -> Path:
     return Path(gettempdir()) / f"farmhand-{os.getuid()}"
 
 
+def check_directories() -> None:
+    """WrongState unless state, cache and runtime directory are ours, as far as they are there: see
+    ``host.files.check_own_directory``."""
+    from host.files import check_own_directory
+
+    for directory in (state_dir(), cache_dir(), runtime_dir()):
+        check_own_directory(directory)
+
+
 @dataclass(frozen=True, slots=True)
 class FarmPaths:
     """One farm's places."""

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.printable import last_line
+
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -89,6 +91,37 @@ def command_line(pid: int) -> tuple[str, ...]:
     """Its arguments, as in proc(5); empty for a zombie. OSError if it is gone or not ours to see."""
     text = Path(f"/proc/{pid}/cmdline").read_bytes()
     return tuple(os.fsdecode(text).split("\0")[:-1])
+
+
+def described(pid: int) -> str:
+    """The process in words: its pid, user and command, as far as they can be seen."""
+    try:
+        whose = account(credentials(pid)[0])
+        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return f"pid {pid}"
+    return f"pid {pid} of {whose} ({last_line(command)})"
+
+
+def credentials(pid: int) -> tuple[int, frozenset[int]]:
+    """Its real user, whatever it runs as, and its groups: proc(5), /proc/PID/status. OSError."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    fields = {line.partition(":")[0]: line.split()[1:] for line in text.splitlines()}
+    return int(fields["Uid"][0]), frozenset(map(int, (fields["Gid"][0], *fields["Groups"])))
+
+
+def lockers(path: Path) -> tuple[int, ...]:
+    """The pids of other processes that hold a lock on the file, by proc(5), /proc/locks. Empty if that
+    can't be told."""
+    try:
+        found = path.stat()
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return ()
+    dev = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    held = (fields for line in lines if "->" not in (fields := line.split()))  # "->": waits for it
+    pids_ = {int(fields[4]) for fields in held if fields[5] == dev}
+    return tuple(sorted(pid for pid in pids_ if pid > 0 and pid != os.getpid()))
 
 
 def pids() -> Iterator[int]:

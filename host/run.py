@@ -1,6 +1,7 @@
 """The one place that starts host commands.
 
-Argument lists, never a shell; the C locale; standard input closed unless given; always a time limit.
+Argument lists, never a shell; the C locale; our environment without our secrets; standard input closed
+unless given; always a time limit.
 ``read`` is for commands that change nothing and may always run; ``change`` is for the rest. A runner
 made with ``changes=False``, as under ``--plan``, refuses those: a plan that would change something is a
 defect of ours, and shows as one."""
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -28,6 +30,25 @@ if TYPE_CHECKING:
 
 _LOCALE = {"LC_ALL": "C.UTF-8", "LANGUAGE": "C", "LVM_SUPPRESS_FD_WARNINGS": "1"}
 MASK = "********"
+_SECRET = re.compile(r"FARMHAND_\w*(?:KEY|SECRET|TOKEN|PASSWORD)\w*")
+_withheld: set[str] = set()
+
+
+def withhold(*names: str) -> None:
+    """Programs that this process starts from now on don't have these variables of the environment: the
+    farm file says that they hold secrets for us."""
+    _withheld.update(names)
+
+
+def environment() -> dict[str, str]:
+    """What programs that we start have of our environment: all but secrets that are for us. A list of
+    what they may have would be a guess: commands of the admin's own (reloads, resets, ssh) rely on
+    agents, proxies and libraries, and a variable that we don't know is no secret of ours."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _withheld and not _SECRET.fullmatch(name)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,7 @@ class Runner:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **_LOCALE, **(env or {})},
+            env={**environment(), **_LOCALE, **(env or {})},
             start_new_session=True,
         )
 
@@ -103,7 +124,7 @@ class Runner:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **_LOCALE},
+                env={**environment(), **_LOCALE},
                 start_new_session=True,
             )
         except OSError as error:
@@ -140,7 +161,7 @@ class Runner:
                 stdin=subprocess.PIPE if data is not None else subprocess.DEVNULL,
                 stdout=sink or subprocess.PIPE,
                 stderr=sink or subprocess.PIPE,
-                env={**({} if clean else os.environ), **_LOCALE, **(env or {})},
+                env={**({} if clean else environment()), **_LOCALE, **(env or {})},
                 start_new_session=True,  # so that a time-out ends its children too
             )
         except OSError as error:

@@ -319,6 +319,11 @@ class Step(Model):
         """The VM that it changes."""
         return self.vms[-1]
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Environment variables that hold secrets for it."""
+        return ()
+
     def refusal(self, _farm: Farm) -> tuple[str, str] | None:
         """Why the farm's VMs can't have it: a key, and what is wrong there; None: they can."""
         return None
@@ -379,6 +384,13 @@ class Farm(Model):
         placed = copy.copy(self)
         object.__setattr__(placed, "_path", path)
         return placed
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Environment variables that hold secrets for farmhand, and for nobody that it starts."""
+        users: tuple[EventSubscriber | Step, ...]
+        users = (*self.events.values(), *(self.cycle.steps if self.cycle else ()))
+        return tuple(name for user in users for name in user.secrets)
 
     def host_of(self, vm: str) -> str:
         return self.vms[vm].host or next(iter(self.hosts))

@@ -24,6 +24,11 @@ class EventSubscriber(Model):
     vms: Labels = ()
     """Only those about one of these VMs; absent: about all, and about the farm."""
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Environment variables that hold secrets for it."""
+        return ()
+
 
 def subscriber_kind(section: object) -> str | None:
     """A subscriber's section, or what a file has in its place, is known by the one key that names a

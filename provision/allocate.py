@@ -8,9 +8,7 @@ Ports and MACs are claimed for the whole host besides, in the state directory, f
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import socket
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +19,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, cast
 
-from host.files import file_error, make_directory
+from host.file_lock import FileLock, directory_lock
+from host.files import make_directory
 from host.paths import FarmPaths, state_dir
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
@@ -347,19 +346,13 @@ class Allocator:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """Hold the host's claims first, then the lock file's directory. The file itself is replaced, so
-        a lock on it would be lost; and a lock on the directory leaves no file of ours beside the
-        admin's."""
-        make_directory(self._claims.path.parent, mode=0o711)
+        """Hold the host's claims first, then the lock file's directory: another state directory may have
+        the same farm file. The lock file itself is replaced, so a lock on it would be lost; and a lock
+        on the directory leaves no file of ours beside the admin's."""
+        claims = self._claims.path
+        make_directory(claims.parent, mode=0o711)
         make_directory(self.lock_file.parent, mode=0o711)
-        with contextlib.ExitStack() as stack:
-            for directory in dict.fromkeys((self._claims.path.parent, self.lock_file.parent)):
-                try:
-                    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise file_error(error, directory, "open") from error
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with FileLock(claims.with_name(".claims.lock")).hold(), directory_lock(self.lock_file.parent):
             yield
 
     def _owner(self, vm: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from host.files import make_directory
-from host.paths import FarmPaths, cache_dir, state_dir
-from host.run import Runner
+from host.files import own_directory
+from host.paths import FarmPaths, cache_dir, check_directories, state_dir
+from host.run import Runner, withhold
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from inventory.errors import NotFound, did_you_mean, some
@@ -57,6 +57,7 @@ class Site:
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
         self.locks = Locks(self.paths.locks, self.requester)
+        withhold(*farm.secrets)
         self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
         self._guard = threading.RLock()
@@ -86,7 +87,7 @@ class Site:
         """Make the farm's own directory, before something is changed. QEMU, under another user, can pass
         through it to its disks but can't list it. Events that earlier commands left are delivered from
         now on."""
-        make_directory(self.paths.root, mode=0o711)
+        own_directory(self.paths.root, mode=0o711)
         self.outbox.start()
 
     # What the farm file names
@@ -201,7 +202,8 @@ def open_site(
     farm_file: Path, *, reporter: Reporter, plan: bool = False, requester: Requester | None = None
 ) -> Site:
     """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError (for what the
-    environment asks for)."""
+    environment asks for), WrongState where somebody else may write in a directory of ours."""
+    check_directories()
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)

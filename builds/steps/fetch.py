@@ -100,6 +100,10 @@ class FetchStep(StepKind):
             raise at_key("login", "this is not the name of an environment variable")
 
     @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.login,) if self.login else ()
+
+    @property
     def _name(self) -> str:
         """As a sum file has it."""
         return unquote(urlsplit(self.fetch).path).rpartition("/")[2]
@@ -159,7 +163,7 @@ class FetchStep(StepKind):
         import os
         import threading
 
-        from host.files import file_error, make_directory, open_new, sweep, sync
+        from host.files import file_error, open_new, own_directory, sweep, sync
         from host.paths import cache_dir
         from provision.guest.ssh_connection import in_thread
 
@@ -174,7 +178,7 @@ class FetchStep(StepKind):
             return place
         if found:
             work.log.say(f"{place} is damaged: it is fetched again")
-        make_directory(home, mode=0o711)
+        own_directory(home, mode=0o711)
         sweep(home)
         part = home / f".{sha256}.{os.getpid()}.{threading.get_ident()}"
         digest = hashlib.sha256()

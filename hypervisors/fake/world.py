@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from host.files import make_directory, make_file
+from host.files import make_directory, make_file, open_lock
 from hypervisors.api import Machine, MachineSpec, Owner, Power, Template
 from inventory.errors import DriverFailed, FarmhandError, NoSpace
 
@@ -243,7 +243,7 @@ class Store:
             yield
             return
         make_directory(self.path.parent, mode=0o711)
-        handle = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        handle = open_lock(self.path.with_name(self.path.name + ".lock"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from host.files import UMASK, make_directory, sync
+from host.files import UMASK, make_directory, open_lock, own_directory, sync
 from host.memory import memory_available
 from host.run import Runner, which
 from hypervisors.api import Callbacks, Console, Directories, Disks, Leftover, Owner, Template
@@ -349,9 +349,10 @@ def presence(directory: Path) -> Iterator[Callable[[], None]]:
     asker was heard from. Enters when every other agent of this farm that was there before has ended, or
     was heard from since: one whose asker was cut off ends soon, and until then it may still be changing
     what we are asked to recover."""
-    make_directory(directory, mode=0o711)
+    own_directory(directory.parent, mode=0o711)  # below /tmp others could have made it
+    own_directory(directory, mode=0o711)
     mine = directory / f"far-{os.getpid()}"
-    handle = os.open(mine, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = open_lock(mine)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         began = _heard(mine)
@@ -372,7 +373,7 @@ def _heard(presence: Path) -> tuple[int, int]:
 
 def _wait_for(other: Path, since: tuple[int, int]) -> None:
     with contextlib.suppress(FileNotFoundError):
-        handle = os.open(other, os.O_RDWR)
+        handle = open_lock(other, make=False)
         try:
             while _heard(other) < since:
                 try:

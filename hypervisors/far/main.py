@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from host.paths import FarmPaths, cache_dir, state_dir
+from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from hypervisors.api import Directories
 from hypervisors.far import agent
 from hypervisors.far.agent import Home
 
 
 def home(farm: str) -> Home:
-    """The farm's directories on this machine."""
+    """The farm's directories on this machine. WrongState where others may write in them."""
+    check_directories()
     paths = FarmPaths(farm)
     return Home(
         directories=Directories(

@@ -29,7 +29,14 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from host.files import file_error, make_directory, open_new
+from host.files import (
+    check_own_directory,
+    file_error,
+    make_directory,
+    open_lock,
+    open_new,
+    own_directory,
+)
 from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
@@ -39,6 +46,7 @@ _ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
 _QEMU_UID = 64055  # Debian's own number for it (base-passwd)
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
+_TRIES = 1000  # to open the lock file that stopping commands remove
 _START_LIMIT = 120.0  # seconds; 0.1 is usual, much more where many guests are taken over
 _END_LIMIT = 15.0
 
@@ -87,6 +95,8 @@ class PrivateLibvirt:
 
         DriverFailed where it doesn't start, Unsupported where libvirtd is missing."""
         check_runtime(self._runtime)
+        check_own_directory(self._runtime.parent)  # before we trust what listens there
+        check_own_directory(self._runtime)
         if not self.running() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
@@ -325,11 +335,12 @@ class PrivateLibvirt:
     def _lock(self) -> Iterator[None]:
         """Of the kernel's, so a killed holder frees it. ``stop`` removes the file: look again
         whether the one we hold is still the one there."""
-        path = self._runtime / "lock"
-        while True:
-            make_directory(self._runtime, mode=0o711 if self._root else 0o700)
+        path, mode = self._runtime / "lock", 0o711 if self._root else 0o700
+        for _ in range(_TRIES):
+            own_directory(self._runtime.parent, mode=0o711)  # below /tmp others could have made it
+            own_directory(self._runtime, mode=mode)
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+                handle = open_lock(path)
             except FileNotFoundError:
                 continue
             try:
@@ -344,6 +355,7 @@ class PrivateLibvirt:
                     return
             finally:
                 os.close(handle)
+        raise DriverFailed(f"{path} is removed again and again", remedy="see who does, and try again")
 
 
 def check_runtime(directory: Path) -> None:

@@ -7,10 +7,12 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from host.files import foreign, make_directory, make_file
-from inventory.errors import FarmhandError, NoSpace, WrongState
+from host.files import foreign, make_directory, own_file
+from host.processes import described, lockers
+from inventory.errors import Busy, FarmhandError, NoSpace, WrongState
 
-_PATIENCE = 30  # seconds for somebody else's transaction
+PATIENCE = 30  # seconds for somebody else's transaction
+_BESIDE = ("-wal", "-shm", "-journal")  # names of files that SQLite keeps beside one
 
 
 @contextlib.contextmanager
@@ -22,18 +24,18 @@ def transaction(
     ``schema``: statements that do nothing where all is there; ``version`` is their number, from 1.
     ``remedy``: what to do about a file that is damaged or in another format.
 
-    Errors: NoSpace, WrongState."""
+    Errors: Busy, NoSpace, WrongState."""
     if not write and not path.exists():
         yield None
         return
     if write:
         make_directory(path.parent, mode=0o711)
         with contextlib.suppress(OSError):  # SQLite says why
-            make_file(path)
+            own_database(path)
     uri = f"{path.absolute().as_uri()}?mode={'rwc' if write else 'rw'}"
     try:
         with contextlib.closing(
-            sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
+            sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
         ) as db:
             filled = refuse_foreign(db, path, version, remedy)
             if write:
@@ -45,6 +47,29 @@ def transaction(
                 db.execute("COMMIT")
     except sqlite3.Error as error:
         raise _failed(path, error, remedy) from error
+
+
+def own_database(path: Path) -> None:
+    """Make an empty file for SQLite if there is none; nobody else can open it, nor what SQLite keeps
+    beside it: whoever can open a file can lock it. OSError, WrongState."""
+    own_file(path)
+    for end in _BESIDE:
+        with contextlib.suppress(FileNotFoundError):
+            own_file(path.with_name(path.name + end), make=False)
+
+
+def busy(path: Path, what: str) -> Busy:
+    """The error for an SQLite file at ``path`` that others keep locked; it says who, where the kernel
+    does."""
+    files = (path, *(path.with_name(path.name + end) for end in _BESIDE))
+    pids = sorted({pid for file in files for pid in lockers(file)})
+    if not pids:
+        return Busy(f"{what} stays locked", remedy="try again")
+    who = ", ".join(described(pid) for pid in pids)
+    return Busy(
+        f"{what} stays locked by {who}",
+        remedy=f"wait until that ends, or end it (kill {' '.join(map(str, pids))}), and try again",
+    )
 
 
 def refuse_foreign(db: sqlite3.Connection, path: Path, version: int, remedy: str) -> bool:
@@ -62,4 +87,9 @@ def _failed(path: Path, error: sqlite3.Error, remedy: str) -> FarmhandError:
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         room = f"make room on the file system of {path.parent}"
         return NoSpace(f"cannot write {path}: {error}", remedy=room)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return busy(path, str(path))
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        check = f"check owner, permissions and mount of {path.parent}"
+        return WrongState(f"cannot use {path}: {error}", remedy=check)
     return WrongState(f"{path} is damaged, or not to be read: {error}", remedy=remedy)

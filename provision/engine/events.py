@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from host.file_lock import FileLock
-from host.files import make_directory
+from host.files import own_directory
 from inventory.errors import FarmhandError
 from inventory.subscribers import EventSubscriber
 
@@ -315,7 +315,7 @@ class _Courier(threading.Thread):
         left."""
         if self._next(db) is None:
             return None
-        make_directory(self._lock.parent, mode=0o700)
+        own_directory(self._lock.parent, mode=0o700)
         with FileLock(self._lock).hold():
             while not self._leaving and (row := self._next(db)) is not None:
                 number, event, tries, due, at = row

@@ -18,10 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from host.files import make_directory, make_file
+from host.files import make_directory
 from host.processes import Process
 from inventory.errors import (
-    Busy,
     FarmhandError,
     Interrupted,
     NoSpace,
@@ -32,7 +31,7 @@ from inventory.errors import (
     remedy_of,
 )
 from provision.engine import events
-from provision.engine.database import refuse_foreign
+from provision.engine.database import PATIENCE, busy, own_database, refuse_foreign
 from provision.engine.events import Outbox
 from provision.engine.facts import Facts, to_json
 from provision.engine.requester import NOBODY, Requester
@@ -335,9 +334,9 @@ class Journal:
             return self._open_for_reading()
         make_directory(self.path.parent, mode=0o711)
         with contextlib.suppress(OSError):  # SQLite says why
-            make_file(self.path)
+            own_database(self.path)
         connection = sqlite3.connect(
-            self.path, timeout=30, isolation_level=None, check_same_thread=False
+            self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
         )
         try:
             deadline = time.monotonic() + 10
@@ -370,7 +369,7 @@ class Journal:
         wal = self.path.with_name(self.path.name + "-wal").exists()
         uri = f"{self.path.absolute().as_uri()}?{'mode=ro' if wal else 'immutable=1'}"
         connection = sqlite3.connect(
-            uri, uri=True, timeout=30, isolation_level=None, check_same_thread=False
+            uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
         )
         try:
             refuse_foreign(connection, self.path, _VERSION, _FOREIGN)
@@ -402,7 +401,7 @@ class Journal:
                 remedy=f"make room on the file system of {self.path.parent}",
             )
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return Busy(f"the journal {self.path} stays locked: {error}", remedy="try again")
+            return busy(self.path, f"the journal {self.path}")
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
             return WrongState(
                 f"cannot write the journal {self.path}: {error}",

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from host.files import file_error, make_directory
+from host.files import open_lock, own_directory
 from host.processes import Process, may_open
-from inventory.errors import Busy
+from inventory.errors import Busy, WrongState
 from provision.engine.requester import NOBODY, Requester
 
 _FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
+_TRIES = 100  # to open a lock file that others keep removing
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
 
 
@@ -125,8 +126,8 @@ class Locks:
     def holder(self, name: str) -> Holder | None:
         """Who holds the lock now; None if nobody does. Takes no lock that could make others wait."""
         try:
-            handle = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+            handle = open_lock(self._path(name), make=False)
+        except (OSError, WrongState):  # no lock of ours; who takes it is told so
             return None
         try:
             holder, process = _read(name, handle)
@@ -184,14 +185,12 @@ class Locks:
 
     def _open(self, name: str) -> int | None:
         path = self._path(name)
-        while True:
+        for _ in range(_TRIES):
+            own_directory(self._directory, mode=0o700)
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                handle = open_lock(path)
             except FileNotFoundError:
-                make_directory(self._directory, mode=0o700)
                 continue
-            except OSError as error:
-                raise file_error(error, path, "open the lock") from error
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same(handle, path):
@@ -203,6 +202,7 @@ class Locks:
                 os.close(handle)
                 raise
             os.close(handle)  # removed meanwhile, with its farm: take the new one
+        raise Busy(f"{path} is removed again and again", remedy="see who does, and try again")
 
     def _let_go(self, name: str) -> None:
         with self._guard:
@@ -233,7 +233,7 @@ class _Held:
 
 def _same(handle: int, path: Path) -> bool:
     try:
-        now = path.stat()
+        now = path.lstat()
     except FileNotFoundError:
         return False
     mine = os.fstat(handle)

@@ -60,6 +60,10 @@ class WebhookSubscriber(SubscriberSection):
         if self.ca is not None and self.webhook.startswith("http:"):
             raise at_key("ca", "'ca' is for an https URL", "webhook")
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return (self.secret_variable,) if self.secret_variable else ()
+
     def opened(self, beside: Path, _runner: Runner) -> Webhook:
         return Webhook(self, beside)
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from host.files import make_directory, make_file, open_to_append, write_atomic
+from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
 from inventory.errors import Call, NoSpace, NotFound, UsageError, WrongState
@@ -377,7 +377,7 @@ def _seal(making: _Making, image: _Image | None) -> Template:
         origin=image.origin if image else f"{source.build or source.image}",
         firstboot=source.firstboot or ("farmhand" if source.build else "cloud-init"),
     )
-    make_directory(_images(), mode=0o700)
+    own_directory(_images(), mode=0o700)
     with site.journal.begin(SEAL, (), LabelFacts(label)) as entry:
         _note_generation(site, making.name, making.generation)
         for host in making.hosts:
@@ -530,8 +530,8 @@ def _cache_lock(site: Site) -> Iterator[Path]:
     from provision.guest.debian import remove_build, stale_scratch, still_running
 
     cache = _images()
-    make_directory(cache, mode=0o700)
-    handle = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    own_directory(cache, mode=0o700)
+    handle = open_lock(cache / ".lock")
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ from host.paths import cache_dir
 from host.program import ROOT
 from inventory.errors import UsageError
 
-_SUITES = ("unit", "contract", "services", "faults", "system")
+_SUITES = ("unit", "contract", "services", "faults", "hostile", "system")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40

@@ -222,7 +222,7 @@ def test_what_the_private_libvirtd_can_not_do_without(lacks: str) -> None:
         elif lacks == "a mount point":
             start = ["unshare", "-m", "sh", "-c", CHROOT, "sh", str(bare), *start]
         else:
-            full = 'mount -t tmpfs -o size=64k none "$0"; cat /dev/zero >"$0/x" 2>/dev/null; exec "$@"'
+            full = 'mount -t tmpfs -o size=64k,mode=700 none "$0"; cat /dev/zero >"$0/x" 2>&-; exec "$@"'
             start = ["unshare", "-m", "sh", "-c", full, str(place), *start]
         done = subprocess.run(
             start, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL
