@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
-from inventory.errors import Call, Conflict, Text, Unsupported, UsageError
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NotOurs, Remedy, Text, Unsupported, UsageError
 from inventory.sizes import format_size
 
 CLEAN = "clean"
@@ -71,7 +72,7 @@ class Directories:
 class Owner:
     """Our mark, carried by the object itself. An object without it is never changed or removed."""
 
-    farm: str
+    farm: FarmIdentity
     vm: str
 
 
@@ -434,6 +435,20 @@ class WatchedMachines(Protocol):
         question to the hypervisor for all of them. Changes nothing."""
 
 
+def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:
+    """The error for what has a name that we want, or is meant to be changed by us, and isn't ours."""
+    if owner is None:
+        return NotOurs(
+            f"{what} is not farmhand's: left alone", remedy="give the farm or the VM another name"
+        )
+    remedy: Remedy = "give one of the two farms another name"
+    if owner.farm.name == ours.name:
+        remedy = (remedy, "; or, if that farm is to end, take its VMs over: ", Call("adopt"))
+    return NotOurs(
+        f"{what} belongs to farm {owner.farm}; this farm is {ours}: left alone", remedy=remedy
+    )
+
+
 def no_warm(machine: str) -> Unsupported:
     """The error of a driver that only has cold checkpoints when it is asked for a warm one."""
     return Unsupported(
@@ -464,5 +479,7 @@ def spec_hash(spec: MachineSpec) -> str:
     defined anew."""
     import hashlib
 
-    text = repr([(f.name, getattr(spec, f.name)) for f in fields(spec) if "defined" in f.metadata])
+    parts = {f.name: getattr(spec, f.name) for f in fields(spec) if "defined" in f.metadata}
+    # Whose it is may change without a change of what it is.
+    text = repr(list((parts | {"owner": (spec.owner.farm.name, spec.owner.vm)}).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.null import NoMachines
+from hypervisors.ownership import FarmIdentity
 from inventory import kinds
 from inventory.errors import Unsupported
 from inventory.hosts import Host
@@ -41,7 +42,7 @@ class Surroundings:
     loopback. ``console_log``: where to keep a copy of a machine's, by its name. ``listed``: the host's
     machines, by their names, where nobody virtualizes them."""
 
-    farm: str
+    farm: FarmIdentity
     farm_file: str
     beside: Path
     host: str

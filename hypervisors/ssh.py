@@ -29,6 +29,7 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, Surroundings, no_disks
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NotFound, Remedy, Unsupported
 from inventory.hosts import DriverInfo
 
@@ -65,7 +66,7 @@ class SshHypervisor:
 
     def __init__(
         self,
-        farm: str,
+        farm: FarmIdentity,
         machines: Mapping[str, ListedMachine],
         runner: Runner,
         *,
@@ -92,7 +93,7 @@ class SshHypervisor:
     def find(self, name: str) -> Machine | None:
         if name not in self._machines:
             return None
-        vm = name.removeprefix(f"{self._farm}-")
+        vm = name.removeprefix(f"{self._farm.name}-")
         return Machine(
             name=name, owner=Owner(self._farm, vm), power=Power.UNKNOWN, memory=0, current=0, vcpus=0,
             mac="", disk=None, spec_hash="", template="",

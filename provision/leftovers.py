@@ -34,7 +34,7 @@ class Found:
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
         owner = self.what.owner
-        whose = f"of {owner.farm}/{owner.vm}" if owner else "of no VM yet"
+        whose = f"of {owner.farm.name}/{owner.vm}" if owner else "of no VM yet"
         return (
             f"remove {self.what.kind} {self.what.ref} ({whose}; {self.what.why}; {age} old, "
             f"{format_size(self.what.bytes)})"
@@ -160,7 +160,7 @@ def _file(
         what = Leftover(
             kind=kind,
             ref=str(path),
-            owner=Owner(site.farm.farm, vm),
+            owner=Owner(site.identity, vm),
             created=made,
             bytes=info.st_size,
             why="its VM doesn't exist",
@@ -178,7 +178,7 @@ def _allocations(
         what = Leftover(
             kind="allocation",
             ref=f"{site.allocator.lock_file}:{vm}",
-            owner=Owner(site.farm.farm, vm),
+            owner=Owner(site.identity, vm),
             created=datetime.now(UTC),
             bytes=0,
             why="it is neither declared nor made",

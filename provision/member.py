@@ -17,8 +17,9 @@ from hypervisors.api import (
     Nic,
     Owner,
     Power,
+    not_ours,
 )
-from inventory.errors import Call, NotFound, NotOurs
+from inventory.errors import Call, NotFound
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -60,7 +61,7 @@ class Member:
     @property
     def owner(self) -> Owner:
         """Our mark on what is its."""
-        return Owner(self.site.farm.farm, self.vm)
+        return Owner(self.site.identity, self.vm)
 
     @property
     def can_power(self) -> bool:
@@ -92,11 +93,8 @@ class Member:
         """Its machine as it is now; None if it isn't made. NotOurs if another's machine has its name."""
         machine = self.site.hypervisor(self.host, look=True).find(self.machine)
         if machine is not None and machine.owner != self.owner:
-            raise NotOurs(
-                f"{self.site.name}: a machine named {machine.name} is on host {self.host}, "
-                "without our mark: it is not touched",
-                remedy="rename the farm or the VM, or rename or remove that machine yourself",
-            )
+            what = f"{self.site.name}: machine {machine.name} on host {self.host}"
+            raise not_ours(what, machine.owner, self.site.identity)
         return machine
 
     def present(self) -> Machine:

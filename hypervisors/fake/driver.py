@@ -33,10 +33,12 @@ from hypervisors.api import (
     Template,
     no_step,
     no_warm,
+    not_ours,
     spec_hash,
 )
 from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
-from inventory.errors import Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NoSpace, NotFound, UsageError, WrongState
 from inventory.sizes import format_size
 
 _TOTAL = 2**40
@@ -48,7 +50,7 @@ class FakeDisks:
     """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
 
     def __init__(
-        self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
+        self, farm: FarmIdentity, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
     ) -> None:
         self._farm = farm
         self.store = Store(state)
@@ -92,7 +94,7 @@ class FakeDisks:
 
     def list(self) -> Sequence[Disk]:
         with self.store.look() as world:
-            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm).items()]
+            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm.id).items()]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         with self.store.change() as world:
@@ -189,7 +191,7 @@ class FakeDisks:
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if disk.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
+            raise not_ours(f"the disk of {machine}", disk.owner, self._farm)
         return disk
 
     def _seen(self, machine: str, disk: StoredDisk) -> Disk:
@@ -209,7 +211,9 @@ class FakeDisks:
 class FakeHypervisor:
     """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
 
-    def __init__(self, farm: str, disks: Disks, state: Path | None, *, step: StepFn = no_step) -> None:
+    def __init__(
+        self, farm: FarmIdentity, disks: Disks, state: Path | None, *, step: StepFn = no_step
+    ) -> None:
         self._farm = farm
         self._disks = disks
         # one file for both is one lock for both
@@ -239,7 +243,7 @@ class FakeHypervisor:
 
     def list(self) -> Sequence[Machine]:
         with self._store.look() as world:
-            return [fake.machine for fake in world.machines.of(self._farm).values()]
+            return [fake.machine for fake in world.machines.of(self._farm.id).values()]
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)
@@ -413,7 +417,7 @@ class FakeHypervisor:
             if existing := world.machines.get(name):
                 owner = existing.machine.owner
                 if owner is None or owner.farm != self._farm:
-                    raise NotOurs(f"{name} exists and is not of farm {self._farm}")
+                    raise not_ours(name, owner, self._farm)
                 raise Conflict(f"{name} exists already", remedy="destroy it first")
 
     def _ours(self, world: World, name: str) -> StoredMachine:
@@ -422,7 +426,7 @@ class FakeHypervisor:
             raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         owner = fake.machine.owner
         if owner is None or owner.farm != self._farm:
-            raise NotOurs(f"{name} is not of farm {self._farm}: left alone")
+            raise not_ours(name, owner, self._farm)
         return fake
 
     def _off(self, fake: StoredMachine) -> None:

@@ -75,7 +75,7 @@ class Agent:
             return
         order, _ = received
         place: Place = decode(order["open"])
-        home = self._home(place.farm)
+        home = self._home(place.farm.name)
         with presence(home.directories.runtime) as alive:
             self._heard = time.monotonic()
             threading.Thread(target=self._watch, daemon=True).start()
@@ -288,12 +288,15 @@ class AgentHost:
         there = {m.name for m in self._machines.list()} | {d.machine for d in self._disks.list()}
         for path in sorted(self._home.seeds.glob("*.iso")):
             match = _SEED.fullmatch(path.name)
-            if not match or match[1] in there or not match[1].startswith(f"{farm}-"):
+            if not match or match[1] in there or not match[1].startswith(f"{farm.name}-"):
+                continue
+            if self._machines.find(match[1]) or self._disks.find(match[1]):  # another farm's
                 continue
             with contextlib.suppress(FileNotFoundError):
                 seen = path.stat()
+                vm = match[1].removeprefix(f"{farm.name}-")
                 yield Leftover(
-                    kind="seed", ref=str(path), owner=Owner(farm, match[1].removeprefix(f"{farm}-")),
+                    kind="seed", ref=str(path), owner=Owner(farm, vm),
                     created=datetime.fromtimestamp(seen.st_mtime, UTC), bytes=seen.st_size,
                     why="its VM doesn't exist",
                 )  # fmt: skip

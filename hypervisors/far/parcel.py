@@ -14,6 +14,7 @@ _FILES = (
     "host/*.py",
     "hypervisors/__init__.py",
     "hypervisors/api.py",
+    "hypervisors/ownership.py",
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
     "hypervisors/disks/zfs/*.lua",
 )

@@ -20,6 +20,7 @@ from host.progress import Pulse
 from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
+from hypervisors.ownership import FarmIdentity
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
@@ -27,9 +28,9 @@ _LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
 _VALUES = {
     kind.__name__: kind
     for kind in (
-        api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
-        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place, StorePlace,
+        FarmIdentity, api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity,
+        api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities,
+        api.Console, Pulse, Place, StorePlace,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
@@ -105,7 +106,11 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
     metadata = ET.SubElement(domain, "metadata")
     mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
     mark.attrib.update(
-        name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
+        name=spec.name,
+        farm=spec.owner.farm.mark,
+        vm=spec.owner.vm,
+        spec=spec_hash(spec),
+        template=template,
     )
     text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
@@ -209,7 +214,9 @@ def read_domain(xml: str) -> DomainDefinition:
     return DomainDefinition(
         kind=domain.get("type", ""),
         uuid=domain.findtext("uuid", ""),
-        owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
+        owner=Owner(FarmIdentity.of(mark.get("farm", "")), mark.get("vm", ""))
+        if mark is not None
+        else None,
         spec_hash=mark.get("spec", "") if mark is not None else "",
         template=mark.get("template", "") if mark is not None else "",
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB

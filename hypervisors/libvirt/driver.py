@@ -36,6 +36,7 @@ from hypervisors.api import (
     disk_with_data,
     no_step,
     no_warm,
+    not_ours,
 )
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
@@ -48,7 +49,8 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
-from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NotFound, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -66,7 +68,7 @@ class LibvirtHypervisor:
     def __init__(
         self,
         uri: str | Callable[[], str],
-        farm: str,
+        farm: FarmIdentity,
         disks: Disks,
         runner: Runner,
         *,
@@ -130,10 +132,7 @@ class LibvirtHypervisor:
             if existing := self._look_up(spec.name):
                 owner = read_domain(existing.XMLDesc(0)).owner
                 if owner is None or owner.farm != self._farm:
-                    raise NotOurs(
-                        f"{spec.name} exists and is not of farm {self._farm}",
-                        remedy="give the farm or the VM another name",
-                    )
+                    raise not_ours(spec.name, owner, self._farm)
                 raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
             disk = self._disk_for(spec, template)
             try:
@@ -378,13 +377,12 @@ class LibvirtHypervisor:
     def _check(self, domain: libvirt.virDomain, name: str) -> DomainDefinition:
         seen = read_domain(domain.XMLDesc(0))
         if seen.owner is None or seen.owner.farm != self._farm:
-            whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
-            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+            raise not_ours(name, seen.owner, self._farm)
         return seen
 
     def _check_disk(self, disk: Disk) -> None:
         if disk.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
+            raise not_ours(f"the disk of {disk.machine}", disk.owner, self._farm)
 
     def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
         """A new disk, or the untouched one that a killed ``define`` left."""

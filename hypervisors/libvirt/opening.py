@@ -14,6 +14,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
+from hypervisors.ownership import FarmIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Place:
     guests: Literal["pv", "pvh"] = "pv"
 
     @property
-    def farm(self) -> str:
+    def farm(self) -> FarmIdentity:
         return self.disks.farm
 
 

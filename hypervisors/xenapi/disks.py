@@ -38,6 +38,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     no_step,
+    not_ours,
 )
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.leftovers import XenApiLeftovers
@@ -61,7 +62,6 @@ from inventory.errors import (
     FarmhandError,
     NoSpace,
     NotFound,
-    NotOurs,
     Remedy,
     Unsupported,
     UsageError,
@@ -156,7 +156,7 @@ class XenApiDisks:
             vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
             found = []
             for vm in vms:
-                if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
+                if vm.kind != "machine" or not vm.belongs(self._farm) or vm.disk is None:
                     continue
                 vdi = self.pool.disk_among(vm, vdis.values())
                 if vdi is not None:
@@ -208,7 +208,7 @@ class XenApiDisks:
         if vm is None:
             return
         if vm.owner is None or vm.owner.farm != self._farm:
-            raise NotOurs(f"{machine} exists on the server and is not of farm {self._farm}")
+            raise not_ours(machine, vm.owner, self._farm)
         raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
 
     @contextlib.contextmanager
@@ -231,7 +231,7 @@ class XenApiDisks:
             try:
                 vdi = self._sized(vdi, size)
                 yield vm, vdi, {
-                    "farm": owner.farm, "vm": owner.vm, "kind": "machine",
+                    "farm": owner.farm.mark, "vm": owner.vm, "kind": "machine",
                     "disk": f"{vdi.uuid} {vdi.ref}", "size": str(vdi.size),
                     "template": template.label, "base": "clean",
                     "source": template.ref, "created": datetime.now(UTC).isoformat(),
@@ -319,7 +319,7 @@ class XenApiDisks:
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = XenApiVm(ref, record)
         marks = {
-            "farm": owner.farm, "vm": owner.vm, "kind": "checkpoint",
+            "farm": owner.farm.mark, "vm": owner.vm, "kind": "checkpoint",
             "checkpoint": name, "created": datetime.now(UTC).isoformat(),
         }  # fmt: skip
         config = snapshot.other_config(marks)
@@ -466,8 +466,7 @@ class XenApiDisks:
         if vm is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if vm.owner is None or vm.owner.farm != self._farm:
-            whose = f"of farm {vm.owner.farm}" if vm.owner else "not farmhand's"
-            raise NotOurs(f"{machine} is {whose}: left alone")
+            raise not_ours(machine, vm.owner, self._farm)
         return self.pool.seen(vm)
 
     # -- removing ---------------------------------------------------------------------------------
@@ -515,7 +514,7 @@ def _from_lists(vm: XenApiVm, vdi: Vdi, vms: Sequence[XenApiVm]) -> PoolMachine:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref
-        and s.marks["farm"] == vm.marks["farm"]
+        and vm.owner and s.belongs(vm.owner.farm)
     ]  # fmt: skip
     ours.sort(key=lambda s: checkpoint_of(s).created)
     return PoolMachine(vm, vdi, tuple(ours), (), {}, None, "")

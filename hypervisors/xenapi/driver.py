@@ -27,6 +27,7 @@ from hypervisors.api import (
     Template,
     disk_with_data,
     no_step,
+    not_ours,
     spec_hash,
 )
 from hypervisors.libvirt.balloon import Approach
@@ -42,7 +43,6 @@ from inventory.errors import (
     Conflict,
     FarmhandError,
     NotFound,
-    NotOurs,
     TimedOut,
     Unsupported,
     UsageError,
@@ -115,7 +115,7 @@ class XenApiHypervisor:
         with translated("list the machines"):
             found = [
                 vm for vm in self._pool.all_vms()
-                if vm.kind == "machine" and vm.marks["farm"] == self._farm and vm.marks.get("spec")
+                if vm.kind == "machine" and vm.belongs(self._farm) and vm.marks.get("spec")
             ]  # fmt: skip
             running = any(_is_on(vm) for vm in found)
             metrics = self._pool.call("VM_metrics.get_all_records") if running else {}
@@ -288,7 +288,7 @@ class XenApiHypervisor:
         if vm.marks.get("seedsum") == digest and any(vdi != NULL for vdi in before.values()):
             return {"seed": path, "seedsum": digest}
         size = -(-file.stat().st_size // 2**20) * 2**20
-        marks = {"farm": self._farm, "vm": owner.vm, "kind": "seed"}
+        marks = {"farm": self._farm.mark, "vm": owner.vm, "kind": "seed"}
         with temporary_name(owner) as name:
             vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
@@ -296,7 +296,7 @@ class XenApiHypervisor:
                 for ref in before:
                     self._pool.ignoring_gone("VBD.destroy", ref)
                 self._pool.attach(vm.ref, vdi, SEED, read_only=True)
-                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
+                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm.name}-{owner.vm} seed")
             except BaseException:
                 with contextlib.suppress(Exception):  # found later, by its name
                     self._pool.destroy_vdi(vdi)
@@ -508,7 +508,7 @@ class XenApiHypervisor:
         found = list(self._disks.leftovers())
         with translated("look for leftovers"):
             vdis, vms = self._pool.all_vdis().values(), self._pool.all_vms()
-            ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
+            ours = [vm for vm in vms if vm.kind == "machine" and vm.belongs(self._farm)]
         for vm in sorted(ours, key=lambda vm: vm.name):
             lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
             of_it = (s for s in vms if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref)
@@ -552,8 +552,7 @@ class XenApiHypervisor:
 
     def _check(self, vm: XenApiVm, name: str) -> None:
         if vm.owner is None or vm.owner.farm != self._farm:
-            whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
-            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+            raise not_ours(name, vm.owner, self._farm)
 
 
 def _current(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> int:

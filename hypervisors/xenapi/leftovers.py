@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from hypervisors.api import Leftover, Owner, Power, StepFn
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import translated
 from hypervisors.xenapi.pool import Pool, PoolMachine
 from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm
@@ -79,7 +80,7 @@ class XenApiLeftovers:
         self, vm: XenApiVm, vms: Sequence[XenApiVm]
     ) -> Iterator[tuple[str, Owner | None, str]]:
         written = vm.written
-        if written.get("farm") != self._farm:
+        if vm.meant_for != self._farm:
             return
         if vm.kind == "gone":
             yield "file", Owner(self._farm, written["vm"]) if written.get("vm") else None, \
@@ -97,7 +98,7 @@ class XenApiLeftovers:
         config, name = vdi.record["other_config"], str(vdi.record["name_label"])
         if vdi.uuid in self._nameless:
             return "it was being made when its server lost its power, and its name with it"
-        if config.get(PREFIX + "farm") != self._farm or vdi.record["VBDs"]:
+        if FarmIdentity.of(config.get(PREFIX + "farm", "")) != self._farm or vdi.record["VBDs"]:
             return ""
         if is_dead(name):
             return "it was being made"
@@ -127,7 +128,7 @@ class XenApiLeftovers:
         """A disk that some machine's mark names by now is that machine's: it is attached there."""
         named = {}
         for other in vms:
-            if other.kind == "machine" and other.marks["farm"] == self._farm and other.disk:
+            if other.kind == "machine" and other.belongs(self._farm) and other.disk:
                 named[other.disk[1]] = other
         refs = look(self.pool.sessions, [f"vbd/{v}" for v in vm.record["VBDs"]]).records \
             if vm.record["VBDs"] else {}  # fmt: skip

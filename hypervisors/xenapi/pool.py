@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypervisors.api import Power
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, XenApiVm, checkpoint_of
@@ -108,7 +109,7 @@ class Pool:
     def __init__(
         self,
         sessions: Sessions,
-        farm: str,
+        farm: FarmIdentity,
         *,
         sr: str = "",
         copy: bool = False,
@@ -253,7 +254,7 @@ class Pool:
                 found.append(vm)
         best = max(
             found,
-            key=lambda vm: (vm.kind == "machine", bool(vm.owner and vm.owner.farm == self.farm)),
+            key=lambda vm: (vm.kind == "machine", vm.belongs(self.farm)),
             default=None,
         )
         if best is not None and self._is_ours(best):
@@ -265,7 +266,7 @@ class Pool:
         self._refs[name] = ref
 
     def _is_ours(self, vm: XenApiVm) -> bool:
-        return vm.is_machine and vm.kind == "machine" and vm.marks["farm"] == self.farm
+        return vm.is_machine and vm.kind == "machine" and vm.belongs(self.farm)
 
     def seen(self, vm: XenApiVm) -> PoolMachine:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
@@ -278,7 +279,7 @@ class Pool:
         batch = look(self.sessions, wanted)
         records = {ref: record for ref, record in batch.records.items() if record is not None}
         snapshots = [XenApiVm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
-        ours = [s for s in snapshots if s.kind == "checkpoint" and s.marks["farm"] == self.farm_of(vm)]
+        ours = [s for s in snapshots if s.kind == "checkpoint" and vm.owner and s.belongs(vm.owner.farm)]
         return PoolMachine(
             vm=vm,
             vdi=self._disk(vm, records),
@@ -288,10 +289,6 @@ class Pool:
             source=XenApiVm(template, records[template]) if template in records else None,
             token=batch.token,
         )
-
-    @staticmethod
-    def farm_of(vm: XenApiVm) -> str:
-        return vm.marks.get("farm", "")
 
     def _disk(self, vm: XenApiVm, records: Mapping[str, Record]) -> Vdi | None:
         """By the mark's uuid; its reference may have changed, as when storage was moved. Where that one

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hypervisors.api import Capacity, Checkpoint, Owner, Power, Template
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import DriverFailed
 
 PREFIX = "farmhand:"
@@ -83,7 +84,15 @@ class XenApiVm:
     @property
     def owner(self) -> Owner | None:
         marks = self.marks
-        return Owner(marks["farm"], marks.get("vm", "")) if "farm" in marks else None
+        return Owner(FarmIdentity.of(marks["farm"]), marks.get("vm", "")) if "farm" in marks else None
+
+    def belongs(self, farm: FarmIdentity) -> bool:
+        return self.owner is not None and self.owner.farm == farm
+
+    @property
+    def meant_for(self) -> FarmIdentity:
+        """By our marks, also inherited ones: what is being made has its source's."""
+        return FarmIdentity.of(self.written.get("farm", ""))
 
     @property
     def disk(self) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from host.processes import started
 from hypervisors.api import Owner
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.records import NEW
 
 _ELSEWHERE = 6 * 3600.0
@@ -32,9 +33,12 @@ _guard = threading.Lock()
 @contextlib.contextmanager
 def temporary_name(owner: Owner) -> Iterator[str]:
     """A new name, of something alive within the context."""
-    pid = os.getpid()
+    pid, farm = (
+        os.getpid(),
+        FarmIdentity(owner.farm.name, owner.farm.id),
+    )  # not its file: names are short
     maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"
-    name = f"{NEW}{owner.farm}/{owner.vm} {maker}"
+    name = f"{NEW}{farm.mark}/{owner.vm} {maker}"
     with _guard:
         _active.add(name)
     try:
@@ -47,7 +51,7 @@ def temporary_name(owner: Owner) -> Iterator[str]:
 def made_for(name: str) -> Owner | None:
     """For whom it was meant to be; None for names that aren't ours."""
     match = _NAME.fullmatch(name)
-    return Owner(match["farm"], match["vm"]) if match else None
+    return Owner(FarmIdentity.of(match["farm"]), match["vm"]) if match else None
 
 
 def is_dead(name: str) -> bool:

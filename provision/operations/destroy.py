@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from host.files import remove
+from hypervisors.api import not_ours
 from inventory.errors import (
     Busy,
     FarmhandError,
@@ -170,11 +171,9 @@ def _unmake(site: Site, vm: str) -> None:
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
         if machine is not None:
-            if machine.owner is None or machine.owner.farm != site.farm.farm:
-                raise NotOurs(
-                    f"{site.name}: the machine {name} on host {host} is without our mark: not touched",
-                    remedy="remove or rename it yourself",
-                )
+            if machine.owner is None or machine.owner.farm != site.identity:
+                what = f"{site.name}: machine {name} on host {host}"
+                raise not_ours(what, machine.owner, site.identity)
             driver.destroy(name)
         store = site.disks(host)
         if store.find(name) is not None or left_of(store, name):

@@ -144,7 +144,7 @@ class _Removing:
             kind=what.kind,
             ref=what.ref,
             owner=what.owner.vm if what.owner else None,
-            farm=what.owner.farm if what.owner else None,
+            farm=what.owner.farm.name if what.owner else None,
             created=what.created.replace(microsecond=0),
             age=round((self._now - what.created).total_seconds(), 1),
             bytes=what.bytes,

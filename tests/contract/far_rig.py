@@ -17,6 +17,7 @@ from hypervisors.far.address import Far, far
 from hypervisors.far.drivers import FarHypervisor, far_disks
 from hypervisors.far.link import Link
 from hypervisors.libvirt.opening import Place
+from hypervisors.ownership import FarmIdentity
 from tests.unit.sshd_machine import Sshd, make_key
 
 MAIN = "hypervisors.far.main.main()"
@@ -77,7 +78,7 @@ class FarMachine:
         return f"{driver}+ssh://127.0.0.1:{self.sshd.port}/system?{query}"
 
     def link(
-        self, farm: str, uri: str = "", *, spoil: str = "", plan: bool = False, **place: object
+        self, farm: FarmIdentity, uri: str = "", *, spoil: str = "", plan: bool = False, **place: object
     ) -> Link:
         """A connection of its own. ``spoil``: Python that is run over there first."""
         there = far(uri or self.uri())
@@ -96,10 +97,10 @@ class FarMachine:
             self._shared[key] = self.link(*arguments, **options)
         return self._shared[key]
 
-    def disks(self, farm: str, step: StepFn = no_step, **options: object) -> Disks:
+    def disks(self, farm: FarmIdentity, step: StepFn = no_step, **options: object) -> Disks:
         return far_disks(self.shared(farm, **options), step)
 
-    def hypervisor(self, farm: str, step: StepFn = no_step, **options: object) -> FarHypervisor:
+    def hypervisor(self, farm: FarmIdentity, step: StepFn = no_step, **options: object) -> FarHypervisor:
         numbers = itertools.count()
         return FarHypervisor(
             self.shared(farm, **options), tuple,

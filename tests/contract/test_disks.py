@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rigs import FARM, SIZE, sealed, template
+from rigs import SIZE, sealed, template
 
 from hypervisors.api import FarmDisks, Owner
 from inventory.errors import (
@@ -17,8 +17,9 @@ from inventory.errors import (
     UsageError,
     WrongState,
 )
+from tests.identities import KATA, identity
 
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
 
 
 class Killed(BaseException):
@@ -147,7 +148,7 @@ def test_a_template_in_use_stays(made):
 
 
 def test_another_farms_disk_is_left_alone(store, made):
-    other = store.disks("other")
+    other = store.disks(identity("other"))
     assert list(other.list()) == []
     assert other.find("kata-prod").owner == PROD
     for change in (
@@ -171,7 +172,7 @@ def test_destroy_takes_all_and_may_be_called_again(made):
 def test_ten_clones_at_once(made):
     sealed = made.templates()[0]
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(FARM, str(n)), SIZE), range(10)))
+        list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(KATA, str(n)), SIZE), range(10)))
     assert len(made.list()) == 11
     assert list(made.leftovers()) == []
 
@@ -196,7 +197,7 @@ def test_abandoned_at_a_step_it_can_be_done_again(store, made, what):
             case "seal":
                 disks.seal(image, template(2))
             case "clone":
-                disks.clone(made.templates()[0], "kata-new", Owner(FARM, "new"), SIZE)
+                disks.clone(made.templates()[0], "kata-new", Owner(KATA, "new"), SIZE)
             case "checkpoint":
                 disks.checkpoint("kata-prod", "two")
             case "restore":
@@ -233,7 +234,7 @@ BOTH = ["kata-prod", "kata-dev2"]
 def both(store, made):
     """Two machines with a checkpoint "one" of content A; prod now holds B, dev2 C."""
     assert isinstance(made, FarmDisks)
-    made.clone(made.templates()[0], "kata-dev2", Owner(FARM, "dev2"), SIZE)
+    made.clone(made.templates()[0], "kata-dev2", Owner(KATA, "dev2"), SIZE)
     for machine in BOTH:
         store.write(machine, "A")
     made.checkpoint_all(BOTH, "one")
@@ -267,7 +268,7 @@ def test_what_one_cannot_none_does(store, both):
     with pytest.raises(NotFound):
         both.restore_all(["kata-prod", "kata-nobody"], "clean")
     with pytest.raises(NotOurs):
-        store.disks("other").restore_all(BOTH, "clean")
+        store.disks(identity("other")).restore_all(BOTH, "clean")
     assert contents(store) == ["B", "C"]
     assert [c.name for c in both.find("kata-prod").checkpoints] == ["clean", "one"]
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 from machine_rigs import WITH_PORTS
-from rigs import FARM, MIB, SIZE
+from rigs import MIB, SIZE
 
 from hypervisors.api import Owner, Power, spec_hash
 from inventory.errors import Conflict, NotFound, NotOurs, Unsupported, UsageError, WrongState
+from tests.identities import KATA, identity
 
 NAME = "kata-prod"
 
@@ -30,7 +31,7 @@ def made(rig):
 def test_a_defined_machine_is_complete_and_stopped(rig, made):
     machine = made.find(NAME)
     spec = rig.spec("prod", stamp="A")
-    assert machine.owner == Owner(FARM, "prod")
+    assert machine.owner == Owner(KATA, "prod")
     assert machine.power is Power.STOPPED
     assert (machine.memory, machine.current, machine.vcpus) == (192 * MIB, 192 * MIB, 1)
     assert (machine.mac, machine.template) == (spec.nic.mac, rig.template.label)
@@ -58,7 +59,7 @@ def test_a_define_that_fails_leaves_nothing(rig):
 
 
 def test_a_killed_define_is_taken_up(rig):
-    rig.disks().clone(rig.template, NAME, Owner(FARM, "prod"), SIZE)
+    rig.disks().clone(rig.template, NAME, Owner(KATA, "prod"), SIZE)
     (leftover,) = rig.hypervisor().leftovers()
     assert (leftover.kind, leftover.ref) == ("disk", NAME)
     rig.hypervisor().define(rig.spec("prod"), rig.template)
@@ -66,7 +67,7 @@ def test_a_killed_define_is_taken_up(rig):
 
 
 def test_leftovers_are_discarded(rig, made):
-    rig.disks().clone(rig.template, "kata-disk", Owner(FARM, "disk"), SIZE)
+    rig.disks().clone(rig.template, "kata-disk", Owner(KATA, "disk"), SIZE)
     rig.disks().destroy(NAME)
     found = list(made.leftovers())
     assert [(x.kind, x.ref) for x in found] == [("domain", NAME), ("disk", "kata-disk")]
@@ -101,9 +102,9 @@ def test_a_foreign_machine_of_a_look_alike_name_is_left_alone(rig, made):
 
 
 def test_another_farms_machine_is_left_alone(rig, made):
-    other = rig.hypervisor("other")
+    other = rig.hypervisor(identity("other"))
     assert list(other.list()) == []
-    assert other.find(NAME).owner == Owner(FARM, "prod")
+    assert other.find(NAME).owner == Owner(KATA, "prod")
     for change in (
         lambda: other.start(NAME),
         lambda: other.reset(NAME, "clean"),

@@ -86,7 +86,7 @@ class Town:
             connection.defineXML(text.replace("<name>kata-prod<", "<name>kata-prod-clone<"))
             other = text.replace("<name>kata-prod<", "<name>kata-2-prod<")
             other = other.replace('name="kata-prod"', 'name="kata-2-prod"')
-            connection.defineXML(other.replace('farm="kata"', 'farm="kata-2"'))
+            connection.defineXML(other.replace('farm="kata:', 'farm="kata-2:'))
             connection.defineXML(
                 "<domain type='qemu'><name>kata-by-hand</name><memory>65536</memory>"
                 "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import xenapi_rig
-from rigs import FARM, MIB, SIZE, template
+from rigs import MIB, SIZE, template
 
 from hypervisors.api import Owner, Power
 from hypervisors.xenapi.driver import XenApiHypervisor
@@ -33,10 +33,11 @@ from inventory.errors import (
     UsageError,
     calls_in,
 )
+from tests.identities import KATA
 
 ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
 
 
 rig, server, kept = xenapi_rig.machines, xenapi_rig.its_server, xenapi_rig.kept  # fixtures
@@ -154,7 +155,7 @@ def test_a_switch_that_lands_late_loses_nothing(rig, server, made):
 def test_callers_wait_for_each_other(rig, server, made):
     server.tell(knobs={"slow": 0.2, "back_off": 0.3})
     with ThreadPoolExecutor(3) as pool:
-        owners = [Owner(FARM, f"n{n}") for n in range(3)]
+        owners = [Owner(KATA, f"n{n}") for n in range(3)]
         disks = rig.disks()
         list(pool.map(lambda o: disks.clone(rig.template, f"kata-{o.vm}", o, SIZE), owners))
     assert len(disks.list()) == 4
@@ -201,7 +202,7 @@ def test_a_full_copy_is_a_task_with_progress(rig, server):
     pool = rig.pool(copy=True, progress=lambda what, part: told.append((what, part)))
     disks = type(rig.disks())(pool, rig.disks()._runner)
     server.log()
-    disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+    disks.clone(rig.template, "kata-full", Owner(KATA, "full"), SIZE)
     log = server.log()
     assert "VM.copy" in log and "task.destroy" in log and "VM.clone" not in log
     assert told[-1] == ("VM.copy", 1.0)
@@ -212,7 +213,7 @@ def test_a_task_that_fails(rig, server):
     disks = type(rig.disks())(rig.pool(copy=True), rig.disks()._runner)
     server.fail("VM.copy", ["error", "SR_FULL", "10", "5"])
     with pytest.raises(NoSpace):
-        disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+        disks.clone(rig.template, "kata-full", Owner(KATA, "full"), SIZE)
     assert disks.find("kata-full") is None and list(disks.leftovers()) == []
 
 
@@ -281,7 +282,7 @@ def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
         case "define":
             hypervisor.define(rig.spec("dev2"), rig.template)
         case "clone":
-            disks.clone(rig.template, "kata-dev2", Owner(FARM, "dev2"), SIZE)
+            disks.clone(rig.template, "kata-dev2", Owner(KATA, "dev2"), SIZE)
         case "start":
             hypervisor.start(NAME)
         case "checkpoint":
@@ -528,7 +529,7 @@ def _old_or_new(rig, operation: str, context: str) -> None:
         assert hypervisor.find(NAME) is None or operation == "destroy the disk", context
         return
     for sealed in disks.templates() if operation in ("seal", "remove the template") else ():
-        disks.clone(sealed, f"kata-{sealed.generation}", Owner(FARM, str(sealed.generation)), SIZE)
+        disks.clone(sealed, f"kata-{sealed.generation}", Owner(KATA, str(sealed.generation)), SIZE)
         assert rig.read(f"kata-{sealed.generation}") == "\0U"[sealed.generation - 1], context
     for name, letter in (("one", "A"), ("two", "B")):
         if name == "one" or operation == "checkpoint":

@@ -49,8 +49,9 @@ from inventory.errors import (
     UsageError,
 )  # fmt: skip
 from tests.contract.far_rig import FarMachine
+from tests.identities import KATA, identity
 
-OWNER = Owner("kata", "prod")
+OWNER = Owner(KATA, "prod")
 SIZE = 16 * 2**20
 
 
@@ -145,7 +146,7 @@ def test_this_machine_is_not_far(uri: str) -> None:
 
 def test_a_store_offers_there_what_it_offers_here() -> None:
     def offers(store: str) -> set[str]:
-        place = Place(disks=StorePlace(farm="kata", store=store), driver="xen", uri="xen:///system")
+        place = Place(disks=StorePlace(farm=KATA, store=store), driver="xen", uri="xen:///system")
         made = far_disks(Link("x", tuple, place, Callbacks()), lambda _: None)
         assert isinstance(made, FarDisks)
         more = (FarmDisks, DeviceDisks, WatchedDisks, MergingDisks)
@@ -158,7 +159,7 @@ def test_a_store_offers_there_what_it_offers_here() -> None:
 
 def test_a_disk_is_made_there(machine: FarMachine, tmp_path: Path) -> None:
     steps: list[str] = []
-    disks = machine.disks("kata", steps.append)
+    disks = machine.disks(KATA, steps.append)
     sent = image(tmp_path)
     sealed = disks.seal(sent, template())
     assert not sent.exists()
@@ -181,43 +182,43 @@ def test_what_zfs_runs_comes_over_too(machine: FarMachine) -> None:
         """echo '{"return": {"space": {"used": 1, "available": 2}}}'\n"""
     )
     zfs.chmod(0o755)
-    disks = machine.disks("kata", store="zfs", pool="tank")
+    disks = machine.disks(KATA, store="zfs", pool="tank")
     assert disks.capacity() == Capacity(3, 2)
     given, ours = machine.place / "given", Path(inspect.getfile(ZfsDisks)).with_name("store.lua")
     assert given.read_bytes() == ours.read_bytes()
 
 
 def test_a_step_that_raises_abandons_the_change(machine: FarMachine, tmp_path: Path) -> None:
-    sealed = machine.disks("kata").seal(image(tmp_path), template())
+    sealed = machine.disks(KATA).seal(image(tmp_path), template())
 
     def stop(text: str) -> None:
         raise Interrupted(text)
 
-    disks = machine.disks("kata", stop)
+    disks = machine.disks(KATA, stop)
     with pytest.raises(Interrupted):
         disks.clone(sealed, "kata-prod", OWNER, SIZE)
     assert disks.find("kata-prod") is None and not disks.leftovers()
 
 
 def test_a_change_waits_until_its_step_was_noted(machine: FarMachine, tmp_path: Path) -> None:
-    sealed = machine.disks("kata").seal(image(tmp_path), template())
-    other = machine.disks("kata")
+    sealed = machine.disks(KATA).seal(image(tmp_path), template())
+    other = machine.disks(KATA)
 
     def look(_: str) -> None:
         time.sleep(0.2)
         seen.append(other.find("kata-prod"))
 
     seen: list[Disk | None] = []
-    machine.disks("kata", look).clone(sealed, "kata-prod", OWNER, SIZE)
+    machine.disks(KATA, look).clone(sealed, "kata-prod", OWNER, SIZE)
     assert seen[0] is None and other.find("kata-prod")
 
 
 def test_a_plan_changes_nothing_there(machine: FarMachine, tmp_path: Path) -> None:
-    sealed = machine.disks("kata").seal(image(tmp_path), template())
-    machine.disks("kata").clone(sealed, "kata-prod", OWNER, SIZE)
-    planning = machine.link("kata", plan=True)
+    sealed = machine.disks(KATA).seal(image(tmp_path), template())
+    machine.disks(KATA).clone(sealed, "kata-prod", OWNER, SIZE)
+    planning = machine.link(KATA, plan=True)
     assert planning.call("disks", "find", "kata-prod")
-    fresh = machine.link("other", plan=True)
+    fresh = machine.link(identity("other"), plan=True)
     assert fresh.call("disks", "list") == ()
     assert not (machine.state / "farms" / "other").exists()
 
@@ -225,7 +226,7 @@ def test_a_plan_changes_nothing_there(machine: FarMachine, tmp_path: Path) -> No
 def test_a_lost_connection_is_an_error_and_the_next_call_makes_another(
     machine: FarMachine, tmp_path: Path
 ) -> None:
-    sealed = machine.disks("kata").seal(image(tmp_path), template())
+    sealed = machine.disks(KATA).seal(image(tmp_path), template())
     cut = threading.Event()
 
     def lose(_: str) -> None:
@@ -234,7 +235,7 @@ def test_a_lost_connection_is_an_error_and_the_next_call_makes_another(
             machine.sshd.cut()
             time.sleep(1)
 
-    disks = machine.disks("kata", lose)
+    disks = machine.disks(KATA, lose)
     with pytest.raises(DriverFailed, match=r"connection to 127\.0\.0\.1 was lost") as lost:
         disks.clone(sealed, "kata-prod", OWNER, SIZE)
     assert "run the command again" in lost.value.remedy
@@ -242,11 +243,11 @@ def test_a_lost_connection_is_an_error_and_the_next_call_makes_another(
 
 
 def test_many_calls_at_once(machine: FarMachine, tmp_path: Path) -> None:
-    disks = machine.disks("kata")
+    disks = machine.disks(KATA)
     sealed = disks.seal(image(tmp_path), template())
     names = [f"kata-vm{n}" for n in range(12)]
     threads = [
-        threading.Thread(target=disks.clone, args=(sealed, name, Owner("kata", name[5:]), SIZE))
+        threading.Thread(target=disks.clone, args=(sealed, name, Owner(KATA, name[5:]), SIZE))
         for name in names
     ]
     for thread in threads:
@@ -257,7 +258,7 @@ def test_many_calls_at_once(machine: FarMachine, tmp_path: Path) -> None:
 
 
 def test_an_agent_ends_with_its_asker(machine: FarMachine, tmp_path: Path) -> None:
-    link = machine.link("kata")
+    link = machine.link(KATA)
     assert link.call("disks", "list") == ()
     [presence] = (machine.place / "run").rglob("far-*")
     pid = int(presence.name.removeprefix("far-"))
@@ -266,26 +267,26 @@ def test_an_agent_ends_with_its_asker(machine: FarMachine, tmp_path: Path) -> No
     while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < limit:
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}/stat").exists()
-    assert machine.link("kata").call("disks", "list") == ()
+    assert machine.link(KATA).call("disks", "list") == ()
     assert len(list((machine.place / "run").rglob("far-*"))) == 1, "the dead one's is swept"
 
 
 def test_an_agent_waits_for_one_that_does_not_know_yet_that_it_is_alone(machine: FarMachine) -> None:
     """A dead network: nobody tells the other end."""
-    alone = machine.link("kata", spoil="import hypervisors.far.agent as a; a.SILENCE = 4.0")
+    alone = machine.link(KATA, spoil="import hypervisors.far.agent as a; a.SILENCE = 4.0")
     alone.call("disks", "list")
     ssh = alone._line._process
     ssh.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
-        machine.link("kata").call("disks", "list")
+        machine.link(KATA).call("disks", "list")
         assert time.monotonic() - began > 2, "it waited until the other had ended"
     finally:
         ssh.send_signal(signal.SIGCONT)
 
 
 def test_two_askers_do_not_wait_for_each_other(machine: FarMachine) -> None:
-    first, second = machine.link("kata"), machine.link("kata")
+    first, second = machine.link(KATA), machine.link(KATA)
     for link in (first, second, first):
         assert link.call("disks", "list") == ()
 
@@ -296,7 +297,7 @@ def test_a_file_that_does_not_fit_is_an_error_and_goes(machine: FarMachine, tmp_
         "def add(self, path, data): self._failed[path] = OSError(errno.ENOSPC, 'No space left')\n"
         "a.IncomingFiles.add = add"
     )
-    disks = machine.disks("kata", spoil=full)
+    disks = machine.disks(KATA, spoil=full)
     sent = image(tmp_path)
     with pytest.raises(DriverFailed, match="No space left"):
         disks.seal(sent, template())
@@ -309,7 +310,7 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
         nobody.bind(("127.0.0.1", 0))
         uri = f"xen+ssh://127.0.0.1:{nobody.getsockname()[1]}/system"
         there = far(uri)
-        place = Place(disks=StorePlace(farm="kata"), driver="xen", uri=there.uri)
+        place = Place(disks=StorePlace(farm=KATA), driver="xen", uri=there.uri)
         with pytest.raises(DriverFailed, match="Connection refused"):
             Link(there.name, there.argv, place, Callbacks()).call("disks", "list")
 
@@ -324,7 +325,7 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
 )
 def test_a_machine_that_can_not_run_it_says_why(machine: FarMachine, spoil: str, text: str) -> None:
     with pytest.raises(DriverFailed, match=r"no farmhand agent on 127\.0\.0\.1") as failed:
-        machine.link("kata", spoil=spoil).call("disks", "list")
+        machine.link(KATA, spoil=spoil).call("disks", "list")
     assert text in str(failed.value)
     assert "python3" in failed.value.remedy
 
@@ -336,17 +337,17 @@ def test_an_error_of_the_system_is_told_whole(machine: FarMachine) -> None:
         "q.Qcow2Disks.list = list"
     )
     with pytest.raises(DriverFailed, match="Input/output error") as failed:
-        machine.disks("kata", spoil=broken).list()
+        machine.disks(KATA, spoil=broken).list()
     assert "Traceback" in failed.value.detail
 
 
 def test_nothing_of_ours_stays_on_its_disk(machine: FarMachine) -> None:
-    machine.link("kata").call("disks", "list")
+    machine.link(KATA).call("disks", "list")
     assert not machine.state.exists()
 
 
 def test_askers_that_begin_together_do_not_wait_for_each_other(machine: FarMachine) -> None:
-    links = [machine.link("kata") for _ in range(6)]
+    links = [machine.link(KATA) for _ in range(6)]
     answers: list[object] = []
     threads = [
         threading.Thread(target=lambda link=link: answers.append(link.call("disks", "list")))
@@ -365,7 +366,7 @@ def test_ctrl_c_waits_until_the_change_has_ended(machine: FarMachine, tmp_path: 
         "import time, hypervisors.disks.qcow2.disks as q\nreal = q.Qcow2Disks.clone\n"
         "def clone(self, *a):\n time.sleep(3)\n return real(self, *a)\nq.Qcow2Disks.clone = clone"
     )
-    disks = machine.disks("kata", spoil=slow)
+    disks = machine.disks(KATA, spoil=slow)
     sealed = disks.seal(image(tmp_path), template())
     disks.list()
     timer = threading.Timer(1, signal.raise_signal, (signal.SIGINT,))
@@ -378,7 +379,7 @@ def test_ctrl_c_waits_until_the_change_has_ended(machine: FarMachine, tmp_path: 
 def test_its_kvm_is_trusted_there(machine: FarMachine, tmp_path: Path) -> None:
     """Notes are that machine's own; its agent looks at them anew once it is distrusted."""
     here = KvmTrust(tmp_path / "here")
-    first, second = machine.hypervisor("kata"), machine.hypervisor("kata")
+    first, second = machine.hypervisor(KATA), machine.hypervisor(KATA)
     assert not first.kvm_trust().proven()
     first.kvm_trust().prove()
     assert second.kvm_trust().proven() and not here.proven()

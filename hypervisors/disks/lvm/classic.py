@@ -36,8 +36,9 @@ from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, War
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
-from hypervisors.disks.lvm.state import HeldLock, LvmState, kept
+from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept
 from hypervisors.disks.stores import StorePlace
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
 
@@ -53,7 +54,7 @@ class LvmClassicDisks(LvmStore):
     def __init__(
         self,
         vg: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         links: Path,
@@ -106,7 +107,7 @@ class LvmClassicDisks(LvmStore):
             if _lost(v)
             else f"snapshot {v.name} of {v.facts.get('machine')}: {v.data:.0f} % full ({does})"
             for v in seen.kind("disk")
-            if v.snapshot and v.facts.get("farm") == self._farm and (_lost(v) or v.data >= WARN_AT)
+            if v.snapshot and farm_of(v) == self._farm and (_lost(v) or v.data >= WARN_AT)
         )
 
     def merge(self, machine: str) -> None:

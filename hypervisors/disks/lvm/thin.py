@@ -29,6 +29,7 @@ from hypervisors.disks.lvm.copy import empty_from, same_content
 from hypervisors.disks.lvm.disks import LvmStore
 from hypervisors.disks.lvm.state import HeldLock, LvmState
 from hypervisors.disks.stores import StorePlace
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, CommandFailed, DriverFailed, NoSpace, NotFound, UsageError
 from inventory.sizes import format_size
 
@@ -44,7 +45,7 @@ class LvmThinDisks(LvmStore):
         self,
         vg: str,
         pool: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         links: Path,

@@ -19,6 +19,7 @@ from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
 from hypervisors.disks.lvm.command import LogicalVolume, Lvm, users_of
 from hypervisors.disks.lvm.state import HeldLock, LvmState
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, FarmhandError, NotFound, UsageError, WrongState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -31,7 +32,7 @@ class LvmVolumes:
     def __init__(
         self,
         vg: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         links: Path,

@@ -63,6 +63,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     no_step,
+    not_ours,
     too_small,
 )
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
@@ -84,6 +85,7 @@ from hypervisors.disks.qcow2.store import (
     write_template,
 )
 from hypervisors.disks.stores import StorePlace
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import (
     Call,
     Conflict,
@@ -107,7 +109,7 @@ class Qcow2Disks:
     def __init__(
         self,
         root: Path,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         step: StepFn = no_step,
@@ -395,7 +397,7 @@ class Qcow2Disks:
 
     def _check_farm(self, mark: Mark) -> None:
         if mark.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {mark.machine} belongs to farm {mark.owner.farm}")
+            raise not_ours(f"the disk of {mark.machine}", mark.owner, self._farm)
 
     def _ours(self, machine: str) -> tuple[Mark, Disk]:
         mark = self._mark_of(machine)

@@ -9,6 +9,7 @@ from host.file_lock import FileLock
 from host.files import blocks, changed, matching
 from hypervisors.api import Leftover, Owner
 from hypervisors.disks.qcow2.store import NEW, Mark, describe, read_mark, read_template
+from hypervisors.ownership import FarmIdentity
 
 CHECKPOINT = "checkpoint-"
 GONE = "gone.qcow2"
@@ -36,7 +37,7 @@ def kept_alone(home: Path) -> bool:
     return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
 
 
-def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
+def find_leftovers(root: Path, farm: FarmIdentity, *, at: Path | None = None) -> list[Leftover]:
     """That farm's, and those of whoever died before it could mark them. ``at``: of VMs' directories that
     one only, or the one it lies in."""
     homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
@@ -67,7 +68,7 @@ def _of_ours(root: Path, path: Path) -> bool:
     return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
 
 
-def _dead_temporaries(root: Path, mine: list[Mark], farm: str) -> Iterator[Leftover]:
+def _dead_temporaries(root: Path, mine: list[Mark], farm: FarmIdentity) -> Iterator[Leftover]:
     places = [root / "templates", root / "vms", *(root / "vms" / mark.machine for mark in mine)]
     for path in (p for place in places for p in matching(place, f"{NEW}*")):
         twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from host.files import write_new
 from hypervisors.api import Owner, Template
+from hypervisors.ownership import FarmIdentity
 
 NEW = ".farmhand-new-"
 
@@ -28,7 +29,7 @@ class Mark:
         return _document(
             {
                 "machine": self.machine,
-                "farm": self.owner.farm,
+                "farm": self.owner.farm.mark,
                 "vm": self.owner.vm,
                 "template": self.template,
                 "size": self.size,
@@ -46,7 +47,7 @@ def read_mark(home: Path, *, moved: bool = False) -> Mark | None:
     try:
         mark = Mark(
             machine=str(seen["machine"]),
-            owner=Owner(str(seen["farm"]), str(seen["vm"])),
+            owner=Owner(FarmIdentity.of(str(seen["farm"])), str(seen["vm"])),
             template=str(seen["template"]),
             size=int(str(seen["size"])),
             created=datetime.fromisoformat(str(seen["created"])),

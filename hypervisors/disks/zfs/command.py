@@ -50,6 +50,7 @@ class Zfs:
     """The commands on one dataset of one pool."""
 
     def __init__(self, runner: Runner, pool: str, root: str, farm: str) -> None:
+        """``farm``: the identity's number."""
         self._runner = runner
         self._pool = pool
         self._root = root

@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote
 
 from host.processes import Process
 from hypervisors.api import CLEAN, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import UsageError
 
 SEALED = "sealed"
@@ -84,7 +85,10 @@ class Dataset:
     def owner(self) -> Owner | None:
         if "farm" not in self.marks:
             return None
-        return Owner(self.marks["farm"], self.marks.get("vm", ""))
+        return Owner(FarmIdentity.of(self.marks["farm"]), self.marks.get("vm", ""))
+
+    def belongs(self, farm: FarmIdentity) -> bool:
+        return self.owner is not None and self.owner.farm == farm
 
     @property
     def base(self) -> str:
@@ -190,7 +194,7 @@ def options(marks: Mapping[str, str]) -> list[str]:
 def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) -> dict[str, str]:
     return {
         "machine": plain(machine),
-        "farm": plain(owner.farm),
+        "farm": owner.farm.mark,
         "vm": plain(owner.vm),
         "template": template,
         "base": base,
@@ -266,7 +270,7 @@ def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoi
     )
 
 
-def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
+def find_leftovers(look: ZfsState, farm: FarmIdentity) -> list[Leftover]:
     """Newest volumes first: they grew from older ones."""
     found = []
     now = datetime.now(UTC)
@@ -281,7 +285,7 @@ def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
                 found.append(_leftover("volume", volume, "killed before it could be marked"))
             continue
         disk = look.disk(volume.stem)
-        if volume.marks.get("farm") != farm or volume is disk:
+        if not volume.belongs(farm) or volume is disk:
             continue
         if volume.state == "new":
             if not made_now(volume):
@@ -289,7 +293,7 @@ def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
         elif disk is not None and not any(volume.checkpoints()):
             found.append(_leftover("volume", volume, "another disk has taken its place"))
     for machine in look.machines():
-        dead = [v for v in look.of(machine) if v.state != "new" and v.marks.get("farm") == farm]
+        dead = [v for v in look.of(machine) if v.state != "new" and v.belongs(farm)]
         if dead and look.disk(machine) is None:
             one = _leftover("disk", dead[-1], "half removed")
             ref = f"{dead[-1].name.rpartition('/')[0]}/{machine}"

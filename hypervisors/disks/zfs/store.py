@@ -15,13 +15,14 @@ from pathlib import Path
 from host.files import blocks, open_node
 from host.processes import Process
 from host.run import Runner
-from hypervisors.api import Disk, StepFn, Template, no_step
+from hypervisors.api import Disk, StepFn, Template, no_step, not_ours
 from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
 from hypervisors.disks.zfs.dataset_kinds import DatasetKind, RawFiles, Zvols
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -39,7 +40,7 @@ class ZfsStore:
         self,
         pool: str,
         dataset: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         step: StepFn = no_step,
@@ -60,7 +61,7 @@ class ZfsStore:
         self._step = step
         reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
-        self._zfs = Zfs(runner, pool, self._root, farm)
+        self._zfs = Zfs(runner, pool, self._root, farm.id)
         self._kind: DatasetKind = (
             RawFiles(reader, self._zfs, runner, files) if files else Zvols(reader, self._zfs)
         )
@@ -182,8 +183,8 @@ class ZfsStore:
 
     def _check_farm(self, look: ZfsState, machine: str) -> None:
         for volume in look.of(machine):
-            if volume.marks.get("farm") != self._farm:
-                raise NotOurs(f"the disk of {machine} belongs to farm {volume.marks.get('farm')}")
+            if not volume.belongs(self._farm):
+                raise not_ours(f"the disk of {machine}", volume.owner, self._farm)
 
     def _need(self, size: int, what: str) -> None:
         if self._room is None or time.monotonic() - self._room[0] > _FRESH:
