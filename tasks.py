@@ -270,6 +270,20 @@ def gc(run: TaskRun) -> TaskResult:
     return views.outcome(run.perform(lambda _: Gc()), nothing="nothing left over")
 
 
+@command(
+    {
+        "vm": "A VM of the other farm; repeatable. Absent: all that it has here.",
+        "of": "The beginning of the other farm's number, where there are several.",
+    },
+    iterable=["vm"],
+)
+def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
+    """Take over VMs of another farm of this name, or this farm's state."""
+    from provision.operations.adopt import Adopt
+
+    return views.outcome(run.perform(lambda _: Adopt(tuple(vm or ()), of), adopting=True))
+
+
 @command()
 def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""

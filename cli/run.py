@@ -78,8 +78,9 @@ class TaskRun:
         here = Path.cwd() / "farm.yaml"
         return here if here.is_file() else ROOT / "inventory" / "default.yaml"
 
-    def site(self, *, plan: bool = False) -> Site:
-        """The farm, opened, with ``plan`` for looking only. A context manager."""
+    def site(self, *, plan: bool = False, adopting: bool = False) -> Site:
+        """The farm, opened, with ``plan`` for looking only, ``adopting`` also where its state is another
+        farm's. A context manager."""
         from provision.engine.requester import Requester
         from provision.site import open_site
 
@@ -88,13 +89,14 @@ class TaskRun:
             reporter=self.screen,
             plan=plan or self.plan,
             requester=Requester.of_process(),
+            adopting=adopting,
         )
 
-    def perform(self, request: Callable[[Site], Operation[R]]) -> Outcome[R]:
+    def perform(self, request: Callable[[Site], Operation[R]], *, adopting: bool = False) -> Outcome[R]:
         """Open the farm, and carry out, or plan, what is asked of it."""
         from provision.engine.runner import perform
 
-        with self.site() as site:
+        with self.site(adopting=adopting) as site:
             return perform(site, request(site))
 
     @property

@@ -138,7 +138,26 @@ class Capacity:
     free: int
 
 
-class Disks(Protocol):
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A machine, or a disk without one, of another farm of our farm's name."""
+
+    machine: str
+    owner: Owner
+
+
+class Adopting(Protocol):
+    """What disk stores and hypervisors have in common: a farm's things can become another's."""
+
+    def others(self) -> Sequence[Foreign]:
+        """What is of other farms that have our farm's name; by a new look, a machine once."""
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """Mark as ours what of that machine is that farm's, disk and checkpoints too; all else stays as
+        it is, and so does what is neither. May be called while the machine runs."""
+
+
+class Disks(Adopting, Protocol):
     """A disk store. One instance serves one farm; ``list`` shows that farm's disks only."""
 
     def seal(self, image: Path, template: Template) -> Template:
@@ -362,7 +381,7 @@ class Console:
     log: Path | None
 
 
-class Hypervisor(Protocol):
+class Hypervisor(Adopting, Protocol):
     """The machines of one host. It is handed its disk store. ``list`` shows this farm's machines
     only."""
 

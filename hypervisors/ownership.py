@@ -40,6 +40,10 @@ class FarmIdentity:
         name, number, controller, file = found.groups()
         return cls(name, number, _line(unquote(file)), _line(unquote(controller)))
 
+    def is_namesake(self, other: FarmIdentity) -> bool:
+        """Whether that is another farm of the same name."""
+        return self.name == other.name and self != other
+
     @property
     def short(self) -> str:
         """Enough of the number to tell it from others."""

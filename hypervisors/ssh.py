@@ -17,6 +17,7 @@ from hypervisors.api import (
     Checkpoint,
     Console,
     Disks,
+    Foreign,
     Hypervisor,
     Leftover,
     Machine,
@@ -101,6 +102,14 @@ class SshHypervisor:
 
     def list(self) -> Sequence[Machine]:
         return [m for m in map(self.find, sorted(self._machines)) if m]
+
+    def others(self) -> Sequence[Foreign]:
+        """None: nobody makes these machines, so nothing is marked on them. Whoever lists one may reset
+        it by his own command, and sees to others himself."""
+        return ()
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """See ``others``."""
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         """Nothing to make: that the farm file lists it is all there is to it."""

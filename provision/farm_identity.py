@@ -41,8 +41,8 @@ class IdentityKeeper:
     """One farm's identity, as one process sees it."""
 
     def __init__(self, farm: Farm, root: Path, *, adopting: bool = False) -> None:
-        """``root``: the farm's state. ``adopting``: take over what is another's, as ``keep`` writes it.
-        Nothing is read yet."""
+        """``root``: the farm's state. ``adopting``: it may be another's, and is only looked at until
+        ``take_over``. Nothing is read yet."""
         self._farm = farm
         self._path = root / "identity.json"
         self._adopting = adopting
@@ -89,12 +89,21 @@ class IdentityKeeper:
         if self._read() is None:
             self._make()
             self._identity = None
-        if not self._adopting:
-            self.check()  # another farm file may have been quicker
+        if self._adopting and self.taken_over():
+            return False
+        self.check()  # another farm file may have been quicker
+        self._write()
+        return before not in (None, self.identity)
+
+    def take_over(self) -> None:
+        """Make it this farm file's, here, whoever's it was."""
+        self._adopting = True
+        self._write()
+
+    def _write(self) -> None:
         wanted = self._note(self.identity)
         if self._read() != wanted:
             write_atomic(self._path, _document(wanted), mode=0o600)
-        return before not in (None, self.identity)
 
     def _make(self) -> None:
         """Of several that begin at once, one's is everybody's."""

@@ -108,8 +108,13 @@ class Member:
         return machine
 
     def disk(self) -> Disk | None:
-        """Its disk; None if there is none, or its host keeps no disks of ours."""
-        return self.store.find(self.machine) if self.has_store else None
+        """Its disk; None if there is none, or its host keeps no disks of ours. NotOurs if another farm's
+        disk has its name."""
+        disk = self.store.find(self.machine) if self.has_store else None
+        if disk is not None and disk.owner.farm != self.site.identity:
+            what = f"{self.site.name}: the disk of {self.machine} on host {self.host}"
+            raise not_ours(what, disk.owner, self.site.identity)
+        return disk
 
     # What it was given
 

@@ -14,6 +14,7 @@ from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
 from provision.member import Member, is_on
 from provision.missing_disk import missing_disk
+from provision.namesakes import told
 from provision.site import Site
 
 _AT_ONCE = 8
@@ -83,6 +84,7 @@ class HostStatus:
     notes: tuple[str, ...] = ()
     free: int | None = None  # bytes of its disk store
     disk_notes: tuple[str, ...] = ()  # what to look at in the store, before it is full
+    others: tuple[Text, ...] = ()  # other farms of the same name that have VMs there
     error: str = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -92,6 +94,7 @@ class HostStatus:
             "notes": list(self.notes),
             "free": self.free,
             "disk_notes": list(self.disk_notes),
+            "others": list(self.others),
             "error": self.error,
         }
 
@@ -157,6 +160,9 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
         driver = site.hypervisor(host, look=True)
         can = driver.capabilities()
         machines = {machine.name: machine for machine in driver.list()}
+        # Where all are there under their names no other farm of the name can have them.
+        missing = not all(member.machine in machines for member in members)
+        others = tuple(told(site, host)) if missing else ()
         notes = _noted(driver) if any(map(is_on, machines.values())) else dict
         disks: dict[str, Disk] = {}
         free = None
@@ -183,7 +189,7 @@ def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
     found = notes()
     rows = [replace(row, note=found.get(row.machine, "")) for row in rows]
     return HostStatus(
-        host=host, driver=can.driver, notes=can.notes, free=free, disk_notes=disk_notes
+        host=host, driver=can.driver, notes=can.notes, free=free, disk_notes=disk_notes, others=others
     ), rows
 
 
@@ -218,10 +224,11 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
     try:
         if machine is None:
             found = site.hypervisor(host, look=True).find(name)
-            if found is not None and found.owner is None:
+            if found is not None and found.owner != member.owner:
+                whose = f"of farm {found.owner.farm}" if found.owner else "without our mark"
                 return VmStatus(
                     vm=vm, machine=name, host=host, state="not ours", holder=holder,
-                    error="a machine without our mark has its name",
+                    error=f"a machine {whose} has its name",
                 )  # fmt: skip
         if machine is not None:
             endpoint = member.endpoint()

@@ -23,6 +23,7 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
@@ -95,6 +96,20 @@ class FakeDisks:
     def list(self) -> Sequence[Disk]:
         with self.store.look() as world:
             return [self._seen(name, disk) for name, disk in world.disks.of(self._farm.id).items()]
+
+    def others(self) -> Sequence[Foreign]:
+        with self.store.look() as world:
+            found = world.disks.all().items()
+            return [
+                Foreign(n, disk.owner) for n, disk in found if disk.owner.farm.is_namesake(self._farm)
+            ]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        with self.store.change() as world:
+            disk = world.disks.get(machine)
+            if disk is not None and disk.owner.farm == whose:
+                self._step(f"mark the disk of {machine} as ours")
+                disk.owner = Owner(self._farm, disk.owner.vm)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         with self.store.change() as world:
@@ -244,6 +259,24 @@ class FakeHypervisor:
     def list(self) -> Sequence[Machine]:
         with self._store.look() as world:
             return [fake.machine for fake in world.machines.of(self._farm.id).values()]
+
+    def others(self) -> Sequence[Foreign]:
+        found = {other.machine: other for other in self._disks.others()}
+        with self._store.look() as world:
+            for name, fake in world.machines.all().items():
+                owner = fake.machine.owner
+                if owner is not None and owner.farm.is_namesake(self._farm):
+                    found[name] = Foreign(name, owner)
+        return [found[name] for name in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._disks.adopt(machine, whose)
+        with self._store.change() as world:
+            fake = world.machines.get(machine)
+            owner = fake.machine.owner if fake else None
+            if fake and owner and owner.farm == whose:
+                self._step(f"mark {machine} as ours")
+                fake.machine = replace(fake.machine, owner=Owner(self._farm, owner.vm))
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)

@@ -20,6 +20,7 @@ from hypervisors.api import (
     Disk,
     Disks,
     FarmDisks,
+    Foreign,
     Leftover,
     LostDisks,
     Machine,
@@ -33,6 +34,7 @@ from hypervisors.api import (
 )
 from hypervisors.disks.stores import store_class
 from hypervisors.far.link import Link
+from hypervisors.ownership import FarmIdentity
 
 
 class FarDisks:
@@ -62,6 +64,13 @@ class FarDisks:
     def list(self) -> Sequence[Disk]:
         found: Sequence[Disk] = self._ask("list")
         return found
+
+    def others(self) -> Sequence[Foreign]:
+        found: Sequence[Foreign] = self._ask("others")
+        return found
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._ask("adopt", machine, whose)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         made: Disk = self._ask("clone", template, machine, owner, size)
@@ -230,6 +239,13 @@ class FarHypervisor:
     def list(self) -> Sequence[Machine]:
         found: Sequence[Machine] = self._ask("list")
         return found
+
+    def others(self) -> Sequence[Foreign]:
+        found: Sequence[Foreign] = self._ask("others")
+        return found
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._ask("adopt", machine, whose)
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         made: Machine = self._ask("define", spec, template)

@@ -29,8 +29,8 @@ _VALUES = {
     kind.__name__: kind
     for kind in (
         FarmIdentity, api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity,
-        api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities,
-        api.Console, Pulse, Place, StorePlace,
+        api.Foreign, api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse,
+        api.Capabilities, api.Console, Pulse, Place, StorePlace,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {

@@ -16,6 +16,7 @@ from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
+MARK_KEY = "farmhand"
 START_URI = "urn:farmhand:start:1"
 START_KEY = "farmhand-start"
 _QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -183,6 +184,18 @@ def with_disk(xml: str, path: Path) -> str:
     assert source is not None, "definitions of ours have a disk"
     source.set("dev" if "dev" in source.attrib else "file", str(path))
     return ET.tostring(domain, encoding="unicode")
+
+
+def mark_of(xml: str, owner: Owner) -> str:
+    """The mark of a definition of ours with another owner: the element, as virDomainSetMetadata wants
+    it."""
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
+    assert mark is not None, "it was read as one with a mark"
+    return ET.tostring(
+        ET.Element("machine", {**mark.attrib, "farm": owner.farm.mark, "vm": owner.vm}),
+        encoding="unicode",
+    )
 
 
 def start_mark(when: datetime) -> str:

@@ -27,10 +27,12 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
     MemoryUse,
+    Owner,
     StepFn,
     Template,
     disk_with_data,
@@ -41,9 +43,12 @@ from hypervisors.api import (
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
+    MARK_KEY,
+    MARK_URI,
     START_KEY,
     START_URI,
     DomainDefinition,
+    mark_of,
     read_domain,
     start_mark,
     with_disk,
@@ -105,6 +110,16 @@ class LibvirtHypervisor:
             machines = [as_machine(domain) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
+
+    def others(self) -> Sequence[Foreign]:
+        with self._translated("list the machines"):
+            domains = self._reading(lambda c: c.listAllDomains(0))
+            machines = [as_machine(domain) for domain in domains]
+        found = {other.machine: other for other in self._disks.others()}
+        for machine in machines:
+            if machine and machine.owner and machine.owner.farm.is_namesake(self._farm):
+                found[machine.name] = Foreign(machine.name, machine.owner)
+        return [found[name] for name in sorted(found)]
 
     def console(self, name: str) -> Console:
         with self._translated(f"look up {name}"):
@@ -172,6 +187,23 @@ class LibvirtHypervisor:
         if disk := self._disks.find(name):
             self._check_disk(disk)
             self._disks.destroy(name)
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        import libvirt
+
+        self._disks.adopt(machine, whose)
+        with self._translated(f"adopt {machine}"):
+            domain = self._look_up(machine)
+            xml = domain.XMLDesc(0) if domain else ""
+            owner = read_domain(xml).owner if xml else None
+            if domain is None or owner is None or owner.farm != whose:
+                return
+            self._step(f"mark {machine} as ours")
+            where = libvirt.VIR_DOMAIN_AFFECT_CONFIG
+            if domain.isActive():
+                where |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+            mark = mark_of(xml, Owner(self._farm, owner.vm))
+            domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, MARK_KEY, MARK_URI, where)
 
     # -- power ------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from hypervisors.api import (
     Capacity,
     Checkpoint,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     Power,
@@ -40,12 +41,14 @@ from hypervisors.api import (
     no_step,
     not_ours,
 )
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.leftovers import XenApiLeftovers
 from hypervisors.xenapi.pool import Pool, PoolMachine, freshness
 from hypervisors.xenapi.records import (
     DISK,
     NULL,
+    PREFIX,
     Vdi,
     XenApiVm,
     capacity_of,
@@ -162,6 +165,38 @@ class XenApiDisks:
                 if vdi is not None:
                     found.append(self.disk(_from_lists(vm, vdi, vms)))
             return sorted(found, key=lambda disk: disk.machine)
+
+    def others(self) -> Sequence[Foreign]:
+        with translated("list the machines"):
+            found = {
+                vm.name: Foreign(vm.name, vm.owner) for vm in self.pool.all_vms()
+                if vm.kind == "machine" and vm.owner and vm.owner.farm.is_namesake(self._farm)
+            }  # fmt: skip
+            return [found[name] for name in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """With the templates of that farm, for its disks grew from them. The machine comes last: until
+        then all of it is found again."""
+        with translated(f"adopt {machine}"):
+            vms = [vm for vm in self.pool.all_vms() if vm.belongs(whose)]
+            machines = [vm for vm in vms if vm.kind == "machine" and vm.name == machine]
+            refs, roles = {vm.ref for vm in machines}, {vm.marks.get("vm") for vm in machines}
+            parts = [vm for vm in vms if vm.kind == "template"]
+            parts += [vm for vm in vms if vm.kind == "checkpoint" and vm.record["snapshot_of"] in refs]
+            if not machines:
+                return
+            for vdi in self.pool.all_vdis().values():
+                config = vdi.record["other_config"]
+                farm, vm_ = (str(config.get(PREFIX + key, "")) for key in ("farm", "vm"))
+                if vm_ in roles and FarmIdentity.of(farm) == whose:
+                    self._step(f"mark VDI {vdi.uuid} as ours")
+                    ours = {**config, f"{PREFIX}farm": self._farm.mark}
+                    self.pool.call("VDI.set_other_config", vdi.ref, ours)
+            for vm in (*parts, *machines):
+                self._step(f"mark {vm.name} as ours")
+                ours = vm.other_config({**vm.marks, "farm": self._farm.mark})
+                self.pool.call("VM.set_other_config", vm.ref, ours)
+            self.pool.keep()
 
     def capacity(self) -> Capacity:
         with translated("look at the storage repository"):

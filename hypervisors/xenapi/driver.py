@@ -17,6 +17,7 @@ from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
@@ -31,6 +32,7 @@ from hypervisors.api import (
     spec_hash,
 )
 from hypervisors.libvirt.balloon import Approach
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
@@ -121,6 +123,12 @@ class XenApiHypervisor:
             metrics = self._pool.call("VM_metrics.get_all_records") if running else {}
             machines = [self._machine(vm, metrics.get(vm.record["metrics"])) for vm in found]
             return sorted(machines, key=lambda machine: machine.name)
+
+    def others(self) -> Sequence[Foreign]:
+        return self._disks.others()
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._disks.adopt(machine, whose)
 
     def _metrics(self, vm: XenApiVm) -> Mapping[str, Any] | None:
         """Of one that runs: else they say nothing that the record doesn't."""

@@ -31,6 +31,7 @@ from provision.engine.runner import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.missing_disk import left_of
+from provision.namesakes import told
 from provision.site import Site
 from provision.vm_activity import VmActivity
 
@@ -105,6 +106,8 @@ class Destroy(Operation[DestroyResult]):
 def _plan_vms(run: Run) -> Plan[DestroyResult]:
     site = run.site
     foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
+    for vm in run.vms:
+        _refuse_others(site, vm)
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
     said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
@@ -166,18 +169,34 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
 
 
 def _unmake(site: Site, vm: str) -> None:
+    """What another farm of this name has under its name stays."""
     name = site.farm.machine_of(vm)
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
         if machine is not None:
-            if machine.owner is None or machine.owner.farm != site.identity:
+            if machine.owner is None:
                 what = f"{site.name}: machine {name} on host {host}"
-                raise not_ours(what, machine.owner, site.identity)
+                raise not_ours(what, None, site.identity)
+            if machine.owner.farm != site.identity:
+                continue
             driver.destroy(name)
         store = site.disks(host)
-        if store.find(name) is not None or left_of(store, name):
+        disk = store.find(name)
+        if disk is not None and disk.owner.farm != site.identity:
+            continue
+        if disk is not None or left_of(store, name):
             store.destroy(name)
+
+
+def _refuse_others(site: Site, vm: str) -> None:
+    """NotOurs where a machine of that name is another farm's."""
+    name = site.farm.machine_of(vm)
+    for host in _hosts(site, vm):
+        machine = site.hypervisor(host, look=True).find(name)
+        if machine is not None and machine.owner and machine.owner.farm != site.identity:
+            what = f"{site.name}: machine {name} on host {host}"
+            raise not_ours(what, machine.owner, site.identity)
 
 
 def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
@@ -241,6 +260,7 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
         if others := _others_files(site):
             text = f"stays: files that aren't farmhand's, such as {others[0]}"
             actions.append(Action("note", "", text))
+    actions += [Action("note", "", text) for host in site.farm.hosts for text in told(site, host)]
     if not any(action.verb == "destroy" for action in actions):
         actions.insert(0, Action("keep", "", "nothing is there"))
         end = Job(tuple(actions), partial(_end, site))

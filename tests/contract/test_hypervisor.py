@@ -10,11 +10,12 @@ import pytest
 from machine_rigs import WITH_PORTS
 from rigs import MIB, SIZE
 
-from hypervisors.api import Owner, Power, spec_hash
+from hypervisors.api import Foreign, Owner, Power, spec_hash
 from inventory.errors import Conflict, NotFound, NotOurs, Unsupported, UsageError, WrongState
 from tests.identities import KATA, identity
 
 NAME = "kata-prod"
+NAMESAKE = identity("kata", "/root/farm.yaml", "root@pc2")
 
 
 class Stopped(Exception):
@@ -112,6 +113,39 @@ def test_another_farms_machine_is_left_alone(rig, made):
     ):
         with pytest.raises(NotOurs):
             change()
+
+
+def test_a_machine_of_a_farm_of_the_same_name_is_adopted_also_while_it_runs(rig, made):
+    made.define(rig.spec("dev2"), rig.template)
+    made.checkpoint("kata-dev2", "one")
+    rig.boot("prod")
+    other = rig.hypervisor(NAMESAKE)
+    prod, dev2 = Owner(KATA, "prod"), Owner(KATA, "dev2")
+    assert list(other.others()) == [Foreign("kata-dev2", dev2), Foreign(NAME, prod)]
+    assert list(other.list()) == list(other.leftovers()) == list(made.others()) == []
+    for change in (
+        lambda: other.stop(NAME, grace=0),
+        lambda: other.reset("kata-dev2", "one"),
+        lambda: other.redefine(rig.spec("dev2")),
+        lambda: other.destroy(NAME),
+    ):
+        with pytest.raises(NotOurs, match="this farm is kata"):
+            change()
+    spec = made.find(NAME).spec_hash
+    for machine in (NAME, "kata-dev2"):
+        other.adopt(machine, KATA)
+    assert [m.owner for m in other.list()] == [Owner(NAMESAKE, "dev2"), Owner(NAMESAKE, "prod")]
+    assert other.find(NAME).power is Power.RUNNING
+    assert other.find(NAME).spec_hash == spec
+    assert list(made.list()) == list(made.leftovers()) == list(other.leftovers()) == []
+    with pytest.raises(NotOurs):
+        made.stop(NAME, grace=0)
+    other.stop(NAME, grace=0)
+    assert other.find(NAME).owner == Owner(NAMESAKE, "prod")
+    other.reset("kata-dev2", "one")
+    for machine in (NAME, "kata-dev2"):
+        other.destroy(machine)
+    assert list(other.list()) == list(other.leftovers()) == []
 
 
 def test_machines_that_are_not_there(rig):

@@ -40,6 +40,7 @@ from hypervisors.api import (
     Capacity,
     Checkpoint,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     Template,
@@ -203,6 +204,25 @@ class LvmStore(LvmVolumes, abc.ABC):
         seen = self._glance()
         present = (seen.present(machine) for machine in seen.machines())
         return [self._disk(seen, v) for v in present if v and farm_of(v) == self._farm]
+
+    def others(self) -> Sequence[Foreign]:
+        found: dict[str, Foreign] = {}
+        for volume in self._look().ours:
+            facts, farm = volume.facts, farm_of(volume)
+            if "machine" in facts and farm.is_namesake(self._farm):
+                found[facts["machine"]] = Foreign(facts["machine"], Owner(farm, facts.get("vm", "")))
+        return [found[machine] for machine in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still filling stays his."""
+        plain(machine)
+        with self._locked():
+            theirs = [v for v in self._look().ours if v.facts.get("machine") == machine]
+            for volume in theirs:
+                if farm_of(volume) == whose and not self._alive(volume.name):
+                    self._step(f"mark {self._vg}/{volume.name} as ours")
+                    ours = {**volume.facts, "farm": self._farm.mark}
+                    self._change(volume.name, *retagged(volume.facts, ours))
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         plain(machine)

@@ -58,6 +58,7 @@ from hypervisors.api import (
     Checkpoint,
     Directories,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     StepFn,
@@ -212,6 +213,23 @@ class Qcow2Disks:
     def list(self) -> Sequence[Disk]:
         disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
+
+    def others(self) -> Sequence[Foreign]:
+        found = (m for m in marks(self._vms) if m.owner.farm.is_namesake(self._farm))
+        return [Foreign(mark.machine, mark.owner) for mark in found]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still making stays his."""
+        home = self._home(machine)
+        for place in (*matching(self._vms, f"{NEW}*"), home):
+            mark = read_mark(place, moved=place != home)
+            if mark is None or (mark.machine, mark.owner.farm) != (machine, whose):
+                continue
+            if place == home or not FileLock(place.with_name(f"{place.name}.lock")).held():
+                self._step(f"mark {place} as ours")
+                ours = replace(mark, owner=Owner(self._farm, mark.owner.vm))
+                write_durably(place / "owner.json", ours.document())
+                sync(place)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         home = self._home(machine)

@@ -58,6 +58,7 @@ from hypervisors.api import (
     Checkpoint,
     Directories,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     Template,
@@ -67,6 +68,7 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound
 
 _ANOTHER = "give the new one another name"
@@ -102,6 +104,21 @@ class ZfsDisks(ZfsStore):
         look = self._look()
         disks = (state.read_disk(look, machine, self._kind.path) for machine in look.machines())
         return [disk for disk in disks if disk and disk.owner.farm == self._farm]
+
+    def others(self) -> Sequence[Foreign]:
+        found: dict[str, Foreign] = {}
+        for volume in self._look().volumes:
+            if volume.state and volume.owner and volume.owner.farm.is_namesake(self._farm):
+                found[volume.stem] = Foreign(volume.stem, volume.owner)
+        return [found[machine] for machine in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still making stays his."""
+        volumes = self._look(plain(machine)).of(machine)
+        theirs = [v.name for v in volumes if v.belongs(whose) and not state.being_made(v)]
+        if theirs:
+            self._step(f"mark {', '.join(theirs)} as ours")
+            self._zfs.change("set", f"farmhand:farm={self._farm.mark}", *theirs)
 
     def ready(self, machine: str) -> Disk:
         """See ``DeviceDisks.ready``."""
