@@ -462,7 +462,7 @@ def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:
         )
     remedy: Remedy = "give one of the two farms another name"
     if owner.farm.name == ours.name:
-        remedy = (remedy, "; or, if that farm is to end, take its VMs over: ", Call("adopt"))
+        remedy = (f"{remedy}; or, if that farm is to end, take its VMs over: ", Call("adopt"))
     return NotOurs(
         f"{what} belongs to farm {owner.farm}; this farm is {ours}: left alone", remedy=remedy
     )

@@ -312,6 +312,8 @@ def raze(site: Site, *, purge: bool) -> None:
             site.disks(host).remove_template(label)
         except WrongState as error:  # of a store that other farms clone from too
             site.reporter.warn(f"stays: {error.message}")
+        except NotFound:  # an adopted one of the same label went with ours
+            continue
     current_step("forget what was given out")
     site.allocator.forget()
     if (daemon := site.daemon()) and daemon.directory.exists():
