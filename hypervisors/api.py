@@ -16,6 +16,7 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
@@ -144,6 +145,14 @@ class Foreign:
 
     machine: str
     owner: Owner
+
+
+class Leases(Protocol):
+    """Leases of names, beside what they guard: whoever changes it holds them, whatever controller he is.
+    Equal ones guard the same."""
+
+    def hold(self, names: Sequence[str], note: str) -> AbstractContextManager[None]:
+        """Hold all of them, or none, within the context. ``note``: who does, in a line. Busy."""
 
 
 class Adopting(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from host.run import Runner
-from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
 from hypervisors.null import NoMachines
 from hypervisors.ownership import FarmIdentity
 from inventory import kinds
@@ -66,6 +66,9 @@ class OwnDaemon(Protocol):
     def defined(self) -> frozenset[str]:
         """Names of machines that it has, running or not."""
 
+    def is_anothers(self) -> bool:
+        """Whether what runs in its place is of another state directory."""
+
     def stop(self, *, force: bool = False) -> None:
         """WrongState while machines run; ``force`` cuts their power instead."""
 
@@ -115,6 +118,10 @@ class OpenHost(ABC):
         with self._guard:
             self.disconnect()
             self._disks = None
+
+    def leases(self) -> Sequence[Leases]:
+        """What of it other controllers may be changing, too. None where nobody else can."""
+        return ()
 
     def daemon(self) -> OwnDaemon | None:
         """Running or not; None: the host is served by its own."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING
 from host.files import own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from host.run import Runner, withhold
-from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import NotFound, did_you_mean, some
@@ -20,7 +23,7 @@ from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
-from provision.engine.locks import Locks
+from provision.engine.locks import Locks, vms_of
 from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
@@ -60,7 +63,7 @@ class Site:
         self.journal = Journal(
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
-        self.locks = Locks(self.paths.locks, self.requester)
+        self.locks = Locks(self.paths.locks, self.requester, beside=self._beside)
         withhold(*farm.secrets)
         self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
@@ -89,6 +92,23 @@ class Site:
         for opened in self._opened.values():
             opened.close()
         self._opened.clear()
+
+    @contextlib.contextmanager
+    def _beside(self, locks: Sequence[str], doing: str) -> Iterator[None]:
+        """The leases of these VMs' machines, where other controllers may change them, too."""
+        wanted: dict[Leases, set[str]] = {}
+        for vm in vms_of(locks):
+            hosts = [self.farm.host_of(vm)] if vm in self.farm.vms else list(self.farm.hosts)
+            for leases in (leases for host in hosts for leases in self.opened(host).leases()):
+                wanted.setdefault(leases, set()).add(self.farm.machine_of(vm))
+        since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        note = (
+            f"farm {self.identity}: pid {os.getpid()} of {self.requester}, since {since}, doing: {doing}"
+        )
+        with contextlib.ExitStack() as stack:
+            for leases, names in wanted.items():
+                stack.enter_context(leases.hold(sorted(names), note))
+            yield
 
     def prepare(self) -> None:
         """Make the farm's own directory and its identity, before something is changed. QEMU, as another

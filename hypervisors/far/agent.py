@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import queue
 import re
@@ -27,12 +28,12 @@ from typing import Any, BinaryIO
 from host.files import UMASK, make_directory, open_lock, own_directory, sync
 from host.memory import memory_available
 from host.run import Runner, which
-from hypervisors.api import Callbacks, Console, Directories, Disks, Leftover, Owner, Template
+from hypervisors.api import Callbacks, Console, Directories, Disks, Leases, Leftover, Owner, Template
 from hypervisors.disks.stores import open_disks
 from hypervisors.far.wire import Pipe, decode, encode
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm_trust import KvmTrust
-from hypervisors.libvirt.opening import Place, open_machines, reader_of
+from hypervisors.libvirt.opening import Place, leases_of, open_machines, reader_of
 from inventory.errors import DriverFailed, FarmhandError, Interrupted
 
 PING = 0.5  # seconds between the asker's signs of life
@@ -106,6 +107,7 @@ class Agent:
             self._parts["machines"] = machines
             self._parts["host"] = AgentHost(place, home, disks, machines, self._files, reader)
 
+        self._parts["leases"] = _HeldLeases(leases_of(place, home.directories))
         self._parts |= {"disks": disks, "kvm": _Kvm(KvmTrust(home.directories.cache), machines_anew)}
         machines_anew()
 
@@ -142,6 +144,28 @@ class Agent:
         while time.monotonic() - self._heard < SILENCE:
             time.sleep(PING)
         os._exit(1)
+
+
+class _HeldLeases:
+    """Those that the asker holds here, until it gives them back or this process ends."""
+
+    def __init__(self, places: Sequence[Leases]) -> None:
+        self._places = places
+        self._held: dict[int, contextlib.ExitStack] = {}
+        self._numbers = itertools.count()
+
+    def take(self, names: Sequence[str], note: str) -> int:
+        with contextlib.ExitStack() as stack:
+            for place in self._places:
+                stack.enter_context(place.hold(names, note))
+            number = next(self._numbers)
+            self._held[number] = stack.pop_all()
+        return number
+
+    def give_back(self, number: int) -> None:
+        """One of an agent before this is gone already."""
+        if held := self._held.pop(number, None):
+            held.close()
 
 
 class _Kvm:

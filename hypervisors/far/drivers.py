@@ -3,9 +3,10 @@ agent there."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from hypervisors.api import (
 from hypervisors.disks.stores import store_class
 from hypervisors.far.link import Link
 from hypervisors.ownership import FarmIdentity
+from inventory.errors import FarmhandError
 
 
 class FarDisks:
@@ -171,6 +173,23 @@ class FarKvmTrust:
 
     def distrust(self, why: str) -> None:
         self._link.call("kvm", "distrust", why)
+
+
+@dataclass(frozen=True, slots=True)
+class FarLeases:
+    """Held by the agent, so they end with it, however that ends."""
+
+    link: Link
+
+    @contextlib.contextmanager
+    def hold(self, names: Sequence[str], note: str) -> Iterator[None]:
+        """See ``hypervisors.api.Leases``."""
+        held = self.link.call("leases", "take", list(names), note)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FarmhandError):  # a lost connection has given them back
+                self.link.call("leases", "give_back", held)
 
 
 class FarHypervisor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Disks, Hypervisor
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.disks.section import DiskStore
 from hypervisors.disks.stores import StorePlace
 from hypervisors.far.address import is_far
@@ -78,6 +78,15 @@ class OpenLibvirt(OpenHost):
         if self._link:
             self._link.close()
             self._link = None
+
+    def leases(self) -> Sequence[Leases]:
+        if self.declared.far:
+            from hypervisors.far.drivers import FarLeases
+
+            return (FarLeases(self._linked()),)
+        from hypervisors.libvirt.opening import leases_of
+
+        return leases_of(self.place(), self.around.directories)
 
     def far(self) -> FarHypervisor | None:
         if not self.declared.far:

@@ -4,10 +4,11 @@ looked up elsewhere, so that it can be done on another machine (``hypervisors.fa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from host.leases import FileLeases
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks
 from hypervisors.disks.stores import StorePlace
@@ -45,6 +46,16 @@ def open_machines(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
     )  # fmt: skip
+
+
+def leases_of(place: Place, directories: Directories) -> Sequence[FileLeases]:
+    """Of those who change things on this machine, each user by himself: another one's marks are refused,
+    and libvirt defines no name twice; a lock that two users can both hold either can hold up for ever.
+    Besides, of those who have this directory of files for a store."""
+    found = [FileLeases(directories.runtime / "leases")]
+    if place.disks.path is not None:
+        found.append(FileLeases(place.disks.path / ".leases"))
+    return found
 
 
 def _kind(place: Place, directories: Directories) -> DomainType:

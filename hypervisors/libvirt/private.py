@@ -40,7 +40,7 @@ from host.files import (
 from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
-from inventory.errors import Call, CommandFailed, DriverFailed, Unsupported, WrongState
+from inventory.errors import Call, CommandFailed, DriverFailed, NotOurs, Unsupported, WrongState
 
 _ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
@@ -97,6 +97,11 @@ class PrivateLibvirt:
         check_runtime(self._runtime)
         check_own_directory(self._runtime.parent)  # before we trust what listens there
         check_own_directory(self._runtime)
+        if self.is_anothers():
+            raise NotOurs(
+                f"{self._runtime} has the private libvirtd of another state directory: {self._whose()}",
+                remedy="set FARMHAND_RUNTIME_DIR to another directory, or give the farm another name",
+            )
         if not self.running() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
@@ -105,6 +110,19 @@ class PrivateLibvirt:
                     self._start()
         mode = "system" if self._root else "session"
         return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
+
+    def is_anothers(self) -> bool:
+        """Whether the daemon that listens there is of another state directory."""
+        whose = self._whose()
+        if whose in ("", str(self._directory)):
+            return False
+        return Path(whose).exists() and self.running()
+
+    def _whose(self) -> str:
+        try:
+            return (self._run / "of").read_text(errors="replace").strip()
+        except OSError:
+            return ""
 
     def machines_running(self) -> tuple[str, ...]:
         """Names of the guests that live, whether or not the daemon does."""
@@ -195,6 +213,7 @@ class PrivateLibvirt:
         order = self._order(daemon)
         before = self._log.stat().st_size if self._log.exists() else 0
         self._blind.unlink(missing_ok=True)
+        _write(self._run / "of", [str(self._directory)])
         if self._hide_kvm:
             self._blind.touch(mode=0o600)
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the

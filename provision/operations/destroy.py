@@ -332,7 +332,8 @@ def raze(site: Site, *, purge: bool) -> None:
             if path.name not in keep:
                 current_step(f"remove {path.name}")
                 remove(path)
-    remove(site.paths.runtime)
+    if daemon is None or not daemon.is_anothers():
+        remove(site.paths.runtime)
     for host in site.farm.hosts:
         if far := site.far(host):
             current_step(f"remove what is empty on {host}")

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from controllers import VMS, Controller
 
-from inventory.errors import NotFound, NotOurs, UsageError, WrongState, spelled
+from inventory.errors import Busy, NotFound, NotOurs, UsageError, WrongState, spelled
 from provision import farm, farm_identity
 from provision.engine.journal import Entry
+from provision.engine.locks import lock_of
 from provision.engine.runner import perform
 from provision.operations.adopt import Adopt, AdoptFacts
 from tests.contract import xenapi_rig
@@ -188,6 +189,21 @@ def test_an_adoption_that_was_killed_is_finished(pair) -> None:
     assert seen(first) == []
     with second.site() as site:
         assert farm.gc(site).actions[0].verb != "discard"
+
+
+def test_what_one_is_changing_the_other_waits_for(pair) -> None:
+    first, second = pair
+    with first.site() as site, site.locks.hold(lock_of("prod"), doing="reset prod to clean"):
+        with second.site(adopting=True) as other, pytest.raises(Busy) as caught:
+            perform(other, Adopt())
+        assert "kata-prod" in caught.value.message
+        assert str(first.file) in caught.value.message
+        assert "doing: reset prod to clean" in caught.value.message
+        with second.site(adopting=True) as other:
+            assert perform(other, Adopt(("dev2",))).result.vms == ("dev2",)
+    with second.site(adopting=True) as other:
+        assert perform(other, Adopt()).result.vms == ("prod",)
+    assert not list(first.place.parent.rglob("*leases"))
 
 
 def test_of_several_such_farms_one_is_named(pair, tmp_path) -> None:
