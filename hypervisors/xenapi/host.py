@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hypervisors.api import Disks, Hypervisor
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.host import DrivenHost, OpenHost, Surroundings
 from inventory.base import at_key
 from inventory.hosts import DriverInfo
@@ -106,6 +107,15 @@ class OpenXenApi(OpenHost):
             notes=Notes(around.directories.farm / f"xenapi-{around.host}", plan=around.plan),
         )  # fmt: skip
         return XenApiDisks(pool, around.runner, step=around.callbacks.step)
+
+    def leases(self) -> Sequence[Leases]:
+        from hypervisors.xenapi.disks import XenApiDisks
+        from hypervisors.xenapi.leases import PoolLeases
+
+        served = self.disks()
+        assert isinstance(served, XenApiDisks)
+        working = self.around.callbacks.working
+        return (PoolLeases(self._declared.uri, served.pool.sessions, working),)
 
     def _turns(self) -> Path:
         """The lock of all this user's commands for one storage repository, whatever their farms."""
