@@ -278,7 +278,7 @@ def gc(run: TaskRun) -> TaskResult:
     iterable=["vm"],
 )
 def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
-    """Take over VMs of another farm of this name, or this farm's state."""
+    """Take over VMs of another farm of this name."""
     from provision.operations.adopt import Adopt
 
     return views.outcome(run.perform(lambda _: Adopt(tuple(vm or ()), of), adopting=True))

@@ -2,8 +2,8 @@
 
 A server knows no locks of ours, and only one call on a map is atomic: to add a key that isn't there. So
 each holder has a key of its own: it adds that, then looks at all of them. Of two that want the same, the
-later one to look sees the other, and takes its own back. Three calls for a command, however many machines
-it has: the key, the look, and the key's removal.
+later one to look sees the other, and takes its own back. Three calls for a command, however many
+machines it has: the key, the look, and the key's removal.
 
 While it is held it is renewed: a key with the next number is added, then the old one removed, so that
 it is always seen. One that is over time and isn't renewed while it is watched is a dead holder's, and is
@@ -71,7 +71,7 @@ class PoolLeases:
     @contextlib.contextmanager
     def hold(self, names: Sequence[str], note: str) -> Iterator[None]:
         """See ``hypervisors.api.Leases``."""
-        mine = _Mine(self, frozenset(names), note)
+        mine = _OwnLease(self, frozenset(names), note)
         with translated("take the lease"):
             self._take(mine)
         ended = threading.Event()
@@ -85,7 +85,7 @@ class PoolLeases:
             with contextlib.suppress(XenApiError, FarmhandError):  # it is over time soon
                 self.remove(mine.key)
 
-    def _take(self, mine: _Mine) -> None:
+    def _take(self, mine: _OwnLease) -> None:
         self.add(mine.key, mine.value)
         try:
             for other in self._in_the_way(mine):
@@ -97,7 +97,7 @@ class PoolLeases:
                 self.remove(mine.key)
             raise
 
-    def _watch(self, other: _Other, mine: _Mine) -> None:
+    def _watch(self, other: _Other, mine: _OwnLease) -> None:
         """Returns when it is a dead one's, or gone. Busy."""
         limit = time.monotonic() + WATCHED
         name = min(other.names & mine.names)
@@ -112,7 +112,7 @@ class PoolLeases:
             if not any(one.key == other.key for one in there):
                 return
 
-    def _in_the_way(self, mine: _Mine) -> list[_Other]:
+    def _in_the_way(self, mine: _OwnLease) -> list[_Other]:
         config = self.sessions.call("pool.get_other_config", self._pool)
         return [
             other for key, value in config.items()
@@ -133,7 +133,7 @@ class PoolLeases:
         return str(ref)
 
 
-class _Mine:
+class _OwnLease:
     """One that this process holds."""
 
     def __init__(self, leases: PoolLeases, names: frozenset[str], note: str) -> None:

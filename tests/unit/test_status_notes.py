@@ -48,7 +48,7 @@ def test_notes(how: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         store = site.disks("here")
         assert isinstance(store, FakeDisks)
         opened = site.opened("here")
-        opened._hypervisor = Watched("kata", store, opened.state())
+        opened._hypervisor = Watched(site.identity, store, opened.state())
         (row,) = farm.status(site).vms
         farm.stop(site)
         (stopped,) = farm.status(site).vms
