@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, NotFound, UsageError, some
+from inventory.errors import Call, NotFound, UsageError, WrongState, some
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, Record
 from provision.engine.operation import Activity, Operation, Recovery
@@ -51,6 +51,20 @@ ADOPT = _AdoptActivity()
 def _mark(site: Site, entry: Entry[AdoptFacts]) -> None:
     facts = entry.facts
     site.hypervisor(facts.host).adopt(facts.machine, FarmIdentity.of(facts.mark))
+
+
+def _refuse_elsewhere(site: Site, one: Namesake) -> None:
+    """WrongState where its disk is there, and not in the store that this farm has for it."""
+    machine = site.hypervisor(one.host, look=True).find(one.machine)
+    if machine is None or machine.disk is None or site.far(one.host) or not machine.disk.exists():
+        return
+    if site.has_disks(one.host) and site.disks(one.host).find(one.machine) is None:
+        raise WrongState(
+            f"{site.name}: the disk of {one.machine} on host {one.host}, {machine.disk}, is not in the "
+            "store that the farm file names for it",
+            remedy="name its store in the farm file, as 'disks' of that host",
+            vm=one.vm,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +124,7 @@ class Adopt(Operation[AdoptResult]):
         return found
 
     def _job(self, site: Site, one: Namesake) -> Job:
+        _refuse_elsewhere(site, one)
         text = f"take {one.machine} on host {one.host} over from farm {one.whose}"
         return Job((Action("adopt", one.vm, text),), partial(self._take, site, one, text))
 
