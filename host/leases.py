@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from host.files import make_directory, open_lock, own_directory
 from inventory.errors import Busy
@@ -34,7 +35,7 @@ class FileLeases:
         WrongState where the directory, or a file of that name, is not ours."""
         with contextlib.ExitStack() as stack:
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
-                path = self.directory / f"{name}.lock"
+                path = self.directory / f"{quote(name, safe='')}.lock"  # one file's name
                 handle = self._take(path, name)
                 stack.callback(_give_back, path, handle)
                 with contextlib.suppress(OSError):  # a full disk takes away the note, not the lease

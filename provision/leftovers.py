@@ -68,8 +68,13 @@ def survey(site: Site) -> Survey:
     # A disk that isn't left over may be in use under another machine's name, and so may the seed.
     machines |= disks - {item.what.ref for item in left if item.what.kind == "disk"}
     given = site.allocator.recorded()
-    left += (*of_files(site, machines), *_allocations(site, given, machines))
-    return Survey(tuple(vms), given, left)
+    files = (*of_files(site, machines), *_allocations(site, given, machines))
+    if files:  # of another farm's machine they stay: it may be this one's, from before it lost its state
+        from provision.namesakes import namesakes
+
+        machines |= {one.machine for host in site.farm.hosts for one in namesakes(site, host)}
+        files = (*of_files(site, machines), *_allocations(site, given, machines))
+    return Survey(tuple(vms), given, (*left, *files))
 
 
 def of_drivers(site: Site) -> tuple[Found, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Text, some
+from inventory.values import LABEL
 from provision.site import Site
 
 
@@ -22,12 +24,11 @@ class Namesake:
 
 def namesakes(site: Site, host: str) -> Sequence[Namesake]:
     """What they have on this host, by a look at it."""
-    prefix = f"{site.farm.farm}-"
-    return [
-        Namesake(host, other.machine, other.machine.removeprefix(prefix), other.owner.farm)
-        for other in site.hypervisor(host, look=True).others()
-        if other.machine.startswith(prefix)
-    ]
+    found = []
+    for other in site.hypervisor(host, look=True).others():
+        if match := re.fullmatch(rf"{site.farm.farm}-({LABEL})", other.machine):
+            found.append(Namesake(host, other.machine, match[1], other.owner.farm))
+    return found
 
 
 def told(site: Site, host: str) -> Iterator[Text]:

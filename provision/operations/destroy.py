@@ -258,7 +258,7 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
         stopped = "stop its daemon, " if _has_daemon(site) else ""
         actions.append(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
         if others := _others_files(site):
-            text = f"stays: files that aren't farmhand's, such as {others[0]}"
+            text = f"stays: files that aren't this farm's, such as {others[0]}"
             actions.append(Action("note", "", text))
     actions += [Action("note", "", text) for host in site.farm.hosts for text in told(site, host)]
     if not any(action.verb == "destroy" for action in actions):
@@ -410,8 +410,8 @@ def _refuse_strangers(site: Site) -> None:
 
 
 def _others_files(site: Site) -> list[Path]:
-    """Files among the farm's own disks that are no template's, no VM's and no lock: somebody put an
-    image, or a copy of a VM's directory, there."""
+    """Files among the farm's own disks that are no template's, no VM's of this farm and no lock:
+    somebody put an image, or a copy of a VM's directory, there; or this farm had another identity."""
     from hypervisors.disks.qcow2.leftovers import strangers
 
-    return strangers(site.paths.disks)
+    return strangers(site.paths.disks, site.identity)

@@ -313,6 +313,32 @@ def test_a_damaged_identity_is_said(alone, damage) -> None:
         alone.site()
 
 
+def test_a_lost_identity_costs_neither_disks_nor_keys(alone) -> None:
+    """As one that was removed because it was damaged."""
+    alone.host, alone.state = "driver: kvm, uri: 'qemu:///system'", alone.place / "fresh"
+    alone.world = alone.place / "fresh-world"
+    alone.write(alone.file)
+    alone.seal()
+    with alone.site() as site:
+        farm.clone_farm(site, start=False)
+    root = alone.state / "farms/kata"
+    kept = {path for path in root.rglob("*") if path.is_file() and {"vms", "keys"} & set(path.parts)}
+    assert len(kept) > 4
+    (root / "identity.json").unlink()
+    with alone.site() as site:
+        assert [action.verb for action in farm.gc(site).actions] == ["note", "keep"]
+        assert all(path.exists() for path in kept)
+    with alone.site() as site:
+        farm.destroy(site)
+    assert {path for path in kept if "vms" in path.parts} <= {p for p in root.rglob("*") if p.is_file()}
+    with alone.site(adopting=True) as site:
+        assert perform(site, Adopt()).result.vms == ("dev2", "prod")
+    with alone.site() as site:
+        farm.reset(site, ["prod"], start=False)
+        farm.destroy(site)
+    assert not root.exists()
+
+
 def test_two_that_begin_at_once_have_one_identity(alone) -> None:
     (alone.state / "farms/kata/identity.json").unlink()
     with alone.site() as one, alone.site() as two:

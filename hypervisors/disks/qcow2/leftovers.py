@@ -46,24 +46,25 @@ def find_leftovers(root: Path, farm: FarmIdentity, *, at: Path | None = None) ->
     return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
 
 
-def strangers(root: Path) -> list[Path]:
-    """Files and links below ``root`` that are no template's, no marked disk's and no lock or temporary
-    name of ours."""
+def strangers(root: Path, farm: FarmIdentity) -> list[Path]:
+    """Files and links below ``root`` that are no template's, no disk's of this farm, and no lock or
+    temporary name of ours."""
     return [
         path
         for path in sorted(root.rglob("*"))
-        if (path.is_symlink() or not path.is_dir()) and not _of_ours(root, path)
+        if (path.is_symlink() or not path.is_dir()) and not _of_ours(root, path, farm)
     ]
 
 
-def _of_ours(root: Path, path: Path) -> bool:
+def _of_ours(root: Path, path: Path, farm: FarmIdentity) -> bool:
     if path.name == ".lock" or any(part.startswith(NEW) for part in path.relative_to(root).parts):
         return True
     if path.parent == root / "templates":
         image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
         image = path if path.suffix == ".qcow2" else image
         return path in (image, describe(image)) and read_template(image, half=True) is not None
-    if path.parent.parent != root / "vms" or read_mark(path.parent) is None:
+    mark = read_mark(path.parent) if path.parent.parent == root / "vms" else None
+    if mark is None or mark.owner.farm != farm:
         return False
     return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
 
