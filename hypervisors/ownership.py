@@ -38,7 +38,7 @@ class FarmIdentity:
         if found is None:
             return cls(re.sub(r"[^a-z0-9-].*", "", mark, flags=re.DOTALL)[:63], "")
         name, number, controller, file = found.groups()
-        return cls(name, number, _line(unquote(file)), _line(unquote(controller)))
+        return cls(name, number, unquote(file), unquote(controller))
 
     def is_namesake(self, other: FarmIdentity) -> bool:
         """Whether that is another farm of the same name."""
@@ -50,17 +50,18 @@ class FarmIdentity:
         return self.id[:8]
 
     def __str__(self) -> str:
+        """For people, and safe to print, whoever wrote it."""
         if not self.id:
-            return f"{self.name} (without an identity)"
+            return f"{_line(self.name)} (without an identity)"
         where = f", {self.file}" if self.file else ""
         who = f" of {self.controller}" if self.controller else ""
-        return f"{self.name} ({self.short}{where}{who})"
+        return _line(f"{self.name} ({self.short}{where}{who})")
 
 
 def _quoted(text: str, most: int) -> str:
     """Its end, where it is too long."""
     text = text[-most:]
-    while len(quoted := quote(text, safe=_LEGIBLE)) > most:
+    while len(quoted := quote(text, safe=_LEGIBLE, errors="surrogateescape")) > most:
         text = text[1:]
     return quoted
 

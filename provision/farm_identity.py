@@ -12,10 +12,11 @@ import json
 import os
 import re
 import secrets
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.files import own_directory, write_atomic
+from host.files import own_directory, sync, write_atomic, write_new
 from host.processes import account
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, FarmhandError, NotOurs, WrongState
@@ -108,10 +109,11 @@ class IdentityKeeper:
     def _make(self) -> None:
         """Of several that begin at once, one's is everybody's."""
         note = self._note(self.identity)
-        fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        write_atomic(fresh, _document(note), mode=0o600)
+        fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}.{threading.get_ident()}")
+        write_new(fresh, _document(note), mode=0o600)
         try:
             os.link(fresh, self._path)
+            sync(self._path.parent)
         except FileExistsError:
             pass
         finally:
