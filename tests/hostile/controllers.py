@@ -55,7 +55,7 @@ class Controller:
     def __init__(self, place: Path, host: str, world: Path | None, more: str = "") -> None:
         place.mkdir(exist_ok=True)
         self.place, self.host, self.world, self.more = place, host, world, more
-        self.state = place / "state"
+        self.state, self.run = place / "state", place / "run"
         self.heard = Heard()
         self.file = place / "farm.yaml"
         self.write(self.file)
@@ -68,7 +68,7 @@ class Controller:
 
     def site(self, file: Path | None = None, *, plan: bool = False, adopting: bool = False) -> Site:
         os.environ["FARMHAND_STATE_DIR"] = str(self.state)
-        os.environ["FARMHAND_RUNTIME_DIR"] = str(self.place / "run")
+        os.environ["FARMHAND_RUNTIME_DIR"] = str(self.run)
         site = open_site(file or self.file, reporter=self.heard, plan=plan, adopting=adopting)
         if self.world:
             world, real = self.world, site._open

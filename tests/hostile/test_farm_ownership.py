@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from controllers import VMS, Controller
 
+from host.paths import cache_dir
 from inventory.errors import Busy, NotFound, NotOurs, UsageError, WrongState, spelled
 from provision import farm, farm_identity
 from provision.engine.journal import Entry
@@ -311,6 +313,37 @@ def test_a_damaged_identity_is_said(alone, damage) -> None:
     (alone.state / "farms/kata/identity.json").write_bytes(damage)
     with pytest.raises(WrongState, match=r"identity\.json.* is damaged"):
         alone.site()
+
+
+def test_a_private_libvirtd_of_another_state_directory_is_let_be(tmp_path, monkeypatch) -> None:
+    """Both have one runtime directory, as all of a user's have."""
+    monkeypatch.setenv("FARMHAND_CACHE_DIR", str(cache_dir()))
+    for name in ("STATE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name))
+    place = Path(tempfile.mkdtemp(prefix="fh-"))  # short, for sockets, and QEMU's user passes through
+    place.chmod(0o711)
+    first, second = (Controller(place / name, "driver: kvm", None) for name in ("first", "second"))
+    first.run = second.run = place / "run"
+    try:
+        first.seal()
+        with first.site() as site:
+            farm.clone_farm(site, start=False)
+        second.seal()
+        with second.site() as site, pytest.raises(NotOurs) as caught:
+            farm.clone_farm(site, start=False)
+        assert str(first.state) in caught.value.message
+        assert "FARMHAND_RUNTIME_DIR" in caught.value.remedy
+        with second.site() as site:
+            farm.destroy(site)
+        with first.site() as site:
+            daemon = site.daemon()
+            assert daemon
+            assert daemon.running()
+            assert len(site.hypervisor("here").list()) == 2
+            farm.destroy(site)
+            assert not daemon.running()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def test_a_lost_identity_costs_neither_disks_nor_keys(alone) -> None:
