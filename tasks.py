@@ -23,13 +23,13 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 # ---- Before the first farm.
 
 
-@command(plans=False)
-def doctor(run: TaskRun) -> TaskResult:
+@command({"repair": "Set the modes of farmhand's own files right."}, plans=False)
+def doctor(run: TaskRun, repair: bool = False) -> TaskResult:
     """Check this machine; each failure with its remedy."""
     from builds.checkup import with_source
     from provision.doctor import examine
 
-    report = with_source(examine(run.farm_file()), run.farm_file(), ask=True)
+    report = with_source(examine(run.farm_file(), repair=repair), run.farm_file(), ask=True)
     text = report.text(views.width(), run.words.text)
     return TaskResult(report.as_dict(), text, ok=report.ok)
 

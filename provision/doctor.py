@@ -1,7 +1,8 @@
 """What a host needs, checked by trying: each check with what to do about it.
 
 A check is ``needed`` (broken: nothing works without it) or a ``note`` (something works less well, or is
-simply worth knowing). Nothing here changes the host.
+simply worth knowing). Nothing here changes the host, but for modes of our own files where that is asked
+for.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ _FREE_BUILD = 4 * 2**30
 _MEMORY_RESERVE = 256 * 2**20
 
 
-def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
+def examine(farm_file: Path, *, hosts: bool = True, repair: bool = False) -> CheckReport:
     """Check this machine and what ``farm_file`` needs of it. With ``hosts`` False no host is connected
-    to, which takes seconds."""
+    to, which takes seconds. ``repair``: loose modes of our files are set right."""
     farm, check = _farm(farm_file)
     kinds = _kinds(farm)
     checks: list[Check] = [_platform(), _python(), *_tools(farm, kinds), *_store_tools(farm)]
@@ -65,7 +66,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
         if here or farm is None:
             checks += kind.examine(here, paths.cache_dir())
     checks += _files(farm)
-    checks += [*_space(farm), _clock(), check]
+    checks += [*_space(farm), *_modes(repair), _clock(), check]
     if farm is not None:
         checks += _memory(farm)
         checks += _services(farm)
@@ -234,6 +235,23 @@ def _disks_in_state(farm: Farm | None) -> bool:
     """Whether at least one host keeps disks in the state directory. True if the farm file can't be
     read."""
     return farm is None or any(host.disks_in_state for host in farm.hosts.values())
+
+
+def _modes(repair: bool) -> Iterator[Check]:
+    """A check of our files' modes in the state, cache and runtime directory."""
+    from host.modes import loose_modes
+
+    places = (paths.state_dir(), paths.cache_dir() / "images", paths.runtime_dir())
+    loose = [each for place in places for each in loose_modes(place)]
+    if repair:
+        loose = [each for each in loose if not each.tighten()]
+    if not loose:
+        yield Check("modes", True, "note", "our files are closed to others")
+        return
+    some, more = ", ".join(map(str, loose[:3])), len(loose) - 3
+    text = f"others may change or read: {some}" + (f" and {more} more" if more > 0 else "")
+    remedy = ("if nobody meant them to: ", Call("doctor", repair=True))
+    yield Check("modes", False, "note", text, remedy)
 
 
 def _clock() -> Check:
