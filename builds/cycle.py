@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -39,11 +40,13 @@ from builds.resume import cycle_asked, from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
+from host.printable import last_line
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
 from provision.site import Site
 
 _SHA256_DIGITS = 64
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
@@ -208,12 +211,15 @@ class Build:
         reporter = self._site.reporter
         number = self._plan.steps.index(step) + 1
         began = self._meter.elapsed
-        log = StepLog(self._record.directory / self._steps[name].log, vm, self._stream)
+        limits = self._plan.cycle.limits.but(step.own_limits)
+        where = self._record.directory / self._steps[name].log
+        log = StepLog(where, vm, self._stream, limits.log_size)
         run = StepRun(
             step=step,
             site=self._site,
             machines=self.machines,
             meter=self._meter,
+            limits=limits,
             environment=self._environment,
             before_run=self._find_commit,
             artifacts=self._record.directory / "artifacts",
@@ -291,12 +297,12 @@ class Build:
                 timeout=600,
                 log=keep,
             )
-        lines = b"".join(answer).decode(errors="replace").strip().splitlines() or [""]
-        commit, _, subject = lines[-1].partition(" ")
-        if result.status:
+        said = last_line(b"".join(answer).decode(errors="replace"), 300)
+        commit, _, subject = said.partition(" ")
+        if result.status or not _COMMIT.fullmatch(commit):
             raise StepFailed(
                 "source",
-                f"no revision {source.asked!r} at {source.repository}: {lines[-1]}",
+                f"no revision {source.asked!r} at {source.repository}: {said}",
                 exit=result.status,
             )
         changed = None if not source.previous else source.previous != commit

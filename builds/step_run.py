@@ -16,12 +16,13 @@ from builds.step_kind import StepKind
 from host.files import open_to_append
 from host.printable import plain
 from inventory.errors import ConnectionLost, FarmhandError, Remedy
-from inventory.model import FailureClass
+from inventory.model import FailureClass, Limits
 from inventory.sizes import format_duration
 from provision.guest.connection import Moved
 from provision.site import Site
 
 _TAIL_BYTES = 65536
+_LINE_MAX = 2000  # characters of a line that is judged, or shown in the record
 
 
 class StepFailed(Exception):
@@ -44,10 +45,14 @@ class StepFailed(Exception):
 
 
 class StepLog:
-    """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory."""
+    """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory.
+    ``limit``: bytes of it that a guest may fill; whoever writes for one looks at ``room``."""
 
-    def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
+    def __init__(
+        self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None, limit: int
+    ) -> None:
         self._file = open_to_append(path, mode=0o644)
+        self._left = limit
         self._vm = vm
         self._stream = stream
         self._tail = bytearray()
@@ -60,6 +65,7 @@ class StepLog:
             self._file.write(data)
         except OSError as error:
             self.trouble = f"the log is incomplete: {error.strerror}"
+        self._left -= len(data)
         self._tail += data
         if len(self._tail) > 2 * _TAIL_BYTES:
             cut = len(self._tail) - _TAIL_BYTES
@@ -67,6 +73,11 @@ class StepLog:
             self._mark = max(self._mark - cut, 0)
         if self._stream is not None:
             self._stream(self._vm, data)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a guest may write to it by now."""
+        return max(self._left, 0)
 
     def say(self, text: str) -> None:
         """Write a line of ours."""
@@ -89,7 +100,10 @@ class StepLog:
 
 
 def _plain(data: bytearray) -> str:
-    return plain(data.decode(errors="replace"))
+    """Of lines without an end their beginnings: whoever looks for patterns in them must not take for
+    ever."""
+    lines = plain(data.decode(errors="replace")).split("\n")
+    return "\n".join(line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}…" for line in lines)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +115,7 @@ class StepRun:
     site: Site
     machines: Machines
     meter: Meter
+    limits: Limits
     environment: Callable[[str], Mapping[str, str]]
     before_run: Callable[[str, StepLog], Awaitable[None]]
     artifacts: Path

@@ -8,7 +8,7 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -292,6 +292,44 @@ class Source(Model):
         return self.repository or str(EXAMPLES / str(self.example))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits(Model):
+    """How much is taken from a step's VM. What wants to leave more has failed: the log is kept up to its
+    limit, and no file is taken."""
+
+    log_size: Size = 64 * 2**20
+    """What its scripts print, on both outputs together."""
+    files: Count = 1000
+    """How many files are fetched (`artifacts`), or carried (`transfer`)."""
+    file_size: Size = 8 * 2**30
+    """The largest of them, its holes included."""
+    total_size: Size = 32 * 2**30
+    """All of them together."""
+
+    def but(self, own: StepLimits) -> Limits:
+        """With a step's own ones in their places."""
+        return replace(self, **{key: value for key, value in vars(own).items() if value is not None})
+
+    @staticmethod
+    def remedy(key: str) -> str:
+        """For somebody who wants more than one of them allows."""
+        return f"if that is meant to be, give the step 'limits' with a larger '{key}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLimits(Model):
+    """Limits of one step; what is absent is as the cycle has it."""
+
+    log_size: Size | None = None
+    """What its scripts print, on both outputs together."""
+    files: Count | None = None
+    """How many files are fetched (`artifacts`), or carried (`transfer`)."""
+    file_size: Size | None = None
+    """The largest of them, its holes included."""
+    total_size: Size | None = None
+    """All of them together."""
+
+
 FailureClass = Literal["source", "dependencies", "environment", "infrastructure", "time-out"]
 
 
@@ -341,6 +379,8 @@ class Cycle(Model):
     """In their order."""
     keep_records: Count = 200
     """Build records kept; older successful ones are removed first, failed ones last."""
+    limits: Limits = field(default_factory=Limits)
+    """How much is taken from a step's VM."""
 
 
 if TYPE_CHECKING:

@@ -40,7 +40,9 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
+    ("Limits", "cycle.limits"),
     *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
+    ("StepLimits", "cycle.steps[].limits"),
 )
 _INTRODUCTION = """\
 # Farm files

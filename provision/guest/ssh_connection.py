@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import TypeVar
 import asyncssh
 
 from host.files import make_directory, open_to_append
+from host.printable import last_line
 from host.progress import Progress
 from inventory.errors import (
     Call,
@@ -26,7 +28,7 @@ from inventory.errors import (
     WrongState,
 )
 from provision.guest.remote import Endpoint, Ready
-from provision.guest.shell import ended, start
+from provision.guest.shell import ask
 
 T = TypeVar("T")
 
@@ -52,6 +54,9 @@ _HOST_KEYS = (
 """As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
 
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
+_ANSWER = re.compile(
+    r"([0-9a-f-]{36})\n([0-9]{1,12}(?:\.[0-9]{1,9})?) [^\n]*\n([0-9]{1,12})(?:\.([0-9]{1,9}))?[^\n]*\n"
+)
 
 
 class NotYet(Exception):
@@ -324,30 +329,17 @@ def _remember(endpoint: Endpoint, key: str) -> None:
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
     """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
-    answer: list[bytes] = []
     try:
-        channel, shell = await start(connection, _FACTS, answer.append)
-        channel.write_eof()
-        await shell.exited.wait()
-        after = time.time()
-        await shell.drained(1)
-        await ended(channel)
+        answer = await ask(connection, _FACTS)
     except (asyncssh.Error, OSError) as error:
         raise ConnectionLost(f"lost while asking for its boot id: {_words(error)}") from None
-    text = b"".join(answer).decode(errors="replace")
-    try:
-        boot_id, uptime, now = text.splitlines()
-        skew = _seconds(now) - (shell.marked_at + after) / 2
-        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
-    except ValueError:
-        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
-        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
-
-
-def _seconds(date: str) -> float:
-    """Of a date(1) without %N the middle of its second."""
-    whole, _, rest = date.partition(".")
-    return float(date) if rest.isdigit() else float(whole) + 0.5
+    if found := _ANSWER.fullmatch(answer.text):
+        boot_id, uptime, seconds, part = found.groups()
+        # of a date(1) without %N the middle of its second
+        now = float(seconds) + (float(f"0.{part}") if part else 0.5)
+        return Ready(boot_id, float(uptime), now - (answer.asked + answer.answered) / 2)
+    said = answer.said or last_line(answer.text, 300) or "nothing"
+    raise DriverFailed(f"its boot id and clock can't be read: {said}")
 
 
 def _words(error: Exception) -> str:
