@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from inventory.errors import FarmhandError, NoSpace, Refused
+from inventory.errors import FarmhandError, NoSpace, Unfit
 from inventory.model import Cycle, FailureClass, Step, StepLimits
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
 
     def class_of(self, error: FarmhandError) -> FailureClass:
         """The failure class of an error of ours that ended it."""
-        if isinstance(error, Refused):
+        if isinstance(error, Unfit):
             return "source"
         return "environment" if isinstance(error, NoSpace) else "infrastructure"
 

@@ -49,7 +49,11 @@ class StepLog:
     ``limit``: bytes of it that a guest may fill; whoever writes for one looks at ``room``."""
 
     def __init__(
-        self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None, limit: int
+        self,
+        path: Path,
+        vm: str,
+        stream: Callable[[str, bytes], None] | None,
+        limit: int = Limits.log_size,
     ) -> None:
         self._file = open_to_append(path, mode=0o644)
         self._left = limit
@@ -115,11 +119,11 @@ class StepRun:
     site: Site
     machines: Machines
     meter: Meter
-    limits: Limits
     environment: Callable[[str], Mapping[str, str]]
     before_run: Callable[[str, StepLog], Awaitable[None]]
     artifacts: Path
     log: StepLog
+    limits: Limits = field(default_factory=Limits)
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None

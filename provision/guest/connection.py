@@ -51,12 +51,12 @@ from inventory.errors import (
     DriverFailed,
     FarmhandError,
     NotFound,
-    Refused,
+    Unfit,
     Unsupported,
     UsageError,
 )
 from inventory.model import Limits
-from inventory.sizes import about, format_size
+from inventory.sizes import format_size
 from provision.git import reading
 from provision.guest.remote import Endpoint, Ready
 from provision.guest.shell import ANSWER_MAX, Shell, ask, ended, start
@@ -341,7 +341,7 @@ class Connection:
 
     async def list(self, patterns: Sequence[str], limits: Limits) -> tuple[Moved, ...]:
         """The regular files that shell patterns (relative to the login's home) stand for, with size
-        and sha256 as the guest sees them. NotFound for a pattern without any. Refused if they are more
+        and sha256 as the guest sees them. NotFound for a pattern without any. Unfit if they are more
         than the limits allow, which is known before any is read, or have names that can't be kept."""
         found: dict[str, Moved] = {}
         for pattern in patterns:
@@ -376,7 +376,7 @@ class Connection:
         return found
 
     def _name(self, path: str) -> str:
-        """The name it is to have here. Refused if it can't be a file's, or can't be shown."""
+        """The name it is to have here. Unfit if it can't be a file's, or can't be shown."""
         name = path.rpartition("/")[2]
         if not path.isprintable():  # nor is what isn't UTF-8
             raise self._refused(f"a file's name has bytes that can't be shown: {path[-300:]!r}")
@@ -385,12 +385,14 @@ class Connection:
         return name
 
     def _check(self, files: Collection[Moved], limits: Limits) -> None:
-        """Refused if they are too much."""
+        """Unfit if they are too much."""
         large = next((file for file in files if file.size > limits.file_size), None)
         if len(files) > limits.files:
             why, key = f"more than {limits.files} files match", "files"
         elif large:
-            why = f"{large.path} has {about(large.size)}, more than {format_size(limits.file_size)}"
+            why = (
+                f"{large.path} has {format_size(large.size)}, more than {format_size(limits.file_size)}"
+            )
             key = "file_size"
         elif sum(file.size for file in files) > limits.total_size:
             why = f"the files that match have more than {format_size(limits.total_size)} together"
@@ -401,7 +403,7 @@ class Connection:
 
     async def get(self, file: Moved, directory: Path) -> None:
         """Fetch a file that was listed into ``directory``: it appears there complete and verified, or
-        not at all; blocks of zeros take no room. NoSpace; Refused if it has changed since."""
+        not at all; blocks of zeros take no room. NoSpace; Unfit if it has changed since."""
         make_directory(directory, mode=0o755)
         part = directory / f".{secrets.token_hex(8)}.part"
         try:
@@ -440,7 +442,7 @@ class Connection:
 
     async def carry(self, file: Moved, target: Connection, directory: str) -> None:
         """Carry a file that was listed to another VM through this machine, nothing kept here; verified
-        on both ends. Refused if it has changed since."""
+        on both ends. Unfit if it has changed since."""
         try:
             async with self._reading(file) as read:
                 await target._receive(read, file.name, file.path, directory, file.sha256)
@@ -469,7 +471,8 @@ class Connection:
             if shell.status is None:
                 raise self._lost(shell.error)
             if shell.status:
-                raise self._failed(f"reading {file.path}", shell.said())
+                why = shell.said() or "no reason given"
+                raise _Unlike(f"reading {file.path}: {why}", vm=self.endpoint.vm)
             return b""
 
         try:
@@ -544,19 +547,19 @@ class Connection:
             )
 
     async def _judged(self, file: Moved, error: _Unlike) -> FarmhandError:
-        """Refused if it is another file there by now, else the error."""
+        """Unfit if it is another file there by now, else the error."""
         alone = Limits(files=1, file_size=file.size, total_size=file.size)
         try:
             if await self._listed(shlex.quote(file.path), alone) == {file.path: file}:
                 return error
-        except Refused:  # it grew
+        except Unfit:  # it grew
             pass
         return self._refused(
             f"{file.path} changed while it was read", remedy="end what writes it before the step ends"
         )
 
-    def _refused(self, why: str, remedy: str = "") -> Refused:
-        return Refused(why, vm=self.endpoint.vm, remedy=remedy)
+    def _refused(self, why: str, remedy: str = "") -> Unfit:
+        return Unfit(why, vm=self.endpoint.vm, remedy=remedy)
 
     def _failed(self, doing: str, why: str) -> DriverFailed:
         return DriverFailed(f"{doing}: {why or 'no reason given'}", vm=self.endpoint.vm)

@@ -218,7 +218,7 @@ async def _open(
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """``status`` and ``error`` as a Shell has them. ``asked`` and ``answered``: ``time.time()`` of when
     the program began, and of its exit. ``said``: the last line on its standard error."""
 
@@ -230,7 +230,7 @@ class Answer:
     error: Exception | None
 
 
-async def ask(ssh: asyncssh.SSHClientConnection, program: str) -> Answer:
+async def ask(ssh: asyncssh.SSHClientConnection, program: str) -> Reply:
     """What a program prints that answers a question: at most ``ANSWER_MAX`` bytes, within
     ``ANSWER_SECONDS``; else DriverFailed. Other errors: as of ``start``."""
     parts: list[bytes] = []
@@ -250,7 +250,7 @@ async def ask(ssh: asyncssh.SSHClientConnection, program: str) -> Answer:
     if shell.over:
         raise DriverFailed(f"a question was answered with more than {format_size(ANSWER_MAX)}")
     text = b"".join(parts).decode(errors="replace")
-    return Answer(text, shell.status, shell.marked_at, answered, shell.said(), shell.error)
+    return Reply(text, shell.status, shell.marked_at, answered, shell.said(), shell.error)
 
 
 async def ended(channel: asyncssh.SSHClientChannel[bytes]) -> None:
