@@ -1,4 +1,5 @@
-"""Guests that send too much, lie about it, or never end: real sshds, whose tools are not what they seem."""
+"""Guests that send too much, lie about it, or never end: real sshds, with tools that aren't what they
+seem."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def test_the_answer_to_a_small_question_is_small(guest: Callable[..., Sshd]) -> 
     async def go(connection: Connection) -> None:
         with pytest.raises(DriverFailed, match="dev2: a command printed more than 64K"):
             await connection.output("yes")
-        with pytest.raises(DriverFailed, match="failed with 3: y{299}…$"):
+        with pytest.raises(DriverFailed, match=r"failed with 3: y{299}…$"):
             await connection.output("head -c 50000 /dev/zero | tr '\\0' y; exit 3")
 
     with_it(guest(), go)
@@ -308,7 +309,7 @@ def test_a_stream_is_held_against_what_was_said_of_it(
     async def go(connection: Connection) -> None:
         (file,) = await connection.list(["file"], MANY)
         (tmp_path / "tools" / "cat").symlink_to(machine.root / "liar")
-        with pytest.raises(DriverFailed, match="file arrived as sha256 .*, but the guest says"):
+        with pytest.raises(DriverFailed, match=r"file arrived as sha256 .*, but the guest says"):
             await connection.get(file, tmp_path / "got")
 
     with_it(machine, go)

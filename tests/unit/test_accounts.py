@@ -110,8 +110,8 @@ def test_a_machine_with_busybox_alone(login, tmp_path):
     applets.mkdir()
     busybox = which("busybox")
     assert busybox, "these tests need busybox"
-    for name in ("sh", "cat", "date", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sha256sum", "sleep", "wc",
-                 "pwd", "printf"):  # fmt: skip
+    for name in ("sh", "cat", "date", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sha256sum", "sleep",
+                 "wc", "pwd", "printf"):  # fmt: skip
         (applets / name).symlink_to(busybox)
     asyncio.run(everything(login(environment={"PATH": str(applets)}, shell=BASH), tmp_path))
 

@@ -170,7 +170,7 @@ def test_a_line_without_end_costs_nothing_but_its_log(tmp_path: Path) -> None:
     try:
         for _ in range(640):
             log.write(chunk)
-        kept, peak = tracemalloc.get_traced_memory()
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     screen.close()
@@ -184,7 +184,7 @@ def test_a_line_without_end_costs_nothing_but_its_log(tmp_path: Path) -> None:
 
 def test_progress_by_carriage_returns_is_shown_as_it_ended() -> None:
     screen = Screen(shown := io.StringIO())
-    for percent in range(0, 101):
+    for percent in range(101):
         screen.stream("dev2", b"\r" + b"." * 300 + b" %d%%" % percent)
     screen.stream("dev2", b"\r\nnext\r\n")
     assert shown.getvalue().splitlines() == [f"dev2 | {'.' * 300} 100%", "dev2 | next"]
