@@ -33,7 +33,7 @@ CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
 _CONSOLE_LINES = 30
 
-_PACKAGES_MAX = 2**24  # bytes: some 200,000 packages
+_PACKAGES_MAX = 2**23  # bytes: some 100,000 packages
 _PACKAGES = r"""
 export LC_ALL=C
 {

@@ -62,8 +62,8 @@ def check_room(directory: Path, wanted: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < wanted + SPARE:
         raise NoSpace(
-            f"no room for {about(wanted)} in {directory}: {about(free)} are free, and {about(SPARE)} of "
-            "that stay so",
+            f"no room for {about(wanted)} in {directory}: {about(free)} are free, of which "
+            f"{about(SPARE)} are left for farmhand's own records",
             remedy=f"make room on the file system of {directory}",
         )
 

@@ -312,7 +312,7 @@ class Limits(Model):
 
     @staticmethod
     def remedy(key: str) -> str:
-        """For somebody who wants more than one of them allows."""
+        """What to do where one of them is too small."""
         return f"if that is meant to be, give the step 'limits' with a larger '{key}'"
 
 

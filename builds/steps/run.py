@@ -39,7 +39,6 @@ class RunStep(StepKind):
     artifacts: Lines = ()
     """Files (shell patterns) that are fetched into the build record afterwards; relative to the
     login's home."""
-
     limits: StepLimits = field(default_factory=StepLimits)
     """How much is taken from the VM, where that isn't as the cycle has it."""
 

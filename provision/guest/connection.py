@@ -628,13 +628,14 @@ class Connection:
         return f"git://127.0.0.1:{listener.get_port()}/{name}.git"
 
     async def _listen(self, errors: asyncio.StreamReader) -> None:
-        line = b"a first one"
-        while line:
+        while True:
             try:
                 line = await errors.readline()
-            except ValueError:  # a line without an end
+            except ValueError:  # one without an end
                 continue
             except OSError:
+                return
+            if not line:
                 return
             if text := _DAEMON.sub("", last_line(line.decode(errors="replace"), 300)):
                 self._git_says(text)

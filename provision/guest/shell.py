@@ -26,8 +26,9 @@ from inventory.sizes import format_size
 START_SECONDS = 45.0
 """From the request to the mark. Below the patience for a login: its reason is told, not the clock's."""
 ANSWER_MAX = 2**16
-"""Bytes that a question may be answered with. What is more is read by nobody: guests are strangers."""
+"""Bytes that a question may be answered with: guests are strangers."""
 ANSWER_SECONDS = 120.0
+"""Until its answer is there: emulated guests are slow."""
 _ENTER = b"\n" * 8  # for questions in .bashrc; waiting for the program, sh passes them by
 _NOISE_MAX = 65536
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -184,7 +185,7 @@ async def start(
         async with asyncio.timeout(START_SECONDS):
             await shell.answered()
         if shell.marked:
-            _write(channel, f"{end}\n{program}\n{end}\n".encode(errors="surrogateescape"))
+            _write(channel, f"{end}\n{program}\n{end}\n".encode())
             return channel, shell
     except TimeoutError:
         channel.abort()
