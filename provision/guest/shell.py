@@ -31,6 +31,7 @@ ANSWER_SECONDS = 120.0
 """Until its answer is there: emulated guests are slow."""
 _ENTER = b"\n" * 8  # for questions in .bashrc; waiting for the program, sh passes them by
 _NOISE_MAX = 65536
+_NOISE_END = 2**22  # bytes of a login that never comes to its end
 _PAUSES = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -51,6 +52,7 @@ class Shell(asyncssh.SSHClientSession[bytes]):
         self._tell_end = ended
         self._room = most
         self._before = bytearray()
+        self._unmarked = 0
         self._noise = bytearray()
         self._answered = asyncio.Event()  # by the mark, or by the end
         self._may_write = asyncio.Event()
@@ -73,6 +75,10 @@ class Shell(asyncssh.SSHClientSession[bytes]):
             return
         self._noise += data
         del self._noise[:-_NOISE_MAX]
+        if not self.marked:
+            self._unmarked += len(data)
+            if self.endless:
+                self._answered.set()
         if datatype is not None:
             return
         self._before += data
@@ -85,6 +91,11 @@ class Shell(asyncssh.SSHClientSession[bytes]):
         self._answered.set()
         if begun := self._within(bytes(rest)):
             self._log(begun)
+
+    @property
+    def endless(self) -> bool:
+        """Whether the login prints more than any does before it comes to the program."""
+        return self._unmarked > _NOISE_END
 
     def _within(self, data: bytes) -> bytes:
         """What there is room for of it."""
@@ -193,11 +204,12 @@ async def start(
     except BaseException:
         channel.abort()
         raise
-    await shell.drained(1)
+    if not shell.endless:
+        await shell.drained(1)
     channel.abort()
     if shell.error is not None:
         raise shell.error
-    raise _refused(shell, "runs no commands")
+    raise _refused(shell, "prints without end" if shell.endless else "runs no commands")
 
 
 def _write(channel: asyncssh.SSHClientChannel[bytes], data: bytes) -> None:

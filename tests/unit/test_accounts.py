@@ -154,6 +154,13 @@ def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypa
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("noise", ["yes", "yes >&2"])
+def test_a_login_that_prints_without_end_is_not_listened_to(login, noise):
+    machine = login(shell=BASH, dotfiles={".bashrc": f"{noise}\n"})
+    with pytest.raises(DriverFailed, match="^dev2: its login prints without end: it says: y$"):
+        asyncio.run(Connection.open(machine.endpoint()))
+
+
 def test_a_login_that_has_ended_before_it_is_spoken_to(login, monkeypatch):
     """As on a busy host: what it said is told, not that the connection was lost."""
     real = shell._open
