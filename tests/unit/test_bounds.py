@@ -119,8 +119,11 @@ def test_names_that_can_not_be_kept_are_the_sources_fault(lab: Lab) -> None:
 def test_what_arrived_is_kept_when_the_next_one_fails(lab: Lab) -> None:
     """The second one grows until it is fetched."""
     script = """echo a >a; echo b >b
-        (while sleep 0.01; do echo more; done >>b) >/dev/null 2>&1 &"""
-    _, record = failed(lab, [run("build", script, artifacts=["a", "b"])])
+        (while [ ! -e stop ]; do sleep 0.01; echo more; done >>b) >/dev/null 2>&1 &"""
+    try:
+        _, record = failed(lab, [run("build", script, artifacts=["a", "b"])])
+    finally:
+        (lab.dev2.home / "stop").touch()
     assert record.steps[0].failure == "source"
     assert "b changed while it was read" in record.steps[0].message
     assert names(record.directory / "artifacts") == ["a"]
