@@ -157,7 +157,7 @@ def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypa
 @pytest.mark.parametrize("noise", ["yes", "yes >&2"])
 def test_a_login_that_prints_without_end_is_not_listened_to(login, noise):
     machine = login(shell=BASH, dotfiles={".bashrc": f"{noise}\n"})
-    with pytest.raises(DriverFailed, match="^dev2: its login prints without end: it says: y$"):
+    with pytest.raises(DriverFailed, match=r"^dev2: its login prints without end: it says: y$"):
         asyncio.run(Connection.open(machine.endpoint()))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cycle_farm import Lab, environment, lab, reset, run, run_cycle
-from sshd_machine import gone
+from sshd_machine import free_port, gone
 
 from builds.record import BuildRecord, find_record
 from builds.step_run import StepLog
@@ -197,3 +197,12 @@ def test_reset_and_packages_of_an_honest_guest_are_as_ever(lab: Lab) -> None:
     with lab.site([reset("dev2"), run("build", "true")]) as site:
         record = run_cycle(site)
     assert record.vms[0].packages_count > 0
+
+
+def test_a_commit_that_only_the_guest_knows_is_one(hollow) -> None:
+    laboratory = hollow(git="echo '../../../commit Its subject'")
+    nowhere = f"git://127.0.0.1:{free_port()}/kata.git"
+    _, record = failed(laboratory, [run("build", "true")], source=nowhere)
+    assert record.steps[0].failure == "source"
+    assert "no revision 'HEAD'" in record.steps[0].message
+    assert record.source.commit == ""
