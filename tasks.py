@@ -273,10 +273,9 @@ def gc(run: TaskRun) -> TaskResult:
 @command()
 def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""
-    from provision.operations.recover import recover as finish
+    from provision.operations.recover import Recover
 
-    with run.site() as site:
-        return views.outcome(finish(site), nothing="nothing to recover")
+    return views.outcome(run.perform(lambda _: Recover()), nothing="nothing to recover")
 
 
 # ---- Looking, and going in.

@@ -40,6 +40,8 @@ class Operation(ABC, Generic[R_co]):
     """As the command line has it."""
     at_any_time: ClassVar[bool] = False
     """Whether a half-done change of its VMs' disks is not in its way."""
+    recovers_first: ClassVar[bool] = True
+    """Whether what killed commands left is recovered before it is planned."""
 
     def affected(self, _site: Site) -> tuple[str, ...]:
         """The VMs that nobody else may use meanwhile; the engine takes their locks. NotFound for one

@@ -65,7 +65,8 @@ def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
     vms = operation.affected(site)
     with begin(
         site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
-        at_any_time=operation.at_any_time, refused=partial(operation.refused, site),
+        at_any_time=operation.at_any_time, recovers_first=operation.recovers_first,
+        refused=partial(operation.refused, site),
     ) as run:  # fmt: skip
         plan = operation.plan(run)
         run.carry_out(plan.stages)
@@ -81,19 +82,23 @@ def begin(
     doing: str = "",
     locks: Sequence[str] = (),
     at_any_time: bool = False,
+    recovers_first: bool = True,
     refused: Callable[[Busy], Busy] | None = None,
 ) -> Iterator[Run]:
     """Begin an operation: recover, then hold the locks. A plan says what would be recovered, and takes
     no lock. ``refused``: makes the error to raise when another operation holds a lock."""
     run = Run(site, name, tuple(vms))
     if site.plan:
-        run.add(*_recovered(site, vms))
+        if recovers_first:
+            run.add(*_recovered(site, vms))
         yield run
         return
-    site.prepare()
+    if recovers_first or site.paths.root.exists():  # to recover alone makes no farm
+        site.prepare()
     with leased() as lease:
-        with lease.recovering:
-            run.add(*_recovered(site, vms))
+        if recovers_first:
+            with lease.recovering:
+                run.add(*_recovered(site, vms))
         doing = doing or f"{name} {some(vms)}".strip()
         with contextlib.ExitStack() as stack:
             try:

@@ -26,11 +26,12 @@ from provision.engine.runner import perform
 from provision.operations.balloon import Balloon, BalloonAll
 from provision.operations.checkpoint import TakeCheckpoint
 from provision.operations.clone import CloneFarm
-from provision.operations.destroy import Destroy
+from provision.operations.destroy import DESTROY, Destroy, DestroyFacts
 from provision.operations.gc import Gc
+from provision.operations.recover import Recover
 from provision.operations.reset import Proof, Reset, VmReset
 from provision.operations.templates import TemplateBuild, TemplateRemove
-from provision.power import Start, Stop
+from provision.power import START, STOP, Start, Stop, StopFacts
 from provision.site import Site
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,62 @@ def test_an_unfinished_activity_of_another_farmhand_is_refused_in_words(made: De
     assert "the farmhand that began it" in str(refused.value.remedy)
     with made.site() as site:
         farm.stop(site, ["prod"])  # no VM of its own: in nobody's way
+
+
+def _cut_off(made: Desk, activity: Activity[Any], vms: tuple[str, ...], facts: Facts) -> None:
+    with made.site() as site, pytest.raises(Interrupted), site.journal.begin(activity, vms, facts):
+        raise Interrupted("as if it was killed")
+
+
+def test_recover_plans_the_very_jobs_that_it_carries_out(made: Desk) -> None:
+    """Nothing is recovered before its plan; what can't be is told in its place, and raised at the end of
+    the run, once all else is recovered."""
+    _cut_off(made, START, ("prod",), NoFacts())
+    _cut_off(made, _Strange(), (), NoFacts())
+    _cut_off(made, STOP, ("dev2",), StopFacts(force=True))
+    with made.site(plan=True) as site:
+        planned = perform(site, Recover())
+    assert [(a.verb, a.vm) for a in planned.actions] == [
+        ("recover", "prod"), ("note", ""), ("recover", "dev2"),
+    ]  # fmt: skip
+    assert "it can't be recovered as it is: the journal has an unfinished" in str(planned.actions[1])
+    first, last = planned.as_dict()["facts"]["activities"]  # type: ignore[index]
+    assert first == {"id": last["id"] - 2, "verb": "start", "vms": ["prod"], "how": "noted"}
+    with made.site() as site, pytest.raises(WrongState, match="an unfinished frobnicate"):
+        perform(site, Recover())
+    with made.site() as site:
+        (left,) = site.journal.unfinished()
+        assert left.verb == "frobnicate"
+        site.journal.settle(left.id, "recovered")
+    _cut_off(made, STOP, ("dev2",), StopFacts(force=True))
+    with made.site(plan=True) as site:
+        planned = perform(site, Recover())
+    with made.site() as site:
+        done = perform(site, Recover())
+        assert (done.actions, done.result) == (planned.actions, planned.result)
+        (action,) = perform(site, Recover()).actions
+    assert (action.verb, action.text) == ("keep", "nothing was left unfinished")
+
+
+def test_recover_leaves_alone_what_another_operation_is_at(made: Desk) -> None:
+    """It says so, also where that is the whole farm's end: its journal and locks are not taken away."""
+    _cut_off(made, DESTROY, (), DestroyFacts(whole=True))
+    with made.site() as site, site.locks.hold("vm-prod", doing="something"):
+        busy = []
+        thread = threading.Thread(target=lambda: busy.append(perform(site, Recover())))
+        thread.start()
+        thread.join()
+        (action,) = busy[0].actions
+        assert action.verb == "note"
+        assert "not recovered now: prod is held by pid" in str(action)
+        assert not busy[0].changed
+        assert site.journal.unfinished()
+    made.run(farm.recover)
+    with made.site() as site:
+        assert not site.paths.root.exists()
+        (action,) = perform(site, Recover()).actions
+        assert action.verb == "keep"
+        assert not site.paths.root.exists(), "to recover alone makes no farm"
 
 
 class _Strange(Activity[NoFacts]):
