@@ -37,7 +37,7 @@ class Operation(ABC, Generic[R_co]):
     back is a frozen dataclass: NoResult if its actions say it all."""
 
     name: ClassVar[str]
-    """As the command line has it."""
+    """Its key in the registry: the task's name, where a task has one operation only."""
     at_any_time: ClassVar[bool] = False
     """Whether a half-done change of its VMs' disks is not in its way."""
     recovers_first: ClassVar[bool] = True

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import threading
 from collections.abc import Iterator
 from contextvars import copy_context
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from invoke.tasks import Task
+from pydantic import TypeAdapter
 from test_farm import MIB, Desk
 
 from inventory.errors import Busy, Interrupted, UsageError, WrongState
@@ -33,6 +36,8 @@ from provision.operations.reset import Proof, Reset, VmReset
 from provision.operations.templates import TemplateBuild, TemplateRemove
 from provision.power import START, STOP, Start, Stop, StopFacts
 from provision.site import Site
+
+import tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +61,53 @@ def test_an_operation_is_a_value_that_is_asked_for(name: str) -> None:
     (result,) = get_args(base)
     assert is_dataclass(result), "and hands back a value"
     assert result.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", registry.operations())
+def test_a_request_can_be_told_as_json(name: str) -> None:
+    """Each field, but what is no part of what is asked: so REST, queue and schema can be fed from the
+    registry too."""
+    kind = registry.operation(name)
+    types = get_type_hints(kind)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.compare:
+            assert TypeAdapter(types[field.name]).json_schema(), field.name
+
+
+TASKS = {name: task for name, task in vars(tasks).items() if isinstance(task, Task)}
+WITHOUT_AN_OPERATION = {"network_verify": "it asks only", "console": "a terminal", "ssh": "a terminal"}
+
+
+def test_the_registry_feeds_the_command_line() -> None:
+    """Each operation has one task (and the demo, which is several), each task with --plan its
+    operations."""
+    of = {name: task.body.does for name, task in TASKS.items()}
+    own = [operation for task, names in of.items() if task != "demo" for operation in names]
+    assert sorted(own) == sorted(registry.operations())
+    assert set(of["demo"]) < set(own)
+    planned = {
+        name for name, task in TASKS.items() if any(flag.name == "plan" for flag in task.get_arguments())
+    }
+    assert planned == {task for task, names in of.items() if names} | WITHOUT_AN_OPERATION.keys()
+
+
+def test_what_a_task_asks_is_what_its_operation_takes() -> None:
+    """By its own name, and with nothing left out that must be given."""
+    asked = 0
+    tree = ast.parse((ROOT / "tasks.py").read_text())
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "run.perform"):
+                continue
+            site, name = map(ast.unparse, node.args)
+            kind = registry.operation(ast.literal_eval(name))
+            signature = inspect.signature(kind)
+            signature.bind(**{str(word.arg): None for word in node.keywords})
+            if function.name in TASKS:
+                assert kind.name in TASKS[function.name].body.does
+            assert site == "site"
+            asked += 1
+    assert asked >= len(registry.operations())
 
 
 def test_json_has_all_of_a_result_that_is_known(made: Desk) -> None:
