@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from builds.lineage import WRITE_MARK
+from builds import mark
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
@@ -183,7 +183,7 @@ class Machines:
         """Write into the VM that it holds this build's work from now on."""
         said: list[bytes] = []
         env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
-        done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
+        done = await connection.run(mark.WRITE, env=env, timeout=120, log=said.append)
         if done.status:
             why = last_line(b"".join(said).decode(errors="replace"), 300) or f"status {done.status}"
             self._note(f"{vm}: it can't be marked as this build's, so --from can't be verified: {why}")

@@ -105,8 +105,12 @@ class RunCycle(Operation[CycleResult]):
         import asyncio
 
         from builds.cycle import Build
+        from builds.resume import cycle_asked
 
-        build = Build(run.site, plan, self, meter)
+        asked = cycle_asked(only=self.only, revision=self.revision, keep_going=self.keep_going)
+        build = Build(
+            run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream
+        )  # fmt: skip
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
         with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
             with asyncio.Runner() as runner:

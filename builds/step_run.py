@@ -1,9 +1,7 @@
-"""One step of a cycle under way: what it works with, its log written as it is made, the class of its
-failure."""
+"""One step of a cycle under way: what it works with, its log written as it is made, how it may fail."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +10,10 @@ from pathlib import Path
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord, Flow
-from builds.step_kind import StepKind
 from host.files import open_to_append
 from host.printable import plain
-from inventory.errors import ConnectionLost, FarmhandError, Remedy
+from inventory.errors import Remedy
 from inventory.model import FailureClass, Limits
-from inventory.sizes import format_duration
 from provision.guest.connection import Moved
 from provision.site import Site
 
@@ -112,10 +108,10 @@ def _plain(data: bytearray) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """A step with everything that it works with. ``files``: what it fetched or carried. ``details``:
-    what the record says of it. ``exit``: its last exit status."""
+    """What the step of that name works with. ``files``: what it fetched or carried. ``details``: what
+    the record says of it. ``exit``: its last exit status."""
 
-    step: StepKind
+    name: str
     site: Site
     machines: Machines
     meter: Meter
@@ -138,37 +134,7 @@ class StepRun:
         """Have the record name a file, with the values of ``FileRecord``."""
         self.files.append(
             FileRecord(
-                name=file.name, size=file.size, sha256=file.sha256, step=self.step.name,
+                name=file.name, size=file.size, sha256=file.sha256, step=self.name,
                 vm=vm, path=path, flow=flow,
             )
         )  # fmt: skip
-
-    async def carry_out(self) -> None:
-        """Carry the step out. StepFailed, with its class, for everything that can go wrong."""
-        step = self.step
-        try:
-            await self.machines.look()
-            async with asyncio.timeout(step.limit):
-                await step.carry_out(self)
-        except TimeoutError:
-            raise StepFailed(
-                "time-out",
-                f"not done within its limit of {format_duration(step.timeout)}",
-                console=self.machines.console(step.changes) if step.RENEWS else "",
-            ) from None
-        except FarmhandError as error:
-            raise await self._judged(error) from error
-
-    async def _judged(self, error: FarmhandError) -> StepFailed:
-        """StepFailed for an error of ours, with its class. What a guest's scripts print is judged
-        elsewhere."""
-        failure = self.step.class_of(error)
-        failed = StepFailed(failure, error.message, remedy=error.remedy)
-        if failure != "infrastructure":
-            return failed
-        vm = error.vm if error.vm in self.step.vms else self.step.vms[0]
-        if isinstance(error, ConnectionLost):
-            state = await asyncio.to_thread(self.machines.state, vm)
-            failed.args = (f"{error.message} ({state})",) if state else failed.args
-        failed.console = error.detail or self.machines.console(vm)
-        return failed

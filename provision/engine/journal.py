@@ -244,11 +244,6 @@ class Journal:
         records = self._records("WHERE settled = 0 ORDER BY id", ())
         return tuple(r for r in records if r.ended is not None or not r.process.alive())
 
-    def under_way(self) -> tuple[Record, ...]:
-        """Activities of living processes, oldest first."""
-        records = self._records("WHERE settled = 0 AND ended IS NULL ORDER BY id", ())
-        return tuple(r for r in records if r.process.alive())
-
     def find(self, id: int) -> Record | None:
         return next(iter(self._records("WHERE id = ?", (id,))), None)
 

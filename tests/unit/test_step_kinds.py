@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from builds import page
+from builds.judged import carry_out
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import BuildRecord, StepRecord, load_records, new_directory, now
@@ -94,11 +95,11 @@ def judged(site: Site, directory: Path, error: FarmhandError) -> StepFailed:
     machines, meter = Machines(site, None, directory, Meter(), print), Meter()
     log = StepLog(directory / "log", "dev2", None)
     work = StepRun(
-        step=Carry(name="c", error=error), site=site, machines=machines, meter=meter,
+        name="c", site=site, machines=machines, meter=meter,
         environment=lambda _vm: {}, before_run=nothing, artifacts=directory, log=log,
     )  # fmt: skip
     with pytest.raises(StepFailed) as caught:
-        asyncio.run(work.carry_out())
+        asyncio.run(carry_out(Carry(name="c", error=error), work))
     log.close()
     return caught.value
 
