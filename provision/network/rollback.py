@@ -19,8 +19,8 @@ from inventory.errors import FarmhandError, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry, Record
 from provision.engine.operation import Activity, Recovery
-from provision.network.changes import FileChange
 from provision.network.daemons import steps
+from provision.network.file_change import FileChange
 from provision.network.records import RecordChange
 from provision.network.service import services as used_services
 from provision.site import Site
