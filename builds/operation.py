@@ -15,9 +15,10 @@ from builds.step_kind import steps_of
 from inventory.errors import Busy
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation, Recovery
-from provision.engine.runner import Run
+from provision.engine.record import Record
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.power import deflate
 from provision.site import Site

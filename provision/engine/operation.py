@@ -23,9 +23,10 @@ from provision.engine.locks import lock_of
 from provision.engine.report import R_co
 
 if TYPE_CHECKING:
-    from provision.engine.journal import Entry, Record
+    from provision.engine.journal import Entry
     from provision.engine.plan import Plan
-    from provision.engine.runner import Run
+    from provision.engine.record import Record
+    from provision.engine.run import Run
     from provision.site import Site
 
 F = TypeVar("F", bound=Facts)

@@ -20,7 +20,7 @@ from provision.engine.operation import Recovery
 from provision.engine.report import Action
 
 if TYPE_CHECKING:
-    from provision.engine.journal import Record
+    from provision.engine.record import Record
     from provision.site import Site
 
 

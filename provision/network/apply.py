@@ -36,7 +36,7 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, difference
 from provision.network.daemons import steps

@@ -41,8 +41,8 @@ class Quoting(Protocol):
 
 class Renderer:
     """What a service makes its documents with, of one farm. ``serials``: the serial number that each
-    zone's file should hold. ``others``: paths of files of hosts that are there too, for VMs that are left
-    out here."""
+    zone's file should hold. ``others``: paths of files of hosts that are there too, for VMs that are
+    left out here."""
 
     def __init__(
         self,

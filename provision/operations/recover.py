@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from inventory.errors import Busy, FarmhandError, Interrupted, Several
-from provision.engine.journal import Record
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.record import Record
 from provision.engine.recovery import cut_off, foresee, recover, sweep_temporary, told, whole
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.operations.destroy import DESTROY, last_of
 from provision.site import Site
 
