@@ -15,9 +15,10 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from inventory import fields, kinds, model
 from inventory.base import Model
-from inventory.hosts import driver_of
-from inventory.services import declared
-from inventory.subscribers import subscriber_kind
+from inventory.hosts import driver_of, host_section
+from inventory.model import step_section
+from inventory.services import declared, section_named
+from inventory.subscribers import subscriber_kind, subscriber_section
 from inventory.values import step_kind
 
 
@@ -36,13 +37,13 @@ def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
 
 def _names() -> dict[str, Any]:
     """What the annotations are made of."""
-    drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
-    subscribers = [Annotated[kinds.subscriber(kind), Tag(kind)] for kind in kinds.subscribers]
-    steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
+    drivers = [Annotated[host_section(driver), Tag(driver)] for driver in kinds.hosts]
+    subscribers = [Annotated[subscriber_section(kind), Tag(kind)] for kind in kinds.subscribers]
+    steps = [Annotated[step_section(kind), Tag(kind)] for kind in kinds.steps]
     step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
         **vars(fields), **vars(model),
-        **{name: kinds.section(name) for name in kinds.places()},
+        **{name: section_named(name) for name in kinds.places()},
         "Steps": tuple[step, ...],
         kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],

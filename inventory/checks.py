@@ -10,7 +10,7 @@ from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
 from inventory.hosts import DriverInfo
-from inventory.model import Farm
+from inventory.model import Farm, step_section
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
 from inventory.values import is_plain_name
@@ -347,7 +347,7 @@ def _steps(farm: Farm, places: Places) -> Found:
         known = [kind for kind in kinds.steps if kind in step.keys]
         if len(known) != 1:
             continue
-        section = kinds.step(known[0])
+        section = step_section(known[0])
         for key in map(section.key_of, section.VMS):
             value = step.values.get(key)
             if not isinstance(value, ScalarNode) or (*path, key) in places.bad or not vms:

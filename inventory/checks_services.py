@@ -7,9 +7,8 @@ from ipaddress import IPv6Address
 
 from inventory.base import quote
 from inventory.errors import Problem
-from inventory.model import Farm
+from inventory.model import Farm, ServiceSection
 from inventory.places import Path, Places
-from inventory.services import ServiceSection
 
 Found = Iterator[Problem]
 

@@ -13,10 +13,10 @@ from inventory import kinds
 from inventory.base import KeyProblem, Model, quote
 from inventory.engine import ValidationError
 from inventory.errors import Problem
-from inventory.hosts import DEFAULT_DRIVER, Host
-from inventory.model import Farm
+from inventory.hosts import DEFAULT_DRIVER, Host, host_section
+from inventory.model import Farm, step_section
 from inventory.places import Path, Places
-from inventory.subscribers import subscriber_kind
+from inventory.subscribers import subscriber_kind, subscriber_section
 from inventory.values import step_kind
 from inventory.yamltree import MappingNode, ScalarNode, SequenceNode
 
@@ -206,7 +206,7 @@ class Pruner:
         """What to say to a key that other drivers have; "": none has."""
         if key in host.INSTEAD:
             return host.INSTEAD[key]
-        others = [name for name in kinds.hosts if key in _keys_of(kinds.host(name))]
+        others = [name for name in kinds.hosts if key in _keys_of(host_section(name))]
         if not others:
             return ""
         names = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
@@ -246,15 +246,15 @@ class Pruner:
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 1 and path[0] == "hosts":
-                kind = kinds.host(self._driver_at(path[:2]))
+                kind = host_section(self._driver_at(path[:2]))
             elif depth == 1 and path[0] == "events":
                 node = self.places.node(path[:2])
                 told = subscriber_kind(node.keys if isinstance(node, MappingNode) else None)
-                kind = kinds.subscriber(told) if told else None
+                kind = subscriber_section(told) if told else None
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 name = step_kind(node.keys if isinstance(node, MappingNode) else None)
-                kind = kinds.step(name) if name else None
+                kind = step_section(name) if name else None
             elif isinstance(kind, type) and issubclass(kind, Model):
                 of_fields = hints(kind).items()
                 kind = next((hint for name, hint in of_fields if kind.key_of(name) == part), None)

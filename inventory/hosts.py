@@ -121,6 +121,11 @@ def driver_of(section: object) -> str | None:
     return driver if isinstance(driver, str) else None
 
 
+def host_section(driver: str) -> type[Host]:
+    """The class of that driver's hosts. KeyError: there is no such driver."""
+    return kinds.load(kinds.hosts[driver], Host)
+
+
 def default_hosts() -> dict[str, Host]:
     """Of a farm that names none."""
-    return {"here": kinds.host(DEFAULT_DRIVER)(driver=DEFAULT_DRIVER)}
+    return {"here": host_section(DEFAULT_DRIVER)(driver=DEFAULT_DRIVER)}

@@ -10,14 +10,11 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from inventory.base import Model
-    from inventory.hosts import Host
-    from inventory.model import Step
-    from inventory.subscribers import EventSubscriber
+from inventory.base import Model
 
+M = TypeVar("M", bound=Model)
 _TOP = Path(__file__).parent.parent
 hosts: dict[str, str] = {}
 """Of hosts, by their drivers."""
@@ -34,27 +31,15 @@ ALL_SERVICES = "NetworkServices"
 """The class of the section that has those of services: ``inventory.services`` makes it."""
 
 
-def host(driver: str) -> type[Host]:
-    """KeyError: there is no such driver."""
-    return cast("type[Host]", _imported(hosts[driver]))
-
-
-def subscriber(kind: str) -> type[EventSubscriber]:
-    """KeyError: there is no such kind."""
-    return cast("type[EventSubscriber]", _imported(subscribers[kind]))
-
-
-def step(kind: str) -> type[Step]:
-    """KeyError: there is no such kind."""
-    return cast("type[Step]", _imported(steps[kind]))
+def load(place: str, kind: type[M]) -> type[M]:
+    """The section there, which is of that kind."""
+    found = _imported(place)
+    assert issubclass(found, kind), place
+    return found
 
 
 def section(name: str) -> type[Model] | None:
     """By its class's name; None: no table has it."""
-    if name == ALL_SERVICES:
-        from inventory.services import declared
-
-        return declared()
     place = places().get(name)
     return _imported(place) if place else None
 

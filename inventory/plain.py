@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from inventory import kinds, model
+from inventory import model
 from inventory.base import Model
 from inventory.model import Farm
+from inventory.services import section_named
 
 _KIND, _TEXT = "!", "="  # no key of a farm file and no name in one is like these
 _VALUES: Mapping[str, Callable[[str], object]] = {
@@ -80,7 +81,7 @@ def _decoded(found: dict[str, Any]) -> object:
 
 
 def _section(name: str) -> type[Model]:
-    found = getattr(model, name, None) or kinds.section(name)
+    found = getattr(model, name, None) or section_named(name)
     if not (isinstance(found, type) and issubclass(found, Model)):
         raise ValueError(f"no section {name}")
     return found

@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 
 from inventory.errors import InventoryError, NotFound, Problem
-from inventory.model import Farm
 
 MAX_BYTES = 8 * 2**20
 
@@ -30,7 +29,7 @@ def read(path: Path) -> bytes:
         raise InventoryError([Problem(str(path), 1, 1, f"it can't be read: {reason}")]) from None
 
 
-def resolve(farm: Farm, path: Path | str) -> Path:
+def resolve(farm_file: Path, path: Path | str) -> Path:
     """An absolute path for one that the farm file holds: relative to the farm file, ``~`` allowed."""
     given = Path(path)
     if given.parts[:1] and given.parts[0].startswith("~"):
@@ -38,6 +37,6 @@ def resolve(farm: Farm, path: Path | str) -> Path:
             given = given.expanduser()
         except RuntimeError:
             raise NotFound(
-                f"{path}: there is no such user's home", remedy=f"write the path out in {farm.path}"
+                f"{path}: there is no such user's home", remedy=f"write the path out in {farm_file}"
             ) from None
-    return farm.path.parent / given
+    return farm_file.parent / given

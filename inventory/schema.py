@@ -20,9 +20,11 @@ import inventory.model as model_module
 from inventory import kinds
 from inventory.annotations import adapter
 from inventory.base import Model
-from inventory.hosts import DEFAULT_DRIVER
-from inventory.model import Farm
+from inventory.hosts import DEFAULT_DRIVER, host_section
+from inventory.model import Farm, step_section
+from inventory.services import section_named
 from inventory.sizes import format_duration, format_size
+from inventory.subscribers import subscriber_section
 from inventory.validation import CLASS, CORE_FILE, DEFAULT, FUNCTION, SECTION, stands_for
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
@@ -41,7 +43,7 @@ _SECTIONS = (
     ("Source", "source"),
     ("Cycle", "cycle"),
     ("Limits", "cycle.limits"),
-    *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
+    *((step_section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
     ("StepLimits", "cycle.steps[].limits"),
 )
 _INTRODUCTION = """\
@@ -69,8 +71,8 @@ are told at once, each with its line and column.
 
 def _sections() -> dict[str, str]:
     """By their classes' names, in the order of the page: where each stands in a file."""
-    hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
-    told = {kinds.subscriber(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
+    hosts = {host_section(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
+    told = {subscriber_section(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
     return {"Farm": "The file", **hosts, **dict(_SECTIONS), **told}
 
 
@@ -90,12 +92,12 @@ def json_schema() -> dict[str, Any]:
             value["description"] = documents[field.name]
             definition["properties"][key] = value
     for driver in kinds.hosts.keys() - {DEFAULT_DRIVER}:  # which it says for itself
-        definition = definitions[kinds.host(driver).__name__]
+        definition = definitions[host_section(driver).__name__]
         definition["required"] = ["driver", *definition.get("required", [])]
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [{"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps]
+        "anyOf": [{"$ref": f"#/$defs/{step_section(name).__name__}"} for name in kinds.steps]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -125,7 +127,7 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or kinds.section(name)
+    return getattr(model_module, name, None) or section_named(name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:

@@ -38,3 +38,8 @@ def subscriber_kind(section: object) -> str | None:
         return next(iter(kinds.subscribers), None)  # which refuses it
     found = [kind for kind in kinds.subscribers if kind in known]
     return found[0] if len(found) == 1 else None
+
+
+def subscriber_section(kind: str) -> type[EventSubscriber]:
+    """The class of that kind of subscribers. KeyError: there is no such kind."""
+    return kinds.load(kinds.subscribers[kind], EventSubscriber)

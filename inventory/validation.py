@@ -20,6 +20,7 @@ from inventory import subscribers as subscriber_sections
 from inventory.engine import SchemaValidator
 from inventory.hosts import driver_of
 from inventory.model import Farm
+from inventory.services import section_named
 from inventory.subscribers import subscriber_kind
 
 CORE_FILE = Path(__file__).with_name("farm.core.json")
@@ -106,4 +107,4 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    return getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
+    return getattr(model, name, None) or getattr(values, name, None) or section_named(name)

@@ -14,8 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 
 from inventory import kinds
-from inventory.base import parse_range, quote
-from inventory.model import Step
+from inventory.base import Model, parse_range, quote
 from inventory.sizes import parse_duration, parse_size
 
 # RFC 1123 section 2.1 with RFC 1035's lower case and 63 octets a label.
@@ -286,8 +285,8 @@ def one_or_many(value: object) -> object:
 
 def step_kind(value: object) -> str | None:
     """A step is known by the one kind's name that it has for a key."""
-    if isinstance(value, Step):
-        return value.KIND
+    if isinstance(value, Model):
+        return getattr(value, "KIND", None)
     if not isinstance(value, dict):
         return None
     found = [kind for kind in kinds.steps if kind in value]

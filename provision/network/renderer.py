@@ -91,4 +91,4 @@ class Renderer:
     def login(self) -> dict[str, Any]:
         """How ssh logs in."""
         ssh = self.farm.ssh
-        return {"user": Word(ssh.user), "key": str(resolve(self.farm, ssh.key)) if ssh.key else ""}
+        return {"user": Word(ssh.user), "key": str(resolve(self.farm.path, ssh.key)) if ssh.key else ""}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
-from inventory.services import ServiceSection
+from inventory.model import ServiceSection
 from provision.network.templating import Word
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from builds.record import BuildRecord, StepRecord, load_records, new_directory, 
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
 from builds.steps import STEPS
-from inventory import kinds
 from inventory.errors import Conflict, ConnectionLost, DriverFailed, FarmhandError, NoSpace, TimedOut
 from inventory.loader import load
+from inventory.model import step_section
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_the_table_has_it_by_its_own_key(kind: str) -> None:
-    section = kinds.step(kind)
+    section = step_section(kind)
     assert issubclass(section, StepKind)
     assert kind == section.KIND
     fields = section.__dataclass_fields__
