@@ -23,20 +23,20 @@ from inventory.values import step_kind
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Of a section."""
+    """pydantic's adapter of a section, with the kinds that there are at the moment."""
     return _adapter(kind, tuple(kinds.places().items()))
 
 
 @cache
 def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
-    """For the kinds that there are at the moment."""
+    """The same, made once for each set of kinds."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
     found.rebuild(force=True, _types_namespace=_names())
     return found
 
 
 def _names() -> dict[str, Any]:
-    """What the annotations are made of."""
+    """The names that the model's annotations use, with what they stand for."""
     drivers = [Annotated[host_section(driver), Tag(driver)] for driver in kinds.hosts]
     subscribers = [Annotated[subscriber_section(kind), Tag(kind)] for kind in kinds.subscribers]
     steps = [Annotated[step_section(kind), Tag(kind)] for kind in kinds.steps]
@@ -52,5 +52,5 @@ def _names() -> dict[str, Any]:
 
 
 def hints(kind: type[Model]) -> Mapping[str, Any]:
-    """What its fields are, by their names."""
+    """The evaluated annotations of a section's fields, by the fields' names."""
     return get_type_hints(kind, localns=_names())

@@ -31,7 +31,8 @@ def _kinds() -> str:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """``; did you mean 'memory'?``, or what there is, or nothing."""
+    """The end of a message about an unknown word: ``; did you mean 'memory'?``, else what there is, or
+    ""."""
     close = difflib.get_close_matches(word[:100], list(known), 1, 0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
@@ -50,7 +51,8 @@ class Pruner:
         self._meant: set[Path] = set()  # what unknown keys seem to stand for
 
     def prune(self, error: ValidationError) -> bool:
-        """False where nothing could be taken out, so that there is no use in asking again."""
+        """Take out what the error is about. False if nothing could be taken out: then there is no use in
+        validating again."""
         gone: set[Path] = set()
         changed = False
         details = error.errors(include_url=False, include_input=False)
@@ -104,7 +106,8 @@ class Pruner:
         return loc
 
     def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
-        """Whether it is only refused for what was taken out, or misspelt, which has been told."""
+        """Whether a key is refused only because of something that has been told: it was taken out, or is
+        misspelt."""
         told = self.places.bad | self._meant
         if path[:1] == ("hosts",) and len(path) > 2 and (*path[:2], "driver") in told:
             return kind in (_SECTION, _UNKNOWN, "missing")  # which keys it has, nobody knows

@@ -30,13 +30,13 @@ _VALUES: Mapping[str, Callable[[str], object]] = {
 
 
 def dumps(farm: Farm) -> bytes:
-    """Its path is left out."""
+    """A farm as JSON text, without its path."""
     return json.dumps(farm, default=_encoded, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def loads(text: bytes) -> Farm:
-    """ValueError if the text isn't one that ``dumps`` of this very program made, as far as can be told
-    without validating."""
+    """The farm in a text that ``dumps`` of this very program made. ValueError if it is no such text, as
+    far as can be told without validating."""
     try:
         farm = json.loads(text, object_hook=_decoded)
     except (TypeError, KeyError) as error:
@@ -60,7 +60,7 @@ def _encoded(value: object) -> Mapping[str, object]:
 
 @cache
 def _defaults(section: str) -> Mapping[str, str]:
-    """Of each field, as text: 300 and 300.0 are equal, but not the same."""
+    """The default of each field of a section, as text: 300 and 300.0 are equal, but not the same."""
 
     def default(field: Field[Any]) -> object:
         return field.default if field.default_factory is MISSING else field.default_factory()

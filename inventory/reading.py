@@ -11,7 +11,8 @@ MAX_BYTES = 8 * 2**20
 
 
 def read(path: Path) -> bytes:
-    """At most one byte more than MAX_BYTES. NotFound: no such file. InventoryError: it can't be read."""
+    """The file's content, at most one byte more than MAX_BYTES. NotFound if there is no such file,
+    InventoryError if it can't be read."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -30,7 +31,8 @@ def read(path: Path) -> bytes:
 
 
 def resolve(farm_file: Path, path: Path | str) -> Path:
-    """An absolute path for one that the farm file holds: relative to the farm file, ``~`` allowed."""
+    """An absolute path for one that the farm file holds, which is relative to the farm file and may
+    begin with ``~``. NotFound: there is no such user's home."""
     given = Path(path)
     if given.parts[:1] and given.parts[0].startswith("~"):
         try:

@@ -31,8 +31,8 @@ class EventSubscriber(Model):
 
 
 def subscriber_kind(section: object) -> str | None:
-    """A subscriber's section, or what a file has in its place, is known by the one key that names a
-    kind. None: it has none of them, or several."""
+    """The kind of a subscriber's section, or of what a file has in its place: the one key that names a
+    kind. None: it has no such key, or several."""
     known = vars(section) if isinstance(section, EventSubscriber) else section
     if not isinstance(known, dict):
         return next(iter(kinds.subscribers), None)  # which refuses it

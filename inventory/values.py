@@ -39,7 +39,7 @@ def check_label(value: str) -> str:
 
 
 def _idna(value: str) -> str:
-    """As DNS has it (RFC 3490); "" where that can't be, or is no host name."""
+    """A host name as DNS has it (RFC 3490); "" if it can't be one."""
     try:
         encoded = value.encode("idna").decode()
     except UnicodeError:
@@ -173,7 +173,8 @@ def check_variable(value: str) -> str:
 
 
 def check_web_address(value: str) -> str:
-    """An https URL; on this very machine http will do. It may hold a secret: it isn't repeated."""
+    """An https URL, or an http one of this very machine. Errors don't repeat it: it may hold a
+    secret."""
     from urllib.parse import urlsplit
 
     if not re.fullmatch(r"[!-~]{1,2048}", value):
@@ -284,7 +285,8 @@ def one_or_many(value: object) -> object:
 
 
 def step_kind(value: object) -> str | None:
-    """A step is known by the one kind's name that it has for a key."""
+    """The kind of a step's section, or of what a file has in its place: the one key that names a kind.
+    None: it has no such key, or several."""
     if isinstance(value, Model):
         return getattr(value, "KIND", None)
     if not isinstance(value, dict):
