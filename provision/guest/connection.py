@@ -161,7 +161,8 @@ class _Unlike(DriverFailed):
 
 
 class Connection:
-    """Made with ``Connection.open``; an async context manager. Safe for several tasks at once."""
+    """An ssh connection to a VM, made with ``Connection.open``: an async context manager. Several tasks
+    may use it at once."""
 
     def __init__(
         self, endpoint: Endpoint, ssh: asyncssh.SSHClientConnection, runner: Runner | None = None
@@ -176,8 +177,8 @@ class Connection:
 
     @classmethod
     async def open(cls, endpoint: Endpoint, *, runner: Runner | None = None) -> Connection:
-        """Conflict for a wrong host key, DriverFailed where nobody answers, or the login runs no
-        commands; Unsupported where it lacks what is needed."""
+        """Connect and log in. Conflict for a wrong host key; DriverFailed where nobody answers, or the
+        login runs no commands; Unsupported where the guest lacks a tool that is needed."""
         connection = cls(endpoint, await dial(endpoint), runner)
         try:
             await connection._look()
@@ -696,7 +697,8 @@ async def _copy(read: Read, write: Write) -> str:
 
 
 def _exports(env: Mapping[str, str]) -> str:
-    """sshd drops most of a client's environment (AcceptEnv), so the script brings its own."""
+    """Lines that set a script's environment. sshd drops most of what a client sends (sshd_config(5),
+    AcceptEnv), so the script brings it."""
     for name in env:
         if not _VARIABLE.fullmatch(name):
             raise UsageError(f"{name!r} is not the name of an environment variable")
@@ -704,7 +706,7 @@ def _exports(env: Mapping[str, str]) -> str:
 
 
 def _escape(pattern: str) -> str:
-    """For the guest's shell: patterns stay patterns, all else is itself."""
+    """A pattern for the guest's shell: its wildcards stay, all else is itself."""
     home, rest = ('"$HOME"/', pattern[2:]) if pattern.startswith("~/") else ("", pattern)
     text = "".join(c if _PLAIN.match(c) else f"\\{c}" if c != "\n" else "'\n'" for c in rest)
     return home + (f"./{text}" if not home and text.startswith("-") else text)

@@ -290,12 +290,12 @@ def _known_hosts(endpoint: Endpoint) -> Path:
 
 
 def _name(endpoint: Endpoint) -> str:
-    """As sshd(8), SSH_KNOWN_HOSTS FILE FORMAT, writes a host with its port."""
+    """A host with its port as known_hosts has it (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
     return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
 
 
 def _known(endpoint: Endpoint) -> list[asyncssh.SSHKey]:
-    """Its keys in known_hosts, hashed names (ssh_config(5), HashKnownHosts) included."""
+    """The host's keys in a known_hosts file, also under hashed names (ssh_config(5), HashKnownHosts)."""
     path = _known_hosts(endpoint)
     try:
         hosts = asyncssh.read_known_hosts(str(path))
@@ -322,7 +322,7 @@ def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
 
 
 def _remember(endpoint: Endpoint, key: str) -> None:
-    """Appended in one write, so that two processes don't mix their lines."""
+    """Append the key to known_hosts. It is one write, so that the lines of two processes don't mix."""
     path = _known_hosts(endpoint)
     make_directory(path.parent, mode=0o700)
     with open_to_append(path) as file:
@@ -330,7 +330,8 @@ def _remember(endpoint: Endpoint, key: str) -> None:
 
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
-    """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
+    """Boot id, uptime and clock of the guest, asked in one command. ConnectionLost, or DriverFailed
+    where the guest does not tell them."""
     try:
         answer = await ask(connection, _FACTS)
     except (asyncssh.Error, OSError) as error:
