@@ -81,7 +81,6 @@ def command(
             _carry_out(run, functools.partial(body, run, **options))
 
         shell.__signature__ = inspect.Signature(own[:1] + own[1:] + extra)  # type: ignore[attr-defined]
-        shell.does = tuple(does)  # type: ignore[attr-defined]
         return invoke_task(
             name=name,
             iterable=list(iterable),
