@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from hypervisors.api import (
     Owner,
     Power,
 )
-from inventory.errors import Call, NotFound, NotOurs
+from inventory.errors import Call, FarmhandError, Interrupted, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -44,6 +46,8 @@ class Member:
         self.machine: str = farm.machine_of(vm)
         """The name of its machine on the host."""
         self._allocation: Allocation | None = None
+        self._looked = False
+        self._address: IPv4Address | None = None
 
     def __repr__(self) -> str:
         return f"Member({self.vm!r} on {self.host!r})"
@@ -97,7 +101,13 @@ class Member:
                 "without our mark: it is not touched",
                 remedy="rename the farm or the VM, or rename or remove that machine yourself",
             )
+        self.was_seen(machine)
         return machine
+
+    def was_seen(self, machine: Machine | None) -> None:
+        """Where it is, from now on: a machine tells that by its mark. The caller has looked at it."""
+        self._looked = True
+        self._address = machine.address if machine else None
 
     def present(self) -> Machine:
         """As ``look``, but NotFound if it isn't made."""
@@ -119,7 +129,8 @@ class Member:
         """What it was given, durably recorded; asked once. ``move_port``: give it another ssh port from
         now on. Errors: as ``Allocator.allocate``."""
         if self._allocation is None or move_port:
-            self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port)
+            told = told_by({self.vm: self._address})
+            self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port, told=told)
         return self._allocation
 
     def was_given(self, allocation: Allocation) -> None:
@@ -159,14 +170,27 @@ class Member:
     # How it is reached
 
     def address(self) -> tuple[str, int]:
-        """Host and port of its ssh: as recorded, or as they would be given."""
+        """Host and port of its ssh: what its machine's mark tells, before what is recorded or would be
+        given."""
         if not self.info.virtual:
             return self._name_or_address(), self.declared.ssh_port or 22
         allocator = self.site.allocator
         got = self._allocation or allocator.recorded().get(self.vm) or allocator.peek(self.vm)
         if self.site.farm.network.mode == "user":
             return "127.0.0.1", got.ssh_port
-        return (str(got.address) if got.address else self._name_or_address()), got.ssh_port
+        address = self._marked() or got.address
+        return (str(address) if address else self._name_or_address()), got.ssh_port
+
+    def _marked(self) -> IPv4Address | None:
+        """None also where its host doesn't answer now: it may be reached all the same."""
+        if not self._looked:
+            try:
+                self.look()
+            except Interrupted:
+                raise
+            except FarmhandError:
+                self.was_seen(None)
+        return self._address
 
     def endpoint(self) -> Endpoint:
         """Where its ssh answers and as whom. NotFound if it is a VM whose host key isn't there."""
@@ -220,6 +244,11 @@ class Member:
             return str(self.declared.address)
         hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
+
+
+def told_by(addresses: Mapping[str, IPv4Address | None]) -> Mapping[str, IPv4Address]:
+    """Those of the VMs whose machines tell where they are."""
+    return {vm: address for vm, address in addresses.items() if address}
 
 
 def is_on(machine: Machine | None) -> bool:

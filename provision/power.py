@@ -188,6 +188,7 @@ def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Mac
         return machine
     current_step("change its definition")
     machine = member.driver.redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
+    member.was_seen(machine)
     member.site.reporter.say(f"its definition was changed {reason}", vm=member.vm)
     return machine
 

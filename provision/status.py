@@ -224,6 +224,7 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
                     error="a machine without our mark has its name",
                 )  # fmt: skip
         if machine is not None:
+            member.was_seen(machine)
             endpoint = member.endpoint()
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))

@@ -50,6 +50,7 @@ def as_machine(domain: libvirt.virDomain) -> Machine | None:
         disk=seen.disk,
         spec_hash=seen.spec_hash,
         template=seen.template,
+        address=seen.address,
         started=seen.started if power is not Power.STOPPED else None,
         accelerated={"kvm": True, "qemu": False}.get(seen.kind),
     )

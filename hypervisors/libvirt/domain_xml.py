@@ -9,9 +9,10 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
-from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
@@ -36,6 +37,7 @@ class DomainDefinition:
     owner: Owner | None
     spec_hash: str
     template: str
+    address: IPv4Address | None
     memory: int
     vcpus: int
     mac: str
@@ -107,6 +109,8 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
     mark.attrib.update(
         name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
     )
+    if spec.address:
+        mark.set("address", str(spec.address))
     text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
     text(domain, "vcpu", str(spec.vcpus))
@@ -212,6 +216,7 @@ def read_domain(xml: str) -> DomainDefinition:
         owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
         spec_hash=mark.get("spec", "") if mark is not None else "",
         template=mark.get("template", "") if mark is not None else "",
+        address=marked_address(mark.get("address", "")) if mark is not None else None,
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,
