@@ -140,6 +140,19 @@ class OpenHost(ABC):
         """Unsupported where the section asks for one that doesn't work."""
         return
 
+    def check_loopback(self) -> None:
+        """Unsupported where guests of a user network that leads out can't be kept off what listens on
+        this machine's loopback."""
+        return
+
+    def close_loopback(self) -> None:
+        """Keep them off it, before one of them starts. Errors: Unsupported, Conflict."""
+        return
+
+    def loopback_is_closed(self) -> bool:
+        """Whether they are kept off it now."""
+        return True
+
     def on_trial(self) -> bool:
         """Whether machines run accelerated though no guest has shown yet that this works."""
         return False

@@ -170,6 +170,9 @@ def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bo
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
+        if _kept_off(member):
+            current_step("keep guests off this machine's loopback")
+            member.site.opened(member.host).close_loopback()
         current_step(f"start {member.vm}")
         since = time.monotonic()
         member.driver.start(member.machine)
@@ -378,6 +381,7 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
     Unsupported if they are to run under KVM and KVM doesn't work."""
     new = [member for member in members if member.can_power]
     check_accelerator(new)
+    check_loopback(new)
     doing = f"starting {', '.join(member.vm for member in new)}"
     return forecast({member: _sizes(member, wait=wait) for member in new}, doing)
 
@@ -386,6 +390,18 @@ def check_accelerator(members: Sequence[Member]) -> None:
     """Unsupported if these VMs are to run under KVM and KVM doesn't work."""
     for host, site in {member.host: member.site for member in members}.items():
         site.opened(host).demand_accelerator()
+
+
+def check_loopback(members: Sequence[Member]) -> None:
+    """Unsupported if these VMs can't be kept off this machine's loopback, though the farm file lets them
+    out and doesn't say that they may reach it."""
+    for host, site in {member.host: member.site for member in members if _kept_off(member)}.items():
+        site.opened(host).check_loopback()
+
+
+def _kept_off(member: Member) -> bool:
+    network = member.site.farm.network
+    return network.internet and network.host_loopback == "closed" and member.info.forwards
 
 
 def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
