@@ -78,8 +78,8 @@ def listening(address: str, port: int = 0, kind: int = socket.SOCK_STREAM) -> It
 
         def datagrams() -> None:
             with contextlib.suppress(OSError):
-                while True:
-                    service.sendto(b"SECRET", service.recvfrom(100)[1])
+                while asking := service.recvfrom(100)[1]:  # None: it was shut down
+                    service.sendto(b"SECRET", asking)
 
         if kind == socket.SOCK_STREAM:
             service.listen()
