@@ -214,9 +214,9 @@ def test_only_qemu_is_kept_off_and_not_from_the_name_server() -> None:
 
 @NEEDS_ROOT
 def test_somebody_elses_table_of_our_name_is_left_alone() -> None:
-    theirs = f"table inet {host_loopback.TABLE} {{ chain theirs {{ }} }}"
+    theirs = f"table inet {host_loopback.TABLE} {{\nchain theirs {{\n}}\n}}\n"
     with own_network():
-        subprocess.run(["nft", theirs], check=True)
+        subprocess.run(["nft", "-f", "-"], input=theirs.encode(), check=True)
         before = subprocess.run(["nft", "list", "ruleset"], check=True, capture_output=True).stdout
         with pytest.raises(Conflict, match="is not farmhand's: it is left as it is"):
             host_loopback.close(Runner(), qemu_user())
