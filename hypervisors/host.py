@@ -132,6 +132,11 @@ class OpenHost(ABC):
         give files away (root)."""
         return None
 
+    def forwards_as(self) -> int | None:
+        """The uid whose programs listen on this machine's loopback for the machines; None: it isn't
+        known."""
+        return None
+
     def check_places(self) -> None:
         """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
         return

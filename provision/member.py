@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
     Disk,
@@ -20,7 +21,7 @@ from hypervisors.api import (
     Owner,
     Power,
 )
-from inventory.errors import Call, FarmhandError, Interrupted, NotFound, NotOurs
+from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -192,11 +193,14 @@ class Member:
                 self.was_seen(None)
         return self._address
 
-    def endpoint(self) -> Endpoint:
-        """Where its ssh answers and as whom. NotFound if it is a VM whose host key isn't there."""
+    def endpoint(self, *, runs: bool = False) -> Endpoint:
+        """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
+        NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port."""
         from provision.guest.remote import Endpoint
 
         host, port = self.address()
+        if not runs:
+            self.check_port(port)
         key = identity.host_key(self.site.paths, self.vm) if self.info.virtual else ""
         if self.info.virtual and not key:
             file = identity.host_key_file(self.site.paths, self.vm)
@@ -217,6 +221,22 @@ class Member:
             host_key=key,
             pinned=None if key else partial(self.site.reporter.warn, vm=self.vm),
         )
+
+    def check_port(self, port: int) -> None:
+        """Conflict if a stranger holds it, where it is one of this machine's loopback."""
+        if self.site.farm.network.mode != "user" or not self.info.forwards:
+            return
+        ours, found = self.site.opened(self.host).forwards_as(), listener(port)
+        if ours is not None and found is not None and found.uid != ours:
+            raise Conflict(
+                f"a stranger holds port {port} of this machine's loopback: {found}; "
+                "it is not taken for the VM",
+                vm=self.vm,
+                remedy=(
+                    "end that, or start the VM, which gets another port: ",
+                    Call("start", vm=self.vm),
+                ),
+            )
 
     def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
         """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from host.files import make_directory
+from host.ports import listener
 from host.progress import Progress
 from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
@@ -337,6 +338,10 @@ def answers(member: Member, *, timeout: float = 2.0) -> bool:
     if not member.info.guests:
         return True
     try:
+        member.check_port(member.address()[1])
+    except Conflict:  # who waits for it is told
+        return False
+    try:
         with socket.create_connection(member.address(), timeout) as connection:
             connection.settimeout(timeout)
             return connection.recv(4) == b"SSH-"
@@ -421,12 +426,13 @@ def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
         return
     if member.declared.ssh_port:
         raise Conflict(
-            f"{site.name}: port {port} for {vm}'s ssh is taken by another program",
+            f"{site.name}: port {port} for {vm}'s ssh is taken by {listener(port) or 'a program'}",
             remedy=f"end it (ss -ltnp sport = :{port}) or change 'ssh_port'",
         )
     moved = member.allocate(move_port=True)
     site.reporter.warn(
-        f"port {port} is taken by another program: its ssh moves to {moved.ssh_port}", vm=vm
+        f"port {port} is taken by {listener(port) or 'a program'}: its ssh moves to {moved.ssh_port}",
+        vm=vm,
     )
     bring_up_to_date(member, machine, disk)
 

@@ -225,7 +225,7 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
                 )  # fmt: skip
         if machine is not None:
             member.was_seen(machine)
-            endpoint = member.endpoint()
+            endpoint = member.endpoint(runs=is_on(machine))
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
     except FarmhandError as problem:

@@ -182,6 +182,12 @@ class OpenKvm(OpenLibvirt):
             return qemu_user()
         return super().reader_uid()
 
+    def forwards_as(self) -> int | None:
+        if not self.declared.private:
+            return None
+        reader = self.reader_uid()
+        return os.geteuid() if reader is None else reader
+
     def check_places(self) -> None:
         if self.declared.private:
             from hypervisors.libvirt.private import check_runtime

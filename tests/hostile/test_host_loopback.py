@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from neighbour import NEEDS_ROOT
+from test_squatted_ports import squatted
 
 import cli.composition  # noqa: F401 - a farm is loaded
 from host.paths import cache_dir
@@ -25,11 +26,12 @@ from host.run import Runner
 from hypervisors.api import Template
 from hypervisors.libvirt import host_loopback
 from hypervisors.libvirt.private import qemu_user
-from inventory.errors import Conflict, Unsupported
+from inventory.errors import Conflict, Text, Unsupported, spelled
 from inventory.loader import load
 from provision import doctor, farm
 from provision.engine.report import QuietReporter
 from provision.guest import identity
+from provision.power import answers, wait_until_ready
 from provision.site import Site
 from tests.contract import small_guest
 from tests.services.networks import own_network
@@ -89,11 +91,20 @@ def listening(address: str, port: int = 0, kind: int = socket.SOCK_STREAM) -> It
             service.shutdown(socket.SHUT_RDWR)
 
 
+class _Warned(QuietReporter):
+    def __init__(self) -> None:
+        self.text = ""
+
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.text += spelled(text)
+
+
 class OutFarm:
     """One VM under a private libvirtd, whose guest tries what it reaches, and answers on port 22."""
 
     def __init__(self, directory: Path, port: int) -> None:
         self.file = directory / "out.yaml"
+        self.warned = _Warned()
         kept = small_guest.build(cache_dir())
         init = PROBE.replace("MODULES", " ".join(small_guest.MODULES)).replace("OUTSIDE", OUTSIDE)
         probe = small_guest.newc([("probe", 0o100755, init.encode())])
@@ -123,7 +134,7 @@ class OutFarm:
         )
 
     def site(self) -> Site:
-        return Site(load(self.file), reporter=QuietReporter())
+        return Site(load(self.file), reporter=self.warned)
 
     def tried(self) -> dict[str, str]:
         """Start it: what was said to it, by the address that it asked."""
@@ -162,7 +173,16 @@ def test_a_guest_reaches_the_outside_and_nothing_of_the_loopback(
             assert sorted(said) == ["10.0.2.2", "127.0.0.1"]
             assert _doctored(out).text == "its guests are kept off this machine's loopback, by nftables"
             with out.site() as site:
-                farm.start(site, wait=False)
+                its = site.member("prod").address()[1]
+                with squatted(its) as pid:
+                    farm.start(site, wait=False)
+                assert site.member("prod").address()[1] != its
+                assert f"port {its} is taken by pid {pid} of nobody (python3)" in out.warned.text
+                lost = site.allocator.allocate("prod", move_port=True).ssh_port
+                with squatted(lost):  # recorded for it, by whatever mistake
+                    assert not answers(site.member("prod"))
+                    with pytest.raises(Conflict, match=f"a stranger holds port {lost} of this"):
+                        wait_until_ready(site.member("prod"), since=float("-inf"))
                 subprocess.run(["nft", "flush", "ruleset"], check=True)
                 found = _doctored(out)
                 assert not found.ok
