@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -269,6 +269,18 @@ class Member:
 def told_by(addresses: Mapping[str, IPv4Address | None]) -> Mapping[str, IPv4Address]:
     """Those of the VMs whose machines tell where they are."""
     return {vm: address for vm, address in addresses.items() if address}
+
+
+def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str, IPv4Address]:
+    """Where the machines of the farm's VMs (``but`` these, which the caller has looked at) say that they
+    are, as long as there is no record at all: it was lost, or left in another place, and what they have
+    is not free. With a record: nothing, and no host is asked."""
+    missed = [one for one in site.members() if one.vm not in but and one.info.virtual]
+    if not missed or site.farm.network.mode == "user" or site.allocator.recorded():
+        return {}
+    hosts = dict.fromkeys(member.host for member in missed)
+    machines = [one for host in hosts for one in site.hypervisor(host, look=True).list()]
+    return told_by({one.owner.vm: one.address for one in machines if one.owner})
 
 
 def is_on(machine: Machine | None) -> bool:

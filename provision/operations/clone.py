@@ -21,7 +21,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import discard_of
-from provision.member import Member, is_on, told_by
+from provision.member import Member, is_on, told_by, told_without_record
 from provision.missing_disk import MissingDisk, missing_disk
 from provision.power import (
     answers,
@@ -123,7 +123,7 @@ class CloneFarm(Operation[CloneResult]):
         gone = _gone(ours, machines, disks)
         made = [one.vm for one in ours if machines[one.vm] is not None]
         seen = told_by({vm: one.address for vm, one in machines.items() if one})
-        told = {**seen, **_others(site, run.vms)}
+        told = {**seen, **told_without_record(site, but=run.vms)}
         given = site.allocator.peek_all(made, told=told) if made else {}
         to_start = [
             one for one in ours
@@ -164,17 +164,6 @@ class CloneFarm(Operation[CloneResult]):
 
             before.insert(2, in_step(run, diffs, new=run.vms))
         return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
-
-
-def _others(site: Site, vms: Collection[str]) -> Mapping[str, IPv4Address]:
-    """Where the machines of the farm's other VMs say that they are, as long as there is no record at
-    all: it was lost, or left in another place, and what they have is not free."""
-    missed = [one for one in site.members() if one.vm not in vms and one.info.virtual]
-    if not missed or site.farm.network.mode == "user" or site.allocator.recorded():
-        return {}
-    hosts = dict.fromkeys(member.host for member in missed)
-    machines = [one for host in hosts for one in site.hypervisor(host, look=True).list()]
-    return told_by({one.owner.vm: one.address for one in machines if one.owner})
 
 
 def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:

@@ -32,11 +32,9 @@ templates: {{base: {{build: debian-12, size: 64M}}}}
 vms: {{prod: {{memory: 192M}}}}
 """
 COMMANDS = (
-    ("doctor",), ("status", "--json"), ("clone-farm", "--plan"), ("clone-farm", "--no-wait"),
-    ("status",), ("stop", "--all", "--force"), ("checkpoint", "--all", "--name", "one"),
-    ("reset", "--all", "--no-wait"), ("gc",),
+    ("doctor",), ("clone-farm", "--no-wait"), ("status", "--json"), ("reset", "--all", "--no-wait"),
 )  # fmt: skip
-FAILING = (("status",), ("start", "--all"), ("doctor",))
+FAILING = (("status",), ("start", "--all"))
 
 
 class _Watch:

@@ -97,3 +97,15 @@ def test_a_subnet_is_not_used_up_by_vms_that_come_and_go(made: _Bridged) -> None
         with made.site() as site:
             farm.clone_farm(site, ["a", "b", "c"])
     assert set(made.recorded().values()) <= {f"10.9.0.{n}" for n in range(1, 7)}
+
+
+def test_services_are_told_what_machines_have_though_the_record_is_lost(made: _Bridged) -> None:
+    with made.file.open("a") as file:
+        file.write(f"services: {{hosts: {{config: {made.file.with_name('hosts')}}}}}\n")
+    with made.site() as site:
+        farm.destroy(site, ["a"])  # so that b would be given another one
+    made.record.unlink()
+    with made.site() as site:
+        farm.network_apply(site)
+    assert made.recorded()["b"] == str(SECOND)
+    assert f"{SECOND} b" in made.file.with_name("hosts").read_text().replace("\t", " ")

@@ -140,17 +140,17 @@ class _Live:
         rules = dict.fromkeys(_CHAINS, 0)
         for entry in json.loads(listed)["nftables"]:
             [(kind, found)] = entry.items()
-            name = found.get("name", "")
+            called = found.get("name", "")
             if kind == "rule":
                 chain, text = found["chain"], json.dumps(found["expr"])
                 if chain in rules:
                     rules[chain] += 1
                     if rules[chain] > 1 or '"dnat"' not in text or '"@ssh"' not in text:
                         yield f"a rule in {chain}"
-            elif kind == "map" and name == "ssh":
+            elif kind == "map" and called == "ssh":
                 yield from sorted(_written(found) - self.elements)
-            elif kind not in {"metainfo", "table"} and not (kind == "chain" and name in rules):
-                yield f"{kind} {name}".rstrip()
+            elif kind not in {"metainfo", "table"} and not (kind == "chain" and called in rules):
+                yield f"{kind} {called}".rstrip()
 
 
 def _written(ssh: Mapping[str, Any]) -> set[str]:
