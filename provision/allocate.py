@@ -249,13 +249,14 @@ class Allocator:
             return given
 
     def release(self, *vms: str) -> None:
-        """Give back all that these VMs have. Their addresses rest for a while. Does nothing if nothing
-        is recorded."""
+        """Give back all that these VMs have. Leased addresses rest until the leases end, for others.
+        Does nothing if nothing is recorded."""
         with self._exclusively():
             book = self._file.read().copy()
             got = {vm: book.vms.pop(vm) for vm in vms if vm in book.vms}
-            for vm, entry in got.items():
-                self._rest(book, vm, entry)
+            if self._farm.network.addressing == "dhcp":  # nobody leases static ones: free at once
+                for vm, entry in got.items():
+                    self._rest(book, vm, entry)
             if got:
                 self._file.write(book, got)
             with self._claims.writing() as claims:
@@ -270,11 +271,10 @@ class Allocator:
             self.lock_file.unlink(missing_ok=True)
 
     def _rest(self, book: LockFileContent, vm: str, entry: LockFileEntry) -> None:
-        """A DHCP server may go on leasing the address to the MAC that had it: others wait until such a
-        lease has ended. Nobody leases static ones."""
-        network = self._farm.network
-        if entry["address"] and network.addressing == "dhcp":
-            until = datetime.now(UTC) + timedelta(seconds=network.lease_time)
+        """A DHCP server may go on leasing the address to the MAC that had it, and a VM that was given
+        another may run with the old one still: others wait for as long as a lease lasts."""
+        if entry["address"]:
+            until = datetime.now(UTC) + timedelta(seconds=self._farm.network.lease_time)
             book.resting[IPv4Address(entry["address"])] = Resting(vm, until)
 
     def _choose_all(
@@ -342,7 +342,7 @@ class Allocator:
         given = sum(1 for address, other in index.addresses.items() if address and other != vm)
         raise NotFound(
             f"{self._name}: no address is left for {vm} in {network.subnet}: {given} given out, "
-            f"{asleep} resting until the DHCP leases of VMs that are gone end",
+            f"{asleep} resting until leases of VMs that had them end",
             remedy=f"widen 'subnet' or narrow 'reserved', or take resting ones out of {self.lock_file}",
         )
 

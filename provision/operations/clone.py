@@ -157,7 +157,7 @@ class CloneFarm(Operation[CloneResult]):
                 jobs[vm].append(job("start", vm, text, partial(start_one, member, wait=self.wait)))
             if not jobs[vm]:
                 jobs[vm] = [job("keep", vm, "already as declared")]
-        before = [foretold(*first), _adopt(site, told), Job((), partial(_allocate, missing))]
+        before = [foretold(*first), _adopt(site, told), Job((), partial(_allocate, missing, told))]
         diffs: list[str] = []
         if site.farm.services.used:  # before they start: DHCP is the first thing they ask for
             from provision.network.apply import in_step
@@ -188,12 +188,13 @@ def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:
     return Job(tuple(actions), adopt)
 
 
-def _allocate(members: Sequence[Member]) -> None:
+def _allocate(members: Sequence[Member], told: Mapping[str, IPv4Address]) -> None:
     """Allocate for all of them at once, for the lock file is written whole. If something can't be given,
     only the VM that it is for fails."""
     if members:
         with contextlib.suppress(FarmhandError):
-            given = members[0].site.allocator.allocate_all([member.vm for member in members])
+            vms = [member.vm for member in members]
+            given = members[0].site.allocator.allocate_all(vms, told=told)
             for member in members:
                 member.was_given(given[member.vm])
 
