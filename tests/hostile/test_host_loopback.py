@@ -17,8 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from neighbour import NEEDS_ROOT
-from test_squatted_ports import squatted
+from neighbour import NEEDS_ROOT, squatted
 
 import cli.composition  # noqa: F401 - a farm is loaded
 from host.paths import cache_dir
@@ -33,6 +32,7 @@ from provision.engine.report import QuietReporter
 from provision.guest import identity
 from provision.power import answers, wait_until_ready
 from provision.site import Site
+from provision.status import status
 from tests.contract import small_guest
 from tests.services.networks import own_network
 
@@ -175,6 +175,7 @@ def test_a_guest_reaches_the_outside_and_nothing_of_the_loopback(
             with out.site() as site:
                 its = site.member("prod").address()[1]
                 with squatted(its) as pid:
+                    assert f"a stranger holds port {its}" in spelled(status(site).vms[0].error)
                     farm.start(site, wait=False)
                 assert site.member("prod").address()[1] != its
                 assert f"port {its} is taken by pid {pid} of nobody (python3)" in out.warned.text

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from neighbour import NEEDS_ROOT, UID
+from neighbour import NEEDS_ROOT, UID, squatted
 
 import cli.composition  # noqa: F401 - a farm is loaded
 from host.ports import listener
@@ -26,33 +23,6 @@ hosts: {here: {driver: kvm}}
 templates: {base: {build: debian-12, size: 64M}}
 vms: {prod: {memory: 192M}}
 """
-_SQUATS = """
-import socket, sys
-family, address = (socket.AF_INET6, "::") if sys.argv[2] == "::" else (socket.AF_INET, sys.argv[2])
-with socket.socket(family) as squat:
-    squat.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    squat.bind((address, int(sys.argv[1])))
-    squat.listen()
-    print("ready", flush=True)
-    while True:
-        guest, _ = squat.accept()
-        guest.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\\r\\n")
-"""
-
-
-@contextlib.contextmanager
-def squatted(port: int, address: str = "127.0.0.1") -> Iterator[int]:
-    """Within it the other user's program listens there: its pid."""
-    argv = ["/usr/bin/python3", "-I", "-c", _SQUATS, str(port), address]
-    squatter = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, text=True, cwd="/", user=UID, group=UID, extra_groups=[]
-    )
-    with squatter:
-        try:
-            assert squatter.stdout and squatter.stdout.readline() == "ready\n"
-            yield squatter.pid
-        finally:
-            squatter.kill()
 
 
 @NEEDS_ROOT
