@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import re
 import shutil
 import socket
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from neighbour import NEEDS_ROOT, squatted
+from neighbour import NEEDS_ROOT, UID, squatted
 
 import cli.composition  # noqa: F401 - a farm is loaded
 from host.paths import cache_dir
@@ -67,7 +68,7 @@ sleep 3600
 @contextlib.contextmanager
 def listening(address: str, port: int = 0, kind: int = socket.SOCK_STREAM) -> Iterator[int]:
     """A service there that says SECRET to whoever comes: its port."""
-    with socket.socket(socket.AF_INET, kind) as service:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as service:
         service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         service.bind((address, port))
 
@@ -203,10 +204,11 @@ _ASKS = """
 import os, socket, sys
 os.setuid(int(sys.argv[1]))
 kind = getattr(socket, sys.argv[2])
-with socket.socket(socket.AF_INET, kind) as asking:
+address = sys.argv[4]
+with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as asking:
     asking.settimeout(5)
     try:
-        asking.connect(("127.0.0.1", int(sys.argv[3])))
+        asking.connect((address, int(sys.argv[3])))
         if kind == socket.SOCK_DGRAM:
             asking.send(b"?")
         print(asking.recv(20).decode())
@@ -217,20 +219,19 @@ with socket.socket(socket.AF_INET, kind) as asking:
 
 @NEEDS_ROOT
 def test_only_qemu_is_kept_off_and_not_from_the_name_server() -> None:
-    def ask(uid: int, kind: str, port: int) -> str:
-        argv = [sys.executable, "-I", "-c", _ASKS, str(uid), kind, str(port)]
+    def ask(uid: int, kind: str, port: int, address: str) -> str:
+        argv = [sys.executable, "-I", "-c", _ASKS, str(uid), kind, str(port), address]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
     with own_network():
         host_loopback.close(Runner(), qemu_user())
         host_loopback.close(Runner(), qemu_user())  # as each start does
         assert host_loopback.is_closed(Runner())
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            name = kind.name
-            with listening("127.0.0.1", kind=kind) as port, listening("127.0.0.1", 53, kind):
-                assert ask(qemu_user(), name, port) in REFUSED
-                assert ask(qemu_user(), name, 53) == "SECRET"
-                assert ask(65534, name, port) == "SECRET"
+        for kind, at in itertools.product((socket.SOCK_STREAM, socket.SOCK_DGRAM), ("127.0.0.1", "::1")):
+            with listening(at, kind=kind) as port, listening(at, 53, kind):
+                assert ask(qemu_user(), kind.name, port, at) in REFUSED
+                assert ask(qemu_user(), kind.name, 53, at) == "SECRET"
+                assert ask(UID, kind.name, port, at) == "SECRET"
 
 
 @NEEDS_ROOT
