@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import os
 import re
 import shutil
 import socket
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from host.run import Runner
 from hypervisors.api import Template
 from hypervisors.libvirt import host_loopback
 from hypervisors.libvirt.private import qemu_user
-from inventory.errors import Conflict, Text, Unsupported, spelled
+from inventory.errors import Conflict, FarmhandError, Text, Unsupported, spelled
 from inventory.loader import load
 from provision import doctor, farm
 from provision.engine.report import QuietReporter
@@ -156,6 +157,7 @@ class OutFarm:
 def test_a_guest_reaches_the_outside_and_nothing_of_the_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor is a stranger on its port taken for it, or in its way."""
     place = Path(tempfile.mkdtemp(prefix="fh-"))  # short for sockets, and QEMU's user passes
     place.chmod(0o711)
     for kind in ("STATE", "RUNTIME"):
@@ -246,25 +248,46 @@ def test_somebody_elses_table_of_our_name_is_left_alone() -> None:
         assert before == after
 
 
-@pytest.mark.parametrize(
-    ("uri", "uid", "why"),
-    [
-        ("private", 1000, "only root can keep guests with 'internet' off this machine's loopback"),
-        ("qemu:///system", 0, "where QEMU is run by qemu:///system"),
-    ],
-)
+def _as_stranger(call: Callable[[], object]) -> str:
+    """What is refused to another user, with its remedy: in a process of theirs."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setuid(UID)
+            call()
+        except FarmhandError as error:
+            os.write(write, f"{error.message}; {spelled(error.remedy)}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as told:
+        text = told.read()
+    os.waitpid(pid, 0)
+    return text
+
+
+@NEEDS_ROOT
 def test_where_nothing_keeps_them_off_it_is_refused(
-    uri: str, uid: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr("os.geteuid", lambda: uid)
     file = tmp_path / "out.yaml"
-    declared = (
-        f"farm: out\nhosts: {{here: {{driver: kvm, uri: '{uri}'}}}}\nvms: {{prod: {{memory: 192M}}}}\n"
-    )
-    file.write_text(f"{declared}network: {{internet: yes}}\n")
-    with Site(load(file), reporter=QuietReporter(), plan=True) as site:
-        with pytest.raises(Unsupported) as refused:
-            site.opened("here").check_loopback()
-        assert why in refused.value.message
-        assert "network: {host_loopback: reachable}" in str(refused.value.remedy)
+
+    def refused(uri: str, how: Callable[[Callable[[], object]], str]) -> str:
+        file.write_text(
+            f"farm: out\nhosts: {{here: {{driver: kvm, uri: '{uri}'}}}}\nnetwork: {{internet: yes}}\n"
+            "templates: {base: {build: debian-12}}\nvms: {prod: {memory: 192M}}\n"
+        )
+        with Site(load(file), reporter=QuietReporter(), plan=True) as site:
+            text = how(site.opened("here").check_loopback)
+        assert "network: {host_loopback: reachable}" in text
+        return text
+
+    def here(call: Callable[[], object]) -> str:
+        with pytest.raises(Unsupported) as caught:
+            call()
+        return f"{caught.value.message}; {spelled(caught.value.remedy)}"
+
+    assert "only root can keep guests with 'internet' off" in refused("private", _as_stranger)
+    assert "where QEMU is run by qemu:///system" in refused("qemu:///system", here)
