@@ -19,7 +19,7 @@ from hypervisors.null import NoMachines
 from hypervisors.ownership import FarmIdentity
 from inventory import kinds
 from inventory.errors import Unsupported
-from inventory.hosts import Host
+from inventory.hosts import Host, host_section
 
 if TYPE_CHECKING:
     from host.check import Check
@@ -140,6 +140,11 @@ class OpenHost(ABC):
         give files away (root)."""
         return None
 
+    def forwards_as(self) -> int | None:
+        """The uid whose programs listen on this machine's loopback for the machines; None: it isn't
+        known."""
+        return None
+
     def check_places(self) -> None:
         """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
         return
@@ -147,6 +152,19 @@ class OpenHost(ABC):
     def demand_accelerator(self) -> None:
         """Unsupported where the section asks for one that doesn't work."""
         return
+
+    def check_loopback(self) -> None:
+        """Unsupported where guests of a user network that leads out can't be kept off what listens on
+        this machine's loopback."""
+        return
+
+    def close_loopback(self) -> None:
+        """Keep them off it, before one of them starts. Errors: Unsupported, Conflict."""
+        return
+
+    def loopback_is_closed(self) -> bool:
+        """Whether they are kept off it now."""
+        return True
 
     def on_trial(self) -> bool:
         """Whether machines run accelerated though no guest has shown yet that this works."""
@@ -187,7 +205,7 @@ def all_drivers() -> tuple[type[DrivenHost], ...]:
     """The kinds of hosts that there are."""
     found = []
     for name in kinds.hosts:
-        section = kinds.host(name)
+        section = host_section(name)
         assert issubclass(section, DrivenHost)
         found.append(section)
     return tuple(found)

@@ -1,7 +1,8 @@
 """What a host needs, checked by trying: each check with what to do about it.
 
 A check is ``needed`` (broken: nothing works without it) or a ``note`` (something works less well, or is
-simply worth knowing). Nothing here changes the host.
+simply worth knowing). Nothing here changes the host, but for modes of our own files where that is asked
+for.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from host.program import CHECKOUT, PROGRAM
 from host.run import which
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
-from inventory.errors import Call, FarmhandError, UsageError
+from inventory.errors import Call, FarmhandError, UsageError, some
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
 from provision.checkup import CheckReport
 from provision.farm_cache import known_farm
+from provision.member import ON
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -54,9 +56,9 @@ _FREE_BUILD = 4 * 2**30
 _MEMORY_RESERVE = 256 * 2**20
 
 
-def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
+def examine(farm_file: Path, *, hosts: bool = True, repair: bool = False) -> CheckReport:
     """Check this machine and what ``farm_file`` needs of it. With ``hosts`` False no host is connected
-    to, which takes seconds."""
+    to, which takes seconds. ``repair``: loose modes of our files are set right."""
     farm, check = _farm(farm_file)
     kinds = _kinds(farm)
     checks: list[Check] = [_platform(), _python(), *_tools(farm, kinds), *_store_tools(farm)]
@@ -65,7 +67,7 @@ def examine(farm_file: Path, *, hosts: bool = True) -> CheckReport:
         if here or farm is None:
             checks += kind.examine(here, paths.cache_dir())
     checks += _files(farm)
-    checks += [*_space(farm), _clock(), check]
+    checks += [*_space(farm), *_modes(repair), _clock(), check]
     if farm is not None:
         checks += _memory(farm)
         checks += _services(farm)
@@ -236,6 +238,23 @@ def _disks_in_state(farm: Farm | None) -> bool:
     return farm is None or any(host.disks_in_state for host in farm.hosts.values())
 
 
+def _modes(repair: bool) -> Iterator[Check]:
+    """A check of our files' modes in the state, cache and runtime directory."""
+    from host.modes import loose_modes
+
+    places = (paths.state_dir(), paths.cache_dir() / "images", paths.runtime_dir())
+    loose = [each for place in places for each in loose_modes(place)]
+    if repair:
+        loose = [each for each in loose if not each.tighten()]
+    if not loose:
+        yield Check("modes", True, "note", "our files are closed to others")
+        return
+    some, more = ", ".join(map(str, loose[:3])), len(loose) - 3
+    text = f"others may change or read: {some}" + (f" and {more} more" if more > 0 else "")
+    remedy = ("if nobody meant them to: ", Call("doctor", repair=True))
+    yield Check("modes", False, "note", text, remedy)
+
+
 def _clock() -> Check:
     # A build host that is years off breaks TLS and packages' dates; seconds can't be judged from here.
     newest = Path(__file__).stat().st_mtime
@@ -320,8 +339,29 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
                 if far:
                     yield from _far_tools(name, host, far, _wanted_files(farm, host.INFO))
                 yield from _kernels(farm, name, far)
+            if farm.network.internet and host.INFO.forwards:
+                yield _loopback(site, name)
             yield from _store(site, name)
         yield from _subscribers(site)
+
+
+def _loopback(site: Site, name: str) -> Check:
+    """Whether guests with internet are kept off what listens on this machine's loopback."""
+    title, opened = f"loopback, host {name}", site.opened(name)
+    if site.farm.network.host_loopback == "reachable":
+        text = "its guests reach what listens on this machine's loopback (host_loopback: reachable)"
+        return Check(title, True, "note", text)
+    try:
+        opened.check_loopback()
+        machines = opened.hypervisor(look=True).list()
+        on = [one.owner.vm for one in machines if one.owner and one.power in ON]
+        if on and not opened.loopback_is_closed():
+            text = f"{some(on)} may reach this machine's loopback: farmhand's nftables rules are gone"
+            remedy = ("a start puts them back: ", Call("stop", vm=on[0]), ", ", Call("start", vm=on[0]))
+            return Check(title, False, "needed", text, remedy)
+    except FarmhandError as error:
+        return Check(title, False, "needed", error.message, error.remedy)
+    return Check(title, True, "note", "its guests are kept off this machine's loopback, by nftables")
 
 
 def _subscribers(site: Site) -> Iterator[Check]:

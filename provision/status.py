@@ -10,8 +10,8 @@ from threading import Thread
 
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError, Text
-from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
+from provision.engine.record import Record
 from provision.member import Member, is_on
 from provision.missing_disk import missing_disk
 from provision.namesakes import told
@@ -231,7 +231,8 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
                     error=f"a machine {whose} has its name",
                 )  # fmt: skip
         if machine is not None:
-            endpoint = member.endpoint()
+            member.was_seen(machine)
+            endpoint = member.endpoint(runs=is_on(machine))
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
     except FarmhandError as problem:

@@ -9,9 +9,10 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
-from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
 from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
@@ -38,6 +39,7 @@ class DomainDefinition:
     owner: Owner | None
     spec_hash: str
     template: str
+    address: IPv4Address | None
     memory: int
     vcpus: int
     mac: str
@@ -99,7 +101,7 @@ def domain_xml(
 
 
 def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
-    """What any kind of domain begins with: its names, our mark, memory and CPUs."""
+    """The elements that any kind of domain begins with: names, our mark, memory and CPUs."""
     domain = ET.Element("domain", type=kind)
     text(domain, "name", spec.name)
     if uuid:
@@ -113,6 +115,8 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
         spec=spec_hash(spec),
         template=template,
     )
+    if spec.address:
+        mark.set("address", str(spec.address))
     text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
     text(domain, "vcpu", str(spec.vcpus))
@@ -131,7 +135,7 @@ def text(parent: ET.Element, tag: str, value: str, **attributes: str) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """A block device, or a place where one will be: it may not be there yet. A link to one counts."""
+    """Whether the path is a block device, or a link to one, or a place where there will be one."""
     below = path.parts[:2] == ("/", "dev") and path.parts[2] != "shm"
     return below or path.is_block_device()
 
@@ -232,6 +236,7 @@ def read_domain(xml: str) -> DomainDefinition:
         else None,
         spec_hash=mark.get("spec", "") if mark is not None else "",
         template=mark.get("template", "") if mark is not None else "",
+        address=marked_address(mark.get("address", "")) if mark is not None else None,
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,

@@ -118,7 +118,8 @@ def _kvm(declared: Sequence[Literal["auto", "kvm", "tcg"]], cache: Path) -> Chec
 
 
 class OpenKvm(OpenLibvirt):
-    """The farm's own libvirtd, the system's, the session's, or another machine's."""
+    """A host with QEMU: by the farm's own libvirtd, the system's, the session's, or another
+    machine's."""
 
     declared: KvmHost
 
@@ -151,22 +152,23 @@ class OpenKvm(OpenLibvirt):
 
     @property
     def _directory(self) -> Path:
-        """The private daemon's; it is there once something was made."""
+        """The private daemon's directory. It is there once something was made."""
         return self.around.directories.farm / "libvirt"
 
     def _nowhere_usable(self) -> bool:
-        """Of the farm's hosts that have that daemon."""
+        """Whether KVM works for none of the farm's hosts that have the private daemon."""
         sharing = (h for h in self.around.hosts.values() if isinstance(h, KvmHost) and h.private)
         return not any(_verdict(host, self.around.directories.cache).usable for host in sharing)
 
     def _uri(self) -> str | Callable[[], str]:
-        """Of a private daemon that was killed, it brings it back."""
+        """See ``OpenLibvirt._uri``. A private daemon that was killed is started again at the next
+        connecting."""
         private = self.daemon()
         return private.uri if private else self.declared.uri
 
     def _untouched(self) -> bool:
-        """A private daemon isn't needed to know that there is nothing: it has no directory, or holds no
-        definition and no disk."""
+        """See ``OpenHost._untouched``. Of a private daemon its directory tells: there is none, or no
+        definition and no disk in it."""
         if not self.declared.private:
             return False
         if self._directory.exists() and (daemon := self.daemon()) and daemon.defined():
@@ -179,6 +181,12 @@ class OpenKvm(OpenLibvirt):
 
             return qemu_user()
         return super().reader_uid()
+
+    def forwards_as(self) -> int | None:
+        if not self.declared.private:
+            return None
+        reader = self.reader_uid()
+        return os.geteuid() if reader is None else reader
 
     def check_places(self) -> None:
         if self.declared.private:
@@ -204,6 +212,35 @@ class OpenKvm(OpenLibvirt):
                 remedy=verdict.remedy or DO_WITHOUT,
             )
 
+    def check_loopback(self) -> None:
+        from hypervisors.libvirt.host_loopback import check_able
+
+        where = f"{self.around.farm_file}: host {self.around.host}"
+        if not self.declared.private:
+            raise Unsupported(
+                f"{where}: guests with 'internet' can't be kept off this machine's loopback "
+                f"where QEMU is run by {self.declared.uri}",
+                remedy=f"'uri: private' as root, or a bridge, or {_REACHABLE}",
+            )
+        if os.geteuid() != 0:
+            raise Unsupported(
+                f"{where}: only root can keep guests with 'internet' off this machine's loopback",
+                remedy=f"as root, or {_REACHABLE}",
+            )
+        check_able()
+
+    def close_loopback(self) -> None:
+        from hypervisors.libvirt.host_loopback import close
+        from hypervisors.libvirt.private import qemu_user
+
+        self.check_loopback()
+        close(self.around.runner, qemu_user())
+
+    def loopback_is_closed(self) -> bool:
+        from hypervisors.libvirt.host_loopback import is_closed
+
+        return is_closed(self.around.runner)
+
     def on_trial(self) -> bool:
         from hypervisors.libvirt.kvm import asked_for
 
@@ -224,8 +261,11 @@ class OpenKvm(OpenLibvirt):
         return KvmTrust(self.around.directories.cache)
 
 
+_REACHABLE = "accept that they reach it: network: {host_loopback: reachable}"
+
+
 def _verdict(host: KvmHost, cache: Path) -> KvmVerdict:
-    """Of a host that is this machine."""
+    """Whether KVM works for a host that is this machine."""
     from hypervisors.libvirt.kvm import asked_for, judge
 
     return judge(asked_for(host.accelerator), Runner(), cache)

@@ -23,7 +23,8 @@ _OF_POOLS = Path("/run/farmhand/leases")  # the same for all state and runtime d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """``uri``: libvirt's, of the machine that these drivers run on."""
+    """What a libvirt driver and its store are opened with. ``uri`` is for the machine that they run
+    on."""
 
     disks: StorePlace
     driver: Literal["kvm", "xen"]
@@ -44,7 +45,7 @@ def open_machines(
     runner: Runner,
     callbacks: Callbacks,
 ) -> LibvirtHypervisor:
-    """``uri``: to connect to, instead of the place's own. Nothing is connected to yet."""
+    """The driver of a place. ``uri``: what it connects to at first use."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
@@ -66,7 +67,7 @@ def leases_of(place: Place, directories: Directories) -> Sequence[FileLeases]:
 
 
 def _kind(place: Place, directories: Directories) -> DomainType:
-    """Which hypervisor libvirt drives there."""
+    """The kind of domains of that place."""
     if place.driver == "xen":
         from hypervisors.libvirt.libxl import Xen
 

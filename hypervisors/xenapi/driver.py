@@ -27,6 +27,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     disk_with_data,
+    marked_address,
     no_step,
     not_ours,
     spec_hash,
@@ -152,6 +153,7 @@ class XenApiHypervisor:
             disk=vdi_path(vm.disk[0]) if vm.disk else None,
             spec_hash=marks.get("spec", ""),
             template=marks.get("template", ""),
+            address=marked_address(marks.get("address", "")),
             started=started(metrics) if on and metrics else None,
         )
 
@@ -243,6 +245,7 @@ class XenApiHypervisor:
                 self._pool.ignoring_gone("VIF.destroy", vif)
             self._plug(vm.ref, spec)
         noted = {"spec": spec_hash(spec), "mac": spec.nic.mac, "wired": wired}
+        noted["address"] = str(spec.address or "")
         if spec.console_log:
             noted["log"] = str(spec.console_log)
         noted |= self._seeded(vm, spec.owner, str(spec.seed or ""), vbds, old)
@@ -264,7 +267,8 @@ class XenApiHypervisor:
         )  # fmt: skip
 
     def _network(self, spec: MachineSpec) -> str:
-        """By its name, or its bridge's; all networks looked up once."""
+        """The reference of the network with that name, or with that bridge. All networks are looked up
+        once. NotFound if there is none."""
         key = "bridge" if spec.nic.mode == "bridge" else "name_label"
         if spec.nic.target not in self._networks:
             for ref, record in self._pool.call("network.get_all_records").items():
@@ -491,13 +495,14 @@ class XenApiHypervisor:
             return MemoryUse(actual=_current(vm.record, metrics), maximum=most, least=least)
 
     def console(self, name: str) -> Console:
-        """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
+        """A console without a command and without a log: XenAPI's are for a browser or a VNC client,
+        through the server."""
         with translated(f"console of {name}"):
             self._ours(name)
         return Console(argv=(), log=None)
 
     def pulse(self, name: str) -> None:
-        """Servers keep no log of a console, and no count of what a guest read and wrote."""
+        """None: servers keep no log of a console, and no count of what a guest read and wrote."""
 
     # -- removing ---------------------------------------------------------------------------------
 
@@ -579,7 +584,7 @@ def _halted(error: XenApiError) -> bool:
 
 
 def _brief(error: XenApiError) -> str:
-    """Without references, which tell nobody anything."""
+    """The error's words without references, which tell nobody anything."""
     return " ".join((error.code, *(p for p in error.parameters if not p.startswith("OpaqueRef:"))))
 
 

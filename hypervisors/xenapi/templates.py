@@ -2,9 +2,10 @@
 changes.
 
 It is no XenAPI template: a clone of one would be a template, too, and take a VM.provision to be a
-machine. So it is kept from running otherwise, from its first moment on: its start is blocked, which
-VM.clone does not copy (read in xapi's xapi_vm_clone.ml), and it has more memory than any host, which
-VM.clone copies. Thus no host can run a clone before it gets a machine's memory, which it gets last.
+machine. So it is kept from running otherwise. From its first moment on it has more memory than any
+host, which VM.clone copies: thus no host can run a clone before it gets a machine's memory, which it
+gets last. And its start is blocked, which VM.clone does not copy (read in xapi's xapi_vm_clone.ml), by
+a call of its own, for VM.create drops the blocked operations that it is given (xapi_vm.ml).
 
 What a killed import leaves has a name that says so, see ``temporary_names``; what a killed removal
 leaves was marked as gone first of all."""
@@ -103,9 +104,10 @@ class TemplateImages:
                         f"farm {self._farm.name}: {template.origin}",
                         "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
                         "memory_dynamic_min": memory, "memory_dynamic_max": memory,
-                        "other_config": config, "blocked_operations": _BLOCKED,
+                        "other_config": config,
                     },
                 )  # fmt: skip
+                call("VM.set_blocked_operations", vm, _BLOCKED)
                 self.pool.attach(vm, vdi, DISK, read_only=False)
                 label = f"{self._farm.name} {template.label}"
                 call("VDI.set_name_label", vdi, label)
@@ -134,7 +136,7 @@ class TemplateImages:
             return sorted(found, key=lambda t: (t.name, t.generation))
 
     def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
-        """Those of the farm's."""
+        """The farm's templates among these VMs."""
         return [vm for vm in vms if vm.kind == "template" and vm.belongs(self._farm)]
 
     def remove(self, label: str) -> None:

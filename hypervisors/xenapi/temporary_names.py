@@ -32,11 +32,9 @@ _guard = threading.Lock()
 
 @contextlib.contextmanager
 def temporary_name(owner: Owner) -> Iterator[str]:
-    """A new name, of something alive within the context."""
-    pid, farm = (
-        os.getpid(),
-        FarmIdentity(owner.farm.name, owner.farm.id),
-    )  # not its file: names are short
+    """A new name for something under construction, which counts as alive within the ``with``."""
+    pid = os.getpid()
+    farm = FarmIdentity(owner.farm.name, owner.farm.id)  # not its file: names are short
     maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"
     name = f"{NEW}{farm.mark}/{owner.vm} {maker}"
     with _guard:
@@ -49,13 +47,13 @@ def temporary_name(owner: Owner) -> Iterator[str]:
 
 
 def made_for(name: str) -> Owner | None:
-    """For whom it was meant to be; None for names that aren't ours."""
+    """Whose it was to be, by its name; None if the name isn't one of ours."""
     match = _NAME.fullmatch(name)
     return Owner(FarmIdentity.of(match["farm"]), match["vm"]) if match else None
 
 
 def is_dead(name: str) -> bool:
-    """Whether nobody makes it any more; False for names that aren't ours."""
+    """Whether nobody is making it any more, by its name. False if the name isn't one of ours."""
     match = _NAME.fullmatch(name)
     if match is None:
         return False

@@ -13,11 +13,12 @@ from functools import partial
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NotFound, UsageError, WrongState, some
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.record import Record
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.guest import identity
 from provision.namesakes import Namesake, namesakes
 from provision.site import Site

@@ -39,8 +39,8 @@ class Mark:
 
 
 def read_mark(home: Path, *, moved: bool = False) -> Mark | None:
-    """None where there is none, or one that speaks of another directory (a copy somebody made).
-    ``moved``: the directory has a temporary name."""
+    """The mark in that directory. None if it has none, or one that speaks of another directory, as in a
+    copy that somebody made. ``moved``: the directory has a temporary name."""
     seen = _read(home / "owner.json")
     if seen is None:
         return None
@@ -58,19 +58,21 @@ def read_mark(home: Path, *, moved: bool = False) -> Mark | None:
 
 
 def write_template(image: Path, template: Template) -> None:
-    """The description beside ``image``. ``ref`` is where it is, so it isn't written."""
+    """Write the template's description beside its image. It is without ``ref``, which is where the image
+    is."""
     facts = asdict(template)
     del facts["ref"]
     write_durably(describe(image), _document({**facts, "created": template.created.isoformat()}))
 
 
 def describe(image: Path) -> Path:
-    """Where the description of that template image is. Not with_suffix: names have dots."""
+    """Path of the description of a template's image."""
     return image.with_name(image.name.removesuffix(".qcow2") + ".json")
 
 
 def read_template(image: Path, *, half: bool = False) -> Template | None:
-    """None unless both the image and our description are there (``half``: the description will do)."""
+    """The template of that image. None unless both the image and our description are there; with
+    ``half`` the description is enough."""
     seen = _read(describe(image))
     if seen is None or not (half or image.exists()):
         return None
@@ -102,7 +104,8 @@ def _read(path: Path) -> dict[str, object] | None:
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Complete under its name or not there, also after a power cut (once the directory is synced)."""
+    """Write a file that is complete under its name, or not there. That holds for a power cut too, once
+    the directory is synced."""
     fresh = path.with_name(f"{NEW}{os.getpid()}-{path.name}")
     write_new(fresh, data, mode=mode)
     fresh.replace(path)
