@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from builds import page
@@ -208,7 +209,8 @@ class Build:
         reporter = self._site.reporter
         number = self._plan.steps.index(step) + 1
         began = self._meter.elapsed
-        log = StepLog(self._record.directory / self._steps[name].log, vm, self._stream)
+        told = partial(reporter.say, vm=vm)
+        log = StepLog(self._record.directory / self._steps[name].log, vm, self._stream, told)
         run = StepRun(
             step=step,
             site=self._site,
@@ -235,9 +237,9 @@ class Build:
             seconds = self._meter.elapsed - began
             after = f"after {format_duration(seconds)}"
             if failure is not None and status == "failed":
-                log.say(f"{name} failed {after}, {failure.failure}: {failure}")
+                log.note(f"{name} failed {after}, {failure.failure}: {failure}")
             else:
-                log.say(f"{name} {status} {after}")
+                log.note(f"{name} {status} {after}")
             if log.trouble:
                 self._note(f"{name}: {log.trouble}")
             log.close()
@@ -251,6 +253,7 @@ class Build:
                 remedy=failure.remedy if failure else "",
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
+                ours=tuple(log.ours),
                 files=tuple(run.files),
                 details=run.details,
             )

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord, Flow
 from builds.step_kind import StepKind
 from host.files import open_to_append
-from host.printable import plain
+from host.printable import one_line, plain
 from inventory.errors import ConnectionLost, FarmhandError, Remedy
 from inventory.model import FailureClass
 from inventory.sizes import format_duration
@@ -44,34 +45,57 @@ class StepFailed(Exception):
 
 
 class StepLog:
-    """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory."""
+    """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory.
+    ``ours``: the numbers of the lines that are farmhand's own, the file's first being 1. ``told`` gets
+    those of them that are to be seen at once."""
 
-    def __init__(self, path: Path, vm: str, stream: Callable[[str, bytes], None] | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vm: str,
+        stream: Callable[[str, bytes], None] | None,
+        told: Callable[[str], None] | None = None,
+    ) -> None:
         self._file = open_to_append(path, mode=0o644)
         self._vm = vm
         self._stream = stream
+        self._told = told
+        self._lines = 0  # whole ones
+        self.ours: list[int] = []
         self._tail = bytearray()
         self._mark = 0
         self.trouble = ""
 
     def write(self, data: bytes) -> None:
-        """Never raises: a full disk here must not end what runs in the VM."""
+        """What the VM prints. Never raises: a full disk here must not end what runs in the VM."""
+        self._keep(data)
+        if self._stream is not None:
+            self._stream(self._vm, data)
+
+    def _keep(self, data: bytes) -> None:
         try:
             self._file.write(data)
         except OSError as error:
             self.trouble = f"the log is incomplete: {error.strerror}"
+        self._lines += data.count(b"\n")
         self._tail += data
         if len(self._tail) > 2 * _TAIL_BYTES:
             cut = len(self._tail) - _TAIL_BYTES
             del self._tail[:cut]
             self._mark = max(self._mark - cut, 0)
-        if self._stream is not None:
-            self._stream(self._vm, data)
 
     def say(self, text: str) -> None:
+        """Write a line of ours, and tell it."""
+        self.note(text)
+        if self._told is not None:
+            self._told(text)
+
+    def note(self, text: str) -> None:
         """Write a line of ours."""
         start = b"\n" if self._tail and not self._tail.endswith(b"\n") else b""
-        self.write(start + f"farmhand: {text}\n".encode())
+        self._keep(start + f"farmhand: {one_line(text)}\n".encode())
+        if not self.trouble:  # else nobody knows which line of the file it is
+            self.ours.append(self._lines)
 
     def mark(self) -> None:
         """What is written from now on is judged."""
@@ -79,17 +103,16 @@ class StepLog:
 
     def text(self) -> str:
         """The output since the mark as plain text, at most its last 64 KiB."""
-        return _plain(self._tail[self._mark :][-_TAIL_BYTES:])
+        return plain(self._tail[self._mark :][-_TAIL_BYTES:].decode(errors="replace"))
 
     def last(self, lines: int) -> str:
-        return "\n".join(_plain(self._tail).splitlines()[-lines:])
+        """As ``builds.log_text`` shows it."""
+        first = self._lines - self._tail.count(b"\n") + 1
+        shown = log_lines(self._tail.decode(errors="replace"), frozenset(self.ours), first)
+        return "\n".join(shown[-lines:])
 
     def close(self) -> None:
         self._file.close()
-
-
-def _plain(data: bytearray) -> str:
-    return plain(data.decode(errors="replace"))
 
 
 @dataclass(slots=True, kw_only=True)

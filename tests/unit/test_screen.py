@@ -30,7 +30,7 @@ def test_output_of_a_guest_is_shown_by_whole_lines() -> None:
 def test_a_guest_cannot_drive_the_terminal() -> None:
     out = io.StringIO()
     Screen(out).stream("dev2", b"\x1b[31mred\x1b[0m \x1b]0;title\x07 10%\r100%\x08\n\xff\n")
-    assert out.getvalue() == "dev2 | 100% \ndev2 | \ufffd\n"
+    assert out.getvalue() == "dev2 | 100%\\x08\ndev2 | \ufffd\n"
 
 
 def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
