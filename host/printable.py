@@ -12,7 +12,9 @@ import json
 import re
 from unicodedata import category
 
-_DRAWN = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-Z]|[@-OQ-WYZ\\])")
+_DRAWN = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-Z]|[@-OQ-WYZ\\])"
+)
 """How programs draw on a terminal: colours, cursor movements, titles (ECMA-48)."""
 
 

@@ -109,7 +109,11 @@ def remedy_of(data: Any) -> Remedy:
         return data
     if isinstance(data, list):
         return tuple(remedy_of(part) for part in data)
-    return Call(str(data["task"]), **data["flags"])
+    task, flags = data["task"], data["flags"]
+    words = [word for each in flags.values() for word in (each if isinstance(each, list) else [each])]
+    if not all(isinstance(word, str) or word is True for word in (task, *words)):
+        raise TypeError("a task's name and its flags are text")
+    return Call(task, **flags)
 
 
 def joined(texts: Iterable[Text], by: str = "; ") -> Text:

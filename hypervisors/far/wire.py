@@ -12,14 +12,17 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import IO, Any
+from types import NoneType, UnionType
+from typing import IO, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from host.progress import Pulse
 from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
+from hypervisors.marks import is_name
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
@@ -35,6 +38,12 @@ _VALUES = {
 _PLAIN: Mapping[str, Callable[[str], object]] = {
     "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": datetime.fromisoformat,
 }  # fmt: skip
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "Owner": ("farm", "vm"), "Template": ("name",), "Checkpoint": ("name",), "Disk": ("machine",),
+    "Machine": ("name",), "MachineSpec": ("name",),
+}  # fmt: skip
+"""What names are made of: of locks, files and messages."""
 
 
 def encode(value: object) -> Any:
@@ -64,7 +73,8 @@ def encode(value: object) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """ValueError, KeyError or TypeError for what ``encode`` never made."""
+    """ValueError, KeyError or TypeError for what ``encode`` never made: who speaks at the other end may
+    be anybody."""
     if isinstance(value, list):
         return tuple(decode(item) for item in value)
     if not isinstance(value, dict):
@@ -77,13 +87,68 @@ def decode(value: Any) -> Any:
     if name == "Call":
         return remedy_of(content)
     found = {key: decode(item) for key, item in content.items()}
-    return _VALUES[name](**found) if name else found
+    return _value(name, found) if name else found
+
+
+def _value(name: str, found: Mapping[str, object]) -> object:
+    kind = _VALUES[name]
+    for field, value in found.items():
+        if not _fits(value, _hints(kind)[field]):
+            raise TypeError(f"the {field} of a {name} is a {type(value).__name__}")
+    for field in _NAMES.get(name, ()):
+        if isinstance(text := found[field], str) and text and not is_name(text):
+            raise ValueError(f"the {field} of a {name} is no name")
+    return kind(**found)
+
+
+@cache
+def _hints(kind: type[object]) -> Mapping[str, object]:
+    return get_type_hints(kind)
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is Literal:
+        return value in parts
+    if hint in (None, NoneType):
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool):
+        return type(value) is hint
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _is_text(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_text, value))
+    return isinstance(value, str | Call)
+
+
+def _is_errors(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(e, FarmhandError) for e in value.values())
+
+
+_OF_ERRORS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("message", "what", "vm", "detail", "stderr", "build"), lambda v: _fits(v, str)),
+    "remedy": _is_text,
+    "argv": lambda v: _fits(v, tuple[str, ...]),
+    "status": lambda v: _fits(v, int | None),
+    "errors": _is_errors,
+}
+"""What an error may carry."""
 
 
 def _error(name: str, known: Mapping[str, object]) -> FarmhandError:
-    kind = getattr(errors, name)
-    if not issubclass(kind, FarmhandError):
-        raise TypeError(name)
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, FarmhandError)):
+        raise TypeError("an error of no kind that there is")
+    if not known["message"] or not all(_OF_ERRORS[key](value) for key, value in known.items()):
+        raise ValueError(f"a {name} that carries what none does")
     error: FarmhandError = kind.__new__(kind)
     FarmhandError.__init__(error, str(known["message"]))
     vars(error).update(known)

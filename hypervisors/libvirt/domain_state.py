@@ -11,6 +11,7 @@ from host.progress import Pulse
 from hypervisors.api import Machine, Power
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.errors import going_down
+from hypervisors.marks import DamagedMarks
 
 if TYPE_CHECKING:
     import libvirt
@@ -19,7 +20,7 @@ _TAIL = 4096  # bytes of a console, for its last line
 INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
 
 
-def as_machine(domain: libvirt.virDomain) -> Machine | None:
+def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | None:
     """None where it ceased to be between the list and the look."""
     import libvirt
 
@@ -30,6 +31,8 @@ def as_machine(domain: libvirt.virDomain) -> Machine | None:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return None
         raise
+    if seen.damaged:
+        damaged.tell(f"domain {domain.name()}", seen.damaged)
     power = {
         libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
         libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,

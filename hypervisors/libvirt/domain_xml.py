@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from hypervisors.marks import DamagedMark, moment, read_fields
 
 MARK_URI = "urn:farmhand:machine:1"
 MARK_KEY = "farmhand"
@@ -28,8 +30,8 @@ ET.register_namespace("qemu", _QEMU_URI)
 
 @dataclass(frozen=True, slots=True)
 class DomainDefinition:
-    """What a definition says of itself. ``owner`` None: no mark of ours. ``kind``: libvirt's domain type
-    ("kvm", "qemu", "xen")."""
+    """What a definition says of itself. ``owner`` None: no mark of ours, or a damaged one (then
+    ``damaged`` says how). ``kind``: libvirt's domain type ("kvm", "qemu", "xen")."""
 
     kind: str
     uuid: str
@@ -44,6 +46,7 @@ class DomainDefinition:
     console_log: Path | None
     ports: tuple[int, ...]
     started: datetime | None
+    damaged: str = ""
 
 
 def domain_xml(
@@ -189,11 +192,21 @@ def start_mark(when: datetime) -> str:
 def read_domain(xml: str) -> DomainDefinition:
     """Of any domain, ours or not. A mark that speaks of another machine came with a copy somebody made
     (virt-clone(1) copies metadata): that one is theirs."""
+    with answer_of("libvirt"):
+        return _domain(xml)
+
+
+def _domain(xml: str) -> DomainDefinition:
     domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
     name = domain.findtext("name", "")
-    if mark is not None and mark.get("name", name) != name:
-        mark = None
+    marks: dict[str, str] = {}
+    damaged = ""
+    if mark is not None and mark.get("name", name) == name:
+        try:
+            marks = read_fields(mark.attrib, ("farm", "vm"))
+        except DamagedMark as error:
+            damaged = str(error)
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [
         a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
@@ -209,9 +222,9 @@ def read_domain(xml: str) -> DomainDefinition:
     return DomainDefinition(
         kind=domain.get("type", ""),
         uuid=domain.findtext("uuid", ""),
-        owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
-        spec_hash=mark.get("spec", "") if mark is not None else "",
-        template=mark.get("template", "") if mark is not None else "",
+        owner=Owner(marks["farm"], marks["vm"]) if marks else None,
+        spec_hash=marks.get("spec", ""),
+        template=marks.get("template", ""),
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,
@@ -223,5 +236,13 @@ def read_domain(xml: str) -> DomainDefinition:
         ),
         console_log=Path(log_file) if log_file else None,
         ports=tuple(int(p) for a in arguments for p in _FORWARD.findall(a)),
-        started=datetime.fromisoformat(start.get("at", "")) if start is not None else None,
+        started=_started(start),
+        damaged=damaged,
     )
+
+
+def _started(mark: ET.Element | None) -> datetime | None:
+    try:
+        return None if mark is None else moment(mark.get("at", ""))
+    except DamagedMark:
+        return None

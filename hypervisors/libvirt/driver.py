@@ -33,9 +33,11 @@ from hypervisors.api import (
     MemoryUse,
     StepFn,
     Template,
+    WarnFn,
     disk_with_data,
     no_step,
     no_warm,
+    no_warning,
 )
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
@@ -48,6 +50,7 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
+from hypervisors.marks import DamagedMarks
 from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ class LibvirtHypervisor:
         step: StepFn = no_step,
         kind: DomainType,
         working: Callable[[str], None] = no_step,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
         daemon back). ``working``: told what is waited for. Connects on first use."""
@@ -83,6 +87,7 @@ class LibvirtHypervisor:
         self._step = step
         self._kind = kind
         self._working = working
+        self._damaged = DamagedMarks(warn)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -95,12 +100,12 @@ class LibvirtHypervisor:
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
             domain = self._look_up(name)
-            return as_machine(domain) if domain else None
+            return as_machine(domain, self._damaged) if domain else None
 
     def list(self) -> Sequence[Machine]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [as_machine(domain) for domain in domains]
+            machines = [as_machine(domain, self._damaged) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
 

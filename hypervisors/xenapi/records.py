@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hypervisors.api import Capacity, Checkpoint, Owner, Power, Template
+from hypervisors.marks import DamagedMark, moment, read_fields
 from inventory.errors import DriverFailed
 
 PREFIX = "farmhand:"
@@ -24,6 +25,22 @@ count; until then it is not there."""
 DISK = "0"
 """The user device of a machine's disk; its seed's is ``SEED``."""
 SEED = "3"
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "machine": ("farm", "vm"),
+    "checkpoint": ("farm", "vm", "checkpoint", "created"),
+    "template": ("farm", "label", "size", "sha256", "created", "origin", "firstboot"),
+    **dict.fromkeys(("making", "gone", "seed"), ("farm",)),
+}
+"""Of the marks of that kind."""
+_WITH_DISK = ("template", "created")
+_OF_VMS = {
+    **dict.fromkeys(("uuid", "name_label", "power_state"), str),
+    **dict.fromkeys(("is_a_template", "is_a_snapshot", "is_control_domain"), bool),
+    **dict.fromkeys(("VBDs", "snapshots"), list),
+    "other_config": dict,
+}
+_OF_VDIS = {"uuid": str}
 
 _POWER = {
     "Running": Power.RUNNING,
@@ -39,6 +56,9 @@ class XenApiVm:
 
     ref: str
     record: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        _check(self.record, _OF_VMS, "VM")
 
     @property
     def uuid(self) -> str:
@@ -64,9 +84,20 @@ class XenApiVm:
 
     @property
     def written(self) -> Mapping[str, str]:
-        """Our marks, also those inherited from elsewhere."""
-        config = self.record["other_config"]
-        return {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
+        """Our marks, also those inherited from elsewhere; empty where they are damaged."""
+        try:
+            return read_marks(self.record)
+        except DamagedMark:
+            return {}
+
+    @property
+    def damaged(self) -> str:
+        """What is wrong with the marks that were written for it; "" where nothing is."""
+        try:
+            read_marks(self.record)
+        except DamagedMark as error:
+            return str(error) if self.record["other_config"].get(f"{PREFIX}uuid") == self.uuid else ""
+        return ""
 
     @property
     def marks(self) -> Mapping[str, str]:
@@ -105,9 +136,20 @@ class Vdi:
     ref: str
     record: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        _check(self.record, _OF_VDIS, "VDI")
+
     @property
     def uuid(self) -> str:
         return str(self.record["uuid"])
+
+    @property
+    def written(self) -> Mapping[str, str]:
+        """Our marks; empty where they are damaged."""
+        try:
+            return read_marks(self.record)
+        except DamagedMark:
+            return {}
 
     @property
     def size(self) -> int:
@@ -120,6 +162,25 @@ class Vdi:
     @property
     def path(self) -> Path:
         return vdi_path(self.uuid)
+
+
+def read_marks(record: Mapping[str, Any]) -> Mapping[str, str]:
+    """The marks in an object's ``other_config``. DamagedMark."""
+    config = record["other_config"]
+    marks = {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
+    needed = _NEEDED.get(str(marks.get("kind")), ())
+    return read_fields(marks, (*needed, *(_WITH_DISK if "disk" in marks else ())))
+
+
+def _check(record: Mapping[str, Any], fields: Mapping[str, type], what: str) -> None:
+    """DriverFailed for a record of another shape than every XenAPI server's."""
+    for field, kind in fields.items():
+        if not isinstance(record.get(field), kind):
+            raise DriverFailed(
+                f"the XenAPI server gave a record of a {what} that can't be read: "
+                f"its {field} is {type(record.get(field)).__name__}, not {kind.__name__}",
+                remedy="see its version, and what `xe vm-param-list` or `xe vdi-param-list` shows there",
+            )
 
 
 def vdi_path(uuid: str) -> Path:
@@ -152,7 +213,7 @@ def template_of(vm: XenApiVm) -> Template:
 
 
 def when(text: str) -> datetime:
-    return datetime.fromisoformat(text)
+    return moment(text)
 
 
 def started(metrics: Mapping[str, Any]) -> datetime:

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from host.printable import as_json, last_line, one_line, plain, printable
 
-_BITS = ("\x1b", "[", "31m", "]0;", "]52;c;", "]8;;http://x", "\x07", "\x1b\\", "\r", "\n", "\t", "\x9b", "\x9d",
-         "\u202e", "\u2066", "\u200b", "\ufeff", "\u2028", "\x85", "\x0b", "\udc9b", "\x7f", "\x00", "a", "é", " ")  # fmt: skip
+_BITS = (
+    "\x1b", "[", "31m", "]0;", "]52;c;", "]8;;http://x", "\x07", "\x1b\\", "\r", "\n", "\t", "\x9b",
+    "\x9d", "\u202e", "\u2066", "\u200b", "\ufeff", "\u2028", "\x85", "\x0b", "\udc9b", "\x7f", "\x00",
+    "a", "é", " ",
+)  # fmt: skip
 foreign = st.one_of(
     st.text(st.characters()),
     st.lists(st.sampled_from(_BITS), max_size=30).map("".join),

@@ -62,7 +62,9 @@ from hypervisors.api import (
     Owner,
     StepFn,
     Template,
+    WarnFn,
     no_step,
+    no_warning,
     too_small,
 )
 from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
@@ -84,6 +86,7 @@ from hypervisors.disks.qcow2.store import (
     write_template,
 )
 from hypervisors.disks.stores import StorePlace
+from hypervisors.marks import DamagedMarks
 from inventory.errors import (
     Call,
     Conflict,
@@ -113,6 +116,7 @@ class Qcow2Disks:
         step: StepFn = no_step,
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``reader_uid``: who QEMU runs as, if not ourselves: templates and disks are given to it.
         ``headroom``: bytes that must be free before a disk is made."""
@@ -122,6 +126,7 @@ class Qcow2Disks:
         self._step = step
         self._reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
+        self._damaged = DamagedMarks(warn).tell
         self._lock = FileLock(self._root / ".lock")
 
     @classmethod
@@ -136,7 +141,7 @@ class Qcow2Disks:
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
-            step=callbacks.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------
@@ -180,7 +185,8 @@ class Qcow2Disks:
         return done
 
     def templates(self) -> Sequence[Template]:
-        found = (read_template(path) for path in matching(self._templates, "*.qcow2"))
+        images = matching(self._templates, "*.qcow2")
+        found = (read_template(path, damaged=self._damaged) for path in images)
         return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
@@ -208,7 +214,8 @@ class Qcow2Disks:
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
-        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
+        seen = marks(self._vms, self._damaged)
+        disks = (self._disk(mark) for mark in seen if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:

@@ -8,16 +8,16 @@ from pathlib import Path
 from host.file_lock import FileLock
 from host.files import blocks, changed, matching
 from hypervisors.api import Leftover, Owner
-from hypervisors.disks.qcow2.store import NEW, Mark, describe, read_mark, read_template
+from hypervisors.disks.qcow2.store import NEW, Mark, ToldFn, describe, read_mark, read_template
 
 CHECKPOINT = "checkpoint-"
 GONE = "gone.qcow2"
 
 
-def marks(vms: Path) -> Iterator[Mark]:
-    """Of all farms that share the store."""
+def marks(vms: Path, damaged: ToldFn | None = None) -> Iterator[Mark]:
+    """Of all farms that share the store. ``damaged``: told of those that are."""
     for home in matching(vms, "*"):
-        if not home.name.startswith(".") and (mark := read_mark(home)):
+        if not home.name.startswith(".") and (mark := read_mark(home, damaged=damaged)):
             yield mark
 
 

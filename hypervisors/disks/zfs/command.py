@@ -19,6 +19,7 @@ from typing import Any
 
 from host.files import sync
 from host.run import CommandResult, Runner, which
+from hypervisors.answers import answer_of
 from hypervisors.disks.devices import await_closed, holders, passing
 from inventory.errors import (
     Busy,
@@ -117,8 +118,8 @@ class Zfs:
             )  # fmt: skip
         except CommandFailed as error:
             raise self._translated(error) from error
-        answer = json.loads(result.stdout)["return"]
-        assert isinstance(answer, dict)
+        with answer_of("zfs program"):
+            answer: Mapping[str, Any] = json.loads(result.stdout)["return"].copy()
         return answer
 
     def _refusal(

@@ -90,7 +90,7 @@ class ZfsDisks(ZfsStore):
         """As ``hypervisors.disks.stores.Openable``."""
         return cls(
             place.pool, place.dataset or "farmhand", place.farm, runner,
-            step=callbacks.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
             files=directories.state / "zfs" if place.store == "zfs-files" else None,
         )  # fmt: skip
 
