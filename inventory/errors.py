@@ -110,8 +110,10 @@ def remedy_of(data: Any) -> Remedy:
     if isinstance(data, list):
         return tuple(remedy_of(part) for part in data)
     task, flags = data["task"], data["flags"]
-    words = [word for each in flags.values() for word in (each if isinstance(each, list) else [each])]
-    if not all(isinstance(word, str) or word is True for word in (task, *words)):
+    words = [task]
+    for given in flags.values():
+        words += given if isinstance(given, list | tuple) else [given]
+    if not all(isinstance(word, str) or word is True for word in words):
         raise TypeError("a task's name and its flags are text")
     return Call(task, **flags)
 

@@ -27,7 +27,7 @@ from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
 _LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
-_VALUES = {
+_VALUES: Mapping[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
@@ -91,19 +91,19 @@ def decode(value: Any) -> Any:
 
 
 def _value(name: str, found: Mapping[str, object]) -> object:
-    kind = _VALUES[name]
+    hints = _hints(name)
     for field, value in found.items():
-        if not _fits(value, _hints(kind)[field]):
+        if not _fits(value, hints[field]):
             raise TypeError(f"the {field} of a {name} is a {type(value).__name__}")
     for field in _NAMES.get(name, ()):
         if isinstance(text := found[field], str) and text and not is_name(text):
             raise ValueError(f"the {field} of a {name} is no name")
-    return kind(**found)
+    return _VALUES[name](**found)
 
 
 @cache
-def _hints(kind: type[object]) -> Mapping[str, object]:
-    return get_type_hints(kind)
+def _hints(name: str) -> Mapping[str, object]:
+    return get_type_hints(_VALUES[name])
 
 
 def _fits(value: object, hint: object) -> bool:
