@@ -191,7 +191,7 @@ def _cut(line: str) -> str:
 
 
 def _remedy(run: TaskRun, remedy: Remedy) -> list[str]:
-    return [f"  {run.words.text(remedy)}"] if remedy else []
+    return [f"  {line}" for line in run.words.text(remedy).splitlines()]
 
 
 def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:

@@ -44,7 +44,7 @@ class _Output(io.FileIO):
         return memoryview(data).nbytes
 
 
-class _Shown(io.TextIOWrapper):
+class _ForPeople(io.TextIOWrapper):
     """Text for people: ``printable``."""
 
     def write(self, text: str, /) -> int:
@@ -57,7 +57,7 @@ class _Shown(io.TextIOWrapper):
 
 def steer(stream: TextIO, sequence: str) -> None:
     """Write a control sequence of our own, which ``write`` would only show."""
-    if isinstance(stream, _Shown):
+    if isinstance(stream, _ForPeople):
         stream.steer(sequence)
     else:
         stream.write(sequence)
@@ -89,7 +89,7 @@ def at_end() -> None:
 
 def _opened(number: int, known: TextIO | None) -> TextIO:
     """Characters that its encoding lacks, or bytes of a file's name that are no text, are escaped."""
-    return _Shown(
+    return _ForPeople(
         io.BufferedWriter(_Output(number, "wb", closefd=False)),
         encoding=known.encoding if known else "utf-8",
         errors="backslashreplace",

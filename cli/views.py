@@ -289,7 +289,7 @@ def build_record(record: BuildRecord) -> TaskResult:
         f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"
     ]
     if source.commit or source.repository:
-        subject = f"  {source.subject}" if source.subject else ""
+        subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
         lines.append(f"source {source.repository} {commit}{subject}")
     rows = [
@@ -312,7 +312,7 @@ def build_record(record: BuildRecord) -> TaskResult:
         lines += [f"  {line}" for line in failed.tail.splitlines()[-15:]]
     if failed is not None and failed.remedy:
         lines += ["", ("what to do: ", failed.remedy)]
-    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    lines += ["", *(f"note: {one_line(note)}" for note in record.notes), f"record: {record.page}"]
     return TaskResult(record.as_dict(), joined(lines, "\n"))
 
 

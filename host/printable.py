@@ -1,9 +1,9 @@
 """What guests, tools, other hosts and files' names say, made safe to be shown: the one place for it.
 
 Whatever a terminal or a browser could act upon, hide, or show in another order is written as its escape
-(``\\x1b``, ``\\u202e``) and never left out: what two parts make when the one between them goes is
-nothing that anybody looked at. So one pass does, and a second one changes nothing. The raw bytes are
-in the log files alone.
+(``\\x1b``, ``\\u202e``) and not left out: what is made by two parts when the one between them goes is
+nothing that anybody looked at. So one pass does, and a second one changes nothing. Where colours are
+left out (``plain``), escaping comes after that. The raw bytes are in the log files alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,29 @@ _DRAWN = re.compile(
 """How programs draw on a terminal: colours, cursor movements, titles (ECMA-48)."""
 
 
+class _Escapes(dict[int, str]):
+    """How characters are shown, by their numbers, as str.translate asks for them."""
+
+    def __missing__(self, number: int) -> str:
+        character = chr(number)
+        if category(character) == "Zs":
+            shown = " "
+        elif character.isprintable() or character in "\n\t":
+            shown = character
+        else:
+            shown = character.encode("unicode_escape").decode("ascii")
+        self[number] = shown
+        return shown
+
+
+_ESCAPES = _Escapes()
+
+
 def printable(text: str) -> str:
     """The text with each character escaped that is not to be seen as it is: controls other than newline
     and tab, marks of direction and of no width, lone surrogates (bytes that are no text), and what
     Unicode doesn't have yet. Blanks of all kinds are blanks."""
-    if text.isprintable():
-        return text
-    return "\n".join(line if _clean(line) else _escaped(line) for line in text.split("\n"))
+    return text if text.isprintable() else text.translate(_ESCAPES)
 
 
 def one_line(text: str, most: int = 0) -> str:
@@ -67,17 +83,3 @@ def _in_json(character: str) -> str:
 
 def _stands(line: str) -> str:
     return _DRAWN.sub("", line).rstrip("\r").rpartition("\r")[2]
-
-
-def _clean(line: str) -> bool:
-    return line.isprintable() or line.replace("\t", "").isprintable()
-
-
-def _escaped(line: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else _escape(c) for c in line)
-
-
-def _escape(character: str) -> str:
-    if category(character) == "Zs":
-        return " "
-    return character.encode("unicode_escape").decode("ascii")

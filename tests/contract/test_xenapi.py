@@ -235,7 +235,9 @@ def test_the_seed_is_a_disk_of_its_own_and_follows_the_file(rig, server, tmp_pat
     assert not [line for line in server.tell(world=True) if "prod" in line or "new" in line]
 
 
-@pytest.mark.parametrize("mark", [{"vm": "../../../victim"}, {"created": "soon"}, {"template": "\x9b2J"}])
+@pytest.mark.parametrize(
+    "mark", [{"vm": "../../../victim"}, {"created": "soon"}, {"template": "\x9b2J"}]
+)
 def test_a_damaged_mark_is_nobodys(rig, server, made, mark):
     """Named once, and left alone with all that is its machine's."""
     warned = []

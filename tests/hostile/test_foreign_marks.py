@@ -1,5 +1,5 @@
-"""Marks that somebody else wrote, and answers that no tool gives: an object with such a mark is nobody's,
-is named and left alone; nothing of it is a traceback, a loop, or a path."""
+"""Marks that somebody else wrote, and answers that no tool gives: an object with such a mark is
+nobody's, is named and left alone; nothing of it is a traceback, a loop, or a path."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NOW = datetime(2026, 11, 1, tzinfo=UTC).isoformat()
 SOUND = {"machine": "kata-prod", "farm": "kata", "vm": "prod", "template": "base@1", "size": 2**24,
          "created": NOW}  # fmt: skip
 foreign = st.one_of(
-    st.text(st.characters()), st.sampled_from(WRONG), st.sampled_from(["kata", "prod", "base@1", NOW, "7"]),
+    st.text(st.characters()), st.sampled_from([*WRONG, "kata", "prod", "base@1", NOW, "7"]),
     st.integers(), st.floats(), st.none(), st.booleans(), st.lists(st.integers(), max_size=2),
 )  # fmt: skip
 
@@ -77,7 +77,9 @@ class Warned(list[str]):
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), foreign), st.sets(st.sampled_from(FIELDS), max_size=3))
-def test_what_is_read_has_its_fields_grammar_or_is_damaged(found: dict[str, Any], needed: set[str]) -> None:
+def test_what_is_read_has_its_fields_grammar_or_is_damaged(
+    found: dict[str, Any], needed: set[str]
+) -> None:
     try:
         fields = read_fields(found, needed)
     except DamagedMark as error:
@@ -100,7 +102,8 @@ def test_no_name(name: str) -> None:
     assert not is_name(name)
 
 
-@pytest.mark.parametrize("time", ["2026-11-01", "2026-11-01T00:00:00", "0001-01-01T00:00:00+23:59", "now",
+@pytest.mark.parametrize("time", ["2026-11-01", "2026-11-01T00:00:00", "now",
+                                  "0001-01-01T00:00:00+23:59",
                                   "9999-12-31T23:59:59-12:00"])  # fmt: skip
 def test_no_moment(time: str) -> None:
     with pytest.raises(DamagedMark):
@@ -166,7 +169,9 @@ def test_a_sidecar(files: Files, change: dict[str, Any]) -> None:
     }
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00\xff", b"[]" * 9, b"{" * 100_000, b"[" * 100_000, b"9" * 9999])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00\xff", b"[]" * 9, b"{" * 100_000, b"[" * 100_000, b"9" * 9999]
+)
 def test_a_sidecar_that_is_no_json(files: Files, data: bytes) -> None:
     files.mark.write_bytes(data)
     files.template.write_bytes(data)
@@ -174,7 +179,8 @@ def test_a_sidecar_that_is_no_json(files: Files, data: bytes) -> None:
     assert list(files.disks.leftovers()) == []
 
 
-@pytest.mark.parametrize("change", [{"name": VICTIM}, {"name": "other"}, {"generation": 2}, {"size": "x"},
+@pytest.mark.parametrize("change", [{"name": VICTIM}, {"name": "other"}, {"generation": 2},
+                                    {"size": "x"},
                                     {"created": "x"}, {"firstboot": "\x1b[2J"}])  # fmt: skip
 def test_a_templates_description(files: Files, change: dict[str, Any]) -> None:
     files.template.write_text(json.dumps(json.loads(files.template.read_bytes()) | change))
@@ -204,7 +210,9 @@ def definition(**marks: str) -> str:
         name="kata-prod", owner=Owner("kata", "prod"), memory=2**27, vcpus=1, disk_size=2**24,
         nic=Nic(mac="52:54:00:00:00:01", mode="network", target="default"),
     )  # fmt: skip
-    domain = ET.fromstring(domain_xml(spec, Path("/nowhere/disk"), "raw", "base@1", kvm=False, system=True))
+    domain = ET.fromstring(
+        domain_xml(spec, Path("/nowhere/disk"), "raw", "base@1", kvm=False, system=True)
+    )
     domain.set("type", "test")
     mark = domain.find("metadata")[0]
     mark.attrib.update(marks)
@@ -253,7 +261,11 @@ def test_metadata_in_libvirt(libvirtd, marks: dict[str, str]) -> None:
     assert told.isprintable()
 
 
-@given(st.dictionaries(st.sampled_from(["name", "farm", "vm", "spec", "template"]), st.text(string.printable)))
+@given(
+    st.dictionaries(
+        st.sampled_from(["name", "farm", "vm", "spec", "template"]), st.text(string.printable)
+    )
+)
 def test_any_metadata_is_read(marks: dict[str, str]) -> None:
     domain = ET.fromstring(definition())
     domain.find("metadata")[0].attrib.update(marks)
@@ -280,8 +292,8 @@ def test_a_start_mark_is_no_time() -> None:
 # -- ZFS and LVM, as their tools report -----------------------------------------------------------------
 
 VOLUME = {
-    "marks": {"state": "disk", "machine": "kata-prod", "farm": "kata", "vm": "prod", "template": "base@1",
-              "base": "clean", "size": "16777216", "created": NOW, "maker": "", "token": "00"},
+    "marks": {"state": "disk", "machine": "kata-prod", "farm": "kata", "vm": "prod",
+              "template": "base@1", "base": "clean", "size": "16777216", "created": NOW, "maker": "", "token": "00"},
     "snapshots": {}, "used": 4096, "written": 0,
 }  # fmt: skip
 
@@ -323,7 +335,7 @@ def test_a_damaged_checkpoint_keeps_its_volume() -> None:
 
 def test_a_damaged_seal_is_no_half_made_template() -> None:
     volume = {"marks": {"state": "new", "maker": "", "token": "0"}, "used": 1, "created": 1,
-              "snapshots": {"sealed": {"marks": {"kind": "template", "name": VICTIM}, "txg": 1}}}  # fmt: skip
+              "snapshots": {"sealed": {"txg": 1, "marks": {"kind": "template", "name": ".."}}}}  # fmt: skip
     look = read_state({"templates": {"tank/kata/templates/base.1": volume}})
     assert find_leftovers(look, "kata") == []
 
@@ -348,7 +360,8 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
 
 
 ROW = {
-    "lv_name": "fh.kata-prod.00", "lv_size": "16777216", "origin": "", "origin_size": "", "pool_lv": "pool",
+    "lv_name": "fh.kata-prod.00", "lv_size": "16777216", "origin": "", "origin_size": "",
+    "pool_lv": "pool",
     "lv_role": "public", "data_percent": "0.00", "metadata_percent": "", "lv_metadata_size": "",
     "thin_id": "1", "lv_active": "active", "lv_device_open": "", "lv_permissions": "writeable",
     "lv_snapshot_invalid": "", "lv_health_status": "", "vg_size": "99999999", "vg_free": "0",
@@ -391,7 +404,8 @@ def test_any_tags_are_read(facts: dict[str, str]) -> None:
     assert not volume.ours or is_name(volume.facts["machine"])
 
 
-NO_ANSWERS = ["", "null", "[]", "{}", "7", '"x"', "{" * 100, "[" * 100_000, '{"report": {}, "return": 7}',
+NO_ANSWERS = ["", "null", "[]", "{}", "7", '"x"', "{" * 100, "[" * 100_000,
+              '{"report": {}, "return": 7}',
               '{"report": [{"lv": [{"lv_name": "x"}]}]}', '{"report": [{"lv": [7]}]}',
               '{"return": {"volumes": {"x": 7}}}', '{"return": {"volumes": {"x.1": {"marks": 7}}}}',
               '{"virtual-size": "x", "format-specific": 7}', "9" * 9999, "\x1b[2J"]  # fmt: skip
@@ -430,7 +444,11 @@ def xenapi_vm(**marks: Any) -> XenApiVm:
     return XenApiVm("r", RECORD | {"other_config": {PREFIX + k: v for k, v in (sound | marks).items()}})
 
 
-@given(st.dictionaries(st.sampled_from(["farm", "vm", "kind", "template", "created", "size", "disk"]), foreign))
+@given(
+    st.dictionaries(
+        st.sampled_from(["farm", "vm", "kind", "template", "created", "size", "disk"]), foreign
+    )
+)
 def test_other_config(marks: dict[str, Any]) -> None:
     vm = xenapi_vm(**marks)
     assert vm.damaged.isprintable()
@@ -440,7 +458,9 @@ def test_other_config(marks: dict[str, Any]) -> None:
         assert is_name(vm.owner.farm)
 
 
-@pytest.mark.parametrize("change", [{"uuid": 7}, {"other_config": []}, {"power_state": None}, {"VBDs": ""}])
+@pytest.mark.parametrize(
+    "change", [{"uuid": 7}, {"other_config": []}, {"power_state": None}, {"VBDs": ""}]
+)
 def test_a_record_of_another_shape(change: dict[str, Any]) -> None:
     with pytest.raises(DriverFailed, match="XenAPI server gave a record of a VM"):
         XenApiVm("r", RECORD | {"other_config": {}} | change)
@@ -491,7 +511,8 @@ def test_what_is_sent_arrives() -> None:
 
 
 @pytest.mark.parametrize("data", [{"task": 7, "flags": {}}, {"task": "x", "flags": {"a": [7]}},
-                                  {"task": "x", "flags": {"a": {}}}, {"task": ["x"], "flags": {}}])  # fmt: skip
+                                  {"task": "x", "flags": {"a": {}}},
+                                  {"task": ["x"], "flags": {}}])  # fmt: skip
 def test_a_remedy_that_is_none(data: Any) -> None:
     with pytest.raises(TypeError):
         remedy_of(data)
