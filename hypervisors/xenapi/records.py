@@ -8,7 +8,7 @@ written for (``farmhand:uuid``), and on any other one it counts for nothing but 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,21 @@ _POWER = {
 
 @dataclass(frozen=True, slots=True)
 class XenApiVm:
-    """A VM, template or snapshot as the server has it."""
+    """A VM, template or snapshot as the server has it. ``written``: our marks, also those inherited from
+    elsewhere; empty where they are damaged. ``damaged``: what is wrong with those that were written for
+    it; "" where nothing is."""
 
     ref: str
     record: Mapping[str, Any]
+    written: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    damaged: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check(self.record, _OF_VMS, "VM")
+        written, damaged = read_marks(self.record)
+        mine = self.record["other_config"].get(f"{PREFIX}uuid") == self.uuid
+        object.__setattr__(self, "written", written)
+        object.__setattr__(self, "damaged", damaged if mine else "")
 
     @property
     def uuid(self) -> str:
@@ -81,23 +89,6 @@ class XenApiVm:
             or self.record["is_a_snapshot"]
             or self.record["is_control_domain"]
         )
-
-    @property
-    def written(self) -> Mapping[str, str]:
-        """Our marks, also those inherited from elsewhere; empty where they are damaged."""
-        try:
-            return read_marks(self.record)
-        except DamagedMark:
-            return {}
-
-    @property
-    def damaged(self) -> str:
-        """What is wrong with the marks that were written for it; "" where nothing is."""
-        try:
-            read_marks(self.record)
-        except DamagedMark as error:
-            return str(error) if self.record["other_config"].get(f"{PREFIX}uuid") == self.uuid else ""
-        return ""
 
     @property
     def marks(self) -> Mapping[str, str]:
@@ -146,10 +137,7 @@ class Vdi:
     @property
     def written(self) -> Mapping[str, str]:
         """Our marks; empty where they are damaged."""
-        try:
-            return read_marks(self.record)
-        except DamagedMark:
-            return {}
+        return read_marks(self.record)[0]
 
     @property
     def size(self) -> int:
@@ -164,21 +152,24 @@ class Vdi:
         return vdi_path(self.uuid)
 
 
-def read_marks(record: Mapping[str, Any]) -> Mapping[str, str]:
-    """The marks in an object's ``other_config``. DamagedMark."""
+def read_marks(record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
+    """The marks in an object's ``other_config``, and what is wrong with them."""
     config = record["other_config"]
     marks = {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
     needed = _NEEDED.get(str(marks.get("kind")), ())
-    return read_fields(marks, (*needed, *(_WITH_DISK if "disk" in marks else ())))
+    try:
+        return read_fields(marks, (*needed, *(_WITH_DISK if "disk" in marks else ()))), ""
+    except DamagedMark as error:
+        return {}, str(error)
 
 
 def _check(record: Mapping[str, Any], fields: Mapping[str, type], what: str) -> None:
     """DriverFailed for a record of another shape than every XenAPI server's."""
-    for field, kind in fields.items():
-        if not isinstance(record.get(field), kind):
+    for key, kind in fields.items():
+        if not isinstance(record.get(key), kind):
             raise DriverFailed(
                 f"the XenAPI server gave a record of a {what} that can't be read: "
-                f"its {field} is {type(record.get(field)).__name__}, not {kind.__name__}",
+                f"its {key} is {type(record.get(key)).__name__}, not {kind.__name__}",
                 remedy="see its version, and what `xe vm-param-list` or `xe vdi-param-list` shows there",
             )
 

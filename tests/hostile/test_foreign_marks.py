@@ -293,7 +293,8 @@ def test_a_start_mark_is_no_time() -> None:
 
 VOLUME = {
     "marks": {"state": "disk", "machine": "kata-prod", "farm": "kata", "vm": "prod",
-              "template": "base@1", "base": "clean", "size": "16777216", "created": NOW, "maker": "", "token": "00"},
+              "template": "base@1", "base": "clean", "size": "16777216",
+              "created": NOW, "maker": "", "token": "00"},
     "snapshots": {}, "used": 4096, "written": 0,
 }  # fmt: skip
 
@@ -334,8 +335,9 @@ def test_a_damaged_checkpoint_keeps_its_volume() -> None:
 
 
 def test_a_damaged_seal_is_no_half_made_template() -> None:
+    seal = {"txg": 1, "marks": {"kind": "template", "name": VICTIM}}
     volume = {"marks": {"state": "new", "maker": "", "token": "0"}, "used": 1, "created": 1,
-              "snapshots": {"sealed": {"txg": 1, "marks": {"kind": "template", "name": ".."}}}}  # fmt: skip
+              "snapshots": {"sealed": seal}}  # fmt: skip
     look = read_state({"templates": {"tank/kata/templates/base.1": volume}})
     assert find_leftovers(look, "kata") == []
 

@@ -210,7 +210,7 @@ class Qcow2Disks:
 
     def find(self, machine: str) -> Disk | None:
         """Any farm's: its ``owner`` tells. Reads four small things, starts no process."""
-        mark = read_mark(self._home(machine))
+        mark = read_mark(self._home(machine), damaged=self._damaged)
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
