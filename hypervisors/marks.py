@@ -27,7 +27,7 @@ _YEARS = range(1970, 9000)  # any time zone can show them
 _LONGEST = 2**14  # characters of what has no grammar
 
 
-class DamagedMark(Exception):
+class DamagedMark(ValueError):
     """A mark of ours that is not as we write them. ``str(error)`` says which field."""
 
 

@@ -22,7 +22,7 @@ from host.progress import Pulse
 from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
-from hypervisors.marks import is_name
+from hypervisors.marks import is_name, moment
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
@@ -36,7 +36,7 @@ _VALUES: Mapping[str, type[Any]] = {
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
-    "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": datetime.fromisoformat,
+    "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": moment,
 }  # fmt: skip
 
 _NAMES: Mapping[str, tuple[str, ...]] = {

@@ -419,14 +419,15 @@ def test_no_answer_of_a_tool(tools: Tools, tmp_path: Path, text: str) -> None:
         tools.answer(name, text)
     image = tmp_path / "x.vmdk"
     image.write_bytes(b"KDMV" + bytes(508))
-    asked: dict[str, Callable[[], object]] = {
-        "zfs program": lambda: ZfsDisks("tank", "kata", "kata", Runner()).list(),
-        "lvs": Lvm("vg", Runner()).report,
-        "qemu-img": lambda: image_info(Runner(), image),
-    }
-    for name, ask in asked.items():
-        if name == "zfs program" and text == '{"return": {}}':
-            continue
+    zfs = ZfsDisks("tank", "kata", "kata", Runner())
+    asked: list[tuple[str, Callable[[], object]]] = [
+        ("zfs program", zfs.list), ("zfs program", zfs.capacity),
+        ("lvs", Lvm("vg", Runner()).report), ("lvmconfig", Lvm("vg", Runner()).autoextend),
+        ("qemu-img", lambda: image_info(Runner(), image)),
+    ]  # fmt: skip
+    for name, ask in asked:
+        if name == "lvmconfig" and not text:
+            continue  # nothing is configured
         with pytest.raises(DriverFailed) as failed:
             ask()
         assert failed.value.message.startswith(f"{name} on {socket.gethostname()} gave an answer that")

@@ -64,8 +64,9 @@ class Zfs:
 
     def space(self) -> tuple[int, int]:
         """Bytes used and available."""
-        space = self._answer(self._runner.read, ("-jn",), "space")["space"]
-        return int(space["used"]), int(space["available"])
+        answer = self._answer(self._runner.read, ("-jn",), "space")
+        with answer_of("zfs program"):
+            return int(answer["space"]["used"]), int(answer["space"]["available"])
 
     def program(self, operation: str, *arguments: str) -> Mapping[str, Any]:
         """A change. Busy, NotOurs, WrongState, Conflict, NotFound for what it refuses; tried again
