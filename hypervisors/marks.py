@@ -107,6 +107,6 @@ class DamagedMarks:
         if (what, why) not in self._told:
             self._told.add((what, why))
             self._warn(
-                f"{what} has a farmhand mark that is damaged: {why}; it counts as nobody's, and is left "
-                "alone"
+                f"{what} has a farmhand mark that is damaged: {why}; it counts as nobody's and is left "
+                "alone: set it right, or remove the thing itself, by hand"
             )

@@ -51,6 +51,7 @@ from inventory.errors import (
     DriverFailed,
     FarmhandError,
     NotOurs,
+    WrongState,
     remedy_of,
 )
 
@@ -164,6 +165,8 @@ def test_a_sidecar(files: Files, change: dict[str, Any]) -> None:
     with pytest.raises(FarmhandError):
         files.disks.restore("kata-prod", "clean")
     files.disks.destroy("kata-prod")
+    with pytest.raises(WrongState, match="in use by kata-prod"):
+        files.disks.remove_template("base@1")
     assert files.everything() == before | {
         "vms/kata-prod/owner.json": (files.mark.stat().st_ino, text.encode())
     }

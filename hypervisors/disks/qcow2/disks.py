@@ -74,6 +74,7 @@ from hypervisors.disks.qcow2.leftovers import (
     find_leftovers,
     half_made,
     kept_alone,
+    leans_on,
     marks,
 )
 from hypervisors.disks.qcow2.store import (
@@ -195,7 +196,11 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
-            users = [m.machine for m in marks(self._vms) if m.template == label]
+            damaged: list[Path] = []
+            seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
+            users = [mark.machine for mark in seen if mark.template == label]
+            # Whosever they are, they'd be lost with it.
+            users += [home.name for home in damaged if leans_on(home, path)]
             if users:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(sorted(users))}",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from host.file_lock import FileLock
 from host.files import blocks, changed, matching
 from hypervisors.api import Leftover, Owner
+from hypervisors.disks.qcow2.format import read_header
 from hypervisors.disks.qcow2.store import NEW, Mark, ToldFn, describe, read_mark, read_template
+from inventory.errors import DriverFailed
 
 CHECKPOINT = "checkpoint-"
 GONE = "gone.qcow2"
@@ -19,6 +22,16 @@ def marks(vms: Path, damaged: ToldFn | None = None) -> Iterator[Mark]:
     for home in matching(vms, "*"):
         if not home.name.startswith(".") and (mark := read_mark(home, damaged=damaged)):
             yield mark
+
+
+def leans_on(home: Path, template: Path) -> bool:
+    """Whether an image in that directory has the template below it, whatever its mark says."""
+    for image in matching(home, "*.qcow2"):
+        with contextlib.suppress(DriverFailed, OSError):  # no image of ours
+            backing = read_header(image).backing
+            if backing and (home / backing).resolve() == template.resolve():
+                return True
+    return False
 
 
 def half_made(frozen: Path) -> bool:
