@@ -73,8 +73,8 @@ class Screen:
                 indent = "  "
             self._last = time.monotonic()
 
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
+    def _write(self, text: str, *, erase: bool = False) -> None:
+        steer(self._stream, _ERASE if erase else "", text)
         self._stream.flush()
 
 
@@ -114,10 +114,8 @@ class LiveScreen(Screen):
             self._under_way.pop(vm, None)
             super()._line(text, vm)
 
-    def _write(self, text: str) -> None:
-        if self._shown:
-            steer(self._stream, _ERASE)
-        super()._write(text)
+    def _write(self, text: str, *, erase: bool = False) -> None:
+        super()._write(text, erase=erase or self._shown)
         self._shown = False
 
     def close(self) -> None:
@@ -147,8 +145,7 @@ class LiveScreen(Screen):
             for vm, (text, since) in sorted(self._under_way.items())
         ]
         line = f"{_SPINNER[self._turn % len(_SPINNER)]} {' · '.join(parts)}"
-        steer(self._stream, _ERASE)
-        Screen._write(self, line if len(line) <= width else line[: width - 1] + "…")
+        self._write(line if len(line) <= width else line[: width - 1] + "…", erase=True)
         self._shown = True
 
 

@@ -51,16 +51,16 @@ class _ForPeople(io.TextIOWrapper):
         super().write(printable(text))
         return len(text)
 
-    def steer(self, sequence: str) -> None:
-        super().write(sequence)
+    def steer(self, sequence: str, text: str) -> None:
+        super().write(sequence + printable(text))
 
 
-def steer(stream: TextIO, sequence: str) -> None:
-    """Write a control sequence of our own, which ``write`` would only show."""
+def steer(stream: TextIO, sequence: str, text: str) -> None:
+    """Write a control sequence of our own, which ``write`` would only show, and text, in one go."""
     if isinstance(stream, _ForPeople):
-        stream.steer(sequence)
+        stream.steer(sequence, text)
     else:
-        stream.write(sequence)
+        stream.write(sequence + text)
 
 
 def take_over() -> None:
