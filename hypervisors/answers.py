@@ -16,15 +16,16 @@ _WRONG = (
 
 
 @contextlib.contextmanager
-def answer_of(tool: str) -> Iterator[None]:
+def answer_of(tool: str, at: str = "") -> Iterator[None]:
     """Around the reading of a tool's answer, and nothing else: DriverFailed, which names the tool and
-    the machine that this runs on, where the answer has another shape than it should."""
+    its machine (``at``; else the one that this runs on), where the answer has another shape than it
+    should."""
     try:
         yield
     except _WRONG as error:
         why = one_line(str(error) or "no reason given", 200)
         raise DriverFailed(
-            f"{tool} on {socket.gethostname()} gave an answer that can't be read: "
+            f"{tool} on {at or socket.gethostname()} gave an answer that can't be read: "
             f"{type(error).__name__}: {why}",
             remedy=f"see what {tool} answers there by hand, and which version it is",
         ) from error

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hypervisors.answers import answer_of
 from hypervisors.api import Capacity, Checkpoint, Owner, Power, Template
 from hypervisors.marks import DamagedMark, moment, read_fields
 from inventory.errors import DriverFailed
@@ -187,20 +188,14 @@ def checkpoint_of(vm: XenApiVm) -> Checkpoint:
 
 
 def template_of(vm: XenApiVm) -> Template:
-    """DriverFailed where somebody changed its marks by hand."""
+    """Of one of that kind."""
     marks = vm.marks
-    try:
-        name, _, generation = marks["label"].rpartition("@")
-        return Template(
-            name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
-            sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
-            firstboot=marks["firstboot"],
-        )  # fmt: skip
-    except (KeyError, ValueError) as error:
-        raise DriverFailed(
-            f"template {vm.name} ({vm.uuid}): its farmhand marks are damaged: {error}",
-            remedy="xe vm-param-list shows them, in other-config",
-        ) from None
+    name, _, generation = marks["label"].rpartition("@")
+    return Template(
+        name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
+        sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
+        firstboot=marks["firstboot"],
+    )  # fmt: skip
 
 
 def when(text: str) -> datetime:
@@ -209,11 +204,13 @@ def when(text: str) -> datetime:
 
 def started(metrics: Mapping[str, Any]) -> datetime:
     """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what doesn't run."""
-    text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
-    return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
+    with answer_of("xapi", "the XenAPI server"):
+        text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
+        return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
 
 
 def capacity_of(sr: Mapping[str, Any]) -> Capacity:
     """Of a storage repository's record."""
-    total = int(sr["physical_size"])
-    return Capacity(total, max(0, total - int(sr["physical_utilisation"])))
+    with answer_of("xapi", "the XenAPI server"):
+        total = int(sr["physical_size"])
+        return Capacity(total, max(0, total - int(sr["physical_utilisation"])))

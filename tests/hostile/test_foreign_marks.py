@@ -44,7 +44,7 @@ from hypervisors.libvirt.domain_xml import domain_xml, read_domain
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict
 from hypervisors.marks import DamagedMark, is_name, moment, read_fields
-from hypervisors.xenapi.records import PREFIX, XenApiVm
+from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm, capacity_of, started
 from inventory.errors import (
     Call,
     CommandFailed,
@@ -470,6 +470,15 @@ def test_other_config(marks: dict[str, Any]) -> None:
 def test_a_record_of_another_shape(change: dict[str, Any]) -> None:
     with pytest.raises(DriverFailed, match="XenAPI server gave a record of a VM"):
         XenApiVm("r", RECORD | {"other_config": {}} | change)
+
+
+@pytest.mark.parametrize("read", [
+    lambda: started({"start_time": "yesterday"}), lambda: started({}),
+    lambda: capacity_of({"physical_size": "much"}), lambda: Vdi("r", {}),
+])  # fmt: skip
+def test_other_records_of_another_shape(read: Callable[[], object]) -> None:
+    with pytest.raises(DriverFailed, match="XenAPI server"):
+        read()
 
 
 # -- the far wire ---------------------------------------------------------------------------------------
