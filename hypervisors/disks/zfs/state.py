@@ -180,8 +180,9 @@ def _volume(name: str, facts: Mapping[str, Any]) -> Dataset:
 def _read(marks: Mapping[str, object]) -> tuple[Mapping[str, str], str]:
     """The marks, and what is wrong with them."""
     try:
-        kind = str(marks.get("kind") or marks.get("state"))
-        return read_fields(dict(marks), _NEEDED.get(kind, ())), ""
+        found = dict(marks)
+        kind = str(found.get("kind") or found.get("state"))
+        return read_fields(found, _NEEDED.get(kind, ())), ""
     except DamagedMark as error:
         return _DAMAGED, str(error)
 
