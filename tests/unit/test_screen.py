@@ -33,6 +33,19 @@ def test_a_guest_cannot_drive_the_terminal() -> None:
     assert out.getvalue() == "dev2 | 100%\\x08\ndev2 | \ufffd\n"
 
 
+def test_what_is_said_is_text_on_lines_of_its_own() -> None:
+    out, live = io.StringIO(), io.StringIO()
+    Screen(out).say("said \x1b[2J:\nfarmhand: fetched\u202e", vm="dev2")
+    assert [line[9:] for line in out.getvalue().split("\n")] == [
+        "dev2: said \\x1b[2J:", "dev2:   farmhand: fetched\\u202e", "",
+    ]  # fmt: skip
+    screen = LiveScreen(live)
+    screen.working("waiting \x1b]0;owned\x07", vm="dev2")
+    screen.close()
+    assert "waiting \\x1b]0;owned\\x07" in live.getvalue()
+    assert "\x1b" not in live.getvalue().replace("\r\x1b[2K", "")
+
+
 def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     out = io.StringIO()
