@@ -23,7 +23,7 @@ _WAIT = "Whether to wait until ssh answers as this very VM since this very start
 # ---- Before the first farm.
 
 
-@command({"repair": "Set the modes of farmhand's own files right."}, plans=False)
+@command({"repair": "Set the modes of farmhand's own files right."})
 def doctor(run: TaskRun, repair: bool = False) -> TaskResult:
     """Check this machine; each failure with its remedy."""
     from builds.checkup import with_source
@@ -34,7 +34,10 @@ def doctor(run: TaskRun, repair: bool = False) -> TaskResult:
     return TaskResult(report.as_dict(), text, ok=report.ok)
 
 
-@command({"destroy": "Take the demo farm away again: VMs, disks, records, state."})
+@command(
+    {"destroy": "Take the demo farm away again: VMs, disks, records, state."},
+    does=("clone-farm", "cycle", "destroy"),
+)
 def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
     """Clone two VMs, build in them, and say what to type next."""
     from builds import demo as demonstration
@@ -53,33 +56,35 @@ def demo(run: TaskRun, destroy: bool = False) -> TaskResult:
 # ---- Templates.
 
 
-@command({"name": "The template's name in the farm file; absent where there is only one."})
+@command(
+    {"name": "The template's name in the farm file; absent where there is only one."},
+    does=("template-build",),
+)
 def template_build(run: TaskRun, name: str = "") -> TaskResult:
     """Build a new generation of a template."""
-    from provision.operations.templates import TemplateBuild
-
-    done = run.perform(lambda site: TemplateBuild(options.template(site, name, built=True)))
-    return views.outcome(done)
+    with run.site() as site:
+        name = options.template(site, name, built=True)
+        return views.outcome(run.perform(site, "template-build", template=name))
 
 
 @command(
     {
         "name": "The template's name in the farm file; absent where there is only one.",
         "image": "A raw, qcow2 or vmdk image; absent: the one the farm file names.",
-    }
+    },
+    does=("template-import",),
 )
 def template_import(run: TaskRun, name: str = "", image: str = "") -> TaskResult:
     """Import an image as a new generation of a template."""
     from pathlib import Path
 
-    from provision.operations.templates import TemplateImport
-
     path = Path(image).expanduser().absolute() if image else None
-    done = run.perform(lambda site: TemplateImport(options.template(site, name, built=False), path))
-    return views.outcome(done)
+    with run.site() as site:
+        name = options.template(site, name, built=False)
+        return views.outcome(run.perform(site, "template-import", template=name, image=path))
 
 
-@command(plans=False)
+@command()
 def template_list(run: TaskRun) -> TaskResult:
     """List the templates' generations."""
     from provision.operations.templates import template_list as found
@@ -88,13 +93,12 @@ def template_list(run: TaskRun) -> TaskResult:
         return views.templates(found(site))
 
 
-@command({"template": "The generation, such as base@2."})
+@command({"template": "The generation, such as base@2."}, does=("template-remove",))
 def template_remove(run: TaskRun, template: str = "") -> TaskResult:
     """Remove a generation that no clone depends on."""
-    from provision.operations.templates import TemplateRemove
-
     label = options.needed("--template", template, "a generation, as template-list shows")
-    return views.outcome(run.perform(lambda _: TemplateRemove(label)))
+    with run.site() as site:
+        return views.outcome(run.perform(site, "template-remove", label=label))
 
 
 # ---- The farm.
@@ -107,16 +111,14 @@ def template_remove(run: TaskRun, template: str = "") -> TaskResult:
         "wait": _WAIT,
     },
     iterable=["vm"],
+    does=("clone-farm",),
 )
 def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = True) -> TaskResult:
     """Make every declared VM exist, started and reachable."""
-    from provision.engine.runner import perform
-    from provision.operations.clone import CloneFarm
-
     run.resume = "type the same again: it goes on from what is there"
-    request = CloneFarm(options.names(vm), start, wait)
+    vms = options.names(vm)
     with run.site() as site:
-        done = perform(site, request)
+        done = run.perform(site, "clone-farm", vms=vms, start=start, wait=wait)
         if run.plan:
             from builds.checkup import noted
 
@@ -133,6 +135,7 @@ def clone_farm(run: TaskRun, vm: Names = None, start: bool = True, wait: bool = 
         "wait": _WAIT,
     },
     iterable=["vm"],
+    does=("reset",),
 )
 def reset(
     run: TaskRun,
@@ -143,10 +146,9 @@ def reset(
     wait: bool = True,
 ) -> TaskResult:
     """Put VMs back to a checkpoint, all of them or none."""
-    from provision.operations.reset import Reset
-
-    done = run.perform(lambda site: Reset(options.vms_or_all(site, vm, all_), to, start, wait))
-    return views.outcome(done)
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "reset", vms=vms, to=to, start=start, wait=wait))
 
 
 @command(
@@ -155,44 +157,48 @@ def reset(
         "to": "The memory to give it, such as 512M or 2G.",
         "all_": "All VMs: idle ones down to idle_memory, then the others up, as far as their host may.",
         "plan_host": "Show who may have how much memory now, and who could give some; changes nothing.",
-    }
+    },
+    does=("balloon", "balloon-all"),
 )
 def balloon(
     run: TaskRun, vm: str = "", to: str = "", all_: bool = False, plan_host: bool = False
 ) -> TaskResult:
     """Change running VMs' memory, and see that it took."""
-    from provision.operations.balloon import Balloon, BalloonAll, memory_plan
-
     if (all_ or plan_host) and (vm or to or (all_ and plan_host)):
         words = "--all" if all_ else "--plan-host"
         raise UsageError(f"{words} is for the whole farm", remedy=f"{words} alone, or --vm and --to")
     run.plan = run.plan or plan_host  # a look, and nothing else
     if plan_host:
+        from provision.operations.balloon import memory_plan
+
         with run.site() as site:
             return views.memory_plan(memory_plan(site))
-    if all_:
-        return views.outcome(run.perform(lambda _: BalloonAll()))
-    target = options.size("--to", to)
-    return views.outcome(run.perform(lambda site: Balloon(options.one_vm(site, vm), target)))
+    target = 0 if all_ else options.size("--to", to)
+    with run.site() as site:
+        if all_:
+            return views.outcome(run.perform(site, "balloon-all"))
+        vm = options.one_vm(site, vm)
+        return views.outcome(run.perform(site, "balloon", vm=vm, target=target))
 
 
-@command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"])
+@command({"vm": _VM, "all_": _ALL, "wait": _WAIT}, iterable=["vm"], does=("start",))
 def start(run: TaskRun, vm: Names = None, all_: bool = False, wait: bool = True) -> TaskResult:
     """Start VMs, and wait until they answer."""
-    from provision.power import Start
-
-    return views.outcome(run.perform(lambda site: Start(options.vms_or_all(site, vm, all_), wait)))
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "start", vms=vms, wait=wait))
 
 
 @command(
     {"vm": _VM, "all_": _ALL, "force": "Cut the power, without asking the guest to shut down."},
     iterable=["vm"],
+    does=("stop",),
 )
 def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False) -> TaskResult:
     """Shut VMs down."""
-    from provision.power import Stop
-
-    return views.outcome(run.perform(lambda site: Stop(options.vms_or_all(site, vm, all_), force)))
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        return views.outcome(run.perform(site, "stop", vms=vms, force=force))
 
 
 @command(
@@ -204,6 +210,7 @@ def stop(run: TaskRun, vm: Names = None, all_: bool = False, force: bool = False
         "merge": "No new one: write the disk's changes into the one it grew from (store lvm, linked).",
     },
     iterable=["vm"],
+    does=("checkpoint", "merge"),
 )
 def checkpoint(
     run: TaskRun,
@@ -214,9 +221,6 @@ def checkpoint(
     merge: bool = False,
 ) -> TaskResult:
     """Keep VMs' state, for reset to go back to."""
-    from provision.operations.checkpoint import TakeCheckpoint
-    from provision.operations.merge import Merge
-
     if merge and name:
         raise UsageError("--merge makes no new checkpoint", remedy="give --name or --merge")
     if warm and (merge or all_):
@@ -224,11 +228,12 @@ def checkpoint(
             f"--warm is for one VM's new checkpoint, not with {'--merge' if merge else '--all'}",
             remedy="--vm NAME --name NAME --warm",
         )
-    if merge:
-        return views.outcome(run.perform(lambda site: Merge(options.vms_or_all(site, vm, all_))))
-    label = options.needed("--name", name, "the new checkpoint's name")
-    done = run.perform(lambda site: TakeCheckpoint(label, options.vms_or_all(site, vm, all_), warm))
-    return views.outcome(done)
+    label = "" if merge else options.needed("--name", name, "the new checkpoint's name")
+    with run.site() as site:
+        vms = options.vms_or_all(site, vm, all_)
+        if merge:
+            return views.outcome(run.perform(site, "merge", vms=vms))
+        return views.outcome(run.perform(site, "checkpoint", label=label, vms=vms, warm=warm))
 
 
 @command(
@@ -239,50 +244,45 @@ def checkpoint(
         "yes": "With --all: don't ask first, as on a terminal it does.",
     },
     iterable=["vm"],
+    does=("destroy",),
 )
 def destroy(
     run: TaskRun, vm: Names = None, all_: bool = False, purge: bool = False, yes: bool = False
 ) -> TaskResult:
     """Remove VMs and their disks."""
-    from provision.operations.destroy import Destroy
-
     if all_ and not vm and not yes:
         terminal.agree(run, lambda: _doomed(run, purge))
-    # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
-    done = run.perform(lambda site: Destroy(options.some_or_all(site, vm, all_) or (), purge))
-    return views.outcome(done)
+    with run.site() as site:
+        # Not only declared ones: a VM taken out of the farm file can be named too. None: the whole farm.
+        vms = options.some_or_all(site, vm, all_) or ()
+        return views.outcome(run.perform(site, "destroy", vms=vms, purge=purge))
 
 
 def _doomed(run: TaskRun, purge: bool) -> tuple[object, Text]:
-    from provision.engine.runner import perform
-    from provision.operations.destroy import Destroy
     from provision.status import status as look
 
     with run.site(plan=True) as site:
-        return views.doomed(perform(site, Destroy(purge=purge)), look(site))
+        return views.doomed(run.perform(site, "destroy", purge=purge), look(site))
 
 
-@command()
+@command(does=("gc",))
 def gc(run: TaskRun) -> TaskResult:
     """Remove what nothing refers to any more."""
-    from provision.operations.gc import Gc
+    with run.site() as site:
+        return views.outcome(run.perform(site, "gc"), nothing="nothing left over")
 
-    return views.outcome(run.perform(lambda _: Gc()), nothing="nothing left over")
 
-
-@command()
+@command(does=("recover",))
 def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""
-    from provision.operations.recover import recover as finish
-
     with run.site() as site:
-        return views.outcome(finish(site), nothing="nothing to recover")
+        return views.outcome(run.perform(site, "recover"), nothing="nothing to recover")
 
 
 # ---- Looking, and going in.
 
 
-@command(plans=False)
+@command()
 def status(run: TaskRun) -> TaskResult:
     """Show the VMs as they are now."""
     from provision.status import status as look  # not all of provision.farm: this one is to be quick
@@ -292,7 +292,7 @@ def status(run: TaskRun) -> TaskResult:
 
 
 @command({"vm": _ONE, "log": "Print the end of the console's log instead of attaching.",
-          "lines": "How many lines of the log."})  # fmt: skip
+          "lines": "How many lines of the log."}, plans=True)  # fmt: skip
 def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") -> TaskResult | None:
     """Attach to a VM's serial console."""
     most = options.count("--lines", lines)
@@ -303,7 +303,7 @@ def console(run: TaskRun, vm: str = "", log: bool = False, lines: str = "40") ->
     return terminal.console(run, role, found, log=log, lines=most)
 
 
-@command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."})
+@command({"vm": _ONE, "command": "A shell command to run there instead of a login shell."}, plans=True)
 def ssh(run: TaskRun, vm: str = "", command: str = "") -> TaskResult | None:
     """Log in to a VM, or run a command there."""
     with run.site() as site:
@@ -320,7 +320,6 @@ _SERVICE = "A service the farm uses; repeatable. Absent: all of them."
 @command(
     {"service": _SERVICE, "out": "Write the files below this directory instead."},
     iterable=["service"],
-    plans=False,
 )
 def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
     """Show the network services' files as they should be."""
@@ -342,23 +341,24 @@ def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
         "verify": "Whether to ask the services afterwards, as network-verify does.",
     },
     iterable=["service"],
+    does=("network-apply",),
 )
 def network_apply(
     run: TaskRun, service: Names = None, force: bool = False, verify: bool = True
 ) -> TaskResult:
     """Bring the network services in step, all of them or none."""
-    from provision.engine.runner import perform
-    from provision.network.apply import NetworkApply
     from provision.network.verify import network_verify
 
     names = tuple(service or ())
     with run.site() as site:
-        done = perform(site, NetworkApply(names, force))
+        done = run.perform(site, "network-apply", services=names, force=force)
         asked = network_verify(site, names) if verify and not run.plan else None
         return views.applied(done, asked)
 
 
-@command({"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"])
+@command(
+    {"service": _SERVICE, "vm": _VM + " Absent: all of them."}, iterable=["service", "vm"], plans=True
+)
 def network_verify(run: TaskRun, service: Names = None, vm: Names = None) -> TaskResult:
     """Ask the live services as their clients do."""
     from provision.network.verify import network_verify as verify
@@ -374,8 +374,7 @@ def network_verify(run: TaskRun, service: Names = None, vm: Names = None) -> Tas
         "dhcpd": "A dhcpd.conf to read.",
         "name": "The new farm's name.",
         "out": "Write the farm file there, if there is none.",
-    },
-    plans=False,
+    }
 )
 def network_import(
     _run: TaskRun, zone: str = "", origin: str = "", dhcpd: str = "", name: str = "farm", out: str = ""
@@ -405,6 +404,7 @@ def network_import(
         "keep_going": "Go on after a failed step with those that can still run.",
     },
     iterable=["only"],
+    does=("cycle",),
 )
 def cycle(
     run: TaskRun,
@@ -414,10 +414,8 @@ def cycle(
     keep_going: bool = False,
 ) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
-    from builds.operation import RunCycle
     from builds.record import find_record
     from builds.resume import cycle_asked, from_step
-    from provision.engine.runner import perform
 
     which = options.names(only, "--only", "a step of the cycle")
     asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)
@@ -427,22 +425,18 @@ def cycle(
         " shows the step it stopped in; go on with: ",
         from_step(asked, "STEP"),
     )
-    request = RunCycle(
-        start_from=from_, only=tuple(which), revision=revision, keep_going=keep_going,
-        stream=run.screen.stream,
-    )  # fmt: skip
-    with run.site() as site:
+    with run.site() as site, views.failed_build(site.paths) as result:
+        done = run.perform(
+            site, "cycle", start_from=from_, only=which, revision=revision, keep_going=keep_going,
+            stream=run.screen.stream,
+        )  # fmt: skip
         if run.plan:
-            return views.outcome(perform(site, request))
-        with views.failed_build(site.paths) as result:
-            build = perform(site, request).result.build
-            result.append(views.build_record(find_record(site.paths, build)))
-        return result[0]
+            return views.outcome(done)
+        result.append(views.build_record(find_record(site.paths, done.result.build)))
+    return result[0]
 
 
-@command(
-    {"build": "The build's id; absent: the last one.", "step": "Print this step's log."}, plans=False
-)
+@command({"build": "The build's id; absent: the last one.", "step": "Print this step's log."})
 def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
     """Show a build's record, or a step's log."""
     from builds.record import find_record
@@ -454,7 +448,7 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
         return views.build_record(record)
 
 
-@command({"limit": "How many."}, plans=False)
+@command({"limit": "How many."})
 def history(run: TaskRun, limit: str = "20") -> TaskResult:
     """Show what was done, and what was built, newest first."""
     from builds.record import foreign_records, load_records

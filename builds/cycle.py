@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from builds import page
+from builds.judged import carry_out
 from builds.lineage import Lineage, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.operation import RunCycle
 from builds.plan import BuildJob, BuildPlan, batches
 from builds.record import (
     BuildRecord,
@@ -36,29 +37,43 @@ from builds.record import (
     point_last,
     prune,
 )
-from builds.resume import cycle_asked, from_step
+from builds.resume import from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
+from host.printable import last_line
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
 from provision.site import Site
 
 _SHA256_DIGITS = 64
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TAIL_LINES = 60  # of a step's log, in the record
 _DETAIL_LINES = 20  # in the error
 
 
 class Build:
-    """One run of the cycle: it carries a plan out. Everything here happens in one event loop."""
+    """One run of the cycle: it carries a plan out. Everything here happens in one event loop.
 
-    def __init__(self, site: Site, plan: BuildPlan, request: RunCycle, meter: Meter) -> None:
+    ``asked``: the call that asks for the same again. ``keep_going``: later steps are tried after a
+    failed one. ``stream``: told which VM, and what it printed, as it prints it."""
+
+    def __init__(
+        self,
+        site: Site,
+        plan: BuildPlan,
+        meter: Meter,
+        *,
+        asked: Call,
+        keep_going: bool = False,
+        stream: Callable[[str, bytes], None] | None = None,
+    ) -> None:
         self._site = site
         self._plan = plan
         self._source = source = plan.source
         self._meter = meter
-        self._keep_going = request.keep_going
-        self._stream = request.stream
+        self._keep_going = keep_going
+        self._stream = stream
         self._interrupts = 0
         self._trouble: FarmhandError | None = None  # beside any step
         self._under_way: asyncio.Future[None] | None = None
@@ -77,9 +92,7 @@ class Build:
             pid=os.getpid(),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             farm_file=str(site.farm.path),
-            asked=cycle_asked(
-                only=request.only, revision=request.revision, keep_going=request.keep_going
-            ),
+            asked=asked,
             source=known,
             notes=(*(source.notes if source else ()), *plan.before.notes),
             directory=directory,
@@ -209,13 +222,15 @@ class Build:
         reporter = self._site.reporter
         number = self._plan.steps.index(step) + 1
         began = self._meter.elapsed
-        told = partial(reporter.say, vm=vm)
-        log = StepLog(self._record.directory / self._steps[name].log, vm, self._stream, told)
+        limits = self._plan.cycle.limits.but(step.own_limits)
+        where = self._record.directory / self._steps[name].log
+        log = StepLog(where, vm, self._stream, limits.log_size, partial(reporter.say, vm=vm))
         run = StepRun(
-            step=step,
+            name=name,
             site=self._site,
             machines=self.machines,
             meter=self._meter,
+            limits=limits,
             environment=self._environment,
             before_run=self._find_commit,
             artifacts=self._record.directory / "artifacts",
@@ -227,7 +242,7 @@ class Build:
         status: Status = "interrupted"
         failure: StepFailed | None = None
         try:
-            await run.carry_out()
+            await carry_out(step, run)
             status = "passed"
         except StepFailed as error:
             # A reset that Ctrl-C stopped in its thread says so itself.
@@ -294,12 +309,12 @@ class Build:
                 timeout=600,
                 log=keep,
             )
-        lines = b"".join(answer).decode(errors="replace").strip().splitlines() or [""]
-        commit, _, subject = lines[-1].partition(" ")
-        if result.status:
+        said = last_line(b"".join(answer).decode(errors="replace"), 300)
+        commit, _, subject = said.partition(" ")
+        if result.status or not _COMMIT.fullmatch(commit):
             raise StepFailed(
                 "source",
-                f"no revision {source.asked!r} at {source.repository}: {lines[-1]}",
+                f"no revision {source.asked!r} at {source.repository}: {said}",
                 exit=result.status,
             )
         changed = None if not source.previous else source.previous != commit

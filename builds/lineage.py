@@ -1,17 +1,17 @@
 """What a VM holds of earlier builds, so that a cycle that skips steps can say what it goes on from.
 
-The VM itself tells. Before a build does anything in it, the build's id is written to a file in the
-login's home. A reset, by whomever, takes that file away with all the rest. A restart doesn't. A
-checkpoint keeps it with the state that it belongs to. What the build did there is in its record."""
+The VM itself tells, by its mark (``builds.mark``). A reset, by whomever, takes the mark away with all
+the rest. A restart doesn't. A checkpoint keeps it with the state that it belongs to. What the build did
+there is in its record."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from builds import mark
 from builds.record import BuildRecord, SourceRecord, load_records
 from builds.step_kind import StepKind
 from inventory.errors import FarmhandError
@@ -20,12 +20,6 @@ from provision.guest.connection import Connection
 if TYPE_CHECKING:
     from provision.site import Site
 
-_FILE = "$HOME/.farmhand-build"
-# Emptied first: on a full disk there is no mark then, rather than the one of a build before.
-WRITE_MARK = f'printf "%s %s\\n" "$FARM" "$BUILD_ID" > "{_FILE}"'
-"""A script for the VM: from now on it holds $BUILD_ID's work."""
-_READ_MARK = f'[ ! -s "{_FILE}" ] || dd if="{_FILE}" bs=200 count=1 2>/dev/null'
-_MARK = re.compile(r"([a-z0-9-]{1,63}) ([0-9A-Za-z.-]{1,80})")
 _PATIENCE = 60.0
 
 
@@ -128,15 +122,16 @@ def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:
         try:
             endpoint = site.member(vm).endpoint()
             async with await Connection.open(endpoint, runner=site.runner) as connection:
-                text = await connection.output(_READ_MARK, timeout=_PATIENCE)
+                text = await connection.output(mark.READ, timeout=_PATIENCE)
         except FarmhandError as error:  # its own step will fail, and say so better
             return "", f"{vm} could not be asked: {error.message}"
-        found = _MARK.fullmatch(text.strip())
+        found = mark.parse(text)
         if found is None:
             return "", f"{vm} holds no build's work: it was reset, or nothing was built in it"
-        if found[1] != site.farm.farm:
-            return "", f"{vm} holds a build of farm {found[1]}"
-        return found[2], ""
+        farm, build = found
+        if farm != site.farm.farm:
+            return "", f"{vm} holds a build of farm {farm}"
+        return build, ""
 
     async def every() -> list[tuple[str, str]]:
         return await asyncio.gather(*(one(vm) for vm in vms))

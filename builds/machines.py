@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
-from builds.lineage import WRITE_MARK
+from builds import mark
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
 from builds.source import Resolved, offered, pack, variables
+from host.printable import last_line
 from hypervisors.api import Machine
 from inventory.errors import FarmhandError, Unsupported, WrongState
 from inventory.sizes import format_duration, format_size
@@ -32,6 +33,7 @@ CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
 _CONSOLE_LINES = 30
 
+_PACKAGES_MAX = 2**23  # bytes: some 100,000 packages
 _PACKAGES = r"""
 export LC_ALL=C
 {
@@ -181,10 +183,9 @@ class Machines:
         """Write into the VM that it holds this build's work from now on."""
         said: list[bytes] = []
         env = {"FARM": self._site.farm.farm, "BUILD_ID": self._directory.name}
-        done = await connection.run(WRITE_MARK, env=env, timeout=120, log=said.append)
+        done = await connection.run(mark.WRITE, env=env, timeout=120, log=said.append)
         if done.status:
-            lines = b"".join(said).decode(errors="replace").strip().splitlines()
-            why = lines[-1] if lines else f"status {done.status}"
+            why = last_line(b"".join(said).decode(errors="replace"), 300) or f"status {done.status}"
             self._note(f"{vm}: it can't be marked as this build's, so --from can't be verified: {why}")
 
     async def drop(self, vm: str) -> None:
@@ -264,7 +265,7 @@ class Machines:
         connection = await self.connection(vm)
         try:
             with self._meter.guest():
-                text = await connection.output(_PACKAGES, timeout=120)
+                text = await connection.output(_PACKAGES, timeout=120, most=_PACKAGES_MAX)
         except FarmhandError as error:
             if connection.closed:
                 raise

@@ -15,9 +15,10 @@ from builds.step_kind import steps_of
 from inventory.errors import Busy
 from provision.engine import plan as engine
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Operation, Recovery
-from provision.engine.runner import Run
+from provision.engine.record import Record
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.power import deflate
 from provision.site import Site
@@ -105,8 +106,12 @@ class RunCycle(Operation[CycleResult]):
         import asyncio
 
         from builds.cycle import Build
+        from builds.resume import cycle_asked
 
-        build = Build(run.site, plan, self, meter)
+        asked = cycle_asked(only=self.only, revision=self.revision, keep_going=self.keep_going)
+        build = Build(
+            run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream
+        )  # fmt: skip
         # Journaled, so that after a kill the next command brings the VMs' memory down again.
         with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
             with asyncio.Runner() as runner:

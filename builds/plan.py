@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from builds.lineage import Lineage, look_back, reset_first
 from builds.source import NoRevision, Resolved, check_contents, resolve
@@ -30,7 +30,7 @@ from inventory.sizes import format_size
 from provision.engine.report import Action
 
 if TYPE_CHECKING:
-    from builds.cycle import Build
+    from builds.machines import Machines
     from provision.site import Site
 
 
@@ -193,13 +193,25 @@ def source_for(
     )
 
 
+class BuildUnderWay(Protocol):
+    """What the jobs ask of the build that carries them out."""
+
+    machines: Machines
+
+    async def step(self, step: StepKind, /) -> bool:
+        """Carry one step out. Returns whether it passed."""
+
+    def close(self) -> None:
+        """Write the record's end."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildJob:
     """A line of the plan, and what a build does for it. ``run``: returns whether it went well; None: the
     line is all. ``step``: the step that it is, if it is one."""
 
     action: Action
-    run: Callable[[Build], Awaitable[bool]] | None = None
+    run: Callable[[BuildUnderWay], Awaitable[bool]] | None = None
     step: StepKind | None = None
 
 
@@ -318,20 +330,20 @@ def _beside(one: StepKind | None, other: StepKind | None) -> bool:
     return one.RENEWS and other.RENEWS and not set(one.vms) & set(other.vms)
 
 
-async def _step(step: StepKind, build: Build) -> bool:
+async def _step(step: StepKind, build: BuildUnderWay) -> bool:
     return await build.step(step)
 
 
-async def _inflate(vm: str, build: Build) -> bool:
+async def _inflate(vm: str, build: BuildUnderWay) -> bool:
     await build.machines.inflate(vm)
     return True
 
 
-async def _deflate(vm: str, build: Build) -> bool:
+async def _deflate(vm: str, build: BuildUnderWay) -> bool:
     await build.machines.deflate(vm)
     return True
 
 
-async def _close(build: Build) -> bool:
+async def _close(build: BuildUnderWay) -> bool:
     build.close()
     return True

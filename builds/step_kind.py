@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from inventory.errors import FarmhandError, NoSpace
-from inventory.model import Cycle, FailureClass, Step
+from inventory.errors import FarmhandError, NoSpace, Unfit
+from inventory.model import Cycle, FailureClass, Step, StepLimits
 
 if TYPE_CHECKING:
     from builds.step_run import StepRun
@@ -37,6 +37,11 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
     def limit(self) -> float | None:
         """Seconds after which the step is ended from outside; None: it keeps ``timeout`` itself."""
         return self.timeout
+
+    @property
+    def own_limits(self) -> StepLimits:
+        """Its own limits to what is taken from its VM."""
+        return StepLimits()
 
     @property
     def scripts(self) -> tuple[str, ...]:
@@ -66,6 +71,8 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
 
     def class_of(self, error: FarmhandError) -> FailureClass:
         """The failure class of an error of ours that ended it."""
+        if isinstance(error, Unfit):
+            return "source"
         return "environment" if isinstance(error, NoSpace) else "infrastructure"
 
 

@@ -1,9 +1,7 @@
-"""One step of a cycle under way: what it works with, its log written as it is made, the class of its
-failure."""
+"""One step of a cycle under way: what it works with, its log written as it is made, how it may fail."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,16 +11,15 @@ from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord, Flow
-from builds.step_kind import StepKind
 from host.files import open_to_append
 from host.printable import one_line, plain
-from inventory.errors import ConnectionLost, FarmhandError, Remedy
-from inventory.model import FailureClass
-from inventory.sizes import format_duration
+from inventory.errors import Remedy
+from inventory.model import FailureClass, Limits
 from provision.guest.connection import Moved
 from provision.site import Site
 
 _TAIL_BYTES = 65536
+_LINE_MAX = 2000  # characters of a line that is judged, or shown in the record
 
 
 class StepFailed(Exception):
@@ -46,17 +43,20 @@ class StepFailed(Exception):
 
 class StepLog:
     """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory.
-    ``ours``: the numbers of the lines that are farmhand's own, the file's first being 1. ``told`` gets
-    those of them that are to be seen at once."""
+    ``limit``: bytes of it that a guest may fill; whoever writes for one looks at ``room``. ``ours``: the
+    numbers of the lines that are farmhand's own, the file's first being 1. ``told`` gets those of them
+    that are to be seen at once."""
 
     def __init__(
         self,
         path: Path,
         vm: str,
         stream: Callable[[str, bytes], None] | None,
+        limit: int = Limits.log_size,
         told: Callable[[str], None] | None = None,
     ) -> None:
         self._file = open_to_append(path, mode=0o644)
+        self._left = limit
         self._vm = vm
         self._stream = stream
         self._told = told
@@ -77,12 +77,18 @@ class StepLog:
             self._file.write(data)
         except OSError as error:
             self.trouble = f"the log is incomplete: {error.strerror}"
+        self._left -= len(data)
         self._lines += data.count(b"\n")
         self._tail += data
         if len(self._tail) > 2 * _TAIL_BYTES:
             cut = len(self._tail) - _TAIL_BYTES
             del self._tail[:cut]
             self._mark = max(self._mark - cut, 0)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a guest may write to it by now."""
+        return max(self._left, 0)
 
     def say(self, text: str) -> None:
         """Write a line of ours, and tell it."""
@@ -103,24 +109,31 @@ class StepLog:
 
     def text(self) -> str:
         """The output since the mark as plain text, at most its last 64 KiB."""
-        return plain(self._tail[self._mark :][-_TAIL_BYTES:].decode(errors="replace"))
+        seen = plain(self._tail[self._mark :][-_TAIL_BYTES:].decode(errors="replace"))
+        return "\n".join(map(_cut, seen.split("\n")))
 
     def last(self, lines: int) -> str:
         """As ``builds.log_text`` shows it."""
         first = self._lines - self._tail.count(b"\n") + 1
         shown = log_lines(self._tail.decode(errors="replace"), frozenset(self.ours), first)
-        return "\n".join(shown[-lines:])
+        return "\n".join(map(_cut, shown[-lines:]))
 
     def close(self) -> None:
         self._file.close()
 
 
+def _cut(line: str) -> str:
+    """Of a line without an end its beginning: whoever looks for patterns in it must not take for
+    ever."""
+    return line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}…"
+
+
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """A step with everything that it works with. ``files``: what it fetched or carried. ``details``:
-    what the record says of it. ``exit``: its last exit status."""
+    """What the step of that name works with. ``files``: what it fetched or carried. ``details``: what
+    the record says of it. ``exit``: its last exit status."""
 
-    step: StepKind
+    name: str
     site: Site
     machines: Machines
     meter: Meter
@@ -128,6 +141,7 @@ class StepRun:
     before_run: Callable[[str, StepLog], Awaitable[None]]
     artifacts: Path
     log: StepLog
+    limits: Limits = field(default_factory=Limits)
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None
@@ -142,37 +156,7 @@ class StepRun:
         """Have the record name a file, with the values of ``FileRecord``."""
         self.files.append(
             FileRecord(
-                name=file.name, size=file.size, sha256=file.sha256, step=self.step.name,
+                name=file.name, size=file.size, sha256=file.sha256, step=self.name,
                 vm=vm, path=path, flow=flow,
             )
         )  # fmt: skip
-
-    async def carry_out(self) -> None:
-        """Carry the step out. StepFailed, with its class, for everything that can go wrong."""
-        step = self.step
-        try:
-            await self.machines.look()
-            async with asyncio.timeout(step.limit):
-                await step.carry_out(self)
-        except TimeoutError:
-            raise StepFailed(
-                "time-out",
-                f"not done within its limit of {format_duration(step.timeout)}",
-                console=self.machines.console(step.changes) if step.RENEWS else "",
-            ) from None
-        except FarmhandError as error:
-            raise await self._judged(error) from error
-
-    async def _judged(self, error: FarmhandError) -> StepFailed:
-        """StepFailed for an error of ours, with its class. What a guest's scripts print is judged
-        elsewhere."""
-        failure = self.step.class_of(error)
-        failed = StepFailed(failure, error.message, remedy=error.remedy)
-        if failure != "infrastructure":
-            return failed
-        vm = error.vm if error.vm in self.step.vms else self.step.vms[0]
-        if isinstance(error, ConnectionLost):
-            state = await asyncio.to_thread(self.machines.state, vm)
-            failed.args = (f"{error.message} ({state})",) if state else failed.args
-        failed.console = error.detail or self.machines.console(vm)
-        return failed

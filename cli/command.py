@@ -50,17 +50,19 @@ _COMMON_HELP = {
 def command(
     help: Mapping[str, str] | None = None,
     *,
+    does: Sequence[str] = (),
     iterable: Sequence[str] = (),
-    plans: bool = True,
+    plans: bool = False,
     name: str | None = None,
 ) -> Callable[[Callable[..., TaskResult | None]], object]:
-    """The decorator under which a task stands. ``plans`` False: the task has no --plan, for it changes
-    nothing. The function gets a TaskRun first."""
+    """The decorator under which a task stands. ``does``: names of the operations that it may carry out,
+    as ``provision.engine.registry`` has them; a task with none changes nothing. ``plans``: it has --plan
+    all the same. The function gets a TaskRun first."""
     texts = dict(help or {})
 
     def decorate(body: Callable[..., TaskResult | None]) -> object:
         own = list(inspect.signature(body).parameters.values())
-        flags = ["farm", "json", "plan"] if plans else ["farm", "json"]
+        flags = ["farm", "json", "plan"] if does or plans else ["farm", "json"]
         extra = [
             inspect.Parameter(
                 flag, inspect.Parameter.KEYWORD_ONLY, default="" if flag == "farm" else False
@@ -75,7 +77,7 @@ def command(
                 farm=str(options.pop("farm")),
                 json=bool(options.pop("json")),
                 plan=bool(options.pop("plan", False)),
-                changes=plans,
+                does=tuple(does),
             )
             _carry_out(run, functools.partial(body, run, **options))
 
@@ -147,7 +149,7 @@ def _interrupted(run: TaskRun, number: int, result: TaskResult | None) -> Interr
         run.json = False  # its object was begun: no second one
         return Interrupted(f"{how} while the result was being written{_was_done(run, result)}")
     remedy = "the next command finishes or undoes what was under way, as recover does"
-    return Interrupted(how, remedy=run.resume or (remedy if run.changes else ""))
+    return Interrupted(how, remedy=run.resume or (remedy if run.does else ""))
 
 
 def _was_done(run: TaskRun, result: TaskResult) -> str:

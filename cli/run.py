@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.words import Words
 from host.program import ROOT
@@ -15,8 +15,7 @@ from inventory.errors import FarmhandError, NotFound, Remedy, Text
 
 if TYPE_CHECKING:
     from cli.screen import Screen
-    from provision.engine.operation import Operation
-    from provision.engine.report import Outcome, R
+    from provision.engine.report import Outcome
     from provision.site import Site
 
 
@@ -34,14 +33,14 @@ class TaskResult:
 
 @dataclass(slots=True)
 class TaskRun:
-    """``changes``: whether the task changes VMs, or what belongs to them. ``resume``: what to do after
-    an interruption."""
+    """``does``: names of the operations that the task may carry out; without any it changes nothing.
+    ``resume``: what to do after an interruption."""
 
     task: str
     farm: str
     json: bool
     plan: bool
-    changes: bool = True
+    does: tuple[str, ...] = ()
     resume: Remedy = ""
     _screen: Screen | None = field(default=None)
 
@@ -90,17 +89,18 @@ class TaskRun:
             requester=Requester.of_process(),
         )
 
-    def perform(self, request: Callable[[Site], Operation[R]]) -> Outcome[R]:
-        """Open the farm, and carry out, or plan, what is asked of it."""
+    def perform(self, site: Site, name: str, /, **request: object) -> Outcome[Any]:
+        """Carry out, or plan, one of the task's operations. ``request``: its fields."""
+        from provision.engine.registry import operation
         from provision.engine.runner import perform
 
-        with self.site() as site:
-            return perform(site, request(site))
+        assert name in self.does, f"{self.task}: {name} is not among its operations"
+        return perform(site, operation(name)(**request))
 
     @property
     def acts(self) -> bool:
         """Whether it is to change anything."""
-        return self.changes and not self.plan
+        return bool(self.does) and not self.plan
 
     def close(self) -> None:
         if self._screen is not None:

@@ -21,6 +21,7 @@ _SPINNER = "|/-\\"
 _ERASE = "\r\x1b[2K"
 _HEARTBEAT = 10.0
 _STILL = 60.0
+_LINE_MAX = 4096  # bytes shown of a command's line
 
 
 class Screen:
@@ -51,12 +52,14 @@ class Screen:
         self._line(f"warning: {self._words(text)}", vm)
 
     def stream(self, vm: str, data: bytes) -> None:
-        """Output of a command in a VM, as it comes; shown by whole lines, prefixed with the VM."""
+        """Output of a command in a VM, as it comes; shown by whole lines, prefixed with the VM. Only the
+        log has all of a very long one."""
         with self._lock:
             *lines, rest = (self._partial.get(vm, b"") + data).split(b"\n")
-            self._partial[vm] = rest
-            for line in lines:
-                self._write(f"{vm} | {plain(line.decode(errors='replace'))}\n")
+            self._partial[vm] = _shown(rest)
+            if lines:
+                shown = (plain(_shown(line).decode(errors="replace")) for line in lines)
+                self._write("".join(f"{vm} | {line}\n" for line in shown))
 
     def close(self) -> None:
         with self._lock:
@@ -76,6 +79,16 @@ class Screen:
     def _write(self, text: str, *, erase: bool = False) -> None:
         steer(self._stream, _ERASE if erase else "", text)
         self._stream.flush()
+
+
+def _shown(line: bytes) -> bytes:
+    """What is seen of a line, ended or not: its beginning; of one that is rewritten by carriage returns,
+    that of its last state. More may be appended to it."""
+    if len(line) <= _LINE_MAX:
+        return line
+    body = line.rstrip(b"\r")
+    state = body[body.rfind(b"\r") + 1 :][:_LINE_MAX]
+    return state + (b"\r" if len(body) < len(line) else b"")
 
 
 def _fit(text: str, end: str, width: int) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from builds.record import BuildRecord, StepRecord
     from host.paths import FarmPaths
     from hypervisors.api import Template
-    from provision.engine.journal import Record
+    from provision.engine.record import Record
     from provision.engine.report import Outcome
     from provision.network.apply import ApplyResult
     from provision.network.rendered import Rendered

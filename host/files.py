@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from host.processes import account, is_there
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, WrongState
+from inventory.sizes import about
 
 UMASK = 0o022
 """Of every command: programs that we start expect the usual one; what we forget, only we may write."""
@@ -50,6 +51,21 @@ def file_error(error: OSError, path: Path, what: str) -> FarmhandError:
         return NoSpace(message, remedy=f"make room on the file system of {path.parent}")
     remedy = _REMEDIES.get(error.errno or 0, "")
     return WrongState(message, remedy=remedy.format(directory=path.parent))
+
+
+SPARE = 256 * 2**20
+"""Bytes that what others send leaves free on a file system of ours: for journal, logs and records."""
+
+
+def check_room(directory: Path, wanted: int) -> None:
+    """NoSpace unless so many bytes of others' fit there, and leave ``SPARE`` free. OSError."""
+    free = shutil.disk_usage(directory).free
+    if free < wanted + SPARE:
+        raise NoSpace(
+            f"no room for {about(wanted)} in {directory}: {about(free)} are free, of which "
+            f"{about(SPARE)} are left for farmhand's own records",
+            remedy=f"make room on the file system of {directory}",
+        )
 
 
 def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:

@@ -18,7 +18,7 @@ from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
 from hypervisors.null import NoMachines
 from inventory import kinds
 from inventory.errors import Unsupported
-from inventory.hosts import Host
+from inventory.hosts import Host, host_section
 
 if TYPE_CHECKING:
     from host.check import Check
@@ -179,7 +179,7 @@ def all_drivers() -> tuple[type[DrivenHost], ...]:
     """The kinds of hosts that there are."""
     found = []
     for name in kinds.hosts:
-        section = kinds.host(name)
+        section = host_section(name)
         assert issubclass(section, DrivenHost)
         found.append(section)
     return tuple(found)

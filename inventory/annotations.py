@@ -15,34 +15,35 @@ from pydantic import Discriminator, Tag, TypeAdapter
 
 from inventory import fields, kinds, model
 from inventory.base import Model
-from inventory.hosts import driver_of
-from inventory.services import declared
-from inventory.subscribers import subscriber_kind
+from inventory.hosts import driver_of, host_section
+from inventory.model import step_section
+from inventory.services import declared, section_named
+from inventory.subscribers import subscriber_kind, subscriber_section
 from inventory.values import step_kind
 
 
 def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Of a section."""
+    """pydantic's adapter of a section, with the kinds that there are at the moment."""
     return _adapter(kind, tuple(kinds.places().items()))
 
 
 @cache
 def _adapter(kind: Any, _: object) -> TypeAdapter[Any]:
-    """For the kinds that there are at the moment."""
+    """The same, made once for each set of kinds."""
     found: TypeAdapter[Any] = TypeAdapter(kind)  # it knows none of the names yet
     found.rebuild(force=True, _types_namespace=_names())
     return found
 
 
 def _names() -> dict[str, Any]:
-    """What the annotations are made of."""
-    drivers = [Annotated[kinds.host(driver), Tag(driver)] for driver in kinds.hosts]
-    subscribers = [Annotated[kinds.subscriber(kind), Tag(kind)] for kind in kinds.subscribers]
-    steps = [Annotated[kinds.step(kind), Tag(kind)] for kind in kinds.steps]
+    """The names that the model's annotations use, with what they stand for."""
+    drivers = [Annotated[host_section(driver), Tag(driver)] for driver in kinds.hosts]
+    subscribers = [Annotated[subscriber_section(kind), Tag(kind)] for kind in kinds.subscribers]
+    steps = [Annotated[step_section(kind), Tag(kind)] for kind in kinds.steps]
     step: Any = Annotated[reduce(or_, steps), Discriminator(step_kind)]
     return {
         **vars(fields), **vars(model),
-        **{name: kinds.section(name) for name in kinds.places()},
+        **{name: section_named(name) for name in kinds.places()},
         "Steps": tuple[step, ...],
         kinds.ALL_SERVICES: declared(),
         "Host": Annotated[reduce(or_, drivers), Discriminator(driver_of)],
@@ -51,5 +52,5 @@ def _names() -> dict[str, Any]:
 
 
 def hints(kind: type[Model]) -> Mapping[str, Any]:
-    """What its fields are, by their names."""
+    """The evaluated annotations of a section's fields, by the fields' names."""
     return get_type_hints(kind, localns=_names())

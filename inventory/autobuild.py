@@ -99,7 +99,7 @@ rpm "$@"
 
 
 def default_steps(dev: str, prod: str) -> dict[str, Any]:
-    """The default ``cycle`` as a farm file would hold it."""
+    """The steps of the default ``cycle``, as a farm file would hold them."""
     return {
         "steps": [
             {"name": f"reset-{dev}", "reset": dev, "timeout": "10m"},

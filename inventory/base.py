@@ -48,12 +48,13 @@ def at_key(key: str, text: str, *others: str) -> KeyProblem:
 
 
 def quote(value: str) -> str:
-    """As in the file, on one line, and not more of it than helps."""
+    """The value as Python quotes it, on one line and at most 60 characters of it: for messages."""
     return repr(value if len(value) <= 60 else value[:57] + "...")
 
 
 def parse_range(value: str) -> tuple[IPv4Address, IPv4Address]:
-    """First and last address of an entry of ``reserved``. ValueError if it isn't one."""
+    """First and last address of an entry of ``reserved``; the same twice for a single address.
+    ValueError if it is neither."""
     first, dash, last = (part.strip() for part in value.partition("-"))
     try:
         low, high = IPv4Address(first), IPv4Address(last if dash else first)

@@ -10,7 +10,7 @@ from inventory.base import parse_range, quote
 from inventory.checks_services import check_services
 from inventory.errors import Problem
 from inventory.hosts import DriverInfo
-from inventory.model import Farm
+from inventory.model import Farm, step_section
 from inventory.places import Path, Places, shown
 from inventory.sizes import format_size
 from inventory.values import is_plain_name
@@ -20,7 +20,8 @@ Found = Iterator[Problem]
 
 
 def check(farm: Farm, places: Places) -> list[Problem]:
-    """All problems. What ``places`` calls bad has been told about already and is left out."""
+    """All problems of a farm that the model alone doesn't see. Nothing is said about what ``places``
+    calls bad: that has been told already."""
     checks: tuple[Callable[[Farm, Places], Found], ...] = (
         _references,
         _memory_and_disks,
@@ -38,7 +39,8 @@ def check(farm: Farm, places: Places) -> list[Problem]:
 
 
 def _vms(farm: Farm, places: Places) -> Iterator[tuple[str, Path]]:
-    """VMs, but not the loader's stand-in for a section that is missing."""
+    """Names and paths of the farm's VMs; none, where the file has no sound ``vms`` and the loader put
+    one in."""
     if ("vms",) not in places.bad:
         for name in farm.vms:
             yield name, ("vms", name)
@@ -70,19 +72,22 @@ def _driver(farm: Farm, places: Places, vm: str) -> DriverInfo | None:
 
 
 def _virtual(farm: Farm, places: Places, vm: str) -> bool:
-    """Whether it is surely a VM."""
+    """Whether the VM is certain to be one that is virtualized. False also where the file leaves that in
+    doubt."""
     driver = _driver(farm, places, vm)
     return driver is not None and driver.virtual
 
 
 def _listed_only(farm: Farm, places: Places, vm: str) -> bool:
-    """Whether it is surely a machine that nobody virtualizes."""
+    """Whether the machine is certain to be one that nobody virtualizes. False also where the file leaves
+    that in doubt."""
     driver = _driver(farm, places, vm)
     return driver is not None and not driver.virtual
 
 
 def _network_name(farm: Farm, places: Places) -> Found:
-    """Only some servers call their networks as they like; others' names go to files and arguments."""
+    """The network's name is plain, except where a driver takes any text: elsewhere it gets into files
+    and arguments."""
     name = farm.network.network
     if name is None or is_plain_name(name) or places.is_bad(("network", "network")):
         return
@@ -144,7 +149,7 @@ def _references(farm: Farm, places: Places) -> Found:
 
 
 def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Found:
-    """Whether the network and what it boots are such as its driver has."""
+    """The VM's driver has the network's mode, and can boot what its template boots."""
     path: Path = ("vms", vm)
     if not driver.user_mode and farm.network.mode == "user" and not places.is_bad(("network",)):
         words = f"it is on {driver.called}: 'network' needs mode network or bridge"
@@ -193,7 +198,7 @@ def _listed_machines(farm: Farm, places: Places) -> Found:
 
 
 class _Taken:
-    """Who has what, in the order of the file: the second one is told about the first."""
+    """Who has what. The second one to take something, in the order of the file, is told who has it."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
@@ -295,7 +300,7 @@ def _subnet(farm: Farm, places: Places) -> Found:
 
 
 def _room(farm: Farm, places: Places) -> Found:
-    """Enough addresses for the VMs that get one from the pool."""
+    """The subnet has enough addresses for the VMs that are given one from the pool."""
     network = farm.network
     subnet = network.subnet
     virtual = [name for name, _ in _vms(farm, places) if _virtual(farm, places, name)]
@@ -325,7 +330,8 @@ def _room(farm: Farm, places: Places) -> Found:
 
 
 def _steps(farm: Farm, places: Places) -> Found:
-    """Read from the file, not the model: a step that has something else wrong is still looked at."""
+    """Names, VMs and fitness of the cycle's steps. It reads the file, not the model, so that steps that
+    have something else wrong are looked at too."""
     steps = places.node(("cycle", "steps"))
     if not isinstance(steps, SequenceNode):
         return
@@ -347,7 +353,7 @@ def _steps(farm: Farm, places: Places) -> Found:
         known = [kind for kind in kinds.steps if kind in step.keys]
         if len(known) != 1:
             continue
-        section = kinds.step(known[0])
+        section = step_section(known[0])
         for key in map(section.key_of, section.VMS):
             value = step.values.get(key)
             if not isinstance(value, ScalarNode) or (*path, key) in places.bad or not vms:

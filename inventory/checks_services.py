@@ -7,15 +7,15 @@ from ipaddress import IPv6Address
 
 from inventory.base import quote
 from inventory.errors import Problem
-from inventory.model import Farm
+from inventory.model import Farm, ServiceSection
 from inventory.places import Path, Places
-from inventory.services import ServiceSection
 
 Found = Iterator[Problem]
 
 
 def check_services(farm: Farm, places: Places) -> Found:
-    """Nothing where the file names no service."""
+    """All problems of the network services with the rest of the file. None where the file names no
+    service."""
     yield from _addresses6(farm, places)
     sections = farm.services.sections
     if not sections or places.is_bad(("network",)):
@@ -41,7 +41,7 @@ def _network(farm: Farm, places: Places, section: ServiceSection) -> Found:
 
 
 def _taken(sections: Sequence[ServiceSection], places: Places) -> Found:
-    """No file and no port for two services."""
+    """No file and no port is used by two services."""
     files: dict[str, Path] = {}
     ports: dict[tuple[object, int], Path] = {}
     for section in sections:

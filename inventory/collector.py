@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """It would look through them again and again: with ten thousand VMs half of the time. May be
-    nested."""
+    """Turn the garbage collector off within the ``with``. It would look through the new objects again
+    and again: with ten thousand VMs that takes half of the time. May be nested."""
     if not gc.isenabled():
         yield
         return

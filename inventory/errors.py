@@ -11,6 +11,7 @@
     ├── WrongState        not possible while it is running / stopped / dirty
     ├── Unsupported       this driver or host can't do it
     ├── NoSpace           it would not fit, so it was not begun
+    ├── Unfit             a guest sent what is not taken: too much, or under a name that can't be kept
     ├── CommandFailed     a host command failed; shown so that it can be pasted
     ├── DriverFailed      the hypervisor or its daemon refused
     │   └── ConnectionLost  ... or what we speak to it, or to a guest, over has gone
@@ -219,6 +220,10 @@ class Unsupported(FarmhandError):
 
 
 class NoSpace(FarmhandError):
+    pass
+
+
+class Unfit(FarmhandError):
     pass
 
 

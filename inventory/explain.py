@@ -13,10 +13,10 @@ from inventory import kinds
 from inventory.base import KeyProblem, Model, quote
 from inventory.engine import ValidationError
 from inventory.errors import Problem
-from inventory.hosts import DEFAULT_DRIVER, Host
-from inventory.model import Farm
+from inventory.hosts import DEFAULT_DRIVER, Host, host_section
+from inventory.model import Farm, step_section
 from inventory.places import Path, Places
-from inventory.subscribers import subscriber_kind
+from inventory.subscribers import subscriber_kind, subscriber_section
 from inventory.values import step_kind
 from inventory.yamltree import MappingNode, ScalarNode, SequenceNode
 
@@ -31,7 +31,8 @@ def _kinds() -> str:
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """``; did you mean 'memory'?``, or what there is, or nothing."""
+    """The end of a message about an unknown word: ``; did you mean 'memory'?``, else what there is, or
+    ""."""
     close = difflib.get_close_matches(word[:100], list(known), 1, 0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
@@ -50,7 +51,8 @@ class Pruner:
         self._meant: set[Path] = set()  # what unknown keys seem to stand for
 
     def prune(self, error: ValidationError) -> bool:
-        """False where nothing could be taken out, so that there is no use in asking again."""
+        """Take out what the error is about. False if nothing could be taken out: then there is no use in
+        validating again."""
         gone: set[Path] = set()
         changed = False
         details = error.errors(include_url=False, include_input=False)
@@ -104,7 +106,8 @@ class Pruner:
         return loc
 
     def _consequence(self, path: Path, kind: str, context: Mapping[str, Any]) -> bool:
-        """Whether it is only refused for what was taken out, or misspelt, which has been told."""
+        """Whether a key is refused only because of something that has been told: it was taken out, or is
+        misspelt."""
         told = self.places.bad | self._meant
         if path[:1] == ("hosts",) and len(path) > 2 and (*path[:2], "driver") in told:
             return kind in (_SECTION, _UNKNOWN, "missing")  # which keys it has, nobody knows
@@ -206,7 +209,7 @@ class Pruner:
         """What to say to a key that other drivers have; "": none has."""
         if key in host.INSTEAD:
             return host.INSTEAD[key]
-        others = [name for name in kinds.hosts if key in _keys_of(kinds.host(name))]
+        others = [name for name in kinds.hosts if key in _keys_of(host_section(name))]
         if not others:
             return ""
         names = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
@@ -246,15 +249,15 @@ class Pruner:
         kind: Any = Farm
         for depth, part in enumerate(path):
             if depth == 1 and path[0] == "hosts":
-                kind = kinds.host(self._driver_at(path[:2]))
+                kind = host_section(self._driver_at(path[:2]))
             elif depth == 1 and path[0] == "events":
                 node = self.places.node(path[:2])
                 told = subscriber_kind(node.keys if isinstance(node, MappingNode) else None)
-                kind = kinds.subscriber(told) if told else None
+                kind = subscriber_section(told) if told else None
             elif depth == 2 and path[:2] == ("cycle", "steps"):
                 node = self.places.node(path[:3])
                 name = step_kind(node.keys if isinstance(node, MappingNode) else None)
-                kind = kinds.step(name) if name else None
+                kind = step_section(name) if name else None
             elif isinstance(kind, type) and issubclass(kind, Model):
                 of_fields = hints(kind).items()
                 kind = next((hint for name, hint in of_fields if kind.key_of(name) == part), None)

@@ -108,11 +108,11 @@ class Host(Model):
 
 
 DEFAULT_DRIVER = "kvm"
-"""Of a host that doesn't say."""
+"""The driver of a host that names none."""
 
 
 def driver_of(section: object) -> str | None:
-    """A host's section, or what a file has in its place, is known by its driver."""
+    """The driver's name of a host's section, or of what a file has in its place. None: it is no name."""
     if isinstance(section, Host):
         return section.driver
     if not isinstance(section, dict):
@@ -121,6 +121,11 @@ def driver_of(section: object) -> str | None:
     return driver if isinstance(driver, str) else None
 
 
+def host_section(driver: str) -> type[Host]:
+    """The class of that driver's hosts. KeyError: there is no such driver."""
+    return kinds.load(kinds.hosts[driver], Host)
+
+
 def default_hosts() -> dict[str, Host]:
-    """Of a farm that names none."""
-    return {"here": kinds.host(DEFAULT_DRIVER)(driver=DEFAULT_DRIVER)}
+    """The hosts of a farm that names none: this machine, with the default driver."""
+    return {"here": host_section(DEFAULT_DRIVER)(driver=DEFAULT_DRIVER)}

@@ -10,57 +10,42 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from inventory.base import Model
-    from inventory.hosts import Host
-    from inventory.model import Step
-    from inventory.subscribers import EventSubscriber
+from inventory.base import Model
 
+M = TypeVar("M", bound=Model)
 _TOP = Path(__file__).parent.parent
 hosts: dict[str, str] = {}
-"""Of hosts, by their drivers."""
+"""Places of hosts' sections, by their drivers."""
 subscribers: dict[str, str] = {}
-"""Of events' subscribers, by the key that only that kind has."""
+"""Places of events' subscribers, by the key that only that kind has."""
 parts: dict[str, str] = {}
-"""Of sections within those, by their classes' names."""
+"""Places of sections within those, by their classes' names."""
 services: dict[str, str] = {}
-"""Of network services by their names, in the order they are applied."""
+"""Places of network services by their names, in the order they are applied."""
 steps: dict[str, str] = {}
-"""Of a cycle's steps, by the key that each kind is known by."""
+"""Places of a cycle's steps, by the key that each kind is known by."""
 
 ALL_SERVICES = "NetworkServices"
 """The class of the section that has those of services: ``inventory.services`` makes it."""
 
 
-def host(driver: str) -> type[Host]:
-    """KeyError: there is no such driver."""
-    return cast("type[Host]", _imported(hosts[driver]))
-
-
-def subscriber(kind: str) -> type[EventSubscriber]:
-    """KeyError: there is no such kind."""
-    return cast("type[EventSubscriber]", _imported(subscribers[kind]))
-
-
-def step(kind: str) -> type[Step]:
-    """KeyError: there is no such kind."""
-    return cast("type[Step]", _imported(steps[kind]))
+def load(place: str, kind: type[M]) -> type[M]:
+    """Import the class at that place. ``kind``: the base that it has, which is checked."""
+    found = _imported(place)
+    assert issubclass(found, kind), place
+    return found
 
 
 def section(name: str) -> type[Model] | None:
-    """By its class's name; None: no table has it."""
-    if name == ALL_SERVICES:
-        from inventory.services import declared
-
-        return declared()
+    """The class of a section of any kind, by its name. None: no table has it."""
     place = places().get(name)
     return _imported(place) if place else None
 
 
 def places() -> dict[str, str]:
-    """Of all tables, by their classes' names."""
+    """The places in all tables, by their classes' names."""
     return {place.rpartition(":")[2]: place for place in _all()}
 
 
@@ -69,7 +54,8 @@ def _all() -> tuple[str, ...]:
 
 
 def rooms() -> list[Path]:
-    """The directories of all tables' modules: what decides about their sections is in there."""
+    """The directories that the tables' modules are in. What they hold decides how a farm file is
+    read."""
     modules = dict.fromkeys(place.partition(":")[0] for place in places().values())
     return sorted({_file(module).parent for module in modules})
 

@@ -63,8 +63,8 @@ def _loads(data: bytes, path: Path) -> Farm:
 
 
 def place(farm: Farm, *path: str | int) -> str:
-    """Where in the farm file this stands, as ``farm.yaml:42:15``: for what only turns out later to be
-    wrong with it. The file is read once more; without it, its name alone."""
+    """Where in the farm file something stands, such as ``farm.yaml:42:15``, for messages about what is
+    found wrong later. It reads the file again; if it can't, it returns the file's name alone."""
     try:
         data = farm.path.read_bytes()[: MAX_BYTES + 1]
     except OSError:
@@ -88,8 +88,9 @@ def _wants_default_cycle(content: dict[str, Any]) -> bool:
 
 
 def _without_refused(farm: Farm) -> Farm:
-    """What its VMs can't have of the default cycle is done by hand: who builds over ssh alone and gives
-    no reset command resets "manually or by an own script", as the Autobuild paper has it."""
+    """The farm without those steps of the default cycle that its VMs can't have: they are done by hand.
+    The Autobuild paper has it that VMs without a reset command are reset "manually or by an own
+    script"."""
     if farm.cycle is None:
         return farm
     steps = tuple(step for step in farm.cycle.steps if step.refusal(farm) is None)
@@ -104,7 +105,8 @@ def _accepted(content: dict[str, Any]) -> Farm | None:
 
 
 def _accepted_in_parts(content: dict[str, Any], places: Places, problems: list[Problem]) -> Farm | None:
-    """What of the farm stands, the model's and the checks' problems added to ``problems``."""
+    """As much of the farm as is valid; None if nothing is. The problems of the model and of the checks
+    are added to ``problems``."""
     from inventory.explain import Pruner
 
     pruner = Pruner(content, places)

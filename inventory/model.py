@@ -8,19 +8,21 @@ reference documentation and the JSON Schema.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
+from inventory import kinds
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
-from inventory.services import Services
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
     from pydantic import Field
 
+    from inventory.errors import Problem
     from inventory.fields import (
         Address,
         Address6,
@@ -51,8 +53,10 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Subnet6,
     )
     from inventory.hosts import Host
+    from inventory.places import Places
     from inventory.subscribers import EventSubscriber
 
+_S = TypeVar("_S", bound="ServiceSection")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -292,6 +296,44 @@ class Source(Model):
         return self.repository or str(EXAMPLES / str(self.example))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits(Model):
+    """How much is taken from a step's VM. What wants to leave more has failed: the log is kept up to its
+    limit, and no file is taken."""
+
+    log_size: Size = 64 * 2**20
+    """What its scripts print, on both outputs together."""
+    files: Count = 1000
+    """How many files are fetched (`artifacts`), or carried (`transfer`)."""
+    file_size: Size = 8 * 2**30
+    """The largest of them, its holes included."""
+    total_size: Size = 32 * 2**30
+    """All of them together."""
+
+    def but(self, own: StepLimits) -> Limits:
+        """With a step's own ones in their places."""
+        return replace(self, **{key: value for key, value in vars(own).items() if value is not None})
+
+    @staticmethod
+    def remedy(key: str) -> str:
+        """What to do where one of them is too small."""
+        return f"if that is meant to be, give the step 'limits' with a larger '{key}'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLimits(Model):
+    """Limits of one step; what is absent is as the cycle has it."""
+
+    log_size: Size | None = None
+    """What its scripts print, on both outputs together."""
+    files: Count | None = None
+    """How many files are fetched (`artifacts`), or carried (`transfer`)."""
+    file_size: Size | None = None
+    """The largest of them, its holes included."""
+    total_size: Size | None = None
+    """All of them together."""
+
+
 FailureClass = Literal["source", "dependencies", "environment", "infrastructure", "time-out"]
 
 
@@ -329,8 +371,60 @@ class Step(Model):
         return None
 
 
+def step_section(kind: str) -> type[Step]:
+    """The class of that kind of step. KeyError: there is no such kind."""
+    return kinds.load(kinds.steps[kind], Step)
+
+
 if TYPE_CHECKING:
     Steps = tuple[Step, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSection(Model):
+    """A service's section of a farm file. What is not in the file is not rendered and not touched. A
+    service with all its defaults is its name alone: ``hosts:``."""
+
+    NAME: ClassVar[str]
+    """Its key below ``services``."""
+    NEEDS_ADDRESSES: ClassVar[bool] = True
+    """VMs without addresses are no use to it."""
+    NEEDS_SUBNET: ClassVar[bool] = False
+    PLAIN_NETWORK: ClassVar[bool] = False
+    """It uses the network's name as libvirt does."""
+    FILES: ClassVar[tuple[str, ...]] = ("config",)
+    """Keys of files that no other service may have."""
+
+    @property
+    def ports(self) -> tuple[str, ...]:
+        """Keys of the ports of ``address`` that it listens on."""
+        return ()
+
+    def problems(self, _farm: Farm, _places: Places) -> Iterator[Problem]:
+        """What it asks of the rest of the file, beyond the above."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services(Model):
+    """Which network services are kept in step with the farm. What isn't named is not touched."""
+
+    templates: ConfigPath | None = None
+    """A directory with templates of your own: a file of the same name is used instead of farmhand's."""
+
+    @property
+    def sections(self) -> tuple[ServiceSection, ...]:
+        """Those named, in the order they are applied: names before who looks them up."""
+        found = (getattr(self, name, None) for name in kinds.services)
+        return tuple(section for section in found if section is not None)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(section.NAME for section in self.sections)
+
+    def get(self, kind: type[_S]) -> _S | None:
+        return next((section for section in self.sections if isinstance(section, kind)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +435,8 @@ class Cycle(Model):
     """In their order."""
     keep_records: Count = 200
     """Build records kept; older successful ones are removed first, failed ones last."""
+    limits: Limits = field(default_factory=Limits)
+    """How much is taken from a step's VM."""
 
 
 if TYPE_CHECKING:

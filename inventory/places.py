@@ -48,7 +48,7 @@ class Places:
         return any(whole[: len(bad)] == bad for bad in self.bad)
 
     def node(self, path: Path) -> Node | None:
-        """Of a path of the file."""
+        """The node at a path of the file; None if there is none."""
         node: Node = self.tree
         for part in path:
             if isinstance(node, MappingNode) and isinstance(part, str) and part in node.values:
@@ -60,7 +60,8 @@ class Places:
         return node
 
     def of_value(self, path: Path) -> tuple[int, int]:
-        """Of a path of the file; of what would hold it, where it isn't there."""
+        """Line and column of the value at a path of the file. If there is none, those of what would hold
+        it."""
         node = self.node(path)
         if node is None:
             return self.of_key(path[:-1])
@@ -69,6 +70,7 @@ class Places:
         return node.line, node.column
 
     def of_key(self, path: Path) -> tuple[int, int]:
+        """Line and column of the key at a path of the file; for an item of a list, of the item."""
         if not path:
             return self.tree.line, self.tree.column
         parent = self.node(path[:-1])
@@ -80,14 +82,16 @@ class Places:
     def problem(
         self, path: Sequence[str | int], message: str, *, key: bool = False, named: bool = True
     ) -> Problem:
-        """About the value at a path of the farm, or about its key."""
+        """A problem of the value at a path of the farm, or with ``key`` of its key. ``named``: the
+        message begins with the path."""
         whole = self.in_file(path)
         line, column = self.of_key(whole) if key else self.of_value(whole)
         name = self.name(whole) if named else ""
         return Problem(self.file, line, column, f"{name}: {message}" if name else message)
 
     def name(self, path: Path) -> str:
-        """``vms.prod.proxy[0].port``, ``step build-dev: timeout``. Of a path of the file."""
+        """A path of the file as messages have it: ``vms.prod.proxy[0].port``, ``step build-dev:
+        timeout``."""
         if path[:2] == ("cycle", "steps") and len(path) > 2 and isinstance(path[2], int):
             name = self.node((*path[:3], "name"))
             known = isinstance(name, ScalarNode) and name.text
@@ -102,7 +106,7 @@ class Places:
 
 
 def shown(part: str) -> str:
-    """A name as it is, where that can be read; else as Python quotes it."""
+    """A name as it is if it is short and plain, else as Python quotes it."""
     return part if _WORD.fullmatch(part) else quote(part)
 
 

@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from inventory import kinds, model
+from inventory import model
 from inventory.base import Model
 from inventory.model import Farm
+from inventory.services import section_named
 
 _KIND, _TEXT = "!", "="  # no key of a farm file and no name in one is like these
 _VALUES: Mapping[str, Callable[[str], object]] = {
@@ -29,13 +30,13 @@ _VALUES: Mapping[str, Callable[[str], object]] = {
 
 
 def dumps(farm: Farm) -> bytes:
-    """Its path is left out."""
+    """A farm as JSON text, without its path."""
     return json.dumps(farm, default=_encoded, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def loads(text: bytes) -> Farm:
-    """ValueError if the text isn't one that ``dumps`` of this very program made, as far as can be told
-    without validating."""
+    """The farm in a text that ``dumps`` of this very program made. ValueError if it is no such text, as
+    far as can be told without validating."""
     try:
         farm = json.loads(text, object_hook=_decoded)
     except (TypeError, KeyError) as error:
@@ -59,7 +60,7 @@ def _encoded(value: object) -> Mapping[str, object]:
 
 @cache
 def _defaults(section: str) -> Mapping[str, str]:
-    """Of each field, as text: 300 and 300.0 are equal, but not the same."""
+    """The default of each field of a section, as text: 300 and 300.0 are equal, but not the same."""
 
     def default(field: Field[Any]) -> object:
         return field.default if field.default_factory is MISSING else field.default_factory()
@@ -80,7 +81,7 @@ def _decoded(found: dict[str, Any]) -> object:
 
 
 def _section(name: str) -> type[Model]:
-    found = getattr(model, name, None) or kinds.section(name)
+    found = getattr(model, name, None) or section_named(name)
     if not (isinstance(found, type) and issubclass(found, Model)):
         raise ValueError(f"no section {name}")
     return found

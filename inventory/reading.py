@@ -6,13 +6,13 @@ import stat
 from pathlib import Path
 
 from inventory.errors import InventoryError, NotFound, Problem
-from inventory.model import Farm
 
 MAX_BYTES = 8 * 2**20
 
 
 def read(path: Path) -> bytes:
-    """At most one byte more than MAX_BYTES. NotFound: no such file. InventoryError: it can't be read."""
+    """The file's content, at most one byte more than MAX_BYTES. NotFound if there is no such file,
+    InventoryError if it can't be read."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -30,14 +30,15 @@ def read(path: Path) -> bytes:
         raise InventoryError([Problem(str(path), 1, 1, f"it can't be read: {reason}")]) from None
 
 
-def resolve(farm: Farm, path: Path | str) -> Path:
-    """An absolute path for one that the farm file holds: relative to the farm file, ``~`` allowed."""
+def resolve(farm_file: Path, path: Path | str) -> Path:
+    """An absolute path for one that the farm file holds, which is relative to the farm file and may
+    begin with ``~``. NotFound: there is no such user's home."""
     given = Path(path)
     if given.parts[:1] and given.parts[0].startswith("~"):
         try:
             given = given.expanduser()
         except RuntimeError:
             raise NotFound(
-                f"{path}: there is no such user's home", remedy=f"write the path out in {farm.path}"
+                f"{path}: there is no such user's home", remedy=f"write the path out in {farm_file}"
             ) from None
-    return farm.path.parent / given
+    return farm_file.parent / given

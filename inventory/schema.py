@@ -20,9 +20,11 @@ import inventory.model as model_module
 from inventory import kinds
 from inventory.annotations import adapter
 from inventory.base import Model
-from inventory.hosts import DEFAULT_DRIVER
-from inventory.model import Farm
+from inventory.hosts import DEFAULT_DRIVER, host_section
+from inventory.model import Farm, step_section
+from inventory.services import section_named
 from inventory.sizes import format_duration, format_size
+from inventory.subscribers import subscriber_section
 from inventory.validation import CLASS, CORE_FILE, DEFAULT, FUNCTION, SECTION, stands_for
 
 SCHEMA_FILE = Path(__file__).with_name("farm.schema.json")
@@ -40,7 +42,9 @@ _SECTIONS = (
     ("Proxy", "vms.NAME.proxy[]"),
     ("Source", "source"),
     ("Cycle", "cycle"),
-    *((kinds.step(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
+    ("Limits", "cycle.limits"),
+    *((step_section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
+    ("StepLimits", "cycle.steps[].limits"),
 )
 _INTRODUCTION = """\
 # Farm files
@@ -66,14 +70,15 @@ are told at once, each with its line and column.
 
 
 def _sections() -> dict[str, str]:
-    """By their classes' names, in the order of the page: where each stands in a file."""
-    hosts = {kinds.host(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
-    told = {kinds.subscriber(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
+    """Where each section stands in a file, by its class's name, in the order of the reference page."""
+    hosts = {host_section(driver).__name__: f"hosts.NAME, driver {driver}" for driver in kinds.hosts}
+    told = {subscriber_section(kind).__name__: f"events.NAME, {kind}" for kind in kinds.subscribers}
     return {"Farm": "The file", **hosts, **dict(_SECTIONS), **told}
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12, of the file as people write it: numbers for text and text for numbers."""
+    """The JSON Schema (draft 2020-12) of a farm file. Numbers may stand for text and text for numbers,
+    as people write it."""
     schema: dict[str, Any] = adapter(Farm).json_schema(by_alias=True)
     definitions = schema.pop("$defs")
     places = _sections()
@@ -88,12 +93,12 @@ def json_schema() -> dict[str, Any]:
             value["description"] = documents[field.name]
             definition["properties"][key] = value
     for driver in kinds.hosts.keys() - {DEFAULT_DRIVER}:  # which it says for itself
-        definition = definitions[kinds.host(driver).__name__]
+        definition = definitions[host_section(driver).__name__]
         definition["required"] = ["driver", *definition.get("required", [])]
     steps = definitions["Cycle"]["properties"]["steps"]
     # Which keys a step has decides; the schema's discriminator has no words for that.
     steps["items"] = {
-        "anyOf": [{"$ref": f"#/$defs/{kinds.step(name).__name__}"} for name in kinds.steps]
+        "anyOf": [{"$ref": f"#/$defs/{step_section(name).__name__}"} for name in kinds.steps]
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -103,7 +108,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def reference_markdown() -> str:
-    """docs/inventory.md: every key, what it takes, its default, what it means."""
+    """The text of docs/inventory.md: every key, what it takes, its default, what it means."""
     schema = json_schema()
     parts = [_INTRODUCTION]
     for name, where in _sections().items():
@@ -123,11 +128,11 @@ def reference_markdown() -> str:
 
 
 def _section(name: str) -> Any:
-    return getattr(model_module, name, None) or kinds.section(name)
+    return getattr(model_module, name, None) or section_named(name)
 
 
 def _written(value: dict[str, Any]) -> dict[str, Any]:
-    """Without what pydantic adds and a reader of the schema has no use for."""
+    """A value's schema without what pydantic adds and a reader has no use for."""
     value = {key: inner for key, inner in value.items() if key != "default"}
     options = [o for o in value.pop("anyOf", []) if o.get("type") != "null"]
     if len(options) == 1:
@@ -150,7 +155,7 @@ def _written(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _or_one(value: dict[str, Any]) -> dict[str, Any]:
-    """The model takes one text where there could be a list of texts."""
+    """A list's schema that takes one text as well, where it is a list of texts, as the model does."""
     if value.get("type") != "array" or "type" not in value.get("items", {}):
         return value
     of_array = ("type", "items", "minItems")
@@ -176,7 +181,7 @@ def _documents(kind: type[Model]) -> dict[str, str]:
 
 @cache
 def _written_in(module: str) -> dict[str, dict[str, str]]:
-    """By class."""
+    """The descriptions in a module's source, by class, then by field."""
     source = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(source).body:
@@ -253,8 +258,8 @@ def core_schema() -> dict[str, Any]:
 
 
 def _core(value: Any, sections: dict[str, Any], definitions: dict[str, Any]) -> Any:
-    """With stand-ins for what JSON has no word for; sections go to ``sections``. TypeError: something
-    that ``inventory.validation`` wouldn't find again."""
+    """A core schema with stand-ins for what JSON has no word for; other sections are added to
+    ``sections``. TypeError for something that ``inventory.validation`` would not find again."""
     if isinstance(value, list):
         return [_core(item, sections, definitions) for item in value]
     if not isinstance(value, dict):
@@ -299,7 +304,7 @@ def _a_line_each(sections: dict[str, Any]) -> str:
 
 
 def render() -> dict[Path, str]:
-    """All of them, as they should be."""
+    """All generated files with the text that they should have."""
     return {
         SCHEMA_FILE: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
         REFERENCE_FILE: reference_markdown(),

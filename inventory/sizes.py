@@ -17,7 +17,8 @@ _LARGEST = 2**60
 
 @cache
 def parse_size(text: str) -> int:
-    """Bytes. ValueError, in words for an admin, if it isn't a size."""
+    """Bytes of a size such as ``512M`` or ``1.5G``. ValueError, in words for an admin, if it isn't a
+    size."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise ValueError(
@@ -33,17 +34,17 @@ def parse_size(text: str) -> int:
 
 
 def about(size: int) -> str:
-    """For reading, where exact bytes say nothing: ``6.4G``, ``812M``."""
+    """A size for reading, where exact bytes say nothing: ``6.4G``, ``812M``."""
     return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
 
 
 def brief(size: int) -> str:
-    """As ``about``, but ``4G`` for what is just that."""
+    """A size as ``about`` has it, but whole ones without a fraction: ``4G``."""
     return about(size) if size % 2**30 else format_size(size)
 
 
 def format_size(size: int) -> str:
-    """Shortest exact form where there is one (``512M``), else two digits (``1.3G``)."""
+    """A size exactly, where that is short (``512M``), else with two digits (``1.3G``)."""
     if size == 0:
         return "0"
     for unit in ("T", "G", "M", "K"):
@@ -56,7 +57,8 @@ def format_size(size: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds. ``90``, ``90s``, ``5m``, ``1h30m``."""
+    """Seconds of a duration: ``90``, ``90s``, ``5m``, ``1h30m``. ValueError, in words for an admin, if
+    it isn't one."""
     text = text.strip()
     if not _DURATION.fullmatch(text):
         raise ValueError(f"{text[:60]!r} is not a duration: write 90s, 5m or 1h30m")
@@ -64,7 +66,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """``0.4s``, ``12s``, ``3m05s``, ``2h07m``."""
+    """Seconds as people read them: ``0.4s``, ``12s``, ``3m05s``, ``2h07m``."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)

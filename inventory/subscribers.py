@@ -31,10 +31,15 @@ class EventSubscriber(Model):
 
 
 def subscriber_kind(section: object) -> str | None:
-    """A subscriber's section, or what a file has in its place, is known by the one key that names a
-    kind. None: it has none of them, or several."""
+    """The kind of a subscriber's section, or of what a file has in its place: the one key that names a
+    kind. None: it has no such key, or several."""
     known = vars(section) if isinstance(section, EventSubscriber) else section
     if not isinstance(known, dict):
         return next(iter(kinds.subscribers), None)  # which refuses it
     found = [kind for kind in kinds.subscribers if kind in known]
     return found[0] if len(found) == 1 else None
+
+
+def subscriber_section(kind: str) -> type[EventSubscriber]:
+    """The class of that kind of subscribers. KeyError: there is no such kind."""
+    return kinds.load(kinds.subscribers[kind], EventSubscriber)

@@ -20,6 +20,7 @@ from inventory import subscribers as subscriber_sections
 from inventory.engine import SchemaValidator
 from inventory.hosts import driver_of
 from inventory.model import Farm
+from inventory.services import section_named
 from inventory.subscribers import subscriber_kind
 
 CORE_FILE = Path(__file__).with_name("farm.core.json")
@@ -31,7 +32,7 @@ _NOT_THERE = {"type": "none"}  # for a section that isn't asked for
 
 
 def validated(content: Mapping[str, Any]) -> Farm:
-    """The farm that this is. ValidationError."""
+    """The farm that a file's content is. pydantic's ValidationError if it isn't one."""
     known = tuple(kinds.places())
     declared = content.get("hosts")
     drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
@@ -43,7 +44,7 @@ def validated(content: Mapping[str, Any]) -> Farm:
 
 
 def _services(content: Mapping[str, Any]) -> frozenset[str] | None:
-    """Those named; None: the file has no ``services``."""
+    """The services that a file names; None if it has no ``services``."""
     if "services" not in content:
         return None
     found = content["services"]
@@ -57,8 +58,8 @@ def _validator(
     drivers: frozenset[str | None],
     subscribers: frozenset[str | None],
 ) -> SchemaValidator:
-    """Few farms have services, and most one driver: others' classes aren't imported. Of kinds that
-    aren't farmhand's own it isn't made beforehand."""
+    """The validator for files that use these kinds only: others' classes aren't imported. It is made
+    from pydantic's annotations if there are kinds that aren't farmhand's own."""
     sections = json.loads(CORE_FILE.read_bytes())
     if not sections.keys() >= {*known}:
         from inventory.annotations import adapter
@@ -79,7 +80,7 @@ def _validator(
 
 
 def _named(value: Any, sections: Mapping[str, Any]) -> Any:
-    """With the things themselves for what stands for them."""
+    """A schema with the things themselves in the place of what stands for them."""
     if isinstance(value, list):
         return [_named(item, sections) for item in value]
     if not isinstance(value, dict):
@@ -94,7 +95,7 @@ def _named(value: Any, sections: Mapping[str, Any]) -> Any:
 
 
 def stands_for(key: str, name: Any) -> Any:
-    """None: there is no such class or function."""
+    """What an object with that one key stands for; None if there is no such class or function."""
     if key == FUNCTION:
         homes = (values, hosts, subscriber_sections)
         return next((getattr(home, name) for home in homes if hasattr(home, name)), None)
@@ -106,4 +107,4 @@ def stands_for(key: str, name: Any) -> Any:
 
 
 def _class(name: str) -> Any:
-    return getattr(model, name, None) or getattr(values, name, None) or kinds.section(name)
+    return getattr(model, name, None) or getattr(values, name, None) or section_named(name)

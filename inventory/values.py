@@ -14,8 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 
 from inventory import kinds
-from inventory.base import parse_range, quote
-from inventory.model import Step
+from inventory.base import Model, parse_range, quote
 from inventory.sizes import parse_duration, parse_size
 
 # RFC 1123 section 2.1 with RFC 1035's lower case and 63 octets a label.
@@ -40,7 +39,7 @@ def check_label(value: str) -> str:
 
 
 def _idna(value: str) -> str:
-    """As DNS has it (RFC 3490); "" where that can't be, or is no host name."""
+    """A host name as DNS has it (RFC 3490); "" if it can't be one."""
     try:
         encoded = value.encode("idna").decode()
     except UnicodeError:
@@ -174,7 +173,8 @@ def check_variable(value: str) -> str:
 
 
 def check_web_address(value: str) -> str:
-    """An https URL; on this very machine http will do. It may hold a secret: it isn't repeated."""
+    """An https URL, or an http one of this very machine. Errors don't repeat it: it may hold a
+    secret."""
     from urllib.parse import urlsplit
 
     if not re.fullmatch(r"[!-~]{1,2048}", value):
@@ -285,9 +285,10 @@ def one_or_many(value: object) -> object:
 
 
 def step_kind(value: object) -> str | None:
-    """A step is known by the one kind's name that it has for a key."""
-    if isinstance(value, Step):
-        return value.KIND
+    """The kind of a step's section, or of what a file has in its place: the one key that names a kind.
+    None: it has no such key, or several."""
+    if isinstance(value, Model):
+        return getattr(value, "KIND", None)
     if not isinstance(value, dict):
         return None
     found = [kind for kind in kinds.steps if kind in value]

@@ -76,8 +76,8 @@ def plain(node: Node) -> Any:
 
 
 def parse(data: bytes, file: str) -> tuple[MappingNode | None, list[Problem]]:
-    """The tree, and what is wrong with the text. The tree is None where there is none to speak of;
-    it may be there although there are problems (duplicate keys, for one). Raises nothing."""
+    """The tree, and what is wrong with the text. The tree is None where there is none to speak of; there
+    may be one although there are problems, such as duplicate keys. Raises nothing."""
     problems: list[Problem] = []
 
     def report(line: int, column: int, message: str) -> None:
@@ -140,7 +140,7 @@ def _check_characters(text: str, report: Report) -> None:
 
 
 def _words(error: yaml.MarkedYAMLError, lines: list[str], column: int) -> str:
-    """The parser's words, with the usual cause where they don't say it."""
+    """What the parser says is wrong, with the usual cause where it doesn't say it."""
     problem = error.problem or error.context or "it can't be read"
     here = lines[0][column - 1 : column] if lines else ""
     if here == "\t":
@@ -157,7 +157,7 @@ def _words(error: yaml.MarkedYAMLError, lines: list[str], column: int) -> str:
 
 
 class _Builder:
-    """From the parser's events, without recursion: a file can't exhaust the stack."""
+    """Builds the tree from the parser's events without recursion: no file can exhaust the stack."""
 
     def __init__(self, report: Report) -> None:
         self._report = report

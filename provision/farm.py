@@ -17,7 +17,7 @@ from provision.operations.clone import CloneFarm, CloneResult
 from provision.operations.destroy import Destroy, DestroyResult
 from provision.operations.gc import Gc, GcResult
 from provision.operations.merge import Merge
-from provision.operations.recover import recover
+from provision.operations.recover import Recover, RecoverResult
 from provision.operations.reset import Reset, ResetResult
 from provision.operations.templates import (
     RemoveResult,
@@ -98,6 +98,10 @@ def network_apply(
     from provision.network.apply import NetworkApply  # most farms have no services
 
     return perform(site, NetworkApply(tuple(services), force))
+
+
+def recover(site: Site) -> Outcome[RecoverResult]:
+    return perform(site, Recover())
 
 
 def reset(

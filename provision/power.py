@@ -30,7 +30,7 @@ from provision.engine.journal import current_entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.guest import identity
 from provision.member import ON, Member, is_on
 from provision.memory_budget import PATIENCE, forecast, room_for

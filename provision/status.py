@@ -10,8 +10,8 @@ from threading import Thread
 
 from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
 from inventory.errors import FarmhandError, Text
-from provision.engine.journal import Record
 from provision.engine.locks import Holder, lock_of
+from provision.engine.record import Record
 from provision.member import Member, is_on
 from provision.missing_disk import missing_disk
 from provision.site import Site

@@ -12,7 +12,7 @@ from provision.engine.recovery import whole
 from provision.guest.identity import sweep_seeds
 
 if TYPE_CHECKING:
-    from provision.engine.journal import Record
+    from provision.engine.record import Record
     from provision.member import Member
     from provision.site import Site
 

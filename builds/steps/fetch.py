@@ -382,7 +382,7 @@ def _origin(url: str) -> tuple[str, str]:
 def _placed(site: Site, path: Path | None) -> Path | None:
     from inventory.reading import resolve
 
-    return None if path is None else resolve(site.farm, path)
+    return None if path is None else resolve(site.farm.path, path)
 
 
 def _sum_of(file: Path) -> str:

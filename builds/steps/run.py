@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from builds.step_kind import StepKind
+from inventory.model import StepLimits
 from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
-    from builds.step_run import StepRun
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from builds.step_run import StepFailed, StepRun
     from inventory.fields import Label, Lines, Scripts
     from inventory.model import FailureClass
-    from provision.guest.connection import Connection, Moved
+    from provision.guest.connection import Connection
 
 _FETCHING = 60.0  # seconds at least, for the artifacts
 
@@ -35,10 +39,16 @@ class RunStep(StepKind):
     artifacts: Lines = ()
     """Files (shell patterns) that are fetched into the build record afterwards; relative to the
     login's home."""
+    limits: StepLimits = field(default_factory=StepLimits)
+    """How much is taken from the VM, where that isn't as the cycle has it."""
 
     @property
     def limit(self) -> float | None:
         return None  # what runs there is ended there
+
+    @property
+    def own_limits(self) -> StepLimits:
+        return self.limits
 
     @property
     def scripts(self) -> tuple[str, ...]:
@@ -52,11 +62,14 @@ class RunStep(StepKind):
         return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}, {limit}{fetched}"
 
     async def carry_out(self, work: StepRun) -> None:
+        import asyncio
+
         machines = work.machines
-        connection = await machines.connection(self.vm)
-        await machines.list_packages(self.vm)
-        await work.before_run(self.vm, work.log)
-        environment = {**work.environment(self.vm), **await machines.source(self.vm)}
+        async with asyncio.timeout(max(self.timeout - work.seconds, 0)):
+            connection = await machines.connection(self.vm)
+            await machines.list_packages(self.vm)
+            await work.before_run(self.vm, work.log)
+            environment = {**work.environment(self.vm), **await machines.source(self.vm)}
         for number, script in enumerate(self.run, 1):
             work.log.mark()
             with work.meter.guest():
@@ -65,11 +78,14 @@ class RunStep(StepKind):
                     env=environment,
                     timeout=max(self.timeout - work.seconds, 0.001),
                     log=work.log.write,
+                    most=work.log.room,
                 )
             work.exit = result.status
             served = connection.git_said()
             for line in served:
                 work.log.say(f"git says here, on this machine: {line}")
+            if result.cut:
+                raise self._too_much(work)
             if result.status:
                 self._failed(work, number, result.timed_out, served)
         if self.artifacts:
@@ -95,37 +111,48 @@ class RunStep(StepKind):
             message += f"; git says here, on this machine: {served[0]}"
         raise StepFailed(kind, message, exit=work.exit)
 
+    def _too_much(self, work: StepRun) -> StepFailed:
+        from builds.step_run import StepFailed
+
+        most = format_size(work.limits.log_size)
+        work.log.say(f"cut here: this step's log may have {most} (limits: log_size)")
+        return StepFailed(
+            self.failure or "source",
+            f"printed more than {most}; ended there",
+            remedy=work.limits.remedy("log_size"),
+            exit=work.exit,
+        )
+
     async def _fetch(self, work: StepRun, connection: Connection) -> None:
+        """What arrives is kept, whatever becomes of the rest."""
         import asyncio
 
         from builds.step_run import StepFailed
-        from host.files import make_directory
+        from host.files import check_room, make_directory
         from inventory.errors import NotFound
 
         make_directory(work.artifacts, mode=0o755)
-        left = max(self.timeout - work.seconds, _FETCHING)
-        with work.meter.guest():
-            try:
-                async with asyncio.timeout(left):
-                    fetched = await connection.get(self.artifacts, work.artifacts / f".{self.name}")
-            except NotFound as error:
-                raise StepFailed(
-                    "source", f"it left no artifact: {error.message}", remedy=error.remedy
-                ) from None
-        self._keep(work, fetched)
+        async with asyncio.timeout(max(self.timeout - work.seconds, _FETCHING)):
+            with work.meter.guest():
+                try:
+                    files = await connection.list(self.artifacts, work.limits)
+                except NotFound as error:
+                    raise StepFailed(
+                        "source", f"it left no artifact: {error.message}", remedy=error.remedy
+                    ) from None
+            check_room(work.artifacts, sum(file.size for file in files))
+            home = self._home(work.artifacts, [file.name for file in files])
+            for file in files:
+                with work.meter.guest():
+                    await connection.get(file, home)
+                work.log.say(f"fetched {file.path}: {format_size(file.size)}, sha256 {file.sha256}")
+                path = str((home / file.name).relative_to(work.artifacts.parent))
+                work.keep(file, vm=self.vm, path=path, flow="out")
 
-    def _keep(self, work: StepRun, fetched: tuple[Moved, ...]) -> None:
-        """Into artifacts/, or artifacts/STEP/ where another step's file has the name."""
-        from host.files import make_directory
-
-        waiting = work.artifacts / f".{self.name}"
-        taken = any((work.artifacts / file.name).exists() for file in fetched)
-        home = work.artifacts / self.name if taken else work.artifacts
-        make_directory(home, mode=0o755)
-        for file in fetched:
-            (waiting / file.name).replace(home / file.name)
-            (home / file.name).chmod(0o644)
-            work.log.say(f"fetched {file.path}: {format_size(file.size)}, sha256 {file.sha256}")
-            path = str((home / file.name).relative_to(work.artifacts.parent))
-            work.keep(file, vm=self.vm, path=path, flow="out")
-        waiting.rmdir()
+    def _home(self, artifacts: Path, names: Sequence[str]) -> Path:
+        """artifacts/; where something else has one of the names there, artifacts/STEP/; and so on."""
+        home, number = artifacts, 0
+        while (home.exists() and not home.is_dir()) or any((home / name).exists() for name in names):
+            number += 1
+            home = artifacts / (self.name if number == 1 else f"{self.name}.{number}")
+        return home

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from builds.step_kind import StepKind
 from inventory.errors import FarmhandError, NotFound
+from inventory.model import StepLimits
 from inventory.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class TransferStep(StepKind):
     into: Line
     """The directory they go into; made if it is missing."""
 
+    limits: StepLimits = field(default_factory=StepLimits)
+    """How much is carried, where that isn't as the cycle has it."""
+
+    @property
+    def own_limits(self) -> StepLimits:
+        return self.limits
+
     @property
     def target(self) -> str:
         return self.to
@@ -51,8 +59,10 @@ class TransferStep(StepKind):
             work.machines.connection(self.source), work.machines.connection(self.to)
         )
         with work.meter.guest():
-            moved = await source.transfer(self.transfer, target, self.into)
-        for file in moved:
+            files = await source.list(self.transfer, work.limits)
+        for file in files:
+            with work.meter.guest():
+                await source.carry(file, target, self.into)
             work.log.say(
                 f"{self.source}:{file.path} -> {self.to}:{self.into}/{file.name}: "
                 f"{format_size(file.size)}, sha256 {file.sha256} at both ends"

@@ -17,9 +17,9 @@ _UDEV = ("udev", "systemd-udevd", "(udev-worker)", "blkid", "zvol_id")
 
 
 def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout: float = 60) -> None:
-    """Until udev has made the device's link, and it leads somewhere. ``nudge``: makes udev look again,
-    called every few seconds, for it may have failed to look.
-    DriverFailed when it never appears."""
+    """Wait until udev has made the device's link and it leads somewhere. ``nudge`` makes udev look
+    again, and is called every few seconds, for udev may have failed to look. DriverFailed if the link
+    doesn't appear within ``timeout`` seconds."""
     started = time.monotonic()
     nudged = started
     pause = 0.002
@@ -38,8 +38,8 @@ def await_node(path: Path, *, nudge: Callable[[], object] | None = None, timeout
 
 
 def await_no_link(path: Path, *, timeout: float = 60) -> None:
-    """Until udev has removed the link of a device that is gone; it may lead to another's device by now.
-    DriverFailed when it stays."""
+    """Wait until udev has removed the link of a device that is gone: by now it may lead to another's
+    device. DriverFailed if it is still there after ``timeout`` seconds."""
     limit = time.monotonic() + timeout
     while path.is_symlink():
         if time.monotonic() > limit:
@@ -51,9 +51,9 @@ def await_no_link(path: Path, *, timeout: float = 60) -> None:
 
 
 def give(path: Path, uid: int | None) -> None:
-    """The device's owner, and nothing more: its group stays ``disk``, so that user gets at this one
-    device and at no other. udev's later events set group and mode only, so it lasts until the node is
-    made anew (a reboot, a pool's import)."""
+    """Make ``uid`` the device's owner; None: leave it. Its group stays ``disk``, so that user gets at
+    this one device and at no other. It lasts until the node is made anew (a reboot, a pool's import):
+    udev's later events set group and mode only."""
     if uid is not None and path.stat().st_uid != uid:
         os.chown(path, uid, -1)
 
@@ -76,8 +76,9 @@ def holders(path: Path) -> tuple[tuple[int, str], ...]:
 
 
 def await_closed(path: Path, who: tuple[tuple[int, str], ...], *, timeout: float) -> None:
-    """Until none of these processes has the block device open any more, or time is up; a moment at
-    least, for one that can't be seen. Looks at them only, for all of /proc takes a while."""
+    """Wait until none of these processes has the block device open any more, or ``timeout`` seconds are
+    over. It waits a moment at least, for a process that can't be seen. It looks at these processes only,
+    for all of /proc takes a while."""
     limit = time.monotonic() + timeout
     time.sleep(_MOMENT)
     try:
@@ -91,7 +92,8 @@ def await_closed(path: Path, who: tuple[tuple[int, str], ...], *, timeout: float
 
 
 def _has_open(process: Path, device: int) -> bool:
-    """OSError where it isn't there any more, or not ours to look into."""
+    """Whether the process has that device open. OSError if the process is gone, or not ours to look
+    into."""
     for handle in (process / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             seen = handle.stat()
@@ -101,5 +103,5 @@ def _has_open(process: Path, device: int) -> bool:
 
 
 def passing(found: tuple[tuple[int, str], ...]) -> bool:
-    """Only udev's own look at a new or changed device, over in a moment."""
+    """Whether these are only udev's processes, which look at a new or changed device for a moment."""
     return all(name.startswith(_UDEV) for _, name in found)

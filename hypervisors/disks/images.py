@@ -171,7 +171,7 @@ def convert(runner: Runner, source: Path, out: Path, *, format: str, size: int =
 
 
 def sha256_file(path: Path) -> str:
-    """Of its bytes, in hexadecimal. About a second per GiB."""
+    """The file's SHA-256, in hexadecimal. It takes about a second per GiB."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -46,7 +46,7 @@ class DiskStore(Model):
             raise at_key("copy", "'copy: full' is for an lvm store", "store")
 
     def place(self, farm: str, beside: Path) -> StorePlace:
-        """``beside``: the farm file's directory."""
+        """The store's place. ``beside``: the farm file's directory."""
         return StorePlace(
             farm=farm, store=self.store, path=beside / self.path if self.path else None,
             pool=self.pool or "", dataset=self.dataset or "", copy=self.copy_mode,

@@ -66,7 +66,7 @@ class Openable(Disks, Protocol):
 
 
 def store_class(store: str) -> type[Openable]:
-    """It tells what the store offers besides ``Disks``."""
+    """The class of a host's store. It tells what the store offers besides ``Disks``."""
     module, _, name = STORES[store].place.partition(":")
     found: type[Openable] = getattr(import_module(module), name)
     return found

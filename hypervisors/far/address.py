@@ -20,7 +20,8 @@ _ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3", "ConnectTimeout=15")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Far:
-    """``name``: USER@HOST or HOST, for messages. ``uri``: libvirt's, over there."""
+    """A machine that is worked on over ssh. ``name``: USER@HOST or HOST, for messages. ``uri``:
+    libvirt's, over there."""
 
     name: str
     uri: str
@@ -28,8 +29,8 @@ class Far:
     """ssh with its options, but without a command."""
 
     def argv(self, command: Sequence[str]) -> tuple[str, ...]:
-        """It never asks: without a terminal nobody could answer. It takes all else from the user's own
-        ssh configuration."""
+        """The ssh command that runs ``command`` there. It never asks, for without a terminal nobody
+        could answer. All else is as in the user's own ssh configuration."""
         return (*self.ssh[:1], "-o", "BatchMode=yes", "-T", *self.ssh[1:], shlex.join(command))
 
     def terminal(self, command: Sequence[str]) -> tuple[str, ...]:
@@ -37,8 +38,8 @@ class Far:
 
 
 def is_far(uri: str) -> bool:
-    """A libvirt URI of another machine: qemu+ssh://HOST/..., but not "private", qemu:///system or
-    qemu+unix:///system?socket=..."""
+    """Whether a libvirt URI is another machine's: qemu+ssh://HOST/..., but not "private", qemu:///system
+    or qemu+unix:///system?socket=..."""
     return urlsplit(uri).hostname not in (None, "", "localhost")
 
 

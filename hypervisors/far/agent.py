@@ -172,8 +172,8 @@ def _told(error: Exception) -> object:
 
 
 class AgentHost:
-    """What of the machine itself is of interest: its memory, its tools, and the files that the asker
-    would else have beside its own."""
+    """What the asker wants of the machine itself: its memory, its tools, and the files that it would
+    else have beside its own."""
 
     def __init__(
         self,
@@ -205,7 +205,8 @@ class AgentHost:
         )
 
     def tidy(self) -> None:
-        """The farm's directories, and a store's lock file; what has anything else in it stays."""
+        """Remove the farm's directories and a store's lock file. A directory that holds anything else
+        stays."""
         farm = self._home.directories.farm
         disks = farm / "disks"
         inner = (disks / "templates", disks / "vms")
@@ -224,7 +225,7 @@ class AgentHost:
         self._files.end(file)
 
     def seal(self, file: Path, template: Template) -> Template:
-        """``Disks.seal`` of a file that came over."""
+        """See ``Disks.seal``; the image is a file that came over."""
         try:
             return self._disks.seal(file, template)
         finally:
@@ -237,7 +238,8 @@ class AgentHost:
             return False
 
     def take_seed(self, machine: str, file: Path) -> None:
-        """It holds the machine's host key: 0600, for who opens it and nobody else."""
+        """Put a seed that came over in its place. It holds the machine's host key: its mode is 0600, for
+        the user who opens it."""
         seed = self._seed(machine)
         for directory in (self._home.seeds, self._home.consoles):
             make_directory(directory, mode=0o711)
@@ -261,7 +263,7 @@ class AgentHost:
             path.with_name(path.name + ".1").unlink(missing_ok=True)
 
     def console(self, machine: str) -> tuple[Console, str]:
-        """Also the end of its log."""
+        """See ``Hypervisor.console``; the end of its log comes along."""
         console = self._machines.console(machine)
         text = ""
         if console.log:
@@ -271,7 +273,7 @@ class AgentHost:
         return console, text
 
     def leftovers(self) -> tuple[Leftover, ...]:
-        """The hypervisor's, and seeds of machines that are not there."""
+        """The hypervisor's leftovers, and seeds of machines that are not there."""
         return (*self._machines.leftovers(), *self._seeds_left())
 
     def discard(self, leftover: Leftover) -> None:
@@ -283,7 +285,7 @@ class AgentHost:
                 Path(left.ref).unlink(missing_ok=True)
 
     def _seeds_left(self) -> Iterator[Leftover]:
-        """Only what has the name that we give to a seed of this farm."""
+        """Seeds of machines that are not there. Only files named as we name this farm's seeds count."""
         farm = self._place.farm
         there = {m.name for m in self._machines.list()} | {d.machine for d in self._disks.list()}
         for path in sorted(self._home.seeds.glob("*.iso")):

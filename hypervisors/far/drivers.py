@@ -140,7 +140,7 @@ _MORE = {
 
 
 def far_disks(link: Link, step: StepFn) -> Disks:
-    """Offers besides ``Disks`` what the store over there does. Nothing is asked yet."""
+    """The store over there. It offers besides ``Disks`` what that store does. Nothing is asked yet."""
     kind = store_class(link.place.disks.store)
     offers = tuple(more for protocol, more in _MORE.items() if issubclass(kind, protocol))
     store: Disks = type("FarDisks", offers or (FarDisks,), {})(link, step)
@@ -148,7 +148,7 @@ def far_disks(link: Link, step: StepFn) -> Disks:
 
 
 class FarKvmTrust:
-    """As ``hypervisors.libvirt.kvm_trust.KvmTrust``, of another machine."""
+    """``hypervisors.libvirt.kvm_trust.KvmTrust`` of another machine."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -183,7 +183,7 @@ class FarHypervisor:
     # -- what only another machine's has ----------------------------------------------------------
 
     def at_home(self, spec: MachineSpec) -> MachineSpec:
-        """With seed and console log where they are over there."""
+        """The machine's spec with the paths that its seed and console log have over there."""
         seeds, consoles = self._link.call("host", "places")
         return replace(
             spec,
@@ -192,7 +192,7 @@ class FarHypervisor:
         )
 
     def bring_seed(self, machine: str, seed: Path) -> None:
-        """Sent where it isn't the same over there."""
+        """Send the machine's seed, unless it is the same over there."""
         digest = hashlib.sha256(seed.read_bytes()).hexdigest()
         if not self._link.call("host", "has_seed", machine, digest):
             there = self._link.send(seed, seed.name)
@@ -200,21 +200,22 @@ class FarHypervisor:
             self._link.call("host", "take_seed", machine, there)
 
     def memory_available(self) -> int:
-        """Bytes that machine could still give away."""
+        """Bytes of memory that the machine could still give away."""
         found: int = self._link.call("host", "memory_available")
         return found
 
     def tidy(self) -> None:
-        """After the last VM and template: the farm's directories over there, where they are empty."""
+        """Remove the farm's directories over there where they are empty. Called after its last VM and
+        template."""
         self._link.call("host", "tidy")
 
     def missing(self, tools: Sequence[str], paths: Sequence[Path]) -> Sequence[str]:
-        """Of these, what isn't there."""
+        """Those of the tools and files that aren't there."""
         found: Sequence[str] = self._link.call("host", "missing", list(tools), list(paths))
         return found
 
     def kvm_trust(self) -> FarKvmTrust:
-        """Of that machine."""
+        """What guests have shown of that machine's KVM."""
         return FarKvmTrust(self._link)
 
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------

@@ -58,7 +58,8 @@ def enter_as_root() -> None:
 
 
 def enter_as_user() -> None:
-    """With a user namespace that maps only ourselves to ourselves; rights end with the exec."""
+    """Enter a user namespace that maps only ourselves to ourselves. The rights in it end with the
+    exec."""
     uid, gid = os.geteuid(), os.getegid()
     _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
     Path("/proc/self/setgroups").write_text("deny")

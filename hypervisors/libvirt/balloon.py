@@ -41,7 +41,8 @@ _BOOTING = 120.0  # seconds that a machine runs before it is worth a note that i
 
 
 def floor(stats: dict[str, int], maximum: int) -> int | None:
-    """Bytes below which this guest is not squeezed; None while it hasn't told enough."""
+    """Bytes below which the guest is not squeezed, by its own statistics; None while it hasn't told
+    enough."""
     spare = stats.get("usable", stats.get("unused"))
     if spare is None:
         return None
@@ -50,7 +51,8 @@ def floor(stats: dict[str, int], maximum: int) -> int | None:
 
 
 def memory(domain: libvirt.virDomain, name: str) -> MemoryUse:
-    """As ``Hypervisor.memory``. Unsupported where no driver answers in the guest, not yet or no more."""
+    """See ``Hypervisor.memory``. Unsupported if no driver answers in the guest, be it not yet or no
+    more."""
     if not domain.isActive():
         raise stopped(name)
     maximum, stats = domain.maxMemory() * 1024, _listening(domain, name, 0)
@@ -69,8 +71,8 @@ def above_maximum(name: str, target: int, maximum: int) -> UsageError:
 
 
 def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn) -> int:
-    """As ``Hypervisor.balloon``. On TimedOut the target becomes what was reached, so that the guest
-    is not pressed any further."""
+    """See ``Hypervisor.balloon``. On TimedOut the target becomes what was reached, so that the guest is
+    pressed no further."""
     import libvirt
 
     if not domain.isActive():
@@ -101,8 +103,8 @@ def set_memory(domain: libvirt.virDomain, name: str, target: int, timeout: float
 
 
 def notes(connection: libvirt.virConnect) -> dict[str, str]:
-    """Of running machines whose guest tells nothing, what is to be known of it, by name. One look at
-    all; none that is busy is waited for."""
+    """See ``WatchedMachines.notes``: running machines whose guests don't tell what memory they need. One
+    look at all of them, which waits for none that is busy."""
     import libvirt
 
     found: dict[str, str] = {}
@@ -130,8 +132,8 @@ def near(reached: int, target: int) -> bool:
 
 
 class Approach:
-    """How long a guest is still waited for: so many seconds since it last came nearer to ``target``. A
-    big one that gives a gigabyte on a busy host takes its time, and is on its way."""
+    """The patience with a guest on its way to ``target`` bytes: ``patience`` seconds since it last came
+    nearer. A big one that gives a gigabyte on a busy host takes its time."""
 
     def __init__(self, target: int, patience: float) -> None:
         self._target, self._patience = target, patience
@@ -139,17 +141,19 @@ class Approach:
         self._limit = time.monotonic() + patience
 
     def saw(self, reached: int) -> None:
+        """Tell how many bytes the guest has now."""
         away = abs(reached - self._target)
         if self._nearest is None or away <= self._nearest - _CLOSE_ENOUGH:
             self._nearest, self._limit = away, time.monotonic() + self._patience
 
     def left(self) -> float:
-        """Seconds; none or less: it is given up."""
+        """Seconds that are left; at 0 or less the guest is given up."""
         return self._limit - time.monotonic()
 
 
 def follow(actual: Callable[[], int], target: int, patience: float) -> int:
-    """Bytes that the guest has when it is there, or when it is given up (``Approach``)."""
+    """Wait until the guest is near ``target`` bytes, or is given up (``Approach``). Returns the bytes
+    that it has then."""
     approach = Approach(target, patience)
     while not near(reached := actual(), target):
         approach.saw(reached)
@@ -167,8 +171,8 @@ def stuck(name: str, reached: int, target: int, patience: float) -> TimedOut:
 
 
 def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[str, int]:
-    """What its driver told just now. One that never did may be about to, and gets so many seconds; one
-    that fell silent is not waited for."""
+    """The statistics that the guest's driver told just now. A driver that never told any gets
+    ``patience`` seconds, one that fell silent none: Unsupported."""
     limit = time.monotonic() + patience
     while True:
         stats: dict[str, int] = domain.memoryStats()
@@ -181,8 +185,8 @@ def _listening(domain: libvirt.virDomain, name: str, patience: float) -> dict[st
 
 
 def _silence(stats: Mapping[str, int]) -> float | None:
-    """Seconds since the guest's driver last told anything, infinite if it never did; None: it tells. By
-    this host's clock, as ``last_update`` is."""
+    """Seconds since the guest's driver last told anything, by this host's clock, as ``last_update`` is;
+    infinite if it never did. None: it tells."""
     told = stats.get("last_update", 0)
     if told == 0:
         return math.inf
@@ -191,7 +195,7 @@ def _silence(stats: Mapping[str, int]) -> float | None:
 
 
 def _untold(silence: float) -> str:
-    """In words."""
+    """The silence in words."""
     if silence == math.inf:
         return "its guest has not told yet what memory it needs: no balloon driver, or it still boots"
     ago = format_duration(silence)
@@ -211,16 +215,16 @@ def _deaf(name: str, silence: float) -> Unsupported:
 
 
 def _wait_for_libvirt(domain: libvirt.virDomain, reached: int) -> None:
-    """QEMU tells libvirt of the change in an event, at most one a second; what ``find`` reports (with
-    no question to the guest's QEMU, so it never waits for one) is right from then on."""
+    """Wait until libvirt knows of the change, so that ``find`` reports it: QEMU tells it in an event, at
+    most one a second. ``find`` itself asks no guest's QEMU, and so never waits for one."""
     limit = time.monotonic() + _EVENT_PATIENCE
     while abs(domain.info()[2] * 1024 - reached) >= _CLOSE_ENOUGH and time.monotonic() < limit:
         time.sleep(_LOOK / 4)
 
 
 def _wait_for_statistics(domain: libvirt.virDomain, since: float) -> None:
-    """What the guest uses (``floor``) is told once a second, later where the host is busy: told before
-    the balloon moved, it looks as if the guest used all that was just given."""
+    """Wait for statistics that are newer than the balloon's move. They come once a second, later on a
+    busy host; older ones look as if the guest used all that it was just given."""
     limit = time.monotonic() + _STATISTICS_PATIENCE
     while domain.memoryStats().get("last_update", 0) <= since and time.monotonic() < limit:
         time.sleep(_LOOK)

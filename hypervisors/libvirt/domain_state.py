@@ -21,7 +21,7 @@ INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
 
 
 def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | None:
-    """None where it ceased to be between the list and the look."""
+    """The domain as ``Hypervisor.find`` has it; None if it has gone since it was listed."""
     import libvirt
 
     try:
@@ -59,7 +59,8 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
 
 
 def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:
-    """``log``: of its console since it was started. None where it doesn't run, or ended meanwhile."""
+    """See ``Hypervisor.pulse``. ``log``: the console's since the start. None if the domain doesn't
+    run."""
     import libvirt
 
     if not domain.isActive():
@@ -77,7 +78,8 @@ def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:
 
 
 def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
-    """What any domain opens, links followed; nothing where it ceased to be since it was listed."""
+    """The disks' files and devices of any domain, links followed; none if it has gone since it was
+    listed."""
     import libvirt
 
     try:
@@ -89,8 +91,9 @@ def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
 
 
 def _state(domain: libvirt.virDomain) -> tuple[int, int]:
-    """virDomainState, and KiB that it has now. Under Xen a domain is called shut off some time before it
-    has let go of its devices, and while it is destroyed nothing can be said of it (``going_down``)."""
+    """virDomainState, and the KiB of memory that the domain has now. Xen's domains are called shut off
+    some time before they have let go of their devices, and while one is destroyed nothing can be said of
+    it (``going_down``): both count as shutting down."""
     import libvirt
 
     try:

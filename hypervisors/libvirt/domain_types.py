@@ -39,23 +39,25 @@ class DomainType(Protocol):
         """The whole definition. Unsupported for what such a machine can't have."""
 
     def cut_power(self, name: str, uuid: str) -> bool:
-        """Where there is a quicker way than libvirt's own: True if that was taken."""
+        """Cut the power in a quicker way than libvirt's own. False if there is none: nothing was
+        done."""
 
     def console_log(self, name: str, seen: DomainDefinition) -> Path | None: ...
 
     def set_memory(
         self, domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn
     ) -> int:
-        """As ``Hypervisor.balloon``."""
+        """See ``Hypervisor.balloon``."""
 
     def memory(self, domain: libvirt.virDomain, name: str) -> MemoryUse:
-        """As ``Hypervisor.memory``."""
+        """See ``Hypervisor.memory``."""
 
     def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:
-        """As ``hypervisors.api.WatchedMachines``."""
+        """See ``WatchedMachines.notes``."""
 
     def why_no_start(self, domain: libvirt.virDomain, seen: DomainDefinition) -> FarmhandError | None:
-        """What it was that libvirt's own words don't tell, after a start has failed."""
+        """The cause of a failed start, where libvirt's own words don't tell it; None if there is no more
+        to say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def domain_xml(
 
 
 def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
-    """What any kind of domain begins with: its names, our mark, memory and CPUs."""
+    """The elements that any kind of domain begins with: names, our mark, memory and CPUs."""
     domain = ET.Element("domain", type=kind)
     text(domain, "name", spec.name)
     if uuid:
@@ -128,7 +128,7 @@ def text(parent: ET.Element, tag: str, value: str, **attributes: str) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """A block device, or a place where one will be: it may not be there yet. A link to one counts."""
+    """Whether the path is a block device, or a link to one, or a place where there will be one."""
     below = path.parts[:2] == ("/", "dev") and path.parts[2] != "shm"
     return below or path.is_block_device()
 

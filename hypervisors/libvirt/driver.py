@@ -123,7 +123,7 @@ class LibvirtHypervisor:
             return pulse_of(domain, self._kind.console_log(name, read_domain(domain.XMLDesc(0))))
 
     def notes(self) -> Mapping[str, str]:
-        """As ``hypervisors.api.WatchedMachines``; of machines of others, too."""
+        """See ``WatchedMachines.notes``. Machines that aren't ours are among them."""
         with self._translated("look at the machines"):
             return self._reading(self._kind.notes)
 
@@ -259,8 +259,8 @@ class LibvirtHypervisor:
     # -- leftovers --------------------------------------------------------------------------------
 
     def leftovers(self) -> Sequence[Leftover]:
-        """Meant for a caller that holds the farm's locks: a definition that another process is
-        making right now has a disk and no machine yet."""
+        """See ``Hypervisor.leftovers``. The caller holds the farm's locks, for what another process is
+        defining right now has a disk and no machine yet."""
         machines = {m.name: m for m in self.list()}
         disks = {d.machine: d for d in self._disks.list()}
         found = list(self._disks.leftovers())
@@ -300,7 +300,7 @@ class LibvirtHypervisor:
                 self.destroy(leftover.ref)
 
     def _opened(self) -> set[Path]:
-        """What any machine has for a disk, links followed."""
+        """The disks of all machines, whoever's they are, links followed."""
         with self._translated("list the machines"):
             return {path for d in self._reading(lambda c: c.listAllDomains(0)) for path in opened_by(d)}
 
@@ -333,14 +333,14 @@ class LibvirtHypervisor:
             return self._connection
 
     def _drop(self, lost: libvirt.virConnect | None = None) -> None:
-        """Leave the connection, unless another thread has made a new one since this was ``lost``. Not by
-        its ``close()``, which frees it under the calls of others: it ends with the last of its users."""
+        """Let go of the connection, unless another thread has made a new one since this was ``lost``. It
+        isn't closed, which would free it under others' calls: it ends with the last of its users."""
         with self._connecting:
             if lost is None or self._connection is lost:
                 self._connection = None
 
     def _reading(self, read: Callable[[libvirt.virConnect], _T]) -> _T:
-        """For look-ups only: on a dead connection once more, on a new one."""
+        """Run a look-up. On a dead connection it is run once more, on a new one."""
         import libvirt
 
         connection = self._connect()
@@ -392,7 +392,7 @@ class LibvirtHypervisor:
             raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
 
     def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
-        """A new disk, or the untouched one that a killed ``define`` left."""
+        """The machine's disk: a new one, or the untouched one that a killed ``define`` left."""
         disk = self._disks.find(spec.name)
         if disk is not None:
             self._check_disk(disk)
@@ -424,7 +424,7 @@ class LibvirtHypervisor:
             raise
 
     def _note_start(self, domain: libvirt.virDomain) -> None:
-        """On the running machine only, so it goes when the machine stops."""
+        """Mark the running machine with the time of its start. The mark goes when the machine stops."""
         import libvirt
 
         with contextlib.suppress(libvirt.libvirtError):  # a guest that ended at once
@@ -453,8 +453,9 @@ class LibvirtHypervisor:
         return not domain.isActive()
 
     def _cut_power(self, domain: libvirt.virDomain, name: str, seen: DomainDefinition) -> None:
-        """Also of one that is not running yet: what a killed command asked for, libvirtd goes on with,
-        and while libxl makes a domain it isn't active. To destroy it waits for that."""
+        """Cut the power, also of a machine that doesn't run yet: libvirtd goes on with the start that a
+        killed command asked for, and while libxl makes a domain it isn't active. libvirt's destroy waits
+        for that."""
         import libvirt
 
         if domain.isActive():
@@ -482,7 +483,8 @@ def _runs_by_now(domain: libvirt.virDomain, disk: Disk, error: libvirt.libvirtEr
 
 
 def _turn_over(log: Path) -> None:
-    """The last start's console is kept as NAME.log.1; the new file is ours, to be read without root."""
+    """Keep the last start's console log as NAME.log.1, and make an empty one, which is ours and so can
+    be read without root."""
     with contextlib.suppress(FileNotFoundError):
         if log.stat().st_size:
             log.replace(log.with_name(log.name + ".1"))

@@ -35,8 +35,8 @@ _PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
 
 
 def need_binding() -> None:
-    """Unsupported where this Python has no module libvirt: that must fit this machine's libvirt library,
-    so it comes with it, not with farmhand's other requirements."""
+    """Unsupported if this Python has no module libvirt. It must fit this machine's libvirt library, so
+    it isn't among farmhand's other requirements."""
     if find_spec("libvirt") is None:
         raise Unsupported(
             f"{sys.executable} finds no module libvirt",
@@ -46,7 +46,8 @@ def need_binding() -> None:
 
 
 def connection_lost(error: libvirt.libvirtError) -> bool:
-    """The daemon is gone, or was started anew: this connection will never answer again."""
+    """Whether the error says that the connection will never answer again: the daemon is gone, or was
+    started anew."""
     code, message = error.get_error_code(), error.get_error_message() or ""
     if code == _INVALID_CONN:
         return True
@@ -58,20 +59,22 @@ def connection_lost(error: libvirt.libvirtError) -> bool:
 
 
 def unreachable(error: libvirt.libvirtError) -> bool:
-    """Nobody listens there."""
+    """Whether the error says that nobody listens there."""
     message = error.get_error_message() or ""
     return error.get_error_code() in {_NO_CONNECT, _SYSTEM} and "connect socket" in message
 
 
 def going_down(error: libvirt.libvirtError) -> bool:
-    """Xen has the domain no more, and libvirt calls it running still: it asks libxl to destroy one with
-    its own lock let go, and what is read meanwhile fails so (libxlDomainGetInfo() in libxl_driver.c)."""
+    """Whether the error says that Xen has the domain no more, though libvirt calls it running. libvirt
+    destroys it without its own lock, and what is read meanwhile fails so (libxlDomainGetInfo() in
+    libxl_driver.c)."""
     message = error.get_error_message() or ""
     return error.get_error_code() == _INTERNAL and "libxl_domain_info failed" in message
 
 
 def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
-    """``doing``: "start kata-prod"; part of the message."""
+    """The error of ours for one of libvirt's. ``doing``: such as "start kata-prod"; it is part of the
+    message."""
     code = error.get_error_code()
     message = " ".join((error.get_error_message() or "unknown error").split())
     if port := _PORT.search(message):

@@ -54,7 +54,8 @@ class LibvirtHost(DrivenHost):
 
 
 class OpenLibvirt(OpenHost):
-    """Driver and store work here; or both in one agent on another machine, over one link."""
+    """A host whose driver and store work here, or both in one agent on another machine, over one
+    link."""
 
     def __init__(self, declared: LibvirtHost, around: Surroundings) -> None:
         super().__init__(around)
@@ -63,14 +64,14 @@ class OpenLibvirt(OpenHost):
 
     @abstractmethod
     def place(self) -> Place:
-        """What the drivers are opened by."""
+        """What the driver is opened with."""
 
     def store_place(self) -> StorePlace:
-        """What the store is opened by."""
+        """What the store is opened with."""
         return self.declared.disks.place(self.around.farm, self.around.beside)
 
     def _uri(self) -> str | Callable[[], str]:
-        """What is connected to here; or what gives it, at each connecting."""
+        """The URI to connect to from here, or a function that returns it, called at each connecting."""
         return self.declared.uri
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class OpenLibvirt(OpenHost):
         )
 
     def _linked(self) -> Link:
-        """To the machine of that host: one for its driver and its store."""
+        """The link to the machine of that host, which its driver and its store share."""
         with self._guard:
             if self._link is None:
                 from hypervisors.far.address import far

@@ -60,7 +60,7 @@ def asked_for(declared: Accelerator = "auto") -> Accelerator:
 
 
 def judge(accelerator: Accelerator, runner: Runner, cache: Path) -> KvmVerdict:
-    """As ``kvm_usable``; nothing is tried for ``tcg``."""
+    """See ``kvm_usable``; for ``tcg`` nothing is tried."""
     if accelerator == "tcg":
         return KvmVerdict(False, "emulation is what was asked for (accelerator: tcg)")
     return kvm_usable(runner, cache)
@@ -185,7 +185,7 @@ def try_guest(runner: Runner, qemu: str, accelerator: Literal["kvm", "tcg"], lim
 
 
 def _words(stderr: str) -> str:
-    """QEMU's first ones that are more than a warning."""
+    """QEMU's first line that is more than a warning; "" if there is none."""
     lines = [line for line in stderr.strip().splitlines() if ": warning: " not in line]
     return lines[0].removeprefix("qemu-system-x86_64: ").removeprefix("error: ") if lines else ""
 

@@ -228,8 +228,8 @@ _CLOCK = 3_579_545  # Hz (Advanced Configuration and Power Interface, 4.8.2.1)
 
 
 def read_answer(told: bytes) -> tuple[str, float | None]:
-    """The last stage's letter, and the seconds that the work took: None where it didn't come to its end,
-    or to another sum than it does."""
+    """The letter of the last stage that was reached, and the seconds that the work took. They are None
+    if the work didn't come to its end, or to a wrong sum."""
     stages, answer = told[: len(STAGES) - 1], told[len(STAGES) - 1 :]
     seconds = int.from_bytes(answer[8:], "little") / _CLOCK
     right = answer[:8] == _sum().to_bytes(8, "little")
@@ -238,7 +238,7 @@ def read_answer(told: bytes) -> tuple[str, float | None]:
 
 
 def _sum() -> int:
-    """What the generators come to, by the steps that double as they go: x, 2x, 4x ..."""
+    """The right sum of the generators' numbers, by steps that double: x, 2x, 4x ..."""
     steps, a, c = _ROUNDS * _LINES, 1, 0
     times_a, plus_c = _A, _C
     while steps:

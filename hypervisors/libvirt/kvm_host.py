@@ -118,7 +118,8 @@ def _kvm(declared: Sequence[Literal["auto", "kvm", "tcg"]], cache: Path) -> Chec
 
 
 class OpenKvm(OpenLibvirt):
-    """The farm's own libvirtd, the system's, the session's, or another machine's."""
+    """A host with QEMU: by the farm's own libvirtd, the system's, the session's, or another
+    machine's."""
 
     declared: KvmHost
 
@@ -151,22 +152,23 @@ class OpenKvm(OpenLibvirt):
 
     @property
     def _directory(self) -> Path:
-        """The private daemon's; it is there once something was made."""
+        """The private daemon's directory. It is there once something was made."""
         return self.around.directories.farm / "libvirt"
 
     def _nowhere_usable(self) -> bool:
-        """Of the farm's hosts that have that daemon."""
+        """Whether KVM works for none of the farm's hosts that have the private daemon."""
         sharing = (h for h in self.around.hosts.values() if isinstance(h, KvmHost) and h.private)
         return not any(_verdict(host, self.around.directories.cache).usable for host in sharing)
 
     def _uri(self) -> str | Callable[[], str]:
-        """Of a private daemon that was killed, it brings it back."""
+        """See ``OpenLibvirt._uri``. A private daemon that was killed is started again at the next
+        connecting."""
         private = self.daemon()
         return private.uri if private else self.declared.uri
 
     def _untouched(self) -> bool:
-        """A private daemon isn't needed to know that there is nothing: it has no directory, or holds no
-        definition and no disk."""
+        """See ``OpenHost._untouched``. Of a private daemon its directory tells: there is none, or no
+        definition and no disk in it."""
         if not self.declared.private:
             return False
         if self._directory.exists() and (daemon := self.daemon()) and daemon.defined():
@@ -225,7 +227,7 @@ class OpenKvm(OpenLibvirt):
 
 
 def _verdict(host: KvmHost, cache: Path) -> KvmVerdict:
-    """Of a host that is this machine."""
+    """Whether KVM works for a host that is this machine."""
     from hypervisors.libvirt.kvm import asked_for, judge
 
     return judge(asked_for(host.accelerator), Runner(), cache)

@@ -20,7 +20,8 @@ from inventory.errors import FarmhandError
 
 @dataclass(frozen=True, slots=True)
 class KvmTrust:
-    """``cache``: the directory that verdicts are kept in. Notes are of this boot and this user."""
+    """What guests have shown of this machine's KVM, since it booted and for this user. ``cache``: the
+    directory that notes and verdicts are kept in."""
 
     cache: Path
 
@@ -31,13 +32,13 @@ class KvmTrust:
         return False
 
     def prove(self) -> None:
-        """One has."""
+        """Note that a guest has answered under KVM."""
         if not self.proven():
             with contextlib.suppress(OSError, FarmhandError):  # as with verdicts
                 write_note(self._note, boot_id())
 
     def distrust(self, why: str) -> None:
-        """Drivers that are opened from now on do without it."""
+        """Note that KVM failed a guest. Drivers opened from now on do without it."""
         distrust_kvm(self.cache, why)
 
     @property

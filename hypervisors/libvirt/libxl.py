@@ -99,7 +99,8 @@ class Xen:
         return False
 
     def console_log(self, name: str, seen: DomainDefinition) -> Path | None:  # noqa: ARG002
-        """xenconsoled's; it goes on over all starts."""
+        """Path of xenconsoled's log of the machine, which goes on over all its starts; None if there is
+        none."""
         log = self.consoles / f"guest-{name}.log"
         return log if log.exists() else None
 
@@ -113,11 +114,12 @@ class Xen:
         return libxl_balloon.memory(domain, name, libxl_balloon.Xenstore(self.runner, domain.ID()))
 
     def notes(self, connection: libvirt.virConnect) -> Mapping[str, str]:  # noqa: ARG002
-        """Xen counts pages itself, and knows no time at which a guest told anything."""
+        """None: Xen counts pages itself, and knows no time at which a guest told anything."""
         return {}
 
     def why_no_start(self, domain: libvirt.virDomain, seen: DomainDefinition) -> FarmhandError | None:
-        """libxl says only that it failed. A device that another guest has open is the usual reason."""
+        """See ``DomainType.why_no_start``. libxl says only that it failed; the usual reason is a device
+        that another guest has open."""
         import libvirt
 
         wanted = {path.resolve() for path in seen.disks}

@@ -45,13 +45,13 @@ _LEAST = ((128, 8, 2), (512, 40, 4), (2048, 104, 8), (None, 296, 32))
 
 @dataclass(frozen=True, slots=True)
 class Xenstore:
-    """What is written below a running domain's own path. Only in dom0 itself: elsewhere nothing is."""
+    """What xenstore has of a running domain. It can be read in dom0 only; elsewhere there is nothing."""
 
     runner: Runner
     domain: int
 
     def read(self, key: str) -> int | None:
-        """A number; None where there is none, or no xenstore."""
+        """The number at a key below the domain's own path; None if there is none, or no xenstore."""
         if which("xenstore-read") is None:
             return None
         path = f"/local/domain/{self.domain}/{key}"
@@ -60,14 +60,14 @@ class Xenstore:
 
 
 def least(maximum: int) -> int:
-    """Bytes that a kernel with that maximum is left, whatever it uses."""
+    """Bytes that a kernel with that maximum keeps, whatever it uses."""
     mebibytes = maximum // _MIB
     base, part = next((b, p) for limit, b, p in _LEAST if limit is None or mebibytes < limit)
     return (base + mebibytes // part) * _MIB
 
 
 def memory(domain: libvirt.virDomain, name: str, store: Xenstore) -> MemoryUse:
-    """As ``Hypervisor.memory``."""
+    """See ``Hypervisor.memory``."""
     if not domain.isActive():
         raise stopped(name)
     actual, maximum = _actual(domain), domain.maxMemory() * 1024
@@ -87,7 +87,7 @@ def _floor(store: Xenstore, actual: int, maximum: int) -> tuple[int, bool]:
 def set_memory(
     domain: libvirt.virDomain, name: str, target: int, timeout: float, step: StepFn, store: Xenstore
 ) -> int:
-    """As ``Hypervisor.balloon``. On TimedOut the target becomes what was reached."""
+    """See ``Hypervisor.balloon``. On TimedOut the target becomes what was reached."""
     import libvirt
 
     if not domain.isActive():

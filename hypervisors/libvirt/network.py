@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def set_network(uri: str, xml: str) -> None:
-    """Define it; a new one is started, and begins with the host. FarmhandError: libvirt refuses."""
+    """Define a network, or change it. A new one is started, and again at each boot of the host.
+    FarmhandError if libvirt refuses."""
     import libvirt
 
     wanted = ET.fromstring(xml)  # noqa: S314 - ours, checked
@@ -36,7 +37,7 @@ def set_network(uri: str, xml: str) -> None:
 
 
 def drop_network(uri: str, name: str) -> None:
-    """As if it had never been defined."""
+    """Stop a network and remove its definition. If there is none, nothing is done."""
     with _connected(uri, f"remove libvirt's network {name}") as connection:
         known = _look_up(connection, name)
         if known is None:
@@ -47,7 +48,8 @@ def drop_network(uri: str, name: str) -> None:
 
 
 def _same_identity(old: ET.Element, new: ET.Element) -> None:
-    """libvirt takes a definition without these for another network of the same name."""
+    """Give the new definition the old one's uuid, MAC and bridge, where it has none: without them
+    libvirt takes it for another network of the same name."""
     for tag in ("uuid", "mac", "bridge"):  # where ours has no bridge, the one that libvirt chose
         found = old.find(tag)
         if found is not None and new.find(tag) is None:
@@ -55,7 +57,8 @@ def _same_identity(old: ET.Element, new: ET.Element) -> None:
 
 
 def _update(network: libvirt.virNetwork, wanted: ET.Element) -> None:
-    """The running one's hosts. Those that go first: an address may move."""
+    """Bring the running network's hosts in step. Those that go are removed first, for an address may
+    move to another."""
     import libvirt
 
     live = ET.fromstring(network.XMLDesc(0))  # noqa: S314 - libvirt's
@@ -90,7 +93,7 @@ def _names(host: str) -> set[str]:
 
 
 def _address_alone(host: str) -> str:
-    """What matches this one and no other of the same name."""
+    """A host element that matches this address and no other one of the same name."""
     address = ET.fromstring(host).get("ip", "")  # noqa: S314 - made here
     return ET.tostring(ET.Element("host", ip=address), encoding="unicode")
 

@@ -18,7 +18,8 @@ from hypervisors.libvirt.kvm import Accelerator, judge
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """``uri``: libvirt's, of the machine that these drivers run on."""
+    """What a libvirt driver and its store are opened with. ``uri`` is for the machine that they run
+    on."""
 
     disks: StorePlace
     driver: Literal["kvm", "xen"]
@@ -39,7 +40,7 @@ def open_machines(
     runner: Runner,
     callbacks: Callbacks,
 ) -> LibvirtHypervisor:
-    """``uri``: to connect to, instead of the place's own. Nothing is connected to yet."""
+    """The driver of a place. ``uri``: what it connects to at first use."""
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
@@ -48,7 +49,7 @@ def open_machines(
 
 
 def _kind(place: Place, directories: Directories) -> DomainType:
-    """Which hypervisor libvirt drives there."""
+    """The kind of domains of that place."""
     if place.driver == "xen":
         from hypervisors.libvirt.libxl import Xen
 

@@ -70,7 +70,7 @@ class PrivateLibvirt:
 
     @property
     def directory(self) -> Path:
-        """It is there once something was made."""
+        """The daemon's directory. It is there once something was made."""
         return self._directory
 
     def defined(self) -> frozenset[str]:
@@ -220,7 +220,7 @@ class PrivateLibvirt:
             )
 
     def _order(self, daemon: str) -> dict[str, object]:
-        """What ``_enclose`` is to do; all that it needs is made. NoSpace, WrongState."""
+        """Make all that the daemon needs; returns what ``_enclose`` is to do. NoSpace, WrongState."""
         try:
             return self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
         except OSError as error:
@@ -319,8 +319,8 @@ class PrivateLibvirt:
     # -- the processes ----------------------------------------------------------------------------
 
     def _guests(self) -> Iterator[tuple[str, int]]:
-        """Live QEMUs of this daemon: (machine name, pid). A pid that another program has now, or a
-        note from before a reboot, is not one."""
+        """Live QEMUs of this daemon, each as machine name and pid. A pid that another program has by now
+        doesn't count, nor a note from before a reboot."""
         for note in sorted(self._notes.glob("*.pid")):
             pid = _pid(note)
             if pid and f"guest={note.stem}," in _command_line(pid):
@@ -359,7 +359,7 @@ class PrivateLibvirt:
 
 
 def check_runtime(directory: Path) -> None:
-    """That a daemon's sockets can lie there. DriverFailed where they can't."""
+    """DriverFailed if a daemon's sockets can't lie in that directory."""
     root = os.geteuid() == 0
     sockets = [_socket(directory, root=root)]
     if not root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
@@ -411,7 +411,8 @@ def _command_line(pid: int) -> str:
 
 
 def _end(pid: int, how: signal.Signals | None) -> bool:
-    """Signal the process (None: don't) and wait until it is gone; False if it is still there."""
+    """Send the process a signal (None: none), and wait until it is gone. Returns False if it is still
+    there."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:

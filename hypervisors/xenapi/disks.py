@@ -168,9 +168,9 @@ class XenApiDisks:
             return capacity_of(self.pool.call("SR.get_record", self.pool.sr()))
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
-        """By what the store says of the disk since it was swapped in (``freshness``), and if no machine
-        ran with it (``Pool.never_ran``); our own start takes the proof away first. What can't be
-        looked at is not proven."""
+        """See ``Disks.pristine``. What the store says of the disk since it was swapped in
+        (``freshness``) proves it, if no machine ran with it (``Pool.never_ran``). Our own start takes
+        the proof away before. What can't be looked at is not proven."""
         with translated(f"look at the disk of {machine}"):
             seen = self.ours(machine)
             fresh, vdi = seen.vm.marks.get("fresh"), seen.vdi
@@ -198,12 +198,12 @@ class XenApiDisks:
             return self.disk(PoolMachine(XenApiVm(vm.ref, made), vdi, (), (), {}, None, ""))
 
     def named(self, vdi: Vdi, machine: str) -> None:
-        """A disk is called after its machine; one grown from a checkpoint is so already."""
+        """Name a disk after its machine. One grown from a checkpoint has that name already."""
         if vdi.record["name_label"] != machine:
             self.pool.call("VDI.set_name_label", vdi.ref, machine)
 
     def check_name(self, machine: str) -> None:
-        """Conflict where a machine of that name has a disk; NotOurs where it is somebody else's."""
+        """Conflict if a machine of that name has a disk; NotOurs if it is somebody else's."""
         vm = self.pool.machine(machine)
         if vm is None:
             return
@@ -297,7 +297,7 @@ class XenApiDisks:
     def _snapshot(
         self, seen: PoolMachine, name: str, label: str, undo: contextlib.ExitStack
     ) -> XenApiVm:
-        """Complete but for its name."""
+        """Make a checkpoint that is complete but for its name."""
         assert seen.vdi
         owner, vm, call = _owner(seen), seen.vm, self.pool.call
         before = {**vm.marks, "before": seen.base, "base": name, "fresh": ""}
@@ -327,7 +327,8 @@ class XenApiDisks:
         return XenApiVm(ref, {**record, "other_config": config})
 
     def _attached_anew(self, seen: PoolMachine) -> None:
-        """So that its VBD tells of starts since the checkpoint, not of those before."""
+        """Attach the machine's disk anew, so that its VBD tells of starts since the checkpoint, not of
+        those before."""
         assert seen.vdi and seen.attached
         vbd, vdi = seen.attached
         if seen.vbds[vbd]["device"]:
@@ -365,7 +366,8 @@ class XenApiDisks:
             return half_back(seen.vm, seen.checkpoints)
 
     def restore_seen(self, everyone: Sequence[PoolMachine], name: str) -> Sequence[Disk]:
-        """Of machines that were just looked at, and are stopped by now."""
+        """Put machines back that were just looked at and are stopped. NotFound for an unknown
+        checkpoint."""
         machines = ", ".join(seen.vm.name for seen in everyone)
         for seen in everyone:
             if name not in seen.checkpoint_names:
@@ -473,7 +475,8 @@ class XenApiDisks:
     # -- removing ---------------------------------------------------------------------------------
 
     def destroy(self, machine: str) -> None:
-        """All of it, where nobody defined the machine; else the definition stays, without a disk."""
+        """See ``Disks.destroy``. The whole VM goes if no machine was defined of it; else the definition
+        stays, without a disk."""
         with translated(f"destroy the disk of {machine}"):
             vm = self.pool.machine(machine)
             if vm is None:
@@ -504,7 +507,7 @@ class XenApiDisks:
 
 
 def without_disk(seen: PoolMachine) -> Remedy:
-    """What to do about a machine that has none."""
+    """What to do about a machine that has no disk."""
     if seen.vm.disk is None:
         return ("destroy it, then ", Call("clone-farm"))
     last, vm = seen.checkpoint_names[-1], seen.vm.marks["vm"]

@@ -256,7 +256,8 @@ class XenApiHypervisor:
         )  # fmt: skip
 
     def _network(self, spec: MachineSpec) -> str:
-        """By its name, or its bridge's; all networks looked up once."""
+        """The reference of the network with that name, or with that bridge. All networks are looked up
+        once. NotFound if there is none."""
         key = "bridge" if spec.nic.mode == "bridge" else "name_label"
         if spec.nic.target not in self._networks:
             for ref, record in self._pool.call("network.get_all_records").items():
@@ -483,13 +484,14 @@ class XenApiHypervisor:
             return MemoryUse(actual=_current(vm.record, metrics), maximum=most, least=least)
 
     def console(self, name: str) -> Console:
-        """None of ours: XenAPI's consoles are for a browser or a VNC client, through the server."""
+        """A console without a command and without a log: XenAPI's are for a browser or a VNC client,
+        through the server."""
         with translated(f"console of {name}"):
             self._ours(name)
         return Console(argv=(), log=None)
 
     def pulse(self, name: str) -> None:
-        """Servers keep no log of a console, and no count of what a guest read and wrote."""
+        """None: servers keep no log of a console, and no count of what a guest read and wrote."""
 
     # -- removing ---------------------------------------------------------------------------------
 
@@ -572,7 +574,7 @@ def _halted(error: XenApiError) -> bool:
 
 
 def _brief(error: XenApiError) -> str:
-    """Without references, which tell nobody anything."""
+    """The error's words without references, which tell nobody anything."""
     return " ".join((error.code, *(p for p in error.parameters if not p.startswith("OpaqueRef:"))))
 
 

@@ -67,7 +67,7 @@ _KINDS: dict[str, tuple[type[FarmhandError], Remedy]] = {
 
 
 class XenApiError(Exception):
-    """As the server put it: a code and its parameters. Stays within this package."""
+    """An error as the server told it: a code and its parameters. It stays within this package."""
 
     def __init__(self, description: Sequence[str]) -> None:
         super().__init__(" ".join(description))
@@ -83,7 +83,7 @@ def translate(error: XenApiError, doing: str) -> FarmhandError:
 
 @contextlib.contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """What the server refuses within is one of ours outside."""
+    """Raise what the server refuses within the ``with`` as an error of ours."""
     try:
         yield
     except XenApiError as error:

@@ -22,7 +22,7 @@ class XenApiLeftovers:
         self._nameless: frozenset[str] = frozenset()  # as of the last look for leftovers
 
     def remove(self, seen: PoolMachine) -> None:
-        """The whole machine. From the first call on it isn't there any more, only its remains."""
+        """Remove the whole machine. From the first call on it isn't there any more, only its remains."""
         self.pool.give_up(seen.vm)
         swept = [s for s in seen.unfinished if made_for(s.name)]
         self.pool.raze([*seen.checkpoints, *swept, seen.vm])
@@ -105,7 +105,7 @@ class XenApiLeftovers:
         return "its machine has another" if is_seed and "vm" in marks else ""
 
     def discard(self, leftover: Leftover) -> None:
-        """Looked at once more: what is no leftover any more stays."""
+        """Remove a leftover, which is looked up again first: what is none any more stays."""
         kind, _, uuid = leftover.ref.partition("/")
         with translated(f"discard {leftover.ref}"):
             vms = self.pool.all_vms()
@@ -144,6 +144,6 @@ class XenApiLeftovers:
 
 
 def _meant_for(name: str) -> Owner | None:
-    """None where it was for no VM in particular, as a template."""
+    """Whom the name says it was made for; None if it was no VM in particular, as for a template."""
     owner = made_for(name)
     return owner if owner and owner.vm else None

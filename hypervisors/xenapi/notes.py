@@ -18,13 +18,14 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 
 class Notes:
-    """``directory`` None: nothing is noted. ``plan``: they are read only."""
+    """Uuids of disks that were made for us, each noted as a file of that name. ``directory`` None:
+    nothing is noted. ``plan``: notes are only read."""
 
     def __init__(self, directory: Path | None = None, *, plan: bool = False) -> None:
         self._directory, self.plan = directory, plan
 
     def add(self, uuids: Iterable[str]) -> None:
-        """Durable when this returns."""
+        """Note these; the notes are durable when this returns."""
         wanted = [uuid for uuid in uuids if _UUID.fullmatch(uuid)]
         if self._directory is None or not wanted:
             return
@@ -44,7 +45,7 @@ class Notes:
             (self._directory / uuid).unlink(missing_ok=True)
 
     def all(self) -> frozenset[str]:
-        """Also those of living processes."""
+        """All uuids that are noted, those of living processes among them."""
         if self._directory is None or not self._directory.is_dir():
             return frozenset()
         names = (path.name for path in self._directory.iterdir())

@@ -41,8 +41,8 @@ _REMOVING = (
 
 @dataclass(frozen=True, slots=True)
 class PoolMachine:
-    """A machine with all that belongs to it. ``token``: of the moment it was seen, for what changed
-    since (``wait.look``)."""
+    """A machine with all that belongs to it, as of one moment. ``token``: that moment's, to ask for what
+    changed since (``wait.look``)."""
 
     vm: XenApiVm
     vdi: Vdi | None  # the one the mark names, if it is there
@@ -55,7 +55,8 @@ class PoolMachine:
 
     @property
     def attached(self) -> tuple[str, str] | None:
-        """The VBD and the VDI at the disk's place."""
+        """The references of the VBD and the VDI at the disk's place; None if nothing is attached
+        there."""
         for ref, record in self.vbds.items():
             if record["userdevice"] == DISK and record["VDI"] != NULL:
                 return ref, str(record["VDI"])
@@ -87,13 +88,14 @@ class PoolMachine:
 
 
 def freshness(vdi: Vdi) -> str:
-    """What changes when a disk is written to, as far as its record tells: its own bytes in the storage,
-    as of VDI.update, and the snapshots of it. Whether a machine ran with it: ``Pool.never_ran``."""
+    """A text that changes when a disk is written to, as far as its record tells: its own bytes in the
+    storage, as of VDI.update, and the snapshots of it. ``Pool.never_ran`` tells whether a machine ran
+    with it."""
     return f"{vdi.uuid} {vdi.used} {len(vdi.record['snapshots'])}"
 
 
 class _Mine(threading.local):
-    """Of this thread: each does one thing at a time."""
+    """What concerns one thread's calls; each thread does one thing at a time."""
 
     doubts = True
     """Something was changed, by whomever, that the server's disk may not have."""
@@ -117,7 +119,7 @@ class Pool:
         notes: Notes | None = None,
         warn: WarnFn = no_warning,
     ) -> None:
-        """``notes``: of what we made, on this machine's disk."""
+        """``notes``: where what was made for us is noted, on this machine's disk."""
         self.sessions, self.farm, self.copy = sessions, farm, copy
         self.notes = notes or Notes()
         self._damaged = DamagedMarks(warn)
@@ -148,7 +150,7 @@ class Pool:
             self._count(name)
 
     def _looks(self) -> None:
-        """What failed before is told already: whoever looks now begins anew. The notes of what was made
+        """Begin a new look at what there is. What failed before has been told. Notes of what was made
         stay, for whoever sweeps up."""
         self._mine.doubts, self._mine.lost = True, False
         if self._mine.failed:
@@ -159,7 +161,7 @@ class Pool:
     # -- what outlives the server's power ---------------------------------------------------------
 
     def _count(self, name: str) -> None:
-        """Afterwards: what ``keep`` has begun before is not sure to have it."""
+        """Count a change that was made. A ``keep`` that has begun already may not have it."""
         class_, _, verb = name.partition(".")
         if class_ in _ASKING or verb.startswith("get_") or name in _UNCHANGING:
             return
@@ -171,8 +173,8 @@ class Pool:
                 self._mine.renewed = self.sessions.renewed
 
     def keep(self) -> None:
-        """All that was changed until now is on the server's disk. DriverFailed where the server was
-        started again since this thread's first change: then it may have lost that."""
+        """Have all that was changed until now on the server's disk. DriverFailed if the server was
+        started again since this thread's first change: it may have lost that."""
         with self._guard:
             changes, noted = self._changes, list(self._noted)
         if not self._mine.lost:
@@ -195,32 +197,32 @@ class Pool:
         self.notes.drop(noted)
 
     def keep_first(self) -> None:
-        """Before something is destroyed, unless nothing was changed since it was kept."""
+        """Called before something is destroyed: keep what was changed, unless all is kept."""
         if self._mine.doubts:
             self.keep()
 
     def keep_rest(self) -> None:
-        """At the end of a command: where anything is not kept yet."""
+        """Called at the end of a command: keep what was changed, unless all is kept."""
         if self._changes > self._kept:
             self.keep()
 
     def note(self, vdis: Iterable[Vdi]) -> None:
-        """That these were made for us: see ``notes``."""
+        """Note that these were made for us: see ``notes``."""
         uuids = [vdi.uuid for vdi in vdis]
         self.notes.add(uuids)
         with self._guard:
             self._noted += uuids
 
     def note_of(self, ref: str, batch: Batch) -> None:
-        """The disks of that VM, as a look for what had changed brought them; never anybody else's."""
+        """Note the VM's disks among what a look has brought; never anybody else's."""
         found = batch.records
         refs = {r["VDI"] for r in found.values() if r and r.get("VM") == ref and "userdevice" in r}
         refs.add((found.get(ref) or {}).get("suspend_VDI", NULL))
         self.note([Vdi(vdi, record) for vdi in refs if (record := found.get(vdi))])
 
     def destroy_vdi(self, ref: str) -> None:
-        """For good. One whose file is gone already, by a power cut that took the news of it, goes once
-        the server has looked at its storage."""
+        """Destroy a disk for good. One whose file went before, in a power cut that took the news of it,
+        goes once the server has looked at its storage."""
         self.keep_first()
         try:
             self.call("VDI.destroy", ref)
@@ -265,7 +267,8 @@ class Pool:
         return best
 
     def know(self, name: str, ref: str) -> None:
-        """Of a machine of ours that was just made: it is looked up with one call less."""
+        """Remember the reference of a machine of ours that was just made: it is then looked up with one
+        call less."""
         self._refs[name] = ref
 
     def _is_ours(self, vm: XenApiVm) -> bool:
@@ -298,9 +301,10 @@ class Pool:
         return vm.marks.get("farm", "")
 
     def _disk(self, vm: XenApiVm, records: Mapping[str, Record]) -> Vdi | None:
-        """By the mark's uuid; its reference may have changed, as when storage was moved. Where that one
-        is gone, and another attached, a switch landed late: whoever had asked for it was killed or had
-        given up, and the fresh disk was removed again. The old one is the machine's as it was."""
+        """The machine's disk, by its mark's uuid; its reference may have changed, as when storage was
+        moved. If that disk is gone and another one is attached, a switch landed late: whoever asked for
+        it had been killed or given up, and the fresh disk was removed. The attached one is then the
+        machine's, as it was."""
         if vm.disk is None:
             return None
         uuid, ref = vm.disk
@@ -320,7 +324,7 @@ class Pool:
 
     @staticmethod
     def disk_among(vm: XenApiVm, vdis: Iterable[Vdi]) -> Vdi | None:
-        """The same, of a list of all."""
+        """The machine's disk, found as by ``_disk``, in a list of all disks."""
         if vm.disk is None:
             return None
         found = None
@@ -372,7 +376,8 @@ class Pool:
     # -- whether a disk was used -------------------------------------------------------------------
 
     def update(self, vdi: Vdi) -> None:
-        """Its record tells what the storage says of it from here on; until then, what it took once."""
+        """Have the disk's record say what its storage says of it now; before, it has what the storage
+        said once."""
         try:
             self.call("VDI.update", vdi.ref)
         except XenApiError as error:
@@ -437,8 +442,8 @@ class Pool:
     # -- growing and swapping ---------------------------------------------------------------------
 
     def grow(self, source: XenApiVm, name: str, token: str) -> tuple[XenApiVm, Vdi]:
-        """A new VM ``name`` with a disk of its own grown from ``source``'s (a template or a snapshot);
-        ``token``: of before."""
+        """Make a new VM ``name`` with a disk of its own, grown from that of ``source``, a template or a
+        snapshot. ``token``: of a look before that."""
         if self.copy:
             ref = self.do("VM.copy", source.ref, name, self.sr())
         else:
@@ -473,8 +478,8 @@ class Pool:
         return None
 
     def settle(self, seen: PoolMachine, vdi: Vdi | None = None) -> None:
-        """Attach the disk that the mark names; what was attached in its place is an old one of the
-        machine's, and is removed. ``vdi``: the mark's, where it was just written."""
+        """Attach the disk that the machine's mark names. Another one in its place is an old disk of the
+        machine, and is removed. ``vdi``: the mark's disk, if the mark was just written."""
         wanted = vdi or seen.vdi
         if wanted is None or (seen.attached and seen.attached[1] == wanted.ref):
             return
@@ -502,7 +507,8 @@ class Pool:
                 raise
 
     def remove_vdi(self, ref: str, vbds: Iterable[str], record: Record | None = None) -> None:
-        """Unless somebody attached it elsewhere, beside these VBDs: then it is theirs now, too."""
+        """Destroy a disk, unless somebody attached it elsewhere than by these VBDs: then it is theirs
+        too."""
         if record is None:
             try:
                 record = self.call("VDI.get_record", ref)
@@ -514,9 +520,10 @@ class Pool:
             self.destroy_vdi(ref)
 
     def raze(self, vms: Sequence[XenApiVm], *, keep: Iterable[str] = ()) -> None:
-        """VMs, templates and snapshots with their disks, in the order given; each one's disks first, so
-        that none is ever left that nothing refers to. ``keep``: VDIs of others. A snapshot with memory
-        holds its disks as a machine that runs does, until it is shut down, which gives its memory up."""
+        """Remove VMs, templates and snapshots with their disks, in that order; of each the disks first,
+        so that none is left that nothing refers to. ``keep``: VDIs of others. A snapshot with memory is
+        shut down first, which gives its memory up: till then it holds its disks as a running machine
+        does."""
         wanted = [f"vbd/{ref}" for vm in vms for ref in vm.record["VBDs"]]
         vbds = look(self.sessions, wanted).records if wanted else {}
         disks: dict[str, list[str]] = {
@@ -547,11 +554,12 @@ class Pool:
                 raise
 
     def give_up(self, vm: XenApiVm) -> None:
-        """Mark what is about to be removed: from here on it isn't there any more, only its remains."""
+        """Mark a machine that is about to be removed: from now on it isn't there any more, only its
+        remains."""
         marks = {key: vm.marks.get(key, "") for key in ("farm", "vm", "label")} | {"kind": "gone"}
         self.call("VM.set_other_config", vm.ref, vm.other_config(marks))
 
     def undo(self, ref: str, *, keep: Iterable[str] = ()) -> None:
-        """Of what was just being made; what can't be removed now is found later."""
+        """Remove what was just being made. What can't be removed now is found later, as a leftover."""
         with contextlib.suppress(XenApiError, FarmhandError):
             self.raze([XenApiVm(ref, self.call("VM.get_record", ref))], keep=keep)

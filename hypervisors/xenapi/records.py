@@ -115,8 +115,8 @@ class XenApiVm:
         return (uuid, ref) if ref else None
 
     def other_config(self, marks: Mapping[str, str]) -> dict[str, str]:
-        """Everybody else's keys as they are, ours as given (an empty value: none), written for this
-        object."""
+        """The other_config to write for the VM: everybody else's keys as they are, and these marks for
+        this very object; a mark with an empty value is left out."""
         config = self.record["other_config"]
         kept = {key: value for key, value in config.items() if not key.startswith(PREFIX)}
         ours = {**marks, "uuid": self.uuid}
@@ -210,7 +210,7 @@ def started(metrics: Mapping[str, Any]) -> datetime:
 
 
 def capacity_of(sr: Mapping[str, Any]) -> Capacity:
-    """Of a storage repository's record."""
+    """The capacity that a storage repository's record tells."""
     with answer_of("xapi", "the XenAPI server"):
         total = int(sr["physical_size"])
         return Capacity(total, max(0, total - int(sr["physical_utilisation"])))

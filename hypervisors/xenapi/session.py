@@ -180,7 +180,7 @@ class Sessions:
 
     @property
     def url(self) -> str:
-        """Of the pool's master, once known."""
+        """The URL of the pool's master, once that is known."""
         return self._url
 
     def call(self, name: str, *arguments: object) -> Any:

@@ -136,7 +136,7 @@ class TemplateImages:
             return sorted(found, key=lambda t: (t.name, t.generation))
 
     def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
-        """Those of the farm's."""
+        """The farm's templates among these VMs."""
         return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
 
     def remove(self, label: str) -> None:

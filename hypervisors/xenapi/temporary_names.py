@@ -32,7 +32,7 @@ _guard = threading.Lock()
 
 @contextlib.contextmanager
 def temporary_name(owner: Owner) -> Iterator[str]:
-    """A new name, of something alive within the context."""
+    """A new name for something under construction, which counts as alive within the ``with``."""
     pid = os.getpid()
     maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"
     name = f"{NEW}{owner.farm}/{owner.vm} {maker}"
@@ -46,13 +46,13 @@ def temporary_name(owner: Owner) -> Iterator[str]:
 
 
 def made_for(name: str) -> Owner | None:
-    """For whom it was meant to be; None for names that aren't ours."""
+    """Whose it was to be, by its name; None if the name isn't one of ours."""
     match = _NAME.fullmatch(name)
     return Owner(match["farm"], match["vm"]) if match else None
 
 
 def is_dead(name: str) -> bool:
-    """Whether nobody makes it any more; False for names that aren't ours."""
+    """Whether nobody is making it any more, by its name. False if the name isn't one of ours."""
     match = _NAME.fullmatch(name)
     if match is None:
         return False

@@ -26,7 +26,7 @@ ProgressFn = Callable[[str, float], None]
 
 
 def no_progress(_what: str, _part: float) -> None:
-    """For callers that show none."""
+    """The ProgressFn of callers that show none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ def do(
     progress: ProgressFn = no_progress,
     limit: float = PATIENCE,
 ) -> str:
-    """A call that takes long, as a task of the server's; what it returned, as text. A task that is
-    over its limit is cancelled: TimedOut. XenApiError as the call itself would."""
+    """Do a call that takes long, as a task of the server's. Returns what the call returned, as text. A
+    task that is over its limit is cancelled: TimedOut. XenApiError as the call itself would raise it."""
     task = str(sessions.call(f"Async.{name}", *arguments))
     try:
         for record in watch(sessions, f"task/{task}", limit, pause=_FIRST_PAUSE):

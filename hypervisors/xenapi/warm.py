@@ -87,7 +87,7 @@ def half_back(vm: XenApiVm, snapshots: Iterable[XenApiVm]) -> str:
 
 
 class WarmCheckpoints:
-    """Its callers translate errors."""
+    """Warm checkpoints of machines. Its callers translate the server's errors."""
 
     def __init__(self, pool: Pool, step: StepFn, headroom: int) -> None:
         self.pool = pool
@@ -95,7 +95,7 @@ class WarmCheckpoints:
         self._headroom = headroom
 
     def why_not(self) -> str:
-        """Why this server can't keep memory; "": it can."""
+        """Why this server can't keep memory; "" if it can."""
         return "" if self._suspend_sr() else "the pool has no suspend image SR: no warm checkpoints"
 
     def _suspend_sr(self) -> Mapping[str, Any] | None:
@@ -175,7 +175,8 @@ class WarmCheckpoints:
             )
 
     def _as_it_was(self, vm: XenApiVm) -> None:
-        """Its marks, where it runs; else its image may be one that has run on already."""
+        """Put the machine's marks back, if it runs. If it doesn't, its image may be one that has run on
+        already, and the marks stay."""
         with contextlib.suppress(XenApiError, FarmhandError):
             now = XenApiVm(vm.ref, self.pool.call("VM.get_record", vm.ref))
             if now.power is Power.RUNNING:
@@ -185,8 +186,8 @@ class WarmCheckpoints:
     # -- and back ---------------------------------------------------------------------------------
 
     def back(self, seen: PoolMachine, name: str) -> None:
-        """Of a stopped machine; afterwards it is suspended. See the module's head. An error leaves it as
-        it was, or half back. May be called again, and for another checkpoint."""
+        """Put a stopped machine back to a warm checkpoint; it is then suspended. See the module's head.
+        An error leaves it as it was, or half back. May be called again, and for another checkpoint."""
         vm, kept = seen.vm, seen.checkpoint(name)
         assert vm.owner and kept
         if vm.power is not Power.STOPPED:
@@ -212,7 +213,7 @@ class WarmCheckpoints:
         self._whole(seen, kept)
 
     def _disk_of(self, kept: XenApiVm) -> Vdi | None:
-        """A snapshot's."""
+        """The disk of a snapshot; None if it is gone."""
         vbds = look(self.pool.sessions, [f"vbd/{ref}" for ref in kept.record["VBDs"]]).records
         for vbd in vbds.values():
             if vbd and vbd["userdevice"] == DISK and self._is_there(vbd["VDI"]):
@@ -241,7 +242,7 @@ class WarmCheckpoints:
             raise
 
     def _unless_begun(self, seen: PoolMachine, kept: XenApiVm, names: Mapping[str, str]) -> None:
-        """Refused: all is taken back, where the server has not begun. It begins with the marks. A
+        """Take everything back after a refusal, if the server has not begun: it begins with the marks. A
         machine that was half back before stays so."""
         if half_back(seen.vm, seen.checkpoints):
             return
@@ -254,7 +255,8 @@ class WarmCheckpoints:
                 self.pool.call("VM.set_other_config", kept.ref, kept.other_config(kept.marks))
 
     def _whole(self, before: PoolMachine, kept: XenApiVm) -> None:
-        """Steps 4 and 5. The marks of the moment tell its definition as it is now."""
+        """Steps 4 and 5, see the module's head. The marks of the checkpoint's moment tell the definition
+        that the machine has now."""
         call, name = self.pool.call, kept.marks["checkpoint"]
         seen = self.pool.seen(XenApiVm(before.vm.ref, call("VM.get_record", before.vm.ref)))
         vm, attached = seen.vm, seen.attached
@@ -276,7 +278,7 @@ class WarmCheckpoints:
         call("VM.set_other_config", kept.ref, kept.other_config({**kept.marks, "revert": ""}))
 
     def resume(self, seen: PoolMachine, doing: str) -> None:
-        """A suspended machine runs on, on the disk that its memory is of."""
+        """Have a suspended machine run on, on the disk that its memory belongs to."""
         vm, image = seen.vm, str(seen.vm.record["suspend_VDI"])
         name, call = vm.name, self.pool.call
         self.refuse_half(seen)
@@ -314,7 +316,7 @@ class WarmCheckpoints:
             raise
 
     def refuse_half(self, seen: PoolMachine) -> None:
-        """WrongState for a machine that must not run before it is put back once more."""
+        """WrongState if the machine must not run before it is put back once more."""
         name = half_back(seen.vm, seen.checkpoints)
         if name and seen.vm.owner:
             raise WrongState(
@@ -323,7 +325,8 @@ class WarmCheckpoints:
             )
 
     def lost_disk(self, seen: PoolMachine) -> Disk | None:
-        """Of a machine half back, whose disk may be gone: what the checkpoint's tells of it."""
+        """The disk of a machine that is half back, as far as the checkpoint's tells; its own may be
+        gone. None if that is gone too."""
         kept = seen.checkpoint(half_back(seen.vm, seen.checkpoints))
         vdi = self._disk_of(kept) if kept else None
         if kept is None or vdi is None or not seen.vm.disk or not seen.vm.owner:
@@ -338,6 +341,6 @@ class WarmCheckpoints:
 
 
 def _disks(seen: PoolMachine) -> list[str]:
-    """All that is attached to it: its disk, its seed."""
+    """References of all disks attached to it: its own, its seed."""
     vbds: Iterable[Mapping[str, Any]] = seen.vbds.values()
     return [vbd["VDI"] for vbd in vbds if vbd["VDI"] != NULL and vbd["type"] == "Disk"]

@@ -34,7 +34,7 @@ from inventory.subscribers import EventSubscriber
 
 if TYPE_CHECKING:
     from host.run import Runner
-    from provision.engine.journal import Record
+    from provision.engine.record import Record
 
 PATIENCE = 3.0
 """Seconds that a command waits at its end for what can be delivered now."""

@@ -13,10 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from host.files import make_directory
 from host.processes import Process
@@ -34,10 +33,8 @@ from provision.engine import events
 from provision.engine.database import PATIENCE, busy, own_database, refuse_foreign
 from provision.engine.events import Outbox
 from provision.engine.facts import Facts, to_json
+from provision.engine.record import Record
 from provision.engine.requester import NOBODY, Requester
-
-if TYPE_CHECKING:
-    from provision.engine.operation import Activity
 
 _VERSION = 2
 _FOREIGN = "move it aside: history is lost, VMs are not"
@@ -65,6 +62,7 @@ _COLUMNS = (
 )
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Facts)
+_F_co = TypeVar("_F_co", bound=Facts, covariant=True)
 _current: ContextVar[Entry[Any] | None] = ContextVar("farmhand_entry", default=None)
 
 
@@ -80,47 +78,13 @@ def current_entry() -> Entry[Any] | None:
     return _current.get()
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """An activity as the journal has it. Times are UTC. ``verb``: the activity's name. ``vms``: the VMs
-    it is about, in the farm file's order; empty: the whole farm, or no VM. ``outcome``: "done",
-    "failed", "interrupted", "recovered", or "" if it never ended. ``in_its_way``: why its last recovery
-    failed; "" if none did."""
-
-    id: int
-    verb: str
-    vms: tuple[str, ...]
-    facts: Mapping[str, object]
-    process: Process
-    started: datetime
-    ended: datetime | None
-    outcome: str
-    error: str
-    in_its_way: Text
-    settled: bool
-    requester: Requester = NOBODY
-    steps: tuple[tuple[datetime, str], ...] = ()
+class Journaled(Protocol[_F_co]):
+    """What the journal has to know of an activity (``engine.operation.Activity``) to begin it."""
 
     @property
-    def vm(self) -> str:
-        """The one VM that it is about; "" if there are several, or none."""
-        return self.vms[0] if len(self.vms) == 1 else ""
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "id": self.id,
-            "verb": self.verb,
-            "vm": self.vm,
-            "vms": list(self.vms),
-            "facts": dict(self.facts),
-            "pid": self.process.pid,
-            "started": self.started.isoformat(),
-            "ended": self.ended.isoformat() if self.ended else None,
-            "outcome": self.outcome,
-            "error": self.error,
-            "requester": self.requester.as_dict(),
-            "steps": [{"at": at.isoformat(), "text": text} for at, text in self.steps],
-        }
+    def name(self) -> str: ...
+    @property
+    def facts(self) -> type[_F_co]: ...
 
 
 class Entry(Generic[_F]):
@@ -178,7 +142,7 @@ class Journal:
         self._process: Process | None = None
 
     @contextlib.contextmanager
-    def begin(self, activity: Activity[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
+    def begin(self, activity: Journaled[_F], vms: Sequence[str], facts: _F) -> Iterator[Entry[_F]]:
         """Write the beginning, bind ``current_step`` to it, write the end. Left by Ctrl-C or
         Interrupted, the entry gets no end, as if the process were killed."""
         process, who = self._this_process(), self._requester
@@ -243,11 +207,6 @@ class Journal:
         """Activities whose process died, or was interrupted midway; oldest first."""
         records = self._records("WHERE settled = 0 ORDER BY id", ())
         return tuple(r for r in records if r.ended is not None or not r.process.alive())
-
-    def under_way(self) -> tuple[Record, ...]:
-        """Activities of living processes, oldest first."""
-        records = self._records("WHERE settled = 0 AND ended IS NULL ORDER BY id", ())
-        return tuple(r for r in records if r.process.alive())
 
     def find(self, id: int) -> Record | None:
         return next(iter(self._records("WHERE id = ?", (id,))), None)

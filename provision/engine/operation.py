@@ -23,9 +23,10 @@ from provision.engine.locks import lock_of
 from provision.engine.report import R_co
 
 if TYPE_CHECKING:
-    from provision.engine.journal import Entry, Record
+    from provision.engine.journal import Entry
     from provision.engine.plan import Plan
-    from provision.engine.runner import Run
+    from provision.engine.record import Record
+    from provision.engine.run import Run
     from provision.site import Site
 
 F = TypeVar("F", bound=Facts)
@@ -37,9 +38,11 @@ class Operation(ABC, Generic[R_co]):
     back is a frozen dataclass: NoResult if its actions say it all."""
 
     name: ClassVar[str]
-    """As the command line has it."""
+    """Its key in the registry: the task's name, where a task has one operation only."""
     at_any_time: ClassVar[bool] = False
     """Whether a half-done change of its VMs' disks is not in its way."""
+    recovers_first: ClassVar[bool] = True
+    """Whether what killed commands left is recovered before it is planned."""
 
     def affected(self, _site: Site) -> tuple[str, ...]:
         """The VMs that nobody else may use meanwhile; the engine takes their locks. NotFound for one

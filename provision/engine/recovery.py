@@ -14,40 +14,37 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from host.files import sweep
-from inventory.errors import Busy, FarmhandError, Interrupted, Several, Text, WrongState, spelled
+from inventory.errors import Busy, FarmhandError, Interrupted, Text, WrongState, spelled
 from provision.engine import registry
 from provision.engine.operation import Recovery
 from provision.engine.report import Action
 
 if TYPE_CHECKING:
-    from provision.engine.journal import Record
+    from provision.engine.record import Record
     from provision.site import Site
 
 
-def recover_all(site: Site, vms: Sequence[str] = (), *, strict: bool = False) -> tuple[Action, ...]:
+def recover_all(site: Site, vms: Sequence[str] = ()) -> tuple[Action, ...]:
     """Recover all that is unfinished, except what others hold a lock on. Returns what was done (in a
-    plan: what would be). ``vms``: those of the command that asks. Errors become warnings; with
-    ``strict`` they are raised at the end."""
+    plan: what would be). ``vms``: those of the command that asks. Errors become warnings."""
     actions: list[Action] = []
-    failed: dict[str, FarmhandError] = {}
     for record in site.journal.unfinished():
         try:
-            actions += _recover(site, record)
+            recovery = foresee(site, record) if site.plan else recover(site, record)
+            if recovery is not None:
+                actions.append(told(record, recovery))
         except Busy as error:
             site.reporter.warn(f"not recovered now: {error.message}", vm=record.vm)
         except Interrupted:
             raise
         except FarmhandError as error:
-            failed.setdefault(", ".join(record.vms) or record.verb, error)
             # one for the VMs of a half-done change is refused, and told why
             concerned = set(vms) & set(record.vms) and not half_done(record)
-            if not strict and (concerned or whole(error) != record.in_its_way):
+            if concerned or whole(error) != record.in_its_way:
                 text = (f"could not recover its {record.verb}: ", whole(error))
                 site.reporter.warn(text, vm=record.vm)
     if actions and not site.plan:
-        _sweep(site)
-    if strict and failed:
-        raise next(iter(failed.values())) if len(failed) == 1 else Several(failed)
+        sweep_temporary(site)
     return tuple(actions)
 
 
@@ -83,17 +80,23 @@ def giving(site: Site, record: Record, vm: str) -> int:
         return site.farm.vms[vm].memory
 
 
-def _recover(site: Site, record: Record) -> Iterator[Action]:
+def foresee(site: Site, record: Record) -> Recovery[Any]:
+    """How it would be recovered now, found by real reads. WrongState if this farmhand can't read the
+    record."""
     activity = registry.activity(record.verb)
-    facts = activity.facts_of(record)
-    if site.plan:
-        yield _action(record, activity.recover(site, record, facts))
-        return
-    doing = f"recover {record.verb} {record.vm}".strip()
-    with site.locks.hold(*activity.locks(site, record, facts), doing=doing):
+    return activity.recover(site, record, activity.facts_of(record))
+
+
+def recover(site: Site, record: Record) -> Recovery[Any] | None:
+    """Recover it, under its activity's locks, and say so. Returns how; None: somebody else did
+    meanwhile. Busy if another operation holds one of the locks; other errors are noted in the
+    journal."""
+    activity = registry.activity(record.verb)
+    locks = activity.locks(site, record, activity.facts_of(record))
+    with site.locks.hold(*locks, doing=f"recover {record.verb} {record.vm}".strip()):
         now = site.journal.find(record.id)
-        if now is None or now.settled:  # somebody else did, before we had the locks
-            return
+        if now is None or now.settled:  # before we had the locks
+            return None
         with _noted(site, now):
             facts = activity.facts_of(now)
             with site.journal.resume(now, facts) as entry:
@@ -101,11 +104,11 @@ def _recover(site: Site, record: Record) -> Iterator[Action]:
                 if recovery.run is not None:
                     recovery.run(entry)
                 activity.after(site, now)
-        action = _action(now, recovery)
+        text = told(now, recovery).text
         with contextlib.suppress(WrongState):  # the journal may have gone with its farm
-            site.journal.settle(now.id, "recovered", spelled(action.text))
-        site.reporter.warn(action.text, vm=now.vm)
-        yield action
+            site.journal.settle(now.id, "recovered", spelled(text))
+        site.reporter.warn(text, vm=now.vm)
+        return recovery
 
 
 @contextlib.contextmanager
@@ -122,14 +125,18 @@ def _noted(site: Site, record: Record) -> Iterator[None]:
         raise
 
 
-def _action(record: Record, recovery: Recovery[Any]) -> Action:
+def told(record: Record, recovery: Recovery[Any]) -> Action:
+    return Action("recover", record.vm, f"{cut_off(record)}: {recovery.text}")
+
+
+def cut_off(record: Record) -> str:
+    """What was cut off, in words."""
     began = record.started.astimezone().strftime("%Y-%m-%d %H:%M:%S")
     of = f" of {', '.join(record.vms)}" if len(record.vms) > 1 else ""
-    what = f"a {record.verb}{of} of {began} (pid {record.process.pid}) was interrupted"
-    return Action("recover", record.vm, f"{what}: {recovery.text}")
+    return f"a {record.verb}{of} of {began} (pid {record.process.pid}) was interrupted"
 
 
-def _sweep(site: Site) -> None:
+def sweep_temporary(site: Site) -> None:
     """Remove temporary files of writers that were killed."""
     paths, lock_file = site.paths, site.allocator.lock_file
     for directory in (paths.root, paths.seeds, paths.keys, paths.keys / "hostkeys"):

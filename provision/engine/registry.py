@@ -2,8 +2,9 @@
 wanted.
 
 The rooms keep their own tables (``provision/operations/__init__.py``, ``builds/__init__.py``), and
-``cli/composition.py``, at the top, puts them in here. So the engine can recover a build cycle without
-knowing of builds."""
+``cli/composition.py``, at the top, puts them in here. The tasks ask for operations by their names
+(``cli.run.TaskRun.perform``), recovery asks for the journal's activities by theirs. So the engine can
+recover a build cycle without knowing of builds."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ def activities() -> tuple[str, ...]:
 
 
 def operation(name: str) -> type[Operation[Any]]:
+    """Its class, whose fields are the request. KeyError: there is no such operation."""
     found: type[Operation[Any]] = _load(_operations[name])
     assert found.name == name, found
     return found

@@ -5,56 +5,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from inventory.errors import Busy, Call, WrongState, some, spelled
 from provision.engine.locks import leased, lock_of
-from provision.engine.parallel import side_by_side
-from provision.engine.plan import Job, Stages
 from provision.engine.report import Action, Outcome, R
+from provision.engine.run import Run
 
 if TYPE_CHECKING:
     from provision.engine.operation import Operation
     from provision.site import Site
-
-
-class Run:
-    """One operation under way: its VMs, and what it does."""
-
-    def __init__(self, site: Site, name: str, vms: tuple[str, ...] = ()) -> None:
-        self.site = site
-        self.name = name
-        self.vms = vms
-        self.actions: list[Action] = []
-
-    def add(self, *actions: Action) -> None:
-        self.actions += actions
-
-    def carry_out(self, stages: Stages) -> None:
-        """Carry a plan out, stage by stage; under ``--plan`` nothing is done. The run's lines are
-        those of all jobs, in the plan's order. A job that did something else than announced gives its
-        own lines."""
-        jobs = [job for stage in stages for chain in stage.values() for job in chain]
-        done = {id(job): job.actions for job in jobs}
-        for stage in () if self.site.plan else stages:
-            self._stage(stage, done)
-        self.add(*(action for job in jobs for action in done[id(job)]))
-
-    def _stage(self, stage: Mapping[str, Sequence[Job]], done: dict[int, tuple[Action, ...]]) -> None:
-        for job in (job for chain in stage.values() for job in chain if job.run is None):
-            for action in job.actions:
-                self.site.reporter.say(action.text, vm=action.vm)
-
-        def one(chain: Sequence[Job]) -> None:
-            for job in chain:
-                instead = job.run() if job.run is not None else None
-                if instead is not None:
-                    done[id(job)] = tuple(instead)
-
-        tasks = {vm: partial(one, chain) for vm, chain in stage.items() if any(job.run for job in chain)}
-        side_by_side(self.site, tasks)
 
 
 def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
@@ -65,7 +27,8 @@ def perform(site: Site, operation: Operation[R]) -> Outcome[R]:
     vms = operation.affected(site)
     with begin(
         site, operation.name, vms, doing=operation.doing(vms), locks=operation.locks(site),
-        at_any_time=operation.at_any_time, refused=partial(operation.refused, site),
+        at_any_time=operation.at_any_time, recovers_first=operation.recovers_first,
+        refused=partial(operation.refused, site),
     ) as run:  # fmt: skip
         plan = operation.plan(run)
         run.carry_out(plan.stages)
@@ -81,19 +44,23 @@ def begin(
     doing: str = "",
     locks: Sequence[str] = (),
     at_any_time: bool = False,
+    recovers_first: bool = True,
     refused: Callable[[Busy], Busy] | None = None,
 ) -> Iterator[Run]:
     """Begin an operation: recover, then hold the locks. A plan says what would be recovered, and takes
     no lock. ``refused``: makes the error to raise when another operation holds a lock."""
     run = Run(site, name, tuple(vms))
     if site.plan:
-        run.add(*_recovered(site, vms))
+        if recovers_first:
+            run.add(*_recovered(site, vms))
         yield run
         return
-    site.prepare()
+    if recovers_first or site.paths.root.exists():  # to recover alone makes no farm
+        site.prepare()
     with leased() as lease:
-        with lease.recovering:
-            run.add(*_recovered(site, vms))
+        if recovers_first:
+            with lease.recovering:
+                run.add(*_recovered(site, vms))
         doing = doing or f"{name} {some(vms)}".strip()
         with contextlib.ExitStack() as stack:
             try:

@@ -8,6 +8,10 @@ ends the script and its children.
 
 Files go the same way, through cat(1): a server without SFTP needs no other. Beside sh, what is needed
 there is little, and looked at when the connection is made.
+
+A guest is a stranger: whatever it sends, nothing but bytes is taken from it, and no more of them than
+the caller says. What it tells of a file (name, size, sum) is checked before one is made here, and held
+against what then comes.
 """
 
 from __future__ import annotations
@@ -21,29 +25,41 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import asyncssh
 
-from host.files import make_directory, open_new
+from host.files import check_room, file_error, make_directory, open_new
+from host.printable import last_line
 from host.run import Runner, hang_up
 from inventory.errors import (
     Call,
-    Conflict,
     ConnectionLost,
     DriverFailed,
+    FarmhandError,
     NotFound,
+    Unfit,
     Unsupported,
     UsageError,
 )
+from inventory.model import Limits
+from inventory.sizes import format_size
 from provision.git import reading
 from provision.guest.remote import Endpoint, Ready
-from provision.guest.shell import Shell, ended, start
+from provision.guest.shell import ANSWER_MAX, Shell, ask, ended, start
 from provision.guest.ssh_connection import dial, facts
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -57,6 +73,8 @@ _LINGER = 2.0  # seconds for output still under way after a script's exit
 _GRACE = 10  # seconds between SIGTERM and SIGKILL in the guest
 _DAEMON = re.compile(r"^\[\d+\] ")  # as git-daemon(1) begins its lines
 _GIT_SAID_MAX = 20
+_GIT_AT_ONCE = 16
+"""Clients of an offered repository that are served: each is a program here."""
 
 # sh(1), POSIX. Channel's stdin on 3. setsid(1) makes the script the leader of a process group, $t, that
 # everything it starts belongs to. The rest must not hold the output open, or the channel would never
@@ -82,26 +100,55 @@ exit "$r"
 """
 
 # What is needed there, judged by its use where names differ.
-_LOOK = """
-for c in cat kill mkdir mv rm setsid sleep wc; do command -v "$c" >/dev/null || echo "lacks $c"; done
-for c in sha256sum "shasum -a 256" "openssl dgst -sha256 -r" "sha256 -q" "busybox sha256sum"; do
+_NEEDS = ("cat", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sleep", "wc")
+_SUMS = ("sha256sum", "shasum -a 256", "openssl dgst -sha256 -r", "sha256 -q", "busybox sha256sum")
+_LOOK = f"""
+for c in {shlex.join(_NEEDS)}; do command -v "$c" >/dev/null || echo "lacks $c"; done
+for c in {shlex.join(_SUMS)}; do
   case $(printf abc | $c 2>/dev/null) in ba7816bf8f01cfea*) echo "sums $c"; break;; esac
 done
 """
 
 
+# Of each file that a pattern stands for its size, then its sum, and its path up to a NUL; the first one
+# that is too much without a sum, and none after it: sums of what is not taken may take for ever.
+_LIST = """
+exec 2>/dev/null
+set +e
+count=0 total=0
+for f in PATTERN; do
+  [ -f "$f" ] || continue
+  set -f; set -- $(ls -dnL -- "$f"); set +f
+  size=${5:-}
+  [ -n "$size" ] || continue
+  count=$((count + 1)) total=$((total + size)) sum=-
+  [ "$count" -gt FILES ] || [ "$size" -gt SIZE ] || [ "$total" -gt TOTAL ] || sum=$(SUM <"$f")
+  printf "%s %s\\n%s\\0\\n" "$size" "$sum" "$f"
+  [ "$sum" != - ] || break
+done
+true
+"""
+_LIST_SECONDS = 3600.0
+_ENTRY_MAX = 8192  # bytes of such an answer for one file: PATH_MAX is 4096
+_LISTED = re.compile(r"([0-9]{1,18}) ([0-9a-f]{64})?[^\n]*\n(.+)", re.DOTALL)
+_WRITTEN = re.compile(rb"([0-9a-f]{64})\b[^\n]*\n\s*([0-9]{1,18})\s*")
+_NAME_MAX = 255  # bytes (limits.h)
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """``status`` as the shell gives it: 128 + n for a script ended by signal n; 124 if ``timed_out``."""
+    """``status`` as the shell gives it: 128 + n for a script ended by signal n; 124 for one that we
+    ended: ``timed_out``, or ``cut``, for it printed more than it may."""
 
     status: int
     timed_out: bool
+    cut: bool
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A file that was carried, the same at both ends by sha256. ``size`` in bytes."""
+    """A file that is carried, the same at both ends by sha256. ``size`` in bytes."""
 
     name: str
     path: str  # where it was
@@ -109,8 +156,13 @@ class Moved:
     sha256: str
 
 
+class _Unlike(DriverFailed):
+    """A file came otherwise than it was said to be."""
+
+
 class Connection:
-    """Made with ``Connection.open``; an async context manager. Safe for several tasks at once."""
+    """An ssh connection to a VM, made with ``Connection.open``: an async context manager. Several tasks
+    may use it at once."""
 
     def __init__(
         self, endpoint: Endpoint, ssh: asyncssh.SSHClientConnection, runner: Runner | None = None
@@ -120,12 +172,13 @@ class Connection:
         self._runner = runner or Runner(changes=False)
         self._sum = ""  # the command that makes sha256 sums there
         self._git_said: list[str] = []
+        self._git_clients = 0
         self._listeners: list[asyncssh.SSHListener] = []
 
     @classmethod
     async def open(cls, endpoint: Endpoint, *, runner: Runner | None = None) -> Connection:
-        """Conflict for a wrong host key, DriverFailed where nobody answers, or the login runs no
-        commands; Unsupported where it lacks what is needed."""
+        """Connect and log in. Conflict for a wrong host key; DriverFailed where nobody answers, or the
+        login runs no commands; Unsupported where the guest lacks a tool that is needed."""
         connection = cls(endpoint, await dial(endpoint), runner)
         try:
             await connection._look()
@@ -164,10 +217,12 @@ class Connection:
         env: Mapping[str, str] | None = None,
         timeout: float,
         log: Callable[[bytes], None],
+        most: int = ANSWER_MAX,
     ) -> RunResult:
         """Run ``script`` by ``sh -eu`` in the login's home, standard input closed. Both outputs go to
-        ``log`` in their order, as raw bytes, as they are made. After ``timeout`` seconds it is ended
-        in the guest, children too; likewise when this call is cancelled, or the connection lost.
+        ``log`` in their order, as raw bytes, as they are made. After ``timeout`` seconds, or more than
+        ``most`` bytes, it is ended in the guest, children too; likewise when this call is cancelled, or
+        the connection lost.
 
         ConnectionLost when it is, UsageError for a script that can't be passed on.
         """
@@ -179,38 +234,47 @@ class Connection:
                 remedy=f"keep it under {_SCRIPT_MAX} bytes: put the rest into the source",
             )
         started = time.monotonic()
-        channel, shell = await self._start(_WRAPPER.replace("SCRIPT", shlex.quote(text)), log)
+        wrapped = _WRAPPER.replace("SCRIPT", shlex.quote(text))
+        channel, shell = await self._start(wrapped, log, most=most)
         late = False
         try:
             async with asyncio.timeout(max(timeout, 0.001)):
-                await shell.exited.wait()
+                await shell.settled()
         except TimeoutError:
             late = True
-            await _end_it(channel, shell)
         except asyncio.CancelledError:
             await asyncio.shield(_end_it(channel, shell))
             raise
-        await shell.drained(_LINGER)
+        if late or shell.over:
+            await _end_it(channel, shell)
+        await shell.drained(_LINGER)  # may bring more than it may print, too
         seconds = time.monotonic() - started
         await ended(channel)
-        if late:
-            return RunResult(124, True, seconds)  # as timeout(1) has it
+        if late or shell.over:
+            return RunResult(124, late, shell.over, seconds)  # as timeout(1) has it
         if shell.status is None:
             raise self._lost(shell.error)
-        return RunResult(shell.status, False, seconds)
+        return RunResult(shell.status, False, False, seconds)
 
-    async def output(self, script: str, *, timeout: float = 60) -> str:
-        """What a short script prints. DriverFailed if it fails."""
+    async def output(self, script: str, *, timeout: float = 60, most: int = ANSWER_MAX) -> str:
+        """What a short script prints. DriverFailed if it fails, or prints more than ``most`` bytes."""
+        return (await self._printed(script, timeout, most)).decode(errors="replace")
+
+    async def _printed(self, script: str, timeout: float, most: int) -> bytes:
         parts: list[bytes] = []
-        result = await self.run(script, timeout=timeout, log=parts.append)
-        text = b"".join(parts).decode(errors="replace")
-        if result.status:
-            raise DriverFailed(
-                f"a command failed with {result.status}: "
-                f"{(text.strip().splitlines() or ['no output'])[-1]}",
-                vm=self.endpoint.vm,
-            )
-        return text
+        result = await self.run(script, timeout=timeout, log=parts.append, most=most)
+        printed = b"".join(parts)
+        why = ""
+        if result.cut:
+            why = f"printed more than {format_size(most)}"
+        elif result.timed_out:
+            why = f"was not done within {timeout:g} s"
+        elif result.status:
+            said = last_line(printed.decode(errors="replace"), 300)
+            why = f"failed with {result.status}: {said or 'no output'}"
+        if why:
+            raise DriverFailed(f"a command {why}", vm=self.endpoint.vm)
+        return printed
 
     async def facts(self) -> Ready:
         """Boot id, uptime and clock skew, now."""
@@ -227,18 +291,13 @@ class Connection:
         return (await self.facts()).skew
 
     async def _look(self) -> None:
-        answer: list[bytes] = []
-        channel, shell = await self._start(_LOOK, answer.append)
-        with contextlib.suppress(OSError):
-            channel.write_eof()
-        await shell.exited.wait()
-        await shell.drained(_LINGER)
-        await ended(channel)
-        if shell.status is None:
-            raise self._lost(shell.error)
-        said = [line.partition(" ") for line in b"".join(answer).decode(errors="replace").splitlines()]
-        self._sum = next((command for what, _, command in said if what == "sums"), "")
-        lacks = [command for what, _, command in said if what == "lacks"]
+        with self._named():
+            answer = await ask(self._ssh, _LOOK)
+        if answer.status is None:
+            raise self._lost(answer.error)
+        said = set(answer.text.splitlines())
+        self._sum = next((command for command in _SUMS if f"sums {command}" in said), "")
+        lacks = [command for command in _NEEDS if f"lacks {command}" in said]
         if not self._sum:
             lacks.append("sha256sum")
         if lacks:
@@ -254,9 +313,16 @@ class Connection:
         program: str,
         log: Callable[[bytes], None],
         ended: Callable[[], None] | None = None,
+        most: int | None = None,
     ) -> tuple[asyncssh.SSHClientChannel[bytes], Shell]:
+        with self._named():
+            return await start(self._ssh, program, log, ended, most)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of a shell as those of this VM."""
         try:
-            return await start(self._ssh, program, log, ended)
+            yield
         except DriverFailed as error:
             raise DriverFailed(
                 error.message, vm=self.endpoint.vm, remedy=error.remedy, detail=error.detail
@@ -274,52 +340,89 @@ class Connection:
 
     # -- files --------------------------------------------------------------------------------
 
-    async def list(self, patterns: Sequence[str]) -> tuple[Moved, ...]:
+    async def list(self, patterns: Sequence[str], limits: Limits) -> tuple[Moved, ...]:
         """The regular files that shell patterns (relative to the login's home) stand for, with size
-        and sha256 as the guest sees them. NotFound for a pattern without any."""
-        found: list[Moved] = []
+        and sha256 as the guest sees them. NotFound for a pattern without any. Unfit if they are more
+        than the limits allow, which is known before any is read, or have names that can't be kept."""
+        found: dict[str, Moved] = {}
         for pattern in patterns:
-            text = await self.output(
-                f"set +e; for f in {_escape(pattern)}; do "
-                f'[ -f "$f" ] && printf "%s %s\\n" "$({self._sum} <"$f")" "$(wc -c <"$f")" '
-                '&& printf "%s\\0\\n" "$f"; done; true',
-                timeout=600,
-            )
-            files = text.split("\0\n")[:-1]
+            files = await self._listed(_escape(pattern), limits)
             if not files:
                 raise NotFound(f"no file matches {pattern}", vm=self.endpoint.vm)
-            for entry in files:
-                sums, _, path = entry.partition("\n")
-                sha256, *_, size = sums.split()
-                found.append(Moved(PurePosixPath(path).name, path, int(size), sha256))
-        unique = {file.path: file for file in found}.values()
-        names = [file.name for file in unique]
-        for name in names:
-            if names.count(name) > 1:
-                raise Conflict(
-                    f"two files called {name} match {' '.join(patterns)}", vm=self.endpoint.vm
-                )
-        return tuple(unique)
+            found |= files
+        self._check(found.values(), limits)
+        names = Counter(file.name for file in found.values())
+        if twice := next((name for name, times in names.items() if times > 1), ""):
+            raise self._refused(f"two files called {twice} match {' '.join(patterns)}")
+        return tuple(found.values())
 
-    async def get(self, patterns: Sequence[str], directory: Path) -> tuple[Moved, ...]:
-        """Fetch files into ``directory``: each appears there complete and verified, or not at all."""
-        files = await self.list(patterns)
+    async def _listed(self, pattern: str, limits: Limits) -> dict[str, Moved]:
+        """By their paths. ``pattern``: a word for the guest's shell."""
+        values = {
+            "FILES": str(limits.files), "SIZE": str(limits.file_size), "TOTAL": str(limits.total_size),
+            "SUM": self._sum, "PATTERN": pattern,
+        }  # fmt: skip
+        script = re.sub("[A-Z]{3,}", lambda word: values[word[0]], _LIST)
+        text = await self._printed(script, _LIST_SECONDS, (limits.files + 1) * _ENTRY_MAX)
+        found: dict[str, Moved] = {}
+        for entry in text.decode(errors="surrogateescape").split("\0\n")[:-1]:
+            said = _LISTED.fullmatch(entry)
+            if said is None:
+                raise self._failed("listing files", f"{entry[-300:]!r} can't be read")
+            size, sha256, path = said.groups(default="")
+            found[path] = Moved(self._name(path), path, int(size), sha256)
+        self._check(found.values(), limits)
+        if closed := next((file for file in found.values() if not file.sha256), None):
+            raise self._failed(f"reading {closed.path}", "it may not be read")
+        return found
+
+    def _name(self, path: str) -> str:
+        """The name it is to have here. Unfit if it can't be a file's, or can't be shown."""
+        name = path.rpartition("/")[2]
+        if not path.isprintable():  # nor is what isn't UTF-8
+            raise self._refused(f"a file's name has bytes that can't be shown: {path[-300:]!r}")
+        if name in ("", ".", "..") or len(name.encode()) > _NAME_MAX:
+            raise self._refused(f"{path[-300:]!r} is no name for a file")
+        return name
+
+    def _check(self, files: Collection[Moved], limits: Limits) -> None:
+        """Unfit if they are too much."""
+        large = next((file for file in files if file.size > limits.file_size), None)
+        if len(files) > limits.files:
+            why, key = f"more than {limits.files} files match", "files"
+        elif large:
+            why = (
+                f"{large.path} has {format_size(large.size)}, more than {format_size(limits.file_size)}"
+            )
+            key = "file_size"
+        elif sum(file.size for file in files) > limits.total_size:
+            why = f"the files that match have more than {format_size(limits.total_size)} together"
+            key = "total_size"
+        else:
+            return
+        raise self._refused(why, remedy=limits.remedy(key))
+
+    async def get(self, file: Moved, directory: Path) -> None:
+        """Fetch a file that was listed into ``directory``: it appears there complete and verified, or
+        not at all; blocks of zeros take no room. NoSpace; Unfit if it has changed since."""
         make_directory(directory, mode=0o755)
-        for file in files:
-            part = directory / f".{file.name}.{secrets.token_hex(4)}.part"
-            try:
-                with open_new(part) as out:
-                    async with self._reading(file.path) as read:
-                        digest = await _copy(read, _into(out))
-                    out.flush()
-                    os.fsync(out.fileno())
-                self._same(file, digest)
-                part.replace(directory / file.name)
-            except OSError as error:
-                raise self._failed(f"fetching {file.path}", error.strerror or str(error)) from None
-            finally:
-                part.unlink(missing_ok=True)
-        return files
+        part = directory / f".{secrets.token_hex(8)}.part"
+        try:
+            check_room(directory, file.size)
+            with open_new(part, mode=0o644) as out:
+                async with self._reading(file) as read:
+                    digest = await _copy(read, _into(out, directory))
+                out.truncate()
+                out.flush()
+                os.fsync(out.fileno())
+            self._same(file, digest)
+            part.replace(directory / file.name)
+        except _Unlike as error:
+            raise await self._judged(file, error) from None
+        except OSError as error:
+            raise file_error(error, directory / file.name, "write") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     async def put(self, files: Sequence[Path], directory: str) -> tuple[Moved, ...]:
         """Bring files into the guest's ``directory`` (made if missing), complete or not at all."""
@@ -335,40 +438,42 @@ class Connection:
         such as ``chmod 644 --``. DriverFailed unless it has that sha256 here and there."""
         home, name = posixpath.split(there)
 
-        def same(digest: str) -> None:
-            self._same(Moved(name, str(file), 0, sha256), digest)
-
         with file.open("rb") as source:
-            return await self._receive(_from(source), name, str(file), home or ".", same, ready)
+            return await self._receive(_from(source), name, str(file), home or ".", sha256, ready)
 
-    async def transfer(
-        self, patterns: Sequence[str], target: Connection, directory: str
-    ) -> tuple[Moved, ...]:
-        """Carry files to another VM through this machine, nothing kept here; verified on both ends."""
-        files = await self.list(patterns)
-        for file in files:
-            async with self._reading(file.path) as read:
-                same = partial(self._same, file)
-                await target._receive(read, file.name, file.path, directory, same)
-        return files
+    async def carry(self, file: Moved, target: Connection, directory: str) -> None:
+        """Carry a file that was listed to another VM through this machine, nothing kept here; verified
+        on both ends. Unfit if it has changed since."""
+        try:
+            async with self._reading(file) as read:
+                await target._receive(read, file.name, file.path, directory, file.sha256)
+        except _Unlike as error:
+            raise await self._judged(file, error) from None
 
     @contextlib.asynccontextmanager
-    async def _reading(self, path: str) -> AsyncIterator[Read]:
-        """A file's bytes, as fast as they are taken. Reading raises DriverFailed if they aren't all."""
+    async def _reading(self, file: Moved) -> AsyncIterator[Read]:
+        """A file's bytes, as fast as they are taken; one more than it has, if there are more. Reading
+        raises DriverFailed if they aren't all."""
         ahead = asyncio.StreamReader(_BLOCK)
         channel, shell = await self._start(
-            f"exec cat <{shlex.quote(path)}", ahead.feed_data, ahead.feed_eof
+            f"exec cat <{shlex.quote(file.path)}", ahead.feed_data, ahead.feed_eof
         )
         ahead.set_transport(channel)  # type: ignore[arg-type]  # it pauses and resumes reading
+        left = file.size + 1
 
         async def read(size: int) -> bytes:
-            if data := await ahead.read(size):
+            nonlocal left
+            if left == 0:
+                return b""
+            if data := await ahead.read(min(size, left)):
+                left -= len(data)
                 return data
             await shell.exited.wait()
             if shell.status is None:
                 raise self._lost(shell.error)
             if shell.status:
-                raise self._failed(f"reading {path}", shell.said())
+                why = shell.said() or "no reason given"
+                raise _Unlike(f"reading {file.path}: {why}", vm=self.endpoint.vm)
             return b""
 
         try:
@@ -382,11 +487,11 @@ class Connection:
         name: str,
         path: str,
         directory: str,
-        same: Callable[[str], None] = lambda _digest: None,
+        sha256: str = "",
         ready: Sequence[str] = (),
     ) -> Moved:
         home = PurePosixPath(directory.removeprefix("~/"))
-        part, final = str(home / f".{name}.{secrets.token_hex(4)}.part"), str(home / name)
+        part, final = str(home / f".{secrets.token_hex(8)}.part"), str(home / name)
         here, there = shlex.quote(part), shlex.quote(final)
         try:
             answer: list[bytes] = []
@@ -394,6 +499,7 @@ class Connection:
                 f"mkdir -p -- {shlex.quote(str(home))} && cat >{here} && "
                 f"{self._sum} <{here} && wc -c <{here}",
                 answer.append,
+                most=ANSWER_MAX,
             )
 
             async def write(data: bytes) -> None:
@@ -405,17 +511,20 @@ class Connection:
                 digest = await _copy(read, write)
                 with contextlib.suppress(OSError):
                     channel.write_eof()
-                await shell.exited.wait()
+                await shell.settled()
                 await shell.drained(_LINGER)
             finally:
                 await ended(channel)
-            if shell.status is None:
+            if shell.status is None and not shell.over:
                 raise self._lost(shell.error)
             if shell.status:
                 raise self._failed(f"writing {final}", shell.said())
-            seen, *_, size = b"".join(answer).decode(errors="replace").split()
-            same(digest)
-            self._same(Moved(name, path, int(size), seen), digest)
+            said = _WRITTEN.fullmatch(b"".join(answer))
+            if said is None:
+                raise self._failed(f"writing {final}", "what it says of it can't be read")
+            seen, size = said[1].decode(), int(said[2])
+            self._same(Moved(name, path, size, sha256 or digest), digest)
+            self._same(Moved(name, path, size, seen), digest)
             # into a directory of that name it would be moved silently
             await self.output(
                 f"[ ! -d {there} ] || {{ echo {there} is a directory; exit 1; }}\n"
@@ -427,16 +536,31 @@ class Connection:
                 with contextlib.suppress(DriverFailed):
                     await self.output(f"rm -f -- {here}")
             raise
-        return Moved(name, path, int(size), digest)
+        return Moved(name, path, size, digest)
 
     def _same(self, file: Moved, digest: str) -> None:
         if file.sha256 != digest:
-            raise DriverFailed(
+            raise _Unlike(
                 f"{file.path} arrived as sha256 {digest[:12]}..., "
                 f"but the guest says {file.sha256[:12]}...",
                 vm=self.endpoint.vm,
-                remedy="it changed while it was carried, or memory or disk is bad",
+                remedy="memory or disk is bad, there or here",
             )
+
+    async def _judged(self, file: Moved, error: _Unlike) -> FarmhandError:
+        """Unfit if it is another file there by now, else the error."""
+        alone = Limits(files=1, file_size=file.size, total_size=file.size)
+        try:
+            if await self._listed(shlex.quote(file.path), alone) == {file.path: file}:
+                return error
+        except Unfit:  # it grew
+            pass
+        return self._refused(
+            f"{file.path} changed while it was read", remedy="end what writes it before the step ends"
+        )
+
+    def _refused(self, why: str, remedy: str = "") -> Unfit:
+        return Unfit(why, vm=self.endpoint.vm, remedy=remedy)
 
     def _failed(self, doing: str, why: str) -> DriverFailed:
         return DriverFailed(f"{doing}: {why or 'no reason given'}", vm=self.endpoint.vm)
@@ -462,6 +586,17 @@ class Connection:
         env = reading({"uploadpack.allowAnySHA1InWant": "true"})
 
         async def handle(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
+            if self._git_clients >= _GIT_AT_ONCE:
+                self._git_says(f"more than {_GIT_AT_ONCE} clients at once: one was refused")
+                writer.close()
+                return
+            self._git_clients += 1
+            try:
+                await serve(reader, writer)
+            finally:
+                self._git_clients -= 1
+
+        async def serve(reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
             process = await self._runner.serve(*argv, env=env)
             assert process.stdin and process.stdout and process.stderr
             inwards = asyncio.ensure_future(_pump(reader, process.stdin))
@@ -494,11 +629,21 @@ class Connection:
         return f"git://127.0.0.1:{listener.get_port()}/{name}.git"
 
     async def _listen(self, errors: asyncio.StreamReader) -> None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: a line without an end
-            while line := await errors.readline():
-                text = _DAEMON.sub("", line.decode(errors="replace").strip())
-                if len(self._git_said) < _GIT_SAID_MAX and text not in self._git_said:
-                    self._git_said.append(text)
+        while True:
+            try:
+                line = await errors.readline()
+            except ValueError:  # one without an end
+                continue
+            except OSError:
+                return
+            if not line:
+                return
+            if text := _DAEMON.sub("", last_line(line.decode(errors="replace"), 300)):
+                self._git_says(text)
+
+    def _git_says(self, text: str) -> None:
+        if len(self._git_said) < _GIT_SAID_MAX and text not in self._git_said:
+            self._git_said.append(text)
 
     def git_said(self) -> tuple[str, ...]:
         """What went wrong here, since this was last asked, while a repository was offered."""
@@ -524,8 +669,17 @@ async def _pump(reader: Any, writer: Any) -> None:
         writer.write_eof()
 
 
-def _into(out: BinaryIO) -> Write:
-    return lambda data: asyncio.to_thread(out.write, data)
+def _into(out: BinaryIO, directory: Path) -> Write:
+    """A new file in the directory, as long as there is room; zeros become holes."""
+
+    def write(data: bytes) -> None:
+        check_room(directory, len(data))
+        if data.lstrip(b"\0"):
+            out.write(data)
+        else:
+            out.seek(len(data), os.SEEK_CUR)
+
+    return lambda data: asyncio.to_thread(write, data)
 
 
 def _from(source: BinaryIO) -> Read:
@@ -543,7 +697,8 @@ async def _copy(read: Read, write: Write) -> str:
 
 
 def _exports(env: Mapping[str, str]) -> str:
-    """sshd drops most of a client's environment (AcceptEnv), so the script brings its own."""
+    """Lines that set a script's environment. sshd drops most of what a client sends (sshd_config(5),
+    AcceptEnv), so the script brings it."""
     for name in env:
         if not _VARIABLE.fullmatch(name):
             raise UsageError(f"{name!r} is not the name of an environment variable")
@@ -551,7 +706,7 @@ def _exports(env: Mapping[str, str]) -> str:
 
 
 def _escape(pattern: str) -> str:
-    """For the guest's shell: patterns stay patterns, all else is itself."""
+    """A pattern for the guest's shell: its wildcards stay, all else is itself."""
     home, rest = ('"$HOME"/', pattern[2:]) if pattern.startswith("~/") else ("", pattern)
     text = "".join(c if _PLAIN.match(c) else f"\\{c}" if c != "\n" else "'\n'" for c in rest)
     return home + (f"./{text}" if not home and text.startswith("-") else text)

@@ -65,7 +65,8 @@ class Recipe:
     logins: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def digest(self, size: int) -> str:
-        """Changes with anything that would make another disk of ``size`` bytes, save newer packages."""
+        """A digest of all that decides what a disk of ``size`` bytes becomes, except how new its
+        packages are."""
         digest = hashlib.sha256(json.dumps([asdict(self), size], sort_keys=True).encode())
         for path in sorted(p for p in _FIRSTBOOT.rglob("*") if p.is_file() or p.is_symlink()):
             digest.update(str(path.relative_to(_FIRSTBOOT)).encode())
@@ -213,7 +214,8 @@ def _hint(said: str, recipe: Recipe, directory: Path) -> Hint:
 
 
 def _known(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Of mmdebstrap 1.3, apt 2.6, unshare 2.38. ``names``: the packages that the recipe itself wants."""
+    """Patterns of what mmdebstrap 1.3, apt 2.6 and unshare 2.38 say, each with what to do about it.
+    ``names``: the packages that the recipe itself wants."""
     yield ROOM
     yield from NAMESPACES
     yield from MIRRORS
@@ -235,8 +237,8 @@ def _known(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def remove_build(runner: Runner, directory: Path) -> None:
-    """Remove a build's directory, of a killed one too: as an ordinary user, files in it may belong to
-    the ids of the user's namespace."""
+    """Remove a build's directory, also that of a killed one. An ordinary user's may have files that
+    belong to ids of the user's namespace."""
     for mount in mounts_below(directory, Path("/proc/self/mountinfo").read_text(encoding="utf-8")):
         runner.change("umount", mount)
     if mounts_below(directory, Path("/proc/self/mountinfo").read_text(encoding="utf-8")):
@@ -293,7 +295,8 @@ def _need_room(directory: Path) -> None:
 
 
 def _check_unshare(runner: Runner) -> None:
-    """An ordinary user needs a user namespace and a range of ids for it: say which one is missing."""
+    """Unsupported if an ordinary user can't build: it says whether a user namespace is missing, or a
+    range of ids for it."""
     user = account(os.getuid())
     if not which("newuidmap"):
         raise Unsupported("an ordinary user's build needs newuidmap", remedy="apt-get install uidmap")
@@ -355,7 +358,8 @@ def _bootstrap(
 
 
 def still_running(cache: Path) -> Path:
-    """The file that a build's mmdebstrap keeps locked as long as any process of it lives: flock(2)."""
+    """Path of the file that a build's mmdebstrap keeps locked, by flock(2), as long as any process of it
+    lives."""
     return cache / ".running"
 
 
@@ -372,7 +376,7 @@ def _tethered(cache: Path) -> list[str | Path]:
 
 
 def _write_overlay(recipe: Recipe, out: Path) -> None:
-    """All files of ours that go into the root, owned by root whoever builds."""
+    """Write a tar file of all our files for the root, owned by root whoever builds."""
     settings = {
         "FARMHAND_MASK": " ".join(recipe.mask),
         "FARMHAND_ENABLE": " ".join(recipe.enable),
@@ -418,8 +422,8 @@ def _write_overlay(recipe: Recipe, out: Path) -> None:
 
 
 def apt_settings(runner: Runner) -> str:
-    """How this machine reaches its packages (proxies, certificates, patience), for mmdebstrap's apt;
-    customize.sh removes it from the template."""
+    """apt.conf lines for mmdebstrap with which this machine reaches its packages: proxies, certificates,
+    patience. customize.sh removes them from the template."""
     if not which("apt-config"):
         return ""
     dump = runner.read("apt-config", "dump").stdout
@@ -435,9 +439,9 @@ def apt_settings(runner: Runner) -> str:
 def write_sources(
     suite: str, work: Path, etc: Path = Path("/etc/apt"), *, components: str = "main"
 ) -> list[Path]:
-    """Files with this machine's own sources for ``suite``; none: mmdebstrap uses Debian's own mirror.
-    Only Debian's (component main): a third party's repository has no place in a template.
-    ``components``: what is wanted of them, separated by blanks ("main contrib")."""
+    """Write files with this machine's own sources of ``suite``. Returns them; none: mmdebstrap uses
+    Debian's own mirror. Only Debian's component main is taken: a third party's repository has no place
+    in a template. ``components``: those wanted, separated by blanks, such as "main contrib"."""
     lines: list[str] = []
     for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*.list"))]:
         if path.is_file():

@@ -39,8 +39,8 @@ def controller_key(farm: Farm, paths: FarmPaths) -> Path:
 
 
 def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
-    """As ``controller_key``, made now if it is the farm's own and missing. NotFound if the farm file
-    names one that doesn't exist."""
+    """Path of the private key that logs in, which is made now if it is the farm's own and missing.
+    NotFound if the farm file names one that doesn't exist."""
     key = controller_key(farm, paths)
     with _making:
         if key.exists():
@@ -55,7 +55,8 @@ def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
 
 
 def public_key(private: Path) -> str:
-    """Of a private key, from the file beside it or computed. UsageError where neither works."""
+    """The public half of a private key, read from the file beside it, else computed. UsageError if
+    neither works."""
     with contextlib.suppress(FileNotFoundError):
         return _public_file(private).read_text(encoding="utf-8").strip()
     return _public_half(private)
@@ -78,12 +79,13 @@ def _public_half(private: Path) -> str:
 
 
 def host_key_file(paths: FarmPaths, vm: str) -> Path:
+    """Path of the VM's private host key, whether it is there or not."""
     return paths.keys / "hostkeys" / vm
 
 
 def host_key(paths: FarmPaths, vm: str) -> str:
-    """The public half, "ssh-ed25519 AAAA..."; "" if the VM has none yet. A lost file is no reason to
-    trust anybody else: the private half says what was in it."""
+    """The public half of the VM's host key, "ssh-ed25519 AAAA..."; "" if the VM has none yet. If its
+    file is lost, it is computed from the private half: no other key is ever trusted instead."""
     file = host_key_file(paths, vm)
     with contextlib.suppress(FileNotFoundError):
         words = _public_file(file).read_text(encoding="ascii").split()
@@ -93,8 +95,8 @@ def host_key(paths: FarmPaths, vm: str) -> str:
 
 
 def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
-    """Once; whether it was made now. The public half is written first: a private one alone has lost
-    it."""
+    """Make the VM's host key, unless it has one. Returns whether it was made now. The public half is
+    written first, so that a private half alone always means that the other one was lost."""
     file = host_key_file(paths, vm)
     with _making:
         if new := not file.exists():
@@ -106,18 +108,20 @@ def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
 
 
 def known_hosts(paths: FarmPaths, vm: str) -> Path:
-    """For the OpenSSH client: the VM's key, by machine name (its HostKeyAlias), whatever port it
-    answers on. A file for each: one VM more is one file more."""
+    """Path of the VM's known_hosts file for the OpenSSH client. It names the VM by its machine
+    (HostKeyAlias), so that the port doesn't matter. Each VM has a file of its own: one VM more rewrites
+    nothing."""
     return paths.keys / "hostkeys" / f"{vm}.known"
 
 
 def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
-    """From the VM's key, unless it is right already."""
+    """Write the VM's known_hosts file from its host key, unless it is right already."""
     _keep(known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n")
 
 
 def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
-    """Seed, host key and console logs of a VM that is no more. Whether there was anything."""
+    """Remove seed, host key and console logs of a VM that is no more. Returns whether there was
+    anything."""
     file, log = host_key_file(paths, vm), console_log(paths, machine)
     gone = [
         remove(path)
@@ -135,22 +139,25 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
 
 
 def sweep_seeds(paths: FarmPaths, machines: Collection[str]) -> None:
-    """What killed writers of these machines' seeds left; the caller holds the VMs' locks."""
+    """Remove what killed writers of these machines' seeds left. The caller holds the VMs' locks."""
     for path in paths.seeds.glob(".*"):
         if path.name.lstrip(".").split(".")[0] in machines:
             remove(path)
 
 
 def seed_file(paths: FarmPaths, machine: str) -> Path:
+    """Path of the machine's seed image, whether it is there or not."""
     return paths.seeds / f"{machine}.iso"
 
 
 def console_log(paths: FarmPaths, machine: str) -> Path:
+    """Path of the machine's console log, whether it is there or not."""
     return paths.consoles / f"{machine}.log"
 
 
 def authorized(farm: Farm, entries: Sequence[str]) -> tuple[str, ...]:
-    """Public keys, out of keys and files that hold them (relative to the farm file)."""
+    """The public keys that the entries are or name: keys themselves, and files of keys, relative to the
+    farm file."""
     keys: list[str] = []
     for entry in entries:
         if entry.startswith(_KEY_TYPES):
@@ -176,8 +183,8 @@ def refresh_seed(
     *,
     reader_uid: int | None,
 ) -> bool:
-    """Write the VM's seed image if it is missing or no longer says what the farm file does.
-    Whether it was written."""
+    """Write the VM's seed image if it is missing or no longer says what the farm file does. Returns
+    whether it was written."""
     data = seed_data(farm, paths, allocation)
     machine = farm.machine_of(allocation.vm)
     fingerprint = hashlib.sha256(repr((data, reader_uid)).encode()).hexdigest()
@@ -195,7 +202,7 @@ def refresh_seed(
 
 
 def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
-    """What the VM is told at its first boot. Its host key and the controller's must exist."""
+    """What the VM is told at its first boot. Its host key and the controller's must exist already."""
     from provision.guest.seed import SeedData, StaticAddress
 
     vm, network = allocation.vm, farm.network
@@ -254,7 +261,7 @@ def _public_file(private: Path) -> Path:
 
 
 def _keep(path: Path, text: str) -> None:
-    """Write it unless it says so already."""
+    """Write the file, unless this is its text already."""
     if not path.exists() or path.read_bytes() != text.encode():
         write_atomic(path, text.encode())
 

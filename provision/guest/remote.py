@@ -37,13 +37,14 @@ class Endpoint:
 
     @property
     def place(self) -> str:
+        """HOST:PORT, as messages name it."""
         return f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What the guest said of itself. ``uptime`` in seconds; ``skew`` = its clock minus ours, seconds,
-    true to within half the round trip."""
+    """What the guest said of itself. ``uptime`` and ``skew`` in seconds; ``skew`` is its clock minus
+    ours, right to half the time of the question's way there and back."""
 
     boot_id: str
     uptime: float
@@ -51,8 +52,8 @@ class Ready:
 
 
 def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
-    """The last lines of a log that may be growing, fit for a terminal, or "": for messages, never an
-    error."""
+    """The last lines of a log that may be growing, safe for a terminal; "" if there are none, or it
+    can't be read."""
     if path is None:
         return ""
     with contextlib.suppress(OSError), path.open("rb") as file:

@@ -31,7 +31,7 @@ _MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class StaticAddress:
-    """``prefix``: of the subnet, in bits."""
+    """``prefix``: length of the subnet's prefix, in bits."""
 
     address: IPv4Address
     prefix: int
@@ -94,8 +94,8 @@ class SeedData:
 
 
 def new_host_key() -> tuple[str, str]:
-    """A fresh ed25519 pair: private OpenSSH text, public line. Made in this process: no key is ever in
-    another's arguments, and starting ssh-keygen takes longer."""
+    """A fresh ed25519 key: private half as OpenSSH text, public half as a line. It is made in this
+    process, so that no key is in another's arguments; starting ssh-keygen takes longer, too."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -125,7 +125,7 @@ def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | N
 
 
 def own_lines(data: SeedData) -> bytes:
-    """What our own first-boot script reads. Every value was checked to be one line."""
+    """The lines that farmhand's own first-boot script reads. Every value was checked to be one line."""
     lines = [
         f"instance={data.instance_id}",
         f"hostname={data.hostname.partition('.')[0]}",
@@ -149,7 +149,7 @@ def own_lines(data: SeedData) -> bytes:
 
 
 def nocloud(data: SeedData) -> dict[str, bytes]:
-    """cloud-init's three files."""
+    """The three files that cloud-init's NoCloud source reads, by name."""
     users = [
         {
             "name": login,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import TypeVar
 import asyncssh
 
 from host.files import make_directory, open_to_append
+from host.printable import last_line
 from host.progress import Progress
 from inventory.errors import (
     Call,
@@ -26,7 +28,7 @@ from inventory.errors import (
     WrongState,
 )
 from provision.guest.remote import Endpoint, Ready
-from provision.guest.shell import ended, start
+from provision.guest.shell import ask
 
 T = TypeVar("T")
 
@@ -52,6 +54,11 @@ _HOST_KEYS = (
 """As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
 
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
+_ANSWER = re.compile(
+    r"([0-9a-f-]{36})\n"
+    r"([0-9]{1,12}(?:\.[0-9]{1,9})?) [^\n]*\n"
+    r"([0-9]{1,12})(?:\.(?:([0-9]{1,9})|[^0-9\n]*))?\n"
+)
 
 
 class NotYet(Exception):
@@ -283,12 +290,12 @@ def _known_hosts(endpoint: Endpoint) -> Path:
 
 
 def _name(endpoint: Endpoint) -> str:
-    """As sshd(8), SSH_KNOWN_HOSTS FILE FORMAT, writes a host with its port."""
+    """A host with its port as known_hosts has it (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
     return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
 
 
 def _known(endpoint: Endpoint) -> list[asyncssh.SSHKey]:
-    """Its keys in known_hosts, hashed names (ssh_config(5), HashKnownHosts) included."""
+    """The host's keys in a known_hosts file, also under hashed names (ssh_config(5), HashKnownHosts)."""
     path = _known_hosts(endpoint)
     try:
         hosts = asyncssh.read_known_hosts(str(path))
@@ -315,7 +322,7 @@ def _kinds(known: list[asyncssh.SSHKey]) -> list[str]:
 
 
 def _remember(endpoint: Endpoint, key: str) -> None:
-    """Appended in one write, so that two processes don't mix their lines."""
+    """Append the key to known_hosts. It is one write, so that the lines of two processes don't mix."""
     path = _known_hosts(endpoint)
     make_directory(path.parent, mode=0o700)
     with open_to_append(path) as file:
@@ -323,31 +330,19 @@ def _remember(endpoint: Endpoint, key: str) -> None:
 
 
 async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
-    """Boot id, uptime and clock, in one command. DriverFailed where they can't be had."""
-    answer: list[bytes] = []
+    """Boot id, uptime and clock of the guest, asked in one command. ConnectionLost, or DriverFailed
+    where the guest does not tell them."""
     try:
-        channel, shell = await start(connection, _FACTS, answer.append)
-        channel.write_eof()
-        await shell.exited.wait()
-        after = time.time()
-        await shell.drained(1)
-        await ended(channel)
+        answer = await ask(connection, _FACTS)
     except (asyncssh.Error, OSError) as error:
         raise ConnectionLost(f"lost while asking for its boot id: {_words(error)}") from None
-    text = b"".join(answer).decode(errors="replace")
-    try:
-        boot_id, uptime, now = text.splitlines()
-        skew = _seconds(now) - (shell.marked_at + after) / 2
-        return Ready(boot_id.strip(), float(uptime.split()[0]), skew)
-    except ValueError:
-        said = shell.said() or (text.splitlines() or ["nothing"])[-1]
-        raise DriverFailed(f"its boot id and clock can't be read: {said}") from None
-
-
-def _seconds(date: str) -> float:
-    """Of a date(1) without %N the middle of its second."""
-    whole, _, rest = date.partition(".")
-    return float(date) if rest.isdigit() else float(whole) + 0.5
+    if found := _ANSWER.fullmatch(answer.text):
+        boot_id, uptime, seconds, part = found.groups()
+        # of a date(1) without %N the middle of its second
+        now = float(seconds) + (float(f"0.{part}") if part else 0.5)
+        return Ready(boot_id, float(uptime), now - (answer.asked + answer.answered) / 2)
+    said = answer.said or last_line(answer.text, 300) or "nothing"
+    raise DriverFailed(f"its boot id and clock can't be read: {said}")
 
 
 def _words(error: Exception) -> str:

@@ -36,11 +36,12 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.network import checkers, records
-from provision.network.changes import Changes, Examiner, FileChange, difference
+from provision.network.changes import Changes, Examiner, difference
 from provision.network.daemons import steps
 from provision.network.document import Document
+from provision.network.file_change import FileChange
 from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo

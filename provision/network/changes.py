@@ -6,7 +6,7 @@ import difflib
 import os
 import stat
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from inventory.errors import Conflict, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.network.document import Document, LiveFile, Ownership, embed, read, whole
-from provision.network.render import Renderer, host_files, part_of
+from provision.network.file_change import FileChange
+from provision.network.render import documents_of, host_files, part_of
+from provision.network.renderer import Renderer
 from provision.network.serial import following, serial_of, with_serial
 from provision.network.service import Service
 from provision.network.service import services as used
@@ -26,24 +28,6 @@ from provision.network.view import View
 
 _SHOWN = 200  # lines of a file's difference
 _COMPARED = 20_000  # lines of it that are compared one with the other
-
-
-@dataclass(frozen=True, slots=True)
-class FileChange:
-    """The change of one whole file. ``before`` None: there is none yet; ``after`` None: it goes. Owner
-    and mode are the live file's."""
-
-    service: str
-    path: str
-    before: str | None
-    after: str | None
-    mode: int
-    uid: int = -1
-    gid: int = -1
-    zone: str = ""
-
-    def inverse(self) -> FileChange:
-        return replace(self, before=self.after, after=self.before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +79,7 @@ class Examiner:
         names = [service.NAME for service in whole_ones]
         serials = self._live_serials(whole_ones)
         renderer = Renderer(self._farm, allocations, serials=serials)
-        documents = renderer.documents(names)
+        documents = documents_of(renderer, names)
         paths: set[str] = set()
         spread = [service for service in apart if service.host_files(self._farm)]
         if vms is not None and spread:

@@ -16,7 +16,7 @@ from provision.network.service import ApplyStep, services
 if TYPE_CHECKING:
     from host.run import Runner
     from inventory.model import Farm
-    from provision.network.changes import FileChange
+    from provision.network.file_change import FileChange
 
 SETTLE = 5.0
 """Seconds a daemon may take to come up with what it was told."""

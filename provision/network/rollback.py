@@ -17,10 +17,11 @@ from pathlib import Path
 from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
 from inventory.errors import FarmhandError, WrongState
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Recovery
-from provision.network.changes import FileChange
+from provision.engine.record import Record
 from provision.network.daemons import steps
+from provision.network.file_change import FileChange
 from provision.network.records import RecordChange
 from provision.network.service import services as used_services
 from provision.site import Site

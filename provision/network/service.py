@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
-from inventory.services import ServiceSection
+from inventory.model import ServiceSection
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
     from inventory.model import Farm
-    from provision.network.changes import FileChange
     from provision.network.document import Document
+    from provision.network.file_change import FileChange
     from provision.network.records import RecordServer, Zones
-    from provision.network.render import Renderer
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 

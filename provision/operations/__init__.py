@@ -10,6 +10,7 @@ OPERATIONS = {
     "gc": "provision.operations.gc:Gc",
     "merge": "provision.operations.merge:Merge",
     "network-apply": "provision.network.apply:NetworkApply",
+    "recover": "provision.operations.recover:Recover",
     "reset": "provision.operations.reset:Reset",
     "start": "provision.power:Start",
     "stop": "provision.power:Stop",

@@ -13,7 +13,7 @@ from inventory.sizes import brief, format_size
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, foretold, job
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.memory import HostMemory, Prospect, plan
 from provision.memory_budget import BALLOON, PATIENCE, BalloonFacts, forecast, host_memory, room_for

@@ -18,12 +18,13 @@ from inventory.errors import (
     WrongState,
     some,
 )
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.record import Record
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts

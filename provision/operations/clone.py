@@ -17,7 +17,7 @@ from provision.engine.facts import Facts, NoFacts
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import discard_of
 from provision.member import Member, is_on

@@ -20,13 +20,14 @@ from inventory.errors import (
     some,
 )
 from provision.engine.facts import Facts
-from provision.engine.journal import Record, current_step
+from provision.engine.journal import current_step
 from provision.engine.locks import lock_of
 from provision.engine.operation import Operation, Recovery
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.record import Record
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.missing_disk import left_of

@@ -22,7 +22,7 @@ from provision.engine.locks import lock_of
 from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.leftovers import Found, survey
 from provision.site import Site
 from provision.vm_activity import OneVmActivity

@@ -26,9 +26,10 @@ from typing import TypeVar
 from hypervisors.api import Disks, FarmDisks, WarmDisks
 from inventory.errors import Call, FarmhandError, Interrupted, NoSpace, WrongState
 from provision.engine.facts import Facts
-from provision.engine.journal import Entry, Record
+from provision.engine.journal import Entry
 from provision.engine.operation import Recovery
 from provision.engine.parallel import side_by_side
+from provision.engine.record import Record
 from provision.member import Member, is_on
 from provision.power import power_on
 from provision.site import Site

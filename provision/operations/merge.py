@@ -12,7 +12,7 @@ from provision.engine.journal import Entry, current_step
 from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints

@@ -16,7 +16,7 @@ from provision.engine.operation import Operation
 from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.member import Member, is_on
 from provision.missing_disk import grows_from, require
 from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back

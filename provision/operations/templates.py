@@ -28,11 +28,11 @@ from hypervisors.api import Template
 from inventory.errors import Call, NoSpace, NotFound, UsageError, WrongState
 from inventory.model import TemplateSource
 from provision.engine.facts import Facts
-from provision.engine.journal import Record
 from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Job, Plan, alone
+from provision.engine.record import Record
 from provision.engine.report import Action
-from provision.engine.runner import Run
+from provision.engine.run import Run
 from provision.leftovers import discard_unowned
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ Names = Sequence[str] | None
         "match": "Only tests whose names match (pytest -k).",
     },
     iterable=["only"],
-    plans=False,
 )
 def test(run: TaskRun, fast: bool = False, only: Names = None, match: str = "") -> TaskResult:
     """Run ruff, mypy and the tests, in the lab too."""
@@ -28,7 +27,7 @@ def test(run: TaskRun, fast: bool = False, only: Names = None, match: str = "") 
     return suite.test(run, fast=fast, only=tuple(only or ()), match=match)
 
 
-@command(plans=False)
+@command()
 def lint(run: TaskRun) -> TaskResult:
     """Run ruff and mypy."""
     from tests.dev import suite
@@ -42,7 +41,6 @@ def lint(run: TaskRun) -> TaskResult:
         "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
         "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
     },
-    plans=False,
 )
 def bench(run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "") -> TaskResult:
     """Measure clone, reset and start-up times."""
@@ -71,7 +69,6 @@ _COLD = "Boot it, instead of going on from the saved state."
         "memory": "Its memory, such as 12G; absent: 4G. Starts from cold.",
         "disk": "The size of each spare disk, such as 100G; absent: 8G. Starts from cold.",
     },
-    plans=False,
 )
 def lab_up(
     run: TaskRun, name: str = "", xen: bool = False, cold: bool = False, memory: str = "", disk: str = ""
@@ -89,7 +86,6 @@ def lab_up(
         "xen": "The usual Xen lab.",
         "command": "A command to run there instead of a login shell.",
     },
-    plans=False,
 )
 def lab_ssh(run: TaskRun, name: str = "", xen: bool = False, command: str = "") -> TaskResult | None:
     """Log in to a lab as root, or run a command there."""
@@ -110,7 +106,6 @@ def lab_ssh(run: TaskRun, name: str = "", xen: bool = False, command: str = "") 
         "minutes": "End a lab that hangs after so long.",
     },
     iterable=["only"],
-    plans=False,
 )
 def lab_test(
     run: TaskRun, name: str = "", kvm: bool = False, xen: bool = False, cold: bool = False,
@@ -126,9 +121,7 @@ def lab_test(
     )
 
 
-@command(
-    {"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."}, plans=False
-)
+@command({"name": _LAB + _USUAL, "xen": "The usual Xen lab.", "all_": "All labs of this user."})
 def lab_down(run: TaskRun, name: str = "", xen: bool = False, all_: bool = False) -> TaskResult:
     """End a lab, and remove its disks."""
     from tests.dev import labs

@@ -75,7 +75,14 @@ class Lab:
         self.git("commit", "-qm", subject, "--allow-empty")
         return self.git("rev-parse", "HEAD")
 
-    def farm_file(self, steps: list[dict], *, source: str | None = "kata", keep: int = 200) -> Path:
+    def farm_file(
+        self,
+        steps: list[dict],
+        *,
+        source: str | None = "kata",
+        keep: int = 200,
+        limits: dict | None = None,
+    ) -> Path:
         """JSON is YAML."""
         vms = {
             machine.name: {
@@ -91,7 +98,7 @@ class Lab:
             "hosts": {"lab": {"driver": "ssh"}},
             "ssh": {"key": str(self.root / "key"), "ready_timeout": "20s", "user": self.user},
             "vms": vms,
-            "cycle": {"steps": steps, "keep_records": str(keep)},
+            "cycle": {"steps": steps, "keep_records": str(keep), "limits": limits or {}},
         }
         if source is not None:
             farm["source"] = {"repository": source}

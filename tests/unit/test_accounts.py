@@ -14,6 +14,7 @@ from sshd_machine import Dropbear, Sshd, gone, make_key
 
 from host.run import which
 from inventory.errors import DriverFailed, Unsupported
+from inventory.model import Limits
 from provision.guest import shell
 from provision.guest.connection import Connection
 
@@ -78,7 +79,8 @@ async def everything(machine: Sshd, tmp_path: Path) -> None:
         )
         assert (result.status, result.timed_out) == (7, False)
         assert b"".join(parts).decode() == f"{HARD}{machine.home}\n"
-        (got,) = await connection.get(["out/*.rpm"], tmp_path / "got")
+        (got,) = await connection.list(["out/*.rpm"], Limits())
+        await connection.get(got, tmp_path / "got")
         assert (tmp_path / "got" / "a 'b'.rpm").read_bytes() == data
         assert (got.size, got.sha256) == (len(data), hashlib.sha256(data).hexdigest())
         await connection.put([tmp_path / "local"], "in/here")
@@ -108,8 +110,8 @@ def test_a_machine_with_busybox_alone(login, tmp_path):
     applets.mkdir()
     busybox = which("busybox")
     assert busybox, "these tests need busybox"
-    for name in ("sh", "cat", "date", "kill", "mkdir", "mv", "rm", "setsid", "sha256sum", "sleep", "wc",
-                 "pwd", "printf"):  # fmt: skip
+    for name in ("sh", "cat", "date", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sha256sum", "sleep",
+                 "wc", "pwd", "printf"):  # fmt: skip
         (applets / name).symlink_to(busybox)
     asyncio.run(everything(login(environment={"PATH": str(applets)}, shell=BASH), tmp_path))
 
@@ -117,7 +119,7 @@ def test_a_machine_with_busybox_alone(login, tmp_path):
 def test_what_a_machine_lacks_is_told_by_name(login, tmp_path):
     applets = tmp_path / "applets"
     applets.mkdir()
-    for name in ("sh", "cat", "mkdir", "mv", "rm", "wc"):
+    for name in ("sh", "cat", "ls", "mkdir", "mv", "rm", "wc"):
         (applets / name).symlink_to(f"/bin/{name}" if name != "wc" else "/usr/bin/wc")
     machine = login(environment={"PATH": str(applets)}, shell=BASH)
     with pytest.raises(Unsupported, match=r"dev2: \w+ finds no setsid, sleep, sha256sum") as caught:
@@ -150,6 +152,13 @@ def test_a_login_that_runs_nothing_is_refused_in_words(login, tmp_path, monkeypa
     with pytest.raises(DriverFailed, match=f"^dev2: its (login|sshd) .*{said}") as caught:
         asyncio.run(Connection.open(machine.endpoint()))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("noise", ["yes", "yes >&2"])
+def test_a_login_that_prints_without_end_is_not_listened_to(login, noise):
+    machine = login(shell=BASH, dotfiles={".bashrc": f"{noise}\n"})
+    with pytest.raises(DriverFailed, match=r"^dev2: its login prints without end: it says: y$"):
+        asyncio.run(Connection.open(machine.endpoint()))
 
 
 def test_a_login_that_has_ended_before_it_is_spoken_to(login, monkeypatch):

@@ -220,7 +220,7 @@ def test_an_interruption_says_how_to_go_on(
         "import sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from cli.command import command\n"
-        f"@command(plans={changes})\n"
+        f"@command(does={('gc',) if changes else ()})\n"
         "def wait(run):\n"
         "    'Waits.'\n"
         "    run.screen.say('waiting')\n"

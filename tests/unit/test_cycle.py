@@ -617,7 +617,7 @@ def test_what_an_account_lacks_is_known_before_the_build_begins(labs):
 def test_where_a_copy_can_not_be_carried_either_the_remedy_is_told(labs, tmp_path):
     applets = tmp_path / "applets"
     applets.mkdir()
-    for name in ("sh", "cat", "date", "kill", "mkdir", "mktemp", "mv", "rm", "setsid", "sha256sum",
+    for name in ("sh", "cat", "date", "kill", "ls", "mkdir", "mktemp", "mv", "rm", "setsid", "sha256sum",
                  "sleep", "wc"):  # fmt: skip
         tool = which(name)
         assert tool

@@ -7,6 +7,7 @@ import io
 import re
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ STARTERS = {"subprocess", "pty", "multiprocessing"}
 MAY_START = {
     "cli/terminal.py": "replaces itself with ssh or a console: the terminal is handed over",
     "provision/network/_staged.py": "a program by itself, which becomes a daemon's checker",
+}
+# Files that know each other, and why.
+MUTUAL = {
+    ("provision.member", "provision.site"): "a VM has its farm, whose VM it is: all of either is used",
 }
 # Imported by every command, --list included: what they import at the top must be light.
 LIGHT = (
@@ -102,6 +107,22 @@ def test_imports_point_down(path: Path) -> None:
         assert other is None or ORDER.index(other) >= own, (
             f"{path}:{line} imports {module}, which is above it"
         )
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Neither late, in a function, nor for type checkers alone: what two files need of each other has a
+    file of its own."""
+    files = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = (module for module, _ in imports(parse(path)))
+        used = {m if m in files else m.rpartition(".")[0] for m in found}
+        graph[name] = {m for m in used & files.keys() - {name} if (name, m) not in MUTUAL}
+    assert sum(map(len, graph.values())) > len(files)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(f"in a circle: {' <- '.join(error.args[1])}") from None
 
 
 def test_imports_in_strings_are_seen() -> None:

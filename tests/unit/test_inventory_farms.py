@@ -176,9 +176,9 @@ def test_paths_are_relative_to_the_farm_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     loaded = load(Path("f.yaml"))
     assert loaded.path == tmp_path / "f.yaml"
-    assert resolve(loaded, "keys/a.pub") == tmp_path / "keys" / "a.pub"
-    assert resolve(loaded, Path("/etc/x")) == Path("/etc/x")
-    assert resolve(loaded, "~/x") == Path("/home/somebody/x")
+    assert resolve(loaded.path, "keys/a.pub") == tmp_path / "keys" / "a.pub"
+    assert resolve(loaded.path, Path("/etc/x")) == Path("/etc/x")
+    assert resolve(loaded.path, "~/x") == Path("/home/somebody/x")
 
 
 def test_default_cycle_over_other_vms() -> None:

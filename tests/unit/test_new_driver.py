@@ -17,7 +17,7 @@ from hypervisors.fake.host import FakeHost, OpenFake
 from hypervisors.host import Surroundings, all_drivers
 from inventory import kinds, plain
 from inventory.errors import InventoryError
-from inventory.hosts import DriverInfo, Tool
+from inventory.hosts import DriverInfo, Tool, host_section
 from inventory.loader import loads
 from inventory.schema import json_schema
 from provision import farm
@@ -109,7 +109,7 @@ def test_its_keys_are_judged_as_others_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DRIVERS)
 def test_a_description_is_of_the_driver_that_it_is_listed_as(name: str) -> None:
-    host = kinds.host(name)
+    host = host_section(name)
     assert host.INFO.name == name
     assert host in all_drivers()
     assert host.__dataclass_fields__["driver"].default == name

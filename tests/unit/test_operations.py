@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import threading
 from collections.abc import Iterator
 from contextvars import copy_context
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from pydantic import TypeAdapter
 from test_farm import MIB, Desk
 
 from inventory.errors import Busy, Interrupted, UsageError, WrongState
@@ -26,12 +28,15 @@ from provision.engine.runner import perform
 from provision.operations.balloon import Balloon, BalloonAll
 from provision.operations.checkpoint import TakeCheckpoint
 from provision.operations.clone import CloneFarm
-from provision.operations.destroy import Destroy
+from provision.operations.destroy import DESTROY, Destroy, DestroyFacts
 from provision.operations.gc import Gc
+from provision.operations.recover import Recover
 from provision.operations.reset import Proof, Reset, VmReset
 from provision.operations.templates import TemplateBuild, TemplateRemove
-from provision.power import Start, Stop
+from provision.power import START, STOP, Start, Stop, StopFacts
 from provision.site import Site
+
+import tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +60,60 @@ def test_an_operation_is_a_value_that_is_asked_for(name: str) -> None:
     (result,) = get_args(base)
     assert is_dataclass(result), "and hands back a value"
     assert result.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", registry.operations())
+def test_a_request_can_be_told_as_json(name: str) -> None:
+    """Each field, but what is no part of what is asked: so REST, queue and schema can be fed from the
+    registry too."""
+    kind = registry.operation(name)
+    types = get_type_hints(kind)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.compare:
+            assert TypeAdapter(types[field.name]).json_schema(), field.name
+
+
+TASKS = ast.parse((ROOT / "tasks.py").read_text())
+WITHOUT_AN_OPERATION = {"network_verify": "it asks only", "console": "a terminal", "ssh": "a terminal"}
+
+
+def _operations_of(task: ast.FunctionDef) -> tuple[str, ...]:
+    """Those that its decorator names."""
+    words = {word.arg: word.value for call in _decorators(task) for word in call.keywords}
+    return tuple(ast.literal_eval(words["does"])) if "does" in words else ()
+
+
+def _decorators(task: ast.FunctionDef) -> list[ast.Call]:
+    return [call for call in task.decorator_list if isinstance(call, ast.Call)]
+
+
+def test_the_registry_feeds_the_command_line() -> None:
+    """Each operation has one task (and the demo, which is several), each task with --plan its
+    operations."""
+    found = [node for node in TASKS.body if isinstance(node, ast.FunctionDef) and _decorators(node)]
+    of = {task.name: _operations_of(task) for task in found}
+    own = [operation for task, names in of.items() if task != "demo" for operation in names]
+    assert sorted(own) == sorted(registry.operations())
+    assert set(of["demo"]) < set(own)
+    planned = {
+        name for name in of if any(flag.name == "plan" for flag in vars(tasks)[name].get_arguments())
+    }
+    assert planned == {task for task, names in of.items() if names} | WITHOUT_AN_OPERATION.keys()
+
+
+def test_what_a_task_asks_is_what_its_operation_takes() -> None:
+    """By its own name, and with nothing left out that must be given."""
+    asked = set()
+    for function in (node for node in TASKS.body if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "run.perform"):
+                continue
+            name = ast.literal_eval(node.args[1])
+            given = {str(word.arg): None for word in node.keywords}
+            inspect.signature(registry.operation(name)).bind(**given)
+            assert not _decorators(function) or name in _operations_of(function)
+            asked.add(name)
+    assert asked == {*registry.operations()}
 
 
 def test_json_has_all_of_a_result_that_is_known(made: Desk) -> None:
@@ -151,6 +210,62 @@ def test_an_unfinished_activity_of_another_farmhand_is_refused_in_words(made: De
     assert "the farmhand that began it" in str(refused.value.remedy)
     with made.site() as site:
         farm.stop(site, ["prod"])  # no VM of its own: in nobody's way
+
+
+def _cut_off(made: Desk, activity: Activity[Any], vms: tuple[str, ...], facts: Facts) -> None:
+    with made.site() as site, pytest.raises(Interrupted), site.journal.begin(activity, vms, facts):
+        raise Interrupted("as if it was killed")
+
+
+def test_recover_plans_the_very_jobs_that_it_carries_out(made: Desk) -> None:
+    """Nothing is recovered before its plan; what can't be is told in its place, and raised at the end of
+    the run, once all else is recovered."""
+    _cut_off(made, START, ("prod",), NoFacts())
+    _cut_off(made, _Strange(), (), NoFacts())
+    _cut_off(made, STOP, ("dev2",), StopFacts(force=True))
+    with made.site(plan=True) as site:
+        planned = perform(site, Recover())
+    assert [(a.verb, a.vm) for a in planned.actions] == [
+        ("recover", "prod"), ("note", ""), ("recover", "dev2"),
+    ]  # fmt: skip
+    assert "it can't be recovered as it is: the journal has an unfinished" in str(planned.actions[1])
+    first, last = planned.as_dict()["facts"]["activities"]  # type: ignore[index]
+    assert first == {"id": last["id"] - 2, "verb": "start", "vms": ["prod"], "how": "noted"}
+    with made.site() as site, pytest.raises(WrongState, match="an unfinished frobnicate"):
+        perform(site, Recover())
+    with made.site() as site:
+        (left,) = site.journal.unfinished()
+        assert left.verb == "frobnicate"
+        site.journal.settle(left.id, "recovered")
+    _cut_off(made, STOP, ("dev2",), StopFacts(force=True))
+    with made.site(plan=True) as site:
+        planned = perform(site, Recover())
+    with made.site() as site:
+        done = perform(site, Recover())
+        assert (done.actions, done.result) == (planned.actions, planned.result)
+        (action,) = perform(site, Recover()).actions
+    assert (action.verb, action.text) == ("keep", "nothing was left unfinished")
+
+
+def test_recover_leaves_alone_what_another_operation_is_at(made: Desk) -> None:
+    """It says so, also where that is the whole farm's end: its journal and locks are not taken away."""
+    _cut_off(made, DESTROY, (), DestroyFacts(whole=True))
+    with made.site() as site, site.locks.hold("vm-prod", doing="something"):
+        busy = []
+        thread = threading.Thread(target=lambda: busy.append(perform(site, Recover())))
+        thread.start()
+        thread.join()
+        (action,) = busy[0].actions
+        assert action.verb == "note"
+        assert "not recovered now: prod is held by pid" in str(action)
+        assert not busy[0].changed
+        assert site.journal.unfinished()
+    made.run(farm.recover)
+    with made.site() as site:
+        assert not site.paths.root.exists()
+        (action,) = perform(site, Recover()).actions
+        assert action.verb == "keep"
+        assert not site.paths.root.exists(), "to recover alone makes no farm"
 
 
 class _Strange(Activity[NoFacts]):

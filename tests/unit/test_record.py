@@ -235,7 +235,8 @@ def test_a_real_shell_and_a_real_git(tmp_path):
 
 def test_the_log_keeps_bytes_and_a_plain_tail(tmp_path):
     seen, told = [], []
-    log = StepLog(tmp_path / "log", "dev2", lambda vm, data: seen.append((vm, data)), told.append)
+    stream = lambda vm, data: seen.append((vm, data))  # noqa: E731
+    log = StepLog(tmp_path / "log", "dev2", stream, told=told.append)
     log.write(b"10%\r50%\r100%\n\x1b[31mred\x1b[0m\n\xff")
     log.say("a word of ours")
     log.mark()

@@ -23,11 +23,13 @@ from inventory.errors import (
     DriverFailed,
     NotFound,
     TimedOut,
+    Unfit,
     Unsupported,
     UsageError,
     WrongState,
     calls_in,
 )
+from inventory.model import Limits
 from provision.guest.connection import Connection
 from provision.guest.remote import tail_of
 from provision.guest.ssh_connection import wait_ready
@@ -338,7 +340,10 @@ def test_get(dev2, tmp_path):
 
     async def go(*patterns):
         async with await Connection.open(dev2.endpoint()) as connection:
-            return await connection.get(patterns, tmp_path / "artifacts")
+            files = await connection.list(patterns, Limits())
+            for file in files:
+                await connection.get(file, tmp_path / "artifacts")
+            return files
 
     files = asyncio.run(go("out dir/*.rpm", "~/out dir/a-[0-9].rpm"[2:]))
     assert [file.name for file in files] == ["a-1.rpm", "b $x.rpm"]
@@ -353,16 +358,16 @@ def test_get(dev2, tmp_path):
     assert not (dev2.home / "hacked").exists()
 
 
-def test_two_files_of_one_name_are_refused(dev2, tmp_path):
+def test_two_files_of_one_name_are_refused(dev2):
     for name in ("x", "y"):
         (dev2.home / name).mkdir()
         (dev2.home / name / "same").touch()
 
     async def go():
         async with await Connection.open(dev2.endpoint()) as connection:
-            await connection.get(["*/same"], tmp_path / "artifacts")
+            await connection.list(["*/same"], Limits())
 
-    with pytest.raises(Conflict, match="two files called same"):
+    with pytest.raises(Unfit, match="two files called same"):
         asyncio.run(go())
 
 
@@ -376,7 +381,8 @@ def test_transfer_and_put(dev2, prod, tmp_path):
             await Connection.open(dev2.endpoint()) as source,
             await Connection.open(prod.endpoint()) as target,
         ):
-            moved = await source.transfer(["*.rpm"], target, "in/coming")
+            moved = await source.list(["*.rpm"], Limits())
+            await source.carry(moved[0], target, "in/coming")
             put = await target.put([tmp_path / "more"], str(prod.home / "in"))
             return moved, put
 
@@ -397,7 +403,8 @@ def test_writing_where_one_may_not_names_the_place(dev2, prod):
             await Connection.open(dev2.endpoint()) as source,
             await Connection.open(prod.endpoint()) as target,
         ):
-            await source.transfer(["file"], target, "taken")
+            (file,) = await source.list(["file"], Limits())
+            await source.carry(file, target, "taken")
 
     with pytest.raises(DriverFailed, match="prod: writing taken/file"):
         asyncio.run(go())

@@ -12,15 +12,16 @@ from typing import ClassVar
 import pytest
 
 from builds import page
+from builds.judged import carry_out
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import BuildRecord, StepRecord, load_records, new_directory, now
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
 from builds.steps import STEPS
-from inventory import kinds
 from inventory.errors import Conflict, ConnectionLost, DriverFailed, FarmhandError, NoSpace, TimedOut
 from inventory.loader import load
+from inventory.model import step_section
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_the_table_has_it_by_its_own_key(kind: str) -> None:
-    section = kinds.step(kind)
+    section = step_section(kind)
     assert issubclass(section, StepKind)
     assert kind == section.KIND
     fields = section.__dataclass_fields__
@@ -94,11 +95,11 @@ def judged(site: Site, directory: Path, error: FarmhandError) -> StepFailed:
     machines, meter = Machines(site, None, directory, Meter(), print), Meter()
     log = StepLog(directory / "log", "dev2", None)
     work = StepRun(
-        step=Carry(name="c", error=error), site=site, machines=machines, meter=meter,
+        name="c", site=site, machines=machines, meter=meter,
         environment=lambda _vm: {}, before_run=nothing, artifacts=directory, log=log,
     )  # fmt: skip
     with pytest.raises(StepFailed) as caught:
-        asyncio.run(work.carry_out())
+        asyncio.run(carry_out(Carry(name="c", error=error), work))
     log.close()
     return caught.value
 

@@ -9,7 +9,7 @@ import pytest
 from cli import views
 from host.processes import Process
 from inventory.errors import NotFound, Several, TimedOut, some
-from provision.engine.journal import Record
+from provision.engine.record import Record
 
 MANY = tuple(f"v{number}" for number in range(300))
 

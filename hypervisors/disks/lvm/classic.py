@@ -83,7 +83,7 @@ class LvmClassicDisks(LvmStore):
         callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
-        """As ``hypervisors.disks.stores.Openable``."""
+        """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.pool, place.farm, runner, links=directories.state / "lvm", copy=place.copy,
             step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
@@ -91,12 +91,12 @@ class LvmClassicDisks(LvmStore):
         )  # fmt: skip
 
     def capacity(self) -> Capacity:
-        """Of the volume group, whoever uses it."""
+        """Size and free space of the volume group, which others may use too."""
         group = self._lvm.report()
         return Capacity(group.size, group.free)
 
     def notes(self) -> tuple[str, ...]:
-        """For ``status`` and ``doctor``: snapshots that fill up, and what lvm.conf does about it."""
+        """See ``WatchedDisks.notes``: snapshots that fill up, and what lvm.conf does about it."""
         seen, config = self._look(), self._lvm.autoextend()
         threshold = config["snapshot_autoextend_threshold"]
         does = (
@@ -344,8 +344,9 @@ class LvmClassicDisks(LvmStore):
     def _equal(
         self, seen: LvmState, disk: LogicalVolume, base: LogicalVolume, *, quick: bool
     ) -> bool | None:
-        """A snapshot of that very volume with nothing in its area but its own table, by the kernel's
-        count (dm-snapshot: allocated = metadata sectors). A full copy: read and compared."""
+        """Whether the disk is its base. A snapshot is, if it is one of that very volume and its area
+        holds nothing but its own table, by the kernel's count (dm-snapshot: allocated = metadata
+        sectors). A full copy is read and compared."""
         if disk.snapshot:
             if disk.origin != base.name or not disk.active:
                 return False

@@ -92,7 +92,7 @@ class VolumeGroup:
         return next((v for v in self.volumes if v.name == name), None)
 
     def rounded(self, size: int) -> int:
-        """Up to whole extents."""
+        """A size rounded up to whole extents, in bytes."""
         return -(-size // self.extent) * self.extent
 
 
@@ -107,7 +107,8 @@ class Lvm:
         self._lvm = which("lvm") or "lvm"
 
     def report(self) -> VolumeGroup:
-        """Errors: NotFound (no such group), DriverFailed (LVM doesn't work or isn't permitted)."""
+        """What the group holds now. NotFound if there is no such group, DriverFailed if LVM doesn't work
+        or isn't permitted."""
         rows = self._rows("lvs", _FIELDS, "lv")
         with answer_of("lvs"):
             volumes = tuple(_volume(row) for row in rows)
@@ -118,14 +119,16 @@ class Lvm:
         return VolumeGroup(self.vg, size, free, extent, volumes)
 
     def change(self, command: str, *arguments: str, timeout: float = 600) -> None:
-        """One LVM command. Its failure comes as one of ours, see ``explain``."""
+        """Run one LVM command, for ``timeout`` seconds at most. A failure is raised as ``explain`` has
+        it."""
         try:
             self._runner.change(self._lvm, command, "-q", *arguments, timeout=timeout)
         except CommandFailed as error:
             raise self.explain(error) from error
 
     def remove(self, names: Sequence[str]) -> None:
-        """In that order, in one process. A classic origin takes its snapshots along: check before."""
+        """Remove the volumes in that order, in one process. LVM removes a classic origin's snapshots
+        with it: check before."""
         if names:
             self.change("lvremove", "-f", *(f"{self.vg}/{name}" for name in names))
 
@@ -144,13 +147,14 @@ class Lvm:
         return Path("/dev") / self.vg / name
 
     def ready(self, name: str) -> Path:
-        """Its device, once udev has made the name (LVM makes it itself where no udev runs)."""
+        """The volume's device. It waits until udev has made the name; where no udev runs LVM makes
+        it."""
         node = self.node(name)
         await_node(node)
         return node
 
     def explain(self, error: CommandFailed) -> FarmhandError:
-        """The same failure, told apart by what LVM wrote."""
+        """The error of ours for a failed LVM command, by what LVM wrote."""
         text = error.stderr
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         why = next((line for line in lines if not line.startswith("WARNING")), error.message)
@@ -194,7 +198,7 @@ class Lvm:
         return DriverFailed(f"{self.vg}: {why}", remedy=remedy, detail=detail or text)
 
     def busy(self, name: str) -> Busy:
-        """Says who has it open."""
+        """The error for a volume that somebody has open; it says who."""
         users = ", ".join(users_of(self.node(name))) or "somebody who can't be seen from here"
         return Busy(
             f"volume {self.vg}/{name} is in use by {users}",

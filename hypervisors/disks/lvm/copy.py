@@ -34,14 +34,15 @@ _RECORD_EVERY = 64 * 2**20
 
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
-    """For callers who show none."""
+    """The ProgressFn of callers who show none."""
 
 
 def copy_idle(
     runner: Runner, source: Path, target: Path, size: int, record: Path, what: str, progress: ProgressFn
 ) -> None:
-    """``size`` bytes of ``source`` to ``target``, the rest of which becomes zeros (a new volume holds
-    what its extents held before). DriverFailed where reading or writing fails."""
+    """Copy ``size`` bytes of ``source`` to ``target`` at idle I/O priority, and make the rest of it
+    zeros, for a new volume holds what its extents held before. ``record``: the file that says how far it
+    came; a copy that was cut off is gone on with. DriverFailed if reading or writing fails."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:  # I/O priorities are a thread's own (ioprio_set(2))
         work = pool.submit(_work, runner, source, target, size, record, what, progress, stop)
@@ -57,7 +58,7 @@ def copy_idle(
 
 
 def same_content(one: Path, other: Path, size: int) -> bool:
-    """Read both in full, comparing."""
+    """Whether the first ``size`` bytes of both are the same. It reads all of them."""
     with one.open("rb", buffering=0) as a, other.open("rb", buffering=0) as b:
         for at in range(0, size, _CHUNK):
             length = min(_CHUNK, size - at)
@@ -67,7 +68,7 @@ def same_content(one: Path, other: Path, size: int) -> bool:
 
 
 def empty_from(node: Path, start: int) -> bool:
-    """Zeros from ``start`` to the end: what a larger disk has beyond its base."""
+    """Whether all bytes from ``start`` on are zeros: what a larger disk has beyond its base."""
     with node.open("rb") as file:
         file.seek(start)
         while data := file.read(2**20):
@@ -128,9 +129,9 @@ def _put(handle: int, at: int, data: bytes, zeros: bytes) -> None:
 
 
 def _zero(handle: int, at: int, length: int) -> None:
-    """Zeros that take no room where the device can give it back, as thin ones and SSDs can: what
-    fallocate(2) makes of a hole in a block device (block/fops.c of Linux: zeros, or EOPNOTSUPP).
-    BLKZEROOUT keeps the room, and works everywhere."""
+    """Make these bytes zeros, without taking room where the device can give it back, as thin volumes and
+    SSDs can: fallocate(2) makes a hole in a block device (block/fops.c of Linux: zeros, or EOPNOTSUPP).
+    BLKZEROOUT, which keeps the room, works everywhere."""
     if length <= 0:
         return
     numbers = map(ctypes.c_longlong, (at, length))
@@ -147,7 +148,7 @@ def _note(record: Path, what: str, size: int, done: int) -> None:
 
 
 def _recorded(record: Path, what: str, size: int) -> int:
-    """Bytes that an earlier run copied, for the same purpose."""
+    """Bytes that an earlier run with the same purpose copied."""
     try:
         seen = json.loads(record.read_bytes())
         return int(seen["done"]) if (seen["what"], seen["size"]) == (what, size) else 0

@@ -97,7 +97,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     @abc.abstractmethod
     def _space(self, seen: LvmState, source: LogicalVolume) -> int:
-        """Bytes that a clone of it takes of the group at once."""
+        """Bytes that a clone of ``source`` takes of the group at once."""
 
     @abc.abstractmethod
     def _equal(
@@ -109,7 +109,7 @@ class LvmStore(LvmVolumes, abc.ABC):
 
     @abc.abstractmethod
     def _tend(self, disk: LogicalVolume, group: VolumeGroup) -> None:
-        """Before a start: refuse a lost disk, see to room."""
+        """Called before a start: refuse a disk that is lost, see that there is room."""
 
     @abc.abstractmethod
     def capacity(self) -> Capacity: ...
@@ -338,7 +338,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         return self._equal(seen, disk, base, quick=quick)
 
     def destroy(self, machine: str) -> None:
-        """Nothing there: nothing done."""
+        """See ``Disks.destroy``. If there is nothing, nothing is done."""
         plain(machine)
         with self._locked():
             seen = self._look()
@@ -375,7 +375,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             return tuple(self._left(self._look()))
 
     def discard(self, leftover: Leftover) -> None:
-        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        """Remove a leftover, which is looked up again first: what is in use by now, or gone, is left
+        alone."""
         with self._locked():
             seen = self._look()
             if leftover.ref not in (now.ref for now in self._left(seen)):
@@ -409,7 +410,8 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._drop(current)
 
     def _way_back(self, seen: LvmState, machine: str, name: str) -> tuple[LogicalVolume, LogicalVolume]:
-        """The disk, and what a fresh one is made of."""
+        """The machine's disk, and the volume that a fresh one is made of. NotFound for an unknown
+        checkpoint."""
         disk = self._ours(seen, machine)
         base = seen.base(disk, name)
         if base is None:
@@ -419,7 +421,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         return disk, base
 
     def _copied(self, source: LogicalVolume, size: int, *, frozen: bool = False) -> int | None:
-        """Bytes a clone (``frozen``: a checkpoint) copies in full; None: a snapshot does."""
+        """Bytes that a clone (``frozen``: a checkpoint) copies in full; None: it is a snapshot."""
         return None
 
     def _sealed_size(self, size: int, stored: int) -> int:

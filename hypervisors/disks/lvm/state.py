@@ -15,10 +15,10 @@ from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
 
 
 class LvmState:
-    """One report, read by its marks."""
+    """What a volume group holds at one moment: one report, read by our marks."""
 
     def __init__(self, group: VolumeGroup, links: Path, when: float = 0.0) -> None:
-        """``when``: of the report, time.monotonic(); 0: now."""
+        """``when`` the report was made, by time.monotonic(); 0: now."""
         self.when = when or time.monotonic()
         self.group = group
         self.links = links
@@ -26,7 +26,7 @@ class LvmState:
         self.templates = {label_of(v): v for v in self.kind("template")}
 
     def kind(self, kind: str, machine: str | None = None) -> list[LogicalVolume]:
-        """Oldest first."""
+        """Our volumes of that kind, of one machine or of all, oldest first."""
         found = [v for v in self.ours if v.facts.get("kind") == kind]
         if machine is not None:
             found = [v for v in found if v.facts.get("machine") == machine]
@@ -36,12 +36,15 @@ class LvmState:
         return sorted({v.facts["machine"] for v in self.kind("disk") if "machine" in v.facts})
 
     def of(self, machine: str) -> list[LogicalVolume]:
-        """All its volumes in the order to remove them: what depends comes before what it depends on."""
+        """All volumes of the machine, in the order to remove them: what depends comes before what it
+        depends on."""
         return [
             v for k in ("disk", "source", "part", "checkpoint") for v in reversed(self.kind(k, machine))
         ]
 
     def present(self, machine: str) -> LogicalVolume | None:
+        """The volume that is the machine's disk: the complete one that its link names, else the newest
+        complete one. None if it has no disk."""
         whole = [v for v in self.kind("disk", machine) if v.size >= int(v.facts.get("size", 0))]
         with contextlib.suppress(OSError):
             name = (self.links / machine).readlink().name
@@ -51,13 +54,14 @@ class LvmState:
         return whole[-1] if whole else None
 
     def checkpoints(self, machine: str) -> list[LogicalVolume]:
-        """Complete ones, a base of its own for ``clean`` included."""
+        """The machine's complete checkpoints, oldest first; ``clean`` among them where it has a base of
+        its own."""
         half = self.half_made(machine)
         return [v for v in self.kind("checkpoint", machine) if v not in half]
 
     def half_made(self, machine: str) -> list[LogicalVolume]:
-        """Checkpoints killed before the disk was made to grow from them: the disk is still the one
-        they were taken of, on the base it had then."""
+        """Checkpoints that were cut off before the disk was made to grow from them: the disk is still
+        the one that they were taken of, on the base that it had then."""
         disk = self.present(machine)
         return [
             v for v in self.kind("checkpoint", machine)
@@ -73,7 +77,7 @@ class LvmState:
         return [*grown, *half, *self.kind("source", machine)]
 
     def base(self, disk: LogicalVolume, name: str) -> LogicalVolume | None:
-        """The sealed volume behind a checkpoint's name."""
+        """The sealed volume behind a checkpoint's name; None if there is no such checkpoint."""
         for volume in self.checkpoints(disk.facts["machine"]):
             if volume.facts.get("name") == name:
                 return volume
@@ -105,12 +109,12 @@ class HeldLock:
         self._own.close()
 
     def keep(self, other: contextlib.AbstractContextManager[None]) -> None:
-        """Until the store's lock is given back for good."""
+        """Hold another lock as well, until the store's lock is given back for good."""
         self._kept.enter_context(other)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """Others may work meanwhile: for long copies."""
+        """Give the store's lock back within the ``with``, so that others may work during long copies."""
         self._own.close()
         try:
             yield
@@ -119,7 +123,7 @@ class HeldLock:
 
 
 def kept(facts: Mapping[str, str]) -> dict[str, str]:
-    """What stays the same over a machine's disks and checkpoints."""
+    """Those of a volume's facts that all disks and checkpoints of a machine share."""
     return {key: facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")}
 
 

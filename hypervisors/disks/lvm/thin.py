@@ -72,19 +72,20 @@ class LvmThinDisks(LvmStore):
         callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
-        """As ``hypervisors.disks.stores.Openable``."""
+        """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.pool, place.dataset, place.farm, runner, links=directories.state / "lvm",
             step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     def capacity(self) -> Capacity:
-        """Of the pool's data. What autoextend may add is not counted: it may never come."""
+        """Size and free space of the pool's data. What autoextend may add is not counted: it may never
+        come."""
         pool = self._pool(self._look())
         return Capacity(pool.size, int(pool.size * (100 - pool.data) / 100))
 
     def notes(self) -> tuple[str, ...]:
-        """For ``status`` and ``doctor``: how full the pool is, and what lvm.conf does about it."""
+        """See ``WatchedDisks.notes``: how full the pool is, and what lvm.conf does about it."""
         seen = self._look()
         pool, config = self._pool(seen), self._lvm.autoextend()
         place, threshold = f"{self._vg}/{pool.name}", config["thin_pool_autoextend_threshold"]
@@ -211,11 +212,11 @@ class LvmThinDisks(LvmStore):
         return pool
 
     def _tend(self, disk: LogicalVolume, group: object) -> None:
-        """The pool refuses by itself; how full it is was looked at when the disk was made."""
+        """Nothing to do: a full pool refuses by itself, and was looked at when the disk was made."""
 
     def _used(self, seen: LvmState, disk: LogicalVolume) -> int:
-        """At least: mapped beyond what its base maps. Blocks overwritten since are shared no more, but
-        only the whole metadata could tell how many."""
+        """Bytes that the disk takes at least: those mapped beyond what its base maps. Blocks overwritten
+        since are no longer shared, but only the whole metadata could tell how many."""
         base = seen.base(disk, disk.facts.get("base", ""))
         mapped = disk.size * disk.data / 100
         return max(0, int(mapped - (base.size * base.data / 100 if base else 0)))

@@ -64,9 +64,9 @@ class LvmVolumes:
         return LvmState(group, self._links)
 
     def _glance(self) -> LvmState:
-        """A look without the store's lock, to be gone on from by whoever holds the lock next: a report
-        is a third of what a clone takes. The lock file's content, its stamp, is new whenever somebody
-        holds the lock; if that didn't happen meanwhile, nobody changed anything of ours."""
+        """What is there now, seen without the store's lock. Whoever takes the lock next may go on from
+        it: a report is a third of what a clone takes. The lock file holds a stamp that is new whenever
+        somebody has the lock; if it is still the same, nobody changed anything of ours."""
         stamp, quiet = self._stamp(), not self._lock.held()
         seen = self._look()
         if quiet and not self._lock.held() and stamp and stamp == self._stamp():
@@ -80,21 +80,24 @@ class LvmVolumes:
             return ""
 
     def _take_over(self) -> LvmState | None:
-        """The lock has just been taken: what was seen last, if it still holds good; and a new stamp."""
+        """What was seen last, if that still holds good. Called when the lock has just been taken; writes
+        a new stamp."""
         last, self._last = self._last, None
         good = last and last[0] == self._stamp() and time.monotonic() - last[1].when < _FRESH
         (self._links / ".lock").write_text(secrets.token_hex(8))
         return last[1] if last and good else None
 
     def _remember(self, seen: LvmState, new: LogicalVolume, *, space: int) -> None:
-        """This very call, which has the lock, made ``new`` and no other change since ``seen``."""
+        """Keep what is there now for the next call: ``seen``, and ``new``, which this call made under
+        the lock as its only change."""
         group = seen.group
         group = replace(group, free=group.free - space, volumes=(*group.volumes, new))
         self._last = (self._stamp(), LvmState(group, self._links, seen.when))
 
     @contextlib.contextmanager
     def _locked(self, *, read: bool = False) -> Iterator[HeldLock]:
-        """The store's lock, between all processes and farms."""
+        """Hold the store's lock against all processes and farms. ``read``: where there is no store yet,
+        hold nothing."""
         if read and not self._links.is_dir():
             yield HeldLock(None)
             return
@@ -106,7 +109,7 @@ class LvmVolumes:
             yield held
 
     def _filling(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Held while a part is being filled: what tells the living from the dead."""
+        """A lock to hold while a part is being filled: without it, the part is a dead process's."""
         return FileLock(self._links / f".{name}.lock").hold(remove=True)
 
     def _alive(self, name: str) -> bool:
@@ -116,13 +119,14 @@ class LvmVolumes:
         return self._links / f".{name}.copied"
 
     def _forget(self, name: str) -> None:
-        """The files that went with a part."""
+        """Remove the files that belong to a part."""
         self._record(name).unlink(missing_ok=True)
         if not self._alive(name):
             (self._links / f".{name}.lock").unlink(missing_ok=True)
 
     def _strays(self, seen: LvmState) -> Iterator[Path]:
-        """Files that killed operations left. The store's lock is held: nobody makes any now."""
+        """Files that killed operations left. The caller holds the store's lock, so nobody is making
+        any."""
         names = {v.name for v in seen.group.volumes}
         for path in sorted(self._links.glob(".fh.*")):
             name = path.name[1:].rpartition(".")[0]
@@ -136,7 +140,8 @@ class LvmVolumes:
 
     @staticmethod
     def _name(*words: str) -> str:
-        """LVM reserves some names by what they contain, "_tdata" for one: all have an underscore."""
+        """A new volume's name. It has no underscore: LVM reserves names by what they contain, such as
+        "_tdata"."""
         text = re.sub(r"[^A-Za-z0-9.-]", ".", ".".join(words))[:40]
         return f"fh.{text}.{secrets.token_hex(4)}"
 
@@ -150,11 +155,11 @@ class LvmVolumes:
         sync(self._links)
 
     def _give(self, name: str) -> None:
-        """To QEMU's user, read and write; nobody else's but root's."""
+        """Let QEMU's user read and write the volume; besides it root alone can."""
         give(self._lvm.ready(name), self._reader)
 
     def _path(self, disk: LogicalVolume) -> Path:
-        """The link; where that is lost, the device itself."""
+        """The disk's path: its link, or the device itself where the link is lost."""
         link, node = self._links / disk.facts["machine"], self._lvm.node(disk.name)
         try:
             return link if link.readlink() == node else node
@@ -168,7 +173,8 @@ class LvmVolumes:
 
     @staticmethod
     def _check_dependents(seen: LvmState, volumes: Sequence[LogicalVolume]) -> None:
-        """lvremove takes a classic origin's snapshots along, whoever made them."""
+        """WrongState if other volumes are snapshots of these: lvremove would remove them too, whoever
+        made them."""
         names = {v.name for v in volumes}
         others = [
             v.name for v in seen.group.volumes
@@ -188,14 +194,15 @@ class LvmVolumes:
             self._forget(volume.name)
 
     def _remove_old(self, names: Sequence[str]) -> None:
-        """After a swap. What can't go now is a leftover, not a failed reset."""
+        """Remove volumes that were swapped out. What can't be removed now is a leftover, not a failed
+        reset."""
         try:
             self._lvm.remove(names)
         except FarmhandError as error:
             self._warn((f"{error.message}; ", Call("gc"), " will remove it later"))
 
     def _drop(self, name: str) -> None:
-        """What this very call made."""
+        """Remove a volume that this very call made."""
         with contextlib.suppress(NotFound):
             self._lvm.remove([name])
         self._forget(name)
@@ -206,7 +213,8 @@ class LvmVolumes:
 
 
 def plain(name: str) -> str:
-    """Names reach paths and tags: only plain ones do. The loader checks them as well."""
+    """The name, if it is plain, for names get into paths and tags. UsageError if it isn't; the loader
+    checks them as well."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
     return name

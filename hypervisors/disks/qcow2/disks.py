@@ -139,7 +139,7 @@ class Qcow2Disks:
         callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
-        """As ``hypervisors.disks.stores.Openable``."""
+        """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
             step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
@@ -318,14 +318,16 @@ class Qcow2Disks:
         return disks
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
-        """By the disk's own header: over that very file, and not one cluster allocated."""
+        """See ``Disks.pristine``. The disk's own header proves it: its backing file is that very
+        checkpoint, and no cluster of its own is allocated."""
         del quick  # it is anyway
         mark, disk = self._ours(machine)
         header = read_header(disk.path)
         return header.sound and header.empty and header.backing == self._backing(mark, name)
 
     def destroy(self, machine: str) -> None:
-        """Nothing there: nothing done. Files that aren't ours stay, and so does their directory."""
+        """See ``Disks.destroy``. If there is nothing, nothing is done. Files that aren't ours stay, and
+        so does their directory."""
         home = self._home(machine)
         mark = read_mark(home)
         if mark is None:
@@ -356,7 +358,8 @@ class Qcow2Disks:
         return find_leftovers(self._root, self._farm)
 
     def discard(self, leftover: Leftover) -> None:
-        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        """Remove a leftover, which is looked up again first: what is in use by now, or gone, is left
+        alone."""
         with self._lock.hold():
             path = Path(leftover.ref)
             if leftover.ref not in (now.ref for now in find_leftovers(self._root, self._farm, at=path)):
@@ -373,7 +376,7 @@ class Qcow2Disks:
                 path.unlink(missing_ok=True)
 
     def capacity(self) -> Capacity:
-        """Of the file system the store is on; ``free`` is what an ordinary user may take."""
+        """Size and free space of the store's file system; ``free`` is what an ordinary user may take."""
         place = next(p for p in (self._root, *self._root.parents) if p.exists())
         seen = os.statvfs(place)
         return Capacity(seen.f_blocks * seen.f_frsize, seen.f_bavail * seen.f_frsize)
@@ -449,7 +452,7 @@ class Qcow2Disks:
         return (Checkpoint(name=CLEAN, created=mark.created), *found)
 
     def _backing(self, mark: Mark, name: str) -> str:
-        """As the overlay's header says it."""
+        """The backing file of a disk that grows from that checkpoint, as the overlay's header has it."""
         if name == CLEAN:
             return f"../../templates/{self._template_path(mark.template).name}"
         return self._frozen(mark.machine, name).name
@@ -457,8 +460,8 @@ class Qcow2Disks:
     # -- changes ----------------------------------------------------------------------------------
 
     def _swap(self, backings: Sequence[tuple[Mark, str]], step: str) -> None:
-        """Fresh overlays take the disks' names, see the module's head; the old files, if nothing else
-        names them, go. ``step``: with {} for the machine."""
+        """Put fresh overlays in the disks' places, see the module's head. Old files that have no other
+        name are gone then. ``step``: the journal's text, with {} for the machine."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock.hold(shared=True))
             ready: list[tuple[str, Path, Path, Path]] = []
@@ -495,8 +498,8 @@ class Qcow2Disks:
 
     @contextlib.contextmanager
     def _temporary(self, directory: Path, name: str) -> Iterator[Path]:
-        """A name under construction in ``directory``; goes at the end, unless renamed. The lock on
-        its .lock twin tells the living from the dead."""
+        """A path in ``directory`` for something under construction. It is removed at the end, unless it
+        was renamed. A lock on its .lock twin tells the living from the dead."""
         make_directory(directory, mode=0o711)
         path = directory / f"{NEW}{secrets.token_hex(4)}-{name}"
         with FileLock(path.with_name(path.name + ".lock")).hold(remove=True):
@@ -509,7 +512,8 @@ class Qcow2Disks:
                     path.unlink(missing_ok=True)
 
     def _make_room(self, home: Path) -> None:
-        """For a clone: finish a destroy that was killed; refuse where somebody else's things are."""
+        """Make way for a clone: finish a destroy that was killed. Conflict if there is a disk, or
+        checkpoints of one; NotOurs if there are somebody else's files."""
         mark = read_mark(home)
         if mark is not None:
             self._check_farm(mark)
@@ -526,7 +530,7 @@ class Qcow2Disks:
             raise NotOurs(f"{home} holds files that are not farmhand's", remedy="move them away")
 
     def _bring(self, image: Path, fresh: Path) -> None:
-        """``image``, as qcow2, under the name ``fresh``; the image itself stays until the end."""
+        """Make ``fresh`` a qcow2 file with the image's content. The image itself stays."""
         with image.open("rb") as file:
             is_qcow2 = file.read(4) == b"QFI\xfb"
         if is_qcow2 and self._may_share(image):
@@ -561,7 +565,8 @@ class Qcow2Disks:
 
 
 def _plain(name: str) -> str:
-    """Names reach paths: only plain ones do. The loader checks them as well."""
+    """The name, if it is plain, for names get into paths. UsageError if it isn't; the loader checks them
+    as well."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
     return name

@@ -18,7 +18,8 @@ GONE = "gone.qcow2"
 
 
 def marks(vms: Path, damaged: ToldFn | None = None) -> Iterator[Mark]:
-    """Of all farms that share the store. ``damaged``: told of those that are."""
+    """The marks of all VMs in the store, whichever farm's they are. ``damaged``: told of those that
+    are."""
     for home in matching(vms, "*"):
         if not home.name.startswith(".") and (mark := read_mark(home, damaged=damaged)):
             yield mark
@@ -35,7 +36,7 @@ def leans_on(home: Path, template: Path) -> bool:
 
 
 def half_made(frozen: Path) -> bool:
-    """A checkpoint that is still one inode with the disk."""
+    """Whether a checkpoint was cut off: its file is still the same as the disk's."""
     try:
         return frozen.samefile(frozen.parent / "disk.qcow2")
     except FileNotFoundError:
@@ -43,15 +44,16 @@ def half_made(frozen: Path) -> bool:
 
 
 def kept_alone(home: Path) -> bool:
-    """Whether somebody removed the disk, and its checkpoints are there: no leftover of a destroy."""
+    """Whether somebody removed the disk and its checkpoints are still there. That is no leftover of a
+    destroy."""
     if (home / "disk.qcow2").exists() or (home / GONE).exists():
         return False
     return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
 
 
 def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
-    """That farm's, and those of whoever died before it could mark them. ``at``: of VMs' directories that
-    one only, or the one it lies in."""
+    """That farm's leftovers, and those of processes that died before they could mark them. ``at``: look
+    at this VM's directory only, or at the one that holds it."""
     homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
     seen = (mark for home in homes if (mark := read_mark(home))) if at else marks(root / "vms")
     mine = [mark for mark in seen if mark.owner.farm == farm]

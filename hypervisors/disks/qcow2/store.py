@@ -44,8 +44,9 @@ class Mark:
 
 
 def read_mark(home: Path, *, moved: bool = False, damaged: ToldFn | None = None) -> Mark | None:
-    """None where there is none, a damaged one (``damaged`` is told), or one that speaks of another
-    directory (a copy somebody made). ``moved``: the directory has a temporary name."""
+    """The mark in that directory. None if it has none, a damaged one (``damaged`` is told), or one that
+    speaks of another directory, as in a copy that somebody made. ``moved``: the directory has a
+    temporary name."""
     seen = _read(home / "owner.json", _OF_DISKS, damaged)
     if seen is None:
         return None
@@ -60,20 +61,22 @@ def read_mark(home: Path, *, moved: bool = False, damaged: ToldFn | None = None)
 
 
 def write_template(image: Path, template: Template) -> None:
-    """The description beside ``image``. ``ref`` is where it is, so it isn't written."""
+    """Write the template's description beside its image. It is without ``ref``, which is where the image
+    is."""
     facts = asdict(template)
     del facts["ref"]
     write_durably(describe(image), _document({**facts, "created": template.created.isoformat()}))
 
 
 def describe(image: Path) -> Path:
-    """Where the description of that template image is. Not with_suffix: names have dots."""
+    """Path of the description of a template's image."""
     return image.with_name(image.name.removesuffix(".qcow2") + ".json")
 
 
 def read_template(image: Path, *, half: bool = False, damaged: ToldFn | None = None) -> Template | None:
-    """None unless both the image and our description are there (``half``: the description will do), or
-    where the description is of another image, or damaged (``damaged`` is told)."""
+    """The template of that image. None unless both the image and our description are there (with
+    ``half`` the description is enough), and where the description is of another image, or damaged
+    (``damaged`` is told)."""
     seen = _read(describe(image), _OF_TEMPLATES, damaged)
     if seen is None or not (half or image.exists()):
         return None
@@ -113,7 +116,8 @@ def _read(path: Path, needed: Collection[str], damaged: ToldFn | None) -> dict[s
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Complete under its name or not there, also after a power cut (once the directory is synced)."""
+    """Write a file that is complete under its name, or not there. That holds for a power cut too, once
+    the directory is synced."""
     fresh = path.with_name(f"{NEW}{os.getpid()}-{path.name}")
     write_new(fresh, data, mode=mode)
     fresh.replace(path)

@@ -48,7 +48,7 @@ def channel_program() -> bytes:
 
 
 class Zfs:
-    """The commands on one dataset of one pool."""
+    """The commands on the store's dataset of one pool."""
 
     def __init__(self, runner: Runner, pool: str, root: str, farm: str) -> None:
         self._runner = runner
@@ -58,7 +58,8 @@ class Zfs:
         self._zfs = which("zfs") or "zfs"
 
     def look(self, machine: str = "", *, synced: bool = False) -> Mapping[str, Any]:
-        """What there is; ``synced``: with all that was written until now."""
+        """What the store holds, or what of it belongs to one machine. ``synced``: with all that was
+        written until now."""
         flags = ("-j",) if synced else ("-jn",)
         return self._answer(self._runner.read, flags, "look", machine)
 
@@ -69,8 +70,8 @@ class Zfs:
             return int(answer["space"]["used"]), int(answer["space"]["available"])
 
     def program(self, operation: str, *arguments: str) -> Mapping[str, Any]:
-        """A change. Busy, NotOurs, WrongState, Conflict, NotFound for what it refuses; tried again
-        only while nothing but udev's probing of a new device stands against it."""
+        """Make a change. Busy, NotOurs, WrongState, Conflict or NotFound if it is refused. It is tried
+        again only while nothing but udev's look at a new device stands against it."""
         limit = time.monotonic() + _PATIENCE
         while True:
             answer = self._answer(self._runner.change, ("-j",), operation, *arguments)
@@ -86,12 +87,13 @@ class Zfs:
             raise self._refusal(answer, at, who)
 
     def flush(self, path: Path) -> None:
-        """fsync(2), in this process, which a suspended pool would hang for good."""
+        """Sync a file, fsync(2). A suspended pool would hang this process for good, so it is looked at
+        before."""
         self._check_pool()
         sync(path)
 
     def change(self, *argv: str | Path, timeout: float = 600) -> CommandResult:
-        """``zfs ARGUMENT...``"""
+        """Run ``zfs ARGUMENT...``, for ``timeout`` seconds at most."""
         self._check_pool()
         try:
             return self._runner.change(self._zfs, *argv, timeout=timeout)

@@ -26,40 +26,43 @@ class DatasetKind(Protocol):
     parents: Sequence[str]  # properties of these, inherited by all that is made
 
     def path(self, dataset: str) -> Path:
-        """What the hypervisor opens; there once the dataset is opened up."""
+        """What the hypervisor opens. It is there once the dataset is opened up."""
 
     def rounded(self, size: int) -> int:
-        """Up to a size that a disk can have."""
+        """The size rounded up to one that a disk can have, in bytes."""
 
     def made(self, size: int, /) -> list[str]:
-        """Arguments of ``zfs create``."""
+        """The arguments of ``zfs create`` for a disk of that size."""
 
     def resized(self, size: int, /) -> list[str]:
-        """Arguments of ``zfs clone`` for a disk larger than its origin."""
+        """The arguments of ``zfs clone`` for a disk larger than its origin."""
 
     def open_up(self, dataset: str, size: int = 0, /) -> None:
-        """Until QEMU's user can open it. ``size``: what it is to have, if not what it has."""
+        """Let QEMU's user open it; returns when that works. ``size`` in bytes: what it is to have; 0:
+        what it has."""
 
     def seal(self, dataset: str) -> None:
-        """Read-only from now on, and not to be opened."""
+        """Make it read-only, and not to be opened any more."""
 
     def may_exist(self, stem: str, /) -> bool:
-        """False: there is no disk STEM.NUMBER of ours. Asked before each clone, so it runs nothing."""
+        """False if there is certainly no disk STEM.NUMBER of ours. It runs no command, for it is asked
+        before each clone."""
 
     def paths(self, stem: str, /) -> list[Path]:
-        """Of the disks STEM.NUMBER what is there to be opened now."""
+        """Those paths of the disks STEM.NUMBER that can be opened now."""
 
     def free_from(self, stem: str, /) -> int:
-        """The first NUMBER that no disk STEM.NUMBER that is gone has left anything of."""
+        """The first NUMBER of which no disk STEM.NUMBER that was removed has left anything."""
 
     def await_gone(self, dataset: str, /) -> None:
-        """Until nothing is left of a disk of that name that is gone."""
+        """Wait until nothing is left of a disk of that name that was removed."""
 
     def opened(self, stem: str, /) -> list[str]:
-        """Of the datasets STEM.NUMBER those that must be shut before they are changed."""
+        """Those of the datasets STEM.NUMBER that must be shut before they are changed."""
 
     def shut(self, datasets: Sequence[str], /) -> None:
-        """Before they are rolled back or removed: all of them, or none. Busy where one is in use."""
+        """Make datasets ready to be rolled back or removed, all of them or none. Busy if one is in
+        use."""
 
 
 class Zvols:

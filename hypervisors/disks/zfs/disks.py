@@ -89,7 +89,7 @@ class ZfsDisks(ZfsStore):
         callbacks: Callbacks,
         reader_uid: int | None,
     ) -> Self:
-        """As ``hypervisors.disks.stores.Openable``."""
+        """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.pool, place.dataset or "farmhand", place.farm, runner,
             step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
@@ -189,7 +189,8 @@ class ZfsDisks(ZfsStore):
         return self._grow(machines, name, self._look())
 
     def pristine(self, machine: str, name: str, *, quick: bool = False) -> bool:
-        """Grown from that checkpoint, and ``written`` since (zfsprops(7)) exactly 0."""
+        """See ``Disks.pristine``. The disk has grown from that checkpoint, and its ``written``
+        (zfsprops(7)) is exactly 0."""
         del quick  # it is, but for the sync of a pool that is being written to
         path = self._disk(self._look(plain(machine)), machine).path
         if path.exists():
@@ -199,7 +200,8 @@ class ZfsDisks(ZfsStore):
         return bool(volume and volume.base == name and volume.written == 0)
 
     def destroy(self, machine: str) -> None:
-        """Nothing there: nothing done. All its volumes, in one transaction."""
+        """See ``Disks.destroy``. All volumes of the machine go in one transaction. If there is nothing,
+        nothing is done."""
         look = self._look(plain(machine))
         if not look.of(machine):
             return
@@ -212,7 +214,8 @@ class ZfsDisks(ZfsStore):
         return state.find_leftovers(self._look(), self._farm)
 
     def discard(self, leftover: Leftover) -> None:
-        """Looked up again first: what came to be in use since, or is gone, is left alone."""
+        """Remove a leftover, which is looked up again first: what is in use by now, or gone, is left
+        alone."""
         if leftover.ref not in (now.ref for now in self.leftovers()):
             return
         self._step(f"remove the leftover {leftover.ref}")
@@ -225,8 +228,8 @@ class ZfsDisks(ZfsStore):
             self._zfs.program("drop", leftover.ref)
 
     def capacity(self) -> Capacity:
-        """Of the dataset: quotas, reservations and what ZFS keeps for itself are taken off. Clones and
-        templates are sparse: none reserves anything."""
+        """Size and free space of the dataset; quotas, reservations and what ZFS keeps for itself are
+        taken off. Clones and templates are sparse: none reserves anything."""
         used, free = self._zfs.space()
         self._room = (time.monotonic(), free)
         return Capacity(used + free, free)
@@ -256,13 +259,14 @@ class ZfsDisks(ZfsStore):
         return self._next_name(look, machine)
 
     def _next_name(self, look: ZfsState, machine: str) -> str:
-        """Nor one of a disk that is gone, as long as something is left of it."""
+        """The name of the machine's next volume; no name of a disk that was removed, as long as
+        something is left of it."""
         stem = f"{self._vms}/{machine}"
         number = int(look.next_name(self._vms, machine).rpartition(".")[2])
         return f"{stem}.{max(number, self._kind.free_from(stem))}"
 
     def _clone(self, source: str, target: str, marks: Mapping[str, str], size: int) -> None:
-        """``size``: 0 for the source's. Conflict where the name is taken."""
+        """Make a clone of ``size`` bytes; 0: as large as its source. Conflict if the name is taken."""
         resized = self._kind.resized(size) if size else []
         self._create(target, marks, "clone", *resized, source)
 

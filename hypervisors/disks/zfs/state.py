@@ -110,7 +110,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class ZfsState:
-    """A store, or of one machine what belongs to it."""
+    """What the store holds, or what of it belongs to one machine. ``total``, ``free``: bytes."""
 
     volumes: tuple[Dataset, ...]
     templates: tuple[Dataset, ...]
@@ -128,7 +128,8 @@ class ZfsState:
         return tuple(sorted({v.stem for v in self.volumes if v.state}))
 
     def next_name(self, vms: str, machine: str) -> str:
-        """No volume of that name or a later one exists, ours or not."""
+        """A name for the machine's next volume. There is no volume of that name or a later one, of ours
+        or others."""
         numbers = [v.number for v in self.volumes if v.stem == machine]
         return f"{vms}/{machine}.{max(numbers, default=0) + 1}"
 
@@ -196,14 +197,15 @@ def when(seconds: int | str) -> datetime:
 
 
 def plain(name: str) -> str:
-    """Names reach dataset names: only plain ones do. The loader checks them as well."""
+    """The name, if it is plain, for names get into dataset names. UsageError if it isn't; the loader
+    checks them as well."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a plain name: letters, digits, '.', '_' and '-'")
     return name
 
 
 def options(marks: Mapping[str, str]) -> list[str]:
-    """As ``zfs`` takes properties: ``-o farmhand:KEY=VALUE`` each."""
+    """The arguments that set our properties: ``-o farmhand:KEY=VALUE`` each."""
     found = []
     for key, text in marks.items():
         if not _PLAIN.fullmatch(text):
@@ -227,7 +229,7 @@ def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) 
 
 
 def template_marks(template: Template, image: str) -> dict[str, str]:
-    """``image``: which file it was, to know it again after a kill."""
+    """The marks of a template. ``image``: which file it was made of, to know it again after a kill."""
     return {
         "kind": "template",
         "name": template.name,
@@ -242,7 +244,7 @@ def template_marks(template: Template, image: str) -> dict[str, str]:
 
 
 def read_template(volume: Dataset) -> Template | None:
-    """None unless it is sealed and says what it is."""
+    """The template that a dataset is; None unless it is sealed and its marks say what it is."""
     seals = [s for s in volume.snapshots if s.name == SEALED and s.kind == "template"]
     if not seals:
         return None
@@ -265,7 +267,7 @@ def read_template(volume: Dataset) -> Template | None:
 
 
 def read_disk(look: ZfsState, machine: str, path: Callable[[str], Path]) -> Disk | None:
-    """``path``: of a volume's name."""
+    """The disk that a dataset is. ``path``: makes a volume's path of its name."""
     volume = look.disk(machine)
     if volume is None or volume.owner is None:
         return None
@@ -292,7 +294,7 @@ def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoi
 
 
 def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
-    """Newest volumes first: they grew from older ones."""
+    """What is left over, newest volumes first, for they grew from older ones."""
     found = []
     now = datetime.now(UTC)
     for volume in look.templates:
@@ -328,15 +330,16 @@ def made_now(volume: Dataset) -> bool:
 
 
 def being_made(volume: Dataset) -> bool:
-    """By a process that lives, or may: the marks come a moment after the volume."""
+    """Whether a process that lives makes it, or may make it: marks come a moment after the volume."""
     if volume.marks:
         return volume.state == "new" and made_now(volume)
     return (datetime.now(UTC) - volume.created).total_seconds() < MARKING
 
 
 def _unborn(volume: Dataset, look: ZfsState, now: datetime) -> bool:
-    """Where only ours are made, and without a word of data: a clone of one of our snapshots, or an
-    empty volume, whose marks a power cut swallowed. Nothing of anybody's can be lost with it."""
+    """Whether it is a volume of ours whose marks a power cut swallowed: it is where only ours are made,
+    holds no data, and is empty or a clone of one of our snapshots. So nothing of anybody's can be lost
+    with it."""
     if volume.marks or volume.snapshots or (now - volume.created).total_seconds() < SETTLED:
         return False
     if not volume.origin:

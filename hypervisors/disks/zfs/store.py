@@ -208,7 +208,8 @@ class ZfsStore:
     # -- changes ----------------------------------------------------------------------------------
 
     def _ensure_places(self) -> None:
-        """The two datasets, marked. NotOurs where somebody else's have their names."""
+        """Make the store's two datasets, with our mark, unless they are there. NotOurs if their names
+        are taken by somebody else's."""
         found = self._runner.read(
             "zfs", "get", "-Hp", "-d", "1", "-o", "name,value,source", "farmhand:store", self._root,
             ok=(0, 1),
@@ -248,7 +249,7 @@ class ZfsStore:
 
     @contextlib.contextmanager
     def _dropped_on_failure(self, volume: str, marks: Mapping[str, str]) -> Iterator[None]:
-        """What this very call made goes again, unless it came to be what it was for."""
+        """After an error remove what this very call made, unless it has become what it was to be."""
         try:
             yield
         except BaseException:
@@ -261,6 +262,7 @@ class ZfsStore:
             self._zfs.program("drop", volume, f"state={marks['state']}", f"token={marks['token']}")
 
     def _hold(self, volume: str) -> None:
-        """At most once: a second hold by the same name is an error, and means that it is there."""
+        """Put a hold on a snapshot, unless it has that one: a second hold of the same name is an error
+        of zfs."""
         with contextlib.suppress(Conflict):
             self._zfs.change("hold", _HOLD, f"{volume}@{SEALED}")

@@ -12,7 +12,7 @@ from provision.network.templating import as_json
 
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath
-    from provision.network.render import Renderer
+    from provision.network.renderer import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from inventory.places import Path as Place
     from inventory.places import Places
-    from provision.network.changes import FileChange
+    from provision.network.file_change import FileChange
     from provision.network.live_dns import DnsServer
     from provision.network.records import Records, Zones
-    from provision.network.render import Renderer
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow, Zone
 
 _HERE = IPv4Address("127.0.0.1")

@@ -13,7 +13,7 @@ from provision.network.service import Question, Service, Silent
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath
     from inventory.model import Farm
-    from provision.network.render import Renderer
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 

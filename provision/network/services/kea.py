@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from host.run import Runner
     from inventory.fields import ConfigPath, Interface, Lines
     from inventory.model import Farm
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
     from provision.network.view import VmRow
 
 _COMMENT = ("// ", "")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from inventory.model import Farm
     from inventory.places import Path as Place
     from inventory.places import Places
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
 
 
 def _string(text: str) -> Word:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from host.run import Runner
     from inventory.fields import Address, ConfigPath, Interface, Lines
     from inventory.model import Farm
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 _ELEMENTS = re.compile(r"^\t\telements = \{\n(.*?)^\t\t\}\n", re.MULTILINE | re.DOTALL)

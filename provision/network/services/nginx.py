@@ -16,8 +16,8 @@ from provision.network.templating import Unwritable, Word, backslashed
 if TYPE_CHECKING:
     from inventory.fields import Address, ConfigPath, Lines, Port
     from inventory.model import Farm
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 _HERE = IPv4Address("127.0.0.1")

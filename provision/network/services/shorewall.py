@@ -18,8 +18,8 @@ from provision.network.templating import Word
 if TYPE_CHECKING:
     from inventory.fields import Address, ConfigPath, Lines, Name
     from inventory.model import Farm
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 

@@ -13,7 +13,7 @@ from provision.network.templating import backslashed
 if TYPE_CHECKING:
     from inventory.fields import ConfigPath, Own
     from inventory.model import Farm
-    from provision.network.render import Renderer
+    from provision.network.renderer import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from host.run import Runner
     from inventory.fields import Address, Bool, ConfigPath, Lines, Port, TimeToLive
     from inventory.model import Farm
-    from provision.network.changes import FileChange
-    from provision.network.render import Renderer
+    from provision.network.file_change import FileChange
+    from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
 _HERE = IPv4Address("127.0.0.1")
