@@ -40,23 +40,24 @@ def printed(text: str) -> str:
     return "".join(f"\\{byte:03o}" for byte in text.encode())
 
 
-STEPS = [
-    run(
-        "build",
-        f"mkdir out; printf '{printed(EVIL + NESTED)}\\n{printed(FORGED)}\\nx\\r{printed(FORGED)}\\n'; "
-        "printf '\\377no text\\033]0;unended\\n'; "
-        f"echo built > out/\"$(printf 'k{printed(EVIL)}.rpm')\"",
-        artifacts="out/*",
-    ),
-    run("fail", f"printf 'x.c:1:1: error: {printed(EVIL)}\\n'; exit 1"),
-]
+BUILD = run(
+    "build",
+    f"mkdir out; printf '{printed(EVIL + NESTED)}\\n{printed(FORGED)}\\nx\\r{printed(FORGED)}\\n'; "
+    "printf '\\377no text\\033]0;unended\\n'; echo built > out/kata.rpm",
+    artifacts="out/*",
+)
+FAILS = {
+    "an error": run("fail", f"printf 'x.c:1:1: error: {printed(EVIL)}\\n'; exit 1"),
+    "a name": run("fail", f"echo x > out/\"$(printf 'k{printed(EVIL)}')\"", artifacts="out/k*"),
+}
 
 
 class Commands:
     """The real command line on the lab."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.environment = {**environment(lab.root), "FARMHAND_FARM": str(lab.farm_file(STEPS))}
+    def __init__(self, lab: Lab, fails: str) -> None:
+        farm = lab.farm_file([BUILD, FAILS[fails]])
+        self.environment = {**environment(lab.root), "FARMHAND_FARM": str(farm)}
         self.argv = [sys.executable, "-P", str(ROOT / "cli" / "start.py"), "--search-root", str(ROOT)]
 
     def __call__(self, *words: str) -> tuple[str, str]:
@@ -88,11 +89,11 @@ class Commands:
         return seen.decode()
 
 
-@pytest.fixture
-def attacked(lab: Lab) -> tuple[Commands, BuildRecord, tuple[str, str]]:
+@pytest.fixture(params=list(FAILS))
+def attacked(lab: Lab, request: pytest.FixtureRequest) -> tuple[Commands, BuildRecord, tuple[str, str]]:
     """A failed build of a hostile commit, and what its command printed."""
     lab.commit(SUBJECT, program="echo one\n")
-    commands = Commands(lab)
+    commands = Commands(lab, request.param)
     said = commands("cycle")
     with Site(load(Path(commands.environment["FARMHAND_FARM"])), reporter=lab.told) as site:
         return commands, find_record(site.paths), said
@@ -131,7 +132,7 @@ def test_nothing_printed_in_a_vm_passes_for_our_words(attacked) -> None:
 
 def test_on_a_terminal_only_our_own_sequences_arrive(lab: Lab) -> None:
     lab.commit(SUBJECT, program="echo one\n")
-    seen = Commands(lab).on_terminal("cycle")
+    seen = Commands(lab, "an error").on_terminal("cycle")
     assert "dev2 | " in seen
     assert not harmful(seen.replace("\r\x1b[2K", "").replace("\r\n", "\n"))
 
