@@ -302,7 +302,8 @@ class MachineSpec:
     vcpus: int = field(metadata=_DEFINED)
     disk_size: int
     nic: Nic = field(metadata=_DEFINED)
-    address: IPv4Address | None = None  # where ssh answers; loopback in user mode
+    # where ssh answers; None in user mode, or if DHCP gives it
+    address: IPv4Address | None = field(default=None, metadata=_DEFINED)
     ssh_port: int = 22
     seed: Path | None = field(default=None, metadata=_DEFINED)  # first boot's ISO image; not its content
     console_log: Path | None = None
@@ -325,6 +326,7 @@ class Machine:
     disk: Path | None
     spec_hash: str  # of the MachineSpec it was defined from, see ``spec_hash``; "" if foreign
     template: str
+    address: IPv4Address | None = None  # that it was defined with, by its mark
     started: datetime | None = None
     accelerated: bool | None = None  # defined for KVM, or for QEMU's emulation; None: there is no choice
 
@@ -457,6 +459,14 @@ def disk_with_data(machine: str) -> Conflict:
         f"{machine} has a disk with data, and no machine",
         remedy=(Call("gc"), " removes it, then try again"),
     )
+
+
+def marked_address(text: str) -> IPv4Address | None:
+    """The address that a mark tells. None for what is none: anybody may have written there."""
+    try:
+        return IPv4Address(text)
+    except ValueError:
+        return None
 
 
 def spec_hash(spec: MachineSpec) -> str:

@@ -132,6 +132,11 @@ class OpenHost(ABC):
         give files away (root)."""
         return None
 
+    def forwards_as(self) -> int | None:
+        """The uid whose programs listen on this machine's loopback for the machines; None: it isn't
+        known."""
+        return None
+
     def check_places(self) -> None:
         """That the host's programs can use our directories. DriverFailed, saying which is in the way."""
         return
@@ -139,6 +144,19 @@ class OpenHost(ABC):
     def demand_accelerator(self) -> None:
         """Unsupported where the section asks for one that doesn't work."""
         return
+
+    def check_loopback(self) -> None:
+        """Unsupported where guests of a user network that leads out can't be kept off what listens on
+        this machine's loopback."""
+        return
+
+    def close_loopback(self) -> None:
+        """Keep them off it, before one of them starts. Errors: Unsupported, Conflict."""
+        return
+
+    def loopback_is_closed(self) -> bool:
+        """Whether they are kept off it now."""
+        return True
 
     def on_trial(self) -> bool:
         """Whether machines run accelerated though no guest has shown yet that this works."""

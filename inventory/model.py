@@ -93,6 +93,10 @@ class Network(Model):
     """DNS domain of the VMs."""
     internet: Bool = False
     """mode user: whether guests may reach beyond ssh. Off, a build sees nothing but its source."""
+    host_loopback: Literal["closed", "reachable"] = "closed"
+    """With `internet`: whether guests reach what listens on this machine's own loopback, as QEMU's
+    network lets them. `closed`, by nftables, takes root and farmhand's own libvirtd (`uri: private`);
+    with `reachable` guests are trusted like this machine's users."""
     addressing: Literal["static", "dhcp"] = "static"
     """Whether the guest is told its address at first boot, or asks DHCP for it."""
 
@@ -105,6 +109,10 @@ class Network(Model):
         if self.mode != "user" and self.internet:
             raise at_key(
                 "internet", "'internet' is for mode user: elsewhere it's the host's matter", "mode"
+            )
+        if self.host_loopback == "reachable" and not self.internet:
+            raise at_key(
+                "host_loopback", "without 'internet: yes' guests reach nothing of the host", "internet"
             )
         if self.subnet and self.subnet.prefixlen > 30:
             raise at_key("subnet", f"{self.subnet} has no room for machines")

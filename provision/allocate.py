@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import socket
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from ipaddress import IPv4Address
@@ -25,14 +25,12 @@ from host.paths import FarmPaths, state_dir
 from inventory.errors import Conflict, FarmhandError, NotFound
 from inventory.model import Farm
 from provision.claims import Claims, OpenClaims
-from provision.lockfile import LockFile, LockFileContent, LockFileEntry
+from provision.lockfile import LockFile, LockFileContent, LockFileEntry, Resting
 
 PORTS = range(22000, 30000)
 """Loopback ports for ssh in user mode, of all farms of the host; outside the kernel's ephemeral range
 (ip(7), 32768-60999)."""
-
-HOLD = timedelta(hours=12)
-"""How long an address rests before another VM may have it: leases and ARP caches forget slowly."""
+_NOTHING: Mapping[str, IPv4Address] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +111,29 @@ class _Index:
         self._ranges = farm.network.reserved_ranges
         self._free = self._walk()
 
+    def displace(self, told: Mapping[str, IPv4Address]) -> Iterator[str]:
+        """Count what machines say of themselves for more than what is recorded. Yields the VMs that were
+        recorded with such an address and don't say so."""
+        for address, vm in {address: vm for vm, address in told.items()}.items():
+            holder = self.holder(address)
+            if not self.may_be_given(address):
+                continue
+            entry = self._recorded.get(vm)
+            recorded = _allocation(vm, entry) if entry else Allocation(vm, "", None, 0)
+            self._given[vm] = replace(recorded, address=address)
+            self.addresses[str(address)] = vm
+            if holder is not None and holder not in told:
+                yield holder
+
     def recorded(self, vm: str) -> Allocation | None:
         entry = self._recorded.get(vm)
         return self._given.get(vm) or (_allocation(vm, entry) if entry else None)
+
+    def rested(self, vm: str) -> IPv4Address | None:
+        """What the VM had before and may have again: the latest."""
+        its = ((one.until, address) for address, one in self.resting.items() if one.vm == vm)
+        free = (item for item in its if not self.holder(item[1]) and self.may_be_given(item[1]))
+        return max(free, default=(None, None))[1]
 
     def holder(self, address: IPv4Address) -> str | None:
         return self.addresses.get(str(address))
@@ -132,6 +150,7 @@ class _Index:
         return (
             net is not None
             and address not in (net.network_address, net.broadcast_address)
+            and address in net
             and address not in self.declared.addresses
             and not any(first <= address <= last for first, last in self._ranges)
         )
@@ -142,7 +161,8 @@ class _Index:
     def _walk(self) -> Iterator[IPv4Address]:
         """What is taken meanwhile was behind us or is closed: no address comes twice."""
         for address in self._subnet.hosts() if self._subnet else ():
-            if self.holder(address) or self.resting.get(address, self.now) > self.now:
+            resting = self.resting.get(address)
+            if self.holder(address) or (resting and resting.until > self.now):
                 continue
             if self.may_be_given(address):
                 yield address
@@ -178,30 +198,39 @@ class Allocator:
         """What ``allocate`` would give now. Records nothing, takes no lock."""
         return self.peek_all([vm])[vm]
 
-    def peek_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
+    def peek_all(
+        self, vms: Collection[str], *, told: Mapping[str, IPv4Address] = _NOTHING
+    ) -> dict[str, Allocation]:
         """What ``allocate_all`` would give now. Records nothing, takes no lock."""
         with self._claims.reading() as claims:
             index = _Index(self._farm, self._declared, self._file.read(), claims)
-            return {vm: self._choose(vm, index) for vm in vms}
+            return self._choose_all(vms, index, told)
 
-    def allocate(self, vm: str, *, move_port: bool = False) -> Allocation:
+    def allocate(
+        self, vm: str, *, move_port: bool = False, told: Mapping[str, IPv4Address] = _NOTHING
+    ) -> Allocation:
         """What the VM was given; if nothing, something new, which is durably recorded when this returns.
         ``move_port``: give another ssh port than the recorded one, which somebody else has taken
-        meanwhile.
+        meanwhile. ``told``: addresses that machines which exist have by their marks. These count for
+        more than the record, which may be lost, or another controller's.
 
         Errors: Conflict (declared, but another VM has it), NotFound (nothing left in the pool)."""
-        return self._allocate([vm], move_port=move_port)[vm]
+        return self._allocate([vm], told, move_port=move_port)[vm]
 
-    def allocate_all(self, vms: Iterable[str]) -> dict[str, Allocation]:
+    def allocate_all(
+        self, vms: Collection[str], *, told: Mapping[str, IPv4Address] = _NOTHING
+    ) -> dict[str, Allocation]:
         """As ``allocate``, for many VMs at once."""
-        return self._allocate(vms)
+        return self._allocate(vms, told)
 
-    def _allocate(self, vms: Iterable[str], *, move_port: bool = False) -> dict[str, Allocation]:
+    def _allocate(
+        self, vms: Collection[str], told: Mapping[str, IPv4Address], *, move_port: bool = False
+    ) -> dict[str, Allocation]:
         with self._exclusively():
             book = self._file.read()
             with self._claims.writing() as claims:
                 index = _Index(self._farm, self._declared, book, claims)
-                given = {vm: self._choose(vm, index, move_port=move_port) for vm in vms}
+                given = self._choose_all(vms, index, told, move_port=move_port)
                 claims.give({self._owner(got.vm): self._keys(got) for got in given.values()})
             # first the host's, then ours: a kill between leaks no duplicate
             changed = {vm: got for vm, got in given.items() if book.vms.get(vm) != _entry(got)}
@@ -210,8 +239,8 @@ class Allocator:
             book = book.copy()
             for vm, got in changed.items():
                 old = book.vms.get(vm)
-                if old and old["address"] not in (None, str(got.address)):
-                    book.resting[IPv4Address(old["address"])] = datetime.now(UTC) + HOLD
+                if old and old["address"] != str(got.address):
+                    self._rest(book, vm, old)
                 book.vms[vm] = _entry(got)
             for got in changed.values():
                 if got.address:
@@ -220,14 +249,14 @@ class Allocator:
             return given
 
     def release(self, *vms: str) -> None:
-        """Give back all that these VMs have. Their addresses rest for a while. Does nothing if nothing
-        is recorded."""
+        """Give back all that these VMs have. Leased addresses rest until the leases end, for others.
+        Does nothing if nothing is recorded."""
         with self._exclusively():
             book = self._file.read().copy()
             got = {vm: book.vms.pop(vm) for vm in vms if vm in book.vms}
-            for entry in got.values():
-                if entry["address"]:
-                    book.resting[IPv4Address(entry["address"])] = datetime.now(UTC) + HOLD
+            if self._farm.network.addressing == "dhcp":  # nobody leases static ones: free at once
+                for vm, entry in got.items():
+                    self._rest(book, vm, entry)
             if got:
                 self._file.write(book, got)
             with self._claims.writing() as claims:
@@ -240,6 +269,25 @@ class Allocator:
             with self._claims.writing() as claims:
                 claims.drop(self._owner(""))
             self.lock_file.unlink(missing_ok=True)
+
+    def _rest(self, book: LockFileContent, vm: str, entry: LockFileEntry) -> None:
+        """A DHCP server may go on leasing the address to the MAC that had it, and a VM that was given
+        another may run with the old one still: others wait for as long as a lease lasts."""
+        if entry["address"]:
+            until = datetime.now(UTC) + timedelta(seconds=self._farm.network.lease_time)
+            book.resting[IPv4Address(entry["address"])] = Resting(vm, until)
+
+    def _choose_all(
+        self,
+        vms: Iterable[str],
+        index: _Index,
+        told: Mapping[str, IPv4Address],
+        *,
+        move_port: bool = False,
+    ) -> dict[str, Allocation]:
+        displaced = [vm for vm in index.displace(told) if vm in self._farm.vms]
+        wanted = dict.fromkeys((*vms, *displaced))
+        return {vm: self._choose(vm, index, move_port=move_port) for vm in wanted}
 
     def _choose(self, vm: str, index: _Index, *, move_port: bool = False) -> Allocation:
         got = Allocation(
@@ -287,14 +335,14 @@ class Allocator:
             and index.may_be_given(kept)
         ):
             return kept
-        found = index.next_free()
+        found = index.rested(vm) or index.next_free()
         if found is not None:
             return found
-        asleep = sum(1 for until in index.resting.values() if until > index.now)
+        asleep = sum(1 for one in index.resting.values() if one.until > index.now)
         given = sum(1 for address, other in index.addresses.items() if address and other != vm)
         raise NotFound(
             f"{self._name}: no address is left for {vm} in {network.subnet}: {given} given out, "
-            f"{asleep} resting for up to {HOLD.total_seconds() / 3600:g} h after a destroy",
+            f"{asleep} resting until leases of VMs that had them end",
             remedy=f"widen 'subnet' or narrow 'reserved', or take resting ones out of {self.lock_file}",
         )
 

@@ -24,12 +24,13 @@ from host.program import CHECKOUT, PROGRAM
 from host.run import which
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
-from inventory.errors import Call, FarmhandError, UsageError
+from inventory.errors import Call, FarmhandError, UsageError, some
 from inventory.hosts import DriverInfo, Host, NeededFile, Tool
 from inventory.model import Farm
 from inventory.sizes import about
 from provision.checkup import CheckReport
 from provision.farm_cache import known_farm
+from provision.member import ON
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor
@@ -338,8 +339,29 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
                 if far:
                     yield from _far_tools(name, host, far, _wanted_files(farm, host.INFO))
                 yield from _kernels(farm, name, far)
+            if farm.network.internet and host.INFO.forwards:
+                yield _loopback(site, name)
             yield from _store(site, name)
         yield from _subscribers(site)
+
+
+def _loopback(site: Site, name: str) -> Check:
+    """Whether guests with internet are kept off what listens on this machine's loopback."""
+    title, opened = f"loopback, host {name}", site.opened(name)
+    if site.farm.network.host_loopback == "reachable":
+        text = "its guests reach what listens on this machine's loopback (host_loopback: reachable)"
+        return Check(title, True, "note", text)
+    try:
+        opened.check_loopback()
+        machines = opened.hypervisor(look=True).list()
+        on = [one.owner.vm for one in machines if one.owner and one.power in ON]
+        if on and not opened.loopback_is_closed():
+            text = f"{some(on)} may reach this machine's loopback: farmhand's nftables rules are gone"
+            remedy = ("a start puts them back: ", Call("stop", vm=on[0]), ", ", Call("start", vm=on[0]))
+            return Check(title, False, "needed", text, remedy)
+    except FarmhandError as error:
+        return Check(title, False, "needed", error.message, error.remedy)
+    return Check(title, True, "note", "its guests are kept off this machine's loopback, by nftables")
 
 
 def _subscribers(site: Site) -> Iterator[Check]:

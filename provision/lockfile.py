@@ -13,7 +13,7 @@ from ipaddress import IPv4Address
 from json.encoder import encode_basestring_ascii as _quoted
 from operator import itemgetter, le
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from host.files import file_error, foreign, write_atomic
 from inventory.errors import WrongState
@@ -22,6 +22,13 @@ _ABOUT = (
     "Written by farmhand: which MAC, address and ssh port each VM of this farm was given. "
     "Keep it with the farm file; removing it lets VMs not yet made get others."
 )
+
+
+class Resting(NamedTuple):
+    """An address that nobody else is given yet: the VM that had it, and until when."""
+
+    vm: str
+    until: datetime
 
 
 class LockFileEntry(TypedDict):
@@ -41,7 +48,7 @@ class LockFileContent:
     """What was read. Its readers share it; whoever changes it takes a copy."""
 
     vms: dict[str, LockFileEntry] = field(default_factory=dict)
-    resting: dict[IPv4Address, datetime] = field(default_factory=dict)  # until when
+    resting: dict[IPv4Address, Resting] = field(default_factory=dict)
     text: str = ""  # of the file
     _by: dict[str, Mapping[Any, str]] = field(default_factory=dict)
 
@@ -87,8 +94,8 @@ class LockFile:
             vms = data.get("vms", {})
             _check(vms)
             resting = {
-                IPv4Address(address): datetime.fromisoformat(until)
-                for address, until in data.get("resting", {}).items()
+                IPv4Address(address): Resting(str(one["vm"]), datetime.fromisoformat(one["until"]))
+                for address, one in data.get("resting", {}).items()
             }
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise _unreadable(self.path, f"{type(error).__name__} {error}") from error
@@ -104,9 +111,9 @@ class LockFile:
             "farm": self._farm,
             "vms": {},
             "resting": {
-                str(a): until.isoformat(timespec="seconds")
-                for a, until in sorted(book.resting.items())
-                if until > now
+                str(a): {"vm": one.vm, "until": one.until.isoformat(timespec="seconds")}
+                for a, one in sorted(book.resting.items())
+                if one.until > now
             },
         }
         book.text = _pretty(data, _lines(book, changed))

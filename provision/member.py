@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
     Disk,
@@ -18,7 +21,7 @@ from hypervisors.api import (
     Owner,
     Power,
 )
-from inventory.errors import Call, NotFound, NotOurs
+from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -44,6 +47,8 @@ class Member:
         self.machine: str = farm.machine_of(vm)
         """The name of its machine on the host."""
         self._allocation: Allocation | None = None
+        self._looked = False
+        self._address: IPv4Address | None = None
 
     def __repr__(self) -> str:
         return f"Member({self.vm!r} on {self.host!r})"
@@ -97,7 +102,13 @@ class Member:
                 "without our mark: it is not touched",
                 remedy="rename the farm or the VM, or rename or remove that machine yourself",
             )
+        self.was_seen(machine)
         return machine
+
+    def was_seen(self, machine: Machine | None) -> None:
+        """Where it is, from now on: a machine tells that by its mark. The caller has looked at it."""
+        self._looked = True
+        self._address = machine.address if machine else None
 
     def present(self) -> Machine:
         """As ``look``, but NotFound if it isn't made."""
@@ -119,7 +130,8 @@ class Member:
         """What it was given, durably recorded; asked once. ``move_port``: give it another ssh port from
         now on. Errors: as ``Allocator.allocate``."""
         if self._allocation is None or move_port:
-            self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port)
+            told = told_by({self.vm: self._address})
+            self._allocation = self.site.allocator.allocate(self.vm, move_port=move_port, told=told)
         return self._allocation
 
     def was_given(self, allocation: Allocation) -> None:
@@ -159,20 +171,36 @@ class Member:
     # How it is reached
 
     def address(self) -> tuple[str, int]:
-        """Host and port of its ssh: as recorded, or as they would be given."""
+        """Host and port of its ssh: what its machine's mark tells, before what is recorded or would be
+        given."""
         if not self.info.virtual:
             return self._name_or_address(), self.declared.ssh_port or 22
         allocator = self.site.allocator
         got = self._allocation or allocator.recorded().get(self.vm) or allocator.peek(self.vm)
         if self.site.farm.network.mode == "user":
             return "127.0.0.1", got.ssh_port
-        return (str(got.address) if got.address else self._name_or_address()), got.ssh_port
+        address = self._marked() or got.address
+        return (str(address) if address else self._name_or_address()), got.ssh_port
 
-    def endpoint(self) -> Endpoint:
-        """Where its ssh answers and as whom. NotFound if it is a VM whose host key isn't there."""
+    def _marked(self) -> IPv4Address | None:
+        """None also where its host doesn't answer now: it may be reached all the same."""
+        if not self._looked:
+            try:
+                self.look()
+            except Interrupted:
+                raise
+            except FarmhandError:
+                self.was_seen(None)
+        return self._address
+
+    def endpoint(self, *, runs: bool = False) -> Endpoint:
+        """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
+        NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port."""
         from provision.guest.remote import Endpoint
 
         host, port = self.address()
+        if not runs:
+            self.check_port(port)
         key = identity.host_key(self.site.paths, self.vm) if self.info.virtual else ""
         if self.info.virtual and not key:
             file = identity.host_key_file(self.site.paths, self.vm)
@@ -193,6 +221,22 @@ class Member:
             host_key=key,
             pinned=None if key else partial(self.site.reporter.warn, vm=self.vm),
         )
+
+    def check_port(self, port: int) -> None:
+        """Conflict if a stranger holds it, where it is one of this machine's loopback."""
+        if self.site.farm.network.mode != "user" or not self.info.forwards:
+            return
+        ours, found = self.site.opened(self.host).forwards_as(), listener(port)
+        if ours is not None and found is not None and found.uid != ours:
+            raise Conflict(
+                f"a stranger holds port {port} of this machine's loopback: {found}; "
+                "it is not taken for the VM",
+                vm=self.vm,
+                remedy=(
+                    "end that, or start the VM, which gets another port: ",
+                    Call("start", vm=self.vm),
+                ),
+            )
 
     def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
         """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host
@@ -220,6 +264,23 @@ class Member:
             return str(self.declared.address)
         hostname, domain = self.site.farm.hostname_of(self.vm), self.site.farm.network.domain
         return f"{hostname}.{domain}" if domain and "." not in hostname else hostname
+
+
+def told_by(addresses: Mapping[str, IPv4Address | None]) -> Mapping[str, IPv4Address]:
+    """Those of the VMs whose machines tell where they are."""
+    return {vm: address for vm, address in addresses.items() if address}
+
+
+def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str, IPv4Address]:
+    """Where the machines of the farm's VMs (``but`` these, which the caller has looked at) say that they
+    are, as long as there is no record at all: it was lost, or left in another place, and what they have
+    is not free. With a record: nothing, and no host is asked."""
+    missed = [one for one in site.members() if one.vm not in but and one.info.virtual]
+    if not missed or site.farm.network.mode == "user" or site.allocator.recorded():
+        return {}
+    hosts = dict.fromkeys(member.host for member in missed)
+    machines = [one for host in hosts for one in site.hypervisor(host, look=True).list()]
+    return told_by({one.owner.vm: one.address for one in machines if one.owner})
 
 
 def is_on(machine: Machine | None) -> bool:

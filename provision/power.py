@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from host.files import make_directory
+from host.ports import listener
 from host.progress import Progress
 from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
@@ -170,6 +171,9 @@ def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bo
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
     with room_for(member, member.declared.memory, f"starting {member.vm}", falls=falls):
+        if _kept_off(member):
+            current_step("keep guests off this machine's loopback")
+            member.site.opened(member.host).close_loopback()
         current_step(f"start {member.vm}")
         since = time.monotonic()
         member.driver.start(member.machine)
@@ -188,6 +192,7 @@ def bring_up_to_date(member: Member, machine: Machine, disk: Disk | None) -> Mac
         return machine
     current_step("change its definition")
     machine = member.driver.redefine(replace(spec, disk_size=disk.size if disk else spec.disk_size))
+    member.was_seen(machine)
     member.site.reporter.say(f"its definition was changed {reason}", vm=member.vm)
     return machine
 
@@ -333,6 +338,10 @@ def answers(member: Member, *, timeout: float = 2.0) -> bool:
     if not member.info.guests:
         return True
     try:
+        member.check_port(member.address()[1])
+    except Conflict:  # who waits for it is told
+        return False
+    try:
         with socket.create_connection(member.address(), timeout) as connection:
             connection.settimeout(timeout)
             return connection.recv(4) == b"SSH-"
@@ -377,6 +386,7 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
     Unsupported if they are to run under KVM and KVM doesn't work."""
     new = [member for member in members if member.can_power]
     check_accelerator(new)
+    check_loopback(new)
     doing = f"starting {', '.join(member.vm for member in new)}"
     return forecast({member: _sizes(member, wait=wait) for member in new}, doing)
 
@@ -385,6 +395,18 @@ def check_accelerator(members: Sequence[Member]) -> None:
     """Unsupported if these VMs are to run under KVM and KVM doesn't work."""
     for host, site in {member.host: member.site for member in members}.items():
         site.opened(host).demand_accelerator()
+
+
+def check_loopback(members: Sequence[Member]) -> None:
+    """Unsupported if these VMs can't be kept off this machine's loopback, though the farm file lets them
+    out and doesn't say that they may reach it."""
+    for host, site in {member.host: member.site for member in members if _kept_off(member)}.items():
+        site.opened(host).check_loopback()
+
+
+def _kept_off(member: Member) -> bool:
+    network = member.site.farm.network
+    return network.internet and network.host_loopback == "closed" and member.info.forwards
 
 
 def _sizes(member: Member, *, wait: bool) -> tuple[int, int]:
@@ -404,12 +426,13 @@ def _secure_port(member: Member, machine: Machine, disk: Disk | None) -> None:
         return
     if member.declared.ssh_port:
         raise Conflict(
-            f"{site.name}: port {port} for {vm}'s ssh is taken by another program",
+            f"{site.name}: port {port} for {vm}'s ssh is taken by {listener(port) or 'a program'}",
             remedy=f"end it (ss -ltnp sport = :{port}) or change 'ssh_port'",
         )
     moved = member.allocate(move_port=True)
     site.reporter.warn(
-        f"port {port} is taken by another program: its ssh moves to {moved.ssh_port}", vm=vm
+        f"port {port} is taken by {listener(port) or 'a program'}: its ssh moves to {moved.ssh_port}",
+        vm=vm,
     )
     bring_up_to_date(member, machine, disk)
 

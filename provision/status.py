@@ -224,7 +224,8 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
                     error="a machine without our mark has its name",
                 )  # fmt: skip
         if machine is not None:
-            endpoint = member.endpoint()
+            member.was_seen(machine)
+            endpoint = member.endpoint(runs=is_on(machine))
             address, port = endpoint.host, endpoint.port
             ssh = shlex.join(member.ssh_argv(endpoint))
     except FarmhandError as problem:

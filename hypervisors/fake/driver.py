@@ -442,6 +442,7 @@ class FakeHypervisor:
             disk=disk,
             spec_hash=spec_hash(spec),
             template=template,
+            address=spec.address,
         )
 
 

@@ -53,6 +53,7 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
         disk=seen.disk,
         spec_hash=seen.spec_hash,
         template=seen.template,
+        address=seen.address,
         started=seen.started if power is not Power.STOPPED else None,
         accelerated={"kvm": True, "qemu": False}.get(seen.kind),
     )

@@ -9,10 +9,11 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from datetime import datetime
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from hypervisors.answers import answer_of
-from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
 from hypervisors.marks import DamagedMark, moment, read_fields
 
 MARK_URI = "urn:farmhand:machine:1"
@@ -38,6 +39,7 @@ class DomainDefinition:
     owner: Owner | None
     spec_hash: str
     template: str
+    address: IPv4Address | None
     memory: int
     vcpus: int
     mac: str
@@ -110,6 +112,8 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
     mark.attrib.update(
         name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
     )
+    if spec.address:
+        mark.set("address", str(spec.address))
     text(domain, "memory", str(spec.memory // 1024), unit="KiB")
     text(domain, "currentMemory", str(spec.memory // 1024), unit="KiB")
     text(domain, "vcpu", str(spec.vcpus))
@@ -225,6 +229,7 @@ def _domain(xml: str) -> DomainDefinition:
         owner=Owner(marks["farm"], marks["vm"]) if marks else None,
         spec_hash=marks.get("spec", ""),
         template=marks.get("template", ""),
+        address=marked_address(marks.get("address", "")),
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,

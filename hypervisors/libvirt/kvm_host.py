@@ -182,6 +182,12 @@ class OpenKvm(OpenLibvirt):
             return qemu_user()
         return super().reader_uid()
 
+    def forwards_as(self) -> int | None:
+        if not self.declared.private:
+            return None
+        reader = self.reader_uid()
+        return os.geteuid() if reader is None else reader
+
     def check_places(self) -> None:
         if self.declared.private:
             from hypervisors.libvirt.private import check_runtime
@@ -206,6 +212,35 @@ class OpenKvm(OpenLibvirt):
                 remedy=verdict.remedy or DO_WITHOUT,
             )
 
+    def check_loopback(self) -> None:
+        from hypervisors.libvirt.host_loopback import check_able
+
+        where = f"{self.around.farm_file}: host {self.around.host}"
+        if not self.declared.private:
+            raise Unsupported(
+                f"{where}: guests with 'internet' can't be kept off this machine's loopback "
+                f"where QEMU is run by {self.declared.uri}",
+                remedy=f"'uri: private' as root, or a bridge, or {_REACHABLE}",
+            )
+        if os.geteuid() != 0:
+            raise Unsupported(
+                f"{where}: only root can keep guests with 'internet' off this machine's loopback",
+                remedy=f"as root, or {_REACHABLE}",
+            )
+        check_able()
+
+    def close_loopback(self) -> None:
+        from hypervisors.libvirt.host_loopback import close
+        from hypervisors.libvirt.private import qemu_user
+
+        self.check_loopback()
+        close(self.around.runner, qemu_user())
+
+    def loopback_is_closed(self) -> bool:
+        from hypervisors.libvirt.host_loopback import is_closed
+
+        return is_closed(self.around.runner)
+
     def on_trial(self) -> bool:
         from hypervisors.libvirt.kvm import asked_for
 
@@ -224,6 +259,9 @@ class OpenKvm(OpenLibvirt):
         from hypervisors.libvirt.kvm_trust import KvmTrust
 
         return KvmTrust(self.around.directories.cache)
+
+
+_REACHABLE = "accept that they reach it: network: {host_loopback: reachable}"
 
 
 def _verdict(host: KvmHost, cache: Path) -> KvmVerdict:

@@ -26,6 +26,7 @@ from hypervisors.api import (
     StepFn,
     Template,
     disk_with_data,
+    marked_address,
     no_step,
     spec_hash,
 )
@@ -144,6 +145,7 @@ class XenApiHypervisor:
             disk=vdi_path(vm.disk[0]) if vm.disk else None,
             spec_hash=marks.get("spec", ""),
             template=marks.get("template", ""),
+            address=marked_address(marks.get("address", "")),
             started=started(metrics) if on and metrics else None,
         )
 
@@ -235,6 +237,7 @@ class XenApiHypervisor:
                 self._pool.ignoring_gone("VIF.destroy", vif)
             self._plug(vm.ref, spec)
         noted = {"spec": spec_hash(spec), "mac": spec.nic.mac, "wired": wired}
+        noted["address"] = str(spec.address or "")
         if spec.console_log:
             noted["log"] = str(spec.console_log)
         noted |= self._seeded(vm, spec.owner, str(spec.seed or ""), vbds, old)

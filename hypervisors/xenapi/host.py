@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from hypervisors.api import Disks, Hypervisor
 from hypervisors.host import DrivenHost, OpenHost, Surroundings
@@ -53,6 +54,8 @@ class XenApiHost(DrivenHost):
     def __post_init__(self) -> None:
         if not self.uri.startswith("https://"):
             raise at_key("uri", f"driver xenapi needs 'uri', {self.NEEDED['uri']}")
+        if "@" in urlsplit(self.uri).netloc:  # and every message that names the server would tell it
+            raise at_key("uri", "no user or password belongs in 'uri': 'credentials' names their file")
         given = {"ca": self.ca, "fingerprint": self.fingerprint, "insecure": self.insecure or None}
         trust = [key for key, value in given.items() if value is not None]
         if len(trust) > 1:

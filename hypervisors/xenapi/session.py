@@ -27,9 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+from xml.parsers.expat import ExpatError
 
 from host.file_lock import FileLock
 from host.files import file_error, make_directory
+from host.run import MASK
 from hypervisors.xenapi.errors import XenApiError, translate
 from inventory.errors import Call, DriverFailed, FarmhandError, TimedOut, UsageError
 
@@ -284,13 +286,15 @@ class Sessions:
             session = self._open()
             self._count("session.login_with_password")
             try:
-                self._doing("log in", partial(session.login_with_password, *who, _API, _ORIGINATOR))
+                log_in = partial(session.login_with_password, *who, _API, _ORIGINATOR)
+                self._doing("log in", log_in, secret=who[1])
             except XenApiError as error:
                 session.transport.close()
                 if error.code == "HOST_IS_SLAVE" and len(error.parameters) == 1:
                     self._url = _at(self._url, error.parameters[0])
                     continue
-                raise translate(error, f"log in at {self._url} as {who[0]}") from error
+                told = XenApiError([_masked(part, who[1]) for part in (error.code, *error.parameters)])
+                raise translate(told, f"log in at {self._url} as {who[0]}") from None
             except FarmhandError:
                 session.transport.close()
                 raise
@@ -309,7 +313,8 @@ class Sessions:
             ) from None
         return XenAPI.Session(self._url, transport=_Transport(self._server, self._url))
 
-    def _doing(self, what: str, call: Callable[[], Any]) -> Any:
+    def _doing(self, what: str, call: Callable[[], Any], *, secret: str = "") -> Any:
+        """``secret``: what it is told, and may say again in its errors: shown to nobody."""
         from XenAPI import Failure
 
         try:
@@ -329,14 +334,22 @@ class Sessions:
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise DriverFailed(
-                f"{self._url}: {what}: {error or type(error).__name__}",
+                f"{self._url}: {what}: {_masked(str(error), secret) or type(error).__name__}",
                 remedy=("is the server up, and xapi running there? ", Call("recover"), " goes on"),
             ) from None
-        except (xmlrpc.client.Error, ValueError, TypeError) as error:
+        except (xmlrpc.client.Error, ExpatError, ValueError, TypeError, LookupError) as error:
+            said = _masked(str(error), secret)[:200]
             raise DriverFailed(
-                f"{self._url}: {what}: it answers like no XenAPI server: {str(error)[:200]}",
+                f"{self._url}: {what}: it answers like no XenAPI server: {said}",
                 remedy="check the URL",
             ) from None
+
+
+def _masked(text: str, secret: str) -> str:
+    """Also as Python's errors quote it."""
+    for form in (secret, repr(secret)[1:-1]):
+        text = text.replace(form, MASK) if form else text
+    return text
 
 
 def _data_end(image: Path) -> int:

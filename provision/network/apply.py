@@ -37,6 +37,7 @@ from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
+from provision.member import told_without_record
 from provision.network import checkers, records
 from provision.network.changes import Changes, Examiner, difference
 from provision.network.daemons import steps
@@ -84,7 +85,8 @@ class NetworkApply(Operation[ApplyResult]):
         given = [member.vm for member in site.members() if member.info.virtual]
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
         diffs: list[str] = []
-        found = _examine(site, diffs, names, give(given), force=self.force, thorough=True)
+        told = told_without_record(site)
+        found = _examine(site, diffs, names, give(given, told=told), force=self.force, thorough=True)
         nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
         return Plan([alone(found or nothing)], lambda: ApplyResult("".join(diffs)))
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import IPv4Address
 
 from hypervisors.api import Disk, Machine, Power, Template
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NoSpace, NotFound, joined, some
@@ -20,7 +21,7 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import discard_of
-from provision.member import Member, is_on
+from provision.member import Member, is_on, told_by, told_without_record
 from provision.missing_disk import MissingDisk, missing_disk
 from provision.power import (
     answers,
@@ -121,7 +122,9 @@ class CloneFarm(Operation[CloneResult]):
         disks = {member.vm: member.disk() for member in ours}
         gone = _gone(ours, machines, disks)
         made = [one.vm for one in ours if machines[one.vm] is not None]
-        given = site.allocator.peek_all(made) if made else {}
+        seen = told_by({vm: one.address for vm, one in machines.items() if one})
+        told = {**seen, **told_without_record(site, but=run.vms)}
+        given = site.allocator.peek_all(made, told=told) if made else {}
         to_start = [
             one for one in ours
             if self.start and one.declared.start and not is_on(machines[one.vm])
@@ -154,21 +157,44 @@ class CloneFarm(Operation[CloneResult]):
                 jobs[vm].append(job("start", vm, text, partial(start_one, member, wait=self.wait)))
             if not jobs[vm]:
                 jobs[vm] = [job("keep", vm, "already as declared")]
-        before = [foretold(*first), Job((), partial(_allocate, missing))]
+        before = [foretold(*first), _adopt(site, told), Job((), partial(_allocate, missing, told))]
         diffs: list[str] = []
         if site.farm.services.used:  # before they start: DHCP is the first thing they ask for
             from provision.network.apply import in_step
 
-            before.insert(1, in_step(run, diffs, new=run.vms))
+            before.insert(2, in_step(run, diffs, new=run.vms))
         return Plan([alone(*before), jobs], lambda: CloneResult("".join(diffs)))
 
 
-def _allocate(members: Sequence[Member]) -> None:
+def _adopt(site: Site, told: Mapping[str, IPv4Address]) -> Job:
+    """Record what machines say of themselves, where the record says otherwise."""
+    recorded = site.allocator.recorded() if told else {}
+    wrong = {
+        vm: address
+        for vm, address in told.items()
+        if vm in site.farm.vms and not site.farm.vms[vm].address
+        if vm not in recorded or recorded[vm].address != address
+    }
+    would = site.allocator.peek_all(wrong, told=told) if wrong else {}
+    found = {vm: address for vm, address in wrong.items() if would[vm].address == address}
+    if not found:
+        return Job(())
+    text = f"by its machine's mark, which {site.allocator.lock_file} doesn't say: recorded there"
+    actions = [Action("note", vm, f"has {address} {text}") for vm, address in found.items()]
+
+    def adopt() -> None:
+        site.allocator.allocate_all(found, told=told)
+
+    return Job(tuple(actions), adopt)
+
+
+def _allocate(members: Sequence[Member], told: Mapping[str, IPv4Address]) -> None:
     """Allocate for all of them at once, for the lock file is written whole. If something can't be given,
     only the VM that it is for fails."""
     if members:
         with contextlib.suppress(FarmhandError):
-            given = members[0].site.allocator.allocate_all([member.vm for member in members])
+            vms = [member.vm for member in members]
+            given = members[0].site.allocator.allocate_all(vms, told=told)
             for member in members:
                 member.was_given(given[member.vm])
 

@@ -111,7 +111,7 @@ class Guest:
     initrd: Path
 
 
-def _newc(files: list[tuple[str, int, bytes]]) -> bytes:
+def newc(files: list[tuple[str, int, bytes]]) -> bytes:
     """A cpio archive, format "newc": what the kernel unpacks (its initramfs buffer format document)."""
     out = bytearray()
     for number, (name, mode, data) in enumerate([*files, ("TRAILER!!!", 0, b"")], 1):
@@ -161,7 +161,7 @@ def build(cache: Path) -> Guest:
         ready = work / "ready"
         ready.mkdir(mode=0o755)
         (ready / "vmlinuz").write_bytes(kernel.read_bytes())
-        (ready / "initrd.gz").write_bytes(gzip.compress(_newc(files), 1))
+        (ready / "initrd.gz").write_bytes(gzip.compress(newc(files), 1))
         for path in ready.iterdir():
             path.chmod(0o644)  # QEMU's user reads them
         try:

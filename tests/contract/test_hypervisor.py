@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 import pytest
 from machine_rigs import WITH_PORTS
@@ -134,6 +135,15 @@ def test_redefining_keeps_the_disk(rig, made):
     assert (machine.memory, machine.spec_hash) == (256 * MIB, spec_hash(changed))
     assert machine.template == rig.template.label
     assert [c.name for c in rig.disks().find(NAME).checkpoints] == ["clean", "one"]
+
+
+def test_a_machine_tells_its_address(rig, made):
+    assert made.find(NAME).address is None
+    there = replace(rig.spec("prod"), address=IPv4Address("10.9.8.7"))
+    assert made.redefine(there).address == IPv4Address("10.9.8.7")
+    assert rig.hypervisor().find(NAME).address == IPv4Address("10.9.8.7")
+    assert rig.hypervisor().list()[0].address == IPv4Address("10.9.8.7")
+    assert made.redefine(rig.spec("prod")).address is None
 
 
 def test_ten_machines_at_once(rig):

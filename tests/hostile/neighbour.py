@@ -36,6 +36,19 @@ print("held", flush=True)
 sys.stdin.read()
 """
 
+_SQUATS = """
+import socket, sys
+family, address = (socket.AF_INET6, "::") if sys.argv[2] == "::" else (socket.AF_INET, sys.argv[2])
+with socket.socket(family) as squat:
+    squat.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    squat.bind((address, int(sys.argv[1])))
+    squat.listen()
+    print("ready", flush=True)
+    while True:
+        guest, _ = squat.accept()
+        guest.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\\r\\n")
+"""
+
 
 @pytest.fixture
 def square() -> Iterator[Path]:
@@ -74,3 +87,18 @@ def locked_by_stranger(path: Path) -> Iterator[int]:
 def opened_by_stranger(paths: Iterable[Path]) -> list[str]:
     """Which of these the other user can open, in any way: enough to lock it."""
     return list(json.loads(stranger(_OPENS, json.dumps([str(path) for path in paths]))))
+
+
+@contextlib.contextmanager
+def squatted(port: int, address: str = "127.0.0.1") -> Iterator[int]:
+    """Within it the other user's program listens there: its pid."""
+    argv = ["/usr/bin/python3", "-I", "-c", _SQUATS, str(port), address]
+    squatter = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, text=True, cwd="/", user=UID, group=UID, extra_groups=[]
+    )
+    with squatter:
+        try:
+            assert squatter.stdout and squatter.stdout.readline() == "ready\n"
+            yield squatter.pid
+        finally:
+            squatter.kill()

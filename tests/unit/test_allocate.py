@@ -70,20 +70,63 @@ def test_addresses_skip_what_is_not_free(tmp_path: Path) -> None:
     assert allocator.allocate("a").address == IPv4Address("10.0.0.3"), "stable"
 
 
-def test_an_address_rests_before_another_vm_has_it(tmp_path: Path) -> None:
-    farm = farm_of(vms={"a": {}, "b": {}}, network=bridge("10.0.0.0/30"))
+def test_an_address_rests_until_its_lease_ends_before_another_vm_has_it(tmp_path: Path) -> None:
+    network = bridge("10.0.0.0/30", addressing="dhcp", lease_time=600)
+    farm = farm_of(vms={"a": {}, "b": {}, "c": {}}, network=network)
     lock = tmp_path / "lock"
     allocator = Allocator(farm, lock)
-    assert allocator.allocate("a").address == IPv4Address("10.0.0.1")
-    assert allocator.allocate("b").address == IPv4Address("10.0.0.2")
-    allocator.release("a")
-    allocator.release("b")
-    with pytest.raises(NotFound, match="2 resting"):
-        allocator.allocate("b")
+    first, second = IPv4Address("10.0.0.1"), IPv4Address("10.0.0.2")
+    assert (allocator.allocate("a").address, allocator.allocate("b").address) == (first, second)
+    before = datetime.now(UTC)
+    allocator.release("b", "a")
+    with pytest.raises(NotFound, match="2 resting until leases of VMs that had them end"):
+        allocator.allocate("c")
+    resting = json.loads(lock.read_text())["resting"]
+    assert {address: one["vm"] for address, one in resting.items()} == {
+        str(first): "a",
+        str(second): "b",
+    }
+    ends = datetime.fromisoformat(resting[str(first)]["until"])
+    assert timedelta(seconds=598) < ends - before < timedelta(seconds=700)
+    assert allocator.allocate("b").address == second, "its own"
+    assert list(json.loads(lock.read_text())["resting"]) == [str(first)]
     data = json.loads(lock.read_text())
-    data["resting"]["10.0.0.1"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    data["resting"][str(first)]["until"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     lock.write_text(json.dumps(data))
-    assert allocator.allocate("b").address == IPv4Address("10.0.0.1")
+    assert allocator.allocate("c").address == first
+
+
+def test_a_vm_gets_its_own_address_back_for_ever(tmp_path: Path) -> None:
+    farm = farm_of(vms={"a": {}, "b": {}}, network=bridge("10.0.0.0/30", addressing="dhcp"))
+    allocator = Allocator(farm, tmp_path / "lock")
+    first = allocator.allocate_all(["a", "b"])
+    for _ in range(9):
+        allocator.release("a", "b")
+        assert allocator.allocate_all(["b", "a"]) == first
+
+
+def test_an_address_that_nobody_leases_needs_no_rest(tmp_path: Path) -> None:
+    vms: dict[str, Any] = {f"vm{n}": {} for n in range(9)}
+    allocator = Allocator(farm_of(vms=vms, network=bridge("10.10.60.0/30")), tmp_path / "lock")
+    for vm in vms:
+        assert allocator.allocate(vm).address == IPv4Address("10.10.60.1")
+        allocator.release(vm)
+
+
+def test_what_a_machine_tells_counts_for_more_than_what_is_recorded(tmp_path: Path) -> None:
+    farm = farm_of(vms={"a": {}, "b": {}, "c": {}}, network=bridge("10.0.0.0/29"))
+    allocator = Allocator(farm, tmp_path / "lock")
+    first, second = IPv4Address("10.0.0.1"), IPv4Address("10.0.0.2")
+    assert allocator.allocate_all(["a", "b"])["b"].address == second
+    told = {"c": first}
+    assert allocator.peek_all(["c"], told=told)["c"].address == first
+    assert allocator.recorded()["a"].address == first, "a look records nothing"
+    assert allocator.allocate("c", told=told).address == first
+    assert allocator.recorded()["c"].address == first
+    assert allocator.recorded()["a"].address not in (first, second), "recorded with c's, and isn't there"
+    assert allocator.recorded()["b"].address == second
+    outside = {"a": IPv4Address("192.0.2.1")}
+    assert allocator.allocate("a", told=outside).address in farm.network.subnet
 
 
 def test_a_declared_value_held_by_another_is_refused(tmp_path: Path) -> None:
@@ -93,6 +136,7 @@ def test_a_declared_value_held_by_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="which dev2 was given before"):
         Allocator(farm, lock).allocate("prod")
     assert Allocator(farm, lock).allocate("dev2").address != got.address
+    assert list(json.loads(lock.read_text())["resting"]) == [str(got.address)], "it may run there still"
     assert Allocator(farm, lock).allocate("prod").address == got.address
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from inventory.errors import TimedOut
 from provision.network.daemons import command, lines
 from provision.network.document import Document
 from provision.network.service import ApplyStep, Checker, Question, Service
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
+_VERSION = b"fh\1\0\0\1\0\0\0\0\0\0\7version\4bind\0\0\x10\0\3"  # TXT, class CHAOS (RFC 1035, 4.1)
+_TRIES, _PATIENCE = 3, 5.0  # seconds each
 _HERE = IPv4Address("127.0.0.1")
 
 
@@ -92,13 +97,40 @@ class Dnsmasq(Service):
         gone = [line for c in changes for line in sorted(lines(c.before) - lines(c.after))]
         if not gone:
             text = "dnsmasq: it reads the new hosts by itself"
-            yield ApplyStep(self.NAME, text, lambda _runner: None)
+            yield ApplyStep(self.NAME, text, self._check_answers)
             return
-        yield command(self.NAME, self.reload, self.alive)
+        told = command(self.NAME, self.reload, self.alive)
+
+        def reload(runner: Runner) -> None:
+            told.run(runner)
+            self._check_answers(runner)
+
+        yield ApplyStep(self.NAME, told.text, reload)
         interface = self.interface or farm.network.bridge
         leases = [line for line in gone if re.match(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2},", line)]
         if interface and leases:
             yield _release(interface, leases)
+
+    def _check_answers(self, _runner: Runner) -> None:
+        """TimedOut where it takes a question and never answers: a signal, or a new file, then tells it
+        nothing. One that doesn't listen there is for ``alive`` to tell. It is asked for its version
+        (dnsmasq(8))."""
+        if not self.dns:
+            return
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.settimeout(_PATIENCE)
+            with contextlib.suppress(OSError):
+                for _ in range(_TRIES):  # a datagram may be lost
+                    with contextlib.suppress(TimeoutError):
+                        asking.connect((str(self.address), self.port))
+                        asking.send(_VERSION)
+                        asking.recv(1)
+                        return
+                raise TimedOut(
+                    f"dnsmasq: it hangs: no answer on {self.address} port {self.port} "
+                    f"in {_TRIES * _PATIENCE:g} s",
+                    remedy="see its log, and whether it is stopped (ps -eo stat,args); restart it",
+                )
 
     def questions(self, _farm: Farm, _view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
         if not self.dns:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _COMMENT = ("// ", "")
 _INCLUDED = re.compile(r'\s*<\?include "([^"]*)"\?>(.*\n?)')
+_LIMIT = 30.0
+"""Seconds for a command and its answer. A configuration of 10,000 hosts takes 0.15."""
+_LONGEST = 2**27  # bytes of an answer
 _EMPTY = 3  # its result: the command is understood, and there was nothing
 
 
@@ -203,11 +206,11 @@ def _set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None
         while True:
             try:
                 command(path, "version-get")
-            except OSError as error:
+            except (OSError, DriverFailed) as error:
                 if time.monotonic() > deadline:
+                    why = error.message if isinstance(error, DriverFailed) else error.strerror
                     raise DriverFailed(
-                        f"kea: nobody answers on {path} after its restart: {error.strerror}",
-                        remedy="see its log",
+                        f"kea: nobody answers on {path} after its restart: {why}", remedy="see its log"
                     ) from error
                 time.sleep(0.05)
             else:
@@ -217,11 +220,7 @@ def _set(path: str, restart: Sequence[str], config: str, runner: Runner) -> None
 def _file(path: str) -> str | None:
     """The configuration file of the server behind a control socket, by its command line: what
     config-reload reads. None: it can't be told."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        try:
-            channel.connect(path)
-        except ConnectionRefusedError as error:
-            raise FileNotFoundError(error.errno, error.strerror, path) from error
+    with _connected(path, time.monotonic() + _LIMIT) as channel:
         found = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)  # pid, uid, gid
     pid = int.from_bytes(found[:4], sys.byteorder)
     try:
@@ -234,28 +233,73 @@ def _file(path: str) -> str | None:
 
 def command(path: str, name: str, arguments: object = None, *, ok: Sequence[int] = (0,)) -> object:
     """One command on a control socket; the answer's arguments. FileNotFoundError: nobody is there;
-    DriverFailed: it refuses. https://kea.readthedocs.io/en/kea-2.2.0/arm/ctrl-channel.html"""
+    DriverFailed: it refuses, or what answers isn't Kea; TimedOut: it hangs.
+    https://kea.readthedocs.io/en/kea-2.2.0/arm/ctrl-channel.html"""
     order: dict[str, object] = {"command": name}
     if arguments is not None:
         order["arguments"] = arguments
     received = b""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        channel.settimeout(60)
-        try:
-            channel.connect(path)
-        except ConnectionRefusedError as error:  # the socket of one that died
-            raise FileNotFoundError(error.errno, error.strerror, path) from error
-        channel.sendall(json.dumps(order).encode())
-        channel.shutdown(socket.SHUT_WR)
-        try:
+    deadline = time.monotonic() + _LIMIT
+    try:
+        with _connected(path, deadline) as channel:
+            channel.sendall(json.dumps(order).encode())
+            channel.shutdown(socket.SHUT_WR)
             while part := channel.recv(65536):
                 received += part
-        except TimeoutError as error:
-            raise TimedOut(f"kea: no answer on {path} to {name}") from error
-    answer = json.loads(received or b"{}")
-    if answer.get("result") not in ok:
-        raise DriverFailed(f"kea refuses {name}: {answer.get('text', 'no reason given')}")
+                if len(received) > _LONGEST:
+                    raise DriverFailed(f"kea: the answer on {path} to {name} has no end")
+                channel.settimeout(_left(deadline))
+        answer = json.loads(received)
+        result, text = answer.get("result"), answer.get("text", "no reason given")
+    except TimeoutError as error:
+        raise _hangs(path) from error
+    except (ConnectionError, ValueError, AttributeError) as error:
+        raise DriverFailed(
+            f"kea: what listens on {path} gives no answer of Kea's to {name}",
+            remedy=f"see what that is: ss -xlp src {path}",
+            detail=str(error),
+        ) from error
+    if result not in ok:
+        raise DriverFailed(f"kea refuses {name}: {text}")
     return answer.get("arguments")
+
+
+@contextlib.contextmanager
+def _connected(path: str, deadline: float) -> Iterator[socket.socket]:
+    """FileNotFoundError: nobody listens. TimedOut: whoever does takes no more connections (unix(7):
+    EAGAIN where its queue is full). DriverFailed: it can't be connected to."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        while True:
+            try:
+                channel.settimeout(_left(deadline))
+                channel.connect(path)
+                break
+            except FileNotFoundError:
+                raise
+            except ConnectionRefusedError as error:  # the socket of one that died
+                raise FileNotFoundError(error.errno, error.strerror, path) from error
+            except BlockingIOError:
+                time.sleep(0.05)
+            except TimeoutError as error:
+                raise _hangs(path) from error
+            except OSError as error:
+                raise DriverFailed(f"kea: {path} can't be connected to: {error}") from error
+        yield channel
+
+
+def _hangs(path: str) -> TimedOut:
+    return TimedOut(
+        f"kea: it hangs: no answer on its control socket {path} in {_LIMIT:g} s",
+        remedy="see its log, and whether it is stopped (ps -eo stat,args); restart it",
+    )
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then. TimeoutError: none."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def configuration(path: Path) -> object:

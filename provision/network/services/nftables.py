@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from inventory.errors import CommandFailed
-from provision.network.daemons import command
+from inventory.errors import CommandFailed, NotOurs, some
 from provision.network.document import Document
 from provision.network.service import ApplyStep, Checker, Question, Service
 from provision.network.templating import Unwritable, Word
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from provision.network.renderer import Renderer
     from provision.network.view import View, VmRow
 
+_CHAINS = ("prerouting", "output")
 _ELEMENTS = re.compile(r"^\t\telements = \{\n(.*?)^\t\t\}\n", re.MULTILINE | re.DOTALL)
 
 
@@ -57,15 +59,16 @@ class Nftables(Service):
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         table = f"farmhand_{farm.farm.replace('-', '_')}"
         for change in changes:
+            live = _Live(self.nft, table, _elements(change.before) | _elements(change.after))
             if change.after is None:
-                script = f"table ip {table}\ndelete table ip {table}\n"
-                yield _nft(self.nft, "take the table away", script)
+                yield _step("take the table away", live.remove)
                 continue
             moves = _element_changes(change.before, change.after, table)
+            load = partial(live.load, change.path)
             if moves is None:
-                yield command(self.NAME, (*self.nft, "-f", change.path))
+                yield _step(f"{' '.join(self.nft)} -f {change.path}", load)
             else:
-                yield _nft(self.nft, "change the map's elements", moves, otherwise=change.path)
+                yield _step("change the map's elements", partial(live.move, moves, otherwise=load))
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
         from provision.network import questions
@@ -76,31 +79,88 @@ class Nftables(Service):
                 yield questions.nat(address, row, self.NAME)
 
 
+def _elements(text: str | None) -> set[str]:
+    match = _ELEMENTS.search(text or "")
+    return {line.strip().rstrip(",") for line in match[1].splitlines()} if match else set()
+
+
 def _element_changes(before: str | None, after: str, table: str) -> str | None:
     """nft(8) commands that make one file's map the other's, in one transaction. None where something
     else differs too."""
     if before is None:
         return None
-    known = [_ELEMENTS.search(text) for text in (before, after)]
     rest = [_ELEMENTS.sub("", text).partition("\n")[2] for text in (before, after)]
     if rest[0] != rest[1]:
         return None
-    old, new = (set(match[1].split("\n")) - {""} if match else set() for match in known)
+    old, new = _elements(before), _elements(after)
     script = ""
-    for verb, lines in (("delete", old - new), ("add", new - old)):
-        elements = sorted(line.strip().rstrip(",") for line in lines)
+    for verb, elements in (("delete", old - new), ("add", new - old)):
         if elements:
-            script += f"{verb} element ip {table} ssh {{ {', '.join(elements)} }}\n"
+            script += f"{verb} element ip {table} ssh {{ {', '.join(sorted(elements))} }}\n"
     return script
 
 
-def _nft(nft: Sequence[str], text: str, script: str, *, otherwise: str = "") -> ApplyStep:
-    def run(runner: Runner) -> None:
-        try:
-            runner.change(*nft, "-f", "-", input=script.encode())
-        except CommandFailed:
-            if not otherwise:
-                raise
-            runner.change(*nft, "-f", otherwise)  # the kernel's table isn't what our file said
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """The kernel's table. ``elements``: of its map, those that are ours, before or after. What else is
+    in a table of our name is somebody's, and is never flushed: NotOurs."""
 
+    nft: Sequence[str]
+    table: str
+    elements: set[str]
+
+    def load(self, path: str, runner: Runner) -> None:
+        self._check(runner)
+        runner.change(*self.nft, "-f", path, timeout=120)
+
+    def remove(self, runner: Runner) -> None:
+        self._check(runner)
+        script = f"table ip {self.table}\ndelete table ip {self.table}\n"
+        runner.change(*self.nft, "-f", "-", input=script.encode(), timeout=120)
+
+    def move(self, moves: str, runner: Runner, *, otherwise: Callable[[Runner], None]) -> None:
+        """``otherwise``: for when the kernel's table isn't what our file said."""
+        try:
+            runner.change(*self.nft, "-f", "-", input=moves.encode(), timeout=120)
+        except CommandFailed:
+            otherwise(runner)
+
+    def _check(self, runner: Runner) -> None:
+        listed = runner.read(*self.nft, "-j", "list", "table", "ip", self.table, ok=range(256))
+        theirs = list(self._theirs(listed.stdout)) if listed.status == 0 else []
+        if theirs:
+            raise NotOurs(
+                f"nftables: in table ip {self.table} is what farmhand didn't put there: {some(theirs)}; "
+                "it is left as it is",
+                remedy=f"move that to another table, or: nft delete table ip {self.table}",
+            )
+
+    def _theirs(self, listed: str) -> Iterator[str]:
+        """See libnftables-json(5)."""
+        rules = dict.fromkeys(_CHAINS, 0)
+        for entry in json.loads(listed)["nftables"]:
+            [(kind, found)] = entry.items()
+            called = found.get("name", "")
+            if kind == "rule":
+                chain, text = found["chain"], json.dumps(found["expr"])
+                if chain in rules:
+                    rules[chain] += 1
+                    if rules[chain] > 1 or '"dnat"' not in text or '"@ssh"' not in text:
+                        yield f"a rule in {chain}"
+            elif kind == "map" and called == "ssh":
+                yield from sorted(_written(found) - self.elements)
+            elif kind not in {"metainfo", "table"} and not (kind == "chain" and called in rules):
+                yield f"{kind} {called}".rstrip()
+
+
+def _written(ssh: Mapping[str, Any]) -> set[str]:
+    """The map's elements as our file has them."""
+    found = set()
+    for key, value in ssh.get("elem", ()):
+        address, port = value["concat"]
+        found.add(f"{key} : {address} . {port}")
+    return found
+
+
+def _step(text: str, run: Callable[[Runner], None]) -> ApplyStep:
     return ApplyStep(Nftables.NAME, f"nftables: {text}", run)
