@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,8 +83,8 @@ def make_directory(path: Path, *, mode: int) -> None:
     """Make a directory with its parents. Parents made here get mode 0711, so that a QEMU under another
     user may pass."""
     try:
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        for directory in reversed(missing):
+        missing = takewhile(lambda each: not each.exists(), (path, *path.parents))
+        for directory in reversed(tuple(missing)):
             with contextlib.suppress(FileExistsError):
                 wanted = mode if directory == path else 0o711
                 directory.mkdir(wanted)

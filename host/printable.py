@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_ESCAPES = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])"
 """Of a terminal: colours, cursor movements, titles (ECMA-48)."""
 
 
 def plain(text: str) -> str:
     """The text without colours and cursor movements. Of a line rewritten by carriage returns the last
     state stays. Other control characters, which must not reach a terminal, become blanks."""
-    return "\n".join(map(_line, _ESCAPES.sub("", text).split("\n")))
+    if "\x1b" in text:
+        text = re.sub(_ESCAPES, "", text)
+    return "\n".join(map(_line, text.split("\n")))
 
 
 def _line(text: str) -> str:
