@@ -69,6 +69,28 @@ def check_room(directory: Path, wanted: int) -> None:
         )
 
 
+def out_of_files(error: Exception, doing: str) -> FarmhandError | None:
+    """The error to show an admin where no more files could be opened, which any call may meet; None: it
+    is another."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return WrongState(f"cannot {doing}: {error.strerror}", remedy=_REMEDIES[error.errno])
+
+
+def check_files_left(files: int, doing: str) -> None:
+    """WrongState unless this process can open so many files more, now. For a library that ends the
+    process where it can't. ``doing``: such as "connect to libvirt"."""
+    held: list[int] = []
+    try:
+        while len(held) < files:
+            held.append(os.eventfd(0))
+    except OSError as error:
+        raise out_of_files(error, doing) or WrongState(f"cannot {doing}: {error.strerror}") from error
+    finally:
+        for handle in held:
+            os.close(handle)
+
+
 def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
     """The error for a file in a format that isn't ours: another farmhand wrote it, and there is no
     conversion. ``remedy``: what to do if that farmhand is no longer used."""
