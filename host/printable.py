@@ -12,9 +12,7 @@ import json
 import re
 from unicodedata import category
 
-_DRAWN = re.compile(
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-Z]|[@-OQ-WYZ\\])"
-)
+_DRAWN = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-Z]|[@-OQ-WYZ\\])"
 """How programs draw on a terminal: colours, cursor movements, titles (ECMA-48)."""
 
 
@@ -82,4 +80,4 @@ def _in_json(character: str) -> str:
 
 
 def _stands(line: str) -> str:
-    return _DRAWN.sub("", line).rstrip("\r").rpartition("\r")[2]
+    return re.sub(_DRAWN, "", line).rstrip("\r").rpartition("\r")[2]

@@ -26,7 +26,7 @@ def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | No
 
     try:
         seen = read_domain(domain.XMLDesc(0))
-        state, current = _state(domain)
+        state, current = _state(domain, seen.kind)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return None
@@ -91,7 +91,7 @@ def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
         raise
 
 
-def _state(domain: libvirt.virDomain) -> tuple[int, int]:
+def _state(domain: libvirt.virDomain, kind: str) -> tuple[int, int]:
     """virDomainState, and the KiB of memory that the domain has now. Xen's domains are called shut off
     some time before they have let go of their devices, and while one is destroyed nothing can be said of
     it (``going_down``): both count as shutting down."""
@@ -103,6 +103,6 @@ def _state(domain: libvirt.virDomain) -> tuple[int, int]:
         if not going_down(error):
             raise
         return libvirt.VIR_DOMAIN_SHUTDOWN, 0
-    if state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
+    if kind == "xen" and state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
         return libvirt.VIR_DOMAIN_SHUTDOWN, current
     return state, current

@@ -39,6 +39,7 @@ from hypervisors.api import (
     no_warm,
     no_warning,
 )
+from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
@@ -317,12 +318,11 @@ class LibvirtHypervisor:
             if self._connection is None:
                 import libvirt
 
-                libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
                 end = time.monotonic() + _CONNECT_PATIENCE
                 while self._connection is None:
                     where = self._where()
                     try:
-                        self._connection = libvirt.open(where)
+                        self._connection = connect(where)
                     except libvirt.libvirtError as error:
                         # A daemon that is just dying still takes connections, drops them, then refuses
                         # them. ``_where`` starts ours once it is gone; another's we wait for no longer.
