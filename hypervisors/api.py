@@ -46,14 +46,20 @@ def no_warning(_text: Text) -> None:
     """The WarnFn of callers with nobody to warn."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
     """What drivers call while they work. ``step``: before each change. ``warn``: of what an admin should
-    know. ``working``: how far a long change has come."""
+    know. ``working``: how far a long change has come. ``interrupted``: whether nobody wants it any
+    more."""
 
     step: StepFn = no_step
     warn: WarnFn = no_warning
     working: Callable[[str], None] = no_step
+    interrupted: Callable[[], bool] = _never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,11 @@
-"""Values of ``hypervisors.api`` as JSON, and the frames they travel in.
+"""Values of ``hypervisors.api`` as JSON, for the ``frames`` they travel in.
 
-A frame is a line: a JSON object. One with ``bytes`` is followed by that many bytes of a file. What JSON
-doesn't have is an object with one key, the type's name: ``{"Path": "/dev/vg/lv"}``. Sequences come back
-as tuples.
+What JSON doesn't have is an object with one key, the type's name: ``{"Path": "/dev/vg/lv"}``. Sequences
+come back as tuples.
 """
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -16,7 +13,7 @@ from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import IO, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from host.progress import Pulse
 from hypervisors import api
@@ -26,7 +23,6 @@ from hypervisors.marks import is_name, moment
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
-_LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
 _VALUES: Mapping[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
@@ -153,35 +149,3 @@ def _error(name: str, known: Mapping[str, object]) -> FarmhandError:
     FarmhandError.__init__(error, str(known["message"]))
     vars(error).update(known)
     return error
-
-
-class Pipe:
-    """Frames out and in. Any number of threads may send; one receives."""
-
-    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
-        self._incoming = incoming
-        self._outgoing = outgoing
-        self._sending = threading.Lock()
-
-    def send(self, frame: Mapping[str, object], data: bytes = b"") -> None:
-        """OSError (as BrokenPipeError) or ValueError where nobody is there any more."""
-        if data:
-            frame = {**frame, "bytes": len(data)}
-        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
-        with self._sending:
-            self._outgoing.write(line)
-            self._outgoing.write(data)
-            self._outgoing.flush()
-
-    def receive(self) -> tuple[dict[str, Any], bytes] | None:
-        """None at the end, also in the midst of a frame. ValueError for what is no frame: a login
-        script that prints, say."""
-        line = self._incoming.readline(_LONGEST)
-        if not line.endswith(b"\n"):
-            return None
-        frame = json.loads(line)
-        if not isinstance(frame, dict):
-            raise ValueError(line.decode(errors="replace"))
-        size = frame.pop("bytes", 0)
-        data = self._incoming.read(size) if size else b""
-        return (frame, data) if len(data) == size else None

@@ -136,7 +136,10 @@ class OpenLibvirt(OpenHost):
                 self._check_far()
                 there, around = far(self.declared.uri), self.around
                 place = replace(self.place(), uri=there.uri)
-                self._link = Link(there.name, there.argv, place, around.callbacks, plan=around.plan)
+                self._link = Link(
+                    there.name, there.argv, place, around.callbacks, plan=around.plan,
+                    login=there.login,
+                )  # fmt: skip
             return self._link
 
     def _check_far(self) -> None:
