@@ -59,11 +59,11 @@ def no_agent(machine: str, login: str, said: str) -> DriverFailed:
     )
 
 
-def on(machine: str, error: FarmhandError) -> FarmhandError:
+def on(machine: str, error: FarmhandError, *, there: bool = False) -> FarmhandError:
     """An error of that machine's, for somebody at another: it names the machine, and so does a remedy
-    that is for it. Tasks of farmhand are done here."""
+    that is for it (``there``: any is). Tasks of farmhand are done here."""
     remedy = error.remedy
-    if isinstance(remedy, str) and remedy and isinstance(error, _ITS_OWN):
+    if isinstance(remedy, str) and remedy and (there or isinstance(error, _ITS_OWN)):
         remedy = f"on {machine}: {remedy}"
     what = f"{machine}: {error.what}"
     FarmhandError.__init__(error, what, vm=error.vm, remedy=remedy, detail=error.detail)

@@ -254,7 +254,7 @@ class AgentLine:
             error = decode(frame["refused"])
             if not isinstance(error, FarmhandError):
                 raise TypeError("an error that is none")
-            self._refused = on(self._name, error)
+            self._refused = on(self._name, error, there=True)
             self.lose()
         else:
             kind = next((key for key in ("step", "done", "failed") if key in frame), "")

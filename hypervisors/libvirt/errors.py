@@ -89,7 +89,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
         daemon = "virtlogd" if "virtlogd" in message else "libvirtd"  # the second asks the first
         return DriverFailed(
             f"{doing}: no {daemon} there: {message}",
-            remedy=f"systemctl start {daemon}; for KVM, without a 'uri' farmhand runs its own",
+            remedy=f"systemctl start {daemon}",
         )
     if uid := re.search(_NOBODY, message):
         return Unsupported(

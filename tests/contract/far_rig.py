@@ -24,9 +24,10 @@ MAIN = "hypervisors.far.main.main()"
 
 class FarMachine:
     """``place`` is where its files are: below "there" what farmhand keeps on it. ``reader``: who QEMU
-    runs as there, for this machine need not know that user. A context manager."""
+    runs as there, for this machine need not know that user. ``sshd``: what its sshd has besides, such as
+    a login shell with its files. A context manager."""
 
-    def __init__(self, place: Path, *, reader: int | None = None) -> None:
+    def __init__(self, place: Path, *, reader: int | None = None, **sshd: object) -> None:
         self.place = place
         self.state = place / "there"
         if reader is not None:
@@ -41,6 +42,7 @@ class FarMachine:
                 "FARMHAND_RUNTIME_DIR": str(place / "run"),
                 "FARMHAND_CACHE_DIR": str(place / "cache"),
             },
+            **sshd,
         ).prepare()  # fmt: skip
         (place / "cache").mkdir()
         for note in cache_dir().glob("kvm-*.json"):  # what was found out about KVM, which is this one's
@@ -85,7 +87,7 @@ class FarMachine:
         of_store = {f.name for f in fields(StorePlace)}
         disks = StorePlace(farm=farm, **{key: place.pop(key) for key in of_store & place.keys()})
         asked = replace(Place(disks=disks, driver="kvm", uri=there.uri), **place)
-        link = Link(there.name, argv, asked, Callbacks(), plan=plan)
+        link = Link(there.name, argv, asked, Callbacks(), plan=plan, login=there.login)
         self.links.append(link)
         return link
 
