@@ -274,6 +274,10 @@ class Power(StrEnum):
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
 
 
+ON = (Power.RUNNING, Power.PAUSED)
+"""Its guest has its disk open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     """A forwarded TCP port of user-mode networking: from the host's loopback to the guest."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
+    ON,
     Disk,
     Disks,
     Forward,
@@ -19,7 +20,6 @@ from hypervisors.api import (
     MachineSpec,
     Nic,
     Owner,
-    Power,
 )
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound, NotOurs
 from inventory.hosts import DriverInfo, Host
@@ -30,8 +30,6 @@ from provision.guest import identity
 if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
-
-ON = (Power.RUNNING, Power.PAUSED)
 
 
 class Member:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.ports import listener
 from host.progress import Progress
-from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
+from hypervisors.api import ON, Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
     Call,
     Conflict,
@@ -33,7 +33,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import ON, Member, is_on
+from provision.member import Member, is_on
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 

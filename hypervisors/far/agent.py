@@ -37,6 +37,7 @@ from hypervisors.far.wire import decode, encode
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm_trust import KvmTrust
 from hypervisors.libvirt.opening import Place, open_machines, reader_of
+from hypervisors.look import HostLook, look_at
 from inventory.errors import Busy, DriverFailed, FarmhandError, Interrupted
 
 SILENCE = 30.0  # seconds: longer than the asker, or ssh, takes to see that a connection is dead
@@ -229,6 +230,9 @@ class AgentHost:
     def places(self) -> tuple[Path, Path]:
         """The directories of seeds and of console logs."""
         return self._home.seeds, self._home.consoles
+
+    def look(self, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+        return look_at(self._machines, self._disks, names, proven)
 
     def memory_available(self) -> int:
         return memory_available()

@@ -33,6 +33,7 @@ from hypervisors.api import (
 )
 from hypervisors.disks.stores import store_class
 from hypervisors.far.link import Link
+from hypervisors.look import HostLook
 
 
 class FarDisks:
@@ -147,6 +148,16 @@ def far_disks(link: Link, step: StepFn) -> Disks:
     return store
 
 
+def far_look(link: Link, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+    """As ``hypervisors.look.look_at``, over there: one question."""
+    seen: HostLook = link.call("host", "look", list(names), list(proven))
+    return replace(seen, capabilities=_over_ssh(link, seen.capabilities))
+
+
+def _over_ssh(link: Link, able: Capabilities) -> Capabilities:
+    return replace(able, notes=(*able.notes, f"on {link.name}, over ssh"))
+
+
 class FarKvmTrust:
     """``hypervisors.libvirt.kvm_trust.KvmTrust`` of another machine."""
 
@@ -162,6 +173,7 @@ class FarKvmTrust:
 
     def distrust(self, why: str) -> None:
         self._link.call("kvm", "distrust", why)
+        self._link.forget()
 
 
 class FarHypervisor:
@@ -184,7 +196,7 @@ class FarHypervisor:
 
     def at_home(self, spec: MachineSpec) -> MachineSpec:
         """The machine's spec with the paths that its seed and console log have over there."""
-        seeds, consoles = self._link.call("host", "places")
+        seeds, consoles = self._link.known("host", "places")
         return replace(
             spec,
             seed=seeds / spec.seed.name if spec.seed else None,
@@ -221,8 +233,7 @@ class FarHypervisor:
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        told: Capabilities = self._ask("capabilities")
-        return replace(told, notes=(*told.notes, f"on {self._link.name}, over ssh"))
+        return _over_ssh(self._link, self._link.known("machines", "capabilities"))
 
     def find(self, name: str) -> Machine | None:
         found: Machine | None = self._ask("find", name)

@@ -39,6 +39,18 @@ class Link:
         self._plan = plan
         self._opening = threading.Lock()
         self._line: AgentLine | None = None
+        self._known: dict[tuple[str, str], Any] = {}
+
+    def known(self, of: str, method: str) -> Any:
+        """As ``call``, of what doesn't change while an agent lives: asked once."""
+        known, key = self._known, (of, method)
+        if key not in known:
+            known[key] = self.call(of, method)
+        return known[key]
+
+    def forget(self) -> None:
+        """What was ``known``."""
+        self._known = {}
 
     def call(
         self, of: str, method: str, *args: object, step: StepFn = no_step, **options: object
@@ -75,6 +87,7 @@ class Link:
             if self._line is None or self._line.lost:
                 if self._line:
                     self._line.close()
+                self.forget()
                 self._line = AgentLine(self.name, self._login, self._argv(COMMAND), self._callbacks)
                 self._line.open(self.place, plan=self._plan)
             return self._line

@@ -12,7 +12,7 @@ _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
     *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
     "host/*.py",
-    *(f"hypervisors/{name}.py" for name in ("__init__", "answers", "api", "marks")),
+    *(f"hypervisors/{name}.py" for name in ("__init__", "answers", "api", "look", "marks")),
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
     "hypervisors/disks/zfs/*.lua",
 )

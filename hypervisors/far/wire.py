@@ -19,6 +19,7 @@ from host.progress import Pulse
 from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
+from hypervisors.look import HostLook
 from hypervisors.marks import is_name, moment
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
@@ -28,7 +29,7 @@ _VALUES: Mapping[str, type[Any]] = {
     for kind in (
         api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
         api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place, StorePlace,
+        Place, StorePlace, HostLook,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
