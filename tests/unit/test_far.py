@@ -4,6 +4,7 @@ to by the contract suites."""
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
@@ -41,6 +43,7 @@ from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
 from hypervisors.far.failures import on
 from hypervisors.far.link import Link
+from hypervisors.far.parcel import parcel
 from hypervisors.far.wire import decode, encode
 from hypervisors.libvirt.kvm_trust import KvmTrust
 from hypervisors.libvirt.opening import Place
@@ -462,6 +465,11 @@ def test_an_ssh_that_does_not_get_there(machine: FarMachine) -> None:
     assert "compare the host key" in remedy(machine.uri())
     machine.sshd.stop()
     assert f"ssh -p {machine.sshd.port} " in remedy(machine.uri())
+
+
+def test_what_is_sent_is_packed() -> None:
+    with zipfile.ZipFile(io.BytesIO(parcel())) as file:
+        assert len(parcel()) < sum(one.file_size for one in file.infolist()) / 2
 
 
 def test_nothing_of_ours_stays_on_its_disk(machine: FarMachine) -> None:
