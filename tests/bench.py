@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from host.run import Runner
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
-from tests import bench_far, bench_growth
+from tests import bench_growth
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 
@@ -37,7 +37,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         figures = [*_drivers(directory, rounds, say), *commands(directory, rounds, say)]
         figures += _network(rounds, say)
         figures += bench_growth.measure(say)
-        figures += bench_far.measure(rounds, say)
+        figures += import_module("tests.contract.far_figures").measure(rounds, say)
     return Figures(tuple(figures))
 
 

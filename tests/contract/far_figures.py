@@ -21,7 +21,7 @@ from hypervisors.libvirt.private import PrivateLibvirt
 from tests.contract.far_rig import FarMachine, SlowWay, far_farm
 from tests.figures import Figure, timed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TURN = 0.1  # seconds there and back
 TURNS = 3
 _VMS = tuple(f"vm{number}" for number in range(20))
@@ -33,9 +33,11 @@ def measure(rounds: int, say: Callable[[str], None]) -> Iterator[Figure]:
     usable = judge(asked_for(), Runner(), cache_dir()).usable
     private = PrivateLibvirt(place / "s", place / "r", cache_dir() / "libvirt", hide_kvm=not usable)
     try:
-        with FarMachine(place, reader=private.qemu_uid()) as machine:
-            with SlowWay(machine.sshd.port, TURN / 2) as way:
-                yield from _of(place, private, machine, way, rounds, say)
+        with (
+            FarMachine(place, reader=private.qemu_uid()) as machine,
+            SlowWay(machine.sshd.port, TURN / 2) as way,
+        ):
+            yield from _of(place, private, machine, way, rounds, say)
     finally:
         private.stop(force=True)
         shutil.rmtree(place)
