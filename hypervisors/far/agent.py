@@ -200,7 +200,9 @@ def told(error: Exception) -> object:
         with contextlib.suppress(TypeError):
             return encode(error)
     if isinstance(error, OSError):
-        return encode(file_error(error, Path(error.filename or "/"), "use"))
+        if isinstance(error.filename, str):
+            return encode(file_error(error, Path(error.filename), "use"))
+        return encode(DriverFailed(error.strerror or str(error)))
     detail = "".join(traceback.format_exception(error))
     return encode(
         DriverFailed(f"a defect in farmhand itself: {type(error).__name__}: {error}", detail=detail)
@@ -371,7 +373,7 @@ class IncomingFiles:
                 self._failed[path] = error
 
     def end(self, path: Path) -> None:
-        """All of it is on the disk; else it is gone, and OSError."""
+        """All of it is on the disk; else it is gone, and NoSpace or WrongState."""
         file, error = self._open.pop(str(path)), self._failed.pop(str(path), None)
         try:
             with file:
@@ -379,28 +381,32 @@ class IncomingFiles:
                     raise error
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as failed:
             path.unlink(missing_ok=True)
-            raise
+            raise file_error(failed, path, "write") from failed
 
 
 class Presence:
-    """A file that is locked while this agent lives, and touched whenever its asker was heard from. The
-    asker is named in it."""
+    """A file that is locked while this agent lives, and touched whenever its asker was heard from: its
+    time is this boot's own clock, which nobody sets. The asker is named in it."""
 
     def __init__(self, directory: Path, asker: str) -> None:
         own_directory(directory.parent, mode=0o711)  # below /tmp others could have made it
         own_directory(directory, mode=0o711)
         self._directory = directory
         self._file = directory / f"far-{os.getpid()}"
-        self._handle = open_lock(self._file)
+        unseen = directory / f".{self._file.name}"
+        self._handle = open_lock(unseen)
         fcntl.flock(self._handle, fcntl.LOCK_EX)
         os.ftruncate(self._handle, 0)  # a dead one's, with the same process id
         os.write(self._handle, asker.encode())
+        self.heard()
+        unseen.rename(self._file)  # it was never seen without a lock: without one, its agent is dead
         self._began = _heard(self._file)
 
     def heard(self) -> None:
-        os.utime(self._handle)
+        now = time.monotonic_ns()
+        os.utime(self._handle, ns=(now, now))
 
     def leave(self) -> None:
         self._file.unlink(missing_ok=True)
@@ -416,17 +422,19 @@ class Presence:
     def _wait_for(self, other: Path, say: Callable[[str], None]) -> None:
         with contextlib.suppress(FileNotFoundError):
             handle = open_lock(other, make=False)
-            looks = itertools.count(1)
             try:
-                while _heard(other) < self._began:
+                for looks in itertools.count(1):
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
+                        if _heard(other) > self._began:
+                            return
                         time.sleep(PING / 10)
-                        if (look := next(looks)) % 20 == 0:
-                            _have_patience(other, handle, look * PING / 10, say)
-                        continue
-                    other.unlink()  # it ended without a word
+                        if looks % 20 == 0:
+                            _have_patience(other, handle, looks * PING / 10, say)
+                    else:
+                        other.unlink()  # it ended without a word
+                        return
             finally:
                 os.close(handle)
 
@@ -434,7 +442,7 @@ class Presence:
 def _have_patience(other: Path, handle: int, waited: float, say: Callable[[str], None]) -> None:
     pid = other.name.removeprefix("far-")
     asker = last_line(os.pread(handle, 4096, 0).decode(errors="replace")) or "somebody"
-    silent = max(0, round(time.time() - _heard(other)[0] / 1e9))
+    silent = round((time.monotonic_ns() - _heard(other)[0]) / 1e9)
     if waited > SILENCE + _PATIENCE:
         raise Busy(
             f"process {pid} there, the agent of {asker}, has heard nothing for {silent} s, "
@@ -445,8 +453,8 @@ def _have_patience(other: Path, handle: int, waited: float, say: Callable[[str],
 
 
 def _heard(presence: Path) -> tuple[int, int]:
-    """When its asker was heard from; with the process id, for two may begin in the same tick of the
-    clock, and one of them must not wait for the other."""
+    """When its asker was heard from, on this boot's clock; with the process id, for two may begin in the
+    same tick, and one of them must not wait for the other."""
     return presence.stat().st_mtime_ns, int(presence.name.removeprefix("far-"))
 
 

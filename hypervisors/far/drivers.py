@@ -32,6 +32,7 @@ from hypervisors.api import (
     WatchedDisks,
 )
 from hypervisors.disks.stores import store_class
+from hypervisors.far.failures import on
 from hypervisors.far.link import Link
 from hypervisors.look import HostLook
 
@@ -151,7 +152,11 @@ def far_disks(link: Link, step: StepFn) -> Disks:
 def far_look(link: Link, names: Sequence[str], proven: Sequence[str]) -> HostLook:
     """As ``hypervisors.look.look_at``, over there: one question."""
     seen: HostLook = link.call("host", "look", list(names), list(proven))
-    return replace(seen, capabilities=_over_ssh(link, seen.capabilities))
+    return replace(
+        seen,
+        capabilities=_over_ssh(link, seen.capabilities),
+        troubles={name: on(link.name, error) for name, error in seen.troubles.items()},
+    )
 
 
 def _over_ssh(link: Link, able: Capabilities) -> Capabilities:

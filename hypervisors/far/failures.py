@@ -36,7 +36,7 @@ _NO_AGENT = (
         "{login} true",
     ),
     (
-        r"Could not resolve|Connection (refused|timed out|closed|reset)|No route|unreachable|timed out",
+        r"Could not resolve|Connection (refused|timed out|closed|reset)|No route|unreachable",
         "see that {machine} is up and that its sshd answers: {login} true",
     ),
     (

@@ -164,7 +164,10 @@ class AgentLine:
                     step(answer["text"])
                 except BaseException as error:  # noqa: BLE001 - raised below
                     raised, go = raised or error, False
-            self.send({"go" if go else "stop": number}, doing=doing)
+            try:
+                self.send({"go" if go else "stop": number}, doing=doing)
+            except FarmhandError as lost:
+                raise raised or lost from None
         if raised:
             raise raised
         return answer

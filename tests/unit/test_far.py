@@ -362,8 +362,10 @@ def test_a_defect_of_ours_is_told_whole(machine: FarMachine) -> None:
     assert "Traceback" in failed.value.detail
 
 
-@pytest.mark.parametrize("variable", ["STATE", "RUNTIME"])
-def test_a_full_disk_there(machine: FarMachine, tmp_path: Path, variable: str) -> None:
+@pytest.mark.parametrize(
+    ("variable", "what"), [("STATE", "inodes"), ("STATE", "room"), ("RUNTIME", "inodes")]
+)
+def test_a_full_disk_there(machine: FarMachine, tmp_path: Path, variable: str, what: str) -> None:
     """A real one, of 64 KiB, in a mount namespace of the agent's own."""
     program = machine.place / "bin" / "python3"
     program.parent.mkdir(exist_ok=True)
@@ -373,8 +375,8 @@ def test_a_full_disk_there(machine: FarMachine, tmp_path: Path, variable: str) -
         f"""#!/bin/sh
 mkdir -p {where}; export FARMHAND_{variable}_DIR={where}
 exec unshare --mount {rights} sh -c '
-mount -t tmpfs -o size=64k,nr_inodes=12,mode=700 none "$0"
-cat /dev/zero >"$0/x" 2>&-; n=0; while mkdir "$0/$n" 2>&-; do n=$((n + 1)); done
+mount -t tmpfs -o size=64k,nr_inodes={12 if what == "inodes" else 99},mode=700 none "$0"
+cat /dev/zero >"$0/x" 2>&-; n=0; while [ $n -lt 12 ] && mkdir "$0/$n" 2>&-; do n=$((n + 1)); done
 exec "$@"' {where} {sys.executable} "$@"
 """
     )
