@@ -33,7 +33,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, is_on
+from provision.member import Member, each, is_on
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -84,7 +84,7 @@ class Start(Operation[NoResult]):
 
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
-        machines = {member.vm: member.present() for member in members}
+        machines = each(members, Member.present)
         cold = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:

@@ -21,7 +21,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import Member, is_on, told_by, told_without_record
+from provision.member import Member, each, is_on, told_by, told_without_record
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -116,12 +116,12 @@ class CloneFarm(Operation[CloneResult]):
         site, members = run.site, run.site.members(run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
-        machines = {member.vm: member.look() for member in members}
+        machines = each(members, Member.look)
         ours = [member for member in members if member.can_power]
         missing = [member for member in ours if machines[member.vm] is None]
         for host in dict.fromkeys(member.host for member in missing):
             site.opened(host).check_places()
-        disks = {member.vm: member.disk() for member in ours}
+        disks = each(ours, Member.disk)
         gone = _gone(ours, machines, disks)
         made = [one.vm for one in ours if machines[one.vm] is not None]
         seen = told_by({vm: one.address for vm, one in machines.items() if one})

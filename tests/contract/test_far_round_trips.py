@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypervisors.libvirt.private import PrivateLibvirt
 from provision import farm
 from provision.doctor import examine
 from provision.engine.report import QuietReporter
+from provision.member import Member, each
 from provision.site import Site, open_site
 
 VMS = ("a", "b", "c", "d", "e", "f", "g")
@@ -97,12 +99,25 @@ def test_commands_ask_little(file: Path, tmp_path: Path) -> None:
     planned = turns(file, lambda site: farm.clone_farm(site, start=False), plan=True)
     assert planned.asked["machines.capabilities"] <= 1
     assert planned.asked["host.places"] <= 1
+    assert planned.asked["machines.find"] == planned.asked["disks.find"] == len(VMS)
 
     with pytest.MonkeyPatch.context() as patch:
         examined = Turns(patch)
         assert list(examine(file).checks)
     assert examined.count <= 6
     assert max(examined.asked.values()) == 1
+
+
+def test_members_of_another_machine_are_asked_all_at_once(file: Path) -> None:
+    """Each waits for the rest: asked one after the other they would wait for ever."""
+    together = threading.Barrier(len(VMS))
+
+    def ask(member: Member) -> str:
+        together.wait(60)
+        return member.vm
+
+    with open_site(file, reporter=QuietReporter()) as site:
+        assert list(each(site.members(), ask).items()) == [(vm, vm) for vm in VMS]
 
 
 def test_a_look_leaves_nothing_there(file: Path) -> None:

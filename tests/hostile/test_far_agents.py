@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,6 +320,8 @@ def test_a_stopped_agent_is_lost_named_and_ends_when_it_can(
     link = machine.link("kata", spoil=quick)
     link.call("disks", "list")
     pid = _pid(machine)
+    [presence] = (machine.place / "run").rglob("far-*")
+    assert presence.stat().st_mtime_ns <= time.monotonic_ns(), "of a clock that nobody sets"
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(ConnectionLost, match=r"nothing was heard from its agent for 1\.5 s"):

@@ -52,12 +52,12 @@ from inventory.errors import (
     CommandFailed,
     Conflict,
     DriverFailed,
+    FarmhandError,
     Interrupted,
     NoSpace,
     NotFound,
     Unsupported,
     UsageError,
-    WrongState,
 )  # fmt: skip
 from tests.contract.far_rig import FarMachine
 from tests.unit.sshd_machine import make_key
@@ -344,15 +344,21 @@ def test_a_machine_that_can_not_run_it_says_why(
 
 
 def test_an_error_of_the_system_is_told_with_its_machine(machine: FarMachine) -> None:
-    broken = (
-        "import hypervisors.disks.qcow2.disks as q\n"
-        "def list(self): raise OSError(5, 'Input/output error')\n"
-        "q.Qcow2Disks.list = list"
-    )
-    with pytest.raises(WrongState, match=r"^127\.0\.0\.1: .*Input/output error") as failed:
-        machine.disks("kata", spoil=broken).list()
-    assert "on 127.0.0.1: see dmesg" in str(failed.value.remedy)
-    assert not failed.value.detail, "no traceback"
+    def failing(*more: str) -> FarmhandError:
+        broken = (
+            "import hypervisors.disks.qcow2.disks as q\n"
+            f"def list(self): raise OSError(5, 'Input/output error', *{more!r})\n"
+            "q.Qcow2Disks.list = list"
+        )
+        with pytest.raises(FarmhandError) as failed:
+            machine.disks("kata", spoil=broken).list()
+        assert not failed.value.detail, "no traceback"
+        return failed.value
+
+    at = failing("/dev/vg/lv")
+    assert str(at) == "127.0.0.1: cannot use /dev/vg/lv: Input/output error"
+    assert str(at.remedy).startswith("on 127.0.0.1: see dmesg")
+    assert str(failing()) == "127.0.0.1: Input/output error"
 
 
 def test_a_defect_of_ours_is_told_whole(machine: FarMachine) -> None:
