@@ -227,16 +227,18 @@ vms: {{prod: {{}}, dev: {{}}}}
 
 
 @pytest.fixture
-def deaf(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """``status``, of a farm whose host's agent lives and never answers."""
+def deaf(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """A command, of a farm whose host's agent lives and never answers."""
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
-    ssh.write_text(f"#!{sys.executable} -I\n{ASKED}\nping_for_ever()\n")
+    ssh.write_text(
+        f"#!{sys.executable} -I\n{ASKED}\nopen({str(tmp_path / 'asked')!r}, 'w')\nping_for_ever()\n"
+    )
     ssh.chmod(0o755)
     (tmp_path / "farm.yaml").write_text(FARM.format())
     place = {f"FARMHAND_{name}_DIR": str(tmp_path / name.lower()) for name in ("STATE", "RUNTIME")}
     process = subprocess.Popen(
-        [sys.executable, "-P", "cli/start.py", "status", "--farm", str(tmp_path / "farm.yaml")],
+        [sys.executable, "-P", "cli/start.py", *request.param, "--farm", str(tmp_path / "farm.yaml")],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **place, "PATH": f"{ssh.parent}:{os.environ['PATH']}"},
     )  # fmt: skip
@@ -250,15 +252,21 @@ def _agent_of(process: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in map(int, children) if b"ssh" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("deaf", "number"),
+    [(("status",), signal.SIGINT), (("stop", "--all"), signal.SIGTERM)],
+    indirect=["deaf"],
+)
 def test_a_signal_ends_a_command_whose_agent_does_not_answer(
-    deaf: subprocess.Popen[str], number: signal.Signals
+    deaf: subprocess.Popen[str], number: signal.Signals, tmp_path: Path
 ) -> None:
-    [agent] = wait_for(lambda: _agent_of(deaf))
+    wait_for((tmp_path / "asked").exists)
+    [agent] = _agent_of(deaf)
     deaf.send_signal(number)
     _, said = deaf.communicate(timeout=60)
     assert deaf.returncode == 128 + number
-    assert said.splitlines()[-1].startswith("farmhand: ") and "Traceback" not in said
+    how = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+    assert f"farmhand: {how}" in said and "Traceback" not in said
     assert gone(agent)
 
 
