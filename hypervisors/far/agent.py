@@ -108,7 +108,6 @@ class Agent:
                 self._presence = Presence(home.directories.runtime, str(order["for"]))
                 self._presence.wait_for_others(lambda text: self._pipe.send({"working": text}))
             self._open(place, home, plan=plan)
-            self._pipe.send({"ready": True})
         except Exception as error:  # noqa: BLE001 - it is raised again over there
             with contextlib.suppress(OSError):
                 self._pipe.send({"refused": told(error)})

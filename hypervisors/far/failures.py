@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from host.hints import hint
+from host.printable import last_line
 from inventory.errors import (
     Busy,
     CommandFailed,
@@ -49,7 +50,7 @@ _NO_AGENT = (
 def no_agent(machine: str, login: str, said: str) -> DriverFailed:
     """The error for a connection on which no agent ever spoke. ``login``: ssh, as typed. ``said``: by
     ssh, by the login, or by Python there; the last line tells."""
-    last = said.strip().rpartition("\n")[2].strip()
+    last = last_line(said, 200)
     remedy = hint(said, _NO_AGENT, machine=machine, login=login).remedy
     return DriverFailed(
         f"no farmhand agent on {machine}: {last or 'the connection ended'}",

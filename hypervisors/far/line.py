@@ -56,7 +56,6 @@ class AgentLine:
         self.heard = 0
         self.handing_on = False
         self.greeted = False
-        self._ready = False
         self._warnings = 0
         self._guard = threading.Lock()
         self._ended = threading.Event()
@@ -251,8 +250,6 @@ class AgentLine:
             self._callbacks.warn((f"{self._name}: ", decode(frame["warn"])))
         elif "working" in frame:
             self._callbacks.working(f"{self._name}: {last_line(frame['working'], 200)}")
-        elif "ready" in frame:
-            self._ready = True
         elif "refused" in frame:
             error = decode(frame["refused"])
             if not isinstance(error, FarmhandError):

@@ -44,7 +44,6 @@ def ping_for_ever():
         say('{{"ping": 1}}\\n')
         time.sleep(0.2)
 say({GREETING!r})
-say('{{"ready": true}}\\n')
 """
 ASKED = f"""{AGENT}
 sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
@@ -151,7 +150,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
 )
 _KEYS = st.sampled_from(
-    ["ping", "warn", "working", "ready", "refused", "step", "done", "failed", "value", "error", "text",
+    ["ping", "warn", "working", "refused", "step", "done", "failed", "value", "error", "text",
      "bytes", "Path", "Disk", "Owner", "!NotFound", "Call", ""]
 )  # fmt: skip
 _FRAMES = st.lists(
