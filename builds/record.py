@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from host.files import file_error, foreign, make_directory, open_new, write_atomic
 from host.paths import FarmPaths
+from host.printable import as_json
 from inventory.errors import Call, NotFound, Remedy, Text, WrongState, remedy_as_data, remedy_of
 from provision.engine.locks import Locks
 from provision.engine.requester import NOBODY, Requester
@@ -74,7 +75,8 @@ class StepRecord:
     failure: str = ""  # its class
     message: str = ""  # one line: what failed
     remedy: Remedy = ""  # what to do, where that is known
-    tail: str = ""  # the last lines of the log
+    tail: str = ""  # the last lines of the log, as builds.log_text shows them
+    ours: tuple[int, ...] = ()  # numbers of the log's lines that are farmhand's own; the first is 1
     console: str = ""  # the VM's console, where the VM or its connection was lost
     log: str = ""  # file name within the record
     files: tuple[FileRecord, ...] = ()  # fetched or carried by it
@@ -178,7 +180,7 @@ class BuildRecord:
 
     def save(self, *, durable: bool = True) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
-        text = json.dumps(self._stored(remedy_as_data), indent=1, ensure_ascii=False) + "\n"
+        text = as_json(self._stored(remedy_as_data), indent=1) + "\n"
         replace_file(self.path, text, durable=durable)
 
 
@@ -337,6 +339,7 @@ def _read(directory: Path) -> BuildRecord:
                     **{
                         **_known(StepRecord, step),
                         "files": _files(step["files"]),
+                        "ours": tuple(step["ours"]),
                         "remedy": remedy_of(step["remedy"]),
                     }
                 )

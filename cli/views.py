@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import TaskResult
 from cli.streams import columns
+from host.printable import one_line
 from inventory.errors import BuildFailed, Call, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
@@ -60,7 +61,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
     used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
     headings = [headings[i] for i in used]
-    rows = [[row[i] for i in used] for row in rows]
+    rows = [[one_line(row[i]) for i in used] for row in rows]  # as wide as what is shown
     widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) <= width(stream):
         return "\n".join(
@@ -289,7 +290,7 @@ def build_record(record: BuildRecord) -> TaskResult:
         f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"
     ]
     if source.commit or source.repository:
-        subject = f"  {source.subject}" if source.subject else ""
+        subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
         lines.append(f"source {source.repository} {commit}{subject}")
     rows = [
@@ -309,10 +310,10 @@ def build_record(record: BuildRecord) -> TaskResult:
     failed = record.failed_step
     if failed is not None and failed.tail:
         lines += ["", f"the last lines of {failed.name}:"]
-        lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+        lines += [f"  {line}" for line in failed.tail.splitlines()[-15:]]
     if failed is not None and failed.remedy:
         lines += ["", ("what to do: ", failed.remedy)]
-    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    lines += ["", *(f"note: {one_line(note)}" for note in record.notes), f"record: {record.page}"]
     return TaskResult(record.as_dict(), joined(lines, "\n"))
 
 
@@ -349,8 +350,11 @@ def step_log(record: BuildRecord, name: str) -> TaskResult:
             f"build {record.id}: step {name} left no log: {step.status}",
             remedy=(Call("log"), " shows the build"),
         )
-    text = path.read_text(errors="replace")
-    return TaskResult({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+    from builds.log_text import log_lines
+
+    text = path.read_bytes().decode(errors="replace")
+    data = {"build": record.id, "step": name, "log": str(path), "text": text, "ours": step.ours}
+    return TaskResult(data, "\n".join(log_lines(text, frozenset(step.ours))))
 
 
 def rendered(files: Sequence[Rendered], out: str) -> TaskResult:

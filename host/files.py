@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -68,6 +69,28 @@ def check_room(directory: Path, wanted: int) -> None:
         )
 
 
+def out_of_files(error: Exception, doing: str) -> FarmhandError | None:
+    """The error to show an admin where no more files could be opened, which any call may meet; None: it
+    is another."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return WrongState(f"cannot {doing}: {error.strerror}", remedy=_REMEDIES[error.errno])
+
+
+def check_files_left(files: int, doing: str) -> None:
+    """WrongState unless this process can open so many files more, now. For a library that ends the
+    process where it can't. ``doing``: such as "connect to libvirt"."""
+    held: list[int] = []
+    try:
+        while len(held) < files:
+            held.append(os.eventfd(0))
+    except OSError as error:
+        raise out_of_files(error, doing) or WrongState(f"cannot {doing}: {error.strerror}") from error
+    finally:
+        for handle in held:
+            os.close(handle)
+
+
 def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
     """The error for a file in a format that isn't ours: another farmhand wrote it, and there is no
     conversion. ``remedy``: what to do if that farmhand is no longer used."""
@@ -82,8 +105,8 @@ def make_directory(path: Path, *, mode: int) -> None:
     """Make a directory with its parents. Parents made here get mode 0711, so that a QEMU under another
     user may pass."""
     try:
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        for directory in reversed(missing):
+        missing = takewhile(lambda each: not each.exists(), (path, *path.parents))
+        for directory in reversed(tuple(missing)):
             with contextlib.suppress(FileExistsError):
                 wanted = mode if directory == path else 0o711
                 directory.mkdir(wanted)

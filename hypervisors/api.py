@@ -48,14 +48,20 @@ def no_warning(_text: Text) -> None:
     """The WarnFn of callers with nobody to warn."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
     """What drivers call while they work. ``step``: before each change. ``warn``: of what an admin should
-    know. ``working``: how far a long change has come."""
+    know. ``working``: how far a long change has come. ``interrupted``: whether nobody wants it any
+    more."""
 
     step: StepFn = no_step
     warn: WarnFn = no_warning
     working: Callable[[str], None] = no_step
+    interrupted: Callable[[], bool] = _never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +301,10 @@ class Power(StrEnum):
     SUSPENDED = "suspended"  # off; its memory is kept, and a start runs on from there
     PAUSED = "paused"
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
+
+
+ON = (Power.RUNNING, Power.PAUSED)
+"""Its guest has its disk open."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from inventory.hosts import Host, host_section
 if TYPE_CHECKING:
     from host.check import Check
     from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.look import HostLook
 
 
 class ListedMachine(NamedTuple):
@@ -105,6 +106,13 @@ class OpenHost(ABC):
             if self._disks is None:
                 self._disks = self._open_disks()
             return self._disks
+
+    def look(self, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+        """As ``hypervisors.look.look_at``. Starts nothing."""
+        from hypervisors.look import look_at
+
+        disks = self.disks() if self.around.hosts[self.around.host].INFO.disks else None
+        return look_at(self.hypervisor(look=True), disks, names, proven)
 
     def disconnect(self) -> None:
         """Close the driver; the next use connects again."""

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote
 
-_MARK = re.compile(r"([a-z0-9-]{1,63}):([0-9a-f]{32}):([^:]*):([^:]*)")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_MARK = re.compile(rf"({_NAME}):([0-9a-f]{{32}}):([^:]*):([^:]*)")
 _LEGIBLE = " /.@=,+-_()"
 _CONTROLLER, _FILE = 160, 480  # bytes, quoted, that are kept: of a path its end
 
@@ -27,7 +28,9 @@ class FarmIdentity:
 
     @property
     def mark(self) -> str:
-        """As marks have it: one line of plain ASCII, without quotes, at most 740 characters."""
+        """As marks have it: one line of plain ASCII, without quotes, at most 810 characters."""
+        if not self.id:
+            return self.name
         controller, file = _quoted(self.controller, _CONTROLLER), _quoted(self.file, _FILE)
         return f"{self.name}:{self.id}:{controller}:{file}"
 
@@ -36,7 +39,7 @@ class FarmIdentity:
         """What a mark says. One that isn't ours to read is somebody else's, whatever name it has."""
         found = _MARK.fullmatch(mark)
         if found is None:
-            return cls(re.sub(r"[^a-z0-9-].*", "", mark, flags=re.DOTALL)[:63], "")
+            return cls(mark if re.fullmatch(_NAME, mark) else "", "")
         name, number, controller, file = found.groups()
         return cls(name, number, unquote(file), unquote(controller))
 

@@ -110,7 +110,13 @@ def remedy_of(data: Any) -> Remedy:
         return data
     if isinstance(data, list):
         return tuple(remedy_of(part) for part in data)
-    return Call(str(data["task"]), **data["flags"])
+    task, flags = data["task"], data["flags"]
+    words = [task]
+    for given in flags.values():
+        words += given if isinstance(given, list | tuple) else [given]
+    if not all(isinstance(word, str) or word is True for word in words):
+        raise TypeError("a task's name and its flags are text")
+    return Call(task, **flags)
 
 
 def joined(texts: Iterable[Text], by: str = "; ") -> Text:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
+    ON,
     Disk,
     Disks,
     Forward,
@@ -19,7 +20,6 @@ from hypervisors.api import (
     MachineSpec,
     Nic,
     Owner,
-    Power,
     not_ours,
 )
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
 
-ON = (Power.RUNNING, Power.PAUSED)
+
+_T = TypeVar("_T")
+_AT_ONCE = 16
 
 
 class Member:
@@ -288,3 +290,19 @@ def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str
 
 def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
+
+
+def each(members: Sequence[Member], ask: Callable[[Member], _T]) -> dict[str, _T]:
+    """What is asked of each, by VM, in their order. Where another machine answers all are asked at once,
+    for an answer takes as long as the way there. The first one's error."""
+    if len(members) < 2 or not any(member.declared_host.far for member in members):
+        return {member.vm: ask(member) for member in members}
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [member.vm for member in members]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            return dict(zip(names, pool.map(ask, members), strict=True))
+        except KeyboardInterrupt:
+            members[0].site.journal.interrupted.set()
+            raise

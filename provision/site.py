@@ -220,7 +220,10 @@ class Site:
             listed=lambda: self._listed(host),
             runner=self.runner,
             callbacks=Callbacks(
-                step=current_step, warn=self.reporter.warn, working=self.reporter.working
+                step=current_step,
+                warn=self.reporter.warn,
+                working=self.reporter.working,
+                interrupted=self.journal.interrupted.is_set,
             ),
             plan=self.plan,
         )

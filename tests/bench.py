@@ -38,6 +38,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         figures = [*_drivers(directory, rounds, say), *commands(directory, rounds, say)]
         figures += _network(rounds, say)
         figures += bench_growth.measure(say)
+        figures += import_module("tests.contract.far_figures").measure(rounds, say)
     return Figures(tuple(figures))
 
 

@@ -34,7 +34,9 @@ from hypervisors.api import (
     WatchedDisks,
 )
 from hypervisors.disks.stores import store_class
+from hypervisors.far.failures import on
 from hypervisors.far.link import Link
+from hypervisors.look import HostLook
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import FarmhandError
 
@@ -158,6 +160,20 @@ def far_disks(link: Link, step: StepFn) -> Disks:
     return store
 
 
+def far_look(link: Link, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+    """As ``hypervisors.look.look_at``, over there: one question."""
+    seen: HostLook = link.call("host", "look", list(names), list(proven))
+    return replace(
+        seen,
+        capabilities=_over_ssh(link, seen.capabilities),
+        troubles={name: on(link.name, error) for name, error in seen.troubles.items()},
+    )
+
+
+def _over_ssh(link: Link, able: Capabilities) -> Capabilities:
+    return replace(able, notes=(*able.notes, f"on {link.name}, over ssh"))
+
+
 class FarKvmTrust:
     """``hypervisors.libvirt.kvm_trust.KvmTrust`` of another machine."""
 
@@ -173,6 +189,7 @@ class FarKvmTrust:
 
     def distrust(self, why: str) -> None:
         self._link.call("kvm", "distrust", why)
+        self._link.forget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +229,7 @@ class FarHypervisor:
 
     def at_home(self, spec: MachineSpec) -> MachineSpec:
         """The machine's spec with the paths that its seed and console log have over there."""
-        seeds, consoles = self._link.call("host", "places")
+        seeds, consoles = self._link.known("host", "places")
         return replace(
             spec,
             seed=seeds / spec.seed.name if spec.seed else None,
@@ -249,8 +266,7 @@ class FarHypervisor:
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        told: Capabilities = self._ask("capabilities")
-        return replace(told, notes=(*told.notes, f"on {self._link.name}, over ssh"))
+        return _over_ssh(self._link, self._link.known("machines", "capabilities"))
 
     def find(self, name: str) -> Machine | None:
         found: Machine | None = self._ask("find", name)

@@ -35,11 +35,14 @@ from hypervisors.api import (
     Owner,
     StepFn,
     Template,
+    WarnFn,
     disk_with_data,
     no_step,
     no_warm,
+    no_warning,
     not_ours,
 )
+from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
@@ -54,6 +57,7 @@ from hypervisors.libvirt.domain_xml import (
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
+from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, Conflict, NotFound, WrongState
 
@@ -80,6 +84,7 @@ class LibvirtHypervisor:
         step: StepFn = no_step,
         kind: DomainType,
         working: Callable[[str], None] = no_step,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
         daemon back). ``working``: told what is waited for. Connects on first use."""
@@ -90,6 +95,7 @@ class LibvirtHypervisor:
         self._step = step
         self._kind = kind
         self._working = working
+        self._damaged = DamagedMarks(warn)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -102,19 +108,19 @@ class LibvirtHypervisor:
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
             domain = self._look_up(name)
-            return as_machine(domain) if domain else None
+            return as_machine(domain, self._damaged) if domain else None
 
     def list(self) -> Sequence[Machine]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [as_machine(domain) for domain in domains]
+            machines = [as_machine(domain, self._damaged) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
 
     def others(self) -> Sequence[Foreign]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [as_machine(domain) for domain in domains]
+            machines = [as_machine(domain, self._damaged) for domain in domains]
         found = {other.machine: other for other in self._disks.others()}
         for machine in machines:
             if machine and machine.owner and machine.owner.farm.is_namesake(self._farm):
@@ -343,12 +349,11 @@ class LibvirtHypervisor:
             if self._connection is None:
                 import libvirt
 
-                libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
                 end = time.monotonic() + _CONNECT_PATIENCE
                 while self._connection is None:
                     where = self._where()
                     try:
-                        self._connection = libvirt.open(where)
+                        self._connection = connect(where)
                     except libvirt.libvirtError as error:
                         # A daemon that is just dying still takes connections, drops them, then refuses
                         # them. ``_where`` starts ours once it is gone; another's we wait for no longer.

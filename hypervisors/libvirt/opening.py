@@ -49,6 +49,7 @@ def open_machines(
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
+        warn=callbacks.warn,
     )  # fmt: skip
 
 

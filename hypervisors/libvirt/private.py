@@ -37,7 +37,6 @@ from host.files import (
     open_new,
     own_directory,
 )
-from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
 from inventory.errors import Call, CommandFailed, DriverFailed, NotOurs, Unsupported, WrongState
@@ -223,6 +222,8 @@ class PrivateLibvirt:
                 sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
+            from host.hints import NAMESPACES, ROOM, hint
+
             logged = _tail(self._log, before)
             said = [*error.stderr.strip().splitlines(), *logged]
             known = hint("\n".join(said), (ROOM, *NAMESPACES), directory=self._directory)

@@ -108,6 +108,7 @@ class OpenXenApi(OpenHost):
             Sessions(server), around.farm, sr=declared.sr or "", copy=declared.copy_mode == "full",
             progress=lambda what, part: around.callbacks.working(f"{what}: {part:.0%}"),
             notes=Notes(around.directories.farm / f"xenapi-{around.host}", plan=around.plan),
+            warn=around.callbacks.warn,
         )  # fmt: skip
         return XenApiDisks(pool, around.runner, step=around.callbacks.step)
 

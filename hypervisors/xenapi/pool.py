@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypervisors.api import Power
+from hypervisors.api import Power, WarnFn, no_warning
+from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
-from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, XenApiVm, checkpoint_of
+from hypervisors.xenapi.records import DISK, NULL, Vdi, XenApiVm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
 from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
@@ -117,10 +118,12 @@ class Pool:
         copy: bool = False,
         progress: ProgressFn = no_progress,
         notes: Notes | None = None,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``notes``: where what was made for us is noted, on this machine's disk."""
         self.sessions, self.farm, self.copy = sessions, farm, copy
         self.notes = notes or Notes()
+        self._damaged = DamagedMarks(warn)
         self._sr_name, self._sr = sr, ""
         self._progress = progress
         self._guard = threading.Lock()
@@ -252,6 +255,7 @@ class Pool:
                 if error.code in GONE:  # it went between the two
                     continue
                 raise
+            self._tell(vm)
             if vm.is_machine and vm.kind != "gone":
                 found.append(vm)
         best = max(
@@ -324,14 +328,21 @@ class Pool:
         for vdi in vdis:
             if vdi.uuid == vm.disk[0]:
                 return vdi
-            is_seed = vdi.record["other_config"].get(f"{PREFIX}kind") == "seed"
+            is_seed = vdi.written.get("kind") == "seed"
             if not is_seed and set(vdi.record["VBDs"]) & set(vm.record["VBDs"]):
                 found = vdi
         return found
 
     def all_vms(self) -> list[XenApiVm]:
         self._looks()
-        return [XenApiVm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+        vms = [XenApiVm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+        for vm in vms:
+            self._tell(vm)
+        return vms
+
+    def _tell(self, vm: XenApiVm) -> None:
+        if damaged := vm.damaged:
+            self._damaged.tell(f"VM {vm.name} ({vm.uuid})", damaged)
 
     def all_vdis(self) -> dict[str, Vdi]:
         records = self.call("VDI.get_all_records")

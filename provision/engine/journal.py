@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from host.files import make_directory
+from host.files import check_files_left, make_directory
 from host.processes import Process
 from inventory.errors import (
     FarmhandError,
@@ -30,7 +30,7 @@ from inventory.errors import (
     remedy_of,
 )
 from provision.engine import events
-from provision.engine.database import PATIENCE, busy, own_database, refuse_foreign
+from provision.engine.database import FILES, PATIENCE, busy, own_database, refuse_foreign
 from provision.engine.events import Outbox
 from provision.engine.facts import Facts, to_json
 from provision.engine.record import Record
@@ -362,6 +362,7 @@ class Journal:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return busy(self.path, f"the journal {self.path}")
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            check_files_left(FILES, f"write the journal {self.path}")
             return WrongState(
                 f"cannot write the journal {self.path}: {error}",
                 remedy=f"check owner, permissions and mount of {self.path.parent}",

@@ -18,8 +18,11 @@ import pytest
 import xenapi_rig
 from rigs import MIB, SIZE, template
 
+from host.run import Runner
 from hypervisors.api import Owner, Power
+from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import watch
 from inventory.errors import (
@@ -231,6 +234,33 @@ def test_the_seed_is_a_disk_of_its_own_and_follows_the_file(rig, server, tmp_pat
     hypervisor.destroy(NAME)
     assert list(hypervisor.leftovers()) == []
     assert not [line for line in server.tell(world=True) if "prod" in line or "new" in line]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"vm": "../../../victim"}, {"created": "soon"}, {"template": "\x9b2J"}]
+)
+def test_a_damaged_mark_is_nobodys(rig, server, made, mark):
+    """Named once, and left alone with all that is its machine's."""
+    warned = []
+    pool = Pool(rig.sessions(), KATA, warn=warned.append)
+    hypervisor = XenApiHypervisor(XenApiDisks(pool, Runner()))
+    call = pool.sessions.call
+    (ref,) = call("VM.get_by_name_label", NAME)
+    for key, text in mark.items():
+        call("VM.remove_from_other_config", ref, f"farmhand:{key}")
+        call("VM.add_to_other_config", ref, f"farmhand:{key}", text)
+    before = server.tell(world=True)
+    assert hypervisor.list() == []
+    assert hypervisor.find(NAME).owner is None
+    for leftover in hypervisor.leftovers():
+        hypervisor.discard(leftover)
+    for change in (hypervisor.destroy, hypervisor.start, lambda name: hypervisor.reset(name, "clean")):
+        with pytest.raises(FarmhandError):
+            change(NAME)
+    assert server.tell(world=True) == before
+    (told,) = warned
+    assert f"VM {NAME} (" in told
+    assert told.isprintable()
 
 
 def test_vbds_that_stay_a_while_are_not_in_the_way(rig, server, made):

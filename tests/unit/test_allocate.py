@@ -169,6 +169,15 @@ def test_forgetting_a_farm_gives_all_back(tmp_path: Path) -> None:
     assert not (tmp_path / "state/claims.db").exists()
 
 
+def test_claims_are_written_once_for_what_is_new(tmp_path: Path) -> None:
+    allocator, counted = Allocator(farm_of(), tmp_path / "lock"), []
+    for vm in ("prod", "dev2", "prod"):
+        allocator.allocate(vm)
+        header = (tmp_path / "state/claims.db").read_bytes()[:100]
+        counted.append(int.from_bytes(header[24:28]))  # changes (sqlite.org/fileformat.html, 1.3.6)
+    assert counted == [1, 2, 2]
+
+
 def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None:
     names = ["vm1", "vm10", "vm2", "a-b", "a1", "a", "zz"]
     farm = farm_of(vms={name: {} for name in names})

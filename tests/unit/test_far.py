@@ -4,11 +4,15 @@ to by the contract suites."""
 from __future__ import annotations
 
 import inspect
+import io
+import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from ipaddress import IPv4Address
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from host.run import which
 from hypervisors.api import (
     Callbacks,
     Capacity,
@@ -36,20 +41,27 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs.disks import ZfsDisks
 from hypervisors.far.address import far, is_far
 from hypervisors.far.drivers import FarDisks, far_disks
+from hypervisors.far.failures import on
 from hypervisors.far.link import Link
+from hypervisors.far.parcel import parcel
 from hypervisors.far.wire import decode, encode
 from hypervisors.libvirt.kvm_trust import KvmTrust
 from hypervisors.libvirt.opening import Place
 from inventory.errors import (
+    Call,
     CommandFailed,
     Conflict,
     DriverFailed,
+    FarmhandError,
     Interrupted,
+    NoSpace,
     NotFound,
+    Unsupported,
     UsageError,
 )  # fmt: skip
 from tests.contract.far_rig import FarMachine
 from tests.identities import KATA, identity
+from tests.unit.sshd_machine import make_key
 
 OWNER = Owner(KATA, "prod")
 SIZE = 16 * 2**20
@@ -299,8 +311,9 @@ def test_a_file_that_does_not_fit_is_an_error_and_goes(machine: FarMachine, tmp_
     )
     disks = machine.disks(KATA, spoil=full)
     sent = image(tmp_path)
-    with pytest.raises(DriverFailed, match="No space left"):
+    with pytest.raises(NoSpace, match=r"127\.0\.0\.1: .*No space left") as failed:
         disks.seal(sent, template())
+    assert str(failed.value.remedy).startswith("on 127.0.0.1: make room on")
     assert sent.exists(), "it is not lost"
     assert not list(machine.state.rglob("incoming/*"))
 
@@ -316,29 +329,156 @@ def test_a_machine_that_does_not_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "text"),
+    ("spoil", "text", "remedy"),
     [
-        ("sys.exit('farmhand needs Python 3.11 there, it is 3.9')", "needs Python 3.11 there"),
-        ("raise ModuleNotFoundError('no module libvirt')", "no module libvirt"),
-        ("print('Welcome to dom0!', flush=True)", "Welcome to dom0!"),
+        ("sys.exit('farmhand needs Python 3.11 there, it is 3.9')", "needs Python 3.11 there", "Debian"),
+        ("import nothing", "No module named", "python3 -c"),
     ],
 )
-def test_a_machine_that_can_not_run_it_says_why(machine: FarMachine, spoil: str, text: str) -> None:
+def test_a_machine_that_can_not_run_it_says_why(
+    machine: FarMachine, spoil: str, text: str, remedy: str
+) -> None:
     with pytest.raises(DriverFailed, match=r"no farmhand agent on 127\.0\.0\.1") as failed:
         machine.link(KATA, spoil=spoil).call("disks", "list")
     assert text in str(failed.value)
-    assert "python3" in failed.value.remedy
+    assert remedy in failed.value.remedy
 
 
-def test_an_error_of_the_system_is_told_whole(machine: FarMachine) -> None:
-    broken = (
-        "import hypervisors.disks.qcow2.disks as q\n"
-        "def list(self): raise OSError(5, 'Input/output error')\n"
-        "q.Qcow2Disks.list = list"
-    )
-    with pytest.raises(DriverFailed, match="Input/output error") as failed:
+def test_an_error_of_the_system_is_told_with_its_machine(machine: FarMachine) -> None:
+    def failing(*more: str) -> FarmhandError:
+        broken = (
+            "import hypervisors.disks.qcow2.disks as q\n"
+            f"def list(self): raise OSError(5, 'Input/output error', *{more!r})\n"
+            "q.Qcow2Disks.list = list"
+        )
+        with pytest.raises(FarmhandError) as failed:
+            machine.disks(KATA, spoil=broken).list()
+        assert not failed.value.detail, "no traceback"
+        return failed.value
+
+    at = failing("/dev/vg/lv")
+    assert str(at) == "127.0.0.1: cannot use /dev/vg/lv: Input/output error"
+    assert str(at.remedy).startswith("on 127.0.0.1: see dmesg")
+    assert str(failing()) == "127.0.0.1: Input/output error"
+
+
+def test_a_defect_of_ours_is_told_whole(machine: FarMachine) -> None:
+    broken = "import hypervisors.disks.qcow2.disks as q\nq.Qcow2Disks.list = lambda self: {}[1]"
+    with pytest.raises(DriverFailed, match=r"^127\.0\.0\.1: a defect in farmhand") as failed:
         machine.disks(KATA, spoil=broken).list()
     assert "Traceback" in failed.value.detail
+
+
+@pytest.mark.parametrize(
+    ("variable", "what"), [("STATE", "inodes"), ("STATE", "room"), ("RUNTIME", "inodes")]
+)
+def test_a_full_disk_there(machine: FarMachine, tmp_path: Path, variable: str, what: str) -> None:
+    """A real one, of 64 KiB, in a mount namespace of the agent's own."""
+    program = machine.place / "bin" / "python3"
+    program.parent.mkdir(exist_ok=True)
+    rights = "" if os.geteuid() == 0 else "--user --map-root-user"
+    where = f"{machine.place}/full/{variable.lower()}"
+    program.write_text(
+        f"""#!/bin/sh
+mkdir -p {where}; export FARMHAND_{variable}_DIR={where}
+exec unshare --mount {rights} sh -c '
+mount -t tmpfs -o size=64k,nr_inodes={12 if what == "inodes" else 99},mode=700 none "$0"
+cat /dev/zero >"$0/x" 2>&-; n=0; while [ $n -lt 12 ] && mkdir "$0/$n" 2>&-; do n=$((n + 1)); done
+exec "$@"' {where} {sys.executable} "$@"
+"""
+    )
+    program.chmod(0o755)
+    sent = image(tmp_path)
+    with pytest.raises(NoSpace, match=rf"^127\.0\.0\.1: .*{where}.*No space left") as failed:
+        machine.disks(KATA).seal(sent, template())
+    assert str(failed.value.remedy).startswith(f"on 127.0.0.1: make room on the file system of {where}")
+    assert not failed.value.detail and "\n" not in failed.value.message
+
+
+def test_a_dead_libvirtd_there(machine: FarMachine) -> None:
+    gone = machine.hypervisor(KATA, uri=machine.uri("/nowhere/libvirt-sock"))
+    with pytest.raises(DriverFailed, match=r"^127\.0\.0\.1: .*no libvirtd there") as failed:
+        gone.list()
+    assert failed.value.remedy == "on 127.0.0.1: systemctl start libvirtd"
+
+
+def test_what_a_task_here_puts_right_is_no_matter_of_that_machine() -> None:
+    error = on("dom0", NotFound("kata-prod is gone", remedy=("make it: ", Call("clone-farm"))))
+    assert (error.message, error.remedy) == (
+        "dom0: kata-prod is gone",
+        ("make it: ", Call("clone-farm")),
+    )
+    mine = on("dom0", Conflict("taken", vm="prod", remedy="give it another name"))
+    assert (mine.message, mine.remedy) == ("prod: dom0: taken", "give it another name")
+    failed = on("dom0", CommandFailed("no", argv=("zfs",), status=2, remedy="zpool import tank"))
+    assert (failed.remedy, failed.argv, failed.status) == ("on dom0: zpool import tank", ("zfs",), 2)
+
+
+@pytest.mark.parametrize(
+    ("bashrc", "why"),
+    [
+        ("echo -- authorised use only --; printf 'no end of line'", ""),
+        ("head -c 100000 /dev/urandom; echo at last >&2", ""),
+        ("echo closed for today; exit 3", "closed for today"),
+    ],
+)
+def test_a_login_that_prints(tmp_path: Path, bashrc: str, why: str) -> None:
+    shell = which("bash")
+    assert shell
+    with FarMachine(tmp_path, shell=shell, dotfiles={".bashrc": bashrc}) as machine:
+        if not why:
+            assert machine.disks(KATA).list() == ()
+            return
+        with pytest.raises(DriverFailed, match=rf"no farmhand agent on 127\.0\.0\.1: {why}") as failed:
+            machine.disks(KATA).list()
+        assert f"ssh -p {machine.sshd.port} " in failed.value.remedy
+        assert "this must work, asking nothing" in failed.value.remedy
+
+
+def test_a_machine_without_what_is_needed_says_what_to_install_there(machine: FarMachine) -> None:
+    program = machine.place / "bin" / "python3"
+    program.parent.mkdir(exist_ok=True)
+    for says in ("No module named 'libvirt'", "sh: 1: python3: not found"):
+        program.write_text(f'#!/bin/sh\necho "{says}" >&2\nexit 127\n')
+        program.chmod(0o755)
+        with pytest.raises(DriverFailed, match=says) as failed:
+            machine.link(KATA).call("disks", "list")
+        assert failed.value.remedy.startswith("on 127.0.0.1, as root: apt-get install")
+        assert "python3-libvirt" in failed.value.remedy
+
+
+def test_a_python_there_without_libvirt_s_binding(machine: FarMachine) -> None:
+    program = machine.place / "bin" / "python3"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    program.chmod(0o755)
+    with pytest.raises(Unsupported, match=r"^127\.0\.0\.1: .* finds no module libvirt") as failed:
+        machine.hypervisor(KATA).list()
+    assert "on 127.0.0.1: as root: apt-get install" in str(failed.value.remedy)
+
+
+def test_an_ssh_that_does_not_get_there(machine: FarMachine) -> None:
+    def remedy(uri: str) -> str:
+        with pytest.raises(DriverFailed, match=r"^no farmhand agent on 127\.0\.0\.1: ") as failed:
+            machine.link(KATA, uri).call("disks", "list")
+        return failed.value.remedy
+
+    other = machine.place / "other"
+    make_key(other)
+    wrong_key = machine.uri().replace(f"{machine.place}/key".replace("/", "%2F"), str(other))
+    wrong_key = wrong_key.replace(str(machine.sshd.client_key), str(other))
+    assert "a key that asks nothing" in remedy(wrong_key)
+    machine.known.write_text(
+        f"[127.0.0.1]:{machine.sshd.port} {other.with_name('other.pub').read_text()}"
+    )
+    assert "compare the host key" in remedy(machine.uri())
+    machine.sshd.stop()
+    assert f"ssh -p {machine.sshd.port} " in remedy(machine.uri())
+
+
+def test_what_is_sent_is_packed() -> None:
+    with zipfile.ZipFile(io.BytesIO(parcel())) as file:
+        assert len(parcel()) < sum(one.file_size for one in file.infolist()) / 2
 
 
 def test_nothing_of_ours_stays_on_its_disk(machine: FarMachine) -> None:

@@ -36,6 +36,7 @@ def test_a_mark_without_a_number_is_anothers() -> None:
     assert old.is_namesake(KATA)
     assert str(old) == "kata (without an identity)"
     assert FarmIdentity.of(old.mark) == old
+    assert FarmIdentity.of("../../victim").name == ""
 
 
 @settings(max_examples=200, deadline=None)
@@ -61,7 +62,7 @@ def test_it_comes_back_from_every_kind_of_mark(file: str, controller: str) -> No
 def test_whatever_a_mark_says_is_safe_to_print_and_no_path(mark: str) -> None:
     found = FarmIdentity.of(mark)
     assert str(found).isprintable()
-    assert re.fullmatch(r"[a-z0-9-]{0,63}", found.name)
+    assert re.fullmatch(r"[A-Za-z0-9._-]{0,128}", found.name)
     assert found.id in ("", KATA.id) or re.fullmatch(r"[0-9a-f]{32}", found.id)
 
 

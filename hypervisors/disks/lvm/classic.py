@@ -32,6 +32,7 @@ from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
+from hypervisors.answers import answer_of
 from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
@@ -352,8 +353,9 @@ class LvmClassicDisks(LvmStore):
                 return False
             device = f"{self._vg.replace('-', '--')}-{disk.name.replace('-', '--')}"
             words = self._runner.read("dmsetup", "status", device).stdout.split()
-            used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
-            return words[2] == "snapshot" and slash == "/" and used == words[-1]
+            with answer_of("dmsetup"):
+                used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
+                return words[2] == "snapshot" and slash == "/" and used == words[-1]
         if quick:
             return None
         node, other = self._lvm.ready(disk.name), self._lvm.ready(base.name)

@@ -63,7 +63,9 @@ from hypervisors.api import (
     Owner,
     StepFn,
     Template,
+    WarnFn,
     no_step,
+    no_warning,
     not_ours,
     too_small,
 )
@@ -74,6 +76,7 @@ from hypervisors.disks.qcow2.leftovers import (
     find_leftovers,
     half_made,
     kept_alone,
+    leans_on,
     marks,
 )
 from hypervisors.disks.qcow2.store import (
@@ -86,6 +89,7 @@ from hypervisors.disks.qcow2.store import (
     write_template,
 )
 from hypervisors.disks.stores import StorePlace
+from hypervisors.marks import DamagedMarks
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import (
     Call,
@@ -116,6 +120,7 @@ class Qcow2Disks:
         step: StepFn = no_step,
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``reader_uid``: who QEMU runs as, if not ourselves: templates and disks are given to it.
         ``headroom``: bytes that must be free before a disk is made."""
@@ -125,6 +130,7 @@ class Qcow2Disks:
         self._step = step
         self._reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
+        self._damaged = DamagedMarks(warn).tell
         self._lock = FileLock(self._root / ".lock")
 
     @classmethod
@@ -139,7 +145,7 @@ class Qcow2Disks:
         """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
-            step=callbacks.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------
@@ -183,7 +189,8 @@ class Qcow2Disks:
         return done
 
     def templates(self) -> Sequence[Template]:
-        found = (read_template(path) for path in matching(self._templates, "*.qcow2"))
+        images = matching(self._templates, "*.qcow2")
+        found = (read_template(path, damaged=self._damaged) for path in images)
         return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
@@ -192,7 +199,11 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
-            users = [m.machine for m in marks(self._vms) if m.template == label]
+            damaged: list[Path] = []
+            seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
+            users = [mark.machine for mark in seen if mark.template == label]
+            # Whosever they are, they'd be lost with it.
+            users += [home.name for home in damaged if leans_on(home, path)]
             if users:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(sorted(users))}",
@@ -207,11 +218,12 @@ class Qcow2Disks:
 
     def find(self, machine: str) -> Disk | None:
         """Any farm's: its ``owner`` tells. Reads four small things, starts no process."""
-        mark = read_mark(self._home(machine))
+        mark = read_mark(self._home(machine), damaged=self._damaged)
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
-        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
+        seen = marks(self._vms, self._damaged)
+        disks = (self._disk(mark) for mark in seen if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
 
     def others(self) -> Sequence[Foreign]:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from host.file_lock import FileLock
 from host.files import blocks, changed, matching
 from hypervisors.api import Leftover, Owner
-from hypervisors.disks.qcow2.store import NEW, Mark, describe, read_mark, read_template
+from hypervisors.disks.qcow2.format import read_header
+from hypervisors.disks.qcow2.store import NEW, Mark, ToldFn, describe, read_mark, read_template
 from hypervisors.ownership import FarmIdentity
+from inventory.errors import DriverFailed
 
 CHECKPOINT = "checkpoint-"
 GONE = "gone.qcow2"
 
 
-def marks(vms: Path) -> Iterator[Mark]:
-    """The marks of all VMs in the store, whichever farm's they are."""
+def marks(vms: Path, damaged: ToldFn | None = None) -> Iterator[Mark]:
+    """The marks of all VMs in the store, whichever farm's they are. ``damaged``: told of those that
+    are."""
     for home in matching(vms, "*"):
-        if not home.name.startswith(".") and (mark := read_mark(home)):
+        if not home.name.startswith(".") and (mark := read_mark(home, damaged=damaged)):
             yield mark
+
+
+def leans_on(home: Path, template: Path) -> bool:
+    """Whether an image in that directory has the template below it, whatever its mark says."""
+    for image in matching(home, "*.qcow2"):
+        with contextlib.suppress(DriverFailed, OSError):  # no image of ours
+            backing = read_header(image).backing
+            if backing and (home / backing).resolve() == template.resolve():
+                return True
+    return False
 
 
 def half_made(frozen: Path) -> bool:
