@@ -76,7 +76,7 @@ FILES = (
     Kept(f"{STATE}/keys/hostkeys/prod.known", fine=(("status",), ("start", "--vm", "prod"))),
     Kept(f"{STATE}/seeds/try-prod.sum", fine=(("start", "--vm", "prod"),)),
     Kept(f"{STATE}/builds/{BUILD}/record.json", (("history",), ("log",)), (("status",),)),
-    Kept(f"{STATE}/disks/templates/base@1.json", (("status",), RESET), store="qcow2"),
+    Kept(f"{STATE}/disks/templates/base@1.json", (("template-list",),), (("status",),), store="qcow2"),
     Kept(f"{STATE}/disks/templates/base@1.qcow2", fine=(("status",), CLONE), store="qcow2"),
     Kept(f"{STATE}/disks/vms/try-prod/owner.json", (("status",), RESET), store="qcow2"),
     Kept(f"{STATE}/disks/vms/try-prod/disk.qcow2", fine=(("status",), RESET), store="qcow2"),
