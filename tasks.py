@@ -465,13 +465,12 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
 @command({"limit": "How many."})
 def history(run: TaskRun, limit: str = "20") -> TaskResult:
     """Show what was done, and what was built, newest first."""
-    from builds.record import foreign_records, load_records
+    from builds.record import all_records
 
     with run.site() as site:
         most = options.count("--limit", limit)
-        return views.history(
-            site.journal.history(most), load_records(site.paths), most, foreign_records(site.paths)
-        )
+        builds, unreadable = all_records(site.paths)
+        return views.history(site.journal.history(most), builds, most, unreadable)
 
 
 # ---- farmhand's own development, where its tests are.

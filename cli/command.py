@@ -30,7 +30,7 @@ from invoke.tasks import task as invoke_task
 
 from cli import composition, streams  # noqa: F401 - the first, before a farm file is read
 from cli.run import TaskResult, TaskRun
-from host.files import UMASK, out_of_files
+from host.files import UMASK, of_the_disk, out_of_files
 from host.printable import as_json
 from inventory.errors import FarmhandError, Interrupted, InventoryError, Remedy
 
@@ -128,6 +128,8 @@ def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
     except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
         if short := out_of_files(error, "go on"):
             _refuse(run, short, short.exit_status)
+        if isinstance(error, OSError) and (known := of_the_disk(error)):
+            _refuse(run, known, known.exit_status)
         where = _keep_traceback(run)
         _refuse(
             run,

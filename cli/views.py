@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from cli.run import TaskResult
 from cli.streams import columns
 from host.printable import one_line
-from inventory.errors import BuildFailed, Call, Text, did_you_mean, joined, some
+from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -232,20 +232,23 @@ def history(
     operations: Sequence[Record],
     builds: Sequence[BuildRecord],
     limit: int,
-    foreign: Sequence[str] = (),
+    unreadable: Mapping[str, FarmhandError] | None = None,
 ) -> TaskResult:
-    """Operations and builds as one list, newest first. ``foreign``: builds whose records are in another
-    format."""
+    """Operations and builds as one list, newest first. ``unreadable``: builds whose records can't be
+    read, with what is wrong."""
+    unreadable = unreadable or {}
     data = {
         "operations": [operation.as_dict() for operation in operations],
         "builds": [build.as_dict() for build in builds[:limit]],
-        "foreign_builds": list(foreign),
+        "unreadable_builds": {build: error.message for build, error in unreadable.items()},
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
         if o.verb == "cycle":  # stands below as the build it made
             continue
-        took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
+        took = ""
+        if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile
+            took = format_duration((o.ended - o.started).total_seconds())
         on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
         row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
         lines.append((o.started, row))
@@ -254,14 +257,14 @@ def history(
         took = format_duration(b.seconds) if b.ended else ""
         row = (when(moment), "build", b.id, str(b.requester), b.verdict, took, _why(b))
         lines.append((moment, row))
-    notes = ""
-    if foreign:
-        notes = f"in another farmhand's format, and not shown: build {', '.join(foreign)}"
+    notes: Text = joined(
+        ((error.message, ": ", error.remedy) for error in [*unreadable.values()][:limit]), "\n"
+    )
     if not lines:
         return TaskResult(data, notes or "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
     text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
-    return TaskResult(data, f"{text}\n\n{notes}" if notes else text)
+    return TaskResult(data, (text, "\n\n", notes) if notes else text)
 
 
 def _why(record: BuildRecord) -> str:

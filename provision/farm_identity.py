@@ -13,16 +13,18 @@ import os
 import re
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import own_directory, sync, write_atomic, write_new
 from host.processes import account
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import Call, FarmhandError, NotOurs, WrongState
+from inventory.errors import Call, FarmhandError, NotOurs
 from inventory.model import Farm
 from inventory.reading import read
 
+_FORMAT = 1
 _NUMBER = re.compile(r"[0-9a-f]{32}")
 _MACHINE_ID = Path("/etc/machine-id")
 
@@ -121,23 +123,17 @@ class IdentityKeeper:
 
     def _read(self) -> _Note | None:
         try:
-            text = self._path.read_bytes()
+            found = json_object(read_file(self._path))
+            if found.get("format") != _FORMAT:
+                raise Malformed("it is in another farmhand's format")
+            note = made(_Note, found)
+            if not _NUMBER.fullmatch(note.id):
+                raise Malformed("its id is no number of a farm's")
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise WrongState(f"cannot read {self._path}: {error.strerror}") from error
-        try:
-            note = _Note(**json.loads(text))
-        except (ValueError, TypeError):
-            note = None
-        if note is None or not _is_sound(note):
-            raise WrongState(
-                f"{self._path}, which tells whose the farm's VMs are, is damaged",
-                remedy=(
-                    "put it back from a copy; or remove it, then take the VMs over: ",
-                    Call("adopt"),
-                ),
-            )
+        except (OSError, Malformed) as error:
+            remedy = ("put it back; or remove it, then take the VMs over: ", Call("adopt"))
+            raise damaged(self._path, "whose the farm's VMs are", error, remedy) from error
         return note
 
     def _of(self, number: str) -> FarmIdentity:
@@ -182,21 +178,15 @@ class IdentityKeeper:
         )
 
 
-def _is_sound(note: _Note) -> bool:
-    words = (note.id, note.file, note.controller, note.machine, note.place)
-    return all(isinstance(word, str) for word in words) and bool(_NUMBER.fullmatch(note.id))
-
-
 def _document(note: _Note) -> bytes:
-    facts = {name: getattr(note, name) for name in _Note.__slots__}
-    return (json.dumps(facts, indent=1) + "\n").encode()
+    return (json.dumps({"format": _FORMAT, **asdict(note)}, indent=1) + "\n").encode()
 
 
-def _number_in(path: Path) -> str:
+def _number_in(path: Path) -> object:
     try:
-        return str(json.loads(path.read_bytes())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return json_object(read_file(path)).get("id")
+    except (OSError, Malformed):
+        return None
 
 
 def _says(file: Path, farm: str) -> bool:

@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
+from host.documents import read_file
 from host.files import (
     check_own_directory,
     file_error,
@@ -143,11 +144,10 @@ class PrivateLibvirt:
                 parent_of(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
             }
             self._end_daemon()
-            for _, pid in self._guests():
-                _end(pid, signal.SIGKILL)
+            for name, pid in self._guests():
+                _end(pid, _guest(name), signal.SIGKILL)
             for pid in reapers:
-                if _ENCLOSE in _command_line(pid):
-                    _end(pid, None)  # by itself, now that it has no child
+                _end(pid, _ENCLOSE, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
             if not any(self._definitions.glob("*.xml")):
@@ -343,13 +343,13 @@ class PrivateLibvirt:
         doesn't count, nor a note from before a reboot."""
         for note in sorted(self._notes.glob("*.pid")):
             pid = _pid(note)
-            if pid and f"guest={note.stem}," in _command_line(pid):
+            if pid and _guest(note.stem) in _command_line(pid):
                 yield note.stem, pid
 
     def _end_daemon(self) -> None:
-        pid = _pid(self._pidfile)
-        if pid and str(self._pidfile) in _command_line(pid) and not _end(pid, signal.SIGTERM):
-            _end(pid, signal.SIGKILL)
+        pid, named = _pid(self._pidfile), str(self._pidfile)
+        if pid and not _end(pid, named, signal.SIGTERM):
+            _end(pid, named, signal.SIGKILL)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -418,9 +418,10 @@ def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
 
 def _pid(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        pid = int(read_file(path))
     except (OSError, ValueError):
         return None
+    return pid if 0 < pid < 2**31 else None
 
 
 def _command_line(pid: int) -> str:
@@ -430,15 +431,22 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-def _end(pid: int, how: signal.Signals | None) -> bool:
+def _guest(name: str) -> str:
+    """What a guest's command line has."""
+    return f"guest={name},"
+
+
+def _end(pid: int, sign: str, how: signal.Signals | None) -> bool:
     """Send the process a signal (None: none), and wait until it is gone. Returns False if it is still
-    there."""
+    there. ``sign``: part of its command line; a process without it has got the pid since, and is let
+    alone."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        return end(handle, how, timeout=_END_LIMIT)
+        # looked at only now: what has the pid after this is not what the descriptor is of
+        return sign not in _command_line(pid) or end(handle, how, timeout=_END_LIMIT)
     finally:
         os.close(handle)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from host.documents import json_object, made
 from host.files import open_lock, own_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy, WrongState
@@ -284,10 +285,7 @@ def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
     if not text:
         return None, None
     try:
-        note = json.loads(text)
-        holder = Holder(
-            name, note["pid"], note["user"], datetime.fromisoformat(note["since"]), note["doing"]
-        )
-        return holder, Process(note["pid"], note["start"], note["boot"])
-    except (ValueError, KeyError, TypeError):  # cut off by a full disk
+        note = json_object(text)
+        return made(Holder, note, lock=name), made(Process, note)
+    except ValueError:  # cut off by a full disk
         return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None

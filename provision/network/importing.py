@@ -8,6 +8,7 @@ writes itself are for the admin to take out.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,20 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from host.documents import Malformed, read_file
 from host.files import file_error, write_atomic
 from inventory.errors import Conflict, InventoryError, NotFound, Problem, UsageError
 
-_TOKEN = re.compile(r'\s+|#[^\n]*|"(?:[^"\\]|\\.)*"|[{};,]|[^\s{};,"#]+')
+_TOKEN = re.compile(r'\s+|#[^\n]*|"(?:[^"\\]|\\[\s\S])*(?:"|\\?\Z)|[{};,]|[^\s{};,"#]+')
+"""A text that isn't closed ends with the file: each character is looked at once."""
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_NAME = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
+_GENERATED = re.compile(r"^\$GENERATE\s+(\d+)-(\d+)(?:/(\d+))?\b(.*)$", re.MULTILINE | re.IGNORECASE)
+_MOST = 2**16
+"""Records that $GENERATE may make: as many as a /16 has addresses. And how wide their numbers may be."""
+_PLAIN = re.compile(r"/[A-Za-z0-9._/-]*")
+_DEEPEST = 50  # braces within braces
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,9 @@ def network_import(
         origin = zone.name[3:]
     if out is not None and out.exists():
         raise Conflict(f"{out} is there already", remedy="give --out another name")
+    for what, text in (("--name", name), ("--origin", origin.strip(".").lower())):
+        if not _NAME.fullmatch(text):
+            raise UsageError(f"{what}: {text!r} is no name (RFC 1123)", remedy=f"{what} farm")
     found = _farm_file(
         _read_zone(zone, origin.strip(".").lower()), _read_dhcpd(dhcpd), zone, dhcpd, origin, name
     )
@@ -87,9 +100,11 @@ def network_import(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_file(path).decode(errors="replace")
     except FileNotFoundError:
         raise NotFound(f"no file {path}", remedy="give the path of one") from None
+    except Malformed as error:
+        raise UsageError(f"{path}: {error}", remedy="give the path of a text file") from error
     except OSError as error:
         raise file_error(error, path, "read") from error
 
@@ -104,6 +119,14 @@ def _read_zone(path: Path, origin: str) -> _ZoneRecords:
     import dns.zone
 
     text = _text(path)
+    for made in _GENERATED.finditer(text):
+        first, last, by, rest = made.groups()
+        wide = any(len(digits) > 3 for digits in re.findall(r"\d+", rest) if "$" in rest)
+        if max(map(len, (first, last, by or ""))) > 10 or wide or int(last) - int(first) > _MOST:
+            line = text.count("\n", 0, made.start()) + 1
+            raise InventoryError(
+                [Problem(str(path), line, 1, f"$GENERATE of more than {_MOST} records")]
+            )
     if "$TTL" not in text.upper():
         text = f"$TTL 3600 {text}" if text.startswith("\n") else f"$TTL 3600\n{text}"
         shift = 1
@@ -116,7 +139,8 @@ def _read_zone(path: Path, origin: str) -> _ZoneRecords:
     except (dns.exception.DNSException, ValueError) as error:
         match = re.search(r":(\d+): (.*)", str(error)) or re.search(r"line (\d+)(.*)", str(error))
         line = max(int(match[1]) - shift - 1, 1) if match else 1  # it has read the line's end already
-        raise InventoryError([Problem(str(path), line, 1, f"not a zone: {error}")]) from error
+        why = _one_line(f"not a zone: {error}")
+        raise InventoryError([Problem(str(path), line, 1, why)]) from error
     found = _ZoneRecords()
     for name, node in content.nodes.items():
         owner = name.to_text(omit_final_dot=True).lower()
@@ -157,6 +181,8 @@ def _statements(text: str, file: str) -> list[_Statement]:
                 open_[-1][0].append(_Statement(words, begun))
             words = []
         elif part == "{":
+            if len(open_) > _DEEPEST:
+                raise InventoryError([Problem(file, line, 1, f"more than {_DEEPEST} braces are open")])
             statement = _Statement(words, begun, [])
             open_[-1][0].append(statement)
             assert statement.inner is not None
@@ -222,8 +248,10 @@ def _farm_file(
     for host in dhcpd.hosts:
         address, full = _resolved(host, zone, by_address, origin)
         label = full.split(".")[0]
-        if not host.mac or not address or not _LABEL.fullmatch(label) or label in taken:
-            why = "no MAC" if not host.mac else "no address" if not address else "its name"
+        named = _NAME.fullmatch(full) and label not in taken
+        if not _MAC.fullmatch(host.mac) or not address or not named:
+            mac = _MAC.fullmatch(host.mac)
+            why = "no MAC" if not mac else "no address" if not address else "its name"
             left.append(f"host {host.name} ({dhcpd_file}:{host.line}): {why}")
             continue
         taken[label] = (address, full, host)
@@ -239,7 +267,8 @@ def _farm_file(
         if full != f"{label}.{domain}":
             vms[label]["hostname"] = full
         aliases = [alias for alias in zone.aliases.get(full, []) if alias != full]
-        if aliases:
+        left += [f"the alias {alias} ({zone_file})" for alias in aliases if not _NAME.fullmatch(alias)]
+        if aliases := [alias for alias in aliases if _NAME.fullmatch(alias)]:
             vms[label]["aliases"] = f"[{', '.join(sorted(aliases))}]"
     served = {address for address, _, _ in taken.values()}
     left += [
@@ -257,7 +286,7 @@ def _resolved(
     host: _HostStatement, zone: _ZoneRecords, by_address: Mapping[str, str], origin: str
 ) -> tuple[str, str]:
     """Address and full name."""
-    if re.fullmatch(r"[0-9.]+", host.address):
+    if _is_address(host.address):
         named = by_address.get(host.address, host.name)
         return host.address, named if named.endswith(f".{origin}") else f"{named}.{origin}"
     for candidate in (host.address, f"{host.address}.{origin}", host.name, f"{host.name}.{origin}"):
@@ -279,20 +308,20 @@ def _lines(
     addresses = [IPv4Address(vm["address"]) for vm in vms.values()]
     subnet = next((s for s in dhcpd.subnets if addresses[0] in s), None)
     subnet = subnet or IPv4Network(f"{addresses[0]}/24", strict=False)
-    yield f"# Made by network-import from {zone_file} and {dhcpd_file}."
+    yield f"# Made by network-import from {_one_line(str(zone_file))} and {_one_line(str(dhcpd_file))}."
     yield "# Look at hosts, templates and bridge: those files don't say. Then: network-apply --plan."
     if left:
         yield "#"
         yield "# Not taken over, and left where it is:"
-        yield from (f"#   {line}" for line in left)
+        yield from (f"#   {_one_line(line)}" for line in left)
     yield from ("", f"farm: {name}", "", "hosts:", "  here:", "    driver: kvm")
     yield from ("    uri: qemu:///system", "", "network:", "  mode: bridge", "  bridge: br0")
     yield f"  subnet: {subnet}"
     if routers := [r for r in dhcpd.routers if _inside(r, subnet)]:
         yield f"  gateway: {routers[0]}"
-    if servers := [s for s in dict.fromkeys(dhcpd.servers) if re.fullmatch(r"[0-9.]+", s)]:
+    if servers := [s for s in dict.fromkeys(dhcpd.servers) if _is_address(s)]:
         yield f"  nameservers: [{', '.join(servers)}]"
-    pools = [r for r in dhcpd.ranges if _inside(r.partition("-")[0], subnet)]
+    pools = [r for r in dhcpd.ranges if all(_inside(end, subnet) for end in r.split("-"))]
     if pools:
         yield f"  pool: [{', '.join(pools)}]"
     yield from (f"  domain: {domain}", "  addressing: dhcp", "")
@@ -303,13 +332,28 @@ def _lines(
     if domain != origin:
         yield f"    zone: {origin}"
     if zone_file.name == f"db.{origin}":
-        yield f"    directory: {zone_file.absolute().parent}"
+        yield f"    directory: {_scalar(zone_file.absolute().parent)}"
     yield from ("    own: block", "    reverse: no", "  dhcpd:")
-    yield from (f"    config: {dhcpd_file.absolute()}", "    own: block", "")
+    yield from (f"    config: {_scalar(dhcpd_file.absolute())}", "    own: block", "")
     yield from ("templates:", "  base:", "    build: debian-12", "", "vms:")
     for label, vm in vms.items():
         yield f"  {label}:"
         yield from (f"    {key}: {value}" for key, value in vm.items())
+
+
+def _one_line(text: str) -> str:
+    """For a comment: what would end its line, or is not to be seen, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _scalar(path: Path) -> str:
+    """In YAML, whatever is in it."""
+    text = str(path)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _is_address(text: str) -> bool:
+    return _inside(text, IPv4Network("0.0.0.0/0"))
 
 
 def _inside(address: str, subnet: IPv4Network) -> bool:

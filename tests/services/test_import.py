@@ -137,3 +137,39 @@ def test_refusals(tmp_path: Path) -> None:
     dhcpd.write_text("authoritative;\n")
     with pytest.raises(NotFound, match="no host with a MAC"):
         network_import(zone, dhcpd)
+
+
+@pytest.mark.parametrize(
+    ("zone", "dhcpd", "why"),
+    [
+        (RICH_ZONE + "$GENERATE 1-9999999999 h$ A 10.10.60.1\n", RICH_DHCPD, "more than 65536 records"),
+        (RICH_ZONE + "$GENERATE 1-2 h${0,99999999,d} A 10.10.60.1\n", RICH_DHCPD, "more than 65536"),
+        (RICH_ZONE, "group { " * 5000, "braces are open"),
+        (RICH_ZONE, '\\"' * 300_000 + "{", "never closed"),
+    ],
+    ids=["many records", "wide numbers", "deep", "quotes"],
+)
+def test_what_would_take_for_ever_is_refused_at_its_line(
+    tmp_path: Path, zone: str, dhcpd: str, why: str
+) -> None:
+    with pytest.raises((InventoryError, NotFound)) as refused:
+        network_import(*files(tmp_path, zone, dhcpd))
+    assert why in refused.value.message or "no host" in refused.value.message
+
+
+def test_nothing_gets_out_of_its_line_in_the_farm_file(tmp_path: Path) -> None:
+    """Names and values with ends of lines, and such as YAML reads otherwise."""
+    evil = 'host "a\nEVIL: x" { hardware ethernet 52:54:00:00:00:0b; fixed-address 10.10.60.7; }\n'
+    evil += 'host b { hardware ethernet "52:54:00:00:00:0c\nEVIL: x"; fixed-address 10.10.60.8; }\n'
+    evil += (
+        'subnet 10.10.60.0 netmask 255.255.255.0 { range 10.10.60.100 "x\nEVIL: x"; "o\nEVIL: x"; }\n'
+    )
+    zone = RICH_ZONE + "a]\\,EVIL IN CNAME gallifrey.xivo.vm\n"
+    found = network_import(*files(tmp_path, zone, RICH_DHCPD + evil))
+    assert not [line for line in found.text.splitlines() if line.lstrip().startswith("EVIL")]
+    assert "a" not in found.vms and "b" not in found.vms
+    farm = loads(found.text.encode(), tmp_path / "farm.yaml")
+    assert set(farm.vms) == set(found.vms)
+    for name in ("a\nEVIL: x", "a b", "../x"):
+        with pytest.raises(UsageError, match="is no name"):
+            network_import(*files(tmp_path, RICH_ZONE, RICH_DHCPD), name=name)

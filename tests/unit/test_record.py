@@ -22,8 +22,8 @@ from builds.record import (
     SourceRecord,
     StepRecord,
     VmRecord,
+    all_records,
     find_record,
-    foreign_records,
     load_records,
     new_directory,
     now,
@@ -100,7 +100,7 @@ def test_a_record_in_another_format_is_refused_in_words(paths, format):
     other.path.write_text(json.dumps(data))
     assert load_records(paths) == (ours,)
     assert find_record(paths) == ours
-    assert foreign_records(paths) == (other.id,)
+    assert list(all_records(paths)[1]) == [other.id]
     with pytest.raises(WrongState, match="this farmhand reads and writes format 2") as refused:
         find_record(paths, other.id)
     assert str(other.path) in refused.value.message

@@ -69,7 +69,7 @@ from hypervisors.api import (
     not_ours,
     too_small,
 )
-from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
+from hypervisors.disks.qcow2.format import LARGEST, Qcow2, empty_overlay, read_header
 from hypervisors.disks.qcow2.leftovers import (
     CHECKPOINT,
     GONE,
@@ -247,6 +247,9 @@ class Qcow2Disks:
         home = self._home(machine)
         if size < template.size:
             raise too_small(machine, size, template)
+        if size > LARGEST:
+            most = format_size(LARGEST)
+            raise UsageError(f"a qcow2 disk has at most {most}, and {machine}'s is to have more")
         make_directory(self._vms, mode=0o711)
         if self._reader is not None:
             reachable(self._vms, self._reader)

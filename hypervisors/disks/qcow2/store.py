@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from host.documents import Malformed, json_object, read_file
 from host.files import write_new
 from hypervisors.api import Owner, Template
 from hypervisors.marks import DamagedMark, moment, read_fields
@@ -101,14 +102,16 @@ def _document(facts: dict[str, object]) -> bytes:
 def _read(path: Path, needed: Collection[str], damaged: ToldFn | None) -> dict[str, str] | None:
     """What one of our files says; None where it isn't there, isn't ours, or is damaged."""
     try:
-        seen = json.loads(path.read_bytes())
-    except OSError:
+        seen = json_object(read_file(path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError):
+    except (OSError, Malformed):
         seen = {"farmhand": 1}  # by its name it is one of ours
-    if not isinstance(seen, dict) or seen.get("farmhand") != 1:
+    if "farmhand" not in seen:
         return None
     try:
+        if seen["farmhand"] != 1:
+            raise DamagedMark("it is in another farmhand's format")
         return read_fields(seen, needed)
     except DamagedMark as error:
         if damaged is not None:
