@@ -22,7 +22,7 @@ from hypervisors.xenapi.records import NEW
 _ELSEWHERE = 6 * 3600.0
 """Seconds after which what another machine began counts as dead: longer than any call or task lasts."""
 _NAME = re.compile(
-    re.escape(NEW) + r"(?P<farm>[A-Za-z0-9][\w.-]*)/(?P<vm>([A-Za-z0-9][\w.-]*)?) (?P<host>[\w.-]+):"
+    re.escape(NEW) + r"(?P<farm>[A-Za-z0-9][\w.:-]*)/(?P<vm>([A-Za-z0-9][\w.-]*)?) (?P<host>[\w.-]+):"
     r"(?P<pid>\d{1,18}):(?P<start>\d{1,18}):(?P<time>\d{1,18}):(?P<number>\d{1,18})",
     re.ASCII,
 )

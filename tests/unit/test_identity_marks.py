@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from hypervisors.disks.lvm.command import decode, encode
 from hypervisors.disks.zfs.state import options
 from hypervisors.libvirt.domain_xml import head, mark_of, read_domain
 from hypervisors.ownership import FarmIdentity
+from hypervisors.xenapi.temporary_names import is_dead, made_for, temporary_name
 from tests.identities import KATA, identity
 
 TEXT = st.text(max_size=600)
@@ -64,6 +66,13 @@ def test_whatever_a_mark_says_is_safe_to_print_and_no_path(mark: str) -> None:
     assert str(found).isprintable()
     assert re.fullmatch(r"[A-Za-z0-9._-]{0,128}", found.name)
     assert found.id in ("", KATA.id) or re.fullmatch(r"[0-9a-f]{32}", found.id)
+
+
+@pytest.mark.parametrize("vm", ["prod", ""])
+def test_it_comes_back_from_a_temporary_name(vm: str) -> None:
+    with temporary_name(Owner(KATA, vm)) as name:
+        assert made_for(name) == Owner(KATA, vm)
+        assert not is_dead(name)
 
 
 def test_a_definition_is_the_same_whosever_it_is() -> None:
