@@ -7,6 +7,7 @@ long as it has that."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
-from host.files import own_directory, sync, write_atomic, write_new
+from host.files import file_error, own_directory, sync, write_atomic, write_new
 from host.processes import account
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, FarmhandError, NotOurs
@@ -58,8 +59,10 @@ class IdentityKeeper:
         that can't be read."""
         if self._identity is None:
             note = self._read()
-            renewed = note is None or (self._adopting and self._elsewhere(note))
-            self._identity = self._of(self._fresh if renewed or note is None else note.id)
+            if note is None or (self._adopting and self._elsewhere(note)):
+                self._identity = self._of(self._fresh)
+            else:
+                self._identity = self._of(note.id)
         return self._identity
 
     def check(self) -> None:
@@ -112,14 +115,16 @@ class IdentityKeeper:
         """Of several that begin at once, one's is everybody's."""
         note = self._note(self.identity)
         fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}.{threading.get_ident()}")
-        write_new(fresh, _document(note), mode=0o600)
         try:
-            os.link(fresh, self._path)
+            write_new(fresh, _document(note), mode=0o600)
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, self._path)
             sync(self._path.parent)
-        except FileExistsError:
-            pass
+        except OSError as error:
+            raise file_error(error, self._path, "write") from error
         finally:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
 
     def _read(self) -> _Note | None:
         try:
