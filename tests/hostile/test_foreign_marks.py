@@ -532,7 +532,7 @@ def test_what_is_sent_arrives() -> None:
                                   {"task": "x", "flags": {"a": {}}},
                                   {"task": ["x"], "flags": {}}])  # fmt: skip
 def test_a_remedy_that_is_none(data: Any) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="no text of farmhand's"):
         remedy_of(data)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hypervisors.api import Power
 from hypervisors.libvirt.domain_state import as_machine
+from hypervisors.marks import DamagedMarks
 
 XML = "<domain type='test'><name>one</name><memory>65536</memory><os><type>hvm</type></os></domain>"
 
@@ -31,6 +32,6 @@ def test_a_stopped_domain_is_asked_for_its_definition_and_its_state(
 
     for name in ("XMLDesc", "info", "isActive", "state"):
         monkeypatch.setattr(domain, name, lambda *given, name=name: heard(name, *given))
-    machine = as_machine(domain)
+    machine = as_machine(domain, DamagedMarks())
     assert machine is not None and (machine.name, machine.power) == ("one", Power.STOPPED)
     assert asked == ["XMLDesc", "info"]  # each is a question to the daemon, of every VM of a farm
