@@ -404,7 +404,8 @@ def network_import(
     )
     to = Path(out).expanduser() if out else None
     found = read(first, second, origin=origin, name=name, out=to)
-    return TaskResult(found.as_dict(), f"{out} written" if out else found.text)
+    more = f"; its comments name what it doesn't say ({len(found.left)})" if found.left else ""
+    return TaskResult(found.as_dict(), f"{out} written{more}" if out else found.text)
 
 
 # ---- Building.
