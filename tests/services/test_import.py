@@ -643,10 +643,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="is there already"):
         network_import(zone, dhcpd, out=zone)
     for name in ("a\nEVIL: x", "a b", "../x", ""):
-        with pytest.raises(UsageError, match="--name: .* is not a host name label"):
+        with pytest.raises(UsageError, match=r"--name: .* is not a host name label"):
             network_import(zone, dhcpd, name=name)
         if name:
-            with pytest.raises(UsageError, match="--origin: .* is not a host name label"):
+            with pytest.raises(UsageError, match=r"--origin: .* is not a host name label"):
                 network_import(zone, dhcpd, origin=name)
     dhcpd.write_text("authoritative;\n")
     with pytest.raises(NotFound, match="no host with a MAC"):
