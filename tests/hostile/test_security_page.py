@@ -1,4 +1,4 @@
-"""docs/security.md names what holds each of its lines: all of this suite, and nothing that isn't there."""
+"""docs/security.md names what holds each line: all of this suite, and nothing that is not there."""
 
 from __future__ import annotations
 
