@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import struct
 import tempfile
@@ -187,17 +188,18 @@ def _as(kind: str, path: Path) -> tuple[str | Path, ...]:
 
 def unpacked(runner: Runner, path: Path, info: ImageInfo) -> int:
     """Bytes that its content takes at most when it is converted, whatever it takes where it is."""
-    if info.format == "vhdx":  # never compressed; QEMU can't tell what isn't used
-        return path.stat().st_size
-    needs = read_image(runner, "measure", path, info.format, "-O", "qcow2", "--output=json").stdout
-    return int(json.loads(needs)["required"])
+    told = read_image(runner, "measure", path, info.format, "-O", "qcow2", "--output=json").stdout
+    needs = int(json.loads(told)["required"])
+    if info.format == "vhdx":  # QEMU takes all of it for used; but it is never compressed
+        return min(needs, path.stat().st_size)
+    return needs
 
 
 def convert(
     runner: Runner, source: Path, out: Path, *, format: str, size: int = 0, most: int | None = None
 ) -> None:
     """A qcow2 file ``out`` with ``source``'s content, ``source`` being of ``format``; grown to ``size``
-    bytes if that is more. ``out`` is there complete or not at all. CommandFailed, also where ``out``
+    bytes if that is more. ``out`` is there complete or not at all. CommandFailed; UsageError if ``out``
     would have more than ``most`` bytes."""
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     limit = () if most is None else ("prlimit", f"--fsize={most}")
@@ -209,6 +211,14 @@ def convert(
             runner.change("qemu-img", "resize", "-q", "-f", "qcow2", fresh, str(size))
         fresh.chmod(0o600)
         fresh.replace(out)
+    except CommandFailed as error:
+        # setrlimit(2): its threads block the signal, and are told EFBIG
+        if error.status != -signal.SIGXFSZ and os.strerror(errno.EFBIG) not in error.stderr:
+            raise
+        raise UsageError(
+            f"the {format} image unpacks to more than it has room for: damaged, or made to fill disks",
+            remedy="fetch it again and compare its checksum",
+        ) from error
     finally:
         fresh.unlink(missing_ok=True)
 

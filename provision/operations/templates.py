@@ -336,7 +336,7 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
     _check_starts(site, name, hosts, path, contents(site.runner, path, info))
     bytes_ = unpacked(site.runner, path, info)
     _check_room(site, hosts, path, taken, bytes_)
-    first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
+    first = Action("import", "", f"import {path} ({info.format}, {about(info.size)})")
 
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
