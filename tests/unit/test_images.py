@@ -139,6 +139,18 @@ def test_an_image_that_names_host_files_is_refused(tmp_path: Path, disk: Path) -
             image_info(Runner(), image)
 
 
+def secret_image(_disk: Path, image: Path) -> None:
+    qemu_img("create", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o",
+             "encrypt.format=aes,encrypt.key-secret=s", image, "1M")  # fmt: skip
+
+
+def luks_image(disk: Path, image: Path) -> None:
+    secret_image(disk, image)
+    with image.open("r+b") as file:
+        file.seek(32)  # QEMU docs/interop/qcow2: crypt_method
+        file.write(struct.pack(">I", 2))
+
+
 def converted(kind: str, *options: str) -> Callable[[Path, Path], object]:
     return lambda disk, image: qemu_img("convert", "-f", "raw", "-O", kind, *options, disk, image)
 
@@ -185,13 +197,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str, str]] = {
         lambda disk, image: image.write_bytes(disk.read_bytes() + b"koly".ljust(512, b"\0")),
         "is an Apple disk image", "convert -f dmg ",
     ),
-    "aes": (
-        lambda _, image: qemu_img(
-            "create", "-f", "qcow2", "--object", "secret,id=s,data=x",
-            "-o", "encrypt.format=aes,encrypt.key-secret=s", image, "1M",
-        ),
-        "is encrypted", "driver=qcow2,encrypt.key-secret=s,file.filename=",
-    ),
+    "aes": (secret_image, "is encrypted", "driver=qcow2,encrypt.key-secret=s,file.filename="),
+    "luks": (luks_image, r"is encrypted \(LUKS\)", "driver=qcow2,encrypt.key-secret=s,file.filename="),
     "vdi": (differing_vdi, "stand alone, it refers to a parent", "flatten"),
     "vhd": (differing_vhd, "stand alone, it refers to a parent", "flatten"),
     "cut vhd": (cut_vhd, "is damaged: it is a fixed VHD of 1048576 bytes, and has 524288", "fetch"),
