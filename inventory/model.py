@@ -163,7 +163,7 @@ class TemplateSource(Model):
     build: Name | None = None
     """Name of a recipe, such as debian-12."""
     image: FilePath | None = None
-    """A raw, qcow2 or vmdk image to import, relative to the farm file."""
+    """A disk image to import: raw, qcow2, vmdk, VDI, VHD or VHDX; relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
     packages: Packages = ()

@@ -341,7 +341,7 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
         # Others may own the image, replace it, or write to it at any time. So what is checked, converted
-        # and hashed is our own copy: QEMU has no way to open a qcow2 or vmdk and surely nothing else.
+        # and hashed is our own copy: QEMU has no way to open an image and surely nothing else.
         # Hashed as it is copied, it is read no more often than without one.
         with _cache_lock(site) as cache:
             copy, work = (cache / f".import-{os.getpid()}.{kind}" for kind in ("copy", "qcow2"))
@@ -400,8 +400,8 @@ def _check_room(site: Site, hosts: Sequence[str], image: Path, copy: int, bytes_
         free = site.disks(host).capacity().free
         if free < bytes_:
             raise NoSpace(
-                f"{image} unpacks to {about(bytes_)}, and the disk store of host {host} has {about(free)} "
-                "free",
+                f"{image} unpacks to {about(bytes_)}, and the disk store of host {host} has "
+                f"{about(free)} free",
                 remedy=("make room there, such as by ", Call("gc")),
             )
 
