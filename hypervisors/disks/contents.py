@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.run import Runner, which
+from hypervisors.answers import answer_of
 from hypervisors.disks.images import ImageInfo, read_image
 from hypervisors.disks.kinds import encrypted
 from inventory.errors import Unsupported, UsageError
@@ -79,8 +80,9 @@ def _partitions(runner: Runner, path: Path) -> list[str]:
     found = runner.read(_tool("sfdisk", "fdisk"), "--json", path, ok=(0, 1))
     if found.status:
         return []
-    table = json.loads(found.stdout)["partitiontable"]
-    return [partition["type"].lower() for partition in table.get("partitions", ())]
+    with answer_of("sfdisk"):
+        table = json.loads(found.stdout)["partitiontable"]
+        return [partition["type"].lower() for partition in table.get("partitions", ())]
 
 
 def _tool(name: str, package: str) -> str:

@@ -189,7 +189,8 @@ def _as(kind: str, path: Path) -> tuple[str | Path, ...]:
 def unpacked(runner: Runner, path: Path, info: ImageInfo) -> int:
     """Bytes that its content takes at most when it is converted, whatever it takes where it is."""
     told = read_image(runner, "measure", path, info.format, "-O", "qcow2", "--output=json").stdout
-    needs = int(json.loads(told)["required"])
+    with answer_of("qemu-img"):
+        needs = int(json.loads(told)["required"])
     if info.format == "vhdx":  # QEMU takes all of it for used; but it is never compressed
         return min(needs, path.stat().st_size)
     return needs

@@ -417,15 +417,22 @@ def _check_starts(
 ) -> str | None:
     """Whether what is on the image starts as the template's VMs do. Unsupported if it surely doesn't; a
     note if it probably doesn't."""
-    by_bios = [host for host in hosts if site.farm.hosts[host].INFO.bios]
-    if site.farm.templates[name].boot or found.bios or not by_bios:
+    template = site.farm.templates[name]
+    by_firmware = [host for host in hosts if site.farm.hosts[host].INFO.firmware]
+    if template.boot or not by_firmware or getattr(found, template.firmware):
         return None
-    where, kernel = f"host {by_bios[0]}", f"give template {name} a 'boot' with a kernel of the host's"
+    where, kernel = f"host {by_firmware[0]}", f"give template {name} a 'boot', a kernel of the host's"
+    if template.firmware == "efi":
+        raise Unsupported(
+            f"{image} has no EFI system partition, and template {name} starts by EFI",
+            remedy=f"leave 'firmware' out of template {name}, or import another image",
+        )
     if found.efi:
         raise Unsupported(
             f"{image} starts by EFI only (it has an EFI system partition, and no boot code for a BIOS), "
-            f"and VMs on {where} start by BIOS",
-            remedy=f"import its variant that starts by BIOS, too, or {kernel}",
+            f"and VMs on {where} are to start by BIOS",
+            remedy=f"on a kvm host, give template {name} 'firmware: efi'; or import the image's variant "
+            f"for BIOS, or {kernel}",
         )
     if found.whole:
         raise Unsupported(

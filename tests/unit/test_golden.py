@@ -27,11 +27,13 @@ farm: t
 templates:
   base: {build: debian-12, size: 1G}
   cloud: {import: cloud.raw, size: 2M}
+  efi: {import: cloud.raw, firmware: efi}
   kernel: {import: cloud.raw, boot: {kernel: /boot/vmlinuz, cmdline: root=/dev/vda ro}}
 vms:
   one: {template: cloud}
   two: {template: base}
   three: {template: kernel}
+  four: {template: efi}
 """
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
@@ -202,6 +204,16 @@ def test_what_no_bios_starts_is_refused_unless_a_kernel_of_the_host_does(
     assert [t.label for t in golden.template_list(site)] == ["kernel@1"]
 
 
+def test_what_is_to_start_by_efi_must(site: Site, farm_file: Path) -> None:
+    image = farm_file.parent / "cloud.raw"
+    with pytest.raises(Unsupported, match=f"{image} has no EFI system partition, and template efi"):
+        farm.template_import(site, "efi")
+    image.write_bytes(bytes(8 * MIB))
+    efi_disk(image)
+    farm.template_import(site, "efi")
+    assert [t.label for t in golden.template_list(site)] == ["efi@1"]
+
+
 @NO_START
 def test_xens_own_boot_loader_needs_no_bios(
     site: Site, farm_file: Path, make: Callable[[Path], None], message: str
@@ -211,7 +223,8 @@ def test_xens_own_boot_loader_needs_no_bios(
     make(image)
     found = contents(site.runner, image, images.image_info(site.runner, image))
     network = "network: {mode: bridge, bridge: b0, addressing: dhcp}"
-    farm_file.write_text(f"{FARM}hosts: {{here: {{driver: xen, uri: 'xen:///system'}}}}\n{network}\n")
+    without = FARM.replace(", firmware: efi", "")
+    farm_file.write_text(f"{without}hosts: {{here: {{driver: xen, uri: 'xen:///system'}}}}\n{network}\n")
     with open_site(farm_file, reporter=QuietReporter(), plan=True) as xen:
         assert golden._check_starts(xen, "cloud", ["here"], image, found) is None
     with pytest.raises(Unsupported, match=message):
