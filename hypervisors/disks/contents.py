@@ -33,14 +33,15 @@ class Contents:
 
 def contents(runner: Runner, path: Path, info: ImageInfo, *, name: Path | None = None) -> Contents:
     """What is on the image ``path``, which ``info`` tells of. ``name``: what errors call it, where it is
-    a copy. UsageError for what is no disk with a system on it: blank, encrypted, an installation disc.
-    CommandFailed."""
+    a copy. UsageError for what is damaged, or no disk with a system on it: blank, encrypted, an
+    installation disc. CommandFailed."""
     name = name or path
     handle = os.memfd_create("image")  # nothing is left of it, whatever happens
     try:
         start = Path(f"/proc/{os.getpid()}/fd/{handle}")
         count = f"count={-(-min(info.size, _LOOKED_AT) // 512)}"
-        read_image(runner, "dd", path, info.format, "-O", "raw", f"of={start}", "bs=512", count)
+        options = ("-O", "raw", f"of={start}", "bs=512", count)
+        read_image(runner, "dd", path, info.format, *options, name=name)
         head = os.pread(handle, _LOOKED_AT, 0)
         os.truncate(handle, info.size)  # so that a file system isn't larger than its disk
         known = _blkid(runner, start)

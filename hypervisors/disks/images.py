@@ -134,12 +134,9 @@ def image_info(runner: Runner, path: Path, *, name: Path | None = None) -> Image
         bytes_ = file.seek(0, os.SEEK_END)
     if kind == "raw":
         return ImageInfo("raw", bytes_)
-    try:
-        output = read_image(runner, "info", path, kind, "--output=json").stdout
-    except CommandFailed as error:
-        raise _damaged(name, kind, error.message) from error
+    output = read_image(runner, "info", path, kind, "--output=json", name=name).stdout
     # 3: leaked clusters only, as a crashed writer leaves them; 63: this kind has no check
-    checked = read_image(runner, "check", path, kind, "-q", ok=range(256))
+    checked = read_image(runner, "check", path, kind, "-q", name=name, ok=range(256))
     if checked.status not in (0, 3, 63):
         why = (checked.stderr or checked.stdout).strip().splitlines() or ["qemu-img check fails"]
         raise _damaged(name, kind, why[-1])
@@ -164,17 +161,25 @@ def _damaged(name: Path, kind: str, why: str) -> UsageError:
 
 
 def read_image(
-    runner: Runner, command: str, path: Path, kind: str, *options: str, ok: Sequence[int] = (0,)
+    runner: Runner,
+    command: str,
+    path: Path,
+    kind: str,
+    *options: str,
+    name: Path | None = None,
+    ok: Sequence[int] = (0,),
 ) -> CommandResult:
     """What ``qemu-img COMMAND`` says of an image of that kind, in use or not. A header may ask for
-    gigabytes of tables: it gets no such memory. CommandFailed unless the status is in ``ok``."""
+    gigabytes of tables: it gets no such memory. ``name``: what errors call the image, where it is a
+    copy. UsageError unless the status is in ``ok``: then the image is at fault."""
     opened = _as(kind, path)
     if command == "dd":
         opened = (*opened[:-1], f"if={opened[-1]}")
-    limit = f"--data={_MEMORY}"
-    return runner.read(
-        "prlimit", limit, "qemu-img", command, "-U", *options, *opened, ok=ok, timeout=600
-    )
+    words = ("prlimit", f"--data={_MEMORY}", "qemu-img", command, "-U", *options, *opened)
+    try:
+        return runner.read(*words, ok=ok, timeout=600)
+    except CommandFailed as error:
+        raise _damaged(name or path, kind, error.message) from error
 
 
 def _as(kind: str, path: Path) -> tuple[str | Path, ...]:
@@ -186,9 +191,11 @@ def _as(kind: str, path: Path) -> tuple[str | Path, ...]:
     return ("--image-opts", f"driver=vpc,force_size_calc=current_size,file.filename={place}")
 
 
-def unpacked(runner: Runner, path: Path, info: ImageInfo) -> int:
-    """Bytes that its content takes at most when it is converted, whatever it takes where it is."""
-    told = read_image(runner, "measure", path, info.format, "-O", "qcow2", "--output=json").stdout
+def unpacked(runner: Runner, path: Path, info: ImageInfo, *, name: Path | None = None) -> int:
+    """Bytes that its content takes at most when it is converted, whatever it takes where it is. ``name``
+    and UsageError as ``read_image``."""
+    options = ("-O", "qcow2", "--output=json")
+    told = read_image(runner, "measure", path, info.format, *options, name=name).stdout
     with answer_of("qemu-img"):
         needs = int(json.loads(told)["required"])
     if info.format == "vhdx":  # QEMU takes all of it for used; but it is never compressed
@@ -197,11 +204,19 @@ def unpacked(runner: Runner, path: Path, info: ImageInfo) -> int:
 
 
 def convert(
-    runner: Runner, source: Path, out: Path, *, format: str, size: int = 0, most: int | None = None
+    runner: Runner,
+    source: Path,
+    out: Path,
+    *,
+    format: str,
+    size: int = 0,
+    most: int | None = None,
+    name: Path | None = None,
 ) -> None:
     """A qcow2 file ``out`` with ``source``'s content, ``source`` being of ``format``; grown to ``size``
-    bytes if that is more. ``out`` is there complete or not at all. CommandFailed; UsageError if ``out``
-    would have more than ``most`` bytes."""
+    bytes if that is more. ``out`` is there complete or not at all. ``name``: what errors call the
+    source, where it is a copy. UsageError if it can't be read to its end, or ``out`` would have more
+    than ``most`` bytes; CommandFailed."""
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     limit = () if most is None else ("prlimit", f"--fsize={most}")
     try:
@@ -214,12 +229,13 @@ def convert(
         fresh.replace(out)
     except CommandFailed as error:
         # setrlimit(2): its threads block the signal, and are told EFBIG
-        if error.status != -signal.SIGXFSZ and os.strerror(errno.EFBIG) not in error.stderr:
+        if error.status == -signal.SIGXFSZ or os.strerror(errno.EFBIG) in error.stderr:
+            why = "it unpacks to more than it tells"
+        elif "error while reading" in error.stderr:
+            why = error.stderr.strip().splitlines()[-1]
+        else:
             raise
-        raise UsageError(
-            f"the {format} image unpacks to more than it has room for: damaged, or made to fill disks",
-            remedy="fetch it again and compare its checksum",
-        ) from error
+        raise _damaged(name or source, format, why) from error
     finally:
         fresh.unlink(missing_ok=True)
 

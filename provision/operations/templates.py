@@ -366,11 +366,12 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
                 note = _check_starts(site, name, hosts, path, seen)
                 if note:
                     site.reporter.say(note)
-                most = unpacked(site.runner, copy, found)
+                most = unpacked(site.runner, copy, found, name=path)
                 _need(cache, most + _SPARE, f"{path}, unpacked,")
                 convert(
-                    site.runner, copy, work, format=found.format, size=source.size, most=most + _SPARE
-                )
+                    site.runner, copy, work, format=found.format, size=source.size, most=most + _SPARE,
+                    name=path,
+                )  # fmt: skip
                 copy.unlink()
                 yield _Image(
                     work,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from host.run import Runner
+from hypervisors.disks.contents import contents
 from hypervisors.disks.images import (
     ImageInfo,
     check_unused,
@@ -104,6 +105,19 @@ def test_a_header_that_asks_for_gigabytes_of_tables_is_refused(tmp_path: Path) -
         image_info(Runner(), image)
 
 
+def test_damage_that_only_reading_it_all_finds_is_named(tmp_path: Path, disk: Path) -> None:
+    image, out = tmp_path / "image.qcow2", tmp_path / "out"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", disk, image)
+    with image.open("r+b") as file:
+        file.seek(5 * 65536 + 16)  # the first cluster's compressed data, after five of tables
+        file.write(b"\xff" * 32)
+    info = image_info(Runner(), image)
+    with pytest.raises(UsageError, match=r"an image is damaged, .*rror while reading"):
+        contents(Runner(), image, info, name=Path("an image"))
+    with pytest.raises(UsageError, match=r"an image is damaged, .*rror while reading"):
+        convert(Runner(), image, out, format="qcow2", name=Path("an image"))
+
+
 def test_what_unpacks_to_more_than_it_tells_ends_there(tmp_path: Path) -> None:
     """All blocks of this VHDX are one and the same."""
     raw, image, out = tmp_path / "raw", tmp_path / "image.vhdx", tmp_path / "out"
@@ -120,7 +134,7 @@ def test_what_unpacks_to_more_than_it_tells_ends_there(tmp_path: Path) -> None:
     info = image_info(Runner(), image)
     most = unpacked(Runner(), image, info)
     assert most < 16 * MIB
-    with pytest.raises(UsageError, match="made to fill disks"):
+    with pytest.raises(UsageError, match="unpacks to more than it tells"):
         convert(Runner(), image, out, format="vhdx", most=most)
     assert not list(tmp_path.glob("*out*"))
 
