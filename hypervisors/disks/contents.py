@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.files import file_error
 from host.run import Runner, which
 from hypervisors.answers import answer_of
 from hypervisors.disks.images import ImageInfo, read_image
@@ -46,6 +47,8 @@ def contents(runner: Runner, path: Path, info: ImageInfo, *, name: Path | None =
         os.truncate(handle, info.size)  # so that a file system isn't larger than its disk
         known = _blkid(runner, start)
         types = _partitions(runner, start) if "PTTYPE" in known else []
+    except OSError as error:
+        raise file_error(error, name, "look at the beginning of") from error
     finally:
         os.close(handle)
     kind, signed = known.get("TYPE", ""), head[510:512] == b"\x55\xaa"

@@ -33,6 +33,11 @@ _ISO_DATES = {  # ECMA-119 8.4.26-29: made, changed, expires, takes effect
     864: b"0000000000000000\0",
 }
 _CHUNK = 2**20
+_OPENED = {
+    "qcow2": "backing=",  # nothing beside it, also if it is another one since its header was read
+    "vhd": "force_size_calc=current_size",  # not its geometry, which some writers round down
+}
+"""QEMU's options for opening an image of a kind."""
 _MEMORY = 2**30
 """Bytes that a program may have which looks at an image; QEMU's up to 64 threads take half of them."""
 _ISO_TIME = 315532800  # 1980-01-01, UTC
@@ -138,8 +143,7 @@ def image_info(runner: Runner, path: Path, *, name: Path | None = None) -> Image
     # 3: leaked clusters only, as a crashed writer leaves them; 63: this kind has no check
     checked = read_image(runner, "check", path, kind, "-q", name=name, ok=range(256))
     if checked.status not in (0, 3, 63):
-        why = (checked.stderr or checked.stdout).strip().splitlines() or ["qemu-img check fails"]
-        raise _damaged(name, kind, why[-1])
+        raise _damaged(name, kind, _last_line(checked.stderr or checked.stdout))
     with answer_of("qemu-img"):
         info = json.loads(output)
         specific = info.get("format-specific", {}).get("data", {})
@@ -158,6 +162,10 @@ def _damaged(name: Path, kind: str, why: str) -> UsageError:
         f"{name} is damaged, or a {kind} of a sort that qemu-img can't read: {why}",
         remedy="fetch it again and compare its checksum",
     )
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
 
 
 def read_image(
@@ -179,16 +187,16 @@ def read_image(
     try:
         return runner.read(*words, ok=ok, timeout=600)
     except CommandFailed as error:
-        raise _damaged(name or path, kind, error.message) from error
+        raise _damaged(name or path, kind, _last_line(error.stderr) or error.message) from error
 
 
 def _as(kind: str, path: Path) -> tuple[str | Path, ...]:
     """qemu-img's arguments for an image of that kind."""
-    if kind != "vhd":
-        return ("-f", QEMU_NAMES.get(kind, kind), path)
-    # QEMU's driver would take the size from the geometry, which is rounded down, of some writers' images
+    driver = QEMU_NAMES.get(kind, kind)
+    if kind not in _OPENED:
+        return ("-f", driver, path)
     place = str(path.absolute()).replace(",", ",,")
-    return ("--image-opts", f"driver=vpc,force_size_calc=current_size,file.filename={place}")
+    return ("--image-opts", f"driver={driver},{_OPENED[kind]},file.filename={place}")
 
 
 def unpacked(runner: Runner, path: Path, info: ImageInfo, *, name: Path | None = None) -> int:
@@ -232,7 +240,7 @@ def convert(
         if error.status == -signal.SIGXFSZ or os.strerror(errno.EFBIG) in error.stderr:
             why = "it unpacks to more than it tells"
         elif "error while reading" in error.stderr:
-            why = error.stderr.strip().splitlines()[-1]
+            why = _last_line(error.stderr)
         else:
             raise
         raise _damaged(name or source, format, why) from error

@@ -279,8 +279,7 @@ with open_site(Path(sys.argv[1]), reporter=QuietReporter(), plan=sys.argv[2] == 
 """
 
 
-@pytest.mark.parametrize("where", ["cache", "state"])
-@pytest.mark.parametrize("how", ["plan", "run"])
+@pytest.mark.parametrize(("where", "how"), [("cache", "run"), ("state", "plan")])
 def test_what_unpacks_to_more_than_there_is_room_is_refused_before(
     farm_file: Path, where: str, how: str
 ) -> None:

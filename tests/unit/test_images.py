@@ -105,6 +105,16 @@ def test_a_header_that_asks_for_gigabytes_of_tables_is_refused(tmp_path: Path) -
         image_info(Runner(), image)
 
 
+def test_what_became_an_overlay_since_shows_no_other_file(tmp_path: Path, disk: Path) -> None:
+    image, out = tmp_path / "image.qcow2", tmp_path / "out"
+    qemu_img("create", "-f", "qcow2", "-b", disk, "-F", "raw", image, "1M")
+    convert(Runner(), image, out, format="qcow2")
+    with pytest.raises(UsageError, match="is blank"):
+        contents(Runner(), image, ImageInfo("qcow2", MIB))
+    qemu_img("convert", "-O", "raw", out, tmp_path / "again.raw")
+    assert not any((tmp_path / "again.raw").read_bytes())
+
+
 def test_damage_that_only_reading_it_all_finds_is_named(tmp_path: Path, disk: Path) -> None:
     image, out = tmp_path / "image.qcow2", tmp_path / "out"
     qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", disk, image)
