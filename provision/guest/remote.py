@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.printable import plain
+from inventory.errors import Remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,14 @@ class Ready:
     boot_id: str
     uptime: float
     skew: float
+
+
+@dataclass(frozen=True, slots=True)
+class Clue:
+    """What is seen to be in the way of a guest's answer: a line, and what to do about it."""
+
+    text: str
+    remedy: Remedy
 
 
 def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
