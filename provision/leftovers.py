@@ -87,8 +87,8 @@ def survey(site: Site) -> Survey:
 
 
 def _without_mark(site: Site, vms: Collection[str], machines: Collection[str]) -> Mapping[str, str]:
-    """Those of the VMs that aren't among ``machines``, though a machine has their name; each with that in
-    words. Its mark may be damaged, and it may be ours all the same."""
+    """Those of the VMs that aren't among ``machines``, though a machine has their name; each with that
+    in words. Its mark may be damaged, and it may be ours all the same."""
     found: dict[str, str] = {}
     for vm in sorted(vms):
         name = site.farm.machine_of(vm)

@@ -103,7 +103,7 @@ class Start(Operation[NoResult]):
                 jobs[vm] = [job("start", vm, text, partial(start_one, member, wait=self.wait))]
             elif member in cold:
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
-            elif run.wait and not answers(member):
+            elif self.wait and not answers(member):
                 jobs[vm] = [await_one(member)]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.printable import plain
+from hypervisors.console_log import end_of
 from inventory.errors import Remedy
 
 
@@ -65,9 +66,7 @@ def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
     can't be read."""
     if path is None:
         return ""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(file.tell() - limit, 0))
-        text = plain(file.read().decode(errors="replace"))
+    with contextlib.suppress(OSError):
+        text = plain(end_of(path, limit).decode(errors="replace"))
         return "\n".join(text.rstrip().splitlines()[-lines:])
     return ""

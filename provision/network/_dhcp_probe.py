@@ -26,11 +26,28 @@ _TRIES = 3
 
 
 def message(
-    mac: bytes, xid: int, kind: int, options: bytes = b"", address: bytes = bytes(4)  # its own, as yet
+    mac: bytes,
+    xid: int,
+    kind: int,
+    options: bytes = b"",
+    address: bytes = bytes(4),  # its own, as yet
 ) -> bytes:
     none = bytes(4)
     head = HEAD.pack(
-        1, 1, 6, 0, xid, 0, 0x8000, address, none, none, none, mac.ljust(16, b"\0"), bytes(64), bytes(128)
+        1,
+        1,
+        6,
+        0,
+        xid,
+        0,
+        0x8000,
+        address,
+        none,
+        none,
+        none,
+        mac.ljust(16, b"\0"),
+        bytes(64),
+        bytes(128),
     )
     asked = bytes((55, 3, 1, 3, 6)) if kind != RELEASE else b""  # subnet mask, router, name servers
     return (head + _COOKIE + bytes((53, 1, kind)) + options + asked + b"\xff").ljust(300, b"\0")

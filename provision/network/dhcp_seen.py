@@ -95,7 +95,9 @@ class DhcpWatch:
         answer = self._answer
         if answer is None:
             times = "once" if self.asked == 1 else f"{self.asked} times"
-            return f"it asked for an address by DHCP {times}, and no server answered" if self.asked else ""
+            return (
+                f"it asked for an address by DHCP {times}, and no server answered" if self.asked else ""
+            )
         server = f"DHCP server {answer.server}"
         if answer.kind == NAK:
             return f"{server} refuses it an address"

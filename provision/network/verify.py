@@ -1,8 +1,9 @@
 """network-verify: the live services, asked as their clients do.
 
-A DHCP exchange for each VM (of one that isn't made the lease is given back), forward and reverse queries to the server itself, a request through each
-proxy name and a connection through each NAT port, the last two compared with what the VM itself answers.
-What can't be told (the VM is off) is said, and is not taken for right.
+A DHCP exchange for each VM (the lease of one that isn't made is given back), forward and reverse
+queries to the server itself, a request through each proxy name and a connection through each NAT port,
+the last two compared with what the VM itself answers. What can't be told (the VM is off) is said, and is
+not taken for right.
 """
 
 from __future__ import annotations

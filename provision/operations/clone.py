@@ -24,13 +24,12 @@ from provision.guest import identity
 from provision.member import Member, each, is_on, told_by, told_without_record
 from provision.power import (
     answers,
+    await_one,
     bring_up_to_date,
     check_accelerator,
     check_memory,
-    deflate,
     start_one,
     then_what,
-    wait_until_ready,
     why_redefine,
     write_identity,
 )

@@ -90,7 +90,7 @@ def _server_beyond_a_port(directory: Path) -> Iterator[None]:
         argv += ["--interface=eth0", "--user=root", f"--pid-file={directory}/pid"]
         server = subprocess.Popen([*within(name), *argv], stderr=subprocess.DEVNULL)
         try:
-            wait_for(lambda: (directory / "pid").exists())
+            wait_for((directory / "pid").exists)
             yield
         finally:
             server.terminate()
