@@ -68,6 +68,10 @@ class NotYet(Exception):
     """Nothing wrong so far, only not there: the text says how far it came."""
 
 
+class _NothingThere(NotYet):
+    """Nothing answers at its address: it has none, or another, or isn't that far."""
+
+
 async def in_thread(work: Callable[[], T]) -> T:
     """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
     nothing of ours goes on behind our back."""
@@ -102,6 +106,7 @@ async def wait_ready(
     """
     pause, patience, looked, why, last = 0.2, 1.0, time.monotonic(), "", ""
     hint: Clue | None = None
+    nothing_there = False
     while True:
         try:
             ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
@@ -109,7 +114,7 @@ async def wait_ready(
                 return ready
             raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
         except NotYet as reason:
-            why = str(reason)
+            why, nothing_there = str(reason), isinstance(reason, _NothingThere)
         now = time.monotonic()
         if now - looked >= 1:
             looked = now
@@ -135,7 +140,7 @@ async def wait_ready(
                 remedy=hint.remedy
                 if hint is not None
                 else (
-                    "look at ",
+                    "see whether it has that address: " if nothing_there else "look at ",
                     Call("console", vm=endpoint.vm),
                     "; a slow machine needs a longer ssh: ready_timeout",
                 ),
@@ -191,13 +196,13 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         sock.close()
         if connected and error.errno is None:
             raise NotYet("the port is open, but nothing speaks there yet") from None
-        raise NotYet("nothing answers at that address yet") from None
+        raise _NothingThere("nothing answers at that address yet") from None
     except OSError as error:
         sock.close()
         # asyncio's own strerror is "Connect call failed", with the address
         why = os.strerror(error.errno) if error.errno else str(error)
         if error.errno == errno.EHOSTUNREACH:  # nobody answered ARP, or a router says so
-            raise NotYet(f"nothing answers at that address yet ({why})") from None
+            raise _NothingThere(f"nothing answers at that address yet ({why})") from None
         if _is_own(family, address):
             why += "; that address is this machine's own"
         raise NotYet(f"no connection ({why})") from None

@@ -45,7 +45,7 @@ def _waited_for(yard: Yard, host: str, seconds: float) -> Ready:
 def test_an_unanswered_guest_is_told(yard: Yard, daemons: Daemons) -> None:
     yard.use("dhcpd")  # which doesn't run
     with asking(MAC), pytest.raises(TimedOut) as caught:
-        _waited_for(yard, str(HERE), 5)
+        _waited_for(yard, str(HERE), 3)
     assert "nothing answers at that address yet" in caught.value.message
     assert "it asked for an address by DHCP" in caught.value.message
     assert "no server answered" in caught.value.message
@@ -58,7 +58,7 @@ def test_without_a_server_of_ours_the_admin_is_told_what_theirs_must_know(
 ) -> None:
     yard.use("hosts")
     with asking(MAC), pytest.raises(TimedOut) as caught:
-        _waited_for(yard, str(HERE), 4)
+        _waited_for(yard, str(HERE), 3)
     assert caught.value.remedy == f"let the DHCP server of br0 give {HERE} to {MAC}"
 
 

@@ -174,6 +174,7 @@ def test_an_address_that_never_answers_is_no_open_port(dev2):
         with pytest.raises(TimedOut, match="nothing answers at that address yet") as caught:
             ready(dev2.endpoint(port=full.getsockname()[1]), timeout=1)
     assert "open" not in caught.value.message
+    assert caught.value.remedy[0] == "see whether it has that address: "
 
 
 def test_a_refused_key_is_waited_out_and_named(dev2, tmp_path):
