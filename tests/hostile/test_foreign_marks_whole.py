@@ -51,7 +51,7 @@ def test_gc_leaves_alone_what_a_machine_with_a_damaged_mark_needs(cli: CommandLi
     record = cli.farm.with_name("try.yaml.lock")
     given = record.read_text()
     try:
-        libvirt.open(uri).defineXML(sound.replace('farm="try"', 'farm="../try"'))
+        libvirt.open(uri).defineXML(sound.replace('vm="one"', f'vm="{VICTIM}"'))
         assert cli("gc").out == "keep:  nothing is left over\n", "its disk tells whose it is"
         mark.write_text(json.dumps(json.loads(kept) | {"vm": VICTIM}))
         for _ in range(2):
