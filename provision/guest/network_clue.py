@@ -37,17 +37,15 @@ def network_clue(member: Member, wanted: str) -> Iterator[Callable[[], Clue | No
 
 def _asks_here(member: Member) -> str:
     """Its MAC, if it is to get its address by DHCP from a bridge of this machine; else ""."""
-    network = member.site.farm.network
-    given = member.site.allocator.recorded().get(member.vm)
-    if network.addressing != "dhcp" or not network.bridge or not member.info.virtual or given is None:
-        return ""
-    if member.declared_host.far:
+    network, host = member.site.farm.network, member.declared_host
+    if network.addressing != "dhcp" or not network.bridge or not member.info.virtual or host.far:
         return ""
     try:
         socket.if_nametoindex(network.bridge)
     except OSError:
         return ""
-    return given.mac
+    given = member.site.allocator.recorded().get(member.vm)
+    return given.mac if given else ""
 
 
 def _remedy(member: Member, mac: str, wanted: str) -> Remedy:

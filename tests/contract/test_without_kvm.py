@@ -69,6 +69,7 @@ class ClaimingSite(Site):
     """Its driver claims KVM until that is distrusted."""
 
     guests: LibvirtRig
+    identity = KATA  # the rig's machines are that farm's
     stamp = ""
     distrusted = ""
 
