@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -191,7 +192,9 @@ def test_a_guest_that_floods_its_console_fills_no_disk(place, guest, kvm, privat
     most = 8192
     monkeypatch.setattr("hypervisors.libvirt.private._CONSOLE_MAX", most)
     own = PrivateLibvirt(place / "s", place / "r", private._cache, hide_kvm=not kvm.usable)
-    with machines("qcow2", own, guest, kvm) as real:
+    with contextlib.ExitStack() as stack:
+        stack.callback(own.stop, force=True)
+        real = stack.enter_context(machines("qcow2", own, guest, kvm))
         hypervisor = define(real, options=f"{FLOOD} down=3")
         log = real.place / "prod.log"
 
@@ -217,7 +220,6 @@ def test_a_guest_that_floods_its_console_fills_no_disk(place, guest, kvm, privat
         wait_until(lambda: "READY" in end())
         assert bounded()
         keeper = int(own._keeper_pidfile.read_text())
-    own.stop()
     assert not Path(f"/proc/{keeper}").exists()
     assert list(place.iterdir()) == []
 
