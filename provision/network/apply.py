@@ -1,6 +1,7 @@
 """network-apply: all services have the farm's records, or none has anything of it.
 
-    1  render, and compare with the live files
+    1  render, and compare with the live files; is all there that the daemons need, and have they what
+       the files say that are right already
     2  each daemon's own checker, on the new files in a staging area
     3  the old files are kept in the state directory
     4  each new file takes the old one's place
@@ -20,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,7 +30,15 @@ from pathlib import Path
 from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
-from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState, joined
+from inventory.errors import (
+    Busy,
+    Conflict,
+    FarmhandError,
+    Interrupted,
+    WrongState,
+    joined,
+    spelled,
+)
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
@@ -38,15 +47,16 @@ from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.member import told_without_record
-from provision.network import checkers, records
+from provision.network import readiness, records
 from provision.network.changes import Changes, Examiner, difference
+from provision.network.checkers import refusals
 from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
-from provision.network.service import ApplyStep, RecordKeeper
+from provision.network.service import ApplyStep, RecordKeeper, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -123,7 +133,9 @@ def keep_in_step(
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
         few = None if gone is None else [*given, *gone]
-        found = _examine(site, diffs, used, left, nobody=gone is None, vms=few)
+        found = _examine(
+            site, diffs, used, left, leaving=bool(new == () and gone != ()), nobody=gone is None, vms=few
+        )
         if found is None:
             return ()
         if found.run and not site.plan:
@@ -151,12 +163,14 @@ def _examine(
     allocations: Mapping[str, Allocation],
     *,
     force: bool = False,
+    leaving: bool = False,
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
-    holds the lock. With ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
+    holds the lock. ``leaving``: VMs only go, and what their services lack doesn't keep them. With
+    ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
     came, changed or went since the last time."""
     store = StateFile(_state_file(site))
     state = store.read()
@@ -167,23 +181,20 @@ def _examine(
         vms = None
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services, vms)
+    trouble = [*changes.trouble, *_edited(changes, force=force)]
+    lost: list[Unserved] = []
+    if not leaving:
+        trouble += _unready(site, services, changes, lost, few=vms is not None)
     told = steps(site.farm, changes.files)
+    texts = {step.text for step in told}
+    told = (*readiness.mending([one for one in lost if one.step.text not in texts]), *told)
+    _check(site, changes, vms, lost, trouble)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
-    if not changes.files and not updates.ops:
+    if not changes.files and not updates.ops and not told:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
-    if changes.edited and not force:
-        raise WrongState(
-            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
-            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
-            "is farmhand's there is written anew",
-            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
-        )
-    texts = {change.path: change.after for change in changes.files}
-    checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
-
     @without_collector()
     def act() -> None:
         with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
@@ -195,6 +206,62 @@ def _examine(
             remove(kept(site, entry.id))
 
     return Job(tuple(_actions(changes, told, updates)), act)
+
+
+def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:
+    if changes.edited and not force:
+        error = WrongState(
+            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
+            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
+            "is farmhand's there is written anew",
+            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
+        )
+        yield "", error
+
+
+def _unready(
+    site: Site, services: Sequence[str], changes: Changes, lost: list[Unserved], *, few: bool
+) -> Iterator[tuple[str, FarmhandError]]:
+    """What is in the way, by the services. ``lost`` is given what daemons haven't that the files say. For
+    a few VMs only services whose files change are asked, and what only an edit by hand can have changed
+    isn't looked at."""
+    names = {*changes.services} if few else {*services}
+    meant = [service for service in used_services(site.farm) if service.NAME in names]
+    files = (*changes.files, *changes.kept)
+    found = [*readiness.missing(site.runner, site.farm, meant, files)]
+    yield from found
+    if few:
+        return
+    for name, error, now in readiness.not_included(site.runner, meant, files):
+        if now:
+            yield name, error
+        else:
+            site.reporter.warn(f"{error.message}. {spelled(error.remedy)}")
+    stopped = {name for name, _ in (*found, *changes.trouble)}
+    there = [service for service in meant if service.NAME not in stopped]
+    for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
+        if isinstance(one, FarmhandError):
+            yield name, one
+        else:
+            lost.append(one)
+
+
+def _check(
+    site: Site,
+    changes: Changes,
+    vms: Sequence[str] | None,
+    lost: Sequence[Unserved],
+    trouble: Sequence[tuple[str, FarmhandError]],
+) -> None:
+    """By the daemons' own checkers, too. Raises all trouble that there is."""
+    texts = {change.path: change.after for change in changes.files}
+    foreign = {name for name, _ in changes.trouble}
+    told = {one.step.service for one in lost}
+    documents = [d for d in _concerned(site.farm, changes, vms, told) if d.service not in foreign]
+    errors = [error for _, error in trouble]
+    errors += refusals(site.runner, site.farm, documents, texts)
+    if errors:
+        raise readiness.together(errors)
 
 
 def _basis(farm: Farm) -> str:
@@ -289,14 +356,16 @@ def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> 
     ]
 
 
-def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """The documents that the checkers look at. For a few VMs: without those that no checker reads, and
+def _concerned(
+    farm: Farm, changes: Changes, vms: Sequence[str] | None, told: Collection[str]
+) -> list[Document]:
+    """The documents that the checkers look at, also of services that are ``told`` again. For a few VMs: without those that no checker reads, and
     without those that a daemon checks itself before it takes them."""
     by_itself = set()
     if vms is not None:
         by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
     paths = {change.path for change in changes.files if change.after is not None}
-    services = {change.service for change in changes.files} - by_itself
+    services = {change.service for change in changes.files} - by_itself | {*told}
     changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from host.files import file_error
 from inventory.collector import without_collector
-from inventory.errors import Conflict, NotOurs, WrongState
+from inventory.errors import Conflict, FarmhandError, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.network.document import Document, LiveFile, Ownership, embed, read, whole
@@ -35,9 +35,12 @@ class Changes:
     """``files``: in the order they are written. ``documents``: all that should be, changed or not.
     ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
     paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
-    of all VMs, or of those that were asked about."""
+    of all VMs, or of those that were asked about. ``kept``: files that are as they should be. ``trouble``:
+    why files can't be written, by their services."""
 
     files: tuple[FileChange, ...]
+    kept: tuple[FileChange, ...]
+    trouble: tuple[tuple[str, FarmhandError], ...]
     documents: tuple[Document, ...]
     gone: tuple[str, ...]
     edited: tuple[str, ...]
@@ -69,8 +72,8 @@ class Examiner:
         """What applying these services would change. ``vms``: only these came, changed or went; then
         services that keep VMs apart (files of hosts, dynamic zones) look at nothing else.
 
-        Errors: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
-        unreadable files), TemplateFailed, Conflict (one path twice)."""
+        Trouble: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
+        unreadable files). Errors: TemplateFailed, Conflict (one path twice)."""
         meant = [service for service in used(self._farm) if service.NAME in services]
         apart = (
             [s for s in meant if s.live_records or s.host_files(self._farm)] if vms is not None else []
@@ -86,18 +89,20 @@ class Examiner:
             hosts, paths = host_files(self._farm, allocations, vms, spread, self._state.files)
             documents += hosts
         changes: dict[str, FileChange] = {}
+        kept: list[FileChange] = []
+        trouble: list[tuple[str, FarmhandError]] = []
         for document in documents:
             if document.path in changes:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
-            text, known = _read(document.path)
-            live = read(document, self._farm.farm, text)
-            if document.renumbered and document.own == "file" and not self._same(document, live):
-                serial = self._next_serial(document, text)
-                document = document.renumbered(serial)  # noqa: PLW2901
-                self._serials[document.zone] = serial
-            change = self._change(document, live, text, known)
-            if change is not None:
+            try:
+                change = self._change(document)
+            except FarmhandError as error:
+                trouble.append((document.service, error))
+                continue
+            if change.before != change.after:
                 changes[document.path] = change
+            else:
+                kept.append(change)
         gone = self._gone({d.path for d in documents}, names, paths)
         for document in gone:
             text, known = _read(document.path)
@@ -110,6 +115,8 @@ class Examiner:
             renderer = Renderer(part_of(self._farm, some), allocations)
         return Changes(
             files,
+            tuple(kept),
+            tuple(trouble),
             documents,
             tuple(document.path for document in gone),
             tuple(self._edited),
@@ -137,11 +144,15 @@ class Examiner:
         known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
         return following([serial for serial in known if serial is not None], self._today)
 
-    def _change(
-        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
-    ) -> FileChange | None:
+    def _change(self, document: Document) -> FileChange:
+        text, known = _read(document.path)
+        live = read(document, self._farm.farm, text)
         if self._same(document, live):
-            return None
+            return _file_change(document, text, text, known)
+        if document.renumbered and document.own == "file":
+            serial = self._next_serial(document, text)
+            document = document.renumbered(serial)
+            self._serials[document.zone] = serial
         if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
         if document.own == "file":
@@ -154,7 +165,7 @@ class Examiner:
         else:
             after = embed(document, self._farm.farm, text or "")
             if after == (text or ""):
-                return None
+                return _file_change(document, text, text, known)
             if document.zone:
                 if text is None or serial_of(text) is None:
                     raise WrongState(
