@@ -195,6 +195,7 @@ def _examine(
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
+
     @without_collector()
     def act() -> None:
         with site.journal.begin(APPLY, (), ApplyFacts()) as entry:

@@ -48,7 +48,9 @@ def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> App
     return ApplyStep(service, f"{service}: {' '.join(argv)}", run)
 
 
-def stopped(runner: Runner, service: str, alive: Sequence[str], tell: Sequence[str]) -> Iterator[WrongState]:
+def stopped(
+    runner: Runner, service: str, alive: Sequence[str], tell: Sequence[str]
+) -> Iterator[WrongState]:
     """If a daemon that can't be told anything while it is stopped is stopped. ``tell``: the command that
     it is told by."""
     if not runs(runner, alive):

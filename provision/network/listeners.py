@@ -42,7 +42,9 @@ def listeners(runner: Runner, kind: Literal["tcp", "udp"], port: int) -> tuple[L
     for match in map(_LINE.match, said.splitlines()):
         if match:
             address, _, link = match[1].partition("%")
-            found += [Listener(address, link, name, int(p)) for name, p in _PROGRAM.findall(match[2] or "")]
+            found += [
+                Listener(address, link, name, int(p)) for name, p in _PROGRAM.findall(match[2] or "")
+            ]
     return tuple(found)
 
 

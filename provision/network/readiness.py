@@ -26,7 +26,9 @@ class NotReady(WrongState):
         lines = []
         for error in errors:
             lines.append(f"- {error.message}")
-            lines += [f"    {line}" for line in (spelled(error.remedy), *error.detail.splitlines()) if line]
+            lines += [
+                f"    {line}" for line in (spelled(error.remedy), *error.detail.splitlines()) if line
+            ]
         super().__init__(
             f"{len(errors)} things are in the way; nothing was changed",
             remedy="put right what is named above; all that is known is named",

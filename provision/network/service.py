@@ -160,9 +160,7 @@ class Service(ServiceSection, ABC):
         count as well."""
         yield from ()
 
-    def unserved(
-        self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
         """What its daemon hasn't of these files, which are as they should be."""
         yield from ()
 

@@ -228,7 +228,7 @@ class Bind(Service):
         main = Path(self.main)
         into = main.with_name("named.conf.local")  # Debian's, for this
         into = into if into.exists() and main.name == "named.conf" else main
-        line = f"include \"{self.config}\";"
+        line = f'include "{self.config}";'
         remedy = f"as root: touch {self.config} && echo '{line}' >> {into}"  # a restart finds it
         return Inclusion(self.config, self.main, Checker(("named-checkconf", self.main)), remedy)
 
@@ -256,9 +256,7 @@ class Bind(Service):
         if self.dynamic:
             self.record_server(farm)  # an error where there is no key
 
-    def unserved(
-        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         for change in files:
             if not change.zone or change.after is None:
                 continue
@@ -343,9 +341,7 @@ def _name_problems(farm: Farm, places: Places, path: Place, name: str, zone: str
         yield places.problem(path, f"{quote(full)} is longer than 253 characters")
 
 
-def _load(
-    rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bool = False
-) -> ApplyStep:
+def _load(rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bool = False) -> ApplyStep:
     """Loaded is what counts: rndc answers before it is, and doesn't say if a zone won't load.
     ``as_it_is``: with whatever serial number, for the server has gone on from the file's."""
     serial = serial_of(change.after or "")

@@ -66,9 +66,7 @@ class Dhcpd(Service):
             link = farm.network.bridge or ""
             yield from taken(runner, self.NAME, "udp", 67, own=(), link=link)
 
-    def unserved(
-        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         step = command(self.NAME, self.reload, self.alive)
         if files and not runs(runner, self.alive):
             yield Unserved("dhcpd doesn't run", step)

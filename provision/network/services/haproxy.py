@@ -100,9 +100,7 @@ class Haproxy(Service):
         for port in _ports(files) if down or is_here(self.NAME) else ():
             yield from taken(runner, self.NAME, "tcp", port, own=(self.NAME,))
 
-    def unserved(
-        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
             yield Unserved(why, self._reload(files))
 

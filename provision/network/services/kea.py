@@ -146,9 +146,7 @@ class Kea(Service):
                     port = 67 if kind == "4" else 547
                     yield from taken(runner, self.NAME, "udp", port, own=(f"kea-dhcp{kind}",), link=link)
 
-    def unserved(
-        self, _farm: Farm, files: Sequence[FileChange], _runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
         paths = {change.path for change in files}
         for kind, config, socket_path, restart in self._servers():
             if config not in paths:

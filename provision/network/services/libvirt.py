@@ -71,9 +71,7 @@ class LibvirtNetwork(Service):
         lacks(self.uri, farm.network.network or "")  # an error where libvirt can't be asked
         yield from ()
 
-    def unserved(
-        self, farm: Farm, files: Sequence[FileChange], _runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
         from hypervisors.libvirt.network import lacks
 
         name = farm.network.network or ""

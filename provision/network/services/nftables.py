@@ -78,9 +78,7 @@ class Nftables(Service):
                     self._live(farm, change).check(runner)
         yield from ()
 
-    def unserved(
-        self, farm: Farm, files: Sequence[FileChange], runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         for change in files:
             live = self._live(farm, change)
             if (lacks := live.lacks(runner)) is not None:

@@ -93,9 +93,7 @@ class Unbound(Service):
                 "'remote-control:'",
             )
 
-    def unserved(
-        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
-    ) -> Iterator[Unserved]:
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         for change in files:
             wanted = _data(change.after or "")
             there = self._there(runner)
