@@ -25,7 +25,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from host.files import remove
 from inventory import plain
@@ -37,7 +36,6 @@ from inventory.errors import (
     Interrupted,
     WrongState,
     joined,
-    spelled,
 )
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -172,7 +170,7 @@ def _examine(
     holds the lock. ``leaving``: VMs only go, and what their services lack doesn't keep them. With
     ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
     came, changed or went since the last time."""
-    store = StateFile(_state_file(site))
+    store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
     farm = part_of(site.farm, {}) if nobody else site.farm
@@ -181,14 +179,14 @@ def _examine(
         vms = None
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services, vms)
-    trouble = [*changes.trouble, *_edited(changes, force=force)]
-    lost: list[Unserved] = []
-    if not leaving:
-        trouble += _unready(site, services, changes, lost, few=vms is not None)
+    found = _prospects(site, changes, services, vms, force=force, leaving=leaving)
+    for note in found.notes:
+        site.reporter.warn(joined((note.message, note.remedy), ". "))
+    if found.trouble:
+        raise readiness.together(found.trouble)
     told = steps(site.farm, changes.files)
-    texts = {step.text for step in told}
-    told = (*readiness.mending([one for one in lost if one.step.text not in texts]), *told)
-    _check(site, changes, vms, lost, trouble)
+    known = {step.text for step in told}
+    told = (*readiness.mending([one for one in found.lost if one.step.text not in known]), *told)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
     if not changes.files and not updates.ops and not told:
         if state.basis != basis and not site.plan:
@@ -209,6 +207,67 @@ def _examine(
     return Job(tuple(_actions(changes, told, updates)), act)
 
 
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """What an apply is going to meet. ``trouble``: all that is in its way. ``lost``: what files say and
+    daemons haven't. ``notes``: what a boot would lose."""
+
+    trouble: tuple[FarmhandError, ...]
+    lost: tuple[Unserved, ...]
+    notes: tuple[FarmhandError, ...]
+
+
+def prospects(site: Site) -> Prospects:
+    """Of network-apply, for doctor. Nothing is changed."""
+    used = site.farm.services.used
+    given = [member.vm for member in site.members() if member.info.virtual]
+    examiner = Examiner(
+        site.farm, StateFile.below(site.paths.root).read(), today=datetime.now(UTC).date()
+    )
+    changes = examiner.examine(site.allocator.peek_all(given), used)
+    return _prospects(site, changes, used, None)
+
+
+def _prospects(
+    site: Site,
+    changes: Changes,
+    services: Sequence[str],
+    vms: Sequence[str] | None,
+    *,
+    force: bool = False,
+    leaving: bool = False,
+) -> Prospects:
+    """For a few VMs only services whose files change are asked, and what only an edit by hand can have
+    changed isn't looked at. ``leaving``: what services lack doesn't keep VMs that go."""
+    trouble = [*changes.trouble, *_edited(changes, force=force)]
+    lost: list[Unserved] = []
+    notes: list[FarmhandError] = []
+    names = {*services} if vms is None else {change.service for change in changes.files}
+    meant = [service for service in used_services(site.farm) if service.NAME in names]
+    files = (*changes.files, *changes.kept)
+    if not leaving:
+        trouble += readiness.missing(site.runner, site.farm, meant, files)
+    if not leaving and vms is None:
+        for name, error, now in readiness.not_included(site.runner, meant, files):
+            if now:
+                trouble.append((name, error))
+            else:
+                notes.append(error)
+        there = [service for service in meant if service.NAME not in dict(trouble)]
+        for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
+            if isinstance(one, Unserved):
+                lost.append(one)
+            else:
+                trouble.append((name, one))
+    texts = {change.path: change.after for change in changes.files}
+    foreign = {name for name, _ in changes.trouble}
+    concerned = _concerned(site.farm, changes, vms, {one.step.service for one in lost})
+    documents = [document for document in concerned if document.service not in foreign]
+    errors = [error for _, error in trouble]
+    errors += refusals(site.runner, site.farm, documents, texts)
+    return Prospects(tuple(errors), tuple(lost), tuple(notes))
+
+
 def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:
     if changes.edited and not force:
         error = WrongState(
@@ -218,51 +277,6 @@ def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandErr
             detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
         )
         yield "", error
-
-
-def _unready(
-    site: Site, services: Sequence[str], changes: Changes, lost: list[Unserved], *, few: bool
-) -> Iterator[tuple[str, FarmhandError]]:
-    """What is in the way, by the services. ``lost`` is given what daemons haven't that the files say. For
-    a few VMs only services whose files change are asked, and what only an edit by hand can have changed
-    isn't looked at."""
-    names = {*changes.services} if few else {*services}
-    meant = [service for service in used_services(site.farm) if service.NAME in names]
-    files = (*changes.files, *changes.kept)
-    found = [*readiness.missing(site.runner, site.farm, meant, files)]
-    yield from found
-    if few:
-        return
-    for name, error, now in readiness.not_included(site.runner, meant, files):
-        if now:
-            yield name, error
-        else:
-            site.reporter.warn(f"{error.message}. {spelled(error.remedy)}")
-    stopped = {name for name, _ in (*found, *changes.trouble)}
-    there = [service for service in meant if service.NAME not in stopped]
-    for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
-        if isinstance(one, FarmhandError):
-            yield name, one
-        else:
-            lost.append(one)
-
-
-def _check(
-    site: Site,
-    changes: Changes,
-    vms: Sequence[str] | None,
-    lost: Sequence[Unserved],
-    trouble: Sequence[tuple[str, FarmhandError]],
-) -> None:
-    """By the daemons' own checkers, too. Raises all trouble that there is."""
-    texts = {change.path: change.after for change in changes.files}
-    foreign = {name for name, _ in changes.trouble}
-    told = {one.step.service for one in lost}
-    documents = [d for d in _concerned(site.farm, changes, vms, told) if d.service not in foreign]
-    errors = [error for _, error in trouble]
-    errors += refusals(site.runner, site.farm, documents, texts)
-    if errors:
-        raise readiness.together(errors)
 
 
 def _basis(farm: Farm) -> str:
@@ -360,8 +374,9 @@ def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> 
 def _concerned(
     farm: Farm, changes: Changes, vms: Sequence[str] | None, told: Collection[str]
 ) -> list[Document]:
-    """The documents that the checkers look at, also of services that are ``told`` again. For a few VMs: without those that no checker reads, and
-    without those that a daemon checks itself before it takes them."""
+    """The documents that the checkers look at, also of services that are ``told`` again. For a few VMs:
+    without those that no checker reads, and without those that a daemon checks itself before it takes
+    them."""
     by_itself = set()
     if vms is not None:
         by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
@@ -411,10 +426,6 @@ def _carry_out(
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
     error.remedy = joined(filter(None, (error.remedy, state)))
-
-
-def _state_file(site: Site) -> Path:
-    return site.paths.root / "network.db"
 
 
 def _say_what_is_forgotten(site: Site, store: StateFile) -> None:

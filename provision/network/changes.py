@@ -35,17 +35,17 @@ class Changes:
     """``files``: in the order they are written. ``documents``: all that should be, changed or not.
     ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
     paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
-    of all VMs, or of those that were asked about. ``kept``: files that are as they should be. ``trouble``:
-    why files can't be written, by their services."""
+    of all VMs, or of those that were asked about. ``kept``: files that are as they should be.
+    ``trouble``: why files can't be written, by their services."""
 
     files: tuple[FileChange, ...]
-    kept: tuple[FileChange, ...]
-    trouble: tuple[tuple[str, FarmhandError], ...]
     documents: tuple[Document, ...]
     gone: tuple[str, ...]
     edited: tuple[str, ...]
     serials: Mapping[str, int]
     view: View
+    kept: tuple[FileChange, ...] = ()
+    trouble: tuple[tuple[str, FarmhandError], ...] = ()
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -61,6 +61,8 @@ class Examiner:
         self._today = today
         self._edited: list[str] = []
         self._serials: dict[str, int] = {}
+        self._kept: list[FileChange] = []
+        self._trouble: list[tuple[str, FarmhandError]] = []
 
     @without_collector()
     def examine(
@@ -89,20 +91,22 @@ class Examiner:
             hosts, paths = host_files(self._farm, allocations, vms, spread, self._state.files)
             documents += hosts
         changes: dict[str, FileChange] = {}
-        kept: list[FileChange] = []
-        trouble: list[tuple[str, FarmhandError]] = []
         for document in documents:
             if document.path in changes:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
             try:
-                change = self._change(document)
+                text, known = _read(document.path)
+                live = read(document, self._farm.farm, text)
             except FarmhandError as error:
-                trouble.append((document.service, error))
+                self._trouble.append((document.service, error))
                 continue
-            if change.before != change.after:
+            if document.renumbered and document.own == "file" and not self._same(document, live):
+                serial = self._next_serial(document, text)
+                document = document.renumbered(serial)  # noqa: PLW2901
+                self._serials[document.zone] = serial
+            change = self._tried(document, live, text, known)
+            if change is not None:
                 changes[document.path] = change
-            else:
-                kept.append(change)
         gone = self._gone({d.path for d in documents}, names, paths)
         for document in gone:
             text, known = _read(document.path)
@@ -115,13 +119,13 @@ class Examiner:
             renderer = Renderer(part_of(self._farm, some), allocations)
         return Changes(
             files,
-            tuple(kept),
-            tuple(trouble),
             documents,
             tuple(document.path for document in gone),
             tuple(self._edited),
             dict(self._serials),
             renderer.view,
+            tuple(self._kept),
+            tuple(self._trouble),
         )
 
     def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
@@ -144,15 +148,24 @@ class Examiner:
         known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
         return following([serial for serial in known if serial is not None], self._today)
 
-    def _change(self, document: Document) -> FileChange:
-        text, known = _read(document.path)
-        live = read(document, self._farm.farm, text)
+    def _tried(
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
+    ) -> FileChange | None:
+        """The change, where there is one and it can be made."""
+        try:
+            change = self._change(document, live, text, known)
+        except FarmhandError as error:
+            self._trouble.append((document.service, error))
+            return None
+        if change is None:
+            self._kept.append(_file_change(document, text, text, known))
+        return change
+
+    def _change(
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
+    ) -> FileChange | None:
         if self._same(document, live):
-            return _file_change(document, text, text, known)
-        if document.renumbered and document.own == "file":
-            serial = self._next_serial(document, text)
-            document = document.renumbered(serial)
-            self._serials[document.zone] = serial
+            return None
         if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
         if document.own == "file":
@@ -165,7 +178,7 @@ class Examiner:
         else:
             after = embed(document, self._farm.farm, text or "")
             if after == (text or ""):
-                return _file_change(document, text, text, known)
+                return None
             if document.zone:
                 if text is None or serial_of(text) is None:
                     raise WrongState(

@@ -156,8 +156,8 @@ class Service(ServiceSection, ABC):
         self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner
     ) -> Iterator[FarmhandError]:
         """All that would keep it from taking its files, and that no step of ours puts right: its daemon
-        is stopped, a port is another's. ``files``: those looked at, changed or not. Errors that it raises
-        count as well."""
+        is stopped, a port is another's. ``files``: those looked at, changed or not. What it raises
+        counts, too."""
         yield from ()
 
     def unserved(self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:

@@ -247,12 +247,12 @@ class Bind(Service):
                 yield from taken(runner, self.NAME, "udp", self.port, own=("named",), at=at)
             return
         for change in files:
-            if change.zone and (self.own == "block" or change.path == self.parent):
-                if _loaded_serial(runner, self.rndc, change.zone) is None:
-                    yield WrongState(
-                        f"bind does not serve {change.zone}, whose file {change.path} is the admin's",
-                        remedy=f"write its zone statement below {self.main}, or correct the zone's file",
-                    )
+            theirs = change.zone and (self.own == "block" or change.path == self.parent)
+            if theirs and _loaded_serial(runner, self.rndc, change.zone) is None:
+                yield WrongState(
+                    f"BIND does not serve {change.zone}, whose file {change.path} is the admin's",
+                    remedy=f"write its zone statement below {self.main}, or correct the zone's file",
+                )
         if self.dynamic:
             self.record_server(farm)  # an error where there is no key
 

@@ -73,9 +73,10 @@ class Nftables(Service):
         self, farm: Farm, files: Sequence[FileChange], runner: Runner
     ) -> Iterator[FarmhandError]:
         for change in files:
-            if change.after is not None and change.before != change.after:
-                if _element_changes(change.before, change.after, _table(farm)) is None:
-                    self._live(farm, change).check(runner)
+            if change.after is None or change.before == change.after:
+                continue
+            if _element_changes(change.before, change.after, _table(farm)) is None:
+                self._live(farm, change).check(runner)
         yield from ()
 
     def unserved(self, farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:

@@ -16,6 +16,7 @@ from provision.network.service import ApplyStep, Checker, NotAsked, Question, Se
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
+    from host.run import Runner
     from inventory.fields import Address, ConfigPath, Lines, Name
     from inventory.model import Farm
     from provision.network.file_change import FileChange
