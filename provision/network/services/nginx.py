@@ -9,6 +9,7 @@ from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from zlib import crc32
 
 from provision.network.daemons import command, in_turn, stopped
 from provision.network.document import Document
@@ -76,7 +77,8 @@ class Nginx(Service):
         return "port", "tls_port"
 
     def documents(self, r: Renderer) -> Iterator[Document]:
-        text = r.render("nginx", self, long=_LONG, pattern=_pattern)
+        upgrade = Word(f"farmhand_{crc32(r.farm.farm.encode()):08x}_upgrade")  # short, for its hash
+        text = r.render("nginx", self, long=_LONG, pattern=_pattern, upgrade=upgrade)
         yield Document(self.NAME, self.config, text)
 
     def checkers(self, farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
