@@ -66,15 +66,16 @@ class Dhcpd(Service):
             link = farm.network.bridge or ""
             yield from taken(runner, self.NAME, "udp", 67, own=(), link=link)
 
+    def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
+        if not runs(runner, self.alive):
+            yield Unserved("dhcpd doesn't run", command(self.NAME, self.reload, self.alive))
+
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
-        step = command(self.NAME, self.reload, self.alive)
-        if files and not runs(runner, self.alive):
-            yield Unserved("dhcpd doesn't run", step)
-            return
         found = [one for one in listeners(runner, "udp", 67) if one.program == "dhcpd"]
         for change in files:
             if older(found, change.path):
-                yield Unserved(f"dhcpd runs since before {change.path} was written", step)
+                text = f"dhcpd runs since before {change.path} was written"
+                yield Unserved(text, command(self.NAME, self.reload, self.alive))
 
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload, self.alive)
