@@ -131,9 +131,8 @@ def keep_in_step(
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
         few = None if gone is None else [*given, *gone]
-        found = _examine(
-            site, diffs, used, left, leaving=bool(new == () and gone != ()), nobody=gone is None, vms=few
-        )
+        leaving = not new and gone != ()
+        found = _examine(site, diffs, used, left, leaving=leaving, nobody=gone is None, vms=few)
         if found is None:
             return ()
         if found.run and not site.plan:
@@ -168,8 +167,8 @@ def _examine(
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
     holds the lock. ``leaving``: VMs only go, and what their services lack doesn't keep them. With
-    ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
-    came, changed or went since the last time."""
+    ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else came, changed or
+    went since the last time."""
     store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)

@@ -256,7 +256,7 @@ def test_all_that_is_in_the_way_is_told_at_once(yard: Yard, daemons: Daemons) ->
             f"bind: {main} doesn't include {d}/bind/farm.conf",
             "nginx doesn't run (start-stop-daemon",
             f"nginx: {nginx} doesn't include {d}/nginx/farm",
-            "nginx: TCP port 8001 is taken by python",
+            "nginx: TCP port 8001 is taken: pid ",
             "haproxy doesn't run (start-stop-daemon",
         ):
             assert [line for line in said if line.startswith(part)], (part, said)
@@ -284,7 +284,7 @@ def test_a_port_of_another_is_told_to_a_running_proxy(yard: Yard, daemons: Daemo
     daemons.start("nginx")
     with listening(8001):
         error = refused(yard, Conflict)
-        assert "nginx: TCP port 8001 is taken by python" in error.message
+        assert "nginx: TCP port 8001 is taken: pid " in error.message
     yard.apply()
 
 
@@ -292,7 +292,7 @@ def test_a_dhcp_server_of_another(yard: Yard, daemons: Daemons) -> None:
     yard.use("dhcpd")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("0.0.0.0", 67))
-        assert "dhcpd: UDP port 67 is taken by python" in refused(yard, Conflict).message
+        assert "dhcpd: UDP port 67 is taken: pid " in refused(yard, Conflict).message
     yard.apply()
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from host.ports import holders
 from provision.network.daemons import command, runs
 from provision.network.document import Document
-from provision.network.listeners import listeners, older, taken
+from provision.network.listeners import older, taken
 from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
@@ -71,7 +72,7 @@ class Dhcpd(Service):
             yield Unserved("dhcpd doesn't run", command(self.NAME, self.reload, self.alive))
 
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
-        found = [one for one in listeners(runner, "udp", 67) if one.program == "dhcpd"]
+        found = [one for one in holders(runner, "udp", 67) or () if one.program == "dhcpd"]
         for change in files:
             if older(found, change.path):
                 text = f"dhcpd runs since before {change.path} was written"
