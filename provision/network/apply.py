@@ -29,14 +29,7 @@ from functools import partial
 from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
-from inventory.errors import (
-    Busy,
-    Conflict,
-    FarmhandError,
-    Interrupted,
-    WrongState,
-    joined,
-)
+from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState, joined
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
