@@ -272,6 +272,20 @@ def gc(run: TaskRun) -> TaskResult:
         return views.outcome(run.perform(site, "gc"), nothing="nothing left over")
 
 
+@command(
+    {
+        "vm": "A VM of the other farm; repeatable. Absent: all that it has here.",
+        "of": "The beginning of the other farm's number, where there are several.",
+    },
+    does=("adopt",),
+    iterable=["vm"],
+)
+def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
+    """Take over VMs of another farm of this name."""
+    with run.site(adopting=True) as site:
+        return views.outcome(run.perform(site, "adopt", vms=tuple(vm or ()), of=of))
+
+
 @command(does=("recover",))
 def recover(run: TaskRun) -> TaskResult:
     """Finish or undo what a killed command left behind."""
@@ -390,7 +404,8 @@ def network_import(
     )
     to = Path(out).expanduser() if out else None
     found = read(first, second, origin=origin, name=name, out=to)
-    return TaskResult(found.as_dict(), f"{out} written" if out else found.text)
+    more = f"; its comments name what it doesn't say ({len(found.left)})" if found.left else ""
+    return TaskResult(found.as_dict(), f"{out} written{more}" if out else found.text)
 
 
 # ---- Building.
@@ -451,13 +466,12 @@ def log(run: TaskRun, build: str = "last", step: str = "") -> TaskResult:
 @command({"limit": "How many."})
 def history(run: TaskRun, limit: str = "20") -> TaskResult:
     """Show what was done, and what was built, newest first."""
-    from builds.record import foreign_records, load_records
+    from builds.record import all_records
 
     with run.site() as site:
         most = options.count("--limit", limit)
-        return views.history(
-            site.journal.history(most), load_records(site.paths), most, foreign_records(site.paths)
-        )
+        builds, unreadable = all_records(site.paths)
+        return views.history(site.journal.history(most), builds, most, unreadable)
 
 
 # ---- farmhand's own development, where its tests are.

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from builds import page
@@ -223,7 +224,7 @@ class Build:
         began = self._meter.elapsed
         limits = self._plan.cycle.limits.but(step.own_limits)
         where = self._record.directory / self._steps[name].log
-        log = StepLog(where, vm, self._stream, limits.log_size)
+        log = StepLog(where, vm, self._stream, limits.log_size, partial(reporter.say, vm=vm))
         run = StepRun(
             name=name,
             site=self._site,
@@ -251,9 +252,9 @@ class Build:
             seconds = self._meter.elapsed - began
             after = f"after {format_duration(seconds)}"
             if failure is not None and status == "failed":
-                log.say(f"{name} failed {after}, {failure.failure}: {failure}")
+                log.note(f"{name} failed {after}, {failure.failure}: {failure}")
             else:
-                log.say(f"{name} {status} {after}")
+                log.note(f"{name} {status} {after}")
             if log.trouble:
                 self._note(f"{name}: {log.trouble}")
             log.close()
@@ -267,6 +268,7 @@ class Build:
                 remedy=failure.remedy if failure else "",
                 console=failure.console if failure else "",
                 tail=log.last(_TAIL_LINES),
+                ours=tuple(log.ours),
                 files=tuple(run.files),
                 details=run.details,
             )

@@ -3,13 +3,16 @@ and on a telephone. ``templates/pages/build.html.j2`` is how it looks; what it s
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from builds.record import BuildRecord, StepRecord, replace_file
 from builds.resume import from_step
+from host.printable import printable
 from host.program import typed
 from inventory.errors import Call, spelled
 from inventory.sizes import format_duration, format_size
@@ -53,6 +56,7 @@ def _template() -> Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -60,6 +64,7 @@ def _template() -> Template:
     environment.filters["duration"] = format_duration
     environment.filters["size"] = format_size
     environment.filters["moment"] = _moment
+    environment.filters["place"] = lambda path: quote(os.fsencode(path))  # names may be no text
     environment.filters["last"] = lambda text, lines=_OPENED_LINES: "\n".join(text.splitlines()[-lines:])
     return environment.get_template("build.html.j2")
 

@@ -9,8 +9,8 @@ Times are ISO 8601 in UTC, durations seconds, sizes bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,8 +20,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from host.files import file_error, foreign, make_directory, open_new, write_atomic
+from host.documents import Malformed, damaged, json_object, made, moment, read_file
+from host.files import file_error, foreign, make_directory, matching, open_new, write_atomic
 from host.paths import FarmPaths
+from host.printable import as_json
 from inventory.errors import Call, NotFound, Remedy, Text, WrongState, remedy_as_data, remedy_of
 from provision.engine.locks import Locks
 from provision.engine.requester import NOBODY, Requester
@@ -74,7 +76,8 @@ class StepRecord:
     failure: str = ""  # its class
     message: str = ""  # one line: what failed
     remedy: Remedy = ""  # what to do, where that is known
-    tail: str = ""  # the last lines of the log
+    tail: str = ""  # the last lines of the log, as builds.log_text shows them
+    ours: tuple[int, ...] = ()  # numbers of the log's lines that are farmhand's own; the first is 1
     console: str = ""  # the VM's console, where the VM or its connection was lost
     log: str = ""  # file name within the record
     files: tuple[FileRecord, ...] = ()  # fetched or carried by it
@@ -178,7 +181,7 @@ class BuildRecord:
 
     def save(self, *, durable: bool = True) -> None:
         """Replace record.json in one step. NoSpace, WrongState if the disk refuses."""
-        text = json.dumps(self._stored(remedy_as_data), indent=1, ensure_ascii=False) + "\n"
+        text = as_json(self._stored(remedy_as_data), indent=1) + "\n"
         replace_file(self.path, text, durable=durable)
 
 
@@ -229,47 +232,54 @@ def point_last(paths: FarmPaths, build: str) -> None:
 
 
 def load_records(paths: FarmPaths) -> tuple[BuildRecord, ...]:
-    """All of a farm's records, the newest first. A directory without a readable record is skipped: a
-    cycle killed before its first step left nothing to tell, and ``foreign_records`` tells of another
-    farmhand's. A record that says it is running, though no living cycle is, is shown as interrupted."""
+    """All of a farm's records that can be read, the newest first."""
+    return all_records(paths)[0]
+
+
+def all_records(paths: FarmPaths) -> tuple[tuple[BuildRecord, ...], Mapping[str, WrongState]]:
+    """A farm's records, the newest first, and what is wrong with those that are damaged or in another
+    farmhand's format, by their ids. A record that says it is running, though no living cycle is, is
+    shown as interrupted."""
     holder = Locks(paths.locks).holder(CYCLE_LOCK)
-    records = []
-    if paths.builds.is_dir():
-        for path in sorted(paths.builds.iterdir(), reverse=True):
-            if path.is_symlink() or path.name.startswith(".") or not path.is_dir():
-                continue
-            try:
-                record = _read(path)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, WrongState):
-                continue
-            if record.result == "running" and (holder is None or holder.pid != record.pid):
-                record = as_interrupted(record)
-            records.append(record)
-    return tuple(sorted(records, key=lambda record: (record.started, record.id), reverse=True))
+    records, unreadable = [], {}
+    for directory in _directories(paths):
+        try:
+            record = _read(directory)
+        except FileNotFoundError:  # a cycle killed before its first step left nothing to tell
+            continue
+        except WrongState as error:
+            unreadable[directory.name] = error
+            continue
+        if record.result == "running" and (holder is None or holder.pid != record.pid):
+            record = as_interrupted(record)
+        records.append(record)
+    newest_first = sorted(records, key=lambda record: (record.started, record.id), reverse=True)
+    return tuple(newest_first), unreadable
 
 
-def foreign_records(paths: FarmPaths) -> tuple[str, ...]:
-    """Ids of the records that are in another farmhand's format, sorted; no damaged ones."""
-    found = []
-    for path in sorted(paths.builds.iterdir()) if paths.builds.is_dir() else ():
-        if not path.is_symlink() and not path.name.startswith("."):
-            try:
-                _read(path)
-            except WrongState:
-                found.append(path.name)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError):
-                continue
-    return tuple(found)
+def _directories(paths: FarmPaths) -> list[Path]:
+    """Of records, the newest first."""
+    seen = matching(paths.builds, "[!.]*")
+    return [path for path in reversed(seen) if path.is_dir() and not path.is_symlink()]
 
 
 def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
     """The record with that id, or with an id that begins so, or the "last". Errors: NotFound (it names
-    the nearest), WrongState (it is in another farmhand's format)."""
-    records = load_records(paths)
-    if build != "last":
-        others = [name for name in foreign_records(paths) if name.startswith(build)]
-        if len(others) == 1 and not any(record.id.startswith(build) for record in records):
-            return _read(paths.builds / others[0])  # refuses it
+    the nearest), WrongState (it is damaged, or in another farmhand's format)."""
+    records, unreadable = all_records(paths)
+    known = {record.id: record for record in records}
+    if build == "last":
+        with contextlib.suppress(OSError):  # begun last, whatever the clock was since
+            last = (paths.builds / "last").readlink().name
+            if last in known:
+                return known[last]
+            build = last if (paths.builds / last / "record.json").exists() else build
+    if build not in known and build != "last":
+        others = [error for name, error in unreadable.items() if name.startswith(build)]
+        if len(others) == 1 and not any(name.startswith(build) for name in known):
+            raise others[0]
+    if not records and unreadable:
+        raise next(iter(unreadable.values()))
     if not records:
         raise NotFound(f"farm {paths.farm} has no build record", remedy=(Call("cycle"), " makes one"))
     if build == "last":
@@ -278,7 +288,7 @@ def find_record(paths: FarmPaths, build: str = "last") -> BuildRecord:
     found = found or [record for record in records if record.id.startswith(build)]
     if len(found) == 1:
         return found[0]
-    names = [record.id for record in records]
+    names = list(known)
     near = [r.id for r in found[:3]] or get_close_matches(build, names, 3, 0.5) or names[:3]
     raise NotFound(
         f"farm {paths.farm} has {'several builds' if found else 'no build'} {build!r}",
@@ -320,42 +330,40 @@ def as_interrupted(record: BuildRecord) -> BuildRecord:
 
 
 def _read(directory: Path) -> BuildRecord:
-    """The record in that directory. WrongState if it is in another farmhand's format."""
-    data = json.loads((directory / "record.json").read_text())
+    """The record in that directory. FileNotFoundError: there is none, as where a cycle was killed before
+    its first step. WrongState: it is damaged, or in another farmhand's format."""
+    path = directory / "record.json"
+    try:
+        return _record(directory, json_object(read_file(path)))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        page = directory / "index.html"
+        remedy = f"what it said is lost, but for what {page} has; the logs beside it stay"
+        raise damaged(path, "a build's record", error, remedy) from error
+
+
+def _record(directory: Path, data: Mapping[str, Any]) -> BuildRecord:
+    """ValueError, WrongState."""
     if data.get("format") != FORMAT:
-        where = directory / "record.json"
         remedy = f"read {directory / 'index.html'} instead"
-        raise foreign(where, data.get("format"), FORMAT, remedy)
-    return BuildRecord(
-        **{
-            **_known(BuildRecord, data),
-            "requester": Requester(**_known(Requester, data["requester"])),
-            "source": SourceRecord(**_known(SourceRecord, data["source"])),
-            "vms": tuple(VmRecord(**_known(VmRecord, vm)) for vm in data["vms"]),
-            "steps": tuple(
-                StepRecord(
-                    **{
-                        **_known(StepRecord, step),
-                        "files": _files(step["files"]),
-                        "remedy": remedy_of(step["remedy"]),
-                    }
-                )
-                for step in data["steps"]
-            ),
-            "inputs": _files(data["inputs"]),
-            "outputs": _files(data["outputs"]),
-            "notes": tuple(data["notes"]),
-            "asked": remedy_of(data["asked"]),
-            "directory": directory,
-        }
-    )
+        raise foreign(directory / "record.json", data.get("format"), FORMAT, remedy)
+    steps = data.get("steps")
+    if not isinstance(steps, list):
+        raise Malformed("steps is no list")
+    asked = remedy_of(data.get("asked"))
+    if not isinstance(asked, Call):
+        raise Malformed("asked is no task")
+    record = made(BuildRecord, data, asked=asked, directory=directory, steps=tuple(map(_step, steps)))
+    if record.id != directory.name:
+        raise Malformed("it is of another build")
+    moment(record.started, "started")
+    return record
 
 
-def _files(data: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
-    return tuple(FileRecord(**_known(FileRecord, file)) for file in data)
-
-
-def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without those that a newer version may have added."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in data.items() if name in names}
+def _step(data: object) -> StepRecord:
+    remedy = remedy_of(data.get("remedy", "")) if isinstance(data, dict) else ""
+    step = made(StepRecord, data, remedy=remedy)
+    if step.log != Path(step.log).name:  # it is read
+        raise Malformed(f"the log of {step.name} is no name of a file")
+    return step

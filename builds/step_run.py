@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord, Flow
 from host.files import open_to_append
-from host.printable import plain
+from host.printable import one_line, plain
 from inventory.errors import Remedy
 from inventory.model import FailureClass, Limits
 from provision.guest.connection import Moved
@@ -42,7 +43,9 @@ class StepFailed(Exception):
 
 class StepLog:
     """A step's log. Raw bytes go to the file, and onwards, as they come. The end is kept in memory.
-    ``limit``: bytes of it that a guest may fill; whoever writes for one looks at ``room``."""
+    ``limit``: bytes of it that a guest may fill; whoever writes for one looks at ``room``. ``ours``: the
+    numbers of the lines that are farmhand's own, the file's first being 1. ``told`` gets those of them
+    that are to be seen at once."""
 
     def __init__(
         self,
@@ -50,29 +53,37 @@ class StepLog:
         vm: str,
         stream: Callable[[str, bytes], None] | None,
         limit: int = Limits.log_size,
+        told: Callable[[str], None] | None = None,
     ) -> None:
         self._file = open_to_append(path, mode=0o644)
         self._left = limit
         self._vm = vm
         self._stream = stream
+        self._told = told
+        self._lines = 0  # whole ones
+        self.ours: list[int] = []
         self._tail = bytearray()
         self._mark = 0
         self.trouble = ""
 
     def write(self, data: bytes) -> None:
-        """Never raises: a full disk here must not end what runs in the VM."""
+        """What the VM prints. Never raises: a full disk here must not end what runs in the VM."""
+        self._keep(data)
+        if self._stream is not None:
+            self._stream(self._vm, data)
+
+    def _keep(self, data: bytes) -> None:
         try:
             self._file.write(data)
         except OSError as error:
             self.trouble = f"the log is incomplete: {error.strerror}"
         self._left -= len(data)
+        self._lines += data.count(b"\n")
         self._tail += data
         if len(self._tail) > 2 * _TAIL_BYTES:
             cut = len(self._tail) - _TAIL_BYTES
             del self._tail[:cut]
             self._mark = max(self._mark - cut, 0)
-        if self._stream is not None:
-            self._stream(self._vm, data)
 
     @property
     def room(self) -> int:
@@ -80,9 +91,17 @@ class StepLog:
         return max(self._left, 0)
 
     def say(self, text: str) -> None:
+        """Write a line of ours, and tell it."""
+        self.note(text)
+        if self._told is not None:
+            self._told(text)
+
+    def note(self, text: str) -> None:
         """Write a line of ours."""
         start = b"\n" if self._tail and not self._tail.endswith(b"\n") else b""
-        self.write(start + f"farmhand: {text}\n".encode())
+        self._keep(start + f"farmhand: {one_line(text)}\n".encode())
+        if not self.trouble:  # else nobody knows which line of the file it is
+            self.ours.append(self._lines)
 
     def mark(self) -> None:
         """What is written from now on is judged."""
@@ -90,20 +109,23 @@ class StepLog:
 
     def text(self) -> str:
         """The output since the mark as plain text, at most its last 64 KiB."""
-        return _plain(self._tail[self._mark :][-_TAIL_BYTES:])
+        seen = plain(self._tail[self._mark :][-_TAIL_BYTES:].decode(errors="replace"))
+        return "\n".join(map(_cut, seen.split("\n")))
 
     def last(self, lines: int) -> str:
-        return "\n".join(_plain(self._tail).splitlines()[-lines:])
+        """As ``builds.log_text`` shows it."""
+        first = self._lines - self._tail.count(b"\n") + 1
+        shown = log_lines(self._tail.decode(errors="replace"), frozenset(self.ours), first)
+        return "\n".join(map(_cut, shown[-lines:]))
 
     def close(self) -> None:
         self._file.close()
 
 
-def _plain(data: bytearray) -> str:
-    """Of lines without an end their beginnings: whoever looks for patterns in them must not take for
+def _cut(line: str) -> str:
+    """Of a line without an end its beginning: whoever looks for patterns in it must not take for
     ever."""
-    lines = plain(data.decode(errors="replace")).split("\n")
-    return "\n".join(line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}…" for line in lines)
+    return line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}…"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,6 @@ import atexit
 import contextlib
 import functools
 import inspect
-import json as jsonlib
 import os
 import signal
 import sys
@@ -31,13 +30,15 @@ from invoke.tasks import task as invoke_task
 
 from cli import composition, streams  # noqa: F401 - the first, before a farm file is read
 from cli.run import TaskResult, TaskRun
-from host.files import UMASK
-from inventory.errors import FarmhandError, Interrupted, InventoryError
+from host.files import UMASK, of_the_disk, out_of_files
+from host.printable import as_json
+from inventory.errors import FarmhandError, Interrupted, InventoryError, Remedy
 
 if TYPE_CHECKING:
     from types import FrameType
 
 DEFECT = 70  # EX_SOFTWARE of sysexits.h(3head)
+_LONGEST = 2000  # characters of a line of an error: --json has the whole
 
 _COMMON_HELP = {
     "farm": "The farm file; else $FARMHAND_FARM, ./farm.yaml, or farmhand's own default farm.",
@@ -125,6 +126,10 @@ def _carry_out(run: TaskRun, body: Callable[[], TaskResult | None]) -> None:
     except FarmhandError as error:
         _refuse(run, error, error.exit_status)
     except Exception as error:  # noqa: BLE001 - a defect of ours: shown as one, with its traceback kept
+        if short := out_of_files(error, "go on"):
+            _refuse(run, short, short.exit_status)
+        if isinstance(error, OSError) and (known := of_the_disk(error)):
+            _refuse(run, known, known.exit_status)
         where = _keep_traceback(run)
         _refuse(
             run,
@@ -172,18 +177,27 @@ def _show(run: TaskRun, result: TaskResult) -> int:
     if why := streams.unwritten():
         sys.stderr.write(_lost(run, result, why))
     if result.problem:
-        remedy = f"  {run.words.text(result.remedy)}\n" if result.remedy else ""
-        sys.stderr.write(f"farmhand: {result.problem}\n{remedy}")
+        lines = [*_told(result.problem), *_remedy(run, result.remedy)]
+        sys.stderr.write("\n".join(lines) + "\n")
     return 1 if not result.ok else streams.UNWRITTEN if why else 0
 
 
 def _write_json(data: Mapping[str, object]) -> None:
-    text = jsonlib.dumps(data, indent=2, default=str, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        text = jsonlib.dumps(data, indent=2, default=str)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(as_json(data, indent=2, encoding=sys.stdout.encoding) + "\n")
+
+
+def _told(message: str) -> list[str]:
+    """Only the first line is farmhand's own word: nothing that a message quotes can look like one."""
+    first, *more = message.splitlines() or [""]
+    return [f"farmhand: {_cut(first)}", *(f"  {_cut(line)}" for line in more)]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
+
+
+def _remedy(run: TaskRun, remedy: Remedy) -> list[str]:
+    return [f"  {line}" for line in run.words.text(remedy).splitlines()]
 
 
 def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:
@@ -191,15 +205,14 @@ def _refuse(run: TaskRun, error: FarmhandError, status: int) -> NoReturn:
     if run.json:
         _write_json(run.words.data({"task": run.task, "ok": False, **error.as_dict()}))
         sys.stdout.flush()
-    lines = [f"  | {line}" for line in error.detail.splitlines()]
-    first, *more = (error.message or type(error).__name__).splitlines()
+    lines = [f"  | {_cut(line)}" for line in error.detail.splitlines()]
     if isinstance(error, InventoryError):  # each with its place: as they are, for editors to jump to
-        count_ = f"{len(error.problems)} problems" if more else "1 problem"
-        lines += [first, *more, f"farmhand: {count_} in the farm file; nothing was done"]
+        lines += error.message.splitlines()
+        count_ = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
+        lines.append(f"farmhand: {count_} in the farm file; nothing was done")
     else:
-        lines += [f"farmhand: {first}", *(f"  {line}" for line in more)]
-    if error.remedy:
-        lines.append(f"  {run.words.text(error.remedy)}")
+        lines += _told(error.message or type(error).__name__)
+    lines += _remedy(run, error.remedy)
     sys.stderr.write("\n".join(lines) + "\n")
     raise Exit(code=status) from None
 

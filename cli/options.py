@@ -11,6 +11,9 @@ from inventory.errors import NotFound, UsageError, did_you_mean, some
 if TYPE_CHECKING:
     from provision.site import Site
 
+_DIGITS = 9
+"""Of a count: more is never meant, and not everything takes it."""
+
 
 def names(
     values: Iterable[str] | None, option: str = "--vm", of: str = "a VM of the farm"
@@ -60,9 +63,11 @@ def size(option: str, text: str) -> int:
 
 
 def count(option: str, text: str, *, least: int = 1) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < least:
+    digits = text.isascii() and text.isdigit() and len(text) <= _DIGITS
+    if not digits or int(text) < least:
         raise UsageError(
-            f"{option}: {text!r} is not a whole number from {least} on", remedy=f"{option} 20"
+            f"{option}: {text[:60]!r} is not a whole number from {least} to {10**_DIGITS - 1}",
+            remedy=f"{option} 20",
         )
     return int(text)
 

@@ -77,8 +77,9 @@ class TaskRun:
         here = Path.cwd() / "farm.yaml"
         return here if here.is_file() else ROOT / "inventory" / "default.yaml"
 
-    def site(self, *, plan: bool = False) -> Site:
-        """The farm, opened, with ``plan`` for looking only. A context manager."""
+    def site(self, *, plan: bool = False, adopting: bool = False) -> Site:
+        """The farm, opened, with ``plan`` for looking only, ``adopting`` also where its state is another
+        farm's. A context manager."""
         from provision.engine.requester import Requester
         from provision.site import open_site
 
@@ -87,6 +88,7 @@ class TaskRun:
             reporter=self.screen,
             plan=plan or self.plan,
             requester=Requester.of_process(),
+            adopting=adopting,
         )
 
     def perform(self, site: Site, name: str, /, **request: object) -> Outcome[Any]:

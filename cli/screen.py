@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from cli.streams import columns
-from host.printable import plain
+from cli.streams import columns, steer
+from host.printable import plain, printable
 from inventory.errors import Text, spelled
 
 _SPINNER = "|/-\\"
@@ -70,12 +70,14 @@ class Screen:
 
     def _line(self, text: str, vm: str) -> None:
         with self._lock:
-            for part in text.splitlines() or [""]:
-                self._write(f"{time.strftime('%H:%M:%S')} {f'{vm}: ' if vm else ''}{part}\n")
+            indent = ""  # of further lines, which nobody is to take for lines of their own
+            for part in printable(text).rstrip("\n").split("\n"):
+                self._write(f"{time.strftime('%H:%M:%S')} {f'{vm}: ' if vm else ''}{indent}{part}\n")
+                indent = "  "
             self._last = time.monotonic()
 
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
+    def _write(self, text: str, *, erase: bool = False) -> None:
+        steer(self._stream, _ERASE if erase else "", text)
         self._stream.flush()
 
 
@@ -114,7 +116,7 @@ class LiveScreen(Screen):
     def working(self, text: str, *, vm: str = "") -> None:
         with self._lock:
             known, since = self._under_way.get(vm, ("", 0.0))
-            first = text.splitlines()[0] if text else ""
+            first = printable(text).partition("\n")[0]
             same = _what(known) == _what(first)
             self._under_way[vm] = (first, since if same else time.monotonic())
             self._draw()
@@ -125,8 +127,8 @@ class LiveScreen(Screen):
             self._under_way.pop(vm, None)
             super()._line(text, vm)
 
-    def _write(self, text: str) -> None:
-        super()._write((_ERASE if self._shown else "") + text)
+    def _write(self, text: str, *, erase: bool = False) -> None:
+        super()._write(text, erase=erase or self._shown)
         self._shown = False
 
     def close(self) -> None:
@@ -156,7 +158,7 @@ class LiveScreen(Screen):
             for vm, (text, since) in sorted(self._under_way.items())
         ]
         line = f"{_SPINNER[self._turn % len(_SPINNER)]} {' · '.join(parts)}"
-        Screen._write(self, _ERASE + (line if len(line) <= width else line[: width - 1] + "…"))
+        self._write(line if len(line) <= width else line[: width - 1] + "…", erase=True)
         self._shown = True
 
 

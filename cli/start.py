@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from invoke.parser.context import ParserContext
     from invoke.program import Program
 
 _YAML = "invoke.vendor.yaml"
@@ -62,6 +63,29 @@ def _judged(parse: Callable[..., None]) -> Callable[..., None]:
             raise Exit(f"farmhand: {error}\n  {remedy}", code=_WRONG_WORDS) from None
 
     return judged
+
+
+def _narrowed(program: Program, words: Sequence[str]) -> Callable[[], None]:
+    """``program.parse_collection``, after which the parser knows the tasks that are typed: it copies and
+    spells out all that it knows, each time that it is used."""
+    parse = program.parse_collection
+
+    def narrowed() -> None:
+        parse()
+        if "--complete" in words:
+            return
+        contexts = program.collection.to_contexts
+        typed = " ".join(words)
+
+        def to_contexts(*arguments: Any, **named: Any) -> list[ParserContext]:
+            found = contexts(*arguments, **named)
+            return [
+                each for each in found if any(str(name) in typed for name in (each.name, *each.aliases))
+            ]
+
+        vars(program.collection)["to_contexts"] = to_contexts
+
+    return narrowed
 
 
 def main() -> None:
@@ -111,6 +135,7 @@ def begun() -> Iterator[None]:
 
 
 def _run(program: Program, name: str, words: Sequence[str]) -> None:
+    vars(program)["parse_collection"] = _narrowed(program, words)
     for step in ("parse_core", "parse_tasks"):
         setattr(program, step, _judged(getattr(program, step)))
     program.run([name, "--write-pyc", *words])

@@ -2,6 +2,9 @@
 
 Writing to them never raises: work is not stopped because somebody stopped reading. What could not be
 written is dropped, and ``unwritten`` tells why.
+
+Much of what is written was a guest's, a tool's or another host's first: all of it is made safe to be
+shown here (``host.printable``), whoever prints it.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import select
 import stat
 import sys
 from typing import TYPE_CHECKING, TextIO
+
+from host.printable import printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -37,6 +42,25 @@ class _Output(io.FileIO):
             else:
                 return written
         return memoryview(data).nbytes
+
+
+class _ForPeople(io.TextIOWrapper):
+    """Text for people: ``printable``."""
+
+    def write(self, text: str, /) -> int:
+        super().write(printable(text))
+        return len(text)
+
+    def steer(self, sequence: str, text: str) -> None:
+        super().write(sequence + printable(text))
+
+
+def steer(stream: TextIO, sequence: str, text: str) -> None:
+    """Write a control sequence of our own, which ``write`` would only show, and text, in one go."""
+    if isinstance(stream, _ForPeople):
+        stream.steer(sequence, text)
+    else:
+        stream.write(sequence + text)
 
 
 def take_over() -> None:
@@ -65,7 +89,7 @@ def at_end() -> None:
 
 def _opened(number: int, known: TextIO | None) -> TextIO:
     """Characters that its encoding lacks, or bytes of a file's name that are no text, are escaped."""
-    return io.TextIOWrapper(
+    return _ForPeople(
         io.BufferedWriter(_Output(number, "wb", closefd=False)),
         encoding=known.encoding if known else "utf-8",
         errors="backslashreplace",

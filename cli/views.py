@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli.run import TaskResult
 from cli.streams import columns
-from inventory.errors import BuildFailed, Call, Text, did_you_mean, joined, some
+from host.printable import one_line
+from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
 from inventory.sizes import about, brief, format_duration, format_size
 from provision.engine.report import UNCHANGING
 
@@ -60,7 +61,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
     """Aligned columns, empty ones left out; one block a row where the terminal is too narrow."""
     used = [i for i in range(len(headings)) if i == 0 or not rows or any(row[i] for row in rows)]
     headings = [headings[i] for i in used]
-    rows = [[row[i] for i in used] for row in rows]
+    rows = [[one_line(row[i]) for i in used] for row in rows]  # as wide as what is shown
     widths = [max(len(str(cell)) for cell in column) for column in zip(headings, *rows, strict=True)]
     if sum(widths) + 2 * (len(widths) - 1) <= width(stream):
         return "\n".join(
@@ -160,6 +161,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
     headings = ("VM", "STATE", "MEMORY", "TEMPLATE", "CHECKPOINT", "DISK", "SSH")
     lines: list[Text] = [head, *hosts, "", table(headings, rows)]
     notes: list[Text] = [f"host {h.host}: {note}" for h in status.hosts for note in h.disk_notes]
+    notes += [text for h in status.hosts for text in h.others]
     notes += [joined((vm.vm, text), ": ") for vm in status.vms for text in (vm.error, vm.note) if text]
     notes += [f"{holder.lock}: {holder}" for holder in status.holders]
     notes += [f"{vm.vm}: not in the farm file" for vm in status.vms if not vm.declared]
@@ -230,20 +232,23 @@ def history(
     operations: Sequence[Record],
     builds: Sequence[BuildRecord],
     limit: int,
-    foreign: Sequence[str] = (),
+    unreadable: Mapping[str, FarmhandError] | None = None,
 ) -> TaskResult:
-    """Operations and builds as one list, newest first. ``foreign``: builds whose records are in another
-    format."""
+    """Operations and builds as one list, newest first. ``unreadable``: builds whose records can't be
+    read, with what is wrong."""
+    unreadable = unreadable or {}
     data = {
         "operations": [operation.as_dict() for operation in operations],
         "builds": [build.as_dict() for build in builds[:limit]],
-        "foreign_builds": list(foreign),
+        "unreadable_builds": {build: error.message for build, error in unreadable.items()},
     }
     lines: list[tuple[datetime, tuple[str, ...]]] = []
     for o in operations:
         if o.verb == "cycle":  # stands below as the build it made
             continue
-        took = format_duration((o.ended - o.started).total_seconds()) if o.ended else ""
+        took = ""
+        if o.ended is not None and o.ended >= o.started:  # else the clock was set back meanwhile
+            took = format_duration((o.ended - o.started).total_seconds())
         on, ended, why = some(o.vms), o.outcome or "not ended", o.error.partition("\n")[0]
         row = (when(o.started), o.verb, on, str(o.requester), ended, took, why)
         lines.append((o.started, row))
@@ -252,14 +257,14 @@ def history(
         took = format_duration(b.seconds) if b.ended else ""
         row = (when(moment), "build", b.id, str(b.requester), b.verdict, took, _why(b))
         lines.append((moment, row))
-    notes = ""
-    if foreign:
-        notes = f"in another farmhand's format, and not shown: build {', '.join(foreign)}"
+    notes: Text = joined(
+        ((error.message, ": ", error.remedy) for error in [*unreadable.values()][:limit]), "\n"
+    )
     if not lines:
         return TaskResult(data, notes or "nothing was done to this farm yet")
     rows = [row for _, row in sorted(lines, key=lambda line: line[0], reverse=True)[:limit]]
     text = table(("WHEN", "WHAT", "ON", "BY", "ENDED", "TOOK", "NOTE"), rows)
-    return TaskResult(data, f"{text}\n\n{notes}" if notes else text)
+    return TaskResult(data, (text, "\n\n", notes) if notes else text)
 
 
 def _why(record: BuildRecord) -> str:
@@ -288,7 +293,7 @@ def build_record(record: BuildRecord) -> TaskResult:
         f"build {record.id}  {record.verdict}, {moment}, {format_duration(record.seconds)}"
     ]
     if source.commit or source.repository:
-        subject = f"  {source.subject}" if source.subject else ""
+        subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
         lines.append(f"source {source.repository} {commit}{subject}")
     rows = [
@@ -308,10 +313,10 @@ def build_record(record: BuildRecord) -> TaskResult:
     failed = record.failed_step
     if failed is not None and failed.tail:
         lines += ["", f"the last lines of {failed.name}:"]
-        lines += [f"  | {line}" for line in failed.tail.splitlines()[-15:]]
+        lines += [f"  {line}" for line in failed.tail.splitlines()[-15:]]
     if failed is not None and failed.remedy:
         lines += ["", ("what to do: ", failed.remedy)]
-    lines += ["", *(f"note: {note}" for note in record.notes), f"record: {record.page}"]
+    lines += ["", *(f"note: {one_line(note)}" for note in record.notes), f"record: {record.page}"]
     return TaskResult(record.as_dict(), joined(lines, "\n"))
 
 
@@ -348,8 +353,11 @@ def step_log(record: BuildRecord, name: str) -> TaskResult:
             f"build {record.id}: step {name} left no log: {step.status}",
             remedy=(Call("log"), " shows the build"),
         )
-    text = path.read_text(errors="replace")
-    return TaskResult({"build": record.id, "step": name, "log": str(path), "text": text}, text)
+    from builds.log_text import log_lines
+
+    text = path.read_bytes().decode(errors="replace")
+    data = {"build": record.id, "step": name, "log": str(path), "text": text, "ours": step.ours}
+    return TaskResult(data, "\n".join(log_lines(text, frozenset(step.ours))))
 
 
 def rendered(files: Sequence[Rendered], out: str) -> TaskResult:

@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a file is where a directory should be: move it away",
     errno.EISDIR: "a directory is where a file should be: move it away",
     errno.EEXIST: "something else has that name: move it away",
+    errno.ELOOP: "a link there leads to itself: move it away",
     errno.EMFILE: "let it have more files open at once: ulimit -n, limits.conf(5)",
     errno.ENFILE: "let this machine have more files open at once: fs.file-max, sysctl(8)",
     errno.EIO: "see dmesg: the disk below {directory} may be failing",
@@ -68,10 +70,42 @@ def check_room(directory: Path, wanted: int) -> None:
         )
 
 
+def out_of_files(error: Exception, doing: str) -> FarmhandError | None:
+    """The error to show an admin where no more files could be opened, which any call may meet; None: it
+    is another."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return WrongState(f"cannot {doing}: {error.strerror}", remedy=_REMEDIES[error.errno])
+
+
+def check_files_left(files: int, doing: str) -> None:
+    """WrongState unless this process can open so many files more, now. For a library that ends the
+    process where it can't. ``doing``: such as "connect to libvirt"."""
+    held: list[int] = []
+    try:
+        while len(held) < files:
+            held.append(os.eventfd(0))
+    except OSError as error:
+        raise out_of_files(error, doing) or WrongState(f"cannot {doing}: {error.strerror}") from error
+    finally:
+        for handle in held:
+            os.close(handle)
+
+
+def of_the_disk(error: OSError) -> FarmhandError | None:
+    """The error to show for what nobody looked out for, where it is a file that is at fault (full,
+    read-only, failing, something else in its place), not our program: None."""
+    path = error.filename2 or error.filename
+    known = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT}
+    if not isinstance(path, str) or error.errno not in known:
+        return None
+    return file_error(error, Path(path), "use")
+
+
 def foreign(path: Path, found: object, ours: int, remedy: str) -> WrongState:
     """The error for a file in a format that isn't ours: another farmhand wrote it, and there is no
     conversion. ``remedy``: what to do if that farmhand is no longer used."""
-    known = f"in format {found}" if found is not None else "in an unknown format"
+    known = f"in format {found}" if isinstance(found, int) else "in an unknown format"
     return WrongState(
         f"{path} is {known}, and this farmhand reads and writes format {ours}",
         remedy=f"use the farmhand that wrote it, or {remedy}",
@@ -82,8 +116,8 @@ def make_directory(path: Path, *, mode: int) -> None:
     """Make a directory with its parents. Parents made here get mode 0711, so that a QEMU under another
     user may pass."""
     try:
-        missing = [p for p in (path, *path.parents) if not p.exists()]
-        for directory in reversed(missing):
+        missing = takewhile(lambda each: not each.exists(), (path, *path.parents))
+        for directory in reversed(tuple(missing)):
             with contextlib.suppress(FileExistsError):
                 wanted = mode if directory == path else 0o711
                 directory.mkdir(wanted)
@@ -325,7 +359,7 @@ def blocks(path: Path) -> int:
     """Bytes that it takes on its file system; 0 if it is gone."""
     try:
         return path.stat().st_blocks * 512
-    except FileNotFoundError:
+    except OSError:  # or a link to itself
         return 0
 
 
@@ -333,7 +367,7 @@ def changed(path: Path) -> datetime:
     """Its modification time; the present time if it is gone."""
     try:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    except FileNotFoundError:
+    except OSError:  # or a link to itself
         return datetime.now(UTC)
 
 

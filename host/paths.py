@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inventory.errors import UsageError
 
-_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"  # all of it unprintable
 """What XML can't hold (libvirt's files), or ends a line of somebody's: no path of ours has it."""
 
 
@@ -17,7 +17,7 @@ def _fit(path: Path, source: str) -> Path:
     """``path`` as an absolute path. UsageError, naming its ``source``, if not every program could take
     it."""
     path = path.absolute()
-    if _UNFIT.search(str(path)):
+    if not str(path).isprintable() and re.search(_UNFIT, str(path)):
         raise UsageError(
             f"{source}: {str(path)!r} has a control character, or is not UTF-8",
             remedy="set it to a directory without: libvirt and others can't be told of this one",

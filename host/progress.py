@@ -107,8 +107,8 @@ class Progress:
         if seen.console is not None:
             ago = _whole(now - self._spoke)
             line = last_line(seen.said)
-            parts.append(f"console {ago} ago{f': {line!r}' if line else ''}" if seen.console
-                         else "nothing on its console")  # fmt: skip
+            said = f": '{line}'" if line else ""
+            parts.append(f"console {ago} ago{said}" if seen.console else "nothing on its console")
         if seen.disk:
             much = about(seen.disk) if seen.disk >= _DISK else "hardly anything"
             parts.append(f"disk {_whole(now - self._worked)} ago: {much}")

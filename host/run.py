@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from host.files import file_error, open_to_append
 from host.progress import Progress, Pulse
@@ -113,17 +113,17 @@ class Runner:
             start_new_session=True,
         )
 
-    def talk(self, *argv: str | Path, errors: BinaryIO) -> subprocess.Popen[bytes]:
-        """Start a command that is talked to over pipes for as long as it is needed (an agent on another
-        machine). Ctrl-C does not reach it: it ends when its input does. CommandFailed if it isn't
-        there."""
+    def talk(self, *argv: str | Path) -> subprocess.Popen[bytes]:
+        """Start a command that is talked to over three pipes for as long as it is needed (an agent on
+        another machine); the caller reads both outputs. Ctrl-C does not reach it: it ends when its input
+        does. CommandFailed if it isn't there."""
         args = tuple(str(a) for a in argv)
         try:
             return subprocess.Popen(
                 args,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=errors,
+                stderr=subprocess.PIPE,
                 env={**environment(), **_LOCALE},
                 start_new_session=True,
             )

@@ -16,6 +16,7 @@ Sizes are bytes, times are timezone-aware UTC, errors are ``inventory.errors``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from host.progress import Pulse
-from inventory.errors import Call, Conflict, Text, Unsupported, UsageError
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NotOurs, Remedy, Text, Unsupported, UsageError
 from inventory.sizes import format_size
 
 CLEAN = "clean"
@@ -46,14 +48,20 @@ def no_warning(_text: Text) -> None:
     """The WarnFn of callers with nobody to warn."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
     """What drivers call while they work. ``step``: before each change. ``warn``: of what an admin should
-    know. ``working``: how far a long change has come."""
+    know. ``working``: how far a long change has come. ``interrupted``: whether nobody wants it any
+    more."""
 
     step: StepFn = no_step
     warn: WarnFn = no_warning
     working: Callable[[str], None] = no_step
+    interrupted: Callable[[], bool] = _never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +79,7 @@ class Directories:
 class Owner:
     """Our mark, carried by the object itself. An object without it is never changed or removed."""
 
-    farm: str
+    farm: FarmIdentity
     vm: str
 
 
@@ -137,7 +145,34 @@ class Capacity:
     free: int
 
 
-class Disks(Protocol):
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A machine, or a disk without one, of another farm of our farm's name."""
+
+    machine: str
+    owner: Owner
+
+
+class Leases(Protocol):
+    """Leases of names, beside what they guard: whoever changes it holds them, whatever controller he is.
+    Equal ones guard the same."""
+
+    def hold(self, names: Sequence[str], note: str) -> AbstractContextManager[None]:
+        """Hold all of them, or none, within the context. ``note``: who does, in a line. Busy."""
+
+
+class Adopting(Protocol):
+    """What disk stores and hypervisors have in common: a farm's things can become another's."""
+
+    def others(self) -> Sequence[Foreign]:
+        """What is of other farms that have our farm's name; by a new look, a machine once."""
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """Mark as ours what of that machine is that farm's, disk and checkpoints too; all else stays as
+        it is, and so does what is neither. May be called while the machine runs."""
+
+
+class Disks(Adopting, Protocol):
     """A disk store. One instance serves one farm; ``list`` shows that farm's disks only."""
 
     def seal(self, image: Path, template: Template) -> Template:
@@ -268,6 +303,10 @@ class Power(StrEnum):
     UNKNOWN = "unknown"  # an ssh machine nobody has asked, a host out of reach
 
 
+ON = (Power.RUNNING, Power.PAUSED)
+"""Its guest has its disk open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     """A forwarded TCP port of user-mode networking: from the host's loopback to the guest."""
@@ -363,7 +402,7 @@ class Console:
     log: Path | None
 
 
-class Hypervisor(Protocol):
+class Hypervisor(Adopting, Protocol):
     """The machines of one host. It is handed its disk store. ``list`` shows this farm's machines
     only."""
 
@@ -436,6 +475,20 @@ class WatchedMachines(Protocol):
         question to the hypervisor for all of them. Changes nothing."""
 
 
+def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:
+    """The error for what has a name that we want, or is meant to be changed by us, and isn't ours."""
+    if owner is None:
+        return NotOurs(
+            f"{what} is not farmhand's: left alone", remedy="give the farm or the VM another name"
+        )
+    remedy: Remedy = "give one of the two farms another name"
+    if owner.farm.name == ours.name:
+        remedy = (f"{remedy}; or, if that farm is to end, take its VMs over: ", Call("adopt"))
+    return NotOurs(
+        f"{what} belongs to farm {owner.farm}; this farm is {ours}: left alone", remedy=remedy
+    )
+
+
 def no_warm(machine: str) -> Unsupported:
     """The error of a driver that only has cold checkpoints when it is asked for a warm one."""
     return Unsupported(
@@ -474,5 +527,7 @@ def spec_hash(spec: MachineSpec) -> str:
     defined anew."""
     import hashlib
 
-    text = repr([(f.name, getattr(spec, f.name)) for f in fields(spec) if "defined" in f.metadata])
+    parts = {f.name: getattr(spec, f.name) for f in fields(spec) if "defined" in f.metadata}
+    # Whose it is may change without a change of what it is.
+    text = repr(list((parts | {"owner": (spec.owner.farm.name, spec.owner.vm)}).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from host.run import Runner
-from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
 from hypervisors.null import NoMachines
+from hypervisors.ownership import FarmIdentity
 from inventory import kinds
 from inventory.errors import Unsupported
 from inventory.hosts import Host, host_section
@@ -23,6 +24,7 @@ from inventory.hosts import Host, host_section
 if TYPE_CHECKING:
     from host.check import Check
     from hypervisors.far.drivers import FarHypervisor
+    from hypervisors.look import HostLook
 
 
 class ListedMachine(NamedTuple):
@@ -41,7 +43,7 @@ class Surroundings:
     loopback. ``console_log``: where to keep a copy of a machine's, by its name. ``listed``: the host's
     machines, by their names, where nobody virtualizes them."""
 
-    farm: str
+    farm: FarmIdentity
     farm_file: str
     beside: Path
     host: str
@@ -64,6 +66,9 @@ class OwnDaemon(Protocol):
 
     def defined(self) -> frozenset[str]:
         """Names of machines that it has, running or not."""
+
+    def is_anothers(self) -> bool:
+        """Whether what runs in its place is of another state directory."""
 
     def stop(self, *, force: bool = False) -> None:
         """WrongState while machines run; ``force`` cuts their power instead."""
@@ -102,6 +107,13 @@ class OpenHost(ABC):
                 self._disks = self._open_disks()
             return self._disks
 
+    def look(self, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+        """As ``hypervisors.look.look_at``. Starts nothing."""
+        from hypervisors.look import look_at
+
+        disks = self.disks() if self.around.hosts[self.around.host].INFO.disks else None
+        return look_at(self.hypervisor(look=True), disks, names, proven)
+
     def disconnect(self) -> None:
         """Close the driver; the next use connects again."""
         with self._guard:
@@ -114,6 +126,10 @@ class OpenHost(ABC):
         with self._guard:
             self.disconnect()
             self._disks = None
+
+    def leases(self) -> Sequence[Leases]:
+        """What of it other controllers may be changing, too. None where nobody else can."""
+        return ()
 
     def daemon(self) -> OwnDaemon | None:
         """Running or not; None: the host is served by its own."""

@@ -10,12 +10,14 @@ from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
     MemoryUse,
     Template,
 )
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NotFound
 
 
@@ -40,6 +42,12 @@ class NoMachines:
 
     def list(self) -> Sequence[Machine]:
         return ()
+
+    def others(self) -> Sequence[Foreign]:
+        return ()
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:  # noqa: ARG002
+        self._refuse(machine)
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:  # noqa: ARG002
         self._refuse(spec.name)

@@ -17,6 +17,7 @@ from hypervisors.api import (
     Checkpoint,
     Console,
     Disks,
+    Foreign,
     Hypervisor,
     Leftover,
     Machine,
@@ -29,6 +30,7 @@ from hypervisors.api import (
     no_step,
 )
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, Surroundings, no_disks
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NotFound, Remedy, Unsupported
 from inventory.hosts import DriverInfo
 
@@ -65,7 +67,7 @@ class SshHypervisor:
 
     def __init__(
         self,
-        farm: str,
+        farm: FarmIdentity,
         machines: Mapping[str, ListedMachine],
         runner: Runner,
         *,
@@ -92,7 +94,7 @@ class SshHypervisor:
     def find(self, name: str) -> Machine | None:
         if name not in self._machines:
             return None
-        vm = name.removeprefix(f"{self._farm}-")
+        vm = name.removeprefix(f"{self._farm.name}-")
         return Machine(
             name=name, owner=Owner(self._farm, vm), power=Power.UNKNOWN, memory=0, current=0, vcpus=0,
             mac="", disk=None, spec_hash="", template="",
@@ -100,6 +102,14 @@ class SshHypervisor:
 
     def list(self) -> Sequence[Machine]:
         return [m for m in map(self.find, sorted(self._machines)) if m]
+
+    def others(self) -> Sequence[Foreign]:
+        """None: nobody makes these machines, so nothing is marked on them. Whoever lists one may reset
+        it by his own command, and sees to others himself."""
+        return ()
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """See ``others``."""
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         """Nothing to make: that the farm file lists it is all there is to it."""

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
@@ -104,13 +105,22 @@ def remedy_as_data(remedy: Remedy) -> object:
     return [remedy_as_data(part) for part in remedy]
 
 
-def remedy_of(data: Any) -> Remedy:
-    """What ``remedy_as_data`` made. ValueError, KeyError or TypeError for anything else."""
-    if isinstance(data, str):
-        return data
-    if isinstance(data, list):
-        return tuple(remedy_of(part) for part in data)
-    return Call(str(data["task"]), **data["flags"])
+def remedy_of(data: Any, depth: int = 20) -> Remedy:
+    """What ``remedy_as_data`` made. ValueError for anything else."""
+    match data:
+        case str():
+            return data
+        case list() if depth:
+            return tuple(remedy_of(part, depth - 1) for part in data)
+        case {"task": str(task), "flags": dict(flags)} if all(map(_is_flag, flags.values())):
+            with suppress(TypeError):  # a flag by the name of one of Call's own
+                return Call(task, **flags)
+    raise ValueError("what it says to do is no text of farmhand's")
+
+
+def _is_flag(value: object) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return isinstance(value, bool) or all(isinstance(part, str) for part in parts)
 
 
 def joined(texts: Iterable[Text], by: str = "; ") -> Text:

@@ -38,7 +38,7 @@ def validated(content: Mapping[str, Any]) -> Farm:
     drivers = frozenset(map(driver_of, declared.values() if isinstance(declared, dict) else ()))
     told = content.get("events")
     of_events = frozenset(map(subscriber_kind, told.values() if isinstance(told, dict) else ()))
-    validator = _validator(known, _services(content), drivers, of_events)
+    validator = _validator(known, _services(content), drivers, of_events, _steps(content))
     farm: Farm = validator.validate_python(content)
     return farm
 
@@ -51,12 +51,20 @@ def _services(content: Mapping[str, Any]) -> frozenset[str] | None:
     return frozenset(found) if isinstance(found, dict) else frozenset()
 
 
+def _steps(content: Mapping[str, Any]) -> frozenset[str | None]:
+    """The kinds of those of its cycle."""
+    cycle = content.get("cycle")
+    steps = cycle.get("steps") if isinstance(cycle, dict) else ()
+    return frozenset(map(values.step_kind, steps if isinstance(steps, list | tuple) else ()))
+
+
 @cache
 def _validator(
     known: tuple[str, ...],
     services: frozenset[str] | None,
     drivers: frozenset[str | None],
     subscribers: frozenset[str | None],
+    steps: frozenset[str | None],
 ) -> SchemaValidator:
     """The validator for files that use these kinds only: others' classes aren't imported. It is made
     from pydantic's annotations if there are kinds that aren't farmhand's own."""
@@ -67,15 +75,13 @@ def _validator(
         return cast(SchemaValidator, adapter(Farm).validator)
     if services is None:
         sections[kinds.ALL_SERVICES] = _NOT_THERE
-    for driver, place in kinds.hosts.items():
-        if driver not in drivers:
-            sections[place.rpartition(":")[2]] = _NOT_THERE
-    for kind, place in kinds.subscribers.items():
-        if kind not in subscribers:
-            sections[place.rpartition(":")[2]] = _NOT_THERE
-    for service, place in kinds.services.items():
-        if service not in (services or ()):
-            sections[place.rpartition(":")[2]] = _NOT_THERE
+    for table, used in (
+        (kinds.hosts, drivers), (kinds.subscribers, subscribers), (kinds.services, services or ()),
+        (kinds.steps, steps),
+    ):  # fmt: skip
+        for kind, place in table.items():
+            if kind not in used:
+                sections[place.rpartition(":")[2]] = _NOT_THERE
     return SchemaValidator(_named(sections["Farm"], sections))
 
 

@@ -62,7 +62,7 @@ class OpenClaims:
     def owner(self, key: str) -> str | None:
         """Who has the key; None if nobody has, or a farm whose state was removed by hand."""
         for (owner,) in self._rows("SELECT owner FROM claims WHERE key = ?", key):
-            farm = owner.split("/")[0]
+            farm = str(owner).split("/")[0]
             if farm not in self._void:
                 self._void[farm] = not (self._farms / farm).exists()
             return None if self._void[farm] else owner

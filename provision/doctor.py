@@ -22,6 +22,7 @@ from host.check import Check, Level, install
 from host.processes import account
 from host.program import CHECKOUT, PROGRAM
 from host.run import which
+from hypervisors.api import ON
 from hypervisors.disks.stores import STORES
 from hypervisors.host import DrivenHost, all_drivers
 from inventory.errors import Call, FarmhandError, UsageError, some
@@ -30,7 +31,6 @@ from inventory.model import Farm
 from inventory.sizes import about
 from provision.checkup import CheckReport
 from provision.farm_cache import known_farm
-from provision.member import ON
 
 if TYPE_CHECKING:
     from hypervisors.far.drivers import FarHypervisor

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from provision.engine.report import NoResult, Outcome
 from provision.engine.runner import perform
+from provision.operations.adopt import Adopt, AdoptResult
 from provision.operations.balloon import Balloon, BalloonAll, BalloonResult, MemoryPlan, memory_plan
 from provision.operations.checkpoint import CheckpointResult, TakeCheckpoint
 from provision.operations.clone import CloneFarm, CloneResult
@@ -39,6 +40,7 @@ __all__ = [
     "HostStatus",
     "MemoryPlan",
     "VmStatus",
+    "adopt",
     "balloon",
     "balloon_all",
     "checkpoint",
@@ -58,6 +60,11 @@ __all__ = [
     "template_list",
     "template_remove",
 ]
+
+
+def adopt(site: Site, vms: Sequence[str] = (), *, of: str = "") -> Outcome[AdoptResult]:
+    """``site``: open for it (``open_site(adopting=True)``)."""
+    return perform(site, Adopt(tuple(vms), of))
 
 
 def balloon(site: Site, vm: str, target: int) -> Outcome[BalloonResult]:

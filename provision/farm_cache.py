@@ -71,7 +71,8 @@ def _kept(directory: Path, name: str) -> Farm | None:
     """The kept result; None if there is none, or none that may be believed."""
     try:
         with _opened(directory) as inside:
-            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(name, flags, dir_fd=inside)
             with os.fdopen(handle, "rb") as file:
                 _refuse_others(handle, stat.S_ISREG)
                 content = file.read()

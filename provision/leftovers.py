@@ -34,7 +34,7 @@ class Found:
     def text(self, now: datetime) -> str:
         age = format_duration(max((now - self.what.created).total_seconds(), 0))
         owner = self.what.owner
-        whose = f"of {owner.farm}/{owner.vm}" if owner else "of no VM yet"
+        whose = f"of {owner.farm.name}/{owner.vm}" if owner else "of no VM yet"
         return (
             f"remove {self.what.kind} {self.what.ref} ({whose}; {self.what.why}; {age} old, "
             f"{format_size(self.what.bytes)})"
@@ -68,8 +68,13 @@ def survey(site: Site) -> Survey:
     # A disk that isn't left over may be in use under another machine's name, and so may the seed.
     machines |= disks - {item.what.ref for item in left if item.what.kind == "disk"}
     given = site.allocator.recorded()
-    left += (*of_files(site, machines), *_allocations(site, given, machines))
-    return Survey(tuple(vms), given, left)
+    files = (*of_files(site, machines), *_allocations(site, given, machines))
+    if files:  # of another farm's machine they stay: it may be this one's, from before it lost its state
+        from provision.namesakes import namesakes
+
+        machines |= {one.machine for host in site.farm.hosts for one in namesakes(site, host)}
+        files = (*of_files(site, machines), *_allocations(site, given, machines))
+    return Survey(tuple(vms), given, (*left, *files))
 
 
 def of_drivers(site: Site) -> tuple[Found, ...]:
@@ -160,7 +165,7 @@ def _file(
         what = Leftover(
             kind=kind,
             ref=str(path),
-            owner=Owner(site.farm.farm, vm),
+            owner=Owner(site.identity, vm),
             created=made,
             bytes=info.st_size,
             why="its VM doesn't exist",
@@ -178,7 +183,7 @@ def _allocations(
         what = Leftover(
             kind="allocation",
             ref=f"{site.allocator.lock_file}:{vm}",
-            owner=Owner(site.farm.farm, vm),
+            owner=Owner(site.identity, vm),
             created=datetime.now(UTC),
             bytes=0,
             why="it is neither declared nor made",

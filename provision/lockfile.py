@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,10 @@ from ipaddress import IPv4Address
 from json.encoder import encode_basestring_ascii as _quoted
 from operator import itemgetter, le
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
-from host.files import file_error, foreign, write_atomic
+from host.documents import Malformed, damaged, json_object, made, read_file, twice
+from host.files import foreign, write_atomic
 from inventory.errors import WrongState
 
 _ABOUT = (
@@ -24,7 +26,8 @@ _ABOUT = (
 )
 
 
-class Resting(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Resting:
     """An address that nobody else is given yet: the VM that had it, and until when."""
 
     vm: str
@@ -41,6 +44,8 @@ class LockFileEntry(TypedDict):
 
 _FORMAT = 1
 _FIELDS = ("mac", "address", "ssh_port")
+_KEYS = frozenset(_FIELDS)
+_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 
 
 @dataclass(slots=True)
@@ -76,7 +81,7 @@ class LockFile:
     def read(self) -> LockFileContent:
         """The content. The file is only ever replaced, so an unchanged one is not read again."""
         which: tuple[int, ...] = ()
-        with contextlib.suppress(OSError):  # one that can't be reached is _text's to say
+        with contextlib.suppress(OSError):  # one that can't be reached is _load's to say
             which = _which(self.path)
         seen = self._seen
         if seen is None or not which or seen[0] != which:
@@ -84,22 +89,34 @@ class LockFile:
         return seen[1]
 
     def _load(self) -> LockFileContent:
-        text = _text(self.path)
-        data = _object(self.path, text)
-        found = data.get("format")
-        if text.strip() and found != _FORMAT:
-            remedy = f"move it aside (mv {self.path} {self.path}.aside): VMs may then be given others"
-            raise foreign(self.path, found, _FORMAT, remedy)
         try:
-            vms = data.get("vms", {})
+            data = read_file(self.path)
+            if not data.strip():
+                return LockFileContent(text=data.decode())
+            found = json_object(data)
+        except FileNotFoundError:
+            return LockFileContent()
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from error
+        if found.get("format") != _FORMAT:
+            remedy = f"move it aside (mv {self.path} {self.path}.aside): VMs may then be given others"
+            raise foreign(self.path, found.get("format"), _FORMAT, remedy)
+        try:
+            vms, resting = found.get("vms", {}), found.get("resting", {})
+            if not isinstance(vms, dict) or not isinstance(resting, dict):
+                raise Malformed("'vms' and 'resting' are to be JSON objects")
             _check(vms)
-            resting = {
-                IPv4Address(address): Resting(str(one["vm"]), datetime.fromisoformat(one["until"]))
-                for address, one in data.get("resting", {}).items()
-            }
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _unreadable(self.path, f"{type(error).__name__} {error}") from error
-        return LockFileContent(vms, resting, text)
+            rest = {_address(address): made(Resting, one) for address, one in resting.items()}
+        except ValueError as error:
+            raise self._damaged(error) from error
+        return LockFileContent(vms, rest, data.decode())
+
+    def _damaged(self, error: Exception) -> WrongState:
+        return damaged(
+            self.path, "the record of what VMs were given", error,
+            "put it back from version control, or mend it (each VM's entry is one line); moved aside, "
+            "VMs not yet made may be given others",
+        )  # fmt: skip
 
     def write(self, book: LockFileContent, changed: Iterable[str]) -> None:
         """Write it durably. ``changed``: all VMs whose entries differ from what was read, or are
@@ -160,42 +177,31 @@ def _line(vm: str, entry: LockFileEntry) -> str:
 
 
 def _check(vms: Mapping[str, LockFileEntry]) -> None:
-    """Entries' fields by their types, and addresses in their one form (inet_pton(3) takes no other):
-    KeyError, TypeError, OSError."""
-    entries = vms.values()
-    if odd := [vm for vm, entry in vms.items() if len(entry) != len(_FIELDS)]:
-        raise TypeError(f"of {odd[0]}: {vms[odd[0]]}")
-    macs, addresses, ports = (list(map(itemgetter(name), entries)) for name in _FIELDS)
-    if {*map(type, macs)} - {str} or {*map(type, ports)} - {int}:
-        raise TypeError("a MAC that is no text, or a port that is no number")
-    for address in addresses:
-        if address is not None:
-            socket.inet_pton(socket.AF_INET, address)
+    """Entries' fields by their types, each value in its one form, and what two of them have, which
+    daemons would refuse: Malformed."""
+    for vm, entry in vms.items():
+        if not isinstance(entry, dict) or entry.keys() != _KEYS:
+            raise Malformed(f"the entry of {vm!r} isn't {', '.join(_FIELDS)}")
+    macs, addresses, ports = (list(map(itemgetter(name), vms.values())) for name in _FIELDS)
+    for mac in macs:
+        if type(mac) is not str or not _MAC.fullmatch(mac):
+            raise Malformed(f"{mac!r} is no MAC")
+    for port in ports:
+        if type(port) is not int or not 0 < port < 2**16:
+            raise Malformed(f"{port!r} is no port")
+    given = [address for address in addresses if address is not None]
+    for address in given:
+        _address(address)
+    for what, values in (("MAC", macs), ("address", given)):
+        if len(set(values)) < len(values):
+            shared = twice(values)
+            names = " and ".join(vm for vm, entry in vms.items() if shared in entry.values())
+            raise Malformed(f"{names} have the same {what}, {shared}")
 
 
-def _text(path: Path) -> str:
+def _address(text: object) -> IPv4Address:
+    """Malformed: it isn't one in its one form (inet_pton(3) takes no other)."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, str(error)) from error
-    except OSError as error:
-        raise file_error(error, path, "read") from error
-
-
-def _object(path: Path, text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text) if text.strip() else {}
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(data, dict):
-        raise _unreadable(path, "not an object")
-    return data
-
-
-def _unreadable(path: Path, why: str) -> WrongState:
-    return WrongState(
-        f"{path} is not readable as farmhand's record of what was given out: {why}",
-        remedy="put it back from version control, or mend it; each VM's entry is one line",
-    )
+        return IPv4Address(socket.inet_pton(socket.AF_INET, text))  # type: ignore[arg-type]
+    except (OSError, TypeError, ValueError):
+        raise Malformed(f"{text!r} is no address") from None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from host.ports import listener
 from host.ssh_options import path_option
 from hypervisors.api import (
+    ON,
     Disk,
     Disks,
     Forward,
@@ -19,9 +20,9 @@ from hypervisors.api import (
     MachineSpec,
     Nic,
     Owner,
-    Power,
+    not_ours,
 )
-from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound, NotOurs
+from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NotFound
 from inventory.hosts import DriverInfo, Host
 from inventory.model import Vm
 from provision.allocate import Allocation
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from provision.guest.remote import Endpoint
     from provision.site import Site
 
-ON = (Power.RUNNING, Power.PAUSED)
+
+_T = TypeVar("_T")
+_AT_ONCE = 16
 
 
 class Member:
@@ -65,7 +68,7 @@ class Member:
     @property
     def owner(self) -> Owner:
         """Our mark on what is its."""
-        return Owner(self.site.farm.farm, self.vm)
+        return Owner(self.site.identity, self.vm)
 
     @property
     def can_power(self) -> bool:
@@ -97,11 +100,8 @@ class Member:
         """Its machine as it is now; None if it isn't made. NotOurs if another's machine has its name."""
         machine = self.site.hypervisor(self.host, look=True).find(self.machine)
         if machine is not None and machine.owner != self.owner:
-            raise NotOurs(
-                f"{self.site.name}: a machine named {machine.name} is on host {self.host}, "
-                "without our mark: it is not touched",
-                remedy="rename the farm or the VM, or rename or remove that machine yourself",
-            )
+            what = f"{self.site.name}: machine {machine.name} on host {self.host}"
+            raise not_ours(what, machine.owner, self.site.identity)
         self.was_seen(machine)
         return machine
 
@@ -121,8 +121,13 @@ class Member:
         return machine
 
     def disk(self) -> Disk | None:
-        """Its disk; None if there is none, or its host keeps no disks of ours."""
-        return self.store.find(self.machine) if self.has_store else None
+        """Its disk; None if there is none, or its host keeps no disks of ours. NotOurs if another farm's
+        disk has its name."""
+        disk = self.store.find(self.machine) if self.has_store else None
+        if disk is not None and disk.owner.farm != self.site.identity:
+            what = f"{self.site.name}: the disk of {self.machine} on host {self.host}"
+            raise not_ours(what, disk.owner, self.site.identity)
+        return disk
 
     # What it was given
 
@@ -285,3 +290,19 @@ def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str
 
 def is_on(machine: Machine | None) -> bool:
     return machine is not None and machine.power in ON
+
+
+def each(members: Sequence[Member], ask: Callable[[Member], _T]) -> dict[str, _T]:
+    """What is asked of each, by VM, in their order. Where another machine answers all are asked at once,
+    for an answer takes as long as the way there. The first one's error."""
+    if len(members) < 2 or not any(member.declared_host.far for member in members):
+        return {member.vm: ask(member) for member in members}
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [member.vm for member in members]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            return dict(zip(names, pool.map(ask, members), strict=True))
+        except KeyboardInterrupt:
+            members[0].site.journal.interrupted.set()
+            raise

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from host.files import make_directory
 from host.ports import listener
 from host.progress import Progress
-from hypervisors.api import Disk, Machine, MachineSpec, Power, spec_hash
+from hypervisors.api import ON, Disk, Machine, MachineSpec, Power, spec_hash
 from inventory.errors import (
     Call,
     Conflict,
@@ -33,9 +33,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action, NoResult
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.member import ON, Member, is_on
-from provision.memory_budget import PATIENCE, forecast, room_for
-from provision.missing_disk import require
+from provision.member import Member, each, is_on
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -86,7 +84,7 @@ class Start(Operation[NoResult]):
 
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
-        machines = {member.vm: member.present() for member in members}
+        machines = each(members, Member.present)
         cold = [member for member in members if not is_on(machines[member.vm])]
         jobs: dict[str, list[Job]] = {}
         for member in members:
@@ -151,6 +149,8 @@ def power_on(member: Member, *, wait: bool) -> None:
     A suspended VM runs on as it was defined, and counts as up for as long as it was then. So any answer
     with its host key counts as ready: while suspended it could not answer, so no answer can be an old
     one."""
+    from provision.missing_disk import require
+
     machine, disk = member.present(), member.disk()
     require(member, machine, disk)
     asleep = machine.power is Power.SUSPENDED
@@ -167,6 +167,8 @@ def power_on(member: Member, *, wait: bool) -> None:
 def _switch_on(member: Member, machine: Machine, disk: Disk | None, *, falls: bool = False) -> float:
     """Start it. Returns time.monotonic() of just before. ``machine``, ``disk``: as they are now.
     ``falls``: see ``room_for``."""
+    from provision.memory_budget import room_for
+
     if machine.power is not Power.SUSPENDED:
         machine = bring_up_to_date(member, machine, disk)
         _secure_port(member, machine, disk)
@@ -355,6 +357,8 @@ def deflate(member: Member) -> None:
     idle = declared.idle_memory
     if idle is None or idle == declared.memory or not member.can_power:
         return
+    from provision.memory_budget import PATIENCE
+
     try:
         current_step(f"balloon it down to {idle}")
         reached = member.driver.balloon(member.machine, idle, timeout=PATIENCE)
@@ -385,6 +389,10 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
     host's ``memory``, and within what this machine has free, with what others give. Errors: NoSpace;
     Unsupported if they are to run under KVM and KVM doesn't work."""
     new = [member for member in members if member.can_power]
+    if not new:
+        return ()
+    from provision.memory_budget import forecast
+
     check_accelerator(new)
     check_loopback(new)
     doing = f"starting {', '.join(member.vm for member in new)}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,19 +14,21 @@ from typing import TYPE_CHECKING
 from host.files import own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from host.run import Runner, withhold
-from hypervisors.api import Callbacks, Directories, Disks, Hypervisor
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import NotFound, did_you_mean, some
 from inventory.model import Farm
 from inventory.subscribers import EventSubscriber
 from provision.allocate import Allocator, lock_file_of
 from provision.engine.events import Outbox, Subscriber, SubscriberSection
 from provision.engine.journal import Journal, current_step
-from provision.engine.locks import Locks
+from provision.engine.locks import Locks, vms_of
 from provision.engine.mutex import NamedMutex
 from provision.engine.report import Reporter
 from provision.engine.requester import Requester
 from provision.farm_cache import known_farm
+from provision.farm_identity import IdentityKeeper
 from provision.guest import identity
 from provision.member import Member
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 class Site:
     """An open farm: a context manager that several threads may use. Opening it writes nothing and starts
     nothing; with ``plan`` nothing ever does. ``requester``: who asked; None: whoever runs this
-    process."""
+    process. ``adopting``: see ``IdentityKeeper``."""
 
     def __init__(
         self,
@@ -43,9 +48,11 @@ class Site:
         reporter: Reporter,
         plan: bool = False,
         requester: Requester | None = None,
+        adopting: bool = False,
     ) -> None:
         self.farm = farm
         self.paths = FarmPaths(farm.farm)
+        self.keeper = IdentityKeeper(farm, self.paths.root, adopting=adopting)
         self.reporter = reporter
         self.plan = plan
         self.runner = Runner(changes=not plan)
@@ -56,7 +63,7 @@ class Site:
         self.journal = Journal(
             self.paths.journal, writable=not plan, requester=self.requester, outbox=self.outbox
         )
-        self.locks = Locks(self.paths.locks, self.requester)
+        self.locks = Locks(self.paths.locks, self.requester, beside=self._beside)
         withhold(*farm.secrets)
         self.mutex = NamedMutex(self.locks, self.journal.interrupted)
         self.allocator = Allocator(farm, lock_file_of(farm, self.paths))
@@ -77,18 +84,46 @@ class Site:
     def close(self) -> None:
         """Close connections and journal. Machines and daemons go on."""
         with self._guard:
-            for opened in self._opened.values():
-                opened.close()
-            self._opened.clear()
+            self._close_hosts()
         self.outbox.close()
         self.journal.close()
 
+    def _close_hosts(self) -> None:
+        for opened in self._opened.values():
+            opened.close()
+        self._opened.clear()
+
+    @contextlib.contextmanager
+    def _beside(self, locks: Sequence[str], doing: str) -> Iterator[None]:
+        """The leases of these VMs' machines, where other controllers may change them, too."""
+        wanted: dict[Leases, set[str]] = {}
+        for vm in vms_of(locks):
+            hosts = [self.farm.host_of(vm)] if vm in self.farm.vms else list(self.farm.hosts)
+            for leases in (leases for host in hosts for leases in self.opened(host).leases()):
+                wanted.setdefault(leases, set()).add(self.farm.machine_of(vm))
+        since = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        note = (
+            f"farm {self.identity}: pid {os.getpid()} of {self.requester}, since {since}, doing: {doing}"
+        )
+        with contextlib.ExitStack() as stack:
+            for leases, names in wanted.items():
+                stack.enter_context(leases.hold(sorted(names), note))
+            yield
+
     def prepare(self) -> None:
-        """Make the farm's own directory, before something is changed. QEMU, under another user, can pass
-        through it to its disks but can't list it. Events that earlier commands left are delivered from
-        now on."""
+        """Make the farm's own directory and its identity, before something is changed. QEMU, as another
+        user, can pass through it to its disks but can't list it. Events that earlier commands left are
+        delivered from now on. NotOurs where the state came to be another farm file's."""
         own_directory(self.paths.root, mode=0o711)
+        if self.keeper.keep():  # another process was quicker: what was opened is not what is to be
+            with self._guard:
+                self._close_hosts()
         self.outbox.start()
+
+    @property
+    def identity(self) -> FarmIdentity:
+        """What marks name the farm by. WrongState."""
+        return self.keeper.identity
 
     # What the farm file names
 
@@ -172,7 +207,7 @@ class Site:
 
     def _surroundings(self, host: str) -> Surroundings:
         return Surroundings(
-            farm=self.farm.farm,
+            farm=self.identity,
             farm_file=self.name,
             beside=self.farm.path.parent,
             host=host,
@@ -185,7 +220,10 @@ class Site:
             listed=lambda: self._listed(host),
             runner=self.runner,
             callbacks=Callbacks(
-                step=current_step, warn=self.reporter.warn, working=self.reporter.working
+                step=current_step,
+                warn=self.reporter.warn,
+                working=self.reporter.working,
+                interrupted=self.journal.interrupted.is_set,
             ),
             plan=self.plan,
         )
@@ -199,13 +237,22 @@ class Site:
 
 
 def open_site(
-    farm_file: Path, *, reporter: Reporter, plan: bool = False, requester: Requester | None = None
+    farm_file: Path,
+    *,
+    reporter: Reporter,
+    plan: bool = False,
+    requester: Requester | None = None,
+    adopting: bool = False,
 ) -> Site:
-    """Load the farm file and open its farm. Errors: InventoryError, NotFound, UsageError (for what the
-    environment asks for), WrongState where somebody else may write in a directory of ours."""
+    """Load the farm file and open its farm. ``adopting``: also one whose state is another's. Errors:
+    InventoryError, NotFound, UsageError (for what the environment asks for), WrongState where somebody
+    else may write in a directory of ours, NotOurs where the state is another's."""
     check_directories()
     farm = known_farm(farm_file, cache_dir(), keep=not plan)
     for kind in {type(host) for host in farm.hosts.values()}:
         assert issubclass(kind, DrivenHost)
         kind.check_environment()
-    return Site(farm, reporter=reporter, plan=plan, requester=requester)
+    site = Site(farm, reporter=reporter, plan=plan, requester=requester, adopting=adopting)
+    if not adopting:
+        site.keeper.check()
+    return site

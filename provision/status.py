@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import Thread
 
-from hypervisors.api import Disk, Hypervisor, Machine, Power, WatchedDisks, WatchedMachines
+from hypervisors.api import Disk, Machine, Power
+from hypervisors.look import HostLook
 from inventory.errors import FarmhandError, Text
 from provision.engine.locks import Holder, lock_of
 from provision.engine.record import Record
 from provision.member import Member, is_on
 from provision.missing_disk import missing_disk
+from provision.namesakes import told
 from provision.site import Site
 
 _AT_ONCE = 8
-_NOTES_PATIENCE = 2.0
-"""Seconds for a hypervisor to say what it sees in its guests: milliseconds, unless one hangs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +81,7 @@ class HostStatus:
     notes: tuple[str, ...] = ()
     free: int | None = None  # bytes of its disk store
     disk_notes: tuple[str, ...] = ()  # what to look at in the store, before it is full
+    others: tuple[Text, ...] = ()  # other farms of the same name that have VMs there
     error: str = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -92,6 +91,7 @@ class HostStatus:
             "notes": list(self.notes),
             "free": self.free,
             "disk_notes": list(self.disk_notes),
+            "others": list(self.others),
             "error": self.error,
         }
 
@@ -153,75 +153,56 @@ def _left(record: Record) -> Text:
 def _host(site: Site, host: str) -> tuple[HostStatus, list[VmStatus]]:
     declared = site.farm.hosts[host]
     members = [member for member in site.members() if member.host == host]
+    holders = {member.machine: site.locks.holder(lock_of(member.vm)) for member in members}
+    names = list(holders)
     try:
-        driver = site.hypervisor(host, look=True)
-        can = driver.capabilities()
-        machines = {machine.name: machine for machine in driver.list()}
-        notes = _noted(driver) if any(map(is_on, machines.values())) else dict
-        disks: dict[str, Disk] = {}
-        free = None
-        disk_notes: tuple[str, ...] = ()
-        if site.has_disks(host):
-            store = site.disks(host)
-            disks = {disk.machine: disk for disk in store.list()}
-            free = store.capacity().free
-            if isinstance(store, WatchedDisks):
-                disk_notes = tuple(store.notes())
+        seen = site.opened(host).look(names, [name for name in names if not _builds(holders[name])])
+        named = (machine.owner.farm for machine in seen.taken if machine.owner)
+        others = tuple(told(site, host)) if any(map(site.identity.is_namesake, named)) else ()
     except FarmhandError as error:
         line = error.message.splitlines()[0]
         return (
             HostStatus(host=host, driver=declared.driver, error=line),
             [_unreached(member, line) for member in members],
         )
-    ours = [machines.pop(member.machine, None) for member in members]
-    of_ours = [disks.get(member.machine) for member in members]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may ask its store whether the disk is clean
-        rows = list(pool.map(_vm, members, ours, of_ours))
-    for machine in machines.values():
-        if machine.owner is not None and machine.owner.vm not in site.farm.vms:
-            rows.append(_undeclared(host, machine, disks.get(machine.name)))
-    found = notes()
-    rows = [replace(row, note=found.get(row.machine, "")) for row in rows]
+    machines = {machine.name: machine for machine in seen.machines}
+    disks = {disk.machine: disk for disk in seen.disks}
+
+    def row(member: Member) -> VmStatus:
+        name = member.machine
+        return _vm(member, machines.get(name), disks.get(name), seen, holders[name])
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may look for a disk that is gone
+        rows = list(pool.map(row, members))
+    for name, machine in machines.items():
+        if name not in holders and machine.owner and machine.owner.vm not in site.farm.vms:
+            rows.append(_undeclared(host, machine, disks.get(name)))
+    rows = [replace(row, note=seen.notes.get(row.machine, "")) for row in rows]
     return HostStatus(
-        host=host, driver=can.driver, notes=can.notes, free=free, disk_notes=disk_notes
-    ), rows
+        host=host, driver=seen.capabilities.driver, notes=tuple(seen.capabilities.notes), free=seen.free,
+        disk_notes=seen.disk_notes, others=others,
+    ), rows  # fmt: skip
 
 
-def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
-    """Notes on running machines, asked for while the rest is looked at; None if they don't come in time:
-    one guest whose hypervisor hangs must not hide all the rest."""
-    if not isinstance(driver, WatchedMachines):
-        return dict
-    answer: Future[Mapping[str, str]] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(driver.notes())
-        except FarmhandError:
-            answer.set_result({})
-
-    def get() -> Mapping[str, str]:
-        try:
-            return answer.result(_NOTES_PATIENCE)
-        except TimeoutError:
-            return {}
-
-    Thread(target=ask, daemon=True).start()
-    return get
+def _builds(holder: Holder | None) -> bool:
+    return holder is not None and holder.doing.partition(" ")[0] == "cycle"
 
 
-def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
-    site, vm, name, host = member.site, member.vm, member.machine, member.host
-    error: Text = ""
+def _vm(
+    member: Member, machine: Machine | None, disk: Disk | None, seen: HostLook, holder: Holder | None
+) -> VmStatus:
+    vm, name, host = member.vm, member.machine, member.host
+    trouble = seen.troubles.get(name)
+    error: Text = trouble.message.splitlines()[0] if trouble else ""
     ssh, address, port = "", "", None
-    holder = site.locks.holder(lock_of(vm))
     try:
         if machine is None:
-            found = site.hypervisor(host, look=True).find(name)
-            if found is not None and found.owner is None:
+            found = next((other for other in seen.taken if other.name == name), None)
+            if found is not None and found.owner != member.owner:
+                whose = f"of farm {found.owner.farm}" if found.owner else "without our mark"
                 return VmStatus(
                     vm=vm, machine=name, host=host, state="not ours", holder=holder,
-                    error="a machine without our mark has its name",
+                    error=f"a machine {whose} has its name",
                 )  # fmt: skip
         if machine is not None:
             member.was_seen(machine)
@@ -242,14 +223,10 @@ def _vm(member: Member, machine: Machine | None, disk: Disk | None) -> VmStatus:
         except FarmhandError as problem:
             error = problem.message.splitlines()[0]
     condition = "dirty" if disk is not None else ""
-    if holder is not None and holder.doing.partition(" ")[0] == "cycle":
+    if _builds(holder):
         condition = "building"
     elif disk is not None and not is_on(machine):
-        try:
-            pristine = member.store.pristine(name, disk.base, quick=True)
-            condition = {True: "clean", False: "dirty", None: ""}[pristine]
-        except FarmhandError as problem:
-            condition, error = "", problem.message.splitlines()[0]
+        condition = {True: "clean", False: "dirty", None: ""}[seen.pristine.get(name)]
     return VmStatus(
         vm=vm,
         machine=name,

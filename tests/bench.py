@@ -23,9 +23,10 @@ from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Templa
 from tests import bench_growth
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
+from tests.identities import identity
 
 ROOT = Path(__file__).resolve().parents[1]
-_FARM = "bench"
+_FARM = identity("bench")
 _MANY = 10
 
 
@@ -37,6 +38,7 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         figures = [*_drivers(directory, rounds, say), *commands(directory, rounds, say)]
         figures += _network(rounds, say)
         figures += bench_growth.measure(say)
+        figures += import_module("tests.contract.far_figures").measure(rounds, say)
     return Figures(tuple(figures))
 
 

@@ -34,8 +34,9 @@ from hypervisors.disks.lvm.classic import LvmClassicDisks
 from hypervisors.disks.lvm.thin import LvmThinDisks
 from hypervisors.disks.zfs.disks import ZfsDisks
 from tests.figures import Figure, Figures, timed
+from tests.identities import identity
 
-FARM = "bench"
+FARM = identity("bench")
 MIB = 2**20
 LIMIT = 1.3
 MANY = 20

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from host.files import file_error, open_new
 from host.run import Runner
+from hypervisors.answers import answer_of
 from inventory.errors import CommandFailed, NotFound, UsageError
 
 _SECTOR = 2048  # ECMA-119 6.1.2: an ISO image's logical sector
@@ -104,17 +105,19 @@ def image_info(runner: Runner, path: Path, *, name: Path | None = None) -> Image
             raise UsageError(
                 f"{name} is damaged: {why[-1]}", remedy="fetch it again and compare its checksum"
             )
-    info = json.loads(output)
-    specific = info.get("format-specific", {}).get("data", {})
-    if info.get("backing-filename") or specific.get("data-file"):
-        raise _leans(name, str(info.get("backing-filename") or specific.get("data-file")))
-    for extent in specific.get("extents", ()):
+    with answer_of("qemu-img"):
+        info = json.loads(output)
+        specific = info.get("format-specific", {}).get("data", {})
+        needs = [info.get("backing-filename"), specific.get("data-file")]
         # a sparse vmdk's only extent is the file itself
-        if Path(extent["filename"]).resolve() != path.resolve():
-            raise _leans(name, extent["filename"])
+        extents = [str(extent["filename"]) for extent in specific.get("extents", ())]
+        needs += [extent for extent in extents if Path(extent).resolve() != path.resolve()]
+        size = int(info["virtual-size"])
+    if other := next(filter(None, needs), None):
+        raise _leans(name, str(other))
     if specific.get("encrypted") or info.get("encrypted"):
         raise UsageError(f"{name} is encrypted", remedy="decrypt it with qemu-img convert first")
-    return ImageInfo(kind, int(info["virtual-size"]))
+    return ImageInfo(kind, size)
 
 
 def _format(path: Path, head: bytes, bytes_: int) -> str:

@@ -10,6 +10,7 @@ from hypervisors.disks.stores import StorePlace
 from inventory.base import Model, at_key
 
 if TYPE_CHECKING:  # for the annotations, which inventory has evaluated
+    from hypervisors.ownership import FarmIdentity
     from inventory.fields import FilePath, Line, Name
 
 
@@ -45,7 +46,7 @@ class DiskStore(Model):
         if self.copy_mode == "full" and self.store != "lvm":
             raise at_key("copy", "'copy: full' is for an lvm store", "store")
 
-    def place(self, farm: str, beside: Path) -> StorePlace:
+    def place(self, farm: FarmIdentity, beside: Path) -> StorePlace:
         """The store's place. ``beside``: the farm file's directory."""
         return StorePlace(
             farm=farm, store=self.store, path=beside / self.path if self.path else None,

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks
+from hypervisors.ownership import FarmIdentity
 
 
 class StoreInfo(NamedTuple):
@@ -42,7 +43,7 @@ class StorePlace:
     """What a farm file says of a host's store. ``path``: the directory of a qcow2 store; None: below the
     farm's own."""
 
-    farm: str
+    farm: FarmIdentity
     store: str = "qcow2"
     path: Path | None = None
     pool: str = ""

@@ -23,6 +23,7 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
@@ -33,10 +34,12 @@ from hypervisors.api import (
     Template,
     no_step,
     no_warm,
+    not_ours,
     spec_hash,
 )
 from hypervisors.fake.world import Store, StoredDisk, StoredMachine, World
-from inventory.errors import Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NoSpace, NotFound, UsageError, WrongState
 from inventory.sizes import format_size
 
 _TOTAL = 2**40
@@ -48,7 +51,7 @@ class FakeDisks:
     """Implements ``hypervisors.api.Disks`` and ``FarmDisks``."""
 
     def __init__(
-        self, farm: str, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
+        self, farm: FarmIdentity, state: Path | None, *, step: StepFn = no_step, reserve: int = _RESERVE
     ) -> None:
         self._farm = farm
         self.store = Store(state)
@@ -92,7 +95,21 @@ class FakeDisks:
 
     def list(self) -> Sequence[Disk]:
         with self.store.look() as world:
-            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm).items()]
+            return [self._seen(name, disk) for name, disk in world.disks.of(self._farm.id).items()]
+
+    def others(self) -> Sequence[Foreign]:
+        with self.store.look() as world:
+            found = world.disks.all().items()
+            return [
+                Foreign(n, disk.owner) for n, disk in found if disk.owner.farm.is_namesake(self._farm)
+            ]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        with self.store.change() as world:
+            disk = world.disks.get(machine)
+            if disk is not None and disk.owner.farm == whose:
+                self._step(f"mark the disk of {machine} as ours")
+                disk.owner = Owner(self._farm, disk.owner.vm)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         with self.store.change() as world:
@@ -189,7 +206,7 @@ class FakeDisks:
         if disk is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if disk.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {machine} belongs to farm {disk.owner.farm}")
+            raise not_ours(f"the disk of {machine}", disk.owner, self._farm)
         return disk
 
     def _seen(self, machine: str, disk: StoredDisk) -> Disk:
@@ -209,7 +226,9 @@ class FakeDisks:
 class FakeHypervisor:
     """Implements ``hypervisors.api.Hypervisor`` over any disk store."""
 
-    def __init__(self, farm: str, disks: Disks, state: Path | None, *, step: StepFn = no_step) -> None:
+    def __init__(
+        self, farm: FarmIdentity, disks: Disks, state: Path | None, *, step: StepFn = no_step
+    ) -> None:
         self._farm = farm
         self._disks = disks
         # one file for both is one lock for both
@@ -239,7 +258,25 @@ class FakeHypervisor:
 
     def list(self) -> Sequence[Machine]:
         with self._store.look() as world:
-            return [fake.machine for fake in world.machines.of(self._farm).values()]
+            return [fake.machine for fake in world.machines.of(self._farm.id).values()]
+
+    def others(self) -> Sequence[Foreign]:
+        found = {other.machine: other for other in self._disks.others()}
+        with self._store.look() as world:
+            for name, fake in world.machines.all().items():
+                owner = fake.machine.owner
+                if owner is not None and owner.farm.is_namesake(self._farm):
+                    found[name] = Foreign(name, owner)
+        return [found[name] for name in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._disks.adopt(machine, whose)
+        with self._store.change() as world:
+            fake = world.machines.get(machine)
+            owner = fake.machine.owner if fake else None
+            if fake and owner and owner.farm == whose:
+                self._step(f"mark {machine} as ours")
+                fake.machine = replace(fake.machine, owner=Owner(self._farm, owner.vm))
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         self._check_name(spec.name)
@@ -413,7 +450,7 @@ class FakeHypervisor:
             if existing := world.machines.get(name):
                 owner = existing.machine.owner
                 if owner is None or owner.farm != self._farm:
-                    raise NotOurs(f"{name} exists and is not of farm {self._farm}")
+                    raise not_ours(name, owner, self._farm)
                 raise Conflict(f"{name} exists already", remedy="destroy it first")
 
     def _ours(self, world: World, name: str) -> StoredMachine:
@@ -422,7 +459,7 @@ class FakeHypervisor:
             raise NotFound(f"there is no machine {name}", remedy=(Call("clone-farm"), " makes it"))
         owner = fake.machine.owner
         if owner is None or owner.farm != self._farm:
-            raise NotOurs(f"{name} is not of farm {self._farm}: left alone")
+            raise not_ours(name, owner, self._farm)
         return fake
 
     def _off(self, fake: StoredMachine) -> None:

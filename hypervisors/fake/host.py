@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hypervisors.api import Disks, Hypervisor
+from host.leases import FileLeases
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.host import DrivenHost, OpenHost, Surroundings
 from inventory.hosts import DriverInfo
 
@@ -41,6 +43,10 @@ class OpenFake(OpenHost):
         from hypervisors.fake.driver import FakeDisks
 
         return FakeDisks(self.around.farm, self.state(), step=self.around.callbacks.step)
+
+    def leases(self) -> Sequence[Leases]:
+        state = self.state()
+        return (FileLeases(state.with_name(f"{state.name}.leases")),) if state else ()
 
     def state(self) -> Path | None:
         """In memory only for a plan over nothing: the fake would make its file by looking."""

@@ -161,7 +161,7 @@ class World:
             db, "templates", farm=lambda _: "", counts=lambda template: template.size
         )
         self.disks: Table[StoredDisk] = Table(
-            db, "disks", farm=lambda disk: disk.owner.farm, counts=lambda disk: len(disk.content)
+            db, "disks", farm=lambda disk: disk.owner.farm.id, counts=lambda disk: len(disk.content)
         )
         self.machines: Table[StoredMachine] = Table(db, "machines", farm=_farm, counts=_given)
 
@@ -293,7 +293,7 @@ class Store:
 
 
 def _farm(fake: StoredMachine) -> str:
-    return fake.machine.owner.farm if fake.machine.owner else ""
+    return fake.machine.owner.farm.id if fake.machine.owner else ""
 
 
 def _given(fake: StoredMachine) -> int:

@@ -27,6 +27,8 @@ class Far:
     uri: str
     ssh: tuple[str, ...]
     """ssh with its options, but without a command."""
+    login: str
+    """The same, as one types it."""
 
     def argv(self, command: Sequence[str]) -> tuple[str, ...]:
         """The ssh command that runs ``command`` there. It never asks, for without a terminal nobody
@@ -66,7 +68,7 @@ def far(uri: str) -> Far:
     host, user = parts.hostname or "", parts.username or ""
     if not _HOST.fullmatch(host) or (user and not _USER.fullmatch(user)):
         raise UsageError(f"{uri}: no user and host for ssh", remedy="such as xen+ssh://root@dom0/system")
-    argv = ["ssh", *(part for option in _ALIVE for part in ("-o", option))]
+    argv: list[str] = []
     if port:
         argv += ["-p", str(port)]
     if user:
@@ -78,4 +80,8 @@ def far(uri: str) -> Far:
     here = f"{driver}://{parts.path or '/'}"
     if "socket" in options:
         here = f"{driver}+unix://{parts.path or '/'}?socket={quote(options['socket'])}"
-    return Far(name=f"{user}@{host}" if user else host, uri=here, ssh=(*argv, "--", host))
+    alive = (part for option in _ALIVE for part in ("-o", option))
+    return Far(
+        name=f"{user}@{host}" if user else host, uri=here, ssh=("ssh", *alive, *argv, "--", host),
+        login=shlex.join(("ssh", *argv, host)),
+    )  # fmt: skip

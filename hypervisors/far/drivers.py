@@ -3,9 +3,10 @@ agent there."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypervisors.api import (
     Disk,
     Disks,
     FarmDisks,
+    Foreign,
     Leftover,
     LostDisks,
     Machine,
@@ -32,7 +34,11 @@ from hypervisors.api import (
     WatchedDisks,
 )
 from hypervisors.disks.stores import store_class
+from hypervisors.far.failures import on
 from hypervisors.far.link import Link
+from hypervisors.look import HostLook
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import FarmhandError
 
 
 class FarDisks:
@@ -62,6 +68,13 @@ class FarDisks:
     def list(self) -> Sequence[Disk]:
         found: Sequence[Disk] = self._ask("list")
         return found
+
+    def others(self) -> Sequence[Foreign]:
+        found: Sequence[Foreign] = self._ask("others")
+        return found
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._ask("adopt", machine, whose)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         made: Disk = self._ask("clone", template, machine, owner, size)
@@ -147,6 +160,20 @@ def far_disks(link: Link, step: StepFn) -> Disks:
     return store
 
 
+def far_look(link: Link, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+    """As ``hypervisors.look.look_at``, over there: one question."""
+    seen: HostLook = link.call("host", "look", list(names), list(proven))
+    return replace(
+        seen,
+        capabilities=_over_ssh(link, seen.capabilities),
+        troubles={name: on(link.name, error) for name, error in seen.troubles.items()},
+    )
+
+
+def _over_ssh(link: Link, able: Capabilities) -> Capabilities:
+    return replace(able, notes=(*able.notes, f"on {link.name}, over ssh"))
+
+
 class FarKvmTrust:
     """``hypervisors.libvirt.kvm_trust.KvmTrust`` of another machine."""
 
@@ -162,6 +189,24 @@ class FarKvmTrust:
 
     def distrust(self, why: str) -> None:
         self._link.call("kvm", "distrust", why)
+        self._link.forget()
+
+
+@dataclass(frozen=True, slots=True)
+class FarLeases:
+    """Held by the agent, so they end with it, however that ends."""
+
+    link: Link
+
+    @contextlib.contextmanager
+    def hold(self, names: Sequence[str], note: str) -> Iterator[None]:
+        """See ``hypervisors.api.Leases``."""
+        held = self.link.call("leases", "take", list(names), note)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FarmhandError):  # a lost connection has given them back
+                self.link.call("leases", "give_back", held)
 
 
 class FarHypervisor:
@@ -184,7 +229,7 @@ class FarHypervisor:
 
     def at_home(self, spec: MachineSpec) -> MachineSpec:
         """The machine's spec with the paths that its seed and console log have over there."""
-        seeds, consoles = self._link.call("host", "places")
+        seeds, consoles = self._link.known("host", "places")
         return replace(
             spec,
             seed=seeds / spec.seed.name if spec.seed else None,
@@ -221,8 +266,7 @@ class FarHypervisor:
     # -- hypervisors.api.Hypervisor ---------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        told: Capabilities = self._ask("capabilities")
-        return replace(told, notes=(*told.notes, f"on {self._link.name}, over ssh"))
+        return _over_ssh(self._link, self._link.known("machines", "capabilities"))
 
     def find(self, name: str) -> Machine | None:
         found: Machine | None = self._ask("find", name)
@@ -231,6 +275,13 @@ class FarHypervisor:
     def list(self) -> Sequence[Machine]:
         found: Sequence[Machine] = self._ask("list")
         return found
+
+    def others(self) -> Sequence[Foreign]:
+        found: Sequence[Foreign] = self._ask("others")
+        return found
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._ask("adopt", machine, whose)
 
     def define(self, spec: MachineSpec, template: Template) -> Machine:
         made: Machine = self._ask("define", spec, template)

@@ -12,8 +12,7 @@ _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
     *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
     "host/*.py",
-    "hypervisors/__init__.py",
-    "hypervisors/api.py",
+    *(f"hypervisors/{name}.py" for name in ("__init__", "answers", "api", "look", "marks", "ownership")),
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
     "hypervisors/disks/zfs/*.lua",
 )
@@ -37,9 +36,10 @@ COMMAND = ("python3", "-I", "-c", BOOT)
 @functools.cache
 def parcel() -> bytes:
     target = io.BytesIO()
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(target, "w") as file:
         for pattern in _FILES:
             for path in sorted(_TOP.glob(pattern)):
                 if not any(map(path.match, _AT_HOME)):
-                    file.writestr(zipfile.ZipInfo(str(path.relative_to(_TOP))), path.read_bytes())
+                    name = zipfile.ZipInfo(str(path.relative_to(_TOP)))  # at no time: always the same
+                    file.writestr(name, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return target.getvalue()

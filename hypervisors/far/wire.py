@@ -1,40 +1,48 @@
-"""Values of ``hypervisors.api`` as JSON, and the frames they travel in.
+"""Values of ``hypervisors.api`` as JSON, for the ``frames`` they travel in.
 
-A frame is a line: a JSON object. One with ``bytes`` is followed by that many bytes of a file. What JSON
-doesn't have is an object with one key, the type's name: ``{"Path": "/dev/vg/lv"}``. Sequences come back
-as tuples.
+What JSON doesn't have is an object with one key, the type's name: ``{"Path": "/dev/vg/lv"}``. Sequences
+come back as tuples.
 """
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import IO, Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from host.progress import Pulse
 from hypervisors import api
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.opening import Place
+from hypervisors.look import HostLook
+from hypervisors.marks import is_name, moment
+from hypervisors.ownership import FarmIdentity
 from inventory import errors
 from inventory.errors import Call, FarmhandError, remedy_of
 
-_LONGEST = 2**26  # bytes of a frame: all the disks of thousands of VMs
-_VALUES = {
+_VALUES: Mapping[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
-        api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity, api.Forward,
-        api.Nic, api.MachineSpec, api.Machine, api.MemoryUse, api.Capabilities, api.Console, Pulse,
-        Place, StorePlace,
+        FarmIdentity, api.Owner, api.Template, api.Checkpoint, api.Disk, api.Leftover, api.Capacity,
+        api.Foreign, api.Forward, api.Nic, api.MachineSpec, api.Machine, api.MemoryUse,
+        api.Capabilities, api.Console, Pulse, Place, StorePlace, HostLook,
     )
 }  # fmt: skip
 _PLAIN: Mapping[str, Callable[[str], object]] = {
-    "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": datetime.fromisoformat,
+    "Path": Path, "IPv4Address": IPv4Address, "Power": api.Power, "datetime": moment,
 }  # fmt: skip
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "FarmIdentity": ("name",), "Owner": ("vm",), "Foreign": ("machine",), "Template": ("name",),
+    "Checkpoint": ("name",), "Disk": ("machine",),
+    "Machine": ("name",), "MachineSpec": ("name",),
+}  # fmt: skip
+"""What names are made of: of locks, files and messages."""
 
 
 def encode(value: object) -> Any:
@@ -64,7 +72,8 @@ def encode(value: object) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """ValueError, KeyError or TypeError for what ``encode`` never made."""
+    """ValueError, KeyError or TypeError for what ``encode`` never made: who speaks at the other end may
+    be anybody."""
     if isinstance(value, list):
         return tuple(decode(item) for item in value)
     if not isinstance(value, dict):
@@ -77,46 +86,69 @@ def decode(value: Any) -> Any:
     if name == "Call":
         return remedy_of(content)
     found = {key: decode(item) for key, item in content.items()}
-    return _VALUES[name](**found) if name else found
+    return _value(name, found) if name else found
+
+
+def _value(name: str, found: Mapping[str, object]) -> object:
+    hints = _hints(name)
+    for field, value in found.items():
+        if not _fits(value, hints[field]):
+            raise TypeError(f"the {field} of a {name} is a {type(value).__name__}")
+    for field in _NAMES.get(name, ()):
+        if isinstance(text := found[field], str) and text and not is_name(text):
+            raise ValueError(f"the {field} of a {name} is no name")
+    return _VALUES[name](**found)
+
+
+@cache
+def _hints(name: str) -> Mapping[str, object]:
+    return get_type_hints(_VALUES[name])
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is Literal:
+        return value in parts
+    if hint in (None, NoneType):
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool):
+        return type(value) is hint
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _is_text(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_text, value))
+    return isinstance(value, str | Call)
+
+
+def _is_errors(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(e, FarmhandError) for e in value.values())
+
+
+_OF_ERRORS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("message", "what", "vm", "detail", "stderr", "build"), lambda v: _fits(v, str)),
+    "remedy": _is_text,
+    "argv": lambda v: _fits(v, tuple[str, ...]),
+    "status": lambda v: _fits(v, int | None),
+    "errors": _is_errors,
+}
+"""What an error may carry."""
 
 
 def _error(name: str, known: Mapping[str, object]) -> FarmhandError:
-    kind = getattr(errors, name)
-    if not issubclass(kind, FarmhandError):
-        raise TypeError(name)
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, FarmhandError)):
+        raise TypeError("an error of no kind that there is")
+    if not known["message"] or not all(_OF_ERRORS[key](value) for key, value in known.items()):
+        raise ValueError(f"a {name} that carries what none does")
     error: FarmhandError = kind.__new__(kind)
     FarmhandError.__init__(error, str(known["message"]))
     vars(error).update(known)
     return error
-
-
-class Pipe:
-    """Frames out and in. Any number of threads may send; one receives."""
-
-    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
-        self._incoming = incoming
-        self._outgoing = outgoing
-        self._sending = threading.Lock()
-
-    def send(self, frame: Mapping[str, object], data: bytes = b"") -> None:
-        """OSError (as BrokenPipeError) or ValueError where nobody is there any more."""
-        if data:
-            frame = {**frame, "bytes": len(data)}
-        line = json.dumps(frame, separators=(",", ":")).encode() + b"\n"
-        with self._sending:
-            self._outgoing.write(line)
-            self._outgoing.write(data)
-            self._outgoing.flush()
-
-    def receive(self) -> tuple[dict[str, Any], bytes] | None:
-        """None at the end, also in the midst of a frame. ValueError for what is no frame: a login
-        script that prints, say."""
-        line = self._incoming.readline(_LONGEST)
-        if not line.endswith(b"\n"):
-            return None
-        frame = json.loads(line)
-        if not isinstance(frame, dict):
-            raise ValueError(line.decode(errors="replace"))
-        size = frame.pop("bytes", 0)
-        data = self._incoming.read(size) if size else b""
-        return (frame, data) if len(data) == size else None

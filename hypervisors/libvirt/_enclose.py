@@ -24,6 +24,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import stat
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_SLAVE = 1 << 19
 PR_SET_CHILD_SUBREAPER = 36
+FILES = 8192
+"""That the daemon may have open, as libvirt's own unit has it (libvirtd.service): some for each VM that
+runs. GLib, which it is made with, ends it where there is none left for the next one."""
 KVM = "/dev/kvm"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -114,6 +118,9 @@ def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
     pid = os.fork()
     if pid == 0:
         os.chdir(directory)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < FILES:  # else it has more, or no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard) if hard >= 0 else FILES, hard))
         os.execve(argv[0], argv, env)  # noqa: S606
     _, status = os.waitpid(pid, 0)
     null = os.open(os.devnull, os.O_RDWR)

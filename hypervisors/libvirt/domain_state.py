@@ -11,6 +11,7 @@ from host.progress import Pulse
 from hypervisors.api import Machine, Power
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.errors import going_down
+from hypervisors.marks import DamagedMarks
 
 if TYPE_CHECKING:
     import libvirt
@@ -19,17 +20,19 @@ _TAIL = 4096  # bytes of a console, for its last line
 INACTIVE = 2  # libvirt.VIR_DOMAIN_XMLINACTIVE, a module imported late
 
 
-def as_machine(domain: libvirt.virDomain) -> Machine | None:
+def as_machine(domain: libvirt.virDomain, damaged: DamagedMarks) -> Machine | None:
     """The domain as ``Hypervisor.find`` has it; None if it has gone since it was listed."""
     import libvirt
 
     try:
         seen = read_domain(domain.XMLDesc(0))
-        state, current = _state(domain)
+        state, current = _state(domain, seen.kind)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return None
         raise
+    if seen.damaged:
+        damaged.tell(f"domain {domain.name()}", seen.damaged)
     power = {
         libvirt.VIR_DOMAIN_RUNNING: Power.RUNNING,
         libvirt.VIR_DOMAIN_BLOCKED: Power.RUNNING,
@@ -88,7 +91,7 @@ def opened_by(domain: libvirt.virDomain) -> tuple[Path, ...]:
         raise
 
 
-def _state(domain: libvirt.virDomain) -> tuple[int, int]:
+def _state(domain: libvirt.virDomain, kind: str) -> tuple[int, int]:
     """virDomainState, and the KiB of memory that the domain has now. Xen's domains are called shut off
     some time before they have let go of their devices, and while one is destroyed nothing can be said of
     it (``going_down``): both count as shutting down."""
@@ -100,6 +103,6 @@ def _state(domain: libvirt.virDomain) -> tuple[int, int]:
         if not going_down(error):
             raise
         return libvirt.VIR_DOMAIN_SHUTDOWN, 0
-    if state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
+    if kind == "xen" and state == libvirt.VIR_DOMAIN_SHUTOFF and domain.isActive():
         return libvirt.VIR_DOMAIN_SHUTDOWN, current
     return state, current

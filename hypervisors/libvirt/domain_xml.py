@@ -12,9 +12,13 @@ from datetime import datetime
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
+from hypervisors.marks import DamagedMark, moment, read_fields
+from hypervisors.ownership import FarmIdentity
 
 MARK_URI = "urn:farmhand:machine:1"
+MARK_KEY = "farmhand"
 MARK_KEY = "farmhand"
 START_URI = "urn:farmhand:start:1"
 START_KEY = "farmhand-start"
@@ -29,8 +33,8 @@ ET.register_namespace("qemu", _QEMU_URI)
 
 @dataclass(frozen=True, slots=True)
 class DomainDefinition:
-    """What a definition says of itself. ``owner`` None: no mark of ours. ``kind``: libvirt's domain type
-    ("kvm", "qemu", "xen")."""
+    """What a definition says of itself. ``owner`` None: no mark of ours, or a damaged one (then
+    ``damaged`` says how). ``kind``: libvirt's domain type ("kvm", "qemu", "xen")."""
 
     kind: str
     uuid: str
@@ -46,6 +50,7 @@ class DomainDefinition:
     console_log: Path | None
     ports: tuple[int, ...]
     started: datetime | None
+    damaged: str = ""
 
 
 def domain_xml(
@@ -107,7 +112,11 @@ def head(kind: str, spec: MachineSpec, template: str, uuid: str) -> ET.Element:
     metadata = ET.SubElement(domain, "metadata")
     mark = ET.SubElement(metadata, f"{{{MARK_URI}}}machine")
     mark.attrib.update(
-        name=spec.name, farm=spec.owner.farm, vm=spec.owner.vm, spec=spec_hash(spec), template=template
+        name=spec.name,
+        farm=spec.owner.farm.mark,
+        vm=spec.owner.vm,
+        spec=spec_hash(spec),
+        template=template,
     )
     if spec.address:
         mark.set("address", str(spec.address))
@@ -184,6 +193,18 @@ def with_disk(xml: str, path: Path) -> str:
     return ET.tostring(domain, encoding="unicode")
 
 
+def mark_of(xml: str, owner: Owner) -> str:
+    """The mark of a definition of ours with another owner: the element, as virDomainSetMetadata wants
+    it."""
+    domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
+    mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
+    assert mark is not None, "it was read as one with a mark"
+    return ET.tostring(
+        ET.Element("machine", {**mark.attrib, "farm": owner.farm.mark, "vm": owner.vm}),
+        encoding="unicode",
+    )
+
+
 def start_mark(when: datetime) -> str:
     """The element that a running machine carries beside its definition's mark; libvirt itself puts it
     into the namespace that virDomainSetMetadata names."""
@@ -193,11 +214,21 @@ def start_mark(when: datetime) -> str:
 def read_domain(xml: str) -> DomainDefinition:
     """Of any domain, ours or not. A mark that speaks of another machine came with a copy somebody made
     (virt-clone(1) copies metadata): that one is theirs."""
+    with answer_of("libvirt"):
+        return _domain(xml)
+
+
+def _domain(xml: str) -> DomainDefinition:
     domain = ET.fromstring(xml)  # noqa: S314 - from libvirt, which has parsed and rewritten it
     mark = domain.find(f"metadata/{{{MARK_URI}}}machine")
     name = domain.findtext("name", "")
-    if mark is not None and mark.get("name", name) != name:
-        mark = None
+    marks: dict[str, str] = {}
+    damaged = ""
+    if mark is not None and mark.get("name", name) == name:
+        try:
+            marks = read_fields(mark.attrib, ("farm", "vm"))
+        except DamagedMark as error:
+            damaged = str(error)
     start = domain.find(f"metadata/{{{START_URI}}}start")
     arguments = [
         a.get("value", "") for a in domain.iterfind(f"{{{_QEMU_URI}}}commandline/{{{_QEMU_URI}}}arg")
@@ -213,10 +244,10 @@ def read_domain(xml: str) -> DomainDefinition:
     return DomainDefinition(
         kind=domain.get("type", ""),
         uuid=domain.findtext("uuid", ""),
-        owner=Owner(mark.get("farm", ""), mark.get("vm", "")) if mark is not None else None,
-        spec_hash=mark.get("spec", "") if mark is not None else "",
-        template=mark.get("template", "") if mark is not None else "",
-        address=marked_address(mark.get("address", "")) if mark is not None else None,
+        owner=Owner(FarmIdentity.of(marks["farm"]), marks["vm"]) if marks else None,
+        spec_hash=marks.get("spec", ""),
+        template=marks.get("template", ""),
+        address=marked_address(marks.get("address", "")),
         memory=int((memory.text if memory is not None else None) or 0) * 1024,  # dumps are in KiB
         vcpus=int(domain.findtext("vcpu") or 0),
         mac=(mac.get("address") or "") if mac is not None else fallback,
@@ -228,5 +259,13 @@ def read_domain(xml: str) -> DomainDefinition:
         ),
         console_log=Path(log_file) if log_file else None,
         ports=tuple(int(p) for a in arguments for p in _FORWARD.findall(a)),
-        started=datetime.fromisoformat(start.get("at", "")) if start is not None else None,
+        started=_started(start),
+        damaged=damaged,
     )
+
+
+def _started(mark: ET.Element | None) -> datetime | None:
+    try:
+        return None if mark is None else moment(mark.get("at", ""))
+    except DamagedMark:
+        return None

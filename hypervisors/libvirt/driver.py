@@ -27,28 +27,39 @@ from hypervisors.api import (
     DeviceDisks,
     Disk,
     Disks,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
     MemoryUse,
+    Owner,
     StepFn,
     Template,
+    WarnFn,
     disk_with_data,
     no_step,
     no_warm,
+    no_warning,
+    not_ours,
 )
+from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.domain_state import INACTIVE, as_machine, opened_by, pulse_of
 from hypervisors.libvirt.domain_types import DomainType
 from hypervisors.libvirt.domain_xml import (
+    MARK_KEY,
+    MARK_URI,
     START_KEY,
     START_URI,
     DomainDefinition,
+    mark_of,
     read_domain,
     start_mark,
     with_disk,
 )
 from hypervisors.libvirt.errors import connection_lost, need_binding, translate, unreachable
-from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
+from hypervisors.marks import DamagedMarks
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NotFound, WrongState
 
 if TYPE_CHECKING:
     import libvirt
@@ -66,13 +77,14 @@ class LibvirtHypervisor:
     def __init__(
         self,
         uri: str | Callable[[], str],
-        farm: str,
+        farm: FarmIdentity,
         disks: Disks,
         runner: Runner,
         *,
         step: StepFn = no_step,
         kind: DomainType,
         working: Callable[[str], None] = no_step,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``uri``: or what gives it at each connecting (``PrivateLibvirt.uri``, which brings a dead
         daemon back). ``working``: told what is waited for. Connects on first use."""
@@ -83,6 +95,7 @@ class LibvirtHypervisor:
         self._step = step
         self._kind = kind
         self._working = working
+        self._damaged = DamagedMarks(warn)
         need_binding()
         self._connection: libvirt.virConnect | None = None
         self._connecting = threading.Lock()
@@ -95,14 +108,24 @@ class LibvirtHypervisor:
     def find(self, name: str) -> Machine | None:
         with self._translated(f"look up {name}"):
             domain = self._look_up(name)
-            return as_machine(domain) if domain else None
+            return as_machine(domain, self._damaged) if domain else None
 
     def list(self) -> Sequence[Machine]:
         with self._translated("list the machines"):
             domains = self._reading(lambda c: c.listAllDomains(0))
-            machines = [as_machine(domain) for domain in domains]
+            machines = [as_machine(domain, self._damaged) for domain in domains]
         ours = (m for m in machines if m and m.owner and m.owner.farm == self._farm)
         return sorted(ours, key=lambda m: m.name)
+
+    def others(self) -> Sequence[Foreign]:
+        with self._translated("list the machines"):
+            domains = self._reading(lambda c: c.listAllDomains(0))
+            machines = [as_machine(domain, self._damaged) for domain in domains]
+        found = {other.machine: other for other in self._disks.others()}
+        for machine in machines:
+            if machine and machine.owner and machine.owner.farm.is_namesake(self._farm):
+                found[machine.name] = Foreign(machine.name, machine.owner)
+        return [found[name] for name in sorted(found)]
 
     def console(self, name: str) -> Console:
         with self._translated(f"look up {name}"):
@@ -130,10 +153,7 @@ class LibvirtHypervisor:
             if existing := self._look_up(spec.name):
                 owner = read_domain(existing.XMLDesc(0)).owner
                 if owner is None or owner.farm != self._farm:
-                    raise NotOurs(
-                        f"{spec.name} exists and is not of farm {self._farm}",
-                        remedy="give the farm or the VM another name",
-                    )
+                    raise not_ours(spec.name, owner, self._farm)
                 raise Conflict(f"{spec.name} exists already", remedy="destroy it first")
             disk = self._disk_for(spec, template)
             try:
@@ -173,6 +193,23 @@ class LibvirtHypervisor:
         if disk := self._disks.find(name):
             self._check_disk(disk)
             self._disks.destroy(name)
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        import libvirt
+
+        self._disks.adopt(machine, whose)
+        with self._translated(f"adopt {machine}"):
+            domain = self._look_up(machine)
+            xml = domain.XMLDesc(0) if domain else ""
+            owner = read_domain(xml).owner if xml else None
+            if domain is None or owner is None or owner.farm != whose:
+                return
+            self._step(f"mark {machine} as ours")
+            where = libvirt.VIR_DOMAIN_AFFECT_CONFIG
+            if domain.isActive():
+                where |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+            mark = mark_of(xml, Owner(self._farm, owner.vm))
+            domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, mark, MARK_KEY, MARK_URI, where)
 
     # -- power ------------------------------------------------------------------------------------
 
@@ -312,12 +349,11 @@ class LibvirtHypervisor:
             if self._connection is None:
                 import libvirt
 
-                libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
                 end = time.monotonic() + _CONNECT_PATIENCE
                 while self._connection is None:
                     where = self._where()
                     try:
-                        self._connection = libvirt.open(where)
+                        self._connection = connect(where)
                     except libvirt.libvirtError as error:
                         # A daemon that is just dying still takes connections, drops them, then refuses
                         # them. ``_where`` starts ours once it is gone; another's we wait for no longer.
@@ -378,13 +414,12 @@ class LibvirtHypervisor:
     def _check(self, domain: libvirt.virDomain, name: str) -> DomainDefinition:
         seen = read_domain(domain.XMLDesc(0))
         if seen.owner is None or seen.owner.farm != self._farm:
-            whose = f"belongs to farm {seen.owner.farm}" if seen.owner else "is not farmhand's"
-            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+            raise not_ours(name, seen.owner, self._farm)
         return seen
 
     def _check_disk(self, disk: Disk) -> None:
         if disk.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {disk.machine} belongs to farm {disk.owner.farm}")
+            raise not_ours(f"the disk of {disk.machine}", disk.owner, self._farm)
 
     def _disk_for(self, spec: MachineSpec, template: Template) -> Disk:
         """The machine's disk: a new one, or the untouched one that a killed ``define`` left."""

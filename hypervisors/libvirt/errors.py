@@ -25,13 +25,11 @@ if TYPE_CHECKING:
 
 _FROM_RPC = 7
 _RPC, _SYSTEM, _INTERNAL, _NO_CONNECT, _INVALID_CONN = 39, 38, 1, 5, 6
-_LOST = re.compile(
-    r"[Ee]nd of file while|[Cc]onnection reset|[Bb]roken pipe|socket is closed|Cannot (write|recv)"
-)
+_LOST = r"[Ee]nd of file while|[Cc]onnection reset|[Bb]roken pipe|socket is closed|Cannot (write|recv)"
 _LIBXL_LOG = "/var/log/libvirt/libxl/libxl-driver.log"
-_NOBODY = re.compile(r"Failed to find user record for uid '(\d+)'")
-_KVM = re.compile(r"qemu-system-\w+: (?:error: )?(?!-).*(?:\bkvm|failed to set MSR)", re.IGNORECASE)
-_PORT = re.compile(r"host forwarding rule '\w+:([0-9.]*):(\d+)-")
+_NOBODY = r"Failed to find user record for uid '(\d+)'"
+_KVM = r"(?i)qemu-system-\w+: (?:error: )?(?!-).*(?:\bkvm|failed to set MSR)"
+_PORT = r"host forwarding rule '\w+:([0-9.]*):(\d+)-"
 
 
 def need_binding() -> None:
@@ -54,7 +52,7 @@ def connection_lost(error: libvirt.libvirtError) -> bool:
     return (
         error.get_error_domain() == _FROM_RPC
         and (code in {_RPC, _SYSTEM, _INTERNAL})
-        and bool(_LOST.search(message))
+        and bool(re.search(_LOST, message))
     )
 
 
@@ -77,7 +75,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
     message."""
     code = error.get_error_code()
     message = " ".join((error.get_error_message() or "unknown error").split())
-    if port := _PORT.search(message):
+    if port := re.search(_PORT, message):
         return Conflict(
             f"{doing}: port {port[2]} of {port[1] or 'this host'} is taken",
             remedy=f"see who has it (ss -ltnp 'sport = :{port[2]}'), or give the VM another ssh_port",
@@ -91,9 +89,9 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
         daemon = "virtlogd" if "virtlogd" in message else "libvirtd"  # the second asks the first
         return DriverFailed(
             f"{doing}: no {daemon} there: {message}",
-            remedy=f"systemctl start {daemon}; for KVM, without a 'uri' farmhand runs its own",
+            remedy=f"systemctl start {daemon}",
         )
-    if uid := _NOBODY.search(message):
+    if uid := re.search(_NOBODY, message):
         return Unsupported(
             f"{doing}: {message}",
             remedy=f"libvirt wants an account: uid {uid[1]} has none (getent passwd {uid[1]})",
@@ -114,7 +112,7 @@ def translate(error: libvirt.libvirtError, doing: str) -> FarmhandError:
         79: (DriverFailed, (Call("doctor"), " shows which permission is missing")),  # AUTH_CANCELLED
         88: (DriverFailed, "add this user to the group libvirt"),  # ACCESS_DENIED
     }
-    if _KVM.search(message):  # QEMU's words: it fails this guest, whatever was tried beforehand
+    if re.search(_KVM, message):  # QEMU's words: it fails this guest, whatever was tried beforehand
         without = "do without KVM: FARMHAND_ACCELERATOR=tcg, or accelerator: tcg of its host"
         return DriverFailed(f"{doing}: {message}", remedy=without)
     if "already exists with uuid" in message:

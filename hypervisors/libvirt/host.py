@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from hypervisors.api import Disks, Hypervisor
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.disks.section import DiskStore
 from hypervisors.disks.stores import StorePlace
 from hypervisors.far.address import is_far
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the first, for the annotations, which inventory has evaluat
     from hypervisors.far.drivers import FarHypervisor
     from hypervisors.far.link import Link
     from hypervisors.libvirt.opening import Place
+    from hypervisors.look import HostLook
     from inventory.fields import Line, Size
 
 TOOLS = (
@@ -61,6 +62,7 @@ class OpenLibvirt(OpenHost):
         super().__init__(around)
         self.declared = declared
         self._link: Link | None = None
+        self._looking: Link | None = None
 
     @abstractmethod
     def place(self) -> Place:
@@ -76,9 +78,19 @@ class OpenLibvirt(OpenHost):
 
     def close(self) -> None:
         super().close()
-        if self._link:
-            self._link.close()
-            self._link = None
+        for link in (self._link, self._looking):
+            if link:
+                link.close()
+        self._link = self._looking = None
+
+    def leases(self) -> Sequence[Leases]:
+        if self.declared.far:
+            from hypervisors.far.drivers import FarLeases
+
+            return (FarLeases(self._linked()),)
+        from hypervisors.libvirt.opening import leases_of
+
+        return leases_of(self.place(), self.around.directories)
 
     def far(self) -> FarHypervisor | None:
         if not self.declared.far:
@@ -126,18 +138,35 @@ class OpenLibvirt(OpenHost):
             self.store_place(), around.directories, around.runner, around.callbacks, self.reader_uid()
         )
 
+    def look(self, names: Sequence[str], proven: Sequence[str]) -> HostLook:
+        """Of another machine: in one question, to an agent that can't change anything there, if none is
+        there yet."""
+        if not self.declared.far:
+            return super().look(names, proven)
+        from hypervisors.far.drivers import far_look
+
+        with self._guard:
+            if self._link is None and self._looking is None:
+                self._looking = self._new_link(plan=True)
+            link = self._link or self._looking
+        assert link
+        return far_look(link, names, proven)
+
     def _linked(self) -> Link:
         """The link to the machine of that host, which its driver and its store share."""
         with self._guard:
             if self._link is None:
-                from hypervisors.far.address import far
-                from hypervisors.far.link import Link
-
-                self._check_far()
-                there, around = far(self.declared.uri), self.around
-                place = replace(self.place(), uri=there.uri)
-                self._link = Link(there.name, there.argv, place, around.callbacks, plan=around.plan)
+                self._link = self._new_link(plan=self.around.plan)
             return self._link
+
+    def _new_link(self, *, plan: bool) -> Link:
+        from hypervisors.far.address import far
+        from hypervisors.far.link import Link
+
+        self._check_far()
+        there = far(self.declared.uri)
+        place = replace(self.place(), uri=there.uri)
+        return Link(there.name, there.argv, place, self.around.callbacks, plan=plan, login=there.login)
 
     def _check_far(self) -> None:
         where = f"{self.around.farm_file}: host {self.around.host} is another machine"

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from host.documents import json_object, made, read_file
 from host.files import write_note
 from host.processes import boot_id
 from host.run import Runner, which
@@ -108,10 +109,10 @@ def _key(qemu: str) -> str:
 
 
 def _remembered(cache: Path, qemu: str) -> KvmVerdict | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = json.loads(_note(cache).read_text())
-        if kept.pop("key") == _key(qemu):
-            return KvmVerdict(**kept)
+    with contextlib.suppress(OSError, ValueError):
+        kept = json_object(read_file(_note(cache)))
+        if kept.get("key") == _key(qemu):
+            return made(KvmVerdict, kept)
     return None
 
 

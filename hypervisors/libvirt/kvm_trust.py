@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.documents import read_file
 from host.files import write_note
 from host.processes import boot_id
 from hypervisors.libvirt.kvm import distrust_kvm
@@ -27,8 +28,8 @@ class KvmTrust:
 
     def proven(self) -> bool:
         """Whether a guest has answered under KVM."""
-        with contextlib.suppress(OSError):
-            return self._note.read_text() == boot_id()
+        with contextlib.suppress(OSError, ValueError):
+            return read_file(self._note).decode() == boot_id()
         return False
 
     def prove(self) -> None:

@@ -56,7 +56,7 @@ class Xenstore:
             return None
         path = f"/local/domain/{self.domain}/{key}"
         text = self.runner.read("xenstore-read", path, ok=(0, 1), timeout=30).stdout.strip()
-        return int(text) if text.isdigit() else None
+        return int(text) if text.isascii() and text.isdigit() else None
 
 
 def least(maximum: int) -> int:

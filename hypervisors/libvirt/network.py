@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from hypervisors.libvirt.connecting import connect
 from hypervisors.libvirt.errors import translate
 
 if TYPE_CHECKING:
@@ -132,9 +133,8 @@ def _look_up(connection: libvirt.virConnect, name: str) -> libvirt.virNetwork | 
 def _connected(uri: str, doing: str) -> Iterator[libvirt.virConnect]:
     import libvirt
 
-    libvirt.registerErrorHandler(lambda *_: None, None)  # it prints on stderr otherwise
     try:
-        connection = libvirt.open(uri)
+        connection = connect(uri)
         try:
             yield connection
         finally:

@@ -4,16 +4,21 @@ looked up elsewhere, so that it can be done on another machine (``hypervisors.fa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from host.leases import FileLeases
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks
 from hypervisors.disks.stores import StorePlace
 from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
+from hypervisors.ownership import FarmIdentity
+
+_OF_POOLS = Path("/run/farmhand/leases")  # the same for all state and runtime directories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +33,7 @@ class Place:
     guests: Literal["pv", "pvh"] = "pv"
 
     @property
-    def farm(self) -> str:
+    def farm(self) -> FarmIdentity:
         return self.disks.farm
 
 
@@ -44,7 +49,22 @@ def open_machines(
     return LibvirtHypervisor(
         uri, place.farm, disks, runner,
         step=callbacks.step, kind=_kind(place, directories), working=callbacks.working,
+        warn=callbacks.warn,
     )  # fmt: skip
+
+
+def leases_of(place: Place, directories: Directories) -> Sequence[FileLeases]:
+    """Of those who change things on this machine, each user by himself: another one's marks are refused,
+    and libvirt defines no name twice; a lock that two users can both hold either can hold up for ever.
+    Besides, of those who have this store: a directory of files, or a pool or a volume group, which is
+    root's."""
+    found = [FileLeases(directories.runtime / "leases")]
+    if place.disks.pool:
+        kind = place.disks.store.partition("-")[0]
+        found.append(FileLeases(_OF_POOLS / f"{kind}-{place.disks.pool}"))
+    if place.disks.path is not None:
+        found.append(FileLeases(place.disks.path / ".leases"))
+    return found
 
 
 def _kind(place: Place, directories: Directories) -> DomainType:

@@ -29,6 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
+from host.documents import read_file
 from host.files import (
     check_own_directory,
     file_error,
@@ -37,10 +38,9 @@ from host.files import (
     open_new,
     own_directory,
 )
-from host.hints import NAMESPACES, ROOM, hint
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
-from inventory.errors import Call, CommandFailed, DriverFailed, Unsupported, WrongState
+from inventory.errors import Call, CommandFailed, DriverFailed, NotOurs, Unsupported, WrongState
 
 _ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
@@ -97,6 +97,11 @@ class PrivateLibvirt:
         check_runtime(self._runtime)
         check_own_directory(self._runtime.parent)  # before we trust what listens there
         check_own_directory(self._runtime)
+        if self.is_anothers():
+            raise NotOurs(
+                f"{self._runtime} has the private libvirtd of another state directory: {self._whose()}",
+                remedy="set FARMHAND_RUNTIME_DIR to another directory, or give the farm another name",
+            )
         if not self.running() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
@@ -105,6 +110,19 @@ class PrivateLibvirt:
                     self._start()
         mode = "system" if self._root else "session"
         return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
+
+    def is_anothers(self) -> bool:
+        """Whether the daemon that listens there is of another state directory."""
+        whose = self._whose()
+        if whose in ("", str(self._directory)):
+            return False
+        return Path(whose).exists() and self.running()
+
+    def _whose(self) -> str:
+        try:
+            return (self._run / "of").read_text(errors="replace").strip()
+        except OSError:
+            return ""
 
     def machines_running(self) -> tuple[str, ...]:
         """Names of the guests that live, whether or not the daemon does."""
@@ -126,11 +144,10 @@ class PrivateLibvirt:
                 parent_of(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
             }
             self._end_daemon()
-            for _, pid in self._guests():
-                _end(pid, signal.SIGKILL)
+            for name, pid in self._guests():
+                _end(pid, _guest(name), signal.SIGKILL)
             for pid in reapers:
-                if _ENCLOSE in _command_line(pid):
-                    _end(pid, None)  # by itself, now that it has no child
+                _end(pid, _ENCLOSE, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
                 _remove(path)
             if not any(self._definitions.glob("*.xml")):
@@ -195,6 +212,7 @@ class PrivateLibvirt:
         order = self._order(daemon)
         before = self._log.stat().st_size if self._log.exists() else 0
         self._blind.unlink(missing_ok=True)
+        _write(self._run / "of", [str(self._directory)])
         if self._hide_kvm:
             self._blind.touch(mode=0o600)
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
@@ -204,6 +222,8 @@ class PrivateLibvirt:
                 sys.executable, "-I", "-S", _ENCLOSE, json.dumps(order), timeout=_START_LIMIT
             )
         except CommandFailed as error:
+            from host.hints import NAMESPACES, ROOM, hint
+
             logged = _tail(self._log, before)
             said = [*error.stderr.strip().splitlines(), *logged]
             known = hint("\n".join(said), (ROOM, *NAMESPACES), directory=self._directory)
@@ -323,13 +343,13 @@ class PrivateLibvirt:
         doesn't count, nor a note from before a reboot."""
         for note in sorted(self._notes.glob("*.pid")):
             pid = _pid(note)
-            if pid and f"guest={note.stem}," in _command_line(pid):
+            if pid and _guest(note.stem) in _command_line(pid):
                 yield note.stem, pid
 
     def _end_daemon(self) -> None:
-        pid = _pid(self._pidfile)
-        if pid and str(self._pidfile) in _command_line(pid) and not _end(pid, signal.SIGTERM):
-            _end(pid, signal.SIGKILL)
+        pid, named = _pid(self._pidfile), str(self._pidfile)
+        if pid and not _end(pid, named, signal.SIGTERM):
+            _end(pid, named, signal.SIGKILL)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -398,9 +418,10 @@ def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
 
 def _pid(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        pid = int(read_file(path))
     except (OSError, ValueError):
         return None
+    return pid if 0 < pid < 2**31 else None
 
 
 def _command_line(pid: int) -> str:
@@ -410,15 +431,22 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-def _end(pid: int, how: signal.Signals | None) -> bool:
+def _guest(name: str) -> str:
+    """What a guest's command line has."""
+    return f"guest={name},"
+
+
+def _end(pid: int, sign: str, how: signal.Signals | None) -> bool:
     """Send the process a signal (None: none), and wait until it is gone. Returns False if it is still
-    there."""
+    there. ``sign``: part of its command line; a process without it has got the pid since, and is let
+    alone."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        return end(handle, how, timeout=_END_LIMIT)
+        # looked at only now: what has the pid after this is not what the descriptor is of
+        return sign not in _command_line(pid) or end(handle, how, timeout=_END_LIMIT)
     finally:
         os.close(handle)
 

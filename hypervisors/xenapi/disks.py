@@ -32,19 +32,23 @@ from hypervisors.api import (
     Capacity,
     Checkpoint,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     Power,
     StepFn,
     Template,
     no_step,
+    not_ours,
 )
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.leftovers import XenApiLeftovers
 from hypervisors.xenapi.pool import Pool, PoolMachine, freshness
 from hypervisors.xenapi.records import (
     DISK,
     NULL,
+    PREFIX,
     Vdi,
     XenApiVm,
     capacity_of,
@@ -61,7 +65,6 @@ from inventory.errors import (
     FarmhandError,
     NoSpace,
     NotFound,
-    NotOurs,
     Remedy,
     Unsupported,
     UsageError,
@@ -156,12 +159,44 @@ class XenApiDisks:
             vms, vdis = self.pool.all_vms(), self.pool.all_vdis()
             found = []
             for vm in vms:
-                if vm.kind != "machine" or vm.marks["farm"] != self._farm or vm.disk is None:
+                if vm.kind != "machine" or not vm.belongs(self._farm) or vm.disk is None:
                     continue
                 vdi = self.pool.disk_among(vm, vdis.values())
                 if vdi is not None:
                     found.append(self.disk(_from_lists(vm, vdi, vms)))
             return sorted(found, key=lambda disk: disk.machine)
+
+    def others(self) -> Sequence[Foreign]:
+        with translated("list the machines"):
+            found = {
+                vm.name: Foreign(vm.name, vm.owner) for vm in self.pool.all_vms()
+                if vm.kind == "machine" and vm.owner and vm.owner.farm.is_namesake(self._farm)
+            }  # fmt: skip
+            return [found[name] for name in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """With the templates of that farm, for its disks grew from them. The machine comes last: until
+        then all of it is found again."""
+        with translated(f"adopt {machine}"):
+            vms = [vm for vm in self.pool.all_vms() if vm.belongs(whose)]
+            machines = [vm for vm in vms if vm.kind == "machine" and vm.name == machine]
+            refs, roles = {vm.ref for vm in machines}, {vm.marks.get("vm") for vm in machines}
+            parts = [vm for vm in vms if vm.kind == "template"]
+            parts += [vm for vm in vms if vm.kind == "checkpoint" and vm.record["snapshot_of"] in refs]
+            if not machines:
+                return
+            for vdi in self.pool.all_vdis().values():
+                config = vdi.record["other_config"]
+                farm, vm_ = (str(config.get(PREFIX + key, "")) for key in ("farm", "vm"))
+                if vm_ in roles and FarmIdentity.of(farm) == whose:
+                    self._step(f"mark VDI {vdi.uuid} as ours")
+                    ours = {**config, f"{PREFIX}farm": self._farm.mark}
+                    self.pool.call("VDI.set_other_config", vdi.ref, ours)
+            for vm in (*parts, *machines):
+                self._step(f"mark {vm.name} as ours")
+                ours = vm.other_config({**vm.marks, "farm": self._farm.mark})
+                self.pool.call("VM.set_other_config", vm.ref, ours)
+            self.pool.keep()
 
     def capacity(self) -> Capacity:
         with translated("look at the storage repository"):
@@ -208,7 +243,7 @@ class XenApiDisks:
         if vm is None:
             return
         if vm.owner is None or vm.owner.farm != self._farm:
-            raise NotOurs(f"{machine} exists on the server and is not of farm {self._farm}")
+            raise not_ours(machine, vm.owner, self._farm)
         raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
 
     @contextlib.contextmanager
@@ -231,7 +266,7 @@ class XenApiDisks:
             try:
                 vdi = self._sized(vdi, size)
                 yield vm, vdi, {
-                    "farm": owner.farm, "vm": owner.vm, "kind": "machine",
+                    "farm": owner.farm.mark, "vm": owner.vm, "kind": "machine",
                     "disk": f"{vdi.uuid} {vdi.ref}", "size": str(vdi.size),
                     "template": template.label, "base": "clean",
                     "source": template.ref, "created": datetime.now(UTC).isoformat(),
@@ -319,7 +354,7 @@ class XenApiDisks:
         call("VM.set_other_config", vm.ref, vm.other_config({**before, "fresh": fresh}))
         snapshot = XenApiVm(ref, record)
         marks = {
-            "farm": owner.farm, "vm": owner.vm, "kind": "checkpoint",
+            "farm": owner.farm.mark, "vm": owner.vm, "kind": "checkpoint",
             "checkpoint": name, "created": datetime.now(UTC).isoformat(),
         }  # fmt: skip
         config = snapshot.other_config(marks)
@@ -468,8 +503,7 @@ class XenApiDisks:
         if vm is None:
             raise NotFound(f"{machine} has no disk here", remedy=(Call("clone-farm"), " makes it"))
         if vm.owner is None or vm.owner.farm != self._farm:
-            whose = f"of farm {vm.owner.farm}" if vm.owner else "not farmhand's"
-            raise NotOurs(f"{machine} is {whose}: left alone")
+            raise not_ours(machine, vm.owner, self._farm)
         return self.pool.seen(vm)
 
     # -- removing ---------------------------------------------------------------------------------
@@ -518,7 +552,7 @@ def _from_lists(vm: XenApiVm, vdi: Vdi, vms: Sequence[XenApiVm]) -> PoolMachine:
     ours = [
         s for s in vms
         if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref
-        and s.marks["farm"] == vm.marks["farm"]
+        and vm.owner and s.belongs(vm.owner.farm)
     ]  # fmt: skip
     ours.sort(key=lambda s: checkpoint_of(s).created)
     return PoolMachine(vm, vdi, tuple(ours), (), {}, None, "")

@@ -17,6 +17,7 @@ from hypervisors.api import (
     Capabilities,
     Checkpoint,
     Console,
+    Foreign,
     Leftover,
     Machine,
     MachineSpec,
@@ -28,9 +29,11 @@ from hypervisors.api import (
     disk_with_data,
     marked_address,
     no_step,
+    not_ours,
     spec_hash,
 )
 from hypervisors.libvirt.balloon import Approach
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.disks import XenApiDisks, without_disk
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
@@ -43,7 +46,6 @@ from inventory.errors import (
     Conflict,
     FarmhandError,
     NotFound,
-    NotOurs,
     TimedOut,
     Unsupported,
     UsageError,
@@ -116,12 +118,18 @@ class XenApiHypervisor:
         with translated("list the machines"):
             found = [
                 vm for vm in self._pool.all_vms()
-                if vm.kind == "machine" and vm.marks["farm"] == self._farm and vm.marks.get("spec")
+                if vm.kind == "machine" and vm.belongs(self._farm) and vm.marks.get("spec")
             ]  # fmt: skip
             running = any(_is_on(vm) for vm in found)
             metrics = self._pool.call("VM_metrics.get_all_records") if running else {}
             machines = [self._machine(vm, metrics.get(vm.record["metrics"])) for vm in found]
             return sorted(machines, key=lambda machine: machine.name)
+
+    def others(self) -> Sequence[Foreign]:
+        return self._disks.others()
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        self._disks.adopt(machine, whose)
 
     def _metrics(self, vm: XenApiVm) -> Mapping[str, Any] | None:
         """Of one that runs: else they say nothing that the record doesn't."""
@@ -292,7 +300,7 @@ class XenApiHypervisor:
         if vm.marks.get("seedsum") == digest and any(vdi != NULL for vdi in before.values()):
             return {"seed": path, "seedsum": digest}
         size = -(-file.stat().st_size // 2**20) * 2**20
-        marks = {"farm": self._farm, "vm": owner.vm, "kind": "seed"}
+        marks = {"farm": self._farm.mark, "vm": owner.vm, "kind": "seed"}
         with temporary_name(owner) as name:
             vdi = self._pool.new_vdi(name, size, {PREFIX + k: v for k, v in marks.items()})
             try:
@@ -300,7 +308,7 @@ class XenApiHypervisor:
                 for ref in before:
                     self._pool.ignoring_gone("VBD.destroy", ref)
                 self._pool.attach(vm.ref, vdi, SEED, read_only=True)
-                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm}-{owner.vm} seed")
+                self._pool.call("VDI.set_name_label", vdi, f"{owner.farm.name}-{owner.vm} seed")
             except BaseException:
                 with contextlib.suppress(Exception):  # found later, by its name
                     self._pool.destroy_vdi(vdi)
@@ -513,7 +521,7 @@ class XenApiHypervisor:
         found = list(self._disks.leftovers())
         with translated("look for leftovers"):
             vdis, vms = self._pool.all_vdis().values(), self._pool.all_vms()
-            ours = [vm for vm in vms if vm.kind == "machine" and vm.marks["farm"] == self._farm]
+            ours = [vm for vm in vms if vm.kind == "machine" and vm.belongs(self._farm)]
         for vm in sorted(ours, key=lambda vm: vm.name):
             lost = vm.marks.get("spec") and self._pool.disk_among(vm, vdis) is None
             of_it = (s for s in vms if s.kind == "checkpoint" and s.record["snapshot_of"] == vm.ref)
@@ -557,8 +565,7 @@ class XenApiHypervisor:
 
     def _check(self, vm: XenApiVm, name: str) -> None:
         if vm.owner is None or vm.owner.farm != self._farm:
-            whose = f"belongs to farm {vm.owner.farm}" if vm.owner else "is not farmhand's"
-            raise NotOurs(f"{name} {whose}: left alone", remedy="give the farm or the VM another name")
+            raise not_ours(name, vm.owner, self._farm)
 
 
 def _current(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> int:

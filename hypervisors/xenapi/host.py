@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from hypervisors.api import Disks, Hypervisor
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.host import DrivenHost, OpenHost, Surroundings
 from inventory.base import at_key
 from inventory.hosts import DriverInfo
@@ -107,8 +108,18 @@ class OpenXenApi(OpenHost):
             Sessions(server), around.farm, sr=declared.sr or "", copy=declared.copy_mode == "full",
             progress=lambda what, part: around.callbacks.working(f"{what}: {part:.0%}"),
             notes=Notes(around.directories.farm / f"xenapi-{around.host}", plan=around.plan),
+            warn=around.callbacks.warn,
         )  # fmt: skip
         return XenApiDisks(pool, around.runner, step=around.callbacks.step)
+
+    def leases(self) -> Sequence[Leases]:
+        from hypervisors.xenapi.disks import XenApiDisks
+        from hypervisors.xenapi.leases import PoolLeases
+
+        served = self.disks()
+        assert isinstance(served, XenApiDisks)
+        working = self.around.callbacks.working
+        return (PoolLeases(self._declared.uri, served.pool.sessions, working),)
 
     def _turns(self) -> Path:
         """The lock of all this user's commands for one storage repository, whatever their farms."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from hypervisors.api import Leftover, Owner, Power, StepFn
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import translated
 from hypervisors.xenapi.pool import Pool, PoolMachine
-from hypervisors.xenapi.records import PREFIX, Vdi, XenApiVm
+from hypervisors.xenapi.records import Vdi, XenApiVm
 from hypervisors.xenapi.temporary_names import is_dead, made_for
 from hypervisors.xenapi.wait import look
 
@@ -79,7 +80,7 @@ class XenApiLeftovers:
         self, vm: XenApiVm, vms: Sequence[XenApiVm]
     ) -> Iterator[tuple[str, Owner | None, str]]:
         written = vm.written
-        if written.get("farm") != self._farm:
+        if vm.meant_for != self._farm:
             return
         if vm.kind == "gone":
             yield "file", Owner(self._farm, written["vm"]) if written.get("vm") else None, \
@@ -90,19 +91,19 @@ class XenApiLeftovers:
             yield "checkpoint", vm.owner, "its machine is gone"
 
     def _vdi_owner(self, vdi: Vdi) -> Owner | None:
-        vm = vdi.record["other_config"].get(PREFIX + "vm")
+        vm = vdi.written.get("vm")
         return Owner(self._farm, vm) if vm else _meant_for(str(vdi.record["name_label"]))
 
     def _why_vdi_left(self, vdi: Vdi) -> str:
-        config, name = vdi.record["other_config"], str(vdi.record["name_label"])
+        marks, name = vdi.written, str(vdi.record["name_label"])
         if vdi.uuid in self._nameless:
             return "it was being made when its server lost its power, and its name with it"
-        if config.get(PREFIX + "farm") != self._farm or vdi.record["VBDs"]:
+        if FarmIdentity.of(marks.get("farm", "")) != self._farm or vdi.record["VBDs"]:
             return ""
         if is_dead(name):
             return "it was being made"
-        is_seed = config.get(PREFIX + "kind") == "seed" and not made_for(name)
-        return "its machine has another" if is_seed and PREFIX + "vm" in config else ""
+        is_seed = marks.get("kind") == "seed" and not made_for(name)
+        return "its machine has another" if is_seed and "vm" in marks else ""
 
     def discard(self, leftover: Leftover) -> None:
         """Remove a leftover, which is looked up again first: what is none any more stays."""
@@ -127,7 +128,7 @@ class XenApiLeftovers:
         """A disk that some machine's mark names by now is that machine's: it is attached there."""
         named = {}
         for other in vms:
-            if other.kind == "machine" and other.marks["farm"] == self._farm and other.disk:
+            if other.kind == "machine" and other.belongs(self._farm) and other.disk:
                 named[other.disk[1]] = other
         refs = look(self.pool.sessions, [f"vbd/{v}" for v in vm.record["VBDs"]]).records \
             if vm.record["VBDs"] else {}  # fmt: skip

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypervisors.api import Power
+from hypervisors.api import Power, WarnFn, no_warning
+from hypervisors.marks import DamagedMarks
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
-from hypervisors.xenapi.records import DISK, NULL, PREFIX, Vdi, XenApiVm, checkpoint_of
+from hypervisors.xenapi.records import DISK, NULL, Vdi, XenApiVm, checkpoint_of
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
 from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
@@ -110,16 +112,18 @@ class Pool:
     def __init__(
         self,
         sessions: Sessions,
-        farm: str,
+        farm: FarmIdentity,
         *,
         sr: str = "",
         copy: bool = False,
         progress: ProgressFn = no_progress,
         notes: Notes | None = None,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``notes``: where what was made for us is noted, on this machine's disk."""
         self.sessions, self.farm, self.copy = sessions, farm, copy
         self.notes = notes or Notes()
+        self._damaged = DamagedMarks(warn)
         self._sr_name, self._sr = sr, ""
         self._progress = progress
         self._guard = threading.Lock()
@@ -251,11 +255,12 @@ class Pool:
                 if error.code in GONE:  # it went between the two
                     continue
                 raise
+            self._tell(vm)
             if vm.is_machine and vm.kind != "gone":
                 found.append(vm)
         best = max(
             found,
-            key=lambda vm: (vm.kind == "machine", bool(vm.owner and vm.owner.farm == self.farm)),
+            key=lambda vm: (vm.kind == "machine", vm.belongs(self.farm)),
             default=None,
         )
         if best is not None and self._is_ours(best):
@@ -268,7 +273,7 @@ class Pool:
         self._refs[name] = ref
 
     def _is_ours(self, vm: XenApiVm) -> bool:
-        return vm.is_machine and vm.kind == "machine" and vm.marks["farm"] == self.farm
+        return vm.is_machine and vm.kind == "machine" and vm.belongs(self.farm)
 
     def seen(self, vm: XenApiVm) -> PoolMachine:
         wanted = [f"vm/{ref}" for ref in vm.record["snapshots"]]
@@ -281,7 +286,7 @@ class Pool:
         batch = look(self.sessions, wanted)
         records = {ref: record for ref, record in batch.records.items() if record is not None}
         snapshots = [XenApiVm(ref, records[ref]) for ref in vm.record["snapshots"] if ref in records]
-        ours = [s for s in snapshots if s.kind == "checkpoint" and s.marks["farm"] == self.farm_of(vm)]
+        ours = [s for s in snapshots if s.kind == "checkpoint" and vm.owner and s.belongs(vm.owner.farm)]
         return PoolMachine(
             vm=vm,
             vdi=self._disk(vm, records),
@@ -291,10 +296,6 @@ class Pool:
             source=XenApiVm(template, records[template]) if template in records else None,
             token=batch.token,
         )
-
-    @staticmethod
-    def farm_of(vm: XenApiVm) -> str:
-        return vm.marks.get("farm", "")
 
     def _disk(self, vm: XenApiVm, records: Mapping[str, Record]) -> Vdi | None:
         """The machine's disk, by its mark's uuid; its reference may have changed, as when storage was
@@ -327,14 +328,21 @@ class Pool:
         for vdi in vdis:
             if vdi.uuid == vm.disk[0]:
                 return vdi
-            is_seed = vdi.record["other_config"].get(f"{PREFIX}kind") == "seed"
+            is_seed = vdi.written.get("kind") == "seed"
             if not is_seed and set(vdi.record["VBDs"]) & set(vm.record["VBDs"]):
                 found = vdi
         return found
 
     def all_vms(self) -> list[XenApiVm]:
         self._looks()
-        return [XenApiVm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+        vms = [XenApiVm(ref, record) for ref, record in self.call("VM.get_all_records").items()]
+        for vm in vms:
+            self._tell(vm)
+        return vms
+
+    def _tell(self, vm: XenApiVm) -> None:
+        if damaged := vm.damaged:
+            self._damaged.tell(f"VM {vm.name} ({vm.uuid})", damaged)
 
     def all_vdis(self) -> dict[str, Vdi]:
         records = self.call("VDI.get_all_records")

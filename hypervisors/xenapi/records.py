@@ -8,12 +8,15 @@ written for (``farmhand:uuid``), and on any other one it counts for nothing but 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hypervisors.answers import answer_of
 from hypervisors.api import Capacity, Checkpoint, Owner, Power, Template
+from hypervisors.marks import DamagedMark, moment, read_fields
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import DriverFailed
 
 PREFIX = "farmhand:"
@@ -25,6 +28,22 @@ DISK = "0"
 """The user device of a machine's disk; its seed's is ``SEED``."""
 SEED = "3"
 
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "machine": ("farm", "vm"),
+    "checkpoint": ("farm", "vm", "checkpoint", "created"),
+    "template": ("farm", "label", "size", "sha256", "created", "origin", "firstboot"),
+    **dict.fromkeys(("making", "gone", "seed"), ("farm",)),
+}
+"""Of the marks of that kind."""
+_WITH_DISK = ("template", "created")
+_OF_VMS = {
+    **dict.fromkeys(("uuid", "name_label", "power_state"), str),
+    **dict.fromkeys(("is_a_template", "is_a_snapshot", "is_control_domain"), bool),
+    **dict.fromkeys(("VBDs", "snapshots"), list),
+    "other_config": dict,
+}
+_OF_VDIS = {"uuid": str}
+
 _POWER = {
     "Running": Power.RUNNING,
     "Halted": Power.STOPPED,
@@ -35,10 +54,21 @@ _POWER = {
 
 @dataclass(frozen=True, slots=True)
 class XenApiVm:
-    """A VM, template or snapshot as the server has it."""
+    """A VM, template or snapshot as the server has it. ``written``: our marks, also those inherited from
+    elsewhere; empty where they are damaged. ``damaged``: what is wrong with those that were written for
+    it; "" where nothing is."""
 
     ref: str
     record: Mapping[str, Any]
+    written: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    damaged: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check(self.record, _OF_VMS, "VM")
+        written, damaged = read_marks(self.record)
+        mine = self.record["other_config"].get(f"{PREFIX}uuid") == self.uuid
+        object.__setattr__(self, "written", written)
+        object.__setattr__(self, "damaged", damaged if mine else "")
 
     @property
     def uuid(self) -> str:
@@ -63,12 +93,6 @@ class XenApiVm:
         )
 
     @property
-    def written(self) -> Mapping[str, str]:
-        """Our marks, also those inherited from elsewhere."""
-        config = self.record["other_config"]
-        return {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
-
-    @property
     def marks(self) -> Mapping[str, str]:
         """Our marks that were written for this very object; empty: it isn't ours."""
         written = self.written
@@ -83,7 +107,15 @@ class XenApiVm:
     @property
     def owner(self) -> Owner | None:
         marks = self.marks
-        return Owner(marks["farm"], marks.get("vm", "")) if "farm" in marks else None
+        return Owner(FarmIdentity.of(marks["farm"]), marks.get("vm", "")) if "farm" in marks else None
+
+    def belongs(self, farm: FarmIdentity) -> bool:
+        return self.owner is not None and self.owner.farm == farm
+
+    @property
+    def meant_for(self) -> FarmIdentity:
+        """By our marks, also inherited ones: what is being made has its source's."""
+        return FarmIdentity.of(self.written.get("farm", ""))
 
     @property
     def disk(self) -> tuple[str, str] | None:
@@ -105,9 +137,17 @@ class Vdi:
     ref: str
     record: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        _check(self.record, _OF_VDIS, "VDI")
+
     @property
     def uuid(self) -> str:
         return str(self.record["uuid"])
+
+    @property
+    def written(self) -> Mapping[str, str]:
+        """Our marks; empty where they are damaged."""
+        return read_marks(self.record)[0]
 
     @property
     def size(self) -> int:
@@ -120,6 +160,28 @@ class Vdi:
     @property
     def path(self) -> Path:
         return vdi_path(self.uuid)
+
+
+def read_marks(record: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
+    """The marks in an object's ``other_config``, and what is wrong with them."""
+    config = record["other_config"]
+    marks = {k.removeprefix(PREFIX): v for k, v in config.items() if k.startswith(PREFIX)}
+    needed = _NEEDED.get(str(marks.get("kind")), ())
+    try:
+        return read_fields(marks, (*needed, *(_WITH_DISK if "disk" in marks else ()))), ""
+    except DamagedMark as error:
+        return {}, str(error)
+
+
+def _check(record: Mapping[str, Any], fields: Mapping[str, type], what: str) -> None:
+    """DriverFailed for a record of another shape than every XenAPI server's."""
+    for key, kind in fields.items():
+        if not isinstance(record.get(key), kind):
+            raise DriverFailed(
+                f"the XenAPI server gave a record of a {what} that can't be read: "
+                f"its {key} is {type(record.get(key)).__name__}, not {kind.__name__}",
+                remedy="see its version, and what `xe vm-param-list` or `xe vdi-param-list` shows there",
+            )
 
 
 def vdi_path(uuid: str) -> Path:
@@ -135,33 +197,29 @@ def checkpoint_of(vm: XenApiVm) -> Checkpoint:
 
 
 def template_of(vm: XenApiVm) -> Template:
-    """DriverFailed where somebody changed its marks by hand."""
+    """Of one of that kind."""
     marks = vm.marks
-    try:
-        name, _, generation = marks["label"].rpartition("@")
-        return Template(
-            name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
-            sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
-            firstboot=marks["firstboot"],
-        )  # fmt: skip
-    except (KeyError, ValueError) as error:
-        raise DriverFailed(
-            f"template {vm.name} ({vm.uuid}): its farmhand marks are damaged: {error}",
-            remedy="xe vm-param-list shows them, in other-config",
-        ) from None
+    name, _, generation = marks["label"].rpartition("@")
+    return Template(
+        name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
+        sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
+        firstboot=marks["firstboot"],
+    )  # fmt: skip
 
 
 def when(text: str) -> datetime:
-    return datetime.fromisoformat(text)
+    return moment(text)
 
 
 def started(metrics: Mapping[str, Any]) -> datetime:
     """VM_metrics.start_time: XML-RPC's dateTime, in UTC; 1970 for what doesn't run."""
-    text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
-    return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
+    with answer_of("xapi", "the XenAPI server"):
+        text = str(metrics["start_time"]).rstrip("Z").replace("-", "")
+        return datetime.strptime(text, "%Y%m%dT%H:%M:%S").replace(tzinfo=UTC)
 
 
 def capacity_of(sr: Mapping[str, Any]) -> Capacity:
     """The capacity that a storage repository's record tells."""
-    total = int(sr["physical_size"])
-    return Capacity(total, max(0, total - int(sr["physical_utilisation"])))
+    with answer_of("xapi", "the XenAPI server"):
+        total = int(sr["physical_size"])
+        return Capacity(total, max(0, total - int(sr["physical_utilisation"])))

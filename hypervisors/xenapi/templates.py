@@ -88,7 +88,7 @@ class TemplateImages:
 
     def _import(self, raw: Path, template: Template) -> Template:
         call = self.pool.call
-        marks = {"farm": self._farm, "kind": "making"}
+        marks = {"farm": self._farm.mark, "kind": "making"}
         config = {PREFIX + key: value for key, value in marks.items()}
         with temporary_name(Owner(self._farm, "")) as name:
             vdi, vm = "", ""
@@ -101,7 +101,7 @@ class TemplateImages:
                     _HVM | {
                         "name_label": name,
                         "name_description": f"farmhand's golden disk {template.label}, "
-                        f"farm {self._farm}: {template.origin}",
+                        f"farm {self._farm.name}: {template.origin}",
                         "memory_static_min": str(_LEAST_MEMORY), "memory_static_max": memory,
                         "memory_dynamic_min": memory, "memory_dynamic_max": memory,
                         "other_config": config,
@@ -109,11 +109,11 @@ class TemplateImages:
                 )  # fmt: skip
                 call("VM.set_blocked_operations", vm, _BLOCKED)
                 self.pool.attach(vm, vdi, DISK, read_only=False)
-                label = f"{self._farm} {template.label}"
+                label = f"{self._farm.name} {template.label}"
                 call("VDI.set_name_label", vdi, label)
                 made = XenApiVm(vm, call("VM.get_record", vm))
                 sealed = {
-                    "farm": self._farm, "kind": "template", "label": template.label,
+                    "farm": self._farm.mark, "kind": "template", "label": template.label,
                     "size": str(template.size), "sha256": template.sha256,
                     "created": template.created.isoformat(), "origin": template.origin,
                     "firstboot": template.firstboot,
@@ -137,7 +137,7 @@ class TemplateImages:
 
     def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
         """The farm's templates among these VMs."""
-        return [vm for vm in vms if vm.kind == "template" and vm.marks["farm"] == self._farm]
+        return [vm for vm in vms if vm.kind == "template" and vm.belongs(self._farm)]
 
     def remove(self, label: str) -> None:
         with translated(f"remove template {label}"):
@@ -148,7 +148,7 @@ class TemplateImages:
             users = [
                 vm.name for vm in vms
                 if vm.kind == "machine" and vm.marks.get("template") == label
-                and vm.marks["farm"] == self._farm
+                and vm.belongs(self._farm)
             ]  # fmt: skip
             if users:
                 raise WrongState(

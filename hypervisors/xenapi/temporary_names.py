@@ -16,13 +16,15 @@ from collections.abc import Iterator
 
 from host.processes import started
 from hypervisors.api import Owner
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.records import NEW
 
 _ELSEWHERE = 6 * 3600.0
 """Seconds after which what another machine began counts as dead: longer than any call or task lasts."""
 _NAME = re.compile(
-    re.escape(NEW) + r"(?P<farm>[^/ ]+)/(?P<vm>[^/ ]*) (?P<host>\S+):(?P<pid>\d+):(?P<start>\d+):"
-    r"(?P<time>\d+):(?P<number>\d+)"
+    re.escape(NEW) + r"(?P<farm>[A-Za-z0-9][\w.:-]*)/(?P<vm>([A-Za-z0-9][\w.-]*)?) (?P<host>[\w.-]+):"
+    r"(?P<pid>\d{1,18}):(?P<start>\d{1,18}):(?P<time>\d{1,18}):(?P<number>\d{1,18})",
+    re.ASCII,
 )
 _numbers = itertools.count(1)
 _active: set[str] = set()
@@ -33,8 +35,9 @@ _guard = threading.Lock()
 def temporary_name(owner: Owner) -> Iterator[str]:
     """A new name for something under construction, which counts as alive within the ``with``."""
     pid = os.getpid()
+    farm = FarmIdentity(owner.farm.name, owner.farm.id)  # not its file: names are short
     maker = f"{_here()}:{pid}:{started(pid)}:{int(time.time())}:{next(_numbers)}"
-    name = f"{NEW}{owner.farm}/{owner.vm} {maker}"
+    name = f"{NEW}{farm.mark}/{owner.vm} {maker}"
     with _guard:
         _active.add(name)
     try:
@@ -47,7 +50,7 @@ def temporary_name(owner: Owner) -> Iterator[str]:
 def made_for(name: str) -> Owner | None:
     """Whose it was to be, by its name; None if the name isn't one of ours."""
     match = _NAME.fullmatch(name)
-    return Owner(match["farm"], match["vm"]) if match else None
+    return Owner(FarmIdentity.of(match["farm"]), match["vm"]) if match else None
 
 
 def is_dead(name: str) -> bool:

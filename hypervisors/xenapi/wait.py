@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hypervisors.answers import answer_of
 from hypervisors.xenapi.errors import XenApiError
 from hypervisors.xenapi.session import Sessions
 from inventory.errors import Call, FarmhandError, TimedOut
@@ -41,9 +42,10 @@ def look(sessions: Sessions, classes: Sequence[str], token: str = "", timeout: f
     (``token`` empty), or those that changed since. ``timeout``, in seconds: for a first change."""
     answer = sessions.call("event.from", list(classes), token, float(timeout))
     records: dict[str, Mapping[str, Any] | None] = {}
-    for event in answer["events"]:
-        records[event["ref"]] = event.get("snapshot") if event["operation"] != "del" else None
-    return Batch(records, answer["token"])
+    with answer_of("xapi", sessions.url):
+        for event in answer["events"]:
+            records[event["ref"]] = event.get("snapshot") if event["operation"] != "del" else None
+        return Batch(records, answer["token"])
 
 
 def watch(

@@ -140,7 +140,7 @@ class WarmCheckpoints:
                         remedy="see /var/log/xensource.log on the server",
                     )
                 marks = {
-                    "farm": vm.owner.farm, "vm": vm.owner.vm, "kind": "checkpoint", "warm": "yes",
+                    "farm": vm.owner.farm.mark, "vm": vm.owner.vm, "kind": "checkpoint", "warm": "yes",
                     "checkpoint": name, "created": datetime.now(UTC).isoformat(),
                     "moment": seen.vdi.uuid,
                 }  # fmt: skip

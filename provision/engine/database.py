@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from host.files import foreign, make_directory, own_file
+from host.documents import Malformed
+from host.files import check_files_left, foreign, make_directory, own_file
 from host.processes import described, lockers
 from inventory.errors import Busy, FarmhandError, NoSpace, WrongState
 
 PATIENCE = 30  # seconds for somebody else's transaction
+FILES = 4
+"""That SQLite has open at once: its file, two beside it, the directory. Where it can't have them, it
+doesn't say why."""
 _BESIDE = ("-wal", "-shm", "-journal")  # names of files that SQLite keeps beside one
 
 
@@ -22,10 +27,11 @@ def transaction(
     """A transaction on the SQLite file at ``path``. With ``write`` it is durable when it is left, and
     rolled back when it is left by an error. Without ``write`` None where nothing was ever written.
     ``schema``: statements that do nothing where all is there; ``version`` is their number, from 1.
-    ``remedy``: what to do about a file that is damaged or in another format.
+    ``remedy``: what to do about a file that is damaged or in another format; damaged it is, too, where
+    the ``with`` is left by Malformed.
 
     Errors: Busy, NoSpace, WrongState."""
-    if not write and not path.exists():
+    if not write and not os.path.lexists(path):
         yield None
         return
     if write:
@@ -39,12 +45,14 @@ def transaction(
         ) as db:
             filled = refuse_foreign(db, path, version, remedy)
             if write:
-                fresh = f"BEGIN IMMEDIATE; {schema} PRAGMA user_version = {version}; COMMIT;"
-                db.executescript(f"PRAGMA synchronous = FULL; {fresh}")
-                db.execute("BEGIN IMMEDIATE")
+                # In one transaction: each costs four fsync(2).
+                fresh = "" if filled else f"{schema} PRAGMA user_version = {version};"
+                db.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {fresh}")
             yield db if write or filled else None
             if write:
                 db.execute("COMMIT")
+    except Malformed as error:  # what is in its rows
+        raise _damaged(path, error, remedy) from error
     except sqlite3.Error as error:
         raise _failed(path, error, remedy) from error
 
@@ -90,6 +98,11 @@ def _failed(path: Path, error: sqlite3.Error, remedy: str) -> FarmhandError:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return busy(path, str(path))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        check_files_left(FILES, f"use {path}")
         check = f"check owner, permissions and mount of {path.parent}"
         return WrongState(f"cannot use {path}: {error}", remedy=check)
+    return _damaged(path, error, remedy)
+
+
+def _damaged(path: Path, error: Exception, remedy: str) -> WrongState:
     return WrongState(f"{path} is damaged, or not to be read: {error}", remedy=remedy)

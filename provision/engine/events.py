@@ -27,6 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from host.documents import moment, texts
 from host.file_lock import FileLock
 from host.files import own_directory
 from inventory.errors import FarmhandError
@@ -326,15 +327,21 @@ class _Courier(threading.Thread):
         return None
 
     def _next(self, db: sqlite3.Connection) -> tuple[int, Event, int, float, datetime] | None:
-        row = db.execute(
-            "SELECT id, event, type, body, tries, due, at FROM outbox WHERE subscriber = ?"
-            " ORDER BY id LIMIT 1",
-            (self._subscriber,),
-        ).fetchone()
-        if row is None:
-            return None
-        number, key, kind, body, tries, due, at = row
-        return number, Event(key, kind, body.encode()), tries, due, datetime.fromisoformat(at)
+        while True:
+            row = db.execute(
+                "SELECT id, event, type, body, tries, due, at FROM outbox WHERE subscriber = ?"
+                " ORDER BY id LIMIT 1",
+                (self._subscriber,),
+            ).fetchone()
+            if row is None:
+                return None
+            number, key, kind, body, tries, due, at = row
+            try:
+                key, kind, body = texts([key, kind, body], "an event")
+                return number, Event(key, kind, body.encode()), int(tries), float(due), moment(at, "at")
+            except (TypeError, ValueError, OverflowError) as error:
+                with transaction(db):
+                    _give_up(db, number, f"it is damaged: {error}")
 
     def _try(self, db: sqlite3.Connection, id: int, event: Event, tries: int, at: datetime) -> None:
         # Before it is tried, so that a try that nobody saw the end of counts, too. After the first one,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -17,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from host.files import make_directory
+from host.documents import json_object, json_value, moment, texts
+from host.files import check_files_left, make_directory
 from host.processes import Process
 from inventory.errors import (
     FarmhandError,
@@ -30,7 +32,7 @@ from inventory.errors import (
     remedy_of,
 )
 from provision.engine import events
-from provision.engine.database import PATIENCE, busy, own_database, refuse_foreign
+from provision.engine.database import FILES, PATIENCE, busy, own_database, refuse_foreign
 from provision.engine.events import Outbox
 from provision.engine.facts import Facts, to_json
 from provision.engine.record import Record
@@ -257,14 +259,14 @@ class Journal:
     def troubles(self) -> tuple[str, ...]:
         """What of the outbox could not be delivered so far, or was given up, in words."""
         outbox = self._outbox
-        if outbox is None or not self.path.exists():
+        if outbox is None or not os.path.lexists(self.path):
             return ()
         return self._use(outbox.troubles)
 
     def _records(
         self, rest: str, arguments: tuple[object, ...], *, steps: bool = True
     ) -> tuple[Record, ...]:
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return ()
 
         def run(connection: sqlite3.Connection) -> tuple[Record, ...]:
@@ -285,11 +287,11 @@ class Journal:
                     # read as unchanging while somebody began to write: look again, the next time too
                     self.close()
                 raise self._failure(error) from error
-            except (ValueError, KeyError) as error:
+            except ValueError as error:
                 raise self._damaged(str(error)) from error
 
     def _open(self) -> sqlite3.Connection:
-        if not self._writable:
+        if not self._writable or self._read_only():
             return self._open_for_reading()
         make_directory(self.path.parent, mode=0o711)
         with contextlib.suppress(OSError):  # SQLite says why
@@ -322,6 +324,13 @@ class Journal:
             connection.close()
             raise
         return connection
+
+    def _read_only(self) -> bool:
+        """Whether its file system is mounted so: what was done can be looked at all the same."""
+        try:
+            return bool(os.statvfs(self.path.parent).f_flag & os.ST_RDONLY)
+        except OSError:
+            return False
 
     def _open_for_reading(self) -> sqlite3.Connection:
         # Without a -wal file nobody has it open, and "immutable" makes no -shm file beside it.
@@ -362,6 +371,7 @@ class Journal:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return busy(self.path, f"the journal {self.path}")
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            check_files_left(FILES, f"write the journal {self.path}")
             return WrongState(
                 f"cannot write the journal {self.path}: {error}",
                 remedy=f"check owner, permissions and mount of {self.path.parent}",
@@ -377,7 +387,7 @@ class Journal:
 
 def _steps(connection: sqlite3.Connection, id: int) -> tuple[tuple[datetime, str], ...]:
     rows = connection.execute("SELECT at, text FROM steps WHERE operation = ? ORDER BY n", (id,))
-    return tuple((datetime.fromisoformat(at), text) for at, text in rows)
+    return tuple((moment(at, "at"), str(text)) for at, text in rows)
 
 
 def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) -> Record:
@@ -386,14 +396,14 @@ def _record(row: tuple[object, ...], steps: tuple[tuple[datetime, str], ...]) ->
     return Record(
         id=int(str(number)),
         verb=str(verb),
-        vms=tuple(map(str, json.loads(str(vms)))),
-        facts=json.loads(str(facts)),
+        vms=texts(json_value(str(vms)), "vms"),
+        facts=json_object(str(facts)),
         process=Process(int(str(pid)), str(start), str(boot)),
-        started=datetime.fromisoformat(str(started)),
-        ended=datetime.fromisoformat(str(ended)) if ended else None,
+        started=moment(started, "started"),
+        ended=moment(ended, "ended") if ended else None,
         outcome=str(outcome or ""),
         error=str(error or ""),
-        in_its_way=remedy_of(json.loads(str(hindrance))) if hindrance else "",
+        in_its_way=remedy_of(json_value(str(hindrance))) if hindrance else "",
         settled=bool(settled),
         requester=_requester(*who),
         steps=steps,

@@ -17,20 +17,27 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from host.documents import json_object, made
 from host.files import open_lock, own_directory
 from host.processes import Process, may_open
 from inventory.errors import Busy, WrongState
 from provision.engine.requester import NOBODY, Requester
 
-_FILES, _FILES_EACH = 1024, 4  # open at once: of any command; for a VM its lock, and its store's
+_FILES, _FILES_EACH = 1024, 6  # open at once: of any command; for a VM its locks, and its store's
+_VM = "vm-"
 _TRIES = 100  # to open a lock file that others keep removing
 _PATIENCE = 0.3  # seconds: somebody may just be looking (``holder``), or letting go
+
+
+BesideFn = Callable[[Sequence[str], str], AbstractContextManager[None]]
+"""Holds what goes with these locks, within the context. ``doing``, the second, says what for. Busy."""
 
 
 class Lease:
@@ -60,7 +67,12 @@ def leased() -> Iterator[Lease]:
 
 
 def lock_of(vm: str) -> str:
-    return f"vm-{vm}"
+    return f"{_VM}{vm}"
+
+
+def vms_of(locks: Sequence[str]) -> tuple[str, ...]:
+    """Those whose locks are among these."""
+    return tuple(lock.removeprefix(_VM) for lock in locks if lock.startswith(_VM))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +102,13 @@ class Holder:
 class Locks:
     """One farm's locks, as one process sees them. Re-entrant within a lease."""
 
-    def __init__(self, directory: Path, requester: Requester | None = None) -> None:
-        """``requester``: named in the lock's note. Not needed for only looking."""
+    def __init__(
+        self, directory: Path, requester: Requester | None = None, *, beside: BesideFn | None = None
+    ) -> None:
+        """``requester``: named in the lock's note. Not needed for only looking. ``beside``: what is held
+        with the locks that are taken anew, where others have other locks."""
         self._directory = directory
+        self._beside = beside
         self._requester = requester or NOBODY
         self._guard = threading.Lock()
         self._held: dict[str, _Held] = {}
@@ -106,9 +122,13 @@ class Locks:
         note = _note(doing, self._requester)
         may_open(_FILES + _FILES_EACH * len(names))
         with leased() as lease, contextlib.ExitStack() as stack:
+            fresh = []
             for name in sorted(set(names)):  # one order for everybody: no two wait for each other
-                self._take(name, lease, note)
+                if self._take(name, lease, note):
+                    fresh.append(name)
                 stack.callback(self._let_go, name)
+            if fresh and self._beside:
+                stack.enter_context(self._beside(fresh, doing))
             yield
 
     def mine(self, name: str) -> bool:
@@ -164,21 +184,22 @@ class Locks:
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.lock"
 
-    def _take(self, name: str, lease: Lease, note: bytes) -> None:
+    def _take(self, name: str, lease: Lease, note: bytes) -> bool:
+        """Whether it is taken anew."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             with self._guard:
                 held = self._held.get(name)
                 if held is not None and held.lease is lease:
                     held.times += 1
-                    return
+                    return False
                 got = None if held is not None else self._open(name)
                 if got is not None:
                     _write(got, note)
                     self._held[name] = _Held(lease, got)
                     self._begun += 1
                     self._since[name] = self._begun
-                    return
+                    return True
             if time.monotonic() >= deadline:
                 raise self._refusal(name)
             time.sleep(0.01)
@@ -264,10 +285,7 @@ def _read(name: str, handle: int) -> tuple[Holder | None, Process | None]:
     if not text:
         return None, None
     try:
-        note = json.loads(text)
-        holder = Holder(
-            name, note["pid"], note["user"], datetime.fromisoformat(note["since"]), note["doing"]
-        )
-        return holder, Process(note["pid"], note["start"], note["boot"])
-    except (ValueError, KeyError, TypeError):  # cut off by a full disk
+        note = json_object(text)
+        return made(Holder, note, lock=name), made(Process, note)
+    except ValueError:  # cut off by a full disk
         return Holder(name, 0, "somebody", datetime.now(UTC), "something it could not note"), None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,8 @@ def side_by_side(site: Site, tasks: Mapping[str, Callable[[], None]]) -> None:
         return
     if not tasks:
         return
+    from concurrent.futures import Future, ThreadPoolExecutor, wait
+
     with ThreadPoolExecutor(min(len(tasks), _AT_ONCE), thread_name_prefix="vm") as pool:
         futures: dict[str, Future[None]] = {
             vm: pool.submit(copy_context().run, _of, vm, task) for vm, task in tasks.items()

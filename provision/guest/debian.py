@@ -301,7 +301,7 @@ def _check_unshare(runner: Runner) -> None:
     if not which("newuidmap"):
         raise Unsupported("an ordinary user's build needs newuidmap", remedy="apt-get install uidmap")
     for file in (Path("/etc/subuid"), Path("/etc/subgid")):
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         if not any(line.split(":")[0] in (user, str(os.getuid())) for line in lines):
             raise Unsupported(
                 f"{file} gives {user} no ids of its own, which an ordinary user's build needs",

@@ -6,6 +6,7 @@ machine-id follows from the host key, so a VM destroyed and cloned again is a ne
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -15,6 +16,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from host.documents import Malformed, damaged, read_file
 from host.files import make_directory, remove, write_atomic
 from host.paths import FarmPaths
 from inventory.errors import NotFound, UsageError
@@ -55,11 +57,25 @@ def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
 
 
 def public_key(private: Path) -> str:
-    """The public half of a private key, read from the file beside it, else computed. UsageError if
-    neither works."""
-    with contextlib.suppress(FileNotFoundError):
-        return _public_file(private).read_text(encoding="utf-8").strip()
-    return _public_half(private)
+    """The public half of a private key, read from the file beside it, else (it is lost, or damaged)
+    computed. UsageError if neither works."""
+    return _written(private) or _public_half(private)
+
+
+def _written(private: Path) -> str:
+    """The public half in the file beside it; "" where that holds no public key, and nothing else."""
+    with contextlib.suppress(OSError, ValueError):
+        text = read_file(_public_file(private)).decode().strip()
+        kind, key, *_ = text.split(maxsplit=2)
+        if text.isprintable() and kind.startswith(_KEY_TYPES) and _names(key, kind):
+            return text
+    return ""
+
+
+def _names(key: str, kind: str) -> bool:
+    """Whether the base64 text begins with the name of that kind, as a key does (RFC 4253, 6.6)."""
+    data, name = base64.b64decode(key, validate=True), kind.encode()
+    return data.startswith(len(name).to_bytes(4) + name) and len(data) > len(name) + 8
 
 
 def _public_half(private: Path) -> str:
@@ -87,11 +103,10 @@ def host_key(paths: FarmPaths, vm: str) -> str:
     """The public half of the VM's host key, "ssh-ed25519 AAAA..."; "" if the VM has none yet. If its
     file is lost, it is computed from the private half: no other key is ever trusted instead."""
     file = host_key_file(paths, vm)
-    with contextlib.suppress(FileNotFoundError):
-        words = _public_file(file).read_text(encoding="ascii").split()
-        if len(words) > 1:
-            return " ".join(words[:2])
-    return _public_half(file) if file.exists() else ""
+    written = _written(file)
+    if not written and not os.path.lexists(file):
+        return ""
+    return " ".join((written or _public_half(file)).split()[:2])
 
 
 def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
@@ -99,7 +114,7 @@ def make_host_key(paths: FarmPaths, vm: str, machine: str) -> bool:
     written first, so that a private half alone always means that the other one was lost."""
     file = host_key_file(paths, vm)
     with _making:
-        if new := not file.exists():
+        if new := not os.path.lexists(file):
             _write_pair(file, machine)
         else:
             _keep(_public_file(file), f"{host_key(paths, vm)} {machine}\n")
@@ -165,10 +180,11 @@ def authorized(farm: Farm, entries: Sequence[str]) -> tuple[str, ...]:
             continue
         file = _beside(farm, Path(entry))
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+            lines = read_file(file).decode().splitlines()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text file"
             raise NotFound(
-                f"{farm.path.name or farm.farm}: no public keys from {file}: {error.strerror}",
+                f"{farm.path.name or farm.farm}: no public keys from {file}: {why}",
                 remedy="give a public key itself, or a file that holds some",
             ) from error
         keys += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -189,8 +205,8 @@ def refresh_seed(
     machine = farm.machine_of(allocation.vm)
     fingerprint = hashlib.sha256(repr((data, reader_uid)).encode()).hexdigest()
     image, note = seed_file(paths, machine), _fingerprint_file(paths, machine)
-    with contextlib.suppress(FileNotFoundError):
-        if image.exists() and note.read_text(encoding="ascii").strip() == fingerprint:
+    with contextlib.suppress(OSError, Malformed):
+        if image.is_file() and read_file(note) == fingerprint.encode():
             return False
     from provision.guest.seed import write_seed
 
@@ -207,8 +223,7 @@ def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
 
     vm, network = allocation.vm, farm.network
     machine = farm.machine_of(vm)
-    private = host_key_file(paths, vm).read_text(encoding="ascii")
-    public = host_key(paths, vm)
+    private, public = _private(host_key_file(paths, vm)), host_key(paths, vm)
     digest = hashlib.sha256(f"{machine} {public}".encode()).hexdigest()
     static = None
     if network.mode == "user":
@@ -244,6 +259,14 @@ def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
     )
 
 
+def _private(file: Path) -> str:
+    try:
+        return read_file(file).decode("ascii")
+    except (OSError, ValueError) as error:
+        remedy = "put it back from a backup, or destroy and clone the VM: it is another one then"
+        raise damaged(file, "a VM's host key", error, remedy) from error
+
+
 def _write_pair(private: Path, comment: str) -> None:
     from provision.guest.seed import new_host_key
 
@@ -262,8 +285,10 @@ def _public_file(private: Path) -> Path:
 
 def _keep(path: Path, text: str) -> None:
     """Write the file, unless this is its text already."""
-    if not path.exists() or path.read_bytes() != text.encode():
-        write_atomic(path, text.encode())
+    with contextlib.suppress(OSError, Malformed):
+        if read_file(path) == text.encode():
+            return
+    write_atomic(path, text.encode())
 
 
 def _fingerprint_file(paths: FarmPaths, machine: str) -> Path:

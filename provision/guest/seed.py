@@ -22,7 +22,7 @@ from inventory.errors import UsageError
 
 _ROOM = 32 * 1024
 _FILE = "farmhand.env"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # also what YAML takes for lines
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"  # unprintable, and what YAML takes for lines
 _LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,31}")  # useradd(8), CAVEATS
 _HOSTNAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _MACHINE_ID = re.compile(r"[0-9a-f]{32}")  # machine-id(5)
@@ -88,7 +88,8 @@ class SeedData:
         return self.hostname
 
     def _check(self, what: str, value: str, pattern: re.Pattern[str] | None) -> None:
-        if not value or _CONTROL.search(value) or (pattern and not pattern.fullmatch(value)):
+        unfit = not value.isprintable() and re.search(_CONTROL, value)
+        if not value or unfit or (pattern and not pattern.fullmatch(value)):
             shown = "" if what == "host key" else f" {value!r}"
             raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
 

@@ -10,7 +10,9 @@ import sqlite3
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast
 
+from host.documents import Malformed, json_value, texts
 from provision.engine.database import transaction
 from provision.network.document import Document
 from provision.network.records import Records, Zones
@@ -70,11 +72,9 @@ class StateFile:
         with self._open(write=False) as db:
             if db is None:
                 return NetworkState()
-            files = {
-                path: Document(service, path, "", own=own, comment=(begins, ends), zone=zone)
-                for path, service, own, begins, ends, zone in db.execute("SELECT * FROM files")
-            }
-            serials = dict(db.execute("SELECT zone, serial FROM serials"))
+            files = {file.path: file for file in map(_file, db.execute("SELECT * FROM files"))}
+            rows = db.execute("SELECT zone, serial FROM serials")
+            serials = {zone: _serial(serial) for zone, serial in rows}
             facts = dict(db.execute("SELECT name, value FROM facts"))
         return NetworkState(files, serials, facts.get(_KNOWN) == "known", facts.get(_BASIS, ""))
 
@@ -82,7 +82,7 @@ class StateFile:
         """All records that were applied last."""
         with self._open(write=False) as db:
             rows = db.execute("SELECT zone, name, records FROM records").fetchall() if db else ()
-        return _zones(rows)
+            return _zones(rows)
 
     def records_of(self, vms: Iterable[str], names: Collection[tuple[str, str]]) -> Zones:
         """The records of these VMs, and those at these names (zone and name), whoever has them."""
@@ -94,7 +94,7 @@ class StateFile:
                     rows += db.execute(f"{query} vm = ?", (vm,))
                 for place in names:
                     rows += db.execute(f"{query} zone = ? AND name = ?", place)
-        return _zones(rows)
+            return _zones(rows)
 
     def begin(self, new: Iterable[Document], *, updates: bool) -> None:
         """Note new files before an apply writes anything: they are ours even if the apply is killed, so
@@ -145,8 +145,39 @@ def _row(document: Document) -> tuple[str, ...]:
     return document.path, document.service, document.own, *document.comment, document.zone
 
 
+def _file(row: tuple[object, ...]) -> Document:
+    path, service, own, begins, ends, zone = _texts(row)
+    if own not in ("file", "block"):
+        raise Malformed(f"{own!r} is no part of a file")
+    whole_or_block = cast("Literal['file', 'block']", own)
+    return Document(service, path, "", own=whole_or_block, comment=(begins, ends), zone=zone)
+
+
 def _zones(rows: Iterable[tuple[str, str, str]]) -> Zones:
     found: dict[str, dict[str, Records]] = {}
-    for zone, name, text in rows:
-        found.setdefault(zone, {})[name] = tuple((kind, value) for kind, value in json.loads(text))
+    for zone, name, text in map(_texts, rows):
+        found.setdefault(zone, {})[name] = tuple(map(_record, _list(json_value(text))))
     return found
+
+
+def _texts(row: tuple[object, ...]) -> tuple[str, ...]:
+    return texts(list(row), "a row")
+
+
+def _record(pair: object) -> tuple[str, str]:
+    match texts(pair, "a record"):
+        case (kind, value):
+            return kind, value
+    raise Malformed("a record isn't its kind and its value")
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise Malformed("a VM's records are no list")
+    return value
+
+
+def _serial(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**32:  # RFC 1982
+        raise Malformed(f"{value!r} is no serial number of a zone")
+    return value

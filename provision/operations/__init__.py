@@ -2,6 +2,7 @@
 recovered."""
 
 OPERATIONS = {
+    "adopt": "provision.operations.adopt:Adopt",
     "balloon": "provision.operations.balloon:Balloon",
     "balloon-all": "provision.operations.balloon:BalloonAll",
     "checkpoint": "provision.operations.checkpoint:TakeCheckpoint",
@@ -21,6 +22,7 @@ OPERATIONS = {
 """By name, its class."""
 
 ACTIVITIES = {
+    "adopt": "provision.operations.adopt:ADOPT",
     "balloon": "provision.memory_budget:BALLOON",
     "checkpoint": "provision.operations.checkpoint:CHECKPOINT",
     "clone": "provision.operations.clone:CLONE",

@@ -25,7 +25,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import Member, is_on
+from provision.member import Member, each, is_on
 from provision.missing_disk import require
 from provision.operations.group_change import GroupActivity, GroupFacts
 from provision.power import check_memory, power_on
@@ -128,7 +128,7 @@ class TakeCheckpoint(Operation[CheckpointResult]):
 
     def plan(self, run: Run) -> Plan[CheckpointResult]:
         members, label = run.site.members(run.vms), self.label
-        machines = {member.vm: member.present() for member in members}
+        machines = each(members, Member.present)
         for member in members:
             disk = disk_with_checkpoints(member, machines[member.vm])
             if any(kept.name == label for kept in disk.checkpoints):

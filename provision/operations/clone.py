@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
 
 from hypervisors.api import Disk, Machine, Power, Template
 from inventory.errors import Call, Conflict, FarmhandError, Interrupted, NoSpace, NotFound, joined, some
@@ -20,9 +21,7 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.leftovers import discard_of
-from provision.member import Member, is_on, told_by, told_without_record
-from provision.missing_disk import MissingDisk, missing_disk
+from provision.member import Member, each, is_on, told_by, told_without_record
 from provision.power import (
     answers,
     bring_up_to_date,
@@ -37,6 +36,9 @@ from provision.power import (
 )
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
+
+if TYPE_CHECKING:
+    from provision.missing_disk import MissingDisk
 
 HEADROOM = 256 * 2**20
 """Bytes a linked clone needs at least, to boot and to begin its work. It may grow to its disk's
@@ -114,12 +116,12 @@ class CloneFarm(Operation[CloneResult]):
         site, members = run.site, run.site.members(run.vms)
         check_accelerator(members)
         templates = _CloneTemplates(site)
-        machines = {member.vm: member.look() for member in members}
+        machines = each(members, Member.look)
         ours = [member for member in members if member.can_power]
         missing = [member for member in ours if machines[member.vm] is None]
         for host in dict.fromkeys(member.host for member in missing):
             site.opened(host).check_places()
-        disks = {member.vm: member.disk() for member in ours}
+        disks = each(ours, Member.disk)
         gone = _gone(ours, machines, disks)
         made = [one.vm for one in ours if machines[one.vm] is not None]
         seen = told_by({vm: one.address for vm, one in machines.items() if one})
@@ -203,6 +205,8 @@ def _undo(member: Member) -> None:
     """Remove what a clone that did not end left. A machine that exists is complete, and stays."""
     if member.look() is not None:
         return
+    from provision.leftovers import discard_of
+
     discard_of([member])
     if member.disk() is not None:
         member.store.destroy(member.machine)
@@ -270,7 +274,11 @@ def _gone(
     found: dict[str, MissingDisk] = {}
     for member in members:
         machine = machines[member.vm]
-        if machine is not None and disks[member.vm] is None and (one := missing_disk(member, machine)):
+        if machine is None or disks[member.vm] is not None:
+            continue
+        from provision.missing_disk import missing_disk
+
+        if one := missing_disk(member, machine):
             found[member.vm] = one
     return found
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from host.files import remove
+from hypervisors.api import not_ours
 from inventory.errors import (
     Busy,
     FarmhandError,
@@ -31,6 +32,7 @@ from provision.engine.run import Run
 from provision.guest import identity
 from provision.leftovers import Survey, of_drivers, of_files, survey
 from provision.missing_disk import left_of
+from provision.namesakes import told
 from provision.site import Site
 from provision.vm_activity import VmActivity
 
@@ -105,6 +107,8 @@ class Destroy(Operation[DestroyResult]):
 def _plan_vms(run: Run) -> Plan[DestroyResult]:
     site = run.site
     foreign = [vm for vm in run.vms if vm in site.farm.vms and not site.member(vm).info.virtual]
+    for vm in run.vms:
+        _refuse_others(site, vm)
     there = _there(site, survey(site), [vm for vm in run.vms if vm not in foreign])
     said = [job("note", vm, f"on {site.member(vm).info.called}: not ours to destroy") for vm in foreign]
     said += [job("keep", vm, "is not there") for vm in run.vms if vm not in there and vm not in foreign]
@@ -166,20 +170,34 @@ def _erase_rest(site: Site, vms: Collection[str]) -> None:
 
 
 def _unmake(site: Site, vm: str) -> None:
+    """What another farm of this name has under its name stays."""
     name = site.farm.machine_of(vm)
     for host in _hosts(site, vm):
         driver = site.hypervisor(host, look=True)
         machine = driver.find(name)
         if machine is not None:
-            if machine.owner is None or machine.owner.farm != site.farm.farm:
-                raise NotOurs(
-                    f"{site.name}: the machine {name} on host {host} is without our mark: not touched",
-                    remedy="remove or rename it yourself",
-                )
+            if machine.owner is None:
+                what = f"{site.name}: machine {name} on host {host}"
+                raise not_ours(what, None, site.identity)
+            if machine.owner.farm != site.identity:
+                continue
             driver.destroy(name)
         store = site.disks(host)
-        if store.find(name) is not None or left_of(store, name):
+        disk = store.find(name)
+        if disk is not None and disk.owner.farm != site.identity:
+            continue
+        if disk is not None or left_of(store, name):
             store.destroy(name)
+
+
+def _refuse_others(site: Site, vm: str) -> None:
+    """NotOurs where a machine of that name is another farm's."""
+    name = site.farm.machine_of(vm)
+    for host in _hosts(site, vm):
+        machine = site.hypervisor(host, look=True).find(name)
+        if machine is not None and machine.owner and machine.owner.farm != site.identity:
+            what = f"{site.name}: machine {name} on host {host}"
+            raise not_ours(what, machine.owner, site.identity)
 
 
 def _names(site: Site, vms: Sequence[str]) -> tuple[str, ...]:
@@ -241,8 +259,9 @@ def _plan_farm(run: Run, *, purge: bool) -> Plan[DestroyResult]:
         stopped = "stop its daemon, " if _has_daemon(site) else ""
         actions.append(Action("destroy", "", f"{stopped}remove {site.paths.root}"))
         if others := _others_files(site):
-            text = f"stays: files that aren't farmhand's, such as {others[0]}"
+            text = f"stays: files that aren't this farm's, such as {others[0]}"
             actions.append(Action("note", "", text))
+    actions += [Action("note", "", text) for host in site.farm.hosts for text in told(site, host)]
     if not any(action.verb == "destroy" for action in actions):
         actions.insert(0, Action("keep", "", "nothing is there"))
         end = Job(tuple(actions), partial(_end, site))
@@ -294,6 +313,8 @@ def raze(site: Site, *, purge: bool) -> None:
             site.disks(host).remove_template(label)
         except WrongState as error:  # of a store that other farms clone from too
             site.reporter.warn(f"stays: {error.message}")
+        except NotFound:  # an adopted one of the same label went with ours
+            continue
     current_step("forget what was given out")
     site.allocator.forget()
     if (daemon := site.daemon()) and daemon.directory.exists():
@@ -312,7 +333,8 @@ def raze(site: Site, *, purge: bool) -> None:
             if path.name not in keep:
                 current_step(f"remove {path.name}")
                 remove(path)
-    remove(site.paths.runtime)
+    if daemon is None or not daemon.is_anothers():
+        remove(site.paths.runtime)
     for host in site.farm.hosts:
         if far := site.far(host):
             current_step(f"remove what is empty on {host}")
@@ -389,8 +411,8 @@ def _refuse_strangers(site: Site) -> None:
 
 
 def _others_files(site: Site) -> list[Path]:
-    """Files among the farm's own disks that are no template's, no VM's and no lock: somebody put an
-    image, or a copy of a VM's directory, there."""
+    """Files among the farm's own disks that are no template's, no VM's of this farm and no lock:
+    somebody put an image, or a copy of a VM's directory, there; or this farm had another identity."""
     from hypervisors.disks.qcow2.leftovers import strangers
 
-    return strangers(site.paths.disks)
+    return strangers(site.paths.disks, site.identity)

@@ -24,6 +24,7 @@ from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.leftovers import Found, survey
+from provision.namesakes import told
 from provision.site import Site
 from provision.vm_activity import OneVmActivity
 
@@ -80,6 +81,7 @@ class Gc(Operation[GcResult]):
         found = survey(run.site).left
         removing = _Removing(run.site, datetime.now(UTC))
         jobs = [job("note", "", text) for text in _doubtful(run.site)]
+        jobs += [job("note", "", text) for host in run.site.farm.hosts for text in told(run.site, host)]
         jobs += map(removing.job, found)
         leftovers = tuple(map(removing.leftover, found))
         if not found:
@@ -144,7 +146,7 @@ class _Removing:
             kind=what.kind,
             ref=what.ref,
             owner=what.owner.vm if what.owner else None,
-            farm=what.owner.farm if what.owner else None,
+            farm=what.owner.farm.name if what.owner else None,
             created=what.created.replace(microsecond=0),
             age=round((self._now - what.created).total_seconds(), 1),
             bytes=what.bytes,

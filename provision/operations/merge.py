@@ -13,7 +13,7 @@ from provision.engine.operation import Operation, Recovery
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import NoResult
 from provision.engine.run import Run
-from provision.member import Member, is_on
+from provision.member import Member, each, is_on
 from provision.operations import checkpoint
 from provision.operations.checkpoint import disk_with_checkpoints
 from provision.operations.group_change import as_before, stop_all
@@ -64,7 +64,7 @@ class Merge(Operation[NoResult]):
 
     def plan(self, run: Run) -> Plan[NoResult]:
         members = run.site.members(run.vms)
-        machines = {member.vm: member.present() for member in members}
+        machines = each(members, Member.present)
         on = [member for member in members if is_on(machines[member.vm])]
         first = check_memory(on, wait=self.wait)
         jobs = {one.vm: [self._job(one, machines[one.vm])] for one in members}

@@ -17,7 +17,7 @@ from provision.engine.parallel import side_by_side
 from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.member import Member, is_on
+from provision.member import Member, each, is_on
 from provision.missing_disk import grows_from, require
 from provision.operations.group_change import GroupActivity, GroupFacts, is_half_back
 from provision.power import (
@@ -135,8 +135,9 @@ class Reset(Operation[ResetResult]):
     def plan(self, run: Run) -> Plan[ResetResult]:
         site, members = run.site, run.site.members(run.vms)
         done: dict[str, VmReset] = {}
-        on = {member.vm for member in members if is_on(member.present())}
-        warm = [member.vm for member in members if check_checkpoint(member, self.to)]
+        on = {vm for vm, machine in each(members, Member.present).items() if is_on(machine)}
+        checked = each(members, lambda member: check_checkpoint(member, self.to))
+        warm = [vm for vm, is_warm in checked.items() if is_warm]
         if warm and len(members) > 1:
             raise Unsupported(
                 f"{site.name}: {warm[0]}'s checkpoint {self.to} is warm: that is for one VM at a time",

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from host.documents import damaged, json_object, made, read_file
 from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
@@ -471,12 +472,20 @@ def _generations_file(site: Site) -> Path:
     return site.paths.root / "generations.json"
 
 
-def _noted(site: Site) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class _Generations:
+    of: Mapping[str, int]
+
+
+def _noted(site: Site) -> Mapping[str, int]:
+    file = _generations_file(site)
     try:
-        noted: dict[str, int] = json.loads(_generations_file(site).read_text(encoding="utf-8"))
+        return made(_Generations, {"of": json_object(read_file(file))}).of
     except FileNotFoundError:
         return {}
-    return noted
+    except (OSError, ValueError) as error:
+        remedy = f"move it aside (mv {file} {file}.aside): numbers of removed generations may come again"
+        raise damaged(file, "the record of templates' generations", error, remedy) from error
 
 
 def _note_generation(site: Site, name: str, generation: int) -> None:
@@ -499,6 +508,7 @@ def _next_generation(site: Site, name: str, hosts: Sequence[str]) -> int:
 class _Cached:
     sha256: str
     created: datetime
+    bytes: int
 
 
 def _images() -> Path:
@@ -512,15 +522,14 @@ def _image_file(key: str) -> Path:
 def _cached(key: str) -> _Cached | None:
     """The note of the cached image; None if there is no such image, or it is past its life. The note is
     written last: without it there is no image."""
+    image = _image_file(key)
     try:
-        note = json.loads(_image_file(key).with_suffix(".json").read_text(encoding="utf-8"))
-        present = _image_file(key).stat().st_size == note["bytes"]
-    except (FileNotFoundError, ValueError, KeyError):
+        note = made(_Cached, json_object(read_file(image.with_suffix(".json"))))
+        present = image.stat().st_size == note.bytes
+    except (OSError, ValueError):  # it is made anew
         return None
-    created = datetime.fromisoformat(note["created"])
-    if not present or time.time() - created.timestamp() > CACHE_LIFE:
-        return None
-    return _Cached(note["sha256"], created)
+    fresh = time.time() - note.created.timestamp() <= CACHE_LIFE
+    return note if present and fresh else None
 
 
 @contextlib.contextmanager
@@ -575,12 +584,12 @@ def _build(site: Site, recipe: Recipe, size: int, key: str, *, fresh: bool) -> _
             note.unlink(missing_ok=True)
             packages = image.with_suffix(".packages")
             build_image(site.runner, recipe, size=size, out=image, packages=packages, log=log)
-            done = _Cached(sha256_file(image), datetime.now(UTC))
+            done = _Cached(sha256_file(image), datetime.now(UTC), image.stat().st_size)
             facts = {
                 "recipe": recipe.name,
                 "hash": key,
                 "sha256": done.sha256,
-                "bytes": image.stat().st_size,
+                "bytes": done.bytes,
                 "created": done.created.isoformat(),
                 "packages": packages.name,
                 "log": str(log),

@@ -18,6 +18,8 @@ from host.run import Runner
 from hypervisors.api import Disks, Template
 from hypervisors.disks.lvm.classic import LvmClassicDisks
 from hypervisors.disks.lvm.thin import LvmThinDisks
+from hypervisors.ownership import FarmIdentity
+from tests.identities import KATA
 
 MIB = 2**20
 SIZE = 64 * MIB
@@ -77,7 +79,7 @@ class LvmRig(abc.ABC):
             run("lvreduce", "-q", "-f", "-L", f"-{size}", f"{self.vg}/filler")
 
     @abc.abstractmethod
-    def disks(self, farm: str = FARM, **options) -> Disks: ...
+    def disks(self, farm: FarmIdentity = KATA, **options) -> Disks: ...
 
     def sealed(self, disks: Disks, template: Template) -> Template:
         """Of ``image``, as every such template here."""
@@ -157,7 +159,7 @@ class ThinRig(LvmRig):
                 "-n", self.pool, self.vg,
             )  # fmt: skip
 
-    def disks(self, farm: str = FARM, **options) -> LvmThinDisks:
+    def disks(self, farm: FarmIdentity = KATA, **options) -> LvmThinDisks:
         return LvmThinDisks(self.vg, self.pool, farm, Runner(), links=self.links, **options)
 
 
@@ -165,7 +167,7 @@ class ClassicRig(LvmRig):
     kind = "lvm-linked"
     device = "/dev/vdd"
 
-    def disks(self, farm: str = FARM, **options) -> LvmClassicDisks:
+    def disks(self, farm: FarmIdentity = KATA, **options) -> LvmClassicDisks:
         return LvmClassicDisks(self.vg, farm, Runner(), links=self.links, copy="linked", **options)
 
 
@@ -173,7 +175,7 @@ class FullRig(LvmRig):
     kind = "lvm-full"
     device = "/dev/vdd"
 
-    def disks(self, farm: str = FARM, **options) -> LvmClassicDisks:
+    def disks(self, farm: FarmIdentity = KATA, **options) -> LvmClassicDisks:
         return LvmClassicDisks(self.vg, farm, Runner(), links=self.links, copy="full", **options)
 
 

@@ -43,6 +43,8 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, asked_for, judge
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.private import PrivateLibvirt
+from hypervisors.ownership import FarmIdentity
+from tests.identities import KATA
 
 _FIRST_WORD = 120  # seconds: it comes within 5, on a busy machine within 40
 
@@ -58,17 +60,17 @@ class FakeRig:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.state = place / "world"
-        self.template = FakeDisks(FARM, self.state).seal(self._image(), template())
+        self.template = FakeDisks(KATA, self.state).seal(self._image(), template())
 
     def _image(self) -> Path:
         path = self.place / "image"
         path.write_bytes(b"T")
         return path
 
-    def disks(self, farm: str = FARM) -> FakeDisks:
+    def disks(self, farm: FarmIdentity = KATA) -> FakeDisks:
         return FakeDisks(farm, self.state)
 
-    def hypervisor(self, farm: str = FARM, step=no_step) -> Hypervisor:
+    def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> Hypervisor:
         return FakeHypervisor(farm, self.disks(farm), self.state, step=step)
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
@@ -115,10 +117,10 @@ class Guests:
     def seal(self) -> None:
         self.template = sealed(self.store, self.disks())
 
-    def disks(self, farm: str = FARM) -> Disks:
+    def disks(self, farm: FarmIdentity = KATA) -> Disks:
         return self.store.disks(farm, reader_uid=self.reader)
 
-    def hypervisor(self, farm: str = FARM, step=no_step) -> LibvirtHypervisor:
+    def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> LibvirtHypervisor:
         hypervisor = LibvirtHypervisor(
             self.uri, farm, self.disks(farm), Runner(), step=step, kind=self.kind
         )
@@ -234,10 +236,10 @@ class OverSsh(Guests):
         """What its place has beside the farm, see ``FarMachine.link``."""
         return {}
 
-    def disks(self, farm: str = FARM) -> Disks:
+    def disks(self, farm: FarmIdentity = KATA) -> Disks:
         return self.machine.disks(farm, **self._there())
 
-    def hypervisor(self, farm: str = FARM, step=no_step) -> Hypervisor:
+    def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> Hypervisor:
         return self.machine.hypervisor(farm, step, **self._there())
 
     def seal(self) -> None:
@@ -319,7 +321,7 @@ class FarXen(OverSsh, XenRig):
 
 def _spec(farm: str, vm: str, port: int, place: Path) -> MachineSpec:
     return MachineSpec(
-        name=f"{farm}-{vm}", owner=Owner(farm, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
+        name=f"{farm}-{vm}", owner=Owner(KATA, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
         nic=Nic(mac="52:54:00:0a:0b:0c", mode="user", forwards=(Forward(port, 22),) if port else ()),
         console_log=place / f"{vm}.log",
     )  # fmt: skip

@@ -24,11 +24,13 @@ from hypervisors.api import Disks, Owner, Template, no_step
 from hypervisors.disks.qcow2.disks import Qcow2Disks
 from hypervisors.disks.zfs.disks import ZfsDisks
 from hypervisors.fake.driver import FakeDisks
+from hypervisors.ownership import FarmIdentity
+from tests.identities import KATA
 
 MIB = 2**20
 SIZE = 64 * MIB
 FARM = "kata"
-PROD, DEV = Owner(FARM, "prod"), Owner(FARM, "dev2")
+PROD, DEV = Owner(KATA, "prod"), Owner(KATA, "dev2")
 REAL = {
     "fake": "simulated",
     "xenapi": xenapi_rig.HOW,
@@ -74,7 +76,7 @@ class StoreRig(Protocol):
 
     kind: str
 
-    def disks(self, farm: str = FARM, **options) -> Disks: ...
+    def disks(self, farm: FarmIdentity = KATA, **options) -> Disks: ...
     def image(self) -> Path: ...
     def write(self, machine: str, letter: str) -> None: ...
     def read(self, machine: str) -> str: ...
@@ -103,7 +105,7 @@ class FakeDisksRig:
         self.place = place
         self.state = place / "world"
 
-    def disks(self, farm: str = FARM, **options) -> Disks:
+    def disks(self, farm: FarmIdentity = KATA, **options) -> Disks:
         if "headroom" in options:
             options["reserve"] = options.pop("headroom")
         return FakeDisks(farm, self.state, **options)
@@ -114,10 +116,10 @@ class FakeDisksRig:
         return path
 
     def write(self, machine: str, letter: str) -> None:
-        FakeDisks(FARM, self.state).write(machine, letter.encode())
+        FakeDisks(KATA, self.state).write(machine, letter.encode())
 
     def read(self, machine: str) -> str:
-        return FakeDisks(FARM, self.state).content(machine).decode() or "T"
+        return FakeDisks(KATA, self.state).content(machine).decode() or "T"
 
 
 class Qcow2Rig:
@@ -129,7 +131,7 @@ class Qcow2Rig:
         self.place = place
         self.root = place / "disks"
 
-    def disks(self, farm: str = FARM, **options) -> Disks:
+    def disks(self, farm: FarmIdentity = KATA, **options) -> Disks:
         return Qcow2Disks(self.root, farm, Runner(), **options)
 
     def image(self) -> Path:
@@ -166,7 +168,7 @@ class FarRig(Qcow2Rig):
         super().__init__(place)
         self.machine = far_rig.FarMachine(place).__enter__()
 
-    def disks(self, farm: str = FARM, *, step=no_step, headroom: int = 0) -> Disks:
+    def disks(self, farm: FarmIdentity = KATA, *, step=no_step, headroom: int = 0) -> Disks:
         spoil = f"Qcow2Disks.__init__.__kwdefaults__['headroom'] = {headroom}" if headroom else ""
         spoil = spoil and f"from hypervisors.disks.qcow2.disks import Qcow2Disks\n{spoil}"
         return self.machine.disks(farm, step, spoil=spoil, path=self.root)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rigs import FARM, SIZE, sealed, template
+from rigs import SIZE, sealed, template
 
-from hypervisors.api import FarmDisks, Owner
+from hypervisors.api import FarmDisks, Foreign, Owner
 from inventory.errors import (
     Conflict,
     DriverFailed,
+    Interrupted,
     NoSpace,
     NotFound,
     NotOurs,
     UsageError,
     WrongState,
 )
+from tests.identities import KATA, identity
 
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
+NAMESAKE = identity("kata", "/root/farm.yaml", "root@pc2")
 
 
 class Killed(BaseException):
@@ -147,7 +151,7 @@ def test_a_template_in_use_stays(made):
 
 
 def test_another_farms_disk_is_left_alone(store, made):
-    other = store.disks("other")
+    other = store.disks(identity("other"))
     assert list(other.list()) == []
     assert other.find("kata-prod").owner == PROD
     for change in (
@@ -158,6 +162,68 @@ def test_another_farms_disk_is_left_alone(store, made):
         with pytest.raises(NotOurs):
             change()
     assert [d.machine for d in made.list()] == ["kata-prod"]
+
+
+def test_another_farm_of_the_same_name_is_another(store, made):
+    other = store.disks(NAMESAKE)
+    assert list(other.list()) == list(other.leftovers()) == list(made.others()) == []
+    assert list(other.others()) == [Foreign("kata-prod", PROD)]
+    owner = Owner(NAMESAKE, "prod")
+    for change in (
+        lambda: other.clone(made.templates()[0], "kata-prod", owner, SIZE),
+        lambda: other.destroy("kata-prod"),
+        lambda: other.restore("kata-prod", "clean"),
+        lambda: other.checkpoint("kata-prod", "x"),
+    ):
+        with pytest.raises((NotOurs, Conflict, NotFound)):  # where templates are each farm's own
+            change()
+    assert [d.machine for d in made.list()] == ["kata-prod"]
+    assert [c.name for c in made.find("kata-prod").checkpoints] == ["clean"]
+
+
+def test_a_disk_is_adopted_with_all_that_is_its(store, made):
+    store.write("kata-prod", "A")
+    made.checkpoint("kata-prod", "one")
+    other = store.disks(NAMESAKE)
+    other.adopt("kata-prod", identity("kata", "/elsewhere.yaml"))  # it isn't that one's
+    assert list(other.list()) == []
+    other.adopt("kata-prod", KATA)
+    (disk,) = other.list()
+    assert (disk.owner, disk.base) == (Owner(NAMESAKE, "prod"), "one")
+    assert [c.name for c in disk.checkpoints] == ["clean", "one"]
+    assert list(made.list()) == list(other.others()) == list(other.leftovers()) == []
+    assert list(made.others()) == [Foreign("kata-prod", Owner(NAMESAKE, "prod"))]
+    with pytest.raises(NotOurs, match=re.escape(str(NAMESAKE))):
+        made.restore("kata-prod", "clean")
+    assert [d.base for d in [other.restore("kata-prod", "one")]] == ["one"]
+    other.restore("kata-prod", "clean")
+    other.destroy("kata-prod")
+    assert other.find("kata-prod") is None
+    assert list(other.leftovers()) == list(made.leftovers()) == []
+
+
+def test_adopting_may_be_killed_before_each_of_its_steps(store, made):
+    made.checkpoint("kata-prod", "one")
+    for steps in range(20):
+        left = iter(range(steps))
+
+        def step(_text, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        try:
+            store.disks(NAMESAKE, step=step).adopt("kata-prod", KATA)
+        except (Killed, Interrupted):
+            others = {other.owner.farm for other in store.disks(NAMESAKE).others()}
+            assert others <= {KATA}
+            continue
+        break
+    assert steps, "it changes something"
+    (disk,) = store.disks(NAMESAKE).list()
+    assert [c.name for c in disk.checkpoints] == ["clean", "one"]
+    assert list(made.list()) == list(store.disks(NAMESAKE).others()) == []
+    store.disks(NAMESAKE).destroy("kata-prod")
+    assert list(store.disks(NAMESAKE).leftovers()) == []
 
 
 def test_destroy_takes_all_and_may_be_called_again(made):
@@ -171,7 +237,7 @@ def test_destroy_takes_all_and_may_be_called_again(made):
 def test_ten_clones_at_once(made):
     sealed = made.templates()[0]
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(FARM, str(n)), SIZE), range(10)))
+        list(pool.map(lambda n: made.clone(sealed, f"kata-{n}", Owner(KATA, str(n)), SIZE), range(10)))
     assert len(made.list()) == 11
     assert list(made.leftovers()) == []
 
@@ -196,7 +262,7 @@ def test_abandoned_at_a_step_it_can_be_done_again(store, made, what):
             case "seal":
                 disks.seal(image, template(2))
             case "clone":
-                disks.clone(made.templates()[0], "kata-new", Owner(FARM, "new"), SIZE)
+                disks.clone(made.templates()[0], "kata-new", Owner(KATA, "new"), SIZE)
             case "checkpoint":
                 disks.checkpoint("kata-prod", "two")
             case "restore":
@@ -233,7 +299,7 @@ BOTH = ["kata-prod", "kata-dev2"]
 def both(store, made):
     """Two machines with a checkpoint "one" of content A; prod now holds B, dev2 C."""
     assert isinstance(made, FarmDisks)
-    made.clone(made.templates()[0], "kata-dev2", Owner(FARM, "dev2"), SIZE)
+    made.clone(made.templates()[0], "kata-dev2", Owner(KATA, "dev2"), SIZE)
     for machine in BOTH:
         store.write(machine, "A")
     made.checkpoint_all(BOTH, "one")
@@ -267,7 +333,7 @@ def test_what_one_cannot_none_does(store, both):
     with pytest.raises(NotFound):
         both.restore_all(["kata-prod", "kata-nobody"], "clean")
     with pytest.raises(NotOurs):
-        store.disks("other").restore_all(BOTH, "clean")
+        store.disks(identity("other")).restore_all(BOTH, "clean")
     assert contents(store) == ["B", "C"]
     assert [c.name for c in both.find("kata-prod").checkpoints] == ["clean", "one"]
 

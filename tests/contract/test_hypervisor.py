@@ -9,12 +9,14 @@ from ipaddress import IPv4Address
 
 import pytest
 from machine_rigs import WITH_PORTS
-from rigs import FARM, MIB, SIZE
+from rigs import MIB, SIZE
 
-from hypervisors.api import Owner, Power, spec_hash
+from hypervisors.api import Foreign, Owner, Power, spec_hash
 from inventory.errors import Conflict, NotFound, NotOurs, Unsupported, UsageError, WrongState
+from tests.identities import KATA, identity
 
 NAME = "kata-prod"
+NAMESAKE = identity("kata", "/root/farm.yaml", "root@pc2")
 
 
 class Stopped(Exception):
@@ -31,7 +33,7 @@ def made(rig):
 def test_a_defined_machine_is_complete_and_stopped(rig, made):
     machine = made.find(NAME)
     spec = rig.spec("prod", stamp="A")
-    assert machine.owner == Owner(FARM, "prod")
+    assert machine.owner == Owner(KATA, "prod")
     assert machine.power is Power.STOPPED
     assert (machine.memory, machine.current, machine.vcpus) == (192 * MIB, 192 * MIB, 1)
     assert (machine.mac, machine.template) == (spec.nic.mac, rig.template.label)
@@ -59,7 +61,7 @@ def test_a_define_that_fails_leaves_nothing(rig):
 
 
 def test_a_killed_define_is_taken_up(rig):
-    rig.disks().clone(rig.template, NAME, Owner(FARM, "prod"), SIZE)
+    rig.disks().clone(rig.template, NAME, Owner(KATA, "prod"), SIZE)
     (leftover,) = rig.hypervisor().leftovers()
     assert (leftover.kind, leftover.ref) == ("disk", NAME)
     rig.hypervisor().define(rig.spec("prod"), rig.template)
@@ -67,7 +69,7 @@ def test_a_killed_define_is_taken_up(rig):
 
 
 def test_leftovers_are_discarded(rig, made):
-    rig.disks().clone(rig.template, "kata-disk", Owner(FARM, "disk"), SIZE)
+    rig.disks().clone(rig.template, "kata-disk", Owner(KATA, "disk"), SIZE)
     rig.disks().destroy(NAME)
     found = list(made.leftovers())
     assert [(x.kind, x.ref) for x in found] == [("domain", NAME), ("disk", "kata-disk")]
@@ -102,9 +104,9 @@ def test_a_foreign_machine_of_a_look_alike_name_is_left_alone(rig, made):
 
 
 def test_another_farms_machine_is_left_alone(rig, made):
-    other = rig.hypervisor("other")
+    other = rig.hypervisor(identity("other"))
     assert list(other.list()) == []
-    assert other.find(NAME).owner == Owner(FARM, "prod")
+    assert other.find(NAME).owner == Owner(KATA, "prod")
     for change in (
         lambda: other.start(NAME),
         lambda: other.reset(NAME, "clean"),
@@ -112,6 +114,39 @@ def test_another_farms_machine_is_left_alone(rig, made):
     ):
         with pytest.raises(NotOurs):
             change()
+
+
+def test_a_machine_of_a_farm_of_the_same_name_is_adopted_also_while_it_runs(rig, made):
+    made.define(rig.spec("dev2"), rig.template)
+    made.checkpoint("kata-dev2", "one")
+    rig.boot("prod")
+    other = rig.hypervisor(NAMESAKE)
+    prod, dev2 = Owner(KATA, "prod"), Owner(KATA, "dev2")
+    assert list(other.others()) == [Foreign("kata-dev2", dev2), Foreign(NAME, prod)]
+    assert list(other.list()) == list(other.leftovers()) == list(made.others()) == []
+    for change in (
+        lambda: other.stop(NAME, grace=0),
+        lambda: other.reset("kata-dev2", "one"),
+        lambda: other.redefine(rig.spec("dev2")),
+        lambda: other.destroy(NAME),
+    ):
+        with pytest.raises(NotOurs, match="this farm is kata"):
+            change()
+    spec = made.find(NAME).spec_hash
+    for machine in (NAME, "kata-dev2"):
+        other.adopt(machine, KATA)
+    assert [m.owner for m in other.list()] == [Owner(NAMESAKE, "dev2"), Owner(NAMESAKE, "prod")]
+    assert other.find(NAME).power is Power.RUNNING
+    assert other.find(NAME).spec_hash == spec
+    assert list(made.list()) == list(made.leftovers()) == list(other.leftovers()) == []
+    with pytest.raises(NotOurs):
+        made.stop(NAME, grace=0)
+    other.stop(NAME, grace=0)
+    assert other.find(NAME).owner == Owner(NAMESAKE, "prod")
+    other.reset("kata-dev2", "one")
+    for machine in (NAME, "kata-dev2"):
+        other.destroy(machine)
+    assert list(other.list()) == list(other.leftovers()) == []
 
 
 def test_machines_that_are_not_there(rig):

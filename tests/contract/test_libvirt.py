@@ -21,6 +21,7 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
+from tests.identities import KATA
 
 NAME = "kata-prod"
 
@@ -76,7 +77,7 @@ def test_a_daemon_that_dies_between_the_look_and_the_call(real, tmp_path):
     answers = iter([f"qemu+unix:///system?socket={tmp_path}/gone"])
     hypervisor = LibvirtHypervisor(
         lambda: next(answers, None) or real.private.uri(),
-        "kata", real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path)),
+        KATA, real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path)),
     )  # fmt: skip
     assert hypervisor.find(NAME)
     hypervisor.close()
@@ -121,7 +122,7 @@ def test_a_guest_that_is_seen_to_shut_down_keeps_its_power(real):
     real.boot("prod", "A")
     said: list[str] = []
     hypervisor = LibvirtHypervisor(
-        real.uri, "kata", real.disks(), Runner(), kind=real.kind, working=said.append
+        real.uri, KATA, real.disks(), Runner(), kind=real.kind, working=said.append
     )
     hypervisor.stop(NAME, grace=3)
     assert "DOWN 6" in (real.place / "prod.log").read_text()
@@ -181,7 +182,7 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
 def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
     where = f"qemu+unix:///system?socket={tmp_path}/none"
     lost = LibvirtHypervisor(
-        where, "kata", real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path))
+        where, KATA, real.disks(), Runner(), kind=Qemu(kvm_usable(Runner(), tmp_path))
     )
     with pytest.raises(DriverFailed) as caught:
         lost.list()
@@ -243,7 +244,7 @@ def test_a_daemon_that_was_not_to_see_kvm_is_started_anew_when_it_is(real):
         PrivateLibvirt(place / "s", place / "r", real.private._cache, h) for h in (True, False)
     )
     hypervisor = LibvirtHypervisor(
-        blind.uri, "kata", real.disks(), Runner(), kind=Qemu(KvmVerdict(False, ""))
+        blind.uri, KATA, real.disks(), Runner(), kind=Qemu(KvmVerdict(False, ""))
     )  # fmt: skip
     hypervisor.define(real.spec("prod", stamp="A"), real.template)
     hypervisor.start(NAME)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lvm_rig import FARM, MIB, SIZE, ClassicRig, FullRig, LvmRig, ThinRig, run
+from lvm_rig import MIB, SIZE, ClassicRig, FullRig, LvmRig, ThinRig, run
 from rigs import template
 
 from host.run import Runner
@@ -22,9 +22,10 @@ from hypervisors.disks.lvm import volumes as lvm_volumes
 from hypervisors.disks.lvm.command import Lvm
 from hypervisors.disks.lvm.thin import LvmThinDisks
 from inventory.errors import Busy, Conflict, DriverFailed, NoSpace, NotFound, Unsupported, WrongState
+from tests.identities import KATA
 
 pytestmark = pytest.mark.lab
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
 VM = "kata-prod"
 
 
@@ -181,9 +182,9 @@ def test_full_thin_data_and_metadata(monkeypatch):
 def test_what_is_missing_is_named(thin, tmp_path):
     runner = Runner()
     with pytest.raises(NotFound, match="no volume group nowhere"):
-        LvmThinDisks("nowhere", "pool", FARM, runner, links=tmp_path).list()
+        LvmThinDisks("nowhere", "pool", KATA, runner, links=tmp_path).list()
     with pytest.raises(NotFound, match="no thin pool puddle"):
-        LvmThinDisks(thin.vg, "puddle", FARM, runner, links=tmp_path).capacity()
+        LvmThinDisks(thin.vg, "puddle", KATA, runner, links=tmp_path).capacity()
 
     def unprivileged() -> None:
         os.setuid(65534)

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rigs import FARM, SIZE, Qcow2Rig, template
+from rigs import SIZE, Qcow2Rig, template
 
 from hypervisors.api import Owner
 from hypervisors.disks.qcow2.format import empty_overlay, read_header
 from inventory.errors import Conflict, DriverFailed, NotOurs, UsageError
+from tests.identities import KATA
 
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
 
 
 @pytest.fixture
@@ -309,7 +310,7 @@ def test_a_look_at_all_disks_survives_another_s_destroy(tmp_path):
     def come_and_go() -> None:
         try:
             for _ in range(300):
-                one.clone(base, "kata-dev2", Owner(FARM, "dev2"), SIZE)
+                one.clone(base, "kata-dev2", Owner(KATA, "dev2"), SIZE)
                 one.destroy("kata-dev2")
         finally:
             gone.set()

@@ -86,7 +86,7 @@ class Town:
             connection.defineXML(text.replace("<name>kata-prod<", "<name>kata-prod-clone<"))
             other = text.replace("<name>kata-prod<", "<name>kata-2-prod<")
             other = other.replace('name="kata-prod"', 'name="kata-2-prod"')
-            connection.defineXML(other.replace('farm="kata"', 'farm="kata-2"'))
+            connection.defineXML(other.replace('farm="kata:', 'farm="kata-2:'))
             connection.defineXML(
                 "<domain type='qemu'><name>kata-by-hand</name><memory>65536</memory>"
                 "<os><type arch='x86_64' machine='pc'>hvm</type></os></domain>"
@@ -231,7 +231,7 @@ def test_a_file_of_somebodys_among_the_farms_own_disks_outlives_the_farm(town: T
     with town.site(plan=True) as site:
         lines = [a.text for a in farm.destroy(site).actions if a.verb == "note"]
         assert lines
-        assert lines[0].startswith("stays: files that aren't farmhand's, such as ")
+        assert lines[0].startswith("stays: files that aren't this farm's, such as ")
     with town.site() as site:
         farm.destroy(site)
         assert town.store.prints() == before

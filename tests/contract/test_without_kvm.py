@@ -32,6 +32,7 @@ from provision.engine.report import QuietReporter
 from provision.member import Member
 from provision.power import wait_until_ready, write_identity
 from provision.site import Site
+from tests.identities import KATA
 
 
 class Claiming(LibvirtHypervisor):
@@ -88,7 +89,7 @@ class ClaimingSite(Site):
         if self.distrusted:
             kind = Qemu(KvmVerdict(False, self.distrusted))
         return (LibvirtHypervisor if self.distrusted else Claiming)(
-            guests.uri, FARM, guests.disks(), Runner(), step=current_step, kind=kind
+            guests.uri, KATA, guests.disks(), Runner(), step=current_step, kind=kind
         )
 
 

@@ -14,6 +14,7 @@ from rigs import MIB
 
 from hypervisors.api import Owner, Power
 from inventory.errors import Conflict, DriverFailed, UsageError, WrongState
+from tests.identities import KATA
 
 pytestmark = pytest.mark.xen
 NAME = "kata-prod"
@@ -237,5 +238,5 @@ def test_dom0_is_nobody_s(xen):
 
 def test_macs_are_of_xen_s_range(xen):
     spec = xen.spec("prod")
-    machine = xen.hypervisor().define(replace(spec, owner=Owner("kata", "prod")), xen.template)
+    machine = xen.hypervisor().define(replace(spec, owner=Owner(KATA, "prod")), xen.template)
     assert machine.mac == spec.nic.mac and machine.mac.startswith("00:16:3e:")

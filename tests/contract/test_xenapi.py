@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 import xenapi_rig
-from rigs import FARM, MIB, SIZE, template
+from rigs import MIB, SIZE, template
 
+from host.run import Runner
 from hypervisors.api import Owner, Power
+from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
+from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Sessions
 from hypervisors.xenapi.wait import watch
 from inventory.errors import (
@@ -33,10 +36,11 @@ from inventory.errors import (
     UsageError,
     calls_in,
 )
+from tests.identities import KATA
 
 ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
-PROD = Owner(FARM, "prod")
+PROD = Owner(KATA, "prod")
 
 
 rig, server, kept = xenapi_rig.machines, xenapi_rig.its_server, xenapi_rig.kept  # fixtures
@@ -154,7 +158,7 @@ def test_a_switch_that_lands_late_loses_nothing(rig, server, made):
 def test_callers_wait_for_each_other(rig, server, made):
     server.tell(knobs={"slow": 0.2, "back_off": 0.3})
     with ThreadPoolExecutor(3) as pool:
-        owners = [Owner(FARM, f"n{n}") for n in range(3)]
+        owners = [Owner(KATA, f"n{n}") for n in range(3)]
         disks = rig.disks()
         list(pool.map(lambda o: disks.clone(rig.template, f"kata-{o.vm}", o, SIZE), owners))
     assert len(disks.list()) == 4
@@ -201,7 +205,7 @@ def test_a_full_copy_is_a_task_with_progress(rig, server):
     pool = rig.pool(copy=True, progress=lambda what, part: told.append((what, part)))
     disks = type(rig.disks())(pool, rig.disks()._runner)
     server.log()
-    disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+    disks.clone(rig.template, "kata-full", Owner(KATA, "full"), SIZE)
     log = server.log()
     assert "VM.copy" in log and "task.destroy" in log and "VM.clone" not in log
     assert told[-1] == ("VM.copy", 1.0)
@@ -212,7 +216,7 @@ def test_a_task_that_fails(rig, server):
     disks = type(rig.disks())(rig.pool(copy=True), rig.disks()._runner)
     server.fail("VM.copy", ["error", "SR_FULL", "10", "5"])
     with pytest.raises(NoSpace):
-        disks.clone(rig.template, "kata-full", Owner(FARM, "full"), SIZE)
+        disks.clone(rig.template, "kata-full", Owner(KATA, "full"), SIZE)
     assert disks.find("kata-full") is None and list(disks.leftovers()) == []
 
 
@@ -230,6 +234,33 @@ def test_the_seed_is_a_disk_of_its_own_and_follows_the_file(rig, server, tmp_pat
     hypervisor.destroy(NAME)
     assert list(hypervisor.leftovers()) == []
     assert not [line for line in server.tell(world=True) if "prod" in line or "new" in line]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"vm": "../../../victim"}, {"created": "soon"}, {"template": "\x9b2J"}]
+)
+def test_a_damaged_mark_is_nobodys(rig, server, made, mark):
+    """Named once, and left alone with all that is its machine's."""
+    warned = []
+    pool = Pool(rig.sessions(), KATA, warn=warned.append)
+    hypervisor = XenApiHypervisor(XenApiDisks(pool, Runner()))
+    call = pool.sessions.call
+    (ref,) = call("VM.get_by_name_label", NAME)
+    for key, text in mark.items():
+        call("VM.remove_from_other_config", ref, f"farmhand:{key}")
+        call("VM.add_to_other_config", ref, f"farmhand:{key}", text)
+    before = server.tell(world=True)
+    assert hypervisor.list() == []
+    assert hypervisor.find(NAME).owner is None
+    for leftover in hypervisor.leftovers():
+        hypervisor.discard(leftover)
+    for change in (hypervisor.destroy, hypervisor.start, lambda name: hypervisor.reset(name, "clean")):
+        with pytest.raises(FarmhandError):
+            change(NAME)
+    assert server.tell(world=True) == before
+    (told,) = warned
+    assert f"VM {NAME} (" in told
+    assert told.isprintable()
 
 
 def test_vbds_that_stay_a_while_are_not_in_the_way(rig, server, made):
@@ -281,7 +312,7 @@ def act(operation: str, hypervisor: XenApiHypervisor, rig) -> None:
         case "define":
             hypervisor.define(rig.spec("dev2"), rig.template)
         case "clone":
-            disks.clone(rig.template, "kata-dev2", Owner(FARM, "dev2"), SIZE)
+            disks.clone(rig.template, "kata-dev2", Owner(KATA, "dev2"), SIZE)
         case "start":
             hypervisor.start(NAME)
         case "checkpoint":
@@ -528,7 +559,7 @@ def _old_or_new(rig, operation: str, context: str) -> None:
         assert hypervisor.find(NAME) is None or operation == "destroy the disk", context
         return
     for sealed in disks.templates() if operation in ("seal", "remove the template") else ():
-        disks.clone(sealed, f"kata-{sealed.generation}", Owner(FARM, str(sealed.generation)), SIZE)
+        disks.clone(sealed, f"kata-{sealed.generation}", Owner(KATA, str(sealed.generation)), SIZE)
         assert rig.read(f"kata-{sealed.generation}") == "\0U"[sealed.generation - 1], context
     for name, letter in (("one", "A"), ("two", "B")):
         if name == "one" or operation == "checkpoint":

@@ -22,6 +22,7 @@ from hypervisors.xenapi.session import Sessions
 from inventory.errors import DriverFailed, FarmhandError, NoSpace, Unsupported, WrongState
 from provision.engine.report import QuietReporter
 from provision.site import Site
+from tests.identities import KATA
 
 ROOT = Path(__file__).parents[2]
 NAME = "kata-prod"
@@ -181,10 +182,10 @@ def test_neither_a_template_nor_what_is_half_made_of_it_can_start(rig, made):
         call("VM.start", golden, False, False)
     with (
         pytest.raises(XenApiError, match="NO_HOSTS_AVAILABLE"),
-        disks.growing(template, Owner(FARM, "half"), SIZE) as (vm, _, _),
+        disks.growing(template, Owner(KATA, "half"), SIZE) as (vm, _, _),
     ):
         call("VM.start", vm.ref, False, False)
-    disks.clone(template, "kata-bare", Owner(FARM, "bare"), SIZE)  # a disk that no machine has yet
+    disks.clone(template, "kata-bare", Owner(KATA, "bare"), SIZE)  # a disk that no machine has yet
     with pytest.raises(XenApiError, match="NO_HOSTS_AVAILABLE"):
         call("VM.start", disks.pool.machine("kata-bare").ref, False, False)
     made.start(NAME)
@@ -197,16 +198,17 @@ import sys; sys.path[:0] = [{root!r}, {contract!r}]
 from pathlib import Path
 from hypervisors.api import Owner
 from host.run import Runner
+from tests.identities import KATA
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Sessions, XenApiServer
 server = XenApiServer(
     url={url!r}, credentials=Path({credentials!r}), ca=Path({ca!r}), turns=Path({turns!r})
 )
-disks = XenApiDisks(Pool(Sessions(server), "kata"), Runner())
+disks = XenApiDisks(Pool(Sessions(server), KATA), Runner())
 (template,) = disks.templates()
 for n in range(3):
-    disks.clone(template, f"kata-{who}{{n}}", Owner("kata", f"{who}{{n}}"), {size})
+    disks.clone(template, f"kata-{who}{{n}}", Owner(KATA, f"{who}{{n}}"), {size})
     disks.restore(f"kata-{who}{{n}}", "clean")
 """
 
@@ -216,7 +218,7 @@ def test_one_storage_change_at_a_time(rig, server):
     server.tell(knobs={"slow": 0.05})
     turns = rig.place / "turns"
     here = Sessions(server.server(turns=turns))
-    disks = type(rig.disks())(type(rig.pool())(here, FARM), rig.disks()._runner)
+    disks = type(rig.disks())(type(rig.pool())(here, KATA), rig.disks()._runner)
     processes = [
         subprocess.Popen(
             [
@@ -229,7 +231,7 @@ def test_one_storage_change_at_a_time(rig, server):
         )
         for who in "pq"
     ]  # fmt: skip
-    owners = [Owner(FARM, f"n{n}") for n in range(3)]
+    owners = [Owner(KATA, f"n{n}") for n in range(3)]
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda o: disks.clone(rig.template, f"kata-{o.vm}", o, SIZE), owners))
         list(pool.map(lambda o: disks.destroy(f"kata-{o.vm}"), owners))
@@ -241,7 +243,7 @@ def test_one_storage_change_at_a_time(rig, server):
 def test_without_turns_they_meet(rig, server):
     """So that the test above says something."""
     server.tell(knobs={"slow": 0.1})
-    disks, owners = rig.disks(), [Owner(FARM, f"n{n}") for n in range(3)]
+    disks, owners = rig.disks(), [Owner(KATA, f"n{n}") for n in range(3)]
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda o: disks.clone(rig.template, f"kata-{o.vm}", o, SIZE), owners))
     assert server.tell(collisions=True) > 0
@@ -293,7 +295,7 @@ def test_a_task_that_changes_all_the_time_is_looked_at_a_few_times(rig):
 
 def test_disks_are_called_after_their_machines(rig, made):
     call = rig.sessions().call
-    rig.disks().clone(rig.template, "kata-bare", Owner(FARM, "bare"), SIZE)
+    rig.disks().clone(rig.template, "kata-bare", Owner(KATA, "bare"), SIZE)
     for machine, to in ((NAME, ""), ("kata-bare", ""), (NAME, "clean"), (NAME, "one")):
         if to:
             made.reset(machine, to)
@@ -305,7 +307,7 @@ def test_a_second_farm_does_not_wait_for_ever(rig, server, made):
     """A call that fails gives its turn back."""
     turns = rig.place / "turns"
     disks = type(rig.disks())(
-        type(rig.pool())(Sessions(server.server(turns=turns)), FARM), rig.disks()._runner
+        type(rig.pool())(Sessions(server.server(turns=turns)), KATA), rig.disks()._runner
     )
     server.fail("VM.clone", ["drop-before"])
     with pytest.raises(FarmhandError):

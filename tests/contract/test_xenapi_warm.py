@@ -9,7 +9,7 @@ import re
 
 import pytest
 import xenapi_rig
-from rigs import FARM, MIB
+from rigs import MIB
 
 from hypervisors.api import Power, WarmDisks
 from hypervisors.xenapi import wait
@@ -21,6 +21,7 @@ from inventory.errors import (
     Unsupported,
     WrongState,
 )
+from tests.identities import KATA
 
 NAME = "kata-prod"
 MANY = os.environ.get("FARMHAND_KILLS") == "many"
@@ -408,7 +409,7 @@ def test_half_way_back_nothing_else_can_be_done(rig, server, made, by):
     made.reset(NAME, "cold")
     assert (power(rig), rig.read(NAME)) == (Power.STOPPED, "C")
     made.start(NAME)
-    assert rig.hypervisor().find(NAME).owner.farm == FARM
+    assert rig.hypervisor().find(NAME).owner.farm == KATA
 
 
 @pytest.mark.parametrize("parts", range(1, _PARTS["VM.revert"]))

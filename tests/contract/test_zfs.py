@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from rigs import FARM, PROD, SIZE, template, with_two_disks
+from rigs import PROD, SIZE, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, zfs
 
 from host.run import Runner
@@ -31,6 +31,7 @@ from inventory.errors import (
     UsageError,
     WrongState,
 )
+from tests.identities import KATA
 
 pytestmark = pytest.mark.lab
 
@@ -66,7 +67,7 @@ def test_it_offers_what_it_says(made):
 
 def test_the_device_is_given_to_qemus_user_and_to_nobody_else(store, made):
     made = store.disks(reader_uid=64055)
-    made.clone(made.templates()[0], "kata-x", Owner(FARM, "x"), SIZE)
+    made.clone(made.templates()[0], "kata-x", Owner(KATA, "x"), SIZE)
     node = made.find("kata-x").path.stat()
     assert (node.st_uid, node.st_mode & 0o777) == (64055, 0o660)
     os.chown(made.find("kata-x").path, 0, -1)  # as after a boot of the host
@@ -92,7 +93,7 @@ def test_few_processes_each(store, made, monkeypatch):
         return runner.commands - before
 
     sealed = disks.templates()[0]
-    assert cost(lambda: disks.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE)) == 1
+    assert cost(lambda: disks.clone(sealed, "kata-x", Owner(KATA, "x"), SIZE)) == 1
     assert cost(lambda: disks.restore("kata-x", "clean")) == 1  # untouched
     store.write("kata-x", "A")
     assert cost(lambda: disks.restore("kata-x", "clean")) == 1
@@ -102,8 +103,8 @@ def test_few_processes_each(store, made, monkeypatch):
     assert cost(lambda: disks.restore_all(["kata-prod", "kata-dev2"], "clean")) == 2
     store.write("kata-prod", "A")
     assert cost(lambda: disks.restore_all(["kata-prod", "kata-dev2"], "clean")) == 2
-    assert cost(lambda: disks.clone(sealed, "kata-y", Owner(FARM, "y"), 2 * SIZE)) == 2
-    assert cost(lambda: disks.clone(sealed, "kata-z", Owner(FARM, "z"), SIZE)) == 1
+    assert cost(lambda: disks.clone(sealed, "kata-y", Owner(KATA, "y"), 2 * SIZE)) == 2
+    assert cost(lambda: disks.clone(sealed, "kata-z", Owner(KATA, "z"), SIZE)) == 1
     store.write("kata-z", "A")
     assert cost(lambda: disks.restore("kata-z", "clean")) == 3  # no snapshot yet to go back to
     assert cost(disks.list) == cost(disks.leftovers) == cost(disks.capacity) == 1
@@ -251,7 +252,7 @@ def test_what_a_power_cut_left_without_marks_is_found_by_being_empty(store, made
         made.discard(left)
     assert "vms/kata-full.1" in store.names()
     for name in ("full", "new"):  # no name is blocked
-        disk = made.clone(made.templates()[0], f"kata-{name}", Owner(FARM, name), SIZE)
+        disk = made.clone(made.templates()[0], f"kata-{name}", Owner(KATA, name), SIZE)
         assert made.find(f"kata-{name}") == replace(disk, used=made.find(f"kata-{name}").used)
     assert device.read_bytes()[:MIB] != bytes(MIB)
 
@@ -260,7 +261,7 @@ def test_what_is_not_ours_is_never_touched(store, made, monkeypatch):
     """Look-alike names, our properties inherited or copied, in our own datasets."""
     as_if_killed(monkeypatch)
     vms = f"{store.root}/vms"
-    for key, text in {"machine": "kata-evil", "farm": FARM, "state": "disk", "vm": "evil"}.items():
+    for key, text in {"machine": "kata-evil", "farm": KATA.mark, "state": "disk", "vm": "evil"}.items():
         zfs("set", f"farmhand:{key}={text}", store.pool)
     try:
         zfs("create", "-s", "-V", "1M", f"{vms}/kata-evil.1")  # inherits them all
@@ -279,7 +280,7 @@ def test_what_is_not_ours_is_never_touched(store, made, monkeypatch):
         made.destroy("kata-evil")
         made.destroy("other")
         for machine in ("kata-evil", "other"):  # no name is blocked by them
-            disk = made.clone(made.templates()[0], machine, Owner(FARM, machine), SIZE)
+            disk = made.clone(made.templates()[0], machine, Owner(KATA, machine), SIZE)
             assert disk.path.name == f"{machine}.2"
             made.destroy(machine)
         made.restore("kata-prod", "clean")
@@ -366,7 +367,7 @@ def test_a_template_isnt_written_to_the_link_of_one_that_is_gone(store, made):
     with stale_link(store, Path("/dev/zvol", volume), lambda: zfs("destroy", volume)) as device:
         sealed = made.seal(image, template(2))
     assert device.read_bytes().count(0) == SIZE  # somebody else's
-    made.clone(sealed, "kata-two", Owner(FARM, "two"), SIZE)
+    made.clone(sealed, "kata-two", Owner(KATA, "two"), SIZE)
     assert store.read("kata-two") == "T"
 
 

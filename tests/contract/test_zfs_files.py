@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from rigs import FARM, SIZE, opened, short_directory, template
+from rigs import SIZE, opened, short_directory, template
 from zfs_rig import ZfsFilesRig, zfs
 
 from hypervisors.api import Owner
 from hypervisors.disks.zfs.disks import ZfsDisks
 from inventory.errors import Busy, Conflict
+from tests.identities import KATA
 
 pytestmark = pytest.mark.lab
 BOTH = ["kata-prod", "kata-dev2"]
@@ -29,7 +30,7 @@ def made(store) -> ZfsDisks:
     disks = store.disks()
     sealed = disks.seal(store.image(), template())
     for machine in BOTH:
-        disks.clone(sealed, machine, Owner(FARM, machine.removeprefix("kata-")), SIZE)
+        disks.clone(sealed, machine, Owner(KATA, machine.removeprefix("kata-")), SIZE)
     return disks
 
 
@@ -48,7 +49,7 @@ def test_only_present_disks_are_mounted_and_after_a_boot_none(store, made):
         subprocess.run(["umount", path], check=True)
     assert made.pristine("kata-prod", "clean")
     with pytest.raises(Conflict):
-        made.clone(made.templates()[0], "kata-prod", Owner(FARM, "prod"), SIZE)
+        made.clone(made.templates()[0], "kata-prod", Owner(KATA, "prod"), SIZE)
     made.restore("kata-prod", "one")
     assert store.read("kata-prod") == "A"
     made.destroy("kata-prod")
@@ -78,7 +79,7 @@ def test_a_file_in_use_is_left_and_the_others_too(store, made):
 
 def test_qemus_user_may_come_in_and_giving_writes_nothing(store, made):
     disks = store.disks(reader_uid=64055)
-    disk = disks.clone(disks.templates()[0], "kata-x", Owner(FARM, "x"), SIZE)
+    disk = disks.clone(disks.templates()[0], "kata-x", Owner(KATA, "x"), SIZE)
     assert (store.mounts.stat().st_uid, store.mounts.stat().st_mode & 0o777) == (64055, 0o700)
     assert disk.path.stat().st_mode & 0o777 == 0o666
     subprocess.run(["zpool", "sync", store.pool], check=True)
@@ -88,6 +89,6 @@ def test_qemus_user_may_come_in_and_giving_writes_nothing(store, made):
 
 
 def test_volumes_and_files_do_not_mix(store, made):
-    volumes = ZfsDisks(store.pool, store.dataset, FARM, made._runner)
+    volumes = ZfsDisks(store.pool, store.dataset, KATA, made._runner)
     with pytest.raises(Conflict, match="another kind"):
         volumes.seal(store.image(), template(2))

@@ -6,13 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rigs import FARM, SIZE, template, with_two_disks
+from rigs import SIZE, template, with_two_disks
 from zfs_rig import ZfsRig, zfs
 
 from host.run import Runner
 from hypervisors.api import Owner
 from hypervisors.disks.zfs import state as zfs_state
 from hypervisors.disks.zfs.disks import ZfsDisks
+from tests.identities import KATA
 
 pytestmark = pytest.mark.lab
 
@@ -77,9 +78,9 @@ def test_killed_at_any_command_it_is_old_or_new_and_goes_on(store, made, monkeyp
             case "seal":
                 disks.seal(image, template(2))
             case "clone":
-                disks.clone(spare, "kata-new", Owner(FARM, "new"), SIZE)
+                disks.clone(spare, "kata-new", Owner(KATA, "new"), SIZE)
             case "larger":
-                disks.clone(spare, "kata-new", Owner(FARM, "new"), 2 * SIZE)
+                disks.clone(spare, "kata-new", Owner(KATA, "new"), 2 * SIZE)
             case "checkpoint":
                 disks.checkpoint("kata-prod", "two")
             case "back":

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rigs import FARM, PROD, SIZE, short_directory, template, with_two_disks
+from rigs import PROD, SIZE, short_directory, template, with_two_disks
 from zfs_rig import MIB, ZfsRig, pool, zfs
 
 from host.run import Runner
@@ -23,6 +23,7 @@ from inventory.errors import (
     NotFound,
     UsageError,
 )
+from tests.identities import KATA
 
 pytestmark = pytest.mark.lab
 
@@ -50,7 +51,7 @@ def test_a_full_pool_is_said_and_loses_nothing(tmp_path):
         assert disks.capacity().free < MIB
         bold = store.disks(headroom=0)
         for act in (
-            lambda: disks.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE),
+            lambda: disks.clone(sealed, "kata-x", Owner(KATA, "x"), SIZE),
             lambda: store.disks().checkpoint("kata-prod", "two"),
             lambda: disks.restore("kata-prod", "clean"),
             lambda: store.disks().seal(store.image(), template(2)),
@@ -58,7 +59,7 @@ def test_a_full_pool_is_said_and_loses_nothing(tmp_path):
             with pytest.raises(NoSpace):
                 act()
         for act in (
-            lambda: bold.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE),
+            lambda: bold.clone(sealed, "kata-x", Owner(KATA, "x"), SIZE),
             lambda: bold.checkpoint("kata-prod", "two"),
         ):
             try:
@@ -76,7 +77,7 @@ def test_a_quota_counts(store, made):
     zfs("set", "quota=100M", store.root)
     assert made.capacity().total <= 100 * MIB
     with pytest.raises(NoSpace):
-        store.disks().clone(made.templates()[0], "kata-x", Owner(FARM, "x"), SIZE)
+        store.disks().clone(made.templates()[0], "kata-x", Owner(KATA, "x"), SIZE)
 
 
 def test_what_others_reserve_is_not_free(store, made):
@@ -110,12 +111,12 @@ def test_a_disk_with_a_reservation_is_frozen_only_where_there_is_room(store, mad
 
 
 def test_no_such_pool_and_no_such_names(tmp_path):
-    disks = ZfsDisks("nosuchpool", "x", FARM, Runner())
+    disks = ZfsDisks("nosuchpool", "x", KATA, Runner())
     with pytest.raises(NotFound, match="nosuchpool"):
         disks.list()
     for names in (("a b", "x"), ("tank", "../x"), ("tank", "x@y"), ("-r", "x"), ("tank", "")):
         with pytest.raises(UsageError):
-            ZfsDisks(*names, FARM, Runner())
+            ZfsDisks(*names, KATA, Runner())
 
 
 def test_without_rights_it_says_so(store, made):
@@ -126,9 +127,11 @@ def test_without_rights_it_says_so(store, made):
     script = (
         "import os, sys, json\n"
         "from hypervisors.disks.zfs.disks import ZfsDisks; from host.run import Runner\n"
+        "from hypervisors.ownership import FarmIdentity\n"
         "from inventory.errors import FarmhandError\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        f"disks = ZfsDisks({store.pool!r}, {store.dataset!r}, 'kata', Runner())\n"
+        "farm = FarmIdentity('kata', '0' * 32)\n"
+        f"disks = ZfsDisks({store.pool!r}, {store.dataset!r}, farm, Runner())\n"
         "try: disks.list()\n"
         "except FarmhandError as error: print(type(error).__name__, error, '|', error.remedy)\n"
     )
@@ -166,7 +169,7 @@ def test_a_suspended_pool_is_said_and_goes_on_when_its_devices_are_back(tmp_path
         with subprocess.Popen(["zfs", "set", "test:try=1", name], stderr=subprocess.DEVNULL):  # hangs
             wait_for(lambda: run("zpool", "list", "-H", "-o", "health", name) == "SUSPENDED")
             for act in (
-                lambda: disks.clone(sealed, "kata-x", Owner(FARM, "x"), SIZE),
+                lambda: disks.clone(sealed, "kata-x", Owner(KATA, "x"), SIZE),
                 lambda: disks.checkpoint("kata-prod", "one"),
                 lambda: disks.restore("kata-prod", "clean"),
                 lambda: disks.destroy("kata-prod"),

@@ -29,6 +29,7 @@ import pytest
 
 from host.run import Runner
 from hypervisors.api import MachineSpec, Nic, Owner, Template, no_step
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.disks import XenApiDisks
 from hypervisors.xenapi.driver import XenApiHypervisor
 from hypervisors.xenapi.notes import Notes
@@ -36,6 +37,7 @@ from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.session import Sessions, XenApiServer, connection
 from inventory.loader import loads
 from inventory.model import Farm
+from tests.identities import KATA, identity
 
 MIB = 2**20
 SIZE = 64 * MIB
@@ -209,12 +211,12 @@ class XenApiRig:
         self._sessions.append(made)
         return made
 
-    def pool(self, farm: str = FARM, **options: Any) -> Pool:
+    def pool(self, farm: FarmIdentity = KATA, **options: Any) -> Pool:
         notes = Notes(self.place / "notes")
         sr = self.farm.hosts["xen"].sr or ""
         return Pool(self.sessions(), farm, sr=sr, notes=notes, **options)
 
-    def disks(self, farm: str = FARM, *, step=no_step, **options: Any) -> XenApiDisks:
+    def disks(self, farm: FarmIdentity = KATA, *, step=no_step, **options: Any) -> XenApiDisks:
         return XenApiDisks(self.pool(farm), Runner(), step=step, **options)
 
     def image(self, letter: str = "T", name: str = "image") -> Path:
@@ -260,7 +262,7 @@ class XenApiRig:
     def close(self) -> None:
         """All that this test made, on a real server; the test server is thrown away."""
         if REAL_URL:
-            for farm in (FARM, "other"):
+            for farm in (KATA, identity("other")):
                 self._remove(self.disks(farm))
         for sessions in self._sessions:
             sessions.close()
@@ -270,7 +272,7 @@ class XenApiRig:
         disks.pool.raze([vms[ref] for ref in self._foreign if ref in vms])
         hypervisor = XenApiHypervisor(disks)
         for vm in disks.pool.all_vms():
-            if vm.kind == "machine" and vm.marks["farm"] == disks.pool.farm:
+            if vm.kind == "machine" and vm.belongs(disks.pool.farm):
                 hypervisor.destroy(vm.name)
         for left in hypervisor.leftovers():
             hypervisor.discard(left)
@@ -296,13 +298,13 @@ class XenApiMachines(XenApiRig):
             file.truncate(SIZE)
         self.template: Template = disks.seal(path, _template())
 
-    def hypervisor(self, farm: str = FARM, step=no_step) -> XenApiHypervisor:
+    def hypervisor(self, farm: FarmIdentity = KATA, step=no_step) -> XenApiHypervisor:
         return XenApiHypervisor(self.disks(farm, step=step), step=step)
 
     def spec(self, vm: str, *, port: int = 0, stamp: str = "", options: str = "") -> MachineSpec:
         assert not port, "no user-mode network here"
         return MachineSpec(
-            name=f"{FARM}-{vm}", owner=Owner(FARM, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
+            name=f"{FARM}-{vm}", owner=Owner(KATA, vm), memory=192 * MIB, vcpus=1, disk_size=SIZE,
             nic=Nic(mac="00:16:3e:0a:0b:0c", mode="network", target=self.farm.network.network or ""),
         )  # fmt: skip
 
@@ -338,7 +340,7 @@ class XenApiMachines(XenApiRig):
         """Seconds; the server's own times are a real one's, scaled."""
         self.server.tell(knobs={knob: scale * seconds for knob, seconds in REAL_SECONDS.items()})
         sessions = self.sessions(turns=self.place / "turns" if turns else None)
-        hypervisor = XenApiHypervisor(XenApiDisks(Pool(sessions, FARM), Runner()))
+        hypervisor = XenApiHypervisor(XenApiDisks(Pool(sessions, KATA), Runner()))
         hypervisor.list()  # logged in
         began = time.monotonic()
         with ThreadPoolExecutor(2 if at_once else 1) as pool:

@@ -14,6 +14,8 @@ from pathlib import Path
 from host.run import Runner
 from hypervisors.api import no_step
 from hypervisors.disks.zfs.disks import ZfsDisks
+from hypervisors.ownership import FarmIdentity
+from tests.identities import KATA
 
 MIB = 2**20
 SIZE = 64 * MIB
@@ -56,7 +58,7 @@ class ZfsRig:
         self.root = f"{pool}/{self.dataset}"
 
     def disks(
-        self, farm: str = FARM, *, runner: Runner | None = None, step=no_step, **options
+        self, farm: FarmIdentity = KATA, *, runner: Runner | None = None, step=no_step, **options
     ) -> ZfsDisks:
         return ZfsDisks(self.pool, self.dataset, farm, runner or Runner(), step=step, **options)
 
@@ -104,7 +106,7 @@ class ZfsFilesRig(ZfsRig):
         self.mounts = place / "mounts"
 
     def disks(
-        self, farm: str = FARM, *, runner: Runner | None = None, step=no_step, **options
+        self, farm: FarmIdentity = KATA, *, runner: Runner | None = None, step=no_step, **options
     ) -> ZfsDisks:
         return super().disks(farm, runner=runner, step=step, files=self.mounts, **options)
 

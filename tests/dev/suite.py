@@ -19,6 +19,7 @@ from cli.run import TaskResult, TaskRun
 from host.files import make_directory
 from host.paths import cache_dir
 from host.program import ROOT
+from host.run import which
 from inventory.errors import UsageError
 
 _SUITES = ("unit", "contract", "services", "faults", "hostile", "system")
@@ -117,6 +118,29 @@ def _result(steps: list[dict[str, object]]) -> TaskResult:
 def lint(run: TaskRun) -> TaskResult:
     """ruff and mypy. UsageError where they are not installed."""
     return _result(_linters(run))
+
+
+def security(run: TaskRun) -> TaskResult:
+    """bandit on the program, by pyproject.toml, and pip-audit on what is pinned. They are nobody's need
+    but for this, and so aren't pinned themselves. What cannot be audited is a failure, too. UsageError
+    where they are missing."""
+    tools = {
+        "bandit": ("-q", "-r", ".", "-c", "pyproject.toml"),
+        "pip-audit": ("--strict", "--disable-pip", "--require-hashes", "-r", "requirements.lock"),
+    }
+    if missing := [name for name in tools if which(name) is None]:
+        raise UsageError(
+            f"not found: {', '.join(missing)}",
+            remedy="python3 -m venv DIR; DIR/bin/pip install bandit pip-audit; put DIR/bin into PATH",
+        )
+    steps: list[dict[str, object]] = []
+    for name, arguments in tools.items():
+        done = subprocess.run(
+            [name, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, check=False, text=True,
+            stdout=subprocess.PIPE if run.json else None, stderr=subprocess.STDOUT if run.json else None,
+        )  # fmt: skip
+        steps.append({"name": name, "ok": done.returncode == 0, "output": done.stdout or ""})
+    return _result(steps)
 
 
 def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> TaskResult:

@@ -27,12 +27,12 @@ def test(run: TaskRun, fast: bool = False, only: Names = None, match: str = "") 
     return suite.test(run, fast=fast, only=tuple(only or ()), match=match)
 
 
-@command()
-def lint(run: TaskRun) -> TaskResult:
+@command({"security": "Run bandit and pip-audit instead: pip install them where your PATH finds them."})
+def lint(run: TaskRun, security: bool = False) -> TaskResult:
     """Run ruff and mypy."""
     from tests.dev import suite
 
-    return suite.lint(run)
+    return suite.security(run) if security else suite.lint(run)
 
 
 @command(

@@ -3,9 +3,10 @@ is the store's, and starting QEMU takes most of the time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from hypervisors.api import Disks, Hypervisor
+from hypervisors.api import Disks, Hypervisor, Leases
 from hypervisors.fake.driver import FakeHypervisor
 from hypervisors.fake.host import OpenFake
 from hypervisors.host import OpenHost
@@ -29,6 +30,9 @@ class Still(OpenHost):
 
     def state(self) -> Path | None:
         return OpenFake(self.around).state()
+
+    def leases(self) -> Sequence[Leases]:
+        return (*self.real.leases(), *OpenFake.leases(self))  # type: ignore[arg-type]
 
     def reader_uid(self) -> int | None:
         return self.real.reader_uid()

@@ -56,7 +56,7 @@ def test_no_way_to_start_a_program_hands_our_secrets_down(runner: Runner, tmp_pa
     log = tmp_path / "log"
     runner.change("env", log=log)
     told = [runner.read("env").stdout, log.read_text()]
-    with (tmp_path / "errors").open("wb") as errors, runner.talk("env", errors=errors) as process:
+    with runner.talk("env") as process:
         told.append(process.communicate()[0].decode())
 
     async def served() -> str:

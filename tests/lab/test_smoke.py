@@ -16,11 +16,15 @@ import pytest
 
 from host.run import Runner
 from hypervisors.libvirt.kvm import kvm_usable
+from hypervisors.ownership import FarmIdentity
 
 pytestmark = pytest.mark.lab
 in_both = pytest.mark.xen
 
 SPARE = ("/dev/vdb", "/dev/vdc", "/dev/vdd")
+
+
+SMOKE = FarmIdentity("smoke", "0" * 32)
 
 
 def run(*argv: str) -> str:
@@ -139,9 +143,9 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
     log = place / "vm.log"
     private = PrivateLibvirt(place / "s", place / "r", place / "c", hide_kvm=False)
     runner = Runner()
-    disks = Qcow2Disks(place / "disks", "smoke", runner, reader_uid=private.qemu_uid())
+    disks = Qcow2Disks(place / "disks", SMOKE, runner, reader_uid=private.qemu_uid())
     hypervisor = LibvirtHypervisor(
-        private.uri, "smoke", disks, runner, kind=Qemu(kvm_usable(runner, tmp_path))
+        private.uri, SMOKE, disks, runner, kind=Qemu(kvm_usable(runner, tmp_path))
     )
     try:
         image = place / "image.qcow2"
@@ -150,7 +154,7 @@ def test_farmhand_s_own_libvirtd_runs_a_guest_under_kvm(tmp_path: Path) -> None:
             name="base", generation=1, ref="", size=64 * 2**20, sha256="", created=datetime.now(UTC),
             origin="smoke test", firstboot="none",
         ))  # fmt: skip
-        owner = Owner("smoke", "vm")
+        owner = Owner(SMOKE, "vm")
         spec = MachineSpec(
             name="smoke-vm", owner=owner, memory=192 * 2**20, vcpus=1, disk_size=64 * 2**20,
             nic=Nic(mac="52:54:00:0a:0b:0d", mode="user", forwards=()), console_log=log,

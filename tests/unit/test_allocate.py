@@ -19,6 +19,7 @@ from inventory.errors import Conflict, NotFound, WrongState
 from inventory.model import Farm
 from inventory.validation import validated
 from provision.allocate import PORTS, Allocator, lock_file_of
+from provision.lockfile import LockFile
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,15 @@ def test_forgetting_a_farm_gives_all_back(tmp_path: Path) -> None:
     assert not (tmp_path / "state/claims.db").exists()
 
 
+def test_claims_are_written_once_for_what_is_new(tmp_path: Path) -> None:
+    allocator, counted = Allocator(farm_of(), tmp_path / "lock"), []
+    for vm in ("prod", "dev2", "prod"):
+        allocator.allocate(vm)
+        header = (tmp_path / "state/claims.db").read_bytes()[:100]
+        counted.append(int.from_bytes(header[24:28]))  # changes (sqlite.org/fileformat.html, 1.3.6)
+    assert counted == [1, 2, 2]
+
+
 def test_the_lock_file_is_the_same_however_it_came_about(tmp_path: Path) -> None:
     names = ["vm1", "vm10", "vm2", "a-b", "a1", "a", "zz"]
     farm = farm_of(vms={name: {} for name in names})
@@ -235,10 +245,10 @@ def test_damaged_claims_are_an_error(tmp_path: Path) -> None:
 def test_a_broken_lock_file_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.write_text('<<<<<<< HEAD\n{"format": 1, "vms": {}}')
-    with pytest.raises(WrongState, match="not readable"):
+    with pytest.raises(WrongState, match="damaged"):
         Allocator(farm_of(), lock).allocate("prod")
     lock.write_text('{"format": 1, "vms": {"prod": {"mac": "x"}}}')
-    with pytest.raises(WrongState, match="not readable"):
+    with pytest.raises(WrongState, match="damaged"):
         Allocator(farm_of(), lock).recorded()
 
 
@@ -314,3 +324,32 @@ def test_processes_of_different_farms_share_no_port(tmp_path: Path) -> None:
         for entry in json.loads((tmp_path / name).read_text())["vms"].values()
     ]
     assert len(set(ports)) == 40
+
+
+@pytest.mark.parametrize(
+    ("vms", "why"),
+    [
+        ('"a": {"mac": "52:54:00:00:00:01", "address": "10.0.0.2", "ssh_port": 22},'
+         '"b": {"mac": "52:54:00:00:00:01", "address": "10.0.0.3", "ssh_port": 22}',
+         "a and b have the same MAC"),
+        ('"a": {"mac": "52:54:00:00:00:01", "address": "10.0.0.2", "ssh_port": 22},'
+         '"b": {"mac": "52:54:00:00:00:02", "address": "10.0.0.2", "ssh_port": 22}',
+         "a and b have the same address"),
+        ('"a": {"mac": "52:54:00:00:00:01", "address": null, "ssh_port": 22},'
+         '"a": {"mac": "52:54:00:00:00:02", "address": null, "ssh_port": 22}', "'a' is there twice"),
+        ('"a": {"mac": "52:54:00:00:00:0X", "address": null, "ssh_port": 22}', "is no MAC"),
+        ('"a": {"mac": "52:54:00:00:00:01", "address": "10.0.0.2/24", "ssh_port": 22}', "is no address"),
+        ('"a": {"mac": "52:54:00:00:00:01", "address": null, "ssh_port": 65536}', "is no port"),
+        ('"a": {"mac": "52:54:00:00:00:01", "address": null, "ssh_port": true}', "is no port"),
+        ('"a": [1, 2, 3]', "the entry of 'a'"),
+    ],
+)  # fmt: skip
+def test_a_lock_file_that_daemons_would_refuse_is_refused_here(
+    tmp_path: Path, vms: str, why: str
+) -> None:
+    """Before anything is rendered from it."""
+    path = tmp_path / "lock"
+    path.write_text(f'{{"format": 1, "vms": {{{vms}}}}}')
+    with pytest.raises(WrongState, match="is damaged") as refused:
+        LockFile("f", path).read()
+    assert why in refused.value.message

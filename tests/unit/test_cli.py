@@ -15,7 +15,7 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 
 TASKS = [
     "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
-    "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
+    "adopt", "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
     "destroy", "gc", "recover", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
     "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",

@@ -225,7 +225,7 @@ def test_somebody_elses_machine_is_never_touched(desk: Desk) -> None:
         (farm.stop, (["prod"],)),
     ]
     for use_case, arguments in calls:
-        with desk.site() as site, pytest.raises(NotOurs, match="without our mark"):
+        with desk.site() as site, pytest.raises(NotOurs, match="is not farmhand"):
             use_case(site, *arguments)
     with desk.site() as site:
         row = farm.status(site).vms[1]
@@ -485,9 +485,7 @@ class OneHypervisor(Site):
     def _open(self, host: str) -> OpenHost:
         opened = super()._open(host)
         state = self.paths.root / "one.state"
-        opened._connect = lambda: FakeHypervisor(
-            self.farm.farm, opened.disks(), state, step=current_step
-        )
+        opened._connect = lambda: FakeHypervisor(self.identity, opened.disks(), state, step=current_step)
         return opened
 
 

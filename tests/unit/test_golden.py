@@ -205,7 +205,7 @@ def test_a_template_with_clones_stays(site: Site) -> None:
     farm.template_import(site, "cloud")
     (template,) = golden.template_list(site)
     store = site.disks("here")
-    store.clone(template, "t-one", Owner("t", "one"), template.size)
+    store.clone(template, "t-one", Owner(site.identity, "one"), template.size)
     with pytest.raises(WrongState, match="t-one"):
         farm.template_remove(site, "cloud@1")
     store.destroy("t-one")

@@ -444,7 +444,7 @@ def test_what_gc_can_not_remove_makes_it_fail(apart: Desk, monkeypatch: pytest.M
     with apart.site() as site:
         store = site.disks("here")
         for vm in ("old1", "old2"):
-            store.clone(store.templates()[0], f"kata-{vm}", Owner("kata", vm), 64 * 2**20)
+            store.clone(store.templates()[0], f"kata-{vm}", Owner(site.identity, vm), 64 * 2**20)
     destroy = FakeHypervisor.destroy
 
     def refuse(self: FakeHypervisor, name: str) -> None:

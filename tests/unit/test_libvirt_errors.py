@@ -26,12 +26,12 @@ def error(message: str, code: int = libvirt.VIR_ERR_INTERNAL_ERROR) -> libvirt.l
         (
             "Failed to connect socket to '/run/libvirt/virtlogd-sock': No such file or directory",
             libvirt.VIR_ERR_SYSTEM_ERROR, DriverFailed, "look up prod: no virtlogd there",
-            "systemctl start virtlogd;",
+            "systemctl start virtlogd",
         ),
         (
             "Failed to connect socket to '/run/libvirt/libvirt-sock': No such file or directory",
             libvirt.VIR_ERR_SYSTEM_ERROR, DriverFailed, "look up prod: no libvirtd there",
-            "systemctl start libvirtd;",
+            "systemctl start libvirtd",
         ),
         (
             "internal error: qemu unexpectedly closed the monitor: "

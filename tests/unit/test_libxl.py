@@ -15,9 +15,10 @@ from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.libxl import Xen
 from hypervisors.libvirt.libxl_balloon import least
 from inventory.errors import Unsupported
+from tests.identities import KATA
 
 MIB = 2**20
-OWNER = Owner("kata", "prod")
+OWNER = Owner(KATA, "prod")
 SPEC = MachineSpec(
     name="kata-prod", owner=OWNER, memory=192 * MIB, vcpus=2, disk_size=64 * MIB,
     nic=Nic(mac="00:16:3e:01:02:03", mode="bridge", target='xen"br<&>'), seed=Path("/seed.iso"),

@@ -7,13 +7,14 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from hypervisors.api import MachineSpec, Nic, Owner, spec_hash
+from tests.identities import KATA
 
 SPEC = MachineSpec(
-    name="kata-prod", owner=Owner("kata", "prod"), memory=2**30, vcpus=1, disk_size=2**32,
+    name="kata-prod", owner=Owner(KATA, "prod"), memory=2**30, vcpus=1, disk_size=2**32,
     nic=Nic(mac="52:54:00:00:00:01", mode="user"),
 )  # fmt: skip
 OTHER = {
-    "name": "kata-dev", "owner": Owner("kata", "dev"), "memory": 2**31, "vcpus": 2, "disk_size": 2**33,
+    "name": "kata-dev", "owner": Owner(KATA, "dev"), "memory": 2**31, "vcpus": 2, "disk_size": 2**33,
     "nic": Nic(mac="52:54:00:00:00:02", mode="user"), "address": IPv4Address("10.0.0.1"), "ssh_port": 23,
     "seed": Path("/s"), "console_log": Path("/c"), "kernel": Path("/k"), "initrd": Path("/i"),
     "cmdline": "ro",

@@ -171,7 +171,7 @@ def test_not_in_the_midst_of_a_merge(place: Path) -> None:
     def site_that_merges() -> Site:
         site = town.site()
         opened = site.opened("here")
-        opened._disks = Merging("still", opened.state())
+        opened._disks = Merging(site.identity, opened.state())
         return site
 
     with site_that_merges() as site:

@@ -28,6 +28,7 @@ from provision import farm
 from provision.engine.report import QuietReporter
 from provision.network.staged import stage
 from provision.site import open_site
+from tests.identities import KATA
 
 MIB = 2**20
 UMASKS = pytest.mark.parametrize("umask", [0o000, 0o027, 0o077], ids=oct)
@@ -90,7 +91,7 @@ def test_a_life_on_the_fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @UMASKS
 @pytest.mark.usefixtures("umasked")
 def test_a_disk_s_life(tmp_path: Path, umask: int) -> None:
-    disks = Qcow2Disks(tmp_path / "all" / "store", "kata", Runner())
+    disks = Qcow2Disks(tmp_path / "all" / "store", KATA, Runner())
     image = tmp_path / "image"
     subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, "4M"], check=True)
     template = Template(
@@ -98,7 +99,7 @@ def test_a_disk_s_life(tmp_path: Path, umask: int) -> None:
         created=datetime.now(UTC), origin="test", firstboot="none",
     )  # fmt: skip
     sealed = disks.seal(image, template)
-    disks.clone(sealed, "kata-prod", Owner("kata", "prod"), 4 * MIB)
+    disks.clone(sealed, "kata-prod", Owner(KATA, "prod"), 4 * MIB)
     disks.checkpoint("kata-prod", "x")
     assert modes(tmp_path / "all") == {
         "store": 0o711,

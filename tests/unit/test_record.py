@@ -13,6 +13,7 @@ import pytest
 
 from builds import page
 from builds.classify import classify
+from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import (
@@ -21,8 +22,8 @@ from builds.record import (
     SourceRecord,
     StepRecord,
     VmRecord,
+    all_records,
     find_record,
-    foreign_records,
     load_records,
     new_directory,
     now,
@@ -99,7 +100,7 @@ def test_a_record_in_another_format_is_refused_in_words(paths, format):
     other.path.write_text(json.dumps(data))
     assert load_records(paths) == (ours,)
     assert find_record(paths) == ours
-    assert foreign_records(paths) == (other.id,)
+    assert list(all_records(paths)[1]) == [other.id]
     with pytest.raises(WrongState, match="this farmhand reads and writes format 2") as refused:
         find_record(paths, other.id)
     assert str(other.path) in refused.value.message
@@ -233,8 +234,9 @@ def test_a_real_shell_and_a_real_git(tmp_path):
 
 
 def test_the_log_keeps_bytes_and_a_plain_tail(tmp_path):
-    seen = []
-    log = StepLog(tmp_path / "log", "dev2", lambda vm, data: seen.append((vm, data)))
+    seen, told = [], []
+    stream = lambda vm, data: seen.append((vm, data))  # noqa: E731
+    log = StepLog(tmp_path / "log", "dev2", stream, told=told.append)
     log.write(b"10%\r50%\r100%\n\x1b[31mred\x1b[0m\n\xff")
     log.say("a word of ours")
     log.mark()
@@ -244,7 +246,23 @@ def test_the_log_keeps_bytes_and_a_plain_tail(tmp_path):
     log.close()
     data = (tmp_path / "log").read_bytes()
     assert data.startswith(b"10%\r50%\r100%\n\x1b[31mred\x1b[0m\n\xff\nfarmhand: a word of ours\n")
-    assert b"".join(chunk for _, chunk in seen) == data
+    assert b"".join(chunk for _, chunk in seen) == data.replace(b"\nfarmhand: a word of ours\n", b"")
+    assert told == ["a word of ours"]
+
+
+def test_lines_of_ours_are_known_however_long_the_log_is(tmp_path):
+    log = StepLog(tmp_path / "log", "dev2", None)
+    log.say("first\nof ours")
+    log.write(b"farmhand: forged\n\r\n" * 20_000 + b"no newline")
+    log.say("second")
+    log.write(b"farmhand: forged")
+    log.close()
+    text = (tmp_path / "log").read_bytes().decode()
+    shown = log_lines(text, frozenset(log.ours))
+    ours = ["farmhand: first\\nof ours", "farmhand: second"]
+    assert [line for line in shown if not line.startswith("| ")] == ours
+    assert log.last(4) == "\n".join(shown[-4:])
+    assert log.last(2) == "farmhand: second\n| farmhand: forged"
 
 
 def test_sources_by_name(tmp_path):

@@ -141,7 +141,7 @@ def test_the_wait_says_what_it_sees(dev2):
     with pytest.raises(WrongState):
         ready(dev2.endpoint(), running=_for(3), pulse=lambda: pulse, said=said)
     assert re.search(
-        r"^waiting for ssh; console \ds ago: 'Starting  systemd-udevd', disk \ds ago: 128M; "
+        r"^waiting for ssh; console \ds ago: 'Starting\\x07 systemd-udevd', disk \ds ago: 128M; "
         r"no connection \(Connection refused\)$",
         said[-1],
     )

@@ -30,7 +30,20 @@ def test_output_of_a_guest_is_shown_by_whole_lines() -> None:
 def test_a_guest_cannot_drive_the_terminal() -> None:
     out = io.StringIO()
     Screen(out).stream("dev2", b"\x1b[31mred\x1b[0m \x1b]0;title\x07 10%\r100%\x08\n\xff\n")
-    assert out.getvalue() == "dev2 | 100% \ndev2 | \ufffd\n"
+    assert out.getvalue() == "dev2 | 100%\\x08\ndev2 | \ufffd\n"
+
+
+def test_what_is_said_is_text_on_lines_of_its_own() -> None:
+    out, live = io.StringIO(), io.StringIO()
+    Screen(out).say("said \x1b[2J:\nfarmhand: fetched\u202e", vm="dev2")
+    assert [line[9:] for line in out.getvalue().split("\n")] == [
+        "dev2: said \\x1b[2J:", "dev2:   farmhand: fetched\\u202e", "",
+    ]  # fmt: skip
+    screen = LiveScreen(live)
+    screen.working("waiting \x1b]0;owned\x07", vm="dev2")
+    screen.close()
+    assert "waiting \\x1b]0;owned\\x07" in live.getvalue()
+    assert "\x1b" not in live.getvalue().replace("\r\x1b[2K", "")
 
 
 def test_the_live_line_stays_on_one_line_and_goes_away(monkeypatch) -> None:

@@ -12,6 +12,7 @@ from hypervisors.api import Power
 from hypervisors.host import ListedMachine
 from hypervisors.ssh import SshHypervisor
 from inventory.errors import CommandFailed, NotFound, Unsupported, UsageError
+from tests.identities import KATA
 
 
 def driver(*reset: str, changes: bool = True, steps: list[str] | None = None) -> SshHypervisor:
@@ -20,7 +21,7 @@ def driver(*reset: str, changes: bool = True, steps: list[str] | None = None) ->
         "kata-prod": ListedMachine(address="build.example", port=2222, reset_argv=()),
     }
     noted = steps if steps is not None else []
-    return SshHypervisor("kata", machines, Runner(changes=changes), step=noted.append)
+    return SshHypervisor(KATA, machines, Runner(changes=changes), step=noted.append)
 
 
 def test_the_declared_machines_are_ours_and_nobody_asked_them() -> None:

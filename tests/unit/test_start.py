@@ -29,6 +29,16 @@ HEAVY = {
     "unittest",
     "yaml",
 }
+# What a clone that nothing is wrong with, and that isn't started, doesn't meet.
+NOT_MET = {
+    "builds.steps.fetch",
+    "builds.steps.run",
+    "concurrent.futures",
+    "host.hints",
+    "provision.leftovers",
+    "provision.memory_budget",
+    "provision.missing_disk",
+}
 KVM = """\
 farm: try
 templates: {small: {import: small.qcow2, firstboot: none}}
@@ -62,12 +72,15 @@ def test_a_changed_farm_needs_no_pydantic_and_an_unchanged_one_nothing_heavy(cli
         Path(state).chmod(0o711)  # QEMU's user passes through
         cli.environment["FARMHAND_STATE_DIR"] = state
         try:
+            assert cli("clone-farm", "--no-start").status == 0  # the template, too
+            cli.farm.write_text(KVM.replace("vms: {", "vms: {two: {memory: 64M}, "))
             cloning = imported(cli, "clone-farm", "--no-start")
             found = imported(cli, "status")
         finally:
             cli("destroy", "--all")
     assert "inventory.validation" in cloning
     assert not cloning & {"pydantic", "pydantic_core.core_schema"}
+    assert cloning & NOT_MET == set()
     assert "libvirt" in found
     assert not found & HEAVY
 
@@ -139,3 +152,16 @@ def test_the_garbage_collector_waits_for_more_than_imports(checkout: Path) -> No
     )
     done = started(checkout, "looks")
     assert done.stdout == "0 50000 True\n", done.stderr
+
+
+def test_the_parser_knows_the_tasks_that_are_typed(checkout: Path) -> None:
+    (checkout / "tasks.py").write_text(
+        "from invoke import task\n\n\n@task\ndef other(c):\n    pass\n\n\n"
+        "@task\ndef two_words(c):\n    from invoke.main import program\n"
+        "    print(*program.parser.contexts, *program.collection.task_names)\n"
+    )
+    done = started(checkout, "two-words")
+    assert done.stdout == "two-words other two-words\n", done.stderr
+    for words in (["--complete", "--", "inv", "t"], ["--help", "other"], ["other", "-h"], ["two_words"]):
+        expected, found = bare(checkout, *words), started(checkout, *words)
+        assert found.stdout == expected.stdout

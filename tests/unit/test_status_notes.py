@@ -39,7 +39,7 @@ class Watched(FakeHypervisor):
 def test_notes(how: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STATE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
-    monkeypatch.setattr("provision.status._NOTES_PATIENCE", 5.0 if how == "sees" else 0.2)
+    monkeypatch.setattr("hypervisors.look._NOTES_PATIENCE", 5.0 if how == "sees" else 0.2)
     monkeypatch.setattr(Watched, "how", how)
     monkeypatch.setattr(Watched, "let_go", threading.Event(), raising=False)
     (tmp_path / "kata.yaml").write_text(FARM)
@@ -48,7 +48,7 @@ def test_notes(how: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         store = site.disks("here")
         assert isinstance(store, FakeDisks)
         opened = site.opened("here")
-        opened._hypervisor = Watched("kata", store, opened.state())
+        opened._hypervisor = Watched(site.identity, store, opened.state())
         (row,) = farm.status(site).vms
         farm.stop(site)
         (stopped,) = farm.status(site).vms

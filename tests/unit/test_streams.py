@@ -141,7 +141,7 @@ def hands_over(run):
     "Tells what it ignores."
     return terminal.replace_process(run, ["grep", "SigIgn", "/proc/self/status"])
 
-@command()
+@command(does=["reset"])
 def much(run):
     "Prints more than a pipe holds."
     return TaskResult({{}}, "x" * 400_000)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
-    "invoke", "cli/__init__.py", "cli/start.py", "cli/streams.py",
+    "invoke", "cli/__init__.py", "cli/start.py", "cli/streams.py", "host/__init__.py",
+    "host/printable.py",
     "requirements.lock", "requirements-dev.lock", "packages.txt", "packages-dev.txt",
 )  # fmt: skip
 
@@ -18,8 +19,8 @@ def checkout(directory: Path) -> Path:
     """What the wrapper itself needs of a checkout, under a name with a space, and one task."""
     place = directory / "check out"
     place.mkdir()
-    (place / "cli").mkdir()
     for name in PARTS:
+        (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     task = "from invoke import task\n\n\n@task\ndef hello(c):\n    print('hello')\n"
     (place / "tasks.py").write_text(task)

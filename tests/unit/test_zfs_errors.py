@@ -24,6 +24,7 @@ from inventory.errors import (
     UsageError,
     spelled,
 )
+from tests.identities import KATA
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def failing(tmp_path: Path, monkeypatch):
         command.write_text(f"#!/bin/sh\ncat {tmp_path}/said >&2\nexit {status}\n")
         command.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        return ZfsDisks("tank", "kata", "kata", Runner())
+        return ZfsDisks("tank", "kata", KATA, Runner())
 
     return make
 
@@ -68,7 +69,7 @@ def test_each_failure_has_its_words(failing, said, error, remedy):
 def test_without_the_command_it_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr("hypervisors.disks.zfs.command.which", lambda name: str(tmp_path / name))
     with pytest.raises(CommandFailed, match="cannot run"):
-        ZfsDisks("tank", "kata", "kata", Runner()).list()
+        ZfsDisks("tank", "kata", KATA, Runner()).list()
 
 
 def test_values_of_properties_are_plain_text():

@@ -32,12 +32,14 @@ from typing import Literal, Self
 
 from host.files import sync
 from host.run import Runner
+from hypervisors.answers import answer_of
 from hypervisors.api import CLEAN, Callbacks, Capacity, Directories, StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, marked, retagged
 from hypervisors.disks.lvm.copy import ProgressFn, copy_idle, empty_from, no_progress, same_content
 from hypervisors.disks.lvm.disks import LvmStore
-from hypervisors.disks.lvm.state import HeldLock, LvmState, kept
+from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept
 from hypervisors.disks.stores import StorePlace
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, DriverFailed, NoSpace, Unsupported
 from inventory.sizes import format_size
 
@@ -53,7 +55,7 @@ class LvmClassicDisks(LvmStore):
     def __init__(
         self,
         vg: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         links: Path,
@@ -106,7 +108,7 @@ class LvmClassicDisks(LvmStore):
             if _lost(v)
             else f"snapshot {v.name} of {v.facts.get('machine')}: {v.data:.0f} % full ({does})"
             for v in seen.kind("disk")
-            if v.snapshot and v.facts.get("farm") == self._farm and (_lost(v) or v.data >= WARN_AT)
+            if v.snapshot and farm_of(v) == self._farm and (_lost(v) or v.data >= WARN_AT)
         )
 
     def merge(self, machine: str) -> None:
@@ -351,8 +353,9 @@ class LvmClassicDisks(LvmStore):
                 return False
             device = f"{self._vg.replace('-', '--')}-{disk.name.replace('-', '--')}"
             words = self._runner.read("dmsetup", "status", device).stdout.split()
-            used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
-            return words[2] == "snapshot" and slash == "/" and used == words[-1]
+            with answer_of("dmsetup"):
+                used, slash, _ = words[3].partition("/")  # else "Invalid", "Overflow"
+                return words[2] == "snapshot" and slash == "/" and used == words[-1]
         if quick:
             return None
         node, other = self._lvm.ready(disk.name), self._lvm.ready(base.name)

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.run import Runner, which
+from hypervisors.answers import answer_of
 from hypervisors.disks.devices import await_node, holders, passing
+from hypervisors.marks import DamagedMark, read_fields
 from inventory.errors import (
     Busy,
     Call,
@@ -36,6 +38,13 @@ from inventory.errors import (
 MARK = "farmhand"
 _PREFIX = "fh."
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-/=!:&")
+_OF_VM = ("farm", "vm", "machine", "template", "size", "cloned")
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "disk": (*_OF_VM, "base", "seq"),
+    "checkpoint": (*_OF_VM, "name"),
+    "template": ("farm", "name", "gen", "size", "sha256", "created", "origin", "firstboot"),
+}
+"""Of the marks of that kind."""
 _CHUNK = 900  # of an encoded value; with its key under the 1024 of a tag
 _FIELDS = (
     "lv_name,lv_size,origin,origin_size,pool_lv,lv_role,data_percent,metadata_percent,lv_metadata_size,"
@@ -66,6 +75,7 @@ class LogicalVolume:
     health: str
     ours: bool
     facts: Mapping[str, str]
+    damaged: str = ""  # what is wrong with a mark; then it isn't ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +110,13 @@ class Lvm:
         """What the group holds now. NotFound if there is no such group, DriverFailed if LVM doesn't work
         or isn't permitted."""
         rows = self._rows("lvs", _FIELDS, "lv")
-        volumes = tuple(_volume(row) for row in rows)
+        with answer_of("lvs"):
+            volumes = tuple(_volume(row) for row in rows)
         if not rows:  # an empty group has no row to carry its own columns
             rows = self._rows("vgs", "vg_size,vg_free,vg_extent_size", "vg")
-        first = rows[0]
-        return VolumeGroup(
-            self.vg, int(first["vg_size"]), int(first["vg_free"]), int(first["vg_extent_size"]), volumes
-        )
+        with answer_of("lvs"):
+            size, free, extent = (int(rows[0][f"vg_{of}"]) for of in ("size", "free", "extent_size"))
+        return VolumeGroup(self.vg, size, free, extent, volumes)
 
     def change(self, command: str, *arguments: str, timeout: float = 600) -> None:
         """Run one LVM command, for ``timeout`` seconds at most. A failure is raised as ``explain`` has
@@ -128,8 +138,10 @@ class Lvm:
         keys = [f"{what}_autoextend_{of}" for what in ("thin_pool", "snapshot") for of in _AUTOEXTEND]
         argv = [self._lvm, "lvmconfig", "--type", "full"]
         argv += [f"activation/{key}" for key in (*keys, "monitoring")]
-        pairs = (line.split("=", 1) for line in self._runner.read(*argv).stdout.splitlines())
-        return {key.strip(): int(value) for key, value in pairs}
+        lines = self._runner.read(*argv).stdout.splitlines()
+        with answer_of("lvmconfig"):
+            pairs = (line.split("=", 1) for line in lines)
+            return {key.strip(): int(value) for key, value in pairs}
 
     def node(self, name: str) -> Path:
         return Path("/dev") / self.vg / name
@@ -199,8 +211,9 @@ class Lvm:
             text = self._runner.read(self._lvm, *argv, timeout=300).stdout  # others' locks
         except CommandFailed as error:
             raise self.explain(error) from error
-        rows: list[dict[str, str]] = json.loads(text)["report"][0][kind]
-        return rows
+        with answer_of(command):
+            rows = json.loads(text)["report"][0][kind]
+            return [{str(name): str(value) for name, value in row.items()} for row in rows]
 
 
 _AUTOEXTEND = ("threshold", "percent")
@@ -210,6 +223,7 @@ def _volume(row: Mapping[str, str]) -> LogicalVolume:
     tags = row["lv_tags"].split(",")
     snapshot = "thicksnapshot" in row["lv_role"].split(",")
     size = int(row["lv_size"])
+    facts, damaged = _marks(tags)
     return LogicalVolume(
         name=row["lv_name"],
         size=int(row["origin_size"]) if snapshot else size,
@@ -226,9 +240,21 @@ def _volume(row: Mapping[str, str]) -> LogicalVolume:
         writable=row["lv_permissions"] != "read-only",
         invalid="invalid" in row["lv_snapshot_invalid"],
         health=row["lv_health_status"],
-        ours=MARK in tags,
-        facts=decode(tags) if MARK in tags else {},
+        ours=MARK in tags and not damaged,
+        facts=facts,
+        damaged=damaged,
     )
+
+
+def _marks(tags: Sequence[str]) -> tuple[Mapping[str, str], str]:
+    """The facts, and what is wrong with them."""
+    if MARK not in tags:
+        return {}, ""
+    facts = decode(tags)
+    try:
+        return read_fields(facts, _NEEDED.get(facts.get("kind", ""), ())), ""
+    except DamagedMark as error:
+        return {}, str(error)
 
 
 def encode(facts: Mapping[str, str]) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from host.documents import json_object, made, read_file
 from host.run import Runner
 from hypervisors.disks.qcow2.store import write_durably
 from inventory.errors import DriverFailed
@@ -31,6 +33,13 @@ _PUNCH_HOLE_KEEP_SIZE = 0x03  # linux/falloc.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _CHUNK = 2**20
 _RECORD_EVERY = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    what: str
+    size: int
+    done: int
 
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
@@ -143,14 +152,14 @@ def _zero(handle: int, at: int, length: int) -> None:
 
 
 def _note(record: Path, what: str, size: int, done: int) -> None:
-    facts = {"what": what, "size": size, "done": done}
+    facts = asdict(_Copied(what, size, done))
     write_durably(record, json.dumps(facts).encode(), mode=0o600)
 
 
 def _recorded(record: Path, what: str, size: int) -> int:
     """Bytes that an earlier run with the same purpose copied."""
     try:
-        seen = json.loads(record.read_bytes())
-        return int(seen["done"]) if (seen["what"], seen["size"]) == (what, size) else 0
-    except (OSError, ValueError, KeyError, TypeError):
+        seen = made(_Copied, json_object(read_file(record)))
+    except (OSError, ValueError):
         return 0
+    return seen.done if (seen.what, seen.size) == (what, size) else 0

@@ -35,12 +35,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from host.files import blocks, sync
-from hypervisors.api import CLEAN, Capacity, Checkpoint, Disk, Leftover, Owner, Template, too_small
+from hypervisors.api import (
+    CLEAN,
+    Capacity,
+    Checkpoint,
+    Disk,
+    Foreign,
+    Leftover,
+    Owner,
+    Template,
+    not_ours,
+    too_small,
+)
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup, retagged
-from hypervisors.disks.lvm.state import HeldLock, LvmState, kept, read_template, template_facts
+from hypervisors.disks.lvm.state import HeldLock, LvmState, farm_of, kept, read_template, template_facts
 from hypervisors.disks.lvm.volumes import LvmVolumes, plain, when
 from hypervisors.disks.qcow2.format import measure
-from inventory.errors import Call, Conflict, NotFound, NotOurs, WrongState
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Call, Conflict, NotFound, WrongState
 
 
 class LvmStore(LvmVolumes, abc.ABC):
@@ -142,7 +154,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = self._name(template.name, str(template.generation))
             done = replace(template, ref=f"{self._vg}/{name}", sha256=digest, size=size)
-            facts = {**template_facts(done), "image": identity, "farm": self._farm, "kind": "part"}
+            facts = {**template_facts(done), "image": identity, "farm": self._farm.mark, "kind": "part"}
             held.keep(self._filling(name))
             try:
                 self._blank(name, size, facts)
@@ -191,7 +203,26 @@ class LvmStore(LvmVolumes, abc.ABC):
     def list(self) -> Sequence[Disk]:
         seen = self._glance()
         present = (seen.present(machine) for machine in seen.machines())
-        return [self._disk(seen, v) for v in present if v and v.facts.get("farm") == self._farm]
+        return [self._disk(seen, v) for v in present if v and farm_of(v) == self._farm]
+
+    def others(self) -> Sequence[Foreign]:
+        found: dict[str, Foreign] = {}
+        for volume in self._look().ours:
+            facts, farm = volume.facts, farm_of(volume)
+            if "machine" in facts and farm.is_namesake(self._farm):
+                found[facts["machine"]] = Foreign(facts["machine"], Owner(farm, facts.get("vm", "")))
+        return [found[machine] for machine in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still filling stays his."""
+        plain(machine)
+        with self._locked():
+            theirs = [v for v in self._look().ours if v.facts.get("machine") == machine]
+            for volume in theirs:
+                if farm_of(volume) == whose and not self._alive(volume.name):
+                    self._step(f"mark {self._vg}/{volume.name} as ours")
+                    ours = {**volume.facts, "farm": self._farm.mark}
+                    self._change(volume.name, *retagged(volume.facts, ours))
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         plain(machine)
@@ -220,7 +251,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._sweep(seen)
             now = datetime.now(UTC).isoformat()
             facts = {
-                "kind": "disk", "farm": owner.farm, "vm": owner.vm, "machine": machine,
+                "kind": "disk", "farm": owner.farm.mark, "vm": owner.vm, "machine": machine,
                 "size": str(size), "template": template.label, "base": CLEAN, "seq": "1",
                 "created": now, "cloned": now,
             }  # fmt: skip
@@ -443,10 +474,9 @@ class LvmStore(LvmVolumes, abc.ABC):
         return disk
 
     def _check_farm(self, volume: LogicalVolume) -> None:
-        if volume.facts.get("farm") != self._farm:
-            raise NotOurs(
-                f"the disk of {volume.facts.get('machine')} belongs to farm {volume.facts.get('farm')}"
-            )
+        if (farm := farm_of(volume)) != self._farm:
+            owner = Owner(farm, volume.facts.get("vm", ""))
+            raise not_ours(f"the disk of {volume.facts.get('machine')}", owner, self._farm)
 
     def _checkpoints(self, seen: LvmState, disk: LogicalVolume) -> tuple[Checkpoint, ...]:
         first = Checkpoint(name=CLEAN, created=when(disk.facts.get("cloned", "")))
@@ -465,7 +495,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         clean = Checkpoint(name=CLEAN, created=when(facts["cloned"]))
         return Disk(
             machine=facts["machine"],
-            owner=Owner(facts["farm"], facts["vm"]),
+            owner=Owner(FarmIdentity.of(facts["farm"]), facts["vm"]),
             path=self._links / facts["machine"],
             format="raw",
             size=int(facts["size"]),
@@ -479,7 +509,7 @@ class LvmStore(LvmVolumes, abc.ABC):
         # Checkpoints last: a disk may have grown from one
         for volume in sorted(seen.ours, key=lambda v: v.facts.get("kind") == "checkpoint"):
             facts = volume.facts
-            if facts.get("farm") != self._farm:
+            if farm_of(volume) != self._farm:
                 continue
             machine, kind = facts.get("machine", ""), facts.get("kind", "")
             present = seen.present(machine)

@@ -12,6 +12,7 @@ from types import TracebackType
 from host.file_lock import FileLock
 from hypervisors.api import CLEAN, Template
 from hypervisors.disks.lvm.command import LogicalVolume, VolumeGroup
+from hypervisors.ownership import FarmIdentity
 
 
 class LvmState:
@@ -125,6 +126,11 @@ class HeldLock:
 def kept(facts: Mapping[str, str]) -> dict[str, str]:
     """Those of a volume's facts that all disks and checkpoints of a machine share."""
     return {key: facts[key] for key in ("farm", "vm", "machine", "template", "size", "cloned")}
+
+
+def farm_of(volume: LogicalVolume) -> FarmIdentity:
+    """By its mark."""
+    return FarmIdentity.of(volume.facts.get("farm", ""))
 
 
 def label_of(volume: LogicalVolume) -> str:

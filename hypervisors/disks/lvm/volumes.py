@@ -19,6 +19,8 @@ from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
 from hypervisors.disks.lvm.command import LogicalVolume, Lvm, users_of
 from hypervisors.disks.lvm.state import HeldLock, LvmState
+from hypervisors.marks import DamagedMarks
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, FarmhandError, NotFound, UsageError, WrongState
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -31,7 +33,7 @@ class LvmVolumes:
     def __init__(
         self,
         vg: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         links: Path,
@@ -51,11 +53,16 @@ class LvmVolumes:
         self._reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
         self._warn = warn
+        self._damaged = DamagedMarks(warn)
         self._lock = FileLock(self._links / ".lock")
         self._last: tuple[str, LvmState] | None = None  # the stamp, and what was seen under it
 
     def _look(self) -> LvmState:
-        return LvmState(self._lvm.report(), self._links)
+        group = self._lvm.report()
+        for volume in group.volumes:
+            if volume.damaged:
+                self._damaged.tell(f"volume {self._vg}/{volume.name}", volume.damaged)
+        return LvmState(group, self._links)
 
     def _glance(self) -> LvmState:
         """What is there now, seen without the store's lock. Whoever takes the lock next may go on from

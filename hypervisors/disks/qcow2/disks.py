@@ -58,20 +58,25 @@ from hypervisors.api import (
     Checkpoint,
     Directories,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     StepFn,
     Template,
+    WarnFn,
     no_step,
+    no_warning,
+    not_ours,
     too_small,
 )
-from hypervisors.disks.qcow2.format import Qcow2, empty_overlay, read_header
+from hypervisors.disks.qcow2.format import LARGEST, Qcow2, empty_overlay, read_header
 from hypervisors.disks.qcow2.leftovers import (
     CHECKPOINT,
     GONE,
     find_leftovers,
     half_made,
     kept_alone,
+    leans_on,
     marks,
 )
 from hypervisors.disks.qcow2.store import (
@@ -84,6 +89,8 @@ from hypervisors.disks.qcow2.store import (
     write_template,
 )
 from hypervisors.disks.stores import StorePlace
+from hypervisors.marks import DamagedMarks
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import (
     Call,
     Conflict,
@@ -107,12 +114,13 @@ class Qcow2Disks:
     def __init__(
         self,
         root: Path,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         step: StepFn = no_step,
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``reader_uid``: who QEMU runs as, if not ourselves: templates and disks are given to it.
         ``headroom``: bytes that must be free before a disk is made."""
@@ -122,6 +130,7 @@ class Qcow2Disks:
         self._step = step
         self._reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
+        self._damaged = DamagedMarks(warn).tell
         self._lock = FileLock(self._root / ".lock")
 
     @classmethod
@@ -136,7 +145,7 @@ class Qcow2Disks:
         """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.path or directories.farm / "disks", place.farm, runner,
-            step=callbacks.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
         )  # fmt: skip
 
     # -- templates --------------------------------------------------------------------------------
@@ -180,7 +189,8 @@ class Qcow2Disks:
         return done
 
     def templates(self) -> Sequence[Template]:
-        found = (read_template(path) for path in matching(self._templates, "*.qcow2"))
+        images = matching(self._templates, "*.qcow2")
+        found = (read_template(path, damaged=self._damaged) for path in images)
         return sorted((t for t in found if t), key=lambda t: (t.name, t.generation))
 
     def remove_template(self, label: str) -> None:
@@ -189,7 +199,11 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
-            users = [m.machine for m in marks(self._vms) if m.template == label]
+            damaged: list[Path] = []
+            seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
+            users = [mark.machine for mark in seen if mark.template == label]
+            # Whosever they are, they'd be lost with it.
+            users += [home.name for home in damaged if leans_on(home, path)]
             if users:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(sorted(users))}",
@@ -204,17 +218,38 @@ class Qcow2Disks:
 
     def find(self, machine: str) -> Disk | None:
         """Any farm's: its ``owner`` tells. Reads four small things, starts no process."""
-        mark = read_mark(self._home(machine))
+        mark = read_mark(self._home(machine), damaged=self._damaged)
         return self._disk(mark) if mark else None
 
     def list(self) -> Sequence[Disk]:
-        disks = (self._disk(mark) for mark in marks(self._vms) if mark.owner.farm == self._farm)
+        seen = marks(self._vms, self._damaged)
+        disks = (self._disk(mark) for mark in seen if mark.owner.farm == self._farm)
         return [disk for disk in disks if disk]
+
+    def others(self) -> Sequence[Foreign]:
+        found = (m for m in marks(self._vms) if m.owner.farm.is_namesake(self._farm))
+        return [Foreign(mark.machine, mark.owner) for mark in found]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still making stays his."""
+        home = self._home(machine)
+        for place in (*matching(self._vms, f"{NEW}*"), home):
+            mark = read_mark(place, moved=place != home)
+            if mark is None or (mark.machine, mark.owner.farm) != (machine, whose):
+                continue
+            if place == home or not FileLock(place.with_name(f"{place.name}.lock")).held():
+                self._step(f"mark {place} as ours")
+                ours = replace(mark, owner=Owner(self._farm, mark.owner.vm))
+                write_durably(place / "owner.json", ours.document())
+                sync(place)
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         home = self._home(machine)
         if size < template.size:
             raise too_small(machine, size, template)
+        if size > LARGEST:
+            most = format_size(LARGEST)
+            raise UsageError(f"a qcow2 disk has at most {most}, and {machine}'s is to have more")
         make_directory(self._vms, mode=0o711)
         if self._reader is not None:
             reachable(self._vms, self._reader)
@@ -398,7 +433,7 @@ class Qcow2Disks:
 
     def _check_farm(self, mark: Mark) -> None:
         if mark.owner.farm != self._farm:
-            raise NotOurs(f"the disk of {mark.machine} belongs to farm {mark.owner.farm}")
+            raise not_ours(f"the disk of {mark.machine}", mark.owner, self._farm)
 
     def _ours(self, machine: str) -> tuple[Mark, Disk]:
         mark = self._mark_of(machine)

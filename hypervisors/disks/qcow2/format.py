@@ -21,6 +21,8 @@ _END, _BACKING_FORMAT = 0, 0xE2792ACA
 _CLUSTER_BITS = 16
 _CLUSTER = 1 << _CLUSTER_BITS
 _PER_L1 = _CLUSTER * (_CLUSTER // 8)  # guest bytes under one L1 entry: 512 MiB
+LARGEST = 2**22 * _PER_L1
+"""Bytes of a disk: QEMU takes no L1 table of more than 32 MiB (its block/qcow2.h, QCOW_MAX_L1_SIZE)."""
 _BROKEN = 0b11  # incompatible features: dirty, corrupt
 
 
@@ -35,8 +37,20 @@ class Qcow2:
 
 
 def read_header(path: Path) -> Qcow2:
-    """DriverFailed if the file isn't qcow2 version 2 or 3; OSError as open(2)."""
-    with path.open("rb", buffering=0) as file:
+    """DriverFailed if the file isn't qcow2 version 2 or 3, or can't be read; FileNotFoundError."""
+    try:
+        return _read_header(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DriverFailed(
+            f"cannot read {path}: {error.strerror}", remedy="reset the VM, or destroy and clone it"
+        ) from error
+
+
+def _read_header(path: Path) -> Qcow2:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # no FIFO's writer is waited for
+    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
         raw = file.read(_HEADER.size + _HEADER_V3.size)
         if len(raw) < _HEADER.size or raw[:4] != struct.pack(">I", _MAGIC):
             raise DriverFailed(
@@ -45,8 +59,10 @@ def read_header(path: Path) -> Qcow2:
         (_, version, name_at, name_size, _, size, _, l1_size, l1_at, _, _, snapshots, _) = (
             _HEADER.unpack_from(raw)
         )
-        if version not in {2, 3} or name_size > 1023 or l1_size > 32 * 2**20 // 8:
+        if version not in {2, 3} or name_size > 1023 or l1_size > LARGEST // _PER_L1:
             raise DriverFailed(f"{path}: a qcow2 header of a kind unknown here", remedy="reset the VM")
+        if version == 3 and len(raw) < _HEADER.size + _HEADER_V3.size:
+            raise DriverFailed(f"{path}: its qcow2 header is cut off", remedy="reset the VM")
         incompatible = _HEADER_V3.unpack_from(raw, _HEADER.size)[0] if version == 3 else 0
         backing = os.pread(file.fileno(), name_size, name_at) if name_at else b""
         table = os.pread(file.fileno(), l1_size * 8, l1_at)
@@ -63,13 +79,11 @@ def empty_overlay(size: int, backing: str) -> bytes:
     """The file of an overlay over ``backing`` (a qcow2 image; a relative name counts from the
     overlay's own directory). ``size`` in bytes, a multiple of 512."""
     name = os.fsencode(backing)
-    if not 0 < len(name) <= 1023 or size % 512:
+    if not 0 < len(name) <= 1023 or size % 512 or size > LARGEST:
         raise ValueError(f"no qcow2 overlay can have size {size} over {backing!r}")
     l1_size = -(-size // _PER_L1)
     l1_clusters = max(1, -(-l1_size * 8 // _CLUSTER))
     clusters = 3 + l1_clusters  # header, refcount table, refcount block, L1 table
-    if clusters > _CLUSTER // 2:
-        raise ValueError(f"{size} bytes are too large for one refcount block")
     extension = struct.pack(">II", _BACKING_FORMAT, 5) + b"qcow2\0\0\0" + struct.pack(">II", _END, 0)
     length = _HEADER.size + _HEADER_V3.size
     header = _HEADER.pack(

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from host.file_lock import FileLock
 from host.files import blocks, changed, matching
 from hypervisors.api import Leftover, Owner
-from hypervisors.disks.qcow2.store import NEW, Mark, describe, read_mark, read_template
+from hypervisors.disks.qcow2.format import read_header
+from hypervisors.disks.qcow2.store import NEW, Mark, ToldFn, describe, read_mark, read_template
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import DriverFailed
 
 CHECKPOINT = "checkpoint-"
 GONE = "gone.qcow2"
 
 
-def marks(vms: Path) -> Iterator[Mark]:
-    """The marks of all VMs in the store, whichever farm's they are."""
+def marks(vms: Path, damaged: ToldFn | None = None) -> Iterator[Mark]:
+    """The marks of all VMs in the store, whichever farm's they are. ``damaged``: told of those that
+    are."""
     for home in matching(vms, "*"):
-        if not home.name.startswith(".") and (mark := read_mark(home)):
+        if not home.name.startswith(".") and (mark := read_mark(home, damaged=damaged)):
             yield mark
+
+
+def leans_on(home: Path, template: Path) -> bool:
+    """Whether an image in that directory has the template below it, whatever its mark says."""
+    for image in matching(home, "*.qcow2"):
+        with contextlib.suppress(DriverFailed, OSError):  # no image of ours
+            backing = read_header(image).backing
+            if backing and (home / backing).resolve() == template.resolve():
+                return True
+    return False
 
 
 def half_made(frozen: Path) -> bool:
@@ -37,7 +52,7 @@ def kept_alone(home: Path) -> bool:
     return bool(matching(home, f"{CHECKPOINT}*.qcow2"))
 
 
-def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Leftover]:
+def find_leftovers(root: Path, farm: FarmIdentity, *, at: Path | None = None) -> list[Leftover]:
     """That farm's leftovers, and those of processes that died before they could mark them. ``at``: look
     at this VM's directory only, or at the one that holds it."""
     homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
@@ -46,29 +61,30 @@ def find_leftovers(root: Path, farm: str, *, at: Path | None = None) -> list[Lef
     return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
 
 
-def strangers(root: Path) -> list[Path]:
-    """Files and links below ``root`` that are no template's, no marked disk's and no lock or temporary
-    name of ours."""
+def strangers(root: Path, farm: FarmIdentity) -> list[Path]:
+    """Files and links below ``root`` that are no template's, no disk's of this farm, and no lock or
+    temporary name of ours."""
     return [
         path
         for path in sorted(root.rglob("*"))
-        if (path.is_symlink() or not path.is_dir()) and not _of_ours(root, path)
+        if (path.is_symlink() or not path.is_dir()) and not _of_ours(root, path, farm)
     ]
 
 
-def _of_ours(root: Path, path: Path) -> bool:
+def _of_ours(root: Path, path: Path, farm: FarmIdentity) -> bool:
     if path.name == ".lock" or any(part.startswith(NEW) for part in path.relative_to(root).parts):
         return True
     if path.parent == root / "templates":
         image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
         image = path if path.suffix == ".qcow2" else image
         return path in (image, describe(image)) and read_template(image, half=True) is not None
-    if path.parent.parent != root / "vms" or read_mark(path.parent) is None:
+    mark = read_mark(path.parent) if path.parent.parent == root / "vms" else None
+    if mark is None or mark.owner.farm != farm:
         return False
     return path.name in ("owner.json", "disk.qcow2", GONE) or path.match(f"{CHECKPOINT}*.qcow2")
 
 
-def _dead_temporaries(root: Path, mine: list[Mark], farm: str) -> Iterator[Leftover]:
+def _dead_temporaries(root: Path, mine: list[Mark], farm: FarmIdentity) -> Iterator[Leftover]:
     places = [root / "templates", root / "vms", *(root / "vms" / mark.machine for mark in mine)]
     for path in (p for place in places for p in matching(place, f"{NEW}*")):
         twin = path if path.suffix == ".lock" else path.with_name(path.name + ".lock")

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from host.documents import Malformed, json_object, read_file
 from host.files import write_new
 from hypervisors.api import Owner, Template
+from hypervisors.marks import DamagedMark, moment, read_fields
+from hypervisors.ownership import FarmIdentity
 
 NEW = ".farmhand-new-"
+_OF_DISKS = ("machine", "farm", "vm", "template", "size", "created")
+_OF_TEMPLATES = ("name", "generation", "size", "sha256", "created", "origin", "firstboot")
+ToldFn = Callable[[str, str], None]
+"""As ``hypervisors.marks.DamagedMarks.tell``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +36,7 @@ class Mark:
         return _document(
             {
                 "machine": self.machine,
-                "farm": self.owner.farm,
+                "farm": self.owner.farm.mark,
                 "vm": self.owner.vm,
                 "template": self.template,
                 "size": self.size,
@@ -37,22 +45,20 @@ class Mark:
         )
 
 
-def read_mark(home: Path, *, moved: bool = False) -> Mark | None:
-    """The mark in that directory. None if it has none, or one that speaks of another directory, as in a
-    copy that somebody made. ``moved``: the directory has a temporary name."""
-    seen = _read(home / "owner.json")
+def read_mark(home: Path, *, moved: bool = False, damaged: ToldFn | None = None) -> Mark | None:
+    """The mark in that directory. None if it has none, a damaged one (``damaged`` is told), or one that
+    speaks of another directory, as in a copy that somebody made. ``moved``: the directory has a
+    temporary name."""
+    seen = _read(home / "owner.json", _OF_DISKS, damaged)
     if seen is None:
         return None
-    try:
-        mark = Mark(
-            machine=str(seen["machine"]),
-            owner=Owner(str(seen["farm"]), str(seen["vm"])),
-            template=str(seen["template"]),
-            size=int(str(seen["size"])),
-            created=datetime.fromisoformat(str(seen["created"])),
-        )
-    except (KeyError, ValueError):
-        return None
+    mark = Mark(
+        machine=seen["machine"],
+        owner=Owner(FarmIdentity.of(seen["farm"]), seen["vm"]),
+        template=seen["template"],
+        size=int(seen["size"]),
+        created=moment(seen["created"]),
+    )
     return mark if moved or mark.machine == home.name else None
 
 
@@ -69,37 +75,48 @@ def describe(image: Path) -> Path:
     return image.with_name(image.name.removesuffix(".qcow2") + ".json")
 
 
-def read_template(image: Path, *, half: bool = False) -> Template | None:
-    """The template of that image. None unless both the image and our description are there; with
-    ``half`` the description is enough."""
-    seen = _read(describe(image))
+def read_template(image: Path, *, half: bool = False, damaged: ToldFn | None = None) -> Template | None:
+    """The template of that image. None unless both the image and our description are there (with
+    ``half`` the description is enough), and where the description is of another image, or damaged
+    (``damaged`` is told)."""
+    seen = _read(describe(image), _OF_TEMPLATES, damaged)
     if seen is None or not (half or image.exists()):
         return None
-    try:
-        return Template(
-            name=str(seen["name"]),
-            generation=int(str(seen["generation"])),
-            ref=str(image),
-            size=int(str(seen["size"])),
-            sha256=str(seen["sha256"]),
-            created=datetime.fromisoformat(str(seen["created"])),
-            origin=str(seen["origin"]),
-            firstboot=str(seen["firstboot"]),
-        )
-    except (KeyError, ValueError):
-        return None
+    template = Template(
+        name=seen["name"],
+        generation=int(seen["generation"]),
+        ref=str(image),
+        size=int(seen["size"]),
+        sha256=seen["sha256"],
+        created=moment(seen["created"]),
+        origin=seen["origin"],
+        firstboot=seen["firstboot"],
+    )
+    return template if image.name == f"{template.label}.qcow2" else None
 
 
 def _document(facts: dict[str, object]) -> bytes:
     return (json.dumps({"farmhand": 1, **facts}, indent=1) + "\n").encode()
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def _read(path: Path, needed: Collection[str], damaged: ToldFn | None) -> dict[str, str] | None:
+    """What one of our files says; None where it isn't there, isn't ours, or is damaged."""
     try:
-        seen = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        seen = json_object(read_file(path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return seen if isinstance(seen, dict) and seen.get("farmhand") == 1 else None
+    except (OSError, Malformed):
+        seen = {"farmhand": 1}  # by its name it is one of ours
+    if "farmhand" not in seen:
+        return None
+    try:
+        if seen["farmhand"] != 1:
+            raise DamagedMark("it is in another farmhand's format")
+        return read_fields(seen, needed)
+    except DamagedMark as error:
+        if damaged is not None:
+            damaged(str(path), str(error))
+        return None
 
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from host.files import sync
 from host.run import CommandResult, Runner, which
+from hypervisors.answers import answer_of
 from hypervisors.disks.devices import await_closed, holders, passing
 from inventory.errors import (
     Busy,
@@ -50,6 +51,7 @@ class Zfs:
     """The commands on the store's dataset of one pool."""
 
     def __init__(self, runner: Runner, pool: str, root: str, farm: str) -> None:
+        """``farm``: the identity's number."""
         self._runner = runner
         self._pool = pool
         self._root = root
@@ -64,8 +66,9 @@ class Zfs:
 
     def space(self) -> tuple[int, int]:
         """Bytes used and available."""
-        space = self._answer(self._runner.read, ("-jn",), "space")["space"]
-        return int(space["used"]), int(space["available"])
+        answer = self._answer(self._runner.read, ("-jn",), "space")
+        with answer_of("zfs program"):
+            return int(answer["space"]["used"]), int(answer["space"]["available"])
 
     def program(self, operation: str, *arguments: str) -> Mapping[str, Any]:
         """Make a change. Busy, NotOurs, WrongState, Conflict or NotFound if it is refused. It is tried
@@ -119,8 +122,8 @@ class Zfs:
             )  # fmt: skip
         except CommandFailed as error:
             raise self._translated(error) from error
-        answer = json.loads(result.stdout)["return"]
-        assert isinstance(answer, dict)
+        with answer_of("zfs program"):
+            answer: Mapping[str, Any] = json.loads(result.stdout)["return"].copy()
         return answer
 
     def _refusal(

@@ -51,6 +51,7 @@ from datetime import datetime
 from typing import Self
 
 from host.run import Runner
+from hypervisors.answers import answer_of
 from hypervisors.api import (
     CLEAN,
     Callbacks,
@@ -58,6 +59,7 @@ from hypervisors.api import (
     Checkpoint,
     Directories,
     Disk,
+    Foreign,
     Leftover,
     Owner,
     Template,
@@ -67,9 +69,11 @@ from hypervisors.disks.stores import StorePlace
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
 from hypervisors.disks.zfs.store import ZfsStore
-from inventory.errors import Call, Conflict, NotFound
+from hypervisors.ownership import FarmIdentity
+from inventory.errors import Busy, Call, Conflict, NotFound
 
 _ANOTHER = "give the new one another name"
+_MAKING = 300.0  # seconds after which nobody waits any more for whoever makes a disk
 
 
 class ZfsDisks(ZfsStore):
@@ -90,7 +94,7 @@ class ZfsDisks(ZfsStore):
         """See ``hypervisors.disks.stores.Openable.at``."""
         return cls(
             place.pool, place.dataset or "farmhand", place.farm, runner,
-            step=callbacks.step, reader_uid=reader_uid,
+            step=callbacks.step, reader_uid=reader_uid, warn=callbacks.warn,
             files=directories.state / "zfs" if place.store == "zfs-files" else None,
         )  # fmt: skip
 
@@ -102,6 +106,21 @@ class ZfsDisks(ZfsStore):
         look = self._look()
         disks = (state.read_disk(look, machine, self._kind.path) for machine in look.machines())
         return [disk for disk in disks if disk and disk.owner.farm == self._farm]
+
+    def others(self) -> Sequence[Foreign]:
+        found: dict[str, Foreign] = {}
+        for volume in self._look().volumes:
+            if volume.state and volume.owner and volume.owner.farm.is_namesake(self._farm):
+                found[volume.stem] = Foreign(volume.stem, volume.owner)
+        return [found[machine] for machine in sorted(found)]
+
+    def adopt(self, machine: str, whose: FarmIdentity) -> None:
+        """What somebody is still making stays his."""
+        volumes = self._look(plain(machine)).of(machine)
+        theirs = [v.name for v in volumes if v.belongs(whose) and not state.being_made(v)]
+        if theirs:
+            self._step(f"mark {', '.join(theirs)} as ours")
+            self._zfs.change("set", f"farmhand:farm={self._farm.mark}", *theirs)
 
     def ready(self, machine: str) -> Disk:
         """See ``DeviceDisks.ready``."""
@@ -165,8 +184,10 @@ class ZfsDisks(ZfsStore):
                 self._zfs.flush(path)  # QEMU may have been told not to: from here on it must last
         self._need(0, f"checkpoint {name} of {', '.join(machines)}")
         self._step(f"freeze the disk of {', '.join(machines)} as {name}")
-        made = self._zfs.program("checkpoint", name, *machines)["made"]
-        return {m: Checkpoint(name=name, created=state.when(made[m]["created"])) for m in machines}
+        answer = self._zfs.program("checkpoint", name, *machines)
+        with answer_of("zfs program"):
+            made = {m: state.when(answer["made"][m]["created"]) for m in machines}
+        return {m: Checkpoint(name=name, created=when) for m, when in made.items()}
 
     def restore(self, machine: str, name: str) -> Disk:
         plain(machine)
@@ -236,7 +257,13 @@ class ZfsDisks(ZfsStore):
         """The name of a machine's next volume, after finishing a destroy that was killed. Conflict where
         it has a disk."""
         look = self._look(machine)
-        while any(v.stem == machine and state.being_made(v) for v in look.volumes):
+        limit = time.monotonic() + _MAKING
+        while making := [v for v in look.volumes if v.stem == machine and state.being_made(v)]:
+            if time.monotonic() > limit:
+                raise Busy(
+                    f"{making[0].name} has been under construction for {_MAKING:g} s, by its marks",
+                    remedy=f"see who makes it: zfs get all {making[0].name}; then again",
+                )
             time.sleep(0.2)
             look = self._look(machine)
         if look.disk(machine):

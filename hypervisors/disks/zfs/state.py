@@ -23,7 +23,10 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from host.processes import Process
+from hypervisors.answers import answer_of
 from hypervisors.api import CLEAN, Checkpoint, Disk, Leftover, Owner, Template
+from hypervisors.marks import DamagedMark, moment, read_fields
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import UsageError
 
 SEALED = "sealed"
@@ -33,6 +36,14 @@ SETTLED = 30  # seconds after which a making that isn't marked yet is a dead one
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PLAIN = re.compile(r"[ -~]{0,1024}")
 _SAFE = " /:.@=,+-_()"
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "disk": ("machine", "farm", "vm", "template", "base", "size", "created"),
+    "template": ("name", "generation", "size", "sha256", "created", "origin", "firstboot"),
+    "checkpoint": ("name",),
+}
+"""Of the marks with that state or kind."""
+_DAMAGED = {"kind": "damaged"}
+"""What stands for marks that are: neither a disk's, nor a template's, nor none at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,7 @@ class Dataset:
     newest: str
     referenced: int = 0  # these two only where there are no marks
     origin: str = ""
+    damaged: str = ""  # what is wrong with its marks, or with those of a snapshot of it
 
     @property
     def stem(self) -> str:
@@ -84,7 +96,10 @@ class Dataset:
     def owner(self) -> Owner | None:
         if "farm" not in self.marks:
             return None
-        return Owner(self.marks["farm"], self.marks.get("vm", ""))
+        return Owner(FarmIdentity.of(self.marks["farm"]), self.marks.get("vm", ""))
+
+    def belongs(self, farm: FarmIdentity) -> bool:
+        return self.owner is not None and self.owner.farm == farm
 
     @property
     def base(self) -> str:
@@ -124,6 +139,11 @@ class ZfsState:
 
 
 def read_state(answer: Mapping[str, Any]) -> ZfsState:
+    with answer_of("zfs program"):
+        return _state(answer)
+
+
+def _state(answer: Mapping[str, Any]) -> ZfsState:
     space = answer.get("space") or {}
     return ZfsState(
         volumes=_volumes(answer.get("volumes") or {}),
@@ -139,32 +159,41 @@ def _volumes(seen: Mapping[str, Any]) -> tuple[Dataset, ...]:
 
 
 def _volume(name: str, facts: Mapping[str, Any]) -> Dataset:
-    marks = dict(facts["marks"])
-    snapshots = (
-        Snapshot(
-            short, dict(s["marks"]), when(s.get("created", 0)), int(s["txg"]), tuple(s.get("clones", ()))
-        )
-        for short, s in facts["snapshots"].items()
-    )
+    marks, damaged = _read(facts["marks"])
+    snapshots = []
+    for short, s in facts["snapshots"].items():
+        read, why = _read(s["marks"])
+        clones = tuple(map(str, s.get("clones", ())))
+        snapshots.append(Snapshot(short, read, when(s.get("created", 0)), int(s["txg"]), clones))
+        if why:  # what depends on it can't be told: all of it is left alone
+            marks, damaged = _DAMAGED, f"@{short}: {why}"
     written = facts.get("written")
     return Dataset(
-        name=name,
+        name=str(name),
         marks=marks,
         snapshots=tuple(sorted(snapshots, key=lambda s: s.txg)),
-        created=when(facts["created"]) if "created" in facts else _date(marks.get("created", "")),
+        created=when(facts["created"]) if "created" in facts else _date(marks),
         used=int(facts["used"]),
         written=int(written) if written is not None else None,
         newest=str(facts.get("newest") or ""),
         referenced=int(facts.get("referenced", 0)),
         origin=str(facts.get("origin") or ""),
+        damaged=damaged,
     )
 
 
-def _date(text: str) -> datetime:
+def _read(marks: Mapping[str, object]) -> tuple[Mapping[str, str], str]:
+    """The marks, and what is wrong with them."""
     try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return when(0)
+        found = dict(marks)
+        kind = str(found.get("kind") or found.get("state"))
+        return read_fields(found, _NEEDED.get(kind, ())), ""
+    except DamagedMark as error:
+        return _DAMAGED, str(error)
+
+
+def _date(marks: Mapping[str, str]) -> datetime:
+    return moment(marks["created"]) if "created" in marks else when(0)
 
 
 def when(seconds: int | str) -> datetime:
@@ -192,7 +221,7 @@ def options(marks: Mapping[str, str]) -> list[str]:
 def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) -> dict[str, str]:
     return {
         "machine": plain(machine),
-        "farm": plain(owner.farm),
+        "farm": owner.farm.mark,
         "vm": plain(owner.vm),
         "template": template,
         "base": base,
@@ -231,7 +260,7 @@ def read_template(volume: Dataset) -> Template | None:
             ref=f"{volume.name}@{SEALED}",
             size=int(marks["size"]),
             sha256=marks["sha256"],
-            created=datetime.fromisoformat(marks["created"]),
+            created=moment(marks["created"]),
             origin=unquote(marks["origin"]),
             firstboot=marks["firstboot"],
         )
@@ -263,12 +292,12 @@ def checkpoints(look: ZfsState, machine: str, volume: Dataset) -> tuple[Checkpoi
     kept = [s for v in look.of(machine) if v.state != "new" for s in v.checkpoints()]
     kept.sort(key=lambda s: (s.txg, s.name))
     return (
-        Checkpoint(name=CLEAN, created=_date(volume.marks.get("created", ""))),
+        Checkpoint(name=CLEAN, created=_date(volume.marks)),
         *(Checkpoint(name=s.marks.get("name", s.name), created=s.created) for s in kept),
     )
 
 
-def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
+def find_leftovers(look: ZfsState, farm: FarmIdentity) -> list[Leftover]:
     """What is left over, newest volumes first, for they grew from older ones."""
     found = []
     now = datetime.now(UTC)
@@ -283,7 +312,7 @@ def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
                 found.append(_leftover("volume", volume, "killed before it could be marked"))
             continue
         disk = look.disk(volume.stem)
-        if volume.marks.get("farm") != farm or volume is disk:
+        if not volume.belongs(farm) or volume is disk:
             continue
         if volume.state == "new":
             if not made_now(volume):
@@ -291,7 +320,7 @@ def find_leftovers(look: ZfsState, farm: str) -> list[Leftover]:
         elif disk is not None and not any(volume.checkpoints()):
             found.append(_leftover("volume", volume, "another disk has taken its place"))
     for machine in look.machines():
-        dead = [v for v in look.of(machine) if v.state != "new" and v.marks.get("farm") == farm]
+        dead = [v for v in look.of(machine) if v.state != "new" and v.belongs(farm)]
         if dead and look.disk(machine) is None:
             one = _leftover("disk", dead[-1], "half removed")
             ref = f"{dead[-1].name.rpartition('/')[0]}/{machine}"

@@ -2,6 +2,7 @@
 --
 --     zfs program -j [-n] POOL - OPERATION POOL/DATASET FARM ARGUMENT...
 --
+-- FARM is the number of the farm's identity (hypervisors/ownership.py), the second word of its mark.
 -- Each operation first looks at everything it depends on, then changes; so nobody comes between, and
 -- a power cut shows all of it or nothing. A program can be cut short (a signal to the zfs command), so
 -- changes are in an order of which every beginning is a state that hypervisors/disks/zfs/state.py reads
@@ -21,6 +22,10 @@ local function marks(name)
     end
   end
   return found
+end
+
+local function is_farms(volume)
+  return string.match(volume.marks.farm or "", "^[^:]*:(%x+):") == farm
 end
 
 local function value(name, property)
@@ -258,7 +263,7 @@ local function operate()
     local answer = {volumes = volumes}
     local name = disk_of(volumes)
     local disk = name and volumes[name]
-    if disk and disk.marks.farm == farm then
+    if disk and is_farms(disk) then
       local any, own = newest(disk)
       local back = own and any == own and disk.snapshots[own].marks.name == argv[5]
       local untouched = not any and disk.marks.base == argv[5] and disk.written == 0
@@ -297,7 +302,7 @@ local function operate()
       if not name then
         return {refused = "no disk", at = argv[i]}
       end
-      if volumes[name].marks.farm ~= farm then
+      if not is_farms(volumes[name]) then
         return {refused = "foreign", at = name}
       end
       for _, volume in pairs(volumes) do
@@ -365,7 +370,7 @@ local function operate()
           if name ~= argv[i] then
             return {refused = "exists", at = old}
           end
-          if volumes[old].marks.farm ~= farm then
+          if not is_farms(volumes[old]) then
             return {refused = "changed", at = old}
           end
           if busy(old, volumes[old]) then
@@ -401,7 +406,7 @@ local function operate()
     local volumes, names = look(VMS, argv[4]), {}
     for name, volume in pairs(volumes) do
       if ours(volume, name) then
-        if volume.marks.farm ~= farm then
+        if not is_farms(volume) then
           return {refused = "foreign", at = name}
         end
         names[#names + 1] = name

@@ -15,13 +15,15 @@ from pathlib import Path
 from host.files import blocks, open_node
 from host.processes import Process
 from host.run import Runner
-from hypervisors.api import Disk, StepFn, Template, no_step
+from hypervisors.api import Disk, StepFn, Template, WarnFn, no_step, no_warning, not_ours
 from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
 from hypervisors.disks.zfs.command import Zfs
 from hypervisors.disks.zfs.dataset_kinds import DatasetKind, RawFiles, Zvols
 from hypervisors.disks.zfs.state import SEALED, ZfsState, plain
+from hypervisors.marks import DamagedMarks
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Busy, Call, Conflict, NoSpace, NotFound, NotOurs, UsageError, WrongState
 from inventory.sizes import format_size
 
@@ -39,13 +41,14 @@ class ZfsStore:
         self,
         pool: str,
         dataset: str,
-        farm: str,
+        farm: FarmIdentity,
         runner: Runner,
         *,
         step: StepFn = no_step,
         reader_uid: int | None = None,
         headroom: int = 256 * 2**20,
         files: Path | None = None,
+        warn: WarnFn = no_warning,
     ) -> None:
         """``reader_uid``: who QEMU runs as, if not ourselves: its disks are given to it. ``files``: a
         directory of ours below which datasets with raw files are mounted; without it, volumes.
@@ -60,7 +63,8 @@ class ZfsStore:
         self._step = step
         reader = None if reader_uid == os.geteuid() else reader_uid
         self._headroom = headroom
-        self._zfs = Zfs(runner, pool, self._root, farm)
+        self._damaged = DamagedMarks(warn)
+        self._zfs = Zfs(runner, pool, self._root, farm.id)
         self._kind: DatasetKind = (
             RawFiles(reader, self._zfs, runner, files) if files else Zvols(reader, self._zfs)
         )
@@ -171,6 +175,9 @@ class ZfsStore:
     def _look(self, machine: str = "", *, synced: bool = False) -> ZfsState:
         look = state.read_state(self._zfs.look(machine, synced=synced))
         self._room = (time.monotonic(), look.free)
+        for dataset in (*look.templates, *look.volumes):
+            if dataset.damaged:
+                self._damaged.tell(dataset.name, dataset.damaged)
         return look
 
     def _disk(self, look: ZfsState, machine: str) -> Disk:
@@ -182,8 +189,8 @@ class ZfsStore:
 
     def _check_farm(self, look: ZfsState, machine: str) -> None:
         for volume in look.of(machine):
-            if volume.marks.get("farm") != self._farm:
-                raise NotOurs(f"the disk of {machine} belongs to farm {volume.marks.get('farm')}")
+            if not volume.belongs(self._farm):
+                raise not_ours(f"the disk of {machine}", volume.owner, self._farm)
 
     def _need(self, size: int, what: str) -> None:
         if self._room is None or time.monotonic() - self._room[0] > _FRESH:

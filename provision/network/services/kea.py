@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from host.documents import Malformed, damaged, json_object, json_value
 from inventory.errors import DriverFailed, FarmhandError, TimedOut
 from provision.network.daemons import SETTLE, lines
 from provision.network.document import Document
@@ -144,9 +145,10 @@ class Kea(Service):
     ) -> Iterator[FarmhandError]:
         for kind, _, socket_path, _ in self._serving(farm):
             if not _is_there(socket_path):  # a restart starts it
-                port = 67 if kind == "4" else 547
+                port, at = (67, ()) if kind == "4" else (547, ("[::]",))
+                own = (f"kea-dhcp{kind}",)
                 for link in self.interfaces or (farm.network.bridge or "",):
-                    yield from taken(runner, self.NAME, "udp", port, own=(f"kea-dhcp{kind}",), link=link)
+                    yield from taken(runner, self.NAME, "udp", port, own=own, at=at, link=link)
 
     def stopped(self, farm: Farm, _runner: Runner) -> Iterator[Unserved]:
         for kind, config, socket_path, restart in self._serving(farm):
@@ -311,7 +313,7 @@ def command(path: str, name: str, arguments: object = None, *, ok: Sequence[int]
                 if len(received) > _LONGEST:
                     raise DriverFailed(f"kea: the answer on {path} to {name} has no end")
                 channel.settimeout(_left(deadline))
-        answer = json.loads(received)
+        answer = json_object(received)
         result, text = answer.get("result"), answer.get("text", "no reason given")
     except TimeoutError as error:
         raise _hangs(path) from error
@@ -366,8 +368,12 @@ def _left(deadline: float) -> float:
 
 def configuration(path: Path) -> object:
     """Kea's JSON as JSON: with what it includes, and without comments, each on lines of their own, which
-    is what our templates write. OSError: a file can't be read."""
-    return json.loads("".join(_lines(path)))
+    is what our templates write. OSError: a file can't be read. WrongState: it isn't such."""
+    try:
+        return json_value("".join(_lines(path)))
+    except Malformed as error:
+        remedy = "see what else writes it, or one that it includes; network-apply writes ours anew"
+        raise damaged(path, "Kea's configuration", error, remedy) from error
 
 
 def _lines(path: Path) -> Iterator[str]:

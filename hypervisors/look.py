@@ -1,0 +1,107 @@
+"""All that a look at a host asks of it, asked at once: of another machine it is one question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Thread
+
+from hypervisors.api import (
+    ON,
+    Capabilities,
+    Disk,
+    Disks,
+    Hypervisor,
+    Machine,
+    WatchedDisks,
+    WatchedMachines,
+)
+from inventory.errors import FarmhandError
+
+_AT_ONCE = 8
+_NOTES_PATIENCE = 2.0
+"""Seconds for a hypervisor to say what it sees in its guests: milliseconds, unless one hangs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLook:
+    """``machines`` and ``disks``: this farm's. ``taken``: machines of others that have a name asked for.
+    ``pristine``, by machine: see ``Disks.pristine``; of those asked for, where they are off.
+    ``troubles``, by machine: what went wrong with one of them alone."""
+
+    capabilities: Capabilities
+    machines: tuple[Machine, ...]
+    taken: tuple[Machine, ...]
+    notes: Mapping[str, str]
+    disks: tuple[Disk, ...]
+    free: int | None  # bytes of the store
+    disk_notes: tuple[str, ...]
+    pristine: Mapping[str, bool | None]
+    troubles: Mapping[str, FarmhandError]
+
+
+def look_at(
+    driver: Hypervisor, disks: Disks | None, names: Sequence[str], proven: Sequence[str]
+) -> HostLook:
+    """Changes nothing. ``names``: of machines that may not be there. ``proven``: of those whose disks
+    are to be compared with their checkpoints. The errors of driver and store."""
+    machines = {machine.name: machine for machine in driver.list()}
+    notes = _noted(driver) if any(machine.power in ON for machine in machines.values()) else dict
+    found = {disk.machine: disk for disk in disks.list()} if disks else {}
+    troubles: dict[str, FarmhandError] = {}
+
+    def other(name: str) -> Machine | None:
+        try:
+            return driver.find(name)
+        except FarmhandError as error:
+            troubles[name] = error
+            return None
+
+    def pristine(name: str) -> bool | None:
+        assert disks
+        try:
+            return disks.pristine(name, found[name].base, quick=True)
+        except FarmhandError as error:
+            troubles[name] = error
+            return None
+
+    off = [
+        name for name in proven if name in found and name in machines and machines[name].power not in ON
+    ]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # each may ask the store
+        proofs = dict(zip(off, pool.map(pristine, off), strict=True))
+    return HostLook(
+        capabilities=driver.capabilities(),
+        machines=tuple(machines.values()),
+        taken=tuple(filter(None, (other(name) for name in names if name not in machines))),
+        disks=tuple(found.values()),
+        free=disks.capacity().free if disks else None,
+        disk_notes=tuple(disks.notes()) if isinstance(disks, WatchedDisks) else (),
+        pristine=proofs,
+        troubles=troubles,
+        notes=notes(),
+    )
+
+
+def _noted(driver: Hypervisor) -> Callable[[], Mapping[str, str]]:
+    """Notes on running machines, asked for while the rest is looked at; none if they don't come in time:
+    one guest whose hypervisor hangs must not hide all the rest."""
+    if not isinstance(driver, WatchedMachines):
+        return dict
+    answer: Future[Mapping[str, str]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(driver.notes())
+        except FarmhandError:
+            answer.set_result({})
+
+    def get() -> Mapping[str, str]:
+        try:
+            return answer.result(_NOTES_PATIENCE)
+        except TimeoutError:
+            return {}
+
+    Thread(target=ask, daemon=True).start()
+    return get
