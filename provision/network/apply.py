@@ -179,6 +179,9 @@ def _examine(
     told = steps(site.farm, changes.files)
     known = {step.text for step in told}
     told = (*readiness.mending([one for one in found.lost if one.step.text not in known]), *told)
+    keeper = _record_keeper(farm)  # a zone that it doesn't serve yet can't be asked what is in it
+    lost = {one.step.service for one in found.lost}
+    thorough = thorough and not (keeper and keeper.NAME in lost)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
     if not changes.files and not updates.ops and not told:
         if state.basis != basis and not site.plan:
