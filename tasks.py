@@ -70,7 +70,7 @@ def template_build(run: TaskRun, name: str = "") -> TaskResult:
 @command(
     {
         "name": "The template's name in the farm file; absent where there is only one.",
-        "image": "A raw, qcow2 or vmdk image; absent: the one the farm file names.",
+        "image": "A raw, qcow2, vmdk, VDI, VHD or VHDX image; absent: the one the farm file names.",
     },
     does=("template-import",),
 )
