@@ -1,6 +1,7 @@
 """network-apply: all services have the farm's records, or none has anything of it.
 
-    1  render, and compare with the live files
+    1  render, and compare with the live files; is all there that the daemons need, and have they what
+       the files say that are right already
     2  each daemon's own checker, on the new files in a staging area
     3  the old files are kept in the state directory
     4  each new file takes the old one's place
@@ -20,11 +21,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 from host.files import remove
 from inventory import plain
@@ -38,15 +38,16 @@ from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.member import told_without_record
-from provision.network import checkers, records
+from provision.network import readiness, records
 from provision.network.changes import Changes, Examiner, difference
+from provision.network.checkers import refusals
 from provision.network.daemons import steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.render import part_of
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
-from provision.network.service import ApplyStep, RecordKeeper
+from provision.network.service import ApplyStep, RecordKeeper, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -123,7 +124,8 @@ def keep_in_step(
         if site.plan and gone is not None:
             left = {**left, **allocator.peek_all(given)}
         few = None if gone is None else [*given, *gone]
-        found = _examine(site, diffs, used, left, nobody=gone is None, vms=few)
+        leaving = not new and gone != ()
+        found = _examine(site, diffs, used, left, leaving=leaving, nobody=gone is None, vms=few)
         if found is None:
             return ()
         if found.run and not site.plan:
@@ -151,14 +153,16 @@ def _examine(
     allocations: Mapping[str, Allocation],
     *,
     force: bool = False,
+    leaving: bool = False,
     nobody: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
-    holds the lock. With ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else
-    came, changed or went since the last time."""
-    store = StateFile(_state_file(site))
+    holds the lock. ``leaving``: VMs only go, and what their services lack doesn't keep them. With
+    ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else came, changed or
+    went since the last time."""
+    store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
     farm = part_of(site.farm, {}) if nobody else site.farm
@@ -167,22 +171,23 @@ def _examine(
         vms = None
     examiner = Examiner(farm, state, today=datetime.now(UTC).date())
     changes = examiner.examine(allocations, services, vms)
+    found = _prospects(site, changes, services, vms, force=force, leaving=leaving)
+    for note in found.notes:
+        site.reporter.warn(joined((note.message, note.remedy), ". "))
+    if found.trouble:
+        raise readiness.together(found.trouble)
     told = steps(site.farm, changes.files)
+    known = {step.text for step in told}
+    told = (*readiness.mending([one for one in found.lost if one.step.text not in known]), *told)
+    keeper = _record_keeper(farm)  # a zone that it doesn't serve yet can't be asked what is in it
+    lost = {one.step.service for one in found.lost}
+    thorough = thorough and not (keeper and keeper.NAME in lost)
     updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
-    if not changes.files and not updates.ops:
+    if not changes.files and not updates.ops and not told:
         if state.basis != basis and not site.plan:
             _record(store, state, changes, updates, few=vms is not None, basis=basis)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
-    if changes.edited and not force:
-        raise WrongState(
-            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
-            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
-            "is farmhand's there is written anew",
-            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
-        )
-    texts = {change.path: change.after for change in changes.files}
-    checkers.check(site.runner, site.farm, _concerned(site.farm, changes, vms), texts)
 
     @without_collector()
     def act() -> None:
@@ -195,6 +200,87 @@ def _examine(
             remove(kept(site, entry.id))
 
     return Job(tuple(_actions(changes, told, updates)), act)
+
+
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """What an apply is going to meet. ``trouble``: all that is in its way. ``lost``: what files say that
+    are right, and daemons haven't. ``idle``: stopped daemons that start when their files change.
+    ``notes``: what a boot would lose."""
+
+    trouble: tuple[FarmhandError, ...]
+    lost: tuple[Unserved, ...]
+    idle: tuple[Unserved, ...]
+    notes: tuple[FarmhandError, ...]
+
+
+def prospects(site: Site) -> Prospects:
+    """Of network-apply, for doctor. Nothing is changed."""
+    used = site.farm.services.used
+    given = [member.vm for member in site.members() if member.info.virtual]
+    examiner = Examiner(
+        site.farm, StateFile.below(site.paths.root).read(), today=datetime.now(UTC).date()
+    )
+    changes = examiner.examine(site.allocator.peek_all(given), used)
+    return _prospects(site, changes, used, None)
+
+
+def _prospects(
+    site: Site,
+    changes: Changes,
+    services: Sequence[str],
+    vms: Sequence[str] | None,
+    *,
+    force: bool = False,
+    leaving: bool = False,
+) -> Prospects:
+    """For a few VMs only services whose files change are asked, and what only an edit by hand can have
+    changed isn't looked at. ``leaving``: what services lack doesn't keep VMs that go."""
+    trouble = [*changes.trouble, *_edited(changes, force=force)]
+    lost: list[Unserved] = []
+    idle: list[Unserved] = []
+    notes: list[FarmhandError] = []
+    changing = {change.service for change in changes.files}
+    names = {*services} if vms is None else changing
+    meant = [service for service in used_services(site.farm) if service.NAME in names]
+    files = (*changes.files, *changes.kept)
+    if not leaving:
+        trouble += readiness.missing(site.runner, site.farm, meant, files)
+    if not leaving and vms is None:
+        for name, error, now in readiness.not_included(site.runner, meant, files):
+            if now:
+                trouble.append((name, error))
+            else:
+                notes.append(error)
+        there = [service for service in meant if service.NAME not in dict(trouble)]
+        for name, down in readiness.stopped(site.runner, site.farm, there):
+            if isinstance(down, Unserved):
+                (idle if name in changing else lost).append(down)
+            else:
+                trouble.append((name, down))
+        for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
+            if isinstance(one, Unserved):
+                lost.append(one)
+            else:
+                trouble.append((name, one))
+    texts = {change.path: change.after for change in changes.files}
+    foreign = {name for name, _ in changes.trouble}
+    concerned = _concerned(site.farm, changes, vms, {one.step.service for one in lost})
+    documents = [document for document in concerned if document.service not in foreign]
+    errors = [error for _, error in trouble]
+    errors += refusals(site.runner, site.farm, documents, texts)
+    return Prospects(tuple(errors), tuple(lost), tuple(idle), tuple(notes))
+
+
+def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:
+    if changes.edited and not force:
+        error = WrongState(
+            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
+            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
+            "is farmhand's there is written anew",
+            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
+        )
+        yield "", error
 
 
 def _basis(farm: Farm) -> str:
@@ -289,14 +375,17 @@ def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> 
     ]
 
 
-def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """The documents that the checkers look at. For a few VMs: without those that no checker reads, and
-    without those that a daemon checks itself before it takes them."""
+def _concerned(
+    farm: Farm, changes: Changes, vms: Sequence[str] | None, told: Collection[str]
+) -> list[Document]:
+    """The documents that the checkers look at, also of services that are ``told`` again. For a few VMs:
+    without those that no checker reads, and without those that a daemon checks itself before it takes
+    them."""
     by_itself = set()
     if vms is not None:
         by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
     paths = {change.path for change in changes.files if change.after is not None}
-    services = {change.service for change in changes.files} - by_itself
+    services = {change.service for change in changes.files} - by_itself | {*told}
     changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
@@ -341,10 +430,6 @@ def _carry_out(
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
     error.remedy = joined(filter(None, (error.remedy, state)))
-
-
-def _state_file(site: Site) -> Path:
-    return site.paths.root / "network.db"
 
 
 def _say_what_is_forgotten(site: Site, store: StateFile) -> None:

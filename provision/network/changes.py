@@ -13,7 +13,7 @@ from pathlib import Path
 
 from host.files import file_error
 from inventory.collector import without_collector
-from inventory.errors import Conflict, NotOurs, WrongState
+from inventory.errors import Conflict, FarmhandError, NotOurs, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.network.document import Document, LiveFile, Ownership, embed, read, whole
@@ -35,7 +35,8 @@ class Changes:
     """``files``: in the order they are written. ``documents``: all that should be, changed or not.
     ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
     paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
-    of all VMs, or of those that were asked about."""
+    of all VMs, or of those that were asked about. ``kept``: files that are as they should be.
+    ``trouble``: why files can't be written, by their services."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
@@ -43,6 +44,8 @@ class Changes:
     edited: tuple[str, ...]
     serials: Mapping[str, int]
     view: View
+    kept: tuple[FileChange, ...] = ()
+    trouble: tuple[tuple[str, FarmhandError], ...] = ()
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -58,6 +61,8 @@ class Examiner:
         self._today = today
         self._edited: list[str] = []
         self._serials: dict[str, int] = {}
+        self._kept: list[FileChange] = []
+        self._trouble: list[tuple[str, FarmhandError]] = []
 
     @without_collector()
     def examine(
@@ -69,8 +74,8 @@ class Examiner:
         """What applying these services would change. ``vms``: only these came, changed or went; then
         services that keep VMs apart (files of hosts, dynamic zones) look at nothing else.
 
-        Errors: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
-        unreadable files), TemplateFailed, Conflict (one path twice)."""
+        Trouble: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
+        unreadable files). Errors: TemplateFailed, Conflict (one path twice)."""
         meant = [service for service in used(self._farm) if service.NAME in services]
         apart = (
             [s for s in meant if s.live_records or s.host_files(self._farm)] if vms is not None else []
@@ -89,13 +94,17 @@ class Examiner:
         for document in documents:
             if document.path in changes:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
-            text, known = _read(document.path)
-            live = read(document, self._farm.farm, text)
+            try:
+                text, known = _read(document.path)
+                live = read(document, self._farm.farm, text)
+            except FarmhandError as error:
+                self._trouble.append((document.service, error))
+                continue
             if document.renumbered and document.own == "file" and not self._same(document, live):
                 serial = self._next_serial(document, text)
                 document = document.renumbered(serial)  # noqa: PLW2901
                 self._serials[document.zone] = serial
-            change = self._change(document, live, text, known)
+            change = self._tried(document, live, text, known)
             if change is not None:
                 changes[document.path] = change
         gone = self._gone({d.path for d in documents}, names, paths)
@@ -115,6 +124,8 @@ class Examiner:
             tuple(self._edited),
             dict(self._serials),
             renderer.view,
+            tuple(self._kept),
+            tuple(self._trouble),
         )
 
     def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
@@ -136,6 +147,19 @@ class Examiner:
     def _next_serial(self, document: Document, text: str | None) -> int:
         known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
         return following([serial for serial in known if serial is not None], self._today)
+
+    def _tried(
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
+    ) -> FileChange | None:
+        """The change, where there is one and it can be made."""
+        try:
+            change = self._change(document, live, text, known)
+        except FarmhandError as error:
+            self._trouble.append((document.service, error))
+            return None
+        if change is None:
+            self._kept.append(_file_change(document, text, text, known))
+        return change
 
     def _change(
         self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None

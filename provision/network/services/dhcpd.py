@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from provision.network.daemons import command
+from host.ports import holders
+from provision.network.daemons import command, runs
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service
+from provision.network.listeners import older, taken
+from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.fields import ConfigPath, Lines, Own
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -55,6 +59,24 @@ class Dhcpd(Service):
 
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("dhcpd", "-t", "-4", "-cf", self.config))
+
+    def missing(
+        self, farm: Farm, _files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        if not runs(runner, self.alive):  # a restart starts it
+            link = farm.network.bridge or ""
+            yield from taken(runner, self.NAME, "udp", 67, own=(), link=link)
+
+    def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
+        if not runs(runner, self.alive):
+            yield Unserved("dhcpd doesn't run", command(self.NAME, self.reload, self.alive))
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        found = [one for one in holders(runner, "udp", 67) or () if one.program == "dhcpd"]
+        for change in files:
+            if older(found, change.path):
+                text = f"dhcpd runs since before {change.path} was written"
+                yield Unserved(text, command(self.NAME, self.reload, self.alive))
 
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload, self.alive)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.documents import Malformed, damaged, json_object, json_value
-from inventory.errors import DriverFailed, TimedOut
+from inventory.errors import DriverFailed, FarmhandError, TimedOut
 from provision.network.daemons import SETTLE, lines
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service
+from provision.network.listeners import taken
+from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
@@ -122,20 +123,54 @@ class Kea(Service):
 
     def sockets(self, farm: Farm) -> tuple[str, ...]:
         """Its control sockets, of what it serves."""
-        return (self.socket4, self.socket6) if farm.network.subnet6 else (self.socket4,)
+        return tuple(path for _, _, path, _ in self._serving(farm))
 
     def checkers(self, _farm: Farm, documents: Sequence[Document]) -> Iterator[Checker]:
         for program, config in (("kea-dhcp4", self.config4), ("kea-dhcp6", self.config6)):
             if any(document.path == config for document in documents):
                 yield Checker((program, "-t", config))
 
+    def _serving(self, farm: Farm) -> tuple[tuple[str, str, str, Lines], ...]:
+        return self._servers()[: 2 if farm.network.subnet6 else 1]
+
+    def _servers(self) -> tuple[tuple[str, str, str, Lines], ...]:
+        """Each one's kind, configuration, socket, and the command that restarts it."""
+        return (
+            ("4", self.config4, self.socket4, self.reload),
+            ("6", self.config6, self.socket6, self.reload6),
+        )
+
+    def missing(
+        self, farm: Farm, _files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        for kind, _, socket_path, _ in self._serving(farm):
+            if not _is_there(socket_path):  # a restart starts it
+                port, at = (67, ()) if kind == "4" else (547, ("[::]",))
+                own = (f"kea-dhcp{kind}",)
+                for link in self.interfaces or (farm.network.bridge or "",):
+                    yield from taken(runner, self.NAME, "udp", port, own=own, at=at, link=link)
+
+    def stopped(self, farm: Farm, _runner: Runner) -> Iterator[Unserved]:
+        for kind, config, socket_path, restart in self._serving(farm):
+            if not _is_there(socket_path):
+                yield Unserved(
+                    f"kea-dhcp{kind} doesn't run: nobody answers on {socket_path}",
+                    _setting(kind, socket_path, restart, config),
+                )
+
+    def unserved(self, farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
+        paths = {change.path for change in files}
+        for kind, config, socket_path, restart in self._serving(farm):
+            if config in paths and _is_there(socket_path):
+                told = command(socket_path, "config-get")
+                if _reserved(told) != _reserved(configuration(Path(config))):
+                    step = _setting(kind, socket_path, restart, config)
+                    yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
         frees = []
-        for kind, config, socket_path, restart in (
-            ("4", self.config4, self.socket4, self.reload),
-            ("6", self.config6, self.socket6, self.reload6),
-        ):
+        for kind, config, socket_path, restart in self._servers():
             hosts = self._hosts(farm, kind)
             its = [c for c in changes if c.path == config or c.path.startswith(hosts)]
             if not its or any(change.path == config and change.after is None for change in its):
@@ -158,6 +193,34 @@ class Kea(Service):
         yield (
             "it reads all hosts again for each change: of 10,000 in about 0.15 s, side by side for IPv6"
         )
+
+
+def _setting(kind: str, path: str, restart: Sequence[str], config: str) -> ApplyStep:
+    text = f"kea: set its Dhcp{kind} configuration"
+    return ApplyStep(Kea.NAME, text, partial(_set, path, restart, config))
+
+
+def _is_there(path: str) -> bool:
+    """Whether somebody listens on a control socket."""
+    try:
+        with _connected(path, time.monotonic() + _LIMIT):
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _reserved(tree: object) -> set[tuple[str, ...]]:
+    """The hosts in a configuration: of each its MAC, without colons, and addresses."""
+    if isinstance(tree, list):
+        return {host for one in tree for host in _reserved(one)}
+    if not isinstance(tree, dict):
+        return set()
+    found = {host for key, one in tree.items() if key != "reservations" for host in _reserved(one)}
+    for host in tree.get("reservations", ()):
+        mac = str(host.get("hw-address", "")).replace(":", "").lower()
+        addresses = host.get("ip-addresses") or [host.get("ip-address", "")]
+        found.add((mac, *map(str, addresses)))
+    return found
 
 
 def _at_once(tasks: Sequence[Callable[[Runner], None]], runner: Runner) -> None:
