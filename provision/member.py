@@ -280,12 +280,20 @@ def told_by(addresses: Mapping[str, IPv4Address | None]) -> Mapping[str, IPv4Add
 def told_without_record(site: Site, *, but: Collection[str] = ()) -> Mapping[str, IPv4Address]:
     """Where the machines of the farm's VMs (``but`` these, which the caller has looked at) say that they
     are, as long as there is no record at all: it was lost, or left in another place, and what they have
-    is not free. With a record: nothing, and no host is asked."""
-    missed = [one for one in site.members() if one.vm not in but and one.info.virtual]
+    is not free. With a record, or where the farm file says where each is: nothing, and no host is asked.
+    A host that can't be is passed by: what it has is put right when it is."""
+    missed = [
+        one for one in site.members()
+        if one.vm not in but and one.info.virtual and not one.declared.address
+    ]  # fmt: skip
     if not missed or site.farm.network.mode == "user" or site.allocator.recorded():
         return {}
-    hosts = dict.fromkeys(member.host for member in missed)
-    machines = [one for host in hosts for one in site.hypervisor(host, look=True).list()]
+    machines: list[Machine] = []
+    for host in dict.fromkeys(member.host for member in missed):
+        try:
+            machines += site.hypervisor(host, look=True).list()
+        except FarmhandError as error:
+            site.reporter.warn(f"host {host} can't tell which addresses its VMs have: {error.message}")
     return told_by({one.owner.vm: one.address for one in machines if one.owner})
 
 

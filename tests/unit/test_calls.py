@@ -85,7 +85,8 @@ USES: dict[str, tuple[Callable[[Site], object], dict[str, str]]] = {
     "destroy": (
         lambda site: farm.destroy(site, ["prod"]),
         {
-            "driver": "list 1, leftovers 2, find 1, destroy 1",
+            # whose it is, before anything goes; and again, under its lock
+            "driver": "list 1, leftovers 2, find 2, destroy 1",
             "store": "list 1, leftovers 2, find 1",
             "allocator": "recorded 1, release 1",
         },
