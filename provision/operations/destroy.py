@@ -130,10 +130,10 @@ def _destroyed(vm: str) -> Action:
 
 
 def _of_network(run: Run, diffs: list[str], *, gone: Sequence[str] | None) -> list[Job]:
-    if not run.site.farm.services.used:
-        return []
-    from provision.network.apply import in_step
+    from provision.network.apply import has_services, in_step
 
+    if not run.site.farm.services.used and not has_services(run.site):
+        return []
     return [in_step(run, diffs, gone=gone)]
 
 

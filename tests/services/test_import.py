@@ -95,12 +95,14 @@ def test_then_applied_beside_the_admins_lines(tmp_path: Path) -> None:
     from provision.allocate import Allocator
     from provision.network.changes import Examiner
     from provision.network.state import NetworkState
+    from tests.identities import KATA
 
     zone, dhcpd = files(tmp_path, RICH_ZONE, RICH_DHCPD)
     found = network_import(zone, dhcpd)
     farm = loads(found.text.encode(), tmp_path / "farm.yaml")
     given = Allocator(farm, tmp_path / "l", tmp_path / "c").peek_all(farm.vms)
-    changes = Examiner(farm, NetworkState(), today=date(2026, 11, 21)).examine(given, ("bind", "dhcpd"))
+    examiner = Examiner(farm, KATA, NetworkState(), today=date(2026, 11, 21))
+    changes = examiner.examine(given, ("bind", "dhcpd"))
     for change in changes.files:
         assert change.before is not None and change.after is not None
         kept = change.after.partition("; BEGIN" if change.zone else "# BEGIN")[0]

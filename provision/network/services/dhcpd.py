@@ -56,8 +56,10 @@ class Dhcpd(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("dhcpd", "-t", "-4", "-cf", self.config))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        yield command(self.NAME, self.reload, self.alive)
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
+        """Without its file it ends."""
+        stays = any(change.after for change in changes)
+        yield command(self.NAME, self.reload, self.alive if stays else (), restarts=True)
 
     def not_live(self) -> Iterator[str]:
         yield "it reads its file at start only: each change restarts it, in about a second"
