@@ -351,7 +351,7 @@ def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
 @command(
     {
         "service": _SERVICE,
-        "force": "Write anew what is farmhand's also where somebody edited it, or where its state is lost.",
+        "force": "Write anew what is farmhand's also where somebody edited it, or its state is lost.",
         "take-aside": "Keep your files that are in the way as FILE.before-farmhand; destroy puts them "
         "back.",
         "verify": "Whether to ask the services afterwards, as network-verify does.",
