@@ -346,7 +346,10 @@ def _once_more(changes: Changes, behind: Sequence[str]) -> list[FileChange]:
     return [
         FileChange(d.service, d.path, None, text, d.mode, zone=d.zone)
         for d in changes.documents
-        if d.service in behind and d.path not in writing and (text := live_text(d.path)) is not None
+        if d.service in behind
+        and not d.initial
+        and d.path not in writing
+        and (text := live_text(d.path)) is not None
     ]
 
 

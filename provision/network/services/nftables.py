@@ -60,7 +60,7 @@ class Nftables(Service):
         table = f"farmhand_{farm.farm.replace('-', '_')}"
         for change in changes:
             live = _Live(self.nft, table, _elements(change.before) | _elements(change.after))
-            if change.after is None:
+            if not change.after:
                 yield _step("take the table away", live.remove)
                 continue
             moves = _element_changes(change.before, change.after, table)
@@ -114,7 +114,14 @@ class _Live:
         runner.change(*self.nft, "-f", path, timeout=120)
 
     def remove(self, runner: Runner) -> None:
-        self._check(runner)
+        """Where others use the table, what is of the map goes, and leads nowhere any more."""
+        try:
+            self._check(runner)
+        except NotOurs:
+            for element in sorted(self.elements):
+                script = f"delete element ip {self.table} ssh {{ {element} }}\n"
+                runner.change(*self.nft, "-f", "-", input=script.encode(), ok=range(256))
+            raise
         script = f"table ip {self.table}\ndelete table ip {self.table}\n"
         runner.change(*self.nft, "-f", "-", input=script.encode(), timeout=120)
 
