@@ -285,9 +285,13 @@ def _examine(
             raise _edited(changes)
         return changes
 
-    if lenient:
+    try:
+        changes = look(*services)
+    except FarmhandError as error:
+        if not lenient or isinstance(error, Interrupted):
+            raise
         services = [name for name in services if laggards.attempt(name, look, name) is not None]
-    changes = look(*services)
+        changes = look(*services)
     updates = _Updates()
     if (keeper := _record_keeper(farm)) and keeper.NAME in services:
         arguments = store, farm, changes, state, services, vms
@@ -496,14 +500,17 @@ def _carry_out(
             written.append(change)
             laggards.attempt(change.service or change.path, put, change)
 
+    def run(step: ApplyStep) -> None:
+        if step.alive and not runs(site.runner, step.alive):
+            down.add(step.service)
+        step.run(site.runner)
+
     def tell(*, restarts: bool) -> None:
         for step in told:
             if step.restarts == restarts:
-                if step.alive and not runs(site.runner, step.alive):
-                    down.add(step.service)
                 entry.step(step.text)
                 done.append(step)
-                laggards.attempt(step.service, step.run, site.runner)
+                laggards.attempt(step.service, run, step)
 
     def update() -> None:
         if updates.server is not None and updates.ops:
