@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from provision.engine.report import Outcome
     from provision.network.apply import ApplyResult
     from provision.network.rendered import Rendered
-    from provision.network.verify import VerifyReport
+    from provision.network.verify import Answer, VerifyReport
     from provision.operations.balloon import MemoryPlan
     from provision.status import FarmStatus, HostStatus, VmStatus
 
@@ -391,17 +391,19 @@ def applied(done: Outcome[ApplyResult], asked: VerifyReport | None) -> TaskResul
     return TaskResult(data, text, answers.ok, answers.problem, answers.remedy)
 
 
+def _about_answer(answer: Answer) -> str:
+    return f"{answer.service}: {answer.vm}: {answer.text}"
+
+
 def verified(report: VerifyReport) -> TaskResult:
     """What was asked, and each answer that is not the expected one."""
     if report.planned or not report.answers:
         return TaskResult(report.as_dict(), "\n".join(report.planned) or "there is nothing to ask")
-    lines = [
-        f"unknown  {answer.service}: {answer.vm}: {answer.text}; {answer.why}"
-        for answer in report.unknown
-    ]
+    lines = [f"unknown  {_about_answer(answer)}; {answer.why}" for answer in report.unknown]
     lines += [
-        f"wrong    {answer.service}: {answer.vm}: {answer.text}; expected {answer.expected}, "
-        f"seen {answer.seen}"
+        f"wrong    {_about_answer(answer)}; expected {answer.expected}, seen {answer.seen}"
+        if answer.vm
+        else f"wrong    {answer.seen}"
         for answer in report.wrong
     ]
     right = len(report.answers) - len(lines)

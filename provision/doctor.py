@@ -342,7 +342,28 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
             if farm.network.internet and host.INFO.forwards:
                 yield _loopback(site, name)
             yield from _store(site, name)
+        yield from _served(site)
         yield from _subscribers(site)
+
+
+def _served(site: Site) -> Iterator[Check]:
+    """Checks of what network-apply is going to meet."""
+    if not site.farm.services.sections:
+        return
+    from provision.network.apply import prospects
+
+    title = "network services"
+    try:
+        found = prospects(site)
+    except FarmhandError as error:
+        yield Check(title, False, "needed", error.message, error.remedy)
+        return
+    for trouble in found.trouble:
+        yield Check(title, False, "needed", trouble.message, trouble.remedy)
+    for one in found.lost:
+        yield Check(title, False, "needed", one.text, (Call("network-apply"), " puts it right"))
+    for note in found.notes:
+        yield Check(title, False, "note", note.message, note.remedy)
 
 
 def _loopback(site: Site, name: str) -> Check:

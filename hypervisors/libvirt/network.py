@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def set_network(uri: str, xml: str) -> None:
-    """Define a network, or change it. A new one is started, and again at each boot of the host.
+    """Define a network, or change it. One that is down is started, and again at each boot of the host.
     FarmhandError if libvirt refuses."""
     import libvirt
 
@@ -30,11 +30,26 @@ def set_network(uri: str, xml: str) -> None:
             made.setAutostart(1)
             made.create()
             return
+        known.setAutostart(1)
         old = ET.fromstring(known.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE))  # noqa: S314 - libvirt's
         _same_identity(old, wanted)
         connection.networkDefineXML(ET.tostring(wanted, encoding="unicode"))
         if known.isActive():
             _update(known, wanted)
+        else:
+            known.create()
+
+
+def lacks(uri: str, name: str) -> str | None:
+    """What a network that should serve lacks: it isn't defined, is down, or isn't started at a boot.
+    FarmhandError if libvirt can't be asked."""
+    with _connected(uri, f"look at libvirt's network {name}") as connection:
+        known = _look_up(connection, name)
+        if known is None:
+            return f"libvirt has no network {name}"
+        if not known.isActive():
+            return f"libvirt's network {name} is down"
+        return None if known.autostart() else f"libvirt's network {name} isn't started at a boot"
 
 
 def drop_network(uri: str, name: str) -> None:

@@ -1,6 +1,7 @@
 """network-apply: all services have the farm's records, or none has anything of it.
 
-    1  render, and compare with the live files
+    1  render, and compare with the live files; is all there that the daemons need, and have they what
+       the files say that are right already
     2  each daemon's own checker, on the new files in a staging area
     3  the old files are kept in the state directory
     4  each new file takes the old one's place
@@ -23,11 +24,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from host.files import remove
@@ -51,14 +51,15 @@ from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.member import told_without_record
-from provision.network import checkers, records
+from provision.network import readiness, records
 from provision.network.changes import ASIDE, Changes, Examiner, difference
+from provision.network.checkers import refusals
 from provision.network.daemons import runs, steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, live_text, put, undo
-from provision.network.service import ApplyStep, RecordKeeper, Service
+from provision.network.service import ApplyStep, RecordKeeper, Service, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -182,25 +183,26 @@ class _Laggards:
         except FarmhandError as error:
             if not self._lenient:
                 raise
-            if service not in self.services:
-                self._site.reporter.warn((f"{service}: {_without(service, error)}: ", self._then))
-            self.services[service] = None
+            self.note(service, error)
             return None
 
-
-def _without(service: str, error: FarmhandError) -> str:
-    return error.message.removeprefix(f"{service}: ")
+    def note(self, service: str, error: FarmhandError) -> None:
+        """Say once why a service lags behind."""
+        if service not in self.services:
+            why = error.message.removeprefix(f"{service}: ")
+            self._site.reporter.warn((f"{service}: {why}: ", self._then))
+        self.services[service] = None
 
 
 def has_services(site: Site) -> bool:
     """Whether anything was ever written for a network service."""
-    return _state_file(site).exists()
+    return StateFile.below(site.paths.root).path.exists()
 
 
 def _leave(site: Site, diffs: list[str]) -> Job | None:
     """What takes all that is ours out of all services; None: nothing is there. The caller holds the
     lock."""
-    store = StateFile(_state_file(site))
+    store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
     then = "gone on without it: see that it has nothing of the farm's any more"
@@ -218,7 +220,8 @@ def _leave(site: Site, diffs: list[str]) -> Job | None:
     if not changes.files and not updates.ops:
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
-    return _job(site, store, state, changes, updates, laggards, basis="", first=True)
+    told = steps(site.farm, changes.files)
+    return _job(site, store, state, changes, updates, told, laggards, basis="", first=True)
 
 
 def _records_gone(store: StateFile, state: NetworkState, farm: Farm, changes: Changes) -> _Updates:
@@ -244,12 +247,11 @@ def _bearable(site: Site, changes: Changes) -> Changes:
 def _accepts(site: Site, service: Service, texts: Mapping[str, str | None]) -> bool:
     documents = [Document(service.NAME, path, "") for path in texts]
     try:
-        checkers.check(site.runner, site.farm, documents, texts)
+        return _check(site, documents, texts)
     except Interrupted:
         raise
     except FarmhandError:
         return False
-    return True
 
 
 def _examine(
@@ -265,9 +267,10 @@ def _examine(
     vms: Sequence[str] | None = None,
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
-    holds the lock. ``vms``: nothing else came, changed or went since the last time. ``lenient``: what
-    fails is said, and left to the next apply."""
-    store = StateFile(_state_file(site))
+    holds the lock. ``vms``: nothing else came, changed or went since the last time. ``lenient``: VMs
+    only go, and what fails, or what services lack, doesn't keep them: it is said, and left to the next
+    apply."""
+    store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
     farm = site.farm
@@ -280,10 +283,7 @@ def _examine(
     def look(*names: str) -> Changes:
         today = datetime.now(UTC).date()
         examiner = Examiner(farm, site.identity, state, today=today, force=force, aside=aside)
-        changes = examiner.examine(allocations, names, vms)
-        if changes.edited and not force:
-            raise _edited(changes)
-        return changes
+        return examiner.examine(allocations, names, vms)
 
     try:
         changes = look(*services)
@@ -292,26 +292,52 @@ def _examine(
             raise
         services = [name for name in services if laggards.attempt(name, look, name) is not None]
         changes = look(*services)
+    lost: tuple[Unserved, ...] = ()
+    if lenient:
+        changes = _set_apart(site, laggards, changes, vms)
+    else:
+        found = _prospects(site, changes, services, vms, force=force)
+        for note in found.notes:
+            site.reporter.warn(joined((note.message, note.remedy), ". "))
+        if found.trouble:
+            raise readiness.together(found.trouble)
+        lost = found.lost
     updates = _Updates()
     if (keeper := _record_keeper(farm)) and keeper.NAME in services:
         arguments = store, farm, changes, state, services, vms
-        found = laggards.attempt(keeper.NAME, _updates, *arguments, thorough=thorough, force=force)
-        updates = found or updates
-    again = _once_more(changes, [name for name in state.behind if name in services])
-    if not changes.files and not updates.ops and not again:
+        better = laggards.attempt(keeper.NAME, _updates, *arguments, thorough=thorough, force=force)
+        updates = better or updates
+    again = {*state.behind} & {*services} - {one.step.service for one in lost}
+    told = steps(farm, [*changes.files, *_once_more(changes, again)])
+    known = {step.text for step in told}
+    told = (*readiness.mending([one for one in lost if one.step.text not in known]), *told)
+    few = vms is not None
+    if not changes.files and not updates.ops and not told:
         if not site.plan and (state.basis != basis or laggards.services):
-            few = vms is not None
             _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
-    texts = {change.path: change.after for change in changes.files}
-    concerned = _concerned(farm, changes, vms)
+    return _job(site, store, state, changes, updates, told, laggards, basis=basis, few=few)
+
+
+def _set_apart(site: Site, laggards: _Laggards, changes: Changes, vms: Sequence[str] | None) -> Changes:
+    """The changes that can be made; services with trouble lag behind."""
+    for name, error in (*changes.trouble, *_edited(changes, force=False)):
+        laggards.note(name, error)
+    files = tuple(change for change in changes.files if change.path not in changes.edited)
+    texts = {change.path: change.after for change in files}
+    concerned = _concerned(site.farm, changes, vms, set())
     for name in dict.fromkeys(document.service for document in concerned):
-        its = [document for document in concerned if document.service == name]
-        laggards.attempt(name, checkers.check, site.runner, farm, its, texts)
-    return _job(
-        site, store, state, changes, updates, laggards, basis=basis, few=vms is not None, again=again
-    )
+        if name not in laggards.services:
+            its = [document for document in concerned if document.service == name]
+            laggards.attempt(name, _check, site, its, texts)
+    return replace(changes, files=files)
+
+
+def _check(site: Site, documents: Sequence[Document], texts: Mapping[str, str | None]) -> bool:
+    for error in refusals(site.runner, site.farm, documents, texts):
+        raise error
+    return True
 
 
 def _job(
@@ -320,15 +346,14 @@ def _job(
     state: NetworkState,
     changes: Changes,
     updates: _Updates,
+    every: Sequence[ApplyStep],
     laggards: _Laggards,
     *,
     basis: str,
     few: bool = False,
-    again: Sequence[FileChange] = (),
     first: bool = False,
 ) -> Job:
     """``first``: records are updated before a file is written, for then the server has their zones."""
-    every = steps(site.farm, [*changes.files, *again])
     told = [step for step in every if step.service not in laggards.services]
 
     @without_collector()
@@ -344,7 +369,7 @@ def _job(
     return Job(tuple(_actions(changes, told, updates)), act)
 
 
-def _once_more(changes: Changes, behind: Sequence[str]) -> list[FileChange]:
+def _once_more(changes: Changes, behind: Collection[str]) -> list[FileChange]:
     """Files of services that couldn't be told of them, as if they were new to them."""
     writing = {change.path for change in changes.files}
     return [
@@ -357,13 +382,77 @@ def _once_more(changes: Changes, behind: Sequence[str]) -> list[FileChange]:
     ]
 
 
-def _edited(changes: Changes) -> WrongState:
-    return WrongState(
-        f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
-        remedy="carry the edit over to the farm file or a template of your own, then --force: what "
-        "is farmhand's there is written anew",
-        detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
-    )
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """What an apply is going to meet. ``trouble``: all that is in its way. ``lost``: what files say and
+    daemons haven't. ``notes``: what a boot would lose."""
+
+    trouble: tuple[FarmhandError, ...]
+    lost: tuple[Unserved, ...]
+    notes: tuple[FarmhandError, ...]
+
+
+def prospects(site: Site) -> Prospects:
+    """Of network-apply, for doctor. Nothing is changed."""
+    used = site.farm.services.used
+    given = [member.vm for member in site.members() if member.info.virtual]
+    state = StateFile.below(site.paths.root).read()
+    examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
+    changes = examiner.examine(site.allocator.peek_all(given), used)
+    return _prospects(site, changes, used, None)
+
+
+def _prospects(
+    site: Site,
+    changes: Changes,
+    services: Sequence[str],
+    vms: Sequence[str] | None,
+    *,
+    force: bool = False,
+) -> Prospects:
+    """For a few VMs only services whose files change are asked, and what only an edit by hand can have
+    changed isn't looked at."""
+    trouble = [*changes.trouble, *_edited(changes, force=force)]
+    lost: list[Unserved] = []
+    notes: list[FarmhandError] = []
+    names = {*services} if vms is None else {change.service for change in changes.files}
+    meant = [service for service in used_services(site.farm) if service.NAME in names]
+    files = (*changes.files, *changes.kept)
+    trouble += readiness.missing(site.runner, site.farm, meant, files)
+    if vms is None:
+        for name, error, now in readiness.not_included(site.runner, meant, files):
+            if now:
+                trouble.append((name, error))
+            else:
+                notes.append(error)
+        there = [service for service in meant if service.NAME not in dict(trouble)]
+        for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
+            if isinstance(one, Unserved):
+                lost.append(one)
+            else:
+                trouble.append((name, one))
+    texts = {change.path: change.after for change in changes.files}
+    foreign = {name for name, _ in changes.trouble}
+    concerned = _concerned(site.farm, changes, vms, {one.step.service for one in lost})
+    documents = [document for document in concerned if document.service not in foreign]
+    errors = [error for _, error in trouble]
+    errors += refusals(site.runner, site.farm, documents, texts)
+    return Prospects(tuple(errors), tuple(lost), tuple(notes))
+
+
+def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:
+    if force:
+        return
+    edited = [change for change in changes.files if change.path in changes.edited]
+    for name in dict.fromkeys(change.service for change in edited):
+        its = [change for change in edited if change.service == name]
+        error = WrongState(
+            f"{', '.join(change.path for change in its)}: edited by hand since farmhand wrote it",
+            remedy="carry the edit over to the farm file or a template of your own, then --force: what "
+            "is farmhand's there is written anew",
+            detail="".join(map(difference, its)),
+        )
+        yield name, error
 
 
 def _basis(farm: Farm) -> str:
@@ -463,14 +552,17 @@ def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> 
     ]
 
 
-def _concerned(farm: Farm, changes: Changes, vms: Sequence[str] | None) -> list[Document]:
-    """The documents that the checkers look at. For a few VMs: without those that no checker reads, and
-    without those that a daemon checks itself before it takes them."""
+def _concerned(
+    farm: Farm, changes: Changes, vms: Sequence[str] | None, told: Collection[str]
+) -> list[Document]:
+    """The documents that the checkers look at, also of services that are ``told`` again. For a few VMs:
+    without those that no checker reads, and without those that a daemon checks itself before it takes
+    them."""
     by_itself = set()
     if vms is not None:
         by_itself = {s.NAME for s in used_services(farm) if s.refuses_by_itself(farm)}
     paths = {change.path for change in changes.files if change.after is not None}
-    services = {change.service for change in changes.files} - by_itself
+    services = {change.service for change in changes.files} - by_itself | {*told}
     changed = [d for d in changes.documents if d.path in paths and d.service in services]
     # a service that only loses files is checked as well, by its whole configuration
     rest = [d for d in changes.documents if d.service in services and d not in changed and not d.zone]
@@ -543,10 +635,6 @@ def _carry_out(
 def _tell_of_undoing(error: FarmhandError, trouble: Sequence[str]) -> None:
     state = "; ".join(trouble) if trouble else "every file and daemon is as it was before"
     error.remedy = joined(filter(None, (error.remedy, state)))
-
-
-def _state_file(site: Site) -> Path:
-    return site.paths.root / "network.db"
 
 
 def _say_what_is_forgotten(site: Site, store: StateFile) -> None:

@@ -46,7 +46,9 @@ class Changes:
     """``files``: in the order they are written. ``documents``: all that should be, changed or not.
     ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
     paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
-    of all VMs, or of those that were asked about. ``left``: in words, what can't be taken away."""
+    of all VMs, or of those that were asked about. ``kept``: files that are as they should be.
+    ``trouble``: why files can't be written, by their services. ``left``: in words, what can't be taken
+    away."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
@@ -54,6 +56,8 @@ class Changes:
     edited: tuple[str, ...]
     serials: Mapping[str, int]
     view: View
+    kept: tuple[FileChange, ...] = ()
+    trouble: tuple[tuple[str, FarmhandError], ...] = ()
     left: tuple[str, ...] = ()
 
 
@@ -79,6 +83,8 @@ class Examiner:
         self._aside = aside
         self._edited: list[str] = []
         self._serials: dict[str, int] = {}
+        self._kept: list[FileChange] = []
+        self._trouble: list[tuple[str, FarmhandError]] = []
 
     @without_collector()
     def examine(
@@ -90,8 +96,8 @@ class Examiner:
         """What applying these services would change. ``vms``: only these came, changed or went; then
         services that keep VMs apart (files of hosts, dynamic zones) look at nothing else.
 
-        Errors: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
-        unreadable files), TemplateFailed, Conflict (one path twice)."""
+        Trouble: NotOurs (a whole file of ours would replace another's), WrongState (marks in disorder,
+        unreadable files). Errors: TemplateFailed, Conflict (one path twice)."""
         meant = [service for service in used(self._farm) if service.NAME in services]
         apart = (
             [s for s in meant if s.live_records or s.host_files(self._farm)] if vms is not None else []
@@ -110,16 +116,23 @@ class Examiner:
         for document in documents:
             if document.path in changes:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
-            text, known = _read(document.path)
-            live = read(document, self._identity, text)
+            try:
+                text, known = _read(document.path)
+                live = read(document, self._identity, text)
+            except FarmhandError as error:
+                self._trouble.append((document.service, error))
+                continue
             if document.renumbered and document.own == "file" and not self._same(document, live):
                 serial = self._next_serial(document, text)
                 document = document.renumbered(serial)  # noqa: PLW2901
                 self._serials[document.zone] = serial
-            changes |= self._change(document, live, text, known)
+            changes |= self._tried(document, live, text, known)
         gone = self._gone({d.path for d in documents}, names, paths)
         for document in gone:
-            changes |= self._removal(document)
+            try:
+                changes |= self._removal(document)
+            except FarmhandError as error:
+                self._trouble.append((document.service, error))
         files = tuple(changes.values())
         if vms is not None:
             some = {vm: self._farm.vms[vm] for vm in vms if vm in self._farm.vms}
@@ -131,6 +144,8 @@ class Examiner:
             tuple(self._edited),
             dict(self._serials),
             renderer.view,
+            tuple(self._kept),
+            tuple(self._trouble),
         )
 
     @without_collector()
@@ -156,7 +171,8 @@ class Examiner:
                 left.append(error.message)
         files, gone = tuple(changes.values()), tuple(self._state.files)
         nobody = Renderer(part_of(self._farm, {}), {}).view
-        return Changes(files, (), gone, tuple(self._edited), dict(self._serials), nobody, tuple(left))
+        edited, serials = tuple(self._edited), dict(self._serials)
+        return Changes(files, (), gone, edited, serials, nobody, left=tuple(left))
 
     def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""
@@ -177,6 +193,19 @@ class Examiner:
     def _next_serial(self, document: Document, text: str | None) -> int:
         known = [serial_of(text) if text else None, self._state.serials.get(document.zone)]
         return following([serial for serial in known if serial is not None], self._today)
+
+    def _tried(
+        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
+    ) -> dict[str, FileChange]:
+        """The changes, where there are some and they can be made."""
+        try:
+            found = self._change(document, live, text, known)
+        except FarmhandError as error:
+            self._trouble.append((document.service, error))
+            return {}
+        if not found:
+            self._kept.append(_file_change(document, text, text, known))
+        return found
 
     def _change(
         self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None

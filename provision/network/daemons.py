@@ -7,10 +7,10 @@ The steps of a change's inverse put the daemon back."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from inventory.errors import DriverFailed
+from inventory.errors import DriverFailed, WrongState
 from provision.network.service import ApplyStep, services
 
 if TYPE_CHECKING:
@@ -53,6 +53,16 @@ def runs(runner: Runner, alive: Sequence[str]) -> bool:
     return runner.read(*alive, timeout=10, ok=range(256)).status == 0
 
 
+def stopped(
+    runner: Runner, service: str, alive: Sequence[str], tell: Sequence[str]
+) -> Iterator[WrongState]:
+    """If a daemon that can't be told anything while it is stopped is stopped. ``tell``: the command that
+    it is told by."""
+    if not runs(runner, alive):
+        unit = f"as root: systemctl start {tell[-1]}" if tell[:1] == ("systemctl",) else "start it"
+        yield WrongState(f"{service} doesn't run ({runner.show(alive)} says so)", remedy=unit)
+
+
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
     """Check that the daemon runs. One that was seen and is gone has a moment: haproxy, for one, empties
     its pid file and writes it again when it is told to reload."""
@@ -78,3 +88,13 @@ def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:
 def lines(text: str | None) -> set[str]:
     """A file's lines without comments: to see which came and went."""
     return {line for line in (text or "").splitlines() if not line.startswith("#")}
+
+
+def in_turn(*runs: Callable[[Runner], None]) -> Callable[[Runner], None]:
+    """One after the other."""
+
+    def run(runner: Runner) -> None:
+        for each in runs:
+            each(runner)
+
+    return run

@@ -7,10 +7,11 @@ import http.client
 import re
 import socket
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
 
 from inventory.model import Farm
 from provision.network.service import NotAsked, Question, Silent
@@ -18,6 +19,8 @@ from provision.network.view import ProxyRow, View, VmRow
 
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 _PATIENCE = 3.0  # seconds for each answer
+_USUAL = {"http": 80, "https": 443}
+_REDIRECTS = 5
 
 # ---- Names
 
@@ -84,35 +87,68 @@ def proxies(
 ) -> Iterator[Question]:
     """``server``: its address, the port of plain HTTP, and that of names with a certificate."""
     address, port, tls_port = server
+    ports = {"http": port, "https": tls_port}
     by_name = {row.name: row for row in view.proxies}
     for vm in rows:
         for declared in farm.vms[vm].proxy:
             proxy = by_name[next(name for name in by_name if name == declared.name)]
-            yield _proxy(service, address, port, tls_port, vm, proxy)
+            yield _proxy(service, address, ports, vm, proxy)
             if proxy.certificate:
                 yield _certificate(service, (address, tls_port), vm, proxy)
 
 
-def _proxy(service: str, address: str, port: int, tls: int, vm: str, proxy: ProxyRow) -> Question:
-    own = partial(_http, str(proxy.target), proxy.port, str(proxy.name))
-    if proxy.certificate:
-        through = partial(_http, address, tls, str(proxy.name), secure=True)
-    else:
-        through = partial(_http, address, port, str(proxy.name))
-    text = f"GET http{'s' if proxy.certificate else ''}://{proxy.name}/, expect what the VM answers"
-    return Question(service, vm, text, own, through)
+def _proxy(service: str, address: str, ports: Mapping[str, int], vm: str, proxy: ProxyRow) -> Question:
+    """What the VM itself answers to what the proxy hands on, and what the proxy answers."""
+    scheme = "https" if proxy.certificate else "http"
+    start = f"{scheme}://{_host(str(proxy.name), ports[scheme], scheme)}/"
+    own = partial(_page, start, lambda url: _http((str(proxy.target), proxy.port), url, handed_on=True))
+    through = partial(_page, start, lambda url: _http((address, _port(url)), url))
+    return Question(service, vm, f"GET {start}, expect what the VM answers", own, through)
 
 
-def _http(address: str, port: int, host: str, *, secure: bool = False) -> str:
-    """Status and a little of what identifies the answer."""
-    connection = http.client.HTTPConnection(address, port, timeout=_PATIENCE)
+def _page(url: str, get: Callable[[SplitResult], tuple[int, str, int]]) -> str:
+    """Status and a little of what identifies the answer, where redirects within the site lead to, as a
+    browser follows them."""
+    site, path = urlsplit(url).hostname, ""
+    for _ in range(_REDIRECTS):
+        status, location, size = get(urlsplit(url))
+        if status not in (301, 302, 303, 307, 308) or not location:
+            return f"{status}, {size} bytes{path}"
+        url = urljoin(url, location)
+        if urlsplit(url).scheme not in ("http", "https") or urlsplit(url).hostname != site:
+            return f"{status} to {url}"
+        path = f" at {url}"
+    return f"more than {_REDIRECTS} redirects, the last to {url}"
+
+
+def _host(name: str, port: int, scheme: str) -> str:
+    """A Host header (RFC 9110, 7.2)."""
+    return name if port == _USUAL[scheme] else f"{name}:{port}"
+
+
+def _port(url: SplitResult) -> int:
+    return url.port or _USUAL[url.scheme]
+
+
+def _http(server: tuple[str, int], url: SplitResult, *, handed_on: bool = False) -> tuple[int, str, int]:
+    """Ask a server for a page: status, Location, size. ``handed_on``: as a proxy hands it on, which
+    speaks plain HTTP."""
+    connection = http.client.HTTPConnection(*server, timeout=_PATIENCE)
+    name, port = url.hostname or "", _port(url)
+    headers = {"Host": _host(name, port, url.scheme), "User-Agent": "farmhand"}
+    if handed_on:
+        headers |= {
+            "X-Forwarded-Proto": url.scheme,
+            "X-Forwarded-Host": headers["Host"],
+            "X-Forwarded-Port": str(port),
+        }
     try:
-        if secure:
+        if url.scheme == "https" and not handed_on:
             context = ssl.create_default_context()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # another question
             connection.connect()
-            connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
-        connection.request("GET", "/", headers={"Host": host, "User-Agent": "farmhand"})
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=name)
+        connection.request("GET", urlunsplit(("", "", url.path or "/", url.query, "")), headers=headers)
         response = connection.getresponse()
         size = len(response.read(1 << 20))
     except (OSError, http.client.HTTPException) as error:
@@ -120,7 +156,7 @@ def _http(address: str, port: int, host: str, *, secure: bool = False) -> str:
         raise Silent(why) from None
     finally:
         connection.close()
-    return f"{response.status}, {size} bytes"
+    return response.status, response.getheader("Location", ""), size
 
 
 def _certificate(service: str, server: tuple[str, int], vm: str, proxy: ProxyRow) -> Question:

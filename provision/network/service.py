@@ -18,6 +18,7 @@ from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.model import Farm
     from provision.network.document import Document
     from provision.network.file_change import FileChange
@@ -36,6 +37,19 @@ class Checker:
 
 
 @dataclass(frozen=True, slots=True)
+class Inclusion:
+    """How a daemon comes to read ``path``, a file of ours: ``main``, its own configuration, includes it.
+    ``checker``: a command that reads ``main``. ``remedy``: what makes it include the file. ``at_boot``:
+    only a boot needs it, and a command that succeeds if ``main`` is read then."""
+
+    path: str
+    main: str
+    checker: Checker
+    remedy: str
+    at_boot: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyStep:
     """Something a daemon is told. ``run`` raises if it refuses or dies. ``text``: what is done, for
     plan, journal and screen; it begins with the service's name. ``restarts``: the daemon ends and begins
@@ -47,6 +61,15 @@ class ApplyStep:
     restarts: bool = False
     alive: tuple[str, ...] = ()
     """The command that succeeds while the daemon runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """Something that a file of ours says and its daemon hasn't: ``text``. ``step``: what gives it
+    that."""
+
+    text: str
+    step: ApplyStep
 
 
 class Silent(Exception):
@@ -129,6 +152,24 @@ class Service(ServiceSection, ABC):
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """What to tell the daemon after these changes of its files; live where it can. Given the inverse
         of the changes, what takes them back."""
+        yield from ()
+
+    # ---- What doctor, a plan and an apply look at before anything is touched, and network-verify too
+
+    def inclusion(self) -> Inclusion | None:
+        """How its daemon comes to read a file of ours that isn't its own configuration."""
+        return None
+
+    def missing(
+        self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner
+    ) -> Iterator[FarmhandError]:
+        """All that would keep it from taking its files, and that no step of ours puts right: its daemon
+        is stopped, a port is another's. ``files``: those looked at, changed or not. What it raises
+        counts, too."""
+        yield from ()
+
+    def unserved(self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
+        """What its daemon hasn't of these files, which are as they should be."""
         yield from ()
 
     def put_back(self, _runner: Runner, back: FileChange) -> FileChange:

@@ -64,6 +64,11 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @classmethod
+    def below(cls, root: Path) -> StateFile:
+        """In a farm's state directory."""
+        return cls(root / "network.db")
+
     def read(self) -> NetworkState:
         """The state; an empty one if there is no file."""
         with self._open(write=False) as db:

@@ -7,15 +7,20 @@ What can't be told (the VM is off) is said, and is not taken for right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from inventory.errors import FarmhandError
+from provision.network import readiness
 from provision.network.dhcp_probe import probe
+from provision.network.file_change import FileChange
 from provision.network.rendered import chosen
-from provision.network.service import NotAsked, Question, Silent
+from provision.network.service import NotAsked, Question, Service, Silent, Unserved
 from provision.network.service import services as services_of
+from provision.network.state import StateFile
 from provision.network.view import VmRow, view
 from provision.site import Site
 
@@ -24,7 +29,7 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``ok`` None: it could not be told, and ``why`` says why."""
+    """``ok`` None: it could not be told, and ``why`` says why. ``vm``: empty of a service as a whole."""
 
     service: str
     vm: str
@@ -88,10 +93,37 @@ def network_verify(site: Site, services: Sequence[str] = (), vms: Sequence[str] 
     if site.plan:
         dhcp = [f"dhcp: {row.vm}: exchange for {row.mac}, expect {row.address}" for row in asked]
         return VerifyReport((), (*dhcp, *(f"{q.service}: {q.vm}: {q.text}" for q in found)))
-    answers = list(_dhcp(site, ", ".join(servers), asked)) if asked else []
+    answers = list(_not_live(site, meant))
+    answers += _dhcp(site, ", ".join(servers), asked) if asked else ()
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="verify") as pool:
         answers += pool.map(_answer, found)
     return VerifyReport(tuple(answers))
+
+
+def _not_live(site: Site, services: Sequence[Service]) -> Iterator[Answer]:
+    """What daemons lack, or haven't of the files that we wrote: wrong, whatever else they answer."""
+    farm, runner = site.farm, site.runner
+    files = list(_files(site, {service.NAME for service in services}))
+    asked = [service for service in services if any(c.service == service.NAME for c in files)]
+    missing = [*readiness.missing(runner, farm, asked, files)]
+    found = [(name, error.message) for name, error in missing]
+    found += [
+        (name, error.message) for name, error, now in readiness.not_included(runner, asked, files) if now
+    ]
+    there = [service for service in asked if service.NAME not in dict(missing)]
+    for name, one in readiness.unserved(runner, farm, there, files):
+        found.append((name, one.text if isinstance(one, Unserved) else one.message))
+    for name, seen in found:
+        yield Answer(name, "", "it serves what its files say", "yes", seen, False)
+
+
+def _files(site: Site, services: Collection[str]) -> Iterator[FileChange]:
+    """Those that were applied, as they are."""
+    for path, document in StateFile.below(site.paths.root).read().files.items():
+        if document.service in services:
+            with contextlib.suppress(OSError):
+                text = Path(path).read_text(errors="surrogateescape")
+                yield FileChange(document.service, path, text, text, document.mode, zone=document.zone)
 
 
 def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:

@@ -88,6 +88,7 @@ def test_an_edit_of_what_is_ours_is_noticed(yard: Yard, service: str) -> None:
 def test_what_to_do_with_a_file_of_anothers(yard: Yard) -> None:
     """Of haproxy's files one alone may be shared."""
     yard.use("haproxy")
+    yard.services["haproxy"]["alive"] = ["true"]
     for key, remedy in (("map", "give the service another path"), ("config", "set 'own: block'")):
         path = Path(yard.services["haproxy"][key])
         path.write_text("mine\n")
@@ -203,10 +204,10 @@ def test_a_block_in_an_admins_zone(yard: Yard, daemons: Daemons) -> None:
 
 
 def test_bind_that_refuses_leaves_everything(yard: Yard, daemons: Daemons) -> None:
-    """The zone statements aren't included: the checkers can't know, the server does."""
+    """The server can't read a zone's file: the checkers can't know."""
     yard.use("hosts", "bind")
     main = yard.directory / "bind" / "named.conf"
-    main.write_text(main.read_text().split("include")[0])
+    main.write_text(main.read_text().split("include")[0] + f'include "{yard.directory}/bind/*.conf";\n')
     daemons.start("bind")
     before = yard.snapshot()
     with pytest.raises(Exception, match=r"does not serve try\.example") as caught:
@@ -276,6 +277,7 @@ def test_dhcp6(yard: Yard, daemons: Daemons, service: str) -> None:
 
 def test_a_checker_that_refuses_stops_everything(yard: Yard) -> None:
     yard.use("hosts", "nginx")
+    yard.services["nginx"]["alive"] = ["true"]
     (yard.directory / "nginx" / "farm-other").write_text("rubbish;\n")
     before = yard.snapshot()
     with pytest.raises(CommandFailed, match=r"nginx: nginx refuses: .*unknown directive"):

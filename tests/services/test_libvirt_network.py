@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from daemons import Daemons
 from dhcp_client import lease
 from networks import enter
 from test_apply import ask
+from test_served import put_right, refused
 from yard import Yard
 
 from inventory.errors import FarmhandError
@@ -82,3 +84,34 @@ def test_a_refusal_of_another_takes_it_back(yard: Yard, inside: Inside) -> None:
     assert config.read_text() == old
     assert inside.names("dev2.try.example") == ["10.77.0.6"]
     assert inside.names("more.try.example") == []
+
+
+def test_a_network_that_is_down_or_gone(yard: Yard, inside: Inside) -> None:
+    """Seen, and put right; and a boot starts it."""
+    yard.use("libvirt")
+    yard.apply()
+    virsh = ["virsh", "--connect", yard.services["libvirt"]["uri"]]
+    for order, seen in (
+        (["net-destroy"], "libvirt's network try is down"),
+        (["net-autostart", "--disable"], "libvirt's network try isn't started at a boot"),
+    ):
+        subprocess.run([*virsh, *order, "try"], check=True, stdout=subprocess.DEVNULL)
+        put_right(yard, seen)
+        assert inside.names("dev2.try.example") == ["10.77.0.6"]
+    for order in ("net-destroy", "net-undefine"):
+        subprocess.run([*virsh, order, "try"], check=True, stdout=subprocess.DEVNULL)
+    put_right(yard, "libvirt has no network try")
+    assert inside.names("dev2.try.example") == ["10.77.0.6"]
+    subprocess.run([*virsh, "net-destroy", "try"], check=True, stdout=subprocess.DEVNULL)
+    yard.vms["more"] = {"address": "10.77.0.9", "mac": MAC}
+    yard.apply()  # its file changes: it is started as well
+    assert inside.names("more.try.example") == ["10.77.0.9"]
+
+
+def test_a_libvirt_that_is_not_there(yard: Yard) -> None:
+    del yard.network["bridge"]
+    yard.network |= {"mode": "network", "network": "try"}
+    config = f"{yard.directory}/network.xml"
+    uri = f"network+unix:///system?socket={yard.directory}/none"
+    yard.services = {"libvirt": {"config": config, "bridge": "br0", "uri": uri}}
+    refused(yard, FarmhandError)

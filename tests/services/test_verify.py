@@ -42,7 +42,9 @@ def test_no_dhcp_server(yard: Yard, daemons: Daemons) -> None:
     yard.use("dhcpd")
     yard.apply()
     daemons.stop()
-    [first, _] = verify(yard).wrong
+    (yard.directory / "dhcp" / "pid").unlink(missing_ok=True)
+    [stopped, first, _] = verify(yard).wrong
+    assert (stopped.service, stopped.vm, stopped.seen) == ("dhcpd", "", "dhcpd doesn't run")
     assert (first.service, first.vm, first.expected, first.seen) == (
         "dhcpd", "dev2", "10.77.0.6", "no answer",
     )  # fmt: skip

@@ -110,7 +110,8 @@ class Yard:
         """By the daemons' own checkers, in a staging area."""
         documents = list(self.documents(*services).values())
         texts: dict[str, str | None] = {d.path: self.full(d) for d in documents}
-        checkers.check(Runner(), self.farm(), documents, texts)
+        for error in checkers.refusals(Runner(), self.farm(), documents, texts):
+            raise error
 
     def full(self, document: Document) -> str:
         path = Path(document.path)

@@ -18,10 +18,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from host.files import file_error
 from inventory.base import at_key, quote
 from inventory.errors import DriverFailed, FarmhandError, WrongState
-from provision.network.daemons import SETTLE, command
+from provision.network.daemons import SETTLE, command, in_turn
 from provision.network.document import Document, digest
+from provision.network.listeners import taken
 from provision.network.serial import following, later, serial_of, with_serial
-from provision.network.service import ApplyStep, Checker, Question, Service, ZoneFile
+from provision.network.service import (
+    ApplyStep,
+    Checker,
+    Inclusion,
+    Question,
+    Service,
+    Unserved,
+    ZoneFile,
+)
 from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
@@ -213,6 +222,54 @@ class Bind(Service):
             "glue": Word(address) if inside and not named else "",
         }
 
+    def inclusion(self) -> Inclusion | None:
+        if self.own == "block":
+            return None
+        main = Path(self.main)
+        into = main.with_name("named.conf.local")  # Debian's, for this
+        into = into if into.exists() and main.name == "named.conf" else main
+        line = f'include "{self.config}";'
+        remedy = f"as root: touch {self.config} && echo '{line}' >> {into}"  # a restart finds it
+        return Inclusion(self.config, self.main, Checker(("named-checkconf", self.main)), remedy)
+
+    def missing(
+        self, farm: Farm, files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        status = runner.read(*self.rndc, "status", ok=range(256))
+        if status.status != 0:
+            said = (status.stderr or status.stdout).strip().partition("\n")[0]
+            yield WrongState(
+                f"bind doesn't answer to {' '.join(self.rndc)} status: {said}",
+                remedy="as root: systemctl start named; if it runs, correct services.bind.rndc",
+            )
+            if any(change.zone for change in files):
+                at = (str(self.address),)
+                yield from taken(runner, self.NAME, "udp", self.port, own=("named",), at=at)
+            return
+        for change in files:
+            theirs = change.zone and (self.own == "block" or change.path == self.parent)
+            if theirs and _loaded_serial(runner, self.rndc, change.zone) is None:
+                yield WrongState(
+                    f"BIND does not serve {change.zone}, whose file {change.path} is the admin's",
+                    remedy=f"write its zone statement below {self.main}, or correct the zone's file",
+                )
+        if self.dynamic:
+            self.record_server(farm)  # an error where there is no key
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        for change in files:
+            if not change.zone or change.after is None:
+                continue
+            loaded = _loaded_serial(runner, self.rndc, change.zone)
+            if loaded is None:
+                told = command(self.NAME, (*self.rndc, "reconfig"))
+                load = _load(self.rndc, change, reload=False, as_it_is=self.dynamic)
+                step = replace(load, run=in_turn(told.run, load.run))
+                yield Unserved(f"BIND does not serve {change.zone}", step)
+            elif not self.dynamic and loaded != serial_of(change.after):
+                text = f"BIND serves {change.zone} with another serial number than {change.path} has"
+                yield Unserved(text, _load(self.rndc, change, reload=True))
+
     def checkers(self, _farm: Farm, documents: Sequence[Document]) -> Iterator[Checker]:
         for document in documents:
             if document.zone and not document.initial and document.path != self.parent:
@@ -284,18 +341,19 @@ def _name_problems(farm: Farm, places: Places, path: Place, name: str, zone: str
         yield places.problem(path, f"{quote(full)} is longer than 253 characters")
 
 
-def _load(rndc: Sequence[str], change: FileChange, *, reload: bool) -> ApplyStep:
-    """Loaded is what counts: rndc answers before it is, and doesn't say if a zone won't load."""
+def _load(rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bool = False) -> ApplyStep:
+    """Loaded is what counts: rndc answers before it is, and doesn't say if a zone won't load.
+    ``as_it_is``: with whatever serial number, for the server has gone on from the file's."""
     serial = serial_of(change.after or "")
 
     def run(runner: Runner) -> None:
         # A file may be new and its zone not: somebody lost it.
-        if reload or _loaded_serial(runner, rndc, change.zone) not in (None, serial):
+        if not as_it_is and (reload or _loaded_serial(runner, rndc, change.zone) not in (None, serial)):
             runner.change(*rndc, "reload", change.zone)
         deadline = time.monotonic() + SETTLE
         while True:
             loaded = _loaded_serial(runner, rndc, change.zone)
-            if loaded == serial:
+            if loaded == serial or (as_it_is and loaded is not None):
                 return
             if time.monotonic() > deadline:
                 raise _not_loaded(change, loaded)

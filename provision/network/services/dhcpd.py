@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from provision.network.daemons import command
+from provision.network.daemons import command, runs
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service
+from provision.network.listeners import listeners, older, taken
+from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.fields import ConfigPath, Lines, Own
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -55,6 +58,23 @@ class Dhcpd(Service):
 
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("dhcpd", "-t", "-4", "-cf", self.config))
+
+    def missing(
+        self, farm: Farm, _files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        if not runs(runner, self.alive):  # a restart starts it
+            link = farm.network.bridge or ""
+            yield from taken(runner, self.NAME, "udp", 67, own=(), link=link)
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        step = command(self.NAME, self.reload, self.alive, restarts=True)
+        if files and not runs(runner, self.alive):
+            yield Unserved("dhcpd doesn't run", step)
+            return
+        found = [one for one in listeners(runner, "udp", 67) if one.program == "dhcpd"]
+        for change in files:
+            if older(found, change.path):
+                yield Unserved(f"dhcpd runs since before {change.path} was written", step)
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """Without its file it ends."""

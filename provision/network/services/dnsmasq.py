@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from inventory.errors import TimedOut
-from provision.network.daemons import command, lines
+from provision.network.daemons import command, in_turn, lines, runs
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Question, Service
+from provision.network.listeners import taken
+from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
 
 if TYPE_CHECKING:
     from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.fields import Address, Bool, ConfigPath, Interface, Lines, Port
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -92,6 +94,29 @@ class Dnsmasq(Service):
         if Path(self.main).exists():
             yield Checker(("dnsmasq", "--test", "-C", self.main))
 
+    def inclusion(self) -> Inclusion | None:
+        """Debian names its directory on the daemon's command line."""
+        if Path(self.config).parent == Path("/etc/dnsmasq.d"):
+            return None
+        checker = Checker(("dnsmasq", "--test", "-C", self.main))
+        remedy = f"as root: echo conf-file={self.config} >> {self.main}"
+        return Inclusion(self.config, self.main, checker, remedy)
+
+    def missing(
+        self, farm: Farm, _files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        if runs(runner, self.alive):
+            return
+        link = self.interface or farm.network.bridge or ""  # a restart starts it
+        wanted = [(67, link), *([(self.port, link)] if self.dns else [])]
+        for port, where in wanted:
+            yield from taken(runner, self.NAME, "udp", port, own=("dnsmasq",), link=where)
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        if files and not runs(runner, self.alive):
+            step = command(self.NAME, self.restart, self.alive, restarts=True)
+            yield Unserved("dnsmasq doesn't run", step)
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
             yield command(self.NAME, self.restart, self.alive, restarts=True)
@@ -99,19 +124,20 @@ class Dnsmasq(Service):
         gone = [line for c in changes for line in sorted(lines(c.before) - lines(c.after))]
         if not gone:
             text = "dnsmasq: it reads the new hosts by itself"
-            yield ApplyStep(self.NAME, text, self._check_answers)
+            yield ApplyStep(self.NAME, text, in_turn(self._start, self._check_answers))
             return
         told = command(self.NAME, self.reload, self.alive)
 
-        def reload(runner: Runner) -> None:
-            told.run(runner)
-            self._check_answers(runner)
-
-        yield ApplyStep(self.NAME, told.text, reload)
+        yield ApplyStep(self.NAME, told.text, in_turn(told.run, self._check_answers))
         interface = self.interface or farm.network.bridge
         leases = [line for line in gone if re.match(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2},", line)]
         if interface and leases:
             yield _release(interface, leases)
+
+    def _start(self, runner: Runner) -> None:
+        """One that is stopped reads nothing by itself."""
+        if not runs(runner, self.alive):
+            command(self.NAME, self.restart, self.alive).run(runner)
 
     def _check_answers(self, _runner: Runner) -> None:
         """TimedOut where it takes a question and never answers: a signal, or a new file, then tells it

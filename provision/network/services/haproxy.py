@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, ClassVar
 
-from provision.network.daemons import command
+from provision.network.daemons import command, in_turn, stopped
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Question, Service
+from provision.network.listeners import is_here, taken, unread, wait_until_read
+from provision.network.service import ApplyStep, Checker, Question, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
-    from inventory.errors import Problem
+    from host.run import Runner
+    from inventory.errors import FarmhandError, Problem
     from inventory.fields import Address, ConfigPath, Lines, Own, Port
     from inventory.model import Farm
     from inventory.places import Places
@@ -22,6 +26,15 @@ if TYPE_CHECKING:
     from provision.network.view import View, VmRow
 
 _HERE = IPv4Address("127.0.0.1")
+
+
+_BIND = re.compile(r"^\tbind \*:(\d+)\b", re.MULTILINE)
+
+
+def _ports(files: Sequence[FileChange]) -> tuple[int, ...]:
+    """Where it is to listen."""
+    found = (port for change in files for port in _BIND.findall(change.after or ""))
+    return tuple(map(int, dict.fromkeys(found)))
 
 
 def _string(text: str) -> Word:
@@ -79,8 +92,27 @@ class Haproxy(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("haproxy", "-c", "-q", "-f", self.config))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        yield command(self.NAME, self.reload, self.alive)
+    def missing(
+        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        down = tuple(stopped(runner, self.NAME, self.alive, self.reload))
+        yield from down
+        for port in _ports(files) if down or is_here(self.NAME) else ():
+            yield from taken(runner, self.NAME, "tcp", port, own=(self.NAME,))
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
+            yield Unserved(why, self._reload(files))
+
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
+        yield self._reload(changes)
+
+    def _reload(self, files: Sequence[FileChange]) -> ApplyStep:
+        """It goes on with its old configuration where it can't take the new one, and says nothing."""
+        told = command(self.NAME, self.reload, self.alive)
+        paths = [change.path for change in files if change.after is not None]
+        seen = partial(wait_until_read, program=self.NAME, ports=_ports(files), paths=paths)
+        return replace(told, run=in_turn(told.run, seen))
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
         from provision.network import questions

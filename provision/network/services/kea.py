@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from host.documents import Malformed, damaged, json_object, json_value
-from inventory.errors import DriverFailed, TimedOut
+from inventory.errors import DriverFailed, FarmhandError, TimedOut
 from provision.network.daemons import SETTLE, lines
 from provision.network.daemons import command as told
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service
+from provision.network.listeners import taken
+from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word, as_json
 
 if TYPE_CHECKING:
@@ -130,13 +131,42 @@ class Kea(Service):
             if any(document.path == config for document in documents):
                 yield Checker((program, "-t", config))
 
+    def _servers(self) -> tuple[tuple[str, str, str, Lines], ...]:
+        """Each one's kind, configuration, socket, and the command that restarts it."""
+        return (
+            ("4", self.config4, self.socket4, self.reload),
+            ("6", self.config6, self.socket6, self.reload6),
+        )
+
+    def missing(
+        self, farm: Farm, files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        paths = {change.path for change in files}
+        for kind, config, socket_path, _ in self._servers():
+            if config in paths and not _is_there(socket_path):  # a restart starts it
+                for link in self.interfaces or (farm.network.bridge or "",):
+                    port = 67 if kind == "4" else 547
+                    yield from taken(runner, self.NAME, "udp", port, own=(f"kea-dhcp{kind}",), link=link)
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
+        paths = {change.path for change in files}
+        for kind, config, socket_path, restart in self._servers():
+            if config not in paths:
+                continue
+            text = f"kea: set its Dhcp{kind} configuration"
+            step = ApplyStep(self.NAME, text, partial(_set, socket_path, restart, config))
+            try:
+                told = command(socket_path, "config-get")
+            except FileNotFoundError:
+                yield Unserved(f"nobody answers on {socket_path}", step)
+                continue
+            if _reserved(told) != _reserved(configuration(Path(config))):
+                yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
         frees = []
-        for kind, config, socket_path, restart in (
-            ("4", self.config4, self.socket4, self.reload),
-            ("6", self.config6, self.socket6, self.reload6),
-        ):
+        for kind, config, socket_path, restart in self._servers():
             hosts = self._hosts(farm, kind)
             its = [c for c in changes if c.path == config or c.path.startswith(hosts)]
             if not its:
@@ -162,6 +192,29 @@ class Kea(Service):
         yield (
             "it reads all hosts again for each change: of 10,000 in about 0.15 s, side by side for IPv6"
         )
+
+
+def _is_there(path: str) -> bool:
+    """Whether somebody listens on a control socket."""
+    try:
+        with _connected(path, time.monotonic() + _LIMIT):
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _reserved(tree: object) -> set[tuple[str, ...]]:
+    """The hosts in a configuration: of each its MAC, without colons, and addresses."""
+    if isinstance(tree, list):
+        return {host for one in tree for host in _reserved(one)}
+    if not isinstance(tree, dict):
+        return set()
+    found = {host for key, one in tree.items() if key != "reservations" for host in _reserved(one)}
+    for host in tree.get("reservations", ()):
+        mac = str(host.get("hw-address", "")).replace(":", "").lower()
+        addresses = host.get("ip-addresses") or [host.get("ip-address", "")]
+        found.add((mac, *map(str, addresses)))
+    return found
 
 
 def _at_once(tasks: Sequence[Callable[[Runner], None]], runner: Runner) -> None:

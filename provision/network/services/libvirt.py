@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Service
+from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
-    from inventory.errors import Problem
+    from inventory.errors import FarmhandError, Problem
     from inventory.fields import ConfigPath, Interface, Line
     from inventory.model import Farm
     from inventory.places import Path as Place
@@ -63,15 +63,34 @@ class LibvirtNetwork(Service):
         for document in documents:
             yield Checker(("virt-xml-validate", document.path, "network"))
 
+    def missing(
+        self, farm: Farm, _files: Sequence[FileChange], _runner: Runner
+    ) -> Iterator[FarmhandError]:
+        from hypervisors.libvirt.network import lacks
+
+        lacks(self.uri, farm.network.network or "")  # an error where libvirt can't be asked
+        yield from ()
+
+    def unserved(self, farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
+        from hypervisors.libvirt.network import lacks
+
+        name = farm.network.network or ""
+        for change in files:
+            if (text := lacks(self.uri, name)) is not None:
+                yield Unserved(text, self._define(name, change.after or ""))
+
+    def _define(self, name: str, text: str) -> ApplyStep:
+        words = f"libvirt: define the network {name}, and change it live"
+        return ApplyStep(self.NAME, words, partial(_set, self.uri, text))
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         name = farm.network.network or ""
         for change in changes:
             if not change.after:
                 text, run = f"libvirt: remove the network {name}", partial(_drop, self.uri, name)
+                yield ApplyStep(self.NAME, text, run)
             else:
-                text = f"libvirt: define the network {name}, and change it live"
-                run = partial(_set, self.uri, change.after)
-            yield ApplyStep(self.NAME, text, run)
+                yield self._define(name, change.after)
 
     def not_live(self) -> Iterator[str]:
         yield "hosts are changed live; what else changes, at the network's next start"

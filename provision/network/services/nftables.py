@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from inventory.errors import CommandFailed, NotOurs, some
+from inventory.errors import CommandFailed, FarmhandError, NotOurs, some
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Question, Service
+from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
 from provision.network.templating import Unwritable, Word
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Nftables(Service):
 
     config: ConfigPath = "/etc/nftables.d/farmhand.nft"
     """The file, to `include` from nftables.conf."""
+    main: ConfigPath = "/etc/nftables.conf"
+    """What a boot loads: it is looked at whether it includes ours."""
+    at_boot: Lines = ("systemctl", "is-enabled", "--quiet", "nftables")
+    """The command that succeeds if a boot loads it."""
     interface: Interface | None = None
     """Where connections come in; absent: anywhere."""
     address: Address | None = None
@@ -56,19 +61,48 @@ class Nftables(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker((*self.nft, "-c", "-f", self.config))
 
+    def inclusion(self) -> Inclusion:
+        """By a pattern: where no file fits one, as when ours is gone, that is no error."""
+        path = Path(self.config)
+        files = path.with_name(f"*{path.suffix}") if path.suffix else f"{path}*"
+        remedy = f"as root: echo 'include \"{files}\"' >> {self.main}"
+        checker = Checker((*self.nft, "-c", "-f", self.main))
+        return Inclusion(self.config, self.main, checker, remedy, self.at_boot)
+
+    def missing(
+        self, farm: Farm, files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        for change in files:
+            if change.after is None or change.before == change.after:
+                continue
+            if _element_changes(change.before, change.after, _table(farm)) is None:
+                self._live(farm, change).check(runner)
+        yield from ()
+
+    def unserved(self, farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        for change in files:
+            live = self._live(farm, change)
+            if (lacks := live.lacks(runner)) is not None:
+                yield Unserved(lacks, self._load(live, change))
+
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        table = f"farmhand_{farm.farm.replace('-', '_')}"
         for change in changes:
-            live = _Live(self.nft, table, _elements(change.before) | _elements(change.after))
+            live = self._live(farm, change)
             if not change.after:
                 yield _step("take the table away", live.remove)
                 continue
-            moves = _element_changes(change.before, change.after, table)
-            load = partial(live.load, change.path)
+            moves = _element_changes(change.before, change.after, live.table)
+            load = self._load(live, change)
             if moves is None:
-                yield _step(f"{' '.join(self.nft)} -f {change.path}", load)
+                yield load
             else:
-                yield _step("change the map's elements", partial(live.move, moves, otherwise=load))
+                yield _step("change the map's elements", partial(live.move, moves, otherwise=load.run))
+
+    def _live(self, farm: Farm, change: FileChange) -> _Live:
+        return _Live(self.nft, _table(farm), _elements(change.before) | _elements(change.after))
+
+    def _load(self, live: _Live, change: FileChange) -> ApplyStep:
+        return _step(f"{' '.join(self.nft)} -f {change.path}", partial(live.load, change.path))
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
         from provision.network import questions
@@ -77,6 +111,10 @@ class Nftables(Service):
         for row in view.nat:
             if row.vm in rows:
                 yield questions.nat(address, row, self.NAME)
+
+
+def _table(farm: Farm) -> str:
+    return f"farmhand_{farm.farm.replace('-', '_')}"
 
 
 def _elements(text: str | None) -> set[str]:
@@ -110,13 +148,13 @@ class _Live:
     elements: set[str]
 
     def load(self, path: str, runner: Runner) -> None:
-        self._check(runner)
+        self.check(runner)
         runner.change(*self.nft, "-f", path, timeout=120)
 
     def remove(self, runner: Runner) -> None:
         """Where others use the table, what is of the map goes, and leads nowhere any more."""
         try:
-            self._check(runner)
+            self.check(runner)
         except NotOurs:
             for element in sorted(self.elements):
                 script = f"delete element ip {self.table} ssh {{ {element} }}\n"
@@ -132,9 +170,21 @@ class _Live:
         except CommandFailed:
             otherwise(runner)
 
-    def _check(self, runner: Runner) -> None:
-        listed = runner.read(*self.nft, "-j", "list", "table", "ip", self.table, ok=range(256))
-        theirs = list(self._theirs(listed.stdout)) if listed.status == 0 else []
+    def lacks(self, runner: Runner) -> str | None:
+        """What the kernel hasn't of ours: the table, elements of its map, rules."""
+        listed = self._list(runner)
+        if listed is None:
+            return f"the kernel has no table ip {self.table}"
+        kinds = [next(iter(entry.items())) for entry in json.loads(listed)["nftables"]]
+        there = {one for kind, found in kinds if kind == "map" for one in _written(found)}
+        rules = {found["chain"] for kind, found in kinds if kind == "rule"}
+        gone = [*sorted(self.elements - there), *(name for name in _CHAINS if name not in rules)]
+        return f"table ip {self.table} of the kernel lacks {some(gone)}" if gone else None
+
+    def check(self, runner: Runner) -> None:
+        """NotOurs: others have something in it."""
+        listed = self._list(runner)
+        theirs = list(self._theirs(listed)) if listed is not None else []
         if theirs:
             raise NotOurs(
                 f"nftables: in table ip {self.table} is what farmhand didn't put there: {some(theirs)}; "
@@ -142,8 +192,15 @@ class _Live:
                 remedy=f"move that to another table, or: nft delete table ip {self.table}",
             )
 
+    def _list(self, runner: Runner) -> str | None:
+        """The table, see libnftables-json(5). None: there is none. CommandFailed: it can't be seen."""
+        argv = (*self.nft, "-j", "list", "table", "ip", self.table)
+        listed = runner.read(*argv, ok=range(256))
+        if listed.status != 0 and "No such file" not in listed.stderr:
+            runner.read(*argv)
+        return listed.stdout if listed.status == 0 else None
+
     def _theirs(self, listed: str) -> Iterator[str]:
-        """See libnftables-json(5)."""
         rules = dict.fromkeys(_CHAINS, 0)
         for entry in json.loads(listed)["nftables"]:
             [(kind, found)] = entry.items()

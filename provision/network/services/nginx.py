@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from zlib import crc32
 
-from provision.network.daemons import command
+from provision.network.daemons import command, in_turn, stopped
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Question, Service
+from provision.network.listeners import is_here, taken, unread, wait_until_read
+from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
 from provision.network.templating import Unwritable, Word, backslashed
 
 if TYPE_CHECKING:
+    from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.fields import Address, ConfigPath, Lines, Port
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -21,6 +27,18 @@ if TYPE_CHECKING:
     from provision.network.view import View, VmRow
 
 _HERE = IPv4Address("127.0.0.1")
+_LONG = 40
+"""Longer names don't fit nginx's hash of names as it is by itself. A pattern isn't in it: a directive
+for a larger one would be refused where the admin has it too."""
+
+
+_LISTEN = re.compile(r"^\s*listen (\d+)\b", re.MULTILINE)
+
+
+def _ports(files: Sequence[FileChange]) -> tuple[int, ...]:
+    """Where it is to listen."""
+    found = (port for change in files for port in _LISTEN.findall(change.after or ""))
+    return tuple(map(int, dict.fromkeys(found)))
 
 
 def _string(text: str) -> Word:
@@ -60,9 +78,9 @@ class Nginx(Service):
         return "port", "tls_port"
 
     def documents(self, r: Renderer) -> Iterator[Document]:
-        proxies = r.view.proxies
-        long_names = len(proxies) > 256 or any(len(proxy.name) > 40 for proxy in proxies)
-        yield Document(self.NAME, self.config, r.render("nginx", self, long_names=long_names))
+        upgrade = Word(f"farmhand_{crc32(r.farm.farm.encode()):08x}_upgrade")  # short, for its hash
+        text = r.render("nginx", self, long=_LONG, pattern=_pattern, upgrade=upgrade)
+        yield Document(self.NAME, self.config, text)
 
     def checkers(self, farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         proxies = (proxy for vm in farm.vms.values() for proxy in vm.proxy)
@@ -70,8 +88,32 @@ class Nginx(Service):
         shadow = (self.logs, "/run", *sorted(logs))
         yield Checker(("nginx", "-t", "-q", "-c", self.main), shadow)
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        yield command(self.NAME, self.reload, self.alive)
+    def inclusion(self) -> Inclusion:
+        checker = Checker(("nginx", "-t", "-q", "-c", self.main), (self.logs, "/run"))
+        remedy = f"within http {{ }} of {self.main}: include {self.config};"
+        return Inclusion(self.config, self.main, checker, remedy)
+
+    def missing(
+        self, _farm: Farm, files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        down = tuple(stopped(runner, self.NAME, self.alive, self.reload))
+        yield from down
+        for port in _ports(files) if down or is_here(self.NAME) else ():
+            yield from taken(runner, self.NAME, "tcp", port, own=(self.NAME,))
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        if (why := unread(runner, self.NAME, _ports(files), [c.path for c in files])) is not None:
+            yield Unserved(why, self._reload(files))
+
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
+        yield self._reload(changes)
+
+    def _reload(self, files: Sequence[FileChange]) -> ApplyStep:
+        """It goes on with its old configuration where it can't take the new one, and says nothing."""
+        told = command(self.NAME, self.reload, self.alive)
+        paths = [change.path for change in files if change.after is not None]
+        seen = partial(wait_until_read, program=self.NAME, ports=_ports(files), paths=paths)
+        return replace(told, run=in_turn(told.run, seen))
 
     def questions(self, farm: Farm, view: View, rows: Mapping[str, VmRow]) -> Iterator[Question]:
         from provision.network import questions
@@ -81,3 +123,8 @@ class Nginx(Service):
 
     def not_live(self) -> Iterator[str]:
         yield "reloaded for each change; connections go on"
+
+
+def _pattern(name: str) -> Word:
+    """A server_name that is the name alone."""
+    return Word('"~^' + re.escape(name) + '$"')

@@ -10,12 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from inventory.errors import FarmhandError
-from provision.network.daemons import command
+from provision.network.daemons import command, runs
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, NotAsked, Question, Service
+from provision.network.service import ApplyStep, Checker, NotAsked, Question, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
+    from host.run import Runner
     from inventory.fields import Address, ConfigPath, Lines, Name
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -45,7 +46,9 @@ class Shorewall(Service):
     address: Address | None = None
     """The address they are for; absent: any."""
     reload: Lines = ("shorewall", "reload")
-    """The command that makes it read its files."""
+    """The command that makes it read its files, and starts it."""
+    alive: Lines = ("shorewall", "status")
+    """The command that succeeds while its rules are loaded."""
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         for name in ("params", "rules"):
@@ -54,6 +57,12 @@ class Shorewall(Service):
 
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("shorewall", "check", self.directory), ("/var/lib/shorewall",))
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        if files and not runs(runner, self.alive):
+            yield Unserved(
+                "shorewall's rules aren't loaded", command(self.NAME, self.reload, self.alive)
+            )
 
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload)

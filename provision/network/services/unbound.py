@@ -14,14 +14,15 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from inventory.errors import DriverFailed
+from inventory.errors import DriverFailed, WrongState, some
 from provision.network.daemons import SETTLE
 from provision.network.document import Document
-from provision.network.service import ApplyStep, Checker, Question, Service
+from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
 from provision.network.templating import Word
 
 if TYPE_CHECKING:
     from host.run import Runner
+    from inventory.errors import FarmhandError
     from inventory.fields import Address, Bool, ConfigPath, Lines, Port, TimeToLive
     from inventory.model import Farm
     from provision.network.file_change import FileChange
@@ -78,13 +79,39 @@ class Unbound(Service):
         main = self.main if Path(self.main).exists() else self.config
         yield Checker(("unbound-checkconf", main))
 
+    def inclusion(self) -> Inclusion:
+        files = Path(self.config).with_name("*.conf")
+        remedy = f"as root: echo 'include-toplevel: \"{files}\"' >> {self.main}"
+        return Inclusion(self.config, self.main, Checker(("unbound-checkconf", self.main)), remedy)
+
+    def missing(
+        self, _farm: Farm, _files: Sequence[FileChange], runner: Runner
+    ) -> Iterator[FarmhandError]:
+        if self._there(runner) is None:
+            yield WrongState(
+                f"unbound doesn't answer on its control channel ({' '.join(self.control)})",
+                remedy="start it (systemctl start unbound), with 'control-enable: yes' in its "
+                "'remote-control:'",
+            )
+
+    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
+        for change in files:
+            wanted = _data(change.after or "")
+            there = self._there(runner)
+            if there is not None and not there >= wanted:
+                names = {_name(one) for one in wanted - there}
+                yield Unserved(f"unbound lacks data of {some(sorted(names))}", self._read_again(wanted))
+
+    def _read_again(self, wanted: frozenset[str]) -> ApplyStep:
+        text = f"unbound: {' '.join((*self.control, 'reload'))}"
+        return ApplyStep(self.NAME, text, partial(self._reload, wanted))
+
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """By data that go and come, where nothing else differs: a reload empties the cache."""
         for change in changes:
             before, after = change.before, change.after
             if before is None or after is None or _rest(before) != _rest(after):
-                run = partial(self._reload, _data(after or ""))
-                yield ApplyStep(self.NAME, f"unbound: {' '.join((*self.control, 'reload'))}", run)
+                yield self._read_again(_data(after or ""))
                 continue
             old, new = _data(before), _data(after)
             names = {_name(one) for one in old ^ new}
