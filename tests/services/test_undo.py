@@ -40,26 +40,30 @@ def process(yard: Yard) -> str:
 
 
 def test_a_running_dhcpd_when_bind_fails(yard: Yard, daemons: Daemons) -> None:
-    """What our own remedy leads to, and BIND doesn't serve the zone: dhcpd isn't even restarted."""
+    """What our own remedy leads to, and then BIND refuses: dhcpd isn't even restarted."""
     yard.use("dhcpd", "bind")
     path = admins_dhcpd(yard)
-    main = yard.directory / "bind" / "named.conf"
-    complete = main.read_text()
-    main.write_text(complete.split("include")[0])
     daemons.start("bind")
+    good = yard.services["bind"]["rndc"]
+    refusing = yard.directory / "rndc"
+    once = yard.directory / "refused"
+    refuse = f'[ "$1" = reconfig ] && [ ! -e {once} ] && touch {once} && exit 1'
+    refusing.write_text(f'#!/bin/sh\n{refuse}\nexec {" ".join(good)} "$@"\n')
+    refusing.chmod(0o755)
+    yard.services["bind"]["rndc"] = [str(refusing)]
     with pytest.raises(NotOurs) as caught:
         yard.apply()
     assert [call.task for call in calls_in(caught.value.remedy)] == ["network-apply"]
     assert "mv " not in spelled(caught.value.remedy)
     before, running = contents(yard), process(yard)
-    with pytest.raises(FarmhandError, match="does not serve") as failed:
+    with pytest.raises(FarmhandError, match="rndc exited with 1") as failed:
         yard.apply(take_aside=True)
     assert "every file and daemon is as it was before" in spelled(failed.value.remedy)
     assert contents(yard) == before
     assert process(yard) == running
     assert lease(MAC) == IPv4Address("10.77.0.50")
 
-    main.write_text(complete)
+    yard.services["bind"]["rndc"] = good
     yard.apply(take_aside=True)
     assert lease("52:54:86:b3:3f:10") == IPv4Address("10.77.0.6")
     assert path.with_name("dhcpd.conf.before-farmhand").read_text() == THEIRS
