@@ -201,6 +201,36 @@ def test_a_dhcp_server_of_ours_answers_nobody_any_more(
     assert lease("52:54:86:b3:3f:10") is None
 
 
+def test_a_haproxy_that_had_nothing_before_us(yard: Yard, daemons: Daemons) -> None:
+    """There is no way to end it: it is said."""
+    yard.use("haproxy")
+    daemons.start("haproxy")
+    yard.apply()
+    [said] = destroy(yard)
+    assert said.startswith(f"haproxy: {yard.directory}/haproxy/haproxy.cfg is gone, and it runs on")
+    assert ours(yard) == []
+
+
+def test_a_dynamic_zone_is_served_no_longer(yard: Yard, daemons: Daemons) -> None:
+    """Its file is the server's: it stays, and is named."""
+    key = yard.directory / "bind" / "farmhand.key"
+    key.write_text(KEY)
+    key.chmod(0o640)
+    yard.use("bind")
+    yard.services["bind"] |= {"dynamic": "yes", "key": str(key), "reverse": "no"}
+    daemons.start("bind")
+    yard.apply()
+    zone = yard.directory / "bind" / "db.try.example"
+    [said] = destroy(yard)
+    assert said.startswith(f"stays: {zone}: ")
+    assert ask("dev2.try.example", "A") == []
+    yard.apply()
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    del yard.vms["dev2"]
+    yard.apply()
+    assert ask("dev2.try.example", "A") == []
+
+
 def test_all_daemons_dead(yard: Yard, daemons: Daemons) -> None:
     """Each is said, once; the files are gone, and so nothing is served when they come back."""
     yard.use("bind", "kea", "nginx", "haproxy", "hosts")

@@ -46,7 +46,7 @@ def test_a_running_dhcpd_when_bind_fails(yard: Yard, daemons: Daemons) -> None:
     daemons.start("bind")
     good = yard.services["bind"]["rndc"]
     refusing = yard.directory / "rndc"
-    once = yard.directory / "refused"
+    once = yard.directory / "logs" / "refused"
     refuse = f'[ "$1" = reconfig ] && [ ! -e {once} ] && touch {once} && exit 1'
     refusing.write_text(f'#!/bin/sh\n{refuse}\nexec {" ".join(good)} "$@"\n')
     refusing.chmod(0o755)
