@@ -208,7 +208,8 @@ def _leave(site: Site, diffs: list[str]) -> Job | None:
     then = "gone on without it: see that it has nothing of the farm's any more"
     laggards = _Laggards(site, lenient=True, then=then)
     examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
-    changes = _bearable(site, examiner.leave(site.allocator.recorded()))
+    changes = _bearable(site, site.farm, examiner.leave(site.allocator.recorded()))
+    changes = _bearable(site, _given_up(site, state), changes)
     for text in changes.left:
         site.reporter.warn(f"stays: {text}")
     for path in changes.edited:
@@ -229,25 +230,27 @@ def _records_gone(store: StateFile, state: NetworkState, farm: Farm, changes: Ch
     return _updates(store, farm, changes, state, used, None, thorough=False, force=True)
 
 
-def _bearable(site: Site, changes: Changes) -> Changes:
+def _bearable(site: Site, farm: Farm | None, changes: Changes) -> Changes:
     """A file that a daemon's configuration can't be without, as one that an admin's includes by name, is
     left there, empty."""
+    if farm is None:
+        return changes
     files = list(changes.files)
-    for service in used_services(site.farm):
+    for service in used_services(farm):
         its = [change for change in files if change.service == service.NAME]
         keys = {getattr(service, key) for key in service.FILES}
         goes = [change.path for change in its if change.after is None and change.path in keys]
         texts = {change.path: change.after for change in its}
         emptied = {**texts, **dict.fromkeys(goes, "")}
-        if goes and not _accepts(site, service, texts) and _accepts(site, service, emptied):
+        if goes and not _accepts(site, farm, service, texts) and _accepts(site, farm, service, emptied):
             files = [replace(c, after=emptied.get(c.path, c.after)) for c in files]
     return replace(changes, files=tuple(files))
 
 
-def _accepts(site: Site, service: Service, texts: Mapping[str, str | None]) -> bool:
+def _accepts(site: Site, farm: Farm, service: Service, texts: Mapping[str, str | None]) -> bool:
     documents = [Document(service.NAME, path, "") for path in texts]
     try:
-        return _check(site, documents, texts)
+        return _check(site, farm, documents, texts)
     except Interrupted:
         raise
     except FarmhandError:
@@ -292,6 +295,7 @@ def _examine(
             raise
         services = [name for name in services if laggards.attempt(name, look, name) is not None]
         changes = look(*services)
+    changes = _bearable(site, _given_up(site, state), changes)
     lost: tuple[Unserved, ...] = ()
     if lenient:
         changes = _set_apart(site, laggards, changes, vms)
@@ -330,12 +334,14 @@ def _set_apart(site: Site, laggards: _Laggards, changes: Changes, vms: Sequence[
     for name in dict.fromkeys(document.service for document in concerned):
         if name not in laggards.services:
             its = [document for document in concerned if document.service == name]
-            laggards.attempt(name, _check, site, its, texts)
+            laggards.attempt(name, _check, site, site.farm, its, texts)
     return replace(changes, files=files)
 
 
-def _check(site: Site, documents: Sequence[Document], texts: Mapping[str, str | None]) -> bool:
-    for error in refusals(site.runner, site.farm, documents, texts):
+def _check(
+    site: Site, farm: Farm, documents: Sequence[Document], texts: Mapping[str, str | None]
+) -> bool:
+    for error in refusals(site.runner, farm, documents, texts):
         raise error
     return True
 
@@ -355,6 +361,8 @@ def _job(
 ) -> Job:
     """``first``: records are updated before a file is written, for then the server has their zones."""
     told = [step for step in every if step.service not in laggards.services]
+    former = _given_up(site, state)
+    last = steps(former, changes.files) if former else ()
 
     @without_collector()
     def act() -> None:
@@ -362,11 +370,15 @@ def _job(
             new = [d for d in changes.documents if d.path not in state.files]
             store.begin(new, updates=bool(updates.ops))
             _carry_out(site, entry, changes.files, told, updates, laggards, first=first)
+            given_up = _Laggards(site, lenient=True, then="the farm file has it no more: gone on")
+            for step in last:
+                entry.step(step.text)
+                given_up.attempt(step.service, step.run, site.runner)
             current_step(RECORD)
             _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
             remove(kept(site, entry.id))
 
-    return Job(tuple(_actions(changes, told, updates)), act)
+    return Job(tuple(_actions(changes, [*told, *last], updates)), act)
 
 
 def _once_more(changes: Changes, behind: Collection[str]) -> list[FileChange]:
@@ -457,7 +469,25 @@ def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandErr
 
 def _basis(farm: Farm) -> str:
     """A digest of all in the farm file that isn't a VM."""
-    return hashlib.sha256(plain.dumps(replace(farm, vms={}))).hexdigest()
+    return hashlib.sha256(_without_vms(farm)).hexdigest()
+
+
+def _without_vms(farm: Farm) -> bytes:
+    return plain.dumps(replace(farm, vms={}))
+
+
+def _given_up(site: Site, state: NetworkState) -> Farm | None:
+    """The farm with the services that it used, and uses no more. None: there are none, or what was known
+    of them is another farmhand's."""
+    used = site.farm.services.used
+    if all(document.service in used for document in state.files.values()):
+        return None
+    try:
+        former = plain.loads(state.applied.encode())
+    except ValueError:
+        return None
+    services = replace(former.services, **dict.fromkeys(used))
+    return replace(former, services=services).at(site.farm.path)
 
 
 def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
@@ -659,6 +689,7 @@ def _record(
     basis: str,
     behind: _Laggards,
 ) -> None:
+    basis = "" if behind.services else basis
     keeper = _record_keeper(site.farm)
     in_doubt = keeper is not None and keeper.NAME in behind.services
     dynamic = updates.known is not None and not in_doubt
@@ -678,6 +709,7 @@ def _record(
         names={at: (owners.get(at, ""), records) for at, records in names.items()},
         anew=dynamic and not few,
         known=(state.known or dynamic) and not in_doubt,
-        basis="" if behind.services else basis,
+        basis=basis,
+        applied=_without_vms(site.farm).decode() if basis else state.applied,
         behind=dict.fromkeys((*behind.services, *(s for s in state.behind if s not in seen))),
     )

@@ -35,7 +35,7 @@ _FILE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)"
 _SERIAL = "INSERT OR REPLACE INTO serials VALUES (?, ?)"
 _RECORD = "INSERT INTO records VALUES (?, ?, ?, ?)"
 _FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
-_KNOWN, _BASIS, _BEHIND = "records", "basis", "behind"
+_KNOWN, _BASIS, _BEHIND, _APPLIED = "records", "basis", "behind", "applied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,14 @@ class NetworkState:
     """``files``: documents as they are ``noted``, by path. ``known``: whether it is certain what dynamic
     zones have of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a
     whole; "" if there is none, or an apply has begun since. ``behind``: services that could not be told
-    when others were."""
+    when others were. ``applied``: that farm file itself, without VMs, as ``inventory.plain`` has it."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
     known: bool = False
     basis: str = ""
     behind: tuple[str, ...] = ()
+    applied: str = ""
 
 
 def noted(document: Document) -> Document:
@@ -79,7 +80,8 @@ class StateFile:
             serials = {zone: _serial(serial) for zone, serial in rows}
             facts = dict(db.execute("SELECT name, value FROM facts"))
         behind = tuple(facts.get(_BEHIND, "").split())
-        return NetworkState(files, serials, facts.get(_KNOWN) == "known", facts.get(_BASIS, ""), behind)
+        known, basis = facts.get(_KNOWN) == "known", facts.get(_BASIS, "")
+        return NetworkState(files, serials, known, basis, behind, facts.get(_APPLIED, ""))
 
     def records(self) -> Zones:
         """All records that were applied last."""
@@ -121,6 +123,7 @@ class StateFile:
         known: bool,
         basis: str,
         behind: Iterable[str],
+        applied: str,
     ) -> None:
         """Note what was applied: files that differ from what is noted, paths that are no longer ours,
         serials, and the VM and records of zones and names (empty records: none). ``anew``: these names
@@ -139,6 +142,7 @@ class StateFile:
             db.execute(_FACT, (_KNOWN, "known" if known else "unknown"))
             db.execute(_FACT, (_BASIS, basis))
             db.execute(_FACT, (_BEHIND, " ".join(behind)))
+            db.execute(_FACT, (_APPLIED, applied))
 
     def _open(self, *, write: bool) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
         """A transaction, durable when it is left. None: for reading, and there is no file."""

@@ -201,6 +201,24 @@ def test_a_dhcp_server_of_ours_answers_nobody_any_more(
     assert lease("52:54:86:b3:3f:10") is None
 
 
+def test_services_given_up_lose_all_of_ours(yard: Yard, daemons: Daemons) -> None:
+    """By the commands that the farm file had for them, also where one is dead by now."""
+    every = dict(yard.services)
+    yard.use("bind", "nginx", "nftables", "hosts")
+    daemons.start("bind", "nginx")
+    yard.apply()
+    assert ask("dev2.try.example", "A") == ["10.77.0.6"]
+    yard.services = {"hosts": every["hosts"]}
+    (yard.directory / "nginx" / "pid").rename(yard.directory / "nginx" / "pid.away")
+    yard.apply()
+    (yard.directory / "nginx" / "pid.away").rename(yard.directory / "nginx" / "pid")
+    assert ask("dev2.try.example", "A") == []
+    assert _tables() == []
+    assert [name for name in ours(yard) if name != "hosts"] == []
+    subprocess.run(["named-checkconf", f"{yard.directory}/bind/named.conf"], check=True)
+    assert not yard.apply().changed
+
+
 def test_a_haproxy_that_had_nothing_before_us(yard: Yard, daemons: Daemons) -> None:
     """There is no way to end it: it is said."""
     yard.use("haproxy")
