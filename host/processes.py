@@ -11,6 +11,7 @@ import pwd
 import resource
 import select
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,28 @@ def started(pid: int) -> str:
     zombie."""
     now = _stat(pid)
     return "" if now.state in "ZX" else now.start
+
+
+def began(pid: int) -> float | None:
+    """When the process with this pid started, in seconds since the epoch, to a hundredth or so. None: it
+    is gone."""
+    ticks = started(pid)
+    if not ticks:
+        return None
+    ago = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    return time.time() - ago
+
+
+def runs_here(program: str) -> bool:
+    """Whether a program of that name (proc(5), /proc/PID/comm) is seen to run in this thread's network
+    namespace: in a container it isn't."""
+    here = Path("/proc/thread-self/ns/net").readlink()
+    for pid in pids():
+        with contextlib.suppress(OSError):
+            named = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+            if named == program and Path(f"/proc/{pid}/ns/net").readlink() == here:
+                return True
+    return False
 
 
 def is_there(pid: int) -> bool:

@@ -362,6 +362,8 @@ def _served(site: Site) -> Iterator[Check]:
         yield Check(title, False, "needed", trouble.message, trouble.remedy)
     for one in found.lost:
         yield Check(title, False, "needed", one.text, (Call("network-apply"), " puts it right"))
+    for one in found.idle:
+        yield Check(title, False, "note", one.text, (Call("network-apply"), " starts it"))
     for note in found.notes:
         yield Check(title, False, "note", note.message, note.remedy)
 

@@ -396,11 +396,13 @@ def _once_more(changes: Changes, behind: Collection[str]) -> list[FileChange]:
 
 @dataclass(frozen=True, slots=True)
 class Prospects:
-    """What an apply is going to meet. ``trouble``: all that is in its way. ``lost``: what files say and
-    daemons haven't. ``notes``: what a boot would lose."""
+    """What an apply is going to meet. ``trouble``: all that is in its way. ``lost``: what files say that
+    are right, and daemons haven't. ``idle``: stopped daemons that start when their files change.
+    ``notes``: what a boot would lose."""
 
     trouble: tuple[FarmhandError, ...]
     lost: tuple[Unserved, ...]
+    idle: tuple[Unserved, ...]
     notes: tuple[FarmhandError, ...]
 
 
@@ -426,8 +428,10 @@ def _prospects(
     changed isn't looked at."""
     trouble = [*changes.trouble, *_edited(changes, force=force)]
     lost: list[Unserved] = []
+    idle: list[Unserved] = []
     notes: list[FarmhandError] = []
-    names = {*services} if vms is None else {change.service for change in changes.files}
+    changing = {change.service for change in changes.files}
+    names = {*services} if vms is None else changing
     meant = [service for service in used_services(site.farm) if service.NAME in names]
     files = (*changes.files, *changes.kept)
     trouble += readiness.missing(site.runner, site.farm, meant, files)
@@ -438,6 +442,11 @@ def _prospects(
             else:
                 notes.append(error)
         there = [service for service in meant if service.NAME not in dict(trouble)]
+        for name, down in readiness.stopped(site.runner, site.farm, there):
+            if isinstance(down, Unserved):
+                (idle if name in changing else lost).append(down)
+            else:
+                trouble.append((name, down))
         for name, one in readiness.unserved(site.runner, site.farm, there, changes.kept):
             if isinstance(one, Unserved):
                 lost.append(one)
@@ -449,7 +458,7 @@ def _prospects(
     documents = [document for document in concerned if document.service not in foreign]
     errors = [error for _, error in trouble]
     errors += refusals(site.runner, site.farm, documents, texts)
-    return Prospects(tuple(errors), tuple(lost), tuple(notes))
+    return Prospects(tuple(errors), tuple(lost), tuple(idle), tuple(notes))
 
 
 def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:

@@ -87,11 +87,22 @@ def not_included(
             yield name, error, not boot
 
 
+def stopped(
+    runner: Runner, farm: Farm, services: Sequence[Service]
+) -> Iterator[tuple[str, Unserved | FarmhandError]]:
+    """Daemons that are stopped, and that a step of ours starts; an error of one that can't be asked."""
+    for service in services:
+        try:
+            for one in service.stopped(farm, runner):
+                yield service.NAME, one
+        except FarmhandError as error:
+            yield service.NAME, error
+
+
 def unserved(
     runner: Runner, farm: Farm, services: Sequence[Service], files: Sequence[FileChange]
 ) -> Iterator[tuple[str, Unserved | FarmhandError]]:
-    """What daemons haven't of ``files``, which are as they should be; an error of one that can't be
-    asked."""
+    """What daemons that run haven't of ``files``, which are as they should be."""
     for service in services:
         try:
             for one in service.unserved(farm, _of(service, files), runner):

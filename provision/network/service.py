@@ -168,8 +168,12 @@ class Service(ServiceSection, ABC):
         counts, too."""
         yield from ()
 
+    def stopped(self, _farm: Farm, _runner: Runner) -> Iterator[Unserved]:
+        """If its daemon is stopped, and a step of ours starts it."""
+        yield from ()
+
     def unserved(self, _farm: Farm, _files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
-        """What its daemon hasn't of these files, which are as they should be."""
+        """What its daemon, which isn't stopped, hasn't of these files, which are as they should be."""
         yield from ()
 
     def put_back(self, _runner: Runner, back: FileChange) -> FileChange:

@@ -111,7 +111,10 @@ def _not_live(site: Site, services: Sequence[Service]) -> Iterator[Answer]:
         (name, error.message) for name, error, now in readiness.not_included(runner, asked, files) if now
     ]
     there = [service for service in asked if service.NAME not in dict(missing)]
-    for name, one in readiness.unserved(runner, farm, there, files):
+    for name, one in (
+        *readiness.stopped(runner, farm, there),
+        *readiness.unserved(runner, farm, there, files),
+    ):
         found.append((name, one.text if isinstance(one, Unserved) else one.message))
     for name, seen in found:
         yield Answer(name, "", "it serves what its files say", "yes", seen, False)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from host.ports import holders
 from provision.network.daemons import command, runs
 from provision.network.document import Document
-from provision.network.listeners import listeners, older, taken
+from provision.network.listeners import older, taken
 from provision.network.service import ApplyStep, Checker, Service, Unserved
 from provision.network.templating import Word
 
@@ -66,15 +67,18 @@ class Dhcpd(Service):
             link = farm.network.bridge or ""
             yield from taken(runner, self.NAME, "udp", 67, own=(), link=link)
 
+    def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
+        if not runs(runner, self.alive):
+            yield Unserved(
+                "dhcpd doesn't run", command(self.NAME, self.reload, self.alive, restarts=True)
+            )
+
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
-        step = command(self.NAME, self.reload, self.alive, restarts=True)
-        if files and not runs(runner, self.alive):
-            yield Unserved("dhcpd doesn't run", step)
-            return
-        found = [one for one in listeners(runner, "udp", 67) if one.program == "dhcpd"]
+        found = [one for one in holders(runner, "udp", 67) or () if one.program == "dhcpd"]
         for change in files:
             if older(found, change.path):
-                yield Unserved(f"dhcpd runs since before {change.path} was written", step)
+                text = f"dhcpd runs since before {change.path} was written"
+                yield Unserved(text, command(self.NAME, self.reload, self.alive, restarts=True))
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         """Without its file it ends."""

@@ -112,10 +112,11 @@ class Dnsmasq(Service):
         for port, where in wanted:
             yield from taken(runner, self.NAME, "udp", port, own=("dnsmasq",), link=where)
 
-    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
-        if files and not runs(runner, self.alive):
-            step = command(self.NAME, self.restart, self.alive, restarts=True)
-            yield Unserved("dnsmasq doesn't run", step)
+    def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
+        if not runs(runner, self.alive):
+            yield Unserved(
+                "dnsmasq doesn't run", command(self.NAME, self.restart, self.alive, restarts=True)
+            )
 
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):

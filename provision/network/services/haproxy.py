@@ -9,10 +9,11 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, ClassVar
 
+from host.processes import runs_here
 from inventory.errors import DriverFailed
 from provision.network.daemons import command, in_turn, runs, stopped
 from provision.network.document import Document
-from provision.network.listeners import is_here, taken, unread, wait_until_read
+from provision.network.listeners import taken, unread, wait_until_read
 from provision.network.service import ApplyStep, Checker, Question, Service, Unserved
 from provision.network.templating import Word
 
@@ -98,7 +99,7 @@ class Haproxy(Service):
     ) -> Iterator[FarmhandError]:
         down = tuple(stopped(runner, self.NAME, self.alive, self.reload))
         yield from down
-        for port in _ports(files) if down or is_here(self.NAME) else ():
+        for port in _ports(files) if down or runs_here(self.NAME) else ():
             yield from taken(runner, self.NAME, "tcp", port, own=(self.NAME,))
 
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:

@@ -124,12 +124,15 @@ class Kea(Service):
 
     def sockets(self, farm: Farm) -> tuple[str, ...]:
         """Its control sockets, of what it serves."""
-        return (self.socket4, self.socket6) if farm.network.subnet6 else (self.socket4,)
+        return tuple(path for _, _, path, _ in self._serving(farm))
 
     def checkers(self, _farm: Farm, documents: Sequence[Document]) -> Iterator[Checker]:
         for program, config in (("kea-dhcp4", self.config4), ("kea-dhcp6", self.config6)):
             if any(document.path == config for document in documents):
                 yield Checker((program, "-t", config))
+
+    def _serving(self, farm: Farm) -> tuple[tuple[str, str, str, Lines], ...]:
+        return self._servers()[: 2 if farm.network.subnet6 else 1]
 
     def _servers(self) -> tuple[tuple[str, str, str, Lines], ...]:
         """Each one's kind, configuration, socket, and the command that restarts it."""
@@ -139,29 +142,30 @@ class Kea(Service):
         )
 
     def missing(
-        self, farm: Farm, files: Sequence[FileChange], runner: Runner
+        self, farm: Farm, _files: Sequence[FileChange], runner: Runner
     ) -> Iterator[FarmhandError]:
-        paths = {change.path for change in files}
-        for kind, config, socket_path, _ in self._servers():
-            if config in paths and not _is_there(socket_path):  # a restart starts it
+        for kind, _, socket_path, _ in self._serving(farm):
+            if not _is_there(socket_path):  # a restart starts it
+                port = 67 if kind == "4" else 547
                 for link in self.interfaces or (farm.network.bridge or "",):
-                    port = 67 if kind == "4" else 547
                     yield from taken(runner, self.NAME, "udp", port, own=(f"kea-dhcp{kind}",), link=link)
 
-    def unserved(self, _farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
+    def stopped(self, farm: Farm, _runner: Runner) -> Iterator[Unserved]:
+        for kind, config, socket_path, restart in self._serving(farm):
+            if not _is_there(socket_path):
+                yield Unserved(
+                    f"kea-dhcp{kind} doesn't run: nobody answers on {socket_path}",
+                    _setting(kind, socket_path, restart, config),
+                )
+
+    def unserved(self, farm: Farm, files: Sequence[FileChange], _runner: Runner) -> Iterator[Unserved]:
         paths = {change.path for change in files}
-        for kind, config, socket_path, restart in self._servers():
-            if config not in paths:
-                continue
-            text = f"kea: set its Dhcp{kind} configuration"
-            step = ApplyStep(self.NAME, text, partial(_set, socket_path, restart, config))
-            try:
+        for kind, config, socket_path, restart in self._serving(farm):
+            if config in paths and _is_there(socket_path):
                 told = command(socket_path, "config-get")
-            except FileNotFoundError:
-                yield Unserved(f"nobody answers on {socket_path}", step)
-                continue
-            if _reserved(told) != _reserved(configuration(Path(config))):
-                yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
+                if _reserved(told) != _reserved(configuration(Path(config))):
+                    step = _setting(kind, socket_path, restart, config)
+                    yield Unserved(f"kea-dhcp{kind} has other hosts than {config}", step)
 
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         sets: dict[str, Callable[[Runner], None]] = {}
@@ -192,6 +196,11 @@ class Kea(Service):
         yield (
             "it reads all hosts again for each change: of 10,000 in about 0.15 s, side by side for IPv6"
         )
+
+
+def _setting(kind: str, path: str, restart: Sequence[str], config: str) -> ApplyStep:
+    text = f"kea: set its Dhcp{kind} configuration"
+    return ApplyStep(Kea.NAME, text, partial(_set, path, restart, config))
 
 
 def _is_there(path: str) -> bool:

@@ -58,11 +58,10 @@ class Shorewall(Service):
     def checkers(self, _farm: Farm, _documents: Sequence[Document]) -> Iterator[Checker]:
         yield Checker(("shorewall", "check", self.directory), ("/var/lib/shorewall",))
 
-    def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
-        if files and not runs(runner, self.alive):
-            yield Unserved(
-                "shorewall's rules aren't loaded", command(self.NAME, self.reload, self.alive)
-            )
+    def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
+        if not runs(runner, self.alive):
+            told = command(self.NAME, self.reload, self.alive)
+            yield Unserved("shorewall's rules aren't loaded", told)
 
     def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         yield command(self.NAME, self.reload)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from inventory.errors import DriverFailed, WrongState, some
 from provision.network.daemons import SETTLE
 from provision.network.document import Document
+from provision.network.listeners import taken
 from provision.network.service import ApplyStep, Checker, Inclusion, Question, Service, Unserved
 from provision.network.templating import Word
 
@@ -93,6 +94,8 @@ class Unbound(Service):
                 remedy="start it (systemctl start unbound), with 'control-enable: yes' in its "
                 "'remote-control:'",
             )
+            at = (str(self.address),)
+            yield from taken(runner, self.NAME, "udp", self.port, own=("unbound",), at=at)
 
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         for change in files:
