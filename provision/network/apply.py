@@ -335,7 +335,8 @@ def _set_apart(site: Site, laggards: _Laggards, changes: Changes, vms: Sequence[
         if name not in laggards.services:
             its = [document for document in concerned if document.service == name]
             laggards.attempt(name, _check, site, site.farm, its, texts)
-    return replace(changes, files=files)
+    gone = tuple(path for path in changes.gone if path not in changes.edited)
+    return replace(changes, files=files, gone=gone)
 
 
 def _check(

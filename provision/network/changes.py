@@ -128,9 +128,11 @@ class Examiner:
                 self._serials[document.zone] = serial
             changes |= self._tried(document, live, text, known)
         gone = self._gone({d.path for d in documents}, names, paths)
+        taken: list[str] = []
         for document in gone:
             try:
                 changes |= self._removal(document)
+                taken.append(document.path)
             except FarmhandError as error:
                 self._trouble.append((document.service, error))
         files = tuple(changes.values())
@@ -140,7 +142,7 @@ class Examiner:
         return Changes(
             files,
             documents,
-            tuple(document.path for document in gone),
+            tuple(taken),
             tuple(self._edited),
             dict(self._serials),
             renderer.view,
