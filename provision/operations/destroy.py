@@ -77,8 +77,8 @@ class DestroyResult:
 class Destroy(Operation[DestroyResult]):
     """Remove VMs: machine, disk and checkpoints, seed, host key, console log, and what they were given.
     With no VM named, remove the whole farm: then its templates, its private daemon, its state
-    directory, and all that is its in network services, too. A service that fails keeps nothing. Build records stay (the result says where) unless ``purge``. What is gone already is
-    no error.
+    directory, and all that is its in network services, too. A service that fails keeps nothing. Build
+    records stay (the result says where) unless ``purge``. What is gone already is no error.
 
     VMs that are no longer in the farm file can be named as long as their machines exist.
 
