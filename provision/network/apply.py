@@ -53,13 +53,13 @@ from provision.engine.run import Run
 from provision.member import told_without_record
 from provision.network import readiness, records
 from provision.network.changes import ASIDE, Changes, Examiner, difference
-from provision.network.checkers import refusals
+from provision.network.checkers import accepts, refusals
 from provision.network.daemons import runs, steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
 from provision.network.rendered import chosen
 from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, live_text, put, undo
-from provision.network.service import ApplyStep, RecordKeeper, Service, Unserved
+from provision.network.service import ApplyStep, RecordKeeper, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
@@ -231,30 +231,18 @@ def _records_gone(store: StateFile, state: NetworkState, farm: Farm, changes: Ch
 
 
 def _bearable(site: Site, farm: Farm | None, changes: Changes) -> Changes:
-    """A file that a daemon's configuration can't be without, as one that an admin's includes by name, is
-    left there, empty."""
-    if farm is None:
-        return changes
+    """A file that goes is left there, empty, where a daemon's own configuration includes it by name, and
+    can't be without it."""
     files = list(changes.files)
-    for service in used_services(farm):
-        its = [change for change in files if change.service == service.NAME]
-        keys = {getattr(service, key) for key in service.FILES}
-        goes = [change.path for change in its if change.after is None and change.path in keys]
-        texts = {change.path: change.after for change in its}
-        emptied = {**texts, **dict.fromkeys(goes, "")}
-        if goes and not _accepts(site, farm, service, texts) and _accepts(site, farm, service, emptied):
-            files = [replace(c, after=emptied.get(c.path, c.after)) for c in files]
+    for service in used_services(farm) if farm else ():
+        inclusion = service.inclusion()
+        texts = {c.path: c.after for c in files if c.service == service.NAME}
+        if inclusion is None or texts.get(inclusion.path, "") is not None:
+            continue
+        emptied = {**texts, inclusion.path: ""}
+        if not accepts(site.runner, inclusion, texts) and accepts(site.runner, inclusion, emptied):
+            files = [replace(c, after="") if c.path == inclusion.path else c for c in files]
     return replace(changes, files=tuple(files))
-
-
-def _accepts(site: Site, farm: Farm, service: Service, texts: Mapping[str, str | None]) -> bool:
-    documents = [Document(service.NAME, path, "") for path in texts]
-    try:
-        return _check(site, farm, documents, texts)
-    except Interrupted:
-        raise
-    except FarmhandError:
-        return False
 
 
 def _examine(
@@ -334,17 +322,14 @@ def _set_apart(site: Site, laggards: _Laggards, changes: Changes, vms: Sequence[
     for name in dict.fromkeys(document.service for document in concerned):
         if name not in laggards.services:
             its = [document for document in concerned if document.service == name]
-            laggards.attempt(name, _check, site, site.farm, its, texts)
+            laggards.attempt(name, _check, site, its, texts)
     gone = tuple(path for path in changes.gone if path not in changes.edited)
     return replace(changes, files=files, gone=gone)
 
 
-def _check(
-    site: Site, farm: Farm, documents: Sequence[Document], texts: Mapping[str, str | None]
-) -> bool:
-    for error in refusals(site.runner, farm, documents, texts):
+def _check(site: Site, documents: Sequence[Document], texts: Mapping[str, str | None]) -> None:
+    for error in refusals(site.runner, site.farm, documents, texts):
         raise error
-    return True
 
 
 def _job(

@@ -292,6 +292,27 @@ def test_killed_at_every_step_of_leaving(yard: Yard, daemons: Daemons) -> None:
     assert _tables() == []
 
 
+def test_killed_while_a_dead_service_is_gone_on_without(yard: Yard, daemons: Daemons) -> None:
+    """Recovery can't tell it either, and comes to its end."""
+    yard.use("nginx", "hosts")
+    daemons.start("nginx")
+    yard.apply()
+    daemons.stop()
+    number = 1
+    while (text := killed(yard, "done", number, lambda: destroy(yard, ["dev2"]))) != RECORD:
+        assert text is not None
+        with yard.site() as site:
+            farm.recover(site)
+            assert site.journal.unfinished() == ()
+        for name in ("hosts", "nginx/farm"):
+            assert "dev2" in (yard.directory / name).read_text(), text
+        number += 1
+    assert number == 4
+    destroy(yard, ["dev2"])
+    for name in ("hosts", "nginx/farm"):
+        assert "dev2" not in (yard.directory / name).read_text()
+
+
 def test_a_farm_never_applied_goes_whatever_is_there(yard: Yard) -> None:
     """Files of the admin's at its places, and no program of any service that would run."""
     yard.vms["dev2"]["proxy"] = yard.vms["prod"]["proxy"] = []
