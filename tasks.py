@@ -70,7 +70,7 @@ def template_build(run: TaskRun, name: str = "") -> TaskResult:
 @command(
     {
         "name": "The template's name in the farm file; absent where there is only one.",
-        "image": "A raw, qcow2 or vmdk image; absent: the one the farm file names.",
+        "image": "A raw, qcow2, vmdk, VDI, VHD or VHDX image; absent: the one the farm file names.",
     },
     does=("template-import",),
 )
@@ -410,7 +410,8 @@ def network_import(
     )
     to = Path(out).expanduser() if out else None
     found = read(first, second, origin=origin, name=name, out=to)
-    return TaskResult(found.as_dict(), f"{out} written" if out else found.text)
+    more = f"; its comments name what it doesn't say ({len(found.left)})" if found.left else ""
+    return TaskResult(found.as_dict(), f"{out} written{more}" if out else found.text)
 
 
 # ---- Building.

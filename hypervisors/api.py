@@ -349,6 +349,7 @@ class MachineSpec:
     kernel: Path | None = field(default=None, metadata=_DEFINED)  # else the disk's own boot loader
     initrd: Path | None = field(default=None, metadata=_DEFINED)
     cmdline: str = field(default="", metadata=_DEFINED)
+    firmware: str = field(default="bios", metadata=_DEFINED)  # or "efi": what starts it from its disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

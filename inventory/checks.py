@@ -154,11 +154,14 @@ def _fitting(farm: Farm, places: Places, vm: str, driver: DriverInfo) -> Found:
     if not driver.user_mode and farm.network.mode == "user" and not places.is_bad(("network",)):
         words = f"it is on {driver.called}: 'network' needs mode network or bridge"
         yield places.problem(path, words, key=True)
-    if driver.kernel_boot or places.is_bad((*path, "template")):
-        return
     template = farm.templates.get(farm.vms[vm].template or next(iter(farm.templates), ""))
-    if template and template.boot:
+    if template is None or places.is_bad((*path, "template")):
+        return
+    if template.boot and not driver.kernel_boot:
         words = f"it is on {driver.called}, which boots from the disk; its template has 'boot'"
+        yield places.problem(path, words, key=True)
+    if template.firmware == "efi" and "efi" not in driver.firmware:
+        words = f"it is on {driver.called}, which can't start by EFI; its template has 'firmware: efi'"
         yield places.problem(path, words, key=True)
 
 

@@ -31,6 +31,8 @@ class NeededFile(NamedTuple):
     purpose: str
     disk_boot: bool = False
     """Only for VMs that boot what is on their disk."""
+    efi: bool = False
+    """Only for VMs that do so by EFI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,9 @@ class DriverInfo:
     """A network's name may be any text; else it is a plain one."""
     kernel_boot: bool = True
     """It can boot a kernel that is the host's."""
+    firmware: tuple[str, ...] = ("bios",)
+    """What it can have its VMs start from their disks by; none: the host's own boot loader looks for a
+    kernel there."""
     mac_prefix: str = "52:54:00"
     """The first three bytes of the MACs that it gives."""
     own_account: bool = False

@@ -163,7 +163,7 @@ class TemplateSource(Model):
     build: Name | None = None
     """Name of a recipe, such as debian-12."""
     image: FilePath | None = None
-    """A raw, qcow2 or vmdk image to import, relative to the farm file."""
+    """A disk image to import: raw, qcow2, vmdk, VDI, VHD or VHDX; relative to the farm file."""
     size: Size = 4 * 2**30
     """Virtual size of the disk."""
     packages: Packages = ()
@@ -173,8 +173,16 @@ class TemplateSource(Model):
     for imported ones."""
     boot: Boot | None = None
     """What its VMs boot; absent: what is on their disk. Not for xenapi hosts."""
+    firmware: Literal["bios", "efi"] = "bios"
+    """What starts its VMs from their disk; `efi` is for kvm hosts and imported images. Its variables are
+    new at each start: the boot loader must be where it is looked for without them,
+    `EFI/BOOT/BOOTX64.EFI`."""
 
     def __post_init__(self) -> None:
+        if self.firmware == "efi" and self.boot is not None:
+            raise at_key("firmware", "'firmware' starts from the disk, and 'boot' doesn't", "boot")
+        if self.firmware == "efi" and self.build is not None:
+            raise at_key("firmware", "what is built starts by BIOS", "build")
         if self.build is None and self.image is None:
             raise at_key("", "a template needs either 'build' or 'import'", "build", "import")
         if self.build is not None and self.image is not None:
@@ -513,6 +521,11 @@ class Farm(Model):
         """None where its disk says what it boots."""
         template = self.template_of(vm)
         return self.templates[template].boot if template else None
+
+    def firmware_of(self, vm: str) -> str:
+        """What starts it from its disk: bios or efi."""
+        template = self.template_of(vm)
+        return self.templates[template].firmware if template else "bios"
 
     def machine_of(self, vm: str) -> str:
         """The VM's name on its host."""

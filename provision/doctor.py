@@ -160,9 +160,11 @@ def _store_tools(farm: Farm | None) -> Iterator[Check]:
 
 def _wanted_files(farm: Farm, driver: DriverInfo) -> Iterator[NeededFile]:
     """Files that are needed. A boot loader is only for VMs that boot what is on their disk."""
-    all_given = all(farm.boot_of(vm) for vm in farm.vms if farm.driver_of(vm) is driver)
+    vms = [vm for vm in farm.vms if farm.driver_of(vm) is driver]
+    all_given = all(farm.boot_of(vm) for vm in vms)
+    by_efi = any(farm.firmware_of(vm) == "efi" for vm in vms)
     for file in driver.files:
-        if not (file.disk_boot and all_given):
+        if not (file.disk_boot and all_given) and (by_efi or not file.efi):
             yield file
 
 

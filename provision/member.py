@@ -169,6 +169,7 @@ class Member:
             kernel=Path(boot.kernel) if boot else None,
             initrd=Path(boot.initrd) if boot and boot.initrd else None,
             cmdline=boot.cmdline if boot else "",
+            firmware=site.farm.firmware_of(self.vm),
         )
         far = site.far(self.host)
         return far.at_home(spec) if far else spec

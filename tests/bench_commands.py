@@ -188,7 +188,8 @@ class _Work:
     def _image(self, name: str) -> None:
         image = self._directory / name
         self._runner.change("qemu-img", "create", "-q", "-f", "qcow2", image, "1G")
-        self._runner.change("qemu-io", "-c", f"write -q -P 7 0 {_HELD}", image)
+        written = (f"7 0 {_HELD}", "0x55 510 1", "0xaa 511 1")  # with a boot sector's signature
+        self._runner.change("qemu-io", *(f"-cwrite -q -P {what}" for what in written), image)
 
     def _uri(self) -> str:
         socket = self._directory / "t" / "bench" / "run" / "libvirt-sock"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hypervisors.answers import answer_of
 from hypervisors.api import MachineSpec, Nic, Owner, marked_address, spec_hash
+from hypervisors.libvirt.firmware import OVMF
 from hypervisors.marks import DamagedMark, moment, read_fields
 from hypervisors.ownership import FarmIdentity
 
@@ -81,6 +82,10 @@ def domain_xml(
             text(machine, "initrd", str(spec.initrd))
         text(machine, "cmdline", spec.cmdline)
     else:
+        if spec.firmware == "efi":
+            # As ROM, not as flash with a file of its variables: what a guest sets there is gone when it
+            # stops. So its disk is all its state, and a reset or a checkpoint of that is whole.
+            text(machine, "loader", OVMF, readonly="yes", type="rom")
         ET.SubElement(machine, "boot", dev="hd")
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     # What the host's CPU has, or all that QEMU can emulate: never migrated, so no common subset.

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from host.processes import account
 from host.run import Runner
 from hypervisors.host import Surroundings
+from hypervisors.libvirt.firmware import OVMF
 from hypervisors.libvirt.host import TOOLS, LibvirtHost, OpenLibvirt
 from inventory.base import at_key, quote
 from inventory.errors import FarmhandError, Unsupported
-from inventory.hosts import DriverInfo, Tool
+from inventory.hosts import DriverInfo, NeededFile, Tool
 
 if TYPE_CHECKING:  # the last, for the annotations, which inventory has evaluated
     from host.check import Check
@@ -33,11 +34,13 @@ class KvmHost(LibvirtHost):
 
     INFO: ClassVar = DriverInfo(
         name="kvm", called="a kvm host", shares_memory=True, forwards=True, own_account=True,
+        firmware=("bios", "efi"),
         tools=(
             Tool(command="qemu-system-x86_64", package="qemu-system-x86", purpose="runs the VMs"),
             *TOOLS,
             Tool(command="unshare", package="util-linux", purpose="the private libvirtd", near=True),
         ),
+        files=(NeededFile(path=OVMF, package="ovmf", purpose="starts VMs by EFI", efi=True),),
     )  # fmt: skip
 
     driver: Literal["kvm"] = "kvm"

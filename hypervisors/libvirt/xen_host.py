@@ -27,7 +27,7 @@ class XenHost(LibvirtHost):
     """Xen's libxl, through libvirt."""
 
     INFO: ClassVar = DriverInfo(
-        name="xen", called="a xen host", mac_prefix="00:16:3e", tools=TOOLS, files=_FILES
+        name="xen", called="a xen host", firmware=(), mac_prefix="00:16:3e", tools=TOOLS, files=_FILES
     )
     NEEDED: ClassVar = {"uri": "such as xen:///system"}
 

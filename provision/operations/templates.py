@@ -26,8 +26,9 @@ from host.documents import damaged, json_object, made, read_file
 from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
 from host.paths import cache_dir
 from hypervisors.api import Template
-from inventory.errors import Call, NoSpace, NotFound, UsageError, WrongState
+from inventory.errors import Call, NoSpace, NotFound, Unsupported, UsageError, WrongState
 from inventory.model import TemplateSource
+from inventory.sizes import about
 from provision.engine.facts import Facts
 from provision.engine.operation import Activity, Operation, Recovery
 from provision.engine.plan import Job, Plan, alone
@@ -37,11 +38,14 @@ from provision.engine.run import Run
 from provision.leftovers import discard_unowned
 
 if TYPE_CHECKING:
+    from hypervisors.disks.contents import Contents
     from provision.guest.debian import Recipe
     from provision.site import Site
 
 CACHE_LIFE = 30 * 24 * 3600
 """Seconds that a built image is used again; after that its packages have aged enough to build anew."""
+_SPARE = 2**26
+"""Bytes that an import may take besides the content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +139,12 @@ class TemplateBuild(Operation[SealResult]):
 
 @dataclass(frozen=True, slots=True)
 class TemplateImport(Operation[SealResult]):
-    """Seal an existing raw, qcow2 or vmdk image (``image``; the farm file's if that is not given) as a
-    new generation of the template. The image itself is left as it is.
+    """Seal an existing disk image (``image``; the farm file's if that is not given) as a new generation
+    of the template: raw, qcow2, vmdk, vdi, vhd or vhdx. The image itself is left as it is.
 
-    Errors: NotFound, UsageError (it is a built one; not a disk image; it refers to other files),
-    WrongState (it was replaced meanwhile), Busy, NoSpace."""
+    Errors: NotFound, UsageError (it is a built one; no disk image, or none with a system; it refers to
+    other files), Unsupported (nothing here could start it), WrongState (it was replaced or written to
+    meanwhile), Busy (it is in use, too), NoSpace."""
 
     name = "template-import"
     template: str
@@ -238,7 +243,7 @@ class _Image:
 class _Making:
     """A new generation to be made. ``first``: what is done before it is sealed on its hosts. ``image``:
     a context that does so; within it the disk is there to be sealed, or None if it is a pretended
-    one."""
+    one. ``firstboot``: see ``Template``."""
 
     site: Site
     name: str
@@ -247,6 +252,7 @@ class _Making:
     source: TemplateSource
     first: Action
     image: Callable[[], AbstractContextManager[_Image | None]]
+    firstboot: str
 
     @property
     def label(self) -> str:
@@ -280,9 +286,10 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
         )
     hosts = _hosts(site, name)
     generation = _next_generation(site, name, hosts)
+    firstboot = source.firstboot or "farmhand"
     if not any(site.farm.hosts[host].INFO.guests for host in hosts):
         first = Action("build", "", "pretend a disk: the hosts are fake")
-        return _Making(site, name, generation, hosts, source, first, nullcontext)
+        return _Making(site, name, generation, hosts, source, first, nullcontext, firstboot)
     recipe = _recipe(site, source, hosts)
     key = recipe.digest(source.size)
     found = None if fresh else _cached(key)
@@ -298,11 +305,20 @@ def _building(site: Site, name: str, *, fresh: bool = False) -> _Making:
         cached = found or _build(site, recipe, source.size, key, fresh=fresh)
         yield _Image(_image_file(key), source.size, cached.sha256, origin)
 
-    return _Making(site, name, generation, hosts, source, first, image)
+    return _Making(site, name, generation, hosts, source, first, image, firstboot)
 
 
 def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
-    from hypervisors.disks.images import convert, copy_image, image_info, open_image, sha256_file
+    from hypervisors.disks.contents import contents
+    from hypervisors.disks.images import (
+        check_unused,
+        convert,
+        copy_image,
+        image_info,
+        open_image,
+        sha256_file,
+        unpacked,
+    )
 
     source = _source(site, name)
     if given is None and source.image is None:
@@ -313,14 +329,19 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
     path = given or site.farm.path.parent / (source.image or "")
     with open_image(path.expanduser()) as opened:
         path, inode = _opened(opened)
-    info = image_info(site.runner, path)
+        check_unused(opened, path)
+        taken = _taken(opened)
     hosts = _hosts(site, name)
-    first = Action("import", "", f"import {path} ({info.format}, {info.size / 2**30:.1f} GiB)")
+    info = image_info(site.runner, path)
+    _check_starts(site, name, hosts, path, contents(site.runner, path, info))
+    bytes_ = unpacked(site.runner, path, info)
+    _check_room(site, hosts, path, taken, bytes_)
+    first = Action("import", "", f"import {path} ({info.format}, {about(info.size)})")
 
     @contextlib.contextmanager
     def image() -> Iterator[_Image]:
         # Others may own the image, replace it, or write to it at any time. So what is checked, converted
-        # and hashed is our own copy: QEMU has no way to open a qcow2 or vmdk and surely nothing else.
+        # and hashed is our own copy: QEMU has no way to open an image and surely nothing else.
         # Hashed as it is copied, it is read no more often than without one.
         with _cache_lock(site) as cache:
             copy, work = (cache / f".import-{os.getpid()}.{kind}" for kind in ("copy", "qcow2"))
@@ -331,11 +352,26 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
                             f"{path} was replaced by another file while it was imported",
                             remedy="import it again when nobody else works on it",
                         )
-                    _need(cache, 2 * _taken(file) + 2**26)
+                    check_unused(file, path)
+                    before = _version(file)
                     site.reporter.say(f"importing {path}: it is copied, checked and converted")
                     digest = copy_image(file, copy)
+                    if _version(file) != before:
+                        raise WrongState(
+                            f"{path} was written to while it was imported",
+                            remedy="import it again when it is complete and nobody works on it",
+                        )
                 found = image_info(site.runner, copy, name=path)
-                convert(site.runner, copy, work, format=found.format, size=source.size)
+                seen = contents(site.runner, copy, found, name=path)
+                note = _check_starts(site, name, hosts, path, seen)
+                if note:
+                    site.reporter.say(note)
+                most = unpacked(site.runner, copy, found, name=path)
+                _need(cache, most + _SPARE, f"{path}, unpacked,")
+                convert(
+                    site.runner, copy, work, format=found.format, size=source.size, most=most + _SPARE,
+                    name=path,
+                )  # fmt: skip
                 copy.unlink()
                 yield _Image(
                     work,
@@ -347,13 +383,65 @@ def _importing(site: Site, name: str, given: Path | None = None) -> _Making:
                 copy.unlink(missing_ok=True)
                 work.unlink(missing_ok=True)
 
-    return _Making(site, name, _next_generation(site, name, hosts), hosts, source, first, image)
+    generation, firstboot = _next_generation(site, name, hosts), source.firstboot or "cloud-init"
+    return _Making(site, name, generation, hosts, source, first, image, firstboot)
 
 
 def _opened(file: BinaryIO) -> tuple[Path, tuple[int, int]]:
     """The path of what was opened, without links, and its identity."""
     seen = os.fstat(file.fileno())
     return Path(f"/proc/self/fd/{file.fileno()}").readlink(), (seen.st_dev, seen.st_ino)
+
+
+def _check_room(site: Site, hosts: Sequence[str], image: Path, copy: int, bytes_: int) -> None:
+    """NoSpace unless the image, whose copy takes ``copy`` bytes, and ``bytes_`` unpacked, fits into the
+    cache, and what is unpacked into each host's store."""
+    _need(_images(), copy + bytes_ + _SPARE, f"{image}, copied and unpacked,")
+    for host in hosts:
+        free = site.disks(host).capacity().free
+        if free < bytes_:
+            raise NoSpace(
+                f"{image} unpacks to {about(bytes_)}, and the disk store of host {host} has "
+                f"{about(free)} free",
+                remedy=("make room there, such as by ", Call("gc")),
+            )
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    """Another one once the file was written to."""
+    seen = os.fstat(file.fileno())
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _check_starts(
+    site: Site, name: str, hosts: Sequence[str], image: Path, found: Contents
+) -> str | None:
+    """Whether what is on the image starts as the template's VMs do. Unsupported if it surely doesn't; a
+    note if it probably doesn't."""
+    template = site.farm.templates[name]
+    by_firmware = [host for host in hosts if site.farm.hosts[host].INFO.firmware]
+    if template.boot or not by_firmware or getattr(found, template.firmware):
+        return None
+    where, kernel = f"host {by_firmware[0]}", f"give template {name} a 'boot', a kernel of the host's"
+    if template.firmware == "efi":
+        raise Unsupported(
+            f"{image} has no EFI system partition, and template {name} starts by EFI",
+            remedy=f"leave 'firmware' out of template {name}, or import another image",
+        )
+    if found.efi:
+        raise Unsupported(
+            f"{image} starts by EFI only (it has an EFI system partition, and no boot code for a BIOS), "
+            f"and VMs on {where} are to start by BIOS",
+            remedy=f"on a kvm host, give template {name} 'firmware: efi'; or import the image's variant "
+            f"for BIOS, or {kernel}",
+        )
+    if found.whole:
+        raise Unsupported(
+            f"{image} holds {found.whole} without partitions and boot code: VMs on {where} can't start "
+            "from it",
+            remedy=f"{kernel}, or import a whole disk",
+        )
+    return f"{image} has no boot code in its first sector: a BIOS finds nothing to start there"
 
 
 def _taken(file: BinaryIO) -> int:
@@ -376,7 +464,7 @@ def _seal(making: _Making, image: _Image | None) -> Template:
         sha256=image.sha256 if image else "",
         created=datetime.now(UTC),
         origin=image.origin if image else f"{source.build or source.image}",
-        firstboot=source.firstboot or ("farmhand" if source.build else "cloud-init"),
+        firstboot=making.firstboot,
     )
     own_directory(_images(), mode=0o700)
     with site.journal.begin(SEAL, (), LabelFacts(label)) as entry:
@@ -606,10 +694,12 @@ def _prune(cache: Path) -> None:
                 note.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _need(directory: Path, bytes_: int) -> None:
-    free = shutil.disk_usage(directory).free
+def _need(directory: Path, bytes_: int, what: str) -> None:
+    """NoSpace unless so many bytes are free there; it need not be there yet."""
+    there = next(place for place in (directory, *directory.parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if free < bytes_:
         raise NoSpace(
-            f"{directory} needs {bytes_ / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+            f"{what} takes {about(bytes_)} in {directory}, {about(free)} are free",
             remedy="make room on its file system, or set FARMHAND_CACHE_DIR",
         )

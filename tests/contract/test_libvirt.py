@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rigs import MIB, short_directory
+from rigs import MIB, short_directory, template
 
 from host.run import Runner
 from hypervisors.api import Nic, Power
+from hypervisors.disks.contents import contents
+from hypervisors.disks.images import image_info
 from hypervisors.libvirt.domain_types import Qemu
 from hypervisors.libvirt.domain_xml import domain_xml, read_domain
 from hypervisors.libvirt.driver import LibvirtHypervisor
@@ -177,6 +179,36 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
         xml = domain_xml(replace(spec, nic=nic), Path("/x"), "qcow2", "base@1", kvm=True, system=True)
         assert read_domain(xml).mac == "52:54:00:01:02:03"
         assert "br&quot;0&lt;&amp;&gt;" in xml
+
+
+def efi_image(real) -> Path:
+    """A disk without boot code for a BIOS; its EFI system partition has the small guest, and what OVMF's
+    shell is to do with it."""
+    files, image = real.place / "esp", real.place / "efi.img"
+    files.mkdir()
+    shutil.copy(real.guest.kernel, files / "vmlinuz.efi")
+    shutil.copy(real.guest.initrd, files / "initrd.gz")
+    start = "fs0:\r\nvmlinuz.efi initrd=\\initrd.gz console=ttyS0 quiet panic=-1\r\n"
+    (files / "startup.nsh").write_text(start)
+    made = Runner()
+    made.change("qemu-img", "convert", "-f", "vvfat", "-O", "raw", f"fat:{files}", image)
+    made.change("sfdisk", "-q", "--part-type", image, "1", "ef")
+    return image
+
+
+def test_a_disk_that_starts_by_efi_alone(real):
+    """Nothing of the firmware's variables is left beside the disk."""
+    image = efi_image(real)
+    seen = contents(Runner(), image, image_info(Runner(), image))
+    assert seen.efi and not seen.bios
+    sealed = real.disks().seal(image, template(name="efi"))
+    plain = replace(real.spec("prod"), kernel=None, initrd=None, cmdline="", disk_size=sealed.size)
+    hypervisor = real.hypervisor()
+    hypervisor.define(replace(plain, memory=256 * MIB, firmware="efi"), sealed)
+    before = set(real.place.rglob("*"))
+    real.boot("prod")
+    hypervisor.stop(NAME, grace=0)
+    assert {path.name for path in set(real.place.rglob("*")) - before} <= {"prod.log"}
 
 
 def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):

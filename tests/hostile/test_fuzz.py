@@ -32,7 +32,8 @@ from cli import views
 from host.paths import FarmPaths
 from host.run import Runner
 from hypervisors.api import Owner
-from hypervisors.disks.images import image_info
+from hypervisors.disks.contents import contents
+from hypervisors.disks.images import image_info, unpacked
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.qcow2.store import Mark, read_mark, read_template
 from inventory.errors import FarmhandError, InventoryError
@@ -254,7 +255,7 @@ def images(place: Path) -> tuple[bytes, ...]:
     raw.write_bytes(bytes(510) + b"\x55\xaa" + bytes(65536 - 512))
     for kind, options in (
         ("raw", ""), ("qcow2", "compat=1.1"), ("qcow2", "compat=0.10"), ("vmdk", ""), ("vpc", ""),
-        ("vpc", "subformat=fixed"), ("vhdx", ""), ("qed", ""),
+        ("vpc", "subformat=fixed"), ("vhdx", ""), ("vdi", ""), ("qed", ""),
     ):  # fmt: skip
         out = place / "made.img"
         words = ["-o", options] if options else []
@@ -273,6 +274,8 @@ def test_image_headers(
     with counts.trying("image headers, template-import"):
         info = image_info(Runner(), image)
         assert info.size >= 0
+        contents(Runner(), image, info)
+        assert unpacked(Runner(), image, info) >= 0
     with counts.trying("image headers, stores"):
         measure(image)
 

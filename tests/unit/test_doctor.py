@@ -158,6 +158,21 @@ def test_grub_is_not_asked_for_where_the_host_gives_the_kernel(
     assert not named(checks(tmp_path, "xen", "lvm-thin", boot), "xen")
 
 
+def test_efis_firmware_is_asked_for_where_a_vm_starts_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ours,) = KvmHost.INFO.files
+    assert (ours.package, ours.efi) == ("ovmf", True)
+    lost = ours._replace(path=str(tmp_path / "lost"))
+    monkeypatch.setattr(KvmHost, "INFO", replace(KvmHost.INFO, files=(lost,)))
+    assert not [c for c in checks(tmp_path, "kvm", "lvm-thin") if str(tmp_path / "lost") in c.text]
+    file = tmp_path / "farm.yaml"
+    file.write_text(file.read_text().replace("build: debian-12", "import: x, firmware: efi"))
+    [missing] = [c for c in examine(file).checks if str(tmp_path / "lost") in c.text]
+    assert missing.text == f"not found: {tmp_path}/lost (starts VMs by EFI)"
+    assert missing.remedy.endswith(" ovmf")
+
+
 def test_a_kernel_that_is_not_there(tmp_path: Path) -> None:
     kernel, initrd = tmp_path / "vmlinuz", tmp_path / "initrd.img"
     kernel.touch()

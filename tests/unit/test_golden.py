@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from hypervisors.api import Owner
 from hypervisors.disks import images
-from inventory.errors import NotFound, UsageError, WrongState, spelled
+from hypervisors.disks.contents import contents
+from inventory.errors import Busy, NotFound, Unsupported, UsageError, WrongState, spelled
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.guest.debian import load_recipe
@@ -24,11 +27,16 @@ farm: t
 templates:
   base: {build: debian-12, size: 1G}
   cloud: {import: cloud.raw, size: 2M}
+  efi: {import: cloud.raw, firmware: efi}
+  kernel: {import: cloud.raw, boot: {kernel: /boot/vmlinuz, cmdline: root=/dev/vda ro}}
 vms:
   one: {template: cloud}
   two: {template: base}
+  three: {template: kernel}
+  four: {template: efi}
 """
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -154,6 +162,144 @@ def test_a_vmdk_is_imported(site: Site, farm_file: Path) -> None:
     (template,) = golden.template_list(site)
     subprocess.run(["qemu-img", "convert", "-O", "raw", template.ref, out], check=True)
     assert out.read_bytes()[:MIB] == raw.read_bytes()
+
+
+def test_an_image_imported_for_a_template_that_is_built_is_nobody_of_ours(site: Site) -> None:
+    """It has the first boot of an imported one; what is built from the recipe, farmhand's own."""
+    farm.template_import(site, "base", site.farm.path.parent / "cloud.raw")
+    put_in_cache(site, datetime.now(UTC))
+    farm.template_build(site, "base")
+    found = [(t.label, t.firstboot) for t in golden.template_list(site)]
+    assert found == [("base@1", "cloud-init"), ("base@2", "farmhand")]
+
+
+def efi_disk(image: Path) -> None:
+    table = "label: gpt\nsize=1M, type=U\ntype=L\n"
+    subprocess.run(["sfdisk", "-q", image], input=table, text=True, check=True)
+
+
+def bare_file_system(image: Path) -> None:
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+
+
+NO_START = pytest.mark.parametrize(
+    ("make", "message"),
+    [(efi_disk, "starts by EFI only"), (bare_file_system, "holds ext4 without partitions")],
+)
+
+
+@NO_START
+def test_what_no_bios_starts_is_refused_unless_a_kernel_of_the_host_does(
+    site: Site, farm_file: Path, make: Callable[[Path], None], message: str
+) -> None:
+    image = farm_file.parent / "cloud.raw"
+    image.write_bytes(bytes(8 * MIB))
+    make(image)
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as planning, pytest.raises(
+        Unsupported, match=f"{image} {message}.* host here"
+    ) as refused:  # fmt: skip
+        farm.template_import(planning, "cloud")
+    assert "give template cloud a 'boot'" in spelled(refused.value.remedy)
+    farm.template_import(site, "kernel")
+    assert [t.label for t in golden.template_list(site)] == ["kernel@1"]
+
+
+def test_what_is_to_start_by_efi_must(site: Site, farm_file: Path) -> None:
+    image = farm_file.parent / "cloud.raw"
+    with pytest.raises(Unsupported, match=f"{image} has no EFI system partition, and template efi"):
+        farm.template_import(site, "efi")
+    image.write_bytes(bytes(8 * MIB))
+    efi_disk(image)
+    farm.template_import(site, "efi")
+    assert [t.label for t in golden.template_list(site)] == ["efi@1"]
+
+
+@NO_START
+def test_xens_own_boot_loader_needs_no_bios(
+    site: Site, farm_file: Path, make: Callable[[Path], None], message: str
+) -> None:
+    image = farm_file.parent / "cloud.raw"
+    image.write_bytes(bytes(8 * MIB))
+    make(image)
+    found = contents(site.runner, image, images.image_info(site.runner, image))
+    network = "network: {mode: bridge, bridge: b0, addressing: dhcp}"
+    without = FARM.replace(", firmware: efi", "")
+    farm_file.write_text(f"{without}hosts: {{here: {{driver: xen, uri: 'xen:///system'}}}}\n{network}\n")
+    with open_site(farm_file, reporter=QuietReporter(), plan=True) as xen:
+        assert golden._check_starts(xen, "cloud", ["here"], image, found) is None
+    with pytest.raises(Unsupported, match=message):
+        golden._check_starts(site, "cloud", ["here"], image, found)
+
+
+def test_an_image_in_use_is_not_imported(site: Site, farm_file: Path) -> None:
+    image = farm_file.parent / "cloud.raw"
+    with subprocess.Popen(
+        ["qemu-io", "-f", "raw", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdin
+        assert writer.stdout
+        assert writer.stdout.read(8) == b"qemu-io>"
+        with pytest.raises(Busy, match=r"cloud\.raw is in use"):
+            farm.template_import(site, "cloud")
+        writer.stdin.close()
+    farm.template_import(site, "cloud")
+
+
+def test_an_image_that_is_still_written_to_is_not_imported(
+    site: Site, farm_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a download under way."""
+    image, real = farm_file.parent / "cloud.raw", images.copy_image
+
+    def arriving(file: BinaryIO, out: Path) -> str:
+        with image.open("ab") as more:
+            more.write(bytes(512))
+        return real(file, out)
+
+    monkeypatch.setattr(images, "copy_image", arriving)
+    with pytest.raises(WrongState, match=r"cloud\.raw was written to while"):
+        farm.template_import(site, "cloud")
+    assert golden.template_list(site) == ()
+    assert not list(golden._images().glob(".import-*"))
+
+
+SMALL = """
+import sys
+from pathlib import Path
+import cli.composition
+from inventory.errors import NoSpace
+from provision import farm
+from provision.engine.report import QuietReporter
+from provision.site import open_site
+with open_site(Path(sys.argv[1]), reporter=QuietReporter(), plan=sys.argv[2] == "plan") as site:
+    try:
+        farm.template_import(site, "cloud")
+    except NoSpace as error:
+        print(error.message)
+"""
+
+
+@pytest.mark.parametrize(("where", "how"), [("cache", "run"), ("state", "plan")])
+def test_what_unpacks_to_more_than_there_is_room_is_refused_before(
+    farm_file: Path, where: str, how: str
+) -> None:
+    """On a real small file system; packed, it would fit many times."""
+    raw, image, small = (farm_file.parent / name for name in ("raw", "cloud.raw", where))
+    raw.write_bytes((bytes(510) + b"\x55\xaa").ljust(96 * MIB, b"x"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, image], check=True)
+    assert image.stat().st_size < 2 * MIB
+    raw.unlink()
+    small.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-eu", "-c",
+         'mount -t tmpfs -o size=80m,mode=711 none "$1"; "$2" -c "$3" "$4" "$5"; '
+         'find "$1" -name "*.qcow2"', "sh", small, sys.executable, SMALL, farm_file, how],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told, *left = done.stdout.splitlines()
+    assert ("copied and unpacked, takes" if where == "cache" else "unpacks to 96M") in told
+    assert left == []
 
 
 def test_a_sparse_image_stays_sparse_and_what_is_no_file_is_refused(

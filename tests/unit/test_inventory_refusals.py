@@ -353,6 +353,21 @@ def test_a_xenapi_server_boots_no_kernel_of_ours() -> None:
     ]
 
 
+def test_what_cannot_start_by_efi() -> None:
+    image = BASE.replace("build: debian-12", "import: x, firmware: efi")
+    for host, called in (("fake", "a fake host"), ("xen, uri: 'xen:///system'", "a xen host")):
+        network = "network: {mode: network, network: build, addressing: dhcp}"
+        assert refused(f"{image}hosts: {{here: {{driver: {host}}}}}\n{network}\n") == [
+            f"{line}:3: vms.{vm}: it is on {called}, which can't start by EFI; "
+            "its template has 'firmware: efi'"
+            for line, vm in ((4, "dev2"), (5, "prod"))
+        ]
+    (problem,) = refused(BASE.replace("debian-12", "debian-12, firmware: efi"))
+    assert problem.endswith("templates.base.firmware: what is built starts by BIOS")
+    (problem,) = refused(image.replace("efi}", "efi, boot: {kernel: /k, cmdline: ro}}"))
+    assert problem.endswith("'firmware' starts from the disk, and 'boot' doesn't")
+
+
 def test_what_a_file_can_not_be_without() -> None:
     assert refused("source: {repository: x}\n") == ["1:1: 'farm' is missing", "1:1: 'vms' is missing"]
     assert refused("farm: a\nvms: {}\n") == ["2:6: vms: at least one is needed"]

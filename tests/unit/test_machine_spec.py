@@ -17,7 +17,7 @@ OTHER = {
     "name": "kata-dev", "owner": Owner(KATA, "dev"), "memory": 2**31, "vcpus": 2, "disk_size": 2**33,
     "nic": Nic(mac="52:54:00:00:00:02", mode="user"), "address": IPv4Address("10.0.0.1"), "ssh_port": 23,
     "seed": Path("/s"), "console_log": Path("/c"), "kernel": Path("/k"), "initrd": Path("/i"),
-    "cmdline": "ro",
+    "cmdline": "ro", "firmware": "efi",
 }  # fmt: skip
 
 
