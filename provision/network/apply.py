@@ -294,12 +294,14 @@ def _examine(
         if found.trouble:
             raise readiness.together(found.trouble)
         lost = found.lost
+    mended = {one.step.service for one in lost}
     updates = _Updates()
     if (keeper := _record_keeper(farm)) and keeper.NAME in services:
         arguments = store, farm, changes, state, services, vms
+        thorough = thorough and keeper.NAME not in mended  # a zone that isn't served can't be asked yet
         better = laggards.attempt(keeper.NAME, _updates, *arguments, thorough=thorough, force=force)
         updates = better or updates
-    again = {*state.behind} & {*services} - {one.step.service for one in lost}
+    again = {*state.behind} & {*services} - mended
     told = steps(farm, [*changes.files, *_once_more(changes, again)])
     known = {step.text for step in told}
     told = (*readiness.mending([one for one in lost if one.step.text not in known]), *told)

@@ -24,6 +24,7 @@ from http_machine import answer_of
 from networks import ip, own_network, wait_for
 from test_apply import ask
 from test_few import step
+from test_live_dns import dynamic  # noqa: F401 - a fixture
 from test_unbound import unbound  # noqa: F401 - a fixture
 from test_verify import verify
 from yard import Yard
@@ -175,8 +176,33 @@ def test_zones_that_are_not_loaded(yard: Yard, daemons: Daemons) -> None:
     assert not_live(yard) == []
     assert not yard.apply().changed
 
+    config.write_text("")
+    restart_bind(yard, daemons)
+    config.write_text(statements)
+    yard.vms["more"]["address"] = "10.77.0.10"
+    yard.apply()  # of one that isn't loaded the file changes
+    assert ask("more.try.example", "A") == ["10.77.0.10"]
+
 
 REVERSE = ("0.77.10.in-addr.arpa", "0.0.0.0.0.0.0.0.0.0.0.0.7.7.d.f.ip6.arpa")
+
+
+def test_a_dynamic_zone_that_is_not_loaded(dynamic: Yard, daemons: Daemons) -> None:  # noqa: F811
+    """Its file, and its serial number, are the server's own."""
+    yard = dynamic
+    yard.apply()
+    yard.vms["more"] = {"address": "10.77.0.9"}
+    yard.apply()
+    config = yard.directory / "bind" / "farm.conf"
+    statements = config.read_text()
+    config.write_text("")
+    restart_bind(yard, daemons)
+    config.write_text(statements)
+    assert "BIND does not serve try.example" in not_live(yard)
+    yard.apply()
+    assert ask("more.try.example", "A") == ["10.77.0.9"]
+    assert not_live(yard) == []
+    assert not yard.apply().changed
 
 
 def restart_bind(yard: Yard, daemons: Daemons) -> None:

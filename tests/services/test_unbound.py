@@ -108,7 +108,7 @@ def test_wrong_answers_are_seen(unbound: Yard) -> None:
     yard.apply()
     control = yard.services["unbound"]["control"]
     subprocess.run([*control, "local_data_remove", "prod.try.example"], check=True)
-    wrong = {(answer.vm, answer.text.split(",")[0]) for answer in verify(yard).wrong}
+    wrong = {(answer.vm, answer.text.split(",")[0]) for answer in verify(yard).wrong if answer.vm}
     assert wrong == {("prod", "prod.try.example A"), ("prod", "prod.try.example AAAA")}
     yard.vms["prod"]["address"] = "10.77.0.8"  # the server isn't what our file said: all is read again
     yard.apply()
@@ -125,7 +125,13 @@ def test_a_refusal_puts_all_back(unbound: Yard, tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="unbound: unbound-checkconf refuses"):
         yard.apply()
     own.write_text('{% include "farmhand/unbound.j2" %}\tlocal-data: "x.try.example. IN A 10.77.0.1"\n')
-    yard.services["unbound"]["control"] = ["unbound-control", "-s", "127.0.0.1@1"]
+    control = yard.services["unbound"]["control"]
+    script = yard.directory / "control"  # that is refused in the midst of it
+    script.write_text(
+        f'#!/bin/sh\ncase $1 in local_datas|reload) exit 1;; esac\nexec {" ".join(control)} "$@"\n'
+    )
+    script.chmod(0o755)
+    yard.services["unbound"]["control"] = [str(script)]
     with pytest.raises(CommandFailed):
         yard.apply()
     assert config(yard).read_bytes() == before
@@ -133,8 +139,12 @@ def test_a_refusal_puts_all_back(unbound: Yard, tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_read_our_file(unbound: Yard) -> None:
+    """Its configuration includes the file, and it was started with another."""
     yard = unbound
-    yard.services["unbound"]["config"] = f"{yard.directory}/unbound/elsewhere.conf"
+    checked = yard.directory / "unbound" / "checked.conf"
+    elsewhere = yard.directory / "unbound" / "elsewhere.conf"
+    checked.write_text(Path(yard.services["unbound"]["main"]).read_text() + f'include: "{elsewhere}"\n')
+    yard.services["unbound"] |= {"config": str(elsewhere), "main": str(checked)}
     with pytest.raises(DriverFailed, match="does not serve all") as caught:
         yard.apply()
     assert "every file and daemon is as it was before" in str(caught.value.remedy)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from host.files import file_error
 from inventory.base import at_key, quote
 from inventory.errors import DriverFailed, FarmhandError, WrongState
-from provision.network.daemons import SETTLE, command, in_turn
+from provision.network.daemons import SETTLE, command
 from provision.network.document import Document, digest
 from provision.network.listeners import taken
 from provision.network.serial import following, later, serial_of, with_serial
@@ -262,9 +262,7 @@ class Bind(Service):
                 continue
             loaded = _loaded_serial(runner, self.rndc, change.zone)
             if loaded is None:
-                told = command(self.NAME, (*self.rndc, "reconfig"))
-                load = _load(self.rndc, change, reload=False, as_it_is=self.dynamic)
-                step = replace(load, run=in_turn(told.run, load.run))
+                step = _load(self.rndc, change, reload=False, as_it_is=self.dynamic)
                 yield Unserved(f"BIND does not serve {change.zone}", step)
             elif not self.dynamic and loaded != serial_of(change.after):
                 text = f"BIND serves {change.zone} with another serial number than {change.path} has"
@@ -347,8 +345,10 @@ def _load(rndc: Sequence[str], change: FileChange, *, reload: bool, as_it_is: bo
     serial = serial_of(change.after or "")
 
     def run(runner: Runner) -> None:
-        # A file may be new and its zone not: somebody lost it.
-        if not as_it_is and (reload or _loaded_serial(runner, rndc, change.zone) not in (None, serial)):
+        loaded = _loaded_serial(runner, rndc, change.zone)
+        if loaded is None:  # it wasn't there, or wouldn't load, when the server last read its files
+            runner.change(*rndc, "reconfig")
+        elif not as_it_is and (reload or loaded != serial):  # a file may be new and its zone not
             runner.change(*rndc, "reload", change.zone)
         deadline = time.monotonic() + SETTLE
         while True:

@@ -146,9 +146,10 @@ class Kea(Service):
     ) -> Iterator[FarmhandError]:
         for kind, _, socket_path, _ in self._serving(farm):
             if not _is_there(socket_path):  # a restart starts it
-                port = 67 if kind == "4" else 547
+                port, at = (67, ()) if kind == "4" else (547, ("[::]",))
+                own = (f"kea-dhcp{kind}",)
                 for link in self.interfaces or (farm.network.bridge or "",):
-                    yield from taken(runner, self.NAME, "udp", port, own=(f"kea-dhcp{kind}",), link=link)
+                    yield from taken(runner, self.NAME, "udp", port, own=own, at=at, link=link)
 
     def stopped(self, farm: Farm, _runner: Runner) -> Iterator[Unserved]:
         for kind, config, socket_path, restart in self._serving(farm):

@@ -31,8 +31,6 @@ _HERE = IPv4Address("127.0.0.1")
 _LONG = 40
 """Longer names don't fit nginx's hash of names as it is by itself. A pattern isn't in it: a directive
 for a larger one would be refused where the admin has it too."""
-
-
 _LISTEN = re.compile(r"^\s*listen (\d+)\b", re.MULTILINE)
 
 
@@ -128,4 +126,4 @@ class Nginx(Service):
 
 def _pattern(name: str) -> Word:
     """A server_name that is the name alone."""
-    return Word('"~^' + re.escape(name) + '$"')
+    return Word('"~^' + name.replace(".", r"\.") + '$"')
