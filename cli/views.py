@@ -172,7 +172,17 @@ def farm_status(status: FarmStatus) -> TaskResult:
         lines += ["", *notes]
     if status.vms and all(vm.state == "not made" for vm in status.vms):
         lines += ["", "nothing is made yet: clone-farm makes it"]
-    return TaskResult(status.as_dict(), joined(lines, "\n"))
+    unseen = [host.host for host in status.hosts if host.error]
+    return _looked(status.as_dict(), joined(lines, "\n"), unseen, of=len(status.hosts))
+
+
+def _looked(data: Mapping[str, object], text: Text, unseen: Sequence[str], *, of: int) -> TaskResult:
+    """The result of a look at hosts. ``unseen``: those that could not be looked at, of so many; the text
+    says why."""
+    if not unseen:
+        return TaskResult(data, text)
+    problem = f"{len(unseen)} of {of} hosts could not be looked at: {some(unseen)}"
+    return TaskResult(data, text, ok=False, problem=problem, remedy=(Call("doctor"), " says more"))
 
 
 def _checkpoint(vm: VmStatus) -> str:
@@ -219,7 +229,8 @@ def memory_plan(found: MemoryPlan) -> TaskResult:
         ]
         headings = ("VM", "HAS", "NEEDS", "IDLE", "MAXIMUM", "MAY HAVE", "COULD GIVE", "")
         blocks.append(f"{', '.join(parts)}\n\n{table(headings, rows)}")
-    return TaskResult(found.as_dict(), "\n\n".join(blocks))
+    of = len(found.hosts) + len(found.errors)
+    return _looked(found.as_dict(), "\n\n".join(blocks), list(found.errors), of=of)
 
 
 def _memory(now: int | None, most: int | None) -> str:

@@ -49,6 +49,8 @@ class Survey:
     """Declared or not, that have a machine or a disk where we make them."""
     given: Mapping[str, Allocation]
     left: tuple[Found, ...]
+    kept: tuple[str, ...]
+    """What looks left over and is not to be removed, with the reason: a line each."""
 
 
 def survey(site: Site) -> Survey:
@@ -74,7 +76,28 @@ def survey(site: Site) -> Survey:
 
         machines |= {one.machine for host in site.farm.hosts for one in namesakes(site, host)}
         files = (*of_files(site, machines), *_allocations(site, given, machines))
-    return Survey(tuple(vms), given, (*left, *files))
+    others = _without_mark(site, {item.what.owner.vm for item in files if item.what.owner}, machines)
+    left += tuple(item for item in files if not (item.what.owner and item.what.owner.vm in others))
+    kept = [
+        f"left alone: {item.what.kind} {item.what.ref}: {others[item.what.owner.vm]}"
+        for item in files
+        if item.what.owner and item.what.owner.vm in others
+    ]
+    return Survey(tuple(vms), given, left, tuple(kept))
+
+
+def _without_mark(site: Site, vms: Collection[str], machines: Collection[str]) -> Mapping[str, str]:
+    """Those of the VMs that aren't among ``machines``, though a machine has their name; each with that
+    in words. Its mark may be damaged, and it may be ours all the same."""
+    found: dict[str, str] = {}
+    for vm in sorted(vms):
+        name = site.farm.machine_of(vm)
+        if name in machines:
+            continue
+        for host in site.farm.hosts:
+            if site.hypervisor(host, look=True).find(name) is not None:
+                found[vm] = f"a machine {name} without our mark is on host {host}, and may need it"
+    return found
 
 
 def of_drivers(site: Site) -> tuple[Found, ...]:

@@ -65,13 +65,20 @@ class _StopActivity(OneVmActivity[StopFacts]):
     facts = StopFacts
 
 
+class _WaitActivity(OneVmActivity[NoFacts]):
+    name = "wait"
+    facts = NoFacts
+
+
 START = _StartActivity()
+WAIT = _WaitActivity()
 STOP = _StopActivity()
 
 
 @dataclass(frozen=True, slots=True)
 class Start(Operation[NoResult]):
-    """Start VMs; with ``wait`` until their ssh answers. A running VM is left alone.
+    """Start VMs; with ``wait`` until their ssh answers, also that of those that run already. Else a
+    running VM is left alone.
 
     Errors: NotFound, NoSpace (memory), Conflict (its port is taken), TimedOut, Busy."""
 
@@ -96,6 +103,8 @@ class Start(Operation[NoResult]):
                 jobs[vm] = [job("start", vm, text, partial(start_one, member, wait=self.wait))]
             elif member in cold:
                 jobs[vm] = [job("note", vm, f"{no_power(member)} on from here")]
+            elif self.wait and not answers(member):
+                jobs[vm] = [await_one(member)]
             else:
                 jobs[vm] = [job("keep", vm, "runs already")]
         first = foretold(*check_memory(cold, wait=self.wait))
@@ -140,6 +149,21 @@ def start_one(member: Member, *, wait: bool) -> None:
         power_on(member, wait=wait)
     if not wait:
         site.reporter.say(f"started in {format_duration(time.monotonic() - began)}", vm=member.vm)
+
+
+def await_one(member: Member) -> Job:
+    """The job for one that runs and doesn't answer."""
+    text = "runs, but its ssh doesn't answer: wait for it"
+    return job("wait", member.vm, text, partial(_await, member))
+
+
+def _await(member: Member) -> None:
+    with member.site.journal.begin(WAIT, [member.vm], NoFacts()):
+        # Since when it runs isn't known for sure: any boot of this machine is the one meant.
+        wait_until_ready(member, since=float("-inf"))
+        machine, idle = member.look(), member.declared.idle_memory
+        if machine is not None and idle is not None and machine.current > idle:
+            deflate(member)
 
 
 def power_on(member: Member, *, wait: bool) -> None:
@@ -268,6 +292,7 @@ class _LifelessError(Exception):
 
 
 async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready:
+    from provision.guest.network_clue import network_clue
     from provision.guest.ssh_connection import in_thread, wait_ready
 
     site, driver, machine = member.site, member.driver, member.machine
@@ -281,14 +306,17 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
         found = driver.find(machine)
         return found is not None and found.power not in (Power.STOPPED, Power.SUSPENDED)
 
-    ready = await wait_ready(
-        member.endpoint(),
-        since=since,
-        progress=progress,
-        running=running,
-        tail=lambda: console_tail(member),
-        working=lambda text: site.reporter.working(text, vm=member.vm),
-    )
+    endpoint = member.endpoint()
+    with network_clue(member, endpoint.host) as clue:
+        ready = await wait_ready(
+            endpoint,
+            since=since,
+            progress=progress,
+            running=running,
+            tail=lambda: console_tail(member),
+            working=lambda text: site.reporter.working(text, vm=member.vm),
+            clue=clue,
+        )
     await in_thread(lambda: _trust(member))
     return ready
 

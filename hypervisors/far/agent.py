@@ -30,6 +30,7 @@ from host.files import UMASK, file_error, make_directory, open_lock, own_directo
 from host.memory import memory_available
 from host.printable import last_line
 from host.run import Runner, which
+from hypervisors import console_log
 from hypervisors.api import Callbacks, Console, Directories, Disks, Leases, Leftover, Owner, Template
 from hypervisors.disks.stores import open_disks
 from hypervisors.far.frames import PING, Pipe
@@ -321,18 +322,17 @@ class AgentHost:
         self._forget(machine)
 
     def _forget(self, machine: str) -> None:
-        for path in (self._seed(machine), self._home.consoles / f"{machine}.log"):
+        log = self._home.consoles / f"{machine}.log"
+        for path in (self._seed(machine), *console_log.files_of(log)):
             path.unlink(missing_ok=True)
-            path.with_name(path.name + ".1").unlink(missing_ok=True)
 
     def console(self, machine: str) -> tuple[Console, str]:
         """See ``Hypervisor.console``; the end of its log comes along."""
         console = self._machines.console(machine)
         text = ""
         if console.log:
-            with contextlib.suppress(FileNotFoundError), console.log.open("rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL))
-                text = log.read(_TAIL).decode(errors="replace")
+            with contextlib.suppress(FileNotFoundError):
+                text = console_log.end_of(console.log, _TAIL).decode(errors="replace")
         return console, text
 
     def leftovers(self) -> tuple[Leftover, ...]:

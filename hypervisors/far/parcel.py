@@ -12,7 +12,10 @@ _TOP = Path(__file__).resolve().parents[2]
 _FILES = (
     *(f"inventory/{name}.py" for name in ("__init__", "errors", "sizes")),
     "host/*.py",
-    *(f"hypervisors/{name}.py" for name in ("__init__", "answers", "api", "look", "marks", "ownership")),
+    *(
+        f"hypervisors/{name}.py"
+        for name in ("__init__", "answers", "api", "console_log", "look", "marks", "ownership")
+    ),
     *(f"hypervisors/{room}/**/*.py" for room in ("disks", "far", "libvirt")),
     "hypervisors/disks/zfs/*.lua",
 )

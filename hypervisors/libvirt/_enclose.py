@@ -1,16 +1,16 @@
 """Run as a program: enter a mount namespace of our own, lay private files over the host's, start the
-given daemon there, and stay as the parent of what it leaves behind. Standard library only; started
-by ``hypervisors.libvirt.private``.
+given daemons there, one after the other, and stay as the parent of what they leave behind. Standard
+library only; started by ``hypervisors.libvirt.private``.
 
 Staying matters: libvirt takes a guest for alive until its process is reaped. A QEMU's parent is
 process 1, which in many containers reaps late or never: cutting a guest's power then takes seconds,
 or fails. So the daemon and its QEMUs have a parent that reaps at once (prctl(2),
 PR_SET_CHILD_SUBREAPER), and that ends with the last of them.
 
-One JSON argument: ``argv``, ``env``, ``start`` (the directory that it is started in), ``binds`` (pairs:
-ours, the host's path), ``kvm``:
-"as-is"; "hide" (an empty file that nobody may open lies over /dev/kvm); or "uid:N" (a device node of
-the same numbers that belongs to N, for QEMU runs as a user who has no right to the host's node).
+One JSON argument: ``argvs``, ``env``, ``start`` (the directory that they are started in), ``binds``
+(pairs: ours, the host's path), ``kvm``: "as-is"; "hide" (an empty file that nobody may open lies over
+/dev/kvm); or "uid:N" (a device node of the same numbers that belongs to N, for QEMU runs as a user who
+has no right to the host's node).
 
 The host's later mounts and unmounts are seen here too, ours never there (MS_SLAVE): a store may mount
 the file systems that disks are files on, and must be able to unmount them.
@@ -28,6 +28,7 @@ import resource
 import stat
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -36,7 +37,7 @@ MS_REC = 0x4000
 MS_SLAVE = 1 << 19
 PR_SET_CHILD_SUBREAPER = 36
 FILES = 8192
-"""That the daemon may have open, as libvirt's own unit has it (libvirtd.service): some for each VM that
+"""That a daemon may have open, as libvirt's own unit has it (libvirtd.service): some for each VM that
 runs. GLib, which it is made with, ends it where there is none left for the next one."""
 KVM = "/dev/kvm"
 
@@ -103,11 +104,12 @@ def main() -> None:
             sys.stderr.write(f"/dev/kvm stays in sight: {error}\n")
     os.chdir("/")
     os.umask(0o077)
-    sys.exit(_start(order["argv"], {**os.environ, **order["env"]}, order["start"]))
+    sys.exit(_start(order["argvs"], {**os.environ, **order["env"]}, order["start"]))
 
 
-def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
-    """The exit status of the daemon's own start; the reaper lives on in a session of its own."""
+def _start(argvs: list[list[str]], env: dict[str, str], directory: str) -> int:
+    """The exit status of the daemons' own starts, of the first that fails; the reaper lives on in a
+    session of its own."""
     told, tell = os.pipe()
     if os.fork():
         os.close(tell)
@@ -115,14 +117,14 @@ def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
         return answer[0] if answer else 1
     os.setsid()
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
-    pid = os.fork()
-    if pid == 0:
-        os.chdir(directory)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < FILES:  # else it has more, or no limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard) if hard >= 0 else FILES, hard))
-        os.execve(argv[0], argv, env)  # noqa: S606
-    _, status = os.waitpid(pid, 0)
+    status = 0
+    for argv in argvs:
+        pid = os.fork()
+        if pid == 0:
+            _become(argv, env, directory)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            break
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # whoever started us waits for these to close
         os.dup2(null, stream)
@@ -133,6 +135,14 @@ def _start(argv: list[str], env: dict[str, str], directory: str) -> int:
             os.wait()
         except ChildProcessError:
             os._exit(0)
+
+
+def _become(argv: list[str], env: dict[str, str], directory: str) -> NoReturn:
+    os.chdir(directory)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < FILES:  # else it has more, or no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard) if hard >= 0 else FILES, hard))
+    os.execve(argv[0], argv, env)  # noqa: S606
 
 
 if __name__ == "__main__":

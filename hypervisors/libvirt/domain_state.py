@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from host.progress import Pulse
+from hypervisors import console_log
 from hypervisors.api import Machine, Power
 from hypervisors.libvirt.domain_xml import read_domain
 from hypervisors.libvirt.errors import going_down
@@ -68,10 +68,9 @@ def pulse_of(domain: libvirt.virDomain, log: Path | None) -> Pulse | None:
         return None
     console, said = None, ""
     if log is not None:
-        with contextlib.suppress(OSError), log.open("rb") as file:  # another user's
-            console = os.fstat(file.fileno()).st_size
-            file.seek(max(0, console - _TAIL))
-            said = file.read(_TAIL).decode(errors="replace")
+        with contextlib.suppress(OSError):  # another user's
+            console = console_log.size_of(log)
+            said = console_log.end_of(log, _TAIL).decode(errors="replace")
     read = written = None
     with contextlib.suppress(libvirt.libvirtError):  # libxl counts only what dom0's kernel serves
         _, read, _, written, _ = domain.blockStats("")  # "": all its disks together

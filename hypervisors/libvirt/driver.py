@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from host.files import make_directory, make_file, sync
+from host.files import make_directory, sync
 from host.progress import Progress, Pulse
 from host.run import Runner
+from hypervisors import console_log
 from hypervisors.api import (
     Capabilities,
     Checkpoint,
@@ -232,7 +233,7 @@ class LibvirtHypervisor:
             if seen.disk != disk.path:  # the store put another in its place: it knows which
                 domain = self._connect().defineXML(with_disk(domain.XMLDesc(INACTIVE), disk.path))
             if seen.console_log:
-                _turn_over(seen.console_log)
+                console_log.begin(seen.console_log)
             try:
                 self._create(domain, seen)
             except libvirt.libvirtError as error:
@@ -510,16 +511,6 @@ def _runs_by_now(domain: libvirt.virDomain, disk: Disk, error: libvirt.libvirtEr
     if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or not domain.isActive():
         return False
     return read_domain(domain.XMLDesc(0)).disk == disk.path
-
-
-def _turn_over(log: Path) -> None:
-    """Keep the last start's console log as NAME.log.1, and make an empty one, which is ours and so can
-    be read without root."""
-    with contextlib.suppress(FileNotFoundError):
-        if log.stat().st_size:
-            log.replace(log.with_name(log.name + ".1"))
-    make_directory(log.parent, mode=0o711)
-    make_file(log)
 
 
 def _sync(disk: Path | None) -> None:

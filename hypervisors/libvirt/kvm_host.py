@@ -38,6 +38,7 @@ class KvmHost(LibvirtHost):
         tools=(
             Tool(command="qemu-system-x86_64", package="qemu-system-x86", purpose="runs the VMs"),
             *TOOLS,
+            Tool(command="virtlogd", package="libvirt-daemon", purpose="bounds console logs", near=True),
             Tool(command="unshare", package="util-linux", purpose="the private libvirtd", near=True),
         ),
         files=(NeededFile(path=OVMF, package="ovmf", purpose="starts VMs by EFI", efi=True),),

@@ -1,5 +1,8 @@
 """farmhand's own libvirtd: no systemd, no libvirt group, nothing of the host's libvirt touched.
 
+A virtlogd of its own is beside it: what a guest writes on its console goes through that, which bounds
+its log. It outlives a libvirtd that ends, for guests go on writing.
+
 libvirtd's directories are compiled in, so as root it runs in a mount namespace of its own where
 private directories lie over them (_enclose.py). As an ordinary user libvirtd takes its
 places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
@@ -49,6 +52,9 @@ _SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes with the final NUL
 _TRIES = 1000  # to open the lock file that stopping commands remove
 _START_LIMIT = 120.0  # seconds; 0.1 is usual, much more where many guests are taken over
 _END_LIMIT = 15.0
+_CONSOLE_MAX = 4 * 2**20
+"""Bytes of a console log before it is turned over; a start's log has two such files at most. A boot says
+some 100 KiB."""
 
 
 class PrivateLibvirt:
@@ -83,12 +89,7 @@ class PrivateLibvirt:
 
     def running(self) -> bool:
         """Whether a daemon listens; a socket left by a dead one doesn't count."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self._socket))
-            except OSError:
-                return False
-        return True
+        return _listens(self._socket)
 
     def uri(self) -> str:
         """The connection URI; starts the daemon if it isn't running (0.1-0.3 s, else 0.1 ms).
@@ -102,11 +103,11 @@ class PrivateLibvirt:
                 f"{self._runtime} has the private libvirtd of another state directory: {self._whose()}",
                 remedy="set FARMHAND_RUNTIME_DIR to another directory, or give the farm another name",
             )
-        if not self.running() or self._lacks_kvm():
+        if not self._is_up() or self._lacks_kvm():
             with self._lock():
                 if self.running() and self._lacks_kvm():
-                    self._end_daemon()
-                if not self.running():
+                    _end_daemon(self._pidfile)
+                if not self._is_up():
                     self._start()
         mode = "system" if self._root else "session"
         return f"qemu+unix:///{mode}?socket={quote(os.fsencode(self._socket))}"
@@ -141,11 +142,14 @@ class PrivateLibvirt:
                     remedy=("stop them first: ", Call("stop", all=True)),
                 )
             reapers = {
-                parent_of(pid) for pid in (_pid(self._pidfile), *(p for _, p in self._guests())) if pid
+                parent_of(pid)
+                for pid in (*map(_pid, self._pidfiles), *(pid for _, pid in self._guests()))
+                if pid
             }
-            self._end_daemon()
+            _end_daemon(self._pidfile)
             for name, pid in self._guests():
                 _end(pid, _guest(name), signal.SIGKILL)
+            _end_daemon(self._keeper_pidfile)
             for pid in reapers:
                 _end(pid, _ENCLOSE, None)  # by itself, now that it has no child
             for path in (self._run, self._runtime / "c", self._runtime / "k"):
@@ -185,6 +189,14 @@ class PrivateLibvirt:
         return self._run / "libvirtd.pid"
 
     @property
+    def _keeper_pidfile(self) -> Path:
+        return self._run / "virtlogd.pid"
+
+    @property
+    def _pidfiles(self) -> tuple[Path, ...]:
+        return self._pidfile, self._keeper_pidfile
+
+    @property
     def _notes(self) -> Path:
         """Where libvirt keeps NAME.pid and NAME.xml of running guests."""
         return self._run / "qemu" if self._root else self._run / "libvirt" / "qemu" / "run"
@@ -200,21 +212,19 @@ class PrivateLibvirt:
 
     # -- start ------------------------------------------------------------------------------------
 
+    def _is_up(self) -> bool:
+        """Whether both daemons listen."""
+        return self.running() and _listens(_keeper_socket(self._runtime, root=self._root))
+
     def _start(self) -> None:
-        daemon = which("libvirtd")
-        if daemon is None:
-            raise Unsupported(
-                "libvirtd is not installed",
-                remedy="apt-get install libvirt-daemon libvirt-daemon-driver-qemu",
-            )
-        for path in (self._socket, self._pidfile):
-            path.unlink(missing_ok=True)  # of a dead daemon: nobody listens, and we hold the lock
-        order = self._order(daemon)
+        """Start what isn't running."""
+        order = self._order(_needed("virtlogd"), _needed("libvirtd"))
         before = self._log.stat().st_size if self._log.exists() else 0
-        self._blind.unlink(missing_ok=True)
         _write(self._run / "of", [str(self._directory)])
-        if self._hide_kvm:
-            self._blind.touch(mode=0o600)
+        if not self.running():
+            self._blind.unlink(missing_ok=True)
+            if self._hide_kvm:
+                self._blind.touch(mode=0o600)
         # libvirtd -d leaves our session and returns once it listens, so no time limit of the
         # runner's can reach it. Isolated Python: nothing of the caller's environment is imported.
         try:
@@ -232,21 +242,23 @@ class PrivateLibvirt:
                 remedy=known.remedy or (f"see {self._log}" if logged else ""),
                 detail="\n".join([error.detail, *logged]),
             ) from error
-        if not self.running():
+        if not self._is_up():
             raise DriverFailed(
                 "the private libvirtd ended right after its start",
                 remedy=f"see {self._log}",
                 detail="\n".join(_tail(self._log, before)),
             )
 
-    def _order(self, daemon: str) -> dict[str, object]:
-        """Make all that the daemon needs; returns what ``_enclose`` is to do. NoSpace, WrongState."""
+    def _order(self, keeper: str, daemon: str) -> dict[str, object]:
+        """Make all that the daemons need; returns what ``_enclose`` is to do. NoSpace, WrongState."""
         try:
-            return self._order_as_root(daemon) if self._root else self._order_as_user(daemon)
+            if self._root:
+                return self._order_as_root(keeper, daemon)
+            return self._order_as_user(keeper, daemon)
         except OSError as error:
             raise file_error(error, Path(error.filename or self._directory), "write") from error
 
-    def _order_as_root(self, daemon: str) -> dict[str, object]:
+    def _order_as_root(self, keeper: str, daemon: str) -> dict[str, object]:
         uid = qemu_user()
         ours, run = self._directory, self._run
         # QEMU's user passes through these on its way to its monitor socket and console log
@@ -264,7 +276,7 @@ class PrivateLibvirt:
         qemu_conf = [
             f'user = "+{uid}"',
             f'group = "+{uid}"',
-            'stdio_handler = "file"',  # no virtlogd
+            'stdio_handler = "logd"',
             "dynamic_ownership = 0",  # the disk store gives QEMU its files; templates stay as they are
             "remember_owner = 0",
             'security_driver = "none"',
@@ -272,13 +284,13 @@ class PrivateLibvirt:
             "cgroup_controllers = []",
         ]
         _write(ours / "etc/qemu.conf", qemu_conf)
-        conf = self._write_conf(
+        self._write_confs(
             'auth_unix_ro = "none"', f'unix_sock_dir = "{places[run]}"', log=places[ours / "log"]
         )
         binds = [(str(path), host) for path, host in places.items()]
         binds += self._user_database(uid)
         kvm = "hide" if self._hide_kvm else f"uid:{uid}"
-        return self._order_of(daemon, conf, {}, kvm, binds)
+        return self._order_of(keeper, daemon, {}, kvm, binds)
 
     def _user_database(self, uid: int) -> list[tuple[str, str]]:
         """Copies of passwd and group in which QEMU's user exists; none needed where it does."""
@@ -298,7 +310,7 @@ class PrivateLibvirt:
             _write(copy, [text.rstrip("\n"), line], mode=0o644)
         return [(str(self._directory / "etc" / name), f"/etc/{name}") for name in lines]
 
-    def _order_as_user(self, daemon: str) -> dict[str, object]:
+    def _order_as_user(self, keeper: str, daemon: str) -> dict[str, object]:
         ours, short = self._directory, self._runtime / "c"
         for path in (ours / "etc/libvirt/qemu", ours / "log", self._run / "libvirt", self._cache):
             make_directory(path, mode=0o700)
@@ -306,34 +318,52 @@ class PrivateLibvirt:
         if not short.is_symlink() or short.readlink() != ours / "etc":
             short.unlink(missing_ok=True)
             short.symlink_to(ours / "etc")
-        _write(ours / "etc/libvirt/qemu.conf", ['stdio_handler = "file"'])
+        _write(ours / "etc/libvirt/qemu.conf", ['stdio_handler = "logd"'])
         env = {
             "XDG_CONFIG_HOME": str(short),
             "XDG_CACHE_HOME": str(self._cache),
             "XDG_RUNTIME_DIR": str(self._run),
             "XDG_DATA_HOME": str(ours / "data"),
         }
-        conf = self._write_conf()
-        return self._order_of(daemon, conf, env, "hide" if self._hide_kvm else "as-is", [])
+        self._write_confs()
+        return self._order_of(keeper, daemon, env, "hide" if self._hide_kvm else "as-is", [])
 
-    def _write_conf(self, *lines: str, log: str = "") -> Path:
-        """``log``: the directory of its log, as it is seen there; "": where it starts."""
-        conf = self._directory / "etc/libvirtd.conf"
-        outputs = f"3:file:{Path(log, self._log.name)}"
+    @property
+    def _conf(self) -> Path:
+        return self._directory / "etc/libvirtd.conf"
+
+    @property
+    def _keeper_conf(self) -> Path:
+        return self._directory / "etc/virtlogd.conf"
+
+    def _write_confs(self, *lines: str, log: str = "") -> None:
+        """Both daemons'. ``lines``: of libvirtd's. ``log``: the directory of their log, as it is seen
+        there; "": where they start."""
+        outputs = f'log_outputs = "3:file:{Path(log, self._log.name)}"'
         # libvirtd's own default is 0777, trusting polkit: here only the owner may talk to it.
         perms = ('unix_sock_rw_perms = "0700"', 'unix_sock_ro_perms = "0700"')
-        _write(conf, [*lines, 'auth_unix_rw = "none"', *perms, f'log_outputs = "{outputs}"'])
-        return conf
+        _write(self._conf, [*lines, 'auth_unix_rw = "none"', *perms, outputs])
+        _write(self._keeper_conf, [f"max_size = {_CONSOLE_MAX}", "max_backups = 1", outputs])
 
     def _order_of(
-        self, daemon: str, conf: Path, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
+        self, keeper: str, daemon: str, env: dict[str, str], kvm: str, binds: list[tuple[str, str]]
     ) -> dict[str, object]:
         over = self._runtime / "k"
         make_directory(over, mode=0o711)
-        argv = [daemon, "-d", "-f", str(conf), "-p", str(self._pidfile)]
+        all_of_them = (
+            (keeper, self._keeper_conf, self._keeper_pidfile,
+             _keeper_socket(self._runtime, root=self._root)),
+            (daemon, self._conf, self._pidfile, self._socket),
+        )  # fmt: skip
+        argvs = []
+        for program, conf, pidfile, where in all_of_them:
+            if not _listens(where):
+                for path in (where, pidfile):
+                    path.unlink(missing_ok=True)  # of a dead one, and we hold the lock
+                argvs.append([program, "-d", "-f", str(conf), "-p", str(pidfile)])
         start = str(self._log.parent)
         return {
-            "argv": argv, "env": env, "kvm": kvm, "over": str(over), "binds": binds, "start": start,
+            "argvs": argvs, "env": env, "kvm": kvm, "over": str(over), "binds": binds, "start": start,
         }  # fmt: skip
 
     # -- the processes ----------------------------------------------------------------------------
@@ -345,11 +375,6 @@ class PrivateLibvirt:
             pid = _pid(note)
             if pid and _guest(note.stem) in _command_line(pid):
                 yield note.stem, pid
-
-    def _end_daemon(self) -> None:
-        pid, named = _pid(self._pidfile), str(self._pidfile)
-        if pid and not _end(pid, named, signal.SIGTERM):
-            _end(pid, named, signal.SIGKILL)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -381,7 +406,7 @@ class PrivateLibvirt:
 def check_runtime(directory: Path) -> None:
     """DriverFailed if a daemon's sockets can't lie in that directory."""
     root = os.geteuid() == 0
-    sockets = [_socket(directory, root=root)]
+    sockets = [_socket(directory, root=root), _keeper_socket(directory, root=root)]
     if not root:  # as root the guests' sockets are under /var/lib/libvirt, as seen inside
         domain = "domain-9999-" + "x" * 20  # libvirt cuts the name there
         sockets.append(directory / "c/libvirt/qemu/lib" / domain / "monitor.sock")
@@ -401,6 +426,29 @@ def check_runtime(directory: Path) -> None:
 
 def _socket(runtime: Path, *, root: bool) -> Path:
     return runtime / "run" / ("libvirt-sock" if root else "libvirt/libvirt-sock")
+
+
+def _keeper_socket(runtime: Path, *, root: bool) -> Path:
+    return _socket(runtime, root=root).with_name("virtlogd-sock")
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _needed(daemon: str) -> str:
+    found = which(daemon)
+    if found is None:
+        raise Unsupported(
+            f"{daemon} is not installed",
+            remedy="apt-get install libvirt-daemon libvirt-daemon-driver-qemu",
+        )
+    return found
 
 
 def qemu_user() -> int:
@@ -449,6 +497,12 @@ def _end(pid: int, sign: str, how: signal.Signals | None) -> bool:
         return sign not in _command_line(pid) or end(handle, how, timeout=_END_LIMIT)
     finally:
         os.close(handle)
+
+
+def _end_daemon(pidfile: Path) -> None:
+    pid, named = _pid(pidfile), str(pidfile)
+    if pid and not _end(pid, named, signal.SIGTERM):
+        _end(pid, named, signal.SIGKILL)
 
 
 def _remove(path: Path) -> None:

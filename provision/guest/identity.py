@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from host.documents import Malformed, damaged, read_file
 from host.files import make_directory, remove, write_atomic
 from host.paths import FarmPaths
+from hypervisors.console_log import files_of
 from inventory.errors import NotFound, UsageError
 from inventory.model import Farm
 from provision.allocate import Allocation
@@ -146,8 +147,7 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             file,
             _public_file(file),
             known_hosts(paths, vm),
-            log,
-            log.with_name(f"{log.name}.1"),  # of the start before
+            *files_of(log),
         )
     ]
     return any(gone)

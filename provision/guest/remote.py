@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from host.printable import plain
+from hypervisors.console_log import end_of
+from inventory.errors import Remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,20 @@ class Ready:
     skew: float
 
 
+@dataclass(frozen=True, slots=True)
+class Clue:
+    """What is seen to be in the way of a guest's answer: a line, and what to do about it."""
+
+    text: str
+    remedy: Remedy
+
+
 def tail_of(path: Path | None, *, lines: int = 30, limit: int = 65536) -> str:
     """The last lines of a log that may be growing, safe for a terminal; "" if there are none, or it
     can't be read."""
     if path is None:
         return ""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(file.tell() - limit, 0))
-        text = plain(file.read().decode(errors="replace"))
+    with contextlib.suppress(OSError):
+        text = plain(end_of(path, limit).decode(errors="replace"))
         return "\n".join(text.rstrip().splitlines()[-lines:])
     return ""

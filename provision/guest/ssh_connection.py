@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import re
 import socket
 import time
 from collections.abc import Callable
 from contextvars import copy_context
+from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import asyncssh
 
@@ -27,7 +30,7 @@ from inventory.errors import (
     TimedOut,
     WrongState,
 )
-from provision.guest.remote import Endpoint, Ready
+from provision.guest.remote import Clue, Endpoint, Ready
 from provision.guest.shell import ask
 
 T = TypeVar("T")
@@ -65,6 +68,10 @@ class NotYet(Exception):
     """Nothing wrong so far, only not there: the text says how far it came."""
 
 
+class _NothingThere(NotYet):
+    """Nothing answers at its address: it has none, or another, or isn't that far."""
+
+
 async def in_thread(work: Callable[[], T]) -> T:
     """Run blocking work in a thread, this context with it. Cancelled, it is waited for all the same:
     nothing of ours goes on behind our back."""
@@ -85,17 +92,21 @@ async def wait_ready(
     running: Callable[[], bool],
     tail: Callable[[], str],
     working: Callable[[str], None],
+    clue: Callable[[], Clue | None] = lambda: None,
 ) -> Ready:
     """Wait until the VM answers on ssh as itself since this very start.
 
     ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
     still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
-    is asked once a second, in a thread, and may raise what ends the wait.
+    is asked once a second, in a thread, and may raise what ends the wait. ``clue``: what else may be in
+    the way, if anything is known.
 
     Raises Conflict at once where somebody else answers (another host key), WrongState when the VM
     stops meanwhile, TimedOut with the console's tail. It can be cancelled.
     """
     pause, patience, looked, why, last = 0.2, 1.0, time.monotonic(), "", ""
+    hint: Clue | None = None
+    nothing_there = False
     while True:
         try:
             ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
@@ -103,7 +114,7 @@ async def wait_ready(
                 return ready
             raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
         except NotYet as reason:
-            why = str(reason)
+            why, nothing_there = str(reason), isinstance(reason, _NothingThere)
         now = time.monotonic()
         if now - looked >= 1:
             looked = now
@@ -114,7 +125,10 @@ async def wait_ready(
                     detail=tail(),
                 )
             await asyncio.to_thread(progress.look)
+            hint = clue()
         # what the guest does first: a narrow terminal cuts off the end
+        if hint is not None:
+            why = f"{why}; {hint.text}"
         if (text := "; ".join(filter(None, ("waiting for ssh", str(progress), why)))) != last:
             last = text
             working(text)
@@ -123,8 +137,10 @@ async def wait_ready(
             raise TimedOut(
                 f"ssh at {endpoint.place} was not ready {progress.verdict()}: {why}",
                 vm=endpoint.vm,
-                remedy=(
-                    "look at ",
+                remedy=hint.remedy
+                if hint is not None
+                else (
+                    "see whether it has that address: " if nothing_there else "look at ",
                     Call("console", vm=endpoint.vm),
                     "; a slow machine needs a longer ssh: ready_timeout",
                 ),
@@ -167,25 +183,43 @@ async def _banner(endpoint: Endpoint, patience: float) -> socket.socket:
         ) from None
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)
+    connected = False
     try:
         sock.setblocking(False)
         async with asyncio.timeout(patience):
             await loop.sock_connect(sock, address)
+            connected = True
             await _readable(loop, sock)
         if not sock.recv(4, socket.MSG_PEEK).startswith(b"SSH-"):
             raise NotYet("the port is open, but no ssh server behind it yet")
-    except TimeoutError:
+    except TimeoutError as error:  # our own patience, or the kernel's (ETIMEDOUT)
         sock.close()
-        raise NotYet("the port is open, but nothing speaks there yet") from None
+        if connected and error.errno is None:
+            raise NotYet("the port is open, but nothing speaks there yet") from None
+        raise _NothingThere("nothing answers at that address yet") from None
     except OSError as error:
         sock.close()
         # asyncio's own strerror is "Connect call failed", with the address
-        why = os.strerror(error.errno) if error.errno else error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno == errno.EHOSTUNREACH:  # nobody answered ARP, or a router says so
+            raise _NothingThere(f"nothing answers at that address yet ({why})") from None
+        if _is_own(family, address):
+            why += "; that address is this machine's own"
         raise NotYet(f"no connection ({why})") from None
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _is_own(family: int, address: tuple[Any, ...]) -> bool:
+    """Whether the address is one of this machine's, other than its loopback: packets to it leave from
+    it."""
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        own = str(probe.getsockname()[0])
+        return own == address[0] and not ip_address(own).is_loopback
+    return False
 
 
 def _settle(future: asyncio.Future[None]) -> None:

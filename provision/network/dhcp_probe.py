@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from host.processes import is_there
@@ -17,10 +17,16 @@ _PREFIX = "fhv"
 
 
 def probe(
-    runner: Runner, bridge: str, macs: Sequence[str], *, seconds: float = 2.0
+    runner: Runner,
+    bridge: str,
+    macs: Sequence[str],
+    *,
+    give_back: Collection[str] = (),
+    seconds: float = 2.0,
 ) -> Mapping[str, str]:
     """What each MAC is given: an address, or why there is none. CommandFailed without the rights to make
-    a namespace. Leases are the machines' own, as if they had asked."""
+    a namespace. Leases are the machines' own, as if they had asked; those of ``give_back``, of machines
+    that aren't there, are ended at once."""
     sweep(runner)
     name = f"{_PREFIX}{os.getpid()}"
     with contextlib.ExitStack() as stack:
@@ -31,7 +37,9 @@ def probe(
         stack.callback(runner.change, "ip", "link", "del", name, ok=(0, 1))
         runner.change("ip", "link", "set", name, "master", bridge, "up")
         runner.change("ip", "-n", name, "link", "set", "eth0", "up")
-        order = json.dumps({"interface": "eth0", "macs": list(macs), "seconds": seconds})
+        order = json.dumps({
+            "interface": "eth0", "macs": list(macs), "seconds": seconds, "give_back": list(give_back),
+        })  # fmt: skip
         helper = Path(__file__).with_name("_dhcp_probe.py")
         result = runner.change(
             "ip", "netns", "exec", name, sys.executable, "-I", "-S", helper, order,

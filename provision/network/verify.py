@@ -1,8 +1,9 @@
 """network-verify: the live services, asked as their clients do.
 
-A DHCP exchange for each VM, forward and reverse queries to the server itself, a request through each
-proxy name and a connection through each NAT port, the last two compared with what the VM itself answers.
-What can't be told (the VM is off) is said, and is not taken for right.
+A DHCP exchange for each VM (the lease of one that isn't made is given back), forward and reverse
+queries to the server itself, a request through each proxy name and a connection through each NAT port,
+the last two compared with what the VM itself answers. What can't be told (the VM is off) is said, and is
+not taken for right.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inventory.errors import FarmhandError
+from provision.member import Member
 from provision.network import readiness
 from provision.network.dhcp_probe import probe
 from provision.network.file_change import FileChange
@@ -134,7 +136,8 @@ def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:
     why = ""
     found: Mapping[str, str] = {}
     try:
-        found = probe(site.runner, bridge, [row.mac for row in rows])
+        unmade = [row.mac for row in rows if not _may_run(site.member(row.vm))]
+        found = probe(site.runner, bridge, [row.mac for row in rows], give_back=unmade)
     except FarmhandError as error:
         why = f"could not be asked: {error.message}"
     for row in rows:
@@ -142,6 +145,16 @@ def _dhcp(site: Site, servers: str, rows: Sequence[VmRow]) -> Iterator[Answer]:
         text = f"exchange for {row.mac}, expect {row.address}"
         known = None if why else seen == row.address
         yield Answer(servers, row.vm, text, str(row.address), seen, known, why)
+
+
+def _may_run(member: Member) -> bool:
+    """Whether it may have a lease of its own: it is made, or its host doesn't tell."""
+    if not member.info.virtual:
+        return True
+    try:
+        return member.look() is not None
+    except FarmhandError:
+        return True
 
 
 def _answer(question: Question) -> Answer:

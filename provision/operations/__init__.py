@@ -37,6 +37,6 @@ ACTIVITIES = {
     "template-build": "provision.operations.templates:BUILD",
     "template-remove": "provision.operations.templates:REMOVE",
     "template-seal": "provision.operations.templates:SEAL",
-    "wait": "provision.operations.clone:WAIT",
+    "wait": "provision.power:WAIT",
 }
 """By the name in the journal, what recovers it."""

@@ -24,13 +24,12 @@ from provision.guest import identity
 from provision.member import Member, each, is_on, told_by, told_without_record
 from provision.power import (
     answers,
+    await_one,
     bring_up_to_date,
     check_accelerator,
     check_memory,
-    deflate,
     start_one,
     then_what,
-    wait_until_ready,
     why_redefine,
     write_identity,
 )
@@ -75,14 +74,8 @@ class _RedefineActivity(OneVmActivity[NoFacts]):
     facts = NoFacts
 
 
-class _WaitActivity(OneVmActivity[NoFacts]):
-    name = "wait"
-    facts = NoFacts
-
-
 CLONE = _CloneActivity()
 REDEFINE = _RedefineActivity()
-WAIT = _WaitActivity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,23 +374,13 @@ def _keep(
         )
         jobs.append(job("note", vm, text))
     if is_on(machine) and waits and declared.start and not answers(member):
-        text = "runs, but its ssh doesn't answer: wait for it"
-        jobs.append(job("wait", vm, text, partial(_await, member)))
+        jobs.append(await_one(member))
     return jobs
 
 
 def _redefine(member: Member) -> None:
     with member.site.journal.begin(REDEFINE, [member.vm], NoFacts()):
         bring_up_to_date(member, member.present(), member.disk())
-
-
-def _await(member: Member) -> None:
-    with member.site.journal.begin(WAIT, [member.vm], NoFacts()):
-        # Since when it runs isn't known for sure: any boot of this machine is the one meant.
-        wait_until_ready(member, since=float("-inf"))
-        machine, idle = member.look(), member.declared.idle_memory
-        if machine is not None and idle is not None and machine.current > idle:
-            deflate(member)
 
 
 def _check_space(site: Site, members: Sequence[Member], starting: Collection[str]) -> None:

@@ -78,9 +78,10 @@ class Gc(Operation[GcResult]):
     at_any_time = True
 
     def plan(self, run: Run) -> Plan[GcResult]:
-        found = survey(run.site).left
+        seen = survey(run.site)
+        found = seen.left
         removing = _Removing(run.site, datetime.now(UTC))
-        jobs = [job("note", "", text) for text in _doubtful(run.site)]
+        jobs = [job("note", "", text) for text in (*_doubtful(run.site), *seen.kept)]
         jobs += [job("note", "", text) for host in run.site.farm.hosts for text in told(run.site, host)]
         jobs += map(removing.job, found)
         leftovers = tuple(map(removing.leftover, found))

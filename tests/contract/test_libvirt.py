@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from machine_rigs import machines
 from rigs import MIB, short_directory, template
 
 from host.run import Runner
 from hypervisors.api import Nic, Power
+from hypervisors.console_log import files_of
 from hypervisors.disks.contents import contents
 from hypervisors.disks.images import image_info
 from hypervisors.libvirt.domain_types import Qemu
@@ -23,9 +26,17 @@ from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import KvmVerdict, kvm_usable
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import DriverFailed, Unsupported, UsageError, WrongState
+from provision.guest.remote import tail_of
 from tests.identities import KATA
 
 NAME = "kata-prod"
+
+
+@pytest.fixture
+def place():
+    path = short_directory()
+    yield path
+    shutil.rmtree(path)
 
 
 def define(real, options="", stamp="A"):
@@ -35,7 +46,7 @@ def define(real, options="", stamp="A"):
 
 
 def wait_until(check):
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300  # a guest boots in 2 s; on a busy machine in a minute
     while not check():
         assert time.monotonic() < limit
         time.sleep(0.05)
@@ -172,6 +183,47 @@ def test_the_console_of_the_last_start_is_kept(real):
     assert kept.startswith(first[:100]) and "READY" in kept
 
 
+FLOOD = "ignore_loglevel dyndbg=+p"  # the kernel's own words: some 50 KiB
+
+
+def test_a_guest_that_floods_its_console_fills_no_disk(place, guest, kvm, private, monkeypatch):
+    """What it says last is there all the same, through turned over files, a killed libvirtd, and the
+    next start."""
+    most = 8192
+    monkeypatch.setattr("hypervisors.libvirt.private._CONSOLE_MAX", most)
+    own = PrivateLibvirt(place / "s", place / "r", private._cache, hide_kvm=not kvm.usable)
+    with contextlib.ExitStack() as stack:
+        stack.callback(own.stop, force=True)
+        real = stack.enter_context(machines("qcow2", own, guest, kvm))
+        hypervisor = define(real, options=f"{FLOOD} down=3")
+        log = real.place / "prod.log"
+
+        def end(of=log):
+            return tail_of(of, lines=1000)
+
+        def bounded():
+            return all(path.stat().st_size <= most for path in files_of(log) if path.exists())
+
+        real.start("prod", 0)
+        wait_until(lambda: "READY" in end())
+        assert bounded() and log.with_name("prod.log.0").stat().st_size > most // 2
+        assert len(end()) > log.stat().st_size, "what is before the last turn is shown, too"
+        assert hypervisor.pulse(NAME).console > most // 2
+        assert "READY" in hypervisor.pulse(NAME).said
+        kill_daemon(own)
+        hypervisor.stop(NAME, grace=60)
+        assert "DOWN 3" in end(), "the guest was followed while there was no libvirtd, and after"
+        os.kill(int(own._keeper_pidfile.read_text()), signal.SIGKILL)
+        wait_until(lambda: not own._is_up())
+        real.start("prod", 0)
+        assert "DOWN 3" in end(log.with_name("prod.log.1")), "the last start's is kept"
+        wait_until(lambda: "READY" in end())
+        assert bounded()
+        keeper = int(own._keeper_pidfile.read_text())
+    assert not Path(f"/proc/{keeper}").exists()
+    assert list(place.iterdir()) == []
+
+
 def test_a_bridge_and_a_network_are_plain_libvirt(real):
     spec = real.spec("prod")
     for mode in ("bridge", "network"):
@@ -222,13 +274,6 @@ def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):
 
 
 # -- the private daemon itself ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def place():
-    path = short_directory()
-    yield path
-    shutil.rmtree(path)
 
 
 def test_a_daemon_started_by_many_is_one_and_ends_without_a_trace(place, private):

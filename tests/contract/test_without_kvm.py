@@ -69,6 +69,7 @@ class ClaimingSite(Site):
     """Its driver claims KVM until that is distrusted."""
 
     guests: LibvirtRig
+    identity = KATA  # the rig's machines are that farm's
     stamp = ""
     distrusted = ""
 
@@ -157,6 +158,16 @@ def test_others_are_not(site: ClaimingSite, tmp_path: Path, alive: str) -> None:
         wait_until_ready(site.member("one"), since=since)
     assert warned(site) == []
     assert site.distrusted == ""
+
+
+def test_one_that_runs_and_never_answered_is_waited_for(site: ClaimingSite) -> None:
+    hypervisor = define(site, "one")
+    hypervisor.start(f"{FARM}-one")
+    with pytest.raises(TimedOut, match="was not ready"):
+        farm.start(site, ["one"])
+    (action,) = farm.start(site, ["one"], wait=False).actions
+    assert action.text == "runs already"
+    assert [record.verb for record in site.journal.history(2)] == ["wait"]
 
 
 def _wrote(hypervisor: Hypervisor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from tests.unit.cli_farm import CommandLine, command_line
 
 FARM = """\
 farm: try
-templates: {small: {import: small.qcow2, firstboot: none}}
+templates: {small: {import: small.img, firstboot: none}}
 vms: {one: {memory: 64M}}
 """
 VICTIM = "../../../victim"
@@ -26,12 +25,48 @@ VICTIM = "../../../victim"
 def cli(tmp_path: Path) -> Iterator[CommandLine]:
     for made in command_line(tmp_path):
         made.farm.write_text(FARM)
-        image = tmp_path / "small.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "16M"], check=True)
+        image = tmp_path / "small.img"
+        image.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")  # jmp $
         with tempfile.TemporaryDirectory(prefix="fh") as state:
             Path(state).chmod(0o711)  # QEMU's user passes through
             made.environment["FARMHAND_STATE_DIR"] = state
             yield made
+
+
+def test_gc_leaves_alone_what_a_machine_with_a_damaged_mark_needs(cli: CommandLine) -> None:
+    assert cli("clone-farm", "--no-start").status == 0
+    state = Path(cli.environment["FARMHAND_STATE_DIR"])
+    uri = shlex.split(cli("console", "--vm", "one", "--plan").out)[2]
+    sound = libvirt.open(uri).lookupByName("try-one").XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+
+    def files() -> list[Path]:
+        found = [path for name in ("seeds", "hostkeys") for path in state.rglob(f"{name}/*")]
+        return sorted([*found, *state.rglob("disk.qcow2")])
+
+    before = files()
+    assert before
+    (mark,) = state.rglob("owner.json")
+    kept = mark.read_text()
+    record = cli.farm.with_name("try.yaml.lock")
+    given = record.read_text()
+    try:
+        libvirt.open(uri).defineXML(sound.replace('vm="one"', f'vm="{VICTIM}"'))
+        assert cli("gc").out == "keep:  nothing is left over\n", "its disk tells whose it is"
+        mark.write_text(json.dumps(json.loads(kept) | {"vm": VICTIM}))
+        for _ in range(2):
+            done = cli("gc")
+            assert done.status == 0, done.err
+            assert "a machine try-one without our mark is on host here" in done.out
+            assert "nothing is left over" in done.out
+        cli.farm.write_text(FARM.replace("one:", "two:"))  # which is no reason either
+        assert cli("gc").status == 0
+        assert files() == before
+        assert record.read_text() == given
+    finally:
+        cli.farm.write_text(FARM)
+        mark.write_text(kept)
+        libvirt.open(uri).defineXML(sound)
+        assert cli("destroy", "--all").status == 0
 
 
 def test_names_that_are_paths_end_no_command_and_touch_nothing(cli: CommandLine) -> None:

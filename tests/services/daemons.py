@@ -121,12 +121,17 @@ class Daemons:
         script.write_text(
             "#!/bin/sh\nexec unshare --mount --propagation private sh -euc '"
             f"mount --bind {d}/shorewall-var /var/lib/shorewall\n"
-            f'exec shorewall "$1" {d}/shorewall\' sh "$1"\n'
+            'exec shorewall "$@"\' sh "$@"\n'
         )
         script.chmod(0o755)
         there = [*within(router), str(script)]
-        self.yard.services["shorewall"] |= {"address": "192.0.2.7", "reload": [*there, "reload"]}
-        done = subprocess.run([*there, "start"], capture_output=True, text=True, check=False)
+        self.yard.services["shorewall"] |= {
+            "address": "192.0.2.7",
+            "reload": [*there, "reload", f"{d}/shorewall"],
+            "alive": [*there, "status"],
+        }
+        start = [*there, "start", f"{d}/shorewall"]
+        done = subprocess.run(start, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         self.router = router
         return outside

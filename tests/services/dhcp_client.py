@@ -91,3 +91,16 @@ def lease6(mac: str) -> IPv6Address | None:
     """As ``lease``, over IPv6."""
     with client6(mac) as exchange:
         return exchange()
+
+
+@contextlib.contextmanager
+def asking(mac: str) -> Iterator[None]:
+    """A machine that asks, again and again, until it is given an address."""
+    with _machine(mac) as name:
+        argv = [*within(name), "udhcpc", "-i", "eth0", "-f", "-t", "1000", "-T", "1", "-A", "1"]
+        asks = subprocess.Popen([*argv, "-s", "/bin/true"], stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            asks.kill()
+            asks.wait()

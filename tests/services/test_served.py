@@ -81,10 +81,17 @@ def not_live(yard: Yard) -> list[str]:
 
 def volatile(path: str) -> bool:
     """Files that daemons write."""
-    return any(
-        part in path
-        for part in ("pid", "lease", ".sock", "/kea/logger", ".csv", "managed-keys", "libvirt/over")
+    parts = (
+        "pid",
+        "lease",
+        ".sock",
+        "/kea/logger",
+        ".csv",
+        "managed-keys",
+        "libvirt/over",
+        "shorewall-",
     )
+    return any(part in path for part in parts)
 
 
 def test_a_lost_table(yard: Yard) -> None:
@@ -218,6 +225,17 @@ def test_a_proxy_that_has_not_read_its_file(yard: Yard, daemons: Daemons, servic
     config = Path(yard.services[service]["config"])
     written_later(config)
     put_right(yard, f"{service} hasn't read {config} since it was written")
+
+
+def test_a_stopped_shorewall(yard: Yard, daemons: Daemons) -> None:
+    with contextlib.ExitStack() as stack:
+        daemons.apart(stack, "shorewall")
+        yard.use("shorewall")
+        yard.apply()
+        subprocess.run(
+            [*yard.services["shorewall"]["alive"][:-1], "clear"], check=True, stdout=subprocess.DEVNULL
+        )
+        put_right(yard, "shorewall's rules aren't loaded")
 
 
 def test_unbound_that_lost_data(unbound: Yard) -> None:  # noqa: F811

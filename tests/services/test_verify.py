@@ -13,6 +13,9 @@ from http_machine import machine
 from networks import enter, ip, within
 from yard import Yard
 
+from inventory.errors import DriverFailed
+from provision import farm
+from provision.network.services import kea
 from provision.network.verify import VerifyReport, network_verify
 
 
@@ -36,6 +39,37 @@ def test_dhcp(yard: Yard, daemons: Daemons, service: str) -> None:
     assert (
         "fhv" not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     )
+
+
+@pytest.mark.parametrize("service", ["dhcpd", "kea", "dnsmasq"])
+def test_only_those_that_are_made_keep_a_lease(yard: Yard, daemons: Daemons, service: str) -> None:
+    yard.use(service)
+    if service == "kea":
+        [library] = Path("/usr/lib").glob("*/kea/hooks/libdhcp_lease_cmds.so")
+        yard.services["kea"]["lease_commands"] = str(library)
+    with yard.site() as site:
+        farm.clone_farm(site, ["dev2"], start=False)
+    yard.apply()
+
+    def leases() -> set[str]:
+        return {address for address in ("10.77.0.6", "10.77.0.7") if _leased(yard, service, address)}
+
+    for _ in range(2):  # as if it had never asked
+        report = verify(yard)
+        assert report.ok, report.wrong
+        # dhcpd notes nothing of those with a fixed address
+        assert leases() == (set() if service == "dhcpd" else {"10.77.0.6"})
+
+
+def _leased(yard: Yard, service: str, address: str) -> bool:
+    if service == "kea":
+        asked = yard.services["kea"]["socket4"], "lease4-get", {"ip-address": address}
+        try:
+            return isinstance(kea.command(*asked), dict)
+        except DriverFailed:
+            return False
+    file = yard.directory / {"dnsmasq": "dnsmasq/leases", "dhcpd": "dhcp/leases"}[service]
+    return f"{address} " in file.read_text()
 
 
 def test_no_dhcp_server(yard: Yard, daemons: Daemons) -> None:

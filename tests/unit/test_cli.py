@@ -71,6 +71,23 @@ def test_an_unknown_vm_names_the_nearest(cli: CommandLine) -> None:
     assert "prod" in done.json["remedy"]
 
 
+@pytest.mark.parametrize("words", [("status",), ("balloon", "--plan-host")])
+def test_a_look_that_misses_a_host_is_no_good_end(cli: CommandLine, words: tuple[str, ...]) -> None:
+    away = "  away: {driver: kvm, uri: 'qemu+unix:///session?socket=/nowhere/sock'}\n"
+    text = cli.farm.read_text()
+    placed = text.replace("prod: {", "prod: {host: away, ").replace("dev2: {", "dev2: {host: here, ")
+    cli.farm.write_text(placed.replace("vms:\n", f"{away}vms:\n"))
+    done = cli(*words)
+    assert done.status == 1
+    assert "host here: " in done.out and "host away: " in done.out, "what could be seen is shown"
+    assert done.error == "farmhand: 1 of 2 hosts could not be looked at: away"
+    told = cli(*words, "--json")
+    assert (told.status, told.json["ok"]) == (1, False)
+    assert [host["host"] for host in told.json["hosts"] if host.get("error")] == ["away"]
+    cli.farm.write_text(text)
+    assert cli(*words).status == 0
+
+
 @pytest.mark.parametrize("task", ["reset", "start", "stop", "destroy"])
 def test_no_vm_is_never_all_vms(cli: CommandLine, task: str) -> None:
     done = cli(task)

@@ -167,6 +167,16 @@ def test_an_open_port_without_ssh_is_not_ready(key, dev2):
             ready(endpoint, timeout=1.5)
 
 
+def test_an_address_that_never_answers_is_no_open_port(dev2):
+    """A server whose queue is full: the kernel drops what asks to connect, as where nobody is."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first:
+        first.connect(full.getsockname())
+        with pytest.raises(TimedOut, match="nothing answers at that address yet") as caught:
+            ready(dev2.endpoint(port=full.getsockname()[1]), timeout=1)
+    assert "open" not in caught.value.message
+    assert caught.value.remedy[0] == "see whether it has that address: "
+
+
 def test_a_refused_key_is_waited_out_and_named(dev2, tmp_path):
     make_key(tmp_path / "unknown")
     with pytest.raises(TimedOut, match="refuses the key"):
