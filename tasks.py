@@ -351,21 +351,27 @@ def render(run: TaskRun, service: Names = None, out: str = "") -> TaskResult:
 @command(
     {
         "service": _SERVICE,
-        "force": "Write anew what is farmhand's also where somebody edited it.",
+        "force": "Write anew what is farmhand's also where somebody edited it, or its state is lost.",
+        "take-aside": "Keep your files that are in the way as FILE.before-farmhand; destroy puts them "
+        "back.",
         "verify": "Whether to ask the services afterwards, as network-verify does.",
     },
     iterable=["service"],
     does=("network-apply",),
 )
 def network_apply(
-    run: TaskRun, service: Names = None, force: bool = False, verify: bool = True
+    run: TaskRun,
+    service: Names = None,
+    force: bool = False,
+    take_aside: bool = False,
+    verify: bool = True,
 ) -> TaskResult:
     """Bring the network services in step, all of them or none."""
     from provision.network.verify import network_verify
 
     names = tuple(service or ())
     with run.site() as site:
-        done = run.perform(site, "network-apply", services=names, force=force)
+        done = run.perform(site, "network-apply", services=names, force=force, take_aside=take_aside)
         asked = network_verify(site, names) if verify and not run.plan else None
         return views.applied(done, asked)
 

@@ -100,11 +100,11 @@ def merge(site: Site, vms: Sequence[str] = (), *, wait: bool = True) -> Outcome[
 
 
 def network_apply(
-    site: Site, services: Sequence[str] = (), *, force: bool = False
+    site: Site, services: Sequence[str] = (), *, force: bool = False, take_aside: bool = False
 ) -> Outcome[ApplyResult]:
     from provision.network.apply import NetworkApply  # most farms have no services
 
-    return perform(site, NetworkApply(tuple(services), force))
+    return perform(site, NetworkApply(tuple(services), force, take_aside))
 
 
 def recover(site: Site) -> Outcome[RecoverResult]:

@@ -14,6 +14,9 @@ whole is looked at again by network-apply, and whenever anything but VMs has cha
 
 A refusal in 1 or 2 leaves everything as it is. A failure in 4 or 5 puts every file back, and tells every
 daemon that was told. A kill is undone in the same way by the next command, from what 3 kept.
+
+For VMs that go, and for a farm that does, a service that fails is said and gone on without: it keeps
+nobody alive. It is remembered, and told by the next apply.
 """
 
 from __future__ import annotations
@@ -21,15 +24,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any, TypeVar
 
 from host.files import remove
 from inventory import plain
 from inventory.collector import without_collector
-from inventory.errors import Busy, Conflict, FarmhandError, Interrupted, WrongState, joined
+from inventory.errors import (
+    Busy,
+    Call,
+    Conflict,
+    FarmhandError,
+    Interrupted,
+    Text,
+    WrongState,
+    joined,
+)
 from inventory.model import Farm
 from provision.allocate import Allocation
 from provision.engine.journal import Entry, current_step
@@ -39,19 +52,19 @@ from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.member import told_without_record
 from provision.network import readiness, records
-from provision.network.changes import Changes, Examiner, difference
-from provision.network.checkers import refusals
-from provision.network.daemons import steps
+from provision.network.changes import ASIDE, Changes, Examiner, difference
+from provision.network.checkers import accepts, refusals
+from provision.network.daemons import runs, steps
 from provision.network.document import Document
 from provision.network.file_change import FileChange
-from provision.network.render import part_of
 from provision.network.rendered import chosen
-from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, put, undo
+from provision.network.rollback import APPLY, RECORD, ApplyFacts, keep, kept, live_text, put, undo
 from provision.network.service import ApplyStep, RecordKeeper, Unserved
 from provision.network.service import services as used_services
 from provision.network.state import NetworkState, StateFile, noted
 from provision.site import Site
 
+T = TypeVar("T")
 LOCK = "network"
 _PATIENCE = 120.0  # seconds that clone-farm and destroy wait for one another
 FEW = 50
@@ -69,6 +82,8 @@ class ApplyResult:
 class NetworkApply(Operation[ApplyResult]):
     """Make the services' live files, and their daemons, as the farm file says, for all declared VMs. VMs
     not made yet are given their addresses now. ``force``: also overwrite what somebody edited of ours.
+    ``take_aside``: also keep an admin's files that are in the way, as FILE.before-farmhand; ``destroy``
+    puts them back.
 
     Errors: UsageError (no services), NotOurs, WrongState (edited, without ``force``), TemplateFailed,
     CommandFailed (a checker or daemon refuses; then everything is as before), Busy."""
@@ -76,6 +91,7 @@ class NetworkApply(Operation[ApplyResult]):
     name = "network-apply"
     services: tuple[str, ...] = ()
     force: bool = False
+    take_aside: bool = False
 
     def locks(self, _site: Site) -> tuple[str, ...]:
         return (LOCK,)
@@ -87,7 +103,10 @@ class NetworkApply(Operation[ApplyResult]):
         give = site.allocator.peek_all if site.plan else site.allocator.allocate_all
         diffs: list[str] = []
         told = told_without_record(site)
-        found = _examine(site, diffs, names, give(given, told=told), force=self.force, thorough=True)
+        found = _examine(
+            site, diffs, names, give(given, told=told),
+            force=self.force, aside=self.take_aside, thorough=True,
+        )  # fmt: skip
         nothing = job("keep", "", f"all files of {', '.join(names)} are as they should be")
         return Plan([alone(found or nothing)], lambda: ApplyResult("".join(diffs)))
 
@@ -108,11 +127,11 @@ def keep_in_step(
     run: Run, diffs: list[str], *, new: Sequence[str] = (), gone: Sequence[str] | None = ()
 ) -> tuple[Action, ...]:
     """Bring the services in step: they get the VMs that have allocations, with the ``new`` ones, and
-    lose those that are ``gone`` (None: all). Waits for others that do the same. Returns what was
-    done."""
+    lose those that are ``gone``. None: the whole farm goes, and takes with it all that it has there.
+    Waits for others that do the same. Returns what was done."""
     site = run.site
     used = site.farm.services.used
-    if not used:
+    if not used and not has_services(site):
         return ()
     allocator = site.allocator
     given = [vm for vm in new if site.member(vm).info.virtual]
@@ -120,12 +139,14 @@ def keep_in_step(
         if not site.plan:
             _patiently(site, stack, run.name)
             allocator.allocate_all(given)
-        left = {} if gone is None else allocator.recorded(without=gone)
-        if site.plan and gone is not None:
-            left = {**left, **allocator.peek_all(given)}
-        few = None if gone is None else [*given, *gone]
-        leaving = not new and gone != ()
-        found = _examine(site, diffs, used, left, leaving=leaving, nobody=gone is None, vms=few)
+        if gone is None:
+            found = _leave(site, diffs)
+        else:
+            left = allocator.recorded(without=gone)
+            if site.plan:
+                left = {**left, **allocator.peek_all(given)}
+            lenient = bool(gone) and not new
+            found = _examine(site, diffs, used, left, vms=[*given, *gone], lenient=lenient)
         if found is None:
             return ()
         if found.run and not site.plan:
@@ -146,6 +167,84 @@ def _patiently(site: Site, stack: contextlib.ExitStack, doing: str) -> None:
             return
 
 
+class _Laggards:
+    """Services that can't be brought in step. ``lenient``: that keeps nothing else from going on."""
+
+    def __init__(self, site: Site, *, lenient: bool, then: Text) -> None:
+        self.services: dict[str, None] = {}
+        self._site, self._lenient, self._then = site, lenient, then
+
+    def attempt(self, service: str, work: Callable[..., T], *arguments: Any, **named: Any) -> T | None:
+        """The work's result. None: it failed, which is said; the service lags behind."""
+        try:
+            return work(*arguments, **named)
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            if not self._lenient:
+                raise
+            self.note(service, error)
+            return None
+
+    def note(self, service: str, error: FarmhandError) -> None:
+        """Say once why a service lags behind."""
+        if service not in self.services:
+            why = error.message.removeprefix(f"{service}: ")
+            self._site.reporter.warn((f"{service}: {why}: ", self._then))
+        self.services[service] = None
+
+
+def has_services(site: Site) -> bool:
+    """Whether anything was ever written for a network service."""
+    return StateFile.below(site.paths.root).path.exists()
+
+
+def _leave(site: Site, diffs: list[str]) -> Job | None:
+    """What takes all that is ours out of all services; None: nothing is there. The caller holds the
+    lock."""
+    store = StateFile.below(site.paths.root)
+    state = store.read()
+    _say_what_is_forgotten(site, store)
+    then = "gone on without it: see that it has nothing of the farm's any more"
+    laggards = _Laggards(site, lenient=True, then=then)
+    examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
+    changes = _bearable(site, site.farm, examiner.leave(site.allocator.recorded()))
+    changes = _bearable(site, _given_up(site, state), changes)
+    for text in changes.left:
+        site.reporter.warn(f"stays: {text}")
+    for path in changes.edited:
+        site.reporter.warn(f"{path}: edited by hand since farmhand wrote it; it goes all the same")
+    updates = _Updates()
+    if has_services(site) and (keeper := _record_keeper(site.farm)):
+        found = laggards.attempt(keeper.NAME, _records_gone, store, state, site.farm, changes)
+        updates = found or updates
+    if not changes.files and not updates.ops:
+        return None
+    diffs += [*map(difference, changes.files), records.difference(updates.ops)]
+    told = steps(site.farm, changes.files)
+    return _job(site, store, state, changes, updates, told, laggards, basis="", first=True)
+
+
+def _records_gone(store: StateFile, state: NetworkState, farm: Farm, changes: Changes) -> _Updates:
+    used = farm.services.used
+    return _updates(store, farm, changes, state, used, None, thorough=False, force=True)
+
+
+def _bearable(site: Site, farm: Farm | None, changes: Changes) -> Changes:
+    """A file that goes is left there, empty, where a daemon's own configuration includes it by name, and
+    can't be without it."""
+    files = list(changes.files)
+    for service in used_services(farm) if farm else ():
+        inclusion = service.inclusion()
+        texts = {c.path: c.after for c in files if c.service == service.NAME}
+        if inclusion is None or texts.get(inclusion.path, "") is not None:
+            continue
+        emptied = {**texts, inclusion.path: ""}
+        if not accepts(site.runner, inclusion, texts) and accepts(site.runner, inclusion, emptied):
+            files = [replace(c, after="") if c.path == inclusion.path else c for c in files]
+    return replace(changes, files=tuple(files))
+
+
 def _examine(
     site: Site,
     diffs: list[str],
@@ -153,53 +252,134 @@ def _examine(
     allocations: Mapping[str, Allocation],
     *,
     force: bool = False,
-    leaving: bool = False,
-    nobody: bool = False,
+    aside: bool = False,
+    lenient: bool = False,
     thorough: bool = False,
     vms: Sequence[str] | None = None,
 ) -> Job | None:
     """What there is to do so that the services have these VMs and no others; None: nothing. The caller
-    holds the lock. ``leaving``: VMs only go, and what their services lack doesn't keep them. With
-    ``nobody`` they don't keep VMs without allocations either. ``vms``: nothing else came, changed or
-    went since the last time."""
+    holds the lock. ``vms``: nothing else came, changed or went since the last time. ``lenient``: VMs
+    only go, and what fails, or what services lack, doesn't keep them: it is said, and left to the next
+    apply."""
     store = StateFile.below(site.paths.root)
     state = store.read()
     _say_what_is_forgotten(site, store)
-    farm = part_of(site.farm, {}) if nobody else site.farm
-    basis = _basis(site.farm) if {*services} >= {*site.farm.services.used} else ""
+    farm = site.farm
+    basis = _basis(farm) if {*services} >= {*farm.services.used} else ""
     if vms is not None and not (basis == state.basis and _known_apart(farm, state, vms)):
         vms = None
-    examiner = Examiner(farm, state, today=datetime.now(UTC).date())
-    changes = examiner.examine(allocations, services, vms)
-    found = _prospects(site, changes, services, vms, force=force, leaving=leaving)
-    for note in found.notes:
-        site.reporter.warn(joined((note.message, note.remedy), ". "))
-    if found.trouble:
-        raise readiness.together(found.trouble)
-    told = steps(site.farm, changes.files)
+    then: Text = ("gone on without it; told by the next: ", Call("network-apply"))
+    laggards = _Laggards(site, lenient=lenient, then=then)
+
+    def look(*names: str) -> Changes:
+        today = datetime.now(UTC).date()
+        examiner = Examiner(farm, site.identity, state, today=today, force=force, aside=aside)
+        return examiner.examine(allocations, names, vms)
+
+    try:
+        changes = look(*services)
+    except FarmhandError as error:
+        if not lenient or isinstance(error, Interrupted):
+            raise
+        services = [name for name in services if laggards.attempt(name, look, name) is not None]
+        changes = look(*services)
+    changes = _bearable(site, _given_up(site, state), changes)
+    lost: tuple[Unserved, ...] = ()
+    if lenient:
+        changes = _set_apart(site, laggards, changes, vms)
+    else:
+        found = _prospects(site, changes, services, vms, force=force)
+        for note in found.notes:
+            site.reporter.warn(joined((note.message, note.remedy), ". "))
+        if found.trouble:
+            raise readiness.together(found.trouble)
+        lost = found.lost
+    mended = {one.step.service for one in lost}
+    updates = _Updates()
+    if (keeper := _record_keeper(farm)) and keeper.NAME in services:
+        arguments = store, farm, changes, state, services, vms
+        thorough = thorough and keeper.NAME not in mended  # a zone that isn't served can't be asked yet
+        better = laggards.attempt(keeper.NAME, _updates, *arguments, thorough=thorough, force=force)
+        updates = better or updates
+    again = {*state.behind} & {*services} - mended
+    told = steps(farm, [*changes.files, *_once_more(changes, again)])
     known = {step.text for step in told}
-    told = (*readiness.mending([one for one in found.lost if one.step.text not in known]), *told)
-    keeper = _record_keeper(farm)  # a zone that it doesn't serve yet can't be asked what is in it
-    lost = {one.step.service for one in found.lost}
-    thorough = thorough and not (keeper and keeper.NAME in lost)
-    updates = _updates(store, farm, changes, state, services, vms, thorough=thorough, force=force)
+    told = (*readiness.mending([one for one in lost if one.step.text not in known]), *told)
+    few = vms is not None
     if not changes.files and not updates.ops and not told:
-        if state.basis != basis and not site.plan:
-            _record(store, state, changes, updates, few=vms is not None, basis=basis)
+        if not site.plan and (state.basis != basis or laggards.services):
+            _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
         return None
     diffs += [*map(difference, changes.files), records.difference(updates.ops)]
+    return _job(site, store, state, changes, updates, told, laggards, basis=basis, few=few)
+
+
+def _set_apart(site: Site, laggards: _Laggards, changes: Changes, vms: Sequence[str] | None) -> Changes:
+    """The changes that can be made; services with trouble lag behind."""
+    for name, error in (*changes.trouble, *_edited(changes, force=False)):
+        laggards.note(name, error)
+    files = tuple(change for change in changes.files if change.path not in changes.edited)
+    texts = {change.path: change.after for change in files}
+    concerned = _concerned(site.farm, changes, vms, set())
+    for name in dict.fromkeys(document.service for document in concerned):
+        if name not in laggards.services:
+            its = [document for document in concerned if document.service == name]
+            laggards.attempt(name, _check, site, its, texts)
+    gone = tuple(path for path in changes.gone if path not in changes.edited)
+    return replace(changes, files=files, gone=gone)
+
+
+def _check(site: Site, documents: Sequence[Document], texts: Mapping[str, str | None]) -> None:
+    for error in refusals(site.runner, site.farm, documents, texts):
+        raise error
+
+
+def _job(
+    site: Site,
+    store: StateFile,
+    state: NetworkState,
+    changes: Changes,
+    updates: _Updates,
+    every: Sequence[ApplyStep],
+    laggards: _Laggards,
+    *,
+    basis: str,
+    few: bool = False,
+    first: bool = False,
+) -> Job:
+    """``first``: records are updated before a file is written, for then the server has their zones."""
+    told = [step for step in every if step.service not in laggards.services]
+    former = _given_up(site, state)
+    last = steps(former, changes.files) if former else ()
 
     @without_collector()
     def act() -> None:
         with site.journal.begin(APPLY, (), ApplyFacts()) as entry:
             new = [d for d in changes.documents if d.path not in state.files]
             store.begin(new, updates=bool(updates.ops))
-            _carry_out(site, entry, changes.files, told, updates)
+            _carry_out(site, entry, changes.files, told, updates, laggards, first=first)
+            given_up = _Laggards(site, lenient=True, then="the farm file has it no more: gone on")
+            for step in last:
+                entry.step(step.text)
+                given_up.attempt(step.service, step.run, site.runner)
             current_step(RECORD)
-            _record(store, state, changes, updates, few=vms is not None, basis=basis)
+            _record(site, store, state, changes, updates, few=few, basis=basis, behind=laggards)
             remove(kept(site, entry.id))
 
-    return Job(tuple(_actions(changes, told, updates)), act)
+    return Job(tuple(_actions(changes, [*told, *last], updates)), act)
+
+
+def _once_more(changes: Changes, behind: Collection[str]) -> list[FileChange]:
+    """Files of services that couldn't be told of them, as if they were new to them."""
+    writing = {change.path for change in changes.files}
+    return [
+        FileChange(d.service, d.path, None, text, d.mode, zone=d.zone)
+        for d in changes.documents
+        if d.service in behind
+        and not d.initial
+        and d.path not in writing
+        and (text := live_text(d.path)) is not None
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +398,8 @@ def prospects(site: Site) -> Prospects:
     """Of network-apply, for doctor. Nothing is changed."""
     used = site.farm.services.used
     given = [member.vm for member in site.members() if member.info.virtual]
-    examiner = Examiner(
-        site.farm, StateFile.below(site.paths.root).read(), today=datetime.now(UTC).date()
-    )
+    state = StateFile.below(site.paths.root).read()
+    examiner = Examiner(site.farm, site.identity, state, today=datetime.now(UTC).date())
     changes = examiner.examine(site.allocator.peek_all(given), used)
     return _prospects(site, changes, used, None)
 
@@ -232,10 +411,9 @@ def _prospects(
     vms: Sequence[str] | None,
     *,
     force: bool = False,
-    leaving: bool = False,
 ) -> Prospects:
     """For a few VMs only services whose files change are asked, and what only an edit by hand can have
-    changed isn't looked at. ``leaving``: what services lack doesn't keep VMs that go."""
+    changed isn't looked at."""
     trouble = [*changes.trouble, *_edited(changes, force=force)]
     lost: list[Unserved] = []
     idle: list[Unserved] = []
@@ -244,9 +422,8 @@ def _prospects(
     names = {*services} if vms is None else changing
     meant = [service for service in used_services(site.farm) if service.NAME in names]
     files = (*changes.files, *changes.kept)
-    if not leaving:
-        trouble += readiness.missing(site.runner, site.farm, meant, files)
-    if not leaving and vms is None:
+    trouble += readiness.missing(site.runner, site.farm, meant, files)
+    if vms is None:
         for name, error, now in readiness.not_included(site.runner, meant, files):
             if now:
                 trouble.append((name, error))
@@ -273,19 +450,41 @@ def _prospects(
 
 
 def _edited(changes: Changes, *, force: bool) -> Iterator[tuple[str, FarmhandError]]:
-    if changes.edited and not force:
+    if force:
+        return
+    edited = [change for change in changes.files if change.path in changes.edited]
+    for name in dict.fromkeys(change.service for change in edited):
+        its = [change for change in edited if change.service == name]
         error = WrongState(
-            f"{', '.join(changes.edited)}: edited by hand since farmhand wrote it",
+            f"{', '.join(change.path for change in its)}: edited by hand since farmhand wrote it",
             remedy="carry the edit over to the farm file or a template of your own, then --force: what "
             "is farmhand's there is written anew",
-            detail="".join(difference(c) for c in changes.files if c.path in changes.edited),
+            detail="".join(map(difference, its)),
         )
-        yield "", error
+        yield name, error
 
 
 def _basis(farm: Farm) -> str:
     """A digest of all in the farm file that isn't a VM."""
-    return hashlib.sha256(plain.dumps(replace(farm, vms={}))).hexdigest()
+    return hashlib.sha256(_without_vms(farm)).hexdigest()
+
+
+def _without_vms(farm: Farm) -> bytes:
+    return plain.dumps(replace(farm, vms={}))
+
+
+def _given_up(site: Site, state: NetworkState) -> Farm | None:
+    """The farm with the services that it used, and uses no more. None: there are none, or what was known
+    of them is another farmhand's."""
+    used = site.farm.services.used
+    if all(document.service in used for document in state.files.values()):
+        return None
+    try:
+        former = plain.loads(state.applied.encode())
+    except ValueError:
+        return None
+    services = replace(former.services, **dict.fromkeys(used))
+    return replace(former, services=services).at(site.farm.path)
 
 
 def _known_apart(farm: Farm, state: NetworkState, vms: Sequence[str]) -> bool:
@@ -362,8 +561,13 @@ def _record_keeper(farm: Farm) -> RecordKeeper | None:
 def _actions(changes: Changes, told: Sequence[ApplyStep], updates: _Updates) -> list[Action]:
     actions = []
     for change in changes.files:
-        if change.after is None:
+        if change.path.endswith(ASIDE):
+            theirs = change.path.removesuffix(ASIDE)
+            text = f"take {theirs} aside" if change.after else f"put the former {theirs} back"
+        elif change.after is None:
             text = f"remove {change.path}"
+        elif not change.after:
+            text = f"leave {change.path} empty, for what includes it"
         else:
             text = f"{'write' if change.before is None else 'change'} {change.path}"
         edited = " (edited by hand)" if change.path in changes.edited else ""
@@ -398,26 +602,54 @@ def _carry_out(
     files: Sequence[FileChange],
     told: Sequence[ApplyStep],
     updates: _Updates,
+    laggards: _Laggards,
+    *,
+    first: bool,
 ) -> None:
+    """Daemons that restart come last: with the least that may fail after they were told."""
     keep(site, entry, files)
     done: list[ApplyStep] = []
     written: list[FileChange] = []
-    try:
+    updated: list[records.RecordChange] = []
+    down: set[str] = set()
+
+    def write() -> None:
         for change in files:
             entry.step(f"write {change.path}")
             written.append(change)
-            put(change)
+            laggards.attempt(change.service or change.path, put, change)
+
+    def run(step: ApplyStep) -> None:
+        if step.alive and not runs(site.runner, step.alive):
+            down.add(step.service)
+        step.run(site.runner)
+
+    def tell(*, restarts: bool) -> None:
         for step in told:
-            entry.step(step.text)
-            done.append(step)
-            step.run(site.runner)
-        if updates.server is not None:
+            if step.restarts == restarts:
+                entry.step(step.text)
+                done.append(step)
+                laggards.attempt(step.service, run, step)
+
+    def update() -> None:
+        if updates.server is not None and updates.ops:
             entry.note(replace(entry.facts, updates=tuple(updates.ops)))
-            updates.server.update(updates.ops, entry.step)
+            laggards.attempt(updates.service, updates.server.update, updates.ops, entry.step)
+            updated.extend(updates.ops)
+
+    try:
+        if first:
+            update()
+        write()
+        tell(restarts=False)
+        if not first:
+            update()
+        tell(restarts=True)
     except Interrupted:
         raise  # undone by the next command, as after a kill
     except Exception as error:
-        trouble = undo(site, written, {step.service for step in done}, current_step)
+        services = {step.service for step in done}
+        trouble = undo(site, written, services, current_step, updates=updated, down=down)
         if trouble:
             trouble.append(f"the old files are in {kept(site, entry.id)}, by the journal's numbers")
         else:
@@ -444,6 +676,7 @@ def _say_what_is_forgotten(site: Site, store: StateFile) -> None:
 
 
 def _record(
+    site: Site,
     store: StateFile,
     state: NetworkState,
     changes: Changes,
@@ -451,20 +684,29 @@ def _record(
     *,
     few: bool,
     basis: str,
+    behind: _Laggards,
 ) -> None:
-    dynamic = updates.known is not None
+    basis = "" if behind.services else basis
+    keeper = _record_keeper(site.farm)
+    in_doubt = keeper is not None and keeper.NAME in behind.services
+    dynamic = updates.known is not None and not in_doubt
     owners = records.owners(changes.view, updates.known or {})
-    if few:
+    if in_doubt:
+        names = {}
+    elif few:
         names = {(op.zone, op.name): op.new for op in updates.ops}
     else:
         names = {(z, n): r for z, found in (updates.known or {}).items() for n, r in found.items()}
     documents = map(noted, changes.documents)
+    seen = {document.service for document in changes.documents} - {*behind.services}
     store.finish(
         files=[document for document in documents if state.files.get(document.path) != document],
         gone=changes.gone,
         serials=changes.serials,
         names={at: (owners.get(at, ""), records) for at, records in names.items()},
         anew=dynamic and not few,
-        known=state.known or dynamic,
+        known=(state.known or dynamic) and not in_doubt,
         basis=basis,
+        applied=_without_vms(site.farm).decode() if basis else state.applied,
+        behind=dict.fromkeys((*behind.services, *(s for s in state.behind if s not in seen))),
     )

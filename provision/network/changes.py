@@ -5,18 +5,27 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
 
 from host.files import file_error
+from hypervisors.ownership import FarmIdentity
 from inventory.collector import without_collector
-from inventory.errors import Conflict, FarmhandError, NotOurs, WrongState
+from inventory.errors import Call, Conflict, FarmhandError, NotOurs, Text, WrongState
 from inventory.model import Farm
 from provision.allocate import Allocation
-from provision.network.document import Document, LiveFile, Ownership, embed, read, whole
+from provision.network.document import (
+    Document,
+    LiveFile,
+    Ownership,
+    embed,
+    read,
+    whole,
+    with_plain_marks,
+)
 from provision.network.file_change import FileChange
 from provision.network.render import documents_of, host_files, part_of
 from provision.network.renderer import Renderer
@@ -28,6 +37,8 @@ from provision.network.view import View
 
 _SHOWN = 200  # lines of a file's difference
 _COMPARED = 20_000  # lines of it that are compared one with the other
+ASIDE = ".before-farmhand"
+"""What the name of a file ends with that was in the way and was taken aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,8 @@ class Changes:
     ``gone``: paths of ours that should no longer be, whether they go now or went before. ``edited``:
     paths where somebody edited what is ours. ``serials``: the zones' serials after the change. ``view``:
     of all VMs, or of those that were asked about. ``kept``: files that are as they should be.
-    ``trouble``: why files can't be written, by their services."""
+    ``trouble``: why files can't be written, by their services. ``left``: in words, what can't be taken
+    away."""
 
     files: tuple[FileChange, ...]
     documents: tuple[Document, ...]
@@ -46,19 +58,29 @@ class Changes:
     view: View
     kept: tuple[FileChange, ...] = ()
     trouble: tuple[tuple[str, FarmhandError], ...] = ()
-
-    @property
-    def services(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(change.service for change in self.files))
+    left: tuple[str, ...] = ()
 
 
 class Examiner:
-    """Compares one farm's documents with the live files."""
+    """Compares one farm's documents with the live files. ``force``: files of this very farm file are
+    ours, whatever its identity was. ``aside``: an admin's file that is in the way is taken aside."""
 
-    def __init__(self, farm: Farm, state: NetworkState, *, today: date) -> None:
+    def __init__(
+        self,
+        farm: Farm,
+        identity: FarmIdentity,
+        state: NetworkState,
+        *,
+        today: date,
+        force: bool = False,
+        aside: bool = False,
+    ) -> None:
         self._farm = farm
+        self._identity = identity
         self._state = state
         self._today = today
+        self._force = force
+        self._aside = aside
         self._edited: list[str] = []
         self._serials: dict[str, int] = {}
         self._kept: list[FileChange] = []
@@ -96,7 +118,7 @@ class Examiner:
                 raise Conflict(f"{document.path} would be written twice", remedy="give one another path")
             try:
                 text, known = _read(document.path)
-                live = read(document, self._farm.farm, text)
+                live = read(document, self._identity, text)
             except FarmhandError as error:
                 self._trouble.append((document.service, error))
                 continue
@@ -104,15 +126,15 @@ class Examiner:
                 serial = self._next_serial(document, text)
                 document = document.renumbered(serial)  # noqa: PLW2901
                 self._serials[document.zone] = serial
-            change = self._tried(document, live, text, known)
-            if change is not None:
-                changes[document.path] = change
+            changes |= self._tried(document, live, text, known)
         gone = self._gone({d.path for d in documents}, names, paths)
+        taken: list[str] = []
         for document in gone:
-            text, known = _read(document.path)
-            change = self._removal(document, read(document, self._farm.farm, text), text, known)
-            if change is not None:
-                changes[document.path] = change
+            try:
+                changes |= self._removal(document)
+                taken.append(document.path)
+            except FarmhandError as error:
+                self._trouble.append((document.service, error))
         files = tuple(changes.values())
         if vms is not None:
             some = {vm: self._farm.vms[vm] for vm in vms if vm in self._farm.vms}
@@ -120,13 +142,39 @@ class Examiner:
         return Changes(
             files,
             documents,
-            tuple(document.path for document in gone),
+            tuple(taken),
             tuple(self._edited),
             dict(self._serials),
             renderer.view,
             tuple(self._kept),
             tuple(self._trouble),
         )
+
+    @without_collector()
+    def leave(self, allocations: Mapping[str, Allocation]) -> Changes:
+        """What takes all that is ours out of all services, with what was there before us put back.
+        ``allocations``: of all VMs. What is another's, or can't be read, stays."""
+        found = dict(self._state.files)
+        left: list[str] = []
+        renderer = Renderer(self._farm, allocations)
+        for service in used(self._farm):
+            try:
+                found |= {document.path: document for document in service.documents(renderer)}
+            except FarmhandError as error:  # it can't be rendered any more: what is known of it goes
+                left.append(f"{service.NAME}: {error.message}")
+        changes: dict[str, FileChange] = {}
+        for document in found.values():
+            try:
+                if document.initial and Path(document.path).exists():
+                    left.append(f"{document.path}: the server's own: records by hand may be in it")
+                else:
+                    changes |= self._removal(document)
+            except FarmhandError as error:
+                left.append(error.message)
+        files, gone = tuple(changes.values()), tuple(self._state.files)
+        nobody = Renderer(part_of(self._farm, {}), {}).view
+        edited, serials = tuple(self._edited), dict(self._serials)
+        return Changes(files, (), gone, edited, serials, nobody, left=tuple(left))
 
     def _live_serials(self, services: Sequence[Service]) -> dict[str, int]:
         """For a comparison that leaves unchanged zones alone: each zone's as its file has it."""
@@ -150,35 +198,35 @@ class Examiner:
 
     def _tried(
         self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
-    ) -> FileChange | None:
-        """The change, where there is one and it can be made."""
+    ) -> dict[str, FileChange]:
+        """The changes, where there are some and they can be made."""
         try:
-            change = self._change(document, live, text, known)
+            found = self._change(document, live, text, known)
         except FarmhandError as error:
             self._trouble.append((document.service, error))
-            return None
-        if change is None:
+            return {}
+        if not found:
             self._kept.append(_file_change(document, text, text, known))
-        return change
+        return found
 
     def _change(
         self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
-    ) -> FileChange | None:
+    ) -> dict[str, FileChange]:
         if self._same(document, live):
-            return None
+            return {}
         if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
+        if live.whose is Ownership.FARMS or (live.whose is Ownership.FORMER and not self._force):
+            raise _of_a_farm(document, live, self._farm)
+        found = {}
         if document.own == "file":
             if live.whose is Ownership.OTHERS:
-                raise NotOurs(
-                    f"{document.path} is there, and is not farmhand's: it is not touched",
-                    remedy=_make_room(document, self._farm),
-                )
-            after = whole(document, self._farm.farm)
+                found = self._taken_aside(document, text, known)
+            after = whole(document, self._identity)
         else:
-            after = embed(document, self._farm.farm, text or "")
+            after = embed(document, self._identity, text or "")
             if after == (text or ""):
-                return None
+                return {}
             if document.zone:
                 if text is None or serial_of(text) is None:
                     raise WrongState(
@@ -188,7 +236,24 @@ class Examiner:
                 serial = self._next_serial(document, text)
                 after = with_serial(after, serial)
                 self._serials[document.zone] = serial
-        return _file_change(document, text, after, known)
+        return {**found, document.path: _file_change(document, text, after, known)}
+
+    def _taken_aside(
+        self, document: Document, text: str | None, known: os.stat_result | None
+    ) -> dict[str, FileChange]:
+        """The change that keeps an admin's file beside ours. No service reads that."""
+        drop_in = _key_of(document, self._farm, lambda service: service.DROP_INS)
+        if not self._aside or drop_in:
+            raise NotOurs(
+                f"{document.path} is there, and is not farmhand's: it is not touched",
+                remedy=_make_room(document, self._farm, drop_in),
+            )
+        path = f"{document.path}{ASIDE}"
+        if Path(path).exists():
+            raise NotOurs(
+                f"{document.path} can't be taken aside: {path} is there", remedy="move that elsewhere"
+            )
+        return {path: replace(_file_change(document, None, text, known), service="", path=path, zone="")}
 
     def _gone(self, wanted: set[str], services: Sequence[str], paths: set[str]) -> list[Document]:
         """What we once wrote and what should no longer be: of these services and paths, or of services
@@ -201,25 +266,36 @@ class Examiner:
             and (path in paths or document.service in services or document.service not in used)
         ]
 
-    def _removal(
-        self, document: Document, live: LiveFile, text: str | None, known: os.stat_result | None
-    ) -> FileChange | None:
+    def _removal(self, document: Document) -> dict[str, FileChange]:
+        """Nothing where the file isn't ours. A file that was taken aside for it is put back."""
+        text, known = _read(document.path)
+        live = read(document, self._identity, text)
+        if live.whose is Ownership.FORMER:
+            raise _of_a_farm(document, live, self._farm)
         if live.whose is Ownership.EDITED:
             self._edited.append(document.path)
         elif live.whose is not Ownership.OURS:
-            return None
-        after = None
+            return {}
         if document.own == "block":
-            after = embed(document, self._farm.farm, text or "")
+            after = embed(replace(document, text=""), self._identity, text or "")
             if document.zone and serial_of(after) is not None:
                 after = with_serial(after, self._next_serial(document, text))
-        return _file_change(document, text, after, known)
+            return {document.path: _file_change(document, text, after, known)}
+        path = f"{document.path}{ASIDE}"
+        theirs, status = _read(path)
+        if theirs is None:
+            return {document.path: _file_change(document, text, None, known)}
+        kept = replace(_file_change(document, theirs, None, status), service="", path=path, zone="")
+        return {document.path: _file_change(document, text, theirs, status), path: kept}
 
 
 def difference(change: FileChange) -> str:
-    """A unified diff. Lines of an admin's around a block of ours are left out: they may hold secrets."""
-    before = (change.before or "").splitlines(keepends=True)
-    after = (change.after or "").splitlines(keepends=True)
+    """A unified diff, with plain marks. Lines of an admin's around a block of ours, and a file that is
+    taken aside or put back, are left out: they may hold secrets."""
+    if change.path.endswith(ASIDE):
+        return f"--- {change.path}\n+++ {change.path}\n"
+    before = with_plain_marks(change.before or "").splitlines(keepends=True)
+    after = with_plain_marks(change.after or "").splitlines(keepends=True)
     start, limit = 0, min(len(before), len(after))
     while start < limit and before[start] == after[start]:
         start += 1
@@ -275,11 +351,46 @@ def _file_change(
     )
 
 
-def _make_room(document: Document, farm: Farm) -> str:
-    [service] = (service for service in used(farm) if document.service == service.NAME)
-    if document.zone or document.path in (getattr(service, key) for key in service.CAN_SHARE):
+def _key_of(
+    document: Document, farm: Farm, keys: Callable[[Service], Sequence[str]] = lambda s: s.FILES
+) -> str:
+    """Which of these keys of its service has the document's path; "" if none."""
+    for service in used(farm):
+        if document.service == service.NAME:
+            found = (key for key in keys(service) if getattr(service, key) == document.path)
+            return next((f"services.{service.NAME}.{key}" for key in found), "")
+    return ""
+
+
+def _make_room(document: Document, farm: Farm, drop_in: str) -> Text:
+    if drop_in:
+        return f"give the service another path ({drop_in}), or take it away: all that is there is read"
+    aside = (Call("network-apply", take_aside=True), f" keeps it as {document.path}{ASIDE}")
+    if document.zone or _key_of(document, farm, lambda service: service.CAN_SHARE):
         return (
-            "keep it and set 'own: block', or move its content into the farm file "
-            f"(network-import) and the file aside: mv {document.path} {document.path}.before-farmhand"
+            "keep it and set 'own: block'; or move its content into the farm file (network-import): ",
+            *aside,
         )
-    return f"give the service another path, or move it aside: mv {document.path} {document.path}.old"
+    return ("give the service another path; or: ", *aside)
+
+
+def _of_a_farm(document: Document, live: LiveFile, farm: Farm) -> NotOurs:
+    """Another farm's file, which its services read."""
+    what = f"{document.path} is that of farm {live.farm}: it is not touched"
+    if live.whose is Ownership.FORMER:
+        return NotOurs(
+            what,
+            remedy=(
+                "it has this farm file and another state; if that is lost: ",
+                Call("network-apply", force=True),
+            ),
+        )
+    choices = []
+    if document.zone:
+        choices.append(f"another zone (services.{document.service}.zone), or subnet")
+    elif key := _key_of(document, farm):
+        path = Path(document.path)
+        choices.append(f"another file ({key}: {path.with_stem(f'{path.stem}-{farm.farm}')})")
+    if document.zone or _key_of(document, farm, lambda service: service.CAN_SHARE):
+        choices.append("a file of yours, with 'own: block' in both farm files, which they share")
+    return NotOurs(what, remedy=f"choose for this farm: {'; or '.join(choices) or 'another path'}")

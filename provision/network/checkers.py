@@ -49,3 +49,15 @@ def is_read(runner: Runner, inclusion: Inclusion) -> bool:
         except CommandFailed:
             return True
     return False
+
+
+def accepts(runner: Runner, inclusion: Inclusion, texts: Mapping[str, str | None]) -> bool:
+    """Whether a daemon's own configuration is right with these files. True where there is none."""
+    if not Path(inclusion.main).exists():
+        return True
+    with stage(runner, texts) as staged:
+        try:
+            staged.check(inclusion.checker.argv, shadow=inclusion.checker.shadow)
+        except CommandFailed:
+            return False
+    return True

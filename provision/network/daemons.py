@@ -30,14 +30,14 @@ def steps(farm: Farm, changes: Sequence[FileChange]) -> tuple[ApplyStep, ...]:
     for change in changes:
         found.setdefault(change.service, []).append(change)
     told = [service for service in services(farm) if service.NAME in found]
-    return tuple(
-        step
-        for service in sorted(told, key=lambda service: service.TOLD_LAST)
-        for step in service.steps(farm, found[service.NAME])
-    )
+    told.sort(key=lambda service: service.TOLD_LAST)
+    every = [step for service in told for step in service.steps(farm, found[service.NAME])]
+    return tuple(sorted(every, key=lambda step: step.restarts))
 
 
-def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> ApplyStep:
+def command(
+    service: str, argv: Sequence[str], alive: Sequence[str] = (), *, restarts: bool = False
+) -> ApplyStep:
     """A step that runs a command. ``alive``: the command that succeeds while the daemon runs."""
 
     def run(runner: Runner) -> None:
@@ -45,7 +45,12 @@ def command(service: str, argv: Sequence[str], alive: Sequence[str] = ()) -> App
         if alive:
             _stays_up(runner, service, alive)
 
-    return ApplyStep(service, f"{service}: {' '.join(argv)}", run)
+    return ApplyStep(service, f"{service}: {' '.join(argv)}", run, restarts, tuple(alive))
+
+
+def runs(runner: Runner, alive: Sequence[str]) -> bool:
+    """Whether the daemon does, by its own command for that."""
+    return runner.read(*alive, timeout=10, ok=range(256)).status == 0
 
 
 def stopped(
@@ -56,10 +61,6 @@ def stopped(
     if not runs(runner, alive):
         unit = f"as root: systemctl start {tell[-1]}" if tell[:1] == ("systemctl",) else "start it"
         yield WrongState(f"{service} doesn't run ({runner.show(alive)} says so)", remedy=unit)
-
-
-def runs(runner: Runner, alive: Sequence[str]) -> bool:
-    return runner.read(*alive, timeout=10, ok=range(256)).status == 0
 
 
 def _stays_up(runner: Runner, service: str, alive: Sequence[str]) -> None:

@@ -1,24 +1,30 @@
 """A file of a service, or a marked block in an admin's file: what it should hold, and whose it is.
 
-The mark is in the file itself, so that nothing else has to be remembered: who it belongs to, and a
-digest of what we wrote, which shows whether somebody edited it since.
+The mark is in the file itself, so that nothing else has to be remembered: the farm that it belongs to
+(``FarmIdentity.mark``), and a digest of what we wrote, which shows whether somebody edited it since.
 
-    # farmhand xivo 3f2a...: made from the farm file, edit that        a whole file's first line
-    # BEGIN farmhand xivo 3f2a...: made from the farm file, edit that  a block
+    # farmhand xivo:5d41...:root@gallifrey:/root/xivo.yaml 3f2a...: made from the farm file, edit that
+    # BEGIN farmhand xivo:5d41...:root@gallifrey:/root/xivo.yaml 3f2a...: made from the farm file, ...
     # END farmhand xivo
+
+The first is a whole file's first line, the others are around a block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import WrongState
 
 _ABOUT = "made from the farm file, edit that"
+_ANY_MARK = re.compile(
+    rf"^(.*\bfarmhand [a-z0-9-]+):[0-9a-f]{{32}}:[^\n]* [0-9a-f]{{16}}(?=: {_ABOUT})", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +52,20 @@ class Ownership(StrEnum):
     ABSENT = "absent"
     OURS = "ours"
     EDITED = "edited"  # ours, and somebody changed it since we wrote it
-    OTHERS = "others"  # a file without our mark; for a block: a file that has none of ours yet
+    FORMER = "former"  # of this very farm file, by a farm of its name with another identity
+    FARMS = "farms"  # another farm's
+    OTHERS = "others"  # a file without a mark; for a block: a file that has none of ours yet
 
 
 @dataclass(frozen=True, slots=True)
 class LiveFile:
-    """A live file as it was found. ``text``: all of it; ``body``: our part, without the mark."""
+    """A live file as it was found. ``text``: all of it; ``body``: our part, without the mark. ``farm``:
+    whose mark is on it."""
 
     whose: Ownership
     text: str = ""
     body: str = ""
+    farm: FarmIdentity | None = None
 
 
 def digest(text: str) -> str:
@@ -64,67 +74,112 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def whole(document: Document, farm: str) -> str:
+def whole(document: Document, farm: FarmIdentity) -> str:
     """The file's whole text, for a document that is a file."""
-    begin, end = document.comment
-    return f"{begin}farmhand {farm} {digest(document.text)}: {_ABOUT}{end}\n{document.text}"
+    return f"{_mark(document, '', farm, document.text)}{document.text}"
 
 
-def read(document: Document, farm: str, text: str | None) -> LiveFile:
+def read(document: Document, farm: FarmIdentity, text: str | None) -> LiveFile:
     """What the live file is to us; text None: there is no file. WrongState if its marks are in
     disorder."""
     if text is None or (document.own == "file" and not text.strip()):
         return LiveFile(Ownership.ABSENT)  # an empty one was put there to be filled, as for an include
     if document.own == "file":
         first, _, rest = text.partition("\n")
-        match = _mark(document, farm, "").fullmatch(first)
+        match = _marks(document, "").fullmatch(first)
         if not match:
             return LiveFile(Ownership.OTHERS, text)
-        return LiveFile(Ownership.OURS if match[1] == digest(rest) else Ownership.EDITED, text, rest)
+        return _found(FarmIdentity.of(match["farm"]), farm, match["digest"], text, rest)
     found = _find(document, farm, text)
     if found is None:
         return LiveFile(Ownership.OTHERS, text)
-    start, stop, written = found
-    body = text[text.index("\n", start) + 1 : text.rindex("\n", start, stop - 1) + 1]
-    return LiveFile(Ownership.OURS if written == digest(body) else Ownership.EDITED, text, body)
+    body = text[text.index("\n", found.start) + 1 : text.rindex("\n", found.start, found.stop - 1) + 1]
+    return _found(found.farm, farm, found.digest, text, body)
 
 
-def embed(document: Document, farm: str, text: str) -> str:
+def _found(whose: FarmIdentity, farm: FarmIdentity, written: str, text: str, body: str) -> LiveFile:
+    if whose == farm:
+        kind = Ownership.OURS if written == digest(body) else Ownership.EDITED
+    elif whose.name == farm.name and whose.file == farm.file:
+        kind = Ownership.FORMER
+    else:
+        kind = Ownership.FARMS
+    return LiveFile(kind, text, body, whose)
+
+
+def embed(document: Document, farm: FarmIdentity, text: str) -> str:
     """The admin's file with our block in it: at its old place, else at the end; an empty block is left
     out."""
     begin, end = document.comment
     block = ""
     if document.text:
-        block = (
-            f"{begin}BEGIN farmhand {farm} {digest(document.text)}: {_ABOUT}{end}\n"
-            f"{document.text}{begin}END farmhand {farm}{end}\n"
-        )
+        head = _mark(document, "BEGIN ", farm, document.text)
+        block = f"{head}{document.text}{begin}END farmhand {farm.name}{end}\n"
     found = _find(document, farm, text)
     if found is not None:
-        return text[: found[0]] + block + text[found[1] :]
+        return text[: found.start] + block + text[found.stop :]
     if not block:
         return text
     return text + ("" if not text or text.endswith("\n") else "\n") + block
 
 
-def _mark(document: Document, farm: str, word: str) -> re.Pattern[str]:
-    begin, end = map(re.escape, document.comment)
-    return re.compile(rf"{begin}{word}farmhand {re.escape(farm)} ([0-9a-f]{{16}}): .*{end}\r?")
+def with_plain_marks(text: str) -> str:
+    """As it is shown: marks without what makes out whose they are, and what is below them."""
+    return _ANY_MARK.sub(r"\1", text)
 
 
-def _find(document: Document, farm: str, text: str) -> tuple[int, int, str] | None:
-    """Where our block begins and ends in the text, and the digest in its mark."""
+def _mark(document: Document, word: str, farm: FarmIdentity, text: str) -> str:
+    begin, end = document.comment
+    whose = farm.mark.replace("--", "-%2D")  # two of them end a comment of XML
+    return f"{begin}{word}farmhand {whose} {digest(text)}: {_ABOUT}{end}\n"
+
+
+def _marks(document: Document, word: str) -> re.Pattern[str]:
     begin, end = map(re.escape, document.comment)
-    name = re.escape(farm)
-    begins = list(re.finditer(rf"^{begin}BEGIN farmhand {name} (.*)$", text, re.MULTILINE))
+    return re.compile(
+        rf"^{begin}{word}farmhand (?P<farm>[^\n]+) (?P<digest>[0-9a-f]{{16}}): [^\n]*{end}\r?$", re.M
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block in a text: where it begins and ends, whose it is, and the digest in its mark."""
+
+    start: int
+    stop: int
+    farm: FarmIdentity
+    digest: str
+
+
+def _find(document: Document, farm: FarmIdentity, text: str) -> _Block | None:
+    """Our block. One of this very farm file under another identity is taken for ours, where there is no
+    other: it is put in its place."""
+    blocks = list(_blocks(document, farm, text))
+    ours = [block for block in blocks if block.farm == farm]
+    former = [block for block in blocks if block.farm.file == farm.file and block.farm != farm]
+    if len(ours) > 1 or len(former) > 1:
+        raise _disorder(document, farm, len(blocks), len(blocks))
+    return next(iter((*ours, *former)), None)
+
+
+def _blocks(document: Document, farm: FarmIdentity, text: str) -> Iterator[_Block]:
+    """Those of farms of our name."""
+    begin, end = map(re.escape, document.comment)
+    name = re.escape(farm.name)
+    begins = list(re.finditer(rf"^{begin}BEGIN farmhand {name}[: ].*$", text, re.MULTILINE))
     ends = list(re.finditer(rf"^{begin}END farmhand {name}{end}\r?$\n?", text, re.MULTILINE))
-    if not begins and not ends:
-        return None
-    if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
-        raise WrongState(
-            f"{document.path}: the marks of farmhand's block are in disorder: {len(begins)} BEGIN, "
-            f"{len(ends)} END",
-            remedy=f"make it one pair, or remove all of them with what is between; then again ({farm})",
-        )
-    match = re.match(r"([0-9a-f]{16}): ", begins[0][1])
-    return begins[0].start(), ends[0].end(), match[1] if match else ""
+    places = [place for pair in zip(begins, ends, strict=False) for place in pair]
+    starts = [place.start() for place in places]
+    if len(begins) != len(ends) or starts != sorted(starts):
+        raise _disorder(document, farm, len(begins), len(ends))
+    for first, last in zip(begins, ends, strict=True):
+        match = _marks(document, "BEGIN ").fullmatch(first[0])
+        whose, written = (match["farm"], match["digest"]) if match else (farm.mark, "")
+        yield _Block(first.start(), last.end(), FarmIdentity.of(whose), written)
+
+
+def _disorder(document: Document, farm: FarmIdentity, begins: int, ends: int) -> WrongState:
+    return WrongState(
+        f"{document.path}: the marks of farmhand's block are in disorder: {begins} BEGIN, {ends} END",
+        remedy=f"make it one pair, or remove all of them with what is between; then again ({farm.name})",
+    )

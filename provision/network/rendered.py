@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.files import make_directory, write_atomic
+from hypervisors.ownership import FarmIdentity
 from inventory.collector import without_collector
 from inventory.errors import NotFound, UsageError, did_you_mean
 from provision.network.document import Document, embed, whole
@@ -45,10 +46,10 @@ def rendered(site: Site, services: Sequence[str] = ()) -> tuple[Rendered, ...]:
     have serial number 1 here: network-apply counts on from the live one."""
     names = chosen(site, services)
     documents = render(site.farm, site.allocator.peek_all(site.farm.vms), services=names)
-    return tuple(Rendered(document, full_text(document, site.farm.farm)) for document in documents)
+    return tuple(Rendered(document, full_text(document, site.identity)) for document in documents)
 
 
-def full_text(document: Document, farm: str) -> str:
+def full_text(document: Document, farm: FarmIdentity) -> str:
     return whole(document, farm) if document.own == "file" else embed(document, farm, "")
 
 

@@ -10,12 +10,12 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.files import file_error, make_directory, remove, sweep, sync, write_atomic
-from inventory.errors import FarmhandError, WrongState
+from inventory.errors import FarmhandError, Interrupted, WrongState
 from provision.engine.facts import Facts
 from provision.engine.journal import Entry
 from provision.engine.operation import Activity, Recovery
@@ -31,17 +31,28 @@ RECORD = "record what was written"
 
 
 def undo(
-    site: Site, files: Sequence[FileChange], services: set[str], say: Callable[[str], None]
+    site: Site,
+    files: Sequence[FileChange],
+    services: Collection[str],
+    say: Callable[[str], None],
+    *,
+    updates: Sequence[RecordChange] = (),
+    down: Collection[str] = (),
 ) -> list[str]:
-    """Put the old files back, the last one first, and tell these services. Returns, in words, what went
-    wrong. A file that somebody else has written since is left alone."""
+    """Put the old files back, the last one first, tell these services, and take the updates of records
+    back. Returns, in words, what went wrong. A file that somebody else has written since is left alone.
+    ``down``: services that didn't run before."""
     trouble: list[str] = []
     inverse = []
-    told = {service.NAME: service for service in used_services(site.farm) if service.NAME in services}
+    told = {
+        service.NAME: service
+        for service in used_services(site.farm)
+        if service.NAME in services or service.READS_BY_ITSELF
+    }
     for change in reversed(files):
         back = change.inverse()
         try:
-            if _text(change.path) not in (change.after, change.before):
+            if live_text(change.path) not in (change.after, change.before):
                 trouble.append(f"{change.path} was changed by somebody else meanwhile: left as it is")
                 continue
             if change.service in told:
@@ -52,12 +63,29 @@ def undo(
         except FarmhandError as error:
             trouble.append(f"{change.path} could not be put back: {error.message}")
     for step in steps(site.farm, inverse):
-        if step.service in services:
+        if step.service in told:
             try:
                 say(f"again {step.text}")
                 step.run(site.runner)
+            except Interrupted:
+                raise
             except FarmhandError as error:
-                trouble.append(f"{step.service} could not be told about its old files: {error.message}")
+                if step.service not in down:
+                    trouble.append(
+                        f"{step.service} could not be told about its old files: {error.message}"
+                    )
+            else:
+                if step.service in down:
+                    trouble.append(f"{step.service} didn't run before, and runs now with its old files")
+    for service in used_services(site.farm) if updates else ():
+        try:
+            if keeper := service.live_records:
+                say(f"take back the updates of {service.NAME}'s records")
+                keeper.record_server(site.farm).revert(updates)
+        except Interrupted:
+            raise
+        except FarmhandError as error:
+            trouble.append(f"{service.NAME}'s records could not be put back: {error.message}")
     return trouble
 
 
@@ -105,7 +133,8 @@ def _same_attributes(old: Path, new: Path) -> None:
             os.setxattr(new, name, os.getxattr(old, name))
 
 
-def _text(path: str) -> str | None:
+def live_text(path: str) -> str | None:
+    """A live file's text; None: there is none."""
     try:
         return Path(path).read_bytes().decode(errors="surrogateescape")
     except FileNotFoundError:
@@ -176,12 +205,9 @@ class _ApplyActivity(Activity[ApplyFacts]):
             return Recovery("it was complete; noted", lambda _: forget(site, record.id, files))
 
         def run(entry: Entry[ApplyFacts]) -> None:
-            trouble = undo(site, written, {change.service for change in written}, entry.step)
-            for text in trouble:
+            told = {c.service for c in written if any(t.startswith(f"{c.service}: ") for t in begun)}
+            for text in undo(site, written, told, entry.step, updates=facts.updates):
                 site.reporter.warn(text)
-            for service in used_services(site.farm) if facts.updates else ():
-                if keeper := service.live_records:
-                    keeper.record_server(site.farm).revert(facts.updates)
             forget(site, record.id, files)
 
         if not written and not facts.updates:
@@ -194,8 +220,8 @@ APPLY = _ApplyActivity()
 
 def _remembered(site: Site, operation: int, number: int, file: KeptFile) -> FileChange:
     """As it was, but for ``after``: what is live, if that is what was to be written."""
-    before = _text(str(kept(site, operation) / str(number))) if file.before else None
-    live = _text(file.path)
+    before = live_text(str(kept(site, operation) / str(number))) if file.before else None
+    live = live_text(file.path)
     ours = file.after is not None and live is not None and _sum(live) == file.after
     after = live if ours or file.after is None else before
     return FileChange(file.service, file.path, before, after, file.mode, file.uid, file.gid, file.zone)

@@ -52,11 +52,15 @@ class Inclusion:
 @dataclass(frozen=True, slots=True)
 class ApplyStep:
     """Something a daemon is told. ``run`` raises if it refuses or dies. ``text``: what is done, for
-    plan, journal and screen."""
+    plan, journal and screen; it begins with the service's name. ``restarts``: the daemon ends and begins
+    again, so it may stay dead: such a step comes last."""
 
     service: str
     text: str
     run: Callable[[Runner], None]
+    restarts: bool = False
+    alive: tuple[str, ...] = ()
+    """The command that succeeds while the daemon runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +130,12 @@ class Service(ServiceSection, ABC):
     """Keys of files that may be the admin's, with a block of ours in each (`own: block`)."""
     ANSWERS_DHCP: ClassVar[bool] = False
     """It answers on the network's bridge."""
+    DROP_INS: ClassVar[tuple[str, ...]] = ()
+    """Keys of files in directories that its daemon reads wholly: nothing can be kept beside them."""
+    READS_BY_ITSELF: ClassVar[bool] = False
+    """It takes a file as soon as that is written, before it is told."""
     TOLD_LAST: ClassVar[bool] = False
-    """What it was told can't be taken back wholly: nothing may fail after it."""
+    """What it was told can't be taken back wholly: as little as can be may fail after it."""
 
     @abstractmethod
     def documents(self, r: Renderer) -> Iterator[Document]:

@@ -35,19 +35,22 @@ _FILE = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)"
 _SERIAL = "INSERT OR REPLACE INTO serials VALUES (?, ?)"
 _RECORD = "INSERT INTO records VALUES (?, ?, ?, ?)"
 _FACT = "INSERT OR REPLACE INTO facts VALUES (?, ?)"
-_KNOWN, _BASIS = "records", "basis"
+_KNOWN, _BASIS, _BEHIND, _APPLIED = "records", "basis", "behind", "applied"
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
     """``files``: documents as they are ``noted``, by path. ``known``: whether it is certain what dynamic
     zones have of ours. ``basis``: a digest of all that isn't a VM in the farm file that was applied as a
-    whole; "" if there is none, or an apply has begun since."""
+    whole; "" if there is none, or an apply has begun since. ``behind``: services that could not be told
+    when others were. ``applied``: that farm file itself, without VMs, as ``inventory.plain`` has it."""
 
     files: Mapping[str, Document] = field(default_factory=dict)
     serials: Mapping[str, int] = field(default_factory=dict)
     known: bool = False
     basis: str = ""
+    behind: tuple[str, ...] = ()
+    applied: str = ""
 
 
 def noted(document: Document) -> Document:
@@ -76,7 +79,9 @@ class StateFile:
             rows = db.execute("SELECT zone, serial FROM serials")
             serials = {zone: _serial(serial) for zone, serial in rows}
             facts = dict(db.execute("SELECT name, value FROM facts"))
-        return NetworkState(files, serials, facts.get(_KNOWN) == "known", facts.get(_BASIS, ""))
+        behind = tuple(facts.get(_BEHIND, "").split())
+        known, basis = facts.get(_KNOWN) == "known", facts.get(_BASIS, "")
+        return NetworkState(files, serials, known, basis, behind, facts.get(_APPLIED, ""))
 
     def records(self) -> Zones:
         """All records that were applied last."""
@@ -117,6 +122,8 @@ class StateFile:
         anew: bool,
         known: bool,
         basis: str,
+        behind: Iterable[str],
+        applied: str,
     ) -> None:
         """Note what was applied: files that differ from what is noted, paths that are no longer ours,
         serials, and the VM and records of zones and names (empty records: none). ``anew``: these names
@@ -134,6 +141,8 @@ class StateFile:
             db.executemany(_RECORD, rows)
             db.execute(_FACT, (_KNOWN, "known" if known else "unknown"))
             db.execute(_FACT, (_BASIS, basis))
+            db.execute(_FACT, (_BEHIND, " ".join(behind)))
+            db.execute(_FACT, (_APPLIED, applied))
 
     def _open(self, *, write: bool) -> contextlib.AbstractContextManager[sqlite3.Connection | None]:
         """A transaction, durable when it is left. None: for reading, and there is no file."""

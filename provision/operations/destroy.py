@@ -76,9 +76,9 @@ class DestroyResult:
 @dataclass(frozen=True, slots=True)
 class Destroy(Operation[DestroyResult]):
     """Remove VMs: machine, disk and checkpoints, seed, host key, console log, and what they were given.
-    With no VM named, remove the whole farm: then its templates, its private daemon and its state
-    directory, too. Build records stay (the result says where) unless ``purge``. What is gone already is
-    no error.
+    With no VM named, remove the whole farm: then its templates, its private daemon, its state
+    directory, and all that is its in network services, too. A service that fails keeps nothing. Build
+    records stay (the result says where) unless ``purge``. What is gone already is no error.
 
     VMs that are no longer in the farm file can be named as long as their machines exist.
 
@@ -130,10 +130,10 @@ def _destroyed(vm: str) -> Action:
 
 
 def _of_network(run: Run, diffs: list[str], *, gone: Sequence[str] | None) -> list[Job]:
-    if not run.site.farm.services.used:
-        return []
-    from provision.network.apply import in_step
+    from provision.network.apply import has_services, in_step
 
+    if not run.site.farm.services.used and not has_services(run.site):
+        return []
     return [in_step(run, diffs, gone=gone)]
 
 

@@ -223,6 +223,9 @@ class Daemons:
             process.kill()
             process.wait()
         wait_for(lambda: all(map(_ended, others)))
+        self._processes.clear()
+        for pidfile in self._pidfiles:
+            pidfile.unlink(missing_ok=True)  # of nobody, or by then somebody else's
 
 
 def _ended(pid: int) -> bool:

@@ -118,6 +118,7 @@ def _whole(yard: Yard) -> float:
     from provision.network.changes import Examiner, difference
     from provision.network.rollback import put
     from provision.network.state import NetworkState
+    from tests.identities import KATA
 
     file = yard.directory / "farm.yaml"
     file.write_text(yard.text())
@@ -126,7 +127,7 @@ def _whole(yard: Yard) -> float:
         started = time.perf_counter()
         farm = load(file)
         allocator = Allocator(farm, yard.directory / "farm.lock", yard.directory / "claims.db")
-        examiner = Examiner(farm, NetworkState(), today=datetime.now(UTC).date())
+        examiner = Examiner(farm, KATA, NetworkState(), today=datetime.now(UTC).date())
         changes = examiner.examine(allocator.peek_all(farm.vms), farm.services.used)
         diff = "".join(map(difference, changes.files))
         times.append(time.perf_counter() - started)

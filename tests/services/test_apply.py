@@ -50,7 +50,7 @@ def test_an_admins_lines_owner_and_mode_stay(yard: Yard) -> None:
     path.chmod(0o640)
     os.chown(path, 65534, 65534)
     yard.apply()
-    assert path.read_bytes().startswith(theirs + b"\n# BEGIN farmhand try-it ")
+    assert path.read_bytes().startswith(theirs + b"\n# BEGIN farmhand try-it:")
     assert (path.stat().st_mode & 0o777, path.stat().st_uid) == (0o640, 65534)
     yard.vms["more"] = {}
     path.write_bytes(path.read_bytes() + b"# below\n")

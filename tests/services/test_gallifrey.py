@@ -141,7 +141,7 @@ def test_what_the_article_did_by_hand(told: Path) -> None:
     assert "10.10.60.6 gallifrey-dev.xivo.vm.farm gallifrey-dev\n" in (told / "hosts").read_text()
     rules = (told / "rules").read_text()
     assert "DNAT\tnet\tloc:$VM_GALLIFREY_DEV:22\ttcp\t22006\t-\t192.0.2.7\n" in rules
-    assert rules.startswith("?SECTION NEW\nSSH(ACCEPT) net fw\n# BEGIN farmhand xivo ")
+    assert rules.startswith("?SECTION NEW\nSSH(ACCEPT) net fw\n# BEGIN farmhand xivo:")
     assert "VM_GALLIFREY_DEV=10.10.60.6\n" in (told / "params").read_text()
 
 

@@ -112,10 +112,12 @@ def apply(found: Imported, tmp_path: Path) -> None:
     from provision.allocate import Allocator
     from provision.network.changes import Examiner
     from provision.network.state import NetworkState
+    from tests.identities import KATA
 
     farm = loads(found.text.encode(), tmp_path / "farm.yaml")
     given = Allocator(farm, tmp_path / "l", tmp_path / "c").peek_all(farm.vms)
-    changes = Examiner(farm, NetworkState(), today=date(2026, 11, 21)).examine(given, ("bind", "dhcpd"))
+    examiner = Examiner(farm, KATA, NetworkState(), today=date(2026, 11, 21))
+    changes = examiner.examine(given, ("bind", "dhcpd"))
     assert len(changes.files) == 2
     for change in changes.files:
         assert change.after is not None

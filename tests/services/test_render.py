@@ -49,7 +49,7 @@ def test_as_a_block_in_an_admins_file(yard: Yard, service: str) -> None:
     yard.services[service]["own"] = "block"
     yard.check(service)
     yard.write(service)
-    assert path.read_text().startswith(keep.rstrip() + "\n# BEGIN farmhand try-it ")
+    assert path.read_text().startswith(keep.rstrip() + "\n# BEGIN farmhand try-it:")
 
 
 def test_a_libvirt_network(yard: Yard) -> None:
@@ -157,7 +157,7 @@ def test_hosts_block(yard: Yard) -> None:
     document = yard.documents("hosts")["hosts"]
     from provision.network.document import embed
 
-    text = embed(document, "try-it", path.read_bytes().decode(errors="surrogateescape"))
+    text = embed(document, yard.identity, path.read_bytes().decode(errors="surrogateescape"))
     assert text.encode(errors="surrogateescape").startswith(b"127.0.0.1 localhost # caf\xe9\n# BEGIN")
     assert "10.77.0.6 dev2.try.example git.try.example dev2 git\n" in text
 

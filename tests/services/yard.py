@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from host.run import Runner
+from hypervisors.ownership import FarmIdentity
 from inventory.loader import loads
 from inventory.model import Farm
 from provision import farm
@@ -117,8 +118,8 @@ class Yard:
         if document.own == "block" and path.exists():
             from provision.network.document import embed
 
-            return embed(document, "try-it", path.read_text())
-        return full_text(document, "try-it")
+            return embed(document, self.identity, path.read_text())
+        return full_text(document, self.identity)
 
     def write(self, *services: str) -> dict[str, Path]:
         """The documents at their places, by what they are called below the directory."""
@@ -136,9 +137,18 @@ class Yard:
         with open_site(self.directory / "farm.yaml", reporter=QuietReporter(), plan=plan) as site:
             yield site
 
-    def apply(self, *services: str, force: bool = False) -> Outcome[ApplyResult]:
+    @property
+    def identity(self) -> FarmIdentity:
+        """The farm's, kept with its state."""
         with self.site() as site:
-            return farm.network_apply(site, services, force=force)
+            site.prepare()
+            return site.identity
+
+    def apply(
+        self, *services: str, force: bool = False, take_aside: bool = False
+    ) -> Outcome[ApplyResult]:
+        with self.site() as site:
+            return farm.network_apply(site, services, force=force, take_aside=take_aside)
 
     def plan(self, *services: str, force: bool = False) -> Outcome[ApplyResult]:
         with self.site(plan=True) as site:

@@ -69,17 +69,21 @@ class Dhcpd(Service):
 
     def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
         if not runs(runner, self.alive):
-            yield Unserved("dhcpd doesn't run", command(self.NAME, self.reload, self.alive))
+            yield Unserved(
+                "dhcpd doesn't run", command(self.NAME, self.reload, self.alive, restarts=True)
+            )
 
     def unserved(self, _farm: Farm, files: Sequence[FileChange], runner: Runner) -> Iterator[Unserved]:
         found = [one for one in holders(runner, "udp", 67) or () if one.program == "dhcpd"]
         for change in files:
             if older(found, change.path):
                 text = f"dhcpd runs since before {change.path} was written"
-                yield Unserved(text, command(self.NAME, self.reload, self.alive))
+                yield Unserved(text, command(self.NAME, self.reload, self.alive, restarts=True))
 
-    def steps(self, _farm: Farm, _changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        yield command(self.NAME, self.reload, self.alive)
+    def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
+        """Without its file it ends."""
+        stays = any(change.after for change in changes)
+        yield command(self.NAME, self.reload, self.alive if stays else (), restarts=True)
 
     def not_live(self) -> Iterator[str]:
         yield "it reads its file at start only: each change restarts it, in about a second"

@@ -39,6 +39,8 @@ class Dnsmasq(Service):
     NEEDS_SUBNET: ClassVar = True
     TOOLS: ClassVar = {"dnsmasq": "dnsmasq-base", "dhcp_release": "dnsmasq-utils"}
     ANSWERS_DHCP: ClassVar = True
+    DROP_INS: ClassVar = ("config",)
+    READS_BY_ITSELF: ClassVar = True
 
     config: ConfigPath = "/etc/dnsmasq.d/farmhand.conf"
     """Its configuration."""
@@ -112,11 +114,13 @@ class Dnsmasq(Service):
 
     def stopped(self, _farm: Farm, runner: Runner) -> Iterator[Unserved]:
         if not runs(runner, self.alive):
-            yield Unserved("dnsmasq doesn't run", command(self.NAME, self.restart, self.alive))
+            yield Unserved(
+                "dnsmasq doesn't run", command(self.NAME, self.restart, self.alive, restarts=True)
+            )
 
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         if any(change.path == self.config for change in changes):
-            yield command(self.NAME, self.restart, self.alive)
+            yield command(self.NAME, self.restart, self.alive, restarts=True)
             return
         gone = [line for c in changes for line in sorted(lines(c.before) - lines(c.after))]
         if not gone:

@@ -10,7 +10,8 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, ClassVar
 
 from host.processes import runs_here
-from provision.network.daemons import command, in_turn, stopped
+from inventory.errors import DriverFailed
+from provision.network.daemons import command, in_turn, runs, stopped
 from provision.network.document import Document
 from provision.network.listeners import taken, unread, wait_until_read
 from provision.network.service import ApplyStep, Checker, Question, Service, Unserved
@@ -106,7 +107,17 @@ class Haproxy(Service):
             yield Unserved(why, self._reload(files))
 
     def steps(self, _farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
-        yield self._reload(changes)
+        told = self._reload(changes)
+        if any(change.path == self.config and not change.after for change in changes):
+            told = replace(told, run=self._ends)
+        yield told
+
+    def _ends(self, runner: Runner) -> None:
+        """Without a configuration it can't be told anything: it goes on with what it had."""
+        if runs(runner, self.alive):
+            raise DriverFailed(
+                f"{self.config} is gone, and it runs on with what it had", remedy="stop it"
+            )
 
     def _reload(self, files: Sequence[FileChange]) -> ApplyStep:
         """It goes on with its old configuration where it can't take the new one, and says nothing."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from host.documents import Malformed, damaged, json_object, json_value
 from inventory.errors import DriverFailed, FarmhandError, TimedOut
 from provision.network.daemons import SETTLE, lines
+from provision.network.daemons import command as told
 from provision.network.document import Document
 from provision.network.listeners import taken
 from provision.network.service import ApplyStep, Checker, Service, Unserved
@@ -173,7 +174,10 @@ class Kea(Service):
         for kind, config, socket_path, restart in self._servers():
             hosts = self._hosts(farm, kind)
             its = [c for c in changes if c.path == config or c.path.startswith(hosts)]
-            if not its or any(change.path == config and change.after is None for change in its):
+            if not its:
+                continue
+            if any(change.path == config and not change.after for change in its):
+                yield told(self.NAME, restart, restarts=True)
                 continue
             sets[f"Dhcp{kind}"] = partial(_set, socket_path, restart, config)
             before = {line for change in its for line in lines(change.before)}

@@ -86,7 +86,7 @@ class LibvirtNetwork(Service):
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         name = farm.network.network or ""
         for change in changes:
-            if change.after is None:
+            if not change.after:
                 text, run = f"libvirt: remove the network {name}", partial(_drop, self.uri, name)
                 yield ApplyStep(self.NAME, text, run)
             else:

@@ -88,7 +88,7 @@ class Nftables(Service):
     def steps(self, farm: Farm, changes: Sequence[FileChange]) -> Iterator[ApplyStep]:
         for change in changes:
             live = self._live(farm, change)
-            if change.after is None:
+            if not change.after:
                 yield _step("take the table away", live.remove)
                 continue
             moves = _element_changes(change.before, change.after, live.table)
@@ -152,7 +152,14 @@ class _Live:
         runner.change(*self.nft, "-f", path, timeout=120)
 
     def remove(self, runner: Runner) -> None:
-        self.check(runner)
+        """Where others use the table, what is of the map goes, and leads nowhere any more."""
+        try:
+            self.check(runner)
+        except NotOurs:
+            for element in sorted(self.elements):
+                script = f"delete element ip {self.table} ssh {{ {element} }}\n"
+                runner.change(*self.nft, "-f", "-", input=script.encode(), ok=range(256))
+            raise
         script = f"table ip {self.table}\ndelete table ip {self.table}\n"
         runner.change(*self.nft, "-f", "-", input=script.encode(), timeout=120)
 

@@ -53,6 +53,7 @@ class Nginx(Service):
     NAME: ClassVar = "nginx"
     TOOLS: ClassVar = {"nginx": "nginx-light"}
     STRINGS: ClassVar = {"nginx": _string}
+    DROP_INS: ClassVar = ("config",)
 
     config: ConfigPath = "/etc/nginx/sites-enabled/farmhand"
     """The file, one that nginx.conf includes within http."""

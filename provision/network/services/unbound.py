@@ -40,6 +40,7 @@ class Unbound(Service):
 
     NAME: ClassVar = "unbound"
     TOOLS: ClassVar = {"unbound-checkconf": "unbound", "unbound-control": "unbound"}
+    DROP_INS: ClassVar = ("config",)
 
     config: ConfigPath = "/etc/unbound/unbound.conf.d/farmhand.conf"
     """The file, one that unbound.conf includes with `include-toplevel`."""
