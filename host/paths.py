@@ -99,7 +99,7 @@ class FarmPaths:
 
     @property
     def keys(self) -> Path:
-        """The farm's own ssh key pair, and hostkeys/VM, VM.pub."""
+        """The farm's own ssh key pair, and hostkeys/VM, VM.pub; or VM.learnt."""
         return self.root / "keys"
 
     @property

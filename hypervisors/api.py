@@ -94,7 +94,7 @@ class Template:
     sha256: str  # of the sealed image file's bytes
     created: datetime
     origin: str  # the recipe and its hash, or the imported file
-    firstboot: str  # who makes a clone unique at first boot: "farmhand" or "cloud-init"
+    firstboot: str  # who makes a clone unique at first boot: "farmhand", "cloud-init" or "none"
 
     @property
     def label(self) -> str:

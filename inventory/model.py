@@ -170,7 +170,7 @@ class TemplateSource(Model):
     """Debian packages beside the recipe's own."""
     firstboot: Literal["farmhand", "cloud-init", "none"] | None = None
     """Who makes a clone unique at its first boot. Absent: farmhand's own for built ones, cloud-init
-    for imported ones."""
+    for imported ones. `none`: nobody; what is the image's own then is in docs/logins.md."""
     boot: Boot | None = None
     """What its VMs boot; absent: what is on their disk. Not for xenapi hosts."""
     firmware: Literal["bios", "efi"] = "bios"
@@ -189,6 +189,11 @@ class TemplateSource(Model):
             raise at_key("import", "a template has either 'build' or 'import', not both", "build")
         if self.image is not None and self.packages:
             raise at_key("packages", "'packages' is for templates that are built", "import", "build")
+
+    @property
+    def first_boot(self) -> Literal["farmhand", "cloud-init", "none"]:
+        """Who makes a clone unique at its first boot."""
+        return self.firstboot or ("farmhand" if self.build else "cloud-init")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +278,8 @@ class Ssh(Model):
     user: Name = "root"
     """The login on the VMs."""
     key: FilePath | None = None
-    """Private key; absent: farmhand makes the farm one of its own."""
+    """Private key; absent: farmhand makes the farm one of its own. A template with `firstboot: none`
+    needs it: a key that its image lets in."""
     authorized_keys: Keys = ()
     """Public keys that may log in, or files that hold them (relative to the farm file): for the
     login above."""

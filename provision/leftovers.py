@@ -21,7 +21,7 @@ from provision.site import Site
 
 _SEED = re.compile(r"\.?([a-z0-9-]+)\.(?:iso|sum)(?:\.\d+)*(?:\.iso)?")
 _CONSOLE = re.compile(r"\.?([a-z0-9-]+)\.log(?:\.\d+)*")
-_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known))?(?:\.\d+)*")
+_HOST_KEY = re.compile(r"\.?([a-z0-9-]+)(?:\.(?:pub|known|learnt))?(?:\.\d+)*")
 _YOUNG = timedelta(minutes=10)
 """A temporary file beside a living VM's own may be somebody's at work: left alone for so long."""
 

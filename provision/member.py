@@ -164,7 +164,7 @@ class Member:
             ),
             address=given.address,
             ssh_port=given.ssh_port,
-            seed=identity.seed_file(site.paths, self.machine),
+            seed=None if self.keeps_own_key else identity.seed_file(site.paths, self.machine),
             console_log=identity.console_log(site.paths, self.machine),
             kernel=Path(boot.kernel) if boot else None,
             initrd=Path(boot.initrd) if boot and boot.initrd else None,
@@ -173,6 +173,12 @@ class Member:
         )
         far = site.far(self.host)
         return far.at_home(spec) if far else spec
+
+    @property
+    def keeps_own_key(self) -> bool:
+        """Whether it was cloned as one that nobody tells anything at its first boot: it has no seed, and
+        its image's host key."""
+        return self.info.virtual and identity.keeps_own_key(self.site.paths, self.vm)
 
     # How it is reached
 
@@ -207,8 +213,10 @@ class Member:
         host, port = self.address()
         if not runs:
             self.check_port(port)
-        key = identity.host_key(self.site.paths, self.vm) if self.info.virtual else ""
-        if self.info.virtual and not key:
+        own = self.keeps_own_key
+        given = self.info.virtual and not own
+        key = identity.host_key(self.site.paths, self.vm) if given else ""
+        if given and not key:
             file = identity.host_key_file(self.site.paths, self.vm)
             raise NotFound(
                 f"there is no host key {file}: it can't be told from others that answer in its place",
@@ -225,6 +233,8 @@ class Member:
             user=self.site.farm.ssh.user,
             key=identity.controller_key(self.site.farm, self.site.paths),
             host_key=key,
+            known_hosts=identity.learnt_hosts(self.site.paths, self.vm) if own else None,
+            alias=self.machine if own else "",
             pinned=None if key else partial(self.site.reporter.warn, vm=self.vm),
         )
 
@@ -246,7 +256,7 @@ class Member:
 
     def ssh_argv(self, endpoint: Endpoint, command: str = "") -> tuple[str, ...]:
         """The OpenSSH command line that logs in, or runs a command there. It accepts the VM's own host
-        key only; for a machine that nobody cloned, the first key that it shows, from then on, and says
+        key only; for a machine that nobody gave one, the first key that it shows, from then on, and says
         so. It uses no ssh configuration of the user or the host."""
         options = {"IdentitiesOnly": "yes", "GlobalKnownHostsFile": "/dev/null", "LogLevel": "ERROR"}
         if endpoint.host_key:
@@ -256,6 +266,8 @@ class Member:
             options["StrictHostKeyChecking"] = "yes"
         else:
             known = endpoint.known_hosts or endpoint.key.with_name("known_hosts")
+            if endpoint.alias:
+                options["HostKeyAlias"] = endpoint.alias
             options["StrictHostKeyChecking"] = "accept-new"
             options["LogLevel"] = "INFO"  # "Permanently added ..."
         argv = ["ssh", "-F", "/dev/null", "-p", str(endpoint.port)]

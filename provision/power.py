@@ -242,6 +242,9 @@ def write_identity(member: Member) -> None:
     site, machine = member.site, member.machine
     allocation = member.allocate()
     identity.make_controller_key(site.farm, site.paths)
+    make_directory(site.paths.consoles, mode=0o711)
+    if member.keeps_own_key:
+        return
     known = identity.seed_file(site.paths, machine).exists()
     if identity.make_host_key(site.paths, member.vm, machine) and known:
         site.reporter.warn("its host key was lost: it gets another one at its start", vm=member.vm)
@@ -252,7 +255,6 @@ def write_identity(member: Member) -> None:
         allocation,
         reader_uid=site.opened(member.host).reader_uid(),
     )
-    make_directory(site.paths.consoles, mode=0o711)
     if far := site.far(member.host):
         far.bring_seed(machine, identity.seed_file(site.paths, machine))
 

@@ -40,7 +40,7 @@ KCLI = cache_dir() / "tests" / "kcli"
 
 _FARM = f"""\
 farm: bench
-templates: {{empty: {{import: empty.qcow2, firstboot: none}}}}
+templates: {{empty: {{import: empty.qcow2}}}}
 vms:
 {"".join(f"  vm{n}: {{memory: 128M}}{chr(10)}" for n in range(VMS))}"""
 _TASK = '"""One task."""\nfrom invoke import task\n\n\n@task\ndef one(c):\n    """One."""\n'

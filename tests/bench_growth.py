@@ -28,7 +28,7 @@ LIMIT = 12.0
 _FARM = """\
 farm: grown
 hosts: {{here: {{driver: {driver}}}}}
-templates: {{empty: {{import: empty.img, firstboot: none}}}}
+templates: {{empty: {{import: empty.img}}}}
 vms:
 {vms}
 """

@@ -1,7 +1,9 @@
 """Who a VM is: its host key, its first-boot data, and whose keys may log in.
 
 A VM's host key is made once and kept with its seed image: after a reset it comes up as itself. The
-machine-id follows from the host key, so a VM destroyed and cloned again is a new one.
+machine-id follows from the host key, so a VM destroyed and cloned again is a new one. A clone that
+nobody tells anything at its first boot (``firstboot: none``) has neither: it keeps its image's host key,
+which is learnt at its first start.
 """
 
 from __future__ import annotations
@@ -135,6 +137,27 @@ def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
     _keep(known_hosts(paths, vm), f"{machine} {host_key(paths, vm)}\n")
 
 
+def learnt_hosts(paths: FarmPaths, vm: str) -> Path:
+    """Path of the known_hosts file of a VM that keeps its image's host key: empty until that is
+    learnt."""
+    return paths.keys / "hostkeys" / f"{vm}.learnt"
+
+
+def keeps_own_key(paths: FarmPaths, vm: str) -> bool:
+    """Whether the VM was cloned as one that nobody gives a host key."""
+    return learnt_hosts(paths, vm).exists()
+
+
+def expect_own_key(paths: FarmPaths, vm: str, *, own: bool) -> None:
+    """Note, while it is cloned, whether the VM keeps its image's host key."""
+    file = learnt_hosts(paths, vm)
+    if not own:
+        remove(file)
+    elif not file.exists():
+        make_directory(file.parent, mode=0o700)
+        write_atomic(file, b"", mode=0o600)
+
+
 def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
     """Remove seed, host key and console logs of a VM that is no more. Returns whether there was
     anything."""
@@ -148,6 +171,7 @@ def remove_identity(paths: FarmPaths, vm: str, machine: str) -> bool:
             _public_file(file),
             known_hosts(paths, vm),
             *files_of(log),
+            learnt_hosts(paths, vm),
         )
     ]
     return any(gone)

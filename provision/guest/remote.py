@@ -1,6 +1,7 @@
 """Reaching a VM over ssh: where it answers, and when it really does.
 
-Exactly one host key is accepted for a VM: the one it was given at cloning. No agent, no password, no
+Exactly one host key is accepted for a VM: the one it was given at cloning, or was seen to have at its
+first start where nobody gave it one. No agent, no password, no
 ``~/.ssh/config``: what works for one admin works for the next. What happens on the wire is in
 ssh_connection.py, the connection that carries commands and files in connection.py; both
 need asyncssh and are imported late, for most commands never get that far.
@@ -21,8 +22,8 @@ from inventory.errors import Remedy
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a VM's ssh answers, and as whom. ``host_key`` is "ssh-ed25519 AAAA...". Empty, for machines
-    nobody cloned: the first key seen is kept in ``known_hosts`` and is the only one from then on;
-    ``pinned`` is told so, in a line. There is no endpoint that accepts any key without a word."""
+    nobody gave one: the first key seen is kept in ``known_hosts`` and is the only one from then on;
+    ``pinned`` is told so, in a line. ``alias``: its name there, as ssh_config(5)'s HostKeyAlias. There is no endpoint that accepts any key without a word."""
 
     vm: str
     host: str
@@ -31,6 +32,7 @@ class Endpoint:
     key: Path
     host_key: str
     known_hosts: Path | None = None  # absent: "known_hosts" beside the key
+    alias: str = ""  # absent: its host, with its port
     pinned: Callable[[str], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

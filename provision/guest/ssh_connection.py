@@ -300,9 +300,10 @@ async def dial(endpoint: Endpoint, *, sock: socket.socket | None = None) -> asyn
 
 def _stranger(endpoint: Endpoint, seen: list[str]) -> Conflict:
     from_there = f" ({_fingerprint(seen[0])})" if seen else ""
+    was = "was given" if endpoint.host_key else "had before"
     return Conflict(
         f"somebody else answers at {endpoint.place}: "
-        f"its host key{from_there} is not the one {endpoint.vm} was given",
+        f"its host key{from_there} is not the one {endpoint.vm} {was}",
         vm=endpoint.vm,
         remedy=(
             "another machine has this address or port; if the VM was made anew by other hands, ",
@@ -325,6 +326,8 @@ def _known_hosts(endpoint: Endpoint) -> Path:
 
 def _name(endpoint: Endpoint) -> str:
     """A host with its port as known_hosts has it (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
+    if endpoint.alias:
+        return endpoint.alias
     return endpoint.host if endpoint.port == 22 else f"[{endpoint.host}]:{endpoint.port}"
 
 

@@ -327,6 +327,7 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
                 entry.step("remove the definition, whose disk is gone")
                 member.driver.destroy(member.machine)
             entry.step("give it an identity")
+            identity.expect_own_key(site.paths, vm, own=_left_alone(site, template))
             write_identity(member)
             spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
@@ -341,6 +342,13 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
     site.reporter.say(
         f"cloned from {template.label} in {format_duration(time.monotonic() - began)}", vm=vm
     )
+
+
+def _left_alone(site: Site, template: Template) -> bool:
+    """Whether nobody tells its clones anything at their first boot. The farm file may have been put right
+    since an image was imported."""
+    source = site.farm.templates.get(template.name)
+    return ((source and source.firstboot) or template.firstboot) == "none"
 
 
 def _keep(

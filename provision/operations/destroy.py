@@ -232,6 +232,7 @@ def _there(site: Site, seen: Survey, vms: Sequence[str]) -> dict[str, None]:
         files = (
             identity.seed_file(paths, name),
             identity.host_key_file(paths, vm),
+            identity.learnt_hosts(paths, vm),
             identity.console_log(paths, name),
         )
         return any(path.exists() for path in files)

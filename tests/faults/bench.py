@@ -52,7 +52,7 @@ hosts:
 {hosts}
 templates:
   base: {{build: debian-12, size: 64M{template}}}
-  spare: {{import: spare.qcow2, size: 16M, firstboot: none}}
+  spare: {{import: spare.qcow2, size: 16M}}
 vms:
 {vms}
 {more}

@@ -15,7 +15,7 @@ from tests.unit.cli_farm import CommandLine, command_line
 
 FARM = """\
 farm: try
-templates: {small: {import: small.img, firstboot: none}}
+templates: {small: {import: small.img}}
 vms: {one: {memory: 64M}}
 """
 VICTIM = "../../../victim"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 NOBODY = 65534
 FARM = """\
 farm: try
-templates: {base: {import: raw.img, firstboot: none}}
+templates: {base: {import: raw.img}}
 vms: {a: {memory: 64M}}
 """
 # For the state: all at once. For the sockets: an ordinary user's libvirt can't do ',' and '='.

@@ -231,7 +231,7 @@ def test_a_directory_that_qemu_s_user_can_not_pass_is_said_beforehand(
     file = short / "kata.yaml"
     file.write_text(
         "farm: kata\nvms: {prod: {memory: 512M}}\n"
-        "templates: {base: {import: none.img, firstboot: none}}\n"
+        "templates: {base: {import: none.img}}\n"
     )
     for plan in (True, False):
         with open_site(file, reporter=QuietReporter(), plan=plan) as site:

@@ -41,7 +41,7 @@ NOT_MET = {
 }
 KVM = """\
 farm: try
-templates: {small: {import: small.img, firstboot: none}}
+templates: {small: {import: small.img}}
 vms: {one: {memory: 64M}}
 """
 
