@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Lines,
         Mac,
         Name,
+        Names,
         Packages,
         Port,
         Ranges,
@@ -285,10 +286,16 @@ class Ssh(Model):
     login above."""
     users: dict[Name, Keys] = field(default_factory=dict)
     """More logins on the VMs, each with its public keys or files of them."""
+    sudo: Names = ()
+    """Those of all these logins that may do everything by sudo(8), without a password."""
     ready_timeout: Seconds = 300
     """How long a started VM, whose ssh doesn't answer yet, is waited for without a sign that it goes on
     (its console grows, its disks are read or written); in all, six times as long. Where nobody sees
     that (drivers xenapi and ssh), how long it may take."""
+
+    def __post_init__(self) -> None:
+        if unknown := next((name for name in self.sudo if name not in (self.user, *self.users)), ""):
+            raise at_key("sudo", f"{unknown} is neither 'user' nor one of 'users'", "user", "users")
 
 
 @dataclass(frozen=True, kw_only=True)

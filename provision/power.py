@@ -319,6 +319,8 @@ async def _until_ready(member: Member, *, since: float, on_trial: bool) -> Ready
             working=lambda text: site.reporter.working(text, vm=member.vm),
             clue=clue,
         )
+    for trouble in ready.troubles:
+        site.reporter.warn(f"cloud-init failed there: {trouble}", vm=member.vm)
     await in_thread(lambda: _trust(member))
     return ready
 

@@ -277,6 +277,7 @@ def seed_data(farm: Farm, paths: FarmPaths, allocation: Allocation) -> SeedData:
         login=farm.ssh.user,
         authorized_keys=tuple(dict.fromkeys((own, *authorized(farm, farm.ssh.authorized_keys)))),
         users={name: authorized(farm, entries) for name, entries in farm.ssh.users.items()},
+        sudo=farm.ssh.sudo,
         mac=allocation.mac,
         static=static,
         domain=network.domain,

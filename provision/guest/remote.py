@@ -48,11 +48,13 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """What the guest said of itself. ``uptime`` and ``skew`` in seconds; ``skew`` is its clock minus
-    ours, right to half the time of the question's way there and back."""
+    ours, right to half the time of the question's way there and back. ``troubles``: what its cloud-init
+    failed at, if it has one."""
 
     boot_id: str
     uptime: float
     skew: float
+    troubles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

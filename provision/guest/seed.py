@@ -42,7 +42,8 @@ class StaticAddress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedData:
     """``host_key`` is the private ed25519 key as OpenSSH text, ``host_key_pub`` its public line.
-    ``users``: further logins, each with its public keys. ``static`` None: DHCP, with the MAC as client
+    ``users``: further logins, each with its public keys. ``sudo``: those of all logins that may do
+    everything. ``static`` None: DHCP, with the MAC as client
     id. UsageError for a value that can't be one of its kind."""
 
     vm: str
@@ -54,6 +55,7 @@ class SeedData:
     login: str
     authorized_keys: tuple[str, ...]
     users: Mapping[str, tuple[str, ...]]
+    sudo: tuple[str, ...] = ()
     mac: str
     static: StaticAddress | None = None
     domain: str | None = None
@@ -146,17 +148,21 @@ def own_lines(data: SeedData) -> bytes:
     for login, keys in data.logins.items():
         lines.append(f"login={login}")
         lines += [f"key={key}" for key in keys]
+    lines += [f"sudo={login}" for login in data.logins if login in data.sudo]
     return ("\n".join(["farmhand-seed 1", *lines, "end"]) + "\n").encode()
 
 
 def nocloud(data: SeedData) -> dict[str, bytes]:
     """The three files that cloud-init's NoCloud source reads, by name."""
-    users = [
+    # "default": the image's own user. A login of its name is that one, with all that the image gives it.
+    users: list[object] = ["default"]
+    users += [
         {
             "name": login,
             "lock_passwd": True,
             "ssh_authorized_keys": list(keys),
             **({} if login == "root" else {"shell": "/bin/bash"}),
+            **({"sudo": "ALL=(ALL) NOPASSWD:ALL"} if login in data.sudo else {}),
         }
         for login, keys in data.logins.items()
     ]
@@ -175,23 +181,42 @@ def nocloud(data: SeedData) -> dict[str, bytes]:
         "ssh_keys": {"ed25519_private": data.host_key, "ed25519_public": data.host_key_pub},
         "users": users,
     }
-    nic: dict[str, object] = {"match": {"macaddress": data.mac}}
-    if data.static:
-        nic["addresses"] = [f"{data.static.address}/{data.static.prefix}"]
-        if data.static.gateway:
-            nic["routes"] = [{"to": "0.0.0.0/0", "via": str(data.static.gateway)}]
-        servers = {"addresses": [str(server) for server in data.static.nameservers]}
-        if data.domain:
-            servers["search"] = [data.domain]
-        nic["nameservers"] = servers
-    else:
-        nic["dhcp4"] = True
-        nic["dhcp-identifier"] = "mac"
     return {
         "meta-data": _json({"instance-id": data.instance_id, "local-hostname": data.fqdn}),
         "user-data": b"#cloud-config\n" + _json(user_data),
-        "network-config": _json({"version": 2, "ethernets": {"farm": nic}}),
+        "network-config": _json(_static(data) if data.static else _dhcp(data)),
     }
+
+
+def _static(data: SeedData) -> dict[str, object]:
+    """In version 1, whose default route each of cloud-init's renderers knows: of version 2 that of
+    ifupdown makes calls of route(8), which is not in newer images; and its `gateway4` is going."""
+    assert data.static
+    subnet: dict[str, object] = {
+        "type": "static",
+        "address": f"{data.static.address}/{data.static.prefix}",
+        "dns_nameservers": [str(server) for server in data.static.nameservers],
+    }
+    if data.static.gateway:
+        subnet["gateway"] = str(data.static.gateway)
+    if data.domain:
+        subnet["dns_search"] = [data.domain]
+    nic = {"type": "physical", "name": "eth0", "mac_address": data.mac, "subnets": [subnet]}
+    return {"version": 1, "config": [nic]}
+
+
+def _dhcp(data: SeedData) -> dict[str, object]:
+    """In version 2, which alone knows the MAC as client id. The search domain stands there for netplan;
+    of systemd's networkd it is asked of DHCP, as dhclient does by itself."""
+    nic: dict[str, object] = {
+        "match": {"macaddress": data.mac},
+        "dhcp4": True,
+        "dhcp-identifier": "mac",
+    }
+    if data.domain:
+        nic["dhcp4-overrides"] = {"use-domains": True}
+        nic["nameservers"] = {"addresses": [], "search": [data.domain]}
+    return {"version": 2, "ethernets": {"farm": nic}}
 
 
 def _json(value: object) -> bytes:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import re
 import socket
 import time
 from collections.abc import Callable
 from contextvars import copy_context
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 import asyncssh
 
 from host.files import make_directory, open_to_append
-from host.printable import last_line
+from host.printable import last_line, one_line
 from host.progress import Progress
 from inventory.errors import (
     Call,
@@ -57,6 +59,20 @@ _HOST_KEYS = (
 """As ssh(1) has them: RSA last, which a Dropbear without such a key offers all the same, and dies."""
 
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
+_CLOUD_INIT = """
+cd /run/cloud-init 2>/dev/null && [ ! -e disabled ] || exit 0
+for n in 0 1 2 3 4 5 6 7 8 9; do
+    if [ -e result.json ]; then cat result.json; exit 0; fi
+    case $n$(systemctl is-system-running 2>/dev/null) in 0running | 0degraded) echo none; exit 0;; esac
+    sleep 1
+done
+echo working
+"""
+"""How far cloud-init is in this boot: nothing where there is none. It writes its result when all is done
+that it does (cloudinit.readthedocs.io, "Failure states"); none comes where the system is through with
+its start and its last part was not. Ten seconds at most, for each question is a login."""
+_ERRORS = 5  # of cloud-init, that are told
+
 _ANSWER = re.compile(
     r"([0-9a-f-]{36})\n"
     r"([0-9]{1,12}(?:\.[0-9]{1,9})?) [^\n]*\n"
@@ -94,7 +110,8 @@ async def wait_ready(
     working: Callable[[str], None],
     clue: Callable[[], Clue | None] = lambda: None,
 ) -> Ready:
-    """Wait until the VM answers on ssh as itself since this very start.
+    """Wait until the VM answers on ssh as itself since this very start, and its cloud-init, if it has
+    one, is through with all that it does.
 
     ``since``: ``time.monotonic()`` just before the start; a guest that has been up for longer is
     still the one from before, and is waited out. ``progress``: how long it is waited for. ``running``
@@ -109,10 +126,7 @@ async def wait_ready(
     nothing_there = False
     while True:
         try:
-            ready = await _ask(endpoint, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
-            if ready.uptime <= time.monotonic() - since + CLOCK_SLACK:
-                return ready
-            raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+            return await _ask(endpoint, since, patience, min(LOGIN_SECONDS, max(progress.patience, 1.0)))
         except NotYet as reason:
             why, nothing_there = str(reason), isinstance(reason, _NothingThere)
         now = time.monotonic()
@@ -150,14 +164,17 @@ async def wait_ready(
         pause, patience = min(pause * 1.4, 1.0), min(patience + 1, 6.0)
 
 
-async def _ask(endpoint: Endpoint, patience: float, login: float) -> Ready:
+async def _ask(endpoint: Endpoint, since: float, patience: float, login: float) -> Ready:
     """Log in once and ask for the facts. NotYet, or Conflict for a wrong host key."""
     sock = await _banner(endpoint, patience)
     try:
         async with asyncio.timeout(login):
             connection = await dial(endpoint, sock=sock)
             try:
-                return await facts(connection)
+                ready = await facts(connection)
+                if ready.uptime > time.monotonic() - since + CLOCK_SLACK:
+                    raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+                return replace(ready, troubles=await _first_boot(connection))
             finally:
                 connection.abort()
     except TimeoutError:
@@ -380,6 +397,25 @@ async def facts(connection: asyncssh.SSHClientConnection) -> Ready:
         return Ready(boot_id, float(uptime), now - (answer.asked + answer.answered) / 2)
     said = answer.said or last_line(answer.text, 300) or "nothing"
     raise DriverFailed(f"its boot id and clock can't be read: {said}")
+
+
+async def _first_boot(connection: asyncssh.SSHClientConnection) -> tuple[str, ...]:
+    """What went wrong in the guest's cloud-init. NotYet while it is at work."""
+    try:
+        said = (await ask(connection, _CLOUD_INIT)).text.strip()
+    except (asyncssh.Error, OSError) as error:
+        raise NotYet(f"lost while asking for its cloud-init: {_words(error)}") from None
+    if said == "working":
+        raise NotYet("cloud-init is still at work there")
+    if said == "none":
+        return ("it did not come to its end; see /var/log/cloud-init.log there",)
+    try:
+        errors = json.loads(said)["v1"]["errors"] if said else []
+        found = [one_line(str(error), 300) for error in errors]
+    except (ValueError, LookupError, TypeError):
+        return (f"its result can't be read: {last_line(said, 300)}",)
+    more = [f"and {len(found) - _ERRORS} more"] if len(found) > _ERRORS else []
+    return (*found[:_ERRORS], *more)
 
 
 def _words(error: Exception) -> str:

@@ -545,7 +545,7 @@ def _recipe(site: Site, source: TemplateSource, hosts: Sequence[str]) -> Recipe:
         logins[ssh.user] = tuple(dict.fromkeys((*logins.get(ssh.user, ()), *own)))
     assert source.build is not None
     paravirtual = any(site.farm.hosts[host].paravirtual for host in hosts)
-    packages = source.packages
+    packages = (*source.packages, *(("sudo",) if ssh.sudo else ()))
     return load_recipe(source.build, packages=packages, logins=logins, paravirtual=paravirtual)
 
 
