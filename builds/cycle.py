@@ -38,6 +38,7 @@ from builds.record import (
     prune,
 )
 from builds.resume import from_step
+from builds.root import wanted
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
@@ -197,7 +198,9 @@ class Build:
         chosen = [step for step in plan.steps if step.name in plan.chosen]
         try:
             for vm in plan.vms:
-                self.machines.begin(vm, resets=reset_first(chosen, vm))
+                root = wanted(self._site, chosen, vm)
+                self.machines.begin(vm, resets=reset_first(chosen, vm), root=root)
+            await self.machines.ask_for_root()
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error

@@ -9,12 +9,14 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from builds import mark
 from builds.meter import Meter
 from builds.record import FileRecord, VmRecord, replace_file
+from builds.root import no_root
 from builds.source import Resolved, offered, pack, variables
 from host.printable import last_line
 from hypervisors.api import Machine
@@ -26,7 +28,7 @@ from provision.guest.ssh_connection import in_thread
 from provision.member import is_on
 from provision.operations.balloon import Balloon
 from provision.operations.reset import Reset
-from provision.power import console_tail, until_ready
+from provision.power import answers, console_tail, until_ready
 from provision.site import Site
 
 CLOCK_TOLERANCE = 2.0
@@ -68,16 +70,20 @@ class Machines:
         self._locks: dict[str, asyncio.Lock] = {}
         self._as_it_was: set[str] = set()  # not reset before it was built on
         self._unseen: list[str] = []  # of these, those not yet logged in to
+        self._root: dict[str, str] = {}  # by VM: the first step that needs root there
         self._not_reset: set[str] = set()  # a reset was begun and did not succeed
         self.records: dict[str, VmRecord] = {}
         self.templates: dict[str, FileRecord] = {}
 
     # -- as the record sees them --------------------------------------------------------------
 
-    def begin(self, vm: str, *, resets: bool) -> None:
+    def begin(self, vm: str, *, resets: bool, root: str = "") -> None:
         """Note what the VM is, before anything is done to it. ``resets``: whether this build resets it
-        first. If not, it is taken as it is, and the record says so."""
+        first. If not, it is taken as it is, and the record says so. ``root``: the first step that needs
+        root there, if any does."""
         member = self._site.member(vm)
+        if root:
+            self._root[vm] = root
         with self._meter.hypervisor():
             capabilities = member.driver.capabilities()
             disk = member.disk()
@@ -154,6 +160,21 @@ class Machines:
         while self._unseen:
             await self._connected(self._unseen.pop())
 
+    async def ask_for_root(self) -> None:
+        """Check, before anything is done, that VMs that answer give root where a step needs it. What
+        else is wrong there may be why they are reset."""
+        for vm, step in self._root.items():
+            member = self._site.member(vm)
+            if not await in_thread(partial(answers, member)):
+                continue
+            try:
+                async with await Connection.open(member.endpoint()) as connection:
+                    may = await connection.may_be_root()
+            except FarmhandError:
+                continue
+            if not may:
+                raise no_root(self._site, vm, step)
+
     async def _connected(self, vm: str) -> Connection:
         connection = self._connections.get(vm)
         if connection is None or connection.closed:
@@ -162,6 +183,12 @@ class Machines:
                 endpoint = self._site.member(vm).endpoint()
                 connection = await Connection.open(endpoint, runner=self._site.runner)
             self._connections[vm] = connection
+            if vm in self._root:
+                with self._meter.guest():
+                    may = await connection.may_be_root()
+                if not may:
+                    await self.drop(vm)
+                    raise no_root(self._site, vm, self._root[vm])
         return connection
 
     async def _look(self, vm: str, connection: Connection) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from builds.lineage import Lineage, look_back, reset_first
+from builds.root import check_told
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
 from host.check import install
@@ -96,6 +97,7 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             if vm in ready:
                 continue
             ready.add(vm)
+            check_told(site, steps, vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
                 raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))

@@ -44,6 +44,11 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
         return StepLimits()
 
     @property
+    def needs_root(self) -> bool:
+        """Whether what it runs in its VM runs as root."""
+        return False
+
+    @property
     def scripts(self) -> tuple[str, ...]:
         """The shell commands that it runs in its VM."""
         return ()

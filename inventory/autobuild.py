@@ -90,7 +90,7 @@ rpm "$@" "$HOME"/rpmbuild/RPMS/dev/*/*.rpm
 """
 
 INSTALL_PROD = f"""{_INSTALL}\
-cd /root/incoming
+cd "$HOME/incoming"
 while read -r package; do
     set -- "$@" "$package"
 done < packages
@@ -112,7 +112,13 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
                 "artifacts": "rpmbuild/RPMS/dev/*/*.rpm",
                 "timeout": "1h",
             },
-            {"name": "install-dev", "vm": dev, "run": INSTALL_DEV, "timeout": "10m"},
+            {
+                "name": "install-dev",
+                "vm": dev,
+                "run": INSTALL_DEV,
+                "root": "yes",
+                "timeout": "10m",
+            },
             {
                 "name": "build-prod",
                 "vm": dev,
@@ -125,10 +131,16 @@ def default_steps(dev: str, prod: str) -> dict[str, Any]:
                 "transfer": ["rpmbuild/RPMS/prod/*/*.rpm", "rpmbuild/RPMS/prod/packages"],
                 "from": dev,
                 "to": prod,
-                "into": "/root/incoming",
+                "into": "incoming",
                 "timeout": "10m",
             },
-            {"name": "install-prod", "vm": prod, "run": INSTALL_PROD, "timeout": "10m"},
+            {
+                "name": "install-prod",
+                "vm": prod,
+                "run": INSTALL_PROD,
+                "root": "yes",
+                "timeout": "10m",
+            },
         ]
     }
 

@@ -212,7 +212,7 @@ def _first_boot(farm: Farm, places: Places) -> Found:
         source = farm.templates.get(template)
         if source is None or source.firstboot != "none" or template in told:
             continue
-        if driver is None or not driver.virtual or not driver.guests or places.is_bad((*path, "template")):
+        if not (driver and driver.virtual and driver.guests) or places.is_bad((*path, "template")):
             continue
         told.add(template)
         yield places.problem(

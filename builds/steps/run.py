@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from builds.step_run import StepFailed, StepRun
-    from inventory.fields import Label, Lines, Scripts
+    from inventory.fields import Bool, Label, Lines, Scripts
     from inventory.model import FailureClass
     from provision.guest.connection import Connection
 
@@ -34,6 +34,9 @@ class RunStep(StepKind):
     run: Scripts
     """Shell scripts, run by `sh -eu` one after the other, as the ssh login. What they get is in
     docs/cycle.md."""
+    root: Bool = False
+    """Whether its scripts need root: they then run by sudo(8), in the login's home, where the login is
+    another. A login that may not is refused before the cycle begins."""
     failure: FailureClass | None = None
     """The class of its failure; absent: judged by what it printed."""
     artifacts: Lines = ()
@@ -51,6 +54,10 @@ class RunStep(StepKind):
         return self.limits
 
     @property
+    def needs_root(self) -> bool:
+        return self.root
+
+    @property
     def scripts(self) -> tuple[str, ...]:
         return self.run
 
@@ -59,7 +66,8 @@ class RunStep(StepKind):
         many = len(self.run) > 1 or len(self.run[0].strip().splitlines()) > 1
         fetched = f", fetch {', '.join(self.artifacts)}" if self.artifacts else ""
         limit = f"at most {format_duration(self.timeout)}"
-        return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}, {limit}{fetched}"
+        by = " as root" if self.root else ""
+        return f"run {first[:60]}{' ...' if many or len(first) > 60 else ''}{by}, {limit}{fetched}"
 
     async def carry_out(self, work: StepRun) -> None:
         import asyncio
@@ -79,6 +87,7 @@ class RunStep(StepKind):
                     timeout=max(self.timeout - work.seconds, 0.001),
                     log=work.log.write,
                     most=work.log.room,
+                    root=self.root,
                 )
             work.exit = result.status
             served = connection.git_said()

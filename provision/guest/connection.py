@@ -99,6 +99,13 @@ kill "$w"
 exit "$r"
 """
 
+# The whole of it, so that the watcher may end what root runs.
+_AS_ROOT = """
+if [ "$(id -u)" != 0 ]; then exec sudo -n -- env HOME="$HOME" sh -c PROGRAM; fi
+"""
+_ROOT = '[ "$(id -u)" = 0 ] || sudo -n true'
+_ARGUMENT_MAX = 2**17 - 1  # bytes (execve(2))
+
 # What is needed there, judged by its use where names differ.
 _NEEDS = ("cat", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sleep", "wc")
 _SUMS = ("sha256sum", "shasum -a 256", "openssl dgst -sha256 -r", "sha256 -q", "busybox sha256sum")
@@ -218,8 +225,10 @@ class Connection:
         timeout: float,
         log: Callable[[bytes], None],
         most: int = ANSWER_MAX,
+        root: bool = False,
     ) -> RunResult:
-        """Run ``script`` by ``sh -eu`` in the login's home, standard input closed. Both outputs go to
+        """Run ``script`` by ``sh -eu`` in the login's home, standard input closed; with ``root`` by
+        sudo(8), unless the login is root. Both outputs go to
         ``log`` in their order, as raw bytes, as they are made. After ``timeout`` seconds, or more than
         ``most`` bytes, it is ended in the guest, children too; likewise when this call is cancelled, or
         the connection lost.
@@ -235,6 +244,8 @@ class Connection:
             )
         started = time.monotonic()
         wrapped = _WRAPPER.replace("SCRIPT", shlex.quote(text))
+        if root:
+            wrapped = f"{self._as_root(wrapped)}{wrapped}"
         channel, shell = await self._start(wrapped, log, most=most)
         late = False
         try:
@@ -255,6 +266,19 @@ class Connection:
         if shell.status is None:
             raise self._lost(shell.error)
         return RunResult(shell.status, False, False, seconds)
+
+    def _as_root(self, program: str) -> str:
+        """What comes before a program that is to run as root."""
+        if len(program.encode()) > _ARGUMENT_MAX:
+            raise UsageError(
+                f"a script for root on {self.endpoint.vm} is too long for sudo(8)",
+                remedy="put the rest into the source",
+            )
+        return _AS_ROOT.replace("PROGRAM", shlex.quote(program))
+
+    async def may_be_root(self) -> bool:
+        """Whether the login is root, or may be by sudo(8) without a password."""
+        return (await self.run(_ROOT, timeout=60, log=lambda _: None)).status == 0
 
     async def output(self, script: str, *, timeout: float = 60, most: int = ANSWER_MAX) -> str:
         """What a short script prints. DriverFailed if it fails, or prints more than ``most`` bytes."""

@@ -23,7 +23,8 @@ from inventory.errors import Remedy
 class Endpoint:
     """Where a VM's ssh answers, and as whom. ``host_key`` is "ssh-ed25519 AAAA...". Empty, for machines
     nobody gave one: the first key seen is kept in ``known_hosts`` and is the only one from then on;
-    ``pinned`` is told so, in a line. ``alias``: its name there, as ssh_config(5)'s HostKeyAlias. There is no endpoint that accepts any key without a word."""
+    ``pinned`` is told so, in a line. ``alias``: its name there, as ssh_config(5)'s HostKeyAlias. There
+    is no endpoint that accepts any key without a word."""
 
     vm: str
     host: str

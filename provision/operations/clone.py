@@ -345,8 +345,8 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
 
 
 def _left_alone(site: Site, template: Template) -> bool:
-    """Whether nobody tells its clones anything at their first boot. The farm file may have been put right
-    since an image was imported."""
+    """Whether nobody tells its clones anything at their first boot. The farm file goes before what was
+    noted when the image was imported."""
     source = site.farm.templates.get(template.name)
     return ((source and source.firstboot) or template.firstboot) == "none"
 
