@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cloud_init import judged
 
 from host.run import Runner
 from inventory.errors import UsageError
-from provision.guest.seed import SeedData, StaticAddress, new_host_key, own_lines, write_seed
+from provision.guest.seed import SeedData, StaticAddress, new_host_key, nocloud, own_lines, write_seed
 
 HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y ! 日本 😀'
 
@@ -51,19 +52,47 @@ def test_cloud_init_reads_what_was_meant(tmp_path: Path) -> None:
     user = read_back(iso, "user-data")
     assert user.startswith(b"#cloud-config\n")
     config = yaml.safe_load(user)
-    assert config["users"][0]["ssh_authorized_keys"] == ["ssh-ed25519 AAAA first", HOSTILE]
-    assert config["users"][1]["name"] == "aleksi"
+    assert config["users"][0] == "default"
+    assert config["users"][1]["ssh_authorized_keys"] == ["ssh-ed25519 AAAA first", HOSTILE]
+    assert config["users"][2]["name"] == "aleksi"
     assert config["ssh_keys"]["ed25519_private"] == seed.host_key
     assert config["fqdn"] == "ab-kata-prod.example.org"
     assert config["ssh_pwauth"] is False
     meta = yaml.safe_load(read_back(iso, "meta-data"))
     assert meta == {"instance-id": "kata-prod-1", "local-hostname": "ab-kata-prod.example.org"}
-    network = yaml.safe_load(read_back(iso, "network-config"))
-    assert network["version"] == 2
-    (nic,) = network["ethernets"].values()
+
+
+def test_each_of_cloud_inits_renderers_has_the_route_and_the_search_domain() -> None:
+    told = judged(nocloud(data()))
+    assert "    gateway 10.0.0.1\n" in told["ifupdown"]
+    assert "route add" not in told["ifupdown"]  # net-tools is not in newer images
+    (nic,) = yaml.safe_load(told["netplan"])["network"]["ethernets"].values()
     assert nic["match"] == {"macaddress": "52:54:00:12:34:56"}
-    assert nic["addresses"] == ["10.0.0.7/24"]
-    assert nic["routes"] == [{"to": "0.0.0.0/0", "via": "10.0.0.1"}]
+    assert (nic["addresses"], nic["gateway4"]) == (["10.0.0.7/24"], "10.0.0.1")
+    assert nic["nameservers"] == {"addresses": ["9.9.9.9"], "search": ["example.org"]}
+    assert {"Gateway=10.0.0.1", "Domains=example.org", "DNS=9.9.9.9"} <= set(told["networkd"].split())
+    assert "dns-search example.org" in told["ifupdown"]
+
+
+def test_the_search_domain_with_dhcp_too() -> None:
+    told = judged(nocloud(data(static=None)))
+    assert "inet dhcp" in told["ifupdown"]  # whose dhclient takes the domain that DHCP tells
+    (nic,) = yaml.safe_load(told["netplan"])["network"]["ethernets"].values()
+    assert nic["nameservers"]["search"] == ["example.org"]
+    assert {"DHCP=ipv4", "UseDomains=True"} <= set(told["networkd"].split())
+    assert "search" not in judged(nocloud(data(static=None, domain=None)))["netplan"]
+
+
+def test_the_images_own_user_stays_and_sudo_is_for_whom_it_is_meant() -> None:
+    every = "ALL=(ALL) NOPASSWD:ALL"
+    users = judged(nocloud(data(sudo=("aleksi",))))["users"]
+    assert users["debian"]["sudo"] == [every] and users["debian"]["lock_passwd"]
+    assert users["aleksi"]["sudo"] == every
+    assert "sudo" not in judged(nocloud(data()))["users"]["aleksi"]
+    users = judged(nocloud(data(login="debian")))["users"]
+    assert users["debian"]["sudo"] == [every], "a login of its name is that user"
+    assert users["debian"]["ssh_authorized_keys"] == ["ssh-ed25519 AAAA first", HOSTILE]
+    assert "sudo=aleksi\n" in own_lines(data(sudo=("aleksi",))).decode()
 
 
 def test_dhcp_asks_as_its_mac(tmp_path: Path) -> None:
