@@ -136,11 +136,6 @@ class Network(Model):
         """First and last address of each entry of ``reserved`` and ``pool``."""
         return tuple(parse_range(entry) for entry in (*self.reserved, *self.pool))
 
-    @property
-    def pool_ranges(self) -> tuple[tuple[IPv4Address, IPv4Address], ...]:
-        """First and last address of each entry of ``pool``."""
-        return tuple(parse_range(entry) for entry in self.pool)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Boot(Model):

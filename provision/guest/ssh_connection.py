@@ -61,7 +61,7 @@ _HOST_KEYS = (
 _FACTS = "cat /proc/sys/kernel/random/boot_id /proc/uptime; date +%s.%N"
 _CLOUD_INIT = """
 cd /run/cloud-init 2>/dev/null && [ ! -e disabled ] || exit 0
-for n in 0 1 2 3 4 5 6 7 8 9; do
+for n in 0 1 2 3 4; do
     if [ -e result.json ]; then cat result.json; exit 0; fi
     case $n$(systemctl is-system-running 2>/dev/null) in 0running | 0degraded) echo none; exit 0;; esac
     sleep 1
@@ -70,7 +70,7 @@ echo working
 """
 """How far cloud-init is in this boot: nothing where there is none. It writes its result when all is done
 that it does (cloudinit.readthedocs.io, "Failure states"); none comes where the system is through with
-its start and its last part was not. Ten seconds at most, for each question is a login."""
+its start and its last part was not. Five seconds at most, for each question is a login."""
 _ERRORS = 5  # of cloud-init, that are told
 
 _ANSWER = re.compile(
@@ -170,13 +170,14 @@ async def _ask(endpoint: Endpoint, since: float, patience: float, login: float) 
     try:
         async with asyncio.timeout(login):
             connection = await dial(endpoint, sock=sock)
-            try:
+        try:
+            async with asyncio.timeout(login):
                 ready = await facts(connection)
-                if ready.uptime > time.monotonic() - since + CLOCK_SLACK:
-                    raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
-                return replace(ready, troubles=await _first_boot(connection))
-            finally:
-                connection.abort()
+            if ready.uptime > time.monotonic() - since + CLOCK_SLACK:
+                raise NotYet(f"it has been up for {ready.uptime:.0f} s: still the boot from before")
+            return replace(ready, troubles=await _first_boot(connection))
+        finally:
+            connection.abort()
     except TimeoutError:
         raise NotYet("it took too long to log in") from None
     except DriverFailed as error:

@@ -42,7 +42,7 @@ ssh:
   sudo: [aleksi]
   ready_timeout: 15m
 vms:
-  one: {memory: 768M, address: 10.77.0.11, disk: 3G}
+  one: {memory: 768M, address: 10.77.0.11, disk: 5G}
   two: {memory: 768M, address: 10.77.0.12}
 cycle:
   steps:
@@ -142,7 +142,7 @@ def test_the_images_own_user_keeps_its_sudo_and_others_have_what_the_file_says(
 
 def test_the_disk_has_grown(machines: Machines, cloned: str) -> None:
     (size,) = machines.inside("one", "df --output=size -B1M / | tail -1")
-    assert int(size) > 2200
+    assert int(size) > 4600  # of 5G, where the template has 4G
 
 
 def test_a_second_start_is_the_same_machine(machines: Machines, cloned: str) -> None:

@@ -1,0 +1,201 @@
+"""What a first boot leaves to be waited for, or to be learnt: the guest's cloud-init, its own host key."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sshd_machine import Sshd, make_key
+
+from host.progress import Progress
+from inventory.errors import Conflict, InventoryError, Text, TimedOut, spelled
+from inventory.loader import load, loads
+from provision import farm
+from provision.engine.report import QuietReporter
+from provision.guest import identity
+from provision.guest.connection import Connection
+from provision.guest.remote import Ready
+from provision.guest.ssh_connection import wait_ready
+from provision.site import Site
+
+
+class CloudGuest(Sshd):
+    """A machine with a /run of its own, and what cloud-init writes there."""
+
+    @property
+    def state(self) -> Path:
+        return self.root / "cloud-init"
+
+    def enclosed(self) -> list[str]:
+        self.state.mkdir(exist_ok=True)
+        script = (
+            'mount -t tmpfs none /run && mkdir /run/sshd /run/cloud-init && mount --bind "$1" '
+            '/run/cloud-init && shift && exec "$@"'
+        )
+        return ["unshare", "--mount", "sh", "-c", script, "sh", str(self.state), *super().enclosed()]
+
+    def wait(self, timeout: float = 60) -> tuple[Ready, list[str]]:
+        said: list[str] = []
+        waiting = wait_ready(
+            self.endpoint(), since=0.0, progress=Progress(lambda: None, timeout),
+            running=lambda: True, tail=lambda: "", working=said.append,
+        )  # fmt: skip
+        return asyncio.run(waiting), said
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[CloudGuest]:
+    make_key(tmp_path / "key")
+    machine = CloudGuest("prod", tmp_path / "machine", tmp_path / "key", shell="/bin/sh")
+    machine.prepare().start()
+    yield machine
+    machine.stop()
+
+
+def test_ready_is_when_cloud_init_is_through(guest: CloudGuest) -> None:
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("before")
+        (guest.state / "result.json").write_text('{"v1": {"datasource": "NoCloud", "errors": []}}')
+
+    late = threading.Timer(1.5, end)
+    late.start()
+    ready, _ = guest.wait()
+    assert ended and ready.troubles == ()
+
+
+def test_one_that_never_ends_is_said_to_be_at_work(guest: CloudGuest) -> None:
+    with pytest.raises(TimedOut, match="cloud-init is still at work there"):
+        guest.wait(timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        ('{"v1": {"errors": ["no user \\u001b[2Jx", "two"]}}', ("no user \\x1b[2Jx", "two")),
+        ('{"v1": {"errors": [1,2,3,4,5,6,7]}}', ("1", "2", "3", "4", "5", "and 2 more")),
+        ("{}", ("its result can't be read: {}",)),
+        ("[", ("its result can't be read: [",)),
+    ],
+)
+def test_its_errors_are_told(guest: CloudGuest, result: str, told: tuple[str, ...]) -> None:
+    (guest.state / "result.json").write_text(result)
+    assert guest.wait()[0].troubles == told
+
+
+def test_one_that_is_switched_off_is_not_waited_for(guest: CloudGuest) -> None:
+    (guest.state / "disabled").touch()
+    assert guest.wait()[0].troubles == ()
+
+
+def test_one_without_a_result_when_the_system_is_up_is_a_trouble(guest: CloudGuest) -> None:
+    tools = guest.root / "tools"
+    tools.mkdir()
+    (tools / "systemctl").write_text('#!/bin/sh\n[ "$1" = is-system-running ] && echo degraded; exit 1\n')
+    (tools / "systemctl").chmod(0o755)
+    guest.stop()
+    config = guest.root / "config"
+    config.write_text(f"SetEnv PATH={tools}:/usr/bin:/bin\n{config.read_text()}")
+    guest.start()
+    (trouble,) = guest.wait()[0].troubles
+    assert trouble.startswith("it did not come to its end")
+
+
+# -- firstboot: none ------------------------------------------------------------------------------
+
+FARM = """\
+farm: kata
+hosts: {here: {driver: DRIVER}}
+templates: {base: {import: base.img, size: 64M, firstboot: none}}
+SSH
+vms: {prod: {memory: 512M}, test: {memory: 512M}}
+"""
+
+
+class Heard(QuietReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warnings.append(f"{vm}: {spelled(text)}")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
+    with (tmp_path / "base.img").open("wb") as image:
+        image.write(b"\0" * 510 + b"\x55\xaa")
+        image.truncate(2**20)
+    (tmp_path / "kata.yaml").write_text(
+        FARM.replace("DRIVER", "fake").replace("SSH", f"ssh: {{key: {tmp_path / 'key'}}}")
+    )
+    make_key(tmp_path / "key")
+    with Site(load(tmp_path / "kata.yaml"), reporter=Heard()) as opened:
+        farm.clone_farm(opened)
+        yield opened
+
+
+def test_without_a_key_of_its_own_such_a_farm_is_refused() -> None:
+    with pytest.raises(InventoryError) as refused:
+        loads(FARM.replace("DRIVER", "kvm").replace("SSH\n", "").encode(), Path("f.yaml"))
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("f.yaml:3:60: templates.base.firstboot: with 'none' nobody tells its VMs")
+    loads(FARM.replace("DRIVER", "kvm").replace("SSH", "ssh: {key: k}").encode(), Path("f.yaml"))
+
+
+def test_such_a_vm_has_no_seed_and_no_key_that_it_never_has(site: Site) -> None:
+    member = site.member("prod")
+    assert member.endpoint().host_key == ""
+    assert member.spec(member.allocate()).seed is None
+    assert not identity.seed_file(site.paths, member.machine).exists()
+    assert not identity.host_key_file(site.paths, "prod").exists()
+    assert farm.clone_farm(site).changed is False, "its definition is as it was"
+
+
+def test_its_host_key_is_learnt_at_its_first_start_and_then_no_other_is_taken(
+    site: Site, tmp_path: Path
+) -> None:
+    machine = Sshd("prod", tmp_path / "machine", tmp_path / "key").prepare().start()
+    member = site.member("prod")
+
+    def log_in(port: int) -> None:
+        async def go() -> None:
+            async with await Connection.open(replace(here, port=port)) as connection:
+                await connection.output("true")
+
+        here = replace(member.endpoint(), host="127.0.0.1", user=machine.endpoint().user)
+        asyncio.run(go())
+
+    try:
+        log_in(machine.port)
+        heard = site.reporter
+        assert isinstance(heard, Heard)
+        (said,) = heard.warnings
+        assert said.startswith("prod: kata-prod was not known: its host key (SHA256:")
+        known = identity.learnt_hosts(site.paths, "prod").read_text()
+        assert known == f"kata-prod {machine.host_key}\n"
+        log_in(machine.port)
+        assert len(heard.warnings) == 1
+        farm.reset(site, ["prod"], to="clean")
+        machine.stop()
+        make_key(machine.root / "another")
+        for half in ("", ".pub"):
+            (machine.root / f"another{half}").replace(machine.root / f"host{half}")
+        machine.start()
+        with pytest.raises(Conflict, match="its host key .* is not the one prod had before"):
+            log_in(machine.port)
+        argv = member.ssh_argv(member.endpoint())
+        assert {"HostKeyAlias=kata-prod", "StrictHostKeyChecking=accept-new"} <= set(argv)
+        assert identity.learnt_hosts(site.paths, "test").read_bytes() == b"", "each has its own"
+        farm.destroy(site, ["prod"])
+        farm.clone_farm(site, ["prod"])
+        log_in(machine.port)
+        assert len(heard.warnings) == 2, "a clone made anew is learnt anew"
+    finally:
+        machine.stop()
