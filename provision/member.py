@@ -216,6 +216,7 @@ class Member:
         own = self.keeps_own_key
         given = self.info.virtual and not own
         key = identity.host_key(self.site.paths, self.vm) if given else ""
+        learnt = self.site.reporter.say if own else self.site.reporter.warn  # of its own it is meant
         if given and not key:
             file = identity.host_key_file(self.site.paths, self.vm)
             raise NotFound(
@@ -235,7 +236,7 @@ class Member:
             host_key=key,
             known_hosts=identity.learnt_hosts(self.site.paths, self.vm) if own else None,
             alias=self.machine if own else "",
-            pinned=None if key else partial(self.site.reporter.warn, vm=self.vm),
+            pinned=None if key else partial(learnt, vm=self.vm),
         )
 
     def check_port(self, port: int) -> None:

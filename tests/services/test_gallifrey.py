@@ -1,19 +1,24 @@
-"""The XiVO farm as it ships, at Debian's own paths, with real daemons: in a mount and a network
-namespace, so that nothing of this machine is touched."""
+"""The XiVO farm as it ships, at Debian's own paths, with real daemons and real guests: in a mount and a
+network namespace, so that nothing of this machine is touched."""
 
 # ruff: noqa: E501 - shell scripts as an admin would write them
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import old_image
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = (ROOT / "inventory" / "gallifrey.yaml").read_text()
 
 # systemd is not there: the three commands that the farm file's defaults ask of it.
 SYSTEMCTL = """#!/bin/sh
@@ -32,7 +37,7 @@ case $verb in
 esac
 """
 
-INSIDE = r"""
+PLACE = r"""
 set -eu
 dir=$1 root=$2 python=$3
 mount -t tmpfs farmhand "$dir/over"
@@ -81,6 +86,9 @@ run() { # name, words
     echo $? >"$dir/$name.status"
     set -e
 }
+"""
+
+SERVICES = r"""
 run plan network-apply --plan
 run first network-apply
 run second network-apply
@@ -91,24 +99,66 @@ iptables -t nat -S >"$dir/nat" 2>&1 || iptables-save >>"$dir/nat" 2>&1 || :
 cp /etc/hosts /etc/shorewall/rules /etc/shorewall/params "$dir/"
 """
 
+GUESTS = r"""
+mount -t tmpfs farmhand /srv
+mkdir /srv/images
+mv "$dir/gallifrey.img" /srv/images/
+export HOME="$dir/home" FARMHAND_ACCELERATOR=tcg
+run clone clone-farm
+run inside ssh --vm gallifrey-dev --command 'hostname; ip -4 -o addr show dev eth0'
+cp -r "$dir"/state/farms/xivo/keys/hostkeys "$dir/" || :
+run again clone-farm
+run reset reset --vm gallifrey-dev
+run after ssh --vm gallifrey-dev --command 'cat /proc/sys/kernel/random/boot_id'
+ssh-keyscan -t ed25519 10.10.60.5 10.10.60.6 >"$dir/scanned" 2>"$dir/scanned.err" || :
+run gone destroy --all --purge --yes
+"""
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands said, in files."""
-    directory = tmp_path_factory.mktemp("g")
+
+def inside(directory: Path, script: str) -> Path:
+    """Run the script there, with the farm file in ``directory``; what its commands said is in files of
+    that."""
     for name in ("over", "bin", "state", "run"):
         (directory / name).mkdir()
     shim = directory / "bin" / "systemctl"
     shim.write_text(SYSTEMCTL)
     shim.chmod(0o755)
-    (directory / "gallifrey.yaml").write_text((ROOT / "inventory" / "gallifrey.yaml").read_text())
-    argv = ["unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", INSIDE, "sh"]
+    argv = ["unshare", "--mount", "--net", "--propagation", "private", "sh", "-c", PLACE + script, "sh"]
     done = subprocess.run(
         [*argv, str(directory), str(ROOT), sys.executable],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return directory
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("g")
+    (directory / "gallifrey.yaml").write_text(SHIPPED)
+    return inside(directory, SERVICES)
+
+
+@pytest.fixture(scope="module")
+def guests() -> Iterator[Path]:
+    """Both VMs were made and started from an image that knows nothing of who clones it. What this
+    machine has not is said otherwise than in the file that ships: its libvirtd, LVM, 8 GiB of memory."""
+    directory = Path(tempfile.mkdtemp(prefix="fhg-"))  # short for sockets, and QEMU's user passes
+    directory.chmod(0o711)
+    key = directory / "home" / ".ssh" / "id_rsa"
+    key.parent.mkdir(mode=0o700, parents=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", key], check=True)
+    old_image.build(directory, key.with_name("id_rsa.pub").read_text().strip())
+    text = SHIPPED
+    for shipped, here in {
+        "qemu:///system": "private", "store: lvm": "store: qcow2", "pool: all ": "# ",
+        "copy: full": "# ", "memory: 4G": "memory: 256M", "memory: 1G": "memory: 128M",
+    }.items():  # fmt: skip
+        assert shipped in text
+        text = text.replace(shipped, here)
+    (directory / "gallifrey.yaml").write_text(text)
+    yield inside(directory, GUESTS)
+    shutil.rmtree(directory)
 
 
 def said(told: Path, name: str) -> dict[str, Any]:
@@ -148,3 +198,27 @@ def test_what_the_article_did_by_hand(told: Path) -> None:
 def test_shorewalls_rule_is_in_the_kernel(told: Path) -> None:
     assert not (told / "shorewall.failed").exists(), (told / "shorewall.log").read_text()[-500:]
     assert "--dport 22006" in (told / "nat").read_text()
+
+
+@pytest.mark.system
+def test_its_vms_come_up_with_their_addresses_by_dhcp(guests: Path) -> None:
+    assert (guests / "clone.status").read_text() == "0\n", (guests / "clone.err").read_text()[-3000:]
+    told = (guests / "inside.json").read_text() + (guests / "inside.err").read_text()
+    assert (guests / "inside.status").read_text() == "0\n", told
+    assert said(guests, "again")["changed"] is False
+
+
+@pytest.mark.system
+def test_their_host_key_is_the_images_learnt_and_pinned(guests: Path) -> None:
+    """Nobody gave them one, nor a seed; a reset VM is known by the same."""
+    scanned = {line.split()[2] for line in (guests / "scanned").read_text().splitlines() if line[0] != "#"}
+    (image,) = scanned
+    for vm in ("gallifrey", "gallifrey-dev"):
+        learnt = (guests / "hostkeys" / f"{vm}.learnt").read_text()
+        assert learnt == f"xivo-{vm} ssh-ed25519 {image}\n"
+        assert not (guests / "hostkeys" / vm).exists()
+        assert f"{vm}: xivo-{vm} was not known: its host key" in (guests / "clone.err").read_text()
+    assert (guests / "reset.status").read_text() == "0\n", (guests / "reset.err").read_text()
+    assert (guests / "after.status").read_text() == "0\n", (guests / "after.err").read_text()
+    assert "was not known" not in (guests / "reset.err").read_text()
+    assert (guests / "gone.status").read_text() == "0\n", (guests / "gone.err").read_text()

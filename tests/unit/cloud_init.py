@@ -1,5 +1,5 @@
-"""Debian's own cloud-init, as the judge of our seeds: its renderers of the network, its users, its schema.
-It is unpacked and nothing of it is installed; kept in the cache directory."""
+"""Debian's own cloud-init, as the judge of our seeds: its renderers of the network, its users, its
+schema. It is unpacked and nothing of it is installed; kept in the cache directory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from host.paths import cache_dir
 
 _PACKAGES = (
-    "cloud-init", "python3-attr", "python3-configobj", "python3-jinja2", "python3-json-pointer", "python3-jsonpatch", "python3-jsonschema",
-    "python3-markupsafe", "python3-netifaces", "python3-oauthlib", "python3-pyrsistent",
-    "python3-requests", "python3-urllib3", "python3-chardet", "python3-idna", "python3-certifi",
-    "python3-six", "python3-yaml",
+    "cloud-init", "python3-attr", "python3-configobj", "python3-jinja2", "python3-json-pointer",
+    "python3-jsonpatch", "python3-jsonschema", "python3-markupsafe", "python3-netifaces",
+    "python3-oauthlib", "python3-pyrsistent", "python3-requests", "python3-urllib3",
+    "python3-chardet", "python3-idna", "python3-certifi", "python3-six", "python3-yaml",
 )  # fmt: skip
 
 _JUDGE = """
