@@ -23,7 +23,7 @@ from builds.judged import carry_out
 from builds.lineage import Lineage, reset_first
 from builds.machines import Machines
 from builds.meter import Meter
-from builds.plan import BuildJob, BuildPlan, batches
+from builds.plan import BuildJob, BuildPlan, batches, wants_root
 from builds.record import (
     BuildRecord,
     FileRecord,
@@ -38,7 +38,6 @@ from builds.record import (
     prune,
 )
 from builds.resume import from_step
-from builds.root import wanted
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
@@ -198,7 +197,7 @@ class Build:
         chosen = [step for step in plan.steps if step.name in plan.chosen]
         try:
             for vm in plan.vms:
-                root = wanted(self._site, chosen, vm)
+                root = wants_root(self._site, chosen, vm)
                 self.machines.begin(vm, resets=reset_first(chosen, vm), root=root)
             await self.machines.ask_for_root()
         except FarmhandError as error:

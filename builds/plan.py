@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from builds.lineage import Lineage, look_back, reset_first
-from builds.root import check_told
+from builds.root import no_root
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
 from host.check import install
@@ -97,7 +97,7 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
             if vm in ready:
                 continue
             ready.add(vm)
-            check_told(site, steps, vm)
+            check_root(site, steps, vm)
             machine = site.hypervisor(member.host, look=True).find(member.machine)
             if machine is None:
                 raise NotFound(f"{site.name}: {vm} is not made yet", remedy=Call("clone-farm", vm=vm))
@@ -113,6 +113,23 @@ def check(site: Site, steps: Sequence[StepKind], *, whole: bool) -> None:
                     remedy=install(tool),
                 )
         step.check(site)
+
+
+def wants_root(site: Site, steps: Iterable[StepKind], vm: str) -> str:
+    """The first of the steps that needs root in the VM, where the login is another; "" if none does."""
+    if site.farm.ssh.user == "root":
+        return ""
+    return next((step.name for step in steps if step.needs_root and vm in step.vms), "")
+
+
+def check_root(site: Site, steps: Iterable[StepKind], vm: str) -> None:
+    """Unsupported where the farm file itself says that the login can't be root: farmhand makes its VMs'
+    logins, and this one has no `sudo`. Of others' images only they know."""
+    template = site.farm.templates.get(site.farm.template_of(vm) or "")
+    if template is None or template.first_boot != "farmhand" or site.farm.ssh.user in site.farm.ssh.sudo:
+        return
+    if step := wants_root(site, steps, vm):
+        raise no_root(site, vm, step)
 
 
 def resolve_source(site: Site, revision: str | None, *, snapshot: bool) -> Resolved | None:

@@ -24,6 +24,8 @@ from inventory.errors import UsageError
 
 _SUITES = ("unit", "contract", "services", "faults", "hostile", "system")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
+_SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
+"""Run where they are named: --only."""
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
 # What runs beside the other tests, when the lab's are through: about as long as what is left of those
@@ -159,7 +161,7 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
     if fast:
         arguments += ["-m", "not system"]
     if not only:
-        arguments += _each("--ignore", _OF_THE_LAB)
+        arguments += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
     if match:
         arguments += ["-k", match]
     with contextlib.ExitStack() as stack:
