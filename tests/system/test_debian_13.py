@@ -1,6 +1,6 @@
 """Another distribution's image, end to end: Debian 13 with cloud-init and netplan, two VMs on a bridge.
 
-Ten minutes where the guests are emulated, so ./invoke test leaves it out:
+A quarter of an hour where the guests are emulated, so ./invoke test leaves it out:
 ./invoke test --only tests/system/test_debian_13.py
 """
 
@@ -126,7 +126,7 @@ def test_each_has_its_name_its_address_and_a_way_out(machines: Machines, cloned:
         assert route.startswith("default via 10.77.0.1 "), route
         assert f"inet 10.77.0.{number}/24 " in "\n".join(machines.inside(vm, "ip -4 address"))
         assert "search try.example" in machines.inside(vm, "cat /etc/resolv.conf")
-    machines.inside("one", "ping -c 1 -W 20 10.77.0.12")
+    machines.inside("one", "sudo -n ping -c 1 -W 20 10.77.0.12")
     ids = {vm: machines.inside(vm, "cat /etc/machine-id") for vm in ("one", "two")}
     assert ids["one"] != ids["two"]
 
@@ -159,9 +159,7 @@ def test_a_cycle_resets_it_and_runs_as_root_by_sudo(machines: Machines, cloned: 
     machines.inside("one", "touch /home/debian/left; sync")
     key = machines.inside("one", "cat /etc/ssh/ssh_host_ed25519_key.pub")
     done = machines.json("cycle")
-    log = Path(done["record"]).parent.glob("**/*who*.log")
-    assert [line for path in log for line in path.read_text().splitlines()][-3:] == [
-        "0", "/home/debian", "/home/debian",
-    ]  # fmt: skip
+    (log,) = Path(done["record"]).parent.glob("**/*who*.log")
+    assert "\n0\n/home/debian\n/home/debian\n" in log.read_text()
     assert machines.inside("one", "ls /home/debian") == []
     assert machines.inside("one", "cat /etc/ssh/ssh_host_ed25519_key.pub") == key
