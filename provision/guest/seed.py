@@ -43,8 +43,8 @@ class StaticAddress:
 class SeedData:
     """``host_key`` is the private ed25519 key as OpenSSH text, ``host_key_pub`` its public line.
     ``users``: further logins, each with its public keys. ``sudo``: those of all logins that may do
-    everything. ``static`` None: DHCP, with the MAC as client
-    id. UsageError for a value that can't be one of its kind."""
+    everything. ``static`` None: DHCP, with the MAC as client id. UsageError for a value that can't be
+    one of its kind."""
 
     vm: str
     instance_id: str

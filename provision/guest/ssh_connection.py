@@ -413,7 +413,7 @@ async def _first_boot(connection: asyncssh.SSHClientConnection) -> tuple[str, ..
     try:
         errors = json.loads(said)["v1"]["errors"] if said else []
         found = [one_line(str(error), 300) for error in errors]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return (f"its result can't be read: {last_line(said, 300)}",)
     more = [f"and {len(found) - _ERRORS} more"] if len(found) > _ERRORS else []
     return (*found[:_ERRORS], *more)

@@ -81,6 +81,7 @@ def test_one_that_never_ends_is_said_to_be_at_work(guest: CloudGuest) -> None:
         ('{"v1": {"errors": [1,2,3,4,5,6,7]}}', ("1", "2", "3", "4", "5", "and 2 more")),
         ("{}", ("its result can't be read: {}",)),
         ("[", ("its result can't be read: [",)),
+        ("[" * 50000, (f"its result can't be read: {'[' * 299}…",)),
     ],
 )
 def test_its_errors_are_told(guest: CloudGuest, result: str, told: tuple[str, ...]) -> None:
