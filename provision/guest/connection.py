@@ -99,12 +99,16 @@ kill "$w"
 exit "$r"
 """
 
-# The whole of it, so that the watcher may end what root runs.
+# Root runs the whole of it, so that the watcher may end what root runs. It comes on standard input, up
+# to the line END: sudo writes arguments into the system's log.
 _AS_ROOT = """
-if [ "$(id -u)" != 0 ]; then exec sudo -n -- env HOME="$HOME" sh -c PROGRAM; fi
+set --
+[ "$(id -u)" = 0 ] || set -- sudo -n -- env HOME="$HOME"
+exec "$@" sh -c '
+p=$(while IFS= read -r l; do printf "%s\\n" "$l"; [ "$l" = END ] && break; done)
+case $p in *END) eval "${p%END}";; *) exit 125;; esac'
 """
 _ROOT = '[ "$(id -u)" = 0 ] || sudo -n true'
-_ARGUMENT_MAX = 2**17 - 1  # bytes (execve(2))
 
 # What is needed there, judged by its use where names differ.
 _NEEDS = ("cat", "kill", "ls", "mkdir", "mv", "rm", "setsid", "sleep", "wc")
@@ -228,10 +232,9 @@ class Connection:
         root: bool = False,
     ) -> RunResult:
         """Run ``script`` by ``sh -eu`` in the login's home, standard input closed; with ``root`` by
-        sudo(8), unless the login is root. Both outputs go to
-        ``log`` in their order, as raw bytes, as they are made. After ``timeout`` seconds, or more than
-        ``most`` bytes, it is ended in the guest, children too; likewise when this call is cancelled, or
-        the connection lost.
+        sudo(8), unless the login is root. Both outputs go to ``log`` in their order, as raw bytes, as
+        they are made. After ``timeout`` seconds, or more than ``most`` bytes, it is ended in the guest,
+        children too; likewise when this call is cancelled, or the connection lost.
 
         ConnectionLost when it is, UsageError for a script that can't be passed on.
         """
@@ -244,9 +247,12 @@ class Connection:
             )
         started = time.monotonic()
         wrapped = _WRAPPER.replace("SCRIPT", shlex.quote(text))
+        end = secrets.token_hex(16)
+        program = _AS_ROOT.replace("END", end) if root else wrapped
+        channel, shell = await self._start(program, log, most=most)
         if root:
-            wrapped = f"{self._as_root(wrapped)}{wrapped}"
-        channel, shell = await self._start(wrapped, log, most=most)
+            with contextlib.suppress(OSError):  # it has ended: its status tells
+                channel.write(f"{wrapped}\n{end}\n".encode())
         late = False
         try:
             async with asyncio.timeout(max(timeout, 0.001)):
@@ -266,15 +272,6 @@ class Connection:
         if shell.status is None:
             raise self._lost(shell.error)
         return RunResult(shell.status, False, False, seconds)
-
-    def _as_root(self, program: str) -> str:
-        """What comes before a program that is to run as root."""
-        if len(program.encode()) > _ARGUMENT_MAX:
-            raise UsageError(
-                f"a script for root on {self.endpoint.vm} is too long for sudo(8)",
-                remedy="put the rest into the source",
-            )
-        return _AS_ROOT.replace("PROGRAM", shlex.quote(program))
 
     async def may_be_root(self) -> bool:
         """Whether the login is root, or may be by sudo(8) without a password."""

@@ -81,6 +81,7 @@ def test_it_runs_by_sudo_in_the_logins_home(lab: Lab) -> None:
     assert f"{lab.dev2.home}\n{lab.dev2.home}\n" in log
     asked = (lab.root / "tools" / "asked").read_text()
     assert f"-n -- env HOME={lab.dev2.home} sh -c" in asked
+    assert "pwd" not in asked, "sudo logs its arguments: the script isn't there"
     with site_of(lab, reset("dev2"), run("plain", "true")) as site:
         (lab.root / "tools" / "asked").unlink()
         run_cycle(site)
@@ -118,3 +119,17 @@ def test_what_the_farm_file_itself_tells_is_refused_without_a_look(
     look("user: root")
     look("user: builder, sudo: builder")
     look("user: debian", "import: debian.qcow2")  # its image may give it sudo
+
+
+def test_root_itself_needs_no_sudo(lab: Lab) -> None:
+    parts: list[bytes] = []
+
+    async def go() -> None:
+        async with await Connection.open(lab.prod.endpoint()) as connection:
+            assert await connection.may_be_root() == (os.getuid() == 0)
+            if os.getuid() == 0:
+                script = "read -r line || echo closed; cat; printf 'x y\\\\n'"
+                await connection.run(script, timeout=30, log=parts.append, root=True)
+
+    asyncio.run(go())
+    assert os.getuid() != 0 or b"".join(parts) == b"closed\nx y\n"
