@@ -128,7 +128,7 @@ def test_root_itself_needs_no_sudo(lab: Lab) -> None:
         async with await Connection.open(lab.prod.endpoint()) as connection:
             assert await connection.may_be_root() == (os.getuid() == 0)
             if os.getuid() == 0:
-                script = "read -r line || echo closed; cat; printf 'x y\\\\n'"
+                script = "read -r line || echo closed; cat; printf 'x y\\n'"
                 await connection.run(script, timeout=30, log=parts.append, root=True)
 
     asyncio.run(go())
