@@ -8,7 +8,9 @@ machines it has: the key, the look, and the key's removal.
 While it is held it is renewed: a key with the next number is added, then the old one removed, so that
 it is always seen. One that is over time and isn't renewed while it is watched is a dead holder's, and is
 removed, by its number: a holder that lives after all has the next one by then. Clocks are believed only
-where that does no harm: a holder that isn't over time by ours is waited for by nobody.
+where that does no harm: a holder that isn't over time by ours is waited for by nobody. One with far more
+time than any lease has was noted by a clock ahead of ours, and is watched as well: dead, it would hold
+everybody up until then.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ class PoolLeases:
         """Returns when it is a dead one's, or gone. Busy."""
         limit = time.monotonic() + WATCHED
         name = min(other.names & mine.names)
-        if other.until > time.time():
+        if 0 < other.until - time.time() <= 2 * LASTS:
             raise busy(name, other.note)
         while time.monotonic() < limit:
             time.sleep(_LOOK)
