@@ -126,6 +126,15 @@ def make_directory(path: Path, *, mode: int) -> None:
         raise file_error(error, path, "make the directory") from error
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether both names lead to the same file or directory, be it by links or mounts; also where it
+    isn't there and they are spelled alike."""
+    try:
+        return one == other or one.samefile(other)
+    except (OSError, ValueError):  # not there; a NUL in the path
+        return False
+
+
 def own_directory(path: Path, *, mode: int) -> None:
     """Make a directory of ours with its parents, as ``make_directory`` does, or take the one that is
     there: only if it passes ``check_own_directory``."""

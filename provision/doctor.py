@@ -332,6 +332,9 @@ def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:
         opened = open_site(farm_file, reporter=QuietReporter(), plan=True)
     except UsageError:  # in the environment, which was examined
         return
+    except FarmhandError as error:  # the state is another's, or damaged: the rest was examined
+        yield Check("state", False, "needed", error.message, error.remedy)
+        return
     with opened as site:
         for name, host in farm.hosts.items():
             answer = _host(site, name, host.driver)

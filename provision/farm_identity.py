@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
-from host.files import file_error, own_directory, sync, write_atomic, write_new
+from host.files import file_error, own_directory, same_place, sync, write_atomic, write_new
 from host.processes import account
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, FarmhandError, NotOurs
@@ -68,14 +68,15 @@ class IdentityKeeper:
     def check(self) -> None:
         """NotOurs where the state is another farm file's, or was copied here."""
         note = self._read()
-        if note is not None and (why := self._elsewhere(note) or self._of_another_file(note)):
-            raise NotOurs(
-                why,
-                remedy=(
-                    "give this farm another name; or, if the other is to end, take over: ",
-                    Call("adopt"),
-                ),
-            )
+        if note is None:
+            return
+        if why := self._elsewhere(note):
+            instead = "go on there; or, if the farm is to go on here alone, take over: "
+        elif why := self._of_another_file(note):
+            instead = "give this farm another name; or, if the other is to end, take over: "
+        else:
+            return
+        raise NotOurs(why, remedy=(instead, Call("adopt")))
 
     def taken_over(self) -> str:
         """What ``adopt`` changes of it, in words; "" where nothing is another's."""
@@ -134,6 +135,8 @@ class IdentityKeeper:
             note = made(_Note, found)
             if not _NUMBER.fullmatch(note.id):
                 raise Malformed("its id is no number of a farm's")
+            if "\0" in note.file + note.place:
+                raise Malformed("a path in it is none")
         except FileNotFoundError:
             return None
         except (OSError, Malformed) as error:
@@ -159,11 +162,11 @@ class IdentityKeeper:
         of = f"the state of farm {self._farm.farm} in {self._path.parent}"
         if note.machine and _machine() and note.machine != _machine():
             return (
-                f"{of} is that of {note.controller} on another machine, for {note.file}: "
-                "this one was copied"
+                f"{of} was made by {note.controller} for {note.file} on a machine with another "
+                f"{_MACHINE_ID}: it was copied here, or this machine's number is new"
             )
         there = Path(note.place, self._path.name)
-        if there.parent != self._path.parent.resolve() and _number_in(there) == note.id:
+        if not same_place(there, self._path) and _number_in(there) == note.id:
             return f"{of} is a copy of the one in {note.place}, which is there, too"
         return ""
 
@@ -173,9 +176,9 @@ class IdentityKeeper:
         if noted == self._file or not _says(noted, self._farm.farm):
             return ""
         try:
-            if noted.samefile(self._file) or read(noted) == read(self._file):
+            if same_place(noted, self._file) or read(noted) == read(self._file):
                 return ""
-        except (OSError, FarmhandError):
+        except FarmhandError:
             pass
         return (
             f"farm {self._farm.farm} of {self._path.parent} is that of {note.file} ({note.id[:8]}, "
@@ -198,7 +201,7 @@ def _says(file: Path, farm: str) -> bool:
     """Whether that farm file is there and, as far as can be seen, names this farm."""
     try:
         text = file.read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # something else by now
         return False
     except OSError:  # somebody's who doesn't show it
         return True

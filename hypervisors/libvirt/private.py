@@ -40,6 +40,7 @@ from host.files import (
     open_lock,
     open_new,
     own_directory,
+    same_place,
 )
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
@@ -115,7 +116,7 @@ class PrivateLibvirt:
     def is_anothers(self) -> bool:
         """Whether the daemon that listens there is of another state directory."""
         whose = self._whose()
-        if whose in ("", str(self._directory)):
+        if not whose or same_place(Path(whose), self._directory):
             return False
         return Path(whose).exists() and self.running()
 

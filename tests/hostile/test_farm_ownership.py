@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ import pytest
 from controllers import VMS, Controller
 
 from host.paths import cache_dir
+from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import Busy, NotFound, NotOurs, UsageError, WrongState, spelled
 from provision import farm, farm_identity
+from provision.doctor import examine
 from provision.engine.journal import Entry
 from provision.engine.locks import lock_of
 from provision.engine.runner import perform
@@ -300,15 +304,22 @@ def test_a_state_directory_that_moved_is_the_same_and_a_copy_is_not(alone) -> No
 
 def test_a_state_directory_from_another_machine_is_refused(alone, monkeypatch) -> None:
     monkeypatch.setattr(farm_identity, "_machine", lambda: "0" * 32)
-    with pytest.raises(NotOurs, match="another machine"):
+    with pytest.raises(NotOurs, match="machine-id.* number is new"):
         alone.site()
+    report = examine(alone.file)  # which says that, and all the rest
+    (check,) = (check for check in report.checks if check.name == "state")
+    assert not check.ok
+    assert "adopt" in spelled(check.remedy)
     with alone.site(adopting=True) as site:
         perform(site, Adopt())
     assert len(seen(alone)) == 2
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"id": 7}', b"\xff\xfe", b"[1]"])
+NUL = b'{"format":1,"id":"%s","file":"\\u0000","controller":"","machine":"","place":""}' % (b"0" * 32)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"id": 7}', b"\xff\xfe", b"[1]", NUL])
 def test_a_damaged_identity_is_said(alone, damage) -> None:
     (alone.state / "farms/kata/identity.json").write_bytes(damage)
     with pytest.raises(WrongState, match=r"identity\.json.* is damaged"):
@@ -380,3 +391,58 @@ def test_two_that_begin_at_once_have_one_identity(alone) -> None:
         two.prepare()
         assert one.identity == two.identity
         assert two.hypervisor("here")._farm == one.identity
+
+
+def test_a_state_directory_by_another_name_is_no_copy(alone) -> None:
+    """A link to it or, as here, a mount of it somewhere else."""
+    before, real = seen(alone), alone.state
+    alone.state = alone.place / "link"
+    alone.state.symlink_to(real)
+    assert seen(alone) == before
+    if os.geteuid() == 0:
+        alone.state = alone.place / "mounted"
+        alone.state.mkdir()
+        subprocess.run(["mount", "--bind", real, alone.state], check=True)
+        try:
+            assert seen(alone) == before
+        finally:
+            subprocess.run(["umount", alone.state], check=True)
+
+
+def test_a_private_libvirtd_is_ours_by_another_name_of_its_directory(tmp_path) -> None:
+    directory, runtime = tmp_path / "libvirt", Path(tempfile.mkdtemp(prefix="fh"))
+    directory.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+    (runtime / "run").mkdir()
+    (runtime / "run/of").write_text(f"{directory}\n")
+    try:
+        with socket.socket(socket.AF_UNIX) as listening:
+            ours = PrivateLibvirt(link, runtime, tmp_path, hide_kvm=False)
+            listening.bind(str(ours._socket))
+            listening.listen()
+            assert ours.running()
+            assert not ours.is_anothers()
+            assert PrivateLibvirt(tmp_path, runtime, tmp_path, hide_kvm=False).is_anothers()
+    finally:
+        shutil.rmtree(runtime)
+
+
+@pytest.mark.parametrize("instead", ["a file", "a directory"])
+def test_where_the_farm_file_was_is_something_else_now(alone, instead) -> None:
+    moved = alone.place / "moved.yaml"
+    place = alone.place / "checkout"
+    place.mkdir()
+    file = place / "farm.yaml"
+    alone.file.rename(file)
+    with alone.site(file) as site:
+        site.prepare()
+    file.rename(moved)
+    alone.write(moved, VMS + "  new: {memory: 64M}\n")
+    if instead == "a file":
+        place.rmdir()
+        place.touch()
+    else:
+        file.mkdir()
+    with alone.site(moved) as site:
+        assert len(farm.status(site).vms) == 3
