@@ -65,7 +65,7 @@ def _secret(place: Path, name: str, found: os.stat_result) -> bool:
     """Whether others must not read it either."""
     if stat.S_ISDIR(found.st_mode):
         return name in ("keys", "locks")
-    if name.endswith(".pub"):
+    if name.endswith((".pub", ".known")):  # known_hosts: public keys, too
         return False
     if place.name == _GOLDEN and name.endswith(".qcow2"):
         return True

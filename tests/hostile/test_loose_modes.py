@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from controllers import Controller
 from neighbour import NEEDS_ROOT, UID
 
 from host.modes import loose_modes
+from provision import farm
 from provision.doctor import examine
 
 
@@ -32,9 +34,9 @@ def made(path: Path, mode: int) -> Path:
 
 
 def doctor(tmp_path: Path, *, repair: bool = False) -> bool:
-    farm = tmp_path / "farm.yaml"
-    farm.write_text("farm: kata\nhosts: {here: {driver: fake}}\n")
-    report = examine(farm, hosts=False, repair=repair)
+    file = tmp_path / "farm.yaml"
+    file.write_text("farm: kata\nhosts: {here: {driver: fake}}\n")
+    report = examine(file, hosts=False, repair=repair)
     return next(check.ok for check in report.checks if check.name == "modes")
 
 
@@ -57,6 +59,15 @@ def test_loose_modes_are_told_and_set_right(places: Path, tmp_path: Path) -> Non
     found = [mode(path) for path in (key, written, journal, golden, golden.parent, public)]
     assert found == [0o600, 0o644, 0o600, 0o400, 0o755, 0o644]
     assert doctor(tmp_path)
+
+
+def test_what_farmhand_makes_is_tight(places: Path, tmp_path: Path) -> None:
+    made = Controller(tmp_path / "one", "driver: kvm, uri: 'qemu:///system'", tmp_path / "world")
+    made.seal()
+    with made.site() as site:
+        farm.clone_farm(site, start=False)
+    assert list(made.state.rglob("*.known"))
+    assert [str(each) for each in loose_modes(made.state)] == []
 
 
 @NEEDS_ROOT
