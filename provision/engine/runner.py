@@ -60,7 +60,10 @@ def begin(
     with leased() as lease:
         if recovers_first:
             with lease.recovering:
-                run.add(*_recovered(site, vms))
+                recovered = _recovered(site, vms)
+            if recovered:
+                run.add(*recovered)
+                site.prepare()  # for that may have been the end of the whole farm
         doing = doing or f"{name} {some(vms)}".strip()
         with contextlib.ExitStack() as stack:
             try:

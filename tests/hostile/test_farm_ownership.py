@@ -9,8 +9,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from controllers import VMS, Controller
@@ -23,7 +24,8 @@ from provision.doctor import examine
 from provision.engine.journal import Entry
 from provision.engine.locks import lock_of
 from provision.engine.runner import perform
-from provision.operations.adopt import Adopt, AdoptFacts
+from provision.operations.adopt import Adopt
+from provision.site import Site
 from tests.contract import xenapi_rig
 
 KINDS = ("fake", "qcow2", "xenapi")
@@ -158,13 +160,17 @@ def test_some_of_them_are_adopted_and_the_rest_stays(pair) -> None:
         assert [action.verb for action in perform(site, Adopt()).actions] == ["keep"]
 
 
-def _adopt(controller: Controller, steps: int) -> int:
+def _adopt(site: Site) -> None:
+    perform(site, Adopt())
+
+
+def _killed(controller: Controller, does: Callable[[Site], object], steps: int) -> int:
     """In a process of its own, that is killed right after it has noted its last step. How it ended."""
     child = os.fork()
     if child == 0:
         left, step = iter(range(steps)), Entry.step
 
-        def last(self: Entry[AdoptFacts], text: str) -> None:
+        def last(self: Entry[Any], text: str) -> None:
             step(self, text)
             if next(left, None) is None:
                 os._exit(9)
@@ -172,8 +178,8 @@ def _adopt(controller: Controller, steps: int) -> int:
         status = 1
         try:
             Entry.step = last  # type: ignore[method-assign]
-            with controller.site(adopting=True) as site:
-                perform(site, Adopt())
+            with controller.site(adopting=does is _adopt) as site:
+                does(site)
             status = 0
         finally:
             os._exit(status)
@@ -183,7 +189,7 @@ def _adopt(controller: Controller, steps: int) -> int:
 def test_an_adoption_that_was_killed_is_finished(pair) -> None:
     first, second = pair
     steps = 0
-    while ended := _adopt(second, steps):
+    while ended := _killed(second, _adopt, steps):
         assert ended == 9
         steps += 1
         with second.site() as site:
@@ -381,6 +387,16 @@ def test_a_lost_identity_costs_neither_disks_nor_keys(alone) -> None:
         farm.reset(site, ["prod"], start=False)
         farm.destroy(site)
     assert not root.exists()
+
+
+def test_what_finishes_the_end_of_a_farm_marks_with_an_identity_that_is_kept(alone) -> None:
+    before = [machine for machine, *_ in seen(alone)]
+    assert _killed(alone, farm.destroy, 0) == 9
+    (alone.state / "farms/kata/identity.json").unlink()
+    with alone.site(adopting=True) as site:
+        found = perform(site, Adopt())
+    assert "recover" in {action.verb for action in found.actions}
+    assert [machine for machine, *_ in seen(alone)] == before
 
 
 def test_two_that_begin_at_once_have_one_identity(alone) -> None:
