@@ -310,7 +310,7 @@ def test_a_state_directory_that_moved_is_the_same_and_a_copy_is_not(alone) -> No
 
 def test_a_state_directory_from_another_machine_is_refused(alone, monkeypatch) -> None:
     monkeypatch.setattr(farm_identity, "_machine", lambda: "0" * 32)
-    with pytest.raises(NotOurs, match="machine-id.* number is new"):
+    with pytest.raises(NotOurs, match=r"machine-id.* number is new"):
         alone.site()
     report = examine(alone.file)  # which says that, and all the rest
     (check,) = (check for check in report.checks if check.name == "state")
