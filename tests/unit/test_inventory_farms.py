@@ -34,6 +34,16 @@ def farm(text: str) -> Farm:
     return loads(text.encode(), Path("f.yaml"))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_first_farm_that_we_tell_to_make_is_not_the_demos(page: str, tmp_path: Path) -> None:
+    """Else it would be refused as soon as it is edited."""
+    (tmp_path / "inventory").symlink_to(ROOT / "inventory")
+    text = (ROOT / page).read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("    ") and ">farm.yaml" in line)
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    assert load(tmp_path / "farm.yaml").farm != load(ROOT / "inventory/default.yaml").farm
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_farms_load(path: Path) -> None:
     loaded = load(path)
