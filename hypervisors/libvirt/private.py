@@ -8,9 +8,14 @@ private directories lie over them (_enclose.py). As an ordinary user libvirtd ta
 places from the XDG variables. Either way its guests outlive it: a daemon that is started again finds
 them through its state files and takes them over.
 
-    directory/        definitions (etc), guests' monitor sockets (lib), logs (log): lost with it
+    directory/        definitions (etc), guests' monitor sockets (lib), logs (log): lost with it; and
+                      at, which names the runtime directory that it lives in
     runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
     cache/            what libvirt found out about QEMU (2-50 s to find out again)
+
+The runtime directory of a user depends on how he came in (pam_systemd(8)): by ssh another than by cron. A
+daemon that lives, or whose guests do, is used where it is: a second one would know nothing of these
+guests, and change their disks under them.
 
 No path of ours is in its configuration, where a blank ends a log's name and a colon begins one: as root
 they are named as seen inside; the session's daemon starts in the log's directory.
@@ -32,7 +37,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from host.documents import read_file
+from host.documents import Malformed, read_file
 from host.files import (
     check_own_directory,
     file_error,
@@ -72,6 +77,10 @@ class PrivateLibvirt:
         self._cache = cache.absolute()
         self._kvm_is_hidden = hide_kvm
         self._root = os.geteuid() == 0
+        if (noted := _path_in(self._directory / "at")) not in (None, self._runtime):
+            given, self._runtime = self._runtime, noted
+            if not self._lives():
+                self._runtime = given
 
     # -- what others ask --------------------------------------------------------------------------
 
@@ -116,15 +125,24 @@ class PrivateLibvirt:
     def is_anothers(self) -> bool:
         """Whether the daemon that listens there is of another state directory."""
         whose = self._whose()
-        if not whose or same_place(Path(whose), self._directory):
+        if whose is None or same_place(whose, self._directory):
             return False
-        return Path(whose).exists() and self.running()
+        return whose.exists() and self.running()
 
-    def _whose(self) -> str:
+    def _whose(self) -> Path | None:
+        return _path_in(self._run / "of")
+
+    def _lives(self) -> bool:
+        """Whether this very daemon, or a guest of it, lives in the runtime directory."""
         try:
-            return (self._run / "of").read_text(errors="replace").strip()
-        except OSError:
-            return ""
+            check_own_directory(self._runtime.parent)
+            check_own_directory(self._runtime)
+        except WrongState:
+            return False
+        whose = self._whose()
+        if whose is None or not same_place(whose, self._directory):
+            return False
+        return self.running() or bool(self.machines_running())
 
     def machines_running(self) -> tuple[str, ...]:
         """Names of the guests that live, whether or not the daemon does."""
@@ -222,6 +240,7 @@ class PrivateLibvirt:
         order = self._order(_needed("virtlogd"), _needed("libvirtd"))
         before = self._log.stat().st_size if self._log.exists() else 0
         _write(self._run / "of", [str(self._directory)])
+        _write(self._directory / "at", [str(self._runtime)])
         if not self.running():
             self._blind.unlink(missing_ok=True)
             if self._hide_kvm:
@@ -463,6 +482,15 @@ def qemu_user() -> int:
 def _write(path: Path, lines: list[str], *, mode: int = 0o600) -> None:
     with open_new(path, mode=mode) as file:
         file.write("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+
+
+def _path_in(file: Path) -> Path | None:
+    """The path that the file holds, if it can be read."""
+    try:
+        text = os.fsdecode(read_file(file)).strip()
+    except (OSError, Malformed):
+        return None
+    return Path(text) if text and "\0" not in text else None
 
 
 def _pid(path: Path) -> int | None:

@@ -363,6 +363,41 @@ def test_a_private_libvirtd_of_another_state_directory_is_let_be(tmp_path, monke
         shutil.rmtree(place, ignore_errors=True)
 
 
+def test_what_runs_is_seen_from_every_runtime_directory(tmp_path, monkeypatch) -> None:
+    """As of a user who came in by ssh, and from cron: his VMs' disks aren't changed under them."""
+    monkeypatch.setenv("FARMHAND_CACHE_DIR", str(cache_dir()))
+    for name in ("STATE", "RUNTIME"):
+        monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name))
+    place = Path(tempfile.mkdtemp(prefix="fh-"))  # short, for sockets, and QEMU's user passes through
+    place.chmod(0o711)
+    one = Controller(place / "one", "driver: kvm", None)
+    one.write(one.file, "  prod: {memory: 64M}\n")
+    try:
+        one.seal()
+        with one.site() as site:
+            farm.clone_farm(site, start=False)
+            farm.start(site, wait=False)
+            (running,) = site.daemon().machines_running()
+        own, one.run = one.run, place / "other"
+        with one.site() as site:
+            (vm,) = farm.status(site).vms
+            assert vm.state == "running"
+            assert site.daemon().machines_running() == (running,)
+            farm.reset(site, ["prod"], start=False)
+            assert site.daemon().machines_running() == ()
+            farm.destroy(site)
+        assert not (own / "kata/run").exists()
+        one.seal()
+        with one.site() as site:  # where nothing lives it is made where it is asked for
+            farm.clone_farm(site, start=False)
+            assert (one.run / "kata/run").exists()
+            farm.destroy(site)
+    finally:
+        with one.site() as site:
+            site.daemon().stop(force=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def test_a_lost_identity_costs_neither_disks_nor_keys(alone) -> None:
     """As one that was removed because it was damaged."""
     alone.host, alone.state = "driver: kvm, uri: 'qemu:///system'", alone.place / "fresh"
