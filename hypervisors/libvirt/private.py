@@ -13,8 +13,8 @@ them through its state files and takes them over.
     runtime/          run/ with the socket, the pid file and libvirt's notes on running guests
     cache/            what libvirt found out about QEMU (2-50 s to find out again)
 
-The runtime directory of a user depends on how he came in (pam_systemd(8)): by ssh another than by cron. A
-daemon that lives, or whose guests do, is used where it is: a second one would know nothing of these
+The runtime directory of a user depends on how he came in (pam_systemd(8)): by ssh another than by cron.
+A daemon that lives, or whose guests do, is used where it is: a second one would know nothing of these
 guests, and change their disks under them.
 
 No path of ours is in its configuration, where a blank ends a log's name and a colon begins one: as root
