@@ -303,16 +303,20 @@ class Allocator:
                 raise self._taken(vm, f"MAC {declared}", index.macs[declared])
             return declared
         prefix = self._farm.driver_of(vm).mac_prefix
-        recorded = index.recorded(vm)
-        if recorded and recorded.mac.startswith(prefix) and recorded.mac not in index.declared.macs:
-            return recorded.mac
         mine = self._owner(vm)
+
+        def unclaimed(mac: str) -> bool:
+            return mac not in index.declared.macs and index.claims.owner(mac) in (None, mine)
+
+        recorded = index.recorded(vm)
+        # One that was recorded may be another farm's: its file was copied, and given another name.
+        if recorded and recorded.mac.startswith(prefix) and unclaimed(recorded.mac):
+            return recorded.mac
         attempt = 0
         while True:
             digest = hashlib.sha256(f"{mine}/{attempt}".encode()).digest()
             mac = f"{prefix}:{digest[0]:02x}:{digest[1]:02x}:{digest[2]:02x}"
-            free = index.macs.get(mac, vm) == vm and mac not in index.declared.macs
-            if free and index.claims.owner(mac) in (None, mine):
+            if index.macs.get(mac, vm) == vm and unclaimed(mac):
                 return mac
             attempt += 1
 
@@ -363,7 +367,12 @@ class Allocator:
 
         recorded = index.recorded(vm)
         kept = recorded.ssh_port if recorded and not move else None
-        if kept is not None and kept in PORTS and kept not in index.declared.ports:
+        if (
+            kept is not None
+            and kept in PORTS
+            and kept not in index.declared.ports
+            and claims.owner(str(kept)) in (None, mine)
+        ):
             return kept
         # A lost lock file must not move a running VM's port: the host's claims still know it.
         known = min((int(key) for key in claims.of(mine) if key.isdigit()), default=None)

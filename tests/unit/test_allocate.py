@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import socket
 import sqlite3
 from datetime import UTC, datetime, timedelta
@@ -153,6 +154,18 @@ def test_ports_are_free_stable_and_differ_between_farms(tmp_path: Path) -> None:
     assert len(ports) == 3
     (tmp_path / "1").unlink()
     assert one.allocate("prod").ssh_port == moved, "the host's claims know it still"
+
+
+def test_a_farm_copied_under_another_name_gets_its_own(tmp_path: Path) -> None:
+    """With its lock file, as it is in version control."""
+    first = Allocator(farm_of("one"), tmp_path / "1").allocate("prod")
+    shutil.copy(tmp_path / "1", tmp_path / "2")
+    two = Allocator(farm_of("two"), tmp_path / "2")
+    got = two.allocate("prod")
+    assert got.mac != first.mac
+    assert got.ssh_port != first.ssh_port
+    assert two.allocate("prod") == got
+    assert Allocator(farm_of("one"), tmp_path / "1").allocate("prod") == first
 
 
 def test_a_listening_port_is_passed_over(tmp_path: Path) -> None:
