@@ -67,6 +67,9 @@ class OwnDaemon(Protocol):
     def defined(self) -> frozenset[str]:
         """Names of machines that it has, running or not."""
 
+    def running(self) -> bool:
+        """Whether it, or another in its place, listens."""
+
     def is_anothers(self) -> bool:
         """Whether what runs in its place is of another state directory."""
 

@@ -172,11 +172,13 @@ class OpenKvm(OpenLibvirt):
 
     def _untouched(self) -> bool:
         """See ``OpenHost._untouched``. Of a private daemon its directory tells: there is none, or no
-        definition and no disk in it."""
+        definition and no disk in it; and no guest of it runs, for the directory may be lost."""
         if not self.declared.private:
             return False
-        if self._directory.exists() and (daemon := self.daemon()) and daemon.defined():
-            return False
+        if self._directory.exists() or self.around.directories.runtime.exists():
+            daemon = self.daemon()
+            if daemon and (daemon.defined() or daemon.machines_running()):
+                return False
         return not self.disks().list()
 
     def reader_uid(self) -> int | None:

@@ -49,7 +49,15 @@ from host.files import (
 )
 from host.processes import command_line, end, parent_of
 from host.run import Runner, which
-from inventory.errors import Call, CommandFailed, DriverFailed, NotOurs, Unsupported, WrongState
+from inventory.errors import (
+    Call,
+    CommandFailed,
+    DriverFailed,
+    NotOurs,
+    Unsupported,
+    WrongState,
+    some,
+)
 
 _ENCLOSE = str(Path(__file__).with_name("_enclose.py"))  # run, not imported: it would load the C library
 _QEMU_USER = "libvirt-qemu"  # compiled into Debian's libvirt: must resolve, or libvirtd won't start
@@ -113,9 +121,13 @@ class PrivateLibvirt:
                 f"{self._runtime} has the private libvirtd of another state directory: {self._whose()}",
                 remedy="set FARMHAND_RUNTIME_DIR to another directory, or give the farm another name",
             )
-        if not self._is_up() or self._lacks_kvm():
+        if not self._is_up() or self._lacks_kvm() or self._lost():
             with self._lock():
-                if self.running() and self._lacks_kvm():
+                if self.running() and self._lost():
+                    self._refuse_lost()
+                    _end_daemon(self._pidfile)
+                    _end_daemon(self._keeper_pidfile)
+                elif self.running() and self._lacks_kvm():
                     _end_daemon(self._pidfile)
                 if not self._is_up():
                     self._start()
@@ -128,6 +140,31 @@ class PrivateLibvirt:
         if whose is None or same_place(whose, self._directory):
             return False
         return whose.exists() and self.running()
+
+    def _lost(self) -> bool:
+        """Whether the daemon that runs has another directory than this one: that was removed, or put back
+        from a backup. Such a daemon can keep nothing."""
+        conf, pid = self._directory / "etc/libvirtd.conf", _pid(self._pidfile)
+        if not self._root or pid is None:
+            return not conf.exists()
+        try:
+            its = os.stat(f"/proc/{pid}/root/etc/libvirt/{conf.name}")  # as it sees it: proc(5)
+            return not os.path.samestat(its, conf.stat())
+        except PermissionError:
+            return False
+        except OSError:
+            return True
+
+    def _refuse_lost(self) -> None:
+        """WrongState where guests of such a daemon live."""
+        guests = dict(self._guests())
+        if self._lost() and guests:
+            pids = " ".join(map(str, guests.values()))
+            raise WrongState(
+                f"{self._directory} was removed, or put back, while {some(sorted(guests))} ran: its "
+                "private libvirtd can change nothing of that any more",
+                remedy=f"end what runs, then go on with what is there: kill {pids}",
+            )
 
     def _whose(self) -> Path | None:
         return _path_in(self._run / "of")

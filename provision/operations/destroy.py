@@ -288,7 +288,9 @@ def _is_used(site: Site) -> bool:
 
 def _has_daemon(site: Site) -> bool:
     daemon = site.daemon()
-    return daemon is not None and daemon.directory.exists()
+    if daemon is None or daemon.is_anothers():
+        return False
+    return daemon.directory.exists() or daemon.running()  # the directory may be lost
 
 
 def _end(site: Site) -> None:
@@ -318,7 +320,7 @@ def raze(site: Site, *, purge: bool) -> None:
             continue
     current_step("forget what was given out")
     site.allocator.forget()
-    if (daemon := site.daemon()) and daemon.directory.exists():
+    if _has_daemon(site) and (daemon := site.daemon()):
         current_step("stop the private daemon")
         for host in site.farm.hosts:
             site.disconnect(host)
@@ -334,7 +336,7 @@ def raze(site: Site, *, purge: bool) -> None:
             if path.name not in keep:
                 current_step(f"remove {path.name}")
                 remove(path)
-    if daemon is None or not daemon.is_anothers():
+    if (daemon := site.daemon()) is None or not daemon.is_anothers():
         remove(site.paths.runtime)
     for host in site.farm.hosts:
         if far := site.far(host):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 from controllers import VMS, Controller
 
 from host.paths import cache_dir
+from host.processes import end
 from hypervisors.libvirt.private import PrivateLibvirt
 from inventory.errors import Busy, NotFound, NotOurs, UsageError, WrongState, spelled
 from provision import farm, farm_identity
@@ -363,39 +365,63 @@ def test_a_private_libvirtd_of_another_state_directory_is_let_be(tmp_path, monke
         shutil.rmtree(place, ignore_errors=True)
 
 
-def test_what_runs_is_seen_from_every_runtime_directory(tmp_path, monkeypatch) -> None:
-    """As of a user who came in by ssh, and from cron: his VMs' disks aren't changed under them."""
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+    """A farm with one VM, which runs, of its own libvirtd."""
     monkeypatch.setenv("FARMHAND_CACHE_DIR", str(cache_dir()))
     for name in ("STATE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name))
     place = Path(tempfile.mkdtemp(prefix="fh-"))  # short, for sockets, and QEMU's user passes through
     place.chmod(0o711)
-    one = Controller(place / "one", "driver: kvm", None)
-    one.write(one.file, "  prod: {memory: 64M}\n")
+    made = Controller(place / "one", "driver: kvm", None)
+    made.write(made.file, "  prod: {memory: 64M}\n")
     try:
-        one.seal()
-        with one.site() as site:
+        made.seal()
+        with made.site() as site:
             farm.clone_farm(site, start=False)
             farm.start(site, wait=False)
-            (running,) = site.daemon().machines_running()
-        own, one.run = one.run, place / "other"
-        with one.site() as site:
-            (vm,) = farm.status(site).vms
-            assert vm.state == "running"
-            assert site.daemon().machines_running() == (running,)
-            farm.reset(site, ["prod"], start=False)
-            assert site.daemon().machines_running() == ()
-            farm.destroy(site)
-        assert not (own / "kata/run").exists()
-        one.seal()
-        with one.site() as site:  # where nothing lives it is made where it is asked for
-            farm.clone_farm(site, start=False)
-            assert (one.run / "kata/run").exists()
-            farm.destroy(site)
+        yield made
     finally:
-        with one.site() as site:
+        with made.site() as site:
             site.daemon().stop(force=True)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def test_what_runs_is_seen_from_every_runtime_directory(one) -> None:
+    """As of a user who came in by ssh, and from cron: his VMs' disks aren't changed under them."""
+    own, one.run = one.run, one.place / "other"
+    with one.site() as site:
+        (vm,) = farm.status(site).vms
+        assert vm.state == "running"
+        assert site.daemon().machines_running() == (vm.machine,)
+        farm.reset(site, ["prod"], start=False)
+        assert site.daemon().machines_running() == ()
+        farm.destroy(site)
+    assert not (own / "kata/run").exists()
+    one.seal()
+    with one.site() as site:  # where nothing lives it is made where it is asked for
+        farm.clone_farm(site, start=False)
+        assert (one.run / "kata/run").exists()
+        farm.destroy(site)
+
+
+def test_a_state_directory_that_is_lost_while_vms_run_is_begun_anew(one) -> None:
+    """Its libvirtd can keep nothing any more, and would be in the way for ever."""
+    shutil.rmtree(one.state)
+    one.seal()
+    with one.site() as site, pytest.raises(WrongState, match="was removed, or put back") as caught:
+        farm.clone_farm(site, start=False)
+    _, _, pid = spelled(caught.value.remedy).rpartition(" kill ")
+    with one.site() as site:
+        assert caught.value.message in farm.status(site).vms[0].error
+    assert end(os.pidfd_open(int(pid)), signal.SIGTERM, timeout=30)
+    with one.site() as site:
+        farm.clone_farm(site, start=False)
+        assert [machine.name for machine in site.hypervisor("here").list()] == ["kata-prod"]
+    shutil.rmtree(one.state)
+    with one.site() as site:
+        farm.destroy(site)
+        assert not site.daemon().running()
 
 
 def test_a_lost_identity_costs_neither_disks_nor_keys(alone) -> None:
