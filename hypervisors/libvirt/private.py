@@ -142,14 +142,14 @@ class PrivateLibvirt:
         return whose.exists() and self.running()
 
     def _lost(self) -> bool:
-        """Whether the daemon that runs has another directory than this one: that was removed, or put back
-        from a backup. Such a daemon can keep nothing."""
+        """Whether the daemon that runs has another directory than this one, which was removed, or put
+        back from a backup. Such a daemon can keep nothing."""
         conf, pid = self._directory / "etc/libvirtd.conf", _pid(self._pidfile)
         if not self._root or pid is None:
             return not conf.exists()
         try:
-            its = os.stat(f"/proc/{pid}/root/etc/libvirt/{conf.name}")  # as it sees it: proc(5)
-            return not os.path.samestat(its, conf.stat())
+            # as the daemon sees it: proc(5)
+            return not conf.samefile(Path(f"/proc/{pid}/root/etc/libvirt", conf.name))
         except PermissionError:
             return False
         except OSError:
