@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from host.files import file_error
+from host.printable import one_line
 from inventory.errors import Remedy, WrongState
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class Malformed(ValueError):
     """What was read isn't what it should be; its text says why, in one short line, whatever was read."""
 
     def __init__(self, why: str) -> None:
-        super().__init__("".join(c if c.isprintable() else "?" for c in why[:_LONGEST]))
+        super().__init__(one_line(why, _LONGEST))
 
 
 def read_file(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from host.files import make_directory, open_lock, own_directory
+from host.printable import one_line
 from inventory.errors import Busy
 
 _PATIENCE = 0.3  # seconds: somebody may just be letting go
@@ -73,7 +74,7 @@ class FileLeases:
 
 def busy(name: str, note: str) -> Busy:
     """The error for a lease that another has; ``note``: that one's, which may be anybody's text."""
-    said = "".join(letter if letter.isprintable() else "?" for letter in note[:_NOTE]).strip()
+    said = one_line(note.strip(), _NOTE)
     return Busy(
         f"{name} is held by {said or 'somebody who could not note who'}",
         remedy="wait until that ends and try again",

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote
 
+from host.printable import one_line
+
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _MARK = re.compile(rf"({_NAME}):([0-9a-f]{{32}}):([^:]*):([^:]*)")
 _LEGIBLE = " /.@=,+-_()"
@@ -55,10 +57,10 @@ class FarmIdentity:
     def __str__(self) -> str:
         """For people, and safe to print, whoever wrote it."""
         if not self.id:
-            return f"{_line(self.name)} (without an identity)"
+            return f"{one_line(self.name)} (without an identity)"
         where = f", {self.file}" if self.file else ""
         who = f" of {self.controller}" if self.controller else ""
-        return _line(f"{self.name} ({self.short}{where}{who})")
+        return one_line(f"{self.name} ({self.short}{where}{who})")
 
 
 def _quoted(text: str, most: int) -> str:
@@ -67,8 +69,3 @@ def _quoted(text: str, most: int) -> str:
     while len(quoted := quote(text, safe=_LEGIBLE, errors="surrogateescape")) > most:
         text = text[1:]
     return quoted
-
-
-def _line(text: str) -> str:
-    """What somebody else wrote, without what would move a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -61,7 +61,7 @@ def test_what_is_right_comes_back() -> None:
         ("parts", [{"name": "x"}, {}], "parts.1.name is missing"),
         ("parts", [{"name": "x", "size": 2**63}], "parts.0.size is too large"),
         ("parts", [{"name": "x", "size": 1.5}], "parts.0.size is not a whole number"),
-        ("words", {"a\n\x1b[2J": 1}, "words.a??[2J is not a text"),
+        ("words", {"a\n\x1b[2J": 1}, r"words.a\n\x1b[2J is not a text"),
         ("words", [], "words is no JSON object"),
     ],
 )
