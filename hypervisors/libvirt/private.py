@@ -197,11 +197,8 @@ class PrivateLibvirt:
                     f"the private libvirtd still runs {', '.join(names)}",
                     remedy=("stop them first: ", Call("stop", all=True)),
                 )
-            reapers = {
-                parent_of(pid)
-                for pid in (*map(_pid, self._pidfiles), *(pid for _, pid in self._guests()))
-                if pid
-            }
+            children = [*map(_pid, self._pidfiles), *(pid for _, pid in self._guests())]
+            reapers = {parent for pid in children if pid and (parent := parent_of(pid))}
             _end_daemon(self._pidfile)
             for name, pid in self._guests():
                 _end(pid, _guest(name), signal.SIGKILL)

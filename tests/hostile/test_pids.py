@@ -57,6 +57,17 @@ def test_a_pid_file_says_one_process(tmp_path: Path) -> None:
     assert private._pid(file) == 17
 
 
+def test_a_daemon_that_was_killed_is_stopped_all_the_same(tmp_path: Path) -> None:
+    """Its pid file stays, and a process that is gone has no parent."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    runtime = tmp_path / "run"
+    (runtime / "run").mkdir(parents=True)
+    (runtime / "run/libvirtd.pid").write_text(f"{gone.pid}\n")
+    private.PrivateLibvirt(tmp_path / "state", runtime, tmp_path, hide_kvm=False).stop(force=True)
+    assert not runtime.exists()
+
+
 def test_what_is_noted_of_a_process_is_not_of_the_next_with_its_pid(tmp_path: Path) -> None:
     """In the journal and in a lock's note: our own pid, of another start, and of another boot."""
     us = Process.this()
