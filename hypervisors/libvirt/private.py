@@ -157,8 +157,7 @@ class PrivateLibvirt:
 
     def _refuse_lost(self) -> None:
         """WrongState where guests of such a daemon live."""
-        guests = dict(self._guests())
-        if self._lost() and guests:
+        if guests := dict(self._guests()):
             pids = " ".join(map(str, guests.values()))
             raise WrongState(
                 f"{self._directory} was removed, or put back, while {some(sorted(guests))} ran: its "
