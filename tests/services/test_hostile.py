@@ -89,16 +89,18 @@ def test_farms_are_refused_or_read_back(vms: dict[str, Any]) -> None:
     directory = Path(tempfile.mkdtemp(prefix="fhn-"))
     directory.chmod(0o755)
     try:
-        yard = Yard(directory)
-        yard.vms = vms
-        try:
-            yard.farm()
-        except InventoryError as error:
-            lines = yard.text().count("\n") + 2
-            assert all(1 <= problem.line <= lines for problem in error.problems)
-            return
-        yard.check(*CHECKED)
-        read_back(yard)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FARMHAND_STATE_DIR", str(directory / "state"))
+            yard = Yard(directory)
+            yard.vms = vms
+            try:
+                yard.farm()
+            except InventoryError as error:
+                lines = yard.text().count("\n") + 2
+                assert all(1 <= problem.line <= lines for problem in error.problems)
+                return
+            yard.check(*CHECKED)
+            read_back(yard)
     finally:
         shutil.rmtree(directory)
 
