@@ -90,7 +90,7 @@ def template_list(run: TaskRun) -> TaskResult:
     from provision.operations.templates import template_list as found
 
     with run.site() as site:
-        return views.templates(found(site))
+        return views.templates(found(site), site.identity)
 
 
 @command({"template": "The generation, such as base@2."}, does=("template-remove",))

@@ -61,6 +61,9 @@ class FarDisks:
     def remove_template(self, label: str) -> None:
         self._ask("remove_template", label)
 
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        self._ask("adopt_template", label, whose)
+
     def find(self, machine: str) -> Disk | None:
         found: Disk | None = self._ask("find", machine)
         return found
