@@ -502,9 +502,10 @@ def check_template(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -
     if whose == ours:
         return
     name = label.partition("@")[0]
-    remedy: Remedy = (Call("template-build", name=name), " makes one of this farm's own")
+    own = (Call("template-build", name=name), " makes one of this farm's own")
+    remedy: Remedy = own
     if whose is not None and whose.is_namesake(ours):
-        remedy = (*remedy, "; or, if that farm is to end, take it over: ", Call("adopt"))
+        remedy = (*own, "; or, if that farm is to end, take it over: ", Call("adopt"))
     raise NotOurs(
         f"template {label} belongs to farm {whose or 'nobody'}; this farm is {ours}: left alone",
         remedy=remedy,

@@ -55,11 +55,11 @@ def told(site: Site, host: str) -> Iterator[Text]:
     """A line for each such farm."""
     found = namesakes(site, host)
     sealed = templates_of_namesakes(site, host)
-    for whose in dict.fromkeys(one.whose for one in (*found, *sealed)):
-        machines = [one.machine for one in found if one.whose == whose]
-        labels = [f"template {one.label}" for one in sealed if one.whose == whose]
+    for whose in dict.fromkeys([*(one.whose for one in found), *(one.whose for one in sealed)]):
+        things = [one.machine for one in found if one.whose == whose]
+        things += [f"template {one.label}" for one in sealed if one.whose == whose]
         yield (
-            f"host {host}: another farm called {whose} is here, left alone: {some(machines + labels)}; if "
+            f"host {host}: another farm called {whose} is here, left alone: {some(things)}; if "
             "that farm is to end: ",
             Call("adopt"),
         )

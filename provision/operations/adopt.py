@@ -139,7 +139,7 @@ class Adopt(Operation[AdoptResult]):
             jobs.append(job("keep", "", "there is nothing of another farm of this name"))
         vms = tuple(one.vm for one in found)
         labels = [one.label for one in sealed if (one.host, one.label) not in own]
-        of = str((*found, *sealed)[0].whose) if found or sealed else ""
+        of = next((str(whose) for whose in _owners(found, sealed)), "")
         result = AdoptResult(vms, tuple(dict.fromkeys(labels)), of)
         return Plan([alone(*jobs)], lambda: result)
 
@@ -154,13 +154,13 @@ class Adopt(Operation[AdoptResult]):
                     remedy=f"others have {some(sorted(there))}" if there else "",
                 )
             found = [one for one in found if one.vm in self.vms]
-        _refuse_several(site, [one.whose for one in found])
+        _refuse_several(site, _owners(found))
         return found
 
     def _sealed(self, site: Site, vms: Sequence[Namesake]) -> Sequence[NamesakeTemplate]:
         found = [one for host in site.farm.hosts for one in templates_of_namesakes(site, host)]
         found = [one for one in found if one.whose.id.startswith(self.of)]
-        _refuse_several(site, [one.whose for one in (*vms, *found)])
+        _refuse_several(site, _owners(vms, found))
         return found
 
     def _job(self, site: Site, one: Namesake) -> Job:
@@ -183,8 +183,13 @@ class Adopt(Operation[AdoptResult]):
             )
 
 
-def _refuse_several(site: Site, found: Sequence[FarmIdentity]) -> None:
-    whose = list(dict.fromkeys(found))
+def _owners(
+    vms: Sequence[Namesake], templates: Sequence[NamesakeTemplate] = ()
+) -> list[FarmIdentity]:
+    return list(dict.fromkeys([*(one.whose for one in vms), *(one.whose for one in templates)]))
+
+
+def _refuse_several(site: Site, whose: Sequence[FarmIdentity]) -> None:
     if len(whose) > 1:
         them = some([str(one) for one in whose])
         raise UsageError(
