@@ -192,21 +192,22 @@ class _OwnLease:
         fresh, began = f"{self.stem}:{next(self._numbers)}", _now()
         self.keys.append(fresh)  # whether the server says so or not
         self._leases.add(fresh, self.value)
-        if began - self._renewed > SURE:  # else nobody can have removed it
+        silent = _now() - self._renewed
+        if silent > SURE:  # else nobody can have removed the last one before this one was there
             there = self._leases.look()
             if self.key not in there:
-                self._lost = self._broken(there, round(began - self._renewed))
+                self._lost = self._broken(there, silent)
                 return
         self.key, self._renewed = fresh, began
         for old in self.keys[:-1]:
             self._leases.remove(old)
         self.keys = [fresh]
 
-    def _broken(self, there: Mapping[str, str], silent: int) -> str:
+    def _broken(self, there: Mapping[str, str], silent: float) -> str:
         held = "nobody has it now"
         for other in _others(there, self):
             held = one_line(f"{min(other.names & self.names)} is held by {other.note}", 500)
-        return f"not renewed for {silent} s, as this process was stopped, its lease was broken: {held}"
+        return f"not renewed for {silent:.0f} s, as this process was stopped, its lease was broken: {held}"
 
 
 def _now() -> float:

@@ -200,9 +200,9 @@ class Sessions:
     def call(self, name: str, *arguments: object) -> Any:
         """``name`` such as "VM.clone"; the session is put first. XenApiError with the server's words;
         TimedOut and DriverFailed where it can't be known whether the call was done."""
-        if is_change(name) and not name.startswith("pool."):
-            self._check()
         with self._session() as session, self._turn(name):
+            if is_change(name) and not name.startswith("pool."):
+                self._check()
             self._count(name)
             handle = session.handle
             try:
@@ -234,8 +234,8 @@ class Sessions:
         size = min(size, _data_end(image))
         if not size:
             return
-        self._check()
         with self._session() as session, image.open("rb") as file:
+            self._check()
             self._count("PUT /import_raw_vdi")
             query = urlencode({"session_id": session.handle, "vdi": vdi, "format": "raw"})
             link = connection(self._server, self._url)

@@ -157,22 +157,28 @@ def test_its_thread_ends_with_it(leases) -> None:
 @pytest.fixture
 def hasty(monkeypatch):
     """Of others' leases nobody waits for long."""
-    for name, seconds in {"RENEWED": 0.1, "LASTS": 0.5, "WATCHED": 0.8, "SURE": 0.4}.items():
+    for name, seconds in {"RENEWED": 0.1, "LASTS": -1.0, "WATCHED": 0.8, "SURE": 0.4}.items():
         monkeypatch.setattr(leases_module, name, seconds)
     monkeypatch.setattr(leases_module, "_LOOK", 0.1)
 
 
+def a_vdi(rig) -> str:
+    """Something to change."""
+    return rig.disks().pool.new_vdi("kata-prod", 2**20, {})
+
+
 def test_a_holder_that_was_stopped_too_long_changes_nothing_more(rig, leases, hasty) -> None:
-    sr = rig.sessions().call("SR.get_all")[0]
+    vdi = a_vdi(rig)
     out, told = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             mine = Sessions(rig.sessions()._server)
             with PoolLeases("it", mine).hold(PROD, "the stopped one"):
-                os.write(told, b"held\n")
-                while True:
-                    mine.call("SR.set_name_description", sr, f"{time.monotonic()}")
+                mine.call("VDI.set_name_label", vdi, "before")
+                os.kill(os.getpid(), signal.SIGSTOP)
+                mine.call("VDI.set_name_label", vdi, "after")
+                os.write(told, b"it went on\n")
         except BaseException as error:  # noqa: BLE001 - told to the test
             os.write(told, f"{type(error).__name__}: {error}\n".encode())
         finally:
@@ -180,15 +186,13 @@ def test_a_holder_that_was_stopped_too_long_changes_nothing_more(rig, leases, ha
     os.close(told)
     try:
         with os.fdopen(out) as said:
-            assert said.readline() == "held\n"
-            os.kill(child, signal.SIGSTOP)
+            assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
             with leases.hold(PROD, "pid 9 of bob@pc2"):
-                seen = rig.sessions().call("SR.get_name_description", sr)
                 os.kill(child, signal.SIGCONT)
                 why = said.readline()
                 assert why.startswith("LeaseLost: ") and "kata-prod is held by pid 9 of bob@pc2" in why
-                assert rig.sessions().call("SR.get_name_description", sr) == seen
-                assert len(config(rig)) == 1
+                assert rig.sessions().call("VDI.get_name_label", vdi) == "before"
+                assert len({key.rpartition(":")[0] for key in config(rig)}) == 1
         assert config(rig) == {}
     finally:
         os.kill(child, signal.SIGCONT)
@@ -199,16 +203,16 @@ def test_one_that_was_stopped_and_not_broken_goes_on(rig, server, hasty, monkeyp
     made: list[str] = []
     mine = Sessions(server.server(), count=made.append)
     monkeypatch.setattr(leases_module, "RENEWED", 1000.0)
-    sr = mine.call("SR.get_all")[0]
-    change = "SR.set_name_description"
+    vdi, change = a_vdi(rig), "VDI.set_name_label"
     with PoolLeases("it", mine).hold(PROD, "one"):
         made.clear()
-        mine.call(change, sr, "x")
+        mine.call(change, vdi, "x")
         assert made == [change]
         monkeypatch.setattr(leases_module, "SURE", -1.0)  # as if it had been stopped
-        mine.call(change, sr, "y")
+        mine.call(change, vdi, "y")
         renewal = [f"pool.{verb}_other_config" for verb in ("add_to", "get", "remove_from")]
-        assert made[1:] == [*renewal, change]
+        logins = ["session.login_with_password"]  # it has one in use
+        assert made[1:] == [*logins, *renewal, change]
         assert len(config(rig)) == 1
     assert config(rig) == {}
     mine.close()
