@@ -207,7 +207,7 @@ class _OwnLease:
         held = "nobody has it now"
         for other in _others(there, self):
             held = one_line(f"{min(other.names & self.names)} is held by {other.note}", 500)
-        return f"stopped for {silent:.0f} s, this process did not renew its lease, and it was broken: {held}"
+        return f"stopped for {silent:.0f} s, this process lost its lease: {held}"
 
 
 def _now() -> float:

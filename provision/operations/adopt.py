@@ -183,9 +183,7 @@ class Adopt(Operation[AdoptResult]):
             )
 
 
-def _owners(
-    vms: Sequence[Namesake], templates: Sequence[NamesakeTemplate] = ()
-) -> list[FarmIdentity]:
+def _owners(vms: Sequence[Namesake], templates: Sequence[NamesakeTemplate] = ()) -> list[FarmIdentity]:
     return list(dict.fromkeys([*(one.whose for one in vms), *(one.whose for one in templates)]))
 
 

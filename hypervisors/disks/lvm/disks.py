@@ -154,9 +154,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             with image.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = self._name(template.name, str(template.generation))
-            done = replace(
-                template, ref=f"{self._vg}/{name}", sha256=digest, size=size, farm=self._farm
-            )
+            done = replace(template, ref=f"{self._vg}/{name}", sha256=digest, size=size, farm=self._farm)
             facts = {**template_facts(done), "image": identity, "farm": self._farm.mark, "kind": "part"}
             held.keep(self._filling(name))
             try:

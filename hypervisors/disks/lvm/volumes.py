@@ -1,8 +1,8 @@
 """Our volumes in a group: the store's lock, names, links, activation, and removing what is ours.
 
 The locks lie in a directory of the machine that has the group, whatever state directories its users
-have: the store's, and one for each part that is being filled. The links, and what a copy has noted of how
-far it came, are to outlast a boot, and lie in the state directory."""
+have: the store's, and one for each part that is being filled. The links, and what a copy has noted of
+how far it came, are to outlast a boot, and lie in the state directory."""
 
 from __future__ import annotations
 

@@ -179,9 +179,7 @@ class Qcow2Disks:
             sync(fresh)
             with fresh.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            done = replace(
-                template, ref=str(final), sha256=digest, size=header.size, farm=self._farm
-            )
+            done = replace(template, ref=str(final), sha256=digest, size=header.size, farm=self._farm)
             with self._lock.hold():
                 if os.path.lexists(final):  # another was quicker; else its description would be ours
                     there = read_template(final)
