@@ -274,14 +274,14 @@ def gc(run: TaskRun) -> TaskResult:
 
 @command(
     {
-        "vm": "A VM of the other farm; repeatable. Absent: all that it has here.",
+        "vm": "A VM of the other farm; repeatable. Absent: all that it has here, templates too.",
         "of": "The beginning of the other farm's number, where there are several.",
     },
     does=("adopt",),
     iterable=["vm"],
 )
 def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
-    """Take over VMs of another farm of this name."""
+    """Take over VMs and templates of another farm of this name."""
     with run.site(adopting=True) as site:
         return views.outcome(run.perform(site, "adopt", vms=tuple(vm or ()), of=of))
 
