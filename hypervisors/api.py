@@ -501,8 +501,7 @@ def check_template(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -
     so is its end."""
     if whose == ours:
         return
-    name = label.partition("@")[0]
-    own = (Call("template-build", name=name), " makes one of this farm's own")
+    own = ("this farm's own are made by ", Call("clone-farm"))
     remedy: Remedy = own
     if whose is not None and whose.is_namesake(ours):
         remedy = (*own, "; or, if that farm is to end, take it over: ", Call("adopt"))
