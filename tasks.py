@@ -90,7 +90,7 @@ def template_list(run: TaskRun) -> TaskResult:
     from provision.operations.templates import template_list as found
 
     with run.site() as site:
-        return views.templates(found(site))
+        return views.templates(found(site), site.identity)
 
 
 @command({"template": "The generation, such as base@2."}, does=("template-remove",))
@@ -274,14 +274,14 @@ def gc(run: TaskRun) -> TaskResult:
 
 @command(
     {
-        "vm": "A VM of the other farm; repeatable. Absent: all that it has here.",
+        "vm": "A VM of the other farm; repeatable. Absent: all that it has here, templates too.",
         "of": "The beginning of the other farm's number, where there are several.",
     },
     does=("adopt",),
     iterable=["vm"],
 )
 def adopt(run: TaskRun, vm: Names = None, of: str = "") -> TaskResult:
-    """Take over VMs of another farm of this name."""
+    """Take over VMs and templates of another farm of this name."""
     with run.site(adopting=True) as site:
         return views.outcome(run.perform(site, "adopt", vms=tuple(vm or ()), of=of))
 

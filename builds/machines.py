@@ -90,11 +90,13 @@ class Machines:
             record = VmRecord(vm=vm, host=member.host, driver=capabilities.driver)
             if disk is not None:
                 record = replace(record, template=disk.template, checkpoint=disk.base)
-                for template in member.store.templates():
-                    if template.label == disk.template:
-                        self.templates[template.label] = FileRecord(
-                            name=f"template {template.label}", size=template.size, sha256=template.sha256
-                        )
+                own = self._site.identity  # on XenAPI two farms may have that label
+                found = [t for t in member.store.templates() if t.label == disk.template]
+                template = max(found, key=lambda t: t.farm == own, default=None)
+                if template is not None:
+                    self.templates[template.label] = FileRecord(
+                        name=f"template {template.label}", size=template.size, sha256=template.sha256
+                    )
         if not resets:
             record = replace(record, pristine=False)
             self._as_it_was.add(vm)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from builds.record import BuildRecord, StepRecord
     from host.paths import FarmPaths
     from hypervisors.api import Template
+    from hypervisors.ownership import FarmIdentity
     from provision.engine.record import Record
     from provision.engine.report import Outcome
     from provision.network.apply import ApplyResult
@@ -107,7 +108,8 @@ def doomed(plan: Outcome[object], status: FarmStatus) -> tuple[object, Text]:
     return what, joined(parts, "\n")
 
 
-def templates(found: Sequence[Template]) -> TaskResult:
+def templates(found: Sequence[Template], ours: FarmIdentity) -> TaskResult:
+    """``ours``: whose list it is; another farm's are named."""
     data = {
         "templates": [
             {
@@ -117,6 +119,8 @@ def templates(found: Sequence[Template]) -> TaskResult:
                 "created": t.created.isoformat(),
                 "origin": t.origin,
                 "firstboot": t.firstboot,
+                "ours": t.farm == ours,
+                "farm": str(t.farm),
             }
             for t in found
         ]
@@ -126,8 +130,13 @@ def templates(found: Sequence[Template]) -> TaskResult:
     rows = [
         (t.label, format_size(t.size), when(t.created), t.firstboot, t.origin, t.sha256[:12])
         for t in found
+        if t.farm == ours
     ]
-    return TaskResult(data, table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows))
+    parts: list[Text] = []
+    if rows:
+        parts = [table(("TEMPLATE", "SIZE", "MADE", "FIRST BOOT", "FROM", "SHA256"), rows)]
+    parts += [f"{t.label} is another farm's, not used: {t.farm}" for t in found if t.farm != ours]
+    return TaskResult(data, joined(parts, "\n"))
 
 
 def when(moment: datetime) -> str:

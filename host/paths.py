@@ -12,6 +12,9 @@ from inventory.errors import UsageError
 _UNFIT = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"  # all of it unprintable
 """What XML can't hold (libvirt's files), or ends a line of somebody's: no path of ours has it."""
 
+SHARED = Path("/run/farmhand")
+"""Root's, of this machine: one for all state and runtime directories. Gone after a boot."""
+
 
 def _fit(path: Path, source: str) -> Path:
     """``path`` as an absolute path. UsageError, naming its ``source``, if not every program could take

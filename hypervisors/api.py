@@ -95,6 +95,7 @@ class Template:
     created: datetime
     origin: str  # the recipe and its hash, or the imported file
     firstboot: str  # who makes a clone unique at first boot: "farmhand", "cloud-init" or "none"
+    farm: FarmIdentity | None = None  # whose it is, by its mark; None: not sealed yet
 
     @property
     def label(self) -> str:
@@ -179,10 +180,15 @@ class Disks(Adopting, Protocol):
         """Take over ``image`` (a qcow2 or raw file; it is consumed) as this generation. Returns the
         template with ``ref`` filled in. Conflict if the generation exists."""
 
-    def templates(self) -> Sequence[Template]: ...
+    def templates(self) -> Sequence[Template]:
+        """Those of all farms that share the store: each is its farm's alone."""
 
     def remove_template(self, label: str) -> None:
-        """WrongState while disks depend on it; it names them."""
+        """WrongState while disks depend on it, whosever they are; it names them. NotOurs for another
+        farm's."""
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        """Mark as ours the template of that label which is that farm's; all else stays as it is."""
 
     def find(self, machine: str) -> Disk | None: ...
 
@@ -190,8 +196,8 @@ class Disks(Adopting, Protocol):
 
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         """Make a new disk, complete or not at all, whose checkpoint ``clean`` is the template. ``size``:
-        bytes, at least the template's. Errors: Conflict (the machine has a disk), NoSpace (before
-        anything is made)."""
+        bytes, at least the template's. Errors: Conflict (the machine has a disk), NotOurs (the
+        template is another farm's), NoSpace (before anything is made)."""
 
     def checkpoint(self, machine: str, name: str) -> Checkpoint:
         """Keep the disk as it is. The caller has stopped the VM. Conflict if the name is taken."""
@@ -488,6 +494,27 @@ def not_ours(what: str, owner: Owner | None, ours: FarmIdentity) -> NotOurs:
     return NotOurs(
         f"{what} belongs to farm {owner.farm}; this farm is {ours}: left alone", remedy=remedy
     )
+
+
+def check_template(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -> None:
+    """NotOurs for another farm's template: what is in it, such as its logins, is that farm's choice, and
+    so is its end."""
+    if whose == ours:
+        return
+    own = ("this farm's own are made by ", Call("clone-farm"))
+    remedy: Remedy = own
+    if whose is not None and whose.is_namesake(ours):
+        remedy = (*own, "; or, if that farm is to end, take it over: ", Call("adopt"))
+    raise NotOurs(
+        f"template {label} belongs to farm {whose or 'nobody'}; this farm is {ours}: left alone",
+        remedy=remedy,
+    )
+
+
+def label_taken(label: str, whose: FarmIdentity | None, ours: FarmIdentity) -> Conflict:
+    """The error for a generation that is in the store already."""
+    by = f": it is farm {whose}'s" if whose is not None and whose != ours else ""
+    return Conflict(f"template {label} exists already{by}", remedy="seal it as the next generation")
 
 
 def no_warm(machine: str) -> Unsupported:

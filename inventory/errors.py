@@ -8,6 +8,7 @@
     ├── Conflict          the name, address or port is taken
     │   └── NotOurs       ... by something without our ownership mark: never touched
     ├── Busy              somebody else holds the lock
+    ├── LeaseLost         somebody else may have changed what was just being changed: nothing more is
     ├── WrongState        not possible while it is running / stopped / dirty
     ├── Unsupported       this driver or host can't do it
     ├── NoSpace           it would not fit, so it was not begun
@@ -139,6 +140,8 @@ class FarmhandError(Exception):
     """
 
     exit_status = 1
+    unfinished = False
+    """Whether what it ended is neither done nor undone, and must stay so: recovery goes on with it."""
 
     def __init__(self, what: str, *, vm: str = "", remedy: Remedy = "", detail: str = "") -> None:
         self.what = what
@@ -213,6 +216,10 @@ class NotOurs(Conflict):
 
 class Busy(FarmhandError):
     pass
+
+
+class LeaseLost(FarmhandError):
+    unfinished = True
 
 
 class WrongState(FarmhandError):
@@ -320,6 +327,10 @@ class Several(FarmhandError):
             remedy=some_remedies(self.errors.values()),
             detail="\n".join(text for text in more if text not in names),
         )
+
+    @property
+    def unfinished(self) -> bool:  # type: ignore[override]
+        return any(error.unfinished for error in self.errors.values())
 
     def as_dict(self) -> Mapping[str, object]:
         return {

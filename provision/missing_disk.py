@@ -57,7 +57,13 @@ def missing_disk(member: Member, machine: Machine) -> MissingDisk | None:
             f"{gone}; something of it is left: {', '.join(refs)}",
             (Call("destroy", vm=vm), " gives that up; then ", Call("clone-farm")),
         )
-    template = next((t for t in store.templates() if t.label == machine.template), None)
+    labelled = [t for t in store.templates() if t.label == machine.template]
+    template = next((t for t in labelled if t.farm == member.site.identity), None)
+    if template is None and labelled:
+        return MissingDisk(
+            f"{gone}, and its template {machine.template} belongs to farm {labelled[0].farm}",
+            (Call("destroy", vm=vm), " gives it up; then ", Call("clone-farm"), " makes a new one"),
+        )
     if template is None:
         return MissingDisk(
             f"{gone}, and so is its template {machine.template}",

@@ -22,6 +22,15 @@ class Namesake:
     whose: FarmIdentity
 
 
+@dataclass(frozen=True, slots=True)
+class NamesakeTemplate:
+    """A sealed generation of such a farm."""
+
+    host: str
+    label: str
+    whose: FarmIdentity
+
+
 def namesakes(site: Site, host: str) -> Sequence[Namesake]:
     """What they have on this host, by a look at it."""
     found = []
@@ -31,13 +40,26 @@ def namesakes(site: Site, host: str) -> Sequence[Namesake]:
     return found
 
 
+def templates_of_namesakes(site: Site, host: str) -> Sequence[NamesakeTemplate]:
+    """The generations that they have in the host's store, by a look at it."""
+    if not site.has_disks(host):
+        return []
+    return [
+        NamesakeTemplate(host, template.label, template.farm)
+        for template in site.disks(host).templates()
+        if template.farm is not None and template.farm.is_namesake(site.identity)
+    ]
+
+
 def told(site: Site, host: str) -> Iterator[Text]:
     """A line for each such farm."""
     found = namesakes(site, host)
-    for whose in dict.fromkeys(one.whose for one in found):
-        machines = [one.machine for one in found if one.whose == whose]
+    sealed = templates_of_namesakes(site, host)
+    for whose in dict.fromkeys([*(one.whose for one in found), *(one.whose for one in sealed)]):
+        things = [one.machine for one in found if one.whose == whose]
+        things += [f"template {one.label}" for one in sealed if one.whose == whose]
         yield (
-            f"host {host}: another farm called {whose} has VMs here, left alone: {some(machines)}; if "
+            f"host {host}: another farm called {whose} is here, left alone: {some(things)}; if "
             "that farm is to end: ",
             Call("adopt"),
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from host.files import own_directory
 from host.paths import FarmPaths, cache_dir, check_directories, state_dir
 from host.run import Runner, withhold
-from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases
+from hypervisors.api import Callbacks, Directories, Disks, Hypervisor, Leases, Template
 from hypervisors.host import DrivenHost, ListedMachine, OpenHost, OwnDaemon, Surroundings
 from hypervisors.ownership import FarmIdentity
 from inventory.errors import NotFound, did_you_mean, some
@@ -109,6 +109,10 @@ class Site:
             for leases, names in wanted.items():
                 stack.enter_context(leases.hold(sorted(names), note))
             yield
+
+    def templates(self, host: str) -> Sequence[Template]:
+        """This farm's own generations in the host's store, which may have other farms', too."""
+        return [found for found in self.disks(host).templates() if found.farm == self.identity]
 
     def prepare(self) -> None:
         """Make the farm's own directory and its identity, before something is changed. QEMU, as another

@@ -32,6 +32,8 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_template,
+    label_taken,
     no_step,
     no_warm,
     not_ours,
@@ -60,14 +62,12 @@ class FakeDisks:
 
     def seal(self, image: Path, template: Template) -> Template:
         with self.store.change() as world:
-            if template.label in world.templates:
-                raise Conflict(
-                    f"template {template.label} exists already", remedy="seal the next generation"
-                )
+            if there := world.templates.get(template.label):
+                raise label_taken(template.label, there.farm, self._farm)
             with image.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._step(f"seal template {template.label}")
-            done = replace(template, ref=template.label, sha256=digest)
+            done = replace(template, ref=template.label, sha256=digest, farm=self._farm)
             world.templates[template.label] = done
         image.unlink()
         return done
@@ -79,14 +79,23 @@ class FakeDisks:
 
     def remove_template(self, label: str) -> None:
         with self.store.change() as world:
-            if label not in world.templates:
+            there = world.templates.get(label)
+            if there is None:
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
+            check_template(label, there.farm, self._farm)
             if users := [name for name, disk in world.disks.all().items() if disk.template == label]:
                 raise WrongState(
                     f"template {label} is in use by {', '.join(users)}", remedy="destroy them first"
                 )
             self._step(f"remove template {label}")
             del world.templates[label]
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        with self.store.change() as world:
+            there = world.templates.get(label)
+            if there is not None and there.farm == whose:
+                self._step(f"mark template {label} as ours")
+                world.templates[label] = replace(there, farm=self._farm)
 
     def find(self, machine: str) -> Disk | None:
         with self.store.look() as world:
@@ -119,10 +128,12 @@ class FakeDisks:
                 )
             if self.capacity().free < self._reserve:
                 raise NoSpace(f"no room for the disk of {machine}", remedy=Call("gc"))
-            if template.label not in world.templates:
+            there = world.templates.get(template.label)
+            if there is None:
                 raise NotFound(
                     f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
+            check_template(template.label, there.farm, self._farm)
             if machine in world.disks:
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")
             self._step(f"clone the disk of {machine} from {template.label}")

@@ -3,9 +3,9 @@ agent there."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from hypervisors.far.failures import on
 from hypervisors.far.link import Link
 from hypervisors.look import HostLook
 from hypervisors.ownership import FarmIdentity
-from inventory.errors import FarmhandError
 
 
 class FarDisks:
@@ -60,6 +59,9 @@ class FarDisks:
 
     def remove_template(self, label: str) -> None:
         self._ask("remove_template", label)
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        self._ask("adopt_template", label, whose)
 
     def find(self, machine: str) -> Disk | None:
         found: Disk | None = self._ask("find", machine)
@@ -194,19 +196,13 @@ class FarKvmTrust:
 
 @dataclass(frozen=True, slots=True)
 class FarLeases:
-    """Held by the agent, so they end with it, however that ends."""
+    """Held by the agent, so they end with it, however that ends; the next one takes them again."""
 
     link: Link
 
-    @contextlib.contextmanager
-    def hold(self, names: Sequence[str], note: str) -> Iterator[None]:
+    def hold(self, names: Sequence[str], note: str) -> AbstractContextManager[None]:
         """See ``hypervisors.api.Leases``."""
-        held = self.link.call("leases", "take", list(names), note)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(FarmhandError):  # a lost connection has given them back
-                self.link.call("leases", "give_back", held)
+        return self.link.holding(names, note)
 
 
 class FarHypervisor:

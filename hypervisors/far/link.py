@@ -3,10 +3,12 @@ call finds it gone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,26 @@ from hypervisors.far.frames import CHUNK
 from hypervisors.far.line import AgentLine
 from hypervisors.far.parcel import COMMAND
 from hypervisors.libvirt.opening import Place
+from inventory.errors import Busy, FarmhandError, LeaseLost
+
+
+@dataclass(eq=False, slots=True)
+class _LinkLease:
+    """Names that this side holds over there; ``number``: what that is called on ``line``."""
+
+    names: Sequence[str]
+    note: str
+    line: AgentLine | None = None
+    number: int = 0
+
+    def take(self, line: AgentLine) -> None:
+        self.number = line.ask("leases", "take", (list(self.names), self.note))
+        self.line = line
+
+    def give_back(self) -> None:
+        if self.line is not None and not self.line.lost:  # else they ended with it
+            with contextlib.suppress(FarmhandError):
+                self.line.ask("leases", "give_back", (self.number,))
 
 
 class Link:
@@ -39,6 +61,7 @@ class Link:
         self._plan = plan
         self._opening = threading.Lock()
         self._line: AgentLine | None = None
+        self._leases: list[_LinkLease] = []
         self._known: dict[tuple[str, str], Any] = {}
 
     def known(self, of: str, method: str) -> Any:
@@ -58,6 +81,21 @@ class Link:
         """The errors of the method itself, naming the machine, and DriverFailed where that can't be
         reached, or the connection is lost on the way. What ``step`` raises abandons the change."""
         return self._open().ask(of, method, args, options, step)
+
+    @contextlib.contextmanager
+    def holding(self, names: Sequence[str], note: str) -> Iterator[None]:
+        """Hold these leases there. A lost connection ends them; whoever calls next takes them again
+        first, and goes no further (LeaseLost) where somebody else has one of them by then."""
+        lease = _LinkLease(names, note)
+        with self._opening:
+            lease.take(self._connected())
+            self._leases.append(lease)
+        try:
+            yield
+        finally:
+            with self._opening:
+                self._leases.remove(lease)
+            lease.give_back()
 
     def send(self, file: Path, name: str) -> Path:
         """A copy there, durable, under a name of its own. NoSpace and the like."""
@@ -84,10 +122,25 @@ class Link:
 
     def _open(self) -> AgentLine:
         with self._opening:
-            if self._line is None or self._line.lost:
-                if self._line:
-                    self._line.close()
-                self.forget()
-                self._line = AgentLine(self.name, self._login, self._argv(COMMAND), self._callbacks)
-                self._line.open(self.place, plan=self._plan)
-            return self._line
+            line = self._connected()
+            for lease in self._leases:
+                if lease.line is not line:
+                    try:
+                        lease.take(line)
+                    except Busy as error:
+                        raise LeaseLost(
+                            f"the connection was lost, and with it the lease; by now {error.message}: "
+                            "nothing more is changed",
+                            remedy="when that has ended, run the command again: what was cut off is "
+                            "finished, or undone, first",
+                        ) from None
+            return line
+
+    def _connected(self) -> AgentLine:
+        if self._line is None or self._line.lost:
+            if self._line:
+                self._line.close()
+            self.forget()
+            self._line = AgentLine(self.name, self._login, self._argv(COMMAND), self._callbacks)
+            self._line.open(self.place, plan=self._plan)
+        return self._line

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from host import paths
 from host.leases import FileLeases
 from host.run import Runner
 from hypervisors.api import Callbacks, Directories, Disks
@@ -17,8 +17,6 @@ from hypervisors.libvirt.domain_types import DomainType, Qemu
 from hypervisors.libvirt.driver import LibvirtHypervisor
 from hypervisors.libvirt.kvm import Accelerator, judge
 from hypervisors.ownership import FarmIdentity
-
-_OF_POOLS = Path("/run/farmhand/leases")  # the same for all state and runtime directories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +59,7 @@ def leases_of(place: Place, directories: Directories) -> Sequence[FileLeases]:
     found = [FileLeases(directories.runtime / "leases")]
     if place.disks.pool:
         kind = place.disks.store.partition("-")[0]
-        found.append(FileLeases(_OF_POOLS / f"{kind}-{place.disks.pool}"))
+        found.append(FileLeases(paths.SHARED / "leases" / f"{kind}-{place.disks.pool}"))
     if place.disks.path is not None:
         found.append(FileLeases(place.disks.path / ".leases"))
     return found

@@ -38,6 +38,7 @@ from hypervisors.api import (
     Power,
     StepFn,
     Template,
+    check_template,
     no_step,
     not_ours,
 )
@@ -115,6 +116,9 @@ class XenApiDisks:
     def remove_template(self, label: str) -> None:
         self._sealed.remove(label)
 
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        self._sealed.adopt(label, whose)
+
     # -- looking ----------------------------------------------------------------------------------
 
     def find(self, machine: str) -> Disk | None:
@@ -175,14 +179,12 @@ class XenApiDisks:
             return [found[name] for name in sorted(found)]
 
     def adopt(self, machine: str, whose: FarmIdentity) -> None:
-        """With the templates of that farm, for its disks grew from them. The machine comes last: until
-        then all of it is found again."""
+        """The machine comes last: until then all of it is found again."""
         with translated(f"adopt {machine}"):
             vms = [vm for vm in self.pool.all_vms() if vm.belongs(whose)]
             machines = [vm for vm in vms if vm.kind == "machine" and vm.name == machine]
             refs, roles = {vm.ref for vm in machines}, {vm.marks.get("vm") for vm in machines}
-            parts = [vm for vm in vms if vm.kind == "template"]
-            parts += [vm for vm in vms if vm.kind == "checkpoint" and vm.record["snapshot_of"] in refs]
+            parts = [vm for vm in vms if vm.kind == "checkpoint" and vm.record["snapshot_of"] in refs]
             if not machines:
                 return
             for vdi in self.pool.all_vdis().values():
@@ -287,6 +289,7 @@ class XenApiDisks:
             raise NotFound(
                 f"there is no template {template.label}", remedy=(Call("template-list"), " shows them")
             )
+        check_template(template.label, source.owner.farm if source.owner else None, self._farm)
         if room is None:
             raise NotFound("the storage repository is gone", remedy="xe sr-list shows them")
         if size < int(source.marks["size"]):
@@ -460,7 +463,7 @@ class XenApiDisks:
         label, source = seen.vm.marks["template"], seen.source
         if source and source.kind == "template" and source.marks["label"] == label:
             return source
-        found = [vm for vm in self._sealed.among(self.pool.all_vms()) if vm.marks["label"] == label]
+        found = self._sealed.among(self.pool.all_vms(), label, self._farm)
         if not found:
             raise NotFound(
                 f"{label}, the template of {seen.vm.name}, is gone: clean can't be made again",

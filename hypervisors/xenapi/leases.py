@@ -7,15 +7,21 @@ machines it has: the key, the look, and the key's removal.
 
 While it is held it is renewed: a key with the next number is added, then the old one removed, so that
 it is always seen. One that is over time and isn't renewed while it is watched is a dead holder's, and is
-removed, by its number: a holder that lives after all has the next one by then. Clocks are believed only
-where that does no harm: a holder that isn't over time by ours is waited for by nobody. One with far more
-time than any lease has was noted by a clock ahead of ours, and is watched as well: dead, it would hold
-everybody up until then.
+removed, by its number, and all of them are looked at once more: a holder that lives after all has the
+next one by then. Clocks are believed only where that does no harm: a holder that isn't over time by ours
+is waited for by nobody. One with far more time than any lease has was noted by a clock ahead of ours, and
+is watched as well: dead, it would hold everybody up until then.
+
+A holder that was stopped (Ctrl-Z, a laptop's lid) may have been taken for dead. So before each change it
+looks how long ago it renewed its lease, by a clock that goes on in any sleep: within ``SURE`` seconds
+nobody can have watched it for long enough, and no call is made. After that it renews first, and sees
+whether its last key is still there; where it isn't, it changes nothing more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import threading
@@ -26,15 +32,17 @@ from functools import cached_property
 from typing import Any
 
 from host.leases import busy
+from host.printable import one_line
 from host.processes import Process, boot_id
 from hypervisors.api import no_step
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.records import PREFIX
 from hypervisors.xenapi.session import Sessions
-from inventory.errors import FarmhandError
+from inventory.errors import Call, FarmhandError, LeaseLost
 
-RENEWED, LASTS, WATCHED = 15.0, 60.0, 35.0
-"""Seconds: between two renewals; until it is over time; for which such a one is watched."""
+RENEWED, LASTS, WATCHED, SURE = 15.0, 60.0, 35.0, 30.0
+"""Seconds: between two renewals; until it is over time; for which such a one is watched; in which nobody
+can have broken one after a renewal, with a reserve for the call that is made then."""
 _LOOK = 1.0  # seconds between looks at one that is watched
 _KEY = f"{PREFIX}lease:"
 
@@ -79,21 +87,27 @@ class PoolLeases:
         ended = threading.Event()
         renewing = threading.Thread(target=mine.renew, args=(ended,), daemon=True)
         renewing.start()
+        self.sessions.guards.append(mine.assure)
         try:
             yield
         finally:
+            self.sessions.guards.remove(mine.assure)
             ended.set()
             renewing.join()
             with contextlib.suppress(XenApiError, FarmhandError):  # it is over time soon
-                self.remove(mine.key)
+                for key in mine.keys:
+                    self.remove(key)
 
     def _take(self, mine: _OwnLease) -> None:
         self.add(mine.key, mine.value)
         try:
-            for other in self._in_the_way(mine):
+            there = self.in_the_way(mine)
+            for other in there:
                 if not other.dead:
                     self._watch(other, mine)
                 self.remove(other.key)
+            for other in self.in_the_way(mine) if there else ():  # it lives, and was just renewed
+                raise busy(min(other.names & mine.names), other.note)
         except BaseException:
             with contextlib.suppress(XenApiError, FarmhandError):
                 self.remove(mine.key)
@@ -108,19 +122,18 @@ class PoolLeases:
         while time.monotonic() < limit:
             time.sleep(_LOOK)
             self.working(f"looking whether {other.note} still lives")
-            there = self._in_the_way(mine)
+            there = self.in_the_way(mine)
             if any(one.stem == other.stem and one.key != other.key for one in there):
                 raise busy(name, other.note)
             if not any(one.key == other.key for one in there):
                 return
 
-    def _in_the_way(self, mine: _OwnLease) -> list[_Other]:
-        config = self.sessions.call("pool.get_other_config", self._pool)
-        return [
-            other for key, value in config.items()
-            if key.startswith(_KEY) and _stem(key) != mine.stem
-            if (other := _read(key, value)) and other.names & mine.names
-        ]  # fmt: skip
+    def in_the_way(self, mine: _OwnLease) -> list[_Other]:
+        return _others(self.look(), mine)
+
+    def look(self) -> Mapping[str, str]:
+        config: Mapping[str, str] = self.sessions.call("pool.get_other_config", self._pool)
+        return config
 
     def add(self, key: str, value: str) -> None:
         self.sessions.call("pool.add_to_other_config", self._pool, key, value)
@@ -142,12 +155,13 @@ class _OwnLease:
         self._leases = leases
         self.names = names
         self._note = note
-        self._number = 0
+        self._numbers = itertools.count(1)
+        self._guard = threading.Lock()
+        self._renewed = _now()
+        self._lost = ""
         self.stem = f"{_KEY}{secrets.token_hex(8)}"
-
-    @property
-    def key(self) -> str:
-        return f"{self.stem}:{self._number}"
+        self.key = f"{self.stem}:0"  # the newest that the server surely has
+        self.keys = [self.key]  # all that it may have
 
     @property
     def value(self) -> str:
@@ -158,13 +172,56 @@ class _OwnLease:
         return json.dumps(facts)
 
     def renew(self, ended: threading.Event) -> None:
-        """Until then. One that can't be renewed now is tried again."""
-        while not ended.wait(RENEWED):
-            with contextlib.suppress(XenApiError, FarmhandError):
-                old = self.key
-                self._leases.add(f"{self.stem}:{self._number + 1}", self.value)
-                self._number += 1
-                self._leases.remove(old)
+        """Until then, or until it is lost. One that can't be renewed now is tried again."""
+        while not ended.wait(RENEWED) and not self._lost:
+            with self._guard, contextlib.suppress(XenApiError, FarmhandError):
+                self._renew()
+
+    def assure(self) -> None:
+        """LeaseLost where somebody else may have it by now. DriverFailed and the like where that can't
+        be told."""
+        with self._guard, translated("renew the lease"):
+            if not self._lost and _now() - self._renewed > SURE:
+                self._renew()
+            if self._lost:
+                raise LeaseLost(
+                    f"{self._leases.url}: {self._lost}: nothing more is changed",
+                    remedy=(Call("recover"), " finishes or undoes what was cut off"),
+                )
+
+    def _renew(self) -> None:
+        fresh, began = f"{self.stem}:{next(self._numbers)}", _now()
+        self.keys.append(fresh)  # whether the server says so or not
+        self._leases.add(fresh, self.value)
+        silent = _now() - self._renewed
+        if silent > SURE:  # else nobody can have removed the last one before this one was there
+            there = self._leases.look()
+            if self.key not in there:
+                self._lost = self._broken(there, silent)
+                return
+        self.key, self._renewed = fresh, began
+        for old in self.keys[:-1]:
+            self._leases.remove(old)
+        self.keys = [fresh]
+
+    def _broken(self, there: Mapping[str, str], silent: float) -> str:
+        held = "nobody has it now"
+        for other in _others(there, self):
+            held = one_line(f"{min(other.names & self.names)} is held by {other.note}", 500)
+        return f"stopped for {silent:.0f} s, this process lost its lease: {held}"
+
+
+def _now() -> float:
+    """Seconds, by a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _others(config: Mapping[str, str], mine: _OwnLease) -> list[_Other]:
+    return [
+        other for key, value in config.items()
+        if key.startswith(_KEY) and _stem(key) != mine.stem
+        if (other := _read(key, value)) and other.names & mine.names
+    ]  # fmt: skip
 
 
 def _stem(key: str) -> str:

@@ -25,15 +25,13 @@ from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import GONE, XenApiError
 from hypervisors.xenapi.notes import Notes
 from hypervisors.xenapi.records import DISK, NULL, Vdi, XenApiVm, checkpoint_of
-from hypervisors.xenapi.session import Sessions
+from hypervisors.xenapi.session import Sessions, is_change
 from hypervisors.xenapi.wait import Batch, ProgressFn, do, look, no_progress, watch
 from inventory.errors import Call, DriverFailed, FarmhandError, NotFound
 
 Record = Mapping[str, Any]
 _HALTING = 10.0
 """Seconds in which a machine is off whose shutdown was answered with an error."""
-_ASKING = ("event", "session", "task")  # classes
-_UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
 _REMOVING = (
     "VDI.destroy", "VBD.destroy", "VIF.destroy", "VM.destroy", "VM.hard_shutdown", "VM.start",
 )  # fmt: skip
@@ -163,8 +161,7 @@ class Pool:
 
     def _count(self, name: str) -> None:
         """Count a change that was made. A ``keep`` that has begun already may not have it."""
-        class_, _, verb = name.partition(".")
-        if class_ in _ASKING or verb.startswith("get_") or name in _UNCHANGING:
+        if not is_change(name):
             return
         with self._guard:
             self._changes += 1

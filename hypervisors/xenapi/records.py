@@ -203,7 +203,7 @@ def template_of(vm: XenApiVm) -> Template:
     return Template(
         name=name, generation=int(generation), ref=f"{vm.uuid} {vm.ref}", size=int(marks["size"]),
         sha256=marks["sha256"], created=when(marks["created"]), origin=marks["origin"],
-        firstboot=marks["firstboot"],
+        firstboot=marks["firstboot"], farm=FarmIdentity.of(marks["farm"]),
     )  # fmt: skip
 
 

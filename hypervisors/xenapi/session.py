@@ -167,6 +167,16 @@ class _Transport(xmlrpc.client.Transport):
             self._last = time.monotonic()
 
 
+_ASKING = ("event", "session", "task")  # classes
+_UNCHANGING = ("pool.sync_database", "SR.scan", "VDI.update", "VM.assert_can_boot_here")
+
+
+def is_change(name: str) -> bool:
+    """Whether a call of that name may change what others see."""
+    class_, _, verb = name.partition(".")
+    return not (class_ in _ASKING or verb.startswith("get_") or name in _UNCHANGING)
+
+
 class Sessions:
     """Sessions with one pool, shared by threads. Nothing is connected before the first call."""
 
@@ -176,6 +186,8 @@ class Sessions:
         self._idle: list[Any] = []
         self._guard = threading.Lock()
         self._count = count or (lambda _name: None)
+        self.guards: list[Callable[[], None]] = []
+        """Called before each change of anything but the pool itself; what they raise abandons it."""
         self.renewed = 0
         """So many times the server had forgotten a session within a call, and it was logged in anew: it
         expired, or the server was started again."""
@@ -189,6 +201,8 @@ class Sessions:
         """``name`` such as "VM.clone"; the session is put first. XenApiError with the server's words;
         TimedOut and DriverFailed where it can't be known whether the call was done."""
         with self._session() as session, self._turn(name):
+            if is_change(name) and not name.startswith("pool."):
+                self._check()
             self._count(name)
             handle = session.handle
             try:
@@ -197,6 +211,10 @@ class Sessions:
                 if session.handle != handle:
                     with self._guard:
                         self.renewed += 1
+
+    def _check(self) -> None:
+        for guard in tuple(self.guards):
+            guard()
 
     @contextlib.contextmanager
     def _turn(self, name: str) -> Iterator[None]:
@@ -217,6 +235,7 @@ class Sessions:
         if not size:
             return
         with self._session() as session, image.open("rb") as file:
+            self._check()
             self._count("PUT /import_raw_vdi")
             query = urlencode({"session_id": session.handle, "vdi": vdi, "format": "raw"})
             link = connection(self._server, self._url)

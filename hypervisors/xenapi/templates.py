@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from host.run import Runner
-from hypervisors.api import Owner, StepFn, Template
+from hypervisors.api import Owner, StepFn, Template, check_template, label_taken
+from hypervisors.ownership import FarmIdentity
 from hypervisors.xenapi.errors import XenApiError, translated
 from hypervisors.xenapi.pool import Pool
 from hypervisors.xenapi.records import DISK, NULL, PREFIX, XenApiVm, template_of
 from hypervisors.xenapi.temporary_names import temporary_name
-from inventory.errors import Conflict, FarmhandError, NotFound, WrongState
+from inventory.errors import FarmhandError, NotFound, WrongState
 
 _LEAST_MEMORY = 2**24
 _TOO_MUCH_MEMORY = 2**46
@@ -54,14 +55,12 @@ class TemplateImages:
         from hypervisors.disks.images import sha256_file
 
         with translated(f"seal {template.label}"):
-            if any(found.label == template.label for found in self.list()):
-                raise Conflict(
-                    f"{template.label} exists already", remedy="a sealed generation never changes"
-                )
+            if any(t.label == template.label and t.farm == self._farm for t in self.list()):
+                raise label_taken(template.label, self._farm, self._farm)
             digest = sha256_file(image)
             with self._raw(image) as (raw, size):
                 self._step(f"import {template.label}")
-                ready = replace(template, sha256=digest, size=size)
+                ready = replace(template, sha256=digest, size=size, farm=self._farm)
                 sealed = self._import(raw, ready)
             image.unlink()
             return sealed
@@ -132,23 +131,33 @@ class TemplateImages:
 
     def list(self) -> Sequence[Template]:
         with translated("list the templates"):
-            found = [template_of(vm) for vm in self.among(self.pool.all_vms())]
-            return sorted(found, key=lambda t: (t.name, t.generation))
+            found = [template_of(vm) for vm in self.pool.all_vms() if vm.kind == "template"]
+            return sorted(found, key=lambda t: (t.name, t.generation, t.farm != self._farm))
 
-    def among(self, vms: Sequence[XenApiVm]) -> Sequence[XenApiVm]:
-        """The farm's templates among these VMs."""
-        return [vm for vm in vms if vm.kind == "template" and vm.belongs(self._farm)]
+    @staticmethod
+    def among(vms: Sequence[XenApiVm], label: str, farm: FarmIdentity) -> Sequence[XenApiVm]:
+        """That farm's template of that label among these VMs. Each farm has labels of its own."""
+        return [
+            vm for vm in vms
+            if vm.kind == "template" and vm.marks["label"] == label and vm.belongs(farm)
+        ]  # fmt: skip
 
     def remove(self, label: str) -> None:
         with translated(f"remove template {label}"):
             vms = self.pool.all_vms()
-            found = [vm for vm in self.among(vms) if vm.marks["label"] == label]
+            found = self.among(vms, label, self._farm)
             if not found:
+                for vm in vms:
+                    if vm.kind == "template" and vm.marks["label"] == label:
+                        check_template(label, template_of(vm).farm, self._farm)
                 raise NotFound(f"there is no template {label}")
+            sources = {f"{vm.uuid} {vm.ref}" for vm in found}
             users = [
                 vm.name for vm in vms
-                if vm.kind == "machine" and vm.marks.get("template") == label
-                and vm.belongs(self._farm)
+                if vm.kind == "machine" and (
+                    vm.marks.get("source") in sources
+                    or (vm.marks.get("template") == label and vm.belongs(self._farm))
+                )
             ]  # fmt: skip
             if users:
                 raise WrongState(
@@ -159,3 +168,11 @@ class TemplateImages:
             for vm in found:
                 self.pool.give_up(vm)
                 self.pool.raze([vm])
+
+    def adopt(self, label: str, whose: FarmIdentity) -> None:
+        with translated(f"adopt template {label}"):
+            for vm in self.among(self.pool.all_vms(), label, whose):
+                self._step(f"mark {vm.name} as ours")
+                ours = vm.other_config({**vm.marks, "farm": self._farm.mark})
+                self.pool.call("VM.set_other_config", vm.ref, ours)
+            self.pool.keep()

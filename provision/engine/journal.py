@@ -166,7 +166,8 @@ class Journal:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)
             raise
         except Exception as error:
-            self._end_quietly(row, "failed", str(error), settled=not entry.must_finish)
+            unfinished = entry.must_finish or (isinstance(error, FarmhandError) and error.unfinished)
+            self._end_quietly(row, "failed", str(error), settled=not unfinished)
             raise
         except BaseException:
             self._end_quietly(row, "interrupted", "interrupted", settled=False)

@@ -23,6 +23,7 @@ OPERATIONS = {
 
 ACTIVITIES = {
     "adopt": "provision.operations.adopt:ADOPT",
+    "adopt-template": "provision.operations.adopt:ADOPT_TEMPLATE",
     "balloon": "provision.memory_budget:BALLOON",
     "checkpoint": "provision.operations.checkpoint:CHECKPOINT",
     "clone": "provision.operations.clone:CLONE",

@@ -1,8 +1,8 @@
-"""adopt: VMs of another farm of this name become this farm's; and so does its state, where that was made
-for another farm file, or elsewhere.
+"""adopt: VMs and templates of another farm of this name become this farm's; and so does its state, where
+that was made for another farm file, or elsewhere.
 
-For a controller that is lost, or is to end: afterwards the VMs are none of its any more, and its
-commands are refused."""
+For a controller that is lost, or is to end: afterwards they are none of its any more, and its commands
+are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from provision.engine.record import Record
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.guest import identity
-from provision.namesakes import Namesake, namesakes
+from provision.namesakes import Namesake, NamesakeTemplate, namesakes, templates_of_namesakes
 from provision.site import Site
 
 
@@ -46,12 +46,42 @@ class _AdoptActivity(Activity[AdoptFacts]):
         return Recovery("finish it", partial(_mark, site))
 
 
+@dataclass(frozen=True, slots=True)
+class AdoptTemplateFacts(Facts):
+    """``label``: of the generation in the store of ``host``. ``mark``: whose it was."""
+
+    host: str
+    label: str
+    mark: str
+
+
+class _AdoptTemplateActivity(Activity[AdoptTemplateFacts]):
+    """Recovery finishes it."""
+
+    name = "adopt-template"
+    facts = AdoptTemplateFacts
+
+    def recover(
+        self, site: Site, record: Record, facts: AdoptTemplateFacts
+    ) -> Recovery[AdoptTemplateFacts]:
+        del record
+        if facts.host not in site.farm.hosts or not site.has_disks(facts.host):
+            return Recovery(f"its host {facts.host} is no longer declared with a store; noted")
+        return Recovery("finish it", partial(_mark_template, site))
+
+
 ADOPT = _AdoptActivity()
+ADOPT_TEMPLATE = _AdoptTemplateActivity()
 
 
 def _mark(site: Site, entry: Entry[AdoptFacts]) -> None:
     facts = entry.facts
     site.hypervisor(facts.host).adopt(facts.machine, FarmIdentity.of(facts.mark))
+
+
+def _mark_template(site: Site, entry: Entry[AdoptTemplateFacts]) -> None:
+    facts = entry.facts
+    site.disks(facts.host).adopt_template(facts.label, FarmIdentity.of(facts.mark))
 
 
 def _refuse_elsewhere(site: Site, one: Namesake) -> None:
@@ -70,16 +100,18 @@ def _refuse_elsewhere(site: Site, one: Namesake) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdoptResult:
-    """``vms``: those that are this farm's from now on. ``of``: whose they were."""
+    """``vms`` and ``templates``: those that are this farm's from now on. ``of``: whose they were."""
 
     vms: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Adopt(Operation[AdoptResult]):
-    """Take over VMs of another farm of this name, all that there are or these; ``of``: the beginning of
-    its number, where there are several such farms. The site is open for it (``adopting``).
+    """Take over VMs of another farm of this name: these; or all that there are, and its templates.
+    ``of``: the beginning of its number, where there are several such farms. The site is open for it
+    (``adopting``).
 
     Errors: NotFound (no such VM of another farm), UsageError (several other farms), Busy."""
 
@@ -94,15 +126,22 @@ class Adopt(Operation[AdoptResult]):
     def plan(self, run: Run) -> Plan[AdoptResult]:
         site = run.site
         found = self._chosen(site)
+        sealed = [] if self.vms else self._sealed(site, found)
         jobs: list[Job] = []
         if text := site.keeper.taken_over():
             jobs.append(job("adopt", "", text, site.keeper.take_over))
         jobs += [self._job(site, one) for one in found]
+        own = {(host, t.label) for host in {one.host for one in sealed} for t in site.templates(host)}
+        jobs += [
+            _stays(one) if (one.host, one.label) in own else _template_job(site, one) for one in sealed
+        ]
         if not jobs:
             jobs.append(job("keep", "", "there is nothing of another farm of this name"))
         vms = tuple(one.vm for one in found)
-        of = str(found[0].whose) if found else ""
-        return Plan([alone(*jobs)], lambda: AdoptResult(vms, of))
+        labels = [one.label for one in sealed if (one.host, one.label) not in own]
+        of = next((str(whose) for whose in _owners(found, sealed)), "")
+        result = AdoptResult(vms, tuple(dict.fromkeys(labels)), of)
+        return Plan([alone(*jobs)], lambda: result)
 
     def _chosen(self, site: Site) -> Sequence[Namesake]:
         found = [one for host in site.farm.hosts for one in namesakes(site, host)]
@@ -115,13 +154,13 @@ class Adopt(Operation[AdoptResult]):
                     remedy=f"others have {some(sorted(there))}" if there else "",
                 )
             found = [one for one in found if one.vm in self.vms]
-        whose = list(dict.fromkeys(one.whose for one in found))
-        if len(whose) > 1:
-            them = some([str(one) for one in whose])
-            raise UsageError(
-                f"{site.name}: several other farms of this name have VMs here: {them}",
-                remedy=("say whose: ", Call("adopt", of=whose[0].short)),
-            )
+        _refuse_several(site, _owners(found))
+        return found
+
+    def _sealed(self, site: Site, vms: Sequence[Namesake]) -> Sequence[NamesakeTemplate]:
+        found = [one for host in site.farm.hosts for one in templates_of_namesakes(site, host)]
+        found = [one for one in found if one.whose.id.startswith(self.of)]
+        _refuse_several(site, _owners(vms, found))
         return found
 
     def _job(self, site: Site, one: Namesake) -> Job:
@@ -142,3 +181,33 @@ class Adopt(Operation[AdoptResult]):
                 ),
                 vm=one.vm,
             )
+
+
+def _owners(vms: Sequence[Namesake], templates: Sequence[NamesakeTemplate] = ()) -> list[FarmIdentity]:
+    return list(dict.fromkeys([*(one.whose for one in vms), *(one.whose for one in templates)]))
+
+
+def _refuse_several(site: Site, whose: Sequence[FarmIdentity]) -> None:
+    if len(whose) > 1:
+        them = some([str(one) for one in whose])
+        raise UsageError(
+            f"{site.name}: several other farms of this name are here: {them}",
+            remedy=("say whose: ", Call("adopt", of=whose[0].short)),
+        )
+
+
+def _stays(one: NamesakeTemplate) -> Job:
+    text = f"template {one.label} on host {one.host} stays farm {one.whose}'s: this farm has one, too"
+    return job("note", "", text)
+
+
+def _template_job(site: Site, one: NamesakeTemplate) -> Job:
+    text = f"take template {one.label} on host {one.host} over from farm {one.whose}"
+
+    def take() -> None:
+        facts = AdoptTemplateFacts(one.host, one.label, one.whose.mark)
+        with site.journal.begin(ADOPT_TEMPLATE, (), facts) as entry:
+            _mark_template(site, entry)
+        site.reporter.say(text)
+
+    return job("adopt", "", text, take)

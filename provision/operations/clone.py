@@ -229,7 +229,7 @@ class _CloneTemplates:
         """The newest generation in the VM's store."""
         host = member.host
         if host not in self._seen:
-            found = sorted(member.store.templates(), key=lambda t: t.generation)
+            found = sorted(self._site.templates(host), key=lambda t: t.generation)
             self._seen[host] = {template.name: template for template in found}
         return self._seen[host].get(self.name_of(member))
 

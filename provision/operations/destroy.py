@@ -314,9 +314,9 @@ def raze(site: Site, *, purge: bool) -> None:
         current_step(f"remove template {label}")
         try:
             site.disks(host).remove_template(label)
-        except WrongState as error:  # of a store that other farms clone from too
+        except WrongState as error:  # a VM that another farm adopted depends on it
             site.reporter.warn(f"stays: {error.message}")
-        except NotFound:  # an adopted one of the same label went with ours
+        except NotFound:  # gone meanwhile
             continue
     current_step("forget what was given out")
     site.allocator.forget()
@@ -372,14 +372,13 @@ def last_of(site: Site) -> None:
 
 
 def _templates(site: Site) -> list[tuple[str, str]]:
-    """(host, label) of the templates that the farm file declares, newest first. A store that hosts share
-    counts once. Other templates in a store may be another farm's."""
+    """(host, label) of the farm's templates, declared or not, newest first. A store that hosts share
+    counts once."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for host in site.farm.hosts:
         if site.has_disks(host):
-            for template in sorted(site.disks(host).templates(), key=lambda t: -t.generation):
-                if template.name in site.farm.templates:
-                    seen.setdefault((template.ref, template.label), (host, template.label))
+            for template in sorted(site.templates(host), key=lambda t: -t.generation):
+                seen.setdefault((template.ref, template.label), (host, template.label))
     return list(seen.values())
 
 

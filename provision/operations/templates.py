@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from host.documents import damaged, json_object, made, read_file
 from host.files import make_directory, make_file, open_lock, open_to_append, own_directory, write_atomic
 from host.paths import cache_dir
-from hypervisors.api import Template
+from hypervisors.api import Template, check_template
+from hypervisors.ownership import FarmIdentity
 from inventory.errors import Call, NoSpace, NotFound, Unsupported, UsageError, WrongState
 from inventory.model import TemplateSource
 from inventory.sizes import about
@@ -163,7 +164,7 @@ class TemplateImport(Operation[SealResult]):
 @dataclass(frozen=True, slots=True)
 class TemplateRemove(Operation[RemoveResult]):
     """Remove one generation, such as base@2, from every host. Errors: WrongState while disks depend on
-    it (it names them), NotFound."""
+    it (it names them), NotOurs (it is another farm's), NotFound."""
 
     name = "template-remove"
     label: str
@@ -176,12 +177,16 @@ class TemplateRemove(Operation[RemoveResult]):
 
     def plan(self, run: Run) -> Plan[RemoveResult]:
         site, label = run.site, self.label
+        there = {host: site.disks(host).templates() for host in _storing_hosts(site)}
         sealed = {
-            host: [template.label for template in site.disks(host).templates()]
-            for host in _storing_hosts(site)
+            host: [template.label for template in found if template.farm == site.identity]
+            for host, found in there.items()
         }
         hosts = [host for host, labels in sealed.items() if label in labels]
         if not hosts:
+            for template in (template for found in there.values() for template in found):
+                if template.label == label:
+                    check_template(label, template.farm, site.identity)
             known = list(dict.fromkeys(known for labels in sealed.values() for known in labels))
             near = get_close_matches(label, known, 3, 0.4) or known
             raise NotFound(
@@ -196,18 +201,18 @@ class TemplateRemove(Operation[RemoveResult]):
 
 
 def template_list(site: Site) -> tuple[Template, ...]:
-    """All sealed generations on all the farm's hosts, by name, the oldest first."""
-    found: dict[str, Template] = {}
+    """All sealed generations on all the farm's hosts, other farms' too, by name, the oldest first."""
+    found: dict[tuple[str, FarmIdentity | None], Template] = {}
     for host in _storing_hosts(site):
         for template in site.disks(host).templates():
-            found.setdefault(template.label, template)
-    return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation)))
+            found.setdefault((template.label, template.farm), template)
+    return tuple(sorted(found.values(), key=lambda t: (t.name, t.generation, t.farm != site.identity)))
 
 
 def newest_template(site: Site, name: str, host: str | None = None) -> Template | None:
-    """The newest generation on ``host``; without ``host``: on the first host that has VMs of it."""
-    store = site.disks(host or _hosts(site, name)[0])
-    own = [t for t in store.templates() if t.name == name]
+    """The farm's newest generation on ``host``; without ``host``: on the first host that has VMs of
+    it."""
+    own = [t for t in site.templates(host or _hosts(site, name)[0]) if t.name == name]
     return max(own, key=lambda t: t.generation, default=None)
 
 
@@ -585,6 +590,7 @@ def _note_generation(site: Site, name: str, generation: int) -> None:
 
 
 def _next_generation(site: Site, name: str, hosts: Sequence[str]) -> int:
+    """No farm's on these hosts."""
     sealed = [t.generation for host in hosts for t in site.disks(host).templates() if t.name == name]
     return max([*sealed, _noted(site).get(name, 0)]) + 1
 

@@ -123,7 +123,8 @@ class LvmRig(abc.ABC):
         """Names of volumes and mappings, and files beside the links."""
         names = run("lvs", "-a", "--noheadings", "-o", "lv_name", self.vg).split()
         mapped = [m for m in run("dmsetup", "ls").split() if m.startswith(self.vg)]
-        files = [p.name for p in self.links.glob("**/*") if p.name != ".lock"]
+        locks = Path("/run/farmhand/stores", f"lvm-{self.vg}")
+        files = [p.name for place in (self.links, locks) for p in place.glob("**/*") if p.name != "lock"]
         return sorted(names) + sorted(mapped) + sorted(files)
 
     def __enter__(self) -> LvmRig:

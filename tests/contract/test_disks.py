@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from rigs import SIZE, sealed, template
@@ -148,6 +149,66 @@ def test_a_template_in_use_stays(made):
     assert list(made.templates()) == []
     with pytest.raises(NotFound):
         made.remove_template("base@1")
+
+
+@pytest.mark.parametrize("other", [identity("other"), NAMESAKE], ids=["another", "namesake"])
+def test_another_farms_template_is_seen_and_let_be(store, made, other):
+    made.destroy("kata-prod")  # so that nothing leans on it
+    theirs = store.disks(other)
+    (seen,) = theirs.templates()
+    assert seen == made.templates()[0]
+    assert seen.farm == KATA
+    for change in (
+        lambda: theirs.remove_template("base@1"),
+        lambda: theirs.clone(seen, "other-prod", Owner(other, "prod"), SIZE),
+    ):
+        with pytest.raises(NotOurs) as caught:
+            change()
+        assert str(KATA) in caught.value.message and str(other) in caught.value.message
+    assert theirs.find("other-prod") is None
+    assert list(theirs.leftovers()) == []
+    theirs.adopt_template("base@1", identity("kata", "/elsewhere.yaml"))  # it isn't that one's
+    theirs.adopt_template("base@9", KATA)
+    assert list(made.templates()) == [seen]
+    made.remove_template("base@1")
+
+
+def test_a_label_that_another_farm_has_is_refused_or_each_farms_own(store, made):
+    theirs, image = store.disks(NAMESAKE), store.image()
+    if store.kind == "xenapi":
+        mine = theirs.seal(image, template())
+        assert [t.farm for t in made.templates()] == [KATA, NAMESAKE]
+        theirs.remove_template("base@1")
+        assert [t.farm for t in theirs.templates()] == [KATA]
+        assert mine.farm == NAMESAKE
+        return
+    with pytest.raises(Conflict, match=re.escape(f"base@1 exists already: it is farm {KATA}'s")):
+        theirs.seal(image, template())
+    assert image.exists()
+    assert theirs.seal(image, template(2)).farm == NAMESAKE
+    assert [(t.label, t.farm) for t in made.templates()] == [("base@1", KATA), ("base@2", NAMESAKE)]
+    with pytest.raises(NotOurs):
+        made.remove_template("base@2")
+    theirs.remove_template("base@2")
+
+
+def test_a_template_is_adopted_and_goes_on_as_ours(store, made):
+    theirs, was = store.disks(NAMESAKE), made.templates()[0]
+    theirs.adopt_template("base@1", KATA)
+    theirs.adopt_template("base@1", KATA)
+    (sealed,) = theirs.templates()
+    assert sealed == replace(was, farm=NAMESAKE)
+    with pytest.raises(NotOurs):
+        made.remove_template("base@1")
+    with pytest.raises((WrongState, NotOurs), match="kata-prod"):  # whosever depends on it
+        theirs.remove_template("base@1")
+    store.write("kata-prod", "A")
+    made.restore("kata-prod", "clean")
+    assert store.read("kata-prod") == "T"
+    theirs.clone(sealed, "kata-new", Owner(NAMESAKE, "new"), SIZE)
+    theirs.destroy("kata-new")
+    made.adopt_template("base@1", NAMESAKE)
+    assert list(made.templates()) == [was]
 
 
 def test_another_farms_disk_is_left_alone(store, made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from host.processes import Process
 from hypervisors.xenapi import leases as leases_module
 from hypervisors.xenapi.leases import PoolLeases
 from hypervisors.xenapi.session import Sessions
-from inventory.errors import Busy
+from inventory.errors import Busy, TimedOut
 
 PROD = ["kata-prod"]
 
@@ -152,3 +153,86 @@ def test_its_thread_ends_with_it(leases) -> None:
     with leases.hold(PROD, "one"):
         pass
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Of others' leases nobody waits for long."""
+    for name, seconds in {"RENEWED": 0.1, "LASTS": -1.0, "WATCHED": 0.8, "SURE": 0.4}.items():
+        monkeypatch.setattr(leases_module, name, seconds)
+    monkeypatch.setattr(leases_module, "_LOOK", 0.1)
+
+
+def a_vdi(rig) -> str:
+    """Something to change."""
+    return rig.disks().pool.new_vdi("kata-prod", 2**20, {})
+
+
+def test_a_holder_that_was_stopped_too_long_changes_nothing_more(rig, leases, hasty) -> None:
+    vdi = a_vdi(rig)
+    out, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            mine = Sessions(rig.sessions()._server)
+            with PoolLeases("it", mine).hold(PROD, "the stopped one"):
+                mine.call("VDI.set_name_label", vdi, "before")
+                os.kill(os.getpid(), signal.SIGSTOP)
+                mine.call("VDI.set_name_label", vdi, "after")
+                os.write(told, b"it went on\n")
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            os.write(told, f"{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(0)
+    os.close(told)
+    try:
+        with os.fdopen(out) as said:
+            assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+            with leases.hold(PROD, "pid 9 of bob@pc2"):
+                os.kill(child, signal.SIGCONT)
+                why = said.readline()
+                assert why.startswith("LeaseLost: ") and "kata-prod is held by pid 9 of bob@pc2" in why
+                assert rig.sessions().call("VDI.get_name_label", vdi) == "before"
+                assert len({key.rpartition(":")[0] for key in config(rig)}) == 1
+        assert config(rig) == {}
+    finally:
+        os.kill(child, signal.SIGCONT)
+        os.waitpid(child, 0)
+
+
+def test_one_that_was_stopped_and_not_broken_goes_on(rig, server, hasty, monkeypatch) -> None:
+    made: list[str] = []
+    mine = Sessions(server.server(), count=made.append)
+    monkeypatch.setattr(leases_module, "RENEWED", 1000.0)
+    vdi, change = a_vdi(rig), "VDI.set_name_label"
+    with PoolLeases("it", mine).hold(PROD, "one"):
+        made.clear()
+        mine.call(change, vdi, "x")
+        assert made == [change]
+        monkeypatch.setattr(leases_module, "SURE", -1.0)  # as if it had been stopped
+        mine.call(change, vdi, "y")
+        renewal = [f"pool.{verb}_other_config" for verb in ("add_to", "get", "remove_from")]
+        logins = ["session.login_with_password"]  # it has one in use
+        assert made[1:] == [*logins, *renewal, change]
+        assert len(config(rig)) == 1
+    assert config(rig) == {}
+    mine.close()
+
+
+def test_a_renewal_whose_answer_is_lost_leaves_no_key(rig, leases, monkeypatch) -> None:
+    monkeypatch.setattr(leases_module, "RENEWED", 0.02)
+    add, failed = PoolLeases.add, threading.Event()
+
+    def cut_off(self, key, value):
+        add(self, key, value)
+        if not key.endswith(":0") and not failed.is_set():
+            failed.set()
+            raise TimedOut("no answer")
+
+    monkeypatch.setattr(PoolLeases, "add", cut_off)
+    with leases.hold(PROD, "one"):
+        assert failed.wait(30)
+        first = set(config(rig))
+        while set(config(rig)) & first:
+            time.sleep(0.02)
+    assert config(rig) == {}

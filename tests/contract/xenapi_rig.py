@@ -277,7 +277,8 @@ class XenApiRig:
         for left in hypervisor.leftovers():
             hypervisor.discard(left)
         for template in disks.templates():
-            disks.remove_template(template.label)
+            if template.farm == disks.pool.farm:
+                disks.remove_template(template.label)
         # nothing was called so when the test began
         rest = [vm for vm in disks.pool.all_vms() if vm.name.startswith(f"{FARM}-")]
         disks.pool.raze(rest)

@@ -413,7 +413,9 @@ class LvmPlace(BlockPlace):
             if line.startswith(self.vg.replace("-", "--")) and "-tpool:" not in line:
                 found.append(f"mapping {line}")
         links = state_dir() / "lvm" / self.vg
-        found += [f"file {p.name}" for p in links.glob("*") if p.name != ".lock"]
+        found += [f"file {p.name}" for p in links.glob("*")]
+        locks = Path("/run/farmhand/stores", f"lvm-{self.vg}")
+        found += [f"file {p.name}" for p in locks.glob("fh.*")]
         assert not [line for line in found if line.endswith("Suspended")], found
         return sorted(re.sub(r"(\.\d+)?\.[0-9a-f]{8}(?=[ :-]|$)", ".N", line) for line in found)
 

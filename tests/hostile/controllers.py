@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Controller:
         return site
 
     def seal(self) -> None:
+        """A template of its own, unless it has one."""
         image = self.place / "image"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(MIB)], check=True)
         template = Template(
@@ -84,5 +86,7 @@ class Controller:
         )  # fmt: skip
         with self.site() as site:
             site.prepare()
-            if not site.disks("here").templates():
-                site.disks("here").seal(image, template)
+            there = site.disks("here").templates()
+            if not site.templates("here"):
+                number = max((sealed.generation for sealed in there), default=0) + 1
+                site.disks("here").seal(image, replace(template, generation=number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from neighbour import NEEDS_ROOT, UID, square
 
 from hypervisors.api import Foreign, Owner, Template
 from hypervisors.far.drivers import FarLeases
-from inventory.errors import Busy, NotOurs
+from inventory.errors import Busy, LeaseLost, NotOurs
 from provision import farm
 from provision.engine.locks import lock_of
 from tests.contract import far_rig, xenapi_rig
@@ -164,6 +165,57 @@ def test_two_pcs_and_one_far_host(machine: far_rig.FarMachine, tmp_path: Path) -
     with second.hold(["kata-prod"], "the other"):
         pass
     assert not list((machine.place / "run").rglob("leases"))
+
+
+def taken(leases: FarLeases, stack: contextlib.ExitStack) -> None:
+    """As soon as an agent that was cut off has ended."""
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            stack.enter_context(leases.hold(["kata-prod"], "pid 8 of bob@pc2"))
+            return
+        except Busy:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+
+def test_a_far_lease_is_taken_again_after_a_lost_connection(machine: far_rig.FarMachine) -> None:
+    there = identity("kata", "/home/bob/farm.yaml", "bob@pc2")
+    first, second = FarLeases(machine.link(KATA)), FarLeases(machine.link(there))
+    with first.hold(["kata-prod"], "pid 7 of ann@pc1"), first.hold(["kata-dev2"], "pid 7 of ann@pc1"):
+        line = first.link._line
+        assert line
+        machine.sshd.cut()
+        while not line.lost:
+            time.sleep(0.01)
+        assert list(first.link.call("disks", "list")) == []
+        for name in ("kata-prod", "kata-dev2"):
+            with pytest.raises(Busy, match=f"{name} is held by pid 7"), second.hold([name], "the other"):
+                pass
+    with second.hold(["kata-dev2", "kata-prod"], "the other"):
+        pass
+    assert not list((machine.place / "run").rglob("leases"))
+
+
+def test_a_far_lease_that_another_took_meanwhile_ends_the_command(machine: far_rig.FarMachine) -> None:
+    there = identity("kata", "/home/bob/farm.yaml", "bob@pc2")
+    first, second = FarLeases(machine.link(KATA)), FarLeases(machine.link(there))
+    disks = machine.disks(KATA)
+    disks._link = first.link
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first.hold(["kata-prod"], "pid 7 of ann@pc1"))
+        line = first.link._line
+        assert line
+        machine.sshd.cut()
+        while not line.lost:
+            time.sleep(0.01)
+        with contextlib.ExitStack() as other:
+            taken(second, other)
+            for _ in range(2):
+                with pytest.raises(LeaseLost, match="kata-prod is held by pid 8 of bob@pc2") as lost:
+                    disks.destroy("kata-prod")
+                assert "\n" not in lost.value.message and "nothing more" in lost.value.message
+        disks.destroy("kata-prod")  # it has ended, and is had again
 
 
 def test_a_far_lease_ends_with_its_agent(machine: far_rig.FarMachine) -> None:

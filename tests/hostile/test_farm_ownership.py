@@ -26,7 +26,8 @@ from provision.doctor import examine
 from provision.engine.journal import Entry
 from provision.engine.locks import lock_of
 from provision.engine.runner import perform
-from provision.operations.adopt import Adopt
+from provision.operations.adopt import Adopt, AdoptFacts
+from provision.operations.templates import TemplateRemove
 from provision.site import Site
 from tests.contract import xenapi_rig
 
@@ -119,6 +120,27 @@ def test_status_and_gc_and_destroy_tell_of_the_other_and_take_nothing(pair) -> N
         assert farm.status(site).hosts[0].others == ()
 
 
+def test_the_other_ones_template_is_neither_used_nor_removed(pair) -> None:
+    first, second = pair
+    with first.site() as site:
+        farm.destroy(site, ["dev2", "prod"])  # nothing leans on it any more
+        (mine,) = site.templates("here")
+    with second.site() as site:
+        listed = {t.label: t.farm for t in farm.template_list(site)}
+        assert listed == {"base@1": mine.farm, "base@2": site.identity}
+        with pytest.raises(NotOurs) as caught:
+            perform(site, TemplateRemove("base@1"))
+        assert str(first.file) in caught.value.message and str(second.file) in caught.value.message
+        farm.clone_farm(site, start=False)
+        assert {disk.template for disk in site.disks("here").list()} == {"base@2"}
+        assert not [a for a in farm.gc(site).actions if a.verb == "discard"]
+        done = [spelled(action.text) for action in farm.destroy(site).actions]
+        assert "remove template base@2" in done and "remove template base@1" not in done
+        assert any("template base@1" in text for text in done if str(first.file) in text), done
+    with first.site() as site:
+        assert list(site.disks("here").templates()) == [mine]
+
+
 def test_a_lost_controllers_vms_are_adopted(pair) -> None:
     first, second = pair
     with first.site() as site:
@@ -133,7 +155,7 @@ def test_a_lost_controllers_vms_are_adopted(pair) -> None:
         done = perform(site, Adopt())
         ours = site.identity
     assert done.actions == planned.actions
-    assert done.result.vms == ("dev2", "prod")
+    assert (done.result.vms, done.result.templates) == (("dev2", "prod"), ("base@1",))
     assert str(first.file) in done.result.of
     assert seen(second) == [(machine, ours.short, kept) for machine, _, kept in was]
     with second.site() as site:
@@ -304,7 +326,7 @@ def test_a_state_directory_that_moved_is_the_same_and_a_copy_is_not(alone) -> No
     with pytest.raises(NotOurs, match=str(moved)):
         alone.site()
     with alone.site(adopting=True) as site:
-        assert len(perform(site, Adopt()).actions) == 3
+        assert len(perform(site, Adopt()).actions) == 4  # the state, two VMs and a template
     assert [machine for machine, *_ in seen(alone)] == ["kata-dev2", "kata-prod"]
     alone.state = moved
     assert seen(alone) == []

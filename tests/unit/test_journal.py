@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from inventory.errors import FarmhandError, Interrupted, UsageError, WrongState
+from inventory.errors import FarmhandError, Interrupted, LeaseLost, Several, UsageError, WrongState
 from provision.engine.facts import NoFacts, from_json, to_json
 from provision.engine.journal import Entry, Journal, current_entry, current_step
 from provision.operations.clone import CLONE, CloneFacts
@@ -75,6 +75,17 @@ def test_a_failed_operation_is_settled_an_interrupted_one_is_not(tmp_path: Path)
     assert found
     assert found.outcome == "recovered"
     assert [text for _, text in found.steps] == ["undo"]
+
+
+def test_one_that_lost_its_lease_is_left_for_recovery(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    lost = LeaseLost("kata-a is held by another")
+    for error in (lost, Several({"a": WrongState("no"), "b": lost})):
+        with pytest.raises(type(error)), begin(journal, "a"):
+            raise error
+    with pytest.raises(Several), begin(journal, "a"):
+        raise Several({"a": WrongState("no"), "b": WrongState("no")})
+    assert len(journal.unfinished()) == 2
 
 
 def test_a_killed_process_leaves_its_step(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Volumes are ours by their tags alone (see lvm.encode); their names, ``fh.WORDS.RANDOM``, mean nothing and
 collide with nobody's. ``fh.kind`` says what one is:
 
-    template     sealed, read-only; shared by all farms of the group
+    template     sealed, read-only; of one farm, in labels that all farms of the group share
     disk         what a VM runs on, or ran on until a swap
     checkpoint   sealed, read-only; a state of a VM's disk
     part         being filled; its lock is held while somebody does
@@ -44,6 +44,8 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_template,
+    label_taken,
     not_ours,
     too_small,
 )
@@ -140,10 +142,9 @@ class LvmStore(LvmVolumes, abc.ABC):
         with self._locked() as held:
             seen = self._look()
             if known := seen.templates.get(label):
-                if known.facts.get("image") != identity:  # else killed right before the last step
-                    raise Conflict(
-                        f"template {label} exists already", remedy="seal it as the next generation"
-                    )
+                farm = farm_of(known)
+                if farm != self._farm or known.facts.get("image") != identity:
+                    raise label_taken(label, farm, self._farm)  # else killed right before the last step
                 image.unlink()
                 return read_template(known, self._vg)
             self._room(
@@ -153,7 +154,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             with image.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             name = self._name(template.name, str(template.generation))
-            done = replace(template, ref=f"{self._vg}/{name}", sha256=digest, size=size)
+            done = replace(template, ref=f"{self._vg}/{name}", sha256=digest, size=size, farm=self._farm)
             facts = {**template_facts(done), "image": identity, "farm": self._farm.mark, "kind": "part"}
             held.keep(self._filling(name))
             try:
@@ -161,6 +162,8 @@ class LvmStore(LvmVolumes, abc.ABC):
                 with held.released():
                     self._fill(name, image, form)
                 self._seal(name)
+                if other := self._look().templates.get(label):  # made while the lock was given back
+                    raise label_taken(label, farm_of(other), self._farm)
                 self._step(f"name it template {label}")
                 self._change(name, *retagged(facts, {**facts, "kind": "template"}))
             except BaseException:
@@ -180,6 +183,7 @@ class LvmStore(LvmVolumes, abc.ABC):
             volume = seen.templates.get(label)
             if volume is None:
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
+            check_template(label, farm_of(volume), self._farm)
             users = {v.facts.get("machine", "?") for v in seen.ours if v.facts.get("template") == label}
             if users:
                 raise WrongState(
@@ -190,6 +194,14 @@ class LvmStore(LvmVolumes, abc.ABC):
             self._check_dependents(seen, [volume])
             self._step(f"remove template {label}")
             self._lvm.remove([volume.name])
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        with self._locked():
+            volume = self._look().templates.get(label)
+            if volume is not None and farm_of(volume) == whose:
+                self._step(f"mark {self._vg}/{volume.name} as ours")
+                ours = {**volume.facts, "farm": self._farm.mark}
+                self._change(volume.name, *retagged(volume.facts, ours))
 
     # -- disks ------------------------------------------------------------------------------------
 
@@ -237,6 +249,7 @@ class LvmStore(LvmVolumes, abc.ABC):
                 raise NotFound(
                     f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
+            check_template(template.label, farm_of(source), self._farm)
             if there := seen.present(machine):
                 self._check_farm(there)
                 raise Conflict(f"{machine} has a disk already", remedy="destroy it first")

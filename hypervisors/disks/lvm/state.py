@@ -160,4 +160,5 @@ def read_template(volume: LogicalVolume, vg: str) -> Template:
         created=datetime.fromisoformat(facts["created"]),
         origin=facts["origin"],
         firstboot=facts["firstboot"],
+        farm=farm_of(volume),
     )

@@ -1,4 +1,8 @@
-"""Our volumes in a group: the store's lock, names, links, activation, and removing what is ours."""
+"""Our volumes in a group: the store's lock, names, links, activation, and removing what is ours.
+
+The locks lie in a directory of the machine that has the group, whatever state directories its users
+have: the store's, and one for each part that is being filled. The links, and what a copy has noted of
+how far it came, are to outlast a boot, and lie in the state directory."""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from host import paths
 from host.file_lock import FileLock
-from host.files import make_directory, reachable, sync
+from host.files import make_directory, own_directory, reachable, sync
 from host.run import Runner
 from hypervisors.api import StepFn, WarnFn, no_step, no_warning
 from hypervisors.disks.devices import give
@@ -54,7 +59,8 @@ class LvmVolumes:
         self._headroom = headroom
         self._warn = warn
         self._damaged = DamagedMarks(warn)
-        self._lock = FileLock(self._links / ".lock")
+        self._locks = paths.SHARED / "stores" / f"lvm-{vg}"
+        self._lock = FileLock(self._locks / "lock")
         self._last: tuple[str, LvmState] | None = None  # the stamp, and what was seen under it
 
     def _look(self) -> LvmState:
@@ -76,7 +82,7 @@ class LvmVolumes:
 
     def _stamp(self) -> str:
         try:
-            return (self._links / ".lock").read_text()
+            return (self._locks / "lock").read_text()
         except OSError:
             return ""
 
@@ -85,7 +91,7 @@ class LvmVolumes:
         a new stamp."""
         last, self._last = self._last, None
         good = last and last[0] == self._stamp() and time.monotonic() - last[1].when < _FRESH
-        (self._links / ".lock").write_text(secrets.token_hex(8))
+        (self._locks / "lock").write_text(secrets.token_hex(8))
         return last[1] if last and good else None
 
     def _remember(self, seen: LvmState, new: LogicalVolume, *, space: int) -> None:
@@ -105,16 +111,20 @@ class LvmVolumes:
         make_directory(self._links, mode=0o711)
         if self._reader is not None:
             reachable(self._links, self._reader)
+        own_directory(self._locks, mode=0o700)
         with HeldLock(self._lock) as held:
             held.seen = self._take_over()
             yield held
 
     def _filling(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A lock to hold while a part is being filled: without it, the part is a dead process's."""
-        return FileLock(self._links / f".{name}.lock").hold(remove=True)
+        return FileLock(self._part_lock(name)).hold(remove=True)
 
     def _alive(self, name: str) -> bool:
-        return FileLock(self._links / f".{name}.lock").held()
+        return FileLock(self._part_lock(name)).held()
+
+    def _part_lock(self, name: str) -> Path:
+        return self._locks / f"{name}.lock"
 
     def _record(self, name: str) -> Path:
         return self._links / f".{name}.copied"
@@ -123,14 +133,14 @@ class LvmVolumes:
         """Remove the files that belong to a part."""
         self._record(name).unlink(missing_ok=True)
         if not self._alive(name):
-            (self._links / f".{name}.lock").unlink(missing_ok=True)
+            self._part_lock(name).unlink(missing_ok=True)
 
     def _strays(self, seen: LvmState) -> Iterator[Path]:
         """Files that killed operations left. The caller holds the store's lock, so nobody is making
         any."""
         names = {v.name for v in seen.group.volumes}
-        for path in sorted(self._links.glob(".fh.*")):
-            name = path.name[1:].rpartition(".")[0]
+        for path in (*sorted(self._links.glob(".fh.*")), *sorted(self._locks.glob("fh.*"))):
+            name = path.name.removeprefix(".").rpartition(".")[0]
             if name not in names and not self._alive(name):
                 yield path
         yield from sorted(self._links.glob(".*.link"))

@@ -64,6 +64,8 @@ from hypervisors.api import (
     StepFn,
     Template,
     WarnFn,
+    check_template,
+    label_taken,
     no_step,
     no_warning,
     not_ours,
@@ -156,10 +158,10 @@ class Qcow2Disks:
         UsageError for an image that needs a backing file, or isn't the template's size."""
         label = _plain(template.name) + f"@{template.generation}"
         final = self._templates / f"{label}.qcow2"
-        if read_template(final) and image.exists() and not final.samefile(image):
-            raise Conflict(f"template {label} exists already", remedy="seal it as the next generation")
-        if known := read_template(final):  # killed right before its last step
-            image.unlink(missing_ok=True)
+        if known := read_template(final):
+            if known.farm != self._farm or (image.exists() and not final.samefile(image)):
+                raise label_taken(label, known.farm, self._farm)
+            image.unlink(missing_ok=True)  # killed right before its last step
             return known
         linked = _same_store(image, self._templates) and self._may_share(image)
         self._need(0 if linked else blocks(image), f"template {label}")
@@ -177,13 +179,13 @@ class Qcow2Disks:
             sync(fresh)
             with fresh.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            done = replace(template, ref=str(final), sha256=digest, size=header.size)
+            done = replace(template, ref=str(final), sha256=digest, size=header.size, farm=self._farm)
             with self._lock.hold():
+                if os.path.lexists(final):  # another was quicker; else its description would be ours
+                    there = read_template(final)
+                    raise label_taken(label, there.farm if there else None, self._farm)
                 write_template(final, done)
-                try:
-                    final.hardlink_to(fresh)
-                except FileExistsError:
-                    raise Conflict(f"template {label} exists already") from None
+                final.hardlink_to(fresh)
                 sync(self._templates)
         image.unlink(missing_ok=True)
         return done
@@ -199,6 +201,13 @@ class Qcow2Disks:
         with self._lock.hold():
             if not describe(path).exists():
                 raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
+            if known := read_template(path, half=True):
+                check_template(label, known.farm, self._farm)
+            else:
+                raise NotOurs(
+                    f"template {label} has a damaged description: whose it is can't be told",
+                    remedy=f"set {describe(path)} right, or remove both files by hand",
+                )
             damaged: list[Path] = []
             seen = marks(self._vms, lambda at, _: damaged.append(Path(at).parent))
             users = [mark.machine for mark in seen if mark.template == label]
@@ -213,6 +222,15 @@ class Qcow2Disks:
             path.unlink(missing_ok=True)
             describe(path).unlink(missing_ok=True)
             sync(self._templates)
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        path = self._template_path(label)
+        with self._lock.hold():
+            known = read_template(path)
+            if known is not None and known.farm == whose:
+                self._step(f"mark template {label} as ours")
+                write_template(path, replace(known, farm=self._farm))
+                sync(self._templates)
 
     # -- disks ------------------------------------------------------------------------------------
 
@@ -256,10 +274,12 @@ class Qcow2Disks:
         self._need(0, f"the disk of {machine}")
         with self._lock.hold(shared=True):
             base = self._template_path(template.label)
-            if read_template(base) is None:
+            known = read_template(base)
+            if known is None:
                 raise NotFound(
                     f"no template {template.label}", remedy=(Call("template-list"), " shows them")
                 )
+            check_template(known.label, known.farm, self._farm)
             self._make_room(home)
             mark = Mark(machine, owner, template.label, -(-size // 512) * 512, datetime.now(UTC))
             self._step(f"clone the disk of {machine} from {template.label}")

@@ -58,11 +58,11 @@ def find_leftovers(root: Path, farm: FarmIdentity, *, at: Path | None = None) ->
     homes = [home for home in (at, at.parent) if home.parent == root / "vms"] if at else []
     seen = (mark for home in homes if (mark := read_mark(home))) if at else marks(root / "vms")
     mine = [mark for mark in seen if mark.owner.farm == farm]
-    return [*_dead_temporaries(root, mine, farm), *_half_templates(root), *_half_disks(root, mine)]
+    return [*_dead_temporaries(root, mine, farm), *_half_templates(root, farm), *_half_disks(root, mine)]
 
 
 def strangers(root: Path, farm: FarmIdentity) -> list[Path]:
-    """Files and links below ``root`` that are no template's, no disk's of this farm, and no lock or
+    """Files and links below ``root`` that are no template's and no disk's of this farm, and no lock or
     temporary name of ours."""
     return [
         path
@@ -77,7 +77,8 @@ def _of_ours(root: Path, path: Path, farm: FarmIdentity) -> bool:
     if path.parent == root / "templates":
         image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
         image = path if path.suffix == ".qcow2" else image
-        return path in (image, describe(image)) and read_template(image, half=True) is not None
+        template = read_template(image, half=True)
+        return path in (image, describe(image)) and template is not None and template.farm == farm
     mark = read_mark(path.parent) if path.parent.parent == root / "vms" else None
     if mark is None or mark.owner.farm != farm:
         return False
@@ -99,10 +100,11 @@ def _dead_temporaries(root: Path, mine: list[Mark], farm: FarmIdentity) -> Itera
         yield _leftover("file", path, owner, "under construction when it was killed")
 
 
-def _half_templates(root: Path) -> Iterator[Leftover]:
+def _half_templates(root: Path, farm: FarmIdentity) -> Iterator[Leftover]:
     for path in matching(root / "templates", "*.json"):
         image = path.with_name(path.name.removesuffix(".json") + ".qcow2")
-        if not image.exists() and read_template(image, half=True):
+        half = None if image.exists() else read_template(image, half=True)
+        if half and half.farm == farm:
             yield _leftover("template", path, None, "its image is gone")
 
 

@@ -17,7 +17,7 @@ from hypervisors.ownership import FarmIdentity
 
 NEW = ".farmhand-new-"
 _OF_DISKS = ("machine", "farm", "vm", "template", "size", "created")
-_OF_TEMPLATES = ("name", "generation", "size", "sha256", "created", "origin", "firstboot")
+_OF_TEMPLATES = ("farm", "name", "generation", "size", "sha256", "created", "origin", "firstboot")
 ToldFn = Callable[[str, str], None]
 """As ``hypervisors.marks.DamagedMarks.tell``."""
 
@@ -63,11 +63,13 @@ def read_mark(home: Path, *, moved: bool = False, damaged: ToldFn | None = None)
 
 
 def write_template(image: Path, template: Template) -> None:
-    """Write the template's description beside its image. It is without ``ref``, which is where the image
-    is."""
+    """Write the description of a farm's template beside its image. It is without ``ref``, which is where
+    the image is."""
+    assert template.farm
     facts = asdict(template)
     del facts["ref"]
-    write_durably(describe(image), _document({**facts, "created": template.created.isoformat()}))
+    facts |= {"farm": template.farm.mark, "created": template.created.isoformat()}
+    write_durably(describe(image), _document(facts))
 
 
 def describe(image: Path) -> Path:
@@ -91,6 +93,7 @@ def read_template(image: Path, *, half: bool = False, damaged: ToldFn | None = N
         created=moment(seen["created"]),
         origin=seen["origin"],
         firstboot=seen["firstboot"],
+        farm=FarmIdentity.of(seen["farm"]),
     )
     return template if image.name == f"{template.label}.qcow2" else None
 

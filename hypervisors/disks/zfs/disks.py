@@ -63,6 +63,7 @@ from hypervisors.api import (
     Leftover,
     Owner,
     Template,
+    check_template,
     too_small,
 )
 from hypervisors.disks.stores import StorePlace
@@ -133,6 +134,7 @@ class ZfsDisks(ZfsStore):
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         """One process for a volume of the template's size, where nothing hints at an earlier disk."""
         plain(machine)
+        check_template(template.label, template.farm, self._farm)  # a look would be a process more
         if size < template.size:
             raise too_small(machine, size, template)
         source = f"{self._templates}/{plain(template.name)}.{template.generation}@{SEALED}"

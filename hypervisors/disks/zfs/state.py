@@ -4,7 +4,8 @@ A mark is a user property (zfsprops(7)) in the namespace ``farmhand:``, set on t
 
     templates, vms          store=1 (volumes), or files
     a template's volume     state=new, maker (who is writing it)
-    ... its @sealed         kind=template, name, generation, size, sha256, created, origin, firstboot
+    ... its @sealed         kind=template, farm, name, generation, size, sha256, created, origin,
+                            firstboot
     a VM's volume           machine, farm, vm, template, base, size, created (of the VM), maker, token
                             (of the making) and
                             state: new (under construction), disk, kept (for its checkpoints), gone
@@ -38,7 +39,7 @@ _PLAIN = re.compile(r"[ -~]{0,1024}")
 _SAFE = " /:.@=,+-_()"
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "disk": ("machine", "farm", "vm", "template", "base", "size", "created"),
-    "template": ("name", "generation", "size", "sha256", "created", "origin", "firstboot"),
+    "template": ("farm", "name", "generation", "size", "sha256", "created", "origin", "firstboot"),
     "checkpoint": ("name",),
 }
 """Of the marks with that state or kind."""
@@ -233,9 +234,12 @@ def disk_marks(machine: str, owner: Owner, template: str, base: str, size: int) 
 
 
 def template_marks(template: Template, image: str) -> dict[str, str]:
-    """The marks of a template. ``image``: which file it was made of, to know it again after a kill."""
+    """The marks of a farm's template. ``image``: which file it was made of, to know it again after a
+    kill."""
+    assert template.farm
     return {
         "kind": "template",
+        "farm": template.farm.mark,
         "name": template.name,
         "generation": str(template.generation),
         "size": str(template.size),
@@ -263,6 +267,7 @@ def read_template(volume: Dataset) -> Template | None:
             created=moment(marks["created"]),
             origin=unquote(marks["origin"]),
             firstboot=marks["firstboot"],
+            farm=FarmIdentity.of(marks["farm"]),
         )
     except (KeyError, ValueError):
         return None

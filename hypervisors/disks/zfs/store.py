@@ -15,7 +15,17 @@ from pathlib import Path
 from host.files import blocks, open_node
 from host.processes import Process
 from host.run import Runner
-from hypervisors.api import Disk, StepFn, Template, WarnFn, no_step, no_warning, not_ours
+from hypervisors.api import (
+    Disk,
+    StepFn,
+    Template,
+    WarnFn,
+    check_template,
+    label_taken,
+    no_step,
+    no_warning,
+    not_ours,
+)
 from hypervisors.disks.images import sha256_file
 from hypervisors.disks.qcow2.format import measure
 from hypervisors.disks.zfs import state
@@ -85,11 +95,8 @@ class ZfsStore:
             if known.name != volume:
                 continue
             if sealed := state.read_template(known):
-                if known.snapshots[0].marks.get("image") != identity:
-                    raise Conflict(
-                        f"template {template.label} exists already",
-                        remedy="seal it as the next generation",
-                    )
+                if sealed.farm != self._farm or known.snapshots[0].marks.get("image") != identity:
+                    raise label_taken(template.label, sealed.farm, self._farm)
                 self._hold(volume)  # killed right before its last steps
                 image.unlink()
                 return sealed
@@ -106,7 +113,9 @@ class ZfsStore:
             self._kind.shut(self._kind.opened(f"{self._templates}/{template.name}"))
             self._zfs.program("drop", volume, "state=new")
         self._kind.await_gone(volume)  # such as the one that was just dropped
-        done = replace(template, ref=f"{volume}@{SEALED}", sha256=sha256_file(image), size=size)
+        done = replace(
+            template, ref=f"{volume}@{SEALED}", sha256=sha256_file(image), size=size, farm=self._farm
+        )
         marks = {"state": "new", "maker": Process.this().mark, "token": secrets.token_hex(8)}
         self._create(volume, marks, "create", *self._kind.made(size), "-o", "sync=disabled")
         with self._dropped_on_failure(volume, marks):
@@ -138,6 +147,7 @@ class ZfsStore:
                 break
         else:
             raise NotFound(f"no template {label}", remedy=(Call("template-list"), " shows them"))
+        check_template(label, known.farm, self._farm)
         clones = sorted({c for s in volume.snapshots for c in s.clones})
         if clones:
             prefix = f"{self._vms}/"
@@ -157,6 +167,13 @@ class ZfsStore:
             with contextlib.suppress(Exception):  # the first error is the one that matters
                 self._hold(volume.name)
             raise
+
+    def adopt_template(self, label: str, whose: FarmIdentity) -> None:
+        for volume in self._look().templates:
+            known = state.read_template(volume)
+            if known and known.label == label and known.farm == whose:
+                self._step(f"mark {known.ref} as ours")
+                self._zfs.change("set", f"farmhand:farm={self._farm.mark}", known.ref)
 
     # -- looking ----------------------------------------------------------------------------------
 
