@@ -9,8 +9,8 @@ While it is held it is renewed: a key with the next number is added, then the ol
 it is always seen. One that is over time and isn't renewed while it is watched is a dead holder's, and is
 removed, by its number, and all of them are looked at once more: a holder that lives after all has the
 next one by then. Clocks are believed only where that does no harm: a holder that isn't over time by ours
-is waited for by nobody. One with far more time than any lease has was noted by a clock ahead of ours, and
-is watched as well: dead, it would hold everybody up until then.
+is waited for by nobody. One with far more time than any lease has was noted by a clock ahead of ours,
+and is watched as well: dead, it would hold everybody up until then.
 
 A holder that was stopped (Ctrl-Z, a laptop's lid) may have been taken for dead. So before each change it
 looks how long ago it renewed its lease, by a clock that goes on in any sleep: within ``SURE`` seconds

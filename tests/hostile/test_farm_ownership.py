@@ -26,7 +26,7 @@ from provision.doctor import examine
 from provision.engine.journal import Entry
 from provision.engine.locks import lock_of
 from provision.engine.runner import perform
-from provision.operations.adopt import Adopt, AdoptFacts
+from provision.operations.adopt import Adopt
 from provision.operations.templates import TemplateRemove
 from provision.site import Site
 from tests.contract import xenapi_rig
