@@ -211,7 +211,9 @@ def test_its_vms_come_up_with_their_addresses_by_dhcp(guests: Path) -> None:
 @pytest.mark.system
 def test_their_host_key_is_the_images_learnt_and_pinned(guests: Path) -> None:
     """Nobody gave them one, nor a seed; a reset VM is known by the same."""
-    scanned = {line.split()[2] for line in (guests / "scanned").read_text().splitlines() if line[0] != "#"}
+    scanned = {
+        line.split()[2] for line in (guests / "scanned").read_text().splitlines() if line[0] != "#"
+    }
     (image,) = scanned
     for vm in ("gallifrey", "gallifrey-dev"):
         learnt = (guests / "hostkeys" / f"{vm}.learnt").read_text()

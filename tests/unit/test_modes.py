@@ -229,10 +229,7 @@ def test_a_directory_that_qemu_s_user_can_not_pass_is_said_beforehand(
     monkeypatch.setenv("FARMHAND_STATE_DIR", str(shut / "state"))
     monkeypatch.setenv("FARMHAND_RUNTIME_DIR", str(short / "r"))
     file = short / "kata.yaml"
-    file.write_text(
-        "farm: kata\nvms: {prod: {memory: 512M}}\n"
-        "templates: {base: {import: none.img}}\n"
-    )
+    file.write_text("farm: kata\nvms: {prod: {memory: 512M}}\ntemplates: {base: {import: none.img}}\n")
     for plan in (True, False):
         with open_site(file, reporter=QuietReporter(), plan=plan) as site:
             with pytest.raises(DriverFailed, match="QEMU's user") as caught:
