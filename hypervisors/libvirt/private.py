@@ -147,13 +147,13 @@ class PrivateLibvirt:
         conf, pid = self._directory / "etc/libvirtd.conf", _pid(self._pidfile)
         if not self._root or pid is None:
             return not conf.exists()
+        root = Path(f"/proc/{pid}/root")  # as the daemon sees it: proc(5)
         try:
-            # as the daemon sees it: proc(5)
-            return not conf.samefile(Path(f"/proc/{pid}/root/etc/libvirt", conf.name))
+            return not conf.samefile(root / "etc/libvirt" / conf.name)
         except PermissionError:
             return False
         except OSError:
-            return True
+            return root.exists()  # one that was just killed has none any more, and has lost nothing
 
     def _refuse_lost(self) -> None:
         """WrongState where guests of such a daemon live."""

@@ -22,6 +22,7 @@ from provision.engine.journal import current_step
 from provision.engine.report import QuietReporter
 from provision.memory_budget import room_for
 from provision.site import Site
+from tests.identities import KATA
 
 HOSTS = {
     "real": ("driver: kvm", "mode: user"),
@@ -34,6 +35,7 @@ class GuestsSite(Site):
     """A farm whose guests are the rig's."""
 
     guests: Guests
+    identity = KATA
 
     def _open(self, host: str) -> OpenHost:
         opened = super()._open(host)
