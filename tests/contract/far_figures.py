@@ -18,7 +18,7 @@ from host.run import Runner
 from hypervisors.far.address import far
 from hypervisors.libvirt.kvm import asked_for, judge
 from hypervisors.libvirt.private import PrivateLibvirt
-from tests.contract.far_rig import FarMachine, SlowWay, far_farm
+from tests.contract.far_rig import FarMachine, SlowWay, base_image, far_farm
 from tests.figures import Figure, timed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def _of(
     """The farm's libvirtd and store, asked where they are, over ssh, and over ssh from far away."""
     [socket] = parse_qs(urlsplit(private.uri()).query)["socket"]
     store = machine.state / "disks"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", place / "image.qcow2", "16M"], check=True)
+    base_image(place)
     with machine.known.open("a") as known:
         known.write(f"[127.0.0.1]:{way.port} {machine.sshd.host_key}\n")
     uris = {

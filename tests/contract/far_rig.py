@@ -123,12 +123,19 @@ def spoilt(there: Far, spoil: str) -> Callable[[Sequence[str]], tuple[str, ...]]
     return argv
 
 
+def base_image(directory: Path) -> None:
+    """What ``far_farm``'s template is imported from, beside the farm file: a boot sector's signature."""
+    with (directory / "image.raw").open("wb") as file:
+        file.write(bytes(510) + b"\x55\xaa")
+        file.truncate(16 * 2**20)
+
+
 def far_farm(uri: str, store: Path, vms: Sequence[str]) -> str:
-    """A farm file whose host is that machine, with a template of ``image.qcow2`` beside it."""
+    """A farm file whose host is that machine, with a template of ``image.raw`` beside it."""
     return (
         f"farm: kata\nhosts: {{far: {{driver: kvm, uri: '{uri}', disks: {{path: {store}}}}}}}\n"
         "network: {mode: bridge, bridge: fhnone, subnet: 10.10.61.0/24, gateway: 10.10.61.1}\n"
-        "templates: {base: {import: image.qcow2, firstboot: none}}\n"
+        "templates: {base: {import: image.raw}}\n"
         f"vms: {{{', '.join(f'{vm}: {{}}' for vm in vms)}}}\n"
     )
 

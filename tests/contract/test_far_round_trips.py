@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from far_rig import FarMachine, far_farm
+from far_rig import FarMachine, base_image, far_farm
 
 from host.run import which
 from hypervisors.far.frames import Pipe
@@ -63,9 +63,7 @@ def file(tmp_path: Path, private: PrivateLibvirt, monkeypatch: pytest.MonkeyPatc
     place.chmod(0o711)
     for name in ("STATE", "RUNTIME"):
         monkeypatch.setenv(f"FARMHAND_{name}_DIR", str(tmp_path / name.lower()))
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "image.qcow2", "16M"], check=True
-    )
+    base_image(tmp_path)
     with FarMachine(place, reader=private.qemu_uid()) as machine:
         [socket] = parse_qs(urlsplit(private.uri()).query)["socket"]
         path = tmp_path / "farm.yaml"

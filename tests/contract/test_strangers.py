@@ -60,9 +60,7 @@ class Town:
             with self.site(name) as site:
                 site.prepare()
                 image = self.place / "empty.qcow2"
-                subprocess.run(
-                    ["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True
-                )
+                subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(SIZE)], check=True)
                 site.disks("here").seal(image, template(generation=number))
                 farm.clone_farm(site, start=False)
 
