@@ -45,6 +45,8 @@ RENEWED, LASTS, WATCHED, SURE = 15.0, 60.0, 35.0, 30.0
 can have broken one after a renewal, with a reserve for the call that is made then."""
 _LOOK = 1.0  # seconds between looks at one that is watched
 _KEY = f"{PREFIX}lease:"
+_HELD: set[str] = set()
+"""Stems of the keys of leases that this process holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,10 @@ class _Other:
 
     @property
     def dead(self) -> bool:
-        """Surely: a process of this very machine, that has ended."""
+        """Surely: of a process of this very machine that has ended, or of this very one, which holds it
+        no more. A server that loses its power brings back what was given up shortly before."""
+        if self.process == Process.this().mark:
+            return self.stem not in _HELD
         process = Process.parse(self.process)
         return process.boot == boot_id() and not process.alive()
 
@@ -82,8 +87,18 @@ class PoolLeases:
     def hold(self, names: Sequence[str], note: str) -> Iterator[None]:
         """See ``hypervisors.api.Leases``."""
         mine = _OwnLease(self, frozenset(names), note)
-        with translated("take the lease"):
-            self._take(mine)
+        _HELD.add(mine.stem)
+        try:
+            with translated("take the lease"):
+                self._take(mine)
+            with self._renewed(mine):
+                yield
+        finally:
+            _HELD.discard(mine.stem)
+
+    @contextlib.contextmanager
+    def _renewed(self, mine: _OwnLease) -> Iterator[None]:
+        """A lease that was taken is renewed within, and then given up."""
         ended = threading.Event()
         renewing = threading.Thread(target=mine.renew, args=(ended,), daemon=True)
         renewing.start()
