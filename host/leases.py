@@ -46,7 +46,7 @@ class FileLeases:
 
     def _take(self, path: Path, name: str) -> int:
         end = time.monotonic() + _PATIENCE
-        make_directory(self.directory.parent, mode=0o711)
+        make_directory(self.directory.parent, mode=0o700 if os.geteuid() else 0o711)
         while True:
             own_directory(self.directory, mode=0o700)
             try:

@@ -78,7 +78,8 @@ class StateFile:
             files = {file.path: file for file in map(_file, db.execute("SELECT * FROM files"))}
             rows = db.execute("SELECT zone, serial FROM serials")
             serials = {zone: _serial(serial) for zone, serial in rows}
-            facts = dict(db.execute("SELECT name, value FROM facts"))
+            rows = db.execute("SELECT name, value FROM facts")
+            facts = {_text(name): _text(value) for name, value in rows}
         behind = tuple(facts.get(_BEHIND, "").split())
         known, basis = facts.get(_KNOWN) == "known", facts.get(_BASIS, "")
         return NetworkState(files, serials, known, basis, behind, facts.get(_APPLIED, ""))
@@ -183,6 +184,12 @@ def _record(pair: object) -> tuple[str, str]:
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
         raise Malformed("a VM's records are no list")
+    return value
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise Malformed(f"{value!r} is no text")
     return value
 
 

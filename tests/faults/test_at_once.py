@@ -271,7 +271,7 @@ def test_rounds_without_end_hold_on_to_nothing(
         ((*_, (files, size)),) = (seen,) = processes([work])  # type: ignore[misc, assignment]
         warm = seen[len(seen) // 3]  # type: ignore[index]
         print(f"{label}: {rounds} rounds, {len(files)} files open, {size - warm[1]} bytes grown")
-        assert files == warm[0]
+        assert not Counter(files) - Counter(warm[0])
         assert size - warm[1] < MOST_GROWTH
         after = bench.shape()
         assert after["prod"] == after["dev2"] == []

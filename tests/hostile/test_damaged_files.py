@@ -62,7 +62,7 @@ FILES = (
     Kept("try.yaml", (("status",), ("doctor",))),
     Kept("try.yaml.lock", (("status",), CLONE)),
     Kept("cache/farms-*/*", fine=(("status",),)),
-    Kept("state/claims.db", (CLONE,), (("status",), ("doctor",))),
+    Kept("state/claims.db", (CLONE,), (("status",),)),
     Kept("state/.claims.lock", fine=(("status",), CLONE)),
     Kept(f"{STATE}/identity.json", (("status",), CLONE)),
     Kept(f"{STATE}/journal.db", (("status",), ("history",), ("recover",))),

@@ -117,7 +117,7 @@ def test_a_read_only_disk_is_said_and_can_be_looked_at(box: Box) -> None:
         for words in LOOKS:
             done = run(*words)
             fit(done, " ".join(words))
-            assert done.status == 0 or words == ("doctor",), done
+            assert done.status == 0 or words[0] in ("doctor", "status"), done  # a host is not looked at
         for words in CHANGES:
             done = run(*words)
             fit(done, " ".join(words))

@@ -66,7 +66,7 @@ def test_what_farmhand_makes_is_tight(places: Path, tmp_path: Path) -> None:
     made.seal()
     with made.site() as site:
         farm.clone_farm(site, start=False)
-    assert list(made.state.rglob("*.known"))
+    assert list(made.state.rglob("*.pub"))
     assert [str(each) for each in loose_modes(made.state)] == []
 
 

@@ -129,11 +129,13 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
                 step[key] = names[step[key]]
     path = tmp_path / "hello.yaml"
     path.write_text(yaml.safe_dump({**ours, "source": farm["source"], "cycle": farm["cycle"]}))
+    assert place("adopt", "--farm", str(path)).returncode == 0  # the demo's farm has another file now
     built = place.json("cycle", "--farm", str(path), "--from", "fetch")
     (package,) = built["outputs"]
     assert package["name"].startswith("hello-deb_1.0_")
     done = place("ssh", "--vm", "prod", "--command", "hello-deb")
     assert done.stdout == "hello-deb 1.0, built by a farm\n", done.stderr
+    assert place("adopt").returncode == 0
     assert (built["result"], built["partial"]) == ("partial", "4/6")
 
 
@@ -165,7 +167,7 @@ def test_your_first_farm_line_by_line_from_an_installed_copy(
         (here / name).symlink_to(copy / name)
     lines = readme_lines()
     assert [line.split()[1] for line in lines] == [
-        "inventory/default.yaml", "doctor", "clone-farm", "cycle", "ssh", "reset",
+        "'s/^farm:", "doctor", "clone-farm", "cycle", "ssh", "reset",
     ]  # fmt: skip
     for line in lines:
         done = subprocess.run(
@@ -178,8 +180,11 @@ def test_your_first_farm_line_by_line_from_an_installed_copy(
         if " ssh " in line:
             assert "MMXXVI" in done.stdout
     assert files_of(copy) == before
-    done = place("ssh", "--vm", "prod", "--command", "command -v kata || echo gone")
+    mine = ("--farm", str(here / "farm.yaml"))
+    done = place("ssh", *mine, "--vm", "prod", "--command", "command -v kata || echo gone")
     assert done.stdout.strip() == "gone", done.stdout + done.stderr
+    done = place("destroy", *mine, "--all", "--purge", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_destroy_leaves_nothing(demo: dict[str, Any], place: Place) -> None:

@@ -134,7 +134,8 @@ class ZfsDisks(ZfsStore):
     def clone(self, template: Template, machine: str, owner: Owner, size: int) -> Disk:
         """One process for a volume of the template's size, where nothing hints at an earlier disk."""
         plain(machine)
-        check_template(template.label, template.farm, self._farm)  # a look would be a process more
+        if template.farm is not None:  # else it isn't sealed; a look would be a process more
+            check_template(template.label, template.farm, self._farm)
         if size < template.size:
             raise too_small(machine, size, template)
         source = f"{self._templates}/{plain(template.name)}.{template.generation}@{SEALED}"
