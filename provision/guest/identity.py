@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
 _making = threading.Lock()
 
+_HOST_KEYS = "hostkeys"
+
 
 def controller_key(farm: Farm, paths: FarmPaths) -> Path:
     """The private key that logs in on the farm's VMs: the farm file's, or the farm's own.
@@ -99,7 +101,7 @@ def _public_half(private: Path) -> str:
 
 def host_key_file(paths: FarmPaths, vm: str) -> Path:
     """Path of the VM's private host key, whether it is there or not."""
-    return paths.keys / "hostkeys" / vm
+    return paths.keys / _HOST_KEYS / vm
 
 
 def host_key(paths: FarmPaths, vm: str) -> str:
@@ -129,7 +131,7 @@ def known_hosts(paths: FarmPaths, vm: str) -> Path:
     """Path of the VM's known_hosts file for the OpenSSH client. It names the VM by its machine
     (HostKeyAlias), so that the port doesn't matter. Each VM has a file of its own: one VM more rewrites
     nothing."""
-    return paths.keys / "hostkeys" / f"{vm}.known"
+    return paths.keys / _HOST_KEYS / f"{vm}.known"
 
 
 def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
@@ -140,7 +142,7 @@ def write_known_hosts(paths: FarmPaths, vm: str, machine: str) -> None:
 def learnt_hosts(paths: FarmPaths, vm: str) -> Path:
     """Path of the known_hosts file of a VM that keeps its image's host key: empty until that is
     learnt."""
-    return paths.keys / "hostkeys" / f"{vm}.learnt"
+    return paths.keys / _HOST_KEYS / f"{vm}.learnt"
 
 
 def keeps_own_key(paths: FarmPaths, vm: str) -> bool:
@@ -154,7 +156,7 @@ def expect_own_key(paths: FarmPaths, vm: str, *, own: bool) -> None:
     if not own:
         remove(file)
     elif not file.exists():
-        make_directory(file.parent, mode=0o700)
+        _make_key_directory(file.parent)
         write_atomic(file, b"", mode=0o600)
 
 
@@ -292,10 +294,17 @@ def _private(file: Path) -> str:
         raise damaged(file, "a VM's host key", error, remedy) from error
 
 
+def _make_key_directory(directory: Path) -> None:
+    """``keys``, or ``keys/hostkeys`` with it: both for us alone."""
+    if directory.name == _HOST_KEYS:
+        make_directory(directory.parent, mode=0o700)
+    make_directory(directory, mode=0o700)
+
+
 def _write_pair(private: Path, comment: str) -> None:
     from provision.guest.seed import new_host_key
 
-    make_directory(private.parent, mode=0o700)
+    _make_key_directory(private.parent)
     secret, public = new_host_key()
     public = " ".join([*public.split()[:2], comment])
     write_atomic(_public_file(private), f"{public}\n".encode())
