@@ -133,9 +133,9 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     built = place.json("cycle", "--farm", str(path), "--from", "fetch")
     (package,) = built["outputs"]
     assert package["name"].startswith("hello-deb_1.0_")
+    assert place("adopt").returncode == 0
     done = place("ssh", "--vm", "prod", "--command", "hello-deb")
     assert done.stdout == "hello-deb 1.0, built by a farm\n", done.stderr
-    assert place("adopt").returncode == 0
     assert (built["result"], built["partial"]) == ("partial", "4/6")
 
 
