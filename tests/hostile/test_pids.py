@@ -12,18 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from host.processes import Process
+from host.processes import Process, command_line
 from hypervisors.libvirt import private
 from provision.engine.facts import NoFacts
 from provision.engine.journal import Journal
 from provision.engine.locks import Locks
 from provision.power import START
+from tests.unit.sshd_machine import wait_for
 
 
 @pytest.fixture
 def somebody() -> Iterator[subprocess.Popen[bytes]]:
     """A living process, whose command line has "a sign"."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600) # a sign"]) as process:
+        # execve(2) closes descriptors, which Popen waits for, before the new command line can be read
+        wait_for(lambda: "a sign" in " ".join(command_line(process.pid)))
         yield process
         process.kill()
 

@@ -38,11 +38,12 @@ FAILING = (("status",), ("start", "--all"))
 
 
 class _Watch:
-    """Looks at the arguments and the environment of all processes, again and again."""
+    """Looks at the arguments and the environment of all processes that began since, again and again."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
         self.looks = 0
+        self._before = frozenset(Path("/proc").glob("[0-9]*"))
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -57,7 +58,7 @@ class _Watch:
     def _look(self) -> None:
         while not self._end.wait(0.01):
             self.looks += 1
-            for process in Path("/proc").glob("[0-9]*"):
+            for process in set(Path("/proc").glob("[0-9]*")) - self._before:
                 for name in ("cmdline", "environ"):
                     with contextlib.suppress(OSError):
                         if PASSWORD.encode() in (process / name).read_bytes():

@@ -140,8 +140,9 @@ AllowTcpForwarding {"yes" if self.forwarding else "no"}
         """Kill the processes that serve connections: what a guest's crash looks like from here."""
         for pid in self.sessions():
             for child in _children(pid):  # the unprivileged half, where there is one
-                if Path(f"/proc/{child}/comm").read_text().strip() == "sshd":
-                    _kill(int(child))
+                with contextlib.suppress(OSError):  # it has just ended by itself
+                    if Path(f"/proc/{child}/comm").read_text().strip() == "sshd":
+                        _kill(int(child))
             _kill(pid)
 
     def stop(self) -> None:
