@@ -1,0 +1,19 @@
+"""The package formats, each in a file of its own."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from repositories.format import PackageFormat
+
+FORMATS = {"deb": "repositories.deb:DebFormat", "rpm": "repositories.rpm:RpmFormat"}
+"""By name, its class."""
+
+
+@cache
+def package_format(name: str) -> PackageFormat:
+    module, _, attribute = FORMATS[name].partition(":")
+    found: PackageFormat = getattr(import_module(module), attribute)()
+    assert found.NAME == name
+    return found
