@@ -65,13 +65,17 @@ def _of(
     environment = {**os.environ, "FARMHAND_STATE_DIR": str(place / "state")}
     environment["FARMHAND_RUNTIME_DIR"] = str(place / "runtime")
 
+    file = place / "farm.yaml"
+
     def command(where: str, *words: str) -> Callable[[], object]:
-        file = place / f"{where.replace(' ', '-').replace(',', '')}.yaml"
-        file.write_text(far_farm(uris[where], store, _VMS))
+        text = far_farm(uris[where], store, _VMS)
         argv = [sys.executable, "-P", "cli/start.py", *words, "--farm", str(file)]
-        return lambda: subprocess.run(
-            argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+
+        def typed() -> None:
+            file.write_text(text)  # one farm, its host called by another name
+            subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+        return typed
 
     say(f"status of {len(_VMS)} VMs, here and over ssh")
     command("over ssh", "clone-farm", "--no-start")()

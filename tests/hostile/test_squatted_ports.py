@@ -9,6 +9,7 @@ import pytest
 from neighbour import NEEDS_ROOT, UID, squatted
 
 import cli.composition  # noqa: F401 - a farm is loaded
+from host import ports
 from host.ports import listener
 from inventory.errors import Conflict, spelled
 from inventory.loader import load
@@ -26,8 +27,11 @@ vms: {prod: {memory: 192M}}
 
 
 @NEEDS_ROOT
+@pytest.mark.parametrize("way", ["sock_diag", "proc"])
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
-def test_who_listens_is_known(address: str) -> None:
+def test_who_listens_is_known(address: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "proc":  # a kernel without sock_diag
+        monkeypatch.setattr(ports, "_SOCK_DIAG", 63)
     with socket.create_server(("127.0.0.1", 0)) as before:
         port = before.getsockname()[1]
     with squatted(port, address) as pid:
