@@ -25,8 +25,8 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class IndexFile:
-    """One index, compressed by gzip in one or several members. ``section``: as ``PackageFormat.sections``
-    names it. ``packed``, ``plain``: of the compressed file, and of what is in it."""
+    """One index, compressed by gzip in one or several members. ``section``: by the format's name for it.
+    ``packed``, ``plain``: of the compressed file, and of what is in it."""
 
     section: str
     kind: str
@@ -120,7 +120,7 @@ class PackageFormat(ABC):
 
     @abstractmethod
     def frame(self, kind: str, count: int) -> tuple[bytes, bytes]:
-        """What stands before and after the texts of so many packages."""
+        """What stands before and after the texts of a generation of so many packages."""
 
     @abstractmethod
     def lasting(self, release: Release, index: IndexFile) -> str:
@@ -136,21 +136,29 @@ class PackageFormat(ABC):
         """The file that names all the others, which is what is signed."""
 
     @abstractmethod
-    def entries(
-        self, release: Release, summary: bytes, signer: Signer | None, earlier: bytes
-    ) -> Mapping[str, bytes]:
-        """The summary's files, by their paths below the tree, with their signatures. ``earlier``: the
-        detached signatures that the channel's superseded summaries had, as ``earlier_of`` tells;
-        b"" in a generation's own tree."""
+    def entries(self, release: Release, summary: bytes, signer: Signer | None) -> Mapping[str, bytes]:
+        """The summary's files, by their paths below the tree, with their signatures."""
 
     @abstractmethod
     def signatures(self, release: Release) -> tuple[str, ...]:
         """Of the paths of ``entries``, those that must verify: a clear-signed file by itself, a
         detached one (its name ends in .asc or .gpg) with the file of its name without that."""
 
+    def standing(self, own: bytes, earlier: Sequence[bytes]) -> bytes:
+        """What a channel has in the place of a generation's detached signature, for clients that fetch
+        it a moment after the summary. ``earlier``: those of superseded ones, the latest first."""
+        del earlier
+        return own
+
     @abstractmethod
     def stanza(self, source: ClientSource) -> str:
         """What is pasted on a client: a deb822 sources file, a .repo file; a comment says where."""
+
+    def links(self, channel: str) -> Mapping[str, str]:
+        """Links below the repository's directory that lead to a channel by the format's usual names,
+        with what they lead to. They are made once."""
+        del channel
+        return {}
 
     @abstractmethod
     def differing(self, one: Path, other: Path) -> tuple[str, ...]:

@@ -15,5 +15,5 @@ FORMATS = {"deb": "repositories.deb:DebFormat", "rpm": "repositories.rpm:RpmForm
 def package_format(name: str) -> PackageFormat:
     module, _, attribute = FORMATS[name].partition(":")
     found: PackageFormat = getattr(import_module(module), attribute)()
-    assert found.NAME == name
+    assert name == found.NAME
     return found

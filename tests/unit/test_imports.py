@@ -16,7 +16,7 @@ from hypervisors.drivers import DRIVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 # From the top down. Each may import what stands below it (and its own).
-ORDER = ("tasks", "cli", "builds", "provision", "hypervisors", "host", "inventory")
+ORDER = ("tasks", "cli", "builds", "provision", "repositories", "hypervisors", "host", "inventory")
 STARTERS = {"subprocess", "pty", "multiprocessing"}
 # Files above hypervisors/ that may start programs, and why.
 MAY_START = {

@@ -1,0 +1,104 @@
+"""What nobody needs any more: which generations, why the others stay, and what goes with them.
+
+A generation stays while anything needs it: a channel points to it or did a moment ago, it is among the
+last of a channel or young, somebody uses it (a lease), or somebody above pins it, such as the record of
+a build that is kept. What is below them (packages, lists, caches) stays while one of them needs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from host.files import blocks
+from repositories.change import Change
+from repositories.generation import Generation
+from repositories.leases import leases
+from repositories.needless import discard, files_below, needless
+from repositories.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """``last``: how many of each channel stay. ``age``: seconds for which each one stays."""
+
+    last: int = 10
+    age: float = 30 * 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """``kept``: by number, why each stays. ``gone``: those that don't. ``bytes``: what they alone take,
+    and what is left over (``orphans``: files, by their paths in the repository)."""
+
+    kept: Mapping[int, tuple[str, ...]]
+    gone: tuple[Generation, ...]
+    orphans: tuple[Path, ...]
+    bytes: int
+
+
+def survey(
+    repository: Repository, retention: Retention, now: datetime, pinned: Mapping[int, str]
+) -> Survey:
+    """Changes nothing. ``pinned``: why somebody above needs a generation, by its number."""
+    if not repository.exists:
+        return Survey({}, (), (), 0)
+    kept = _kept(repository, retention, now, pinned)
+    generations = tuple(repository.documents.all())
+    gone = tuple(one for one in generations if one.sequence not in kept)
+    stay = [one for one in generations if one.sequence in kept]
+    left = tuple(needless(repository, stay))
+    own = (
+        repository.layout.tree(one.sequence) / file
+        for one in gone
+        for file in files_below(repository.layout.tree(one.sequence))
+    )
+    return Survey(kept, gone, left, sum(map(_alone, own)) + sum(map(_size, left)))
+
+
+def collect(change: Change, found: Survey) -> None:
+    """Remove what the survey says isn't needed; the lock is held since before it was made."""
+    # 1. The generations: from here on nobody may begin to use them.
+    for generation in found.gone:
+        change.collect(generation)
+    # 2. What only they had.
+    discard(found.orphans)
+
+
+def _kept(
+    repository: Repository, retention: Retention, now: datetime, pinned: Mapping[int, str]
+) -> dict[int, tuple[str, ...]]:
+    why: dict[int, list[str]] = defaultdict(list)
+    for channel in repository.all_channels():
+        head = repository.documents.head(channel)
+        if head:
+            why[head].append(f"{channel} points to it")
+        numbers = dict.fromkeys(entry.sequence for entry in reversed(repository.documents.log(channel)))
+        for number in tuple(numbers)[: retention.last]:
+            why[number].append(f"one of {channel}'s last {retention.last}")
+        for number in repository.documents.superseded(channel, repository.settings.grace, now):
+            why[number].append(f"{channel}'s clients may still read it")
+    for generation in repository.documents.all():
+        if (now - generation.made).total_seconds() < retention.age:
+            why[generation.sequence].append("young")
+    for lease in leases(repository.layout):
+        why[lease.generation].append(f"{lease.holder} uses it")
+    for number, reason in pinned.items():
+        why[number].append(reason)
+    have = set(repository.documents.sequences())
+    return {number: tuple(reasons) for number, reasons in why.items() if number in have}
+
+
+def _alone(path: Path) -> int:
+    """Bytes of a file that has no other name."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_nlink == 1:
+            return blocks(path)
+    return 0
+
+
+def _size(path: Path) -> int:
+    return sum(map(blocks, path.iterdir())) if path.is_dir() else blocks(path)

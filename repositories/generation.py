@@ -1,0 +1,234 @@
+"""Generations: what each is made of, as a document of ours; and which of them each channel had."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from host.documents import Malformed, damaged, json_object, made, read_file
+from host.files import file_error, write_atomic
+from inventory.errors import NotFound
+from repositories.chunks import ChunkRef
+from repositories.format import IndexFile, Release
+from repositories.layout import Layout
+
+Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A state of a channel's packages, for ever. ``sequence``: its number in the repository, given under
+    the lock, never again. ``by``: who asked. ``base``: the generation whose place it was made to take;
+    0: none. ``origin``: the one that its packages are of, where it is a promotion or a roll-back.
+    ``flow``: of what flow it is a candidate; "": none."""
+
+    sequence: int
+    channel: str
+    verb: Verb
+    made: datetime
+    by: str
+    base: int = 0
+    origin: int = 0
+    flow: str = ""
+    note: str = ""
+    chunks: tuple[ChunkRef, ...] = ()
+    indexes: tuple[IndexFile, ...] = ()
+    components: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    date: datetime
+    """What its signed file says: later than that of each generation that the channel had before."""
+
+    @property
+    def count(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its packages' files."""
+        return sum(chunk.size for chunk in self.chunks)
+
+    def release(self, repository: str, description: str) -> Release:
+        return Release(
+            repository=repository,
+            channel=self.channel,
+            sequence=self.sequence,
+            date=self.date,
+            description=description,
+            components=self.components,
+            architectures=self.architectures,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """One move of a channel's pointer. ``before``: where it pointed to; 0: nowhere yet."""
+
+    at: datetime
+    sequence: int
+    before: int
+    verb: Verb
+    by: str
+    note: str = ""
+
+
+class Documents:
+    """The documents of a repository's generations, and its channels' logs."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._known: dict[int, Generation] = {}
+
+    def read(self, sequence: int) -> Generation:
+        """NotFound: there is none. WrongState: it is damaged."""
+        if sequence in self._known:
+            return self._known[sequence]
+        path = self._layout.document(sequence)
+        try:
+            found = made(Generation, json_object(read_file(path)))
+        except FileNotFoundError:
+            have = some_sequences(self.sequences())
+            raise NotFound(f"{self._layout.top} has no generation {sequence}: it has {have}") from None
+        except (OSError, Malformed) as error:
+            raise damaged(
+                path,
+                f"the list of generation {sequence}'s packages",
+                error,
+                "put it back from a backup or a mirror; the generation can't be used until then",
+            ) from error
+        self._known[sequence] = found
+        return found
+
+    def sequences(self) -> tuple[int, ...]:
+        """Of all there are, in their order."""
+        names = (name[:-5] for name in _names(self._layout.documents) if name.endswith(".json"))
+        return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit()))
+
+    def all(self) -> Iterator[Generation]:
+        return map(self.read, self.sequences())
+
+    def write(self, generation: Generation) -> None:
+        """Durably: from then on it is one."""
+        data = json.dumps(asdict(generation), default=_text, indent=None).encode() + b"\n"
+        write_atomic(self._layout.document(generation.sequence), data, mode=0o600)
+        self._known[generation.sequence] = generation
+
+    def remove(self, sequence: int) -> None:
+        """Durably: from then on it is none."""
+        path = self._layout.document(sequence)
+        path.unlink(missing_ok=True)
+        self._known.pop(sequence, None)
+        sync_directory(path.parent)
+
+    def next_sequence(self) -> int:
+        """A number that none had, and none will have. The lock is held."""
+        path = self._layout.last_sequence
+        try:
+            last = made(_Last, json_object(read_file(path))).sequence
+        except FileNotFoundError:
+            last = 0
+        except (OSError, Malformed):  # then what is there says enough
+            last = 0
+        numbers = [int(name) for name in _names(self._layout.trees) if name.isdigit()]
+        sequence = max(last, *self.sequences(), *numbers, *self._logged(), 0) + 1
+        write_atomic(path, json.dumps({"sequence": sequence}).encode(), mode=0o600)
+        return sequence
+
+    def _logged(self) -> Iterator[int]:
+        for name in _names(self._layout.private / "logs"):
+            for entry in self.log(name.removesuffix(".jsonl")):
+                yield entry.sequence
+
+    # -- channels ------------------------------------------------------------------------------------
+
+    def head(self, channel: str) -> int:
+        """The number of the generation that the channel points to; 0: none yet."""
+        try:
+            name = self._layout.pointer(channel).readlink().name
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise file_error(error, self._layout.pointer(channel), "read the link") from error
+        return int(name) if name.isascii() and name.isdigit() else 0
+
+    def log(self, channel: str) -> tuple[LogEntry, ...]:
+        """Oldest first. A line that can't be read is left out: a power cut may take the last one, and
+        ``tidy`` writes it anew."""
+        entries = []
+        try:
+            data = read_file(self._layout.log(channel))
+        except FileNotFoundError:
+            return ()
+        except (OSError, Malformed) as error:
+            raise damaged(
+                self._layout.log(channel), f"{channel}'s log", error, "move it aside: history is lost"
+            ) from error
+        for line in data.splitlines():
+            with contextlib.suppress(Malformed):
+                entries.append(made(LogEntry, json_object(line)))
+        return tuple(entries)
+
+    def append(self, channel: str, entry: LogEntry) -> None:
+        """Durably."""
+        path = self._layout.log(channel)
+        line = json.dumps(asdict(entry), default=_text).encode()
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(handle).st_size
+                torn = size and os.pread(handle, 1, size - 1) != b"\n"
+                os.write(handle, (b"\n" if torn else b"") + line + b"\n")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise file_error(error, path, "write") from error
+
+    def superseded(self, channel: str, grace: float, now: datetime) -> tuple[int, ...]:
+        """Numbers of the generations that the channel left no longer than ``grace`` seconds ago, the
+        latest first, without the present one."""
+        head = self.head(channel)
+        left = (e.before for e in reversed(self.log(channel)) if (now - e.at).total_seconds() <= grace)
+        return tuple(number for number in dict.fromkeys(left) if number not in (0, head))
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    sequence: int
+
+
+def later_than(before: datetime | None) -> datetime:
+    """Now, in whole seconds; after ``before`` also where the clock went back."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    if before is not None and now <= before:
+        return datetime.fromtimestamp(before.timestamp() + 1, UTC)
+    return now
+
+
+def some_sequences(sequences: tuple[int, ...]) -> str:
+    return f"{sequences[0]} to {sequences[-1]}" if sequences else "none yet"
+
+
+def sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def _text(value: object) -> str:
+    assert isinstance(value, datetime)
+    return value.isoformat()

@@ -1,0 +1,137 @@
+"""Packages' files on their way into a repository: copied from whoever has them, summed and proven on the
+way, in a directory of ours. Nobody else waits meanwhile, and nothing is changed yet."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+from host.documents import Malformed, json_object, made, read_file
+from host.files import check_room, file_error, make_directory, open_new, remove
+from host.printable import one_line
+from host.processes import Process
+from inventory.errors import Unfit
+from repositories.format import PackageFormat, Sum
+from repositories.layout import Layout
+from repositories.package import Package, Reading
+
+_BLOCK = 2**20
+_number = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A package that may come in. ``path``: its copy."""
+
+    package: Package
+    reading: Reading
+    path: Path
+
+
+class Staging:
+    """A directory for one change. A context manager; what is left in it goes at its end."""
+
+    def __init__(self, layout: Layout, package_format: PackageFormat) -> None:
+        self._layout = layout
+        self._format = package_format
+        self.directory = layout.staging / f"{Process.this().mark}-{next(_number)}"
+
+    def __enter__(self) -> Staging:
+        make_directory(self.directory, mode=0o700)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # else ``tidy`` does it
+            remove(self.directory)
+
+    def take(
+        self, path: Path, *, component: str = "", build: str = "", sha256: str = "", name: str = ""
+    ) -> Staged:
+        """Copy a package's file in, and read it. ``sha256``: what it must be; "" where nobody knows.
+        ``name``: what it will be called, where that isn't its name now. Unfit: it is damaged, no package
+        of this format, no regular file. Errors: NoSpace, WrongState."""
+        name = name or path.name
+        if not name.endswith(self._format.SUFFIX) or "/" in name or name != one_line(name, 200):
+            raise Unfit(f"{one_line(str(path))} is not called as a {self._format.NAME} package is")
+        copy = self.directory / f"{next(_number)}{self._format.SUFFIX}"
+        try:
+            found = self._copy(path, copy)
+        except OSError as error:
+            raise file_error(error, path, "copy") from error
+        if sha256 and found.sha256 != sha256:
+            raise Unfit(f"{path} is damaged: its sha256 is {found.sha256}, and should be {sha256}")
+        reading = self._read(copy, name, found, component)
+        package = Package(
+            name=reading.name,
+            version=reading.version,
+            architecture=reading.architecture,
+            sha256=found.sha256,
+            size=found.size,
+            file=name,
+            component=component,
+            source=reading.source,
+            build=build,
+        )
+        return Staged(package, reading, copy)
+
+    def _copy(self, path: Path, copy: Path) -> Sum:
+        """One pass over the bytes; the source is opened once, and followed through no link."""
+        digest, size = hashlib.sha256(), 0
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as source:
+            if not stat.S_ISREG((found := os.fstat(source.fileno())).st_mode):
+                raise Unfit(f"{path} is no regular file")
+            check_room(self.directory, found.st_size)
+            with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    size += len(block)
+                    target.write(block)
+                os.fchmod(target.fileno(), 0o444)
+        return Sum(digest.hexdigest(), size)
+
+    def _read(self, copy: Path, name: str, found: Sum, component: str) -> Reading:
+        """What was read once of these bytes, under this name, isn't read again."""
+        kept = kept_reading(self._layout, found.sha256, name, component)
+        return kept or self._format.read(copy, name, found, component)
+
+
+def kept_reading(layout: Layout, sha256: str, file: str, component: str) -> Reading | None:
+    """None: there is none, or it is damaged, or of another name: then the package is read again."""
+    try:
+        found = json_object(read_file(layout.reading(sha256)))
+        if (found.get("file"), found.get("component")) != (file, component):
+            return None
+        return made(Reading, found.get("reading"))
+    except (OSError, Malformed):
+        return None
+
+
+def keep_reading(layout: Layout, package: Package, reading: Reading) -> None:
+    """Not durably: what a power cut tears is no JSON any more, and is read again."""
+    path = layout.reading(package.sha256)
+    make_directory(path.parent, mode=0o700)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    text = {"file": package.file, "component": package.component, "reading": asdict(reading)}
+    try:
+        with open_new(fresh) as file:
+            file.write(json.dumps(text).encode())
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise file_error(error, path, "write") from error
+
+
+def dead(staging: Path) -> Iterator[Path]:
+    """Directories of processes that are gone."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in staging.iterdir():
+            if not Process.parse(path.name.rpartition("-")[0]).alive():
+                yield path
