@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 from inventory import kinds
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
+from inventory.repositories import PackageRepository, RepositoryKey  # noqa: F401 - a section too
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
@@ -489,6 +490,8 @@ class Farm(Model):
     """What the cycle builds."""
     cycle: Cycle | None = None
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
+    repositories: dict[Label, PackageRepository] = field(default_factory=dict)
+    """Package repositories by name."""
     events: dict[Label, EventSubscriber] = field(default_factory=dict)
     """Who is told of operations and builds, by name; see docs/events.md."""
 

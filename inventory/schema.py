@@ -45,6 +45,8 @@ _SECTIONS = (
     ("Limits", "cycle.limits"),
     *((step_section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
     ("StepLimits", "cycle.steps[].limits"),
+    ("PackageRepository", "repositories.NAME"),
+    ("RepositoryKey", "repositories.NAME.signing[]"),
 )
 _INTRODUCTION = """\
 # Farm files

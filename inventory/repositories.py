@@ -1,0 +1,84 @@
+"""The section of a package repository."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from inventory.base import Model, at_key, quote
+
+if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
+    from inventory.fields import Bool, ConfigPath, Count, FilePath, Labels, LeaseTime, Line, Names
+
+_ADDRESS = re.compile(r"https?://[!-~]+")
+_FINGERPRINT = re.compile(r"[0-9A-F]{40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepositoryKey(Model):
+    """A key that a repository is signed by. No secret is in the farm file: it says where one is."""
+
+    fingerprint: Line
+    """The primary key's: 40 digits of 0-9 and A-F, as `gpg --list-keys` shows it."""
+    home: FilePath | None = None
+    """The GNUPGHOME that has its secret part; relative to the farm file, or beginning with `~`."""
+    file: FilePath | None = None
+    """In place of `home`: a file of it, from `gpg --export-secret-keys`, that nobody else may read."""
+    passphrase_file: FilePath | None = None
+    """A file whose first line is its passphrase, that nobody else may read; absent: it has none."""
+
+    def __post_init__(self) -> None:
+        if not _FINGERPRINT.fullmatch(self.fingerprint):
+            raise at_key("fingerprint", f"{quote(self.fingerprint)} is not 40 digits of 0-9 and A-F")
+        if (self.home is None) == (self.file is None):
+            raise at_key("", "a key's secret part is in its 'home' or its 'file', one of them", "home")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageRepository(Model):
+    """A repository of packages, with channels that each point to one of its generations."""
+
+    format: Literal["deb", "rpm"]
+    """What packages are in it."""
+    path: ConfigPath | None = None
+    """Its directory; absent: `repositories/FARM/NAME` in farmhand's state directory."""
+    url: Line | None = None
+    """What clients reach the directory by, such as `http://packages.example/kata`."""
+    channels: Labels = ("experimental", "tested", "released")
+    """Its channels."""
+    components: Labels = ("main",)
+    """deb only: the components of its metadata."""
+    architectures: Names = ()
+    """deb only: what its metadata are made for; absent: what its packages are of."""
+    description: Line | None = None
+    """What it is, in its metadata."""
+    signing: tuple[RepositoryKey, ...] = ()
+    """What its metadata are signed by; absent: by nothing. Two keys sign side by side, while clients
+    change from one to the other."""
+    signed_packages: Bool = False
+    """rpm only: packages that are not signed themselves are refused."""
+    versions: Count | None = None
+    """How many versions of a package a new generation lists; absent: all that were added."""
+    keep: Count = 10
+    """How many generations of a channel stay."""
+    keep_for: LeaseTime = 2592000
+    """How long each generation stays, whatever their number."""
+    grace: LeaseTime = 259200
+    """How long clients that have just read metadata may still get what those name."""
+
+    def __post_init__(self) -> None:
+        if self.url is not None and not _ADDRESS.fullmatch(self.url):
+            raise at_key("url", f"{quote(self.url)} is not an http or https address")
+        if self.format == "rpm" and self.components != ("main",):
+            raise at_key("components", "'components' are for deb", "format")
+        if self.format == "rpm" and self.architectures:
+            raise at_key("architectures", "'architectures' are for deb", "format")
+        if self.format == "deb" and self.signed_packages:
+            raise at_key("signed_packages", "deb packages are not signed: their metadata are", "format")
+        if not self.channels:
+            raise at_key("channels", "a repository has a channel at least")
+        if len(self.signing) > 2:
+            raise at_key("signing", "one key signs, or two while clients change to the other")
+        if not self.components:
+            raise at_key("components", "a deb repository has a component at least")
