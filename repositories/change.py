@@ -1,7 +1,7 @@
 """How a repository is changed.
 
-All that changes it holds its lock, and goes in numbered steps (``Change.commit``, ``Change.publish``),
-one of which, a rename(2), makes the difference to its readers. Before each change ``tidy`` takes away, or
+All that changes it holds its lock, and goes in numbered steps (``Change.commit``, ``Change.publish``).
+One of them, a rename(2), makes the difference to its readers. Before each change ``tidy`` takes away, or
 finishes, what a killed one left."""
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ _MANY = 64
 
 
 @contextlib.contextmanager
-def changing(repository: Repository) -> Iterator[Change]:
-    """Hold the repository's lock, tidied up. Waits for whoever changes it now."""
+def changing(repository: Repository, signer: Signer | None = None) -> Iterator[Change]:
+    """Hold the repository's lock, tidied up. Waits for whoever changes it now. ``signer``: for new
+    generations; None: they are not signed."""
     repository.make()
     with FileLock(repository.layout.lock).hold():
-        change = Change(repository)
+        change = Change(repository, signer)
         change.tidy()
         yield change
 
@@ -58,8 +59,9 @@ def recover(repository: Repository) -> None:
 class Change:
     """A repository whose lock we hold."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, signer: Signer | None) -> None:
         self._repository = repository
+        self._signer = signer
         self._layout = repository.layout
         self._documents = repository.documents
         self._format = repository.format
@@ -74,25 +76,30 @@ class Change:
         by: str,
         base: Generation | None,
         origin: Generation | None = None,
-        add: Iterable[Staged] = (),
-        remove: Iterable[Package] = (),
+        add: Sequence[Staged] = (),
+        take: Sequence[Package] = (),
+        remove: Sequence[Package] = (),
         flow: str = "",
         note: str = "",
     ) -> Generation:
-        """A new generation: the packages of ``origin`` (else of ``base``), without some, with others. Whole,
-        durable, signed; nobody reads it yet. Conflict: another file has a package's identity."""
-        settings, added = self._repository.settings, tuple(add)
-        staged = {item.package.sha256: item for item in added}
+        """A new generation: the packages of ``origin`` (else of ``base``), without some, with those that
+        come in, and some ``take``n from another. Whole, durable, signed; nobody reads it yet. Conflict:
+        another file has a package's identity."""
+        settings = self._repository.settings
         source = origin or base
         chunks = source.chunks if source else ()
+        staged = {item.package.sha256: item for item in add}
         for item in staged.values():
-            self._check(item, chunks)
-        gone = [*remove, *self._outdated(chunks, [item.package for item in staged.values()])]
-        signer = self._repository.signer
+            self._check(item)
+            self._check_identity(item.package, item.path, chunks)
+        for package in take:
+            self._check_identity(package, self._layout.file(package), chunks)
+        fresh = [*take, *(item.package for item in staged.values())]
+        gone = [*remove, *self._outdated(chunks, fresh)]
         # 1. The packages, each under the name of its content.
         self._pool(staged.values())
         # 2. Its lists of packages. What they share with others is there.
-        fresh = [item.package for item in staged.values() if item.package not in gone]
+        fresh = [package for package in fresh if package not in gone]
         chunks = self._repository.chunks.changed(chunks, fresh, gone)
         # 3. Its number, and its tree, built aside.
         latest = self._documents.head(channel)
@@ -108,7 +115,7 @@ class Change:
         )  # fmt: skip
         with self._repository.staging() as staging:
             aside = staging.directory / "tree"
-            generation = self._build(generation, aside, signer)
+            generation = self._build(generation, aside)
             # 4. The tree under its number.
             aside.rename(self._layout.tree(generation.sequence))
         sync_directory(self._layout.trees)
@@ -131,8 +138,14 @@ class Change:
         entry = LogEntry(
             at=datetime.now(UTC), sequence=generation.sequence, before=head, verb=verb, by=by, note=note
         )
-        # 1. What plain clients read: its metadata, and for a while those of the ones before.
+        # 1. What plain clients read: its metadata, and for a while those of the ones before; the keys.
         self._lay_out(generation, entry.at)
+        if self._signer:
+            for path, data in zip(
+                self._layout.keys, (self._signer.public(), self._signer.public_binary()), strict=True
+            ):
+                if not path.exists() or path.read_bytes() != data:
+                    write_atomic(path, data, mode=0o644)
         # 2. The pointer: from here on readers see it.
         self._point(channel, generation.sequence)
         # 3. What follows from it, and may as well be made later.
@@ -141,7 +154,8 @@ class Change:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _check(self, item: Staged, chunks: Sequence[ChunkRef]) -> None:
+    def _check(self, item: Staged) -> None:
+        """Unfit, UsageError: the repository is for other packages."""
         package, repository = item.package, self._repository
         settings = repository.settings
         if settings.signed_packages and not item.reading.signers:
@@ -158,20 +172,23 @@ class Change:
                 f"{package.file} is for {package.architecture}, and {repository.name} has "
                 f"{some(settings.architectures)}"
             )
-        heads = (repository.head(channel) for channel in settings.channels)
+
+    def _check_identity(self, package: Package, path: Path, chunks: Sequence[ChunkRef]) -> None:
+        """Conflict: what it comes to, or a channel, has another file under its identity."""
+        repository = self._repository
+        heads = (repository.head(channel) for channel in repository.settings.channels)
         for known in (chunks, *(head.chunks for head in heads if head)):
             for other in repository.chunks.named(known, package.name):
                 if other.identity == package.identity and other.sha256 != package.sha256:
-                    raise self._contradiction(item, other)
+                    raise self._contradiction(package, path, other)
 
-    def _contradiction(self, item: Staged, other: Package) -> Conflict:
+    def _contradiction(self, package: Package, path: Path, other: Package) -> Conflict:
         differing: tuple[str, ...] = ()
-        with contextlib.suppress(Unfit, OSError):
-            differing = self._format.differing(self._layout.file(other), item.path)
+        with contextlib.suppress(FarmhandError, OSError):
+            differing = self._format.differing(self._layout.file(other), path)
         where = f"they differ in {some(differing)}" if differing else "they are packed differently"
         return Conflict(
-            f"{item.package.file}: there is another {item.package} in {self._repository.name} already: "
-            f"{where}",
+            f"{package.file}: there is another {package} in {self._repository.name} already: {where}",
             remedy="give what is new a version of its own: a client that has one takes the other for it",
         )
 
@@ -216,7 +233,7 @@ class Change:
             for directory in (*directories, self._layout.pool):
                 sync_directory(directory)
 
-    def _build(self, generation: Generation, path: Path, signer: Signer | None) -> Generation:
+    def _build(self, generation: Generation, path: Path) -> Generation:
         """Its tree, durable but for its name. Returns it with its indexes."""
         fmt, release, tree = self._format, self._release(generation), _Tree(path)
         renderer = self._repository.renderer(generation.architectures)
@@ -232,7 +249,7 @@ class Change:
                 sync(aside)
                 aside.unlink()
         summary = fmt.summary(release, indexes)
-        for name, data in fmt.entries(release, summary, signer).items():
+        for name, data in fmt.entries(release, summary, self._signer).items():
             tree.replace(name, data)
         path.joinpath("pool").symlink_to("../../pool")
         tree.sync()

@@ -71,6 +71,9 @@ class Signer(Protocol):
     def public(self) -> bytes:
         """The public keys, armoured."""
 
+    def public_binary(self) -> bytes:
+        """The same, as keyrings have them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClientSource:

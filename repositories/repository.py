@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, cached_property
 from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
@@ -17,7 +16,7 @@ from host.files import (
 )
 from inventory.errors import NotFound, WrongState, some
 from repositories.chunks import Chunks
-from repositories.format import PackageFormat, Signer
+from repositories.format import PackageFormat
 from repositories.formats import package_format
 from repositories.generation import (
     Documents,
@@ -58,19 +57,13 @@ class _Description:
 class Repository:
     """One, whether it is there yet or not. Reading takes no lock: what is read never changes."""
 
-    def __init__(self, settings: Settings, signer: Callable[[], Signer] | None = None) -> None:
-        """``signer``: asked for when something is to be signed; None: nothing is."""
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.name = settings.name
         self.layout = Layout(settings.top)
         self.format: PackageFormat = package_format(settings.format)
         self.chunks = Chunks(self.layout)
         self.documents = Documents(self.layout)
-        self._signer = signer
-
-    @cached_property
-    def signer(self) -> Signer | None:
-        return _Once(self._signer()) if self._signer else None
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -159,13 +152,3 @@ class Repository:
                 f"not {ours.name} ({ours.format})",
                 remedy="give each repository of the farm file a 'path' of its own",
             )
-
-
-class _Once:
-    """A signer that signs the same data once."""
-
-    def __init__(self, signer: Signer) -> None:
-        self._signer = signer
-        self.detached = cache(signer.detached)
-        self.clear = cache(signer.clear)
-        self.public = cache(signer.public)

@@ -36,12 +36,15 @@ class Staged:
 
 
 class Staging:
-    """A directory for one change. A context manager; what is left in it goes at its end."""
+    """A directory for one change. A context manager; what is left in it goes at its end. ``directory``:
+    another one, for looking only."""
 
-    def __init__(self, layout: Layout, package_format: PackageFormat) -> None:
+    def __init__(
+        self, layout: Layout, package_format: PackageFormat, directory: Path | None = None
+    ) -> None:
         self._layout = layout
         self._format = package_format
-        self.directory = layout.staging / f"{Process.this().mark}-{next(_number)}"
+        self.directory = directory or layout.staging / f"{Process.this().mark}-{next(_number)}"
 
     def __enter__(self) -> Staging:
         make_directory(self.directory, mode=0o700)

@@ -1,0 +1,291 @@
+"""repo-add, repo-remove, repo-promote, repo-rollback: what makes a new generation of a package
+repository's channel, and publishes it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from inventory.errors import Call, FarmhandError, NotFound, Unfit, UsageError, WrongState, some
+from inventory.sizes import brief
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Action
+from provision.engine.run import Run
+from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
+from repositories.change import changing
+from repositories.generation import Generation, Verb
+from repositories.package import Package
+from repositories.repository import Repository
+from repositories.staging import Staged, Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a channel has now. ``generation``: its number; ``before``: the one it had; 0: none."""
+
+    repository: str
+    channel: str
+    generation: int
+    before: int
+    packages: int
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a new generation is made of, as ``repositories.change.Change.commit`` takes it."""
+
+    base: Generation | None
+    origin: Generation | None = None
+    add: tuple[Staged, ...] = ()
+    take: tuple[Package, ...] = ()
+    remove: tuple[Package, ...] = ()
+    lines: tuple[Action, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.origin or self.add or self.take or self.remove)
+
+
+class _Publishing(Operation[Published]):
+    """An operation that ends in a new generation of one channel."""
+
+    verb: Verb
+    repo: str
+    channel: str
+    note: str
+
+    @abstractmethod
+    def content(self, run: Run, repository: Repository, staging: Staging) -> _Content:
+        """Found by real reads; what comes in lies in ``staging``."""
+
+    def plan(self, run: Run) -> Plan[Published]:
+        site, repository = run.site, opened(run.site.farm, self.repo)
+        repository.check_channel(self.channel)
+        stack = ExitStack()
+        content = self.content(run, repository, stack.enter_context(staging(site, repository)))
+        base = content.base
+        done = [
+            Published(repository.name, self.channel, *(_number(base),) * 2, base.count if base else 0)
+        ]
+        jobs = [foretold(*content.lines)] if content.lines else []
+        if content.changes:
+            text = f"{repository.name}: {self.channel} gets a new generation"
+            publish = partial(self._publish, run, repository, content, done, stack)
+            jobs.append(job("publish", "", text, publish))
+        elif not content.lines:
+            jobs.append(job("keep", "", f"{repository.name}: {self.channel} stays as it is"))
+        if site.plan or not content.changes:
+            stack.close()
+        return Plan([alone(*jobs)], lambda: done[-1])
+
+    def _publish(
+        self,
+        run: Run,
+        repository: Repository,
+        content: _Content,
+        done: list[Published],
+        stack: ExitStack,
+    ) -> None:
+        site, by = run.site, str(run.site.requester)
+        # Keys are looked at before anything is changed.
+        with stack, signing(site, repository.name) as signer:
+            facts = RepositoryFacts(repository.name)
+            with (
+                site.journal.begin(REPOSITORY, [], facts) as entry,
+                changing(repository, signer) as change,
+            ):
+                entry.step(f"{self.name} in {repository.name}'s {self.channel}")
+                # What comes beside, or goes, does so whoever published meanwhile.
+                base = content.base if content.origin else repository.head(self.channel)
+                before = _number(base)
+                made = change.commit(
+                    self.channel, self.verb, by=by, base=base, origin=content.origin,
+                    add=content.add, take=content.take, remove=content.remove, note=self.note,
+                )  # fmt: skip
+                change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
+        added = (*(item.package for item in content.add), *content.take)
+        done.append(
+            Published(
+                repository.name, self.channel, made.sequence, before, made.count,
+                tuple(map(str, added)), tuple(map(str, content.remove)),
+            )
+        )  # fmt: skip
+        site.reporter.say(
+            f"{repository.name}: {self.channel} is generation {made.sequence} now, {made.count} packages"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RepoAdd(_Publishing):
+    """Add packages' files to a channel. ``paths``: files, or directories, whose packages are taken.
+    ``build``: the record of the build that they came from.
+
+    Errors: NotFound, Unfit (damaged packages, all of them named), Conflict (another file under an
+    identity that is there), UsageError, NoSpace."""
+
+    name = "repo-add"
+    verb = "add"
+    repo: str
+    channel: str
+    paths: tuple[Path, ...]
+    component: str = ""
+    build: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise UsageError(
+                "nothing to add", remedy="name files or directories: --path hello_1_amd64.deb"
+            )
+
+    def content(self, run: Run, repository: Repository, staging: Staging) -> _Content:
+        base = repository.head(self.channel)
+        files = list(_files(self.paths, repository.format.SUFFIX))
+        components = repository.settings.components
+        component = self.component or (components[0] if components else "")
+        taken: list[Staged] = []
+        refused: list[FarmhandError] = []
+        lines: list[Action] = []
+        for number, path in enumerate(files, 1):
+            run.site.reporter.working(f"reading packages; {number} of {len(files)}")
+            try:
+                item = staging.take(path, component=component, build=self.build)
+            except Unfit as error:
+                refused.append(error)
+                continue
+            package = item.package
+            known = repository.chunks.named(base.chunks, package.name) if base else ()
+            if any(p.identity == package.identity and p.sha256 == package.sha256 for p in known):
+                lines.append(Action("keep", "", f"{package} is in {self.channel}"))
+                continue
+            taken.append(item)
+            lines.append(Action("add", "", f"{package} to {self.channel}, {brief(package.size)}"))
+        if refused:
+            raise Unfit(
+                f"{len(refused)} of {len(files)} packages are not taken: "
+                + some([error.message for error in refused], by="; "),
+                remedy="nothing was added: build them again, or leave them out",
+            )
+        return _Content(base, add=tuple(taken), lines=tuple(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class RepoRemove(_Publishing):
+    """Leave packages out of a channel's next generation. ``packages``: names, or NAME=VERSION. Earlier
+    generations keep them. Errors: NotFound, with all that aren't there."""
+
+    name = "repo-remove"
+    verb = "remove"
+    repo: str
+    channel: str
+    packages: tuple[str, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise UsageError("nothing to remove", remedy="--package NAME, or NAME=VERSION")
+
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+        base = repository.generation(self.channel)
+        found = select(repository, base, self.packages)
+        lines = [Action("remove", "", f"{package} from {self.channel}") for package in found]
+        return _Content(base, remove=found, lines=tuple(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class RepoPromote(_Publishing):
+    """Give a channel the packages of another, all of them, or some beside what it has. ``from_``: the
+    other channel, or a generation's number. Errors: NotFound, Conflict."""
+
+    name = "repo-promote"
+    verb = "promote"
+    repo: str
+    from_: str
+    channel: str
+    packages: tuple[str, ...] = ()
+    note: str = ""
+
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+        base, origin = repository.head(self.channel), repository.generation(self.from_)
+        if not self.packages:
+            if base and base.chunks == origin.chunks:
+                return _Content(base)
+            line = f"generation {origin.sequence} of {origin.channel}, {origin.count} packages"
+            return _Content(base, origin, lines=(Action("promote", "", f"{line}, to {self.channel}"),))
+        known = {package.sha256 for package in repository.packages(base)} if base else set()
+        found = select(repository, origin, self.packages)
+        fresh = tuple(package for package in found if package.sha256 not in known)
+        lines = [Action("promote", "", f"{package} to {self.channel}") for package in fresh]
+        return _Content(base, take=fresh, lines=tuple(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class RepoRollback(_Publishing):
+    """Give a channel the packages of one of its earlier generations: by a new one, with a fresh date and
+    signature, for clients refuse an older one. ``to``: its number; 0: the one before the present one.
+    Errors: NotFound, WrongState (there is none before)."""
+
+    name = "repo-rollback"
+    verb = "roll back"
+    repo: str
+    channel: str
+    to: int = 0
+    note: str = ""
+
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+        base = repository.generation(self.channel)
+        had = [entry.sequence for entry in repository.documents.log(self.channel)][:-1]
+        if self.to and self.to not in had:
+            raise NotFound(
+                f"{repository.name}'s {self.channel} never had generation {self.to} before",
+                remedy=Call("repo-log", repo=repository.name, channel=self.channel),
+            )
+        if not had:
+            raise WrongState(
+                f"{repository.name}'s {self.channel} has had no other generation yet"
+            )
+        origin = repository.documents.read(self.to or had[-1])
+        if base.chunks == origin.chunks:
+            return _Content(base)
+        line = f"{self.channel} to the packages of generation {origin.sequence}, {origin.count} of them"
+        return _Content(base, origin, lines=(Action("roll back", "", line),))
+
+
+def select(repository: Repository, generation: Generation, names: Sequence[str]) -> tuple[Package, ...]:
+    """The packages of these names, or NAME=VERSION. NotFound, with all that aren't there."""
+    found: dict[str, tuple[Package, ...]] = {}
+    for words in names:
+        name, given, version = words.partition("=")
+        of_name = repository.chunks.named(generation.chunks, name)
+        found[words] = tuple(p for p in of_name if not given or p.version == version)
+    if missing := [words for words, packages in found.items() if not packages]:
+        raise NotFound(
+            f"generation {generation.sequence} of {repository.name} has no {some(missing, by=' and no ')}",
+            remedy=Call("repo-list", repo=repository.name, channel=generation.channel),
+        )
+    return tuple(dict.fromkeys(package for packages in found.values() for package in packages))
+
+
+def _files(paths: Sequence[Path], suffix: str) -> Iterator[Path]:
+    """The packages' files that are meant. NotFound."""
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                raise NotFound(f"there is no file {path}")
+            yield path
+            continue
+        found = sorted(file for file in path.iterdir() if file.name.endswith(suffix))
+        if not found:
+            raise NotFound(f"no {suffix} file is in {path}")
+        yield from found
+
+
+def _number(generation: Generation | None) -> int:
+    return generation.sequence if generation else 0
