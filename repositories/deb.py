@@ -1,0 +1,206 @@
+"""Debian binary packages and their archives: deb(5), and https://wiki.debian.org/DebianRepository/Format.
+
+Source packages (.dsc) are not taken: what is published is what machines install.
+
+Packages are read by ourselves: python-debian takes hostile ones as they come and bounds nothing, and
+starting dpkg-deb costs more than most packages do."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC
+from email.utils import format_datetime
+from pathlib import Path
+from typing import ClassVar
+
+from host.files import file_error
+from host.printable import one_line
+from inventory.errors import Unfit
+from repositories import deb_changelog, deb_control, deb_published
+from repositories.deb_file import DebFile, TarMember, opened
+from repositories.format import ClientSource, Found, IndexFile, PackageFormat, Release, Signer, Sum
+from repositories.package import Change, Package, Reading, place
+from repositories.packed import Damaged
+
+
+class DebFormat(PackageFormat):
+    NAME: ClassVar[str] = "deb"
+    SUFFIX: ClassVar[str] = ".deb"
+    KINDS: ClassVar[tuple[str, ...]] = ("Packages",)
+
+    def read(self, path: Path, file: str, sum_: Sum, component: str) -> Reading:  # noqa: ARG002
+        with _fit(path, file) as package:
+            control = deb_control.control_of(package.prove())
+        stanza = (
+            f"{control.text}Filename: {place(sum_.sha256, file)}\n"
+            f"Size: {sum_.size}\nSHA256: {sum_.sha256}\n\n"
+        )
+        return Reading(
+            control.name, control.version, control.architecture, control.source, {"Packages": stanza}
+        )
+
+    def compare(self, one: str, other: str) -> int:
+        return deb_control.compare(one, other)
+
+    def sections(self, package: Package, architectures: Sequence[str]) -> tuple[str, ...]:
+        fit = architectures if package.architecture == "all" else (package.architecture,)
+        return tuple(
+            f"{package.component}/binary-{architecture}"
+            for architecture in fit
+            if architecture in architectures
+        )
+
+    def all_sections(self, components: Sequence[str], architectures: Sequence[str]) -> tuple[str, ...]:
+        return tuple(
+            sorted(f"{component}/binary-{each}" for component in components for each in architectures)
+        )
+
+    def frame(self, kind: str, count: int) -> tuple[bytes, bytes]:  # noqa: ARG002
+        return b"", b""
+
+    def lasting(self, release: Release, index: IndexFile) -> str:
+        return f"{_directory(release)}/{index.section}/by-hash/SHA256/{index.packed.sha256}"
+
+    def passing(self, release: Release, index: IndexFile) -> tuple[str, ...]:
+        return (f"{_directory(release)}/{index.section}/{index.kind}.gz",)
+
+    def summary(self, release: Release, indexes: Sequence[IndexFile]) -> bytes:
+        """There is no Valid-Until: a generation is as good after a year. Plain indexes are named, as apt
+        wants them, but not there: it unpacks what it fetched."""
+        fields = [
+            ("Origin", release.repository),
+            ("Label", release.repository),
+            ("Suite", release.channel),
+            ("Codename", release.channel),
+            ("Date", format_datetime(release.date.astimezone(UTC))[:-5] + "UTC"),
+            ("Generation", str(release.sequence)),  # not Version: apt asks about its changes
+            ("Acquire-By-Hash", "yes"),
+            ("Architectures", " ".join(release.architectures)),
+            ("Components", " ".join(release.components)),
+            ("Description", one_line(release.description)),
+        ]
+        if "all" in release.architectures and len(release.architectures) > 1:
+            # what fits all is in each architecture's index, and needn't be read twice
+            fields.append(("No-Support-for-Architecture-all", "Packages"))
+        lines = [f"{name}: {value}" for name, value in fields if value]
+        files = []
+        for index in indexes:
+            files.append((f"{index.section}/{index.kind}", index.plain))
+            files.append((f"{index.section}/{index.kind}.gz", index.packed))
+        lines.append("SHA256:")
+        lines += (f" {each.sha256} {each.size:>12} {path}" for path, each in sorted(files))
+        return "\n".join([*lines, ""]).encode()
+
+    def entries(
+        self,
+        release: Release,
+        summary: bytes,
+        signer: Signer | None,
+        earlier: bytes,  # noqa: ARG002
+    ) -> Mapping[str, bytes]:
+        """A client that reads while a summary is replaced has InRelease, which is one file."""
+        top = _directory(release)
+        found = {f"{top}/Release": summary}
+        if signer:
+            found[f"{top}/Release.gpg"] = signer.detached(summary)
+            found[f"{top}/InRelease"] = signer.clear(summary)
+        return found
+
+    def signatures(self, release: Release) -> tuple[str, ...]:
+        top = _directory(release)
+        return f"{top}/InRelease", f"{top}/Release.gpg"
+
+    def stanza(self, source: ClientSource) -> str:
+        """sources.list(5), deb822. Architectures aren't named: apt takes those that it is set up for,
+        and would fetch any that is named besides."""
+        lines = [
+            f"# /etc/apt/sources.list.d/{source.repository}-{source.channel}.sources",
+            "Types: deb",
+            f"URIs: {'mirror+' + source.mirrors if source.mirrors else source.url}",
+            f"Suites: {source.channel}",
+            f"Components: {' '.join(source.components)}",
+        ]
+        if source.armour is None:
+            lines.append("Trusted: yes")
+        else:
+            if source.key:
+                lines.insert(
+                    1, f"# The key is {source.key}; apt before 2.4 wants it in a file of its own."
+                )
+            lines.append("Signed-By:")
+            lines += (
+                f" {line}" if line else " ." for line in source.armour.decode("ascii").splitlines()
+            )
+        return "\n".join([*lines, ""])
+
+    def differing(self, one: Path, other: Path) -> tuple[str, ...]:
+        """Fields as ``control: Depends``, files of control.tar as ``control/postinst``, installed ones
+        as ``usr/bin/x``; all that only has another time is one ``times of files``."""
+        before, after = _contents(one), _contents(other)
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        timed = [
+            name
+            for name in names
+            if name in before and name in after and before[name][:-1] == after[name][:-1]
+        ]
+        plain = sorted(set(names) - set(timed))
+        return (*plain, "times of files") if timed else tuple(plain)
+
+    def changelog(self, path: Path) -> tuple[Change, ...]:
+        with _fit(path, path.name) as package:
+            name = deb_control.control_of(package.fields()).name
+            return deb_changelog.changes(package.data(), name)
+
+    def published(self, top: Path) -> Iterator[Found]:
+        return deb_published.published(top)
+
+
+def _directory(release: Release) -> str:
+    return f"dists/{release.channel}"
+
+
+@contextmanager
+def _fit(path: Path, file: str) -> Iterator[DebFile]:
+    """Unfit, or what can't be read; instead of Damaged and OSError."""
+    try:
+        with opened(path) as package:
+            yield package
+    except Damaged as error:
+        raise Unfit(
+            f"{one_line(file, 120)}: {error}", remedy="build it again, or fetch it anew"
+        ) from None
+    except OSError as error:
+        raise file_error(error, path, "read") from error
+
+
+def _contents(path: Path) -> Mapping[str, tuple[object, ...]]:
+    """What a package has, by name; the last of each is its time."""
+    with _fit(path, path.name) as package:
+        fields = deb_control.control_of(package.fields()).fields
+        found: dict[str, tuple[object, ...]] = {
+            f"control: {name.title()}": (value, 0) for name, value in fields.items()
+        }
+        for member in package.control():
+            if member.name not in (
+                "",
+                "control",
+                "md5sums",
+            ):  # md5sums tells nothing that the files don't
+                found[f"control/{member.name}"] = _content(member)
+        for member in package.data():
+            found[member.name or "/"] = _content(member)
+    return found
+
+
+def _content(member: TarMember) -> tuple[object, ...]:
+    header = member.header
+    digest = hashlib.sha256()
+    for piece in member.pieces:
+        digest.update(piece)
+    link = header.linkname if header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
+    owner = header.uid, header.gid, header.uname, header.gname
+    device = header.devmajor, header.devminor
+    return header.type, header.mode, owner, device, link, digest.digest(), header.mtime
