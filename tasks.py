@@ -6,6 +6,21 @@ from collections.abc import Sequence
 
 from cli import options, streams, terminal, views
 from cli.command import command
+from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their own
+    repo_add,
+    repo_client,
+    repo_diff,
+    repo_fsck,
+    repo_gc,
+    repo_import,
+    repo_list,
+    repo_log,
+    repo_promote,
+    repo_remove,
+    repo_rollback,
+    repo_show,
+    repo_why,
+)
 from cli.run import TaskResult, TaskRun
 from host.program import ROOT
 from inventory.errors import Call, Text, UsageError

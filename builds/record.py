@@ -117,6 +117,18 @@ class SourceRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UsedGeneration:
+    """A generation of a package repository that a VM was pointed to. ``url``: of its tree, for ever."""
+
+    repository: str
+    channel: str
+    generation: int
+    url: str
+    vm: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRecord:
     """One build. ``directory``: where it lies now; it is not part of the JSON."""
 
@@ -139,6 +151,7 @@ class BuildRecord:
     steps: tuple[StepRecord, ...] = ()
     inputs: tuple[FileRecord, ...] = ()
     outputs: tuple[FileRecord, ...] = ()
+    repositories: tuple[UsedGeneration, ...] = ()
     notes: tuple[str, ...] = ()
     directory: Path = Path()
 

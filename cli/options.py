@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from inventory.errors import NotFound, UsageError, did_you_mean, some
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from provision.site import Site
 
 _DIGITS = 9
@@ -70,6 +72,19 @@ def count(option: str, text: str, *, least: int = 1) -> int:
             remedy=f"{option} 20",
         )
     return int(text)
+
+
+def moment(option: str, text: str) -> datetime:
+    """A time of this machine's zone, where it names no other; of a day alone, its end."""
+    from datetime import datetime, time
+
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(
+            f"{option}: {text[:60]!r} is no time", remedy=f"{option} 2026-11-20, or 2026-11-20T18:00"
+        ) from None
+    return (datetime.combine(found, time.max) if len(text) <= 10 else found).astimezone()
 
 
 def needed(option: str, text: str, meaning: str) -> str:

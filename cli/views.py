@@ -13,7 +13,7 @@ from cli.run import TaskResult
 from cli.streams import columns
 from host.printable import one_line
 from inventory.errors import BuildFailed, Call, FarmhandError, Text, did_you_mean, joined, some
-from inventory.sizes import about, brief, format_duration, format_size
+from inventory.sizes import about, brief, format_duration, format_size, rounded
 from provision.engine.report import UNCHANGING
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def doomed(plan: Outcome[object], status: FarmStatus) -> tuple[object, Text]:
             vm.vm,
             vm.state,
             ", ".join(vm.checkpoints),
-            "" if vm.disk_used is None else _about(vm.disk_used),
+            "" if vm.disk_used is None else rounded(vm.disk_used),
         )
         for vm in going
     ]
@@ -145,7 +145,7 @@ def when(moment: datetime) -> str:
 
 
 def _free(host: HostStatus) -> str:
-    return f", {_about(host.free)} free" if host.free is not None else ""
+    return f", {rounded(host.free)} free" if host.free is not None else ""
 
 
 def farm_status(status: FarmStatus) -> TaskResult:
@@ -162,7 +162,7 @@ def farm_status(status: FarmStatus) -> TaskResult:
             _memory(vm.memory, vm.memory_max),
             vm.template,
             _checkpoint(vm),
-            "" if vm.disk_used is None else _about(vm.disk_used),
+            "" if vm.disk_used is None else rounded(vm.disk_used),
             f"{vm.address}:{vm.port}" if vm.address and vm.port else vm.address,
         )
         for vm in status.vms
@@ -203,15 +203,6 @@ def _checkpoint(vm: VmStatus) -> str:
     return f"{vm.checkpoint} ({', '.join(words)})" if words else vm.checkpoint
 
 
-def _about(size: int) -> str:
-    """For reading, three figures at most."""
-    for unit, name in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "K")):
-        if size >= unit:
-            value = size / unit
-            return f"{value:.0f}{name}" if value >= 10 or value == int(value) else f"{value:.1f}{name}"
-    return f"{size}B"
-
-
 def memory_plan(found: MemoryPlan) -> TaskResult:
     """A block for each host: what its VMs have, may have, and could give."""
     blocks = [f"host {host}: {error}" for host, error in found.errors.items()]
@@ -244,8 +235,8 @@ def memory_plan(found: MemoryPlan) -> TaskResult:
 
 def _memory(now: int | None, most: int | None) -> str:
     if most is None:
-        return "" if now is None else _about(now)
-    return f"{_about(now)} of {_about(most)}" if now and now != most else _about(most)
+        return "" if now is None else rounded(now)
+    return f"{rounded(now)} of {rounded(most)}" if now and now != most else rounded(most)
 
 
 def history(
@@ -328,7 +319,7 @@ def build_record(record: BuildRecord) -> TaskResult:
     ]
     lines += ["", table(("STEP", "VM", "ENDED", "TOOK", "NOTE"), rows)]
     if record.outputs:
-        files = [(f.name, _about(f.size), f.sha256) for f in record.outputs]
+        files = [(f.name, rounded(f.size), f.sha256) for f in record.outputs]
         lines += ["", table(("FILE", "SIZE", "SHA256"), files)]
     failed = record.failed_step
     if failed is not None and failed.tail:

@@ -38,6 +38,15 @@ def about(size: int) -> str:
     return f"{size / 2**30:.1f}G" if size >= 2**30 else format_size(size // 2**20 * 2**20)
 
 
+def rounded(size: int) -> str:
+    """For reading, three figures at most."""
+    for unit, name in ((2**40, "T"), (2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if size >= unit:
+            value = size / unit
+            return f"{value:.0f}{name}" if value >= 10 or value == int(value) else f"{value:.1f}{name}"
+    return f"{size}B"
+
+
 def brief(size: int) -> str:
     """A size as ``about`` has it, but whole ones without a fraction: ``4G``."""
     return about(size) if size % 2**30 else format_size(size)

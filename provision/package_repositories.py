@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.files import own_directory
 from host.paths import runtime_dir, state_dir
-from inventory.errors import NotFound, UsageError, some
+from inventory.errors import NotFound, UsageError, WrongState, some
 from inventory.model import Farm
 from inventory.repositories import PackageRepository
 from provision.engine.facts import Facts
@@ -18,7 +19,8 @@ from provision.engine.record import Record
 from provision.site import Site
 from repositories.change import recover
 from repositories.collect import Retention
-from repositories.format import Signer
+from repositories.format import ClientSource, Signer
+from repositories.generation import Generation
 from repositories.repository import Repository, Settings
 from repositories.staging import Staging
 
@@ -101,11 +103,39 @@ def staging(site: Site, repository: Repository) -> Iterator[Staging]:
         with repository.staging() as staging:
             yield staging
         return
+    own_directory(runtime_dir(), mode=0o711)
     with (
-        tempfile.TemporaryDirectory(dir=runtime_dir(), prefix="plan-") as aside,
+        tempfile.TemporaryDirectory(
+            dir=runtime_dir(), prefix="plan-", ignore_cleanup_errors=True
+        ) as aside,
         Staging(repository.layout, repository.format, Path(aside)) as staging,
     ):
         yield staging
+
+
+def client_source(
+    repository: Repository, channel: str, pinned: Generation | None, *, plain: bool
+) -> ClientSource:
+    """What a client of a channel, or of one generation, is told. WrongState: nobody said its URL."""
+    settings, layout = repository.settings, repository.layout
+    if not settings.url:
+        raise WrongState(
+            f"nobody said what {repository.name} is reached by",
+            remedy=f"give repositories.{repository.name} a 'url' in the farm file",
+        )
+    armoured, _ = layout.keys
+    head = pinned or repository.head(channel)
+    tree = f"generations/{pinned.sequence}" if pinned else f"channels/{channel}"
+    return ClientSource(
+        repository=repository.name,
+        channel=pinned.channel if pinned else channel,
+        url=f"{settings.url}/{tree}/",
+        mirrors=None if plain or pinned else f"{settings.url}/channels/{channel}.mirrors",
+        key=f"{settings.url}/{armoured.name}" if armoured.exists() else None,
+        armour=armoured.read_bytes() if armoured.exists() else None,
+        components=settings.components,
+        architectures=head.architectures if head else settings.architectures,
+    )
 
 
 # ---- In the journal.

@@ -7,6 +7,7 @@ finishes, what a killed one left."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -141,11 +142,7 @@ class Change:
         # 1. What plain clients read: its metadata, and for a while those of the ones before; the keys.
         self._lay_out(generation, entry.at)
         if self._signer:
-            for path, data in zip(
-                self._layout.keys, (self._signer.public(), self._signer.public_binary()), strict=True
-            ):
-                if not path.exists() or path.read_bytes() != data:
-                    write_atomic(path, data, mode=0o644)
+            self._keep_keys(self._signer)
         # 2. The pointer: from here on readers see it.
         self._point(channel, generation.sequence)
         # 3. What follows from it, and may as well be made later.
@@ -303,6 +300,18 @@ class Change:
                     with contextlib.suppress(FileNotFoundError):
                         signatures.setdefault(name, []).append((own / name).read_bytes())
         return signatures
+
+    def _keep_keys(self, signer: Signer) -> None:
+        public, binary = signer.public(), signer.public_binary()
+        armoured, keyring = self._layout.keys
+        known = self._layout.known_keys / f"{hashlib.sha256(binary).hexdigest()}.gpg"
+        for path, data, mode in (
+            (armoured, public, 0o644),
+            (keyring, binary, 0o644),
+            (known, binary, 0o600),
+        ):
+            if not path.exists() or path.read_bytes() != data:
+                write_atomic(path, data, mode=mode)
 
     def _point(self, channel: str, sequence: int) -> None:
         pointer = self._layout.pointer(channel)

@@ -9,28 +9,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from inventory.errors import Call, FarmhandError, Remedy
+from host.run import Runner
+from inventory.errors import Call, FarmhandError, Remedy, Unfit
 from repositories.format import IndexFile, Sum
 from repositories.generation import Generation
-from repositories.layout import Layout
 from repositories.needless import needless
 from repositories.package import Package
+from repositories.proof import prove_clear, prove_detached
 from repositories.render import sum_of
 from repositories.repository import Repository
 
 _THREADS = 2
-
-
-class Verifier(Protocol):
-    """Proves signatures by the repository's keys. FarmhandError: one is not right."""
-
-    def detached(self, data: bytes, signature: bytes) -> None:
-        """Of ``data``, by one of the keys at least."""
-
-    def clear(self, text: bytes) -> bytes:
-        """The text that is signed, and nothing around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +42,18 @@ class Report:
     findings: tuple[Finding, ...]
 
 
-def check(repository: Repository, verifier: Verifier | None, working: Callable[[str], None]) -> Report:
-    """Read all of it. Changes nothing; takes no lock, so what a command that runs meanwhile removes is
-    looked at again before it is called missing."""
-    checking = _Check(repository, verifier, working)
+def check(repository: Repository, runner: Runner, working: Callable[[str], None]) -> Report:
+    """Read all of it. Changes nothing, and takes no lock."""
+    checking = _Check(repository, runner, working)
     findings = tuple(checking.findings())
     return Report(checking.generations, len(checking.packages), checking.bytes, findings)
 
 
 class _Check:
-    def __init__(
-        self, repository: Repository, verifier: Verifier | None, working: Callable[[str], None]
-    ) -> None:
+    def __init__(self, repository: Repository, runner: Runner, working: Callable[[str], None]) -> None:
         self._repository = repository
-        self._layout: Layout = repository.layout
-        self._verifier = verifier
+        self._layout = repository.layout
+        self._runner = runner
         self._working = working
         self._known: set[str] = set()
         self.packages: dict[str, Package] = {}
@@ -130,22 +117,23 @@ class _Check:
         yield from self._signatures(tree, fmt.signatures(release))
 
     def _signatures(self, tree: Path, names: tuple[str, ...]) -> Iterator[Finding]:
-        present = [name for name in names if (tree / name).exists()]
-        if self._verifier is None or not present:
-            if present:
-                yield Finding(self._name(tree), "it is signed, and there is no key to prove it by")
-            return
-        for name in present:
-            data = (tree / name).read_bytes()
+        keys = self._repository.public_keys()
+        for name in names:
+            path = tree / name
+            stem, _, ending = name.rpartition(".")
             try:
-                stem, dot, ending = name.rpartition(".")
-                if dot and ending in ("asc", "gpg"):
-                    self._verifier.detached((tree / stem).read_bytes(), data)
+                if not path.exists():
+                    continue
+                if not keys:
+                    raise Unfit("nobody knows its key any more")
+                if ending in ("asc", "gpg"):
+                    prove_detached((tree / stem).read_bytes(), path.read_bytes(), keys, self._runner)
                 else:
-                    self._verifier.clear(data)
-            except (FarmhandError, OSError) as error:
-                text = error.message if isinstance(error, FarmhandError) else str(error.strerror)
-                yield Finding(self._name(tree / name), f"its signature is not right: {text}", _AGAIN)
+                    prove_clear(path.read_bytes(), keys, self._runner)
+            except FarmhandError as error:
+                yield Finding(self._name(path), f"its signature is not right: {error.message}", _AGAIN)
+            except OSError as error:
+                yield Finding(self._name(path), f"it can't be read: {error.strerror}", _AGAIN)
 
     def _channel(self, channel: str) -> Iterator[Finding]:
         head = self._repository.documents.head(channel)

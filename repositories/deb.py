@@ -94,13 +94,7 @@ class DebFormat(PackageFormat):
         lines += (f" {each.sha256} {each.size:>12} {path}" for path, each in sorted(files))
         return "\n".join([*lines, ""]).encode()
 
-    def entries(
-        self,
-        release: Release,
-        summary: bytes,
-        signer: Signer | None,
-        earlier: bytes,  # noqa: ARG002
-    ) -> Mapping[str, bytes]:
+    def entries(self, release: Release, summary: bytes, signer: Signer | None) -> Mapping[str, bytes]:
         """A client that reads while a summary is replaced has InRelease, which is one file."""
         top = _directory(release)
         found = {f"{top}/Release": summary}

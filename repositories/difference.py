@@ -30,11 +30,16 @@ class Difference:
             return "added" if self.before is None else "removed"
         return "changed"
 
-    def __str__(self) -> str:
+    @property
+    def one(self) -> Package:
+        """Whichever there is, the later one first."""
         one = self.after or self.before
         assert one is not None
+        return one
+
+    def __str__(self) -> str:
         versions = " -> ".join(p.version for p in (self.before, self.after) if p)
-        return f"{one.name} {versions} {one.architecture}"
+        return f"{self.one.name} {versions} {self.one.architecture}"
 
 
 def differences(

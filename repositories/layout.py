@@ -111,6 +111,11 @@ class Layout:
         return self.private / "flows"
 
     @property
+    def known_keys(self) -> Path:
+        """The public keys that generations were ever signed by, each set in a file."""
+        return self.private / "keys"
+
+    @property
     def staging(self) -> Path:
         """Of changes under way: a directory each, called by its process' mark."""
         return self.private / "staging"

@@ -66,7 +66,9 @@ def _prove(files: dict[str, bytes], keys: bytes, runner: Runner) -> Proof:
             signers, expired = _judged(result)
             text = files["data"] if "data" in files else Path(output).read_bytes()
     except OSError as error:
-        raise file_error(error, Path(tempfile.gettempdir(), "farmhand"), "prove a signature in") from error
+        raise file_error(
+            error, Path(tempfile.gettempdir(), "farmhand"), "prove a signature in"
+        ) from error
     return Proof(text, signers, expired)
 
 

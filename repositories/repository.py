@@ -108,6 +108,17 @@ class Repository:
         earlier = [entry for entry in self.documents.log(channel) if entry.at <= moment]
         return self.documents.read(earlier[-1].sequence) if earlier else None
 
+    def first_with(self, package: Package) -> Generation | None:
+        """The first generation there still is that lists it."""
+        for generation in self.documents.all():
+            if package in self.chunks.named(generation.chunks, package.name):
+                return generation
+        return None
+
+    def public_keys(self) -> bytes:
+        """All that generations were ever signed by, as gpgv takes them; b"": nothing was signed."""
+        return b"".join(path.read_bytes() for path in sorted(self.layout.known_keys.glob("*.gpg")))
+
     def renderer(self, architectures: Sequence[str]) -> Renderer:
         return Renderer(self.layout, self.format, self.chunks, architectures)
 
@@ -133,6 +144,7 @@ class Repository:
             "rendered",
             "leases",
             "flows",
+            "keys",
             "trash",
         ):
             own_directory(layout.private / name, mode=0o700)

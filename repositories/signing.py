@@ -103,7 +103,9 @@ class GpgSigner:
     def __init__(self, gpg: _Gpg, keys: Sequence[tuple[SigningKey, _Part, int]]) -> None:
         self._gpg = gpg
         self._keys = tuple(keys)
-        self._by = tuple(word for _, part, _ in keys for word in ("--local-user", f"{part.fingerprint}!"))
+        self._by = tuple(
+            word for _, part, _ in keys for word in ("--local-user", f"{part.fingerprint}!")
+        )
         self._public = gpg.run("--armor", "--export", *self.fingerprints).stdout.encode()
 
     @property
@@ -327,7 +329,8 @@ def _bring_from_home(key: SigningKey, home: Path, gpg: _Gpg) -> None:
     if not any((home / name).exists() for name in ("pubring.kbx", "pubring.gpg")):
         # gpg would make one
         raise WrongState(
-            f"{home} is no home of gpg: it has no pubring.kbx", remedy="name the GNUPGHOME that has the key"
+            f"{home} is no home of gpg: it has no pubring.kbx",
+            remedy="name the GNUPGHOME that has the key",
         )
     exported = gpg.run("--armor", "--export", key.fingerprint, home=home).stdout
     if not exported:
@@ -349,7 +352,8 @@ def _usable(key: SigningKey, gpg: _Gpg) -> tuple[_Part, int]:
     primary = parts[0]
     if primary.fingerprint != key.fingerprint:
         raise UsageError(
-            f"{key.fingerprint} is a subkey's fingerprint", remedy=f"give its key's: {primary.fingerprint}"
+            f"{key.fingerprint} is a subkey's fingerprint",
+            remedy=f"give its key's: {primary.fingerprint}",
         )
     _refuse(key, primary, "the signing key")
     signing = sorted((part for part in parts if "s" in part.uses), key=lambda part: part.made)
@@ -363,7 +367,9 @@ def _usable(key: SigningKey, gpg: _Gpg) -> tuple[_Part, int]:
                 remedy="make it a subkey for signing that lies in a file",
             )
         if signing:
-            raise _lacking(key, f"{key.where} lacks the secret part of the signing key {key.fingerprint}")
+            raise _lacking(
+                key, f"{key.where} lacks the secret part of the signing key {key.fingerprint}"
+            )
         raise _lacking(key, f"the key {key.fingerprint} is not made for signing")
     best = good[-1]
     return best, min((ends for ends in (primary.ends, best.ends) if ends), default=0)
@@ -406,7 +412,9 @@ def _try(key: SigningKey, part: _Part, gpg: _Gpg) -> None:
         remedy = "name a file with it (passphrase_file), mode 0600"
     else:
         why, remedy = _reason(result), _OTHER
-    raise WrongState(f"the signing key {key.fingerprint} of {key.where} does not sign: {why}", remedy=remedy)
+    raise WrongState(
+        f"the signing key {key.fingerprint} of {key.where} does not sign: {why}", remedy=remedy
+    )
 
 
 def _lacking(key: SigningKey, what: str) -> FarmhandError:

@@ -13,6 +13,8 @@ OPERATIONS = {
     "network-apply": "provision.network.apply:NetworkApply",
     "recover": "provision.operations.recover:Recover",
     "repo-add": "provision.operations.repositories:RepoAdd",
+    "repo-gc": "provision.operations.repository_upkeep:RepoGc",
+    "repo-import": "provision.operations.repository_upkeep:RepoImport",
     "repo-promote": "provision.operations.repositories:RepoPromote",
     "repo-remove": "provision.operations.repositories:RepoRemove",
     "repo-rollback": "provision.operations.repositories:RepoRollback",

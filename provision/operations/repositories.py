@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from inventory.errors import Call, FarmhandError, NotFound, Unfit, UsageError, WrongState, some
-from inventory.sizes import brief
+from inventory.sizes import rounded
 from provision.engine.operation import Operation
-from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.plan import Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
@@ -38,7 +38,7 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
+class RepositoryContent:
     """What a new generation is made of, as ``repositories.change.Change.commit`` takes it."""
 
     base: Generation | None
@@ -53,7 +53,7 @@ class _Content:
         return bool(self.origin or self.add or self.take or self.remove)
 
 
-class _Publishing(Operation[Published]):
+class RepoPublishing(Operation[Published]):
     """An operation that ends in a new generation of one channel."""
 
     verb: Verb
@@ -62,8 +62,44 @@ class _Publishing(Operation[Published]):
     note: str
 
     @abstractmethod
-    def content(self, run: Run, repository: Repository, staging: Staging) -> _Content:
+    def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
         """Found by real reads; what comes in lies in ``staging``."""
+
+    def take(
+        self,
+        run: Run,
+        repository: Repository,
+        staging: Staging,
+        files: Sequence[tuple[Path, str, str]],
+        build: str = "",
+    ) -> RepositoryContent:
+        """Files that come in: each with its component, and its sha256 where that is known. Unfit, with
+        all that are damaged."""
+        base = repository.head(self.channel)
+        taken: list[Staged] = []
+        refused: list[FarmhandError] = []
+        lines: list[Action] = []
+        for number, (path, component, sha256) in enumerate(files, 1):
+            run.site.reporter.working(f"reading packages; {number} of {len(files)}")
+            try:
+                item = staging.take(path, component=component, build=build, sha256=sha256)
+            except Unfit as error:
+                refused.append(error)
+                continue
+            package = item.package
+            known = repository.chunks.named(base.chunks, package.name) if base else ()
+            if any(p.identity == package.identity and p.sha256 == package.sha256 for p in known):
+                lines.append(Action("keep", "", f"{package} is in {self.channel}"))
+                continue
+            taken.append(item)
+            lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
+        if refused:
+            raise Unfit(
+                f"{len(refused)} of {len(files)} packages are not taken: "
+                + some([error.message for error in refused], by="; "),
+                remedy="nothing was added: build them again, or leave them out",
+            )
+        return RepositoryContent(base, add=tuple(taken), lines=tuple(lines))
 
     def plan(self, run: Run) -> Plan[Published]:
         site, repository = run.site, opened(run.site.farm, self.repo)
@@ -89,7 +125,7 @@ class _Publishing(Operation[Published]):
         self,
         run: Run,
         repository: Repository,
-        content: _Content,
+        content: RepositoryContent,
         done: list[Published],
         stack: ExitStack,
     ) -> None:
@@ -123,7 +159,7 @@ class _Publishing(Operation[Published]):
 
 
 @dataclass(frozen=True, slots=True)
-class RepoAdd(_Publishing):
+class RepoAdd(RepoPublishing):
     """Add packages' files to a channel. ``paths``: files, or directories, whose packages are taken.
     ``build``: the record of the build that they came from.
 
@@ -145,39 +181,15 @@ class RepoAdd(_Publishing):
                 "nothing to add", remedy="name files or directories: --path hello_1_amd64.deb"
             )
 
-    def content(self, run: Run, repository: Repository, staging: Staging) -> _Content:
-        base = repository.head(self.channel)
-        files = list(_files(self.paths, repository.format.SUFFIX))
+    def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
         components = repository.settings.components
         component = self.component or (components[0] if components else "")
-        taken: list[Staged] = []
-        refused: list[FarmhandError] = []
-        lines: list[Action] = []
-        for number, path in enumerate(files, 1):
-            run.site.reporter.working(f"reading packages; {number} of {len(files)}")
-            try:
-                item = staging.take(path, component=component, build=self.build)
-            except Unfit as error:
-                refused.append(error)
-                continue
-            package = item.package
-            known = repository.chunks.named(base.chunks, package.name) if base else ()
-            if any(p.identity == package.identity and p.sha256 == package.sha256 for p in known):
-                lines.append(Action("keep", "", f"{package} is in {self.channel}"))
-                continue
-            taken.append(item)
-            lines.append(Action("add", "", f"{package} to {self.channel}, {brief(package.size)}"))
-        if refused:
-            raise Unfit(
-                f"{len(refused)} of {len(files)} packages are not taken: "
-                + some([error.message for error in refused], by="; "),
-                remedy="nothing was added: build them again, or leave them out",
-            )
-        return _Content(base, add=tuple(taken), lines=tuple(lines))
+        files = _files(self.paths, repository.format.SUFFIX)
+        return self.take(run, repository, staging, [(path, component, "") for path in files], self.build)
 
 
 @dataclass(frozen=True, slots=True)
-class RepoRemove(_Publishing):
+class RepoRemove(RepoPublishing):
     """Leave packages out of a channel's next generation. ``packages``: names, or NAME=VERSION. Earlier
     generations keep them. Errors: NotFound, with all that aren't there."""
 
@@ -192,15 +204,15 @@ class RepoRemove(_Publishing):
         if not self.packages:
             raise UsageError("nothing to remove", remedy="--package NAME, or NAME=VERSION")
 
-    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base = repository.generation(self.channel)
         found = select(repository, base, self.packages)
         lines = [Action("remove", "", f"{package} from {self.channel}") for package in found]
-        return _Content(base, remove=found, lines=tuple(lines))
+        return RepositoryContent(base, remove=found, lines=tuple(lines))
 
 
 @dataclass(frozen=True, slots=True)
-class RepoPromote(_Publishing):
+class RepoPromote(RepoPublishing):
     """Give a channel the packages of another, all of them, or some beside what it has. ``from_``: the
     other channel, or a generation's number. Errors: NotFound, Conflict."""
 
@@ -212,22 +224,24 @@ class RepoPromote(_Publishing):
     packages: tuple[str, ...] = ()
     note: str = ""
 
-    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base, origin = repository.head(self.channel), repository.generation(self.from_)
         if not self.packages:
             if base and base.chunks == origin.chunks:
-                return _Content(base)
+                return RepositoryContent(base)
             line = f"generation {origin.sequence} of {origin.channel}, {origin.count} packages"
-            return _Content(base, origin, lines=(Action("promote", "", f"{line}, to {self.channel}"),))
+            return RepositoryContent(
+                base, origin, lines=(Action("promote", "", f"{line}, to {self.channel}"),)
+            )
         known = {package.sha256 for package in repository.packages(base)} if base else set()
         found = select(repository, origin, self.packages)
         fresh = tuple(package for package in found if package.sha256 not in known)
         lines = [Action("promote", "", f"{package} to {self.channel}") for package in fresh]
-        return _Content(base, take=fresh, lines=tuple(lines))
+        return RepositoryContent(base, take=fresh, lines=tuple(lines))
 
 
 @dataclass(frozen=True, slots=True)
-class RepoRollback(_Publishing):
+class RepoRollback(RepoPublishing):
     """Give a channel the packages of one of its earlier generations: by a new one, with a fresh date and
     signature, for clients refuse an older one. ``to``: its number; 0: the one before the present one.
     Errors: NotFound, WrongState (there is none before)."""
@@ -239,7 +253,7 @@ class RepoRollback(_Publishing):
     to: int = 0
     note: str = ""
 
-    def content(self, _run: Run, repository: Repository, _staging: Staging) -> _Content:
+    def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base = repository.generation(self.channel)
         had = [entry.sequence for entry in repository.documents.log(self.channel)][:-1]
         if self.to and self.to not in had:
@@ -248,14 +262,12 @@ class RepoRollback(_Publishing):
                 remedy=Call("repo-log", repo=repository.name, channel=self.channel),
             )
         if not had:
-            raise WrongState(
-                f"{repository.name}'s {self.channel} has had no other generation yet"
-            )
+            raise WrongState(f"{repository.name}'s {self.channel} has had no other generation yet")
         origin = repository.documents.read(self.to or had[-1])
         if base.chunks == origin.chunks:
-            return _Content(base)
+            return RepositoryContent(base)
         line = f"{self.channel} to the packages of generation {origin.sequence}, {origin.count} of them"
-        return _Content(base, origin, lines=(Action("roll back", "", line),))
+        return RepositoryContent(base, origin, lines=(Action("roll back", "", line),))
 
 
 def select(repository: Repository, generation: Generation, names: Sequence[str]) -> tuple[Package, ...]:
@@ -267,7 +279,8 @@ def select(repository: Repository, generation: Generation, names: Sequence[str])
         found[words] = tuple(p for p in of_name if not given or p.version == version)
     if missing := [words for words, packages in found.items() if not packages]:
         raise NotFound(
-            f"generation {generation.sequence} of {repository.name} has no {some(missing, by=' and no ')}",
+            f"generation {generation.sequence} of {repository.name} has no "
+            f"{some(missing, by=' and no ')}",
             remedy=Call("repo-list", repo=repository.name, channel=generation.channel),
         )
     return tuple(dict.fromkeys(package for packages in found.values() for package in packages))

@@ -29,7 +29,7 @@ __all__ = ["square"]
 
 SIZE = 64 * 2**20
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("cli", "builds", "provision", "hypervisors", "host", "inventory", "templates")
+ROOMS = ("cli", "builds", "provision", "repositories", "hypervisors", "host", "inventory", "templates")
 _STRANGER = """
 import json, sys
 code, file, *asked = sys.argv[1:]

@@ -13,7 +13,7 @@ from inventory import kinds, model
 from inventory.base import Model
 
 ROOT = Path(__file__).resolve().parents[2]
-_ROOMS = ("builds", "cli", "host", "hypervisors", "provision")
+_ROOMS = ("builds", "cli", "host", "hypervisors", "provision", "repositories")
 
 # Read only through something of the model itself, which is read outside
 THROUGH = {

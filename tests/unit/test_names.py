@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("cli", "builds", "provision", "hypervisors", "host", "inventory", "installed")
+ROOMS = ("cli", "builds", "provision", "repositories", "hypervisors", "host", "inventory", "installed")
 
 
 def classes() -> Iterator[tuple[str, str]]:

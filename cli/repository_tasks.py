@@ -1,0 +1,333 @@
+"""The tasks of package repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli import options, repository_views, views
+from cli.command import command
+from cli.run import TaskResult, TaskRun
+from inventory.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from builds.record import BuildRecord
+    from provision.site import Site
+    from repositories.repository import Repository
+
+Names = Sequence[str] | None
+_REPO = "The repository; absent where there is only one."
+_CHANNEL = "The channel; absent: the repository's first."
+_WHICH = "A channel, or a generation's number; absent: the first channel."
+_NOTE = "Why, for the log."
+_COMPONENT = "deb: the component; absent: the first."
+
+
+@contextmanager
+def _opened(run: TaskRun, repo: str) -> Iterator[tuple[Site, Repository]]:
+    from provision.package_repositories import opened
+
+    with run.site() as site:
+        yield site, opened(site.farm, repo)
+
+
+@command(
+    {
+        "path": "A package's file, or a directory with packages; repeatable.",
+        "repo": _REPO,
+        "channel": _CHANNEL,
+        "component": _COMPONENT,
+        "build": "In place of files: what this build made, by its id, or 'last'.",
+        "note": _NOTE,
+    },
+    iterable=["path"],
+    does=("repo-add",),
+)
+def repo_add(
+    run: TaskRun, path: Names = None, repo: str = "", channel: str = "", component: str = "",
+    build: str = "", note: str = "",
+) -> TaskResult:  # fmt: skip
+    """Add packages to a repository's channel."""
+    if bool(path) == bool(build):
+        raise UsageError("which packages?", remedy="--path FILE (repeatable), or --build ID")
+    paths = tuple(Path(word).expanduser().absolute() for word in path or ())
+    with _opened(run, repo) as (site, repository):
+        if build:
+            record = _record(site, build)
+            build, paths = record.id, _made(record, repository.format.SUFFIX)
+        done = run.perform(
+            site, "repo-add", repo=repository.name, channel=_or_first(repository, channel),
+            paths=paths, component=component, build=build, note=note,
+        )  # fmt: skip
+        return views.outcome(done)
+
+
+@command(
+    {
+        "package": "Its name, or NAME=VERSION; repeatable.",
+        "repo": _REPO,
+        "channel": _CHANNEL,
+        "note": _NOTE,
+    },
+    iterable=["package"],
+    does=("repo-remove",),
+)
+def repo_remove(
+    run: TaskRun, package: Names = None, repo: str = "", channel: str = "", note: str = ""
+) -> TaskResult:
+    """Leave packages out of a channel; earlier generations keep them."""
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-remove", repo=repository.name, channel=_or_first(repository, channel),
+            packages=options.names(package, "--package", "a package"), note=note,
+        )  # fmt: skip
+        return views.outcome(done)
+
+
+@command(
+    {
+        "from_": "The channel, or the generation's number, whose packages it gets.",
+        "to": "The channel that gets them.",
+        "package": "Only this package, beside what is there: its name, or NAME=VERSION; repeatable.",
+        "repo": _REPO,
+        "note": _NOTE,
+    },
+    iterable=["package"],
+    does=("repo-promote",),
+)
+def repo_promote(
+    run: TaskRun, from_: str = "", to: str = "", package: Names = None, repo: str = "", note: str = ""
+) -> TaskResult:
+    """Give a channel the packages of another."""
+    source = options.needed("--from", from_, "a channel, or a generation's number")
+    target = options.needed("--to", to, "a channel")
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-promote", repo=repository.name, from_=source, channel=target,
+            packages=options.names(package, "--package", "a package"), note=note,
+        )  # fmt: skip
+        return views.outcome(done)
+
+
+@command(
+    {
+        "channel": "The channel.",
+        "to": "The generation's number whose packages it gets; absent: the one before.",
+        "repo": _REPO,
+        "note": _NOTE,
+    },
+    does=("repo-rollback",),
+)
+def repo_rollback(
+    run: TaskRun, channel: str = "", to: str = "", repo: str = "", note: str = ""
+) -> TaskResult:
+    """Give a channel what it had before, as a new generation."""
+    target = options.needed("--channel", channel, "a channel")
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-rollback", repo=repository.name, channel=target,
+            to=options.count("--to", to) if to else 0, note=note,
+        )  # fmt: skip
+        return views.outcome(done)
+
+
+@command(
+    {
+        "source": "The directory of an apt or yum repository: a copy of it, or one that aptly made.",
+        "repo": _REPO,
+        "channel": _CHANNEL,
+        "component": "deb: the component for all; absent: each its own, where the repository has it.",
+        "note": _NOTE,
+    },
+    does=("repo-import",),
+)
+def repo_import(
+    run: TaskRun,
+    source: str = "",
+    repo: str = "",
+    channel: str = "",
+    component: str = "",
+    note: str = "",
+) -> TaskResult:
+    """Add all packages of a repository that others made."""
+    place = Path(options.needed("--source", source, "a directory")).expanduser().absolute()
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-import", repo=repository.name, channel=_or_first(repository, channel),
+            source=place, component=component, note=note,
+        )  # fmt: skip
+        return views.outcome(done)
+
+
+@command({"repo": _REPO}, does=("repo-gc",))
+def repo_gc(run: TaskRun, repo: str = "") -> TaskResult:
+    """Remove generations that nobody needs, and what only they had."""
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository))
+        return views.outcome(done, nothing="nothing is there yet")
+
+
+@command({"repo": _REPO, "which": _WHICH, "channels": "Only the channels, of all repositories."})
+def repo_list(run: TaskRun, repo: str = "", which: str = "", channels: bool = False) -> TaskResult:
+    """List a channel's packages; or all channels."""
+    from provision.package_repositories import opened
+
+    if channels or not (repo or which):
+        with run.site() as site:
+            if channels or len(site.farm.repositories) != 1:
+                opened_all = [opened(site.farm, name) for name in site.farm.repositories]
+                return repository_views.channels(opened_all or [opened(site.farm)])
+    with _opened(run, repo) as (_, repository):
+        one = repository.generation(which or repository.settings.channels[0])
+        return repository_views.packages(repository, one, tuple(repository.packages(one)))
+
+
+@command({"which": _WHICH, "repo": _REPO})
+def repo_show(run: TaskRun, which: str = "", repo: str = "") -> TaskResult:
+    """Show a generation: what it is, from what, and who needs it."""
+    from provision.package_repositories import retention
+    from repositories.collect import survey
+
+    with _opened(run, repo) as (site, repository):
+        one = repository.generation(which or repository.settings.channels[0])
+        section = site.farm.repositories[repository.name]
+        found = survey(repository, retention(section), _now(), _pinned(site, repository))
+        return repository_views.generation(repository, one, found.kept.get(one.sequence, ()))
+
+
+@command(
+    {
+        "from_": "A channel, or a generation's number.",
+        "to": "Another one.",
+        "repo": _REPO,
+        "no_changelog": "Leave the changelogs out.",
+    }
+)
+def repo_diff(
+    run: TaskRun, from_: str = "", to: str = "", repo: str = "", no_changelog: bool = False
+) -> TaskResult:
+    """Show what differs between two generations, with the changelogs between."""
+    from repositories.difference import differences
+
+    words = [
+        options.needed(f, text, "a channel, or a number")
+        for f, text in (("--from", from_), ("--to", to))
+    ]
+    with _opened(run, repo) as (_, repository):
+        one, other = map(repository.generation, words)
+        found = differences(repository, one, other, changelogs=not no_changelog)
+        return repository_views.differences(repository, one, other, found)
+
+
+@command({"channel": _CHANNEL, "repo": _REPO})
+def repo_log(run: TaskRun, channel: str = "", repo: str = "") -> TaskResult:
+    """Show what a channel pointed to, newest first: since when, by whom, why."""
+    with _opened(run, repo) as (_, repository):
+        name = _or_first(repository, channel)
+        repository.check_channel(name)
+        return repository_views.log(repository, name)
+
+
+@command({"repo": _REPO})
+def repo_fsck(run: TaskRun, repo: str = "") -> TaskResult:
+    """Check every hash, every signature and every reference of a repository."""
+    from repositories.check import check
+
+    with _opened(run, repo) as (site, repository):
+        found = check(repository, site.runner, run.screen.working)
+        return repository_views.checked(repository, found)
+
+
+@command(
+    {
+        "channel": _CHANNEL,
+        "generation": "Exactly this generation, for ever, in place of the channel.",
+        "at": "The generation that the channel had then, such as 2026-11-20 or 2026-11-20T18:00.",
+        "plain": "Without the mirror list that pins each update to one generation.",
+        "repo": _REPO,
+    }
+)
+def repo_client(
+    run: TaskRun,
+    channel: str = "",
+    generation: str = "",
+    at: str = "",
+    plain: bool = False,
+    repo: str = "",
+) -> TaskResult:
+    """Print what a client is told: a sources stanza or .repo file with the key, to paste."""
+    from provision.package_repositories import client_source
+
+    if generation and at:
+        raise UsageError("--generation and --at together: which is meant?", remedy="give one of them")
+    with _opened(run, repo) as (_, repository):
+        name = _or_first(repository, channel)
+        pinned = None
+        if generation:
+            pinned = repository.generation(str(options.count("--generation", generation)))
+        elif at:
+            pinned = repository.at(name, options.moment("--at", at))
+            if pinned is None:
+                raise NotFound(f"{repository.name}'s {name} had nothing at that time")
+        source = client_source(repository, name, pinned, plain=plain)
+        text = repository.format.stanza(source)
+        data = {"repository": repository.name, "channel": name, "url": source.url, "stanza": text}
+        return TaskResult(data, text.rstrip())
+
+
+@command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": _REPO})
+def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -> TaskResult:
+    """Show where a package came from: build, source commit, template."""
+    from provision.operations.repositories import select
+
+    words = options.needed("--package", package, "a package's name")
+    with _opened(run, repo) as (site, repository):
+        one = repository.generation(which or repository.settings.channels[0])
+        found = select(repository, one, [words])
+        records = {p.build: _record_or_none(site, p.build) for p in found}
+        first = {p: repository.first_with(p) for p in found}
+        return repository_views.origins(repository, found, records, first)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _or_first(repository: Repository, channel: str) -> str:
+    return channel or repository.settings.channels[0]
+
+
+def _record(site: Site, build: str) -> BuildRecord:
+    from builds.record import find_record
+
+    return find_record(site.paths, build)
+
+
+def _record_or_none(site: Site, build: str) -> BuildRecord | None:
+    try:
+        return _record(site, build) if build else None
+    except NotFound:
+        return None
+
+
+def _made(record: BuildRecord, suffix: str) -> tuple[Path, ...]:
+    """What the build made, of the repository's kind of packages."""
+    found = [record.directory / f.path for f in record.outputs if f.name.endswith(suffix)]
+    if not found:
+        raise NotFound(f"build {record.id} has no {suffix} file among what it made")
+    return tuple(found)
+
+
+def _pinned(site: Site, repository: Repository) -> Mapping[int, str]:
+    """Generations that kept builds used."""
+    from builds.record import all_records
+
+    pinned: dict[int, str] = {}
+    for record in all_records(site.paths)[0]:
+        for used in record.repositories:
+            if used.repository == repository.name:
+                pinned.setdefault(used.generation, f"build {record.id} used it")
+    return pinned

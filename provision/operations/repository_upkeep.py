@@ -1,0 +1,112 @@
+"""repo-gc and repo-import: what goes out of a package repository, and what comes in from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from inventory.errors import NotFound, some
+from inventory.sizes import rounded
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.run import Run
+from provision.operations.repositories import RepoPublishing, RepositoryContent
+from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, retention
+from repositories.change import changing
+from repositories.collect import Survey, collect, survey
+from repositories.repository import Repository
+from repositories.staging import Staging
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryGcResult:
+    """``kept``: why each generation stays, by its number. ``removed``: numbers. ``files``: what else was
+    left over. ``freed`` in bytes."""
+
+    repository: str
+    kept: Mapping[str, tuple[str, ...]]
+    removed: tuple[int, ...]
+    files: tuple[str, ...]
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RepoGc(Operation[RepositoryGcResult]):
+    """Remove generations that nobody needs any more, and what only they had. ``pinned``: why somebody
+    needs a generation, by its number."""
+
+    name = "repo-gc"
+    repo: str
+    pinned: Mapping[int, str]
+
+    def plan(self, run: Run) -> Plan[RepositoryGcResult]:
+        repository = opened(run.site.farm, self.repo)
+        found = self._survey(run, repository)
+        jobs = [
+            job("keep", "", f"{repository.name}: generation {number}: {some(why)}")
+            for number, why in sorted(found.kept.items())
+        ]
+        gone = [
+            f"generation {one.sequence} of {one.channel}, made {one.made:%Y-%m-%d}" for one in found.gone
+        ]
+        lines = [job("discard", "", f"{repository.name}: {text}", _later) for text in gone]
+        if found.orphans:
+            text = f"{len(found.orphans)} packages, lists and caches that nothing needs"
+            lines.append(job("discard", "", f"{repository.name}: {text}", _later))
+        if lines:
+            lines.append(Job((), partial(self._collect, run, repository)))
+        result = RepositoryGcResult(
+            repository.name,
+            {str(number): why for number, why in sorted(found.kept.items())},
+            tuple(one.sequence for one in found.gone),
+            tuple(str(path.relative_to(repository.layout.top)) for path in found.orphans),
+            found.bytes,
+        )
+        return Plan([alone(*jobs, *lines)], lambda: result)
+
+    def _survey(self, run: Run, repository: Repository) -> Survey:
+        section = run.site.farm.repositories[repository.name]
+        return survey(repository, retention(section), datetime.now(UTC), self.pinned)
+
+    def _collect(self, run: Run, repository: Repository) -> None:
+        facts = RepositoryFacts(repository.name)
+        with run.site.journal.begin(REPOSITORY, [], facts) as entry, changing(repository) as change:
+            entry.step(f"repo-gc in {repository.name}")
+            found = self._survey(run, repository)  # with the lock held: nobody begins to use one now
+            collect(change, found)
+        run.site.reporter.say(f"{repository.name}: {rounded(found.bytes)} freed")
+
+
+def _later() -> None:
+    """It is done with all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepoImport(RepoPublishing):
+    """Add all packages of an apt or yum repository that others made, by its own metadata and sums.
+    ``source``: its directory here. Errors: NotFound, Unfit, Conflict, NoSpace."""
+
+    name = "repo-import"
+    verb = "import"
+    repo: str
+    channel: str
+    source: Path
+    component: str = ""
+    note: str = ""
+
+    def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
+        if not self.source.is_dir():
+            raise NotFound(f"there is no directory {self.source}")
+        found = list(repository.format.published(self.source))
+        components = repository.settings.components
+
+        def wanted() -> Iterator[tuple[Path, str, str]]:
+            for one in found:
+                component = one.component if one.component in components else ""
+                chosen = self.component or component or (components[0] if components else "")
+                yield self.source / one.file, chosen, one.sha256
+
+        return self.take(run, repository, staging, list(wanted()))
