@@ -15,6 +15,7 @@ from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their 
     repo_import,
     repo_list,
     repo_log,
+    repo_pages,
     repo_promote,
     repo_remove,
     repo_rollback,

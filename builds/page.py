@@ -1,29 +1,19 @@
-"""A build record as one page: no script, no request to anywhere, readable in light and dark, on paper
-and on a telephone. ``templates/pages/build.html.j2`` is how it looks; what it says is made here."""
+"""A build record as one page. ``templates/pages/build.html.j2`` is how it looks; what it says is made
+here."""
 
 from __future__ import annotations
 
-import os
-from datetime import datetime
-from functools import cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from functools import partial
 
 from builds.record import BuildRecord, StepRecord, replace_file
 from builds.resume import from_step
-from host.printable import printable
+from host.html import page_template
 from host.program import typed
 from inventory.errors import Call, spelled
-from inventory.sizes import format_duration, format_size
+from inventory.sizes import format_duration
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-_TEMPLATES = Path(__file__).resolve().parent.parent / "templates" / "pages"
 _TICKS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200, 86400)
 _REFRESH = 5  # seconds, while the build runs
-_OPENED_LINES = 25  # of a failed step, shown unasked
 
 
 def write(record: BuildRecord) -> None:
@@ -35,7 +25,7 @@ def render(record: BuildRecord) -> str:
     """The page as text."""
     span = max(record.seconds, *(s.offset + s.seconds for s in record.steps if s.started), 0.001)
     word = partial(typed, farm=record.farm_file)
-    return _template().render(
+    return page_template("build.html.j2").render(
         build=record,
         failed=record.failed_step,
         span=span,
@@ -47,31 +37,6 @@ def render(record: BuildRecord) -> str:
         spelled=partial(spelled, how=word),
         go_on=lambda step: word(from_step(record.asked, step)),
     )
-
-
-@cache
-def _template() -> Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = format_duration
-    environment.filters["size"] = format_size
-    environment.filters["moment"] = _moment
-    environment.filters["place"] = lambda path: quote(os.fsencode(path))  # names may be no text
-    environment.filters["last"] = lambda text, lines=_OPENED_LINES: "\n".join(text.splitlines()[-lines:])
-    return environment.get_template("build.html.j2")
-
-
-def _moment(iso: str) -> str:
-    """``2026-11-21 00:30:05`` UTC."""
-    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M:%S") if iso else ""
 
 
 def _bar(step: StepRecord, span: float) -> str:

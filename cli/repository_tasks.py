@@ -292,6 +292,17 @@ def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -
         return repository_views.origins(repository, found, records, first)
 
 
+@command({"repo": _REPO}, plans=False)
+def repo_pages(run: TaskRun, repo: str = "") -> TaskResult:
+    """Write a page for the repository and each generation, beside the packages."""
+    from repositories.pages import write_pages
+
+    with _opened(run, repo) as (_, repository):
+        repository.make()
+        made, index = write_pages(repository), repository.layout.index_page
+        return TaskResult({"repository": repository.name, "page": str(index), "made": made}, str(index))
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 

@@ -45,6 +45,15 @@ class Layout:
         """The public keys: armoured, and not."""
         return self.top / "key.asc", self.top / "key.gpg"
 
+    @property
+    def pages(self) -> Path:
+        """A page for each generation, for people."""
+        return self.top / "pages"
+
+    @property
+    def index_page(self) -> Path:
+        return self.top / "index.html"
+
     # -- ours alone ----------------------------------------------------------------------------------
 
     @property
