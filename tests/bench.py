@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from host.run import Runner
 from hypervisors.api import Forward, Hypervisor, MachineSpec, Nic, Owner, Template
-from tests import bench_growth
+from tests import bench_growth, bench_repositories
 from tests.bench_commands import measure as commands
 from tests.figures import Figure, Figures, timed
 from tests.identities import identity
@@ -28,6 +28,16 @@ from tests.identities import identity
 ROOT = Path(__file__).resolve().parents[1]
 _FARM = identity("bench")
 _MANY = 10
+
+
+_PACKAGES, _ALL_PACKAGES = 2000, 20_000
+"""Of a repository that is measured: among all figures, and by itself."""
+
+
+def repositories(*, rounds: int, say: Callable[[str], None]) -> Figures:
+    """The package repositories' figures alone, at their full size."""
+    with tempfile.TemporaryDirectory(prefix="fhb") as name:
+        return Figures(tuple(bench_repositories.measure(Path(name), _ALL_PACKAGES, rounds, say)))
 
 
 def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
@@ -39,6 +49,9 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         figures += _network(rounds, say)
         figures += bench_growth.measure(say)
         figures += import_module("tests.contract.far_figures").measure(rounds, say)
+        place = directory / "packages"
+        place.mkdir()
+        figures += bench_repositories.measure(place, _PACKAGES, rounds, say)
     return Figures(tuple(figures))
 
 

@@ -253,9 +253,10 @@ def _pytest(run: TaskRun, arguments: list[str]) -> dict[str, object]:
     return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
 
 
-def bench(run: TaskRun, *, rounds: int) -> TaskResult:
+def bench(run: TaskRun, *, rounds: int, repositories: bool = False) -> TaskResult:
     """The figures of the toolkit, side by side with the bare tools in the same run."""
-    from tests.bench import measure
+    from tests import bench as figures_of
 
+    measure = figures_of.repositories if repositories else figures_of.measure
     figures = measure(rounds=rounds, say=run.screen.working)
     return TaskResult(figures.as_dict(), figures.text(), ok=True)

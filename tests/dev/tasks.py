@@ -38,11 +38,14 @@ def lint(run: TaskRun, security: bool = False) -> TaskResult:
 @command(
     {
         "rounds": "Rounds that medians are taken of.",
+        "repositories": "Package repositories of 20,000 packages, beside aptly, reprepro, createrepo_c.",
         "lab": "The stores and Xen, beside the bare commands, in labs; XenAPI's calls.",
         "name": "With --lab: a running lab to use; absent: one of its own, ended afterwards.",
     },
 )
-def bench(run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "") -> TaskResult:
+def bench(
+    run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "", repositories: bool = False
+) -> TaskResult:
     """Measure clone, reset and start-up times."""
     number = options.count("--rounds", rounds)
     if lab:
@@ -51,7 +54,7 @@ def bench(run: TaskRun, rounds: str = "5", lab: bool = False, name: str = "") ->
         return labs.bench(run, name, rounds=number)
     from tests.dev import suite
 
-    return suite.bench(run, rounds=number)
+    return suite.bench(run, rounds=number, repositories=repositories)
 
 
 # ---- The labs: hosts with KVM or Xen, ZFS and LVM under QEMU, for farmhand's own tests.
