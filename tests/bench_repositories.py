@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tests.figures import Figure
@@ -75,17 +76,13 @@ def _of(
     before = ours.metadata(suffix)
     for turn, path in enumerate(fresh):
         say(f"{about}: round {turn + 1} of {rounds}")
-        work: dict[str, Callable[[], object]] = {
-            one: lambda path=path: ours.run("repo-add", "--repo", suffix, "--path", path)
-        }
+        add = partial(ours.run, "repo-add", "--repo", suffix, "--path", path)
+        work: dict[str, Callable[[], object]] = {one: add}
         for peer in present:
-            work[f"{about}: one changed, {peer.PROGRAM}"] = lambda peer=peer, path=path: peer.change(
-                path
-            )
-        work[snapshot] = lambda: ours.run(
-            "repo-promote", "--repo", suffix, "--from", "experimental", "--to", "tested"
-        )
-        work[bare] = lambda: ours.run("repo-log", "--repo", suffix)
+            work[f"{about}: one changed, {peer.PROGRAM}"] = partial(peer.change, path)
+        way = ("--from", "experimental", "--to", "tested")
+        work[snapshot] = partial(ours.run, "repo-promote", "--repo", suffix, *way)
+        work[bare] = partial(ours.run, "repo-log", "--repo", suffix)
         for name, run in work.items():
             seconds.setdefault(name, []).append(_timed(run))
     grown = (ours.metadata(suffix) - before) / (2 * rounds)
@@ -146,7 +143,7 @@ class _Ours:
             if directory.startswith(str(self.top / name / "pool")):
                 continue
             for file in files:
-                found = os.lstat(os.path.join(directory, file))
+                found = Path(directory, file).lstat()
                 if found.st_ino not in seen:
                     seen.add(found.st_ino)
                     total += found.st_blocks * 512
