@@ -24,7 +24,8 @@ _VERSION = re.compile(
 _SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]{0,199})(?: *\([^()\s]+\))?")
 _RELATION = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9+._-]*(?::[a-z0-9][a-z0-9-]*)?"
-    r"(?:\s*\(\s*(?:<<|<=|=|>=|>>|<|>)\s*(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
+    # apt fails on a line's end in (=1), not in (= 1), and on a new line after (
+    r"(?:\s*\([ \t]*(?:(?:<<|<=|>=|>>)\s*|[=<>](?:\s+|(?=[^)]{2})))(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
     re.ASCII,
 )
 _ALTERNATIVES = ("pre-depends", "depends", "recommends", "suggests", "enhances")
@@ -136,7 +137,7 @@ def _check_relations(name: str, value: str) -> None:
         parts = group.split("|") if name in _ALTERNATIVES else [group]
         for part in parts:
             if not _RELATION.fullmatch(part.strip(_BLANKS)):
-                raise Damaged(f"{_said(name.title(), part.strip(_BLANKS))}, which names no package")
+                raise Damaged(f"{_said(name.title(), part.strip(_BLANKS))}, which apt can't read")
 
 
 def _said(name: str, value: str) -> str:

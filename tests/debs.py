@@ -9,7 +9,7 @@ import lzma
 import tarfile
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from repositories.deb import DebFormat
 from repositories.format import Sum
@@ -27,6 +27,7 @@ def ar(*members: tuple[str, bytes]) -> bytes:
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mtime: int = 0) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.mtime = kind, link, mtime
+    info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
     return info
 
 
@@ -40,7 +41,9 @@ def tar(*members: tuple[str | tarfile.TarInfo, bytes]) -> bytes:
     return out.getvalue()
 
 
-def fields(name: str = "probe", version: str = "1.0-1", architecture: str = "amd64", more: str = "") -> str:
+def fields(
+    name: str = "probe", version: str = "1.0-1", architecture: str = "amd64", more: str = ""
+) -> str:
     return (
         f"Package: {name}\nVersion: {version}\nArchitecture: {architecture}\n"
         f"Maintainer: A <a@example.org>\n{more}Description: a probe\n it has\n .\n several lines\n"
@@ -61,7 +64,11 @@ def deb(
     text = control.encode() if isinstance(control, str) else control
     sums = "".join(f"{hashlib.md5(data).hexdigest()}  {name}\n" for name, data in files.items())
     made = tar(("./control", text), ("./md5sums", sums.encode()), *scripts)
-    data = tar(*((member(f"./{name}", mtime=mtime), data) for name, data in files.items()))
+    parents = sorted({parent for name in files for parent in PurePosixPath(name).parents})
+    data = tar(
+        *((member(f"./{parent}/", tarfile.DIRTYPE), b"") for parent in parents),
+        *((member(f"./{name}", mtime=mtime), data) for name, data in files.items()),
+    )
     end, pack = ("xz", lzma.compress) if xz else ("gz", partial(gzip.compress, mtime=0))
     return ar(
         ("debian-binary", b"2.0\n"),
