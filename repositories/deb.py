@@ -103,6 +103,10 @@ class DebFormat(PackageFormat):
             found[f"{top}/InRelease"] = signer.clear(summary)
         return found
 
+    def links(self, channel: str) -> Mapping[str, str]:
+        """``deb URL tested main`` is what people have in their lists."""
+        return {f"dists/{channel}": f"../channels/{channel}/dists/{channel}"}
+
     def signatures(self, release: Release) -> tuple[str, ...]:
         top = _directory(release)
         return f"{top}/InRelease", f"{top}/Release.gpg"

@@ -25,7 +25,8 @@ _SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]{0,199})(?: *\([^()\s]+\))?")
 _RELATION = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9+._-]*(?::[a-z0-9][a-z0-9-]*)?"
     # apt fails on a line's end in (=1), not in (= 1), and on a new line after (
-    r"(?:\s*\([ \t]*(?:(?:<<|<=|>=|>>)\s*|[=<>](?:\s+|(?=[^)]{2})))(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
+    r"(?:\s*\([ \t]*(?:(?:<<|<=|>=|>>)\s*|[=<>](?:\s+|(?=[^)]{2})))"
+    r"(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
     re.ASCII,
 )
 _ALTERNATIVES = ("pre-depends", "depends", "recommends", "suggests", "enhances")

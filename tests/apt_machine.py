@@ -1,4 +1,4 @@
-"""The real apt and dpkg of this machine, with all their state and settings in a directory of their own."""
+"""The real apt and dpkg of this machine, with state and settings in a directory of their own."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class AptMachine:
     def __init__(self, top: Path, options: str = "") -> None:
         self.top = top
         for name in (
-            "etc/apt/apt.conf.d", "etc/apt/sources.list.d", "etc/apt/preferences.d", "etc/apt/trusted.gpg.d",
-            "var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/log/apt",
-            "root/var/lib/dpkg/info", "root/var/lib/dpkg/updates",
+            "etc/apt/apt.conf.d", "etc/apt/sources.list.d", "etc/apt/preferences.d",
+            "etc/apt/trusted.gpg.d", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial",
+            "var/log/apt", "root/var/lib/dpkg/info", "root/var/lib/dpkg/updates",
         ):  # fmt: skip
             (top / name).mkdir(parents=True)
         (top / "root/var/lib/dpkg/status").touch()

@@ -25,6 +25,9 @@ from tests.debs import deb, fields, sum_of
 
 FORMAT = DebFormat()
 CHANNEL = "tested"
+MOVES = 110
+GRACE = 40
+"""Of so many moves, the earlier index is there."""
 
 
 class ThrowAwaySigner:
@@ -68,8 +71,11 @@ class Archive:
 
     def __init__(self, top: Path, signer: ThrowAwaySigner | None) -> None:
         self.top, self.signer = top, signer
-        self.lasting: dict[str, bytes] = {}
+        self._made: list[dict[str, Path]] = []
         (top / "channels").mkdir(parents=True)
+        for link, leads in FORMAT.links(CHANNEL).items():
+            (top / link).parent.mkdir()
+            (top / link).symlink_to(leads)
 
     def generation(
         self, number: int, packages: Sequence[bytes], *, architectures: tuple[str, ...] = ("amd64",)
@@ -91,23 +97,27 @@ class Archive:
                 section, "Packages", sum_of(packed), sum_of(b"".join([head, *texts, tail]))
             )
             indexes.append(index)
-            self.lasting[FORMAT.lasting(release, index)] = packed
-            files |= dict.fromkeys(
-                (FORMAT.lasting(release, index), *FORMAT.passing(release, index)), packed
-            )
-        summary = FORMAT.summary(release, indexes)
-        files |= FORMAT.entries(release, summary, self.signer, b"")
-        for place, more, pool in (
-            (f"generations/{number}", {}, "../../pool"),
-            (f"published/{CHANNEL}/{number}", self.lasting, "../../../pool"),
-        ):
-            for path, data in {**more, **files}.items():
-                file = self.top / place / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(data)
-                # clients ask by time, in whole seconds, whether there is something newer
-                os.utime(file, (when.timestamp(), when.timestamp()))
-            (self.top / place / "pool").symlink_to(pool)
+            names = (FORMAT.lasting(release, index), *FORMAT.passing(release, index))
+            files |= dict.fromkeys(names, packed)
+        files |= FORMAT.entries(release, FORMAT.summary(release, indexes), self.signer)
+        tree = self.top / f"generations/{number}"
+        for path, data in files.items():
+            file = tree / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            # clients ask by time, in whole seconds, whether there is something newer
+            os.utime(file, (when.timestamp(), when.timestamp()))
+        (tree / "pool").symlink_to("../../pool")
+        published = self.top / f"published/{CHANNEL}/{number}"
+        for path, file in {**self._lasting(), **{path: tree / path for path in files}}.items():
+            (published / path).parent.mkdir(parents=True, exist_ok=True)
+            (published / path).hardlink_to(file)
+        (published / "pool").symlink_to("../../../pool")
+        self._made.append({FORMAT.lasting(release, index): tree for index in indexes})
+
+    def _lasting(self) -> dict[str, Path]:
+        """What the latest generations have under names that last."""
+        return {path: tree / path for made in self._made[-GRACE:] for path, tree in made.items()}
 
     def _add(self, data: bytes) -> tuple[Package, bytes]:
         sum_ = sum_of(data)
@@ -115,14 +125,9 @@ class Archive:
         private.write_bytes(data)
         reading = FORMAT.read(private, "probe.deb", sum_, "main")
         package = Package(
-            reading.name,
-            reading.version,
-            reading.architecture,
-            sum_.sha256,
-            sum_.size,
-            "probe.deb",
-            "main",
-        )
+            reading.name, reading.version, reading.architecture,
+            sum_.sha256, sum_.size, "probe.deb", "main",
+        )  # fmt: skip
         (self.top / package.place).parent.mkdir(parents=True, exist_ok=True)
         private.rename(self.top / package.place)
         return package, reading.texts["Packages"].encode()
@@ -178,12 +183,13 @@ def served(tmp_path: Path) -> Iterator[Served]:
         served.end()
 
 
-def source(url: str, signer: ThrowAwaySigner | None, *, pinned: bool) -> str:
-    base = f"{url}/channels/{CHANNEL}"
+def source(url: str, signer: ThrowAwaySigner | None, *, pinned: bool, base: str = "") -> str:
+    base = base or f"{url}/channels/{CHANNEL}"
     return FORMAT.stanza(
         ClientSource(
             "probes", CHANNEL, base, f"{base}.mirrors" if pinned else None,
-            f"{url}/key.asc" if signer else None, signer.public() if signer else None, ("main",), ("amd64",),
+            f"{url}/key.asc" if signer else None, signer.public() if signer else None,
+            ("main",), ("amd64",),
         )
     )  # fmt: skip
 
@@ -220,6 +226,20 @@ def test_a_client_updates_and_installs(
     archive.publish(2, served.url)
     machine.update()
     assert machine.candidate("probe") == "2"
+
+
+def test_a_client_that_reads_the_repository_itself(
+    tmp_path: Path, served: Served, signer: ThrowAwaySigner
+) -> None:
+    """``deb URL tested main``, as everybody writes it."""
+    archive = Archive(tmp_path / "archive", signer)
+    archive.generation(1, [probe(1)])
+    archive.publish(1, served.url)
+    machine = AptMachine(tmp_path / "machine")
+    machine.source(source(served.url, signer, pinned=False, base=served.url))
+    machine.update()
+    said = machine.run("apt-get", "install", "-y", "probe")
+    assert (said.returncode, said.stderr) == (0, ""), said.stdout + said.stderr
 
 
 @pytest.mark.parametrize("harm", ["another key", "changed", "unsigned"])
@@ -263,9 +283,6 @@ def test_packages_that_fit_all_have_an_index_of_their_own_where_it_is_asked_for(
         assert {Path(path).parts[6] for path in served.fetched() if "/binary-" in path} == {directory}
 
 
-MOVES = 110
-
-
 @pytest.fixture(scope="module", params=["signed", "unsigned"])
 def moving(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, signer: ThrowAwaySigner
@@ -295,7 +312,7 @@ def test_no_client_fails_while_a_channel_moves(
 
     def move() -> None:
         for number in range(2, MOVES + 1):
-            time.sleep(0.03)
+            time.sleep(0.025)
             archive.publish(number, served.url)
 
     def look() -> int:

@@ -223,7 +223,7 @@ def large(name: str, kind: bytes, size: int) -> bytes:
         (ar(("debian-binary", b"3.0\n")), "of another format than 2.0"),
         (ar(("debian-binary", b"2.0\n" * 100)), "debian-binary is larger than 64 bytes"),
         (ar(BINARY), r"where control.tar should be \(.gz, .xz, .zst.*\), there is none"),
-        (ar(BINARY, ("data.tar.gz", GOOD_DATA), ("control.tar.gz", GOOD_CONTROL)), "there is data.tar.gz"),
+        (ar(BINARY, ("data.tar.gz", GOOD_DATA), ("control.tar.gz", GOOD_CONTROL)), "there is data.tar"),
         (ar(BINARY, ("control.tar.Z", b"")), "there is control.tar.Z"),
         (ar(BINARY, ("control.tar.gz", GOOD_CONTROL)), "where data.tar should be .*there is none"),
         (two() + ar(("data.tar.xz", b""))[8:], "it has data.tar twice"),
@@ -237,11 +237,11 @@ def large(name: str, kind: bytes, size: int) -> bytes:
         (two(data=gzip.compress(tar(("x", b"y" * 600))[:700])), "what is in it ends too early"),
         (two(gzip.compress(tar(("./postinst", b"")))), "control.tar has no control file"),
         (two(gzip.compress(tar(*[("control", b"x\n")] * 2))), "two files control"),
-        (two(gzip.compress(tar(("control", b"x" * 2**20 + b"\n")))), "control in it is larger than 1024 KiB"),
-        (two(gzip.compress(tar(("postinst", bytes(65 * 2**20))))), "control.tar.gz: it grows to more than 64"),
+        (two(gzip.compress(tar(("control", b"x" * 2**20 + b"\n")))), "is larger than 1024 KiB"),
+        (two(gzip.compress(tar(("postinst", bytes(65 * 2**20))))), "grows to more than 64 MiB"),
         (with_data(("../etc/passwd", b"")), r"\.\./etc/passwd in it leads out"),
         (with_data(("./usr/../../x\n", b"")), r"usr/../../x\\n in it leads out"),
-        (with_data((member("x", tarfile.GNUTYPE_SPARSE), b"")), "x in it is of a kind that dpkg doesn't unpack"),
+        (with_data((member("x", tarfile.GNUTYPE_SPARSE), b"")), "x in it is of a kind that dpkg"),
         (pax(), "of a kind that dpkg doesn't unpack"),
         (large("x", tarfile.REGTYPE, 2**40), "what is in it ends too early"),
         (large("x", tarfile.REGTYPE, -1), "size below 0"),
@@ -277,7 +277,7 @@ def test_what_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_a_header_can_not_ask_for_all_memory() -> None:
     data = bytearray(lzma.compress(b"x", lzma.FORMAT_ALONE))
     data[1:5] = b"\xff\xff\xff\xff"  # the dictionary's size
-    with pytest.raises(Damaged, match="[Mm]emory"):
+    with pytest.raises(Damaged, match=r"[Mm]emory"):
         list(packed.unpacked(iter([bytes(data)]), ".lzma", 2**20))
     with pytest.raises(Damaged, match="more than 100000 streams"):
         list(packed.unpacked(iter([gzip.compress(b"")] * 100_001), ".gz", 2**20))
@@ -304,7 +304,7 @@ def test_a_header_can_not_ask_for_all_memory() -> None:
         (fields(version="9999999999:1"), "its Version has"),
         (fields(version="1 2"), "its Version has '1 2'"),
         (fields(version="1/../2"), "its Version has"),
-        (fields(version="１"), "its Version has '１'"),
+        (fields(version="\uff11"), "its Version has '\uff11'"),
         (fields(architecture="any"), "its Architecture has 'any'"),
         (fields(architecture="any-amd64"), "its Architecture has"),
         (fields(architecture="linux-any"), "its Architecture has"),
@@ -426,7 +426,7 @@ def test_whatever_is_taken_is_read_by_apt(tmp_path: Path) -> None:
 def dpkg_order(one: str, other: str) -> int:
     def holds(relation: str) -> bool:
         argv = ["dpkg", "--compare-versions", one, relation, other]
-        return subprocess.run(argv, capture_output=True).returncode == 0
+        return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
     return 0 if holds("eq") else (-1 if holds("lt") else 1)
 
@@ -495,7 +495,7 @@ def test_the_summary() -> None:
     assert FORMAT.passing(RELEASE, index) == ("dists/tested/main/binary-amd64/Packages.gz",)
     with_all = Release("tools", "tested", 7, WHEN, "", ("main",), ("all", "amd64"))
     assert b"\nNo-Support-for-Architecture-all: Packages\n" in FORMAT.summary(with_all, [])
-    assert FORMAT.entries(RELEASE, b"x", None, b"") == {"dists/tested/Release": b"x"}
+    assert FORMAT.entries(RELEASE, b"x", None) == {"dists/tested/Release": b"x"}
 
 
 def test_what_is_pasted_on_a_client() -> None:
@@ -576,7 +576,7 @@ def test_changelogs(tmp_path: Path) -> None:
         return {f"usr_share_doc_probe_{name}": pack(data.encode())}
 
     both = [("1.0-2", "A Person <a@example.org>"), ("1.0-1", "B <b@example.org>")]
-    rebuilt = "probe (1.0-2+b1) sid; urgency=low\n\n  * Rebuild.\n\n -- C <c@x>  Sun, 01 Mar 2026 10:00:00 +0000\n"
+    rebuilt = "probe (1.0-2+b1) sid; urgency=low\n\n  * Rebuild.\n\n -- C <c@x>  Sun, 01 Mar 2026\n"
     upstream = at("changelog.gz", "2026: anything\n")
     assert changelog() == []
     assert changelog(**upstream) == []
@@ -657,7 +657,7 @@ def test_flat_archives(tmp_path: Path) -> None:
     (tmp_path / "Release").write_bytes(release.stdout)
     assert len(list(FORMAT.published(tmp_path))) == 1
     (tmp_path / "Packages").write_bytes(said.stdout.replace(b"a probe", b"A probe"))
-    with pytest.raises(Unfit, match="isn't what .*/Release tells of"):
+    with pytest.raises(Unfit, match=r"isn't what .*/Release tells of"):
         list(FORMAT.published(tmp_path))
 
 
