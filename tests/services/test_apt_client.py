@@ -17,15 +17,18 @@ from pathlib import Path
 
 import pytest
 
+from repositories.change import changing
 from repositories.deb import DebFormat
 from repositories.format import ClientSource, IndexFile, Release
 from repositories.package import Package
+from repositories.repository import Repository, Settings
 from tests.apt_machine import AptMachine
 from tests.debs import deb, fields, sum_of
 
 FORMAT = DebFormat()
 CHANNEL = "tested"
 MOVES = 110
+FILE = """probe (1) 1%3a2+~ü"<>^{|}&;@=,:!$*'[]\\.deb"""  # whatever may be in a file's name
 GRACE = 40
 """Of so many moves, the earlier index is there."""
 
@@ -123,10 +126,10 @@ class Archive:
         sum_ = sum_of(data)
         private = self.top / "private"
         private.write_bytes(data)
-        reading = FORMAT.read(private, "probe.deb", sum_, "main")
+        reading = FORMAT.read(private, FILE, sum_, "main")
         package = Package(
             reading.name, reading.version, reading.architecture,
-            sum_.sha256, sum_.size, "probe.deb", "main",
+            sum_.sha256, sum_.size, FILE, "main",
         )  # fmt: skip
         (self.top / package.place).parent.mkdir(parents=True, exist_ok=True)
         private.rename(self.top / package.place)
@@ -332,3 +335,32 @@ def test_no_client_fails_while_a_channel_moves(
     assert look() == MOVES
     assert len(set(seen)) > 3
     assert seen == sorted(seen)
+
+
+def test_two_generations_of_one_second_are_two(tmp_path: Path, served: Served) -> None:
+    """A client asks by the time of what it has, in whole seconds, whether there is something newer."""
+    top = tmp_path / "archive"
+    settings = Settings(
+        name="probes", format="deb", top=top, url=served.url,
+        channels=(CHANNEL,), components=("main",), architectures=("amd64",),
+    )  # fmt: skip
+    repository = Repository(settings)
+    machine = AptMachine(tmp_path / "machine")
+    machine.source(source(served.url, None, pinned=False))
+    for version in range(1, 5):
+        file = tmp_path / "probe.deb"
+        file.write_bytes(probe(version))
+        base = repository.head(CHANNEL) if version > 1 else None
+        with repository.staging() as staging:
+            item = staging.take(file, component="main")
+            with changing(repository) as change:
+                made = change.commit(CHANNEL, "add", by="test", base=base, add=[item])
+                expected = base.sequence if base else 0
+                change.publish(made, expected=expected, verb="add", by="test")
+        machine.update()
+        assert machine.candidate("probe") == str(version)
+    times = [
+        int((tree / f"dists/{CHANNEL}/Release").stat().st_mtime)
+        for tree in sorted((top / "generations").iterdir())
+    ]
+    assert times == sorted(set(times))

@@ -256,6 +256,13 @@ def test_no_package(tmp_path: Path, data: bytes, why: str) -> None:
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.parametrize("name", ["probe#1.deb", "probe?.deb"])
+def test_a_name_that_apt_does_not_fetch(tmp_path: Path, name: str) -> None:
+    """It leaves these two as they are in a URL."""
+    with pytest.raises(Unfit, match="apt fetches no file with # or"):
+        read(tmp_path, deb(), name)
+
+
 def test_long_names_and_all_kinds_of_files_are_taken(tmp_path: Path) -> None:
     name = "./usr/" + "long/" * 60 + "name"
     link = member("./usr/link", tarfile.SYMTYPE, "../" * 50 + "x")
