@@ -147,6 +147,8 @@ def _said(name: str, value: str) -> str:
 
 def compare(one: str, other: str) -> int:
     """Two versions, as dpkg orders them: negative, 0, positive."""
+    if one == other:
+        return 0
     for a, b in zip(_parts(one), _parts(other), strict=True):
         for x, y in zip_longest(_keys(a), _keys(b), fillvalue=_END):
             if x != y:

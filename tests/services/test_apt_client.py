@@ -22,6 +22,7 @@ from repositories.deb import DebFormat
 from repositories.format import ClientSource, IndexFile, Release
 from repositories.package import Package
 from repositories.repository import Repository, Settings
+from repositories.staging import Staged
 from tests.apt_machine import AptMachine
 from tests.debs import deb, fields, sum_of
 
@@ -347,12 +348,14 @@ def test_two_generations_of_one_second_are_two(tmp_path: Path, served: Served) -
     repository = Repository(settings)
     machine = AptMachine(tmp_path / "machine")
     machine.source(source(served.url, None, pinned=False))
+    items: list[Staged] = []
     for version in range(1, 5):
         file = tmp_path / "probe.deb"
         file.write_bytes(probe(version))
         base = repository.head(CHANNEL) if version > 1 else None
         with repository.staging() as staging:
             item = staging.take(file, component="main")
+            items.append(item)
             with changing(repository) as change:
                 made = change.commit(CHANNEL, "add", by="test", base=base, add=[item])
                 expected = base.sequence if base else 0
@@ -364,3 +367,5 @@ def test_two_generations_of_one_second_are_two(tmp_path: Path, served: Served) -
         for tree in sorted((top / "generations").iterdir())
     ]
     assert times == sorted(set(times))
+    # others' repositories may be farmhand's
+    assert [found.sha256 for found in FORMAT.published(top)] == [item.package.sha256 for item in items]
