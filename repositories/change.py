@@ -232,7 +232,8 @@ class Change:
 
     def _build(self, generation: Generation, path: Path) -> Generation:
         """Its tree, durable but for its name. Returns it with its indexes."""
-        fmt, release, tree = self._format, self._release(generation), _Tree(path)
+        fmt, release = self._format, self._release(generation)
+        tree = _Tree(path, generation.date)
         renderer = self._repository.renderer(generation.architectures)
         indexes: list[IndexFile] = []
         for section in fmt.all_sections(generation.components, generation.architectures):
@@ -264,7 +265,7 @@ class Change:
         earlier = self._documents.superseded(channel, self._repository.settings.grace, now)
         superseded = [*([head] if head else []), *(n for n in earlier if n != generation.sequence)]
         with self._repository.staging() as staging:
-            tree = _Tree(staging.directory / "tree")
+            tree = _Tree(staging.directory / "tree", generation.date)
             own = self._layout.tree(generation.sequence)
             for file in files_below(own):
                 tree.link(own / file, file)
@@ -396,10 +397,13 @@ class Change:
 
 
 class _Tree:
-    """A tree of metadata being made, for all to read."""
+    """A tree of metadata being made, for all to read. ``date``: the time of its signed files. Clients ask
+    by that, in whole seconds, whether there is something newer; of two that were made within one second,
+    they would never fetch the second."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, date: datetime) -> None:
         self.path = path
+        self._time = date.timestamp()
         path.mkdir(0o755)
         self._directories = {path}
 
@@ -420,6 +424,7 @@ class _Tree:
         path = self.place(name)
         path.unlink(missing_ok=True)
         write_new(path, data, mode=0o444)
+        os.utime(path, (self._time, self._time))
 
     def sync(self) -> None:
         for directory in self._directories:

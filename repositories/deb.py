@@ -32,6 +32,11 @@ class DebFormat(PackageFormat):
     KINDS: ClassVar[tuple[str, ...]] = ("Packages",)
 
     def read(self, path: Path, file: str, sum_: Sum, component: str) -> Reading:  # noqa: ARG002
+        if "#" in file or "?" in file:
+            raise Unfit(
+                f"{one_line(file, 120)}: apt fetches no file with # or ? in its name",
+                remedy="give it another name",
+            )
         with _fit(path, file) as package:
             control = deb_control.control_of(package.prove())
         stanza = (
@@ -102,6 +107,10 @@ class DebFormat(PackageFormat):
             found[f"{top}/Release.gpg"] = signer.detached(summary)
             found[f"{top}/InRelease"] = signer.clear(summary)
         return found
+
+    def links(self, channel: str) -> Mapping[str, str]:
+        """``deb URL tested main`` is what people have in their lists."""
+        return {f"dists/{channel}": f"../channels/{channel}/dists/{channel}"}
 
     def signatures(self, release: Release) -> tuple[str, ...]:
         top = _directory(release)

@@ -16,7 +16,7 @@ _ENTRIES = 1000
 _HEAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.-]* \(([^()\s]{1,200})\)(?: [^;]*)?;.*")
 _FOOT = re.compile(r" -- (.*?)(?:  (.*))?")
 # In the order of preference: a binNMU's own, the packager's, that of packages made by Debian itself.
-_NAMES = re.compile(r"usr/share/doc/([^/]+)/changelog(\.Debian\.[a-z0-9-]+|\.Debian|)(\.gz)?")
+_NAMES = re.compile(r"usr/share/doc/([^/]+)/changelog(\.Debian\.(?!gz$)[a-z0-9-]+|\.Debian|)(\.gz)?")
 
 
 def changes(members: Iterable[TarMember], package: str) -> tuple[Change, ...]:
@@ -29,7 +29,7 @@ def changes(members: Iterable[TarMember], package: str) -> tuple[Change, ...]:
             data = member.read(_MOST)
             found[match[2]] = b"".join(unpacked(iter((data,)), match[3] or "", _MOST))
             if match[2] == ".Debian":
-                break
+                break  # names stand sorted: a binNMU's came before
     own = [name for name in sorted(found, key=len, reverse=True) if name.startswith(".Debian")]
     return tuple(change for name in own or found for change in parsed(found[name]))
 

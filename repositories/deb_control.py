@@ -24,7 +24,9 @@ _VERSION = re.compile(
 _SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]{0,199})(?: *\([^()\s]+\))?")
 _RELATION = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9+._-]*(?::[a-z0-9][a-z0-9-]*)?"
-    r"(?:\s*\(\s*(?:<<|<=|=|>=|>>|<|>)\s*(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
+    # apt fails on a line's end in (=1), not in (= 1), and on a new line after (
+    r"(?:\s*\([ \t]*(?:(?:<<|<=|>=|>>)\s*|[=<>](?:\s+|(?=[^)]{2})))"
+    r"(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
     re.ASCII,
 )
 _ALTERNATIVES = ("pre-depends", "depends", "recommends", "suggests", "enhances")
@@ -136,7 +138,7 @@ def _check_relations(name: str, value: str) -> None:
         parts = group.split("|") if name in _ALTERNATIVES else [group]
         for part in parts:
             if not _RELATION.fullmatch(part.strip(_BLANKS)):
-                raise Damaged(f"{_said(name.title(), part.strip(_BLANKS))}, which names no package")
+                raise Damaged(f"{_said(name.title(), part.strip(_BLANKS))}, which apt can't read")
 
 
 def _said(name: str, value: str) -> str:
@@ -145,6 +147,8 @@ def _said(name: str, value: str) -> str:
 
 def compare(one: str, other: str) -> int:
     """Two versions, as dpkg orders them: negative, 0, positive."""
+    if one == other:
+        return 0
     for a, b in zip(_parts(one), _parts(other), strict=True):
         for x, y in zip_longest(_keys(a), _keys(b), fillvalue=_END):
             if x != y:

@@ -88,7 +88,7 @@ def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def unpacked(packed: Iterator[bytes], end: str, most: int) -> Iterator[bytes]:
     """What is in ``packed``, in pieces of up to 256 KiB: of each stream in it, to its end. ``end``: one
-    of ``ENDS``. Damaged: it can't be unpacked, goes on with something else, is more than ``most`` bytes."""
+    of ``ENDS``. Damaged: it can't be unpacked, goes on with something else, or grows too far."""
     total = 0
     for piece in packed if end == "" else _streams(packed, DECOMPRESSORS[end]):
         total += len(piece)
