@@ -11,7 +11,7 @@ from inventory.errors import Unfit
 _BLOCK = re.compile(
     rb"-----BEGIN PGP (?P<kind>[A-Z ]+)-----[ \t]*\r?\n"
     rb"(?:[A-Za-z]+: [^\n]*\n)*[ \t]*\r?\n"
-    rb"(?P<body>[A-Za-z0-9+/\r\n]*+={0,2}+[ \t\r\n]*+)"
+    rb"(?P<body>(?:[A-Za-z0-9+/]++={0,2}[ \t]*\r?\n)*+)"
     rb"(?:=(?P<sum>[A-Za-z0-9+/]{4})[ \t\r]*\n)?"
     rb"-----END PGP (?P=kind)-----[ \t]*(?:\r?\n|\Z)"
 )
@@ -30,8 +30,8 @@ def armoured(kind: str, data: bytes) -> bytes:
 
 
 def plain(kind: str, text: bytes) -> bytes:
-    """What the text's blocks hold, one after the other: they are all of that kind, and nothing else is in
-    the text. Unfit."""
+    """What the text's blocks hold, one after the other: they are all of that kind, and nothing else is
+    in the text. Unfit."""
     found, at = [], 0
     text = text.strip() + b"\n"
     while at < len(text):

@@ -34,8 +34,8 @@ class Proof:
 
 
 def prove_detached(data: bytes, signature: bytes, keys: bytes, runner: Runner) -> Proof:
-    """That a detached signature, armoured or not, is of ``data``, by one of the public ``keys``, armoured
-    or not. Unfit says why it isn't."""
+    """That a detached signature, armoured or not, is of ``data``, by one of the public ``keys``,
+    armoured or not. Unfit says why it isn't."""
     return _prove({"signature": signature, "data": data}, keys, runner)
 
 
