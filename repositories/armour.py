@@ -16,6 +16,8 @@ _BLOCK = re.compile(
     rb"-----END PGP (?P=kind)-----[ \t]*(?:\r?\n|\Z)"
 )
 _WIDTH = 64  # characters of a line
+_CLEAR = b"-----BEGIN PGP SIGNED MESSAGE-----"
+_END = b"-----END PGP SIGNATURE-----"
 SIGNATURE = "SIGNATURE"
 PUBLIC_KEY = "PUBLIC KEY BLOCK"
 
@@ -47,6 +49,26 @@ def plain(kind: str, text: bytes) -> bytes:
         found.append(data)
         at = match.end()
     return b"".join(found)
+
+
+def is_clear_signed(text: bytes) -> bool:
+    """Whether it is one clear-signed text (RFC 9580, 7). Unfit: there is more around it."""
+    if not text.startswith(_CLEAR):
+        return False
+    if text.count(_CLEAR) != 1 or text.count(_END) != 1 or not text.rstrip().endswith(_END):
+        raise Unfit("there is more in it than one signed text")
+    return True
+
+
+def unsigned(text: bytes) -> bytes:
+    """What a clear-signed text says, whoever signed it; the text itself where nobody did. Unfit."""
+    if not is_clear_signed(text):
+        return text
+    _, blank, rest = text.replace(b"\r\n", b"\n").partition(b"\n\n")
+    body, end, _ = rest.partition(b"\n-----BEGIN PGP SIGNATURE-----\n")
+    if not blank or not end:
+        raise Unfit("its signature is damaged")
+    return b"\n".join(line.removeprefix(b"- ") for line in body.split(b"\n")) + b"\n"
 
 
 def joined(*signatures: bytes) -> bytes:
