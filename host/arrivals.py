@@ -13,7 +13,7 @@ from types import TracebackType
 from host.files import file_error
 from inventory.errors import WrongState
 
-_ATTRIB, _CLOSE_WRITE, _MOVED_TO, _CREATE = 0x4, 0x8, 0x80, 0x100
+_CLOSE_WRITE, _MOVED_TO, _CREATE = 0x8, 0x80, 0x100
 _DELETE_SELF, _MOVE_SELF, _UNMOUNT, _OVERFLOW = 0x400, 0x800, 0x2000, 0x4000
 _ONLYDIR = 0x1000000
 _EVENT = struct.Struct("iIII")  # then the name, filled up with NUL
@@ -30,7 +30,7 @@ class Arrivals:
         self._directory = directory
         libc = ctypes.CDLL(None, use_errno=True)
         self._handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        mask = _ATTRIB | _CLOSE_WRITE | _MOVED_TO | _CREATE | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
+        mask = _CLOSE_WRITE | _MOVED_TO | _CREATE | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
         if self._handle < 0 or libc.inotify_add_watch(self._handle, os.fsencode(directory), mask) < 0:
             code = ctypes.get_errno()
             self.close()
@@ -51,7 +51,7 @@ class Arrivals:
 
     def wait(self, timeout: float) -> bool:
         """Until something has arrived, at most so many seconds. Returns whether it has. WrongState: the
-        directory has gone."""
+        directory was moved, or removed (which is told when nobody has it open any more)."""
         end = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._handle, select.POLLIN)
@@ -75,9 +75,7 @@ class Arrivals:
                 at += _EVENT.size
                 name = os.fsdecode(data[at : at + length].rstrip(b"\0"))
                 at += length
-                # Its removal is only told as such when nobody has it open any more
-                removed = mask & _ATTRIB and not name and not self._directory.exists()
-                if removed or mask & (_DELETE_SELF | _MOVE_SELF | _UNMOUNT):
+                if mask & (_DELETE_SELF | _MOVE_SELF | _UNMOUNT):
                     raise WrongState(
                         f"{self._directory} has gone while it was watched",
                         remedy="make it, and start again",

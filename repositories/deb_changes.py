@@ -128,7 +128,7 @@ def _listed(fields: Mapping[str, str], field: str, words: int, digits: int) -> l
         name = line[-1] if line else ""
         if len(line) != words:
             raise Unfit(f"a line of its {field.title()} has {len(line)} words, not {words}")
-        if not is_name(name):
+        if not is_name(name) or name.endswith(".changes"):
             raise Unfit(
                 f"its {field.title()} names {one_line(name, 60)!r}: no file here may be called so"
             )

@@ -32,7 +32,7 @@ from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState, some
 from inventory.sizes import format_duration
 from repositories.armour import unsigned
-from repositories.deb_changes import MOST, Changes, ListedFile, changes_of, check_source, is_name
+from repositories.deb_changes import MOST, Changes, changes_of, check_source, is_name
 from repositories.proof import prove_clear
 
 _BLOCK = 2**20
@@ -94,8 +94,8 @@ class _Doing:
 class Incoming:
     """A context manager. ``suffix``: of packages' files. ``with_changes``: an upload has a .changes
     file, and packages alone are none. ``keys``: public keys, one of which must have signed it; b"": it
-    may be unsigned. ``still``: seconds without a change after which a file counts as complete that nobody
-    was seen to close. ``patience``: seconds after which what is incomplete is refused.
+    may be unsigned. ``still``: seconds without a change after which a file counts as complete that
+    nobody was seen to close. ``patience``: seconds after which what is incomplete is refused.
     ``on_reject`` hears of each that is refused."""
 
     def __init__(
@@ -117,6 +117,7 @@ class Incoming:
         self._still, self._patience, self._on_reject = still, patience, on_reject
         self._arrivals = Arrivals(directory)
         self._claims: Counter[str] = Counter()  # how many .changes files list it
+        self._faults: list[FarmhandError] = []  # with what was left to do
         self._handle = -1
         self._number = 0
         try:
@@ -158,11 +159,14 @@ class Incoming:
         incomplete is refused on the way. A fault with one of them stops no other: it is raised at the
         end."""
         self._arrivals.wait(0)
+        if not os.fstat(self._handle).st_nlink:
+            raise WrongState(f"{self._directory} was removed", remedy="make it, and start again")
         try:
             entries = self._entries()
         except OSError as error:
             raise file_error(error, self._directory, "list") from error
-        faults: list[FarmhandError] = []
+        self._arrivals.closed.intersection_update(entries)
+        faults, self._faults = self._faults, []
         self._refuse_hostile(entries, faults)
         look = self._changes if self._with_changes else self._packages
         yield from look(entries, faults)
@@ -172,8 +176,7 @@ class Incoming:
     def taken(self, upload: Upload) -> None:
         """It is in the repository: its files go, but for what came meanwhile under the same names, and
         what other uploads list, too."""
-        files = tuple(member for member in upload.members if self._claims[member.name] < 2)
-        self._claims.subtract(member.name for member in upload.members)
+        files = self._its_own(upload.members)
         if len(files) < 2:
             self._carry_out(_Doing("", files), None)
         else:
@@ -214,11 +217,10 @@ class Incoming:
                     why = "it has another name too (a hard link)"
                 elif not name.startswith(".") and not is_name(name):
                     why = "no file here may be called so"
-            if why or not stat.S_ISREG(info.st_mode):
+            if why or name.startswith(".") or not stat.S_ISREG(info.st_mode):
                 del entries[name]
-            if not why and self._late(info) and (name.startswith(".") or name not in entries):
-                why = self._too_late("it is no upload")
-                entries.pop(name, None)
+                if not why and self._late(info):
+                    why = self._too_late("it is no upload")
             if why:
                 self._refuse(name, (_member(name, info),), why, faults)
 
@@ -245,90 +247,73 @@ class Incoming:
     def _changes(
         self, entries: Mapping[str, os.stat_result], faults: list[FarmhandError]
     ) -> Iterator[Upload]:
-        self._claims = Counter(name for changes in self._listed(entries) for name in _names(changes))
-        for name, info in entries.items():
-            if not name.endswith(_CHANGES):
-                continue
-            members: tuple[Member, ...] = (_member(name, info),)
+        texts = {name: self._text(name, info) for name, info in entries.items() if _is_changes(name)}
+        self._claims = Counter(name for text in texts.values() for name in _names(text))
+        for name, text in texts.items():
+            members: tuple[Member, ...] = (_member(name, entries[name]),)
+            lacking: list[str] = []
+            upload = None
             try:
-                changes, signers = self._read_changes(members[0])
-                there = [file.name for file in changes.files if file.name in entries]
+                listed = changes_of(unsigned(text))
+                there = [file.name for file in listed.files if file.name in entries]
                 members += tuple(_member(each, entries[each]) for each in there)
-                lacking = self._lacking(changes, entries)
+                lacking = _lacking(listed, entries)
                 if not lacking:
-                    self._prove(changes, members[1:])
+                    upload = self._proven(text, listed, members)
             except _Gone:
                 continue
             except Unfit as error:
                 if all(self._quiet(m.name, entries[m.name]) for m in members):
                     self._refuse(name, members, error.message, faults)
-                continue
             except OSError as error:
                 faults.append(file_error(error, self._directory / name, "read"))
-                continue
             except FarmhandError as error:
                 faults.append(error)
-                continue
-            if lacking:
-                if all(self._late(entries[m.name]) for m in members):
-                    why = self._too_late(f"it lacks {some(lacking)}")
-                    self._refuse(name, members, why, faults)
-                continue
-            files = tuple(
-                UploadedFile(file.name, self._directory / file.name, file.size, file.sha256)
-                for file in changes.files
-            )
-            yield Upload(name, files, members, changes, signers)
+            if upload:
+                yield upload
+            elif lacking and all(self._late(entries[m.name]) for m in members):
+                why = self._too_late(f"it lacks {some(lacking)}")
+                self._refuse(name, members, why, faults)
         for name, info in entries.items():
-            if name not in self._claims and not name.endswith(_CHANGES) and self._late(info):
+            if name not in self._claims and not _is_changes(name) and self._late(info):
                 why = self._too_late("no .changes file lists it")
                 self._refuse(name, (_member(name, info),), why, faults)
 
     def _too_late(self, why: str) -> str:
         return f"incomplete after {format_duration(self._patience)}: {why}"
 
-    def _lacking(self, changes: Changes, entries: Mapping[str, os.stat_result]) -> list[str]:
-        """Files that aren't there yet, or not yet whole. Unfit: one is larger than it should be."""
-        lacking = []
-        for file in changes.files:
-            size = entries[file.name].st_size if file.name in entries else -1
-            if size > file.size:
-                raise Unfit(f"{file.name} has {size} bytes, not {file.size}")
-            if size < file.size:
-                lacking.append(file.name)
-        return lacking
-
     # -- reading -------------------------------------------------------------------------------------
 
-    def _listed(self, entries: Mapping[str, os.stat_result]) -> Iterator[Changes]:
-        """What the .changes files list that can be read, whoever signed them."""
-        for name, info in entries.items():
-            if name.endswith(_CHANGES):
-                with contextlib.suppress(_Gone, Unfit, OSError):
-                    yield changes_of(unsigned(self._content(_member(name, info))))
+    def _text(self, name: str, info: os.stat_result) -> bytes:
+        """Of a .changes file; b"": it can't be read, which it will be said of when it is its turn."""
+        try:
+            return self._content(_member(name, info))
+        except (_Gone, OSError):
+            return b""
 
-    def _read_changes(self, member: Member) -> tuple[Changes, tuple[str, ...]]:
-        """Only what was signed is read, where it must be."""
-        text = self._content(member)
-        if not self._keys:
-            return changes_of(unsigned(text)), ()
-        proof = prove_clear(text, self._keys, self._runner)
-        if not proof.signers:
-            raise Unfit(f"it is signed by {some(proof.expired)}, whose time is over")
-        return changes_of(proof.text), proof.signers
-
-    def _prove(self, changes: Changes, members: Sequence[Member]) -> None:
-        """Unfit: a file's bytes have other sums, or the source package means other files."""
-        by_name: dict[str, ListedFile] = {file.name: file for file in changes.files}
-        for member in members:
-            listed = by_name[member.name]
+    def _proven(self, text: bytes, listed: Changes, members: Sequence[Member]) -> Upload:
+        """All is there that is ``listed``. Unfit: it isn't signed as it must be, a file's bytes have
+        other sums, or the source package means other files."""
+        signers: tuple[str, ...] = ()
+        if self._keys:
+            proof = prove_clear(text, self._keys, self._runner)
+            if not proof.signers:
+                raise Unfit(f"it is signed by {some(proof.expired)}, whose time is over")
+            if changes_of(proof.text) != listed:
+                raise Unfit("it says more than what was signed")
+            signers = proof.signers
+        changes, *rest = members
+        files = []
+        for member, file in zip(rest, listed.files, strict=True):
             for kind, found, wanted in zip(
-                ("md5", "sha256"), self._sums(member), (listed.md5, listed.sha256), strict=True
+                ("md5", "sha256"), self._sums(member), (file.md5, file.sha256), strict=True
             ):
                 if found != wanted:
                     raise Unfit(f"{member.name} is damaged: its {kind} is {found}, not {wanted}")
             if member.name.endswith(".dsc"):
-                check_source(unsigned(self._content(member)), changes)
+                check_source(unsigned(self._content(member)), listed)
+            files.append(UploadedFile(file.name, self._directory / file.name, file.size, file.sha256))
+        return Upload(changes.name, tuple(files), tuple(members), listed, signers)
 
     def _sums(self, member: Member) -> tuple[str, str]:
         """md5, sha256."""
@@ -368,6 +353,12 @@ class Incoming:
 
     # -- moving --------------------------------------------------------------------------------------
 
+    def _its_own(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
+        """What no other upload lists, which is still to come."""
+        own = tuple(member for member in members if self._claims[member.name] < 2)
+        self._claims.subtract(member.name for member in members)
+        return own
+
     def _refuse(
         self, name: str, members: tuple[Member, ...], reason: str, faults: list[FarmhandError]
     ) -> None:
@@ -377,7 +368,7 @@ class Incoming:
             faults.append(error)
 
     def _reject(self, name: str, members: tuple[Member, ...], reason: str) -> Rejection:
-        doing = _Doing(one_line(reason, _REASON) or "no reason was given", members)
+        doing = _Doing(one_line(reason, _REASON) or "no reason was given", self._its_own(members))
         rejection = Rejection(one_line(name), doing.reason, self._do(doing, name))
         self._on_reject(rejection)
         return rejection
@@ -442,7 +433,10 @@ class Incoming:
                 remove(_note(place))  # not ours
                 continue
             place.mkdir(0o755, exist_ok=True)
-            self._carry_out(doing, place)
+            try:
+                self._carry_out(doing, place)
+            except FarmhandError as error:
+                self._faults.append(error)
         for name in names:
             if name[:1].isdigit() and not name.endswith(_REASONS) and name + _REASONS not in names:
                 with contextlib.suppress(OSError):
@@ -453,8 +447,28 @@ class _Gone(Exception):
     """The file is no longer the one that was looked at."""
 
 
-def _names(changes: Changes) -> Iterator[str]:
-    return (file.name for file in changes.files)
+def _is_changes(name: str) -> bool:
+    return name.endswith(_CHANGES)
+
+
+def _names(text: bytes) -> tuple[str, ...]:
+    """Files that a .changes file lists, whoever signed it; none if it is none."""
+    try:
+        return tuple(file.name for file in changes_of(unsigned(text)).files)
+    except Unfit:
+        return ()
+
+
+def _lacking(changes: Changes, entries: Mapping[str, os.stat_result]) -> list[str]:
+    """Files that aren't there yet, or not yet whole. Unfit: one is larger than it should be."""
+    lacking = []
+    for file in changes.files:
+        size = entries[file.name].st_size if file.name in entries else -1
+        if size > file.size:
+            raise Unfit(f"{file.name} has {size} bytes, not {file.size}")
+        if size < file.size:
+            lacking.append(file.name)
+    return lacking
 
 
 def _member(name: str, info: os.stat_result) -> Member:

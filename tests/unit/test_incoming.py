@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -304,7 +305,7 @@ def test_swapping_gives_nobody_s_secret_away(box: Box) -> None:
 
 def test_directories_hidden_files_and_others_are_left_until_it_is_late(box: Box) -> None:
     (box.at / "sub").mkdir()
-    (box.at / ".a.rpm.x7Yz1").write_bytes(b"of rsync")
+    (box.at / ".a.x7Yz1.rpm").write_bytes(b"of rsync")
     (box.at / "a.rpm.part").write_bytes(b"of scp")
     with box.open(still=0) as incoming:
         assert list(incoming.complete()) == []
@@ -313,7 +314,7 @@ def test_directories_hidden_files_and_others_are_left_until_it_is_late(box: Box)
         assert list(incoming.complete()) == []
     assert box.names() == []
     assert all(rejection.reason.startswith("incomplete after") for rejection in box.heard)
-    assert sorted(rejection.name for rejection in box.heard) == [".a.rpm.x7Yz1", "a.rpm.part", "sub"]
+    assert sorted(rejection.name for rejection in box.heard) == [".a.x7Yz1.rpm", "a.rpm.part", "sub"]
 
 
 # ---- With a .changes file
@@ -381,7 +382,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         "others": ({"Files": f"\n {'0' * 32} 1 x y b.deb"}, "differ about b.deb"),
         "more": (
             {"Checksums_Sha256": f"\n {'0' * 64} 1 a.deb\n {'0' * 64} 1 b.deb"},
-            "differ about a.deb",
+            "list the same files",
         ),
         "no version": ({"Version": ""}, "it has no field Version"),
         "version": ({"Version": "1/../2"}, "its Version is '1/../2'"),
@@ -471,6 +472,44 @@ def test_what_two_uploads_list_stays_until_both_are_taken(box: Box) -> None:
     assert box.names() == [] and box.heard == []
 
 
+def test_a_refused_upload_takes_nothing_of_another_s_away(box: Box) -> None:
+    files = {"hello_1_amd64.deb": b"a"}
+    box.upload("evil", files)
+    (box.at / "evil.changes").write_bytes(changes({"hello_1_amd64.deb": b"b"}))
+    box.upload(files=files)
+    claims = changes(files).replace(b"hello_1_amd64.deb", b"hello_1_amd64.changes")
+    (box.at / "other.changes").write_bytes(claims)
+    with box.open(".deb", with_changes=True, still=0) as incoming:
+        assert [upload.name for upload in incoming.complete()] == ["hello_1_amd64.changes"]
+        assert sorted(rejection.name for rejection in box.heard) == ["evil.changes", "other.changes"]
+        (upload,) = incoming.complete()
+        incoming.taken(upload)
+    assert box.names() == []
+
+
+def test_what_can_not_be_finished_stops_no_other(box: Box, tmp_path: Path) -> None:
+    """A rejection that was cut off, whose place is no directory now."""
+    (box.at / "a.rpm").write_bytes(b"x")
+    (box.at / "b.rpm").write_bytes(b"x")
+    info = (box.at / "a.rpm").stat()
+    box.rejected.mkdir()
+    member = {"name": "a.rpm", "inode": info.st_ino, "changed": info.st_ctime_ns}
+    note = box.rejected / ".1-a.rpm.todo"
+    note.write_text(json.dumps({"reason": "bad", "files": [member]}))
+    (box.rejected / "1-a.rpm.reason").mkdir()
+    (box.rejected / ".2-junk.todo").write_text("{")
+    with box.open(still=0) as incoming:
+        uploads = incoming.complete()
+        assert next(uploads).name == "b.rpm"
+        with pytest.raises(FarmhandError, match=r"1-a\.rpm\.reason"):
+            next(uploads)
+    (box.rejected / "1-a.rpm.reason").rmdir()
+    with box.open(still=0) as incoming:
+        assert [upload.name for upload in incoming.complete()] == ["b.rpm"]
+    left = sorted(path.name for path in box.rejected.iterdir())
+    assert left == ["1-a.rpm", "1-a.rpm.reason"]
+
+
 def test_a_source_package_that_means_other_files(box: Box) -> None:
     def dsc(content: bytes) -> bytes:
         digest = hashlib.sha256(content).hexdigest()
@@ -530,7 +569,7 @@ def test_an_upload_that_must_be_signed(box: Box, keys: tuple[Path, str, bytes]) 
         (content, "it is not signed"),
         (clear("stranger@example.org"), "which is none of the keys"),
         (clear(signer).replace(b"tested", b"evil"), "it was changed after it was signed"),
-        (evil + clear(signer), "it is not signed"),
+        (evil + clear(signer), "is no field"),
         (clear(signer) + evil, "there is more in it than one signed text"),
     ):
         assert look(text) == []
@@ -673,5 +712,10 @@ def test_directories_that_will_not_do(box: Box, tmp_path: Path) -> None:
         Incoming(box.at, Path(other, "rejected"), ".rpm", Runner())
     with box.open() as incoming:
         box.at.rmdir()
+        with pytest.raises(WrongState, match="incoming was removed"):
+            list(incoming.complete())
+    box.at.mkdir()
+    with box.open() as incoming:
+        box.at.rename(tmp_path / "elsewhere")
         with pytest.raises(WrongState, match="has gone while it was watched"):
             incoming.wait(60)
