@@ -256,7 +256,7 @@ def read_secret(path: Path, what: str, most: int) -> bytes:
         with contextlib.suppress(OSError):
             _refuse_file(path, path.lstat())
         raise file_error(error, path, f"read {what}") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         _refuse_file(path, found)
         if found.st_mode & 0o077:
@@ -264,10 +264,12 @@ def read_secret(path: Path, what: str, most: int) -> bytes:
                 f"{path}: others may read or change {what} (mode {stat.S_IMODE(found.st_mode):04o})",
                 remedy=f"chmod 600 {shlex.quote(str(path))}",
             )
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as file:
             data = file.read(most + 1)
-        except OSError as error:
-            raise file_error(error, path, f"read {what}") from error
+    except OSError as error:
+        raise file_error(error, path, f"read {what}") from error
+    finally:
+        os.close(handle)
     if len(data) > most:
         raise WrongState(f"{path} is no file of {what}: it has more than {most} bytes")
     return data

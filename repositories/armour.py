@@ -11,11 +11,13 @@ from inventory.errors import Unfit
 _BLOCK = re.compile(
     rb"-----BEGIN PGP (?P<kind>[A-Z ]+)-----[ \t]*\r?\n"
     rb"(?:[A-Za-z]+: [^\n]*\n)*[ \t]*\r?\n"
-    rb"(?P<body>[A-Za-z0-9+/\r\n]*+={0,2}+[ \t\r\n]*+)"
+    rb"(?P<body>(?:[A-Za-z0-9+/]++={0,2}[ \t]*\r?\n)*+)"
     rb"(?:=(?P<sum>[A-Za-z0-9+/]{4})[ \t\r]*\n)?"
     rb"-----END PGP (?P=kind)-----[ \t]*(?:\r?\n|\Z)"
 )
 _WIDTH = 64  # characters of a line
+_CLEAR = b"-----BEGIN PGP SIGNED MESSAGE-----"
+_END = b"-----END PGP SIGNATURE-----"
 SIGNATURE = "SIGNATURE"
 PUBLIC_KEY = "PUBLIC KEY BLOCK"
 
@@ -30,8 +32,8 @@ def armoured(kind: str, data: bytes) -> bytes:
 
 
 def plain(kind: str, text: bytes) -> bytes:
-    """What the text's blocks hold, one after the other: they are all of that kind, and nothing else is in
-    the text. Unfit."""
+    """What the text's blocks hold, one after the other: they are all of that kind, and nothing else is
+    in the text. Unfit."""
     found, at = [], 0
     text = text.strip() + b"\n"
     while at < len(text):
@@ -47,6 +49,26 @@ def plain(kind: str, text: bytes) -> bytes:
         found.append(data)
         at = match.end()
     return b"".join(found)
+
+
+def is_clear_signed(text: bytes) -> bool:
+    """Whether it is one clear-signed text (RFC 9580, 7). Unfit: there is more around it."""
+    if not text.startswith(_CLEAR):
+        return False
+    if text.count(_CLEAR) != 1 or text.count(_END) != 1 or not text.rstrip().endswith(_END):
+        raise Unfit("there is more in it than one signed text")
+    return True
+
+
+def unsigned(text: bytes) -> bytes:
+    """What a clear-signed text says, whoever signed it; the text itself where nobody did. Unfit."""
+    if not is_clear_signed(text):
+        return text
+    _, blank, rest = text.replace(b"\r\n", b"\n").partition(b"\n\n")
+    body, end, _ = rest.partition(b"\n-----BEGIN PGP SIGNATURE-----\n")
+    if not blank or not end:
+        raise Unfit("its signature is damaged")
+    return b"\n".join(line.removeprefix(b"- ") for line in body.split(b"\n")) + b"\n"
 
 
 def joined(*signatures: bytes) -> bytes:

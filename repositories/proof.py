@@ -11,14 +11,12 @@ from host.files import file_error
 from host.printable import last_line
 from host.run import CommandResult, Runner
 from inventory.errors import Unfit
-from repositories.armour import PUBLIC_KEY, plain
+from repositories.armour import PUBLIC_KEY, is_clear_signed, plain
 
 TOOLS = {"gpgv": "gpgv"}
 """Commands that it runs, each with its Debian package."""
 
 _LIMIT = 60  # seconds
-_CLEAR = b"-----BEGIN PGP SIGNED MESSAGE-----"
-_END = b"-----END PGP SIGNATURE-----"
 _ARMOUR = b"-----BEGIN PGP"
 
 
@@ -34,18 +32,15 @@ class Proof:
 
 
 def prove_detached(data: bytes, signature: bytes, keys: bytes, runner: Runner) -> Proof:
-    """That a detached signature, armoured or not, is of ``data``, by one of the public ``keys``, armoured
-    or not. Unfit says why it isn't."""
+    """That a detached signature, armoured or not, is of ``data``, by one of the public ``keys``,
+    armoured or not. Unfit says why it isn't."""
     return _prove({"signature": signature, "data": data}, keys, runner)
 
 
 def prove_clear(text: bytes, keys: bytes, runner: Runner) -> Proof:
     """As ``prove_detached``, of a text with its signature in it (RFC 9580, 7), and nothing around."""
-    text = text.strip() + b"\n"
-    if not text.startswith(_CLEAR):
+    if not is_clear_signed(text):
         raise Unfit("it is not signed")
-    if text.count(_CLEAR) != 1 or text.count(_END) != 1 or not text.endswith(_END + b"\n"):
-        raise Unfit("there is more in it than one signed text")
     return _prove({"signed": text}, keys, runner)
 
 

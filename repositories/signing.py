@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from host.processes import end, is_there
 from host.run import CommandResult, Runner
 from inventory.errors import (
     FarmhandError,
+    NoSpace,
     Remedy,
     TimedOut,
     Unsupported,
@@ -38,7 +40,7 @@ from inventory.errors import (
 )
 from repositories.armour import PUBLIC_KEY, plain
 
-TOOLS = {"gpg": "gpg", "gpg-agent": "gpg-agent"}
+TOOLS = {"gpg": "gpg", "gpg-agent": "gpg-agent", "gpgconf": "gpgconf"}
 """Commands that signing runs, each with its Debian package."""
 SOON = timedelta(days=30)
 """So long before a key's end it is warned of."""
@@ -46,6 +48,7 @@ SOON = timedelta(days=30)
 _LIMIT = 60  # seconds of one call of gpg; a slow machine needs 3 for a passphrase
 _KEY_FILE = 2**20  # bytes
 _PASSPHRASE = 255  # bytes: gpg-agent's own limit
+_ROOM = 4 * 2**20  # bytes
 _SOCKET_PATH = 107  # bytes, unix(7)
 _FINGERPRINT = re.compile(r"[0-9A-F]{40}")
 _GRIP = re.compile(r"[0-9A-F]{40}")
@@ -55,13 +58,10 @@ disable-scdaemon
 extra-socket none
 browser-socket none
 allow-preset-passphrase
-# A key from a file is locked anew in this home, by this count: each signature unlocks it. The usual count
-# takes 0.1 s and more, and whoever could read what lies here could ask the agent as well.
+# A key from a file is locked anew in this home, by this count, and each signature unlocks it: the usual
+# count takes 0.1 s and more. Whoever could read what lies here could ask the agent as well.
 s2k-count 65536
 """
-# The low 16 bits of what gpg says of a failure (gpg-error's codes)
-_BAD_PASSPHRASE = 11
-_NO_PASSPHRASE = (99, 177, 31)  # cancelled, none, the agent asks a terminal that isn't there
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class GpgSigner:
         self._by = tuple(
             word for _, part, _ in keys for word in ("--local-user", f"{part.fingerprint}!")
         )
-        self._public = gpg.run("--armor", "--export", *self.fingerprints).stdout.encode()
+        minimal = ("--export-options", "export-minimal")
+        self._public = gpg.run("--armor", *minimal, "--export", *self.fingerprints).stdout.encode()
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
@@ -134,8 +135,8 @@ class GpgSigner:
         """Of keys that end within 30 days, a line each."""
         limit = ((now or datetime.now(UTC)) + SOON).timestamp()
         return tuple(
-            f"the signing key {key.fingerprint} expires on {_day(ends)}: give it more time "
-            f"(gpg --quick-set-expire), or sign with a second one beside it, before clients refuse what it signs"
+            f"the signing key {key.fingerprint} expires on {_day(ends)}, and clients then refuse "
+            "what it signs: give it more time (gpg --quick-set-expire), or sign with another beside it"
             for key, _, ends in self._keys
             if 0 < ends <= limit
         )
@@ -161,7 +162,7 @@ def open_signer(keys: Sequence[SigningKey], runner: Runner) -> Iterator[GpgSigne
                 f"{one_line(key.fingerprint, 60)!r} is no fingerprint of a signing key",
                 remedy="give its 40 hex digits, as gpg --list-keys shows them",
             )
-    with _own_home() as home, _agent(home, runner) as agent:
+    with _own_home(runner) as home, _agent(home, runner) as agent:
         gpg = _Gpg(runner, home)
         found = []
         for key in keys:
@@ -178,33 +179,38 @@ def open_signer(keys: Sequence[SigningKey], runner: Runner) -> Iterator[GpgSigne
 
 
 @contextlib.contextmanager
-def _own_home() -> Iterator[Path]:
+def _own_home(runner: Runner) -> Iterator[Path]:
     top = runtime_dir()
     own_directory(top, mode=0o711)
-    _sweep(top)
+    _sweep(top, runner)
     try:
+        if shutil.disk_usage(top).free < _ROOM:
+            raise NoSpace(
+                f"no room for the home of gpg in {top}", remedy=f"make room on the file system of {top}"
+            )
         home = Path(tempfile.mkdtemp(prefix=f".gpg.{os.getpid()}.", dir=top))
     except OSError as error:
         raise file_error(error, top / ".gpg", "make the directory") from error
     try:
-        longest = len(os.fsencode(home / "S.gpg-agent.ssh"))
-        if longest > _SOCKET_PATH:
-            raise UsageError(
-                f"{top}: {longest - _SOCKET_PATH} bytes too long for the socket of a gpg-agent in it",
-                remedy="set FARMHAND_RUNTIME_DIR to a shorter path",
-            )
         _write(home / "gpg-agent.conf", _AGENT.encode())
         yield home
     finally:
-        remove(home)
+        _remove(home, runner)
 
 
-def _sweep(top: Path) -> None:
+def _sweep(top: Path, runner: Runner) -> None:
     """Remove the homes of signers that were killed; their agents see that, and end."""
     for path in top.glob(".gpg.*"):
         match = _HOME.fullmatch(path.name)
         if match and not is_there(int(match[1])):
-            remove(path)
+            _remove(path, runner)
+
+
+def _remove(home: Path, runner: Runner) -> None:
+    """Where the user has a directory in /run/user, gpg makes one there for the home's sockets."""
+    with contextlib.suppress(FarmhandError):  # not there: nor then are its sockets
+        runner.read("gpgconf", "--homedir", home, "--remove-socketdir", timeout=_LIMIT, ok=range(256))
+    remove(home)
 
 
 class _Agent:
@@ -239,29 +245,43 @@ class _Agent:
         except OSError as error:
             why = error.strerror or str(error)
         raise WrongState(
-            f"our gpg-agent in {self._socket.parent} does not do its part: {why}",
+            f"our gpg-agent at {self._socket} does not do its part: {why}",
             remedy="see that gpg-agent --version works here, and try again",
         )
 
 
 @contextlib.contextmanager
 def _agent(home: Path, runner: Runner) -> Iterator[_Agent]:
+    place = _socket(home, runner)
     # It watches its child, cat, which ends with its input, however we end
     process = runner.talk("gpg-agent", "--homedir", home, "--quiet", "--daemon", "--", "cat")
     handle = -1
     try:
         _wait_for(process)
-        agent = _Agent(home / "S.gpg-agent")
+        agent = _Agent(place)
         handle = os.pidfd_open(agent.pid)
         yield agent
     finally:
         if handle >= 0:
             for how in (signal.SIGTERM, signal.SIGKILL):
-                if end(handle, how, timeout=5):
+                if end(handle, how, timeout=1):
                     break
             os.close(handle)
         process.kill()
         process.communicate()
+
+
+def _socket(home: Path, runner: Runner) -> Path:
+    """Where the home's agent listens. UsageError: its path is too long."""
+    listed = runner.read("gpgconf", "--homedir", home, "--list-dirs", "agent-socket", timeout=_LIMIT)
+    place = Path(listed.stdout.rstrip("\n"))
+    too_long = len(os.fsencode(f"{place}.ssh")) - _SOCKET_PATH
+    if too_long > 0:
+        raise UsageError(
+            f"{home.parent}: {too_long} bytes too long for the socket of a gpg-agent in it",
+            remedy="set FARMHAND_RUNTIME_DIR to a shorter path",
+        )
+    return place
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> None:
@@ -294,14 +314,14 @@ class _Gpg:
         try:
             return self.runner.read(
                 "gpg", "--homedir", home or self.home, "--batch", "--no-tty", "--no-options", "--quiet",
-                "--no-autostart", "--no-auto-check-trustdb", "--trust-model", "always",
-                "--pinentry-mode", "loopback", "--digest-algo", "SHA512", "--status-fd", "2",
-                "--export-options", "export-minimal", *args,
+                "--no-autostart", "--no-auto-check-trustdb", "--trust-model", "always", "--lock-never",
+                "--ignore-time-conflict", "--pinentry-mode", "loopback", "--digest-algo", "SHA512",
+                "--status-fd", "2", *args,
                 timeout=_LIMIT, ok=range(256), input=data,
             )  # fmt: skip
         except TimedOut:
             raise TimedOut(
-                f"gpg has said nothing for {time.monotonic() - started:.0f} s, and was ended: {args[-1]}",
+                f"gpg did not end within {time.monotonic() - started:.0f} s, and was ended: {args[-1]}",
                 remedy="see what this machine is busy with, and try again",
             ) from None
 
@@ -357,7 +377,7 @@ def _usable(key: SigningKey, gpg: _Gpg) -> tuple[_Part, int]:
         )
     _refuse(key, primary, "the signing key")
     signing = sorted((part for part in parts if "s" in part.uses), key=lambda part: part.made)
-    good = [part for part in signing if part.validity not in "reidn" and part.secret == "+"]
+    good = [part for part in signing if part.validity not in "reidn" and part.secret == "+"]  # noqa: S105
     if not good:
         for part in reversed(signing):
             _refuse(key, part, "the signing key's subkey" if part is not primary else "the signing key")
@@ -382,8 +402,8 @@ def _refuse(key: SigningKey, part: _Part, called: str) -> None:
     if part.validity == "e":
         raise WrongState(
             f"{called} expired on {_day(part.ends)}: clients would refuse what it signs",
-            remedy=f"give it more time (gpg --quick-set-expire {key.fingerprint} 2y), export it again, and "
-            "let clients have its new public key; or sign with another one",
+            remedy=f"give it more time (gpg --quick-set-expire {key.fingerprint} 2y), export it again, "
+            "and let clients have its new public key; or sign with another one",
         )
     if part.made > time.time():
         raise WrongState(
@@ -402,16 +422,16 @@ def _try(key: SigningKey, part: _Part, gpg: _Gpg) -> None:
     result = gpg.run("--armor", "--local-user", f"{part.fingerprint}!", "--detach-sign")
     if result.status == 0:
         return
-    code = next((int(line[2]) & 0xFFFF for line in _status(result) if line[0] == "FAILURE"), 0)
-    remedy: Remedy = ""
-    if code == _BAD_PASSPHRASE and key.passphrase_file is not None:
-        why = f"{key.passphrase_file} does not have its passphrase"
-        remedy = "its first line must be the passphrase, and nothing else"
-    elif key.passphrase_file is None and code in (_BAD_PASSPHRASE, *_NO_PASSPHRASE):
+    asked = any(line[0] == "NEED_PASSPHRASE" for line in _status(result))
+    remedy: Remedy = _OTHER
+    if asked and key.passphrase_file is None:
         why = "it has a passphrase, and no passphrase file is named"
         remedy = "name a file with it (passphrase_file), mode 0600"
+    elif asked:
+        why = f"{key.passphrase_file} does not have its passphrase"
+        remedy = "its first line must be the passphrase, and nothing else"
     else:
-        why, remedy = _reason(result), _OTHER
+        why = _reason(result)
     raise WrongState(
         f"the signing key {key.fingerprint} of {key.where} does not sign: {why}", remedy=remedy
     )
