@@ -1,136 +1,117 @@
-"""A repository's directory as ``repositories.layout`` has it, made by hand and quickly: deb, unsigned; and
-a reader that looks at every reference in one."""
+"""A real repository, quickly made: deb, unsigned; and a reader that looks at every reference in one."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import os
+import io
+import random
 import re
-import subprocess
-from dataclasses import dataclass, field
-from email.utils import formatdate
+import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from repositories.layout import Layout
+from repositories.change import changing
 from repositories.package import place
-
-_ENTRIES = ("InRelease", "Release")
+from repositories.repository import Repository, Settings
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_deb(directory: Path, name: str, version: str = "1.0", size: int = 0) -> bytes:
-    """A real package, with a file of that size that can't be compressed."""
-    root = directory / f"{name}-{version}"
-    (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN" / "control").write_text(
+def make_deb(name: str, version: str = "1.0", size: int = 0) -> bytes:
+    """A package with a file of that many bytes, always the same ones."""
+    control = (
         f"Package: {name}\nVersion: {version}\nArchitecture: all\n"
         "Maintainer: Nobody <nobody@example.org>\nDescription: nothing\n"
     )
-    (root / "data").write_bytes(os.urandom(size))
-    made = directory / f"{name}_{version}_all.deb"
-    subprocess.run(["dpkg-deb", "-Znone", "--build", root, made], check=True, capture_output=True)
-    return made.read_bytes()
+    made = b"!<arch>\n"
+    for member, data in (
+        ("debian-binary", b"2.0\n"),
+        ("control.tar.gz", gzip.compress(_tar("./control", control.encode()), mtime=0)),
+        ("data.tar", _tar(f"./usr/share/{name}", random.Random(name + version).randbytes(size))),
+    ):
+        head = f"{member:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n"
+        made += head.encode() + data + b"\n" * (len(data) % 2)
+    return made
+
+
+def _tar(name: str, data: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
 
 
 @dataclass
 class RepoTree:
-    top: Path
-    sequence: int = 0
-    texts: dict[str, str] = field(default_factory=dict)  # by file, its stanza
+    """``scratch``: a directory to make; the repository is in it."""
+
+    scratch: Path
+    url: str = "http://repo.example.org"
+    grace: float = 3 * 86400
 
     def __post_init__(self) -> None:
-        self.layout = Layout(self.top)
-        for name in ("pool", "generations", "channels", "published", "dists", ".farmhand"):
-            (self.top / name).mkdir(parents=True)
-        (self.top / ".farmhand" / "lock").write_text("ours")
-        self.layout.keys[0].write_text("a key\n")
-        self.layout.keys[1].write_bytes(b"a key")
-
-    def add(self, file: str, data: bytes) -> Path:
-        """A package's file into the pool."""
-        path = self.top / place(sha256(data), file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        path.chmod(0o444)
-        name, version, _ = file.split("_")
-        self.texts[file] = (
-            f"Package: {name}\nVersion: {version}\nArchitecture: all\nDescription: nothing\n"
-            f"Filename: {path.relative_to(self.top)}\nSize: {len(data)}\nSHA256: {sha256(data)}\n\n"
-        )
-        return path
-
-    def publish(self, channel: str, *files: str) -> int:
-        """A generation of these packages (none: of all), and the channel's pointer to it."""
-        self.sequence += 1
-        tree, published = (
-            self.layout.tree(self.sequence), self.layout.published(channel, self.sequence)
+        (self.scratch / "in").mkdir(parents=True)
+        self.top = self.scratch / "top"
+        self.repository = Repository(
+            Settings(
+                name="kata", format="deb", top=self.top, channels=("experimental", "tested"),
+                components=("main",), architectures=("amd64",), url=self.url, grace=self.grace,
+            )
         )  # fmt: skip
-        packages = "".join(self.texts[file] for file in files or self.texts)
-        packed = gzip.compress(packages.encode(), mtime=0)
-        index = f"dists/{channel}/main/binary-amd64"
-        sums = f" {sha256(packed)} {len(packed)} main/binary-amd64/Packages.gz\n" + (
-            f" {sha256(packages.encode())} {len(packages.encode())} main/binary-amd64/Packages\n"
-        )
-        release = (
-            f"Suite: {channel}\nCodename: {channel}\nDate: {formatdate(usegmt=True)}\n"
-            f"Architectures: amd64\nComponents: main\nAcquire-By-Hash: yes\nSHA256:\n{sums}"
-        ).encode()
-        made = {
-            f"{index}/by-hash/SHA256/{sha256(packed)}": packed,
-            f"{index}/Packages.gz": packed,
-            f"dists/{channel}/Release": release,
-        }
-        for path, data in made.items():
-            for place_, source in ((tree, None), (published, tree)):
-                (place_ / path).parent.mkdir(parents=True, exist_ok=True)
-                if source is None:
-                    (place_ / path).write_bytes(data)
-                else:
-                    os.link(source / path, place_ / path)
-        (tree / "pool").symlink_to("../../pool")
-        (published / "pool").symlink_to("../../../pool")
-        self._point(self.layout.pointer(channel), f"../published/{channel}/{self.sequence}")
-        self._point(self.top / "dists" / channel, f"../channels/{channel}/dists/{channel}")
-        fresh = self.top / "channels" / f".{channel}.new"
-        fresh.write_text(f"http://repo.example.org/generations/{self.sequence}/\n")
-        fresh.replace(self.layout.mirrors(channel))
-        return self.sequence
+        self.layout = self.repository.layout
 
-    def _point(self, link: Path, target: str) -> None:
-        fresh = link.with_name(f".{link.name}.new")
-        fresh.symlink_to(target)
-        fresh.replace(link)
+    def publish(self, channel: str, *debs: tuple[str, bytes]) -> int:
+        """A generation with these packages more, by their names; its number."""
+        repository = self.repository
+        with repository.staging() as staging:
+            added = []
+            for name, data in debs:
+                path = self.scratch / "in" / f"{name}_1.0_all.deb"
+                path.write_bytes(data)
+                added.append(staging.take(path, component="main"))
+            with changing(repository) as change:
+                base = repository.head(channel)
+                made = change.commit(channel, "add", by="tests", base=base, add=added)
+                change.publish(made, expected=base.sequence if base else 0, verb="add", by="tests")
+        return made.sequence
+
+    def url_of(self, name: str, data: bytes) -> str:
+        """A package's path, as a client asks for it."""
+        return "/" + place(sha256(data), f"{name}_1.0_all.deb")
 
 
 def check_tree(tree: Path) -> str:
-    """The generation that a tree is, by its Packages' sum, every reference looked at."""
+    """The generation that a tree is, by its Release's sum, every reference looked at."""
     (dist,) = (tree / "dists").iterdir()
     release = (dist / "Release").read_text()
-    for digest, size, path in re.findall(r"^ ([0-9a-f]{64}) (\d+) (\S+\.gz)$", release, re.M):
+    named = re.findall(r"^ ([0-9a-f]{64}) +(\d+) (\S+\.gz)$", release, re.MULTILINE)
+    assert named
+    for digest, size, path in named:
         data = (dist / path).read_bytes()
         assert (sha256(data), len(data)) == (digest, int(size)), dist / path
         assert (dist / path).with_name("by-hash").joinpath("SHA256", digest).read_bytes() == data
-        for stanza in gzip.decompress(data).decode().split("\n\n")[:-1]:
-            fields = dict(line.split(": ", 1) for line in stanza.splitlines())
-            package = (tree / fields["Filename"]).read_bytes()
-            assert (sha256(package), len(package)) == (fields["SHA256"], int(fields["Size"])), stanza
+        for stanza in gzip.decompress(data).decode().split("\n\n"):
+            fields = dict(re.findall(r"^(\S+): (.*)$", stanza, re.MULTILINE))
+            if fields:
+                package = (tree / fields["Filename"]).read_bytes()
+                assert (sha256(package), len(package)) == (fields["SHA256"], int(fields["Size"])), stanza
     return sha256(release.encode())
 
 
 def check_repository(top: Path) -> dict[str, str]:
     """What readers of a repository's directory find: by channel, what is published. Whatever a link or
-    list names is there and right, and so is each generation that has begun to be told of."""
+    list names is there and right, and so is each generation that can be begun to be read."""
     found = {}
     for mirrors in top.glob("channels/*.mirrors"):
         number = mirrors.read_text().rstrip("/\n").rpartition("/")[2]
-        assert (top / "generations" / number / "pool").is_dir(), f"{mirrors}: {number} isn't there"
         check_tree(top / "generations" / number)
     for tree in top.glob("generations/*"):
-        if any(tree.glob("dists/*/Release")):
+        if any(tree.glob("dists/*/*Release")):
             check_tree(tree)
     for link in top.glob("channels/*"):
         if link.is_symlink():
