@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host.files import file_error
@@ -20,12 +20,14 @@ _TRIES = 5
 
 @dataclass(frozen=True, slots=True)
 class KeptTree:
-    """A tree of a generation, its own or a channel's. ``entries``: the files of its summary, by their
-    paths in it; all others are indexes."""
+    """A tree of a generation, its own or a channel's. By their paths in it: ``entries``: the files of
+    its summary; ``passing``: indexes under names that the next one's have, too. All others are indexes
+    under the names of their content."""
 
     path: str
     sequence: int
     entries: frozenset[str]
+    passing: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -99,10 +101,11 @@ class _Taking:
             heads = self._pointers()
             # What a list names is a generation by now.
             trees = [*self._generations(heads)]
-            own = {tree.sequence: tree.entries for tree in trees}
+            own = {tree.sequence: tree for tree in trees}
             for channel, sequence in heads.items():
-                path = self._layout.published(channel, sequence)
-                trees.append(self._keep(path, sequence, own[sequence]))
+                published = self._layout.published(channel, sequence)
+                path = str(published.relative_to(self._layout.top))
+                trees.append(self._keep(replace(own[sequence], path=path)))
         except OSError as error:
             raise file_error(error, self._top, "make a snapshot in") from error
         return Snapshot(self._top, heads, tuple(trees))
@@ -131,33 +134,30 @@ class _Taking:
             try:
                 generation = documents.read(sequence)
                 release = generation.release(self._repository.name, "")
-                path = self._layout.tree(sequence)
-                indexes = {
-                    name
-                    for index in generation.indexes
-                    for name in (fmt.lasting(release, index), *fmt.passing(release, index))
-                }
-                entries = frozenset(files_below(path)) - indexes
-                yield self._keep(path, sequence, entries)
+                lasting = {fmt.lasting(release, index) for index in generation.indexes}
+                passing = {n for index in generation.indexes for n in fmt.passing(release, index)}
+                names = frozenset(files_below(self._layout.tree(sequence)))
+                entries = names - lasting - passing
+                tree = KeptTree(f"generations/{sequence}", sequence, entries, frozenset(passing))
+                yield self._keep(tree)
             except (FileNotFoundError, NotFound, _Moved):
                 if sequence in heads.values():
                     raise _Moved from None
                 shutil.rmtree(self._top / "generations" / str(sequence), ignore_errors=True)
 
-    def _keep(self, tree: Path, sequence: int, entries: frozenset[str]) -> KeptTree:
-        kept = self._top / tree.relative_to(self._layout.top)
+    def _keep(self, tree: KeptTree) -> KeptTree:
+        own, kept = self._layout.top / tree.path, self._top / tree.path
         try:
             kept.mkdir(parents=True)
-            for name in files_below(tree):
+            for name in files_below(own):
                 (kept / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(tree / name, kept / name, follow_symlinks=False)
-            (kept / "pool").symlink_to((tree / "pool").readlink())
+                os.link(own / name, kept / name, follow_symlinks=False)
+            (kept / "pool").symlink_to((own / "pool").readlink())
         except FileNotFoundError as error:
             raise _Moved from error
-        missing = [name for name in entries if not (kept / name).exists()]
-        if missing:
+        if any(not (kept / name).exists() for name in tree.entries):
             raise _Moved
-        return KeptTree(str(kept.relative_to(self._top)), sequence, entries)
+        return tree
 
     def _link(self, file: Path) -> None:
         with suppress(FileNotFoundError):

@@ -140,7 +140,7 @@ def sync(
         rsync = _Rsync(target, runner)
         _check(rsync, mark, repository)
         snapshot = take_snapshot(repository, staging.directory / "mirror")
-        snapshot.top.joinpath(mark).touch(mode=0o444)
+        os.link(layout.mirror_mark, snapshot.top / mark)
         # 1. The mark, so that a mirror that was begun is known, and packages.
         say(f"packages to {target}")
         rsync.send(snapshot.top, [mark])
@@ -266,10 +266,11 @@ class _Rsync:
             raise self._failure(error) from error
 
     def _failure(self, error: CommandFailed) -> FarmhandError:
-        """What it is about, in a line; rsync's own last one only counts."""
+        """What it is about, in a line: rsync's own first one, where nobody else said why."""
         target, said = self.target, error.stderr
-        lines = [line for line in said.splitlines() if not line.startswith("rsync error: ")]
-        why = last_line("\n".join(lines), 200) or f"status {error.status}"
+        lines = [line for line in said.splitlines() if line.strip()]
+        others = [line for line in lines if not line.startswith("rsync")]  # ssh's, a shell's
+        why = last_line("\n".join(others) or (lines or [""])[0], 200) or f"status {error.status}"
         if "change_dir" in said and "No such file" in said and error.status == 23:
             return NotFound(f"{target}: {why}")
         if error.status == 127 or re.search(r"rsync: (?:command )?not found", said):
