@@ -116,6 +116,16 @@ class Layout:
         return self.private / "flows" / f"{name}.json"
 
     @property
+    def syncs(self) -> Path:
+        """Locks: of each place that is being mirrored to."""
+        return self.private / "syncs"
+
+    @property
+    def mirror_mark(self) -> Path:
+        """What tells this repository's mirrors from others."""
+        return self.private / "mirror-mark"
+
+    @property
     def flows(self) -> Path:
         return self.private / "flows"
 

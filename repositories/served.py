@@ -1,0 +1,121 @@
+"""A repository's files, as those reach them who read it over a network: by a path below its directory,
+never outside it, never what begins with a dot. Only the links that the layout has are followed
+(``repositories.layout``)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LINKS = re.compile(r"(?:channels|dists)/[^/]+|(?:generations/[^/]+|published/[^/]+/[^/]+)/pool")
+_MOST_LINKS = 8
+_CONTENT = re.compile(r"([0-9a-f]{64})(?:-.*)?", re.DOTALL)
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Neither waits for a FIFO's other end, nor follows a link that has just come.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFile:
+    """A file that was opened. ``handle``: its descriptor, for the caller to close. ``size`` in bytes.
+    ``modified``: since when the path leads to it, in seconds since the epoch: the later one of its own
+    change and that of the links on the way. ``tag``: a word that is another one for other bytes.
+    ``lasting``: what the path leads to never changes."""
+
+    handle: int
+    size: int
+    modified: float
+    tag: str
+    lasting: bool
+
+
+def open_served(top: int, path: Sequence[str]) -> ServedFile:
+    """Open a file by its path's components. ``top``: a descriptor of the repository's directory. Each
+    link is read once: so it is the file that one state of the repository has. FileNotFoundError: there
+    is none that is served; PermissionError; OSError."""
+    parts, pointed = tuple(path), 0.0
+    for _ in range(_MOST_LINKS):
+        step = _descend(top, parts)
+        if isinstance(step, _Onward):
+            parts, pointed = step.parts, max(pointed, step.changed)
+            continue
+        try:
+            found = os.fstat(step)
+            if not stat.S_ISREG(found.st_mode):
+                raise _none()
+        except BaseException:
+            os.close(step)
+            raise
+        content = next(filter(None, map(_CONTENT.fullmatch, reversed(parts[-2:]))), None)
+        return ServedFile(
+            handle=step,
+            size=found.st_size,
+            modified=max(found.st_mtime, pointed),
+            tag=content[1] if content else f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}",
+            lasting=content is not None or path[0] == "generations",
+        )
+    raise _none()
+
+
+@dataclass(frozen=True, slots=True)
+class _Onward:
+    """Where to go on from a link. ``changed``: when it came to lead there (the ctime of its rename)."""
+
+    parts: tuple[str, ...]
+    changed: float
+
+
+def _descend(top: int, parts: Sequence[str]) -> int | _Onward:
+    """Down to the file, which is opened, or to the first link. Nothing here leads upwards, or
+    through a link: what it opens is below the top, whoever changes names meanwhile."""
+    if not parts or any(not part or part[0] == "." or "/" in part or "\0" in part for part in parts):
+        raise _none()
+    here = top
+    try:
+        for at, name in enumerate(parts):
+            found = os.stat(name, dir_fd=here, follow_symlinks=False)
+            if stat.S_ISLNK(found.st_mode):
+                if not _LINKS.fullmatch("/".join(parts[: at + 1])):
+                    raise _none()
+                target = os.readlink(name, dir_fd=here)
+                return _Onward(_joined(parts[:at], target) + tuple(parts[at + 1 :]), found.st_ctime)
+            last = at == len(parts) - 1
+            if last and not stat.S_ISREG(found.st_mode):
+                raise _none()
+            below = os.open(name, _FILE if last else _DIRECTORY, dir_fd=here)
+            if here != top:
+                os.close(here)
+            here = below
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise _none() from error
+        raise
+    else:
+        result, here = here, top
+        return result
+    finally:
+        if here != top:
+            os.close(here)
+
+
+def _joined(directory: Sequence[str], target: str) -> tuple[str, ...]:
+    """Where a link leads; there is no link among the directory's own parts."""
+    if target.startswith("/"):
+        raise _none()
+    found = list(directory)
+    for part in target.split("/"):
+        if part == ".." and found:
+            found.pop()
+        elif part == "..":
+            raise _none()
+        elif part not in ("", "."):
+            found.append(part)
+    return tuple(found)
+
+
+def _none() -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
