@@ -31,10 +31,14 @@ mount -t tmpfs farmhand /srv
 mkdir /srv/images
 mv "$dir/gallifrey.img" /srv/images/
 export HOME="$dir/home"
-# As libvirt-daemon-system has it: QEMU's user, root lets itself in.
-getent passwd libvirt-qemu >/dev/null || useradd -r -u 64055 -g kvm -M -d /var/lib/libvirt -s /usr/sbin/nologin libvirt-qemu
+# What Debian's libvirt-daemon-system would do: QEMU's user, a libvirtd that lets root in.
+getent group kvm >/dev/null || groupadd -r kvm
+getent passwd libvirt-qemu >/dev/null || {
+    groupadd -g 64055 libvirt-qemu
+    useradd -u 64055 -g kvm -G libvirt-qemu -M -d /var/lib/libvirt -s /usr/sbin/nologin libvirt-qemu
+}
 mkdir -p /etc/libvirt
-echo 'auth_unix_rw = "none"' >/etc/libvirt/libvirtd.conf
+printf 'auth_unix_rw = "none"\nlog_outputs = "3:file:%s/libvirtd.log"\n' "$dir" >/etc/libvirt/libvirtd.conf
 more="/run/virtlogd.pid /run/libvirtd.pid /run/libvirt/qemu/xivo-gallifrey.pid /run/libvirt/qemu/xivo-gallifrey-dev.pid"
 virtlogd -d -p /run/virtlogd.pid
 libvirtd -d -p /run/libvirtd.pid
@@ -80,7 +84,7 @@ run verified network-verify
 through_nat nat-again
 run gone destroy --all --purge --yes
 there gone
-ls "$dir/state/farms" >"$dir/farms"
+ls -A "$dir/state/farms" >"$dir/farms" 2>/dev/null || :
 """
 
 
