@@ -26,7 +26,6 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _references,
         _memory_and_disks,
         _listed_machines,
-        _first_boot,
         _names,
         _identities,
         _network_name,
@@ -199,27 +198,6 @@ def _listed_machines(farm: Farm, places: Places) -> Found:
         if driver.virtual and vm.reset:
             words = f"'reset' is for VMs on ssh hosts; driver {driver.name} resets this one itself"
             yield places.problem((*path, "reset"), words, key=True)
-
-
-def _first_boot(farm: Farm, places: Places) -> Found:
-    """VMs that nobody tells anything let in whom their image lets in."""
-    if farm.ssh.key is not None or places.is_bad(("ssh", "key")):
-        return
-    told: set[str] = set()
-    for name, path in _vms(farm, places):
-        driver = _driver(farm, places, name)
-        template = farm.vms[name].template or (next(iter(farm.templates)) if farm.templates else "")
-        source = farm.templates.get(template)
-        if source is None or source.firstboot != "none" or template in told:
-            continue
-        if not (driver and driver.virtual and driver.guests) or places.is_bad((*path, "template")):
-            continue
-        told.add(template)
-        yield places.problem(
-            ("templates", template, "firstboot"),
-            "with 'none' nobody tells its VMs whose key to let in: it needs 'ssh: key:', a private key "
-            "that its image lets in already",
-        )
 
 
 class _Taken:

@@ -538,6 +538,18 @@ class Farm(Model):
         template = self.template_of(vm)
         return self.templates[template].firmware if template else "bios"
 
+    @property
+    def locked_templates(self) -> tuple[str, ...]:
+        """Those whose VMs let us in by no key: nobody tells them one at their first boot, and the file
+        names none that their image lets in."""
+        if self.ssh.key is not None:
+            return ()
+        used = {self.template_of(vm) for vm in self.vms if self.driver_of(vm).guests}
+        return tuple(
+            name for name, source in self.templates.items()
+            if name in used and source.first_boot == "none"
+        )  # fmt: skip
+
     def machine_of(self, vm: str) -> str:
         """The VM's name on its host."""
         return f"{self.farm}-{vm}"

@@ -69,7 +69,7 @@ def examine(farm_file: Path, *, hosts: bool = True, repair: bool = False) -> Che
     checks += _files(farm)
     checks += [*_space(farm), *_modes(repair), _clock(), check]
     if farm is not None:
-        checks += _memory(farm)
+        checks += [*_memory(farm), *_keys(farm)]
         checks += _services(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
@@ -300,6 +300,14 @@ def _memory(farm: Farm) -> Iterator[Check]:
         f"{about(available)} available; this farm's VMs here take {about(wanted)} at most",
         "lower 'memory' in the farm file, or use idle_memory, or stop other things",
     )
+
+
+def _keys(farm: Farm) -> Iterator[Check]:
+    """Checks of templates whose VMs nobody could log in to."""
+    from provision.guest.identity import no_key
+
+    for error in (no_key(farm, template) for template in farm.locked_templates):
+        yield Check("ssh key", False, "needed", error.message, error.remedy)
 
 
 def _services(farm: Farm) -> Iterator[Check]:

@@ -182,6 +182,13 @@ class Member:
 
     # How it is reached
 
+    def check_key(self) -> None:
+        """UsageError if nobody told it whose key to let in, and the farm file names none that its image
+        lets in."""
+        farm = self.site.farm
+        if farm.ssh.key is None and self.info.guests and self.keeps_own_key:
+            raise identity.no_key(farm, farm.template_of(self.vm) or "")
+
     def address(self) -> tuple[str, int]:
         """Host and port of its ssh: what its machine's mark tells, before what is recorded or would be
         given."""
@@ -207,9 +214,11 @@ class Member:
 
     def endpoint(self, *, runs: bool = False) -> Endpoint:
         """Where its ssh answers and as whom. ``runs``: its machine is known to, and so holds its port.
-        NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port."""
+        NotFound if it is a VM whose host key isn't there, Conflict if a stranger holds its port; as
+        ``check_key``."""
         from provision.guest.remote import Endpoint
 
+        self.check_key()
         host, port = self.address()
         if not runs:
             self.check_port(port)

@@ -419,7 +419,7 @@ def no_power(member: Member) -> str:
 def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]:
     """Check, before anything is begun, that these VMs may be started beside what runs: within each
     host's ``memory``, and within what this machine has free, with what others give. Errors: NoSpace;
-    Unsupported if they are to run under KVM and KVM doesn't work."""
+    Unsupported if they are to run under KVM and KVM doesn't work; as ``Member.check_key``."""
     new = [member for member in members if member.can_power]
     if not new:
         return ()
@@ -427,6 +427,8 @@ def check_memory(members: Sequence[Member], *, wait: bool) -> tuple[Action, ...]
 
     check_accelerator(new)
     check_loopback(new)
+    for member in new:
+        member.check_key()
     doing = f"starting {', '.join(member.vm for member in new)}"
     return forecast({member: _sizes(member, wait=wait) for member in new}, doing)
 

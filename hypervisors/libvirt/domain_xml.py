@@ -84,7 +84,8 @@ def domain_xml(
     else:
         if spec.firmware == "efi":
             # As ROM, not as flash with a file of its variables: what a guest sets there is gone when it
-            # stops. So its disk is all its state, and a reset or a checkpoint of that is whole.
+            # stops. So its disk is all its state, and a reset or a checkpoint of that is whole: a second
+            # file could not be switched in the same step as the disk, which is the store's.
             text(machine, "loader", OVMF, readonly="yes", type="rom")
         ET.SubElement(machine, "boot", dev="hd")
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")

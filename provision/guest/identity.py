@@ -45,6 +45,15 @@ def controller_key(farm: Farm, paths: FarmPaths) -> Path:
     return _beside(farm, farm.ssh.key)
 
 
+def no_key(farm: Farm, template: str) -> UsageError:
+    """What is wrong with the VMs of such a template; see ``Farm.locked_templates``."""
+    return UsageError(
+        f"{farm.path.name or farm.farm}: template {template} has 'firstboot: none', so nobody tells its "
+        "VMs whose key to let in, and there is no 'ssh: key:'",
+        remedy="set that to a private key that its image lets in already",
+    )
+
+
 def make_controller_key(farm: Farm, paths: FarmPaths) -> Path:
     """Path of the private key that logs in, which is made now if it is the farm's own and missing.
     NotFound if the farm file names one that doesn't exist."""

@@ -300,8 +300,10 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
             )
         text = "remove a disk that no machine has and nothing was written to"
         jobs.append(job("discard", vm, text, partial(_undo, member)))
-    found = templates.newest(member)
-    size = declared.disk or site.farm.templates[templates.name_of(member)].size
+    name, found = templates.name_of(member), templates.newest(member)
+    if member.info.guests and site.farm.ssh.key is None and _left_alone(site, name, found):
+        raise identity.no_key(site.farm, name)
+    size = declared.disk or site.farm.templates[name].size
     if found is not None:
         if declared.disk is not None and declared.disk < found.size:
             raise Conflict(
@@ -311,7 +313,7 @@ def _make(member: Member, templates: _CloneTemplates, disk: Disk | None) -> list
             )
         size = declared.disk or found.size
     text = (
-        f"clone from {found.label if found else templates.name_of(member)}: disk {format_size(size)}, "
+        f"clone from {found.label if found else name}: disk {format_size(size)}, "
         f"memory {format_size(declared.memory)}, {declared.vcpus} vCPU"
     )
     jobs.append(job("clone", vm, text, lambda: _clone(member, templates.get(member))))
@@ -327,7 +329,7 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
                 entry.step("remove the definition, whose disk is gone")
                 member.driver.destroy(member.machine)
             entry.step("give it an identity")
-            identity.expect_own_key(site.paths, vm, own=_left_alone(site, template))
+            identity.expect_own_key(site.paths, vm, own=_left_alone(site, template.name, template))
             write_identity(member)
             spec = member.spec(member.allocate())
             spec = replace(spec, disk_size=spec.disk_size or template.size)
@@ -344,11 +346,11 @@ def _clone(member: Member, template: Template, *, again: bool = False) -> None:
     )
 
 
-def _left_alone(site: Site, template: Template) -> bool:
+def _left_alone(site: Site, name: str, sealed: Template | None) -> bool:
     """Whether nobody tells its clones anything at their first boot. The farm file goes before what was
     noted when the image was imported."""
-    source = site.farm.templates.get(template.name)
-    return ((source and source.firstboot) or template.firstboot) == "none"
+    source = site.farm.templates.get(name)
+    return ((source and source.firstboot) or (sealed and sealed.firstboot)) == "none"
 
 
 def _keep(

@@ -274,6 +274,12 @@ class _Making:
 
 def _plan(making: _Making) -> Plan[SealResult]:
     sealed: list[Template] = []
+    farm = making.site.farm
+    if making.name in farm.locked_templates:
+        from provision.guest.identity import no_key
+
+        locked = no_key(farm, making.name)
+        making.site.reporter.warn((locked.message, "; before they are cloned, ", locked.remedy))
 
     def result() -> SealResult:
         planned = SealResult(making.label, tuple(making.hosts))

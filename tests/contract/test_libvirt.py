@@ -235,21 +235,24 @@ def test_a_bridge_and_a_network_are_plain_libvirt(real):
 
 def efi_image(real) -> Path:
     """A disk without boot code for a BIOS; its EFI system partition has the small guest, and what OVMF's
-    shell is to do with it."""
+    shell is to do: to show a variable, set it, show it again, and start the guest."""
     files, image = real.place / "esp", real.place / "efi.img"
     files.mkdir()
     shutil.copy(real.guest.kernel, files / "vmlinuz.efi")
     shutil.copy(real.guest.initrd, files / "initrd.gz")
-    start = "fs0:\r\nvmlinuz.efi initrd=\\initrd.gz console=ttyS0 quiet panic=-1\r\n"
-    (files / "startup.nsh").write_text(start)
+    show = "setvar Mark -guid 5c1f6e0a-3f0e-4d5c-9b7e-0d9a1c2b3e4f"
+    start = "vmlinuz.efi initrd=\\initrd.gz console=ttyS0 quiet panic=-1"
+    lines = ("fs0:", show, f'{show} -nv -bs -rt ="set"', show, start, "")
+    (files / "startup.nsh").write_text("\r\n".join(lines))
     made = Runner()
     made.change("qemu-img", "convert", "-f", "vvfat", "-O", "raw", f"fat:{files}", image)
     made.change("sfdisk", "-q", "--part-type", image, "1", "ef")
     return image
 
 
-def test_a_disk_that_starts_by_efi_alone(real):
-    """Nothing of the firmware's variables is left beside the disk."""
+def test_a_disk_that_starts_by_efi_alone_and_is_all_the_machines_state(real):
+    """What sets a variable of the firmware's finds it as long as the machine runs; it is gone after a
+    stop and after a reset. So nothing of it is beside the disk, or missing from a checkpoint."""
     image = efi_image(real)
     seen = contents(Runner(), image, image_info(Runner(), image))
     assert seen.efi and not seen.bios
@@ -258,9 +261,23 @@ def test_a_disk_that_starts_by_efi_alone(real):
     hypervisor = real.hypervisor()
     hypervisor.define(replace(plain, memory=256 * MIB, firmware="efi"), sealed)
     before = set(real.place.rglob("*"))
-    real.boot("prod")
+    boot_and_set(real, "READY")
     hypervisor.stop(NAME, grace=0)
     assert {path.name for path in set(real.place.rglob("*")) - before} <= {"prod.log"}
+    boot_and_set(real, SET)
+    hypervisor.reset(NAME, "clean")
+    boot_and_set(real, SET)
+
+
+SET = "73 65 74"
+"""A variable's value, as OVMF's shell shows it."""
+
+
+def boot_and_set(real, until: str) -> None:
+    """At its start no such variable is there; then there is one."""
+    real.start("prod", 0)
+    text = real.wait_for("prod", until)
+    assert "Unable to get" in text.partition(SET)[0] and SET in text
 
 
 def test_an_absent_libvirtd_is_one_line_with_a_remedy(real, tmp_path):

@@ -1,6 +1,6 @@
 """An image that was installed long ago by hand: it boots from its own disk, asks DHCP, has an ssh server
-with keys of its own, and knows nothing of who clones it. Debian's cloud kernel, busybox and dropbear:
-up in seconds under emulation."""
+with keys of its own and a web server, and knows nothing of who clones it. Debian's cloud kernel, busybox
+and dropbear: up in seconds under emulation."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ ip link set lo up
 ip link set eth0 up
 udhcpc -i eth0 -s /udhcpc -t 60 -T 1 -A 1
 dropbear -r /host -E
+mkdir /www
+echo "the web server of $(cat /sys/class/net/eth0/address)" >/www/index.html
+httpd -h /www
 echo READY
 while true; do sleep 3600; done
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +14,16 @@ import pytest
 from sshd_machine import Sshd, make_key
 
 from host.progress import Progress
-from inventory.errors import Conflict, InventoryError, Text, TimedOut, spelled
-from inventory.loader import load, loads
+from inventory.errors import Conflict, Text, TimedOut, UsageError, spelled
+from inventory.loader import load
 from provision import farm
+from provision.doctor import examine
 from provision.engine.report import QuietReporter
 from provision.guest import identity
 from provision.guest.connection import Connection
 from provision.guest.remote import Ready
 from provision.guest.ssh_connection import wait_ready
+from provision.power import check_memory
 from provision.site import Site
 
 
@@ -121,6 +125,10 @@ vms: {prod: {memory: 512M}, test: {memory: 512M}}
 class Heard(QuietReporter):
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.warned: list[str] = []
+
+    def warn(self, text: Text, *, vm: str = "") -> None:
+        self.warned.append(spelled(text))
 
     def say(self, text: Text, *, vm: str = "") -> None:
         self.said.append(f"{vm}: {spelled(text)}")
@@ -147,12 +155,61 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield opened
 
 
-def test_without_a_key_of_its_own_such_a_farm_is_refused() -> None:
-    with pytest.raises(InventoryError) as refused:
-        loads(FARM.replace("DRIVER", "kvm").replace("SSH\n", "").encode(), Path("f.yaml"))
-    (line,) = str(refused.value).splitlines()
-    assert line.startswith("f.yaml:3:60: templates.base.firstboot: with 'none' nobody tells its VMs")
-    loads(FARM.replace("DRIVER", "kvm").replace("SSH", "ssh: {key: k}").encode(), Path("f.yaml"))
+@pytest.fixture
+def keyless(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """On a real host, and without a key that the image lets in."""
+    text = FARM.replace("DRIVER", "kvm").replace("SSH\n", "").replace("farm: kata", "farm: keyless")
+    (tmp_path / "kata.yaml").write_text(text)
+    with tempfile.TemporaryDirectory(prefix="fh") as state:
+        Path(state).chmod(0o711)  # QEMU's user passes through
+        monkeypatch.setenv("FARMHAND_STATE_DIR", state)
+        with Site(load(tmp_path / "kata.yaml"), reporter=Heard()) as opened:
+            yield opened
+
+
+LOCKED = r"^kata.yaml: template base has 'firstboot: none', so nobody tells its VMs whose key to let in"
+
+
+def test_without_a_key_its_image_is_imported_and_that_is_a_warning(keyless: Site) -> None:
+    assert farm.template_import(keyless, "base").changed
+    heard = keyless.reporter
+    assert isinstance(heard, Heard)
+    (warned,) = heard.warned
+    assert re.match(LOCKED, warned)
+    assert warned.endswith("; before they are cloned, set that to a private key that its image lets in "
+                           "already")  # fmt: skip
+
+
+def test_without_a_key_nothing_is_cloned_and_doctor_says_so(keyless: Site) -> None:
+    for imported in (False, True):
+        if imported:
+            farm.template_import(keyless, "base")
+        with pytest.raises(UsageError, match=LOCKED):
+            farm.clone_farm(keyless, start=False)
+    assert not identity.learnt_hosts(keyless.paths, "prod").exists()
+    found = [one for one in examine(keyless.farm.path, hosts=False).checks if one.name == "ssh key"]
+    assert [(one.ok, one.level) for one in found] == [(False, "needed")]
+    assert re.match(LOCKED, spelled(found[0].text))
+
+
+def test_what_the_image_was_imported_as_counts_where_the_file_is_silent(keyless: Site) -> None:
+    farm.template_import(keyless, "base")
+    file = keyless.farm.path
+    file.write_text(file.read_text().replace(", firstboot: none", ""))
+    with Site(load(file), reporter=Heard()) as silent, pytest.raises(UsageError, match=LOCKED):
+        farm.clone_farm(silent)
+
+
+def test_without_a_key_one_that_is_there_is_neither_started_nor_logged_in_to(keyless: Site) -> None:
+    member = keyless.member("prod")
+    identity.expect_own_key(keyless.paths, "prod", own=True)
+    with pytest.raises(UsageError, match=LOCKED):
+        check_memory([member], wait=False)
+    with pytest.raises(UsageError, match=LOCKED):
+        member.endpoint()
+    identity.expect_own_key(keyless.paths, "prod", own=False)
+    identity.make_host_key(keyless.paths, "prod", member.machine)
+    assert member.endpoint().host_key, "it was told our key when it was cloned"
 
 
 def test_such_a_vm_has_no_seed_and_no_key_that_it_never_has(site: Site) -> None:
