@@ -1,9 +1,9 @@
 """Binary and source rpm packages, and rpm-md repositories of them, which dnf, zypper and others read.
 
 What a package says of itself is read, and worded as metadata, by createrepo_c's library; whether it is
-whole is looked at before (``repositories.rpm_file``). Of what there is of it: PyPI's wheel is the same on
-each machine, reads zstd, which Fedora's metadata are compressed by, and costs 20 ms when it is first
-used; Debian 12's 0.17.3 doesn't, and is bound to Debian's own Python."""
+whole is looked at before (``repositories.rpm_file``). Of the library, PyPI's wheel is taken: it is one
+version on all machines, reads zstd, which Fedora's metadata are compressed by, and costs 20 ms where it
+is used, and nothing elsewhere. Debian 12's (0.17.3) reads no zstd, and is bound to Debian's Python."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ class RpmFormat(PackageFormat):
         ours, theirs = _order(one), _order(other)
         return (ours > theirs) - (ours < theirs)
 
-    def sections(self, package: Package, architectures: Sequence[str]) -> tuple[str, ...]:  # noqa: ARG002
-        return ("",)  # one repository has all architectures
+    def sections(self, package: Package, architectures: Sequence[str]) -> tuple[str, ...]:
+        """One for all, as a repository has all architectures that go together."""
+        fits = not architectures or package.architecture in (*architectures, "noarch", "src")
+        return ("",) if fits else ()
 
-    def all_sections(
-        self, components: Sequence[str], architectures: Sequence[str]  # noqa: ARG002 - deb's
-    ) -> tuple[str, ...]:
+    def all_sections(self, *_: Sequence[str]) -> tuple[str, ...]:
         return ("",)
 
     def frame(self, kind: str, count: int) -> tuple[bytes, bytes]:
@@ -134,10 +134,7 @@ class RpmFormat(PackageFormat):
             f"  <revision>{release.sequence}</revision>\n{data}</repomd>\n"
         ).encode()
 
-    def entries(
-        self, release: Release, summary: bytes, signer: Signer | None, earlier: bytes  # noqa: ARG002
-    ) -> Mapping[str, bytes]:
-        """``earlier`` isn't used: see the class."""
+    def entries(self, release: Release, summary: bytes, signer: Signer | None) -> Mapping[str, bytes]:  # noqa: ARG002
         if signer is None:
             return {REPOMD: summary}
         return {REPOMD: summary, _SIGNATURE: signer.detached(summary)}
@@ -147,8 +144,8 @@ class RpmFormat(PackageFormat):
 
     def stanza(self, source: ClientSource) -> str:
         """A .repo file (dnf.conf(5)). The metadata are signed, and have each package's SHA-256: so
-        packages need no signatures of their own. Metadata are taken for fresh for five minutes; dnf's two
-        days are too long for a channel that moves."""
+        packages need no signatures of their own. Metadata are fresh for five minutes: dnf's two days
+        are too long for a channel that moves."""
         name = f"{source.repository}-{source.channel}"
         where = f"mirrorlist={source.mirrors}" if source.mirrors else f"baseurl={source.url}"
         signed = f"repo_gpgcheck=1\ngpgkey={source.key}\n" if source.key else "repo_gpgcheck=0\n"
@@ -228,7 +225,7 @@ def _described(library: Any, found: RpmFile, location: str, sum_: Sum) -> Any:
     payload, which it would only read to compute the sum that is known. The file's time is the build's:
     what is kept of a package depends on its bytes alone."""
     handle = os.memfd_create("farmhand-rpm")
-    with open(handle, "wb") as file:
+    with os.fdopen(handle, "wb") as file:
         file.write(found.head)
         file.flush()
         package = library.package_from_rpm(
@@ -253,7 +250,9 @@ def _check_parsed(library: Any, package: Any, texts: Mapping[str, str]) -> None:
         package.pkgId, package.name, package.arch, package.epoch, package.version, package.release
     )  # fmt: skip
     if len(seen) != len(texts) or ids != {own}:
-        raise Unfit(f"{one_line(str(package.name), _LONGEST)}: what it says of itself can't be told in XML")
+        raise Unfit(
+            f"{one_line(str(package.name), _LONGEST)}: what it says of itself can't be told in XML"
+        )
 
 
 def _version_of(package: Any, file: str) -> str:
@@ -322,7 +321,7 @@ def _check_sum(path: Path, algorithm: str, expected: str) -> None:
 
 _AGAIN = "fetch the metadata again, or make them again with createrepo_c"
 
-# -- what two packages differ in, by rpm's tags (rpmtag.h) --------------------------------------------------
+# -- what two packages differ in, by rpm's tags (rpmtag.h) --------------------------------------
 
 _FIELDS: Mapping[str, tuple[int, ...]] = {
     "name": (1000,),

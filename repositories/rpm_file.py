@@ -1,6 +1,5 @@
-"""An rpm package's file, as the format's description has it (rpm.org, "RPM V4 Package format"): a lead, the
-signature header, the header, the payload. Read without rpm's library: nobody's package gets to that
-before it is proven whole."""
+"""An rpm package's file: a lead, the signature header, the header, the payload (rpm.org, "RPM V4 Package
+format"). It is read without rpm's library, to which no package gets before it is proven whole."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from host.files import file_error
 from inventory.errors import Unfit
@@ -24,8 +23,8 @@ _ENTRIES = 0xFFFF
 _BYTES = 64 * 1024 * 1024
 """Of a header. rpm takes 256 MiB; the largest that distributions have are a tenth of this."""
 _WIDTHS = {0: 0, 1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 1, 9: 1}
-"""By type, the least that one value takes: null, char, numbers of 8 to 64 bits, text, bytes, two kinds of
-lists of texts (each text has its zero byte)."""
+"""By type, the least that one value takes: null, char, numbers of 8 to 64 bits, text, bytes, two kinds
+of lists of texts; each text has its zero byte."""
 _NUMBERS = {1: "B", 2: "B", 3: "H", 4: "I", 5: "Q"}
 _TEXTS = (6, 8, 9)
 
@@ -34,7 +33,14 @@ _SIZE, _MD5 = 1000, 1004
 _SIGNATURES = (268, 267, 1002, 1005)  # RSA and DSA, of the header, and of header and payload
 _OPENPGP = 278  # base64; rpm 4.20 and later
 _PAYLOAD, _PAYLOAD_ALGORITHM = 5092, 5093
-_ALGORITHMS = {1: "md5", 2: "sha1", 8: "sha256", 9: "sha384", 10: "sha512", 11: "sha224"}  # RFC 9580, 9.5
+_ALGORITHMS = {
+    1: "md5",
+    2: "sha1",
+    8: "sha256",
+    9: "sha384",
+    10: "sha512",
+    11: "sha224",
+}  # RFC 9580, 9.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +100,9 @@ class RpmFile:
 
 
 def read_rpm(path: Path, name: str, *, whole: bool = True) -> RpmFile:
-    """The package in ``path``, which is called ``name`` where it is spoken of. Proven whole: the digest of
-    its header, and unless ``whole`` is False that of its payload, are those that it has itself; as
-    "rpmkeys --checksig --nosignature" does it, forty times as fast. Unfit."""
+    """The package in ``path``, called ``name`` where it is spoken of, proven whole: its header, and its
+    payload unless ``whole`` is False, have the digests that it says. So does rpmkeys(8) --checksig
+    --nosignature, which takes ten times as long for a small one. Unfit."""
     try:
         with path.open("rb") as file:
             return _read(file, name, whole=whole)
@@ -104,7 +110,7 @@ def read_rpm(path: Path, name: str, *, whole: bool = True) -> RpmFile:
         raise file_error(error, path, "read") from error
 
 
-def _read(file: BinaryIO, name: str, *, whole: bool) -> RpmFile:
+def _read(file: BufferedReader, name: str, *, whole: bool) -> RpmFile:
     total = os.fstat(file.fileno()).st_size
     lead = file.read(_LEAD_SIZE)
     if not lead.startswith(_LEAD):
@@ -128,7 +134,7 @@ def _read(file: BinaryIO, name: str, *, whole: bool) -> RpmFile:
     return RpmFile(lead + signature.blob + padding + header.blob, signature, header)
 
 
-def _check_payload(file: BinaryIO, name: str, signature: RpmHeader, header: RpmHeader) -> None:
+def _check_payload(file: BufferedReader, name: str, signature: RpmHeader, header: RpmHeader) -> None:
     if digest := header.text(_PAYLOAD):
         number = next(iter(header.numbers(_PAYLOAD_ALGORITHM)), 0)
         algorithm = _ALGORITHMS.get(number, "")
@@ -144,7 +150,7 @@ def _check_payload(file: BinaryIO, name: str, signature: RpmHeader, header: RpmH
         raise _damaged(name, "its payload's digest is another")
 
 
-def _header(file: BinaryIO, name: str, what: str) -> RpmHeader:
+def _header(file: BufferedReader, name: str, what: str) -> RpmHeader:
     intro = file.read(16)
     if len(intro) < 16 or not intro.startswith(_HEADER):
         raise _damaged(name, f"it has no {what}")
@@ -154,7 +160,8 @@ def _header(file: BinaryIO, name: str, what: str) -> RpmHeader:
     index, store = file.read(count * 16), file.read(size)
     if len(store) < size:
         raise _damaged(name, f"it ends within its {what}")
-    begin, entries = 16 + count * 16, {}
+    begin = 16 + count * 16
+    entries: dict[int, tuple[int, int, int]] = {}
     for tag, kind, offset, values in struct.iter_unpack(">IIII", index):
         width = _WIDTHS.get(kind)
         if width is None or offset + values * width > size:
@@ -168,7 +175,7 @@ def _damaged(name: str, why: str) -> Unfit:
 
 
 def issuers(data: bytes) -> Iterator[str]:
-    """The keys that made the signatures in OpenPGP packets (RFC 9580, 4.2, 5.2): of each its fingerprint,
+    """The keys that made the signatures in OpenPGP packets (RFC 9580, 4.2, 5.2): of each its fingerprint
     or its long id. What can't be read names nobody."""
     try:
         at = 0
