@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 from host.files import file_error
 from host.printable import one_line
 from inventory.errors import NotFound, Unfit
+from repositories.armour import SIGNATURE, armoured, plain
 from repositories.format import ClientSource, Found, IndexFile, PackageFormat, Release, Signer, Sum
 from repositories.package import Change, Package, Reading, place
-from repositories.rpm_file import RpmFile, read_rpm
+from repositories.rpm_file import RpmFile, packets, read_rpm
 
 REPOMD = "repodata/repomd.xml"
 _SIGNATURE = f"{REPOMD}.asc"
@@ -54,14 +55,13 @@ class RpmFormat(PackageFormat):
     architecture is src.
 
     Clients that pin by the mirror list never fail while generations come and go, on any web server, with
-    signatures or without; those of a plain URL without signatures neither. With signatures a plain URL
+    signatures or without; nor do those of a plain URL without signatures. With signatures a plain URL
     can't be had without exceptions: repomd.xml and repomd.xml.asc are two requests, and no file in the
-    place of the second is right for the readers of two of the first. Several signatures in it aren't:
-    gpg, which dnf asks through gpgme, ends at the first that is wrong (mainproc.c, ``opt.batch && rc``),
-    and rpm's own library, which dnf asks in Fedora 39, EL 10 and later, takes a file with more than one
-    for damaged. What holds: dnf fetches both once more, at once, when they don't fit, but for the first
-    time that it sees the repository, when it needs that try for the keys. So it fails only where two
-    generations were published within one of its runs, and never uses what isn't signed."""
+    second one's place is right for who got the first before a publish and for who got it after. Several
+    signatures in it aren't: gpg, by which dnf verifies, ends at the first that is wrong (mainproc.c,
+    ``opt.batch && rc``), and newer ones take no file with several. What holds: where the two don't fit,
+    dnf fetches both again, at once, and once. So it fails, and uses nothing, where a publish came between
+    them both times. Where it hasn't the repository's keys yet one of the two tries goes to fetch them."""
 
     NAME: ClassVar[str] = "rpm"
     SUFFIX: ClassVar[str] = ".rpm"
@@ -134,10 +134,16 @@ class RpmFormat(PackageFormat):
             f"  <revision>{release.sequence}</revision>\n{data}</repomd>\n"
         ).encode()
 
-    def entries(self, release: Release, summary: bytes, signer: Signer | None) -> Mapping[str, bytes]:  # noqa: ARG002
+    def entries(self, release: Release, summary: bytes, signer: Signer | None) -> Mapping[str, bytes]:
+        """Signed by the first key alone: rpm's library, by which dnf verifies in Fedora 39, EL 10 and
+        later, takes no file with several signatures. While keys are changed that is the old one; when it
+        is gone, dnf looks into the file of the keys again."""
+        del release
         if signer is None:
             return {REPOMD: summary}
-        return {REPOMD: summary, _SIGNATURE: signer.detached(summary)}
+        signatures = plain(SIGNATURE, signer.detached(summary))
+        _, _, end = next(packets(signatures))
+        return {REPOMD: summary, _SIGNATURE: armoured(SIGNATURE, signatures[:end])}
 
     def signatures(self, release: Release) -> tuple[str, ...]:  # noqa: ARG002 - deb's
         return (_SIGNATURE,)

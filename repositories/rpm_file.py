@@ -178,26 +178,28 @@ def issuers(data: bytes) -> Iterator[str]:
     """The keys that made the signatures in OpenPGP packets (RFC 9580, 4.2, 5.2): of each its fingerprint
     or its long id. What can't be read names nobody."""
     try:
-        at = 0
-        while at < len(data):
-            kind, body, at = _packet(data, at)
+        for kind, body, _ in packets(data):
             if kind == 2 and (issuer := _issuer(body)):
                 yield issuer.hex().upper()
     except (IndexError, struct.error):
         return
 
 
-def _packet(data: bytes, at: int) -> tuple[int, bytes, int]:
-    """Its type, body, and where the next one begins."""
-    first = data[at]
-    if first & 0x40:
-        kind = first & 0x3F
-        length, at = _length(data, at + 1)
-    else:
-        kind, width = first >> 2 & 0x0F, 1 << (first & 3)
-        length = int.from_bytes(data[at + 1 : at + 1 + width]) if width < 8 else len(data)
-        at += 1 + width % 8
-    return kind, data[at : at + length], at + length
+def packets(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """The type and the body of each OpenPGP packet, and where the next one begins. IndexError,
+    struct.error: they can't be read."""
+    at = 0
+    while at < len(data):
+        first = data[at]
+        if first & 0x40:
+            kind = first & 0x3F
+            length, at = _length(data, at + 1)
+        else:
+            kind, width = first >> 2 & 0x0F, 1 << (first & 3)
+            length = int.from_bytes(data[at + 1 : at + 1 + width]) if width < 8 else len(data)
+            at += 1 + width % 8
+        body, at = data[at : at + length], at + length
+        yield kind, body, at
 
 
 def _length(data: bytes, at: int) -> tuple[int, int]:
