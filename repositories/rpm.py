@@ -7,26 +7,23 @@ is used, and nothing elsewhere. Debian 12's (0.17.3) reads no zstd, and is bound
 
 from __future__ import annotations
 
-import hashlib
 import os
-import posixpath
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from host.files import file_error
 from host.printable import one_line
-from inventory.errors import NotFound, Unfit
+from inventory.errors import Unfit
 from repositories.armour import SIGNATURE, armoured, plain
 from repositories.format import ClientSource, Found, IndexFile, PackageFormat, Release, Signer, Sum
 from repositories.package import Change, Package, Reading, place
-from repositories.rpm_file import RpmFile, packets, read_rpm
+from repositories.rpm_file import RpmFile, RpmHeader, packets, read_rpm
+from repositories.rpm_published import REPOMD, published
+from repositories.rpm_tags import TOLD, changelog, differing
 
-REPOMD = "repodata/repomd.xml"
 _SIGNATURE = f"{REPOMD}.asc"
 _COMMON = "http://linux.duke.edu/metadata/"
 _ROOTS = {
@@ -41,13 +38,15 @@ _LONGEST = 200
 # rpmbuild refuses more (build/parsePreamble.c), and files' names are made of these
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._+-]{{0,{_LONGEST}}}", re.A)
 _VERSION = re.compile(rf"[A-Za-z0-9._+~^]{{1,{_LONGEST}}}", re.A)
-_EPOCH = re.compile(r"[0-9]{1,10}", re.A)
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,30}", re.A)
 _SOURCE = re.compile(r"(.+)-[^-]+-[^-]+\.(?:no)?src\.rpm")
 
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_TEXT = 2**20
+"""Characters. libxml2 ends at ten million."""
+
 _RUN = re.compile(r"[0-9]+|[A-Za-z]+|~|\^", re.A)
 _END = (1, 0, "")
-_AUTHOR = re.compile(r"(?P<author>.*?>?)[ \t]*(?:-[ \t]*)?(?P<version>[A-Za-z0-9][\w.:~^+-]*)?", re.S)
 
 
 class RpmFormat(PackageFormat):
@@ -60,8 +59,9 @@ class RpmFormat(PackageFormat):
     second one's place is right for who got the first before a publish and for who got it after. Several
     signatures in it aren't: gpg, by which dnf verifies, ends at the first that is wrong (mainproc.c,
     ``opt.batch && rc``), and newer ones take no file with several. What holds: where the two don't fit,
-    dnf fetches both again, at once, and once. So it fails, and uses nothing, where a publish came between
-    them both times. Where it hasn't the repository's keys yet one of the two tries goes to fetch them."""
+    dnf fetches both again, at once, and once. So it fails, and uses nothing, only where a publish came
+    between them both times; where it hasn't the repository's keys yet, fetching these takes one of its
+    two tries."""
 
     NAME: ClassVar[str] = "rpm"
     SUFFIX: ClassVar[str] = ".rpm"
@@ -69,23 +69,24 @@ class RpmFormat(PackageFormat):
 
     def read(self, path: Path, file: str, sum_: Sum, component: str) -> Reading:  # noqa: ARG002 - deb's
         found = read_rpm(path, file)
+        name, version, architecture = _identity(found.header, file)
+        _check_texts(found.header, file)
         library = _createrepo_c()
         try:
             package = _described(library, found, place(sum_.sha256, file), sum_)
             texts = dict(zip(self.KINDS, library.xml_dump(package), strict=True))
-            _check_parsed(library, package, texts)
-        except library.CreaterepoCError as error:
+        except (library.CreaterepoCError, OSError) as error:
             raise Unfit(
-                f"{file} is no package that dnf would take: {one_line(str(error), _LONGEST)}",
-                remedy="rpm -qp --xml shows what it says of itself",
+                f"{file} is no package that dnf would take: {one_line(str(error), _LONGEST)}"
             ) from None
-        version = _version_of(package, file)
-        source = _SOURCE.fullmatch(package.rpm_sourcerpm or "")
+        if (package.name, package.arch) != (name, architecture):
+            raise Unfit(f"{file} is damaged: its header has two names or architectures")
+        source = _SOURCE.fullmatch(found.header.text(1044))
         return Reading(
-            name=package.name,
+            name=name,
             version=version,
-            architecture=package.arch,
-            source=source[1] if source else package.name,
+            architecture=architecture,
+            source=source[1] if source else name,
             texts=texts,
             signers=found.signers,
         )
@@ -162,51 +163,14 @@ class RpmFormat(PackageFormat):
         )
 
     def differing(self, one: Path, other: Path) -> tuple[str, ...]:
-        """What rpm calls tags, by their names, and the files' paths. How the payload is compressed, and
-        who signed, is no difference."""
-        ours, theirs = (read_rpm(path, path.name, whole=False) for path in (one, other))
-        fields, files = _fields(ours), _files(ours)
-        their_fields, their_files = _fields(theirs), _files(theirs)
-        return (
-            *sorted(n for n in fields.keys() | their_fields if fields.get(n) != their_fields.get(n)),
-            *sorted(n for n in files.keys() | their_files if files.get(n) != their_files.get(n)),
-        )
+        """How the payload is compressed, and who signed, is no difference."""
+        return differing(*(read_rpm(path, path.name, whole=False).header for path in (one, other)))
 
     def changelog(self, path: Path) -> tuple[Change, ...]:
-        header = read_rpm(path, path.name, whole=False).header
-        rows = zip(header.numbers(1080), header.texts(1081), header.texts(1082), strict=False)
-        return tuple(_change(when, author, text) for when, author, text in rows)
+        return changelog(read_rpm(path, path.name, whole=False).header)
 
     def published(self, top: Path) -> Iterator[Found]:
-        """By repomd.xml and the primary metadata that it names, which may be compressed by gzip, xz,
-        bzip2 or zstd. What their paths lead to is looked at as text alone: symbolic links in ``top`` are
-        the admin's."""
-        library = _createrepo_c()
-        summary = top / REPOMD
-        if not summary.is_file():
-            raise NotFound(f"{top} is no rpm repository: it has no {REPOMD}")
-        found: list[Found] = []
-        try:
-            records = {record.type: record for record in library.Repomd(str(summary)).records}
-            if (record := records.get("primary")) is None:
-                raise Unfit(f"{summary} names no primary metadata")
-            primary = top / _inside(record.location_href, record.location_base, summary)
-            _check_sum(primary, record.checksum_type, record.checksum)
-
-            def keep(package: Any) -> None:
-                file = _inside(package.location_href, package.location_base, primary)
-                known = package.pkgId if package.checksum_type == "sha256" else ""
-                found.append(Found(file, "", known, package.size_package))
-
-            library.xml_parse_primary(
-                str(primary), pkgcb=keep, warningcb=lambda _kind, _words: True, do_files=False
-            )
-        except library.CreaterepoCError as error:
-            raise Unfit(
-                f"the metadata of {top} are damaged: {one_line(str(error), _LONGEST)}",
-                remedy="fetch them again, or make them again with createrepo_c",
-            ) from None
-        yield from found
+        return published(top)
 
 
 @cache
@@ -243,40 +207,36 @@ def _described(library: Any, found: RpmFile, location: str, sum_: Sum) -> Any:
     return package
 
 
-def _check_parsed(library: Any, package: Any, texts: Mapping[str, str]) -> None:
-    """CreaterepoCError, Unfit: the metadata that would be written of the package can't be read again, as
-    where it has characters that XML has not, or texts longer than libxml2 takes. One such package would
-    break the whole repository for its clients."""
-    seen: list[Any] = []
-    for kind, text in texts.items():
-        parse = getattr(library, f"xml_parse_{kind}_snippet")
-        parse(text, pkgcb=seen.append, warningcb=lambda _kind, _words: True)
-    ids = {(p.pkgId, p.name, p.arch, p.epoch, p.version, p.release) for p in seen}
-    own = (
-        package.pkgId, package.name, package.arch, package.epoch, package.version, package.release
-    )  # fmt: skip
-    if len(seen) != len(texts) or ids != {own}:
-        raise Unfit(
-            f"{one_line(str(package.name), _LONGEST)}: what it says of itself can't be told in XML"
-        )
-
-
-def _version_of(package: Any, file: str) -> str:
-    """Unfit: it, or the name or architecture, is none."""
+def _identity(header: RpmHeader, file: str) -> tuple[str, str, str]:
+    """Name, version, architecture. Unfit: one is none."""
+    name, version, release = (header.text(tag) for tag in (1000, 1001, 1002))
+    # What has no source package is one (headerIsSource)
+    architecture = header.text(1022) if header.text(1044) else "src"
     for what, value, pattern in (
-        ("name", package.name, _NAME),
-        ("epoch", package.epoch or "0", _EPOCH),
-        ("version", package.version, _VERSION),
-        ("release", package.release, _VERSION),
-        ("architecture", package.arch, _ARCHITECTURE),
+        ("name", name, _NAME),
+        ("version", version, _VERSION),
+        ("release", release, _VERSION),
+        ("architecture", architecture, _ARCHITECTURE),
     ):
-        if not pattern.fullmatch(value or ""):
+        if not pattern.fullmatch(value):
             raise Unfit(
-                f"{file}: {one_line(repr(value or ''), 60)} is no {what} of a package",
+                f"{file}: {one_line(repr(value), 60)} is no {what} of a package",
                 remedy="build it with rpmbuild, which refuses such ones",
             )
-    epoch = int(package.epoch or 0)
-    return f"{f'{epoch}:' if epoch else ''}{package.version}-{package.release}"
+    epoch = next(iter(header.numbers(1003)), 0)
+    return name, f"{f'{epoch}:' if epoch else ''}{version}-{release}", architecture
+
+
+def _check_texts(header: RpmHeader, file: str) -> None:
+    """Unfit: what XML, or libxml2, doesn't take. One such package would break the whole repository for
+    its clients."""
+    for field, tags in TOLD.items():
+        for text in (text for tag in tags for text in header.texts(tag)):
+            if len(text) > _TEXT or (not text.isprintable() and _UNFIT.search(text)):
+                raise Unfit(
+                    f"{file}: dnf wouldn't take what it says of its {field}: "
+                    + (f"{len(text)} characters" if len(text) > _TEXT else one_line(text, 60))
+                )
 
 
 def _order(version: str) -> tuple[object, ...]:
@@ -299,116 +259,3 @@ def _rank(run: str) -> tuple[int, int, str]:
         number = run.lstrip("0")
         return 4, len(number), number
     return 3, 0, run
-
-
-def _inside(location: str | None, base: str | None, where: Path) -> str:
-    """A path below the repository's directory. Unfit: it leads elsewhere."""
-    path = posixpath.normpath(location or "")
-    if base or not location or path.startswith(("/", "..")) or not path.isprintable() or path == ".":
-        shown = one_line(f"{base or ''}{'/' if base else ''}{location or ''}", _LONGEST)
-        raise Unfit(f"{where} leads out of its repository: {shown!r}")
-    return path
-
-
-def _check_sum(path: Path, algorithm: str, expected: str) -> None:
-    name = "sha1" if algorithm == "sha" else algorithm
-    if name not in hashlib.algorithms_guaranteed or name.startswith("shake"):
-        raise Unfit(f"{path}: its sum is of a kind that isn't known: {one_line(str(algorithm), 40)}")
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False))
-    except FileNotFoundError:
-        raise Unfit(f"{path} isn't there, though repomd.xml names it", remedy=_AGAIN) from None
-    except OSError as error:
-        raise file_error(error, path, "read") from error
-    if found.hexdigest() != expected:
-        raise Unfit(f"{path} is damaged: its sum isn't that in repomd.xml", remedy=_AGAIN)
-
-
-_AGAIN = "fetch the metadata again, or make them again with createrepo_c"
-
-# -- what two packages differ in, by rpm's tags (rpmtag.h) --------------------------------------
-
-_FIELDS: Mapping[str, tuple[int, ...]] = {
-    "name": (1000,),
-    "version": (1001,),
-    "release": (1002,),
-    "epoch": (1003,),
-    "summary": (1004,),
-    "description": (1005,),
-    "build time": (1006,),
-    "build host": (1007, 1094),
-    "distribution": (1010, 1155),
-    "vendor": (1011,),
-    "license": (1014,),
-    "packager": (1015,),
-    "group": (1016,),
-    "url": (1020, 5012),
-    "os": (1021,),
-    "architecture": (1022,),
-    "source package": (1044, 1146),
-    "provides": (1047, 1112, 1113),
-    "requires": (1048, 1049, 1050),
-    "conflicts": (1053, 1054, 1055),
-    "obsoletes": (1090, 1114, 1115),
-    "recommends": (5046, 5047, 5048),
-    "suggests": (5049, 5050, 5051),
-    "supplements": (5052, 5053, 5054),
-    "enhances": (5055, 5056, 5057),
-    "changelog": (1080, 1081, 1082),
-    "script before installation": (1023, 1085, 5020),
-    "script after installation": (1024, 1086, 5021),
-    "script before removal": (1025, 1087, 5022),
-    "script after removal": (1026, 1088, 5023),
-    "script before the transaction": (1151, 1153, 5024),
-    "script after the transaction": (1152, 1154, 5025),
-    "script that verifies": (1079, 1091, 5026),
-    "triggers": (1065, 1066, 1067, 1068, 1069, 1092, 5027),
-    "files' times": (1034,),
-    "flags of the compiler": (1122,),
-    "translations": (100,),
-}
-_NAMES = {tag: name for name, tags in _FIELDS.items() for tag in tags}
-_OF_FILES = (1030, 1033, 1035, 1036, 1037, 1039, 1040, 1045, 5008, 1028, 5010)
-"""Modes, device numbers, digests, targets of links, flags, owners, groups, what is verified, sizes,
-capabilities: a value for each file."""
-_PACKING = frozenset((
-    *(61, 62, 63, 1009, 1046, 1064, 1124, 1125, 1126, 1132, 5009, 5092, 5093, 5097),  # how it is packed
-    *(1027, 1029, 1095, 1096, 1097, 1098, 1116, 1117, 1118, 5011),  # what files are called, and inodes
-    *range(1140, 1146),  # what files are, by their contents
-    *_OF_FILES,
-))  # fmt: skip
-
-
-def _fields(package: RpmFile) -> Mapping[str, object]:
-    header = package.header
-    found: dict[str, list[object]] = {}
-    for tag in sorted(header.entries.keys() - _PACKING):
-        found.setdefault(_NAMES.get(tag, f"tag {tag}"), []).append((tag, header.value(tag)))
-    return found
-
-
-def _files(package: RpmFile) -> Mapping[str, object]:
-    header = package.header
-    names = header.texts(1027)  # whole paths: source packages', and those of before rpm 4
-    if not names:
-        directories = header.texts(1118)
-        rows = zip(header.numbers(1116), header.texts(1117), strict=False)
-        names = tuple(f"{directories[at]}{base}" for at, base in rows if at < len(directories))
-    facts = [header.value(tag) for tag in _OF_FILES if tag in header.entries]
-    return {
-        one_line(name, _LONGEST): [fact[at] if at < len(fact) else None for fact in facts]
-        for at, name in enumerate(names)
-    }
-
-
-def _change(when: int, author: str, text: str) -> Change:
-    match = _AUTHOR.fullmatch(author.strip())
-    assert match  # it takes anything
-    with_version = match["version"] and match["author"]
-    return Change(
-        version=match["version"] if with_version else "",
-        author=(match["author"] if with_version else author).strip().rstrip("-").rstrip(),
-        when=datetime.fromtimestamp(when, UTC),
-        lines=tuple(text.splitlines()),
-    )

@@ -20,7 +20,8 @@ _LEAD = bytes.fromhex("edabeedb")
 _LEAD_SIZE = 96
 _HEADER = bytes.fromhex("8eade801")
 _ENTRIES = 0xFFFF
-_BYTES = 64 * 1024 * 1024
+_BLOCK = 2**20
+_BYTES = 64 * 2**20
 """Of a header. rpm takes 256 MiB; the largest that distributions have are a tenth of this."""
 _WIDTHS = {0: 0, 1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 1, 9: 1}
 """By type, the least that one value takes: null, char, numbers of 8 to 64 bits, text, bytes, two kinds
@@ -122,31 +123,33 @@ def _read(file: BufferedReader, name: str, *, whole: bool) -> RpmFile:
     said = signature.numbers(_LONG_SIZE) or signature.numbers(_SIZE)
     if said and said[0] != total - start:
         raise _damaged(name, f"it has {total} bytes, and says that it has {start + said[0]}")
-    for tag, algorithm in ((_SHA256, "sha256"), (_SHA1, "sha1")):
-        if digest := signature.text(tag):
-            if hashlib.new(algorithm, header.blob, usedforsecurity=False).hexdigest() != digest:
-                raise _damaged(name, "its header's digest is another")
-            break
-    else:
+    digests = [("sha256", signature.text(_SHA256)), ("sha1", signature.text(_SHA1))]
+    if not any(digest for _, digest in digests):
         raise _damaged(name, "it has no digest of its header")
+    for algorithm, digest in digests:
+        if digest and hashlib.new(algorithm, header.blob, usedforsecurity=False).hexdigest() != digest:
+            raise _damaged(name, "its header's digest is another")
     if whole:
         _check_payload(file, name, signature, header)
     return RpmFile(lead + signature.blob + padding + header.blob, signature, header)
 
 
 def _check_payload(file: BufferedReader, name: str, signature: RpmHeader, header: RpmHeader) -> None:
+    """By all digests that it has, as rpm does when it installs."""
+    checks = []
     if digest := header.text(_PAYLOAD):
         number = next(iter(header.numbers(_PAYLOAD_ALGORITHM)), 0)
-        algorithm = _ALGORITHMS.get(number, "")
-        if not algorithm:
+        if number not in _ALGORITHMS:
             raise Unfit(f"{name}: its payload's digest is of a kind that isn't known: {number}")
-        found = hashlib.new(algorithm, usedforsecurity=False)
-    elif digest := signature.data(_MD5).hex():  # of header and payload; before rpm 4.14
-        found = hashlib.md5(header.blob, usedforsecurity=False)
-    else:
+        checks.append((hashlib.new(_ALGORITHMS[number], usedforsecurity=False), digest))
+    if digest := signature.data(_MD5).hex():  # of header and payload; all that there is before rpm 4.14
+        checks.append((hashlib.md5(header.blob, usedforsecurity=False), digest))
+    if not checks:
         raise _damaged(name, "it has no digest of its payload")
-    hashlib.file_digest(file, lambda: found)
-    if found.hexdigest() != digest:
+    while block := file.read(_BLOCK):
+        for found, _ in checks:
+            found.update(block)
+    if any(found.hexdigest() != digest for found, digest in checks):
         raise _damaged(name, "its payload's digest is another")
 
 
