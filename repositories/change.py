@@ -397,9 +397,9 @@ class Change:
 
 
 class _Tree:
-    """A tree of metadata being made, for all to read. ``date``: the time of its signed files. Clients ask
-    by that, in whole seconds, whether there is something newer; of two that were made within one second,
-    they would never fetch the second."""
+    """A tree of metadata being made, for all to read. ``date``: the time of its signed files. Clients
+    ask by that, in whole seconds, whether there is something newer; of two that were made within one
+    second, they would never fetch the second."""
 
     def __init__(self, path: Path, date: datetime) -> None:
         self.path = path
