@@ -17,9 +17,12 @@ from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their 
     repo_log,
     repo_pages,
     repo_promote,
+    repo_queue,
     repo_remove,
     repo_rollback,
+    repo_serve,
     repo_show,
+    repo_sync,
     repo_why,
 )
 from cli.run import TaskResult, TaskRun

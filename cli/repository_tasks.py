@@ -292,6 +292,93 @@ def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -
         return repository_views.origins(repository, found, records, first)
 
 
+@command(
+    {
+        "to": "[USER@]HOST:[PORT:]/DIRECTORY, reached by ssh; with --objects a directory here.",
+        "objects": "Plain files without links, as an object store has them.",
+        "remove": "What is gone here goes there, too.",
+        "repo": _REPO,
+    },
+    does=("repo-sync",),
+)
+def repo_sync(
+    run: TaskRun, to: str = "", objects: bool = False, remove: bool = False, repo: str = ""
+) -> TaskResult:
+    """Bring a mirror of a repository to its present state."""
+    target = options.needed("--to", to, "HOST:/DIRECTORY, or with --objects a directory")
+    run.resume = "the mirror is whole; type the same again: it goes on from what is there"
+    with _opened(run, repo) as (site, repository):
+        done = run.perform(
+            site, "repo-sync", repo=repository.name, to=target, objects=objects, remove=remove
+        )
+        return views.outcome(done)
+
+
+@command(
+    {
+        "address": "The address to listen on; :: and 0.0.0.0 are all.",
+        "port": "The port.",
+        "certificate": "TLS: the certificate's file, with its chain.",
+        "key": "TLS: the private key's file; absent: it is in the certificate's.",
+        "access_log": "Tell each request on stderr.",
+        "repo": _REPO,
+    }
+)
+def repo_serve(
+    run: TaskRun, address: str = "127.0.0.1", port: str = "8080", certificate: str = "", key: str = "",
+    access_log: bool = False, repo: str = "",
+) -> TaskResult:  # fmt: skip
+    """Serve a repository over HTTP, until Ctrl-C."""
+    from repositories.serve import serve
+
+    number = options.count("--port", port)
+    run.resume = "it is served no more"
+    with _opened(run, repo) as (_, repository):
+        top, say = repository.layout.top, run.screen.say
+        if not repository.exists:
+            raise NotFound(f"there is nothing in repository {repository.name} yet")
+    serve(
+        top, address=address, port=number, certificate=_file(certificate), key=_file(key), say=say,
+        access=say if access_log else None,
+    )  # fmt: skip
+    return TaskResult({"served": str(top)}, "")
+
+
+@command(
+    {
+        "watch": "Go on until Ctrl-C: at once when something arrives, and every --every.",
+        "every": "With --watch: how often to look for what is due, such as 5m.",
+        "repo": _REPO,
+    },
+    does=("repo-add", "repo-promote"),
+)
+def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str = "") -> TaskResult:
+    """Take what was uploaded, and promote what is due."""
+    from inventory.sizes import parse_duration
+    from provision.repository_queue import Queue, QueueEvent
+
+    try:
+        seconds = parse_duration(every)
+    except ValueError as error:
+        raise UsageError(f"--every: {error}", remedy="--every 5m") from None
+    run.resume = "what was not taken is there the next time"
+    told: list[QueueEvent] = []
+    with _opened(run, repo) as (site, repository):
+
+        def act(name: str, **request: object) -> object:
+            return run.perform(site, name, **request)
+
+        with Queue(site, repository, act) as queue:
+            while True:
+                for event in queue.turn(lambda: _tested(site, repository)):
+                    told.append(event)
+                    run.screen.say(repository_views.queue_event(event))
+                if not watch:
+                    return repository_views.queued(told)
+                del told[:-100]
+                queue.wait(seconds)
+
+
 @command({"repo": _REPO}, plans=False)
 def repo_pages(run: TaskRun, repo: str = "") -> TaskResult:
     """Write a page for the repository and each generation, beside the packages."""
@@ -301,6 +388,23 @@ def repo_pages(run: TaskRun, repo: str = "") -> TaskResult:
         repository.make()
         made, index = write_pages(repository), repository.layout.index_page
         return TaskResult({"repository": repository.name, "page": str(index), "made": made}, str(index))
+
+
+def _file(word: str) -> Path | None:
+    return Path(word).expanduser().absolute() if word else None
+
+
+def _tested(site: Site, repository: Repository) -> Mapping[int, str]:
+    """Builds that passed, by the generation that they used."""
+    from builds.record import all_records
+
+    return {
+        used.generation: record.id
+        for record in all_records(site.paths)[0]
+        if record.result == "passed" and not record.partial
+        for used in record.repositories
+        if used.repository == repository.name
+    }
 
 
 def _now() -> datetime:

@@ -12,6 +12,7 @@ from inventory.sizes import rounded
 
 if TYPE_CHECKING:
     from builds.record import BuildRecord
+    from provision.repository_queue import QueueEvent
     from repositories.check import Report
     from repositories.difference import Difference
     from repositories.generation import Generation
@@ -179,6 +180,19 @@ def origins(
             }
         )
     return TaskResult({"repository": repository.name, "packages": data}, "\n".join(lines))
+
+
+def queue_event(event: QueueEvent) -> str:
+    return f"{event.channel}: {event.name} {event.what}: {event.text}"
+
+
+def queued(events: Sequence[QueueEvent]) -> TaskResult:
+    """What a turn of a queue did; each line was told already."""
+    rejected = [event for event in events if event.what == "rejected"]
+    data = [{"what": e.what, "channel": e.channel, "name": e.name, "text": e.text} for e in events]
+    text = "" if events else "nothing is there, and nothing is due"
+    problem = f"{len(rejected)} rejected" if rejected else ""
+    return TaskResult({"events": data}, text, ok=not rejected, problem=problem)
 
 
 def _of(repository: Repository, one: Generation) -> str:

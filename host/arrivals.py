@@ -29,7 +29,7 @@ class Arrivals:
         self.closed: set[str] = set()
         self._directory = directory
         libc = ctypes.CDLL(None, use_errno=True)
-        self._handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._handle: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         mask = _CLOSE_WRITE | _MOVED_TO | _CREATE | _DELETE_SELF | _MOVE_SELF | _ONLYDIR
         if self._handle < 0 or libc.inotify_add_watch(self._handle, os.fsencode(directory), mask) < 0:
             code = ctypes.get_errno()
@@ -48,6 +48,10 @@ class Arrivals:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+    def fileno(self) -> int:
+        """For poll(2): it can be read when something has arrived."""
+        return self._handle
 
     def wait(self, timeout: float) -> bool:
         """Until something has arrived, at most so many seconds. Returns whether it has. WrongState: the

@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 from inventory import kinds
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
-from inventory.repositories import PackageRepository, RepositoryKey  # noqa: F401 - a section too
+from inventory.repositories import (  # noqa: F401 - sections too
+    PackageRepository,
+    PromotionRule,
+    RepositoryKey,
+)
 from inventory.sizes import format_size
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from inventory.base import Model, at_key, quote
 
 if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evaluated
-    from inventory.fields import Bool, ConfigPath, Count, FilePath, Labels, LeaseTime, Line, Names
+    from inventory.fields import Bool, ConfigPath, Count, FilePath, Label, Labels, LeaseTime, Line, Names
 
 _ADDRESS = re.compile(r"https?://[!-~]+")
 _FINGERPRINT = re.compile(r"[0-9A-F]{40}")
@@ -36,6 +36,29 @@ class RepositoryKey(Model):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromotionRule(Model):
+    """When a channel gets what another has, by itself: the newest generation that the rule fits.
+    `repo-queue` follows the rules."""
+
+    KEYS: ClassVar = {"source": "from"}
+
+    source: Label
+    """The channel that it comes from."""
+    to: Label
+    """The channel that gets it."""
+    after: LeaseTime | None = None
+    """How long it must have been in the other channel."""
+    tested: Bool = False
+    """Whether a build must have passed that used exactly this generation (a step `use`)."""
+
+    def __post_init__(self) -> None:
+        if self.after is None and not self.tested:
+            raise at_key("", "a rule says 'after', 'tested', or both", "after", "tested")
+        if self.source == self.to:
+            raise at_key("to", "a channel has its own packages already", "from")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackageRepository(Model):
     """A repository of packages, with channels that each point to one of its generations."""
 
@@ -58,6 +81,14 @@ class PackageRepository(Model):
     change from one to the other."""
     signed_packages: Bool = False
     """rpm only: packages that are not signed themselves are refused."""
+    incoming: ConfigPath | None = None
+    """A directory with a directory for each channel that takes uploads, such as `experimental/`: what is
+    complete there goes in, what is refused to `rejected/` (`repo-queue`)."""
+    uploaders: FilePath | None = None
+    """Public keys of those who may upload (`gpg --export`): then each upload has a `.changes` file that
+    one of them signed. deb only. Absent: whoever may write there."""
+    promotions: tuple[PromotionRule, ...] = ()
+    """What moves between channels by itself."""
     versions: Count | None = None
     """How many versions of a package a new generation lists; absent: all that were added."""
     keep: Count = 10
@@ -76,6 +107,16 @@ class PackageRepository(Model):
             raise at_key("architectures", "'architectures' are for deb", "format")
         if self.format == "deb" and self.signed_packages:
             raise at_key("signed_packages", "deb packages are not signed: their metadata are", "format")
+        if any(channel.isdigit() for channel in self.channels):
+            raise at_key("channels", "a number is a generation's name, not a channel's")
+        if self.format == "rpm" and self.uploaders:
+            raise at_key("uploaders", "'uploaders' sign .changes files, which rpm has none of", "format")
+        if self.uploaders and not self.incoming:
+            raise at_key("uploaders", "'uploaders' are for 'incoming'", "incoming")
+        for rule in self.promotions:
+            for channel in (rule.source, rule.to):
+                if channel not in self.channels:
+                    raise at_key("promotions", f"no channel is called {quote(channel)}", "channels")
         if not self.channels:
             raise at_key("channels", "a repository has a channel at least")
         if len(self.signing) > 2:

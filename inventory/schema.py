@@ -47,6 +47,7 @@ _SECTIONS = (
     ("StepLimits", "cycle.steps[].limits"),
     ("PackageRepository", "repositories.NAME"),
     ("RepositoryKey", "repositories.NAME.signing[]"),
+    ("PromotionRule", "repositories.NAME.promotions[]"),
 )
 _INTRODUCTION = """\
 # Farm files

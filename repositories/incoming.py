@@ -149,6 +149,10 @@ class Incoming:
             os.close(self._handle)
             self._handle = -1
 
+    def fileno(self) -> int:
+        """For poll(2), as that of ``Arrivals``."""
+        return self._arrivals.fileno()
+
     def wait(self, timeout: float) -> bool:
         """Until something has arrived, at most so many seconds. Returns whether it has."""
         return self._arrivals.wait(timeout)

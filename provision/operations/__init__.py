@@ -18,6 +18,7 @@ OPERATIONS = {
     "repo-promote": "provision.operations.repositories:RepoPromote",
     "repo-remove": "provision.operations.repositories:RepoRemove",
     "repo-rollback": "provision.operations.repositories:RepoRollback",
+    "repo-sync": "provision.operations.repository_sync:RepoSync",
     "reset": "provision.operations.reset:Reset",
     "start": "provision.power:Start",
     "stop": "provision.power:Stop",

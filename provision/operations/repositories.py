@@ -161,7 +161,8 @@ class RepoPublishing(Operation[Published]):
 @dataclass(frozen=True, slots=True)
 class RepoAdd(RepoPublishing):
     """Add packages' files to a channel. ``paths``: files, or directories, whose packages are taken.
-    ``build``: the record of the build that they came from.
+    ``build``: the record of the build that they came from. ``sums``: the sha256 that each of these files
+    must have; without any, nobody knows.
 
     Errors: NotFound, Unfit (damaged packages, all of them named), Conflict (another file under an
     identity that is there), UsageError, NoSpace."""
@@ -174,8 +175,10 @@ class RepoAdd(RepoPublishing):
     component: str = ""
     build: str = ""
     note: str = ""
+    sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        assert not self.sums or len(self.sums) == len(self.paths)
         if not self.paths:
             raise UsageError(
                 "nothing to add", remedy="name files or directories: --path hello_1_amd64.deb"
@@ -184,8 +187,12 @@ class RepoAdd(RepoPublishing):
     def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
         components = repository.settings.components
         component = self.component or (components[0] if components else "")
-        files = _files(self.paths, repository.format.SUFFIX)
-        return self.take(run, repository, staging, [(path, component, "") for path in files], self.build)
+        if self.sums:
+            files = [(path, component, sum_) for path, sum_ in zip(self.paths, self.sums, strict=True)]
+        else:
+            found = _files(self.paths, repository.format.SUFFIX)
+            files = [(path, component, "") for path in found]
+        return self.take(run, repository, staging, files, self.build)
 
 
 @dataclass(frozen=True, slots=True)

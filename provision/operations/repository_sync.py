@@ -1,0 +1,66 @@
+"""repo-sync: a package repository on another host, or as plain files for an object store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from inventory.sizes import rounded
+from provision.engine.operation import Operation
+from provision.engine.plan import Plan, alone, job
+from provision.engine.run import Run
+from provision.package_repositories import opened
+from repositories.objects import lay_out_objects
+from repositories.repository import Repository
+from repositories.sync import SyncTarget, sync
+
+
+@dataclass(frozen=True, slots=True)
+class RepositorySynced:
+    """``files``: how many were sent, or written; ``bytes``: of those sent. ``removed``: how many went
+    there."""
+
+    repository: str
+    to: str
+    files: int = 0
+    bytes: int = 0
+    removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RepoSync(Operation[RepositorySynced]):
+    """Bring a mirror to the repository's present state. ``to``: [USER@]HOST:[PORT:]/DIRECTORY by ssh, or
+    with ``objects`` a directory here, laid out without links as object stores have it. ``remove``: what
+    is gone here goes there, too. There is nothing to recover: what was cut off leaves the mirror whole,
+    and the next one goes on."""
+
+    name = "repo-sync"
+    repo: str
+    to: str
+    objects: bool = False
+    remove: bool = False
+
+    def plan(self, run: Run) -> Plan[RepositorySynced]:
+        repository = opened(run.site.farm, self.repo)
+        done = [RepositorySynced(repository.name, self.to)]
+        target = None if self.objects else SyncTarget.parse(self.to)
+        text = f"{repository.name} to {target or Path(self.to).absolute()}"
+        work = partial(self._sync, run, repository, target, done)
+        return Plan([alone(job("sync", "", text, work))], lambda: done[-1])
+
+    def _sync(
+        self, run: Run, repository: Repository, target: SyncTarget | None, done: list[RepositorySynced]
+    ) -> None:
+        say = run.site.reporter.say
+        if target is None:
+            laid_out = lay_out_objects(repository, Path(self.to).expanduser().absolute())
+            done.append(
+                RepositorySynced(repository.name, self.to, laid_out.written, 0, laid_out.removed)
+            )
+            say(f"{laid_out.files} files, {laid_out.written} of them new, {laid_out.removed} removed")
+            return
+        sent = sync(repository, target, run.site.runner, say, remove=self.remove)
+        done.append(RepositorySynced(repository.name, self.to, sent.files, sent.bytes, sent.removed))
+        channels = ", ".join(f"{name} is generation {number}" for name, number in sent.channels.items())
+        say(f"{sent.files} files, {rounded(sent.bytes)} sent; there {channels}")
