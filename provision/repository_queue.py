@@ -91,7 +91,8 @@ class Queue:
         number."""
         for channel, incoming in self._directories.items():
             for upload in incoming.complete():
-                yield self._take(channel, incoming, upload)
+                if event := self._take(channel, incoming, upload):
+                    yield event
                 yield from self._told()
             yield from self._told()
         for rule in self._section.promotions:
@@ -101,7 +102,8 @@ class Queue:
         """Until something arrives, or so many seconds are over."""
         select.select(list(self._directories.values()), (), (), seconds)
 
-    def _take(self, channel: str, incoming: Incoming, upload: Upload) -> QueueEvent:
+    def _take(self, channel: str, incoming: Incoming, upload: Upload) -> QueueEvent | None:
+        """None: it was rejected, which is told by itself."""
         suffix = self._repository.format.SUFFIX
         packages = [file for file in upload.files if file.name.endswith(suffix)]
         who = f", signed by {upload.signers[0]}" if upload.signers else ""
@@ -114,8 +116,8 @@ class Queue:
                 note=f"upload {upload.name}{who}",
             )  # fmt: skip
         except _REFUSALS as error:
-            rejection = incoming.reject(upload, error.message)
-            return QueueEvent("rejected", channel, upload.name, rejection.reason)
+            incoming.reject(upload, error.message)
+            return None
         incoming.taken(upload)
         return QueueEvent("added", channel, upload.name, f"{len(packages)} of its files are packages")
 

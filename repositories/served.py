@@ -34,10 +34,10 @@ class ServedFile:
 
 
 def open_served(top: int, path: Sequence[str]) -> ServedFile:
-    """Open a file by its path's components. ``top``: a descriptor of the repository's directory. Each
-    link is read once: so it is the file that one state of the repository has. FileNotFoundError: there
-    is none that is served; PermissionError; OSError."""
-    parts, pointed = tuple(path), 0.0
+    """Open a file by its path's components; by none, the page for people. ``top``: a descriptor of the
+    repository's directory. Each link is read once: so it is the file that one state of the repository
+    has. FileNotFoundError: there is none that is served; PermissionError; OSError."""
+    parts, pointed = tuple(path) if any(path) else ("index.html",), 0.0
     for _ in range(_MOST_LINKS):
         step = _descend(top, parts)
         if isinstance(step, _Onward):
@@ -56,7 +56,7 @@ def open_served(top: int, path: Sequence[str]) -> ServedFile:
             size=found.st_size,
             modified=max(found.st_mtime, pointed),
             tag=content[1] if content else f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}",
-            lasting=content is not None or path[0] == "generations",
+            lasting=content is not None or parts[0] == "generations",
         )
     raise _none()
 

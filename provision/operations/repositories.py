@@ -93,6 +93,8 @@ class RepoPublishing(Operation[Published]):
                 continue
             taken.append(item)
             lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
+        if len(files) == len(refused) == 1:
+            raise refused[0]
         if refused:
             raise Unfit(
                 f"{len(refused)} of {len(files)} packages are not taken: "
