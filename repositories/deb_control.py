@@ -21,12 +21,12 @@ _ARCHITECTURE = re.compile(r"(?!any\b|source$)(?!.*-any$)[a-z0-9][a-z0-9-]{0,63}
 _VERSION = re.compile(
     r"(?=.{1,200}$)(?:[0-9]{1,9}:)?[0-9](?:[0-9A-Za-z.+~-]*-[0-9A-Za-z.+~]+|[0-9A-Za-z.+~]*)"
 )
-_SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9+.-]{0,199})(?: *\([^()\s]+\))?")
+_SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,199}(?: *\([^()\s]+\))?")
 _RELATION = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9+._-]*(?::[a-z0-9][a-z0-9-]*)?"
     # apt fails on a line's end in (=1), not in (= 1), and on a new line after (
     r"(?:\s*\([ \t]*(?:(?:<<|<=|>=|>>)\s*|[=<>](?:\s+|(?=[^)]{2})))"
-    r"(?:[0-9]{1,9}:)?[0-9A-Za-z.+~:-]+\s*\))?",
+    r"(?:[0-9]{1,9}:)?[0-9A-Za-z.+~-]*[0-9A-Za-z.+~]\s*\))?",
     re.ASCII,
 )
 _ALTERNATIVES = ("pre-depends", "depends", "recommends", "suggests", "enhances")
@@ -37,10 +37,10 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "protected": ("yes", "no"),
 }
 _BLANKS = " \t\n"
-_OF_THE_INDEX = frozenset(
-    ("filename", "size", "md5sum", "sha1", "sha256", "sha512", "status", "config-version", "conffiles")
-)
-"""Fields that are the archive's to say, or the client's own; a package's own are left out."""
+_OF_THE_INDEX = frozenset(("filename", "size", "md5sum", "sha1", "sha256", "sha512"))
+"""Fields that are the archive's to say; a package's own are left out."""
+_OF_THE_CLIENT = ("Status", "Config-Version", "Conffiles", "Triggers-Pending", "Triggers-Awaited")
+"""Fields that only what is installed has; dpkg refuses packages with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Control:
 
     @property
     def source(self) -> str:
-        return self.fields.get("source", self.name).partition(" ")[0]
+        return (self.fields.get("source") or self.name).partition(" ")[0].partition("(")[0]
 
 
 def control_of(data: bytes) -> Control:
@@ -121,11 +121,14 @@ def _check(fields: Mapping[str, str]) -> None:
             raise Damaged(f"its control file has no field {name}")
         if not pattern.fullmatch(value):
             raise Damaged(f"{_said(name, value)}, which Debian's policy doesn't allow")
-    if "source" in fields and not _SOURCE.fullmatch(fields["source"]):
+    if fields.get("source") and not _SOURCE.fullmatch(fields["source"]):
         raise Damaged(f"{_said('Source', fields['source'])}, which Debian's policy doesn't allow")
     for name, words in _WORDS.items():
-        if name in fields and fields[name] not in words:
+        if fields.get(name, "") not in ("", *words):
             raise Damaged(f"{_said(name.title(), fields[name])}, which is none of {', '.join(words)}")
+    for name in _OF_THE_CLIENT:
+        if name.lower() in fields:
+            raise Damaged(f"its control file has the field {name}, which only an installed package has")
     if fields["architecture"] == "all" and fields.get("multi-arch") == "same":
         raise Damaged("its Multi-Arch is same, which one for all architectures can't be")
     for name in _RELATIONS:

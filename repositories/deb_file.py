@@ -5,22 +5,23 @@ What dpkg doesn't unpack is refused here, too: sparse files, pax headers, names 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from host.printable import one_line
-from repositories.packed import DECOMPRESSORS, ENDS, Damaged, Forward, pieces, unpacked
+from repositories.packed import ENDS, Damaged, ExactReader, pieces, unpacked
 
 _AR = b"!<arch>\n"
 _MEMBERS = 32
 _CONTROL = 64 * 1024 * 1024
-"""Most bytes of control.tar: checksums of a million files."""
-_FIELDS = 1024 * 1024
+_MOST = {"control": 1024 * 1024, "md5sums": 16 * 1024 * 1024}
+"""Bytes of control.tar, and of files in it: 16 MiB are the check sums of 200,000 files."""
 _LEAST_DATA, _RATIO = 1024**3, 200
 """data.tar may grow to 1 GiB, or to so many times its packed size, where people's hardly reach 20."""
 _LONG_NAME = 4096  # PATH_MAX
@@ -71,9 +72,8 @@ class DebFile:
             raise Damaged("it is a package of another format than 2.0")
         # deb(5): more members may be put between, if their names begin with _, and at the end
         known = [member for member in self.members[1:] if not member.name.startswith("_")]
-        self._control, self._data = (
-            _the(known, at, stem) for at, stem in enumerate(("control.tar", "data.tar"))
-        )
+        self._control = _the(known, 0, "control.tar", ("", ".gz", ".xz", ".zst"))
+        self._data = _the(known, 1, "data.tar", ENDS)
 
     def control(self) -> Iterator[TarMember]:
         """What dpkg reads: control, md5sums, postinst and so on."""
@@ -118,7 +118,7 @@ class DebFile:
             if member.name in found and member.header.type in _REGULAR:
                 if found[member.name]:
                     raise Damaged(f"control.tar has two files {member.name}")
-                found[member.name] = member.read(_FIELDS if member.name == "control" else _CONTROL)
+                found[member.name] = member.read(_MOST[member.name])
                 if not whole and member.name == "control":
                     break
         if not found["control"]:
@@ -135,7 +135,7 @@ class DebFile:
         self._file.seek(member.start)
         end = member.name[member.name.index(".tar") + 4 :]
         try:
-            yield from _tar_members(Forward(unpacked(pieces(self._file, member.size), end, most)))
+            yield from _tar_members(ExactReader(unpacked(pieces(self._file, member.size), end, most)))
         except Damaged as error:
             raise Damaged(f"{member.name}: {error}") from None
 
@@ -177,18 +177,18 @@ def _ar_members(file: BinaryIO, size: int) -> Iterator[ArMember]:
     raise Damaged(f"it has more than {_MEMBERS} members")
 
 
-def _the(members: list[ArMember], at: int, stem: str) -> ArMember:
+def _the(members: list[ArMember], at: int, stem: str, ends: Sequence[str]) -> ArMember:
+    """``ends``: of what dpkg unpacks."""
     found = members[at] if at < len(members) else None
-    if found is None or found.name not in {stem + end for end in ENDS}:
-        ends = ", ".join(DECOMPRESSORS)
-        has = f"there is {found.name}" if found else "there is none"
-        raise Damaged(f"where {stem} should be ({ends} or plain), {has}")
+    if found is None or found.name not in {stem + end for end in ends}:
+        has = found.name if found else "nothing"
+        raise Damaged(f"there is {has} where {', '.join(stem + end for end in ends)} should be")
     if [member.name.startswith(stem) for member in members].count(True) > 1:
         raise Damaged(f"it has {stem} twice")
     return found
 
 
-def _tar_members(source: Forward) -> Iterator[TarMember]:
+def _tar_members(source: ExactReader) -> Iterator[TarMember]:
     long_name = long_link = ""
     while not source.ended():
         block = source.read(512)
@@ -226,7 +226,7 @@ def _tar_members(source: Forward) -> Iterator[TarMember]:
     source.drain()
 
 
-def _padded(source: Forward, size: int) -> bytes:
+def _padded(source: ExactReader, size: int) -> bytes:
     data = source.read(size)
     source.read(-size % 512)
     return data
@@ -234,9 +234,9 @@ def _padded(source: Forward, size: int) -> bytes:
 
 def _listed(md5sums: bytes) -> Iterator[tuple[str, str]]:
     """Of each file in it, its name and its MD5 sum."""
-    for number, line in enumerate(md5sums.split(b"\n"), 1):
-        if line:
-            match = _SUM.fullmatch(line)
+    for number, line in enumerate(io.BytesIO(md5sums), 1):
+        if line != b"\n":
+            match = _SUM.fullmatch(line.removesuffix(b"\n"))
             if not match:
                 raise Damaged(f"md5sums, line {number}: it is no checksum with a name")
             yield match[2].decode("utf-8", "surrogateescape"), match[1].decode("ascii")

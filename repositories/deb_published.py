@@ -27,7 +27,13 @@ _Sums = Mapping[str, tuple[str, int]]
 def published(top: Path) -> Iterator[Found]:
     """See ``PackageFormat.published``. Signatures aren't looked at; sums that Release has of the indexes
     are, where they are of SHA-256."""
-    real = top.resolve()
+    try:
+        yield from _published(top, top.resolve())
+    except OSError as error:
+        raise file_error(error, Path(error.filename or top), "read") from error
+
+
+def _published(top: Path, real: Path) -> Iterator[Found]:
     indexes = list(_indexes(real))
     if not indexes:
         raise NotFound(
@@ -52,8 +58,8 @@ def _indexes(top: Path) -> Iterator[tuple[Path, str, Path]]:
 def _below(
     top: Path, directory: Path, release: Path | None, deep: int, seen: set[Path]
 ) -> Iterator[tuple[Path, str, Path]]:
-    real = directory.resolve()
-    if real in seen or not deep or not real.is_dir() or not real.is_relative_to(top):
+    real = _real(directory)
+    if not deep or not real or real in seen or not real.is_relative_to(top) or not real.is_dir():
         return
     seen.add(real)
     if _release_file(directory):  # each architecture may have a small one of its own, without sums
@@ -65,11 +71,7 @@ def _below(
         return
     if directory.name in ("by-hash", "source", "i18n"):
         return
-    try:
-        names = sorted(directory.iterdir())
-    except OSError as error:
-        raise file_error(error, directory, "read") from error
-    for path in names:
+    for path in sorted(directory.iterdir()):
         yield from _below(top, path, release, deep - 1, seen)
 
 
@@ -129,15 +131,20 @@ def _found(top: Path, index: Path, component: str, stanza: bytes) -> Found:
 
 def _within(top: Path, path: Path) -> None:
     """Unfit: links lead out of it."""
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError):  # a link to itself
-        real = Path("/")
-    if not real.is_relative_to(top):
+    real = _real(path)
+    if not real or not real.is_relative_to(top):
         raise Unfit(
             f"{path}: a link leads out of the repository",
             remedy="copy it whole, links followed: rsync -L, cp -rL",
         )
+
+
+def _real(path: Path) -> Path | None:
+    """Where links lead; None: to themselves."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        return None
 
 
 def _read(top: Path, path: Path, most: int, end: str = "") -> bytes:
@@ -148,8 +155,6 @@ def _read(top: Path, path: Path, most: int, end: str = "") -> bytes:
             return b"".join(unpacked(packed, end, most))
     except Damaged as error:
         raise _unfit(path, str(error)) from None
-    except OSError as error:
-        raise file_error(error, path, "read") from error
 
 
 def _sums(top: Path, directory: Path) -> _Sums:

@@ -119,7 +119,7 @@ def _streams(packed: Iterator[bytes], make: Callable[[], _Decompressor]) -> Iter
         data = stream.unused_data or next(packed, b"")
 
 
-class Forward:
+class ExactReader:
     """Exact reads of what comes in pieces."""
 
     def __init__(self, source: Iterator[bytes]) -> None:
