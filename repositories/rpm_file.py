@@ -57,7 +57,11 @@ class RpmHeader:
         kind, start, count = self.entries.get(tag, (0, 0, 0))
         if kind not in _TEXTS:
             return ()
-        parts = self.blob[start:].split(b"\0", count)[:count]
+        if count == 1:  # nearly all: the rest isn't copied
+            end = self.blob.find(b"\0", start)
+            parts = [self.blob[start : end if end >= 0 else None]]
+        else:
+            parts = self.blob[start:].split(b"\0", count)[:count]
         return tuple(part.decode(errors="replace") for part in parts)
 
     def text(self, tag: int) -> str:
