@@ -165,7 +165,7 @@ def _header(file: BufferedReader, name: str, what: str) -> RpmHeader:
     if not 0 < count <= _ENTRIES or size > _BYTES:
         raise _damaged(name, f"its {what} would have {count} entries, {size} bytes")
     index, store = file.read(count * 16), file.read(size)
-    if len(store) < size:
+    if len(index) < count * 16 or len(store) < size:
         raise _damaged(name, f"it ends within its {what}")
     begin = 16 + count * 16
     entries: dict[int, tuple[int, int, int]] = {}
