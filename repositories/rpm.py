@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
+from xml.parsers.expat import ExpatError, ParserCreate
 
 from host.printable import one_line
 from inventory.errors import Unfit
@@ -75,7 +76,9 @@ class RpmFormat(PackageFormat):
         try:
             package = _described(library, found, place(sum_.sha256, file), sum_)
             texts = dict(zip(self.KINDS, library.xml_dump(package), strict=True))
-        except (library.CreaterepoCError, OSError) as error:
+            for text in texts.values():
+                ParserCreate().Parse(f"<a>{text}</a>", True)
+        except (library.CreaterepoCError, OSError, ExpatError) as error:
             raise Unfit(
                 f"{file} is no package that dnf would take: {one_line(str(error), _LONGEST)}"
             ) from None
@@ -228,8 +231,8 @@ def _identity(header: RpmHeader, file: str) -> tuple[str, str, str]:
 
 
 def _check_texts(header: RpmHeader, file: str) -> None:
-    """Unfit: what XML, or libxml2, doesn't take. One such package would break the whole repository for
-    its clients."""
+    """Unfit: what XML doesn't take, or libxml2. Such a package would break the whole repository for its
+    clients."""
     for field, tags in TOLD.items():
         for text in (text for tag in tags for text in header.texts(tag)):
             if len(text) > _TEXT or (not text.isprintable() and _UNFIT.search(text)):

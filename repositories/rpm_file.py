@@ -57,7 +57,11 @@ class RpmHeader:
         kind, start, count = self.entries.get(tag, (0, 0, 0))
         if kind not in _TEXTS:
             return ()
-        parts = self.blob[start:].split(b"\0", count)[:count]
+        if count == 1:  # nearly all: the rest isn't copied
+            end = self.blob.find(b"\0", start)
+            parts = [self.blob[start : end if end >= 0 else None]]
+        else:
+            parts = self.blob[start:].split(b"\0", count)[:count]
         return tuple(part.decode(errors="replace") for part in parts)
 
     def text(self, tag: int) -> str:
@@ -161,7 +165,7 @@ def _header(file: BufferedReader, name: str, what: str) -> RpmHeader:
     if not 0 < count <= _ENTRIES or size > _BYTES:
         raise _damaged(name, f"its {what} would have {count} entries, {size} bytes")
     index, store = file.read(count * 16), file.read(size)
-    if len(store) < size:
+    if len(index) < count * 16 or len(store) < size:
         raise _damaged(name, f"it ends within its {what}")
     begin = 16 + count * 16
     entries: dict[int, tuple[int, int, int]] = {}

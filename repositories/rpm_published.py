@@ -30,7 +30,7 @@ _ALGORITHMS = {"sha": "sha1"} | {a: a for a in ("md5", "sha1", "sha224", "sha256
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class _Primary:
     """Of repomd.xml. ``algorithm``: hashlib's name of it."""
 
     path: Path
@@ -44,46 +44,40 @@ def published(top: Path) -> Iterator[Found]:
     real, summary = top.resolve(), top / REPOMD
     if not summary.is_file():
         raise NotFound(f"{top} is no rpm repository: it has no {REPOMD}")
-    record = _primary(real, real / REPOMD)
-    _check_sum(record)
-    try:
-        for element in _elements(record.path, f"{_COMMON}package", _MOST):
-            yield _found(real, record.path, element)
-    except (Damaged, ParseError) as error:
-        raise _damaged(record.path, str(error)) from None
+    _within(real, real / REPOMD)
+    primary = _primary(real, real / REPOMD)
+    _check_sum(primary)
+    for element in _elements(primary.path, f"{_COMMON}package", _MOST):
+        yield _found(real, primary.path, element)
 
 
-def _primary(top: Path, summary: Path) -> _Record:
-    try:
-        for data in _elements(summary, f"{_REPO}data", _SUMMARY):
-            if data.get("type") == "primary":
-                location, sum_ = data.find(f"{_REPO}location"), data.find(f"{_REPO}checksum")
-                path = top / _inside(top, location, summary)
-                kind = (sum_.get("type") or "") if sum_ is not None else ""
-                if sum_ is None or kind not in _ALGORITHMS:
-                    raise Unfit(f"{path}: its sum is of a kind that isn't known: {one_line(kind, 40)!r}")
-                return _Record(path, _ALGORITHMS[kind], (sum_.text or "").strip())
-    except (Damaged, ParseError) as error:
-        raise _damaged(summary, str(error)) from None
+def _primary(top: Path, summary: Path) -> _Primary:
+    for data in _elements(summary, f"{_REPO}data", _SUMMARY):
+        if data.get("type") == "primary":
+            path = top / _inside(top, data.find(f"{_REPO}location"), summary)
+            sum_ = data.find(f"{_REPO}checksum")
+            kind = (sum_.get("type") or "") if sum_ is not None else ""
+            if sum_ is None or kind not in _ALGORITHMS:
+                raise Unfit(f"{path}: its sum is of a kind that isn't known: {one_line(kind, 40)!r}")
+            return _Primary(path, _ALGORITHMS[kind], (sum_.text or "").strip())
     raise Unfit(f"{summary} names no primary metadata", remedy=_AGAIN)
 
 
-def _check_sum(record: _Record) -> None:
+def _check_sum(primary: _Primary) -> None:
+    if not primary.path.is_file():
+        raise Unfit(f"{primary.path} isn't there, though {REPOMD} names it", remedy=_AGAIN)
+    found = hashlib.new(primary.algorithm, usedforsecurity=False)
     try:
-        with record.path.open("rb") as file:
-            found = hashlib.file_digest(
-                file, lambda: hashlib.new(record.algorithm, usedforsecurity=False)
-            ).hexdigest()
-    except FileNotFoundError:
-        raise Unfit(f"{record.path} isn't there, though {REPOMD} names it", remedy=_AGAIN) from None
+        with primary.path.open("rb") as file:
+            hashlib.file_digest(file, lambda: found)
     except OSError as error:
-        raise file_error(error, record.path, "read") from error
-    if found != record.digest:
-        raise _damaged(record.path, f"its sum isn't that in {REPOMD}")
+        raise file_error(error, primary.path, "read") from error
+    if found.hexdigest() != primary.digest:
+        raise _damaged(primary.path, f"its sum isn't that in {REPOMD}")
 
 
 def _elements(path: Path, tag: str, most: int) -> Iterator[Element]:
-    """The elements of that tag, one after the other. Damaged, ParseError."""
+    """The elements of that tag, one after the other. Unfit."""
     end = path.suffix if path.suffix in DECOMPRESSORS else ""
     parser: Any = XMLPullParser(("start", "end"))
     root: Element | None = None
@@ -100,6 +94,8 @@ def _elements(path: Path, tag: str, most: int) -> Iterator[Element]:
             parser.close()
     except OSError as error:
         raise file_error(error, path, "read") from error
+    except (Damaged, ParseError, ValueError, LookupError) as error:  # the last two: its encoding
+        raise _damaged(path, str(error)) from None
 
 
 def _found(top: Path, primary: Path, package: Element) -> Found:
@@ -121,16 +117,21 @@ def _inside(top: Path, location: Element | None, where: Path) -> str:
     if base or file in ("", ".") or file[0] == "/" or ".." in file.split("/") or not file.isprintable():
         shown = one_line(f"{base or ''} {file}".strip(), 120)
         raise Unfit(f"{where} leads out of its repository: {shown!r}")
+    _within(top, top / file)
+    return file
+
+
+def _within(top: Path, path: Path) -> None:
+    """Unfit: links lead out of it."""
     try:
-        inside = (top / file).resolve().is_relative_to(top)
+        real = path.resolve()
     except (OSError, RuntimeError):  # a link to itself
-        inside = False
-    if not inside:
+        real = Path("/")
+    if not real.is_relative_to(top):
         raise Unfit(
-            f"{top / file}: a link leads out of the repository",
+            f"{path}: a link leads out of the repository",
             remedy="copy it whole, links followed: rsync -L, cp -rL",
         )
-    return file
 
 
 def _damaged(path: Path, why: str) -> Unfit:

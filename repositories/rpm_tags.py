@@ -10,22 +10,18 @@ from host.printable import one_line
 from repositories.package import Change
 from repositories.rpm_file import RpmHeader
 
-_FIELDS: Mapping[str, tuple[int, ...]] = {
+TOLD: Mapping[str, tuple[int, ...]] = {
     "name": (1000,),
     "version": (1001,),
     "release": (1002,),
-    "epoch": (1003,),
     "summary": (1004,),
     "description": (1005,),
-    "build time": (1006,),
     "build host": (1007, 1094),
-    "distribution": (1010, 1155),
     "vendor": (1011,),
     "license": (1014,),
     "packager": (1015,),
     "group": (1016,),
     "url": (1020, 5012),
-    "os": (1021,),
     "architecture": (1022,),
     "source package": (1044, 1146),
     "provides": (1047, 1112, 1113),
@@ -37,6 +33,14 @@ _FIELDS: Mapping[str, tuple[int, ...]] = {
     "supplements": (5052, 5053, 5054),
     "enhances": (5055, 5056, 5057),
     "changelog": (1080, 1081, 1082),
+    "files": (1027, 1117, 1118),
+}
+"""What clients are told of in the metadata, with its tags."""
+_UNTOLD: Mapping[str, tuple[int, ...]] = {
+    "epoch": (1003,),
+    "build time": (1006,),
+    "distribution": (1010, 1155),
+    "os": (1021,),
     "script before installation": (1023, 1085, 5020),
     "script after installation": (1024, 1086, 5021),
     "script before removal": (1025, 1087, 5022),
@@ -48,7 +52,7 @@ _FIELDS: Mapping[str, tuple[int, ...]] = {
     "flags of the compiler": (1122,),
     "translations": (100,),
 }
-_NAMES = {tag: name for name, tags in _FIELDS.items() for tag in tags}
+_NAMES = {tag: name for name, tags in (*TOLD.items(), *_UNTOLD.items()) for tag in tags}
 _OF_FILES = (1030, 1033, 1035, 1036, 1037, 1039, 1040, 1045, 5008, 1028, 5010)
 """Modes, device numbers, digests, targets of links, flags, owners, groups, what is verified, sizes,
 capabilities: a value for each file."""
@@ -59,18 +63,6 @@ _PACKING = frozenset((
     *(1034, 1048, 1049, 1050),  # ``_times``, ``_requires``
     *_OF_FILES,
 ))  # fmt: skip
-
-
-_UNTOLD = ("epoch", "build time", "distribution", "os", "flags of the compiler", "translations")
-TOLD: Mapping[str, tuple[int, ...]] = {
-    **{
-        n: tags
-        for n, tags in _FIELDS.items()
-        if n not in _UNTOLD and not n.startswith(("script", "trig"))
-    },
-    "files": (1027, 1117, 1118),
-}
-"""What clients are told of in the metadata."""
 _AUTHOR = re.compile(r"(?P<author>.*?>?)[ \t]*(?:-[ \t]*)?(?P<version>[A-Za-z0-9][\w.:~^+-]*)?", re.S)
 
 
