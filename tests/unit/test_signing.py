@@ -21,7 +21,7 @@ from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut, Unfit, spelled
 from repositories import signing
 from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, joined, plain
-from repositories.proof import Proof, prove_clear, prove_detached
+from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.signing import GpgSigner, SigningKey, open_signer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def contents(place: Path) -> dict[Path, object]:
 
 
 def signs(signer: GpgSigner) -> None:
-    proof = Proof(TEXT, signer.fingerprints)
+    proof = ProvenText(TEXT, signer.fingerprints)
     for keys in (signer.public(), signer.public_binary()):
         assert prove_detached(TEXT, signer.detached(TEXT), keys, RUN) == proof
         assert prove_clear(signer.clear(TEXT), keys, RUN) == proof
@@ -163,8 +163,8 @@ def test_two_keys_sign_at_once_and_clients_of_either_are_content(
         assert plain(PUBLIC_KEY, signer.public()) == signer.public_binary()
     for each in both:
         public = admin.gpg("--export", each)
-        assert prove_detached(TEXT, detached, public, RUN) == Proof(TEXT, (each,))
-        assert prove_clear(clear, public, RUN) == Proof(TEXT, (each,))
+        assert prove_detached(TEXT, detached, public, RUN) == ProvenText(TEXT, (each,))
+        assert prove_clear(clear, public, RUN) == ProvenText(TEXT, (each,))
     with open_signer([locked, key], RUN) as signer:
         signs(signer)
         assert signer.fingerprints == both[::-1]
@@ -550,7 +550,7 @@ def test_gpg_s_sockets_lie_in_the_home_or_below_run_user(key: SigningKey) -> Non
     assert "bytes too long for the socket of a gpg-agent in it | set FARMHAND_RUNTIME_DIR" in said
 
 
-# ---- Proof
+# ---- ProvenText
 
 
 @pytest.fixture(scope="module")
@@ -613,7 +613,7 @@ def test_signatures_of_keys_whose_time_is_over(admin: Admin) -> None:
     old = admin.make("over", until="2021-01-01", at="20200101T000000")
     signature = admin.gpg(*was, "--local-user", old, "--detach-sign", data=TEXT)
     public = admin.gpg("--export", old)
-    assert prove_detached(TEXT, signature, public, RUN) == Proof(TEXT, (), (old,))
+    assert prove_detached(TEXT, signature, public, RUN) == ProvenText(TEXT, (), (old,))
     bad = admin.make("bad")
     signature = admin.gpg("--local-user", bad, "--detach-sign", data=TEXT)
     revocation = (admin.home / "openpgp-revocs.d" / f"{bad}.rev").read_bytes()
