@@ -32,7 +32,7 @@ from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState, some
 from inventory.sizes import format_duration
 from repositories.armour import unsigned
-from repositories.deb_changes import MOST, Changes, changes_of, check_source, is_name
+from repositories.deb_changes import MOST, DebChanges, changes_of, check_source, is_name
 from repositories.proof import prove_clear
 
 _BLOCK = 2**20
@@ -70,7 +70,7 @@ class Upload:
     name: str
     files: tuple[UploadedFile, ...]
     members: tuple[SeenFile, ...]
-    changes: Changes | None = None
+    changes: DebChanges | None = None
     signers: tuple[str, ...] = ()
 
 
@@ -295,7 +295,7 @@ class Incoming:
         except (_Gone, OSError):
             return b""
 
-    def _proven(self, text: bytes, listed: Changes, members: Sequence[SeenFile]) -> Upload:
+    def _proven(self, text: bytes, listed: DebChanges, members: Sequence[SeenFile]) -> Upload:
         """All is there that is ``listed``. Unfit: it isn't signed as it must be, a file's bytes have
         other sums, or the source package means other files."""
         signers: tuple[str, ...] = ()
@@ -463,7 +463,7 @@ def _names(text: bytes) -> tuple[str, ...]:
         return ()
 
 
-def _lacking(changes: Changes, entries: Mapping[str, os.stat_result]) -> list[str]:
+def _lacking(changes: DebChanges, entries: Mapping[str, os.stat_result]) -> list[str]:
     """Files that aren't there yet, or not yet whole. Unfit: one is larger than it should be."""
     lacking = []
     for file in changes.files:

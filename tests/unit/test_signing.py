@@ -20,7 +20,7 @@ from host import processes
 from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut, Unfit, spelled
 from repositories import signing
-from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, joined, plain
+from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, plain
 from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.signing import GpgSigner, SigningKey, open_signer
 
@@ -639,26 +639,22 @@ def test_armour_is_as_gpg_has_it(signed: tuple[bytes, bytes, bytes], key: Signin
     assert armoured(PUBLIC_KEY, plain(PUBLIC_KEY, public)) == public
 
 
-def test_joined_signatures_all_prove(key: SigningKey, locked: SigningKey) -> None:
-    each, keys = [], b""
-    for one in (key, locked):
-        with open_signer([one], RUN) as signer:
-            each.append(signer.detached(TEXT))
-            keys += signer.public_binary()
-    both = joined(b"", *each)
-    assert both.count(b"BEGIN") == 1
-    assert prove_detached(TEXT, both, keys, RUN).signers == (key.fingerprint, locked.fingerprint)
-    assert joined(*each[::-1]) != both
-    assert joined(each[0], b"\n") == each[0]
-    assert joined() == b""
-    crlf = (
-        each[1]
-        .replace(b"\n", b"\r\n")
-        .replace(b"SIGNATURE-----\r\n", b"SIGNATURE-----\r\nComment: x\r\n", 1)
+def test_armour_is_read_strictly(signed: tuple[bytes, bytes, bytes]) -> None:
+    one = signed[0]
+    packets = plain(SIGNATURE, one)
+    assert plain(SIGNATURE, one + one) == packets * 2
+    head = b"SIGNATURE-----\r\n"
+    assert (
+        plain(SIGNATURE, one.replace(b"\n", b"\r\n").replace(head, head + b"Comment: x\r\n", 1))
+        == packets
     )
-    assert joined(each[0], crlf) == both
-    for bad in (b"x", each[1][:-10], each[1].replace(b"SIGNATURE", b"MESSAGE"), each[1] + b"x",
-                b"\n" + each[1].replace(b"\n=", b"AAAA\n=", 1), b"-----BEGIN PGP SIGNATURE-----\n\n" * 9,
-                b"-----BEGIN PGP SIGNATURE-----\n\n" + b"\n" * 200000):  # fmt: skip
+    no_sum = b"\n".join(line for line in one.split(b"\n") if not line.startswith(b"="))
+    assert plain(SIGNATURE, no_sum) == packets  # it is optional (RFC 9580, 6.1)
+    begin = b"-----BEGIN PGP SIGNATURE-----\n\n"
+    for bad in (b"x", one[:-10], one.replace(b"SIGNATURE", b"MESSAGE"), one + b"x", b"x" + one,
+                one.replace(b"\n=", b"AAAA\n=", 1), begin * 9, begin + b"\n" * 200000,
+                begin + b"A" * 200000):  # fmt: skip
         with pytest.raises(Unfit):
-            joined(each[0], bad)
+            plain(SIGNATURE, bad)
+    with pytest.raises(Unfit):
+        plain(PUBLIC_KEY, one)
