@@ -239,19 +239,27 @@ class Incoming:
                     self._refuse(name, (member,), why, faults)
             elif self._quiet(name, info):
                 try:
-                    md5_sha256 = self._sums(member)
+                    _, sha256 = self._sums(member)
                 except _Gone:
                     continue
                 except OSError as error:
                     faults.append(file_error(error, self._directory / name, "read"))
                     continue
-                file = UploadedFile(name, self._directory / name, info.st_size, md5_sha256[1])
+                file = UploadedFile(name, self._directory / name, info.st_size, sha256)
                 yield Upload(name, (file,), (member,))
 
     def _changes(
         self, entries: Mapping[str, os.stat_result], faults: list[FarmhandError]
     ) -> Iterator[Upload]:
-        texts = {name: self._text(name, info) for name, info in entries.items() if _is_changes(name)}
+        texts = {}
+        for name, info in entries.items():
+            if _is_changes(name):
+                try:
+                    texts[name] = self._content(_member(name, info))
+                except _Gone:
+                    continue
+                except OSError as error:
+                    faults.append(file_error(error, self._directory / name, "read"))
         self._claims = Counter(name for text in texts.values() for name in _names(text))
         for name, text in texts.items():
             members: tuple[SeenFile, ...] = (_member(name, entries[name]),)
@@ -287,13 +295,6 @@ class Incoming:
         return f"incomplete after {format_duration(self._patience)}: {why}"
 
     # -- reading -------------------------------------------------------------------------------------
-
-    def _text(self, name: str, info: os.stat_result) -> bytes:
-        """Of a .changes file; b"": it can't be read, which it will be said of when it is its turn."""
-        try:
-            return self._content(_member(name, info))
-        except (_Gone, OSError):
-            return b""
 
     def _proven(self, text: bytes, listed: DebChanges, members: Sequence[SeenFile]) -> Upload:
         """All is there that is ``listed``. Unfit: it isn't signed as it must be, a file's bytes have
@@ -366,6 +367,8 @@ class Incoming:
     def _refuse(
         self, name: str, members: tuple[SeenFile, ...], reason: str, faults: list[FarmhandError]
     ) -> None:
+        if not any(map(self._same, members)):
+            return  # it has gone meanwhile
         try:
             self._reject(name, members, reason)
         except FarmhandError as error:
