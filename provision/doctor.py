@@ -71,6 +71,7 @@ def examine(farm_file: Path, *, hosts: bool = True, repair: bool = False) -> Che
     if farm is not None:
         checks += [*_memory(farm), *_keys(farm)]
         checks += _services(farm)
+        checks += _repositories(farm)
         if hosts:
             checks += _hosts(farm_file, farm)
     return CheckReport(tuple(checks))
@@ -318,18 +319,33 @@ def _services(farm: Farm) -> Iterator[Check]:
     from provision.network.service import services
 
     wanted = {tool: package for each in services(farm) for tool, package in each.TOOLS.items()}
-    missing = [tool for tool in wanted if which(tool) is None]
-    packages = " ".join(dict.fromkeys(wanted[tool] for tool in missing))
-    yield Check(
-        "network services",
-        not missing,
-        "needed",
-        f"not found: {', '.join(missing)}" if missing else ", ".join(farm.services.used),
-        install(packages),
-    )
+    yield _found("network services", wanted, ", ".join(farm.services.used))
     for service in services(farm):
         for why in service.not_live():
             yield Check(f"service {service.NAME}", True, "note", why)
+
+
+def _repositories(farm: Farm) -> Iterator[Check]:
+    """The commands that package repositories need."""
+    if not farm.repositories:
+        return
+    from repositories import proof, signing
+    from repositories.formats import package_format
+
+    wanted: dict[str, str] = {}
+    for repository in farm.repositories.values():
+        wanted |= package_format(repository.format).TOOLS
+        if repository.signing:
+            wanted |= {**signing.TOOLS, **proof.TOOLS}
+    yield _found("package repositories", wanted, ", ".join(farm.repositories))
+
+
+def _found(name: str, wanted: Mapping[str, str], told: str) -> Check:
+    """That commands are there. ``wanted``: each with its Debian package."""
+    missing = [tool for tool in wanted if which(tool) is None]
+    packages = " ".join(dict.fromkeys(wanted[tool] for tool in missing))
+    text = f"not found: {', '.join(missing)}" if missing else told
+    return Check(name, not missing, "needed", text, install(packages))
 
 
 def _hosts(farm_file: Path, farm: Farm) -> Iterator[Check]:

@@ -71,15 +71,6 @@ def unsigned(text: bytes) -> bytes:
     return b"\n".join(line.removeprefix(b"- ") for line in body.split(b"\n")) + b"\n"
 
 
-def joined(*signatures: bytes) -> bytes:
-    """Several armoured detached signatures as one, in this order: their packets in one block. Empty ones
-    are left out; b"" if all are. Unfit."""
-    given = [text for text in signatures if text.strip()]
-    if len(given) < 2:
-        return given[0] if given else b""
-    return armoured(SIGNATURE, b"".join(plain(SIGNATURE, text) for text in given))
-
-
 def _crc24(data: bytes) -> int:
     """RFC 9580, 6.1.1."""
     crc = 0xB704CE

@@ -35,7 +35,7 @@ class ListedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class DebChanges:
     """``fields``: by their names in lower case, lines joined by newlines."""
 
     source: str
@@ -50,7 +50,7 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def changes_of(data: bytes) -> Changes:
+def changes_of(data: bytes) -> DebChanges:
     """The text of a .changes file, its signature taken off. Unfit."""
     fields = _fields(data)
     for name in _NEEDED:
@@ -67,10 +67,10 @@ def changes_of(data: bytes) -> Changes:
         files.append(ListedFile(name, int(size), md5, sums[name][1]))
     if len(files) != len(sums):
         raise Unfit("its Files and Checksums-Sha256 don't list the same files")
-    return Changes(source, version, distribution, tuple(files), fields)
+    return DebChanges(source, version, distribution, tuple(files), fields)
 
 
-def check_source(data: bytes, changes: Changes) -> None:
+def check_source(data: bytes, changes: DebChanges) -> None:
     """Unfit if a .dsc file (dsc(5)), its signature taken off, lists other files under names of the
     upload's."""
     sums = {file.name: (str(file.size), file.sha256) for file in changes.files}

@@ -32,7 +32,7 @@ from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState, some
 from inventory.sizes import format_duration
 from repositories.armour import unsigned
-from repositories.deb_changes import MOST, Changes, changes_of, check_source, is_name
+from repositories.deb_changes import MOST, DebChanges, changes_of, check_source, is_name
 from repositories.proof import prove_clear
 
 _BLOCK = 2**20
@@ -44,7 +44,7 @@ _REASON = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class SeenFile:
     """A file in the directory, as it was when it was looked at. ``changed``: its st_ctime in
     nanoseconds, which nobody can set."""
 
@@ -69,8 +69,8 @@ class Upload:
 
     name: str
     files: tuple[UploadedFile, ...]
-    members: tuple[Member, ...]
-    changes: Changes | None = None
+    members: tuple[SeenFile, ...]
+    changes: DebChanges | None = None
     signers: tuple[str, ...] = ()
 
 
@@ -88,7 +88,7 @@ class _Doing:
     """What is written down before it is done. ``reason``: "" removes the files, which were taken."""
 
     reason: str
-    files: tuple[Member, ...]
+    files: tuple[SeenFile, ...]
 
 
 class Incoming:
@@ -239,22 +239,30 @@ class Incoming:
                     self._refuse(name, (member,), why, faults)
             elif self._quiet(name, info):
                 try:
-                    md5_sha256 = self._sums(member)
+                    _, sha256 = self._sums(member)
                 except _Gone:
                     continue
                 except OSError as error:
                     faults.append(file_error(error, self._directory / name, "read"))
                     continue
-                file = UploadedFile(name, self._directory / name, info.st_size, md5_sha256[1])
+                file = UploadedFile(name, self._directory / name, info.st_size, sha256)
                 yield Upload(name, (file,), (member,))
 
     def _changes(
         self, entries: Mapping[str, os.stat_result], faults: list[FarmhandError]
     ) -> Iterator[Upload]:
-        texts = {name: self._text(name, info) for name, info in entries.items() if _is_changes(name)}
+        texts = {}
+        for name, info in entries.items():
+            if _is_changes(name):
+                try:
+                    texts[name] = self._content(_member(name, info))
+                except _Gone:
+                    continue
+                except OSError as error:
+                    faults.append(file_error(error, self._directory / name, "read"))
         self._claims = Counter(name for text in texts.values() for name in _names(text))
         for name, text in texts.items():
-            members: tuple[Member, ...] = (_member(name, entries[name]),)
+            members: tuple[SeenFile, ...] = (_member(name, entries[name]),)
             lacking: list[str] = []
             upload = None
             try:
@@ -288,14 +296,7 @@ class Incoming:
 
     # -- reading -------------------------------------------------------------------------------------
 
-    def _text(self, name: str, info: os.stat_result) -> bytes:
-        """Of a .changes file; b"": it can't be read, which it will be said of when it is its turn."""
-        try:
-            return self._content(_member(name, info))
-        except (_Gone, OSError):
-            return b""
-
-    def _proven(self, text: bytes, listed: Changes, members: Sequence[Member]) -> Upload:
+    def _proven(self, text: bytes, listed: DebChanges, members: Sequence[SeenFile]) -> Upload:
         """All is there that is ``listed``. Unfit: it isn't signed as it must be, a file's bytes have
         other sums, or the source package means other files."""
         signers: tuple[str, ...] = ()
@@ -319,7 +320,7 @@ class Incoming:
             files.append(UploadedFile(file.name, self._directory / file.name, file.size, file.sha256))
         return Upload(changes.name, tuple(files), tuple(members), listed, signers)
 
-    def _sums(self, member: Member) -> tuple[str, str]:
+    def _sums(self, member: SeenFile) -> tuple[str, str]:
         """md5, sha256."""
         digests = hashlib.md5(usedforsecurity=False), hashlib.sha256()
         with self._opened(member) as handle:
@@ -328,12 +329,12 @@ class Incoming:
                     digest.update(block)
         return digests[0].hexdigest(), digests[1].hexdigest()
 
-    def _content(self, member: Member) -> bytes:
+    def _content(self, member: SeenFile) -> bytes:
         with self._opened(member) as handle, os.fdopen(handle, "rb", closefd=False) as file:
             return file.read(MOST + 1)
 
     @contextlib.contextmanager
-    def _opened(self, member: Member) -> Iterator[int]:
+    def _opened(self, member: SeenFile) -> Iterator[int]:
         """The very file that was looked at. _Gone: it isn't there any more, or another one is."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if not self._same(member):
@@ -348,7 +349,7 @@ class Incoming:
         finally:
             os.close(handle)
 
-    def _same(self, member: Member) -> bool:
+    def _same(self, member: SeenFile) -> bool:
         try:
             info = os.stat(member.name, dir_fd=self._handle, follow_symlinks=False)
         except OSError:
@@ -357,21 +358,23 @@ class Incoming:
 
     # -- moving --------------------------------------------------------------------------------------
 
-    def _its_own(self, members: tuple[Member, ...]) -> tuple[Member, ...]:
+    def _its_own(self, members: tuple[SeenFile, ...]) -> tuple[SeenFile, ...]:
         """What no other upload lists, which is still to come."""
         own = tuple(member for member in members if self._claims[member.name] < 2)
         self._claims.subtract(member.name for member in members)
         return own
 
     def _refuse(
-        self, name: str, members: tuple[Member, ...], reason: str, faults: list[FarmhandError]
+        self, name: str, members: tuple[SeenFile, ...], reason: str, faults: list[FarmhandError]
     ) -> None:
+        if not any(map(self._same, members)):
+            return  # it has gone meanwhile
         try:
             self._reject(name, members, reason)
         except FarmhandError as error:
             faults.append(error)
 
-    def _reject(self, name: str, members: tuple[Member, ...], reason: str) -> Rejection:
+    def _reject(self, name: str, members: tuple[SeenFile, ...], reason: str) -> Rejection:
         doing = _Doing(one_line(reason, _REASON) or "no reason was given", self._its_own(members))
         rejection = Rejection(one_line(name), doing.reason, self._do(doing, name))
         self._on_reject(rejection)
@@ -463,7 +466,7 @@ def _names(text: bytes) -> tuple[str, ...]:
         return ()
 
 
-def _lacking(changes: Changes, entries: Mapping[str, os.stat_result]) -> list[str]:
+def _lacking(changes: DebChanges, entries: Mapping[str, os.stat_result]) -> list[str]:
     """Files that aren't there yet, or not yet whole. Unfit: one is larger than it should be."""
     lacking = []
     for file in changes.files:
@@ -475,8 +478,8 @@ def _lacking(changes: Changes, entries: Mapping[str, os.stat_result]) -> list[st
     return lacking
 
 
-def _member(name: str, info: os.stat_result) -> Member:
-    return Member(name, info.st_ino, info.st_ctime_ns)
+def _member(name: str, info: os.stat_result) -> SeenFile:
+    return SeenFile(name, info.st_ino, info.st_ctime_ns)
 
 
 def _note(place: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Proof of signatures by gpgv(1): who signed, and what exactly."""
+"""ProvenText of signatures by gpgv(1): who signed, and what exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARMOUR = b"-----BEGIN PGP"
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class ProvenText:
     """Of a text whose signatures are good. ``text``: what they are of; nothing else that was beside it
     may be believed. ``signers``: fingerprints of primary keys. ``expired``: those whose time is over
     now: clients refuse what only they signed."""
@@ -31,20 +31,20 @@ class Proof:
     expired: tuple[str, ...] = ()
 
 
-def prove_detached(data: bytes, signature: bytes, keys: bytes, runner: Runner) -> Proof:
+def prove_detached(data: bytes, signature: bytes, keys: bytes, runner: Runner) -> ProvenText:
     """That a detached signature, armoured or not, is of ``data``, by one of the public ``keys``,
     armoured or not. Unfit says why it isn't."""
     return _prove({"signature": signature, "data": data}, keys, runner)
 
 
-def prove_clear(text: bytes, keys: bytes, runner: Runner) -> Proof:
+def prove_clear(text: bytes, keys: bytes, runner: Runner) -> ProvenText:
     """As ``prove_detached``, of a text with its signature in it (RFC 9580, 7), and nothing around."""
     if not is_clear_signed(text):
         raise Unfit("it is not signed")
     return _prove({"signed": text}, keys, runner)
 
 
-def _prove(files: dict[str, bytes], keys: bytes, runner: Runner) -> Proof:
+def _prove(files: dict[str, bytes], keys: bytes, runner: Runner) -> ProvenText:
     if keys.lstrip().startswith(_ARMOUR):
         keys = plain(PUBLIC_KEY, keys)
     output = ""
@@ -64,7 +64,7 @@ def _prove(files: dict[str, bytes], keys: bytes, runner: Runner) -> Proof:
         raise file_error(
             error, Path(tempfile.gettempdir(), "farmhand"), "prove a signature in"
         ) from error
-    return Proof(text, signers, expired)
+    return ProvenText(text, signers, expired)
 
 
 def _judged(result: CommandResult) -> tuple[tuple[str, ...], tuple[str, ...]]:

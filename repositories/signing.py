@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import IO
 
 from host.files import check_own_directory, file_error, own_directory, read_secret, remove, write_new
 from host.paths import runtime_dir
@@ -257,7 +258,15 @@ def _agent(home: Path, runner: Runner) -> Iterator[_Agent]:
     process = runner.talk("gpg-agent", "--homedir", home, "--quiet", "--daemon", "--", "cat")
     handle = -1
     try:
-        _wait_for(process)
+        assert process.stdin and process.stdout
+        if not _echoes(process.stdin, process.stdout):
+            process.kill()
+            said = process.communicate()[1].decode(errors="replace")
+            raise WrongState(
+                f"gpg-agent does not start: {last_line(said, 200) or 'it says nothing'}",
+                remedy="see that gpg-agent --version works here, and that the file system of "
+                f"{home.parent} has room",
+            )
         agent = _Agent(place)
         handle = os.pidfd_open(agent.pid)
         yield agent
@@ -284,23 +293,14 @@ def _socket(home: Path, runner: Runner) -> Path:
     return place
 
 
-def _wait_for(process: subprocess.Popen[bytes]) -> None:
-    """Until the child is there, and so the agent's socket. WrongState."""
-    import select
-
-    assert process.stdin and process.stdout and process.stderr
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        if select.select([process.stdout], [], [], _LIMIT)[0] and os.read(process.stdout.fileno(), 1):
-            return
-    process.kill()
-    said = process.communicate()[1].decode(errors="replace")
-    raise WrongState(
-        f"gpg-agent does not start: {last_line(said, 200) or 'it says nothing'}",
-        remedy="see that gpg-agent --version works here, and that the file system of "
-        f"{runtime_dir()} has room",
-    )
+def _echoes(to: IO[bytes], back: IO[bytes]) -> bool:
+    """Whether the child is there, and so the agent's socket."""
+    try:
+        to.write(b"\n")
+        to.flush()
+    except BrokenPipeError:
+        return False
+    return bool(select.select([back], [], [], _LIMIT)[0] and os.read(back.fileno(), 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +196,27 @@ def test_a_link_lost_amid_the_questions_is_told() -> None:
     [tools] = doctor._far_tools("far", KvmHost(), far, ())
     assert (tools.name, tools.ok, tools.level) == ("tools of far", False, "needed")
     assert (tools.text, tools.remedy) == ("the link to build2 is lost", "is it up?")
+
+
+def test_what_package_repositories_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpg only where something is signed."""
+    file = tmp_path / "farm.yaml"
+    base = "farm: a\nvms: {b: {}}\ntemplates: {t: {build: debian-12}}\n"
+    signing = f"signing: [{{fingerprint: {'A' * 40}, home: gnupg}}]"
+
+    def look(more: str) -> Check:
+        file.write_text(f"{base}repositories: {{kata: {{format: deb, channels: [tested], {more}}}}}\n")
+        report = examine(file, hosts=False)
+        [check] = [check for check in report.checks if check.name == "package repositories"]
+        return check
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "which", shutil.which)  # not in the sbin directories of this machine
+    assert look("components: [main]").ok
+    check = look(signing)
+    assert (check.ok, check.level) == (False, "needed")
+    assert check.text == "not found: gpg, gpg-agent, gpgconf, gpgv"
+    assert "apt-get install" in check.remedy and check.remedy.endswith("gpg gpg-agent gpgconf gpgv")
+    monkeypatch.undo()
+    monkeypatch.setenv("FARMHAND_STATE_DIR", str(tmp_path / "state"))
+    assert look(signing).text == "kata"

@@ -317,6 +317,19 @@ def test_directories_hidden_files_and_others_are_left_until_it_is_late(box: Box)
     assert sorted(rejection.name for rejection in box.heard) == [".a.x7Yz1.rpm", "a.rpm.part", "sub"]
 
 
+def test_what_goes_meanwhile_is_not_refused(box: Box) -> None:
+    (box.at / "a.rpm").write_bytes(b"x")
+    while ctime_of_a_new_file(box) == (box.at / "a.rpm").stat().st_ctime_ns:
+        pass
+    (box.at / "b.part").write_bytes(b"x")
+    with box.open(still=0, patience=0) as incoming:
+        uploads = incoming.complete()
+        assert next(uploads).name == "a.rpm"
+        (box.at / "b.part").unlink()
+        assert list(uploads) == []
+    assert box.heard == [] and list(box.rejected.iterdir()) == []
+
+
 # ---- With a .changes file
 
 

@@ -20,8 +20,8 @@ from host import processes
 from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut, Unfit, spelled
 from repositories import signing
-from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, joined, plain
-from repositories.proof import Proof, prove_clear, prove_detached
+from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, plain
+from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.signing import GpgSigner, SigningKey, open_signer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def contents(place: Path) -> dict[Path, object]:
 
 
 def signs(signer: GpgSigner) -> None:
-    proof = Proof(TEXT, signer.fingerprints)
+    proof = ProvenText(TEXT, signer.fingerprints)
     for keys in (signer.public(), signer.public_binary()):
         assert prove_detached(TEXT, signer.detached(TEXT), keys, RUN) == proof
         assert prove_clear(signer.clear(TEXT), keys, RUN) == proof
@@ -163,8 +163,8 @@ def test_two_keys_sign_at_once_and_clients_of_either_are_content(
         assert plain(PUBLIC_KEY, signer.public()) == signer.public_binary()
     for each in both:
         public = admin.gpg("--export", each)
-        assert prove_detached(TEXT, detached, public, RUN) == Proof(TEXT, (each,))
-        assert prove_clear(clear, public, RUN) == Proof(TEXT, (each,))
+        assert prove_detached(TEXT, detached, public, RUN) == ProvenText(TEXT, (each,))
+        assert prove_clear(clear, public, RUN) == ProvenText(TEXT, (each,))
     with open_signer([locked, key], RUN) as signer:
         signs(signer)
         assert signer.fingerprints == both[::-1]
@@ -550,7 +550,7 @@ def test_gpg_s_sockets_lie_in_the_home_or_below_run_user(key: SigningKey) -> Non
     assert "bytes too long for the socket of a gpg-agent in it | set FARMHAND_RUNTIME_DIR" in said
 
 
-# ---- Proof
+# ---- ProvenText
 
 
 @pytest.fixture(scope="module")
@@ -613,7 +613,7 @@ def test_signatures_of_keys_whose_time_is_over(admin: Admin) -> None:
     old = admin.make("over", until="2021-01-01", at="20200101T000000")
     signature = admin.gpg(*was, "--local-user", old, "--detach-sign", data=TEXT)
     public = admin.gpg("--export", old)
-    assert prove_detached(TEXT, signature, public, RUN) == Proof(TEXT, (), (old,))
+    assert prove_detached(TEXT, signature, public, RUN) == ProvenText(TEXT, (), (old,))
     bad = admin.make("bad")
     signature = admin.gpg("--local-user", bad, "--detach-sign", data=TEXT)
     revocation = (admin.home / "openpgp-revocs.d" / f"{bad}.rev").read_bytes()
@@ -639,26 +639,22 @@ def test_armour_is_as_gpg_has_it(signed: tuple[bytes, bytes, bytes], key: Signin
     assert armoured(PUBLIC_KEY, plain(PUBLIC_KEY, public)) == public
 
 
-def test_joined_signatures_all_prove(key: SigningKey, locked: SigningKey) -> None:
-    each, keys = [], b""
-    for one in (key, locked):
-        with open_signer([one], RUN) as signer:
-            each.append(signer.detached(TEXT))
-            keys += signer.public_binary()
-    both = joined(b"", *each)
-    assert both.count(b"BEGIN") == 1
-    assert prove_detached(TEXT, both, keys, RUN).signers == (key.fingerprint, locked.fingerprint)
-    assert joined(*each[::-1]) != both
-    assert joined(each[0], b"\n") == each[0]
-    assert joined() == b""
-    crlf = (
-        each[1]
-        .replace(b"\n", b"\r\n")
-        .replace(b"SIGNATURE-----\r\n", b"SIGNATURE-----\r\nComment: x\r\n", 1)
+def test_armour_is_read_strictly(signed: tuple[bytes, bytes, bytes]) -> None:
+    one = signed[0]
+    packets = plain(SIGNATURE, one)
+    assert plain(SIGNATURE, one + one) == packets * 2
+    head = b"SIGNATURE-----\r\n"
+    assert (
+        plain(SIGNATURE, one.replace(b"\n", b"\r\n").replace(head, head + b"Comment: x\r\n", 1))
+        == packets
     )
-    assert joined(each[0], crlf) == both
-    for bad in (b"x", each[1][:-10], each[1].replace(b"SIGNATURE", b"MESSAGE"), each[1] + b"x",
-                b"\n" + each[1].replace(b"\n=", b"AAAA\n=", 1), b"-----BEGIN PGP SIGNATURE-----\n\n" * 9,
-                b"-----BEGIN PGP SIGNATURE-----\n\n" + b"\n" * 200000):  # fmt: skip
+    no_sum = b"\n".join(line for line in one.split(b"\n") if not line.startswith(b"="))
+    assert plain(SIGNATURE, no_sum) == packets  # it is optional (RFC 9580, 6.1)
+    begin = b"-----BEGIN PGP SIGNATURE-----\n\n"
+    for bad in (b"x", one[:-10], one.replace(b"SIGNATURE", b"MESSAGE"), one + b"x", b"x" + one,
+                one.replace(b"\n=", b"AAAA\n=", 1), begin * 9, begin + b"\n" * 200000,
+                begin + b"A" * 200000):  # fmt: skip
         with pytest.raises(Unfit):
-            joined(each[0], bad)
+            plain(SIGNATURE, bad)
+    with pytest.raises(Unfit):
+        plain(PUBLIC_KEY, one)
