@@ -134,15 +134,15 @@ AllowTcpForwarding {"yes" if self.forwarding else "no"}
     def sessions(self) -> list[int]:
         """The pids of the processes that serve its connections."""
         assert self.process
-        return [int(p) for p in _children(self.process.pid)]
+        return children(self.process.pid)
 
     def cut(self) -> None:
         """Kill the processes that serve connections: what a guest's crash looks like from here."""
         for pid in self.sessions():
-            for child in _children(pid):  # the unprivileged half, where there is one
+            for child in children(pid):  # the unprivileged half, where there is one
                 with contextlib.suppress(OSError):  # it has just ended by itself
                     if Path(f"/proc/{child}/comm").read_text().strip() == "sshd":
-                        _kill(int(child))
+                        _kill(child)
             _kill(pid)
 
     def stop(self) -> None:
@@ -196,9 +196,10 @@ class Dropbear(Sshd):
         return [server, "-F", "-E", *forwarding, *where]
 
 
-def _children(pid: int) -> list[str]:
+def children(pid: int) -> list[int]:
+    """Of its first thread."""
     try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
