@@ -24,7 +24,7 @@ from host.run import which
 from inventory.errors import UsageError
 from tests.dev import lanes
 
-_SUITES = ("unit", "contract", "services", "faults", "hostile", "system")
+_SUITES = ("unit", "contract", "services", "hostile", "system", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
 """Run where they are named: --only."""
@@ -157,9 +157,9 @@ def security(run: TaskRun) -> TaskResult:
 
 
 def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> TaskResult:
-    """ruff, mypy, pytest here. But with a choice of tests it is as many pytests as there are cores, and
-    but with ``fast``, too, one in a lab at the same time. The closing lines of all, and how the tests of
-    all lanes ended, are the last on stdout. UsageError."""
+    """ruff and mypy, then pytest in as many lanes as there are cores, and but with ``fast`` one in a lab
+    beside them. A choice of tests has one lane, and no lab. The closing lines of all, and how the tests
+    of all lanes ended, are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -174,11 +174,10 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
         options += ["-m", "not system"]
     if match:
         options += ["-k", match]
+    if not only:
+        options += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
     if only or match:
-        if not only:
-            options += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
         return _result([*steps, _pytest(run, [*chosen, *options])])
-    options += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
     with contextlib.ExitStack() as stack:
         others = None
         if not fast:
@@ -188,7 +187,7 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
             lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
             others = stack.enter_context(Aside(run, [lab]))
         claims = stack.enter_context(tempfile.TemporaryDirectory(prefix="farmhand-lanes-"))
-        # From the other end: what takes long is there, and is not begun last.
+        # From the other end: the longest files are there, and none is to be begun last.
         beside = [
             stack.enter_context(_beside([*reversed(chosen), *options], **{lanes.CLAIMS: claims}))
             for _ in range(1, min(len(os.sched_getaffinity(0)), _MOST_LANES))
