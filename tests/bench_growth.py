@@ -18,6 +18,7 @@ from pathlib import Path
 
 from host.run import Runner
 from inventory.errors import DriverFailed
+from tests import boot_sector
 from tests.figures import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def grown(driver: str, count: int, say: Callable[[str], None]) -> Mapping[str, C
         directory.chmod(0o711)  # QEMU's user is to pass
         farm = _Farm(directory, driver)
         image = directory / "empty.img"
-        image.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")  # jmp $
+        image.write_bytes(boot_sector.IDLE)
         os.truncate(image, 64 * 2**20)
         power = _POWER if driver == "fake" else {}
         costs = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dev import lanes
 from tests.lab import told
 
 IN_LAB = Path("/etc/lab/load").exists()
@@ -26,6 +27,11 @@ _FAR = re.compile(r"\[.*\bfar\b")
 """What is asked for over ssh is what the host's own tests have; the way there ./invoke test has."""
 _left_out: list[str] = []
 _unpassed: dict[str, str] = {}  # tests of which some phase did not pass: how it ended
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if lane := lanes.lane():
+        config.pluginmanager.register(lane)
 
 
 def _of_hosts(item: pytest.Item) -> bool:

@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cli.run import TaskResult, TaskRun
 from host.files import make_directory
@@ -21,20 +22,32 @@ from host.paths import cache_dir
 from host.program import ROOT
 from host.run import which
 from inventory.errors import UsageError
+from tests.dev import lanes
 
-_SUITES = ("unit", "contract", "services", "faults", "hostile", "system")
+_SUITES = ("unit", "contract", "services", "hostile", "system", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
 """Run where they are named: --only."""
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
-# What runs beside the other tests, when the lab's are through: about as long as what is left of those
-_ASIDE = [ROOT / "tests" / "faults" / name for name in ("test_kills.py", "test_walk.py")]
+_MOST_LANES = 4  # each has machines of its own: some hundred MiB
 
 
-def _tool(run: TaskRun, name: str, *arguments: str) -> tuple[int, str]:
-    """Run one of the tools: on the terminal, or with --json with its output kept. Its caches stay out
-    of the checkout."""
+def _tool(run: TaskRun, name: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Run one of the tools: on the terminal, or with --json with its output kept."""
+    with _begin(subprocess.PIPE if run.json else None, name, *arguments, **environment) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            _end(process)
+            raise
+    return process.returncode, (output or b"").decode(errors="replace")
+
+
+def _begin(
+    output: int | IO[bytes] | None, name: str, *arguments: str, **environment: str
+) -> subprocess.Popen[bytes]:
+    """Its caches stay out of the checkout."""
     cache = cache_dir() / "tests"
     make_directory(cache, mode=0o755)
     environment = {
@@ -43,33 +56,31 @@ def _tool(run: TaskRun, name: str, *arguments: str) -> tuple[int, str]:
         "MYPY_CACHE_DIR": str(cache / "mypy"),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(cache / "hypothesis"),
         "PYTHONDONTWRITEBYTECODE": "1",
+        **environment,
     }
     # What the admin has set for a farm of their own must not leak into the tests.
     environment.pop("FARMHAND_FARM", None)
     with _interruptible():
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", name, *arguments],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if run.json else None,
-            stderr=subprocess.STDOUT if run.json else None,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
             process_group=0,
         )
-    with process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            # Interrupted. The terminal reached us alone: pytest tidies up at the first SIGINT, and stops
-            # doing so at a second one.
-            process.send_signal(signal.SIGINT)
-            try:
-                process.communicate()
-            except BaseException:
-                process.kill()
-                raise
-            raise
-    return process.returncode, (output or b"").decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """We are interrupted. The terminal reached us alone: pytest tidies up at the first SIGINT, and stops
+    doing so at a second one."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate()
+    except BaseException:
+        process.kill()
+        raise
 
 
 @contextlib.contextmanager
@@ -110,11 +121,11 @@ def _linters(run: TaskRun) -> list[dict[str, object]]:
     return steps
 
 
-def _result(steps: list[dict[str, object]]) -> TaskResult:
+def _result(steps: list[dict[str, object]], text: str = "") -> TaskResult:
     bad = [str(step["name"]) for step in steps if not step["ok"]]
     if bad:
         sys.stderr.write(f"farmhand: failed: {', '.join(bad)}\n")
-    return TaskResult({"steps": steps}, "", ok=not bad)
+    return TaskResult({"steps": steps}, text, ok=not bad)
 
 
 def lint(run: TaskRun) -> TaskResult:
@@ -146,8 +157,9 @@ def security(run: TaskRun) -> TaskResult:
 
 
 def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> TaskResult:
-    """ruff, mypy, pytest here, and at the same time, but with ``fast`` or a choice of tests, pytest in a
-    lab, then the kills. The closing lines of all are the last on stdout. UsageError."""
+    """ruff and mypy, then pytest in as many lanes as there are cores, and but with ``fast`` one in a lab
+    beside them. A choice of tests has one lane, and no lab. The closing lines of all, and how the tests
+    of all lanes ended, are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -157,26 +169,60 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
             )
         chosen = [str(Path(path).absolute()) for path in only]
     steps = _linters(run)
-    arguments = [*chosen, *_CACHE]
+    options = [*_CACHE]
     if fast:
-        arguments += ["-m", "not system"]
-    if not only:
-        arguments += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
+        options += ["-m", "not system"]
     if match:
-        arguments += ["-k", match]
+        options += ["-k", match]
+    if not only:
+        options += _each("--ignore", [*_OF_THE_LAB, *_SLOW])
+    if only or match:
+        return _result([*steps, _pytest(run, [*chosen, *options])])
     with contextlib.ExitStack() as stack:
         others = None
-        if not (fast or only or match):
+        if not fast:
             from tests.dev import labs
 
             labs.prepare(run)  # minutes, the first time
-            arguments += _each("--ignore", _ASIDE)
             lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
-            others = stack.enter_context(Aside(run, [lab, ("test", *_each("--only", _ASIDE))]))
-        steps.append(_pytest(run, arguments))
+            others = stack.enter_context(Aside(run, [lab]))
+        claims = stack.enter_context(tempfile.TemporaryDirectory(prefix="farmhand-lanes-"))
+        # From the other end: the longest files are there, and none is to be begun last.
+        beside = [
+            stack.enter_context(_beside([*reversed(chosen), *options], **{lanes.CLAIMS: claims}))
+            for _ in range(1, min(len(os.sched_getaffinity(0)), _MOST_LANES))
+        ]
+        steps.append(_pytest(run, [*chosen, *options], **{lanes.CLAIMS: claims}))
+        steps += [finish(run) for finish in beside]
         for found in others.finish() if others else ():
             steps.append({"name": found.problem or "aside", "ok": found.ok, **found.data})
-    return _result(steps)
+        return _result(steps, lanes.ends(Path(claims)))
+
+
+@contextlib.contextmanager
+def _beside(
+    arguments: list[str], **environment: str
+) -> Iterator[Callable[[TaskRun], dict[str, object]]]:
+    """pytest in a process of its own, while this one does something else. Gives what waits for it, and
+    then shows what it says. Left by an error, it is ended."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as log, _begin(log, "pytest", *arguments, **environment) as process:
+
+        def finish(run: TaskRun) -> dict[str, object]:
+            status = process.wait()
+            seconds = round(time.monotonic() - started, 2)
+            log.seek(0)
+            output = log.read().decode(errors="replace")
+            if not run.json:
+                sys.stdout.write(output)
+                sys.stdout.flush()
+            return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
+
+        try:
+            yield finish
+        except BaseException:
+            _end(process)
+            raise
 
 
 def _each(option: str, paths: Iterable[Path]) -> list[str]:
@@ -229,8 +275,6 @@ class Aside:
         if not self._run.json:
             if results := data.get("results"):
                 sys.stdout.write(Path(results, "pytest.log").read_text(errors="replace"))
-            for step in data.get("steps", ()):
-                sys.stdout.write(step["output"])
             sys.stdout.flush()
         if status == 0:
             return TaskResult(data, "")
@@ -246,9 +290,9 @@ def of_the_lab(run: TaskRun) -> TaskResult:
     )
 
 
-def _pytest(run: TaskRun, arguments: list[str]) -> dict[str, object]:
+def _pytest(run: TaskRun, arguments: list[str], **environment: str) -> dict[str, object]:
     started = time.monotonic()
-    status, output = _tool(run, "pytest", *arguments)
+    status, output = _tool(run, "pytest", *arguments, **environment)
     seconds = round(time.monotonic() - started, 2)
     return {"name": "pytest", "ok": status == 0, "seconds": seconds, "output": output}
 

@@ -22,14 +22,14 @@ from hypervisors.fake.driver import FakeDisks
 from hypervisors.libvirt.kvm import asked_for, judge
 from hypervisors.libvirt.private import PrivateLibvirt
 from provision.site import Site
+from tests import boot_sector
 from tests.contract import small_guest, xenapi_rig
 from tests.contract.far_rig import FarMachine
 
 _BRIDGE = f"fhkill{os.getpid()}"  # other tests run beside these
 MIB = 2**20
 SIZE = 16 * MIB
-BOOT = b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"  # jmp $: without it, it is no disk to import
-SPOTS = (len(BOOT), MIB, 5 * MIB + 12288, SIZE - 65536)
+SPOTS = (len(boot_sector.IDLE), MIB, 5 * MIB + 12288, SIZE - 65536)
 SPOT = 65536
 TEMPLATE, OLD = "T", "O"  # what the template holds, and what a VM wrote
 
@@ -37,7 +37,7 @@ TEMPLATE, OLD = "T", "O"  # what the template holds, and what a VM wrote
 def image(letter: str) -> bytes:
     """A whole disk: a boot sector, zeros, and the letter in some spots, the first and the last bytes
     among them."""
-    data = bytearray(BOOT.ljust(SIZE, b"\0"))
+    data = bytearray(boot_sector.IDLE.ljust(SIZE, b"\0"))
     for spot in SPOTS:
         data[spot : spot + SPOT] = letter.encode() * SPOT
     return bytes(data)
@@ -45,7 +45,7 @@ def image(letter: str) -> bytes:
 
 def letter_of(disk: bytes) -> str:
     """The one whose image this is, bytes beyond it zero (a store may round up); else "torn"."""
-    letter = disk[len(BOOT) :][:1].decode(errors="replace")
+    letter = disk[len(boot_sector.IDLE) :][:1].decode(errors="replace")
     same = disk[:SIZE] == image(letter) and disk.count(0, SIZE) == len(disk) - SIZE
     return letter if letter.isupper() and same else "torn"
 

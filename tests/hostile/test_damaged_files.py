@@ -115,9 +115,9 @@ def _things(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 class Damage:
-    """A farm that was made once, and a copy of it to damage."""
+    """A farm that was made once, and a copy of it to damage. ``stack``: of what runs its commands."""
 
-    def __init__(self, top: Path, store: str) -> None:
+    def __init__(self, top: Path, store: str, stack: contextlib.ExitStack) -> None:
         self.live, self.good = top / "live", top / "good"
         self.live.mkdir()
         farm = self.live / "try.yaml"
@@ -127,8 +127,8 @@ class Damage:
             f"FARMHAND_{of}_DIR": str(self.live / of.lower()) for of in ("STATE", "CACHE", "RUNTIME")
         }
         self.environment = {**places, "FARMHAND_FARM": str(farm), "SECRET": "x" * 32}
-        self.run = Forked(top, self.environment, still=store != "fake")
-        with self.run as run, pytest.MonkeyPatch.context() as patch:
+        self.run = run = stack.enter_context(Forked(top, self.environment, still=store != "fake"))
+        with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
             if store == "qcow2":
@@ -186,11 +186,14 @@ def farms() -> Iterator[dict[str, Damage]]:
     """By their stores. In memory: nobody waits for a disk."""
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="fh", dir="/dev/shm") as top:
+    with (
+        tempfile.TemporaryDirectory(prefix="fh", dir="/dev/shm") as top,
+        contextlib.ExitStack() as stack,
+    ):
         made = {}
         for store in DRIVERS:
             (Path(top) / store).mkdir()
-            made[store] = Damage(Path(top) / store, store)
+            made[store] = Damage(Path(top) / store, store, stack)
         yield made
 
 
@@ -228,18 +231,17 @@ def test_a_damaged_file_is_told_in_a_line_and_hurts_nothing_else(
             put()
             yield name
 
-    with farm.run as run:
-        for damage in damages():
-            before = path.read_bytes() if path.is_file() else b""
-            for words in (*kept.told, *kept.fine):
-                done, what = run(*words), f"{kept.path} is {damage}, {' '.join(words)}"
-                fit(done, what)
-                if words in kept.told and damage not in NEVER_WERE:
-                    assert path.name in done.out + done.err, f"{what}: {done}"
-                    if path.is_file() and words != ("template-build",):
-                        assert path.read_bytes() == before, f"{what}: it was changed"
-                if words in kept.fine and path.is_file():
-                    assert done.status == 0, f"{what}: {done}"
+    for damage in damages():
+        before = path.read_bytes() if path.is_file() else b""
+        for words in (*kept.told, *kept.fine):
+            done, what = farm.run(*words), f"{kept.path} is {damage}, {' '.join(words)}"
+            fit(done, what)
+            if words in kept.told and damage not in NEVER_WERE:
+                assert path.name in done.out + done.err, f"{what}: {done}"
+                if path.is_file() and words != ("template-build",):
+                    assert path.read_bytes() == before, f"{what}: it was changed"
+            if words in kept.fine and path.is_file():
+                assert done.status == 0, f"{what}: {done}"
 
 
 @pytest.mark.parametrize("store", DRIVERS)
@@ -261,8 +263,7 @@ def test_a_newer_format_is_told_and_left(farms: dict[str, Damage], name: str) ->
     farm.heal()
     with contextlib.closing(sqlite3.connect(farm.live / kept.path)) as db:
         db.execute("PRAGMA user_version = 99")
-    with farm.run as run:
-        done = run(*kept.told[-1])
+    done = farm.run(*kept.told[-1])
     fit(done, name)
     assert done.status == 1
     assert f"{name}.db is in format 99" in done.err
@@ -277,13 +278,12 @@ def test_rows_of_other_types_are_a_damaged_file_too(farms: dict[str, Damage], na
     with contextlib.closing(sqlite3.connect(path)) as db:
         tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         columns = [(t, c[1]) for t in tables for c in db.execute(f"PRAGMA table_info({t})")]
-    with farm.run as run:
-        for table, column in columns:
-            for bad in (b"\xff\xfe", '[[["\\u0000"]]]'):
-                farm.heal()
-                with contextlib.closing(sqlite3.connect(farm.live / kept.path)) as db:
-                    with contextlib.suppress(sqlite3.Error):  # keys, and columns that are no such thing
-                        db.execute(f"UPDATE {table} SET {column} = ?", (bad,))
-                    db.commit()
-                words = kept.told[-1]
-                fit(run(*words), f"{table}.{column} = {bad!r}, {' '.join(words)}")
+    for table, column in columns:
+        for bad in (b"\xff\xfe", '[[["\\u0000"]]]'):
+            farm.heal()
+            with contextlib.closing(sqlite3.connect(farm.live / kept.path)) as db:
+                with contextlib.suppress(sqlite3.Error):  # keys, and columns that are no such thing
+                    db.execute(f"UPDATE {table} SET {column} = ?", (bad,))
+                db.commit()
+            words = kept.told[-1]
+            fit(farm.run(*words), f"{table}.{column} = {bad!r}, {' '.join(words)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from host.processes import command_line
 from hypervisors.api import Callbacks
 from hypervisors.disks.stores import StorePlace
 from hypervisors.far import line
@@ -29,7 +31,7 @@ from hypervisors.libvirt.opening import Place
 from inventory.errors import Busy, ConnectionLost, DriverFailed, FarmhandError, Interrupted
 from tests.contract.far_rig import FarMachine
 from tests.identities import KATA
-from tests.unit.sshd_machine import alive, gone, wait_for
+from tests.unit.sshd_machine import alive, children, gone, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = Place(disks=StorePlace(farm=KATA), driver="kvm", uri="qemu:///system")
@@ -248,8 +250,12 @@ def deaf(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[subprocess.
 
 
 def _agent_of(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"ssh" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in children(process.pid):
+        with contextlib.suppress(OSError):  # it was there for a moment
+            if any("ssh" in word for word in command_line(pid)):
+                found.append(pid)
+    return found
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
+from tests import boot_sector
 from tests.unit.cli_farm import CommandLine, command_line
 
 FARM = """\
@@ -26,7 +27,7 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
     for made in command_line(tmp_path):
         made.farm.write_text(FARM)
         image = tmp_path / "small.img"
-        image.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")  # jmp $
+        image.write_bytes(boot_sector.IDLE)
         with tempfile.TemporaryDirectory(prefix="fh") as state:
             Path(state).chmod(0o711)  # QEMU's user passes through
             made.environment["FARMHAND_STATE_DIR"] = state

@@ -22,7 +22,7 @@ from inventory.model import Limits
 from provision.guest import connection as connecting
 from provision.guest import shell
 from provision.guest.connection import Connection, Moved
-from tests.unit.sshd_machine import Sshd, gone, make_key, wait_for
+from tests.unit.sshd_machine import Sshd, children, gone, make_key, wait_for
 
 BASH = "/bin/bash"
 MANY = Limits()
@@ -453,10 +453,9 @@ def test_a_guest_gets_no_more_programs_of_ours_than_it_can_use(
 
 def _daemons() -> list[int]:
     """Git daemons that this process has started."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     found = []
-    for pid in children:
+    for pid in children(os.getpid()):
         with contextlib.suppress(OSError):
             if b"daemon" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
+                found.append(pid)
     return found

@@ -46,7 +46,7 @@ class Clients:
         """Until each has had an answer to a question that it put since now; not the slow ones."""
         before = dict(self.answers)
         quick = [name for name in before if name not in _SLOW]
-        wait_for(lambda: all(self.answers[name] >= before[name] + 2 for name in quick), 60)
+        wait_for(lambda: all(self.answers[name] >= before[name] + 2 for name in quick))
 
     def _loop(self, name: str) -> None:
         where, way = self._ways[name]
@@ -92,5 +92,5 @@ class Clients:
 @contextlib.contextmanager
 def _said(exchange: contextlib.AbstractContextManager[Callable[[], object]]) -> Iterator[Question]:
     with exchange as ask_once:
-        wait_for(ask_once, 20)  # Kea may be deaf to the first after its start, while it says it runs
+        wait_for(ask_once)  # Kea may be deaf to the first after its start, while it says it runs
         yield lambda: str(ask_once())

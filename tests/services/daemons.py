@@ -152,7 +152,7 @@ class Daemons:
             "config": f"{d}/network.xml", "bridge": "br0", "uri": uri,
         }  # fmt: skip
         asked = ["virsh", "--connect", uri, "uri"]
-        wait_for(lambda: subprocess.run(asked, capture_output=True, check=False).returncode == 0, 60)
+        wait_for(lambda: subprocess.run(asked, capture_output=True, check=False).returncode == 0)
         return where
 
     def _alive(self, pidfile: str) -> list[str]:

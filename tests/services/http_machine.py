@@ -52,11 +52,11 @@ def machine(address: str, port: int, *, where: str = "") -> Iterator[None]:
             server.stdout.close()
 
 
-def answer_of(address: str, port: int, host: str, *, patience: float = 5) -> str:
+def answer_of(address: str, port: int, host: str, *, patience: float = 60) -> str:
     """The body of GET / there; tried again while a reload takes place."""
     deadline = time.monotonic() + patience
     while True:
-        connection = http.client.HTTPConnection(address, port, timeout=2)
+        connection = http.client.HTTPConnection(address, port, timeout=10)
         try:
             connection.request("GET", "/", headers={"Host": host})
             response = connection.getresponse()

@@ -52,7 +52,7 @@ def unbound(yard: Yard, daemons: object) -> Iterator[Yard]:
         yield yard
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def ask(name: str, kind: str) -> list[str]:

@@ -16,6 +16,8 @@ from shutil import rmtree
 
 import pytest
 
+from tests import boot_sector
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.system
 NOBODY = 65534
@@ -77,7 +79,7 @@ class Place:
         self.farm = directory / "try.yaml"
         self.farm.write_text(FARM)
         with (directory / "raw.img").open("wb") as image:
-            image.write(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")  # jmp $
+            image.write(boot_sector.IDLE)
             image.truncate(2**20)
         # Not root, but the checkout and its Python may be where only root comes
         self.drop = (

@@ -123,26 +123,26 @@ AllowTcpForwarding {"yes" if self.forwarding else "no"}
                 self.enclosed() if self.shell else self.command(), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.02)
-        raise AssertionError(self.log.read_text())
+        wait_for(self._listens)
+        return self
+
+    def _listens(self) -> bool:
+        assert self.process and self.process.poll() is None, self.log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def sessions(self) -> list[int]:
         """The pids of the processes that serve its connections."""
         assert self.process
-        return [int(p) for p in _children(self.process.pid)]
+        return children(self.process.pid)
 
     def cut(self) -> None:
         """Kill the processes that serve connections: what a guest's crash looks like from here."""
         for pid in self.sessions():
-            for child in _children(pid):  # the unprivileged half, where there is one
+            for child in children(pid):  # the unprivileged half, where there is one
                 with contextlib.suppress(OSError):  # it has just ended by itself
                     if Path(f"/proc/{child}/comm").read_text().strip() == "sshd":
-                        _kill(int(child))
+                        _kill(child)
             _kill(pid)
 
     def stop(self) -> None:
@@ -150,7 +150,7 @@ AllowTcpForwarding {"yes" if self.forwarding else "no"}
             enclosed = _namespace(self.process.pid)
             self.cut()
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(60)
             self.process = None
             if enclosed not in ("", _namespace(os.getpid())):
                 for pid in (int(path.name) for path in Path("/proc").glob("[1-9]*")):
@@ -196,9 +196,10 @@ class Dropbear(Sshd):
         return [server, "-F", "-E", *forwarding, *where]
 
 
-def _children(pid: int) -> list[str]:
+def children(pid: int) -> list[int]:
+    """Of its first thread."""
     try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
@@ -225,7 +226,7 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def gone(pid: int, patience: float = 20) -> bool:
+def gone(pid: int, patience: float = 60) -> bool:
     deadline = time.monotonic() + patience
     while alive(pid):
         if time.monotonic() > deadline:
@@ -234,7 +235,7 @@ def gone(pid: int, patience: float = 20) -> bool:
     return True
 
 
-def wait_for(what, patience: float = 30):
+def wait_for(what, patience: float = 60):
     """Until ``what()`` is true; its value."""
     deadline = time.monotonic() + patience
     while not (value := what()):

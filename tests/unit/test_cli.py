@@ -250,7 +250,7 @@ def test_an_interruption_says_how_to_go_on(
     assert process.stderr is not None
     assert "waiting" in process.stderr.readline()
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
     assert ("recover" in err) is changes
@@ -265,7 +265,7 @@ def test_a_reader_that_leaves_is_no_error(cli: CommandLine) -> None:
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     assert err == b""
 
 
@@ -327,7 +327,7 @@ def test_a_terminal_that_hangs_up_ends_it_as_a_signal_would(cli: CommandLine) ->
         said += os.read(leader, 4096)
     os.close(leader)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=30) == 128 + signal.SIGHUP
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
     assert not (cli.directory / "state").exists()  # no crash report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sshd_machine import wait_for
 
-from tests.dev import suite
+from tests.dev import lanes, suite
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = """
@@ -34,7 +36,8 @@ import signal, sys, types
 signal.signal(signal.SIGINT, {sigint})
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.path.insert(0, {root!r})
-from tests.dev import suite
+from tests.dev import lanes, suite
+
 suite._tool(types.SimpleNamespace(json={json}), "pytest", {suite!r}, "-p", "no:cacheprovider")
 """
 
@@ -100,3 +103,63 @@ def test_labs_that_are_left_end_and_no_more_begin(
         raise KeyboardInterrupt
     assert time.monotonic() - started < 30
     assert (tmp_path / "asked").read_text() == "lab-test --json 60 --kvm\n"
+
+
+TOGETHER = """
+import pathlib, time, pytest
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    yield tmp_path_factory.mktemp("one")
+    note("end")
+
+def note(what):
+    print({name!r}, what, file=open({log!r}, "a"))
+
+@pytest.mark.parametrize("number", range(3))
+def test_one(place, number):
+    note(number)
+    while not {{"a 0", "b 0"}} <= set(pathlib.Path({log!r}).read_text().splitlines()):
+        time.sleep(0.01)
+
+def test_that_fails():
+    note("fails")
+    assert {name!r} == "a"
+"""
+
+
+def test_lanes_run_each_test_once(tmp_path: Path) -> None:
+    """Two files, neither of which ends before the other has begun; and what is there of a session's
+    fixtures is there until a lane has nothing left."""
+    log, claims = tmp_path / "log", tmp_path / "claims"
+    claims.mkdir()
+    (tmp_path / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.conftest import pytest_configure\n"
+    )
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text(TOGETHER.format(name=name, log=str(log)))
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_a.py", "test_b.py"]
+    both = [
+        subprocess.Popen(
+            argv, cwd=tmp_path, env={**os.environ, lanes.CLAIMS: str(claims)}, stdout=subprocess.DEVNULL
+        )
+        for _ in range(2)
+    ]
+    assert sorted(process.wait(60) for process in both) == [0, 1]
+    lines = log.read_text().splitlines()
+    for name in "ab":
+        mine = [line for line in lines if line.startswith(name)]
+        assert mine == [f"{name} {what}" for what in (0, 1, 2, "fails", "end")]
+    assert lanes.ends(claims) == "all lanes: 1 failed, 7 passed"
+
+
+def test_a_lane_beside_ends_with_an_interruption(tmp_path: Path) -> None:
+    there, tidied, file = tmp_path / "there", tmp_path / "tidied", tmp_path / "test_slow.py"
+    file.write_text(SLOW.format(there=str(there), tidied=str(tidied)))
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        suite._beside([str(file), "-p", "no:cacheprovider"]),
+    ):
+        wait_for(there.exists)
+        raise KeyboardInterrupt
+    assert tidied.exists()

@@ -61,7 +61,7 @@ from inventory.errors import (
 )  # fmt: skip
 from tests.contract.far_rig import FarMachine
 from tests.identities import KATA, identity
-from tests.unit.sshd_machine import make_key
+from tests.unit.sshd_machine import make_key, wait_for
 
 OWNER = Owner(KATA, "prod")
 SIZE = 16 * 2**20
@@ -275,10 +275,7 @@ def test_an_agent_ends_with_its_asker(machine: FarMachine, tmp_path: Path) -> No
     [presence] = (machine.place / "run").rglob("far-*")
     pid = int(presence.name.removeprefix("far-"))
     link._line._process.send_signal(signal.SIGKILL)  # ssh's, as if we were killed
-    limit = time.monotonic() + 10
-    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert not Path(f"/proc/{pid}/stat").exists()
+    wait_for(lambda: not Path(f"/proc/{pid}/stat").exists())
     assert machine.link(KATA).call("disks", "list") == ()
     assert len(list((machine.place / "run").rglob("far-*"))) == 1, "the dead one's is swept"
 

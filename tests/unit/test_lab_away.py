@@ -3,6 +3,7 @@ is this machine, and a connection a shell of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,7 +44,8 @@ def _cut(away: Away) -> None:
         except OSError:
             continue
         if there == Path(away.out) and (line.startswith(b"tail\0") or b"tail -s" in line):
-            os.kill(int(entry.name), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -329,14 +329,14 @@ def test_two_resets_of_one_vm_on_the_same_site(made: Desk, monkeypatch: pytest.M
         step(self, text)
         if text == "refresh identities":
             inside.set()
-            assert over.wait(20)
+            assert over.wait(120)
 
     monkeypatch.setattr(Entry, "step", waits)
     with made.site() as site:
         first = threading.Thread(target=farm.reset, args=(site, ["prod"]))
         first.start()
         try:
-            assert inside.wait(20)
+            assert inside.wait(120)
             with pytest.raises(Busy, match="doing: reset prod to clean"):
                 farm.reset(site, ["prod", "dev2"])
         finally:

@@ -233,7 +233,7 @@ def test_output_is_merged_in_order_and_streams(dev2):
         async with await Connection.open(dev2.endpoint()) as connection:
             script = "echo one; echo two >&2; while [ ! -e go ]; do sleep 0.02; done; echo three"
             task = asyncio.ensure_future(connection.run(script, timeout=30, log=log))
-            await asyncio.wait_for(both.wait(), 20)  # before it ends: it waits for us
+            await asyncio.wait_for(both.wait(), 120)  # before it ends: it waits for us
             (dev2.home / "go").touch()
             result = await task
         return result, b"".join(seen)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import boot_sector
 from tests.unit.cli_farm import CommandLine, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ def test_list_imports_nothing_heavy(cli: CommandLine) -> None:
 def test_a_changed_farm_needs_no_pydantic_and_an_unchanged_one_nothing_heavy(cli: CommandLine) -> None:
     cli.farm.write_text(KVM)
     image = cli.directory / "small.img"
-    image.write_bytes(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")  # jmp $
+    image.write_bytes(boot_sector.IDLE)
     with tempfile.TemporaryDirectory(prefix="fh") as state:
         Path(state).chmod(0o711)  # QEMU's user passes through
         cli.environment["FARMHAND_STATE_DIR"] = state

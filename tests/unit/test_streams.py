@@ -180,7 +180,7 @@ def test_ignored_signals_stay_ignored(cli: CommandLine, probe: list[str]) -> Non
     kept = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM}
     for number in kept:
         process.send_signal(number)
-    out, err = process.communicate("go\n", timeout=30)
+    out, err = process.communicate("go\n", timeout=120)
     assert (process.returncode, err) == (0, "")
     others = {signal.SIGPIPE, signal.SIGXFSZ}
     assert ignored(out) & (kept | others) == kept
@@ -222,7 +222,7 @@ def test_a_slow_reader(cli: CommandLine, probe: list[str], ends: bool) -> None:
         assert said == "farmhand: interrupted while the result was being written; much was done\n"
     with os.fdopen(reader, "rb") as pipe:
         text = pipe.read()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == (130 if ends else 0)
     assert err == ""
     assert ends or text == b"x" * 400_000 + b"\n"
