@@ -65,7 +65,7 @@ def parse(head: bytes) -> Request:
     if not path.startswith("/") and path != "":
         raise BadRequest(HTTPStatus.BAD_REQUEST)
     *directories, name = path.split("/")
-    parts = [part for part in directories if part] + [name]
+    parts = [part for part in directories if part] + [name or "index.html"]
     body = "transfer-encoding" in fields or fields.get("content-length", "0") != "0"
     closing = "close" in (word.strip().lower() for word in fields.get("connection", "").split(","))
     return Request(

@@ -214,6 +214,10 @@ def test_only_the_layout_is_served(tmp_path: Path) -> None:
     with Server(top) as server:
         assert curl(server.url + "//dists//tested/Release?x=1")[0] == 200
         assert curl(server.url + "/%6bey%2easc")[0] == 200
+        (top / "index.html").write_text("a page\n")
+        status, fields, body = curl(server.url + "/")
+        assert (status, fields["Content-Type"], body) == (200, "text/html; charset=utf-8", b"a page\n")
+        (top / "index.html").unlink()
         for path in (
             "", "/", "/pool", "/pool/", "/key.asc/", "/key.asc/x", "/nothing", "/fifo",
             "/channels/tested", "/.farmhand/lock", "/%2efarmhand/lock", "/pool/../.farmhand/lock",
