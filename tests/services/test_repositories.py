@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from daemons import Daemons
@@ -21,15 +20,13 @@ RELEASE = "channels/tested/dists/tested/Release"
 
 @pytest.fixture
 def tree(yard: Yard) -> RepoTree:
-    made = RepoTree(yard.directory / "repository (1)")
+    made = RepoTree(yard.directory / "repository")
     made.publish("tested", ("big", BIG))
     yard.use("nginx")
     yard.repositories["kata"] = {
-        "format": "deb", "path": str(yard.directory / "kata"), "serve": "nginx",
+        "format": "deb", "path": str(made.top), "serve": "nginx",
         "url": "http://packages.example.org/debian/kata.d",
     }  # fmt: skip
-    made.top.rename(yard.directory / "kata")
-    made.top = yard.directory / "kata"
     return made
 
 

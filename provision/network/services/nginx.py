@@ -180,7 +180,8 @@ class Nginx(Service):
             top = directory(farm, name)
             if place := barred(top, account.pw_uid, groups):
                 yield WrongState(
-                    f"nginx: its user {account.pw_name} may not pass through {place} to repository {name}",
+                    f"nginx: its user {account.pw_name} may not pass through {place} "
+                    f"to repository {name}",
                     remedy=f"chmod o+x {shlex.quote(str(place))}, or give the repository another 'path'",
                 )
 
