@@ -335,7 +335,7 @@ def test_idle_clients_make_room(tree: RepoTree) -> None:
 
 def test_tls(tree: RepoTree, tmp_path: Path) -> None:
     pem = certificate(tmp_path)
-    with Server(tree.top, certificate=pem, key=pem) as server:
+    with Server(tree.top, certificate=pem) as server:
         assert server.url.startswith("https://")
         assert curl(server.url + BIG_URL, "--cacert", str(pem))[2] == BIG
         part = curl(server.url + BIG_URL, "--cacert", str(pem), "-H", "Range: bytes=-5")
@@ -356,7 +356,7 @@ def test_wrong_certificates(tree: RepoTree, tmp_path: Path) -> None:
     argv = ["openssl", "genpkey", "-quiet", "-algorithm", "ED25519", "-aes256", "-pass", "pass:word"]
     subprocess.run([*argv, "-out", locked], check=True, capture_output=True)
     for certificate_, key, kind, said_ in (
-        (pem, None, UsageError, "TLS needs both a certificate and its key"),
+        (None, pem, UsageError, "a key for TLS, and no certificate"),
         (pem, text, UsageError, "are no certificate with its key"),
         (pem, locked, UsageError, "the key of the certificate is encrypted"),
         (pem, tmp_path / "none", WrongState, f"cannot read {tmp_path}/none: No such file"),
