@@ -12,6 +12,7 @@ import shutil
 import stat
 import threading
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -419,18 +420,27 @@ def matching(directory: Path, pattern: str) -> list[Path]:
         return []
 
 
+def barred(directory: Path, uid: int, groups: Collection[int] = ()) -> Path | None:
+    """The first directory on the way there, it included, that this user may not pass through; None: the
+    way is free, as far as it is made."""
+    for place in (*reversed(directory.parents), directory):
+        try:
+            seen = place.stat()
+        except FileNotFoundError:
+            return None
+        owner, group = seen.st_uid == uid, seen.st_gid in groups
+        needed = stat.S_IXUSR if owner else stat.S_IXGRP if group else stat.S_IXOTH
+        if uid and not seen.st_mode & needed:
+            return place
+    return None
+
+
 def reachable(directory: Path, uid: int) -> None:
     """DriverFailed unless that user may pass through to ``directory``. Otherwise QEMU would fail later,
     with "permission denied" on a file that is plainly its own."""
-    for place in (directory, *directory.parents):
-        try:
-            seen = place.stat()
-        except FileNotFoundError:  # to be made
-            continue
-        needed = stat.S_IXUSR if seen.st_uid == uid else stat.S_IXOTH
-        if not seen.st_mode & needed:
-            raise DriverFailed(
-                f"{place}: QEMU's user (uid {uid}) may not pass through to its disks below",
-                remedy=f"chmod o+x {shlex.quote(str(place))}, "
-                "or keep the farm's state elsewhere (FARMHAND_STATE_DIR)",
-            )
+    if place := barred(directory, uid):
+        raise DriverFailed(
+            f"{place}: QEMU's user (uid {uid}) may not pass through to its disks below",
+            remedy=f"chmod o+x {shlex.quote(str(place))}, "
+            "or keep the farm's state elsewhere (FARMHAND_STATE_DIR)",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from inventory.base import Model, at_key, quote
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
     from inventory.fields import Bool, ConfigPath, Count, FilePath, Label, Labels, LeaseTime, Line, Names
 
 _ADDRESS = re.compile(r"https?://[!-~]+")
+_SERVED = re.compile(
+    r"(https?)://([A-Za-z0-9.-]+)(?::(\d{1,5}))?((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*)/?"
+)
 _FINGERPRINT = re.compile(r"[0-9A-F]{40}")
 
 
@@ -68,6 +71,12 @@ class PackageRepository(Model):
     """Its directory; absent: `repositories/FARM/NAME` in farmhand's state directory."""
     url: Line | None = None
     """What clients reach the directory by, such as `http://packages.example/kata`."""
+    serve: Literal["none", "nginx"] = "none"
+    """Whether nginx, of `services`, serves it at its `url`."""
+    certificate: ConfigPath | None = None
+    """For nginx and an https `url`: the certificate's file with its chain."""
+    key: ConfigPath | None = None
+    """For nginx and an https `url`: the private key's file; absent: it is in the certificate's."""
     channels: Labels = ("experimental", "tested", "released")
     """Its channels."""
     components: Labels = ("main",)
@@ -101,6 +110,17 @@ class PackageRepository(Model):
     def __post_init__(self) -> None:
         if self.url is not None and not _ADDRESS.fullmatch(self.url):
             raise at_key("url", f"{quote(self.url)} is not an http or https address")
+        if self.serve == "nginx":
+            if self.url is None or not _SERVED.fullmatch(self.url):
+                raise at_key(
+                    "serve", "nginx needs a 'url' such as http://packages.example.org/kata", "url"
+                )
+            if self.url.startswith("https:") != (self.certificate is not None):
+                raise at_key("url", "https and 'certificate' go together", "certificate")
+        elif self.certificate is not None:
+            raise at_key("certificate", "'certificate' is for nginx: serve: nginx", "serve")
+        if self.key is not None and self.certificate is None:
+            raise at_key("key", "a key without 'certificate'", "certificate")
         if self.format == "rpm" and self.components != ("main",):
             raise at_key("components", "'components' are for deb", "format")
         if self.format == "rpm" and self.architectures:
@@ -123,3 +143,20 @@ class PackageRepository(Model):
             raise at_key("signing", "one key signs, or two while clients change to the other")
         if not self.components:
             raise at_key("components", "a deb repository has a component at least")
+
+    @property
+    def served(self) -> Served:
+        """Where nginx serves it. Only where it does."""
+        match = _SERVED.fullmatch(self.url or "")
+        assert match
+        scheme, host, port, path = match.groups()
+        return Served(scheme == "https", host.lower(), int(port) if port else None, path)
+
+
+class Served(NamedTuple):
+    """A URL's parts. ``port``: None, the scheme's own. ``path``: without a slash at its end."""
+
+    tls: bool
+    host: str
+    port: int | None
+    path: str

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.files import own_directory
-from host.paths import runtime_dir, state_dir
+from host.paths import runtime_dir
 from inventory.errors import NotFound, UsageError, WrongState, some
 from inventory.model import Farm
 from inventory.repositories import PackageRepository
@@ -21,6 +21,7 @@ from repositories.change import recover
 from repositories.collect import Retention
 from repositories.format import ClientSource, Signer
 from repositories.generation import Generation
+from repositories.places import directory
 from repositories.repository import Repository, Settings
 from repositories.staging import Staging
 
@@ -63,11 +64,6 @@ def opened(farm: Farm, name: str = "") -> Repository:
             signed_packages=section.signed_packages,
         )
     )
-
-
-def directory(farm: Farm, name: str) -> Path:
-    path = farm.repositories[name].path
-    return Path(path) if path else state_dir() / "repositories" / farm.farm / name
 
 
 def retention(section: PackageRepository) -> Retention:

@@ -65,7 +65,7 @@ def parse(head: bytes) -> Request:
     if not path.startswith("/") and path != "":
         raise BadRequest(HTTPStatus.BAD_REQUEST)
     *directories, name = path.split("/")
-    parts = [part for part in directories if part] + [name]
+    parts = [part for part in directories if part] + [name or "index.html"]
     body = "transfer-encoding" in fields or fields.get("content-length", "0") != "0"
     closing = "close" in (word.strip().lower() for word in fields.get("connection", "").split(","))
     return Request(
@@ -106,7 +106,7 @@ class Resource:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Answered:
     """The answer: its status, and which bytes."""
 
     status: HTTPStatus
@@ -114,32 +114,32 @@ class Part:
     length: int = 0
 
 
-def answer(request: Request, resource: Resource) -> Part:
+def answer(request: Request, resource: Resource) -> Answered:
     """By the fields that make a request conditional, in their order (RFC 9110, 13.2.2)."""
     fields = request.fields
     if (tags := fields.get("if-match")) is not None:
         if not _matches(tags, resource.etag, strong=True):
-            return Part(HTTPStatus.PRECONDITION_FAILED)
+            return Answered(HTTPStatus.PRECONDITION_FAILED)
     elif (since := _seconds(fields.get("if-unmodified-since"))) is not None and (
         resource.second > since
     ):
-        return Part(HTTPStatus.PRECONDITION_FAILED)
+        return Answered(HTTPStatus.PRECONDITION_FAILED)
     if (tags := fields.get("if-none-match")) is not None:
         if _matches(tags, resource.etag, strong=False):
-            return Part(HTTPStatus.NOT_MODIFIED)
+            return Answered(HTTPStatus.NOT_MODIFIED)
     elif (since := _seconds(fields.get("if-modified-since"))) is not None:
         known = resource.second
         # Of what changes the very date is asked for: a clock may have been put back.
         if known <= since if resource.lasting else known == since:
-            return Part(HTTPStatus.NOT_MODIFIED)
-    whole = Part(HTTPStatus.OK, 0, resource.size)
+            return Answered(HTTPStatus.NOT_MODIFIED)
+    whole = Answered(HTTPStatus.OK, 0, resource.size)
     match = _RANGE.fullmatch(fields.get("range", ""))
     if request.method != "GET" or match is None or not _same(fields.get("if-range"), resource):
         return whole
     return _part(match[1], match[2], resource.size) or whole
 
 
-def _part(first: str, last: str, size: int) -> Part | None:
+def _part(first: str, last: str, size: int) -> Answered | None:
     """None: that is no range, or can't be told as one."""
     if first:
         start, end = int(first), min(int(last) if last else size - 1, size - 1)
@@ -150,8 +150,8 @@ def _part(first: str, last: str, size: int) -> Part | None:
     else:
         return None
     if start >= size:
-        return Part(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
-    return Part(HTTPStatus.PARTIAL_CONTENT, start, end - start + 1)
+        return Answered(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+    return Answered(HTTPStatus.PARTIAL_CONTENT, start, end - start + 1)
 
 
 def _matches(tags: str, etag: str, *, strong: bool) -> bool:

@@ -21,7 +21,7 @@ from host.leases import FileLeases
 from host.processes import described
 from inventory.errors import NotFound, NotOurs, UsageError
 from repositories.repository import Repository
-from repositories.snapshot import KeptTree, Snapshot, take_snapshot
+from repositories.snapshot import KeptTree, RepositorySnapshot, take_snapshot
 
 _MARK = ".repository-objects"
 _DETACHED = (".asc", ".gpg")
@@ -70,7 +70,7 @@ def lay_out_objects(repository: Repository, target: Path) -> LaidOut:
     return LaidOut(len(wanted) - 1, written, removed)
 
 
-def _steps(repository: Repository, snapshot: Snapshot) -> tuple[dict[str, Path], ...]:
+def _steps(repository: Repository, snapshot: RepositorySnapshot) -> tuple[dict[str, Path], ...]:
     """By its place in the target, each file; what is in one step needs what is in those before.
     Signatures come before what they sign: a channel's new one is good for its last summary, too."""
     pool: dict[str, Path] = {}
@@ -92,7 +92,7 @@ def _steps(repository: Repository, snapshot: Snapshot) -> tuple[dict[str, Path],
     return pool, lasting | keys, passing | signatures, summaries
 
 
-def _channels(repository: Repository, snapshot: Snapshot) -> Iterator[tuple[str, KeptTree]]:
+def _channels(repository: Repository, snapshot: RepositorySnapshot) -> Iterator[tuple[str, KeptTree]]:
     trees: Mapping[str, KeptTree] = {tree.path: tree for tree in snapshot.trees}
     for channel, sequence in snapshot.heads.items():
         path = repository.layout.published(channel, sequence).relative_to(repository.layout.top)
@@ -102,8 +102,9 @@ def _channels(repository: Repository, snapshot: Snapshot) -> Iterator[tuple[str,
 def _packages(repository: Repository, channel: str, head: int) -> Iterator[str]:
     """Of the present generation, and of those whose indexes are still served."""
     settings, documents = repository.settings, repository.documents
+    before = (entry.before for entry in documents.log(channel) if entry.sequence == head)
     earlier = documents.superseded(channel, settings.grace, datetime.now(UTC))
-    for sequence in dict.fromkeys((head, *earlier)):
+    for sequence in dict.fromkeys((head, *before, *earlier)):
         with suppress(NotFound):  # a superseded one that is collected
             for package in repository.packages(documents.read(sequence)):
                 yield package.place

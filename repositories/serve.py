@@ -29,7 +29,16 @@ from host.printable import one_line
 from host.processes import described
 from host.run import Runner
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
-from repositories.http import BadRequest, Part, Request, Resource, answer, content_type, http_date, parse
+from repositories.http import (
+    Answered,
+    BadRequest,
+    Request,
+    Resource,
+    answer,
+    content_type,
+    http_date,
+    parse,
+)
 from repositories.served import ServedFile, open_served
 
 _PIECE = 2**20
@@ -54,8 +63,8 @@ class ServerLimits:
 
 class Server:
     """Serves a repository's directory, from ``with Server(...) as server`` until the block's end, in a
-    thread of its own. It listens when it is made: so ``url`` is known. ``port`` 0: any free one.
-    ``access`` is told of each request, in a line.
+    thread of its own. It listens when it is made: so ``url`` is known. ``port`` 0: any free one. ``key``:
+    absent, it is in the certificate's file. ``access`` is told of each request, in a line.
 
     NotFound: there is no such directory; Conflict: the port is taken; UsageError, WrongState: what is
     wrong with address, certificate or key."""
@@ -71,9 +80,9 @@ class Server:
         access: Callable[[str], None] | None = None,
         limits: ServerLimits = ServerLimits(),
     ) -> None:
-        if (certificate is None) != (key is None):
-            raise UsageError("TLS needs both a certificate and its key", remedy="give both, or none")
-        self._tls = None if certificate is None or key is None else _tls(certificate, key)
+        if certificate is None and key is not None:
+            raise UsageError("a key for TLS, and no certificate", remedy="give both, or none")
+        self._tls = _tls(certificate, key or certificate) if certificate else None
         self._limits, self._access = limits, access
         self._slots = asyncio.Semaphore(min(limits.clients, _room_for_clients()))
         self._clients: dict[asyncio.Task[None], _Visitor] = {}
@@ -280,7 +289,7 @@ class Server:
         await self._drain(writer)
         return keep
 
-    async def _body(self, writer: asyncio.StreamWriter, handle: int, part: Part) -> bool:
+    async def _body(self, writer: asyncio.StreamWriter, handle: int, part: Answered) -> bool:
         """Whether all of it was sent: a file that was cut off meanwhile can't be."""
         loop, start, end = asyncio.get_running_loop(), part.start, part.start + part.length
         with os.fdopen(os.dup(handle), "rb") as file:

@@ -31,7 +31,7 @@ class KeptTree:
 
 
 @dataclass(slots=True)
-class Snapshot:
+class RepositorySnapshot:
     """``top``: laid out as the repository's directory. ``heads``: by channel, the generation that its
     pointer leads to."""
 
@@ -76,17 +76,17 @@ class Snapshot:
         self.trees = tuple(tree for tree in self.trees if tree.sequence in there)
 
 
-def take_snapshot(repository: Repository, top: Path) -> Snapshot:
+def take_snapshot(repository: Repository, top: Path) -> RepositorySnapshot:
     """``top``: a directory to make, on the repository's file system. WrongState: channels move faster
     than this looks."""
     for _ in range(_TRIES):
-        with suppress(_Moved):
+        with suppress(_Vanished):
             return _Taking(repository, top).snapshot()
         shutil.rmtree(top, ignore_errors=True)
     raise _moved(repository, "")
 
 
-class _Moved(Exception):
+class _Vanished(Exception):
     """Something went while it was looked at."""
 
 
@@ -94,7 +94,7 @@ class _Taking:
     def __init__(self, repository: Repository, top: Path) -> None:
         self._repository, self._layout, self._top = repository, repository.layout, top
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> RepositorySnapshot:
         try:
             for name in ("channels", "published", "generations"):
                 (self._top / name).mkdir(parents=True)
@@ -108,7 +108,7 @@ class _Taking:
                 trees.append(self._keep(replace(own[sequence], path=path)))
         except OSError as error:
             raise file_error(error, self._top, "make a snapshot in") from error
-        return Snapshot(self._top, heads, tuple(trees))
+        return RepositorySnapshot(self._top, heads, tuple(trees))
 
     def _pointers(self) -> dict[str, int]:
         heads = {}
@@ -140,9 +140,9 @@ class _Taking:
                 entries = names - lasting - passing
                 tree = KeptTree(f"generations/{sequence}", sequence, entries, frozenset(passing))
                 yield self._keep(tree)
-            except (FileNotFoundError, NotFound, _Moved):
+            except (FileNotFoundError, NotFound, _Vanished):
                 if sequence in heads.values():
-                    raise _Moved from None
+                    raise _Vanished from None
                 shutil.rmtree(self._top / "generations" / str(sequence), ignore_errors=True)
 
     def _keep(self, tree: KeptTree) -> KeptTree:
@@ -154,9 +154,9 @@ class _Taking:
                 os.link(own / name, kept / name, follow_symlinks=False)
             (kept / "pool").symlink_to((own / "pool").readlink())
         except FileNotFoundError as error:
-            raise _Moved from error
+            raise _Vanished from error
         if any(not (kept / name).exists() for name in tree.entries):
-            raise _Moved
+            raise _Vanished
         return tree
 
     def _link(self, file: Path) -> None:

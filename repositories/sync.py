@@ -36,7 +36,7 @@ from inventory.errors import (
 )
 from repositories.layout import Layout
 from repositories.repository import Repository
-from repositories.snapshot import Snapshot, take_snapshot
+from repositories.snapshot import RepositorySnapshot, take_snapshot
 
 _HOST = re.compile(r"\[?([A-Za-z0-9_](?:[A-Za-z0-9_.:-]*[A-Za-z0-9_])?)\]?")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -162,7 +162,7 @@ def sync(
     return Synced(str(target), rsync.files, rsync.bytes, removed, snapshot.heads)
 
 
-def _remove(repository: Repository, snapshot: Snapshot, rsync: _Rsync) -> int:
+def _remove(repository: Repository, snapshot: RepositorySnapshot, rsync: _Rsync) -> int:
     """Pointers first, packages last. Nothing is collected here meanwhile."""
     with FileLock(repository.layout.lock).hold(shared=True):
         snapshot.forget_collected(repository)

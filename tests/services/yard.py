@@ -77,6 +77,7 @@ class Yard:
             "addressing": "dhcp",
             "pool": ["10.77.0.200-10.77.0.210"],
         }
+        self.repositories: dict[str, Any] = {}
         self.vms: dict[str, Any] = {name: dict(vm) for name, vm in VMS.items()}
         self._mains()
 
@@ -88,6 +89,7 @@ class Yard:
             "templates": {"base": {"build": "debian-12"}},
             "vms": self.vms,
             "services": self.services,
+            **({"repositories": self.repositories} if self.repositories else {}),
         }
         return yaml.dump(
             content, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True, width=10000

@@ -214,6 +214,10 @@ def test_only_the_layout_is_served(tmp_path: Path) -> None:
     with Server(top) as server:
         assert curl(server.url + "//dists//tested/Release?x=1")[0] == 200
         assert curl(server.url + "/%6bey%2easc")[0] == 200
+        (top / "index.html").write_text("a page\n")
+        status, fields, body = curl(server.url + "/")
+        assert (status, fields["Content-Type"], body) == (200, "text/html; charset=utf-8", b"a page\n")
+        (top / "index.html").unlink()
         for path in (
             "", "/", "/pool", "/pool/", "/key.asc/", "/key.asc/x", "/nothing", "/fifo",
             "/channels/tested", "/.farmhand/lock", "/%2efarmhand/lock", "/pool/../.farmhand/lock",
@@ -331,7 +335,7 @@ def test_idle_clients_make_room(tree: RepoTree) -> None:
 
 def test_tls(tree: RepoTree, tmp_path: Path) -> None:
     pem = certificate(tmp_path)
-    with Server(tree.top, certificate=pem, key=pem) as server:
+    with Server(tree.top, certificate=pem) as server:
         assert server.url.startswith("https://")
         assert curl(server.url + BIG_URL, "--cacert", str(pem))[2] == BIG
         part = curl(server.url + BIG_URL, "--cacert", str(pem), "-H", "Range: bytes=-5")
@@ -352,7 +356,7 @@ def test_wrong_certificates(tree: RepoTree, tmp_path: Path) -> None:
     argv = ["openssl", "genpkey", "-quiet", "-algorithm", "ED25519", "-aes256", "-pass", "pass:word"]
     subprocess.run([*argv, "-out", locked], check=True, capture_output=True)
     for certificate_, key, kind, said_ in (
-        (pem, None, UsageError, "TLS needs both a certificate and its key"),
+        (None, pem, UsageError, "a key for TLS, and no certificate"),
         (pem, text, UsageError, "are no certificate with its key"),
         (pem, locked, UsageError, "the key of the certificate is encrypted"),
         (pem, tmp_path / "none", WrongState, f"cannot read {tmp_path}/none: No such file"),
