@@ -24,7 +24,7 @@ from host.files import (
     write_atomic,
     write_new,
 )
-from inventory.errors import Conflict, FarmhandError, Unfit, UsageError, some
+from inventory.errors import Conflict, FarmhandError, NotFound, Unfit, UsageError, some
 from repositories.chunks import ChunkRef, key_of
 from repositories.format import IndexFile, Release, Signer, Sum, newest_first
 from repositories.generation import Generation, LogEntry, Verb, later_than, sync_directory
@@ -117,6 +117,11 @@ class Change:
         settings = self._repository.settings
         source = origin or base
         chunks = source.chunks if source else ()
+        if origin and not self._layout.document(origin.sequence).exists():
+            raise NotFound(f"generation {origin.sequence} of {self._repository.name} was just collected")
+        for package in take:
+            if not self._layout.file(package).exists():
+                raise NotFound(f"{package} was just collected from {self._repository.name}")
         check_fit(self._repository, chunks, add, take)
         fresh = [*take, *(item.package for item in add)]
         gone = [*remove, *outdated(self._repository, chunks, fresh)]

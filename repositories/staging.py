@@ -41,9 +41,7 @@ class Staging:
     """A directory for one change. A context manager; what is left in it goes at its end. ``look``: there
     is none: packages are read where they are, and nothing is made."""
 
-    def __init__(
-        self, layout: Layout, package_format: PackageFormat, *, look: bool = False
-    ) -> None:
+    def __init__(self, layout: Layout, package_format: PackageFormat, *, look: bool = False) -> None:
         self._layout = layout
         self._format = package_format
         self._look = look

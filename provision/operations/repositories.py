@@ -185,21 +185,22 @@ class RepoPublishing(Operation[Published]):
     ) -> None:
         site, by = run.site, str(run.site.requester)
         # Keys are looked at before anything is changed.
-        with stack, signing(site, repository.name) as signer:
-            with (
-                site.journal.begin(self.activity, [], RepositoryFacts(repository.name)) as entry,
-                changing(repository, signer) as change,
-            ):
-                entry.step(f"{self.name} in {repository.name}'s {self.channel}")
-                change.mend(content.mend)
-                # What comes beside, or goes, does so whoever published meanwhile.
-                base = content.base if content.origin else repository.head(self.channel)
-                before = _number(base)
-                made = change.commit(
-                    self.channel, self.verb, by=by, base=base, origin=content.origin,
-                    add=content.add, take=content.take, remove=content.remove, note=self.note,
-                )  # fmt: skip
-                change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
+        with (
+            stack,
+            signing(site, repository.name) as signer,
+            site.journal.begin(self.activity, [], RepositoryFacts(repository.name)) as entry,
+            changing(repository, signer) as change,
+        ):
+            entry.step(f"{self.name} in {repository.name}'s {self.channel}")
+            change.mend(content.mend)
+            # What comes beside, or goes, does so whoever published meanwhile.
+            base = content.base if content.origin else repository.head(self.channel)
+            before = _number(base)
+            made = change.commit(
+                self.channel, self.verb, by=by, base=base, origin=content.origin,
+                add=content.add, take=content.take, remove=content.remove, note=self.note,
+            )  # fmt: skip
+            change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
         added = (*(item.package for item in content.add), *content.take)
         done.append(
             Published(
@@ -210,7 +211,6 @@ class RepoPublishing(Operation[Published]):
         site.reporter.say(
             f"{repository.name}: {self.channel} is generation {made.sequence} now, {made.count} packages"
         )
-
 
     def _mend(
         self, run: Run, repository: Repository, content: RepositoryContent, stack: ExitStack
@@ -315,7 +315,8 @@ class RepoPromote(RepoPublishing):
 class RepoRollback(RepoPublishing):
     """Give a channel the packages of one of its earlier generations: by a new one, with a fresh date and
     signature, for clients refuse an older one. ``to``: its number, which may be the present one's, to
-    have it signed anew; 0: the one before the present one. Errors: NotFound, WrongState (there is none before)."""
+    have it signed anew; 0: the one before the present one. Errors: NotFound, WrongState (there is none
+    before)."""
 
     name = "repo-rollback"
     verb = "roll back"
