@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from ipaddress import IPv4Address
+from os.path import commonpath, normpath
 
 from inventory import kinds
 from inventory.base import parse_range, quote
@@ -33,6 +34,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _room,
         _steps,
         _events,
+        _repositories,
         check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
@@ -380,6 +382,21 @@ def _events(farm: Farm, places: Places) -> Found:
             if vm not in known and ("vms",) not in places.bad:
                 where = ("events", name, "vms", number)
                 yield places.problem(where, f"no VM {quote(vm)}{_close(vm, known)}")
+
+
+def _repositories(farm: Farm, places: Places) -> Found:
+    """Each in a directory that no other one has, or is in."""
+    known: dict[str, str] = {}
+    for name, repository in farm.repositories.items():
+        if repository.path is None or places.is_bad(("repositories", name, "path")):
+            continue
+        path = normpath(repository.path)
+        for other, its in known.items():
+            if commonpath((path, its)) in (path, its):
+                how = "has the same directory" if path == its else f"is in {its}, or around it"
+                where = ("repositories", name, "path")
+                yield places.problem(where, f"repository {other} {how}: give each one its own")
+        known[name] = path
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

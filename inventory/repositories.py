@@ -139,6 +139,9 @@ class PackageRepository(Model):
                     raise at_key("promotions", f"no channel is called {quote(channel)}", "channels")
         if not self.channels:
             raise at_key("channels", "a repository has a channel at least")
+        if number := next(filter(str.isdecimal, self.channels), None):
+            text = f"{quote(number)} is a generation's number: a channel's name has a letter"
+            raise at_key("channels", text)
         if len(self.signing) > 2:
             raise at_key("signing", "one key signs, or two while clients change to the other")
         if not self.components:

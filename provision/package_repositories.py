@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.files import own_directory
-from host.paths import runtime_dir
 from inventory.errors import NotFound, UsageError, WrongState, some
 from inventory.model import Farm
 from inventory.repositories import PackageRepository
@@ -94,18 +91,9 @@ def signing(site: Site, name: str) -> Iterator[Signer | None]:
 
 @contextlib.contextmanager
 def staging(site: Site, repository: Repository) -> Iterator[Staging]:
-    """For packages on their way in; where it is only planned, outside of the repository."""
-    if not site.plan:
-        with repository.staging() as staging:
-            yield staging
-        return
-    own_directory(runtime_dir(), mode=0o711)
-    with (
-        tempfile.TemporaryDirectory(
-            dir=runtime_dir(), prefix="plan-", ignore_cleanup_errors=True
-        ) as aside,
-        Staging(repository.layout, repository.format, Path(aside)) as staging,
-    ):
+    """For packages on their way in; where it is only planned, they stay where they are."""
+    look = Staging(repository.layout, repository.format, look=True)
+    with look if site.plan else repository.staging() as staging:
         yield staging
 
 
@@ -119,16 +107,17 @@ def client_source(
             f"nobody said what {repository.name} is reached by",
             remedy=f"give repositories.{repository.name} a 'url' in the farm file",
         )
-    armoured, _ = layout.keys
     head = pinned or repository.head(channel)
     tree = f"generations/{pinned.sequence}" if pinned else f"channels/{channel}"
+    armour = repository.signing_keys(head) if head else None
+    key = (layout.key(pinned.sequence) if pinned else layout.keys[0]) if armour else None
     return ClientSource(
         repository=repository.name,
         channel=pinned.channel if pinned else channel,
         url=f"{settings.url}/{tree}/",
         mirrors=None if plain or pinned else f"{settings.url}/channels/{channel}.mirrors",
-        key=f"{settings.url}/{armoured.name}" if armoured.exists() else None,
-        armour=armoured.read_bytes() if armoured.exists() else None,
+        key=f"{settings.url}/{key.relative_to(layout.top)}" if key else None,
+        armour=armour,
         components=settings.components,
         architectures=head.architectures if head else settings.architectures,
     )
@@ -144,7 +133,7 @@ class RepositoryFacts(Facts):
     repository: str
 
 
-class _RepositoryActivity(Activity[RepositoryFacts]):
+class RepositoryActivity(Activity[RepositoryFacts]):
     """A change of a package repository. It takes effect by one rename(2): cut off before, nobody has
     seen it, and it is taken away; cut off after, what follows from it is made."""
 
@@ -158,4 +147,4 @@ class _RepositoryActivity(Activity[RepositoryFacts]):
         return Recovery(text, lambda _entry: recover(opened(site.farm, facts.repository)))
 
 
-REPOSITORY = _RepositoryActivity()
+REPOSITORY = RepositoryActivity()

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cmp_to_key
 from pathlib import Path
 
 from host.file_lock import FileLock
@@ -25,12 +24,14 @@ from host.files import (
     write_atomic,
     write_new,
 )
-from inventory.errors import Conflict, FarmhandError, Unfit, UsageError, some
+from inventory.errors import Conflict, FarmhandError, NotFound, Unfit, UsageError, some
 from repositories.chunks import ChunkRef, key_of
-from repositories.format import IndexFile, PackageFormat, Release, Signer
+from repositories.format import IndexFile, Release, Signer, Sum, newest_first
 from repositories.generation import Generation, LogEntry, Verb, later_than, sync_directory
-from repositories.needless import files_below, sweep
+from repositories.layout import Layout
+from repositories.needless import files_below, not_published, sweep, without_document
 from repositories.package import Package
+from repositories.render import sum_of
 from repositories.repository import Repository
 from repositories.staging import Staged, dead, keep_reading
 
@@ -44,10 +45,19 @@ def changing(repository: Repository, signer: Signer | None = None) -> Iterator[C
     """Hold the repository's lock, tidied up. Waits for whoever changes it now. ``signer``: for new
     generations; None: they are not signed."""
     repository.make()
-    with FileLock(repository.layout.lock).hold():
-        change = Change(repository, signer)
+    with (
+        FileLock(repository.layout.lock).hold(),
+        # Where its directory is left, its process was killed in a change.
+        repository.staging() as staging,
+    ):
+        change = Change(repository, signer, staging.directory)
         change.tidy()
-        yield change
+        try:
+            yield change
+        except BaseException:
+            with contextlib.suppress(Exception):  # the next change does it, and says so
+                change.tidy(failed=True)
+            raise
 
 
 def recover(repository: Repository) -> None:
@@ -60,8 +70,10 @@ def recover(repository: Repository) -> None:
 class Change:
     """A repository whose lock we hold."""
 
-    def __init__(self, repository: Repository, signer: Signer | None) -> None:
+    def __init__(self, repository: Repository, signer: Signer | None, aside: Path) -> None:
+        """``aside``: an empty directory, for what is being made."""
         self._repository = repository
+        self._aside = aside
         self._signer = signer
         self._layout = repository.layout
         self._documents = repository.documents
@@ -86,21 +98,38 @@ class Change:
         """A new generation: the packages of ``origin`` (else of ``base``), without some, with those that
         come in, and some ``take``n from another. Whole, durable, signed; nobody reads it yet. Conflict:
         another file has a package's identity."""
+        with _disk_errors(self._layout.top):
+            return self._commit(channel, verb, by, base, origin, add, take, remove, flow, note)
+
+    def _commit(
+        self,
+        channel: str,
+        verb: Verb,
+        by: str,
+        base: Generation | None,
+        origin: Generation | None,
+        add: Sequence[Staged],
+        take: Sequence[Package],
+        remove: Sequence[Package],
+        flow: str,
+        note: str,
+    ) -> Generation:
         settings = self._repository.settings
         source = origin or base
         chunks = source.chunks if source else ()
-        staged = {item.package.sha256: item for item in add}
-        for item in staged.values():
-            self._check(item)
-            self._check_identity(item.package, item.path, chunks)
+        if origin and not self._layout.document(origin.sequence).exists():
+            raise NotFound(f"generation {origin.sequence} of {self._repository.name} was just collected")
         for package in take:
-            self._check_identity(package, self._layout.file(package), chunks)
-        fresh = [*take, *(item.package for item in staged.values())]
-        gone = [*remove, *self._outdated(chunks, fresh)]
-        # 1. The packages, each under the name of its content.
-        self._pool(staged.values())
-        # 2. Its lists of packages. What they share with others is there.
+            if not self._layout.file(package).exists():
+                raise NotFound(f"{package} was just collected from {self._repository.name}")
+        check_fit(self._repository, chunks, add, take)
+        fresh = [*take, *(item.package for item in add)]
+        gone = [*remove, *outdated(self._repository, chunks, fresh)]
         fresh = [package for package in fresh if package not in gone]
+        # 1. The packages, each under the name of its content; and the keys.
+        self._pool([item for item in add if item.package in fresh])
+        keys = self._keep_keys(self._signer) if self._signer else ""
+        # 2. Its lists of packages. What they share with others is there.
         chunks = self._repository.chunks.changed(chunks, fresh, gone)
         # 3. Its number, and its tree, built aside.
         latest = self._documents.head(channel)
@@ -111,14 +140,13 @@ class Change:
             sequence=self._documents.next_sequence(), channel=channel, verb=verb,
             made=datetime.now(UTC), by=by, base=base.sequence if base else 0,
             origin=origin.sequence if origin else 0, flow=flow, note=note, chunks=chunks,
-            components=components, architectures=architectures,
-            date=later_than(before.date if before else None),
+            components=components, architectures=architectures, description=settings.description,
+            keys=keys, date=later_than(before.date if before else None),
         )  # fmt: skip
-        with self._repository.staging() as staging:
-            aside = staging.directory / "tree"
-            generation = self._build(generation, aside)
-            # 4. The tree under its number.
-            aside.rename(self._layout.tree(generation.sequence))
+        aside = self._aside / "generation"
+        generation = self._build(generation, aside)
+        # 4. The tree under its number.
+        aside.rename(self._layout.tree(generation.sequence))
         sync_directory(self._layout.trees)
         # 5. Its document: from here on there is such a generation.
         self._documents.write(generation)
@@ -136,81 +164,43 @@ class Change:
                 f"{head or 'none'}, and {expected or 'none'} was expected",
                 remedy="look at it, and do it again: it goes on from what is there",
             )
-        entry = LogEntry(
-            at=datetime.now(UTC), sequence=generation.sequence, before=head, verb=verb, by=by, note=note
-        )
-        # 1. What plain clients read: its metadata, and for a while those of the ones before; the keys.
-        self._lay_out(generation, entry.at)
-        if self._signer:
-            self._keep_keys(self._signer)
-        # 2. The pointer: from here on readers see it.
-        self._point(channel, generation.sequence)
+        now = datetime.now(UTC)
+        entry = LogEntry(at=now, sequence=generation.sequence, before=head, verb=verb, by=by, note=note)
+        with _disk_errors(self._layout.top):
+            # 1. What plain clients read: its metadata, for a while those of the ones before; the keys.
+            self._lay_out(generation, now)
+            self._show_keys(generation)
+            # 2. The pointer: from here on readers see it.
+            self._point(channel, generation.sequence)
         # 3. What follows from it, and may as well be made later.
-        self._documents.append(channel, entry)
-        self._follow(channel)
+        try:
+            with _disk_errors(self._layout.top):
+                self._documents.append(channel, entry)
+                self._follow(channel)
+        except FarmhandError as error:
+            error.message = (
+                f"{channel} is generation {generation.sequence} now, as it should be; but what follows "
+                f"from that is left to the next change: {error.message}"
+            )
+            raise
 
     # -- steps ---------------------------------------------------------------------------------------
-
-    def _check(self, item: Staged) -> None:
-        """Unfit, UsageError: the repository is for other packages."""
-        package, repository = item.package, self._repository
-        settings = repository.settings
-        if settings.signed_packages and not item.reading.signers:
-            raise Unfit(
-                f"{package.file} is not signed, and {repository.name} takes signed packages only"
-            )
-        if settings.format == "deb" and package.component not in settings.components:
-            raise UsageError(
-                f"{repository.name} has no component {package.component}: it has "
-                f"{some(settings.components)}"
-            )
-        if settings.architectures and not self._format.sections(package, settings.architectures):
-            raise Unfit(
-                f"{package.file} is for {package.architecture}, and {repository.name} has "
-                f"{some(settings.architectures)}"
-            )
-
-    def _check_identity(self, package: Package, path: Path, chunks: Sequence[ChunkRef]) -> None:
-        """Conflict: what it comes to, or a channel, has another file under its identity."""
-        repository = self._repository
-        heads = (repository.head(channel) for channel in repository.settings.channels)
-        for known in (chunks, *(head.chunks for head in heads if head)):
-            for other in repository.chunks.named(known, package.name):
-                if other.identity == package.identity and other.sha256 != package.sha256:
-                    raise self._contradiction(package, path, other)
-
-    def _contradiction(self, package: Package, path: Path, other: Package) -> Conflict:
-        differing: tuple[str, ...] = ()
-        with contextlib.suppress(FarmhandError, OSError):
-            differing = self._format.differing(self._layout.file(other), path)
-        where = f"they differ in {some(differing)}" if differing else "they are packed differently"
-        return Conflict(
-            f"{package.file}: there is another {package} in {self._repository.name} already: {where}",
-            remedy="give what is new a version of its own: a client that has one takes the other for it",
-        )
-
-    def _outdated(self, chunks: Sequence[ChunkRef], added: Sequence[Package]) -> list[Package]:
-        """Older versions than a new generation lists, of the packages that it gets."""
-        most = self._repository.settings.versions
-        if most is None:
-            return []
-        gone: list[Package] = []
-        for kind in {(p.name, p.architecture, p.component) for p in added}:
-            known = self._repository.chunks.named(chunks, kind[0])
-            found = {key_of(p): p for p in (*known, *added)}.values()
-            same = [p for p in found if (p.name, p.architecture, p.component) == kind]
-            gone += newest_first(self._format, same)[most:]
-        return gone
 
     def _architectures(self, source: Generation | None, fresh: Sequence[Package]) -> tuple[str, ...]:
         """Those declared, or else all that were ever seen."""
         if self._repository.settings.architectures:
             return self._repository.settings.architectures
         seen = {*(source.architectures if source else ()), *(p.architecture for p in fresh)}
-        return tuple(sorted(seen - {"all", "noarch", "src"}))
+        real = seen - {"all", "noarch", "src"}
+        return tuple(sorted(real or seen & {"all"}))  # what fits all is listed somewhere, too
+
+    def mend(self, items: Sequence[Staged]) -> None:
+        """Put packages' files in the place of damaged ones in the pool: the same bytes as they had."""
+        with _disk_errors(self._layout.top):
+            self._pool(items)
 
     def _pool(self, items: Iterable[Staged]) -> None:
-        fresh = [item for item in items if not self._layout.file(item.package).exists()]
+        fresh = [item for item in items if not whole(self._layout, item.package)]
         directories = set()
         for item in fresh:
             path = self._layout.file(item.package)
@@ -249,6 +239,8 @@ class Change:
         summary = fmt.summary(release, indexes)
         for name, data in fmt.entries(release, summary, self._signer).items():
             tree.replace(name, data)
+        if self._signer:
+            tree.replace(self._layout.key(generation.sequence).name, self._signer.public())
         path.joinpath("pool").symlink_to("../../pool")
         tree.sync()
         return replace(generation, indexes=tuple(indexes))
@@ -256,31 +248,29 @@ class Change:
     def _lay_out(self, generation: Generation, now: datetime) -> None:
         """The published tree, durable: hard links to the generation's own, and to the indexes of those
         that it supersedes, under the names of their content."""
-        channel, place = (
-            generation.channel,
-            self._layout.published(generation.channel, generation.sequence),
-        )
+        channel = generation.channel
+        place = self._layout.published(channel, generation.sequence)
         own_directory(place.parent, mode=0o755)
+        sync_directory(place.parent.parent)
         head = self._documents.head(channel)
         earlier = self._documents.superseded(channel, self._repository.settings.grace, now)
         superseded = [*([head] if head else []), *(n for n in earlier if n != generation.sequence)]
-        with self._repository.staging() as staging:
-            tree = _Tree(staging.directory / "tree", generation.date)
-            own = self._layout.tree(generation.sequence)
-            for file in files_below(own):
-                tree.link(own / file, file)
-            signatures = self._carry(superseded, tree)
-            release = self._release(generation)
-            for name in self._format.signatures(release):
-                if name.endswith(_DETACHED) and (own / name).exists():
-                    signature = (own / name).read_bytes()
-                    standing = self._format.standing(signature, signatures.get(name, ()))
-                    if standing != signature:
-                        tree.replace(name, standing)
-            tree.path.joinpath("pool").symlink_to("../../../pool")
-            tree.sync()
-            remove(place)  # of a publish that a kill cut off
-            tree.path.rename(place)
+        remove(self._aside / "published")
+        tree = _Tree(self._aside / "published", generation.date)
+        own = self._layout.tree(generation.sequence)
+        for file in files_below(own):
+            tree.link(own / file, file)
+        signatures = self._carry(superseded, tree)
+        for name in self._format.signatures(self._release(generation)):
+            if name.endswith(_DETACHED) and (own / name).exists():
+                signature = (own / name).read_bytes()
+                standing = self._format.standing(signature, signatures.get(name, ()))
+                if standing != signature:
+                    tree.replace(name, standing)
+        tree.path.joinpath("pool").symlink_to("../../../pool")
+        tree.sync()
+        remove(place)  # of a publish that was cut off
+        tree.path.rename(place)
         sync_directory(place.parent)
 
     def _carry(self, superseded: Iterable[int], tree: _Tree) -> Mapping[str, Sequence[bytes]]:
@@ -302,17 +292,21 @@ class Change:
                         signatures.setdefault(name, []).append((own / name).read_bytes())
         return signatures
 
-    def _keep_keys(self, signer: Signer) -> None:
-        public, binary = signer.public(), signer.public_binary()
-        armoured, keyring = self._layout.keys
-        known = self._layout.known_keys / f"{hashlib.sha256(binary).hexdigest()}.gpg"
-        for path, data, mode in (
-            (armoured, public, 0o644),
-            (keyring, binary, 0o644),
-            (known, binary, 0o600),
-        ):
-            if not path.exists() or path.read_bytes() != data:
-                write_atomic(path, data, mode=mode)
+    def _keep_keys(self, signer: Signer) -> str:
+        """For as long as a generation is signed by them. Returns their digest."""
+        binary = signer.public_binary()
+        digest = hashlib.sha256(binary).hexdigest()
+        armoured, plain = self._layout.known_key(digest)
+        _write_if_other(armoured, signer.public(), 0o600)
+        _write_if_other(plain, binary, 0o600)
+        return digest
+
+    def _show_keys(self, generation: Generation) -> None:
+        """For clients: those of the latest that is signed."""
+        if generation.keys:
+            kept = self._layout.known_key(generation.keys)
+            for path, known in zip(self._layout.keys, kept, strict=True):
+                _write_if_other(path, known.read_bytes(), 0o644)
 
     def _point(self, channel: str, sequence: int) -> None:
         pointer = self._layout.pointer(channel)
@@ -329,54 +323,63 @@ class Change:
         """What follows from the pointer: the mirror list, the classical name of a suite, no published
         trees but the present one and the one before."""
         head, url = self._documents.head(channel), self._repository.settings.url
-        mirrors = self._layout.mirrors(channel)
         text = f"{url}/generations/{head}/\n".encode() if url and head else b""
-        if not text:
-            mirrors.unlink(missing_ok=True)
-        elif not mirrors.exists() or mirrors.read_bytes() != text:
-            write_atomic(mirrors, text, mode=0o644)
-        for link, leads in self._format.links(channel).items():
+        if text:
+            _write_if_other(self._layout.mirrors(channel), text, 0o644)
+        else:
+            self._layout.mirrors(channel).unlink(missing_ok=True)
+        for link, leads in self._format.links(channel).items() if head else ():
             path = self._layout.top / link
-            if head and not path.is_symlink():
+            if not path.is_symlink():
                 own_directory(path.parent, mode=0o755)
                 path.symlink_to(leads)
-        kept = {str(entry.sequence) for entry in self._documents.log(channel)[-2:]} | {str(head)}
-        place = self._layout.published(channel, 0).parent
-        for path in place.iterdir() if place.is_dir() else ():
-            if path.name not in kept:
-                remove(path)
+        for path in tuple(not_published(self._repository, channel)):
+            remove(path)
 
     # -- after a kill --------------------------------------------------------------------------------
 
-    def tidy(self) -> None:
+    def tidy(self, *, failed: bool = False) -> None:
         """Bring to an end what killed commands left: what a pointer leads to was published, what none
-        leads to never was."""
-        killed = tuple(dead(self._layout.staging))
-        for path in (*killed, *self._layout.trash.iterdir()):
+        leads to never was. ``failed``: this one goes no further, and leaves as much."""
+        layout, documents = self._layout, self._documents
+        killed = tuple(dead(layout.staging))
+        for path in layout.trash.iterdir():
             remove(path)
         logged: set[int] = set()
         for channel in self._repository.all_channels():
-            head, log = self._documents.head(channel), self._documents.log(channel)
-            if head and (not log or log[-1].sequence != head):
-                generation = self._documents.read(head)
-                before = log[-1].sequence if log else 0
-                entry = LogEntry(
-                    at=datetime.now(UTC), sequence=head, before=before, verb=generation.verb,
-                    by=generation.by, note=generation.note,
-                )  # fmt: skip
-                self._documents.append(channel, entry)
-                self._follow(channel)
-            logged |= {head, *(entry.sequence for entry in log)}
-        known = self._documents.sequences()
-        if known and known[-1] not in logged:  # of a command that was killed before it published
-            last = self._documents.read(known[-1])
+            self._finish(channel)
+            logged |= {entry.sequence for entry in documents.log(channel)}
+        known = documents.sequences()
+        if known and known[-1] not in logged:  # of a command that ended before it published
+            last = documents.read(known[-1])
             if not last.flow:
                 self.collect(last)
-        for tree in self._layout.trees.iterdir():
-            if not (tree.name.isdigit() and self._layout.document(int(tree.name)).exists()):
-                self._discard(tree)
-        if killed:
-            sweep(self._repository)
+        for tree in without_document(self._repository):
+            self._discard(tree)
+        if killed or failed:
+            with contextlib.suppress(FarmhandError):  # who can't tell what is needed removes nothing
+                sweep(self._repository)
+        for path in killed:  # last: until here the next one does it again
+            remove(path)
+
+    def _finish(self, channel: str) -> None:
+        """Let the log and what follows agree with the pointer."""
+        documents = self._documents
+        head, log = documents.head(channel), documents.log(channel)
+        logged = log[-1].sequence if log else 0
+        if logged and not head:  # somebody removed it
+            if not self._layout.published(channel, logged).is_dir():
+                self._lay_out(documents.read(logged), datetime.now(UTC))
+            self._point(channel, logged)
+        elif head != logged:
+            generation = documents.read(head)
+            entry = LogEntry(
+                at=datetime.now(UTC), sequence=head, before=logged, verb=generation.verb,
+                by=generation.by, note=generation.note,
+            )  # fmt: skip
+            documents.append(channel, entry)
+        self._layout.pointer(channel).with_name(f".{channel}").unlink(missing_ok=True)
+        self._follow(channel)
 
     def collect(self, generation: Generation) -> None:
         """Remove a generation that nobody needs. What it alone had is for ``collect.py``."""
@@ -393,7 +396,7 @@ class Change:
             remove(away)
 
     def _release(self, generation: Generation) -> Release:
-        return generation.release(self._repository.name, self._repository.settings.description)
+        return generation.release(self._repository.name)
 
 
 class _Tree:
@@ -404,17 +407,21 @@ class _Tree:
     def __init__(self, path: Path, date: datetime) -> None:
         self.path = path
         self._time = date.timestamp()
-        path.mkdir(0o755)
-        self._directories = {path}
+        self._directories: set[Path] = set()
+        self._make(path)
 
     def place(self, name: str) -> Path:
         """Where a file of that name goes; its directories are made."""
         path = self.path / name
         missing = [d for d in path.parents if d.is_relative_to(self.path) and d not in self._directories]
         for directory in reversed(missing):
-            directory.mkdir(0o755)
-            self._directories.add(directory)
+            self._make(directory)
         return path
+
+    def _make(self, directory: Path) -> None:
+        directory.mkdir(0o755)
+        directory.chmod(0o755)  # whatever the umask is
+        self._directories.add(directory)
 
     def link(self, file: Path, name: str) -> None:
         """OSError, such as FileExistsError."""
@@ -431,8 +438,97 @@ class _Tree:
             sync_directory(directory)
 
 
-def newest_first(fmt: PackageFormat, packages: Iterable[Package]) -> list[Package]:
-    def order(one: Package, other: Package) -> int:
-        return fmt.compare(one.version, other.version)
+def whole(layout: Layout, package: Package) -> bool:
+    """Whether its file is in the pool, with the bytes that it should have."""
+    try:
+        return sum_of(layout.file(package)) == Sum(package.sha256, package.size)
+    except OSError:
+        return False
 
-    return sorted(packages, key=cmp_to_key(order), reverse=True)
+
+def check_fit(
+    repository: Repository,
+    chunks: Sequence[ChunkRef],
+    add: Sequence[Staged],
+    take: Sequence[Package] = (),
+) -> None:
+    """See that packages may come to those of ``chunks``. Unfit, UsageError: the repository is for other
+    ones. Conflict: another file has the identity of one, among them, here or in a channel."""
+    heads = [repository.head(channel) for channel in repository.settings.channels]
+    known = [chunks, *(head.chunks for head in heads if head)]
+    coming: dict[tuple[str, str, str], tuple[Package, Path]] = {}
+    found = [(package, repository.layout.file(package)) for package in take]
+    for item in add:
+        _check_kind(repository, item)
+        found.append((item.package, item.path))
+    for package, path in found:
+        for each in known:
+            for other in repository.chunks.named(each, package.name):
+                if other.identity == package.identity and other.sha256 != package.sha256:
+                    there = f"there is another {package} in {repository.name} already"
+                    raise _contradiction(repository, package, path, repository.layout.file(other), there)
+        other, its = coming.setdefault(package.identity, (package, path))
+        if other.sha256 != package.sha256:
+            raise _contradiction(repository, package, path, its, f"another {package} comes with it")
+
+
+def _check_kind(repository: Repository, item: Staged) -> None:
+    package, settings = item.package, repository.settings
+    if settings.signed_packages and not item.reading.signers:
+        raise Unfit(f"{package.file} is not signed, and {repository.name} takes signed packages only")
+    if package.component not in (settings.components or ("",)):
+        raise UsageError(
+            f"{repository.name} has no component {package.component}: it has "
+            f"{some(settings.components) or 'none, for it has rpm packages'}"
+        )
+    if settings.architectures and not repository.format.sections(package, settings.architectures):
+        raise Unfit(
+            f"{package.file} is for {package.architecture}, and {repository.name} has "
+            f"{some(settings.architectures)}"
+        )
+
+
+def _contradiction(
+    repository: Repository, package: Package, one: Path, other: Path, what: str
+) -> Conflict:
+    differing: tuple[str, ...] = ()
+    with contextlib.suppress(FarmhandError, OSError):
+        differing = repository.format.differing(other, one)
+    where = f"they differ in {some(differing)}" if differing else "they are packed differently"
+    return Conflict(
+        f"{package.file}: {what}: {where}",
+        remedy="give what is new a version of its own: a client that has one takes the other for it",
+    )
+
+
+def outdated(
+    repository: Repository, chunks: Sequence[ChunkRef], added: Sequence[Package]
+) -> list[Package]:
+    """Older versions than a new generation lists, of the packages that it gets."""
+    most = repository.settings.versions
+    if most is None:
+        return []
+    gone: list[Package] = []
+    for kind in {(p.name, p.architecture, p.component) for p in added}:
+        known = repository.chunks.named(chunks, kind[0])
+        found = {key_of(p): p for p in (*known, *added)}.values()
+        same = [p for p in found if (p.name, p.architecture, p.component) == kind]
+        gone += newest_first(repository.format, same)[most:]
+    return gone
+
+
+def _write_if_other(path: Path, data: bytes, mode: int) -> None:
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data:
+            return
+    write_atomic(path, data, mode=mode)
+
+
+@contextlib.contextmanager
+def _disk_errors(top: Path) -> Iterator[None]:
+    """What the file system refuses, as an error to show."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename2 or error.filename
+        raise file_error(error, Path(os.fsdecode(path)) if path else top, "write") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from host.files import blocks
 from repositories.change import Change
 from repositories.generation import Generation
 from repositories.leases import leases
-from repositories.needless import discard, files_below, needless
+from repositories.needless import discard, files_below, needless, temporary
 from repositories.repository import Repository
 
 
@@ -50,13 +50,13 @@ def survey(
     generations = tuple(repository.documents.all())
     gone = tuple(one for one in generations if one.sequence not in kept)
     stay = [one for one in generations if one.sequence in kept]
-    left = tuple(needless(repository, stay))
-    own = (
+    left = (*needless(repository, stay), *temporary(repository.layout))
+    own = [
         repository.layout.tree(one.sequence) / file
         for one in gone
         for file in files_below(repository.layout.tree(one.sequence))
-    )
-    return Survey(kept, gone, left, sum(map(_alone, own)) + sum(map(_size, left)))
+    ]
+    return Survey(kept, gone, left, _alone(own) + sum(map(_size, left)))
 
 
 def collect(change: Change, found: Survey) -> None:
@@ -92,12 +92,15 @@ def _kept(
     return {number: tuple(reasons) for number, reasons in why.items() if number in have}
 
 
-def _alone(path: Path) -> int:
-    """Bytes of a file that has no other name."""
-    with contextlib.suppress(OSError):
-        if path.stat().st_nlink == 1:
-            return blocks(path)
-    return 0
+def _alone(paths: Iterable[Path]) -> int:
+    """Bytes of files that have no other names than these."""
+    names: dict[tuple[int, int], list[Path]] = defaultdict(list)
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            names[found.st_dev, found.st_ino].append(path)
+    own = (same[0] for same in names.values() if same[0].stat().st_nlink == len(same))
+    return sum(map(blocks, own))
 
 
 def _size(path: Path) -> int:

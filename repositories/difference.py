@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from inventory.errors import FarmhandError
 from repositories.chunks import ChunkRef
+from repositories.format import newest_first
 from repositories.generation import Generation
 from repositories.package import Change, Package
 from repositories.repository import Repository
@@ -48,7 +49,7 @@ def differences(
     """From ``one`` to ``other``, by name. Only chunks that they don't share are read."""
     before, after = _only(repository, one, other), _only(repository, other, one)
     same = before & after
-    gone, come = _by_kind(before - same), _by_kind(after - same)
+    gone, come = _by_kind(repository, before - same), _by_kind(repository, after - same)
     found: list[Difference] = []
     for kind in sorted(gone.keys() | come.keys()):
         was, now = gone.get(kind, []), come.get(kind, [])
@@ -67,20 +68,32 @@ def _only(repository: Repository, one: Generation, other: Generation) -> set[Pac
     return set(repository.chunks.all(chunks))
 
 
-def _by_kind(packages: set[Package]) -> dict[tuple[str, str, str], list[Package]]:
+def _by_kind(
+    repository: Repository, packages: set[Package]
+) -> dict[tuple[str, str, str], list[Package]]:
+    """The newest of each first."""
     found: dict[tuple[str, str, str], list[Package]] = {}
-    for package in sorted(packages, key=lambda p: p.version, reverse=True):
+    for package in newest_first(repository.format, packages):
         found.setdefault((package.name, package.architecture, package.component), []).append(package)
     return found
 
 
 def _between(repository: Repository, old: Package, new: Package) -> Iterator[Change]:
-    """The newer one's entries above the older one's version. None where its changelog can't be read."""
+    """The newer one's entries above the older one's version. None where its changelog can't be read, or
+    where the older one follows."""
+    compare = repository.format.compare
+    if compare(new.version, old.version) <= 0:
+        return
     try:
         entries = repository.format.changelog(repository.layout.file(new))
     except (FarmhandError, OSError):
         return
     for entry in entries[:_MOST]:
-        if entry.version == old.version:
+        if compare(*map(_without_epoch, (entry.version, old.version))) <= 0:
             return
         yield entry
+
+
+def _without_epoch(version: str) -> str:
+    """rpm's changelogs have none."""
+    return version.partition(":")[2] or version

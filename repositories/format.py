@@ -6,9 +6,10 @@ but the files it is handed, decides nothing, and knows no pool, generation, chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cmp_to_key
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -176,3 +177,10 @@ class PackageFormat(ABC):
     def published(self, top: Path) -> Iterator[Found]:
         """The packages of a repository that others made, by its own metadata. NotFound: there is none of
         this format in ``top``. Unfit: its metadata are damaged, or lead out of ``top``."""
+
+
+def newest_first(fmt: PackageFormat, packages: Iterable[Package]) -> list[Package]:
+    def order(one: Package, other: Package) -> int:
+        return fmt.compare(one.version, other.version)
+
+    return sorted(packages, key=cmp_to_key(order), reverse=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -13,10 +15,13 @@ from typing import Literal
 
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import file_error, write_atomic
-from inventory.errors import NotFound
+from host.printable import one_line
+from inventory.errors import NotFound, WrongState
 from repositories.chunks import ChunkRef
 from repositories.format import IndexFile, Release
 from repositories.layout import Layout
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 Verb = Literal["make", "add", "remove", "promote", "roll back", "import", "flow", "pass"]
 
@@ -41,6 +46,9 @@ class Generation:
     indexes: tuple[IndexFile, ...] = ()
     components: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
+    description: str = ""
+    keys: str = ""
+    """The SHA-256 of the public keys that it is signed by (``Layout.known_key``); "": not signed."""
     date: datetime
     """What its signed file says: later than that of each generation that the channel had before."""
 
@@ -53,13 +61,13 @@ class Generation:
         """Bytes of its packages' files."""
         return sum(chunk.size for chunk in self.chunks)
 
-    def release(self, repository: str, description: str) -> Release:
+    def release(self, repository: str) -> Release:
         return Release(
             repository=repository,
             channel=self.channel,
             sequence=self.sequence,
             date=self.date,
-            description=description,
+            description=self.description,
             components=self.components,
             architectures=self.architectures,
         )
@@ -107,7 +115,7 @@ class Documents:
     def sequences(self) -> tuple[int, ...]:
         """Of all there are, in their order."""
         names = (name[:-5] for name in _names(self._layout.documents) if name.endswith(".json"))
-        return tuple(sorted(int(name) for name in names if name.isascii() and name.isdigit()))
+        return tuple(sorted(int(name) for name in names if _NUMBER.fullmatch(name)))
 
     def all(self) -> Iterator[Generation]:
         return map(self.read, self.sequences())
@@ -134,7 +142,7 @@ class Documents:
             last = 0
         except (OSError, Malformed):  # then what is there says enough
             last = 0
-        numbers = [int(name) for name in _names(self._layout.trees) if name.isdigit()]
+        numbers = [int(name) for name in _names(self._layout.trees) if _NUMBER.fullmatch(name)]
         sequence = max(last, *self.sequences(), *numbers, *self._logged(), 0) + 1
         write_atomic(path, json.dumps({"sequence": sequence}).encode(), mode=0o600)
         return sequence
@@ -147,14 +155,25 @@ class Documents:
     # -- channels ------------------------------------------------------------------------------------
 
     def head(self, channel: str) -> int:
-        """The number of the generation that the channel points to; 0: none yet."""
+        """The number of the generation that the channel points to; 0: none yet. WrongState: what has
+        the pointer's name is none."""
+        pointer = self._layout.pointer(channel)
         try:
-            name = self._layout.pointer(channel).readlink().name
+            leads = str(pointer.readlink())
         except FileNotFoundError:
             return 0
         except OSError as error:
-            raise file_error(error, self._layout.pointer(channel), "read the link") from error
-        return int(name) if name.isascii() and name.isdigit() else 0
+            if error.errno != errno.EINVAL:
+                raise file_error(error, pointer, "read the link") from error
+            leads = ""
+        place, _, name = leads.rpartition("/")
+        if place == f"../published/{channel}" and _NUMBER.fullmatch(name):
+            return int(name)
+        what = f"leads to {one_line(leads, 100)}" if leads else "is no link"
+        raise WrongState(
+            f"{pointer} {what}, and should lead to a generation that was published in {channel}",
+            remedy="move it away: the next change puts it back, by the channel's log",
+        )
 
     def log(self, channel: str) -> tuple[LogEntry, ...]:
         """Oldest first. A line that can't be read is left out: a power cut may take the last one, and
@@ -182,7 +201,9 @@ class Documents:
             try:
                 size = os.fstat(handle).st_size
                 torn = size and os.pread(handle, 1, size - 1) != b"\n"
-                os.write(handle, (b"\n" if torn else b"") + line + b"\n")
+                data = (b"\n" if torn else b"") + line + b"\n"
+                if os.write(handle, data) < len(data):  # write(2) says so once the disk is full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(handle)
             finally:
                 os.close(handle)

@@ -31,6 +31,10 @@ class Layout:
     def trees(self) -> Path:
         return self.top / "generations"
 
+    def key(self, sequence: int) -> Path:
+        """The public keys that a generation is signed by, armoured."""
+        return self.tree(sequence) / "key.asc"
+
     def pointer(self, channel: str) -> Path:
         return self.top / "channels" / channel
 
@@ -131,8 +135,19 @@ class Layout:
 
     @property
     def known_keys(self) -> Path:
-        """The public keys that generations were ever signed by, each set in a file."""
+        """The public keys that generations were ever signed by: each set twice, see below."""
         return self.private / "keys"
+
+    def known_key(self, digest: str) -> tuple[Path, Path]:
+        """A set of public keys, by the SHA-256 of its binary form: armoured, and not."""
+        return self.known_keys / f"{digest}.asc", self.known_keys / f"{digest}.gpg"
+
+    @property
+    def shared(self) -> tuple[Path, ...]:
+        """Directories in which files are replaced under their names."""
+        channels = self.top / "channels"
+        ours = self.documents, self.leases, self.flows, self.known_keys, self.private / "logs"
+        return self.top, channels, self.private, *ours
 
     @property
     def staging(self) -> Path:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from host.files import remove
 from repositories.generation import Generation
+from repositories.layout import Layout
 from repositories.repository import Repository
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.\d+")
+"""As ``host.files.write_atomic`` calls them."""
 
 
 def needless(repository: Repository, stay: Iterable[Generation]) -> Iterator[Path]:
@@ -37,11 +42,37 @@ def needless(repository: Repository, stay: Iterable[Generation]) -> Iterator[Pat
 
 def _below(top: Path) -> Iterator[Path]:
     for directory in sorted(top.iterdir()):
-        yield from sorted(directory.iterdir())
+        if directory.is_dir() and not directory.is_symlink():
+            yield from sorted(directory.iterdir())
+        else:
+            yield directory
+
+
+def temporary(layout: Layout) -> Iterator[Path]:
+    """Files that were being written when their process was killed; the lock is held."""
+    for directory in layout.shared:
+        yield from (path for path in directory.glob(".*") if _TEMPORARY.fullmatch(path.name))
+
+
+def without_document(repository: Repository) -> Iterator[Path]:
+    """Trees that are of no generation."""
+    known = set(map(str, repository.documents.sequences()))
+    yield from (path for path in repository.layout.trees.iterdir() if path.name not in known)
+
+
+def not_published(repository: Repository, channel: str) -> Iterator[Path]:
+    """Trees that were published in a channel, and that no client reads any more: all but the present one
+    and the one before."""
+    documents, place = repository.documents, repository.layout.published(channel, 0).parent
+    kept = {str(entry.sequence) for entry in documents.log(channel)[-2:]}
+    kept.add(str(documents.head(channel)))
+    if place.is_dir():
+        yield from (path for path in place.iterdir() if path.name not in kept)
 
 
 def sweep(repository: Repository) -> None:
-    """Remove what no generation needs; the lock is held."""
+    """Remove what no generation needs; the lock is held. WrongState: what they need can't be read."""
+    discard(temporary(repository.layout))
     discard(tuple(needless(repository, repository.documents.all())))
 
 
@@ -49,8 +80,9 @@ def discard(paths: Iterable[Path]) -> None:
     """Remove them, and directories of a prefix that are empty then."""
     for path in paths:
         remove(path)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+        if len(path.parent.name) == 2:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 def files_below(top: Path) -> Iterator[str]:

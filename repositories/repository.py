@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
-from host.files import (
-    make_directory,
-    own_directory,
-    write_atomic,
-)
+from host.files import matching, own_directory, sync, write_atomic
 from inventory.errors import NotFound, WrongState, some
 from repositories.chunks import Chunks
 from repositories.format import PackageFormat
@@ -54,6 +52,12 @@ class _Description:
     name: str
 
 
+_PRIVATE = (
+    "generations", "logs", "chunks", "readings", "rendered", "leases", "flows", "keys", "trash",
+    "staging",
+)  # fmt: skip
+
+
 class Repository:
     """One, whether it is there yet or not. Reading takes no lock: what is read never changes."""
 
@@ -69,12 +73,14 @@ class Repository:
 
     @property
     def exists(self) -> bool:
-        return self.layout.description.exists()
+        """Also where only parts of it are left."""
+        return self.layout.private.is_dir()
 
     def all_channels(self) -> tuple[str, ...]:
         """Those declared, and those that were once."""
-        found = (p.name for p in (self.layout.top / "channels").iterdir() if p.is_symlink())
-        return tuple(dict.fromkeys((*self.settings.channels, *sorted(found))))
+        names = (path.name for path in matching(self.layout.top / "channels", "*"))
+        found = (name for name in names if name[0] != "." and not name.endswith(".mirrors"))
+        return tuple(dict.fromkeys((*self.settings.channels, *found)))
 
     def check_channel(self, channel: str) -> None:
         """NotFound if the farm file doesn't name it."""
@@ -91,7 +97,7 @@ class Repository:
 
     def generation(self, which: str) -> Generation:
         """A generation by its number, or a channel's present one by its name. NotFound."""
-        if which.isascii() and which.isdigit():
+        if re.fullmatch("[0-9]{1,18}", which):
             return self.documents.read(int(which))
         found = self.head(which)
         if found is None:
@@ -115,9 +121,19 @@ class Repository:
                 return generation
         return None
 
-    def public_keys(self) -> bytes:
-        """All that generations were ever signed by, as gpgv takes them; b"": nothing was signed."""
-        return b"".join(path.read_bytes() for path in sorted(self.layout.known_keys.glob("*.gpg")))
+    def signing_keys(self, generation: Generation) -> bytes | None:
+        """The public keys that it is signed by, armoured; None: it isn't signed. WrongState: they are
+        damaged, or gone."""
+        if not generation.keys:
+            return None
+        path, binary = self.layout.known_key(generation.keys)
+        try:
+            if hashlib.sha256(binary.read_bytes()).hexdigest() != generation.keys:
+                raise Malformed("its bytes are not those that it is named by")
+            return path.read_bytes()
+        except (OSError, Malformed) as error:
+            remedy = "put it back from a backup or a mirror, or publish again"
+            raise damaged(binary, "the keys of a generation", error, remedy) from error
 
     def renderer(self, architectures: Sequence[str]) -> Renderer:
         return Renderer(self.layout, self.format, self.chunks, architectures)
@@ -130,25 +146,20 @@ class Repository:
         return Staging(self.layout, self.format)
 
     def make(self) -> None:
-        """Make what is missing; WrongState if something else is there."""
+        """Make what is missing, durably; WrongState if something else is there."""
         layout = self.layout
-        make_directory(layout.top, mode=0o755)
-        for path in (layout.pool, layout.trees, layout.top / "channels", layout.top / "published"):
+        public = layout.pool, layout.trees, layout.top / "channels", layout.top / "published"
+        private = (layout.private / name for name in _PRIVATE)
+        fresh = not layout.description.exists()
+        own_directory(layout.top, mode=0o755)
+        for path in public:
             own_directory(path, mode=0o755)
-        own_directory(layout.private, mode=0o700)
-        for name in (
-            "generations",
-            "logs",
-            "chunks",
-            "readings",
-            "rendered",
-            "leases",
-            "flows",
-            "keys",
-            "trash",
-        ):
-            own_directory(layout.private / name, mode=0o700)
-        own_directory(layout.staging, mode=0o700)
+        for path in (layout.private, *private):
+            own_directory(path, mode=0o700)
+        self._check_one_file_system(layout.private, *public)
+        if fresh:
+            for path in (layout.private, layout.top, layout.top.parent):
+                sync(path)
         ours = _Description(self.settings.format, self.name)
         try:
             found = made(_Description, json_object(read_file(layout.description)))
@@ -157,10 +168,20 @@ class Repository:
             write_atomic(layout.description, text, mode=0o600)
             return
         except (OSError, Malformed) as error:
-            raise damaged(layout.description, "what the repository is", error, "put it back") from error
+            remedy = "remove it: it is made anew; nothing is lost"
+            raise damaged(layout.description, "what the repository is", error, remedy) from error
         if found != ours:
             raise WrongState(
                 f"{layout.top} is {found.name}, a repository of {found.format} packages, "
                 f"not {ours.name} ({ours.format})",
                 remedy="give each repository of the farm file a 'path' of its own",
             )
+
+    def _check_one_file_system(self, private: Path, *others: Path) -> None:
+        """WrongState: what is made in one directory could not be renamed, or linked, into another."""
+        for other in others:
+            if other.stat().st_dev != private.stat().st_dev:
+                raise WrongState(
+                    f"{other} is on another file system than {private}: a repository is on one",
+                    remedy=f"mount one over {self.layout.top}, or give it another 'path'",
+                )

@@ -133,7 +133,7 @@ class _Taking:
         for sequence in documents.sequences():
             try:
                 generation = documents.read(sequence)
-                release = generation.release(self._repository.name, "")
+                release = generation.release(self._repository.name)
                 lasting = {fmt.lasting(release, index) for index in generation.indexes}
                 passing = {n for index in generation.indexes for n in fmt.passing(release, index)}
                 names = frozenset(files_below(self._layout.tree(sequence)))

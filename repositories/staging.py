@@ -4,6 +4,7 @@ way, in a directory of ours. Nobody else waits meanwhile, and nothing is changed
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from host.documents import Malformed, json_object, made, read_file
 from host.files import check_room, file_error, make_directory, open_new, remove
@@ -36,18 +38,18 @@ class Staged:
 
 
 class Staging:
-    """A directory for one change. A context manager; what is left in it goes at its end. ``directory``:
-    another one, for looking only."""
+    """A directory for one change. A context manager; what is left in it goes at its end. ``look``: there
+    is none: packages are read where they are, and nothing is made."""
 
-    def __init__(
-        self, layout: Layout, package_format: PackageFormat, directory: Path | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, package_format: PackageFormat, *, look: bool = False) -> None:
         self._layout = layout
         self._format = package_format
-        self.directory = directory or layout.staging / f"{Process.this().mark}-{next(_number)}"
+        self._look = look
+        self.directory = layout.staging / f"{Process.this().mark}-{next(_number)}"
 
     def __enter__(self) -> Staging:
-        make_directory(self.directory, mode=0o700)
+        if not self._look:
+            make_directory(self.directory, mode=0o700)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,10 +65,13 @@ class Staging:
         name = name or path.name
         if not name.endswith(self._format.SUFFIX) or "/" in name or name != one_line(name, 200):
             raise Unfit(f"{one_line(str(path))} is not called as a {self._format.NAME} package is")
-        copy = self.directory / f"{next(_number)}{self._format.SUFFIX}"
+        copy = path if self._look else self.directory / f"{next(_number)}{self._format.SUFFIX}"
         try:
-            found = self._copy(path, copy)
+            # Whoever knows what it must be may have it anywhere
+            found = self._copy(path.resolve() if sha256 else path, None if self._look else copy)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Unfit(f"{path} is a symbolic link: name the file that it leads to") from None
             raise file_error(error, path, "copy") from error
         if sha256 and found.sha256 != sha256:
             raise Unfit(f"{path} is damaged: its sha256 is {found.sha256}, and should be {sha256}")
@@ -84,20 +89,24 @@ class Staging:
         )
         return Staged(package, reading, copy)
 
-    def _copy(self, path: Path, copy: Path) -> Sum:
-        """One pass over the bytes; the source is opened once, and followed through no link."""
+    def _copy(self, path: Path, copy: Path | None) -> Sum:
+        """One pass over the bytes; the source is opened once, and followed through no link. None: they
+        are summed only."""
         digest, size = hashlib.sha256(), 0
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb", buffering=0) as source:
             if not stat.S_ISREG((found := os.fstat(source.fileno())).st_mode):
                 raise Unfit(f"{path} is no regular file")
-            check_room(self.directory, found.st_size)
-            with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as target:
+            with contextlib.ExitStack() as stack:
+                target: BinaryIO | None = None
+                if copy:
+                    check_room(self.directory, found.st_size)
+                    target = stack.enter_context(open_new(copy, mode=0o444))
                 while block := source.read(_BLOCK):
                     digest.update(block)
                     size += len(block)
-                    target.write(block)
-                os.fchmod(target.fileno(), 0o444)
+                    if target:
+                        target.write(block)
         return Sum(digest.hexdigest(), size)
 
     def _read(self, copy: Path, name: str, found: Sum, component: str) -> Reading:

@@ -9,19 +9,46 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from inventory.errors import Call, FarmhandError, NotFound, Unfit, UsageError, WrongState, some
 from inventory.sizes import rounded
-from provision.engine.operation import Operation
+from provision.engine.operation import Activity, Operation
 from provision.engine.plan import Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
-from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
-from repositories.change import changing
+from provision.package_repositories import (
+    RepositoryActivity,
+    RepositoryFacts,
+    opened,
+    signing,
+    staging,
+)
+from repositories.change import changing, check_fit, outdated, whole
+from repositories.chunks import ChunkRef
 from repositories.generation import Generation, Verb
 from repositories.package import Package
 from repositories.repository import Repository
 from repositories.staging import Staged, Staging
+
+
+class _Add(RepositoryActivity):
+    name = "repo-add"
+
+
+class _Remove(RepositoryActivity):
+    name = "repo-remove"
+
+
+class _Promote(RepositoryActivity):
+    name = "repo-promote"
+
+
+class _Rollback(RepositoryActivity):
+    name = "repo-rollback"
+
+
+ADD, REMOVE, PROMOTE, ROLLBACK = _Add(), _Remove(), _Promote(), _Rollback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +73,7 @@ class RepositoryContent:
     add: tuple[Staged, ...] = ()
     take: tuple[Package, ...] = ()
     remove: tuple[Package, ...] = ()
+    mend: tuple[Staged, ...] = ()
     lines: tuple[Action, ...] = ()
 
     @property
@@ -57,6 +85,7 @@ class RepoPublishing(Operation[Published]):
     """An operation that ends in a new generation of one channel."""
 
     verb: Verb
+    activity: ClassVar[Activity[RepositoryFacts]]
     repo: str
     channel: str
     note: str
@@ -74,9 +103,10 @@ class RepoPublishing(Operation[Published]):
         build: str = "",
     ) -> RepositoryContent:
         """Files that come in: each with its component, and its sha256 where that is known. Unfit, with
-        all that are damaged."""
+        all that are damaged; Conflict, UsageError as ``check_fit``."""
         base = repository.head(self.channel)
-        taken: list[Staged] = []
+        taken: dict[tuple[str, str], Staged] = {}
+        mended: list[Staged] = []
         refused: list[FarmhandError] = []
         lines: list[Action] = []
         for number, (path, component, sha256) in enumerate(files, 1):
@@ -88,11 +118,16 @@ class RepoPublishing(Operation[Published]):
                 continue
             package = item.package
             known = repository.chunks.named(base.chunks, package.name) if base else ()
-            if any(p.identity == package.identity and p.sha256 == package.sha256 for p in known):
-                lines.append(Action("keep", "", f"{package} is in {self.channel}"))
-                continue
-            taken.append(item)
-            lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
+            content = package.sha256, package.component
+            if content in ((p.sha256, p.component) for p in known):
+                if whole(repository.layout, package):
+                    lines.append(Action("keep", "", f"{package} is in {self.channel}"))
+                else:
+                    mended.append(item)
+                    lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
+            elif content not in taken:
+                taken[content] = item
+                lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
         if len(files) == len(refused) == 1:
             raise refused[0]
         if refused:
@@ -101,13 +136,29 @@ class RepoPublishing(Operation[Published]):
                 + some([error.message for error in refused], by="; "),
                 remedy="nothing was added: build them again, or leave them out",
             )
-        return RepositoryContent(base, add=tuple(taken), lines=tuple(lines))
+        chunks, add = base.chunks if base else (), tuple(taken.values())
+        check_fit(repository, chunks, add)
+        lines += self.outdated(repository, chunks, [item.package for item in add])
+        return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
+
+    def outdated(
+        self, repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package]
+    ) -> Iterator[Action]:
+        """Those that go since newer ones come."""
+        for package in outdated(repository, chunks, fresh):
+            most = f"the newest {repository.settings.versions} of a package stay"
+            verb = "leave out" if package in fresh else "remove"
+            yield Action(verb, "", f"{package} from {self.channel}: {most}")
 
     def plan(self, run: Run) -> Plan[Published]:
         site, repository = run.site, opened(run.site.farm, self.repo)
         repository.check_channel(self.channel)
         stack = ExitStack()
-        content = self.content(run, repository, stack.enter_context(staging(site, repository)))
+        try:
+            content = self.content(run, repository, stack.enter_context(staging(site, repository)))
+        except BaseException:
+            stack.close()
+            raise
         base = content.base
         done = [
             Published(repository.name, self.channel, *(_number(base),) * 2, base.count if base else 0)
@@ -117,9 +168,12 @@ class RepoPublishing(Operation[Published]):
             text = f"{repository.name}: {self.channel} gets a new generation"
             publish = partial(self._publish, run, repository, content, done, stack)
             jobs.append(job("publish", "", text, publish))
+        elif content.mend:
+            text = f"{repository.name}: {len(content.mend)} files in its pool"
+            jobs.append(job("mend", "", text, partial(self._mend, run, repository, content, stack)))
         elif not content.lines:
             jobs.append(job("keep", "", f"{repository.name}: {self.channel} stays as it is"))
-        if site.plan or not content.changes:
+        if site.plan or not (content.changes or content.mend):
             stack.close()
         return Plan([alone(*jobs)], lambda: done[-1])
 
@@ -133,21 +187,22 @@ class RepoPublishing(Operation[Published]):
     ) -> None:
         site, by = run.site, str(run.site.requester)
         # Keys are looked at before anything is changed.
-        with stack, signing(site, repository.name) as signer:
-            facts = RepositoryFacts(repository.name)
-            with (
-                site.journal.begin(REPOSITORY, [], facts) as entry,
-                changing(repository, signer) as change,
-            ):
-                entry.step(f"{self.name} in {repository.name}'s {self.channel}")
-                # What comes beside, or goes, does so whoever published meanwhile.
-                base = content.base if content.origin else repository.head(self.channel)
-                before = _number(base)
-                made = change.commit(
-                    self.channel, self.verb, by=by, base=base, origin=content.origin,
-                    add=content.add, take=content.take, remove=content.remove, note=self.note,
-                )  # fmt: skip
-                change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
+        with (
+            stack,
+            signing(site, repository.name) as signer,
+            site.journal.begin(self.activity, [], RepositoryFacts(repository.name)) as entry,
+            changing(repository, signer) as change,
+        ):
+            entry.step(f"{self.name} in {repository.name}'s {self.channel}")
+            change.mend(content.mend)
+            # What comes beside, or goes, does so whoever published meanwhile.
+            base = content.base if content.origin else repository.head(self.channel)
+            before = _number(base)
+            made = change.commit(
+                self.channel, self.verb, by=by, base=base, origin=content.origin,
+                add=content.add, take=content.take, remove=content.remove, note=self.note,
+            )  # fmt: skip
+            change.publish(made, expected=before, verb=self.verb, by=by, note=self.note)
         added = (*(item.package for item in content.add), *content.take)
         done.append(
             Published(
@@ -158,6 +213,17 @@ class RepoPublishing(Operation[Published]):
         site.reporter.say(
             f"{repository.name}: {self.channel} is generation {made.sequence} now, {made.count} packages"
         )
+
+    def _mend(
+        self, run: Run, repository: Repository, content: RepositoryContent, stack: ExitStack
+    ) -> None:
+        with (
+            stack,
+            run.site.journal.begin(self.activity, [], RepositoryFacts(repository.name)) as entry,
+            changing(repository) as change,
+        ):
+            entry.step(f"{self.name} in {repository.name}'s {self.channel}")
+            change.mend(content.mend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +237,7 @@ class RepoAdd(RepoPublishing):
 
     name = "repo-add"
     verb = "add"
+    activity = ADD
     repo: str
     channel: str
     paths: tuple[Path, ...]
@@ -204,6 +271,7 @@ class RepoRemove(RepoPublishing):
 
     name = "repo-remove"
     verb = "remove"
+    activity = REMOVE
     repo: str
     channel: str
     packages: tuple[str, ...]
@@ -227,6 +295,7 @@ class RepoPromote(RepoPublishing):
 
     name = "repo-promote"
     verb = "promote"
+    activity = PROMOTE
     repo: str
     from_: str
     channel: str
@@ -242,21 +311,25 @@ class RepoPromote(RepoPublishing):
             return RepositoryContent(
                 base, origin, lines=(Action("promote", "", f"{line}, to {self.channel}"),)
             )
-        known = {package.sha256 for package in repository.packages(base)} if base else set()
+        chunks = base.chunks if base else ()
         found = select(repository, origin, self.packages)
-        fresh = tuple(package for package in found if package.sha256 not in known)
+        fresh = tuple(p for p in found if p not in repository.chunks.named(chunks, p.name))
+        check_fit(repository, chunks, (), fresh)
         lines = [Action("promote", "", f"{package} to {self.channel}") for package in fresh]
+        lines += self.outdated(repository, chunks, fresh)
         return RepositoryContent(base, take=fresh, lines=tuple(lines))
 
 
 @dataclass(frozen=True, slots=True)
 class RepoRollback(RepoPublishing):
     """Give a channel the packages of one of its earlier generations: by a new one, with a fresh date and
-    signature, for clients refuse an older one. ``to``: its number; 0: the one before the present one.
-    Errors: NotFound, WrongState (there is none before)."""
+    signature, for clients refuse an older one. ``to``: its number, which may be the present one's, to
+    have it signed anew; 0: the one before the present one. Errors: NotFound, WrongState (there is none
+    before)."""
 
     name = "repo-rollback"
     verb = "roll back"
+    activity = ROLLBACK
     repo: str
     channel: str
     to: int = 0
@@ -264,17 +337,15 @@ class RepoRollback(RepoPublishing):
 
     def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base = repository.generation(self.channel)
-        had = [entry.sequence for entry in repository.documents.log(self.channel)][:-1]
+        had = [entry.sequence for entry in repository.documents.log(self.channel)]
         if self.to and self.to not in had:
             raise NotFound(
-                f"{repository.name}'s {self.channel} never had generation {self.to} before",
+                f"{repository.name}'s {self.channel} never had generation {self.to}",
                 remedy=Call("repo-log", repo=repository.name, channel=self.channel),
             )
-        if not had:
+        if not self.to and len(had) < 2:
             raise WrongState(f"{repository.name}'s {self.channel} has had no other generation yet")
-        origin = repository.documents.read(self.to or had[-1])
-        if base.chunks == origin.chunks:
-            return RepositoryContent(base)
+        origin = repository.documents.read(self.to or had[-2])
         line = f"{self.channel} to the packages of generation {origin.sequence}, {origin.count} of them"
         return RepositoryContent(base, origin, lines=(Action("roll back", "", line),))
 

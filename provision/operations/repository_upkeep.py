@@ -14,11 +14,22 @@ from provision.engine.operation import Operation
 from provision.engine.plan import Job, Plan, alone, job
 from provision.engine.run import Run
 from provision.operations.repositories import RepoPublishing, RepositoryContent
-from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, retention
+from provision.package_repositories import RepositoryActivity, RepositoryFacts, opened, retention
 from repositories.change import changing
 from repositories.collect import Survey, collect, survey
 from repositories.repository import Repository
 from repositories.staging import Staging
+
+
+class _Gc(RepositoryActivity):
+    name = "repo-gc"
+
+
+class _Import(RepositoryActivity):
+    name = "repo-import"
+
+
+GC, IMPORT = _Gc(), _Import()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,7 @@ class RepoGc(Operation[RepositoryGcResult]):
 
     def _collect(self, run: Run, repository: Repository) -> None:
         facts = RepositoryFacts(repository.name)
-        with run.site.journal.begin(REPOSITORY, [], facts) as entry, changing(repository) as change:
+        with run.site.journal.begin(GC, [], facts) as entry, changing(repository) as change:
             entry.step(f"repo-gc in {repository.name}")
             found = self._survey(run, repository)  # with the lock held: nobody begins to use one now
             collect(change, found)
@@ -91,6 +102,7 @@ class RepoImport(RepoPublishing):
 
     name = "repo-import"
     verb = "import"
+    activity = IMPORT
     repo: str
     channel: str
     source: Path
