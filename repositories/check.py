@@ -25,7 +25,7 @@ from repositories.needless import (
     without_document,
 )
 from repositories.package import Package
-from repositories.proof import Proof, prove_clear, prove_detached
+from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.render import sum_of
 from repositories.repository import Repository
 
@@ -310,7 +310,7 @@ class _Check:
 _BACKUP = "put it back from a backup or a mirror"
 
 
-def _proven(data: bytes, summary: bytes, keys: bytes, runner: Runner) -> Proof:
+def _proven(data: bytes, summary: bytes, keys: bytes, runner: Runner) -> ProvenText:
     proof = prove_clear(data, keys, runner)
     if proof.text.strip() != summary.strip():
         raise Unfit("it is of another text than the one beside it")
