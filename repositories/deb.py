@@ -51,16 +51,17 @@ class DebFormat(PackageFormat):
         return deb_control.compare(one, other)
 
     def sections(self, package: Package, architectures: Sequence[str]) -> tuple[str, ...]:
-        fit = architectures if package.architecture == "all" else (package.architecture,)
+        known = _some(architectures)
+        fit = known if package.architecture == "all" else (package.architecture,)
         return tuple(
-            f"{package.component}/binary-{architecture}"
-            for architecture in fit
-            if architecture in architectures
+            f"{package.component}/binary-{architecture}" for architecture in fit if architecture in known
         )
 
     def all_sections(self, components: Sequence[str], architectures: Sequence[str]) -> tuple[str, ...]:
         return tuple(
-            sorted(f"{component}/binary-{each}" for component in components for each in architectures)
+            sorted(
+                f"{component}/binary-{each}" for component in components for each in _some(architectures)
+            )
         )
 
     def frame(self, kind: str, count: int) -> tuple[bytes, bytes]:  # noqa: ARG002
@@ -83,7 +84,7 @@ class DebFormat(PackageFormat):
             ("Date", format_datetime(release.date.astimezone(UTC))[:-5] + "UTC"),
             ("Generation", str(release.sequence)),  # not Version: apt asks about its changes
             ("Acquire-By-Hash", "yes"),
-            ("Architectures", " ".join(release.architectures)),
+            ("Architectures", " ".join(_some(release.architectures))),
             ("Components", " ".join(release.components)),
             ("Description", one_line(release.description)),
         ]
@@ -159,6 +160,11 @@ class DebFormat(PackageFormat):
 
     def published(self, top: Path) -> Iterator[Found]:
         return deb_published.published(top)
+
+
+def _some(architectures: Sequence[str]) -> Sequence[str]:
+    """A repository of none has what fits all: apt fails on one without any index."""
+    return architectures or ("all",)
 
 
 def _directory(release: Release) -> str:

@@ -338,28 +338,35 @@ def test_no_client_fails_while_a_channel_moves(
     assert seen == sorted(seen)
 
 
+def repository_of(top: Path, url: str) -> Repository:
+    return Repository(
+        Settings(
+            name="probes", format="deb", top=top, channels=(CHANNEL,), components=("main",), url=url
+        )
+    )
+
+
+def add(repository: Repository, file: Path, data: bytes) -> Staged:
+    """Published, by the code that does so."""
+    file.write_bytes(data)
+    with repository.staging() as staging:
+        item = staging.take(file, component="main")
+        with changing(repository) as change:
+            base = repository.head(CHANNEL)
+            made = change.commit(CHANNEL, "add", by="test", base=base, add=[item])
+            change.publish(made, expected=base.sequence if base else 0, verb="add", by="test")
+    return item
+
+
 def test_two_generations_of_one_second_are_two(tmp_path: Path, served: Served) -> None:
     """A client asks by the time of what it has, in whole seconds, whether there is something newer."""
     top = tmp_path / "archive"
-    settings = Settings(
-        name="probes", format="deb", top=top, url=served.url,
-        channels=(CHANNEL,), components=("main",), architectures=("amd64",),
-    )  # fmt: skip
-    repository = Repository(settings)
+    repository = repository_of(top, served.url)
     machine = AptMachine(tmp_path / "machine")
     machine.source(source(served.url, None, pinned=False))
-    items: list[Staged] = []
+    items = []
     for version in range(1, 5):
-        file = tmp_path / "probe.deb"
-        file.write_bytes(probe(version))
-        base = repository.head(CHANNEL) if version > 1 else None
-        with repository.staging() as staging:
-            item = staging.take(file, component="main")
-            items.append(item)
-            with changing(repository) as change:
-                made = change.commit(CHANNEL, "add", by="test", base=base, add=[item])
-                expected = base.sequence if base else 0
-                change.publish(made, expected=expected, verb="add", by="test")
+        items.append(add(repository, tmp_path / "probe.deb", probe(version)))
         machine.update()
         assert machine.candidate("probe") == str(version)
     times = [
@@ -369,3 +376,18 @@ def test_two_generations_of_one_second_are_two(tmp_path: Path, served: Served) -
     assert times == sorted(set(times))
     # others' repositories may be farmhand's
     assert [found.sha256 for found in FORMAT.published(top)] == [item.package.sha256 for item in items]
+
+
+def test_a_repository_that_names_no_architectures(tmp_path: Path, served: Served) -> None:
+    """It has those of its packages; until one comes that is of some, what fits all."""
+    repository = repository_of(tmp_path / "archive", served.url)
+    machine = AptMachine(tmp_path / "machine")
+    machine.source(source(served.url, None, pinned=False))
+    add(repository, tmp_path / "probe.deb", probe(1, "all"))
+    machine.update()
+    assert machine.candidate("probe") == "1"
+    add(repository, tmp_path / "probe.deb", probe(2, name="other"))
+    machine.update()
+    assert (machine.candidate("probe"), machine.candidate("other")) == ("1", "2")
+    indexes = {Path(path).parts[6] for path in served.fetched() if "/binary-" in path}
+    assert indexes == {"binary-all", "binary-amd64"}

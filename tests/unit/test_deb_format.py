@@ -507,6 +507,8 @@ def test_where_packages_are_listed() -> None:
     assert FORMAT.all_sections(("main", "extra"), both) == (
         "extra/binary-amd64", "extra/binary-arm64", "main/binary-amd64", "main/binary-arm64"
     )  # fmt: skip
+    assert FORMAT.sections(package("all"), ()) == ("main/binary-all",)
+    assert FORMAT.all_sections(("main",), ()) == ("main/binary-all",)
     assert FORMAT.frame("Packages", 10) == (b"", b"")
 
 
