@@ -85,8 +85,10 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class _Doing:
-    """What is written down before it is done. ``reason``: "" removes the files, which were taken."""
+    """What is written down before it is done. ``directory``: where the files are. ``reason``: ""
+    removes them, for they were taken."""
 
+    directory: str
     reason: str
     files: tuple[SeenFile, ...]
 
@@ -182,9 +184,9 @@ class Incoming:
         what other uploads list, too."""
         files = self._its_own(upload.members)
         if len(files) < 2:
-            self._carry_out(_Doing("", files), None)
+            self._carry_out(_Doing(str(self._directory), "", files), None)
         else:
-            self._do(_Doing("", files), upload.name)
+            self._do(_Doing(str(self._directory), "", files), upload.name)
 
     def reject(self, upload: Upload, reason: str) -> Rejection:
         """Move it away."""
@@ -375,8 +377,9 @@ class Incoming:
             faults.append(error)
 
     def _reject(self, name: str, members: tuple[SeenFile, ...], reason: str) -> Rejection:
-        doing = _Doing(one_line(reason, _REASON) or "no reason was given", self._its_own(members))
-        rejection = Rejection(one_line(name), doing.reason, self._do(doing, name))
+        reason = one_line(reason, _REASON) or "no reason was given"
+        doing = _Doing(str(self._directory), reason, self._its_own(members))
+        rejection = Rejection(one_line(name), reason, self._do(doing, name))
         self._on_reject(rejection)
         return rejection
 
@@ -439,6 +442,8 @@ class Incoming:
             except Malformed:
                 remove(_note(place))  # not ours
                 continue
+            if doing.directory != str(self._directory):
+                continue  # of another directory that is refused to the same place
             place.mkdir(0o755, exist_ok=True)
             try:
                 self._carry_out(doing, place)

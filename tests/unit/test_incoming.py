@@ -508,7 +508,7 @@ def test_what_can_not_be_finished_stops_no_other(box: Box, tmp_path: Path) -> No
     box.rejected.mkdir()
     member = {"name": "a.rpm", "inode": info.st_ino, "changed": info.st_ctime_ns}
     note = box.rejected / ".1-a.rpm.todo"
-    note.write_text(json.dumps({"reason": "bad", "files": [member]}))
+    note.write_text(json.dumps({"directory": str(box.at), "reason": "bad", "files": [member]}))
     (box.rejected / "1-a.rpm.reason").mkdir()
     (box.rejected / ".2-junk.todo").write_text("{")
     with box.open(still=0) as incoming:
@@ -687,6 +687,29 @@ def test_killed_at_every_step(how: str, tmp_path: Path) -> None:
             return
         assert status == -9
     pytest.fail("it never came to its end")
+
+
+def test_two_directories_are_refused_to_one_place(tmp_path: Path) -> None:
+    """What was cut off in one of them is not taken for the other's."""
+    (tmp_path / "other").mkdir()
+    box, other = Box(tmp_path), Box(tmp_path / "other")
+    other.rejected = box.rejected
+    for each in (box, other):
+        each.upload()
+    argv = [sys.executable, "-c", KILLED, str(tmp_path), "4", "reject"]
+    assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -9
+    (note,) = box.rejected.glob(".*.todo")
+    with other.open(".deb", with_changes=True, still=0) as incoming:
+        (upload,) = incoming.complete()
+        incoming.reject(upload, "of the other")
+        assert note.exists()
+    with box.open(".deb", with_changes=True, still=0) as incoming:
+        assert list(incoming.complete()) == []
+    found = sorted(path.name for path in box.rejected.iterdir() if path.is_dir())
+    assert found == ["1-hello_1_amd64.changes", "2-hello_1_amd64.changes"]
+    assert all(len(list((box.rejected / name).iterdir())) == 2 for name in found)
+    reasons = [(box.rejected / f"{name}.reason").read_text() for name in found]
+    assert reasons == ["it is bad\n", "of the other\n"]
 
 
 def test_a_fault_with_one_stops_no_other(box: Box) -> None:
