@@ -29,11 +29,12 @@ def look(directory: str, setting: str, key: str) -> list[str]:
         repo = dnf.repo.Repo("base", base.conf)
         name, _, url = setting.partition("=")
         setattr(repo, name, [url] if name == "baseurl" else url)
-        repo.metadata_expire, repo.skip_if_unavailable, repo.gpgcheck = 0, False, False
+        repo.skip_if_unavailable, repo.gpgcheck = False, False
         if key:
             repo.repo_gpgcheck, repo.gpgkey = True, [key]
             repo._key_import = _Yes()
         base.repos.add(repo)
+        repo._repo.expire()  # what is kept of a look before is looked at again, also within a second
         base.fill_sack(load_system_repo=False)
         base.download_packages(list(base.sack.query().latest()))
         return sorted(str(package) for package in base.sack.query())

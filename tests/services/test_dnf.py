@@ -74,7 +74,6 @@ class Farm:
     repository: Repository
     signer: GpgSigner
     states: dict[str, list[Generation]]
-    at: int = 0
 
     @property
     def top(self) -> Path:
@@ -82,14 +81,12 @@ class Farm:
 
     def publish(self, channel: str) -> None:
         """The next state."""
-        self.at += 1
+        states = self.states[channel]
+        numbers = [state.sequence for state in states]
         with changing(self.repository, self.signer) as change:
-            head = self.repository.head(channel)
-            assert head
-            others = [state for state in self.states[channel] if state.sequence != head.sequence]
-            change.publish(
-                others[self.at % 2], expected=head.sequence, verb="promote", by="test", note=""
-            )
+            head = self.repository.documents.head(channel)
+            state = states[(numbers.index(head) + 1) % len(states)]
+            change.publish(state, expected=head, verb="promote", by="test")
 
 
 def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> Farm:
@@ -99,10 +96,9 @@ def farm(top: Path, url: str, signer: GpgSigner, channels: tuple[str, ...]) -> F
         for version in STATES:
             with repository.staging() as staging, changing(repository, signer) as change:
                 taken = [staging.take(rpm(name, version)) for name in NAMES]
-                head = repository.head(channel)
+                head = repository.documents.head(channel)
                 state = change.commit(channel, "add", by="test", base=None, add=taken)
-                expected = head.sequence if head else 0
-                change.publish(state, expected=expected, verb="add", by="test")
+                change.publish(state, expected=head, verb="add", by="test")
                 made.states[channel].append(state)
     return made
 
@@ -202,7 +198,7 @@ def test_no_look_fails_and_each_sees_one_state_while_generations_come(
                 assert all(client.process.poll() is None for client in clients.values())
                 made.publish("busy")
                 published += 1
-                if published % 20 == 0:
+                if published % 50 == 0:
                     made.publish("calm")
         finally:
             stop.touch()
