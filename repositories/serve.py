@@ -63,8 +63,8 @@ class ServerLimits:
 
 class Server:
     """Serves a repository's directory, from ``with Server(...) as server`` until the block's end, in a
-    thread of its own. It listens when it is made: so ``url`` is known. ``port`` 0: any free one. ``key``:
-    absent, it is in the certificate's file. ``access`` is told of each request, in a line.
+    thread of its own. It listens when it is made: so ``url`` is known. ``port`` 0: any free one.
+    ``key``: absent, it is in the certificate's file. ``access`` is told of each request, in a line.
 
     NotFound: there is no such directory; Conflict: the port is taken; UsageError, WrongState: what is
     wrong with address, certificate or key."""

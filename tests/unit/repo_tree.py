@@ -1,19 +1,18 @@
-"""A real repository, quickly made: deb, unsigned; and a reader that looks at every reference in one."""
+"""A real repository, quickly made: unsigned; and a reader that looks at every reference in one."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import random
 import re
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from repositories.change import changing
 from repositories.package import place
 from repositories.repository import Repository, Settings
+from tests.debs import deb, fields
 
 
 def sha256(data: bytes) -> str:
@@ -22,28 +21,8 @@ def sha256(data: bytes) -> str:
 
 def make_deb(name: str, version: str = "1.0", size: int = 0) -> bytes:
     """A package with a file of that many bytes, always the same ones."""
-    control = (
-        f"Package: {name}\nVersion: {version}\nArchitecture: all\n"
-        "Maintainer: Nobody <nobody@example.org>\nDescription: nothing\n"
-    )
-    made = b"!<arch>\n"
-    for member, data in (
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.gz", gzip.compress(_tar("./control", control.encode()), mtime=0)),
-        ("data.tar", _tar(f"./usr/share/{name}", random.Random(name + version).randbytes(size))),
-    ):
-        head = f"{member:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n"
-        made += head.encode() + data + b"\n" * (len(data) % 2)
-    return made
-
-
-def _tar(name: str, data: bytes) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
-    return file.getvalue()
+    data = random.Random(name + version).randbytes(size)
+    return deb(fields(name, version, "all"), {f"usr/share/{name}": data})
 
 
 @dataclass
@@ -51,6 +30,7 @@ class RepoTree:
     """``scratch``: a directory to make; the repository is in it."""
 
     scratch: Path
+    format: str = "deb"
     url: str = "http://repo.example.org"
     grace: float = 3 * 86400
 
@@ -59,21 +39,25 @@ class RepoTree:
         self.top = self.scratch / "top"
         self.repository = Repository(
             Settings(
-                name="kata", format="deb", top=self.top, channels=("experimental", "tested"),
-                components=("main",), architectures=("amd64",), url=self.url, grace=self.grace,
+                name="kata", format=self.format, top=self.top, channels=("experimental", "tested"),
+                components=("main",) if self.format == "deb" else (),
+                architectures=("amd64",) if self.format == "deb" else (),
+                url=self.url, grace=self.grace,
             )
         )  # fmt: skip
         self.layout = self.repository.layout
 
     def publish(self, channel: str, *debs: tuple[str, bytes]) -> int:
         """A generation with these packages more, by their names; its number."""
-        repository = self.repository
+        paths = [self.scratch / "in" / f"{name}_1.0_all.deb" for name, _ in debs]
+        for path, (_, data) in zip(paths, debs, strict=True):
+            path.write_bytes(data)
+        return self.publish_files(channel, *paths)
+
+    def publish_files(self, channel: str, *paths: Path) -> int:
+        repository, component = self.repository, "main" if self.format == "deb" else ""
         with repository.staging() as staging:
-            added = []
-            for name, data in debs:
-                path = self.scratch / "in" / f"{name}_1.0_all.deb"
-                path.write_bytes(data)
-                added.append(staging.take(path, component="main"))
+            added = [staging.take(path, component=component) for path in paths]
             with changing(repository) as change:
                 base = repository.head(channel)
                 made = change.commit(channel, "add", by="tests", base=base, add=added)
@@ -97,10 +81,10 @@ def check_tree(tree: Path, *, by_hash: bool = False) -> str:
         assert (sha256(data), len(data)) == (digest, int(size)), dist / path
         assert by_hash or (dist / path).read_bytes() == data
         for stanza in gzip.decompress(data).decode().split("\n\n"):
-            fields = dict(re.findall(r"^(\S+): (.*)$", stanza, re.MULTILINE))
-            if fields:
-                package = (tree / fields["Filename"]).read_bytes()
-                assert (sha256(package), len(package)) == (fields["SHA256"], int(fields["Size"])), stanza
+            said = dict(re.findall(r"^(\S+): (.*)$", stanza, re.MULTILINE))
+            if said:
+                package = (tree / said["Filename"]).read_bytes()
+                assert (sha256(package), len(package)) == (said["SHA256"], int(said["Size"])), stanza
     return sha256(release.encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from repo_tree import RepoTree, check_tree, make_deb
 from inventory.errors import NotFound, NotOurs, UsageError
 from repositories.change import changing
 from repositories.objects import LaidOut, lay_out_objects
+from repositories.serve import Server
+from tests.rpms import rpm
 
 
 @pytest.fixture
@@ -111,6 +114,32 @@ def test_what_is_not_ours_is_left_alone(tree: RepoTree, tmp_path: Path) -> None:
     for within in (tree.top, tree.top / "objects", tree.top.parent):
         with pytest.raises(UsageError, match="are within each other"):
             lay_out_objects(tree.repository, within)
+
+
+def test_rpm(tmp_path: Path) -> None:
+    """Each channel has a directory of its own, that dnf reads by a server without links."""
+    tree, target = RepoTree(tmp_path / "repository", format="rpm"), tmp_path / "objects"
+    one, two = rpm("one"), rpm("two")
+    tree.publish_files("tested", one)
+    tree.publish_files("experimental", one, two)
+    lay_out_objects(tree.repository, target)
+    assert not [path for path in target.rglob("*") if path.is_symlink()]
+    with Server(target) as server:
+        for channel, wanted in (("tested", [one]), ("experimental", [one, two])):
+            home = tmp_path / f"dnf-{channel}"
+            url = f"{server.url}/channels/{channel}"
+            argv = [
+                "dnf", "-q", "-y", f"--installroot={home}", "--releasever=1", "--setopt=reposdir=",
+                f"--repofrompath=kata,{url}", "--repoid=kata", "--nogpgcheck", "install",
+                "--downloadonly", f"--downloaddir={home}/got", *(p.name.split("-")[0] for p in wanted),
+            ]  # fmt: skip
+            done = subprocess.run(argv, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            got = {path.name: path.read_bytes() for path in (home / "got").iterdir()}
+            assert got == {path.name: path.read_bytes() for path in wanted}
+    tree.publish_files("experimental", rpm("three"))
+    again = lay_out_objects(tree.repository, target)
+    assert again.written == 5, "a package, three indexes, repomd.xml"
 
 
 @pytest.mark.parametrize("step", range(1, 40, 3))
