@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 from host.documents import Malformed, damaged, read_file
 from host.files import make_directory, remove, write_atomic
 from host.paths import FarmPaths
+from host.run import Runner
 from hypervisors.console_log import files_of
 from inventory.errors import NotFound, UsageError
 from inventory.model import Farm
 from provision.allocate import Allocation
 
 if TYPE_CHECKING:
-    from host.run import Runner
     from provision.guest.seed import SeedData
 
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-ssh-", "sk-ecdsa-")
@@ -314,7 +314,7 @@ def _write_pair(private: Path, comment: str) -> None:
     from provision.guest.seed import new_host_key
 
     _make_key_directory(private.parent)
-    secret, public = new_host_key()
+    secret, public = new_host_key(Runner())
     public = " ".join([*public.split()[:2], comment])
     write_atomic(_public_file(private), f"{public}\n".encode())
     write_atomic(

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from host.run import Runner
 from hypervisors.disks.images import write_iso
@@ -96,20 +97,14 @@ class SeedData:
             raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
 
 
-def new_host_key() -> tuple[str, str]:
-    """A fresh ed25519 key: private half as OpenSSH text, public half as a line. It is made in this
-    process, so that no key is in another's arguments; starting ssh-keygen takes longer, too."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    return private.decode("ascii"), public.decode("ascii")
+def new_host_key(runner: Runner) -> tuple[str, str]:
+    """A fresh ed25519 key of ssh-keygen(1): private half as OpenSSH text, public half as a line.
+    CommandFailed. To bring a library for it into this process takes longer than the command."""
+    with TemporaryDirectory(prefix="farmhand-") as place:
+        key = Path(place, "key")
+        runner.change("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", key)
+        public = key.with_name("key.pub").read_text(encoding="ascii")
+        return key.read_text(encoding="ascii"), public.strip()
 
 
 def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | None = None) -> None:

@@ -18,7 +18,7 @@ HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y !
 
 
 def data(**changes: object) -> SeedData:
-    private, public = new_host_key()
+    private, public = new_host_key(Runner())
     base = SeedData(
         vm="prod",
         instance_id="kata-prod-1",
@@ -156,7 +156,7 @@ def test_values_that_could_be_more_than_one_line_are_refused(changes: dict[str, 
 
 
 def test_host_keys_are_openssh_s_own_kind(tmp_path: Path) -> None:
-    private, public = new_host_key()
+    private, public = new_host_key(Runner())
     key = tmp_path / "key"
     key.write_text(private)
     key.chmod(0o600)
