@@ -245,7 +245,16 @@ def dnf(place: Path, stanza: str, *words: str) -> subprocess.CompletedProcess[st
     places = {"cachedir": "cache", "persistdir": "p", "logdir": "log", "reposdir": "repos",
               "varsdir": "nothing", "pluginpath": "nothing"}  # fmt: skip
     settings = (f"--setopt={name}={place / where}" for name, where in places.items())
-    argv = ("dnf", "-y", "-q", "-c", place / "dnf.conf", f"--installroot={place}/root", "--releasever=1")
+    argv = (
+        "dnf",
+        "-y",
+        "-q",
+        "--refresh",
+        "-c",
+        place / "dnf.conf",
+        f"--installroot={place}/root",
+        "--releasever=1",
+    )
     return subprocess.run(
         [*_ALONE, *argv, *settings, *words],
         check=False, capture_output=True, text=True,
