@@ -152,7 +152,7 @@ def sync(
         rsync.send(snapshot.top, snapshot.indexes())
         # 3. What names those: from here on a generation can be read by its number.
         rsync.send(snapshot.top, snapshot.entries())
-        # 4. Keys, and the lists for those who pin.
+        # 4. Keys, the lists for those who pin, pages.
         rsync.send(snapshot.top, snapshot.lists())
         # 5. The pointers.
         rsync.send(snapshot.top, snapshot.pointers())
@@ -168,7 +168,7 @@ def _remove(repository: Repository, snapshot: RepositorySnapshot, rsync: _Rsync)
     with FileLock(repository.layout.lock).hold(shared=True):
         snapshot.forget_collected(repository)
         counts = [
-            rsync.remove(snapshot.top, "channels", "dists"),
+            rsync.remove(snapshot.top, "channels", "dists", "pages"),
             rsync.remove(snapshot.top, "generations", "published"),
             rsync.remove(repository.layout.top, "pool"),
         ]

@@ -28,6 +28,7 @@ from inventory.errors import (
     WrongState,
 )
 from repositories.change import changing
+from repositories.pages import write_pages
 from repositories.snapshot import take_snapshot
 from repositories.sync import Synced, SyncTarget, sync
 
@@ -86,6 +87,7 @@ def plain(found: dict[str, object]) -> dict[str, object]:
 
 def test_a_mirror_is_all_that_is_served(tree: RepoTree, sshd: Sshd) -> None:
     tree.publish("experimental", ("one", make_deb("one")))
+    write_pages(tree.repository)
     directory = "a b/c'd\"e/*$(x)[1]\\"
     target = target_of(sshd, directory=directory)
     done = run(tree, target)
