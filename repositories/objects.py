@@ -143,7 +143,9 @@ def _put(files: Mapping[str, Path], target: Path) -> int:
         path = target / name
         if _is_there(path, source):
             continue
-        make_directory(path.parent, mode=0o755)
+        parents = [p for p in path.parents if p.is_relative_to(target)]
+        for directory in reversed(parents):  # all of them for all to read
+            make_directory(directory, mode=0o755)
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         fresh.unlink(missing_ok=True)
         try:
@@ -153,7 +155,7 @@ def _put(files: Mapping[str, Path], target: Path) -> int:
             fresh.chmod(0o644)
             sync(fresh)
         fresh.replace(path)
-        directories |= {p for p in path.parents if p.is_relative_to(target)}
+        directories.update(parents)
         written += 1
     for directory in directories:
         sync(directory)

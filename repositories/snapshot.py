@@ -53,9 +53,9 @@ class RepositorySnapshot:
             yield f"{tree.path}/pool"
 
     def lists(self) -> Iterator[str]:
-        """Keys, and mirror lists."""
-        for path in (*self.top.glob("channels/*.mirrors"), *self.top.glob("key.*")):
-            yield str(path.relative_to(self.top))
+        """Keys, mirror lists, and pages for people."""
+        for pattern in ("key.*", "channels/*.mirrors", "pages/*", "index.html"):
+            yield from (str(path.relative_to(self.top)) for path in self.top.glob(pattern))
 
     def pointers(self) -> Iterator[str]:
         """The channels' links, and those that lead to them."""
@@ -124,8 +124,9 @@ class _Taking:
                     (self._top / name).parent.mkdir(exist_ok=True)
                     (self._top / name).symlink_to(leads)
             self._link(self._layout.mirrors(channel))
-        for key in self._layout.keys:
-            self._link(key)
+        pages = self._layout.pages.glob("*.html")
+        for path in (*self._layout.keys, *pages, self._layout.index_page):
+            self._link(path)
         return heads
 
     def _generations(self, heads: dict[str, int]) -> Iterator[KeptTree]:
@@ -160,8 +161,10 @@ class _Taking:
         return tree
 
     def _link(self, file: Path) -> None:
+        kept = self._top / file.relative_to(self._layout.top)
+        kept.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
-            os.link(file, self._top / file.relative_to(self._layout.top), follow_symlinks=False)
+            os.link(file, kept, follow_symlinks=False)
 
 
 def _moved(repository: Repository, channel: str) -> WrongState:

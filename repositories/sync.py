@@ -138,12 +138,13 @@ def sync(
     ):
         mark = _mark(layout)
         rsync = _Rsync(target, runner)
-        _check(rsync, mark, repository)
+        marked = _is_mirror(rsync, mark, repository)
         snapshot = take_snapshot(repository, staging.directory / "mirror")
-        os.link(layout.mirror_mark, snapshot.top / mark)
-        # 1. The mark, so that a mirror that was begun is known, and packages.
+        if not marked:
+            os.link(layout.mirror_mark, snapshot.top / mark)
+            rsync.send(snapshot.top, [mark])
+        # 1. Packages.
         say(f"packages to {target}")
-        rsync.send(snapshot.top, [mark])
         rsync.send_all(layout.top, "pool")
         # 2. Metadata that nothing names yet, of the generations whose packages were all there.
         say(f"metadata to {target}")
@@ -151,7 +152,7 @@ def sync(
         rsync.send(snapshot.top, snapshot.indexes())
         # 3. What names those: from here on a generation can be read by its number.
         rsync.send(snapshot.top, snapshot.entries())
-        # 4. Keys, and the lists for those who pin.
+        # 4. Keys, the lists for those who pin, pages.
         rsync.send(snapshot.top, snapshot.lists())
         # 5. The pointers.
         rsync.send(snapshot.top, snapshot.pointers())
@@ -167,7 +168,7 @@ def _remove(repository: Repository, snapshot: RepositorySnapshot, rsync: _Rsync)
     with FileLock(repository.layout.lock).hold(shared=True):
         snapshot.forget_collected(repository)
         counts = [
-            rsync.remove(snapshot.top, "channels", "dists"),
+            rsync.remove(snapshot.top, "channels", "dists", "pages"),
             rsync.remove(snapshot.top, "generations", "published"),
             rsync.remove(repository.layout.top, "pool"),
         ]
@@ -186,8 +187,9 @@ def _mark(layout: Layout) -> str:
     return _MARK + found
 
 
-def _check(rsync: _Rsync, mark: str, repository: Repository) -> None:
-    """What is there is a mirror of this repository, or nothing."""
+def _is_mirror(rsync: _Rsync, mark: str, repository: Repository) -> bool:
+    """Whether what is there is a mirror of this repository, be it only begun; False: there is nothing.
+    NotOurs."""
     names = rsync.names()
     marks = {name for name in names if name.startswith(_MARK)}
     if marks - {mark}:
@@ -200,6 +202,7 @@ def _check(rsync: _Rsync, mark: str, repository: Repository) -> None:
             f"{rsync.target} is no mirror of {repository.name}: it has {sorted(names)[0]}",
             remedy="name a directory that is empty, or isn't there yet",
         )
+    return bool(marks)
 
 
 class _Rsync:

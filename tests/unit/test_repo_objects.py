@@ -45,6 +45,8 @@ def test_plain_files(tree: RepoTree, tmp_path: Path) -> None:
     check_plain(target, "tested", "experimental")
     assert (target / "key.asc").read_text() == "a key\n"
     assert not (target / ".farmhand").exists()
+    for path in (path for path in target.rglob("*") if path.is_dir()):
+        assert path.stat().st_mode & 0o777 == 0o755
     for path in target.rglob("*.deb"):
         assert path.stat().st_nlink > 1, "a hard link where it can be one"
     assert done == LaidOut(done.files, done.files, 0)
