@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -14,6 +13,7 @@ from rigs import MIB, SIZE
 from hypervisors.api import Foreign, Owner, Power, spec_hash
 from inventory.errors import Conflict, NotFound, NotOurs, Unsupported, UsageError, WrongState
 from tests.identities import KATA, identity
+from tests.unit.sshd_machine import free_port
 
 NAME = "kata-prod"
 NAMESAKE = identity("kata", "/root/farm.yaml", "root@pc2")
@@ -288,9 +288,7 @@ def test_two_clients_at_once(rig, made):
 @pytest.mark.parametrize("rig", WITH_PORTS, indirect=True)
 def test_a_port_that_is_taken_is_named(rig):
     hypervisor = rig.hypervisor()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     if not rig.forwards:  # then it says so
         with pytest.raises(Unsupported):
             hypervisor.define(rig.spec("one", port=port), rig.template)

@@ -24,13 +24,13 @@ from host.run import which
 from inventory.errors import UsageError
 from tests.dev import lanes
 
-_SUITES = ("unit", "contract", "services", "hostile", "system", "faults")
+_SUITES = ("unit", "contract", "services", "system", "hostile", "faults")
 _OF_THE_LAB = [ROOT / "tests" / "system" / name for name in ("test_lab.py", "test_power_cuts.py")]
 _SLOW = [ROOT / "tests" / "system" / "test_debian_13.py"]
 """Run where they are named: --only."""
 _CACHE = ("-o", f"cache_dir={cache_dir() / 'tests' / 'pytest'}")
 _LAB_MINUTES = 40
-_MOST_LANES = 4  # each has machines of its own: some hundred MiB
+_MOST_BESIDE = 4  # each lane has machines of its own: some hundred MiB
 
 
 def _tool(run: TaskRun, name: str, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -157,9 +157,9 @@ def security(run: TaskRun) -> TaskResult:
 
 
 def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> TaskResult:
-    """ruff and mypy, then pytest in as many lanes as there are cores, and but with ``fast`` one in a lab
-    beside them. A choice of tests has one lane, and no lab. The closing lines of all, and how the tests
-    of all lanes ended, are the last on stdout. UsageError."""
+    """ruff and mypy, then pytest in one lane more than there are cores, and but with ``fast`` one in a
+    lab beside them. A choice of tests has one lane, and no lab. The closing lines of all, and how the
+    tests of all lanes ended, are the last on stdout. UsageError."""
     chosen = [str(ROOT / "tests" / suite) for suite in _SUITES if (ROOT / "tests" / suite).is_dir()]
     if only:
         missing = [path for path in only if not Path(path.partition("::")[0]).exists()]
@@ -187,10 +187,11 @@ def test(run: TaskRun, *, fast: bool, only: tuple[str, ...], match: str) -> Task
             lab = ("lab-test", "--brief", "--minutes", str(_LAB_MINUTES))
             others = stack.enter_context(Aside(run, [lab]))
         claims = stack.enter_context(tempfile.TemporaryDirectory(prefix="farmhand-lanes-"))
-        # From the other end: the longest files are there, and none is to be begun last.
+        # One for each core, for a third of its time a test waits. From the other end: the longest files
+        # are there, and none is to be begun last.
         beside = [
             stack.enter_context(_beside([*reversed(chosen), *options], **{lanes.CLAIMS: claims}))
-            for _ in range(1, min(len(os.sched_getaffinity(0)), _MOST_LANES))
+            for _ in range(min(len(os.sched_getaffinity(0)), _MOST_BESIDE))
         ]
         steps.append(_pytest(run, [*chosen, *options], **{lanes.CLAIMS: claims}))
         steps += [finish(run) for finish in beside]

@@ -20,6 +20,7 @@ from provision.engine.report import QuietReporter
 from provision.guest.seed import SeedData, StaticAddress, new_host_key, write_seed
 from provision.operations import templates as golden
 from provision.site import Site, open_site
+from tests.unit.sshd_machine import free_port
 
 pytestmark = pytest.mark.system
 
@@ -63,8 +64,7 @@ class Guest:
             ],
             check=True,
         )
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         drives = ["-drive", f"file={self.disk},if=virtio,cache=unsafe"]
         if seed:
             drives += ["-drive", f"file={seed},if=virtio,format=raw,readonly=on"]

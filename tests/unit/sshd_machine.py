@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -17,11 +18,17 @@ from pathlib import Path
 from host.run import which
 from provision.guest.remote import Endpoint
 
+_PORTS = range(10000, 22000)
+"""Not those that the kernel gives to connections, which may have one by the time that it is used
+(ip(7), ip_local_port_range), nor farms' own (provision/allocate.py)."""
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def make_key(path: Path) -> str:

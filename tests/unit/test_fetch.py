@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cycle_farm import Lab, lab, plan_cycle, run, run_cycle
+from sshd_machine import free_port
 
 from builds.checkup import with_source
 from builds.record import BuildRecord, StepRecord, find_record
@@ -382,9 +383,7 @@ def test_a_real_webdav_server_with_tls(lab: Lab, web: Web, monkeypatch: pytest.M
         check=True, capture_output=True,
     )  # fmt: skip
     (root / "users").write_text("builder:{PLAIN}s3cret\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     user = "user root;" if os.geteuid() == 0 else ""
     (root / "conf").write_text(NGINX.format(root=root, port=port, user=user))
     nginx = subprocess.Popen(["nginx", "-c", root / "conf", "-e", root / "error"])
