@@ -17,7 +17,7 @@ from host.files import blocks
 from repositories.change import Change
 from repositories.generation import Generation
 from repositories.leases import leases
-from repositories.needless import discard, files_below, needless, temporary
+from repositories.needless import discard, files_below, needless, temporary, without_document
 from repositories.repository import Repository
 
 
@@ -50,7 +50,11 @@ def survey(
     generations = tuple(repository.documents.all())
     gone = tuple(one for one in generations if one.sequence not in kept)
     stay = [one for one in generations if one.sequence in kept]
-    left = (*needless(repository, stay), *temporary(repository.layout))
+    left = (
+        *needless(repository, stay),
+        *without_document(repository),
+        *temporary(repository.layout),
+    )
     own = [
         repository.layout.tree(one.sequence) / file
         for one in gone

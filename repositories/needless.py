@@ -55,9 +55,11 @@ def temporary(layout: Layout) -> Iterator[Path]:
 
 
 def without_document(repository: Repository) -> Iterator[Path]:
-    """Trees that are of no generation."""
+    """Trees that were, or were to be, of a generation."""
     known = set(map(str, repository.documents.sequences()))
-    yield from (path for path in repository.layout.trees.iterdir() if path.name not in known)
+    for path in repository.layout.trees.iterdir():
+        if path.name not in known and path.name.isascii() and path.name.isdecimal():
+            yield path
 
 
 def not_published(repository: Repository, channel: str) -> Iterator[Path]:
