@@ -20,7 +20,7 @@ from repositories.collect import Retention
 from repositories.format import ClientSource, Signer
 from repositories.generation import Generation
 from repositories.repository import Repository, Settings
-from repositories.staging import Staging
+from repositories.staging import Staging, dead
 
 
 def named(farm: Farm, name: str) -> str:
@@ -97,8 +97,12 @@ def signing(site: Site, name: str) -> Iterator[Signer | None]:
 @contextlib.contextmanager
 def staging(site: Site, repository: Repository) -> Iterator[Staging]:
     """For packages on their way in; where it is only planned, they stay where they are."""
-    look = Staging(repository.layout, repository.format, look=True)
-    with look if site.plan else repository.staging() as staging:
+    if site.plan:
+        yield Staging(repository.layout, repository.format, look=True)
+        return
+    if any(dead(repository.layout.staging)):  # what was killed took room
+        recover(repository)
+    with repository.staging() as staging:
         yield staging
 
 

@@ -19,6 +19,7 @@ from repositories.generation import Generation
 from repositories.leases import leases
 from repositories.needless import discard, files_below, needless, temporary, without_document
 from repositories.repository import Repository
+from repositories.staging import dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def survey(
         *needless(repository, stay),
         *without_document(repository),
         *temporary(repository.layout),
+        *dead(repository.layout.staging),
     )
     own = [
         repository.layout.tree(one.sequence) / file
@@ -108,4 +110,4 @@ def _alone(paths: Iterable[Path]) -> int:
 
 
 def _size(path: Path) -> int:
-    return sum(map(blocks, path.iterdir())) if path.is_dir() else blocks(path)
+    return sum(blocks(path / file) for file in files_below(path)) if path.is_dir() else blocks(path)
