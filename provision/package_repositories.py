@@ -20,7 +20,7 @@ from repositories.collect import Retention
 from repositories.format import ClientSource, Signer
 from repositories.generation import Generation
 from repositories.repository import Repository, Settings
-from repositories.staging import Staging, dead
+from repositories.staging import Staging
 
 
 def named(farm: Farm, name: str) -> str:
@@ -100,8 +100,7 @@ def staging(site: Site, repository: Repository) -> Iterator[Staging]:
     if site.plan:
         yield Staging(repository.layout, repository.format, look=True)
         return
-    if any(dead(repository.layout.staging)):  # what was killed took room
-        recover(repository)
+    recover(repository)  # what was cut off may have left something also where nothing is to change
     with repository.staging() as staging:
         yield staging
 

@@ -10,7 +10,6 @@ there on nothing more can be written, and at the end what is said is the error."
 
 from __future__ import annotations
 
-import builtins
 import errno
 import json
 import os
@@ -21,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import cli.composition  # noqa: F401 - what there is
-import provision.operations.recover  # imported for the forks, as the next ones are
-import provision.operations.repositories
-import provision.operations.repository_upkeep
 import repositories.deb
 import repositories.rpm
-import repositories.signing  # noqa: F401
+import repositories.signing
+from host.files import of_the_disk
 from inventory.errors import FarmhandError
 from inventory.loader import load
 from provision.engine import registry
@@ -58,9 +55,7 @@ class Points:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _CHANGES:
-            self.reached(event)
-        elif event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if event in _CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             self.reached(event)
 
     def wrap(self) -> None:
@@ -109,7 +104,12 @@ def serve() -> None:
                 status = 0
             except FarmhandError as error:
                 status = 2
-                builtins.print(type(error).__name__, error.message)
+                print(type(error).__name__, error.message)
+            except OSError as error:  # as the command line does
+                shown = of_the_disk(error)
+                assert shown, error
+                status = 2
+                print(type(shown).__name__, shown.message)
             except BaseException:  # noqa: BLE001 - a child tells all
                 traceback.print_exc()
             finally:
@@ -124,4 +124,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    repositories.rpm._createrepo_c()  # for the forks, too
     serve()

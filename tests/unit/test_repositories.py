@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from inventory.errors import Conflict, NotFound, Unfit, UsageError, WrongState, spelled
+from inventory.errors import Conflict, NotFound, Unfit, WrongState, spelled
 from provision.engine.report import Outcome
 from provision.package_repositories import client_source
 from repositories.difference import differences
@@ -54,7 +54,7 @@ def test_add_and_add_again(repo: RepoFarm) -> None:
 def test_another_file_under_an_identity(repo: RepoFarm) -> None:
     repo.add(repo.package())
     before = contents(repo.top)
-    with pytest.raises(Conflict, match="differ in .*usr/share/hello"):
+    with pytest.raises(Conflict, match=r"differ in .*usr/share/hello"):
         repo.add(repo.package(text="other"))
     with pytest.raises(Conflict):
         repo.add(repo.package(text="other"), channel="tested")
@@ -168,7 +168,7 @@ def test_gc_says_who_keeps_what(repo: RepoFarm) -> None:
         repo.add(repo.package(version=version))
         repo.remove("hello")
     assert {"young"} <= set(repo.gc(plan=True).result.kept["2"])
-    _age(repo, timedelta(minutes=5))
+    repo.age(timedelta(minutes=5))
     take(repo.repository.layout, 1, "build b")
     planned = repo.gc({3: "build c used it"}, plan=True)
     kept = planned.result.kept
@@ -188,17 +188,6 @@ def test_gc_says_who_keeps_what(repo: RepoFarm) -> None:
     assert repo.repository.documents.sequences() == (10,)
     repo.add(repo.package())
     assert repo.repository.documents.head("experimental") == 11, "no number is given twice"
-
-
-def _age(repo: RepoFarm, by: timedelta) -> None:
-    """As if all had been done earlier."""
-    private = repo.top / ".farmhand"
-    for path in (*private.glob("generations/*.json"), *private.glob("logs/*.jsonl")):
-        text = re.sub(
-            r'("(?:at|made)": ")([^"]+)', lambda m: m[1] + str(datetime.fromisoformat(m[2]) - by),
-            path.read_text(),
-        )  # fmt: skip
-        path.write_text(text)
 
 
 def _used(top: Path) -> int:
@@ -341,7 +330,7 @@ def _add_to(repo: RepoFarm, name: str) -> None:
 
 
 def test_on_two_file_systems(repo: RepoFarm, tmp_path: Path) -> None:
-    if os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.fail("this test needs two file systems")
     repo.top.mkdir()
     elsewhere = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -379,8 +368,8 @@ def test_a_failed_change_leaves_nothing(repo: RepoFarm, monkeypatch: pytest.Monk
         repo.add(repo.package("other"), channel="tested")
     monkeypatch.undo()
     assert repo.fsck() == []
-    changed = {k for k in contents(repo.top).items() ^ before.items()}
-    assert {k for k, _ in changed} <= {".farmhand/sequence.json", "published/tested"}
+    changed = contents(repo.top).items() ^ before.items()
+    assert {name for name, _ in changed} <= {".farmhand/sequence.json", "published/tested"}
 
 
 class TestFsckNames:
