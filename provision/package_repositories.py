@@ -92,8 +92,11 @@ def signing(site: Site, name: str) -> Iterator[Signer | None]:
 @contextlib.contextmanager
 def staging(site: Site, repository: Repository) -> Iterator[Staging]:
     """For packages on their way in; where it is only planned, they stay where they are."""
-    look = Staging(repository.layout, repository.format, look=True)
-    with look if site.plan else repository.staging() as staging:
+    if site.plan:
+        yield Staging(repository.layout, repository.format, look=True)
+        return
+    recover(repository)  # what was cut off may have left something also where nothing is to change
+    with repository.staging() as staging:
         yield staging
 
 

@@ -28,6 +28,7 @@ from repositories.package import Package
 from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.render import sum_of
 from repositories.repository import Repository
+from repositories.staging import dead
 
 _THREADS = 2
 _LISTED = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
@@ -94,8 +95,11 @@ class _Check:
             stray = [*without_document(self._repository), *temporary(self._layout)]
             if all(number in self.whole for number in numbers):
                 stray += needless(self._repository, [self.whole[number] for number in numbers])
+            gc = Call("repo-gc", repo=self._repository.name)
             for path in stray:
-                yield Finding(self._name(path), "no generation needs it", Call("repo-gc"))
+                yield Finding(self._name(path), "no generation needs it", gc)
+            for path in dead(self._layout.staging):
+                yield Finding(self._name(path), "a command left it that was killed", gc)
 
     def _description(self) -> Iterator[Finding]:
         where = self._layout.description

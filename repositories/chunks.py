@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from host.documents import Malformed, damaged, json_value, read_file
-from host.files import make_directory, write_atomic
+from host.files import make_directory, sync, write_atomic
 from repositories.layout import Layout
 from repositories.package import Package
 
@@ -123,6 +123,7 @@ class Chunks:
         path = self._layout.chunk(digest)
         if not path.exists():
             make_directory(path.parent, mode=0o700)
+            sync(path.parent.parent)
             write_atomic(path, data, mode=0o600)
         return ChunkRef(digest, packages[0].name, len(packages), sum(p.size for p in packages))
 

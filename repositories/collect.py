@@ -17,8 +17,9 @@ from host.files import blocks
 from repositories.change import Change
 from repositories.generation import Generation
 from repositories.leases import leases
-from repositories.needless import discard, files_below, needless, temporary
+from repositories.needless import discard, files_below, needless, temporary, without_document
 from repositories.repository import Repository
+from repositories.staging import dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,12 @@ def survey(
     generations = tuple(repository.documents.all())
     gone = tuple(one for one in generations if one.sequence not in kept)
     stay = [one for one in generations if one.sequence in kept]
-    left = (*needless(repository, stay), *temporary(repository.layout))
+    left = (
+        *needless(repository, stay),
+        *without_document(repository),
+        *temporary(repository.layout),
+        *dead(repository.layout.staging),
+    )
     own = [
         repository.layout.tree(one.sequence) / file
         for one in gone
@@ -104,4 +110,4 @@ def _alone(paths: Iterable[Path]) -> int:
 
 
 def _size(path: Path) -> int:
-    return sum(map(blocks, path.iterdir())) if path.is_dir() else blocks(path)
+    return sum(blocks(path / file) for file in files_below(path)) if path.is_dir() else blocks(path)

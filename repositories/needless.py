@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from host.files import remove
+from host.files import matching, remove
 from repositories.generation import Generation
 from repositories.layout import Layout
 from repositories.repository import Repository
@@ -41,9 +41,9 @@ def needless(repository: Repository, stay: Iterable[Generation]) -> Iterator[Pat
 
 
 def _below(top: Path) -> Iterator[Path]:
-    for directory in sorted(top.iterdir()):
+    for directory in matching(top, "*"):
         if directory.is_dir() and not directory.is_symlink():
-            yield from sorted(directory.iterdir())
+            yield from matching(directory, "*")
         else:
             yield directory
 
@@ -55,9 +55,11 @@ def temporary(layout: Layout) -> Iterator[Path]:
 
 
 def without_document(repository: Repository) -> Iterator[Path]:
-    """Trees that are of no generation."""
+    """Trees that were, or were to be, of a generation."""
     known = set(map(str, repository.documents.sequences()))
-    yield from (path for path in repository.layout.trees.iterdir() if path.name not in known)
+    for path in matching(repository.layout.trees, "*"):
+        if path.name not in known and path.name.isascii() and path.name.isdecimal():
+            yield path
 
 
 def not_published(repository: Repository, channel: str) -> Iterator[Path]:

@@ -169,7 +169,7 @@ class RepoPublishing(Operation[Published]):
             publish = partial(self._publish, run, repository, content, done, stack)
             jobs.append(job("publish", "", text, publish))
         elif content.mend:
-            text = f"{repository.name}: {len(content.mend)} files in its pool"
+            text = f"{repository.name}: what its pool had of {len(content.mend)}"
             jobs.append(job("mend", "", text, partial(self._mend, run, repository, content, stack)))
         elif not content.lines:
             jobs.append(job("keep", "", f"{repository.name}: {self.channel} stays as it is"))

@@ -28,6 +28,7 @@ from places import (
 
 from provision import farm
 from tests.contract import lvm_rig, xenapi_rig, zfs_rig
+from tests.repos import FORMATS
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +149,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not KILLS.counts:
         return
     operations = list(dict.fromkeys(operation for operation, _ in KILLS.counts))
-    labels = [d for d in LABELS if any(label == d for _, label in KILLS.counts)]
+    labels = [d for d in (*LABELS, *FORMATS) if any(label == d for _, label in KILLS.counts)]
     width, columns = max(map(len, operations)), [max(len(label), 5) for label in labels]
     terminalreporter.section("kills")
 
@@ -160,8 +161,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for operation in operations:
         line(operation, [str(KILLS.counts.get((operation, d), 0) or "-") for d in labels])
     line("", [str(sum(n for (_, d), n in KILLS.counts.items() if d == label)) for label in labels])
-    failed = [r for r in terminalreporter.stats.get("failed", ()) if "faults/test_kills" in r.nodeid]
-    failed += [r for r in terminalreporter.stats.get("error", ()) if "faults/test_kills" in r.nodeid]
+    failed = [r for end in ("failed", "error") for r in terminalreporter.stats.get(end, ())]
+    failed = [r for r in failed if "_kills" in r.nodeid]
     for context in KILLS.open:
         terminalreporter.write_line(f"lost: {context}")
     lost = max(len(KILLS.open), len(failed))
