@@ -102,53 +102,15 @@ class RepoPublishing(Operation[Published]):
         files: Sequence[tuple[Path, str, str]],
         build: str = "",
     ) -> RepositoryContent:
-        """Files that come in: each with its component, and its sha256 where that is known. Unfit, with
-        all that are damaged; Conflict, UsageError as ``check_fit``."""
+        """As ``take_in``, for the operation's channel."""
         base = repository.head(self.channel)
-        taken: dict[tuple[str, str], Staged] = {}
-        mended: list[Staged] = []
-        refused: list[FarmhandError] = []
-        lines: list[Action] = []
-        for number, (path, component, sha256) in enumerate(files, 1):
-            run.site.reporter.working(f"reading packages; {number} of {len(files)}")
-            try:
-                item = staging.take(path, component=component, build=build, sha256=sha256)
-            except Unfit as error:
-                refused.append(error)
-                continue
-            package = item.package
-            known = repository.chunks.named(base.chunks, package.name) if base else ()
-            content = package.sha256, package.component
-            if content in ((p.sha256, p.component) for p in known):
-                if whole(repository.layout, package):
-                    lines.append(Action("keep", "", f"{package} is in {self.channel}"))
-                else:
-                    mended.append(item)
-                    lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
-            elif content not in taken:
-                taken[content] = item
-                lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
-        if len(files) == len(refused) == 1:
-            raise refused[0]
-        if refused:
-            raise Unfit(
-                f"{len(refused)} of {len(files)} packages are not taken: "
-                + some([error.message for error in refused], by="; "),
-                remedy="nothing was added: build them again, or leave them out",
-            )
-        chunks, add = base.chunks if base else (), tuple(taken.values())
-        check_fit(repository, chunks, add)
-        lines += self.outdated(repository, chunks, [item.package for item in add])
-        return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
+        return take_in(run, repository, staging, base, self.channel, files, build)
 
     def outdated(
         self, repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package]
     ) -> Iterator[Action]:
         """Those that go since newer ones come."""
-        for package in outdated(repository, chunks, fresh):
-            most = f"the newest {repository.settings.versions} of a package stay"
-            verb = "leave out" if package in fresh else "remove"
-            yield Action(verb, "", f"{package} from {self.channel}: {most}")
+        return going(repository, chunks, fresh, self.channel)
 
     def plan(self, run: Run) -> Plan[Published]:
         site, repository = run.site, opened(run.site.farm, self.repo)
@@ -348,6 +310,65 @@ class RepoRollback(RepoPublishing):
         origin = repository.documents.read(self.to or had[-2])
         line = f"{self.channel} to the packages of generation {origin.sequence}, {origin.count} of them"
         return RepositoryContent(base, origin, lines=(Action("roll back", "", line),))
+
+
+def take_in(
+    run: Run,
+    repository: Repository,
+    staging: Staging,
+    base: Generation | None,
+    where: str,
+    files: Sequence[tuple[Path, str, str]],
+    build: str = "",
+) -> RepositoryContent:
+    """Files that come in, beside what ``base`` has: each with its component, and its sha256 where that
+    is known. ``where``: to what they come, in words. Unfit, with all that are damaged; Conflict,
+    UsageError as ``check_fit``."""
+    taken: dict[tuple[str, str], Staged] = {}
+    mended: list[Staged] = []
+    refused: list[FarmhandError] = []
+    lines: list[Action] = []
+    for number, (path, component, sha256) in enumerate(files, 1):
+        run.site.reporter.working(f"reading packages; {number} of {len(files)}")
+        try:
+            item = staging.take(path, component=component, build=build, sha256=sha256)
+        except Unfit as error:
+            refused.append(error)
+            continue
+        package = item.package
+        known = repository.chunks.named(base.chunks, package.name) if base else ()
+        content = package.sha256, package.component
+        if content in ((p.sha256, p.component) for p in known):
+            if whole(repository.layout, package):
+                lines.append(Action("keep", "", f"{package} is in {base.channel if base else where}"))
+            else:
+                mended.append(item)
+                lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
+        elif content not in taken:
+            taken[content] = item
+            lines.append(Action("add", "", f"{package} to {where}, {rounded(package.size)}"))
+    if len(files) == len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise Unfit(
+            f"{len(refused)} of {len(files)} packages are not taken: "
+            + some([error.message for error in refused], by="; "),
+            remedy="nothing was added: build them again, or leave them out",
+        )
+    chunks, add = base.chunks if base else (), tuple(taken.values())
+    check_fit(repository, chunks, add)
+    lines += going(repository, chunks, [item.package for item in add], where)
+    return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
+
+
+def going(
+    repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package], where: str
+) -> Iterator[Action]:
+    """Those that go since newer ones come."""
+    for package in outdated(repository, chunks, fresh):
+        most = f"the newest {repository.settings.versions} of a package stay"
+        verb = "leave out" if package in fresh else "remove"
+        yield Action(verb, "", f"{package} from {where}: {most}")
 
 
 def select(repository: Repository, generation: Generation, names: Sequence[str]) -> tuple[Package, ...]:
