@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 from cli import options, streams, terminal, views
 from cli.command import command
+from cli.flow_tasks import (  # noqa: F401 - likewise
+    flow_begin,
+    flow_bisect,
+    flow_fail,
+    flow_list,
+    flow_pass,
+    flow_show,
+)
 from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their own
     repo_add,
     repo_client,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
-from cli.repository_tasks import COMPONENT, NOTE, REPO, Names, made_by, opened, record_of
+from cli.repository_asked import COMPONENT, NOTE, REPO, Names, made_by, opened, record_of
 from cli.run import TaskResult, TaskRun
 from inventory.errors import Call, UsageError, WrongState
 
@@ -163,14 +163,15 @@ def _tested(
             remedy=("give the cycle a step 'use' with this flow: ", Call("cycle")),
         )
     step = record.failed_step
-    if record.result not in ("passed", "partial") and (step is None or step.failure != "source"):
+    good = record.result in ("passed", "partial")
+    if not good and (step is None or step.failure in ("", "infrastructure")):
         raise WrongState(
             f"build {record.id} tells nothing of the flow: {record.verdict}"
             + (f", {step.failure} in step {step.name}" if step and step.failure else ""),
-            remedy=("do it again: ", Call("cycle", like=record.id), "; or say what it was by hand"),
+            remedy=("do it again: ", Call("cycle"), "; or say what it was by hand"),
         )
     return {
         "generation": number or found.to_test,
         "build": record.id,
         "vms": tuple(dict.fromkeys(one.vm for one in tested)),
-    }, step is None
+    }, good

@@ -183,7 +183,6 @@ class Flows:
                 give_back(self._layout, holder, but=found.needs if found else ())
 
 
-
 def check_name(name: str) -> None:
     """UsageError: no flow is called so."""
     if not _NAME.fullmatch(name):

@@ -80,7 +80,12 @@ class FlowChange:
         if going_on:
             return self._keep(
                 replace(
-                    going_on, base=base, candidate=made.sequence, packages=packages, halving=None, trial=0
+                    going_on,
+                    base=base,
+                    candidate=made.sequence,
+                    packages=packages,
+                    halving=None,
+                    trial=0,
                 )
             )
         if old:

@@ -85,9 +85,7 @@ class FlowBegin(Operation[FlowResult]):
         repository.check_channel(self.channel)
         components = repository.settings.components
         component = self.component or (components[0] if components else "")
-        files = [
-            (path, component, "") for path in package_files(self.paths, repository.format.SUFFIX)
-        ]
+        files = [(path, component, "") for path in package_files(self.paths, repository.format.SUFFIX)]
         stack = ExitStack()
         with ExitStack() as safe:  # what was staged goes, unless the job is to have it
             place = safe.enter_context(staging(site, repository))
@@ -269,7 +267,7 @@ def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -
     words = [f"flow {after.name}:"]
     if guilty:
         words.append(
-            f"{some(guilty)} fail{'' if units > 1 else 's'}{' together, not alone' * (units > 1)};"
+            f"{some([*map(str, guilty)])} fail{'' if units > 1 else 's'}{' together, not alone' * (units > 1)};"
         )
     if after.state != "open":
         return " ".join((*words, "nothing else is in it, so it failed"))
