@@ -449,6 +449,7 @@ def network_import(
         "from_": "Begin with this step.",
         "only": "Run only this step; repeatable.",
         "revision": "The git revision to build: GIT_REVISION in the VM.",
+        "like": "Give it the package repositories, and the revision, that this build had, by its id.",
         "keep_going": "Go on after a failed step with those that can still run.",
     },
     iterable=["only"],
@@ -459,6 +460,7 @@ def cycle(
     from_: str | None = None,
     only: Names = None,
     revision: str | None = None,
+    like: str = "",
     keep_going: bool = False,
 ) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
@@ -466,7 +468,7 @@ def cycle(
     from builds.resume import cycle_asked, from_step
 
     which = options.names(only, "--only", "a step of the cycle")
-    asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)
+    asked = cycle_asked(only=which, revision=revision, like=like, keep_going=keep_going)
     run.resume = (
         "what is done is kept; ",
         Call("log"),
@@ -475,8 +477,8 @@ def cycle(
     )
     with run.site() as site, views.failed_build(site.paths) as result:
         done = run.perform(
-            site, "cycle", start_from=from_, only=which, revision=revision, keep_going=keep_going,
-            stream=run.screen.stream,
+            site, "cycle", start_from=from_, only=which, revision=revision, like=like,
+            keep_going=keep_going, stream=run.screen.stream,
         )  # fmt: skip
         if run.plan:
             return views.outcome(done)

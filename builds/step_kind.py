@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from provision.site import Site
 
 
+@dataclass(frozen=True, slots=True)
+class RepositoryPlace:
+    """What a step means in a repository: a channel, or a flow, one of them."""
+
+    repository: str
+    channel: str = ""
+    flow: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.repository}'s {f'flow {self.flow}' if self.flow else self.channel}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
     """A step. Its fields are the keys of its section."""
@@ -61,6 +73,16 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
     def target(self) -> str:
         """The VM that it brings something to from another VM; "" if it does no such thing."""
         return ""
+
+    @property
+    def uses(self) -> RepositoryPlace | None:
+        """The channel or flow of a package repository, a generation of which its VM gets."""
+        return None
+
+    @property
+    def publishes(self) -> RepositoryPlace | None:
+        """The channel or flow that gets a new generation by it."""
+        return None
 
     def details(self) -> Mapping[str, str]:
         """What the record and its page say of it besides its name and VMs: short texts by short

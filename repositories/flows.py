@@ -1,7 +1,7 @@
 """Experimental flows: packages on their way to a channel, many side by side.
 
 A flow's *candidate* is a generation that no channel points to: that of the channel when it began (its
-*base*) and the flow's packages. Its VMs get the URL of exactly that one. A lease keeps what a flow needs,
+*base*) and the flow's packages. Its VMs get the URL of exactly that one. Leases keep what it needs,
 until it is over. A flow that passed becomes the channel's next generation by compare-and-swap: where
 the channel moved meanwhile, the candidate is made again on what it has now, and, unless nobody wants
 that, the flow stays open, to be tested again. A batch that failed is halved (``repositories.halving``):
@@ -165,8 +165,8 @@ class FlowChange:
         flow = self._flows.open(name)
         if tested.generation not in (0, flow.to_test):
             raise WrongState(
-                f"{self._repository.name}: flow {name} is to be tested on generation {flow.to_test}, not "
-                f"on {tested.generation}",
+                f"{self._repository.name}: flow {name} is to be tested on generation {flow.to_test}, "
+                f"not on {tested.generation}",
                 remedy=("see what changed: ", self._call("flow-show", name)),
             )
         return flow

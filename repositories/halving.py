@@ -2,10 +2,10 @@
 
 All that is known is *verdicts*: such parts of the batch, on top of the base, pass or fail. The batch
 stands in an order, and its beginnings are tried: none of it passes, all of it fails, so somewhere a
-beginning passes that fails with the next one. That one is found in ``ceil(log2 n)`` runs, whatever else
-is the matter, and is named: with it the batch fails, without it it passes. Then one more run tries it
-alone. If it passes so, it fails only *together* with some before it, and these are found in the same way:
-each costs at most ``1 + ceil(log2 n)`` runs more."""
+beginning passes that fails with the next one. That one is found in ``ceil(log2 n)`` runs, whatever
+else is the matter, and is named: with it the batch fails, without it it passes. Then one more run tries
+it alone. If it passes so, it fails only *together* with some before it, and these are found in the same
+way: each costs at most ``1 + ceil(log2 n)`` runs more."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Halving:
-    """How far it is, as a value. ``units``: what may still be named, in their order. ``passing``: so many
-    of them, the first ones, pass together with ``named``; -1: not even none of them is known to.
+    """How far it is, as a value. ``units``: what may still be named, in their order. ``passing``: so
+    many of them, the first ones, pass together with ``named``; -1: not even none of them is known to.
     ``failing``: so many fail with it."""
 
     units: tuple[str, ...]

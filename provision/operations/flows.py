@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from inventory.errors import Call, UsageError, WrongState, some
 from provision.engine.operation import Operation
-from provision.engine.plan import Plan, alone, foretold, job
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.operations.repositories import package_files, take_in
 from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
@@ -164,7 +165,7 @@ class FlowPass(_Verdict):
         retest = site.farm.repositories[repository.name].retest
         moved = repository.documents.head(flow.channel) != flow.base
 
-        def go() -> None:
+        def go() -> Sequence[Action]:
             after = _changed(
                 run, repository, self.name, self.flow,
                 lambda flows: flows.passed(self.flow, self.tested(run), retest=retest),
@@ -183,18 +184,17 @@ class FlowPass(_Verdict):
                         ),
                     ),
                 )  # fmt: skip
-            site.reporter.say(
-                f"{repository.name}: flow {after.name} passed: {after.channel} is generation "
-                f"{after.result} now"
-            )
+            said = f"flow {after.name} passed: {after.channel} is generation {after.result} now"
+            site.reporter.say(f"{repository.name}: {said}")
+            return [Action("promote", "", f"{repository.name}: {said}")]
 
         text = f"flow {flow.name}: {flow.channel} gets {_many(len(flow.packages))}"
         if moved:
             text = f"flow {flow.name}: a new candidate, for {flow.channel} moved meanwhile" + (
-                "; to be tested again" if retest else ""
+                "; to be tested again, unless it comes to the same" if retest else ""
             )
         return Plan(
-            [alone(job("promote", "", f"{repository.name}: {text}", go))],
+            [alone(Job((Action("promote", "", f"{repository.name}: {text}"),), go))],
             lambda: flow_result(repository, done[-1]),
         )
 
