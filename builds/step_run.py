@@ -131,8 +131,8 @@ def _cut(line: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """What the step of that name works with. ``made``: what the steps before it fetched. ``files``: what it fetched or carried. ``details``: what
-    the record says of it. ``exit``: its last exit status."""
+    """What the step of that name works with. ``made``: what the steps before it fetched. ``files``: what
+    it fetched or carried. ``details``: what the record says of it. ``exit``: its last exit status."""
 
     name: str
     site: Site

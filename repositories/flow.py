@@ -43,9 +43,9 @@ class FlowRun:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """Packages on their way to a channel. ``candidate``: the generation of ``base`` and ``packages``.
-    ``halving``: how far it is with finding out which of them fail; ``trial`` then is the generation that
-    is to be tested next. ``out``: those found so, and left out since. ``result``: the generation that the
-    channel got of it. 0: none."""
+    ``halving``: how far it is with finding out which of them fail; ``trial`` then is the generation
+    that is to be tested next. ``out``: those found so, and left out since. ``result``: the generation
+    that the channel got of it. 0: none."""
 
     name: str
     channel: str

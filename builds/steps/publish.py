@@ -76,8 +76,9 @@ class PublishStep(StepKind):
             return
         repository = opened(work.site.farm, self.publish)
         directory, suffix = work.artifacts.parent, repository.format.SUFFIX
-        paths = tuple(directory / f.path for f in work.made if f.name.endswith(suffix))
-        if not paths:
+        files = [file for file in work.made if file.name.endswith(suffix)]
+        paths = tuple(directory / file.path for file in files)
+        if not files:
             raise StepFailed(
                 "source",
                 f"no step of this build has fetched a {suffix} file",
@@ -88,11 +89,15 @@ class PublishStep(StepKind):
         def publish() -> tuple[Sequence[Action], int]:
             if self.flow:
                 begin = FlowBegin(
-                    repository.name, self.flow, channel, paths, component, directory.name, more=True
-                )
+                    repository.name, self.flow, channel, paths, component, directory.name, more=True,
+                    sums=tuple(file.sha256 for file in files),
+                )  # fmt: skip
                 begun = perform(work.site, begin)
                 return begun.actions, begun.result.generation
-            add = RepoAdd(repository.name, channel, paths, component, directory.name)
+            add = RepoAdd(
+                repository.name, channel, paths, component, directory.name,
+                sums=tuple(file.sha256 for file in files),
+            )  # fmt: skip
             added = perform(work.site, add)
             return added.actions, added.result.generation
 

@@ -61,7 +61,8 @@ class FlowBegin(Operation[FlowResult]):
     """Make a candidate for a channel: a generation of what that has and these packages, which nobody
     reads who isn't pointed to it. ``paths``: files, or directories, whose packages are taken. ``build``:
     the record of the build that they came from. ``more``: they come beside those of the flow, if it is
-    open; then all of it is to be tested again.
+    open; then all of it is to be tested again. ``sums``: the sha256 that each of these files must have;
+    without any, nobody knows.
 
     Errors: NotFound, Unfit, Conflict (an open flow of that name; another file under an identity),
     UsageError, NoSpace."""
@@ -75,8 +76,10 @@ class FlowBegin(Operation[FlowResult]):
     build: str = ""
     note: str = ""
     more: bool = False
+    sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        assert not self.sums or len(self.sums) == len(self.paths)
         check_name(self.flow)
         if not self.paths:
             raise UsageError("no packages", remedy="name files or directories: --path hello_1_amd64.deb")
@@ -84,9 +87,7 @@ class FlowBegin(Operation[FlowResult]):
     def plan(self, run: Run) -> Plan[FlowResult]:
         site, repository = run.site, opened(run.site.farm, self.repo)
         repository.check_channel(self.channel)
-        components = repository.settings.components
-        component = self.component or (components[0] if components else "")
-        files = [(path, component, "") for path in package_files(self.paths, repository.format.SUFFIX)]
+        files = package_files(repository, self.paths, self.sums, self.component)
         stack = ExitStack()
         with ExitStack() as safe:  # what was staged goes, unless the job is to have it
             place = safe.enter_context(staging(site, repository))
@@ -266,9 +267,8 @@ def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -
     """What is known now, and what is next."""
     words = [f"flow {after.name}:"]
     if guilty:
-        words.append(
-            f"{some([*map(str, guilty)])} fail{'' if units > 1 else 's'}{' together, not alone' * (units > 1)};"
-        )
+        how = "fail together, not alone" if units > 1 else "fails" if len(guilty) == 1 else "fail"
+        words.append(f"{some([*map(str, guilty)])} {how};")
     if after.state != "open":
         return " ".join((*words, "nothing else is in it, so it failed"))
     if guilty:

@@ -216,13 +216,7 @@ class RepoAdd(RepoPublishing):
             )
 
     def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
-        components = repository.settings.components
-        component = self.component or (components[0] if components else "")
-        if self.sums:
-            files = [(path, component, sum_) for path, sum_ in zip(self.paths, self.sums, strict=True)]
-        else:
-            found = _files(self.paths, repository.format.SUFFIX)
-            files = [(path, component, "") for path in found]
+        files = package_files(repository, self.paths, self.sums, self.component)
         return self.take(run, repository, staging, files, self.build)
 
 
@@ -387,8 +381,20 @@ def select(repository: Repository, generation: Generation, names: Sequence[str])
     return tuple(dict.fromkeys(package for packages in found.values() for package in packages))
 
 
+def package_files(
+    repository: Repository, paths: Sequence[Path], sums: Sequence[str], component: str
+) -> list[tuple[Path, str, str]]:
+    """The packages' files that are meant, as ``take_in`` has them. ``sums``: of each path, if any.
+    NotFound."""
+    components = repository.settings.components
+    chosen = component or (components[0] if components else "")
+    if sums:
+        return [(path, chosen, sum_) for path, sum_ in zip(paths, sums, strict=True)]
+    return [(path, chosen, "") for path in _files(paths, repository.format.SUFFIX)]
+
+
 def _files(paths: Sequence[Path], suffix: str) -> Iterator[Path]:
-    """The packages' files that are meant. NotFound."""
+    """NotFound."""
     for path in paths:
         if not path.is_dir():
             if not path.exists():
