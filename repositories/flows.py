@@ -29,7 +29,7 @@ from repositories.staging import Staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tested:
+class FlowTest:
     """By whom a flow's generation was tested: as in ``FlowRun``. ``generation``: which one; 0: the one
     that is to be tested."""
 
@@ -97,7 +97,7 @@ class FlowChange:
             )
         )  # fmt: skip
 
-    def passed(self, name: str, tested: Tested, *, retest: bool) -> Flow:
+    def passed(self, name: str, tested: FlowTest, *, retest: bool) -> Flow:
         """Give its channel the flow's packages, if the channel has what they were tested on. Else the
         flow is put onto what it has now; with ``retest`` it stays open, to be tested again, unless that
         comes to what was tested. Conflict, with the flow as it was: it can't be put there."""
@@ -124,12 +124,12 @@ class FlowChange:
         )
         return self._keep(ready.passed_as(made))
 
-    def failed(self, name: str, tested: Tested) -> Flow:
+    def failed(self, name: str, tested: FlowTest) -> Flow:
         """End it: its channel gets nothing of it."""
         flow = self._with_run(self._tested(name, tested), tested, passed=False)
         return self._keep(replace(flow, state="failed", ended=_now()))
 
-    def halve(self, name: str, tested: Tested, *, passed: bool) -> tuple[Flow, tuple[Package, ...]]:
+    def halve(self, name: str, tested: FlowTest, *, passed: bool) -> tuple[Flow, tuple[Package, ...]]:
         """Take the verdict of the generation that was to be tested, and make the next one. Returns, once
         they are known, the packages that fail: the flow goes on without them, and ends as failed if it
         has no other. WrongState: nothing failed, or there is nothing to halve."""
@@ -160,7 +160,7 @@ class FlowChange:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _tested(self, name: str, tested: Tested) -> Flow:
+    def _tested(self, name: str, tested: FlowTest) -> Flow:
         """The flow. WrongState: another generation of it was tested than is to be."""
         flow = self._flows.open(name)
         if tested.generation not in (0, flow.to_test):
@@ -171,7 +171,7 @@ class FlowChange:
             )
         return flow
 
-    def _with_run(self, flow: Flow, tested: Tested, *, passed: bool) -> Flow:
+    def _with_run(self, flow: Flow, tested: FlowTest, *, passed: bool) -> Flow:
         run = FlowRun(
             generation=flow.to_test, passed=passed, at=_now(), by=tested.by, build=tested.build,
             vms=tested.vms, note=tested.note,

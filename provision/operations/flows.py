@@ -18,7 +18,7 @@ from provision.operations.repositories import package_files, take_in
 from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
 from repositories.change import changing
 from repositories.flow import Flow, check_name, unit
-from repositories.flows import FlowChange, Tested
+from repositories.flows import FlowChange, FlowTest
 from repositories.package import Package
 from repositories.repository import Repository
 
@@ -135,8 +135,8 @@ class _Verdict(Operation[FlowResult]):
     vms: tuple[str, ...]
     note: str
 
-    def tested(self, run: Run) -> Tested:
-        return Tested(
+    def tested(self, run: Run) -> FlowTest:
+        return FlowTest(
             by=str(run.site.requester), generation=self.generation, build=self.build, vms=self.vms,
             note=self.note,
         )  # fmt: skip
