@@ -15,7 +15,13 @@ from provision.engine.plan import Job, Plan, alone, foretold, job
 from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.operations.repositories import package_files, take_in
-from provision.package_repositories import REPOSITORY, RepositoryFacts, opened, signing, staging
+from provision.package_repositories import (
+    RepositoryActivity,
+    RepositoryFacts,
+    opened,
+    signing,
+    staging,
+)
 from repositories.change import changing
 from repositories.flow import Flow, check_name, unit
 from repositories.flows import FlowChange, FlowTest
@@ -23,6 +29,25 @@ from repositories.package import Package
 from repositories.repository import Repository
 
 T = TypeVar("T")
+
+
+class _Begin(RepositoryActivity):
+    name = "flow-begin"
+
+
+class _Pass(RepositoryActivity):
+    name = "flow-pass"
+
+
+class _Fail(RepositoryActivity):
+    name = "flow-fail"
+
+
+class _Bisect(RepositoryActivity):
+    name = "flow-bisect"
+
+
+BEGIN, PASS, FAIL, BISECT = _Begin(), _Pass(), _Fail(), _Bisect()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +128,7 @@ class FlowBegin(Operation[FlowResult]):
         def go() -> None:
             with stack:
                 flow = _changed(
-                    run, repository, self.name, self.flow,
+                    run, repository, BEGIN, self.flow,
                     lambda flows: flows.begin(
                         self.flow, self.channel, content.add, by=str(site.requester), note=self.note,
                         more=self.more,
@@ -168,7 +193,7 @@ class FlowPass(_Verdict):
 
         def go() -> Sequence[Action]:
             after = _changed(
-                run, repository, self.name, self.flow,
+                run, repository, PASS, self.flow,
                 lambda flows: flows.passed(self.flow, self.tested(run), retest=retest),
             )  # fmt: skip
             done.append(after)
@@ -219,7 +244,7 @@ class FlowFail(_Verdict):
         def go() -> None:
             done.append(
                 _changed(
-                    run, repository, self.name, self.flow,
+                    run, repository, FAIL, self.flow,
                     lambda flows: flows.failed(self.flow, self.tested(run)),
                 )
             )  # fmt: skip
@@ -251,7 +276,7 @@ class FlowBisect(_Verdict):
         def go() -> None:
             before = repository.flows.open(self.flow)
             after, guilty = _changed(
-                run, repository, self.name, self.flow,
+                run, repository, BISECT, self.flow,
                 lambda flows: flows.halve(self.flow, self.tested(run), passed=self.passed),
             )  # fmt: skip
             units = len(set(map(unit, guilty)))
@@ -286,15 +311,19 @@ def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -
 
 
 def _changed(
-    run: Run, repository: Repository, name: str, flow: str, change: Callable[[FlowChange], T]
+    run: Run,
+    repository: Repository,
+    activity: RepositoryActivity,
+    flow: str,
+    change: Callable[[FlowChange], T],
 ) -> T:
     """Have the repository's flows changed, journaled, with its lock held."""
     with (
         signing(run.site, repository.name) as signer,
-        run.site.journal.begin(REPOSITORY, [], RepositoryFacts(repository.name)) as entry,
+        run.site.journal.begin(activity, [], RepositoryFacts(repository.name)) as entry,
         changing(repository, signer) as changed,
     ):
-        entry.step(f"{name}: {repository.name}'s flow {flow}")
+        entry.step(f"{activity.name}: {repository.name}'s flow {flow}")
         return change(FlowChange(repository, changed))
 
 
