@@ -41,7 +41,8 @@ tool=$(command -v dnf || command -v yum) || { echo "there is no dnf or yum here"
 parts=/etc/yum.repos.d
 END=.repo
 WRITE
-"$tool" -q makecache --disablerepo='*' --enablerepo="$REPOSITORY-$CHANNEL"
+id="$REPOSITORY-$CHANNEL"
+"$tool" -q makecache --disablerepo='*' --enablerepo="$id" --setopt="$id.skip_if_unavailable=False"
 """
 _SCRIPTS = {"deb": _APT.replace("WRITE", _WRITE), "rpm": _DNF.replace("WRITE", _WRITE)}
 
