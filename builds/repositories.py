@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from builds.record import BuildRecord, UsedGeneration
-from builds.step_kind import RepositoryPlace, StepKind
+from builds.repository_place import RepositoryPlace
 from inventory.errors import Call, NotFound
 
 if TYPE_CHECKING:
@@ -21,12 +21,25 @@ if TYPE_CHECKING:
     from repositories.repository import Repository
 
 
+class RepositoryStep(Protocol):
+    """What is asked of a step."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def uses(self) -> RepositoryPlace | None: ...
+    @property
+    def publishes(self) -> RepositoryPlace | None: ...
+
+
 def holder_of(build: str) -> str:
     """Of a build's leases."""
     return f"build {build}"
 
 
-def meant_now(site: Site, steps: Sequence[StepKind], like: BuildRecord | None) -> Mapping[str, int]:
+def meant_now(
+    site: Site, steps: Sequence[RepositoryStep], like: BuildRecord | None
+) -> Mapping[str, int]:
     """By step, the generation that it means as things are now; without those that a step before it
     publishes to. Changes nothing. NotFound, WrongState: there is none."""
     published: set[RepositoryPlace] = set()
@@ -39,7 +52,7 @@ def meant_now(site: Site, steps: Sequence[StepKind], like: BuildRecord | None) -
     return found
 
 
-def _meant(site: Site, step: StepKind, place: RepositoryPlace, like: BuildRecord | None) -> int:
+def _meant(site: Site, step: RepositoryStep, place: RepositoryPlace, like: BuildRecord | None) -> int:
     from provision.package_repositories import opened
 
     repository = opened(site.farm, place.repository)
@@ -81,7 +94,7 @@ class BuildRepositories:
         self._holding: set[str] = set()
         self.used: tuple[UsedGeneration, ...] = ()
 
-    def begin(self, steps: Sequence[StepKind]) -> None:
+    def begin(self, steps: Sequence[RepositoryStep]) -> None:
         """Look up what the steps mean, and take leases of it. NotFound, WrongState."""
         if not any(step.uses for step in steps):
             return
@@ -100,7 +113,7 @@ class BuildRepositories:
             self._take(place.repository, generation)
         self._published[place] = generation
 
-    def generation(self, step: StepKind) -> tuple[Repository, Generation]:
+    def generation(self, step: RepositoryStep) -> tuple[Repository, Generation]:
         """What the step uses. NotFound: the step that was to publish it was left out, or failed."""
         from provision.package_repositories import opened
 

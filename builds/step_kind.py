@@ -17,20 +17,9 @@ from inventory.errors import FarmhandError, NoSpace, Unfit
 from inventory.model import Cycle, FailureClass, Step, StepLimits
 
 if TYPE_CHECKING:
+    from builds.repository_place import RepositoryPlace
     from builds.step_run import StepRun
     from provision.site import Site
-
-
-@dataclass(frozen=True, slots=True)
-class RepositoryPlace:
-    """What a step means in a repository: a channel, or a flow, one of them."""
-
-    repository: str
-    channel: str = ""
-    flow: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.repository}'s {f'flow {self.flow}' if self.flow else self.channel}"
 
 
 @dataclass(frozen=True, kw_only=True)

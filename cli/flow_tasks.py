@@ -39,7 +39,7 @@ def flow_begin(
     run: TaskRun, flow: str = "", to: str = "tested", path: Names = None, build: str = "",
     more: bool = False, component: str = "", repo: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
-    """Make a candidate for a channel, to be tested: what that has, and packages beside."""
+    """Make a candidate for a channel, to be tested."""
     name = options.needed("--flow", flow, "what it is called")
     if bool(path) == bool(build):
         raise UsageError("which packages?", remedy="--path FILE (repeatable), or --build ID")
@@ -62,7 +62,7 @@ def flow_begin(
 def flow_pass(
     run: TaskRun, flow: str = "", generation: str = "", build: str = "", repo: str = "", note: str = ""
 ) -> TaskResult:
-    """Give a flow's channel what it has, unless that moved meanwhile: then test it again."""
+    """Give a channel what a flow has, if nothing else came."""
     name = options.needed("--flow", flow, "the flow's name")
     with opened(run, repo) as (site, repository):
         found, passed = _tested(site, repository, name, generation, build)
@@ -110,7 +110,7 @@ def flow_bisect(
     run: TaskRun, flow: str = "", failed: bool = False, passed: bool = False, build: str = "",
     generation: str = "", repo: str = "", note: str = "",
 ) -> TaskResult:  # fmt: skip
-    """Find out which of a flow's packages fail, a verdict at a time; go on without them."""
+    """Find out which of a flow's packages fail, by verdicts."""
     name = options.needed("--flow", flow, "the flow's name")
     if failed + passed + bool(build) != 1:
         raise UsageError("what was its verdict?", remedy="--failed, or --passed, or --build ID")
@@ -133,7 +133,7 @@ def flow_list(run: TaskRun, repo: str = "", over: bool = False) -> TaskResult:
 
 @command({"flow": _FLOW, "repo": REPO})
 def flow_show(run: TaskRun, flow: str = "", repo: str = "") -> TaskResult:
-    """Show a flow: its packages, its generations, who tested them, what was found out."""
+    """Show a flow: its packages, its tests, what was found."""
     name = options.needed("--flow", flow, "the flow's name")
     with opened(run, repo) as (_, repository):
         return repository_views.flow(repository, repository.flows.read(name))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from builds.step_kind import RepositoryPlace, StepKind
+from builds.repository_place import RepositoryPlace
+from builds.step_kind import StepKind
 from inventory.base import at_key
 
 if TYPE_CHECKING:

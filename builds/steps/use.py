@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from builds.step_kind import RepositoryPlace, StepKind
+from builds.repository_place import RepositoryPlace
+from builds.step_kind import StepKind
 from inventory.base import at_key
 from inventory.sizes import format_duration
 

@@ -17,7 +17,7 @@ from repo_tree import make_deb
 from sshd_machine import Sshd, wait_for
 
 from builds.record import find_record, load_records
-from inventory.errors import BuildFailed, Call, FarmhandError, InventoryError, NotFound, WrongState
+from inventory.errors import BuildFailed, Call, FarmhandError, InventoryError, NotFound
 from inventory.loader import load
 from provision.engine.runner import perform
 from provision.operations.repositories import RepoAdd, RepoRemove
@@ -122,7 +122,11 @@ def test_what_is_built_is_published_and_installed(lab: RepoLab) -> None:
         assert (package.name, package.version, package.build) == ("hello", "2.0", record.id)
         assert record.outputs[0].sha256 == package.sha256
         (used,) = record.repositories
-        assert (used.repository, used.channel, used.generation) == ("debs", "experimental", head.sequence)
+        assert (used.repository, used.channel, used.generation) == (
+            "debs",
+            "experimental",
+            head.sequence,
+        )
         assert (used.vm, used.step, used.url) == ("dev2", "use", "")
         assert "hello:\n  Candidate: 2.0\n" in log_of(record, "know")
         assert f"publish of {record.id}" not in log_of(record, "publish")
