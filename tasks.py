@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 from cli import options, streams, terminal, views
 from cli.command import command
+from cli.flow_tasks import (  # noqa: F401 - likewise
+    flow_begin,
+    flow_bisect,
+    flow_fail,
+    flow_list,
+    flow_pass,
+    flow_show,
+)
 from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their own
     repo_add,
     repo_client,
@@ -441,6 +449,7 @@ def network_import(
         "from_": "Begin with this step.",
         "only": "Run only this step; repeatable.",
         "revision": "The git revision to build: GIT_REVISION in the VM.",
+        "like": "Give it the package repositories, and the revision, that this build had, by its id.",
         "keep_going": "Go on after a failed step with those that can still run.",
     },
     iterable=["only"],
@@ -451,6 +460,7 @@ def cycle(
     from_: str | None = None,
     only: Names = None,
     revision: str | None = None,
+    like: str = "",
     keep_going: bool = False,
 ) -> TaskResult:
     """Run the build cycle; it leaves one build record."""
@@ -458,7 +468,7 @@ def cycle(
     from builds.resume import cycle_asked, from_step
 
     which = options.names(only, "--only", "a step of the cycle")
-    asked = cycle_asked(only=which, revision=revision, keep_going=keep_going)
+    asked = cycle_asked(only=which, revision=revision, like=like, keep_going=keep_going)
     run.resume = (
         "what is done is kept; ",
         Call("log"),
@@ -467,8 +477,8 @@ def cycle(
     )
     with run.site() as site, views.failed_build(site.paths) as result:
         done = run.perform(
-            site, "cycle", start_from=from_, only=which, revision=revision, keep_going=keep_going,
-            stream=run.screen.stream,
+            site, "cycle", start_from=from_, only=which, revision=revision, like=like,
+            keep_going=keep_going, stream=run.screen.stream,
         )  # fmt: skip
         if run.plan:
             return views.outcome(done)

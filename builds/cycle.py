@@ -37,6 +37,7 @@ from builds.record import (
     point_last,
     prune,
 )
+from builds.repositories import BuildRepositories
 from builds.resume import from_step
 from builds.source import RESOLVE_IN_GUEST, Resolved, archive_sha256
 from builds.step_kind import StepKind
@@ -44,6 +45,7 @@ from builds.step_run import StepFailed, StepLog, StepRun
 from host.printable import last_line
 from inventory.errors import BuildFailed, Call, FarmhandError, Interrupted, Remedy
 from inventory.sizes import format_duration
+from provision.guest.ssh_connection import in_thread
 from provision.site import Site
 
 _SHA256_DIGITS = 64
@@ -97,7 +99,11 @@ class Build:
             notes=(*(source.notes if source else ()), *plan.before.notes),
             directory=directory,
         )
+        if plan.like is not None:
+            note = f"done like build {plan.like.id}: on the generations of repositories that it had"
+            self._record = replace(self._record, notes=(*self._record.notes, note))
         self.machines = Machines(site, source, directory, meter, self._note)
+        self.repositories = BuildRepositories(site, directory.name, plan.like)
         point_last(site.paths, directory.name)
 
     @property
@@ -116,7 +122,10 @@ class Build:
             finally:
                 await self._interruptible(self._put_right())
                 await asyncio.wait([sums])
-        await self._do(self._plan.close)
+        try:
+            await self._do(self._plan.close)
+        finally:
+            await in_thread(self.repositories.give_back)
 
     def close(self) -> None:
         """Write the record's end."""
@@ -173,14 +182,17 @@ class Build:
             raise gone
         if bad:
             first = bad[0]
+            where = f" on {first.vm}" if first.vm else ""
             more = f" (and {len(bad) - 1} more after it)" if len(bad) > 1 else ""
             # of a machine that failed by itself nobody knows that it answers
             look: Remedy = ("look at it: ", Call("status"), ", ", Call("console", vm=first.vm))
-            if first.failure != "infrastructure":
+            if not first.vm:
+                look = ("look at it: ", Call("log", step=first.name))
+            elif first.failure != "infrastructure":
                 look = ("look inside: ", Call("ssh", vm=first.vm))
             look = first.remedy or look
             failed = BuildFailed(
-                f"step {first.name} failed on {first.vm}, {first.failure}: {first.message}{more}; "
+                f"step {first.name} failed{where}, {first.failure}: {first.message}{more}; "
                 f"log: {record.directory / first.log}",
                 remedy=(look, "; then go on from there: ", self._again(first.name)),
                 detail="\n".join(first.tail.splitlines()[-_DETAIL_LINES:]),
@@ -200,6 +212,7 @@ class Build:
                 root = wants_root(self._site, chosen, vm)
                 self.machines.begin(vm, resets=reset_first(chosen, vm), root=root)
             await self.machines.ask_for_root()
+            await in_thread(lambda: self.repositories.begin(chosen))
         except FarmhandError as error:
             self._note(error.message)
             self._trouble = error
@@ -220,7 +233,7 @@ class Build:
 
     async def step(self, step: StepKind) -> bool:
         """Carry one step out. Returns whether it passed. Raises only CancelledError."""
-        name, vm = step.name, step.vms[0]
+        name, vm = step.name, step.first
         reporter = self._site.reporter
         number = self._plan.steps.index(step) + 1
         began = self._meter.elapsed
@@ -231,12 +244,14 @@ class Build:
             name=name,
             site=self._site,
             machines=self.machines,
+            repositories=self.repositories,
             meter=self._meter,
             limits=limits,
             environment=self._environment,
             before_run=self._find_commit,
             artifacts=self._record.directory / "artifacts",
             log=log,
+            made=_flowing(self._steps.values(), "out"),
             details=dict(step.details()),
         )
         reporter.say(f"step {number}/{len(self._steps)} {name}: {step.does()}", vm=vm)
@@ -342,6 +357,7 @@ class Build:
             vms=tuple(self.machines.records.values()),
             inputs=(*self._archive, *self.machines.templates.values(), *_flowing(steps, "in")),
             outputs=_flowing(steps, "out"),
+            repositories=self.repositories.used,
             **self._meter.shares(),  # type: ignore[arg-type]
         )
         self._record.save(durable=self._record.result != "running")
@@ -412,7 +428,7 @@ def _waiting(number: int, step: StepKind, plan: BuildPlan) -> StepRecord:
     return StepRecord(
         name=step.name,
         kind=step.KIND,
-        vm=step.vms[0],
+        vm=step.first,
         to=step.target,
         status="waiting" if chosen else "skipped",
         chosen=chosen,

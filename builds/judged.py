@@ -32,9 +32,9 @@ async def _judged(step: StepKind, work: StepRun, error: FarmhandError) -> StepFa
     elsewhere."""
     failure = step.class_of(error)
     failed = StepFailed(failure, error.message, remedy=error.remedy)
-    if failure != "infrastructure":
+    if failure != "infrastructure" or not step.vms:
         return failed
-    vm = error.vm if error.vm in step.vms else step.vms[0]
+    vm = error.vm if error.vm in step.vms else step.first
     if isinstance(error, ConnectionLost):
         state = await asyncio.to_thread(work.machines.state, vm)
         failed.args = (f"{error.message} ({state})",) if state else failed.args

@@ -114,7 +114,7 @@ def judge(
 def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:
     """Whether the chosen steps depend on this one: it left something in a VM that isn't reset first
     now."""
-    return not step.RENEWS and not reset_first(chosen, step.changes)
+    return bool(step.changes) and not step.RENEWS and not reset_first(chosen, step.changes)
 
 
 def _read_marks(site: Site, vms: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from builds import mark
@@ -30,6 +31,9 @@ from provision.operations.balloon import Balloon
 from provision.operations.reset import Reset
 from provision.power import answers, console_tail, until_ready
 from provision.site import Site
+
+if TYPE_CHECKING:
+    from repositories.serve import Server
 
 CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
@@ -65,6 +69,9 @@ class Machines:
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
         self._in_use: set[str] = set()  # likewise: by a step
+        self._servers: dict[Path, Server] = {}  # of what is offered by HTTP, by its directory
+        self._serving = contextlib.ExitStack()
+        self._ports: dict[str, dict[Path, int]] = {}  # by VM: where it finds those, on its loopback
         self._carried: dict[str, str] = {}  # by VM: the directory there that a copy of the source is in
         self._packing = asyncio.Lock()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -121,6 +128,7 @@ class Machines:
             outcome = await in_thread(lambda: perform(site, Reset((vm,), to, wait=False)))
         self._not_reset.remove(vm)
         self._carried.pop(vm, None)
+        self._ports.pop(vm, None)
         proof = outcome.result.vms[vm].proof
         self._update(
             vm,
@@ -185,6 +193,12 @@ class Machines:
                 endpoint = self._site.member(vm).endpoint()
                 connection = await Connection.open(endpoint, runner=self._site.runner)
             self._connections[vm] = connection
+            for directory, port in self._ports.get(vm, {}).items():  # where it was told it would be
+                try:
+                    with self._meter.guest():
+                        await connection.offer_port(self._servers[directory].port, directory, there=port)
+                except Unsupported as error:
+                    self._note(f"{vm}: it no longer reaches {directory}: {error.message}")
             if vm in self._root:
                 with self._meter.guest():
                     may = await connection.may_be_root()
@@ -231,6 +245,7 @@ class Machines:
         await asyncio.gather(*(self.drop(vm) for vm in list(self._connections)))
         for packed in self._directory.glob(".*.tar"):
             packed.unlink()
+        await in_thread(self._serving.close)
 
     async def _tidy(self, vm: str) -> None:
         there, connection = self._carried.pop(vm), self._connections.get(vm)
@@ -266,6 +281,20 @@ class Machines:
                     urls = [f"file://{quote(there)}/{name}.git" for name in repositories]
             self._offers[vm] = variables(source, urls)
         return self._offers[vm]
+
+    async def offer(self, vm: str, directory: Path) -> str:
+        """Serve a repository's directory to the VM through its connection, until the build's end.
+        Returns its URL there. Unsupported: its sshd forwards no ports."""
+        from repositories.serve import Server
+
+        connection = await self.connection(vm)
+        if directory not in self._servers:
+            self._servers[directory] = self._serving.enter_context(Server(directory))
+        ports = self._ports.setdefault(vm, {})
+        if directory not in ports:
+            with self._meter.guest():
+                ports[directory] = await connection.offer_port(self._servers[directory].port, directory)
+        return f"http://127.0.0.1:{ports[directory]}"
 
     async def _carry_source(self, vm: str, connection: Connection, source: Resolved) -> str:
         """Copy what is offered to a directory of its own in the login's home. It stays until the end, or

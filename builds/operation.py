@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from builds.record import CYCLE_LOCK
+from builds.repositories import give_back
 from builds.step_kind import steps_of
 from inventory.errors import Busy
 from provision.engine import plan as engine
@@ -50,7 +51,8 @@ class RunCycle(Operation[CycleResult]):
     skipped steps were given, if the VMs tell (``builds.lineage``), and its record says what is not
     known. It is refused if they hold another commit than ``revision``. ``keep_going``: later steps are
     tried after a failed one, but not on a VM whose reset failed. ``revision``: any gitrevisions(7) of
-    the source, in place of the farm file's.
+    the source, in place of the farm file's. ``like``: a build, by its id: this one is given the very
+    generations of package repositories that that one had, and its revision; it publishes nothing.
 
     Errors before anything is touched: Busy (another cycle, or somebody works on one of the VMs),
     NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
@@ -61,6 +63,7 @@ class RunCycle(Operation[CycleResult]):
     start_from: str | None = None
     only: tuple[str, ...] = ()
     revision: str | None = None
+    like: str = ""
     keep_going: bool = False
     stream: Stream | None = field(default=None, compare=False, repr=False)
     """Told what is printed; no part of what is asked."""
@@ -95,7 +98,8 @@ class RunCycle(Operation[CycleResult]):
         site, meter = run.site, Meter()
         with meter.hypervisor():
             plan = plan_build(
-                site, self.start_from, self.only, self.revision, snapshot=not site.plan
+                site, self.start_from, self.only, self.revision, like=self.like,
+                snapshot=not site.plan,
             )  # fmt: skip
         done: list[str] = []
         job = engine.Job(plan.lines, lambda: done.append(self._carry_out(run, plan, meter)))
@@ -108,7 +112,10 @@ class RunCycle(Operation[CycleResult]):
         from builds.cycle import Build
         from builds.resume import cycle_asked
 
-        asked = cycle_asked(only=self.only, revision=self.revision, keep_going=self.keep_going)
+        asked = cycle_asked(
+            only=self.only, revision=self.revision, like=plan.like.id if plan.like else "",
+            keep_going=self.keep_going,
+        )  # fmt: skip
         build = Build(
             run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream
         )  # fmt: skip
@@ -129,18 +136,21 @@ class CycleFacts(Facts):
 
 
 class _CycleActivity(Activity[CycleFacts]):
-    """Recovery takes the VMs' memory down again. How far the build came is in its record."""
+    """Recovery takes the VMs' memory down again, and gives back what the build held of package
+    repositories. How far the build came is in its record."""
 
     name = "cycle"
     facts = CycleFacts
 
-    def recover(self, site: Site, record: Record, _facts: CycleFacts) -> Recovery[CycleFacts]:
+    def recover(self, site: Site, record: Record, facts: CycleFacts) -> Recovery[CycleFacts]:
         members = [site.member(vm) for vm in record.vms if vm in site.farm.vms]
         high = [member for member in members if member.can_power and _is_inflated(member)]
 
         def calm(_: Entry[CycleFacts]) -> None:
             for member in high:
                 deflate(member)
+            for repository in site.farm.repositories:
+                give_back(site, repository, facts.build)
 
         text = f"balloon down {', '.join(member.vm for member in high)}" if high else "noted"
         return Recovery(f"{text}; log shows how far it came", calm)

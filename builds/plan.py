@@ -9,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from builds.lineage import Lineage, look_back, reset_first
+from builds.record import BuildRecord, find_record
+from builds.repositories import meant_now
 from builds.root import no_root
 from builds.source import NoRevision, Resolved, check_contents, resolve
 from builds.step_kind import StepKind, steps_of
@@ -212,6 +214,20 @@ def source_for(
     )
 
 
+def built_in(site: Site, build: BuildRecord) -> str | None:
+    """The revision that a build was given; None where the farm has no source. WrongState: nobody knows
+    it."""
+    if site.farm.source is None:
+        return None
+    if build.source.unverified or not build.source.commit:
+        raise WrongState(
+            f"{site.name}: nobody knows which commit build {build.id} was of"
+            + (f": {build.source.unverified}" if build.source.unverified else ""),
+            remedy=("say which: ", Call("cycle", like=build.id, revision="REVISION")),
+        )
+    return build.source.commit
+
+
 class BuildUnderWay(Protocol):
     """What the jobs ask of the build that carries them out."""
 
@@ -243,6 +259,7 @@ class BuildPlan:
     steps: tuple[StepKind, ...]
     chosen: frozenset[str]
     before: Lineage
+    like: BuildRecord | None
     source: Resolved | None
     jobs: tuple[BuildJob, ...]
     give_back: tuple[BuildJob, ...]
@@ -263,15 +280,26 @@ def vms_of(steps: Iterable[StepKind]) -> tuple[str, ...]:
 
 
 def plan_build(
-    site: Site, start_from: str | None, only: Sequence[str], revision: str | None, *, snapshot: bool
+    site: Site,
+    start_from: str | None,
+    only: Sequence[str],
+    revision: str | None,
+    *,
+    like: str = "",
+    snapshot: bool,
 ) -> BuildPlan:
     """What such a cycle does, by real reads. Nothing is changed; only with ``snapshot`` the source's
-    present state is committed. Errors: as of ``check`` and ``source_for``."""
+    present state is committed. ``like``: the build whose repositories, and revision, it is to have.
+    Errors: as of ``check``, ``source_for``, ``built_in`` and ``builds.repositories.meant_now``."""
     cycle = cycle_of(site)
     every = steps_of(cycle)
     chosen = choose(cycle, start_from, only)
     steps = [step for step in every if step.name in chosen]
     check(site, steps, whole=start_from is None and not only)
+    earlier = find_record(site.paths, like) if like else None
+    if earlier is not None and revision is None:
+        revision = built_in(site, earlier)
+    meant_now(site, steps, earlier)
     before = look_back(site, every, chosen)
     source = source_for(site, before, revision, steps=every, snapshot=snapshot)
     check_source(site.farm, every, source)
@@ -279,7 +307,7 @@ def plan_build(
     raised: set[str] = set()
     for step in every:
         if step.name not in chosen:
-            jobs.append(BuildJob(Action("skip", step.vms[0], f"{step.name}: skipped")))
+            jobs.append(BuildJob(Action("skip", step.first, f"{step.name}: skipped")))
             continue
         for vm in step.vms:
             member = site.member(vm)
@@ -289,7 +317,7 @@ def plan_build(
                 run = partial(_inflate, vm)
                 jobs.append(BuildJob(Action("balloon", vm, f"memory to {full}"), run))
         text = f"{step.name}: {step.does()}"
-        jobs.append(BuildJob(Action(step.KIND, step.vms[0], text), partial(_step, step), step))
+        jobs.append(BuildJob(Action(step.KIND, step.first, text), partial(_step, step), step))
     give_back = []
     for vm in vms_of(steps):
         member = site.member(vm)
@@ -302,6 +330,7 @@ def plan_build(
         steps=every,
         chosen=chosen,
         before=before,
+        like=earlier,
         source=source,
         jobs=tuple(jobs),
         give_back=tuple(give_back),

@@ -118,7 +118,8 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsedGeneration:
-    """A generation of a package repository that a VM was pointed to. ``url``: of its tree, for ever."""
+    """A generation of a package repository that a VM was pointed to. ``url``: of its tree, for ever;
+    "": it went through the VM's connection."""
 
     repository: str
     channel: str

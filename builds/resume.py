@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from inventory.errors import Call
 
 
-def cycle_asked(*, only: Sequence[str], revision: str | None, keep_going: bool) -> Call:
+def cycle_asked(*, only: Sequence[str], revision: str | None, like: str = "", keep_going: bool) -> Call:
     """The call of a cycle as it was asked for, without where it begins."""
-    return Call("cycle", only=only, revision=revision, keep_going=keep_going)
+    return Call("cycle", only=only, revision=revision, like=like or None, keep_going=keep_going)
 
 
 def from_step(asked: Call, step: str) -> Call:

@@ -17,6 +17,7 @@ from inventory.errors import FarmhandError, NoSpace, Unfit
 from inventory.model import Cycle, FailureClass, Step, StepLimits
 
 if TYPE_CHECKING:
+    from builds.repository_place import RepositoryPlace
     from builds.step_run import StepRun
     from provision.site import Site
 
@@ -61,6 +62,16 @@ class StepKind(Step, metaclass=ABCMeta):  # not ABC, which has slots
     def target(self) -> str:
         """The VM that it brings something to from another VM; "" if it does no such thing."""
         return ""
+
+    @property
+    def uses(self) -> RepositoryPlace | None:
+        """The channel or flow of a package repository, a generation of which its VM gets."""
+        return None
+
+    @property
+    def publishes(self) -> RepositoryPlace | None:
+        """The channel or flow that gets a new generation by it."""
+        return None
 
     def details(self) -> Mapping[str, str]:
         """What the record and its page say of it besides its name and VMs: short texts by short

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from builds.log_text import log_lines
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import FileRecord, Flow
+from builds.repositories import BuildRepositories
 from host.files import open_to_append
 from host.printable import one_line, plain
 from inventory.errors import Remedy
@@ -130,18 +131,20 @@ def _cut(line: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """What the step of that name works with. ``files``: what it fetched or carried. ``details``: what
-    the record says of it. ``exit``: its last exit status."""
+    """What the step of that name works with. ``made``: what the steps before it fetched. ``files``: what
+    it fetched or carried. ``details``: what the record says of it. ``exit``: its last exit status."""
 
     name: str
     site: Site
     machines: Machines
+    repositories: BuildRepositories
     meter: Meter
     environment: Callable[[str], Mapping[str, str]]
     before_run: Callable[[str, StepLog], Awaitable[None]]
     artifacts: Path
     log: StepLog
     limits: Limits = field(default_factory=Limits)
+    made: Sequence[FileRecord] = ()
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None

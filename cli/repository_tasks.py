@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import options, repository_views, views
 from cli.command import command
+from cli.repository_asked import COMPONENT as _COMPONENT
+from cli.repository_asked import NOTE as _NOTE
+from cli.repository_asked import REPO as _REPO
+from cli.repository_asked import Names
+from cli.repository_asked import made_by as _made
+from cli.repository_asked import opened as _opened
+from cli.repository_asked import record_of as _record
 from cli.run import TaskResult, TaskRun
 from inventory.errors import NotFound, UsageError
 
@@ -18,20 +24,8 @@ if TYPE_CHECKING:
     from provision.site import Site
     from repositories.repository import Repository
 
-Names = Sequence[str] | None
-_REPO = "The repository; absent where there is only one."
 _CHANNEL = "The channel; absent: the repository's first."
 _WHICH = "A channel, or a generation's number; absent: the first channel."
-_NOTE = "Why, for the log."
-_COMPONENT = "deb: the component; absent: the first."
-
-
-@contextmanager
-def _opened(run: TaskRun, repo: str) -> Iterator[tuple[Site, Repository]]:
-    from provision.package_repositories import opened
-
-    with run.site() as site:
-        yield site, opened(site.farm, repo)
 
 
 @command(
@@ -415,25 +409,11 @@ def _or_first(repository: Repository, channel: str) -> str:
     return channel or repository.settings.channels[0]
 
 
-def _record(site: Site, build: str) -> BuildRecord:
-    from builds.record import find_record
-
-    return find_record(site.paths, build)
-
-
 def _record_or_none(site: Site, build: str) -> BuildRecord | None:
     try:
         return _record(site, build) if build else None
     except NotFound:
         return None
-
-
-def _made(record: BuildRecord, suffix: str) -> tuple[Path, ...]:
-    """What the build made, of the repository's kind of packages."""
-    found = [record.directory / f.path for f in record.outputs if f.name.endswith(suffix)]
-    if not found:
-        raise NotFound(f"build {record.id} has no {suffix} file among what it made")
-    return tuple(found)
 
 
 def _pinned(site: Site, repository: Repository) -> Mapping[int, str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from provision.repository_queue import QueueEvent
     from repositories.check import Report
     from repositories.difference import Difference
+    from repositories.flow import Flow
     from repositories.generation import Generation
     from repositories.package import Package
     from repositories.repository import Repository
@@ -219,4 +220,67 @@ def _package(package: Package) -> dict[str, object]:
         "name": package.name, "version": package.version, "architecture": package.architecture,
         "component": package.component, "sha256": package.sha256, "size": package.size,
         "file": package.place, "source": package.source, "build": package.build,
+    }  # fmt: skip
+
+
+def flows(repository: Repository, found: Sequence[Flow]) -> TaskResult:
+    rows = [
+        (
+            flow.name, flow.state, flow.channel, str(flow.base or "-"),
+            str(flow.to_test if flow.state == "open" else flow.result or "-"),
+            str(len(flow.packages)), when(flow.began), flow.by,
+            "being halved" if flow.halving else "",
+        )
+        for flow in found
+    ]  # fmt: skip
+    headings = ("FLOW", "STATE", "TO", "BASE", "GENERATION", "PACKAGES", "SINCE", "WHO", "NOTE")
+    text = table(headings, rows) if rows else f"{repository.name}: no flow is open"
+    return TaskResult({"flows": [_flow(repository, flow) for flow in found]}, text)
+
+
+def flow(repository: Repository, one: Flow) -> TaskResult:
+    """What it is, and all that was found out of it."""
+    head = f"{repository.name}: flow {one.name} to {one.channel}: {one.state}"
+    lines = [head, f"begun     {when(one.began)} by {one.by}"]
+    if one.state == "open":
+        lines.append(f"base      generation {one.base}" if one.base else "base      nothing yet")
+        url = repository.settings.url
+        where = f", {url}/generations/{one.to_test}/" if url else ""
+        part = " (a part of the packages)" if one.trial else ""
+        lines.append(f"to test   generation {one.to_test}{part}{where}")
+    elif one.result:
+        lines.append(f"result    generation {one.result}")
+    lines += _listed("packages", one.packages)
+    lines += _listed("fail", one.out)
+    for run in one.runs:
+        verdict = "passed" if run.passed else "failed"
+        build = f" in build {run.build} on {', '.join(run.vms)}" if run.build else ""
+        note = f": {run.note}" if run.note else ""
+        lines.append(
+            f"tested    {when(run.at)} generation {run.generation} {verdict}{build}, {run.by}{note}"
+        )
+    if one.note:
+        lines.append(f"note      {one.note}")
+    return TaskResult(_flow(repository, one), "\n".join(lines))
+
+
+def _listed(heading: str, packages: Sequence[Package]) -> list[str]:
+    return [f"{heading if not n else '':<8}  {package}" for n, package in enumerate(packages)]
+
+
+def _flow(repository: Repository, one: Flow) -> dict[str, object]:
+    return {
+        "repository": repository.name, "flow": one.name, "state": one.state, "channel": one.channel,
+        "base": one.base or None, "candidate": one.candidate,
+        "to_test": one.to_test if one.state == "open" else None, "result": one.result or None,
+        "by": one.by, "began": one.began.isoformat(),
+        "ended": one.ended.isoformat() if one.ended else None, "note": one.note,
+        "packages": [_package(p) for p in one.packages], "fail": [_package(p) for p in one.out],
+        "runs": [
+            {
+                "generation": run.generation, "passed": run.passed, "at": run.at.isoformat(),
+                "by": run.by, "build": run.build, "vms": list(run.vms), "note": run.note,
+            }
+            for run in one.runs
+        ],
     }  # fmt: skip

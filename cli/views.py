@@ -307,6 +307,10 @@ def build_record(record: BuildRecord) -> TaskResult:
         subject = f"  {one_line(source.subject)}" if source.subject else ""
         commit = "commit not verified" if source.unverified else source.commit[:12]
         lines.append(f"source {source.repository} {commit}{subject}")
+    lines += [
+        f"{used.vm} used generation {used.generation} of {used.repository}'s {used.channel}"
+        for used in record.repositories
+    ]
     rows = [
         (
             step.name,

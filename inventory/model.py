@@ -373,7 +373,8 @@ class Step(Model):
     KIND: ClassVar[str]
     """The key of the file by which it is known."""
     VMS: ClassVar[tuple[str, ...]]
-    """Fields that each name a VM of the farm; the last one's is what the step changes."""
+    """Fields that each name a VM of the farm; the last one's is what the step changes. Of some kinds
+    none: those do their work on this machine."""
 
     name: Label
     """Names the step in `--from`, `--only`, logs and the record."""
@@ -386,9 +387,14 @@ class Step(Model):
         return tuple(getattr(self, field) for field in self.VMS)
 
     @property
+    def first(self) -> str:
+        """The VM that it is shown with; "": it uses none."""
+        return next(iter(self.vms), "")
+
+    @property
     def changes(self) -> str:
-        """The VM that it changes."""
-        return self.vms[-1]
+        """The VM that it changes; "": none."""
+        return next(reversed(self.vms), "")
 
     @property
     def secrets(self) -> tuple[str, ...]:

@@ -100,6 +100,8 @@ class PackageRepository(Model):
     """What moves between channels by itself."""
     versions: Count | None = None
     """How many versions of a package a new generation lists; absent: all that were added."""
+    retest: Bool = True
+    """Whether a flow that passed is tested again where its channel moved meanwhile."""
     keep: Count = 10
     """How many generations of a channel stay."""
     keep_for: LeaseTime = 2592000

@@ -64,7 +64,7 @@ def recover(repository: Repository) -> None:
     """Finish, or take away, what a killed command left."""
     if repository.exists:
         with changing(repository):
-            pass
+            repository.flows.give_back_leases()
 
 
 class Change:
@@ -352,8 +352,10 @@ class Change:
         known = documents.sequences()
         if known and known[-1] not in logged:  # of a command that ended before it published
             last = documents.read(known[-1])
-            if not last.flow:
+            if not self._repository.flows.needs(last.flow, last.sequence):
                 self.collect(last)
+        elif known and (last := documents.read(known[-1])).verb == "pass":
+            self._repository.flows.end(last)
         for tree in without_document(self._repository):
             self._discard(tree)
         if killed or failed:

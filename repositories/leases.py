@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from urllib.parse import quote
@@ -31,10 +31,10 @@ def take(layout: Layout, generation: int, holder: str) -> None:
     write_atomic(layout.lease(_name(generation, holder)), data, mode=0o600)
 
 
-def give_back(layout: Layout, holder: str) -> None:
-    """All that the holder has."""
+def give_back(layout: Layout, holder: str, *, but: Collection[int] = ()) -> None:
+    """All that the holder has, but for those of these generations."""
     for lease in leases(layout):
-        if lease.holder == holder:
+        if lease.holder == holder and lease.generation not in but:
             layout.lease(_name(lease.generation, holder)).unlink(missing_ok=True)
 
 

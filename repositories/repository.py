@@ -14,6 +14,7 @@ from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sync, write_atomic
 from inventory.errors import NotFound, WrongState, some
 from repositories.chunks import Chunks
+from repositories.flow import Flows
 from repositories.format import PackageFormat
 from repositories.formats import package_format
 from repositories.generation import (
@@ -68,6 +69,7 @@ class Repository:
         self.format: PackageFormat = package_format(settings.format)
         self.chunks = Chunks(self.layout)
         self.documents = Documents(self.layout)
+        self.flows = Flows(self.layout, settings.name)
 
     # -- reading -------------------------------------------------------------------------------------
 

@@ -4,5 +4,7 @@ STEPS = {
     "reset": "builds.steps.reset:ResetStep",
     "run": "builds.steps.run:RunStep",
     "transfer": "builds.steps.transfer:TransferStep",
+    "use": "builds.steps.use:UseStep",
+    "publish": "builds.steps.publish:PublishStep",
     "fetch": "builds.steps.fetch:FetchStep",
 }

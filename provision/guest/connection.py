@@ -632,22 +632,41 @@ class Connection:
                 with contextlib.suppress(asyncssh.Error, OSError):
                     writer.close()
 
+        port = await self._listening(
+            self._ssh.start_server(lambda _host, _port: handle, "127.0.0.1", 0, encoding=None),
+            repository,
+            "give 'source: repository:' as a URL that the VM reaches",
+        )
+        return f"git://127.0.0.1:{port}/{name}.git"
+
+    async def offer_port(self, here: int, what: Path, *, there: int = 0) -> int:
+        """Let the guest reach a port of this machine's loopback by one of its own, as long as the
+        connection lasts; returns that one. ``what``: what is behind it. ``there``: the port that it is
+        to be; 0: any.
+
+        Unsupported where the guest's sshd forwards no ports."""
+        return await self._listening(
+            self._ssh.forward_remote_port("127.0.0.1", there, "127.0.0.1", here),
+            what,
+            "give the repository a 'url' that the VM reaches",
+        )
+
+    async def _listening(
+        self, asked: Awaitable[asyncssh.SSHListener], what: Path, otherwise: str
+    ) -> int:
         try:
-            listener = await self._ssh.start_server(
-                lambda _host, _port: handle, "127.0.0.1", 0, encoding=None
-            )
+            listener = await asked
         except (asyncssh.Error, asyncssh.ChannelListenError, OSError) as error:
             if self.closed:
                 raise self._lost(error) from None
             raise Unsupported(
-                f"its sshd forwards no ports, so {repository} can't be offered: "
+                f"its sshd forwards no ports, so {what} can't be offered: "
                 f"{str(error).strip() or type(error).__name__}",
                 vm=self.endpoint.vm,
-                remedy="allow it there: AllowTcpForwarding yes in sshd_config; "
-                "or give 'source: repository:' as a URL that the VM reaches",
+                remedy=f"allow it there: AllowTcpForwarding yes in sshd_config; or {otherwise}",
             ) from None
         self._listeners.append(listener)
-        return f"git://127.0.0.1:{listener.get_port()}/{name}.git"
+        return listener.get_port()
 
     async def _listen(self, errors: asyncio.StreamReader) -> None:
         while True:

@@ -102,53 +102,15 @@ class RepoPublishing(Operation[Published]):
         files: Sequence[tuple[Path, str, str]],
         build: str = "",
     ) -> RepositoryContent:
-        """Files that come in: each with its component, and its sha256 where that is known. Unfit, with
-        all that are damaged; Conflict, UsageError as ``check_fit``."""
+        """As ``take_in``, for the operation's channel."""
         base = repository.head(self.channel)
-        taken: dict[tuple[str, str], Staged] = {}
-        mended: list[Staged] = []
-        refused: list[FarmhandError] = []
-        lines: list[Action] = []
-        for number, (path, component, sha256) in enumerate(files, 1):
-            run.site.reporter.working(f"reading packages; {number} of {len(files)}")
-            try:
-                item = staging.take(path, component=component, build=build, sha256=sha256)
-            except Unfit as error:
-                refused.append(error)
-                continue
-            package = item.package
-            known = repository.chunks.named(base.chunks, package.name) if base else ()
-            content = package.sha256, package.component
-            if content in ((p.sha256, p.component) for p in known):
-                if whole(repository.layout, package):
-                    lines.append(Action("keep", "", f"{package} is in {self.channel}"))
-                else:
-                    mended.append(item)
-                    lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
-            elif content not in taken:
-                taken[content] = item
-                lines.append(Action("add", "", f"{package} to {self.channel}, {rounded(package.size)}"))
-        if len(files) == len(refused) == 1:
-            raise refused[0]
-        if refused:
-            raise Unfit(
-                f"{len(refused)} of {len(files)} packages are not taken: "
-                + some([error.message for error in refused], by="; "),
-                remedy="nothing was added: build them again, or leave them out",
-            )
-        chunks, add = base.chunks if base else (), tuple(taken.values())
-        check_fit(repository, chunks, add)
-        lines += self.outdated(repository, chunks, [item.package for item in add])
-        return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
+        return take_in(run, repository, staging, base, self.channel, files, build)
 
     def outdated(
         self, repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package]
     ) -> Iterator[Action]:
         """Those that go since newer ones come."""
-        for package in outdated(repository, chunks, fresh):
-            most = f"the newest {repository.settings.versions} of a package stay"
-            verb = "leave out" if package in fresh else "remove"
-            yield Action(verb, "", f"{package} from {self.channel}: {most}")
+        return going(repository, chunks, fresh, self.channel)
 
     def plan(self, run: Run) -> Plan[Published]:
         site, repository = run.site, opened(run.site.farm, self.repo)
@@ -254,13 +216,7 @@ class RepoAdd(RepoPublishing):
             )
 
     def content(self, run: Run, repository: Repository, staging: Staging) -> RepositoryContent:
-        components = repository.settings.components
-        component = self.component or (components[0] if components else "")
-        if self.sums:
-            files = [(path, component, sum_) for path, sum_ in zip(self.paths, self.sums, strict=True)]
-        else:
-            found = _files(self.paths, repository.format.SUFFIX)
-            files = [(path, component, "") for path in found]
+        files = package_files(repository, self.paths, self.sums, self.component)
         return self.take(run, repository, staging, files, self.build)
 
 
@@ -350,6 +306,65 @@ class RepoRollback(RepoPublishing):
         return RepositoryContent(base, origin, lines=(Action("roll back", "", line),))
 
 
+def take_in(
+    run: Run,
+    repository: Repository,
+    staging: Staging,
+    base: Generation | None,
+    where: str,
+    files: Sequence[tuple[Path, str, str]],
+    build: str = "",
+) -> RepositoryContent:
+    """Files that come in, beside what ``base`` has: each with its component, and its sha256 where that
+    is known. ``where``: to what they come, in words. Unfit, with all that are damaged; Conflict,
+    UsageError as ``check_fit``."""
+    taken: dict[tuple[str, str], Staged] = {}
+    mended: list[Staged] = []
+    refused: list[FarmhandError] = []
+    lines: list[Action] = []
+    for number, (path, component, sha256) in enumerate(files, 1):
+        run.site.reporter.working(f"reading packages; {number} of {len(files)}")
+        try:
+            item = staging.take(path, component=component, build=build, sha256=sha256)
+        except Unfit as error:
+            refused.append(error)
+            continue
+        package = item.package
+        known = repository.chunks.named(base.chunks, package.name) if base else ()
+        content = package.sha256, package.component
+        if content in ((p.sha256, p.component) for p in known):
+            if whole(repository.layout, package):
+                lines.append(Action("keep", "", f"{package} is in {base.channel if base else where}"))
+            else:
+                mended.append(item)
+                lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
+        elif content not in taken:
+            taken[content] = item
+            lines.append(Action("add", "", f"{package} to {where}, {rounded(package.size)}"))
+    if len(files) == len(refused) == 1:
+        raise refused[0]
+    if refused:
+        raise Unfit(
+            f"{len(refused)} of {len(files)} packages are not taken: "
+            + some([error.message for error in refused], by="; "),
+            remedy="nothing was added: build them again, or leave them out",
+        )
+    chunks, add = base.chunks if base else (), tuple(taken.values())
+    check_fit(repository, chunks, add)
+    lines += going(repository, chunks, [item.package for item in add], where)
+    return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
+
+
+def going(
+    repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package], where: str
+) -> Iterator[Action]:
+    """Those that go since newer ones come."""
+    for package in outdated(repository, chunks, fresh):
+        most = f"the newest {repository.settings.versions} of a package stay"
+        verb = "leave out" if package in fresh else "remove"
+        yield Action(verb, "", f"{package} from {where}: {most}")
+
+
 def select(repository: Repository, generation: Generation, names: Sequence[str]) -> tuple[Package, ...]:
     """The packages of these names, or NAME=VERSION. NotFound, with all that aren't there."""
     found: dict[str, tuple[Package, ...]] = {}
@@ -366,8 +381,20 @@ def select(repository: Repository, generation: Generation, names: Sequence[str])
     return tuple(dict.fromkeys(package for packages in found.values() for package in packages))
 
 
+def package_files(
+    repository: Repository, paths: Sequence[Path], sums: Sequence[str], component: str
+) -> list[tuple[Path, str, str]]:
+    """The packages' files that are meant, as ``take_in`` has them. ``sums``: of each path, if any.
+    NotFound."""
+    components = repository.settings.components
+    chosen = component or (components[0] if components else "")
+    if sums:
+        return [(path, chosen, sum_) for path, sum_ in zip(paths, sums, strict=True)]
+    return [(path, chosen, "") for path in _files(paths, repository.format.SUFFIX)]
+
+
 def _files(paths: Sequence[Path], suffix: str) -> Iterator[Path]:
-    """The packages' files that are meant. NotFound."""
+    """NotFound."""
     for path in paths:
         if not path.is_dir():
             if not path.exists():

@@ -239,7 +239,7 @@ def test_one_wrong_line_of_the_rest(line: str) -> None:
     assert len(found) == (2 if "vms.dev2" in TOP[line] else 1)  # what is said of dev2 holds for prod
 
 
-KINDS = "'reset', 'run', 'transfer' and 'fetch'"
+KINDS = "'reset', 'run', 'transfer', 'use', 'publish' and 'fetch'"
 STEPS = {
     "{name: a, reset: dev}": "8:24: step a: reset: no VM 'dev'; did you mean 'dev2'?",
     "{name: a, vm: dev2, rn: x}": "8:7: step a: unknown key 'rn'; did you mean 'run'?",

@@ -16,6 +16,7 @@ from builds.judged import carry_out
 from builds.machines import Machines
 from builds.meter import Meter
 from builds.record import BuildRecord, StepRecord, load_records, new_directory, now
+from builds.repositories import BuildRepositories
 from builds.step_kind import StepKind
 from builds.step_run import StepFailed, StepLog, StepRun
 from builds.steps import STEPS
@@ -95,7 +96,7 @@ def judged(site: Site, directory: Path, error: FarmhandError) -> StepFailed:
     machines, meter = Machines(site, None, directory, Meter(), print), Meter()
     log = StepLog(directory / "log", "dev2", None)
     work = StepRun(
-        name="c", site=site, machines=machines, meter=meter,
+        name="c", site=site, machines=machines, repositories=BuildRepositories(site, "1"), meter=meter,
         environment=lambda _vm: {}, before_run=nothing, artifacts=directory, log=log,
     )  # fmt: skip
     with pytest.raises(StepFailed) as caught:

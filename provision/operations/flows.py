@@ -1,0 +1,331 @@
+"""flow-begin, flow-pass, flow-fail, flow-bisect: experimental flows of a package repository, as
+``repositories.flows`` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from inventory.errors import Call, UsageError, WrongState, some
+from provision.engine.operation import Operation
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Action
+from provision.engine.run import Run
+from provision.operations.repositories import package_files, take_in
+from provision.package_repositories import (
+    RepositoryActivity,
+    RepositoryFacts,
+    opened,
+    signing,
+    staging,
+)
+from repositories.change import changing
+from repositories.flow import Flow, check_name, unit
+from repositories.flows import FlowChange, FlowTest
+from repositories.package import Package
+from repositories.repository import Repository
+
+T = TypeVar("T")
+
+
+class _Begin(RepositoryActivity):
+    name = "flow-begin"
+
+
+class _Pass(RepositoryActivity):
+    name = "flow-pass"
+
+
+class _Fail(RepositoryActivity):
+    name = "flow-fail"
+
+
+class _Bisect(RepositoryActivity):
+    name = "flow-bisect"
+
+
+BEGIN, PASS, FAIL, BISECT = _Begin(), _Pass(), _Fail(), _Bisect()
+
+
+@dataclass(frozen=True, slots=True)
+class FlowResult:
+    """``generation``: the one to be tested, or that its channel got; 0: none. ``base``: what it is made
+    on. ``fails``: packages that were found out, alone or ``together``. ``runs``: so many more, at most,
+    until something is found out."""
+
+    repository: str
+    flow: str
+    channel: str
+    state: str
+    base: int
+    generation: int
+    packages: tuple[str, ...] = ()
+    url: str = ""
+    fails: tuple[str, ...] = ()
+    together: bool = False
+    runs: int = 0
+
+
+def flow_result(
+    repository: Repository, flow: Flow, fails: tuple[Package, ...] = (), units: int = 0
+) -> FlowResult:
+    generation = flow.to_test if flow.state == "open" else flow.result
+    url = repository.settings.url
+    return FlowResult(
+        repository.name, flow.name, flow.channel, flow.state, flow.base, generation,
+        tuple(map(str, flow.packages)), f"{url}/generations/{generation}/" if url and generation else "",
+        tuple(map(str, fails)), units > 1, flow.halving.most if flow.halving else 0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FlowBegin(Operation[FlowResult]):
+    """Make a candidate for a channel: a generation of what that has and these packages, which nobody
+    reads who isn't pointed to it. ``paths``: files, or directories, whose packages are taken. ``build``:
+    the record of the build that they came from. ``more``: they come beside those of the flow, if it is
+    open; then all of it is to be tested again. ``sums``: the sha256 that each of these files must have;
+    without any, nobody knows.
+
+    Errors: NotFound, Unfit, Conflict (an open flow of that name; another file under an identity),
+    UsageError, NoSpace."""
+
+    name = "flow-begin"
+    repo: str
+    flow: str
+    channel: str
+    paths: tuple[Path, ...]
+    component: str = ""
+    build: str = ""
+    note: str = ""
+    more: bool = False
+    sums: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.sums or len(self.sums) == len(self.paths)
+        check_name(self.flow)
+        if not self.paths:
+            raise UsageError("no packages", remedy="name files or directories: --path hello_1_amd64.deb")
+
+    def plan(self, run: Run) -> Plan[FlowResult]:
+        site, repository = run.site, opened(run.site.farm, self.repo)
+        repository.check_channel(self.channel)
+        files = package_files(repository, self.paths, self.sums, self.component)
+        stack = ExitStack()
+        with ExitStack() as safe:  # what was staged goes, unless the job is to have it
+            place = safe.enter_context(staging(site, repository))
+            base = repository.head(self.channel)
+            content = take_in(
+                run, repository, place, base, f"flow {self.flow}", files, self.build
+            )  # fmt: skip
+            if not site.plan:
+                stack = safe.pop_all()
+        known = repository.flows.find(self.flow)
+        done = [known] if known else []
+
+        def go() -> None:
+            with stack:
+                flow = _changed(
+                    run, repository, BEGIN, self.flow,
+                    lambda flows: flows.begin(
+                        self.flow, self.channel, content.add, by=str(site.requester), note=self.note,
+                        more=self.more,
+                    ),
+                )  # fmt: skip
+            done.append(flow)
+            site.reporter.say(
+                f"{repository.name}: flow {flow.name} is to be tested on generation {flow.to_test}, "
+                f"{_many(len(flow.packages))} beside generation {flow.base} of {flow.channel}"
+            )
+
+        text = f"{repository.name}: flow {self.flow} gets a candidate for {self.channel}"
+        jobs = [foretold(*content.lines)] if content.lines else []
+        nothing = FlowResult(repository.name, self.flow, self.channel, "", 0, 0)
+        return Plan(
+            [alone(*jobs, job("build", "", text, go))],
+            lambda: flow_result(repository, done[-1]) if done else nothing,
+        )
+
+
+class _Verdict(Operation[FlowResult]):
+    """What becomes of a flow, now that a generation of it was tested. ``generation``: that one; 0: the
+    one that is to be tested. ``build``, ``vms``: the build that tested it."""
+
+    repo: str
+    flow: str
+    generation: int
+    build: str
+    vms: tuple[str, ...]
+    note: str
+
+    def tested(self, run: Run) -> FlowTest:
+        return FlowTest(
+            by=str(run.site.requester), generation=self.generation, build=self.build, vms=self.vms,
+            note=self.note,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FlowPass(_Verdict):
+    """Give a flow's channel what the flow has, by compare-and-swap: where the channel moved meanwhile,
+    the candidate is made again on what it has now, and has to be tested again, unless the farm file says
+    otherwise (``retest``).
+
+    Errors: NotFound, WrongState (it is over; another generation was tested; to be tested again: then the
+    flow has its new candidate), Conflict."""
+
+    name = "flow-pass"
+    repo: str
+    flow: str
+    generation: int = 0
+    build: str = ""
+    vms: tuple[str, ...] = ()
+    note: str = ""
+
+    def plan(self, run: Run) -> Plan[FlowResult]:
+        site, repository = run.site, opened(run.site.farm, self.repo)
+        flow = repository.flows.open(self.flow)
+        done = [flow]
+        retest = site.farm.repositories[repository.name].retest
+        moved = repository.documents.head(flow.channel) != flow.base
+
+        def go() -> Sequence[Action]:
+            after = _changed(
+                run, repository, PASS, self.flow,
+                lambda flows: flows.passed(self.flow, self.tested(run), retest=retest),
+            )  # fmt: skip
+            done.append(after)
+            if after.state == "open":
+                raise WrongState(
+                    f"{repository.name}: {after.channel} moved to generation {after.base} meanwhile: "
+                    f"flow {after.name} was put onto that, and is to be tested again on generation "
+                    f"{after.candidate}",
+                    remedy=(
+                        "test it there, and then: ",
+                        Call(
+                            "flow-pass", flow=after.name, generation=str(after.candidate),
+                            repo=repository.name,
+                        ),
+                    ),
+                )  # fmt: skip
+            said = f"flow {after.name} passed: {after.channel} is generation {after.result} now"
+            site.reporter.say(f"{repository.name}: {said}")
+            return [Action("promote", "", f"{repository.name}: {said}")]
+
+        text = f"flow {flow.name}: {flow.channel} gets {_many(len(flow.packages))}"
+        if moved:
+            text = f"flow {flow.name}: a new candidate, for {flow.channel} moved meanwhile" + (
+                "; to be tested again, unless it comes to the same" if retest else ""
+            )
+        return Plan(
+            [alone(Job((Action("promote", "", f"{repository.name}: {text}"),), go))],
+            lambda: flow_result(repository, done[-1]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FlowFail(_Verdict):
+    """End a flow: its channel gets nothing of it. Errors: NotFound, WrongState."""
+
+    name = "flow-fail"
+    repo: str
+    flow: str
+    generation: int = 0
+    build: str = ""
+    vms: tuple[str, ...] = ()
+    note: str = ""
+
+    def plan(self, run: Run) -> Plan[FlowResult]:
+        repository = opened(run.site.farm, self.repo)
+        done = [repository.flows.open(self.flow)]
+
+        def go() -> None:
+            done.append(
+                _changed(
+                    run, repository, FAIL, self.flow,
+                    lambda flows: flows.failed(self.flow, self.tested(run)),
+                )
+            )  # fmt: skip
+
+        text = f"{repository.name}: flow {self.flow}: it failed, and ends"
+        return Plan([alone(job("end", "", text, go))], lambda: flow_result(repository, done[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class FlowBisect(_Verdict):
+    """Take a verdict of a flow that fails, and make the next generation to be tested, until it is known
+    which packages fail: the flow then goes on without them, with another candidate to be tested.
+    ``passed``: the verdict. Errors: NotFound, WrongState, Conflict."""
+
+    name = "flow-bisect"
+    repo: str
+    flow: str
+    passed: bool
+    generation: int = 0
+    build: str = ""
+    vms: tuple[str, ...] = ()
+    note: str = ""
+
+    def plan(self, run: Run) -> Plan[FlowResult]:
+        site, repository = run.site, opened(run.site.farm, self.repo)
+        flow = repository.flows.open(self.flow)
+        done = [flow_result(repository, flow)]
+
+        def go() -> None:
+            before = repository.flows.open(self.flow)
+            after, guilty = _changed(
+                run, repository, BISECT, self.flow,
+                lambda flows: flows.halve(self.flow, self.tested(run), passed=self.passed),
+            )  # fmt: skip
+            units = len(set(map(unit, guilty)))
+            done.append(flow_result(repository, after, guilty, units))
+            site.reporter.say(f"{repository.name}: {_found(before, after, guilty, units)}")
+
+        said = "passed" if self.passed else "failed"
+        text = f"{repository.name}: flow {flow.name}: generation {flow.to_test} {said}; what is next"
+        return Plan([alone(job("build", "", text, go))], lambda: done[-1])
+
+
+def _found(before: Flow, after: Flow, guilty: tuple[Package, ...], units: int) -> str:
+    """What is known now, and what is next."""
+    words = [f"flow {after.name}:"]
+    if guilty:
+        how = "fail together, not alone" if units > 1 else "fails" if len(guilty) == 1 else "fail"
+        words.append(f"{some([*map(str, guilty)])} {how};")
+    if after.state != "open":
+        return " ".join((*words, "nothing else is in it, so it failed"))
+    if guilty:
+        words.append(f"it goes on without, to be tested on generation {after.candidate}")
+        return " ".join(words)
+    assert after.halving
+    if named := after.halving.named:
+        if before.halving is None or before.halving.named != named:
+            words.append(f"without {some(named[:1])} it passes, with it it fails;")
+        words.append("whether alone, or together with others, is found next:")
+    words.append(f"test generation {after.trial}, {_many(len(after.of_unit(*after.halving.trial)))};")
+    most = after.halving.most
+    words.append(f"at most {most} run{'s' * (most != 1)} more")
+    return " ".join(words)
+
+
+def _changed(
+    run: Run,
+    repository: Repository,
+    activity: RepositoryActivity,
+    flow: str,
+    change: Callable[[FlowChange], T],
+) -> T:
+    """Have the repository's flows changed, journaled, with its lock held."""
+    with (
+        signing(run.site, repository.name) as signer,
+        run.site.journal.begin(activity, [], RepositoryFacts(repository.name)) as entry,
+        changing(repository, signer) as changed,
+    ):
+        entry.step(f"{activity.name}: {repository.name}'s flow {flow}")
+        return change(FlowChange(repository, changed))
+
+
+def _many(count: int) -> str:
+    return f"{count} package{'s' * (count != 1)}"
