@@ -72,7 +72,7 @@ def repo_add(
 def repo_remove(
     run: TaskRun, package: Names = None, repo: str = "", channel: str = "", note: str = ""
 ) -> TaskResult:
-    """Leave packages out of a channel; earlier generations keep them."""
+    """Leave packages out of a channel from now on."""
     with _opened(run, repo) as (site, repository):
         done = run.perform(
             site, "repo-remove", repo=repository.name, channel=_or_first(repository, channel),
@@ -158,7 +158,7 @@ def repo_import(
 
 @command({"repo": _REPO}, does=("repo-gc",))
 def repo_gc(run: TaskRun, repo: str = "") -> TaskResult:
-    """Remove generations that nobody needs, and what only they had."""
+    """Remove generations that nobody needs."""
     with _opened(run, repo) as (site, repository):
         done = run.perform(site, "repo-gc", repo=repository.name, pinned=_pinned(site, repository))
         return views.outcome(done, nothing="nothing is there yet")
@@ -203,7 +203,7 @@ def repo_show(run: TaskRun, which: str = "", repo: str = "") -> TaskResult:
 def repo_diff(
     run: TaskRun, from_: str = "", to: str = "", repo: str = "", no_changelog: bool = False
 ) -> TaskResult:
-    """Show what differs between two generations, with the changelogs between."""
+    """Show what differs between two generations."""
     from repositories.difference import differences
 
     words = [
@@ -218,7 +218,7 @@ def repo_diff(
 
 @command({"channel": _CHANNEL, "repo": _REPO})
 def repo_log(run: TaskRun, channel: str = "", repo: str = "") -> TaskResult:
-    """Show what a channel pointed to, newest first: since when, by whom, why."""
+    """Show what a channel pointed to, newest first."""
     with _opened(run, repo) as (_, repository):
         name = _or_first(repository, channel)
         repository.check_channel(name)
@@ -227,7 +227,7 @@ def repo_log(run: TaskRun, channel: str = "", repo: str = "") -> TaskResult:
 
 @command({"repo": _REPO})
 def repo_fsck(run: TaskRun, repo: str = "") -> TaskResult:
-    """Check every hash, every signature and every reference of a repository."""
+    """Check every hash, signature and reference."""
     from repositories.check import check
 
     with _opened(run, repo) as (site, repository):
@@ -252,7 +252,7 @@ def repo_client(
     plain: bool = False,
     repo: str = "",
 ) -> TaskResult:
-    """Print what a client is told: a sources stanza or .repo file with the key, to paste."""
+    """Print what is pasted on a client, its key included."""
     from provision.package_repositories import client_source
 
     if generation and at:
@@ -274,7 +274,7 @@ def repo_client(
 
 @command({"package": "Its name, or NAME=VERSION.", "which": _WHICH, "repo": _REPO})
 def repo_why(run: TaskRun, package: str = "", which: str = "", repo: str = "") -> TaskResult:
-    """Show where a package came from: build, source commit, template."""
+    """Show what build and commit a package came from."""
     from provision.operations.repositories import select
 
     words = options.needed("--package", package, "a package's name")
@@ -375,7 +375,7 @@ def repo_queue(run: TaskRun, watch: bool = False, every: str = "5m", repo: str =
 
 @command({"repo": _REPO}, plans=False)
 def repo_pages(run: TaskRun, repo: str = "") -> TaskResult:
-    """Write a page for the repository and each generation, beside the packages."""
+    """Write a page for the repository and each generation."""
     from repositories.pages import write_pages
 
     with _opened(run, repo) as (_, repository):

@@ -376,7 +376,7 @@ def select(repository: Repository, generation: Generation, names: Sequence[str])
         raise NotFound(
             f"generation {generation.sequence} of {repository.name} has no "
             f"{some(missing, by=' and no ')}",
-            remedy=Call("repo-list", repo=repository.name, channel=generation.channel),
+            remedy=Call("repo-list", repo=repository.name, which=str(generation.sequence)),
         )
     return tuple(dict.fromkeys(package for packages in found.values() for package in packages))
 

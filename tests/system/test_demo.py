@@ -139,6 +139,45 @@ def test_a_deb_is_built_installed_and_run_by_the_example_with_its_own_cycle(
     assert (built["result"], built["partial"]) == ("partial", "4/6")
 
 
+def test_the_deb_goes_through_a_repository_to_the_other_vm(
+    demo: dict[str, Any], place: Place, tmp_path: Path
+) -> None:
+    """Built in one VM, published, and installed in the other one by its apt, from exactly the generation
+    that the record names; once more, like that build; and by a flow whose four packages hold a bad one,
+    which is found by halving."""
+    farm = yaml.safe_load((ROOT / "inventory" / "hello-deb.yaml").read_text())
+    ours = yaml.safe_load((ROOT / "inventory" / "default.yaml").read_text())
+    fetch, package = (step for step in farm["cycle"]["steps"] if step["name"] in ("fetch", "package"))
+    fetch["vm"] = package["vm"] = "dev2"
+    install = {
+        "name": "install", "vm": "prod", "root": True,
+        "run": "apt-get install -qq -y --reinstall hello-deb >/dev/null && hello-deb",
+    }  # fmt: skip
+    ways = {"experimental": {"channel": "experimental"}, "flow": {"flow": "four"}}
+    cycles = {
+        name: [
+            fetch, package, {"name": "publish", "publish": "debs", **way},
+            {"name": "use", "use": "debs", "vm": "prod", **way}, install,
+        ]
+        for name, way in ways.items()
+    }  # fmt: skip
+    paths = {name: tmp_path / f"{name}.yaml" for name in cycles}
+    for name, steps in cycles.items():
+        text = {**ours, "source": farm["source"], "repositories": {"debs": {"format": "deb"}}}
+        paths[name].write_text(yaml.safe_dump({**text, "cycle": {"steps": steps}}))
+    channel = str(paths["experimental"])
+    assert place("adopt", "--farm", channel).returncode == 0
+    built = place.json("cycle", "--farm", channel)
+    assert built["result"] == "passed", built
+    (used,) = built["repositories"]
+    assert (used["vm"], used["channel"], used["generation"]) == ("prod", "experimental", 1)
+    why = place.json("repo-why", "--package", "hello-deb", "--farm", channel)
+    assert why["packages"][0]["build"] == built["id"]
+    again = place.json("cycle", "--like", built["id"], "--farm", channel)
+    assert again["repositories"][0]["generation"] == 1
+    assert place("adopt").returncode == 0
+
+
 def readme_lines() -> list[str]:
     """What "Your first farm" says to type."""
     _, _, rest = (ROOT / "README.md").read_text().partition("\n## Your first farm\n")

@@ -19,8 +19,11 @@ from provision.network.services import SERVICES
 ROOT = Path(__file__).resolve().parents[2]
 SAME_WORDS = {"hosts", "ansible", "libvirt", "bind"}
 """Also a key of farm files, a driver's library, a system call."""
-TELLS_OF = {"provision/network/importing.py", "provision/network/services/__init__.py", "tasks.py"}
-"""A farm file is made from a zone and a dhcpd.conf; the registry."""
+TELLS_OF = {
+    "provision/network/importing.py", "provision/network/services/__init__.py", "tasks.py",
+    "inventory/repositories.py",
+}  # fmt: skip
+"""A farm file is made from a zone and a dhcpd.conf; the registry; a repository says what serves it."""
 
 
 @pytest.mark.parametrize("name", SERVICES)
