@@ -24,6 +24,7 @@ from repositories.package import Package
 State = Literal["open", "passed", "failed"]
 _HOLDER = "flow "
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_KEPT = re.compile(rf"{_NAME.pattern}(?:@[0-9]{{1,18}})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,7 @@ class Flows:
 
     def find(self, name: str) -> Flow | None:
         """The present, or last, one of that name. WrongState: its document is damaged."""
+        check_name(name, _KEPT)
         path = self._layout.flow(name)
         try:
             return made(Flow, json_object(read_file(path)))
@@ -183,9 +185,9 @@ class Flows:
                 give_back(self._layout, holder, but=found.needs if found else ())
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, names: re.Pattern[str] = _NAME) -> None:
     """UsageError: no flow is called so."""
-    if not _NAME.fullmatch(name):
+    if not names.fullmatch(name):
         raise UsageError(
             f"{one_line(name, 80)!r} is no name of a flow",
             remedy="use a-z, 0-9 and '-', at most 63, not beginning or ending with '-'",

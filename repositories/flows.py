@@ -55,20 +55,7 @@ class FlowChange:
         """Begin a flow of these packages; with ``more``, add them to the one that is open, which then is
         to be tested as a whole, on what the channel has now. Conflict: there is an open one, or another
         file has a package's identity."""
-        check_name(name)
-        self._repository.check_channel(channel)
-        old = self._flows.find(name)
-        going_on = old if old and old.state == "open" else None
-        if going_on and not more:
-            raise Conflict(
-                f"{self._repository.name}: flow {name} is open already",
-                remedy=("add to it: --more; or see what it is: ", self._call("flow-show", name)),
-            )
-        if going_on and going_on.channel != channel:
-            raise Conflict(
-                f"{self._repository.name}: flow {name} is open, and aims at {going_on.channel}",
-                remedy="give this one another name",
-            )
+        going_on = may_begin(self._repository, name, channel, more=more)
         base = self._documents.head(channel)
         had = going_on.packages if going_on else ()
         known = {package.sha256 for package in had}
@@ -88,7 +75,7 @@ class FlowChange:
                     trial=0,
                 )
             )
-        if old:
+        if old := self._flows.find(name):
             self._flows.set_aside(old)
         return self._keep(
             Flow(
@@ -226,6 +213,30 @@ class FlowChange:
 
     def _call(self, task: str, name: str, **flags: bool) -> Call:
         return Call(task, flow=name, repo=self._repository.name, **flags)
+
+
+def may_begin(repository: Repository, name: str, channel: str, *, more: bool) -> Flow | None:
+    """The open flow of that name, which gets ``more``; None: it begins. Conflict, NotFound, UsageError:
+    it may not."""
+    check_name(name)
+    repository.check_channel(channel)
+    found = repository.flows.find(name)
+    if found is None or found.state != "open":
+        return None
+    if not more:
+        raise Conflict(
+            f"{repository.name}: flow {name} is open already",
+            remedy=(
+                "add to it: --more; or see what it is: ",
+                Call("flow-show", flow=name, repo=repository.name),
+            ),
+        )
+    if found.channel != channel:
+        raise Conflict(
+            f"{repository.name}: flow {name} is open, and aims at {found.channel}",
+            remedy="give this one another name",
+        )
+    return found
 
 
 def _now() -> datetime:

@@ -100,12 +100,13 @@ class UseStep(StepKind):
         from host.printable import last_line
         from provision.guest.ssh_connection import in_thread
         from provision.package_repositories import client_source
+        from repositories.repository import Repository
 
         repository, generation = await in_thread(lambda: work.repositories.generation(self))
         url = repository.settings.url
         if not url:
             url = await work.machines.offer(self.vm, repository.layout.top)
-        reached = type(repository)(replace(repository.settings, url=url))
+        reached = Repository(replace(repository.settings, url=url))
         source = client_source(reached, generation.channel, generation, plain=True)
         work.repositories.note(
             UsedGeneration(

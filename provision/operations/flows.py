@@ -24,7 +24,7 @@ from provision.package_repositories import (
 )
 from repositories.change import changing
 from repositories.flow import Flow, check_name, unit
-from repositories.flows import FlowChange, FlowTest
+from repositories.flows import FlowChange, FlowTest, may_begin
 from repositories.package import Package
 from repositories.repository import Repository
 
@@ -111,7 +111,7 @@ class FlowBegin(Operation[FlowResult]):
 
     def plan(self, run: Run) -> Plan[FlowResult]:
         site, repository = run.site, opened(run.site.farm, self.repo)
-        repository.check_channel(self.channel)
+        known = may_begin(repository, self.flow, self.channel, more=self.more)
         files = package_files(repository, self.paths, self.sums, self.component)
         stack = ExitStack()
         with ExitStack() as safe:  # what was staged goes, unless the job is to have it
@@ -122,8 +122,12 @@ class FlowBegin(Operation[FlowResult]):
             )  # fmt: skip
             if not site.plan:
                 stack = safe.pop_all()
-        known = repository.flows.find(self.flow)
         done = [known] if known else []
+        had = {package.sha256 for package in known.packages} if known else set()
+        if known and all(item.package.sha256 in had for item in content.add):
+            stack.close()
+            text = f"{repository.name}: flow {self.flow} has all of them"
+            return Plan([alone(job("keep", "", text))], lambda: flow_result(repository, known))
 
         def go() -> None:
             with stack:
