@@ -37,7 +37,7 @@ getent passwd libvirt-qemu >/dev/null || {
     groupadd -g 64055 libvirt-qemu
     useradd -u 64055 -g kvm -G libvirt-qemu -M -d /var/lib/libvirt -s /usr/sbin/nologin libvirt-qemu
 }
-mkdir -p /etc/libvirt
+mkdir -p /etc/libvirt /var/log/libvirt
 printf 'auth_unix_rw = "none"\nlog_outputs = "3:file:%s/libvirtd.log"\n' "$dir" >/etc/libvirt/libvirtd.conf
 more="/run/virtlogd.pid /run/libvirtd.pid /run/libvirt/qemu/xivo-gallifrey.pid /run/libvirt/qemu/xivo-gallifrey-dev.pid"
 virtlogd -d -p /run/virtlogd.pid
