@@ -20,7 +20,8 @@ TASKS = [
     "render", "network-apply", "network-verify", "network-import",
     "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list", "repo-log",
     "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve", "repo-show",
-    "repo-sync", "repo-why", "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass", "flow-show",
+    "repo-sync", "repo-why", "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass",
+    "flow-show",
     "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 
