@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from provision.engine.report import QuietReporter
 from provision.guest import identity
 from provision.site import Site
 from tests.unit.cli_farm import CommandLine
+from tests.unit.sshd_machine import free_port
 
 FARM = """
 farm: kata
@@ -32,8 +32,7 @@ vms: {prod: {memory: 192M}}
 def test_who_listens_is_known(address: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "proc":  # a kernel without sock_diag
         monkeypatch.setattr(ports, "_SOCK_DIAG", 63)
-    with socket.create_server(("127.0.0.1", 0)) as before:
-        port = before.getsockname()[1]
+    port = free_port()
     with squatted(port, address) as pid:
         found = listener(port)
         assert found

@@ -27,6 +27,7 @@ from repositories.generation import Generation
 from repositories.repository import Repository, Settings
 from repositories.signing import GpgSigner, SigningKey, open_signer
 from tests.rpms import rpm
+from tests.unit.sshd_machine import free_port
 
 PUBLISHES = int(os.environ.get("FARMHAND_PUBLISHES", "100"))
 LOOKS = 8
@@ -109,8 +110,7 @@ def seen(version: str) -> list[str]:
 
 @contextlib.contextmanager
 def nginx(place: Path, top: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     (place / "nginx.conf").write_text(
         f"daemon off; master_process off; pid {place}/pid; error_log {place}/error.log;\n"
         "events {}\nhttp { access_log off; client_body_temp_path "
