@@ -22,7 +22,7 @@ from repositories.staging import keep_reading, kept_reading
 
 
 @dataclass(frozen=True, slots=True)
-class Renderer:
+class IndexRenderer:
     """Of one repository. ``architectures``: the repository's."""
 
     layout: Layout
@@ -36,7 +36,7 @@ class Renderer:
         before, after = self.format.frame(kind, sum(chunk.count for chunk in chunks))
         try:
             with open_new(path, mode=0o444) as file:
-                out = _Index(file)
+                out = _IndexWriter(file)
                 out.add(before, _packed(before))
                 for chunk in chunks:
                     part = self._part(chunk, section, kind)
@@ -102,7 +102,7 @@ def _packed(data: bytes) -> bytes:
     return gzip.compress(data, 6, mtime=0) if data else b""
 
 
-class _Index:
+class _IndexWriter:
     """An index file being written."""
 
     def __init__(self, file: BinaryIO) -> None:

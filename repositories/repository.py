@@ -12,7 +12,7 @@ from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sync, write_atomic
-from inventory.errors import NotFound, WrongState, some
+from inventory.errors import Call, NotFound, WrongState, some
 from repositories.chunks import Chunks
 from repositories.flow import Flows
 from repositories.format import PackageFormat
@@ -23,7 +23,7 @@ from repositories.generation import (
 )
 from repositories.layout import Layout
 from repositories.package import Package
-from repositories.render import Renderer
+from repositories.render import IndexRenderer
 from repositories.staging import Staging
 
 
@@ -103,7 +103,10 @@ class Repository:
             return self.documents.read(int(which))
         found = self.head(which)
         if found is None:
-            raise NotFound(f"nothing was published in {self.name}'s channel {which} yet")
+            raise NotFound(
+                f"nothing was published in {self.name}'s channel {which} yet",
+                remedy=Call("repo-add", repo=self.name, channel=which, path="FILE"),
+            )
         return found
 
     def packages(self, generation: Generation) -> Iterator[Package]:
@@ -137,8 +140,8 @@ class Repository:
             remedy = "put it back from a backup or a mirror, or publish again"
             raise damaged(binary, "the keys of a generation", error, remedy) from error
 
-    def renderer(self, architectures: Sequence[str]) -> Renderer:
-        return Renderer(self.layout, self.format, self.chunks, architectures)
+    def renderer(self, architectures: Sequence[str]) -> IndexRenderer:
+        return IndexRenderer(self.layout, self.format, self.chunks, architectures)
 
     # -- changing ------------------------------------------------------------------------------------
 
