@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -163,8 +164,10 @@ class Repository:
             own_directory(path, mode=0o700)
         self._check_one_file_system(layout.private, *public)
         if fresh:
-            for path in (layout.private, layout.top, layout.top.parent):
+            for path in (layout.private, layout.top):
                 sync(path)
+            with contextlib.suppress(OSError):  # that one need not be ours to read
+                sync(layout.top.parent)
         ours = _Description(self.settings.format, self.name)
         try:
             found = made(_Description, json_object(read_file(layout.description)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import repositories.render
 from inventory.errors import Conflict, NotFound, Unfit, UsageError, WrongState, spelled
 from inventory.loader import load
 from inventory.sizes import rounded
@@ -469,15 +470,35 @@ class TestFsckNames:
         assert repo.fsck() == []
         assert [e.sequence for e in repo.repository.documents.log("tested")] == [2]
 
-    def test_an_index_that_lacks_a_package(self, repo: RepoFarm) -> None:
-        """Its sums are right: it was made from a damaged cache."""
-        cached = next((repo.top / ".farmhand/rendered").glob("*/*.gz"))
-        plain = cached.with_suffix("")
-        text = plain.read_bytes().split(b"\n\n")[0] + b"\n\n"
-        plain.write_bytes(text)
-        cached.write_bytes(gzip.compress(text))
+    def test_an_index_that_lacks_a_package(
+        self, repo: RepoFarm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its sums are right: whatever made it was wrong."""
+        render = repositories.render.IndexRenderer._render
+
+        def less(*arguments: Any) -> Any:
+            parts = render(*arguments)
+            data = next(iter(parts.values()))[0].split(b"\n\n")[0] + b"\n\n"
+            return dict.fromkeys(parts, (data, gzip.compress(data)))
+
+        monkeypatch.setattr("repositories.render.IndexRenderer._render", less)
+        for file in (repo.top / ".farmhand/rendered").rglob("*amd64*"):
+            file.unlink()
         repo.rollback("tested", to=2)
         assert any("1 packages of the generation are not in it" in line for line in repo.fsck())
+
+    @pytest.mark.parametrize("cache", ["rendered", "readings"])
+    @pytest.mark.parametrize("pattern", ["*.gz", "*[!z]"])
+    def test_damaged_caches_get_into_no_index(self, repo: RepoFarm, cache: str, pattern: str) -> None:
+        files = [p for p in (repo.top / ".farmhand" / cache).glob(f"*/{pattern}") if p.is_file()]
+        for file in files:
+            file.write_bytes(file.read_bytes().replace(b"hello", b"jello")[:-1] + b"\n")
+        if cache == "readings":
+            for file in (repo.top / ".farmhand/rendered").glob("*/*"):
+                file.unlink()
+        repo.rollback("tested", to=2)
+        assert repo.fsck() == []
+        assert repo.read("tested") == ["hello 1.0-1", "other 1.0-1"]
 
 
 def _link_again(repo: RepoFarm, file: Path) -> None:
