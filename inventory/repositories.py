@@ -129,8 +129,6 @@ class PackageRepository(Model):
             raise at_key("architectures", "'architectures' are for deb", "format")
         if self.format == "deb" and self.signed_packages:
             raise at_key("signed_packages", "deb packages are not signed: their metadata are", "format")
-        if any(channel.isdigit() for channel in self.channels):
-            raise at_key("channels", "a number is a generation's name, not a channel's")
         if self.format == "rpm" and self.uploaders:
             raise at_key("uploaders", "'uploaders' sign .changes files, which rpm has none of", "format")
         if self.uploaders and not self.incoming:

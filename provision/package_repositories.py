@@ -140,7 +140,6 @@ class RepositoryActivity(Activity[RepositoryFacts]):
     """A change of a package repository. It takes effect by one rename(2): cut off before, nobody has
     seen it, and it is taken away; cut off after, what follows from it is made."""
 
-    name = "repository"
     facts = RepositoryFacts
 
     def recover(self, site: Site, _record: Record, facts: RepositoryFacts) -> Recovery[RepositoryFacts]:
@@ -148,6 +147,3 @@ class RepositoryActivity(Activity[RepositoryFacts]):
             return Recovery(f"repository {facts.repository} is no longer declared; noted")
         text = f"repository {facts.repository} is as it was before, or as it was to become"
         return Recovery(text, lambda _entry: recover(opened(site.farm, facts.repository)))
-
-
-REPOSITORY = RepositoryActivity()

@@ -1,8 +1,8 @@
 """How a repository is changed.
 
-All that changes it holds its lock, and goes in numbered steps (``Change.commit``, ``Change.publish``).
-One of them, a rename(2), makes the difference to its readers. Before each change ``tidy`` takes away, or
-finishes, what a killed one left."""
+All that changes it holds its lock, and goes in numbered steps (``RepositoryChange.commit`` and
+``publish``). One of them, a rename(2), makes the difference to its readers. Before each change ``tidy``
+takes away, or finishes, what a killed one left."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MANY = 64
 
 
 @contextlib.contextmanager
-def changing(repository: Repository, signer: Signer | None = None) -> Iterator[Change]:
+def changing(repository: Repository, signer: Signer | None = None) -> Iterator[RepositoryChange]:
     """Hold the repository's lock, tidied up. Waits for whoever changes it now. ``signer``: for new
     generations; None: they are not signed."""
     repository.make()
@@ -50,7 +50,7 @@ def changing(repository: Repository, signer: Signer | None = None) -> Iterator[C
         # Where its directory is left, its process was killed in a change.
         repository.staging() as staging,
     ):
-        change = Change(repository, signer, staging.directory)
+        change = RepositoryChange(repository, signer, staging.directory)
         change.tidy()
         try:
             yield change
@@ -67,7 +67,7 @@ def recover(repository: Repository) -> None:
             repository.flows.give_back_leases()
 
 
-class Change:
+class RepositoryChange:
     """A repository whose lock we hold."""
 
     def __init__(self, repository: Repository, signer: Signer | None, aside: Path) -> None:

@@ -58,12 +58,12 @@ class Report:
 def check(repository: Repository, runner: Runner, working: Callable[[str], None]) -> Report:
     """Read all of it. Changes nothing; who publishes waits only while the channels are looked at. What
     is collected meanwhile isn't told of."""
-    checking = _Check(repository, runner, working)
+    checking = _RepositoryCheck(repository, runner, working)
     findings = tuple(checking.findings())
     return Report(len(checking.whole), len(checking.packages), checking.bytes, findings)
 
 
-class _Check:
+class _RepositoryCheck:
     def __init__(self, repository: Repository, runner: Runner, working: Callable[[str], None]) -> None:
         self._repository = repository
         self._layout = repository.layout
@@ -105,6 +105,9 @@ class _Check:
         where = self._layout.description
         try:
             json_object(read_file(where))
+        except FileNotFoundError:
+            if self._repository.documents.sequences():  # else it was never made
+                yield Finding(self._name(where), "it is gone", _NEXT)
         except (OSError, Malformed) as error:
             why = error.strerror if isinstance(error, OSError) else error
             yield Finding(self._name(where), f"it can't be read: {why}", "remove it: it is made anew")

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from host.documents import Malformed, damaged, json_value, read_file
 from host.files import make_directory, sync, write_atomic
@@ -121,11 +122,18 @@ class Chunks:
         data = ("[" + ",\n".join(json.dumps(row) for row in rows) + "]\n").encode()
         digest = hashlib.sha256(data).hexdigest()
         path = self._layout.chunk(digest)
-        if not path.exists():
+        if not _has(path, data):
             make_directory(path.parent, mode=0o700)
             sync(path.parent.parent)
             write_atomic(path, data, mode=0o600)
         return ChunkRef(digest, packages[0].name, len(packages), sum(p.size for p in packages))
+
+
+def _has(path: Path, data: bytes) -> bool:
+    try:
+        return read_file(path) == data
+    except (OSError, Malformed):
+        return False
 
 
 def _cuts(name: str) -> bool:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from host.files import blocks
-from repositories.change import Change
+from repositories.change import RepositoryChange
 from repositories.generation import Generation
 from repositories.leases import leases
 from repositories.needless import discard, files_below, needless, temporary, without_document
@@ -31,7 +31,7 @@ class Retention:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class GenerationSurvey:
     """``kept``: by number, why each stays. ``gone``: those that don't. ``bytes``: what they alone take,
     and what is left over (``orphans``: files, by their paths in the repository)."""
 
@@ -43,10 +43,10 @@ class Survey:
 
 def survey(
     repository: Repository, retention: Retention, now: datetime, pinned: Mapping[int, str]
-) -> Survey:
+) -> GenerationSurvey:
     """Changes nothing. ``pinned``: why somebody above needs a generation, by its number."""
     if not repository.exists:
-        return Survey({}, (), (), 0)
+        return GenerationSurvey({}, (), (), 0)
     kept = _kept(repository, retention, now, pinned)
     generations = tuple(repository.documents.all())
     gone = tuple(one for one in generations if one.sequence not in kept)
@@ -62,10 +62,10 @@ def survey(
         for one in gone
         for file in files_below(repository.layout.tree(one.sequence))
     ]
-    return Survey(kept, gone, left, _alone(own) + sum(map(_size, left)))
+    return GenerationSurvey(kept, gone, left, _alone(own) + sum(map(_size, left)))
 
 
-def collect(change: Change, found: Survey) -> None:
+def collect(change: RepositoryChange, found: GenerationSurvey) -> None:
     """Remove what the survey says isn't needed; the lock is held since before it was made."""
     # 1. The generations: from here on nobody may begin to use them.
     for generation in found.gone:

@@ -21,7 +21,15 @@ from host.printable import one_line
 from inventory.errors import Unfit
 from repositories import deb_changelog, deb_control, deb_published
 from repositories.deb_file import DebFile, TarMember, opened
-from repositories.format import ClientSource, Found, IndexFile, PackageFormat, Release, Signer, Sum
+from repositories.format import (
+    ClientSource,
+    FoundPackage,
+    IndexFile,
+    PackageFormat,
+    Release,
+    Signer,
+    Sum,
+)
 from repositories.package import Change, Package, Reading, place
 from repositories.packed import Damaged
 
@@ -158,7 +166,7 @@ class DebFormat(PackageFormat):
             name = deb_control.control_of(package.fields()).name
             return deb_changelog.changes(package.data(), name)
 
-    def published(self, top: Path) -> Iterator[Found]:
+    def published(self, top: Path) -> Iterator[FoundPackage]:
         return deb_published.published(top)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from host.files import file_error
 from host.printable import one_line
 from inventory.errors import FarmhandError, NotFound, Unfit
-from repositories.format import Found
+from repositories.format import FoundPackage
 from repositories.packed import DECOMPRESSORS, Damaged, pieces, unpacked
 
 _ENDS = ("", ".gz", ".xz", ".zst", ".bz2")
@@ -24,7 +24,7 @@ _FIELD = re.compile(rb"^(Filename|Size|SHA256):[ \t]*(.*?)[ \t]*$", re.M | re.I)
 _Sums = Mapping[str, tuple[str, int]]
 
 
-def published(top: Path) -> Iterator[Found]:
+def published(top: Path) -> Iterator[FoundPackage]:
     """See ``PackageFormat.published``. Signatures aren't looked at; sums that Release has of the indexes
     are, where they are of SHA-256."""
     try:
@@ -33,7 +33,7 @@ def published(top: Path) -> Iterator[Found]:
         raise file_error(error, Path(error.filename or top), "read") from error
 
 
-def _published(top: Path, real: Path) -> Iterator[Found]:
+def _published(top: Path, real: Path) -> Iterator[FoundPackage]:
     indexes = list(_indexes(real))
     if not indexes:
         raise NotFound(
@@ -85,7 +85,7 @@ def _release_file(directory: Path) -> Path | None:
     )
 
 
-def _listed(top: Path, index: Path, component: str, release: Path) -> Iterator[Found]:
+def _listed(top: Path, index: Path, component: str, release: Path) -> Iterator[FoundPackage]:
     sums = _sums(top, release)
     path = next(path for end in _ENDS if (path := index.with_name(index.name + end)).exists())
     data = _read(top, path, _INDEX, path.suffix if path.suffix in DECOMPRESSORS else "")
@@ -110,7 +110,7 @@ def _stanzas(data: bytes) -> Iterator[bytes]:
         at = end + 2
 
 
-def _found(top: Path, index: Path, component: str, stanza: bytes) -> Found:
+def _found(top: Path, index: Path, component: str, stanza: bytes) -> FoundPackage:
     fields = {match[1].lower(): match[2] for match in _FIELD.finditer(stanza)}
     where = one_line(stanza.split(b"\n", 1)[0].decode(errors="replace"), 80)
     try:
@@ -126,7 +126,7 @@ def _found(top: Path, index: Path, component: str, stanza: bytes) -> Found:
     if not file.isprintable() or not file or file[0] == "/" or ".." in file.split("/"):
         raise _unfit(index, f"{where} has a Filename that is not taken: {one_line(file, 80)}")
     _within(top, top / file)
-    return Found(file, component, sha256, size)
+    return FoundPackage(file, component, sha256, size)
 
 
 def _within(top: Path, path: Path) -> None:

@@ -8,8 +8,8 @@ that, the flow stays open, to be tested again. A batch that failed is halved (``
 each trial is a generation of the base and a part of the packages.
 
 Each change goes in three steps: the new generation, its lease, the flow's document that names it. What a
-kill leaves of the first two is taken away by ``Change.tidy``; a lease of what no document names, by the
-recovery."""
+kill leaves of the first two is taken away by ``RepositoryChange.tidy``; a lease of what no document
+names, by the recovery."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from inventory.errors import Call, Conflict, WrongState
-from repositories.change import Change
+from repositories.change import RepositoryChange
 from repositories.flow import Flow, FlowRun, check_name
 from repositories.generation import Generation
 from repositories.halving import Halving
@@ -43,7 +43,7 @@ class FlowTest:
 class FlowChange:
     """The flows of a repository whose lock we hold."""
 
-    def __init__(self, repository: Repository, change: Change) -> None:
+    def __init__(self, repository: Repository, change: RepositoryChange) -> None:
         self._repository = repository
         self._change = change
         self._flows = repository.flows

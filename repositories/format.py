@@ -50,7 +50,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundPackage:
     """A package of a repository that others made. ``file``: its path, below the repository's directory.
     ``sha256``: "" where its metadata have none."""
 
@@ -174,7 +174,7 @@ class PackageFormat(ABC):
         """A package's changelog, newest first; empty if it has none."""
 
     @abstractmethod
-    def published(self, top: Path) -> Iterator[Found]:
+    def published(self, top: Path) -> Iterator[FoundPackage]:
         """The packages of a repository that others made, by its own metadata. NotFound: there is none of
         this format in ``top``. Unfit: its metadata are damaged, or lead out of ``top``."""
 

@@ -232,7 +232,8 @@ def later_than(before: datetime | None) -> datetime:
 
 
 def some_sequences(sequences: tuple[int, ...]) -> str:
-    return f"{sequences[0]} to {sequences[-1]}" if sequences else "none yet"
+    few = [*map(str, sequences[:2]), "...", str(sequences[-1])] if len(sequences) > 6 else sequences
+    return ", ".join(map(str, few)) or "none yet"
 
 
 def sync_directory(path: Path) -> None:

@@ -101,8 +101,8 @@ class Layout:
         return self.private / "readings"
 
     def rendered(self, digest: str, section: str, kind: str) -> Path:
-        """The texts of a chunk's packages in one index, not compressed; compressed beside it, with
-        ``.gz``."""
+        """The texts of a chunk's packages in one index, not compressed, after a line of sums; compressed
+        beside it, with ``.gz``."""
         return self.private / "rendered" / digest[:2] / f"{digest}-{section.replace('/', '-')}-{kind}"
 
     @property

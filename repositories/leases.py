@@ -16,7 +16,7 @@ from repositories.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class GenerationLease:
     """``holder``: such as "build 20261120-101500"; one holder has one lease of a generation."""
 
     generation: int
@@ -26,7 +26,7 @@ class Lease:
 
 def take(layout: Layout, generation: int, holder: str) -> None:
     """Durably. The lock is held: the generation is there, and stays."""
-    lease = Lease(generation, holder, datetime.now(UTC).replace(microsecond=0))
+    lease = GenerationLease(generation, holder, datetime.now(UTC).replace(microsecond=0))
     data = json.dumps({**asdict(lease), "since": lease.since.isoformat()}).encode()
     write_atomic(layout.lease(_name(generation, holder)), data, mode=0o600)
 
@@ -38,12 +38,12 @@ def give_back(layout: Layout, holder: str, *, but: Collection[int] = ()) -> None
             layout.lease(_name(lease.generation, holder)).unlink(missing_ok=True)
 
 
-def leases(layout: Layout) -> Iterator[Lease]:
+def leases(layout: Layout) -> Iterator[GenerationLease]:
     """WrongState where one is damaged: whose generation that is nobody knows."""
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(layout.leases.glob("*.json")):
             try:
-                yield made(Lease, json_object(read_file(path)))
+                yield made(GenerationLease, json_object(read_file(path)))
             except FileNotFoundError:  # given back meanwhile
                 continue
             except (OSError, Malformed) as error:

@@ -22,7 +22,7 @@ from repositories.staging import keep_reading, kept_reading
 
 
 @dataclass(frozen=True, slots=True)
-class Renderer:
+class IndexRenderer:
     """Of one repository. ``architectures``: the repository's."""
 
     layout: Layout
@@ -36,11 +36,10 @@ class Renderer:
         before, after = self.format.frame(kind, sum(chunk.count for chunk in chunks))
         try:
             with open_new(path, mode=0o444) as file:
-                out = _Index(file)
+                out = _IndexWriter(file)
                 out.add(before, _packed(before))
                 for chunk in chunks:
-                    part = self._part(chunk, section, kind)
-                    out.add(part.read_bytes(), part.with_name(f"{part.name}.gz").read_bytes())
+                    out.add(*self._part(chunk, section, kind))
                 out.add(after, _packed(after))
                 if not out.packed_size:
                     out.add(b"", gzip.compress(b"", mtime=0))
@@ -48,28 +47,35 @@ class Renderer:
             raise file_error(error, path, "write") from error
         return IndexFile(section, kind, *out.sums())
 
-    def _part(self, chunk: ChunkRef, section: str, kind: str) -> Path:
-        """The rendered texts of a chunk in an index, made if they are not there."""
+    def _part(self, chunk: ChunkRef, section: str, kind: str) -> tuple[bytes, bytes]:
+        """The rendered texts of a chunk in an index, and compressed; made if they are not there whole."""
         path = self.layout.rendered(chunk.digest, section, kind)
-        if not path.exists():
-            self._render(chunk, section)
-        return path
+        try:
+            sums, _, data = path.read_bytes().partition(b"\n")
+            packed = path.with_name(f"{path.name}.gz").read_bytes()
+            if sums == _sums(data, packed):
+                return data, packed
+        except FileNotFoundError:
+            pass
+        return self._render(chunk, section)[section, kind]
 
-    def _render(self, chunk: ChunkRef, asked: str) -> None:
-        """All parts of a chunk, of the section asked for also where it has nothing in it. The plain one
-        of each comes last: where it is, the compressed one is."""
+    def _render(self, chunk: ChunkRef, asked: str) -> dict[tuple[str, str], tuple[bytes, bytes]]:
+        """All parts of a chunk, of the section asked for also where it has nothing in it."""
         texts: dict[tuple[str, str], list[str]] = {(asked, kind): [] for kind in self.format.KINDS}
         for package in self.chunks.packages(chunk):
             reading = self._reading(package)
             for section in self.format.sections(package, self.architectures):
                 for kind in self.format.KINDS:
                     texts.setdefault((section, kind), []).append(reading.texts[kind])
+        made: dict[tuple[str, str], tuple[bytes, bytes]] = {}
         for (section, kind), parts in texts.items():
             path = self.layout.rendered(chunk.digest, section, kind)
             make_directory(path.parent, mode=0o700)
             data = "".join(parts).encode()
-            write_atomic(path.with_name(f"{path.name}.gz"), _packed(data), mode=0o600)
-            write_atomic(path, data, mode=0o600)
+            made[section, kind] = data, (packed := _packed(data))
+            write_atomic(path.with_name(f"{path.name}.gz"), packed, mode=0o600)
+            write_atomic(path, _sums(data, packed) + b"\n" + data, mode=0o600)
+        return made
 
     def _reading(self, package: Package) -> Reading:
         """What was read of a package when it came in; where that is lost, it is read again."""
@@ -97,12 +103,17 @@ def sum_of(path: Path) -> Sum:
         return Sum(hashlib.file_digest(file, "sha256").hexdigest(), size)
 
 
+def _sums(data: bytes, packed: bytes) -> bytes:
+    """By which a disk's damage is seen before it gets into an index."""
+    return b" ".join(hashlib.sha256(each).hexdigest().encode() for each in (data, packed))
+
+
 def _packed(data: bytes) -> bytes:
     """One member, without name and time; of nothing, none."""
     return gzip.compress(data, 6, mtime=0) if data else b""
 
 
-class _Index:
+class _IndexWriter:
     """An index file being written."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sync, write_atomic
-from inventory.errors import NotFound, WrongState, some
+from inventory.errors import Call, NotFound, WrongState, some
 from repositories.chunks import Chunks
 from repositories.flow import Flows
 from repositories.format import PackageFormat
@@ -23,7 +24,7 @@ from repositories.generation import (
 )
 from repositories.layout import Layout
 from repositories.package import Package
-from repositories.render import Renderer
+from repositories.render import IndexRenderer
 from repositories.staging import Staging
 
 
@@ -103,7 +104,10 @@ class Repository:
             return self.documents.read(int(which))
         found = self.head(which)
         if found is None:
-            raise NotFound(f"nothing was published in {self.name}'s channel {which} yet")
+            raise NotFound(
+                f"nothing was published in {self.name}'s channel {which} yet",
+                remedy=Call("repo-add", repo=self.name, channel=which, path="FILE"),
+            )
         return found
 
     def packages(self, generation: Generation) -> Iterator[Package]:
@@ -137,8 +141,8 @@ class Repository:
             remedy = "put it back from a backup or a mirror, or publish again"
             raise damaged(binary, "the keys of a generation", error, remedy) from error
 
-    def renderer(self, architectures: Sequence[str]) -> Renderer:
-        return Renderer(self.layout, self.format, self.chunks, architectures)
+    def renderer(self, architectures: Sequence[str]) -> IndexRenderer:
+        return IndexRenderer(self.layout, self.format, self.chunks, architectures)
 
     # -- changing ------------------------------------------------------------------------------------
 
@@ -160,8 +164,10 @@ class Repository:
             own_directory(path, mode=0o700)
         self._check_one_file_system(layout.private, *public)
         if fresh:
-            for path in (layout.private, layout.top, layout.top.parent):
+            for path in (layout.private, layout.top):
                 sync(path)
+            with contextlib.suppress(OSError):  # that one need not be ours to read
+                sync(layout.top.parent)
         ours = _Description(self.settings.format, self.name)
         try:
             found = made(_Description, json_object(read_file(layout.description)))

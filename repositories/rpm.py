@@ -19,7 +19,15 @@ from xml.parsers.expat import ExpatError, ParserCreate
 from host.printable import one_line
 from inventory.errors import Unfit
 from repositories.armour import SIGNATURE, armoured, plain
-from repositories.format import ClientSource, Found, IndexFile, PackageFormat, Release, Signer, Sum
+from repositories.format import (
+    ClientSource,
+    FoundPackage,
+    IndexFile,
+    PackageFormat,
+    Release,
+    Signer,
+    Sum,
+)
 from repositories.package import Change, Package, Reading, place
 from repositories.rpm_file import RpmFile, RpmHeader, packets, read_rpm
 from repositories.rpm_published import REPOMD, published
@@ -172,7 +180,7 @@ class RpmFormat(PackageFormat):
     def changelog(self, path: Path) -> tuple[Change, ...]:
         return changelog(read_rpm(path, path.name, whole=False).header)
 
-    def published(self, top: Path) -> Iterator[Found]:
+    def published(self, top: Path) -> Iterator[FoundPackage]:
         return published(top)
 
 

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 from host.files import file_error
 from host.printable import one_line
 from inventory.errors import NotFound, Unfit
-from repositories.format import Found
+from repositories.format import FoundPackage
 from repositories.packed import DECOMPRESSORS, Damaged, pieces, unpacked
 
 REPOMD = "repodata/repomd.xml"
@@ -38,7 +38,7 @@ class _Primary:
     digest: str
 
 
-def published(top: Path) -> Iterator[Found]:
+def published(top: Path) -> Iterator[FoundPackage]:
     """See ``PackageFormat.published``. Signatures aren't looked at; the sum that repomd.xml has of the
     primary metadata is."""
     real, summary = top.resolve(), top / REPOMD
@@ -98,14 +98,14 @@ def _elements(path: Path, tag: str, most: int) -> Iterator[Element]:
         raise _damaged(path, str(error)) from None
 
 
-def _found(top: Path, primary: Path, package: Element) -> Found:
+def _found(top: Path, primary: Path, package: Element) -> FoundPackage:
     file = _inside(top, package.find(f"{_COMMON}location"), primary)
     sum_, size = package.find(f"{_COMMON}checksum"), package.find(f"{_COMMON}size")
     sha256 = (sum_.text or "").strip() if sum_ is not None and sum_.get("type") == "sha256" else ""
     bytes_ = (size.get("package") or "") if size is not None else ""
     if not re.fullmatch(r"(?:[0-9a-f]{64})?", sha256) or not re.fullmatch(r"[0-9]{1,18}", bytes_, re.A):
         raise _damaged(primary, f"{one_line(file, 80)} has a sum or a size that is none")
-    return Found(file, "", sha256, int(bytes_))
+    return FoundPackage(file, "", sha256, int(bytes_))
 
 
 def _inside(top: Path, location: Element | None, where: Path) -> str:

@@ -214,7 +214,7 @@ def _remove(home: Path, runner: Runner) -> None:
     remove(home)
 
 
-class _Agent:
+class _SigningAgent:
     """A gpg-agent, asked over its socket (its own protocol: Assuan's manual, 2)."""
 
     def __init__(self, socket_path: Path) -> None:
@@ -252,7 +252,7 @@ class _Agent:
 
 
 @contextlib.contextmanager
-def _agent(home: Path, runner: Runner) -> Iterator[_Agent]:
+def _agent(home: Path, runner: Runner) -> Iterator[_SigningAgent]:
     place = _socket(home, runner)
     # It watches its child, cat, which ends with its input, however we end
     process = runner.talk("gpg-agent", "--homedir", home, "--quiet", "--daemon", "--", "cat")
@@ -267,7 +267,7 @@ def _agent(home: Path, runner: Runner) -> Iterator[_Agent]:
                 remedy="see that gpg-agent --version works here, and that the file system of "
                 f"{home.parent} has room",
             )
-        agent = _Agent(place)
+        agent = _SigningAgent(place)
         handle = os.pidfd_open(agent.pid)
         yield agent
     finally:

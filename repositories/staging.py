@@ -121,9 +121,14 @@ def kept_reading(layout: Layout, sha256: str, file: str, component: str) -> Read
         found = json_object(read_file(layout.reading(sha256)))
         if (found.get("file"), found.get("component")) != (file, component):
             return None
-        return made(Reading, found.get("reading"))
+        reading = made(Reading, found.get("reading"))
+        return reading if found.get("sum") == _sum_of(reading) else None
     except (OSError, Malformed):
         return None
+
+
+def _sum_of(reading: Reading) -> str:
+    return hashlib.sha256(json.dumps(asdict(reading)).encode()).hexdigest()
 
 
 def keep_reading(layout: Layout, package: Package, reading: Reading) -> None:
@@ -131,7 +136,10 @@ def keep_reading(layout: Layout, package: Package, reading: Reading) -> None:
     path = layout.reading(package.sha256)
     make_directory(path.parent, mode=0o700)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    text = {"file": package.file, "component": package.component, "reading": asdict(reading)}
+    text = {
+        "file": package.file, "component": package.component, "sum": _sum_of(reading),
+        "reading": asdict(reading),
+    }  # fmt: skip
     try:
         with open_new(fresh) as file:
             file.write(json.dumps(text).encode())

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -76,7 +77,7 @@ def package(kind: str, directory: Path, name: str = "hello", version: str = "1.0
 
 
 class RepoFarm:
-    """A farm with one repository, ``packages``, in a scratch directory. ``more``: lines of its section."""
+    """A farm with a repository, ``packages``, in a scratch directory. ``more``: its section's lines."""
 
     def __init__(self, directory: Path, kind: str, *, more: str = "") -> None:
         self.kind = kind
@@ -142,7 +143,7 @@ class RepoFarm:
 
 
 def read_tree(tree: Path) -> Content:
-    """What a tree that clients read has: "NAME VERSION" and the file's hash. Every reference is right."""
+    """What a tree that clients read has: "NAME VERSION" and the file's hash. Each reference is right."""
     if (tree / "repodata").is_dir():
         return _read_rpm(tree)
     (suite,) = (tree / "dists").iterdir()
@@ -225,3 +226,27 @@ def contents(top: Path) -> dict[str, str]:
                 what = hashlib.sha256(path.read_bytes()).hexdigest()
             found[str(path.relative_to(top))] = f"{path.lstat().st_mode:o} {what}"
     return found
+
+
+def others(repo: RepoFarm, *names: str) -> Path:
+    """A repository that somebody else made, by the usual tools."""
+    top = repo.incoming.with_name("others")
+    (top / "pool").mkdir(parents=True)
+    for name in names:
+        file = repo.package(name)
+        file.rename(top / "pool" / file.name)
+    if repo.kind == "rpm":
+        subprocess.run(["createrepo_c", "--quiet", top], check=True)
+        return top
+    binary = top / "dists/x/main/binary-amd64"
+    binary.mkdir(parents=True)
+    (binary / "Packages").write_bytes(_ftparchive(top, "packages", "pool"))
+    settings = ("Architectures=amd64", "Components=main", "Suite=x", "Codename=x")
+    words = [word for each in settings for word in ("-o", f"APT::FTPArchive::Release::{each}")]
+    release = _ftparchive(top, *words, "release", "dists/x")
+    (top / "dists/x/Release").write_bytes(release)
+    return top
+
+
+def _ftparchive(top: Path, *words: str) -> bytes:
+    return subprocess.run(["apt-ftparchive", *words], cwd=top, check=True, capture_output=True).stdout

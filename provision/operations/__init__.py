@@ -53,7 +53,6 @@ ACTIVITIES = {
     "repo-promote": "provision.operations.repositories:PROMOTE",
     "repo-remove": "provision.operations.repositories:REMOVE",
     "repo-rollback": "provision.operations.repositories:ROLLBACK",
-    "repository": "provision.package_repositories:REPOSITORY",
     "reset": "provision.operations.reset:RESET",
     "start": "provision.power:START",
     "stop": "provision.power:STOP",

@@ -32,23 +32,28 @@ from repositories.repository import Repository
 from repositories.staging import Staged, Staging
 
 
-class _Add(RepositoryActivity):
+class _RepoAddActivity(RepositoryActivity):
     name = "repo-add"
 
 
-class _Remove(RepositoryActivity):
+class _RepoRemoveActivity(RepositoryActivity):
     name = "repo-remove"
 
 
-class _Promote(RepositoryActivity):
+class _RepoPromoteActivity(RepositoryActivity):
     name = "repo-promote"
 
 
-class _Rollback(RepositoryActivity):
+class _RepoRollbackActivity(RepositoryActivity):
     name = "repo-rollback"
 
 
-ADD, REMOVE, PROMOTE, ROLLBACK = _Add(), _Remove(), _Promote(), _Rollback()
+ADD, REMOVE, PROMOTE, ROLLBACK = (
+    _RepoAddActivity(),
+    _RepoRemoveActivity(),
+    _RepoPromoteActivity(),
+    _RepoRollbackActivity(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryContent:
-    """What a new generation is made of, as ``repositories.change.Change.commit`` takes it."""
+    """What a new generation is made of, as ``repositories.change.RepositoryChange.commit`` takes it."""
 
     base: Generation | None
     origin: Generation | None = None
@@ -105,12 +110,6 @@ class RepoPublishing(Operation[Published]):
         """As ``take_in``, for the operation's channel."""
         base = repository.head(self.channel)
         return take_in(run, repository, staging, base, self.channel, files, build)
-
-    def outdated(
-        self, repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package]
-    ) -> Iterator[Action]:
-        """Those that go since newer ones come."""
-        return going(repository, chunks, fresh, self.channel)
 
     def plan(self, run: Run) -> Plan[Published]:
         site, repository = run.site, opened(run.site.farm, self.repo)
@@ -240,7 +239,7 @@ class RepoRemove(RepoPublishing):
     def content(self, _run: Run, repository: Repository, _staging: Staging) -> RepositoryContent:
         base = repository.generation(self.channel)
         found = select(repository, base, self.packages)
-        lines = [Action("remove", "", f"{package} from {self.channel}") for package in found]
+        lines = [Action("remove", "", f"remove {package} from {self.channel}") for package in found]
         return RepositoryContent(base, remove=found, lines=tuple(lines))
 
 
@@ -263,7 +262,7 @@ class RepoPromote(RepoPublishing):
         if not self.packages:
             if base and base.chunks == origin.chunks:
                 return RepositoryContent(base)
-            line = f"generation {origin.sequence} of {origin.channel}, {origin.count} packages"
+            line = f"promote generation {origin.sequence} of {origin.channel}, {origin.count} packages"
             return RepositoryContent(
                 base, origin, lines=(Action("promote", "", f"{line}, to {self.channel}"),)
             )
@@ -271,8 +270,8 @@ class RepoPromote(RepoPublishing):
         found = select(repository, origin, self.packages)
         fresh = tuple(p for p in found if p not in repository.chunks.named(chunks, p.name))
         check_fit(repository, chunks, (), fresh)
-        lines = [Action("promote", "", f"{package} to {self.channel}") for package in fresh]
-        lines += self.outdated(repository, chunks, fresh)
+        lines = [Action("promote", "", f"promote {package} to {self.channel}") for package in fresh]
+        lines += going(repository, chunks, fresh)
         return RepositoryContent(base, take=fresh, lines=tuple(lines))
 
 
@@ -302,7 +301,7 @@ class RepoRollback(RepoPublishing):
         if not self.to and len(had) < 2:
             raise WrongState(f"{repository.name}'s {self.channel} has had no other generation yet")
         origin = repository.documents.read(self.to or had[-2])
-        line = f"{self.channel} to the packages of generation {origin.sequence}, {origin.count} of them"
+        line = f"roll back {self.channel} to generation {origin.sequence}, {origin.count} packages"
         return RepositoryContent(base, origin, lines=(Action("roll back", "", line),))
 
 
@@ -337,32 +336,32 @@ def take_in(
                 lines.append(Action("keep", "", f"{package} is in {base.channel if base else where}"))
             else:
                 mended.append(item)
-                lines.append(Action("mend", "", f"{package}: its file was damaged, or gone"))
+                lines.append(Action("mend", "", f"put back {package}: its file was damaged, or gone"))
         elif content not in taken:
             taken[content] = item
-            lines.append(Action("add", "", f"{package} to {where}, {rounded(package.size)}"))
+            lines.append(Action("add", "", f"add {package} to {where}, {rounded(package.size)}"))
     if len(files) == len(refused) == 1:
         raise refused[0]
     if refused:
         raise Unfit(
-            f"{len(refused)} of {len(files)} packages are not taken: "
+            f"{len(refused)} of {len(files)} files are not taken: "
             + some([error.message for error in refused], by="; "),
             remedy="nothing was added: build them again, or leave them out",
         )
     chunks, add = base.chunks if base else (), tuple(taken.values())
     check_fit(repository, chunks, add)
-    lines += going(repository, chunks, [item.package for item in add], where)
+    lines += going(repository, chunks, [item.package for item in add])
     return RepositoryContent(base, add=add, mend=tuple(mended), lines=tuple(lines))
 
 
 def going(
-    repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package], where: str
+    repository: Repository, chunks: Sequence[ChunkRef], fresh: Sequence[Package]
 ) -> Iterator[Action]:
     """Those that go since newer ones come."""
     for package in outdated(repository, chunks, fresh):
         most = f"the newest {repository.settings.versions} of a package stay"
         verb = "leave out" if package in fresh else "remove"
-        yield Action(verb, "", f"{package} from {where}: {most}")
+        yield Action(verb, "", f"{verb} {package}: {most}")
 
 
 def select(repository: Repository, generation: Generation, names: Sequence[str]) -> tuple[Package, ...]:
@@ -374,8 +373,7 @@ def select(repository: Repository, generation: Generation, names: Sequence[str])
         found[words] = tuple(p for p in of_name if not given or p.version == version)
     if missing := [words for words, packages in found.items() if not packages]:
         raise NotFound(
-            f"generation {generation.sequence} of {repository.name} has no "
-            f"{some(missing, by=' and no ')}",
+            f"generation {generation.sequence} of {repository.name} has no package {some(missing)}",
             remedy=Call("repo-list", repo=repository.name, which=str(generation.sequence)),
         )
     return tuple(dict.fromkeys(package for packages in found.values() for package in packages))

@@ -11,25 +11,26 @@ from pathlib import Path
 from inventory.errors import NotFound, some
 from inventory.sizes import rounded
 from provision.engine.operation import Operation
-from provision.engine.plan import Job, Plan, alone, job
+from provision.engine.plan import Job, Plan, alone, foretold, job
+from provision.engine.report import Action
 from provision.engine.run import Run
 from provision.operations.repositories import RepoPublishing, RepositoryContent
 from provision.package_repositories import RepositoryActivity, RepositoryFacts, opened, retention
 from repositories.change import changing
-from repositories.collect import Survey, collect, survey
+from repositories.collect import GenerationSurvey, collect, survey
 from repositories.repository import Repository
 from repositories.staging import Staging
 
 
-class _Gc(RepositoryActivity):
+class _RepoGcActivity(RepositoryActivity):
     name = "repo-gc"
 
 
-class _Import(RepositoryActivity):
+class _RepoImportActivity(RepositoryActivity):
     name = "repo-import"
 
 
-GC, IMPORT = _Gc(), _Import()
+GC, IMPORT = _RepoGcActivity(), _RepoImportActivity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,12 @@ class RepoGc(Operation[RepositoryGcResult]):
     def plan(self, run: Run) -> Plan[RepositoryGcResult]:
         repository = opened(run.site.farm, self.repo)
         found = self._survey(run, repository)
-        jobs = [
-            job("keep", "", f"{repository.name}: generation {number}: {some(why)}")
-            for number, why in sorted(found.kept.items())
-        ]
+        kept = foretold(
+            *(
+                Action("keep", "", f"{repository.name}: generation {number}: {some(why)}")
+                for number, why in sorted(found.kept.items())
+            )
+        )
         gone = [
             f"generation {one.sequence} of {one.channel}, made {one.made:%Y-%m-%d}" for one in found.gone
         ]
@@ -76,9 +79,9 @@ class RepoGc(Operation[RepositoryGcResult]):
             tuple(str(path.relative_to(repository.layout.top)) for path in found.orphans),
             found.bytes,
         )
-        return Plan([alone(*jobs, *lines)], lambda: result)
+        return Plan([alone(kept, *lines)], lambda: result)
 
-    def _survey(self, run: Run, repository: Repository) -> Survey:
+    def _survey(self, run: Run, repository: Repository) -> GenerationSurvey:
         section = run.site.farm.repositories[repository.name]
         return survey(repository, retention(section), datetime.now(UTC), self.pinned)
 

@@ -1,7 +1,8 @@
-"""Runs tasks of package repositories, each in a process of its own that kills itself at a chosen point.
+"""Runs tasks of package repositories, each in a process of its own that kills itself at a point.
 
-One JSON list a line on standard input: FARM_FILE POINT FAULT TASK REQUEST; one back: the wait status, and
-what it said. Each request is a fork of this process, which has imported everything and opened nothing.
+One JSON list a line on standard input: FARM_FILE POINT FAULT TASK REQUEST; one back: the wait status,
+and what it said. Each request is a fork of this process, which has imported everything, and has
+nothing open.
 
 A point is right before something that changes the file system, whoever asks for it: Python's audit
 events (sys.addaudithook) tell of each, and os.write and os.fsync, which have none, are wrapped. POINT 0:

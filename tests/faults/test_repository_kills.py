@@ -23,7 +23,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
-from tests.repos import FORMATS, RepoFarm, read_all
+from tests.repos import FORMATS, RepoFarm, others, read_all
 from tests.unit.test_signing import Admin
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
@@ -178,7 +178,7 @@ def test_kills(bench: RepoBench, operation: str) -> None:
         if "first" in operation:
             subprocess.run(["rm", "-rf", repo.top, bench.now / "s"], check=True)
     if task == "repo-import":
-        request = {**request, "source": _others(bench)}
+        request = {**request, "source": str(others(repo, "third", "fourth"))}
     if task == "repo-gc":
         repo.rollback("experimental")
         repo.age(timedelta(minutes=5))
@@ -224,31 +224,6 @@ def _old_or_new(before: Any, now: Any, after: Any, context: str) -> None:
     for number in before.keys() & now.keys() - {"experimental", "tested"}:
         assert now[number] == before[number], f"{context}: generation {number}"
     assert before.keys() & after.keys() <= now.keys(), f"{context}: something is lost"
-
-
-def _others(bench: RepoBench) -> str:
-    """A repository that somebody else made, by the usual tools."""
-    place = bench.now / "others"
-    (place / "pool").mkdir(parents=True)
-    for name in ("third", "fourth"):
-        file = bench.farm.package(name)
-        file.rename(place / "pool" / file.name)
-    if bench.farm.kind == "rpm":
-        subprocess.run(["createrepo_c", "--quiet", place], check=True)
-        return str(place)
-    binary = place / "dists/x/main/binary-amd64"
-    binary.mkdir(parents=True)
-    found = subprocess.run(
-        ["apt-ftparchive", "packages", "pool"], cwd=place, check=True, capture_output=True
-    )
-    (binary / "Packages").write_bytes(found.stdout)
-    settings = ("Architectures=amd64", "Components=main", "Suite=x", "Codename=x")
-    words = [word for each in settings for word in ("-o", f"APT::FTPArchive::Release::{each}")]
-    release = subprocess.run(
-        ["apt-ftparchive", *words, "release", "dists/x"], cwd=place, check=True, capture_output=True
-    )
-    (place / "dists/x/Release").write_bytes(release.stdout)
-    return str(place)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from repositories import deb_file, packed
 from repositories.deb import DebFormat
 from repositories.deb_changelog import parsed
 from repositories.deb_control import control_of
-from repositories.format import ClientSource, Found, IndexFile, Release, Sum
+from repositories.format import ClientSource, FoundPackage, IndexFile, Release, Sum
 from repositories.package import Package, Reading
 from repositories.packed import Damaged
 from tests.apt_machine import AptMachine
@@ -658,7 +658,7 @@ def archive(top: Path, *, pack: str = ".gz", place: str = "pool/main/p/probe") -
 def test_a_published_tree(tmp_path: Path, pack: str) -> None:
     file, _ = archive(tmp_path, pack=pack)
     sum_ = sum_of(deb())
-    expected = [Found(file, "main", sum_.sha256, sum_.size)]
+    expected = [FoundPackage(file, "main", sum_.sha256, sum_.size)]
     (tmp_path / "dists/old").symlink_to("stable")
     (tmp_path / "dists/round").symlink_to("..")
     (tmp_path / "dists/out").symlink_to("/")
@@ -681,7 +681,9 @@ def test_flat_archives(tmp_path: Path) -> None:
     )
     (tmp_path / "Packages").write_bytes(said.stdout)
     sum_ = sum_of((tmp_path / "probe.deb").read_bytes())
-    assert list(FORMAT.published(tmp_path)) == [Found("probe.deb", "main", sum_.sha256, sum_.size)]
+    assert list(FORMAT.published(tmp_path)) == [
+        FoundPackage("probe.deb", "main", sum_.sha256, sum_.size)
+    ]
     release = subprocess.run(
         ["apt-ftparchive", "release", "."], cwd=tmp_path, check=True, capture_output=True
     )

@@ -519,3 +519,22 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
         with pytest.raises(InventoryError) as caught:
             load(path)
         assert str(caught.value) == f"{path}:1:1: {words}"
+
+
+def test_repositories() -> None:
+    text = BASE + "repositories:\n"
+    assert refused(text + "  a: {format: deb, channels: [tested, '12']}\n") == [
+        "7:30: repositories.a.channels: '12' is a generation's number: a channel's name has a letter"
+    ]
+    two = "  a: {{format: deb, path: {}}}\n  b: {{format: rpm, path: {}}}\n"
+    assert refused(text + two.format("/srv/x", "/srv/x")) == [
+        "8:26: repositories.b.path: repository a has the same directory: give each one its own"
+    ]
+    assert refused(text + two.format("/srv/x", "/srv/x/pool")) == [
+        "8:26: repositories.b.path: repository a is in /srv/x, or around it: give each one its own"
+    ]
+    assert refused(text + two.format("/srv/x/b", "/srv/x")) == [
+        "8:26: repositories.b.path: repository a is in /srv/x/b, or around it: give each one its own"
+    ]
+    assert refused(text + two.format("/", "/srv/x"))
+    loads((text + two.format("/srv/x", "/srv/xy")).encode(), Path("f.yaml"))
