@@ -7,7 +7,7 @@ refuses is refused here; neither reads it leniently."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -70,20 +70,13 @@ class Control:
 
 def control_of(data: bytes) -> Control:
     """A package's control file. Damaged: dpkg or apt would not take it."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise Damaged(f"its control file is no UTF-8 at byte {error.start}") from None
-    if found := _CONTROL_CHARACTER.search(text):
-        line = text.count("\n", 0, found.start()) + 1
-        raise Damaged(f"its control file has a control character: {found[0]!a} in line {line}")
-    text = text.lstrip("\n")
+    text = text_of(data).lstrip("\n")
+    if not text.endswith("\n"):
+        raise Damaged("its control file ends in the middle of a line")
     fields: dict[str, str] = {}
     kept = []
-    for number, name, lines in _fields(text):
+    for name, lines in fields_of(enumerate(text.rstrip("\n").split("\n"), 1)):
         low = name.lower()
-        if low in fields:
-            raise Damaged(f"its control file has two fields {name} (line {number})")
         fields[low] = lines
         if low not in _OF_THE_INDEX:
             kept.append(f"{name}: {lines}\n" if lines[:1] not in ("", "\n") else f"{name}:{lines}\n")
@@ -91,14 +84,26 @@ def control_of(data: bytes) -> Control:
     return Control("".join(kept), fields)
 
 
-def _fields(text: str) -> Iterator[tuple[int, str, str]]:
-    """The line's number, the field's name, its lines."""
-    if not text.endswith("\n"):
-        raise Damaged("its control file ends in the middle of a line")
-    found: tuple[int, str] | None = None
+def text_of(data: bytes) -> str:
+    """Damaged: it is no UTF-8, or has a control character."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise Damaged(f"its control file is no UTF-8 at byte {error.start}") from None
+    if found := _CONTROL_CHARACTER.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise Damaged(f"its control file has a control character: {found[0]!a} in line {line}")
+    return text
+
+
+def fields_of(stanza: Iterable[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """The fields of a stanza's numbered lines: each one's name, and its lines as they stand. Damaged: a
+    line is none of a field's, or a field is there twice."""
+    name = ""
     lines: list[str] = []
-    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
-        if line[:1] in (" ", "\t") and found:
+    seen: set[str] = set()
+    for number, line in stanza:
+        if line[:1] in (" ", "\t") and name:
             if not line.strip(_BLANKS):
                 raise Damaged(f"line {number} of its control file is blank")
             lines.append(line)
@@ -107,11 +112,14 @@ def _fields(text: str) -> Iterator[tuple[int, str, str]]:
         if not match:
             why = f"no field: {one_line(line, 60)}" if line else "blank"
             raise Damaged(f"line {number} of its control file is {why}")
-        if found:
-            yield *found, "\n".join(lines)
-        found, lines = (number, match[1]), [match[2].rstrip(_BLANKS)]
-    if found:
-        yield *found, "\n".join(lines)
+        if name:
+            yield name, "\n".join(lines)
+        name, lines = match[1], [match[2].rstrip(_BLANKS)]
+        if name.lower() in seen:
+            raise Damaged(f"its control file has two fields {name} (line {number})")
+        seen.add(name.lower())
+    if name:
+        yield name, "\n".join(lines)
 
 
 def _check(fields: Mapping[str, str]) -> None:

@@ -1,0 +1,84 @@
+"""What keeps a set of packages from being built; ``str`` of each is one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from builds.packages.relations import Relation
+
+
+@dataclass(frozen=True, slots=True)
+class Dependence:
+    """One step from a build to what it waits for. ``who`` has the ``field`` that wants ``relation``: a
+    build, or a binary package of the build ``of``. ``binary``, made by ``maker``, is what it gets."""
+
+    who: str
+    of: str
+    field: str
+    relation: Relation
+    binary: str
+    maker: str
+
+    def __str__(self) -> str:
+        called = "" if self.binary == self.relation.name else f"{self.binary} of "
+        when = f" {self.relation.condition}" if self.relation.formula else ""
+        return f"{self.field} of {self.who}: {self.relation}{when}, from {called}{self.maker}"
+
+
+@dataclass(frozen=True, slots=True)
+class MadeTwice:
+    """``by``: the source packages that make it; empty: it is one, and there twice."""
+
+    what: str
+    by: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.what} is made by {' and '.join(self.by)}" if self.by else f"{self.what}: there twice"
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """Nobody makes it, and the archive hasn't got it. ``wanted_by``: names of packages, each with the field
+    that wants it. ``near``: what there is instead."""
+
+    what: str
+    wanted_by: tuple[tuple[str, str], ...]
+    near: str
+
+    def __str__(self) -> str:
+        who = ", ".join(f"{name} ({field})" for name, field in self.wanted_by)
+        return f"{self.what} is missing, for {who}" + (f"; {self.near}" if self.near else "")
+
+
+@dataclass(frozen=True, slots=True)
+class PackageLoop:
+    """Builds of which each waits for the next, and the last for the first. ``steps``: the dependencies,
+    in that order. ``others``: builds that are in further loops with them."""
+
+    builds: tuple[str, ...]
+    steps: tuple[Dependence, ...]
+    others: tuple[str, ...]
+
+    def __str__(self) -> str:
+        way = " -> ".join((*self.builds, self.builds[0]))
+        more = f"; in loops with them: {', '.join(self.others)}" if self.others else ""
+        return f"{way} is a loop ({'; '.join(map(str, self.steps))}){more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """A build that needs what its own Build-Conflicts forbid."""
+
+    build: str
+    field: str
+    what: str
+    binary: str
+    steps: tuple[Dependence, ...]
+
+    def __str__(self) -> str:
+        why = "; ".join(map(str, self.steps))
+        return f"{self.field} of {self.build} forbids {self.what}, and it needs {self.binary} ({why})"
+
+
+GraphProblem: TypeAlias = MadeTwice | Lacking | PackageLoop | Forbidden
