@@ -151,7 +151,7 @@ class Damage:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
         template = Template(
             name="base", generation=1, ref="", size=2**20, sha256="", created=datetime.now(UTC),
-            origin="nothing", firstboot="none",
+            origin="nothing", firstboot="farmhand",
         )  # fmt: skip
         with StillSite(load(farm), reporter=QuietReporter()) as site:
             site.prepare()

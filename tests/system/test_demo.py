@@ -167,13 +167,13 @@ def test_the_deb_goes_through_a_repository_to_the_other_vm(
         paths[name].write_text(yaml.safe_dump({**text, "cycle": {"steps": steps}}))
     channel = str(paths["experimental"])
     assert place("adopt", "--farm", channel).returncode == 0
-    built = place.json("cycle", "--farm", channel)
+    built = place.json("cycle", "--from", "fetch", "--farm", channel)  # on the VMs as they are
     assert built["result"] == "passed", built
     (used,) = built["repositories"]
     assert (used["vm"], used["channel"], used["generation"]) == ("prod", "experimental", 1)
     why = place.json("repo-why", "--package", "hello-deb", "--farm", channel)
     assert why["packages"][0]["build"] == built["id"]
-    again = place.json("cycle", "--like", built["id"], "--farm", channel)
+    again = place.json("cycle", "--from", "fetch", "--like", built["id"], "--farm", channel)
     assert again["repositories"][0]["generation"] == 1
     assert place("adopt").returncode == 0
 

@@ -42,6 +42,7 @@ class StillFarm:
 
     def __init__(self, directory: Path, kind: str, vms: Sequence[str]) -> None:
         self.file = directory / "still.yaml"
+        (directory / "key").touch(0o600)  # as for an image that nobody tells whom to let in
         self.declare(kind, vms)
         image = directory / "base.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(MIB)], check=True)
@@ -57,7 +58,7 @@ class StillFarm:
         lines = "\n".join(f"  {vm}: {{memory: 64M}}" for vm in vms)
         self.file.write_text(
             f"farm: still\nhosts: {{here: {{{KINDS[kind]}}}}}\n"
-            f"templates: {{base: {{build: debian-12, size: 1M}}}}\nvms:\n{lines}\n"
+            f"templates: {{base: {{build: debian-12, size: 1M}}}}\nssh: {{key: key}}\nvms:\n{lines}\n"
         )
 
     def site(self, *, plan: bool = False) -> Site:
