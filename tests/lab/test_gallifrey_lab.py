@@ -16,7 +16,7 @@ import pytest
 
 from tests.services.gallifrey import inside, said, with_image
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
 _SPARE = "/dev/vdc"
 
@@ -59,6 +59,12 @@ through_proxy() { # name, site
     from_outside "$1" "$python" -c 'import sys, urllib.request as u
 print(u.urlopen(u.Request("http://192.0.2.7/", headers={"Host": sys.argv[1]}), timeout=60).read().decode())' "$2"
 }
+verify() { # name. On a busy host an emulated guest may take longer to answer than a question is waited for.
+    for try in 1 2 3 4 5; do
+        run "$1" network-verify
+        [ "$(cat "$dir/$1.status")" != 0 ] || break
+    done
+}
 there() {
     virsh -q -c qemu:///system list --all --name >"$dir/$1.machines"
     lvs --noheadings -o lv_name all >"$dir/$1.volumes"
@@ -71,7 +77,7 @@ run plan clone-farm --plan
 run clone clone-farm
 run again clone-farm
 run apply network-apply
-run verify network-verify
+verify verify
 there made
 through_nat nat
 through_proxy proxy gallifrey.dachary.org
@@ -80,7 +86,7 @@ log_in mark gallifrey-dev 'printf MARK | dd of=/dev/vda bs=1M seek=100 conv=fsyn
 log_in marked gallifrey-dev "$on_disk"
 run reset reset --vm gallifrey-dev
 log_in clean gallifrey-dev "$on_disk"
-run verified network-verify
+verify verified
 through_nat nat-again
 run gone destroy --all --purge --yes
 there gone
@@ -93,7 +99,7 @@ def told() -> Iterator[Path]:
     directory = with_image(_SMALLER)
     subprocess.run(["vgcreate", "-qq", "-y", "all", _SPARE], check=True)
     try:
-        yield inside(directory, END_TO_END, timeout=1800)
+        yield inside(directory, END_TO_END, timeout=3300)
     finally:
         subprocess.run(["vgremove", "-qq", "-y", "-ff", "all"], check=True)
         subprocess.run(["pvremove", "-qq", "-y", _SPARE], check=True)
