@@ -88,6 +88,7 @@ run reset reset --vm gallifrey-dev
 log_in clean gallifrey-dev "$on_disk"
 verify verified
 through_nat nat-again
+run off stop --all --force # so that the daemons are told before their commands' time limits are over, where all is emulated
 run gone destroy --all --purge --yes
 there gone
 ls -A "$dir/state/farms" >"$dir/farms" 2>/dev/null || :
@@ -146,9 +147,10 @@ def test_a_reset_is_the_clean_disk_and_the_services_know_it(told: Path) -> None:
 
 
 def test_destroyed_nothing_of_it_is_anywhere(told: Path) -> None:
-    well(told, "gone")
+    well(told, "off", "gone")
+    said_then = (told / "gone.err").read_text()
     for what in ("machines", "volumes", "nat", "files"):
-        assert (told / f"gone.{what}").read_text() == (told / f"before.{what}").read_text()
+        assert (told / f"gone.{what}").read_text() == (told / f"before.{what}").read_text(), said_then
     assert (
         (told / "gone.machines").read_text().split() == (told / "gone.volumes").read_text().split() == []
     )
