@@ -122,7 +122,7 @@ class RepoBench:
         assert self.farm.fsck() == [], context
         top = self.farm.top
         for name in (".farmhand/staging", ".farmhand/trash"):
-            assert list((top / name).iterdir()) == [], context
+            assert list((top / name).glob("*")) == [], context
         hidden = {str(p.relative_to(top)) for p in top.rglob(".*")} - {".farmhand"}
         assert not hidden, context
 
