@@ -462,6 +462,14 @@ class TestFsckNames:
         assert repo.read("tested") == ["hello 1.0-1", "other 1.0-1", "third 1.0-1"], "nothing is lost"
         assert repo.fsck() == []
 
+    def test_a_lease(self, repo: RepoFarm) -> None:
+        take(repo.repository.layout, 1, "build b")
+        (file,) = (repo.top / ".farmhand/leases").iterdir()
+        file.write_text("{}")
+        assert any("a lease of a generation, is damaged" in line for line in repo.fsck())
+        with pytest.raises(WrongState, match="a lease of a generation"):
+            repo.gc()
+
     def test_the_log(self, repo: RepoFarm) -> None:
         log = repo.top / ".farmhand/logs/tested.jsonl"
         log.write_text(log.read_text()[:-20])
