@@ -333,6 +333,13 @@ def _add_to(repo: RepoFarm, name: str) -> None:
         perform(site, RepoAdd(repo=name, channel="tested", paths=(repo.package(),)))
 
 
+def test_killed_while_it_was_first_made(repo: RepoFarm) -> None:
+    (repo.top / ".farmhand").mkdir(parents=True)
+    (repo.top / ".farmhand/.repository.json.999999999.7").write_text("{")
+    repo.add(repo.package())
+    assert repo.fsck() == []
+
+
 def test_on_two_file_systems(repo: RepoFarm, tmp_path: Path) -> None:
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.fail("this test needs two file systems")
