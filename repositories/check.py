@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from host.documents import Malformed, json_object, read_file
@@ -17,6 +18,7 @@ from host.run import Runner
 from inventory.errors import Call, FarmhandError, NotFound, Remedy, Unfit
 from repositories.format import IndexFile, Sum
 from repositories.generation import Generation
+from repositories.leases import leases
 from repositories.needless import (
     files_below,
     needless,
@@ -92,6 +94,7 @@ class _RepositoryCheck:
                     yield from self._channel(channel)
                 except FarmhandError as error:
                     yield Finding(f"channels/{channel}", error.message, error.remedy)
+            yield from self._users()
             stray = [*without_document(self._repository), *temporary(self._layout)]
             if all(number in self.whole for number in numbers):
                 stray += needless(self._repository, [self.whole[number] for number in numbers])
@@ -100,6 +103,15 @@ class _RepositoryCheck:
                 yield Finding(self._name(path), "no generation needs it", gc)
             for path in dead(self._layout.staging):
                 yield Finding(self._name(path), "a command left it that was killed", gc)
+
+    def _users(self) -> Iterator[Finding]:
+        """Of generations: what else could be collected nobody could tell."""
+        for what in (partial(leases, self._layout), self._repository.flows.all):
+            try:
+                for _ in what():
+                    pass
+            except FarmhandError as error:
+                yield Finding(self._name(self._layout.private), error.message, error.remedy)
 
     def _description(self) -> Iterator[Finding]:
         where = self._layout.description

@@ -21,7 +21,9 @@ def needless(repository: Repository, stay: Iterable[Generation]) -> Iterator[Pat
     """Files and directories that no generation needs."""
     digests: set[str] = set()
     packages: set[str] = set()
+    keys: set[str] = set()
     for generation in stay:
+        keys.add(generation.keys)
         fresh = [chunk for chunk in generation.chunks if chunk.digest not in digests]
         digests.update(chunk.digest for chunk in fresh)
         packages.update(package.sha256 for package in repository.chunks.all(fresh))
@@ -29,6 +31,9 @@ def needless(repository: Repository, stay: Iterable[Generation]) -> Iterator[Pat
     for directory in _below(layout.pool):
         if directory.name not in packages:
             yield directory
+    for path in matching(layout.known_keys, "[!.]*"):
+        if path.stem not in keys:
+            yield path
     for path in _below(layout.readings):
         if path.stem not in packages:
             yield path

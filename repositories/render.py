@@ -48,7 +48,7 @@ class IndexRenderer:
         return IndexFile(section, kind, *out.sums())
 
     def _part(self, chunk: ChunkRef, section: str, kind: str) -> tuple[bytes, bytes]:
-        """The rendered texts of a chunk in an index, and compressed; made if they are not there whole."""
+        """The rendered texts of a chunk in an index, and compressed; made if they aren't there whole."""
         path = self.layout.rendered(chunk.digest, section, kind)
         try:
             sums, _, data = path.read_bytes().partition(b"\n")

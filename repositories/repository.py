@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from host.documents import Malformed, damaged, json_object, made, read_file
-from host.files import matching, own_directory, sync, write_atomic
+from host.files import matching, own_directory, sweep, sync, write_atomic
 from inventory.errors import Call, NotFound, WrongState, some
 from repositories.chunks import Chunks
 from repositories.flow import Flows
@@ -172,6 +172,7 @@ class Repository:
         try:
             found = made(_Description, json_object(read_file(layout.description)))
         except FileNotFoundError:
+            sweep(layout.private, layout.description.name)  # of one that was killed right here
             text = json.dumps({"format": ours.format, "name": ours.name}).encode()
             write_atomic(layout.description, text, mode=0o600)
             return

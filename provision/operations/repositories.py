@@ -130,7 +130,7 @@ class RepoPublishing(Operation[Published]):
             publish = partial(self._publish, run, repository, content, done, stack)
             jobs.append(job("publish", "", text, publish))
         elif content.mend:
-            text = f"{repository.name}: what its pool had of {len(content.mend)}"
+            text = f"{repository.name}: its pool gets the files again"
             jobs.append(job("mend", "", text, partial(self._mend, run, repository, content, stack)))
         elif not content.lines:
             jobs.append(job("keep", "", f"{repository.name}: {self.channel} stays as it is"))

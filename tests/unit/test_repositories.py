@@ -333,6 +333,13 @@ def _add_to(repo: RepoFarm, name: str) -> None:
         perform(site, RepoAdd(repo=name, channel="tested", paths=(repo.package(),)))
 
 
+def test_killed_while_it_was_first_made(repo: RepoFarm) -> None:
+    (repo.top / ".farmhand").mkdir(parents=True)
+    (repo.top / ".farmhand/.repository.json.999999999.7").write_text("{")
+    repo.add(repo.package())
+    assert repo.fsck() == []
+
+
 def test_on_two_file_systems(repo: RepoFarm, tmp_path: Path) -> None:
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.fail("this test needs two file systems")
@@ -461,6 +468,14 @@ class TestFsckNames:
         repo.add(repo.package("third"), channel="tested")
         assert repo.read("tested") == ["hello 1.0-1", "other 1.0-1", "third 1.0-1"], "nothing is lost"
         assert repo.fsck() == []
+
+    def test_a_lease(self, repo: RepoFarm) -> None:
+        take(repo.repository.layout, 1, "build b")
+        (file,) = (repo.top / ".farmhand/leases").iterdir()
+        file.write_text("{}")
+        assert any("a lease of a generation, is damaged" in line for line in repo.fsck())
+        with pytest.raises(WrongState, match="a lease of a generation"):
+            repo.gc()
 
     def test_the_log(self, repo: RepoFarm) -> None:
         log = repo.top / ".farmhand/logs/tested.jsonl"

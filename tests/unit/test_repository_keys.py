@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,11 @@ def test_unsigned_signed_rotated_and_unsigned_again(
         pinned = repo.repository.generation(str(number))
         assert client_source(repo.repository, "experimental", pinned, plain=True).key is None
     read_all(repo.top)
+    repo.declare("keep: 1\nkeep_for: 60s\ngrace: 60s")
+    repo.age(timedelta(minutes=5))
+    repo.gc()
+    assert list((repo.top / ".farmhand/keys").iterdir()) == [], "nothing is signed by them any more"
+    assert repo.fsck() == []
 
 
 def test_signed_anew_with_another_key(repo: RepoFarm, admin: Admin, keys: tuple[str, str]) -> None:
