@@ -45,6 +45,12 @@ class Lineage:
         return (
             *(f"{steps}: not run, passed in build {build}" for build, steps in _grouped(self.done)),
             *(f"not verified: {steps}: {why}" for why, steps in _grouped(self.unverified)),
+            *(
+                f"{one.vm} no longer reaches {one.repository}, which was served through the connection "
+                f"of an earlier build: begin with step {one.step} where it is needed"
+                for one in self.repositories
+                if not one.url
+            ),
         )
 
 

@@ -229,6 +229,7 @@ def test_a_build_that_goes_on_has_what_its_vm_was_pointed_to(lab: RepoLab) -> No
         later = run_cycle(site, start_from="test")
         assert later.repositories == first.repositories
         assert later.repositories[0].generation == 1
+        assert any("begin with step use where it is needed" in note for note in later.notes)
         assert run_cycle(site, start_from="test").repositories == first.repositories
 
 
