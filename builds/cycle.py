@@ -103,7 +103,7 @@ class Build:
             note = f"done like build {plan.like.id}: on the generations of repositories that it had"
             self._record = replace(self._record, notes=(*self._record.notes, note))
         self.machines = Machines(site, source, directory, meter, self._note)
-        self.repositories = BuildRepositories(site, directory.name, plan.like)
+        self.repositories = BuildRepositories(site, directory.name, plan.like, plan.before.repositories)
         point_last(site.paths, directory.name)
 
     @property
@@ -252,6 +252,7 @@ class Build:
             artifacts=self._record.directory / "artifacts",
             log=log,
             made=_flowing(self._steps.values(), "out"),
+            failed=next((s.name for s in self._steps.values() if s.status == "failed"), ""),
             details=dict(step.details()),
         )
         reporter.say(f"step {number}/{len(self._steps)} {name}: {step.does()}", vm=vm)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from builds import mark
-from builds.record import BuildRecord, SourceRecord, load_records
+from builds.record import BuildRecord, SourceRecord, UsedGeneration, load_records
 from builds.step_kind import StepKind
 from inventory.errors import FarmhandError
 from provision.guest.connection import Connection
@@ -27,11 +27,12 @@ _PATIENCE = 60.0
 class Lineage:
     """What the skipped steps left behind, as far as that is known. ``done``: by step, the build in which
     it passed. ``unverified``: by step, why that is not known. ``source``: what the builds that did them
-    were given; None if nothing of it is in the VMs."""
+    were given; None if nothing of it is in the VMs. ``repositories``: what they were pointed to."""
 
     done: Mapping[str, str] = field(default_factory=dict)
     unverified: Mapping[str, str] = field(default_factory=dict)
     source: SourceRecord | None = None
+    repositories: tuple[UsedGeneration, ...] = ()
 
     @property
     def why(self) -> str:
@@ -44,6 +45,12 @@ class Lineage:
         return (
             *(f"{steps}: not run, passed in build {build}" for build, steps in _grouped(self.done)),
             *(f"not verified: {steps}: {why}" for why, steps in _grouped(self.unverified)),
+            *(
+                f"{one.vm} no longer reaches {one.repository}, which was served through the connection "
+                f"of an earlier build: begin with step {one.step} where it is needed"
+                for one in self.repositories
+                if not one.url
+            ),
         )
 
 
@@ -84,6 +91,7 @@ def judge(
     done: dict[str, str] = {}
     unverified: dict[str, str] = {}
     held: dict[str, BuildRecord] = {}  # by VM
+    used: list[UsedGeneration] = []
     for step in steps:
         vm = step.changes
         build, why = marks[vm]
@@ -95,6 +103,7 @@ def judge(
         found = next((s for s in record.steps if s.name == step.name), None)
         if found is not None and (found.status == "passed" or found.done_in):
             done[step.name] = found.done_in or record.id
+            used += (one for one in record.repositories if one.step == step.name)
         else:
             unverified[step.name] = f"{found.status if found else 'not there'} in build {record.id}"
     sources = {record.source.commit: record.source for record in held.values()}
@@ -108,7 +117,8 @@ def judge(
             lost = f"build {record.id} itself went on from what nobody knows"
             unverified = {**dict.fromkeys(done, lost), **unverified}
             done = {}
-    return Lineage(done=done, unverified=unverified, source=next(iter(sources.values()), None))
+    source = next(iter(sources.values()), None)
+    return Lineage(done=done, unverified=unverified, source=source, repositories=tuple(used))
 
 
 def _counts(step: StepKind, chosen: Sequence[StepKind]) -> bool:

@@ -85,14 +85,21 @@ class BuildRepositories:
     """Those of one build, which holds leases until ``give_back``. Its methods wait for locks, and are
     for threads."""
 
-    def __init__(self, site: Site, build: str, like: BuildRecord | None = None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        build: str,
+        like: BuildRecord | None = None,
+        before: Sequence[UsedGeneration] = (),
+    ) -> None:
+        """``before``: what the steps that are left out pointed their VMs to."""
         self._site = site
         self._build = build
         self.like = like
         self._meant: dict[str, int] = {}  # by step
         self._published: dict[RepositoryPlace, int] = {}
         self._holding: set[str] = set()
-        self.used: tuple[UsedGeneration, ...] = ()
+        self.used = tuple(before)
 
     def begin(self, steps: Sequence[RepositoryStep]) -> None:
         """Look up what the steps mean, and take leases of it. NotFound, WrongState."""

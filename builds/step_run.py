@@ -131,8 +131,9 @@ def _cut(line: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class StepRun:
-    """What the step of that name works with. ``made``: what the steps before it fetched. ``files``: what
-    it fetched or carried. ``details``: what the record says of it. ``exit``: its last exit status."""
+    """What the step of that name works with. ``made``: what the steps before it fetched. ``failed``: the
+    first of them that failed; "": none did. ``files``: what it fetched or carried. ``details``: what the
+    record says of it. ``exit``: its last exit status."""
 
     name: str
     site: Site
@@ -145,6 +146,7 @@ class StepRun:
     log: StepLog
     limits: Limits = field(default_factory=Limits)
     made: Sequence[FileRecord] = ()
+    failed: str = ""
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None

@@ -64,7 +64,7 @@ def recover(repository: Repository) -> None:
     """Finish, or take away, what a killed command left."""
     if repository.exists:
         with changing(repository):
-            repository.flows.give_back_leases()
+            pass
 
 
 class RepositoryChange:
@@ -345,6 +345,8 @@ class RepositoryChange:
         killed = tuple(dead(layout.staging))
         for path in layout.trash.iterdir():
             remove(path)
+        with contextlib.suppress(FarmhandError):  # one is damaged: whoever looks at them is told
+            self._repository.flows.give_back_leases()
         logged: set[int] = set()
         for channel in self._repository.all_channels():
             self._finish(channel)
@@ -352,7 +354,7 @@ class RepositoryChange:
         known = documents.sequences()
         if known and known[-1] not in logged:  # of a command that ended before it published
             last = documents.read(known[-1])
-            if not self._repository.flows.needs(last.flow, last.sequence):
+            if not self._repository.flows.knows(last.flow, last.sequence):
                 self.collect(last)
         elif known and (last := documents.read(known[-1])).verb == "pass":
             self._repository.flows.end(last)

@@ -81,6 +81,11 @@ class Flow:
             return frozenset()
         return frozenset({self.base, self.candidate, self.trial} - {0})
 
+    @property
+    def had(self) -> frozenset[int]:
+        """The generations that are, or were, its own."""
+        return frozenset({self.candidate, self.trial, *(run.generation for run in self.runs)} - {0})
+
     def of_unit(self, *units: str) -> tuple[Package, ...]:
         """Its packages that belong to these units."""
         return tuple(package for package in self.packages if unit(package) in units)
@@ -144,34 +149,37 @@ class Flows:
     def all(self) -> Iterator[Flow]:
         """Also those that are over, by their names and in the order in which they began."""
         names = (path.name[:-5] for path in self._layout.flows.glob("*.json"))
-        found = filter(None, map(self.find, names))
-        return iter(sorted(found, key=lambda flow: (flow.name, flow.began)))
+        found = {(flow.name, flow.began): flow for name in names if (flow := self.find(name))}
+        return iter(flow for _, flow in sorted(found.items(), key=lambda one: one[0]))
 
     def write(self, flow: Flow) -> None:
         """Durably. The lock is held."""
+        self._write(flow.name, flow)
+
+    def _write(self, name: str, flow: Flow) -> None:
         data = json.dumps(asdict(flow), default=_text).encode() + b"\n"
-        write_atomic(self._layout.flow(flow.name), data, mode=0o600)
+        write_atomic(self._layout.flow(name), data, mode=0o600)
 
     def set_aside(self, flow: Flow) -> None:
-        """Give its name to another."""
-        path = self._layout.flow(flow.name)
-        path.rename(path.with_name(f"{flow.name}@{flow.candidate}.json"))
+        """Keep it by another name, before its own one is given to another."""
+        self._write(f"{flow.name}@{flow.candidate}", flow)
 
     # -- after a kill --------------------------------------------------------------------------------
 
-    def needs(self, name: str, sequence: int) -> bool:
-        """Whether a flow of that name has that generation, or may have it: its document is damaged."""
+    def knows(self, name: str, sequence: int) -> bool:
+        """Whether a flow of that name has, or had, that generation; or may have: its document is
+        damaged."""
         try:
             found = self.find(name) if name else None
         except WrongState:
             return True
-        return found is not None and sequence in found.needs
+        return found is not None and sequence in found.had
 
     def end(self, result: Generation) -> None:
         """Note that a flow passed as that published generation, unless that is noted."""
         with contextlib.suppress(WrongState):  # its document is damaged: whoever asks for it is told
             found = self.find(result.flow)
-            if found is not None and found.state == "open" and found.candidate == result.origin:
+            if found is not None and found.state == "open" and found.candidate < result.sequence:
                 self.write(found.passed_as(result))
                 give_back(self._layout, found.holder)
 

@@ -7,13 +7,13 @@ the channel moved meanwhile, the candidate is made again on what it has now, and
 that, the flow stays open, to be tested again. A batch that failed is halved (``repositories.halving``):
 each trial is a generation of the base and a part of the packages.
 
-Each change goes in three steps: the new generation, its lease, the flow's document that names it. What a
-kill leaves of the first two is taken away by ``RepositoryChange.tidy``; a lease of what no document
-names, by the recovery."""
+Each change goes in three steps: the new generation, its lease, the flow's document that names it. What
+is left of the first two, where it got no further, is taken away by ``RepositoryChange.tidy``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -97,19 +97,29 @@ class FlowChange:
             )
         head = self._documents.head(flow.channel)
         ready = self._with_run(flow, tested, passed=True)
-        if not self._same(head, flow.base):
-            ready = self._rebuilt(ready, head, tested.by)
-            if retest and not self._same(ready.candidate, flow.candidate):
-                return ready
+        if self._same(head, flow.base):
+            return self._publish(ready, tested, head, origin=flow.candidate)
+        if not retest:
+            with self._onto(flow, head):
+                return self._publish(ready, tested, head, take=flow.packages)
+        with self._onto(flow, head):
+            made = self._commit(flow.name, flow.channel, head, flow.packages, tested.by)
+        ready = self._keep(replace(ready, base=head, candidate=made.sequence))
+        if self._same(made.sequence, flow.candidate):
+            return self._publish(ready, tested, head, origin=made.sequence)
+        return ready
+
+    def _publish(
+        self, flow: Flow, tested: FlowTest, head: int, *, origin: int = 0, take: Sequence[Package] = ()
+    ) -> Flow:
+        self._flows.write(flow)  # who tested it is known, also where this gets no further
+        note = tested.note or f"flow {flow.name}"
         made = self._change.commit(
-            flow.channel, "pass", by=tested.by, base=self._read(head),
-            origin=self._documents.read(ready.candidate), flow=name,
-            note=tested.note or f"flow {name}",
+            flow.channel, "pass", by=tested.by, base=self._read(head), origin=self._read(origin),
+            take=take, flow=flow.name, note=note,
         )  # fmt: skip
-        self._change.publish(
-            made, expected=head, verb="pass", by=tested.by, note=tested.note or f"flow {name}"
-        )
-        return self._keep(ready.passed_as(made))
+        self._change.publish(made, expected=head, verb="pass", by=tested.by, note=note)
+        return self._keep(flow.passed_as(made))
 
     def failed(self, name: str, tested: FlowTest) -> Flow:
         """End it: its channel gets nothing of it."""
@@ -163,18 +173,21 @@ class FlowChange:
             generation=flow.to_test, passed=passed, at=_now(), by=tested.by, build=tested.build,
             vms=tested.vms, note=tested.note,
         )  # fmt: skip
-        return replace(flow, runs=(*flow.runs, run))
+        # Said again, where a kill cut off what was to follow from it.
+        known = flow.runs and replace(flow.runs[-1], at=run.at) == run
+        return replace(flow, runs=(*flow.runs[:-1], run) if known else (*flow.runs, run))
 
-    def _rebuilt(self, flow: Flow, head: int, by: str) -> Flow:
+    @contextlib.contextmanager
+    def _onto(self, flow: Flow, head: int) -> Iterator[None]:
+        """Conflict, if the flow can't be put onto what its channel has now."""
         try:
-            made = self._commit(flow.name, flow.channel, head, flow.packages, by)
+            yield
         except Conflict as error:
             raise Conflict(
                 f"{self._repository.name}: {flow.channel} moved to generation {head}, and flow "
                 f"{flow.name} can't be put onto that; it stays open: {error.message}",
                 remedy=("end it: ", self._call("flow-fail", flow.name)),
             ) from error
-        return self._keep(replace(flow, base=head, candidate=made.sequence))
 
     def _made(self, flow: Flow, packages: Sequence[Package], by: str) -> int:
         """The number of a generation of the flow's base and these packages."""

@@ -75,6 +75,8 @@ class PublishStep(StepKind):
             work.log.say(f"a run like build {work.repositories.like.id} publishes nothing")
             work.details["published"] = "nothing: a run like an earlier one"
             return
+        if work.failed:
+            raise StepFailed("source", f"step {work.failed} failed: nothing is published")
         repository = opened(work.site.farm, self.publish)
         directory, suffix = work.artifacts.parent, repository.format.SUFFIX
         files = [file for file in work.made if file.name.endswith(suffix)]

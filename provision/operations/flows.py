@@ -27,6 +27,7 @@ from repositories.flow import Flow, check_name, unit
 from repositories.flows import FlowChange, FlowTest, may_begin
 from repositories.package import Package
 from repositories.repository import Repository
+from repositories.staging import Staged
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ class FlowBegin(Operation[FlowResult]):
                 stack = safe.pop_all()
         done = [known] if known else []
         had = {package.sha256 for package in known.packages} if known else set()
-        if known and all(item.package.sha256 in had for item in content.add):
+        if known and not content.mend and all(i.package.sha256 in had for i in content.add):
             stack.close()
             text = f"{repository.name}: flow {self.flow} has all of them"
             return Plan([alone(job("keep", "", text))], lambda: flow_result(repository, known))
@@ -137,6 +138,7 @@ class FlowBegin(Operation[FlowResult]):
                         self.flow, self.channel, content.add, by=str(site.requester), note=self.note,
                         more=self.more,
                     ),
+                    content.mend,
                 )  # fmt: skip
             done.append(flow)
             site.reporter.say(
@@ -320,14 +322,17 @@ def _changed(
     activity: RepositoryActivity,
     flow: str,
     change: Callable[[FlowChange], T],
+    mend: Sequence[Staged] = (),
 ) -> T:
-    """Have the repository's flows changed, journaled, with its lock held."""
+    """Have the repository's flows changed, journaled, with its lock held; and damaged files in its pool
+    mended."""
     with (
         signing(run.site, repository.name) as signer,
         run.site.journal.begin(activity, [], RepositoryFacts(repository.name)) as entry,
         changing(repository, signer) as changed,
     ):
         entry.step(f"{activity.name}: {repository.name}'s flow {flow}")
+        changed.mend(mend)
         return change(FlowChange(repository, changed))
 
 

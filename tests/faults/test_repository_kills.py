@@ -23,6 +23,7 @@ from inventory.loader import load
 from provision import farm
 from provision.engine.report import QuietReporter
 from provision.site import Site
+from repositories.leases import leases
 from tests.repos import FORMATS, RepoFarm, others, read_all
 from tests.unit.test_signing import Admin
 
@@ -215,6 +216,88 @@ def _killed(bench: RepoBench, operation: str, task: str, request: dict[str, Any]
             )
         else:
             assert set(again) == set(after), context
+
+
+FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flow-begin": ("flow-begin", {"flow": "new", "channel": "tested"}),
+    "flow-begin, more": ("flow-begin", {"flow": "ready", "channel": "tested", "more": True}),
+    "flow-pass": ("flow-pass", {"flow": "ready"}),
+    "flow-pass, moved": ("flow-pass", {"flow": "late"}),
+    "flow-fail": ("flow-fail", {"flow": "ready"}),
+    "flow-bisect": ("flow-bisect", {"flow": "ready", "passed": False}),
+}
+
+
+@pytest.mark.parametrize("operation", FLOWS)
+def test_kills_of_flows(bench: RepoBench, operation: str) -> None:
+    task, request = _flowing(bench, operation)
+    repo = bench.farm
+    before, old = _flows(repo), read_all(repo.top)
+    bench.points(task, request)
+    after, new = _flows(repo), read_all(repo.top)
+    assert after != before
+    for number, context in enumerate(bench.kills(operation, task, request)):
+        _old_or_new(old, read_all(repo.top), new, context)
+        if number % 2:
+            bench.recover()
+            bench.nothing_left_over(context)
+            assert _flows(repo) in (before, after), context
+        status, text = bench.ask(0, "kill", task, request)
+        if status:  # it was done before the kill: then it can't be done again
+            bench.recover()
+        bench.nothing_left_over(context)
+        assert _flows(repo) == after, f"{context}: {status} {text}"
+        assert read_all(repo.top).get("tested") == new.get("tested"), context
+
+
+def _flowing(bench: RepoBench, operation: str) -> tuple[str, dict[str, Any]]:
+    """Two flows, on a channel that one of them is no longer on; and what is asked."""
+    task, request = FLOWS[operation]
+    repo = bench.farm
+    repo.declare("keep: 1\nkeep_for: 60s\ngrace: 60s\nretest: no")
+    repo.perform("flow-begin", flow="late", channel="tested", paths=(repo.package("late"),))
+    repo.promote("hello=2.0-1")
+    several = tuple(repo.package(name) for name in ("one", "two", "three"))
+    repo.perform("flow-begin", flow="ready", channel="tested", paths=several)
+    if task == "flow-begin":
+        request = {**request, "paths": [str(repo.package("more"))]}
+    if task == "flow-bisect":  # or else, done again, it would be the verdict of the next one
+        request = {**request, "generation": repo.repository.flows.open("ready").to_test}
+    bench.keep()
+    return task, request
+
+
+@pytest.mark.parametrize("operation", FLOWS)
+def test_flows_on_a_full_disk(bench: RepoBench, operation: str) -> None:
+    task, request = _flowing(bench, operation)
+    repo = bench.farm
+    total = bench.points(task, request)
+    after = _flows(repo)
+    dice = random.Random(f"{SEED} full {operation}")
+    for at in sorted(dice.sample(range(1, total + 1), EACH)):
+        context = f"{operation}, {repo.kind}, full from {at} of {total} on (FARMHAND_SEED={SEED})"
+        bench.put_back()
+        status, text = bench.ask(at, "full", task, request)
+        assert status in (0, 2 << 8), f"{context}: {text}"
+        assert not status or text.startswith("NoSpace"), context
+        again, text = bench.ask(0, "full", task, request)  # refused, where only its end was lacking
+        assert _flows(repo) == after, f"{context}: {status}, {again} {text}"
+        bench.nothing_left_over(context)
+
+
+def _flows(repo: RepoFarm) -> dict[str, object]:
+    """What each flow is, but for the numbers of its generations. Leases are of just what they need."""
+    repository = repo.repository
+    flows = list(repository.flows.all())
+    held = {(lease.holder, lease.generation) for lease in leases(repository.layout)}
+    assert held == {(flow.holder, number) for flow in flows for number in flow.needs}
+    found: dict[str, object] = {}
+    for flow in flows:
+        generation = repository.documents.read(flow.to_test)
+        listed = sorted(map(str, repository.packages(generation)))
+        over = flow.state != "open"
+        found[flow.name] = flow.state, listed, flow.packages, flow.halving, over and len(flow.runs)
+    return found
 
 
 def _begun(top: Path) -> bool:

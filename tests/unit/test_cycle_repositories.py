@@ -220,6 +220,28 @@ def test_a_failed_build_gives_its_leases_back(lab: RepoLab) -> None:
         assert held(opened(site.farm)) == set()
 
 
+def test_a_build_that_goes_on_has_what_its_vm_was_pointed_to(lab: RepoLab) -> None:
+    with lab.site([reset("dev2"), use(channel="tested"), run("test", "test -e ok")]) as site:
+        lab.add(site, "base")
+        _, first = failed(site)
+        lab.add(site, "more")
+        (lab.dev2.home / "ok").touch()
+        later = run_cycle(site, start_from="test")
+        assert later.repositories == first.repositories
+        assert later.repositories[0].generation == 1
+        assert any("begin with step use where it is needed" in note for note in later.notes)
+        assert run_cycle(site, start_from="test").repositories == first.repositories
+
+
+def test_nothing_is_published_of_a_build_that_failed(lab: RepoLab) -> None:
+    steps = [*MAKE, run("test", "exit 1"), publish(channel="experimental")]
+    with lab.site(steps) as site:
+        _, record = failed(site, keep_going=True)
+        assert [step.status for step in record.steps][-2:] == ["failed", "failed"]
+        assert record.steps[-1].message == "step test failed: nothing is published"
+        assert not opened(site.farm).exists
+
+
 def test_like_an_earlier_build(lab: RepoLab) -> None:
     steps = [*MAKE[:2], use(channel="tested"), run("know", f"{KNOWN}; cat src/version")]
     with lab.site(steps) as site:
