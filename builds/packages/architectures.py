@@ -28,8 +28,8 @@ def matches(architecture: str, alias: str) -> bool:
 
 
 def concerned(architecture: str, names: Iterable[str]) -> bool:
-    """Whether a list in brackets, such as ``linux-any`` or ``!armhf !i386``, has an architecture. As with
-    dpkg the first name that it matches decides; where none does, a list that excludes has it."""
+    """Whether a list in brackets, such as ``linux-any`` or ``!armhf !i386``, has an architecture. As
+    with dpkg the first name that it matches decides; where none does, a list that excludes has it."""
     found = False
     for name in map(str.lower, names):
         excluded = name.startswith("!")

@@ -141,9 +141,7 @@ def _binary(fields: Mapping[str, str]) -> BinaryControl:
 
 def _build(fields: Mapping[str, str], what: str) -> Mapping[str, tuple[Clause, ...]]:
     names = (f"Build-{what}{kind}" for kind in _KINDS)
-    return {
-        name: clauses_of(fields[name.lower()], name) for name in names if fields.get(name.lower())
-    }
+    return {name: clauses_of(fields[name.lower()], name) for name in names if fields.get(name.lower())}
 
 
 def _required(fields: Mapping[str, str], name: str, pattern: re.Pattern[str]) -> str:

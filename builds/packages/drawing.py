@@ -107,16 +107,14 @@ def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[str]]:
     for need in needs:
         beside[need.build].append(need.needs)
         beside[need.needs].append(need.build)
-    place = {
-        name: (at + 0.5) / len(column) for column in columns for at, name in enumerate(column)
-    }
+    place = {name: (at + 0.5) / len(column) for column in columns for at, name in enumerate(column)}
     for sweep in range(_SWEEPS):
         for column in columns if sweep % 2 == 0 else columns[::-1]:
             middle = {
                 name: fmean(place[one] for one in beside[name]) if beside[name] else place[name]
                 for name in column
             }
-            column.sort(key=lambda name: (middle[name], name))  # noqa: B023 - used here and now
+            column.sort(key=lambda name: (middle[name], name))
             place |= {name: (at + 0.5) / len(column) for at, name in enumerate(column)}
     return columns
 
@@ -127,10 +125,10 @@ def _lines(
     for need in needs:
         one, other = boxes[need.needs], boxes[need.build]
         looped = graph.loops_with(need.build, need.needs)
-        start = (one.x + one.width, one.y + _HEIGHT // 2)
-        end = (other.x, other.y + _HEIGHT // 2)
-        bend = max((end[0] - start[0]) // 2, _ACROSS // 2)
-        path = f"M{start[0]} {start[1]}C{start[0] + bend} {start[1]} {end[0] - bend} {end[1]} {end[0]} {end[1]}"
+        x, y = one.x + one.width, one.y + _HEIGHT // 2
+        x2, y2 = other.x, other.y + _HEIGHT // 2
+        bend = max((x2 - x) // 2, _ACROSS // 2)
+        path = f"M{x} {y}C{x + bend} {y} {x2 - bend} {y2} {x2} {y2}"
         kind = "loop" if looped else "" if need.direct else "run"
         text = f"{need.build} needs {need.needs}: {'; '.join(map(str, need.steps))}"
         yield _DrawnNeed(kind, path, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from builds.packages.relations import Relation
@@ -34,13 +35,15 @@ class MadeTwice:
     by: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.what} is made by {' and '.join(self.by)}" if self.by else f"{self.what}: there twice"
+        if not self.by:
+            return f"{self.what} is there twice"
+        return f"{self.what} is made by {' and '.join(self.by)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Lacking:
-    """Nobody makes it, and the archive hasn't got it. ``wanted_by``: names of packages, each with the field
-    that wants it. ``near``: what there is instead."""
+    """Nobody makes it, and the archive hasn't got it. ``wanted_by``: names of packages, each with the
+    field that wants it. ``near``: what there is instead."""
 
     what: str
     wanted_by: tuple[tuple[str, str], ...]
@@ -54,16 +57,18 @@ class Lacking:
 @dataclass(frozen=True, slots=True)
 class PackageLoop:
     """Builds of which each waits for the next, and the last for the first. ``steps``: the dependencies,
-    in that order. ``others``: builds that are in further loops with them."""
+    in that order, with those of packages that are installed on the way. ``others``: builds that are in
+    further loops with them."""
 
     builds: tuple[str, ...]
     steps: tuple[Dependence, ...]
     others: tuple[str, ...]
 
     def __str__(self) -> str:
-        way = " -> ".join((*self.builds, self.builds[0]))
+        by = [self.builds[0], *(step.maker for step in self.steps)]
+        way = [one for one, other in pairwise(by) if one != other] or by[:1]
         more = f"; in loops with them: {', '.join(self.others)}" if self.others else ""
-        return f"{way} is a loop ({'; '.join(map(str, self.steps))}){more}"
+        return f"{' -> '.join((*way, way[0]))} is a loop ({'; '.join(map(str, self.steps))}){more}"
 
 
 @dataclass(frozen=True, slots=True)
