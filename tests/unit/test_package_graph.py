@@ -593,6 +593,25 @@ def test_as_svg(tmp_path: Path) -> None:
             assert numbers[0] < numbers[-2]  # from left to right
 
 
+def test_no_line_goes_behind_a_box() -> None:
+    """Each of a column's passing lines has its own place there, however many go on from it."""
+    found = bench_packages.ordered(bench_packages.control(n) for n in range(40))
+    top = ElementTree.fromstring(as_svg(found, "many"))
+    svg = "{http://www.w3.org/2000/svg}"
+    columns: dict[int, list[tuple[int, int]]] = {}
+    for group in top.iter(f"{svg}g"):
+        box = group.find(f"{svg}rect")
+        assert box is not None
+        y = int(box.get("y") or 0)
+        columns.setdefault(int(box.get("x") or 0), []).append((y, y + int(box.get("height") or 0)))
+    passing = set()
+    for line in top.iter(f"{svg}path"):
+        for x, y in re.findall(r" (\d+) (\d+)H", line.get("d") or ""):
+            passing.add((int(x), int(y), (line.findtext(f"{svg}title") or "").split()[2]))
+            assert not any(low <= int(y) <= high for low, high in columns[int(x)])
+    assert len({(x, y) for x, y, _ in passing}) == len(passing) > 40
+
+
 def test_a_drawing_of_nothing() -> None:
     ElementTree.fromstring(as_svg(graph(), "nothing"))
     assert as_text(graph()) == ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from builds.packages import architectures
 from builds.packages.archive import KnownPackages
 from builds.packages.control import SourceControl, control_of_source
 from builds.packages.graph import SourcePackage, graph_of
+from builds.packages.problems import Lacking
 from builds.packages.relations import BuildTarget, applying, clauses_of, holds, shown
 from inventory.errors import Unfit, WrongState
 from repositories.packed import Damaged
@@ -77,6 +81,47 @@ Description: last line without an end"""
 def dpkg() -> Iterator[DpkgPerl]:
     with DpkgPerl() as found:
         yield found
+
+
+def test_unmet_build_dependencies_are_what_dpkg_checkbuilddeps_says(tmp_path: Path) -> None:
+    """The program itself, on the whole file: what is installed there is what the archive has here."""
+    there = {
+        "debhelper-compat": "13",
+        "libfoo-dev": "2.0",
+        "asterisk16-dev": "1",
+        "g++": "4:8",
+        "libtool": "2.4",
+    }
+    for sub in ("updates", "info", "debian"):
+        (tmp_path / sub).mkdir()
+    (tmp_path / "status").write_text(
+        "".join(
+            f"Package: {name}\nStatus: install ok installed\nVersion: {version}\nArchitecture: amd64\n\n"
+            for name, version in there.items()
+        )
+    )
+    (tmp_path / "debian/control").write_text(WHOLE)
+    said = subprocess.run(
+        ["dpkg-checkbuilddeps", "-I", "-aamd64", f"--admindir={tmp_path}", tmp_path / "debian/control"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LC_ALL": "C", "DEB_BUILD_PROFILES": ""},
+    )
+    _, _, unmet = said.stderr.strip().partition("Unmet build dependencies: ")
+    archive = KnownPackages({name: (version,) for name, version in there.items()})
+    package = SourcePackage(control_of_source(WHOLE.encode(), "x"))
+    missing = [
+        each.what for each in graph_of([package], AMD64, archive).problems if isinstance(each, Lacking)
+    ]
+    assert missing
+    assert sorted(_items(unmet)) == sorted(missing)
+
+
+def _items(unmet: str) -> list[str]:
+    """Each with its version, without its conditions."""
+    plain = re.sub(r" \[[^]]*\]| <[^>=<][^>]*>", "", unmet)
+    return re.findall(r"\S+(?: \([^)]*\))?", plain)
 
 
 def wants(control: SourceControl, target: BuildTarget) -> list[str]:
