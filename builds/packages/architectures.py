@@ -4,7 +4,7 @@ Policy 11.1."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from host.check import install
@@ -16,7 +16,7 @@ _Tuple = tuple[str, ...]
 """ABI, C library, kernel, CPU."""
 
 
-@cache
+@lru_cache(maxsize=4096)
 def matches(architecture: str, alias: str) -> bool:
     """Whether an architecture is what ``alias`` names: the same, or a wildcard such as linux-any."""
     if alias in ("any", architecture):

@@ -36,7 +36,7 @@ from builds.packages.problems import (
 )
 from builds.packages.relations import BuildTarget, Clause, Relation, applying, shown
 from builds.packages.schedule import Schedule
-from inventory.errors import NotFound, WrongState, did_you_mean
+from inventory.errors import NotFound, WrongState, did_you_mean, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +182,12 @@ class Graph:
         """``wanted``: the builds that are to be done, others are as good as done; None: all of them.
         WrongState: there are problems. NotFound: there is no such build."""
         if self.problems:
+            lines = list(map(str, self.problems))
+            remedies = dict.fromkeys(problem.REMEDY for problem in self.problems)
             raise WrongState(
-                f"the packages can't be built: {'; '.join(map(str, self.problems))}",
-                remedy="put each of these right",
+                f"the packages can't be built: {some(lines, by='; ')}",
+                remedy="; ".join(remedies),
+                detail="\n".join(lines) if len(lines) > 1 else "",
             )
         chosen = None if wanted is None else {self._known(name) for name in wanted}
         names = {self._group[number]: name for name, number in self._number.items()}

@@ -197,8 +197,10 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         "here (<< 1) is missing, for one (Build-Depends)",
         "old (>= 2) is missing, for one (Build-Depends); old makes old 1.0-1",
     ]
-    with pytest.raises(WrongState, match=r"here .* is missing.*; old .* is missing"):
+    with pytest.raises(WrongState, match=r"here .* is missing.*; old .* is missing") as refused:
         again.schedule()
+    assert refused.value.remedy == "add the package that makes it, or a repository that has it"
+    assert refused.value.detail.splitlines() == problems(again)
     assert not graph_of([package("one", "whatever (>= 9)")], AMD64).problems  # nothing is known
 
 
@@ -535,6 +537,7 @@ def test_the_worst_shapes(shape: str) -> None:
             found = graph_of(packages, AMD64, NOTHING)
         assert len(found.builds) == count
         assert bool(found.problems) is (shape == "ring")
+        assert all(len(str(problem)) < 2000 for problem in found.problems)
         work[count] = done["calls"]
     assert work[1000] / work[100] < 11, work
 

@@ -192,7 +192,7 @@ BAD = {
     "hyphen": ("Source: xx\n-A: b\n\nPackage: yy\nArchitecture: any\n", "line 2 of its"),
 }  # fmt: skip
 OURS_ALONE = {
-    "no field": ("Source: xx\nwords\n\nPackage: yy\nArchitecture: any\n", "line 2 of .* is no field: words"),
+    "no field": ("Source: xx\nwords\n\nPackage: yy\nArch: any\n", "line 2 of .* is no field: words"),
     "two packages": ("Source: xx\n" + "\nPackage: yy\nArchitecture: any\n" * 2, "two packages yy"),
     "no binaries": ("Source: xx\n", "no binary package"),
     "path": ("Source: ../x\n\nPackage: yy\nArchitecture: any\n", "its Source has '../x'"),
@@ -237,6 +237,11 @@ def test_sizes_are_bounded() -> None:
     control_of_source((begin + "a" * 4_000_000).encode(), "me")
     with pytest.raises(Unfit, match="larger than 4M"):
         control_of_source((begin + "a" * 5_000_000).encode(), "me")
+    with pytest.raises(Unfit, match="its Build-Depends has more than 10000 packages"):
+        control_of_source(f"Source: xx\nBuild-Depends: {'a,' * 10_001}\n".encode(), "me")
+    many = "".join(f"\nPackage: y{n}\nArchitecture: all\n" for n in range(5001))
+    with pytest.raises(Unfit, match="more than 5000 packages"):
+        control_of_source(f"Source: xx\n{many}".encode(), "me")
 
 
 @pytest.mark.parametrize(
