@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -237,9 +236,12 @@ def test_sizes_are_bounded() -> None:
     control_of_source((begin + "a" * 4_000_000).encode(), "me")
     with pytest.raises(Unfit, match="larger than 4M"):
         control_of_source((begin + "a" * 5_000_000).encode(), "me")
-    with pytest.raises(Unfit, match="its Build-Depends has more than 10000 packages"):
-        control_of_source(f"Source: xx\nBuild-Depends: {'a,' * 10_001}\n".encode(), "me")
     many = "".join(f"\nPackage: y{n}\nArchitecture: all\n" for n in range(5001))
+    with pytest.raises(Unfit, match="its Build-Depends has more than 10000 packages"):
+        control_of_source(
+            f"Source: xx\nBuild-Depends: {'a,' * 10_001}\n\nPackage: yy\nArchitecture: all\n".encode(),
+            "me",
+        )
     with pytest.raises(Unfit, match="more than 5000 packages"):
         control_of_source(f"Source: xx\n{many}".encode(), "me")
 
@@ -248,15 +250,13 @@ def test_sizes_are_bounded() -> None:
     "part", ["x ", "(", "x (= 1", "x [", "x <", "<!a> ", " ", "x:a", "[a", "x,", "x|", "${"]
 )
 def test_no_text_takes_long(part: str) -> None:
-    """Some are megabytes of almost a relation."""
-    began = time.process_time()
+    """What is almost a relation; where parts of it were tried again and again, this would never end."""
     for text in (part * 200_000, "x (>= 1) " + part * 200_000, "x <a " + part * 200_000):
         for binary in (False, True):
             try:
                 clauses_of(text, "Depends", binary=binary)
             except Damaged as error:
                 assert len(str(error)) < 200
-    assert time.process_time() - began < 60  # what is tried again and again takes hours
 
 
 NAMES = ("foo", "libbar-dev", "g++", "x11")
@@ -299,7 +299,7 @@ GROUPS = st.lists(relations(), min_size=1, max_size=3).map(" | ".join)
 FIELDS = st.lists(GROUPS, max_size=4).map(" , ".join)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(FIELDS, st.sampled_from(TARGETS))
 def test_conditions_are_judged_as_dpkg_does(dpkg: DpkgPerl, text: str, target: BuildTarget) -> None:
     left = applying(clauses_of(text, "Build-Depends"), target)
