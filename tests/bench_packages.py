@@ -59,8 +59,9 @@ def control(number: int) -> bytes:
     wanted = [f"lib{n:04}-dev (>= 1.0~rc1) [linux-any !armhf]" for n in before]
     wanted += [f"lib{number // 3:04}-api (>= 1.0)"] if number else []
     run = [f"lib{n:04}-dev" for n in before[-3:]]
-    fields = {name: "".join(f",\n {one}" for one in names) for name, names in (("wanted", wanted), ("run", run))}
-    return _CONTROL.format(n=number, **fields).encode()
+    lists = {"wanted": wanted, "run": run}
+    more = {name: "".join(f",\n {one}" for one in names) for name, names in lists.items()}
+    return _CONTROL.format(n=number, **more).encode()
 
 
 def ordered(texts: Iterator[bytes]) -> Graph:

@@ -4,7 +4,7 @@ Policy 11.1."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from host.check import install
@@ -16,7 +16,7 @@ _Tuple = tuple[str, ...]
 """ABI, C library, kernel, CPU."""
 
 
-@cache
+@lru_cache(maxsize=4096)
 def matches(architecture: str, alias: str) -> bool:
     """Whether an architecture is what ``alias`` names: the same, or a wildcard such as linux-any."""
     if alias in ("any", architecture):
@@ -28,8 +28,8 @@ def matches(architecture: str, alias: str) -> bool:
 
 
 def concerned(architecture: str, names: Iterable[str]) -> bool:
-    """Whether a list in brackets, such as ``linux-any`` or ``!armhf !i386``, has an architecture. As with
-    dpkg the first name that it matches decides; where none does, a list that excludes has it."""
+    """Whether a list in brackets, such as ``linux-any`` or ``!armhf !i386``, has an architecture. As
+    with dpkg the first name that it matches decides; where none does, a list that excludes has it."""
     found = False
     for name in map(str.lower, names):
         excluded = name.startswith("!")

@@ -25,8 +25,8 @@ class Everything:
 
 @dataclass(frozen=True, slots=True)
 class KnownPackages:
-    """``versions``: of packages, by name; "": there, in a version that isn't known. ``provided``: versions
-    of the virtual packages, by name; None: without one."""
+    """``versions``: of packages, by name; "": there, in a version that isn't known. ``provided``: of
+    virtual packages, by name; None: without one."""
 
     versions: Mapping[str, tuple[str, ...]]
     provided: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def components(edges: Sequence[Iterable[int]]) -> list[list[int]]:
-    """The strongly connected components of a graph, by Tarjan: one after all that it leads to. ``edges``:
-    of each vertex, where they lead. Each edge is looked at once, and nothing recurs."""
+    """The strongly connected components of a graph, each after all that it leads to (Tarjan, 1972).
+    ``edges``: of each vertex, where they lead. Each edge is looked at once, and nothing recurs."""
     index: list[int] = [-1] * len(edges)
     low = [0] * len(edges)
     on_stack = [False] * len(edges)

@@ -27,6 +27,7 @@ from repositories.packed import Damaged
 
 _MOST = 4 * 2**20
 """Bytes; the kernel's, with hundreds of packages, has a tenth of it."""
+_MOST_PACKAGES = 5000
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]{1,199}")
 _ARCHITECTURES = re.compile(r"[a-z0-9][a-z0-9-]*(?:\s+[a-z0-9][a-z0-9-]*)*")
 _KINDS = ("", "-Arch", "-Indep")
@@ -117,6 +118,8 @@ def _stanzas(text: str) -> list[Mapping[str, str]]:
         if line.strip():
             lines.append((number, line))
         elif lines:
+            if len(found) > _MOST_PACKAGES:
+                raise Damaged(f"its control file has more than {_MOST_PACKAGES} packages")
             found.append({name.lower(): value for name, value in fields_of(lines)})
             lines = []
     return found
@@ -141,9 +144,7 @@ def _binary(fields: Mapping[str, str]) -> BinaryControl:
 
 def _build(fields: Mapping[str, str], what: str) -> Mapping[str, tuple[Clause, ...]]:
     names = (f"Build-{what}{kind}" for kind in _KINDS)
-    return {
-        name: clauses_of(fields[name.lower()], name) for name in names if fields.get(name.lower())
-    }
+    return {name: clauses_of(fields[name.lower()], name) for name in names if fields.get(name.lower())}
 
 
 def _required(fields: Mapping[str, str], name: str, pattern: re.Pattern[str]) -> str:

@@ -1,11 +1,13 @@
 """A graph to look at: as text, and as one SVG that needs nothing else. Columns are layers, from what is
-built first on the left; a dashed line is a need at run time, a thick one is in a loop."""
+built first on the left; a dashed line is a need at run time, a thick one is in a loop. Lines from one
+build go together as long as they can, and none goes behind a box."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from builds.packages.graph import Graph, PackageNeed
@@ -14,7 +16,7 @@ from host.html import page_template
 from host.printable import one_line
 
 _CHARACTER, _HEIGHT = 7.9, 26  # pixels, of the monospaced 13 px
-_ACROSS, _DOWN, _MARGIN = 90, 12, 24
+_ACROSS, _DOWN, _PASSING, _MARGIN = 90, 12, 12, 24
 _SWEEPS = 4
 
 
@@ -77,60 +79,90 @@ def as_svg(graph: Graph, title: str, states: Mapping[str, PackageState] | None =
     return page_template("graph.svg.j2").render(title=title, drawn=drawn)
 
 
+_Place = tuple[str, int]
+"""A build in its column, or in a later one the line from it that passes there."""
+
+
 def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, PackageState]) -> _Drawn:
     columns = _columns(graph, needs)
-    tallest = max(map(len, columns), default=0)
+    heights = [
+        sum(_HEIGHT + _DOWN if graph.layer(name) == at else _PASSING for name, at in column)
+        for column in columns
+    ]
+    tallest = max(heights, default=0)
     boxes: dict[str, _DrawnBuild] = {}
-    heads = []
+    heads: list[_DrawnHead] = []
+    passing: dict[_Place, tuple[int, int, int]] = {}
     x, top = _MARGIN, _MARGIN + 24
-    for number, column in enumerate(columns, 1):
-        width = round(max(map(len, column)) * _CHARACTER) + 26
-        heads.append(_DrawnHead(f"layer {number}: {len(column)}", x, _MARGIN + 8))
-        y = top + (tallest - len(column)) * (_HEIGHT + _DOWN) // 2
-        for name in column:
-            boxes[name] = _DrawnBuild(name, states.get(name, "waiting"), x, y, width, _HEIGHT)
-            y += _HEIGHT + _DOWN
+    for number, (column, height) in enumerate(zip(columns, heights, strict=True)):
+        names = [name for name, _ in column if graph.layer(name) == number]
+        width = round(max(map(len, names)) * _CHARACTER) + 26
+        heads.append(_DrawnHead(f"layer {number + 1}: {len(names)}", x, _MARGIN + 8))
+        y = top + (tallest - height) // 2
+        for name, _ in column:
+            if graph.layer(name) == number:
+                boxes[name] = _DrawnBuild(name, states.get(name, "waiting"), x, y, width, _HEIGHT)
+                y += _HEIGHT + _DOWN
+            else:
+                passing[name, number] = (x, y, x + width)
+                y += _PASSING
         x += width + _ACROSS
     return _Drawn(
         max(x - _ACROSS + _MARGIN, 10 * _MARGIN),
-        top + max(tallest, 1) * (_HEIGHT + _DOWN) - _DOWN + _MARGIN,
+        top + tallest + _MARGIN,
         tuple(heads),
         tuple(boxes.values()),
-        tuple(_lines(graph, needs, boxes)),
+        tuple(_lines(graph, needs, boxes, passing)),
     )
 
 
-def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[str]]:
-    """Each build near the middle of what it has lines to, so that fewer of them cross."""
-    columns = [list(layer) for layer in graph.layers]
-    beside: dict[str, list[str]] = defaultdict(list)
+def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[_Place]]:
+    """Each build, and each line that passes, near the middle of what it leads to, so that fewer lines
+    cross."""
+    columns = [[(name, at) for name in layer] for at, layer in enumerate(graph.layers)]
+    beside: dict[_Place, dict[_Place, None]] = defaultdict(dict)
+    passing: dict[_Place, None] = {}
     for need in needs:
-        beside[need.build].append(need.needs)
-        beside[need.needs].append(need.build)
-    place = {
-        name: (at + 0.5) / len(column) for column in columns for at, name in enumerate(column)
-    }
+        ends = range(graph.layer(need.needs) + 1, graph.layer(need.build))
+        way = [(need.needs, at) for at in (graph.layer(need.needs), *ends)]
+        for one, other in pairwise((*way, (need.build, graph.layer(need.build)))):
+            beside[one][other] = beside[other][one] = None
+        passing |= dict.fromkeys(way[1:])
+    for place in passing:
+        columns[place[1]].append(place)
+    where = {place: (at + 0.5) / len(column) for column in columns for at, place in enumerate(column)}
     for sweep in range(_SWEEPS):
         for column in columns if sweep % 2 == 0 else columns[::-1]:
             middle = {
-                name: fmean(place[one] for one in beside[name]) if beside[name] else place[name]
-                for name in column
+                place: fmean(where[one] for one in beside[place]) if beside[place] else where[place]
+                for place in column
             }
-            column.sort(key=lambda name: (middle[name], name))  # noqa: B023 - used here and now
-            place |= {name: (at + 0.5) / len(column) for at, name in enumerate(column)}
+            column.sort(key=lambda place: (middle[place], place))
+            where |= {place: (at + 0.5) / len(column) for at, place in enumerate(column)}
     return columns
 
 
 def _lines(
-    graph: Graph, needs: Iterable[PackageNeed], boxes: Mapping[str, _DrawnBuild]
+    graph: Graph,
+    needs: Iterable[PackageNeed],
+    boxes: Mapping[str, _DrawnBuild],
+    passing: Mapping[_Place, tuple[int, int, int]],
 ) -> Iterator[_DrawnNeed]:
     for need in needs:
         one, other = boxes[need.needs], boxes[need.build]
+        x, y = one.x + one.width, one.y + _HEIGHT // 2
+        path = f"M{x} {y}"
+        for at in range(graph.layer(need.needs) + 1, graph.layer(need.build)):
+            left, height, right = passing[need.needs, at]
+            path += f"{_bend(x, y, left, height)}H{right}"
+            x, y = right, height
+        path += _bend(x, y, other.x, other.y + _HEIGHT // 2)
         looped = graph.loops_with(need.build, need.needs)
-        start = (one.x + one.width, one.y + _HEIGHT // 2)
-        end = (other.x, other.y + _HEIGHT // 2)
-        bend = max((end[0] - start[0]) // 2, _ACROSS // 2)
-        path = f"M{start[0]} {start[1]}C{start[0] + bend} {start[1]} {end[0] - bend} {end[1]} {end[0]} {end[1]}"
         kind = "loop" if looped else "" if need.direct else "run"
         text = f"{need.build} needs {need.needs}: {'; '.join(map(str, need.steps))}"
         yield _DrawnNeed(kind, path, text)
+
+
+def _bend(x: int, y: int, x2: int, y2: int) -> str:
+    reach = max((x2 - x) // 2, _ACROSS // 2)
+    return f"C{x + reach} {y} {x2 - reach} {y2} {x2} {y2}"

@@ -3,14 +3,14 @@
 A build comes after all that makes what is installed for it: its build dependencies, and what these
 depend on at run time in their turn. Rules:
 
-- Of alternatives the first one that can be had counts, as apt and sbuild choose. A name that the set makes
-  is the set's, whatever the archive has, if its version fits; else it is the archive's.
+- Of alternatives the first one that can be had counts, as apt and sbuild choose. A name that the set
+  makes is the set's, whatever the archive has, if its version fits; else it is the archive's.
 - A real package comes before virtual ones. Of several that provide a name all are waited for: which one
   apt takes must not hang on which was ready first.
 - What a package needs of itself, an earlier version, is the archive's; if that has none, it is a loop.
 - Packages that need each other at run time alone are no loop: they are installed together.
-- ``bootstrap``: profiles by packages that are built first with them, then again without. It is done where
-  a loop needs it, as a build of its own, "foo (stage1)"; those in the loop get what it makes, all
+- ``bootstrap``: profiles by packages that are built first with them, then again without. It is done
+  where a loop needs it, as a build of its own, "foo (stage1)"; those in the loop get what it makes, all
   others what the last build does.
 
 Not looked at: what the archive's own packages need of the set's, and build-essential."""
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from builds.packages.archive import Everything, Outside
@@ -35,7 +36,7 @@ from builds.packages.problems import (
 )
 from builds.packages.relations import BuildTarget, Clause, Relation, applying, shown
 from builds.packages.schedule import Schedule
-from inventory.errors import NotFound, WrongState, did_you_mean
+from inventory.errors import NotFound, WrongState, did_you_mean, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,8 @@ class _Made(NamedTuple):
 
 
 class _Installed(NamedTuple):
-    """A vertex: a binary package that some build has installed. ``loop``: within which bootstrapped loop;
-    None: outside of them."""
+    """A vertex: a binary package that some build has installed. ``loop``: within which bootstrapped
+    loop; None: outside of them."""
 
     made: _Made
     loop: int | None
@@ -155,7 +156,7 @@ class Graph:
 
     def needs(self, name: str) -> tuple[PackageNeed, ...]:
         """Of a build, each with the shortest way to it. What an installed package needs at run time is
-        left out if the package's own build needed it installed, too: that comes earlier still. NotFound."""
+        left out if the package's own build had it installed, too: that comes earlier still. NotFound."""
         start = self._known(name)
         return tuple(
             PackageNeed(name, self._name(end), self._steps(path))
@@ -181,9 +182,12 @@ class Graph:
         """``wanted``: the builds that are to be done, others are as good as done; None: all of them.
         WrongState: there are problems. NotFound: there is no such build."""
         if self.problems:
+            lines = list(map(str, self.problems))
+            remedies = dict.fromkeys(problem.REMEDY for problem in self.problems)
             raise WrongState(
-                f"the packages can't be built: {'; '.join(map(str, self.problems))}",
-                remedy="put each of these right",
+                f"the packages can't be built: {some(lines, by='; ')}",
+                remedy="; ".join(remedies),
+                detail="\n".join(lines) if len(lines) > 1 else "",
             )
         chosen = None if wanted is None else {self._known(name) for name in wanted}
         names = {self._group[number]: name for name, number in self._number.items()}
@@ -191,8 +195,8 @@ class Graph:
         for number, edges in enumerate(self._edges):
             group = self._group[number]
             needs[group].update(self._group[end] for end in edges if self._group[end] != group)
-        done = () if chosen is None else {self._group[n] for n in self._number.values() if n not in chosen}
-        return Schedule(names, needs, frozenset(done))
+        done = frozenset[int]() if chosen is None else {*self._number.values()} - chosen
+        return Schedule(names, needs, frozenset(self._group[number] for number in done))
 
     def _known(self, name: str) -> int:
         if name not in self._number:
@@ -229,7 +233,9 @@ class Graph:
         while wanted:
             number = wanted.popleft()
             vertex = self._vertices[number]
-            earlier = self._edges[self._number[vertex.build.name]] if isinstance(vertex, _Installed) else ()
+            earlier: Mapping[int, _Why] = {}
+            if isinstance(vertex, _Installed):
+                earlier = self._edges[self._number[vertex.build.name]]
             for end in self._edges[number]:
                 if end in came or end in earlier:
                     continue
@@ -241,7 +247,7 @@ class Graph:
 
     def _steps(self, path: Sequence[int]) -> tuple[Dependence, ...]:
         found = []
-        for one, other in zip(path, path[1:], strict=False):
+        for one, other in pairwise(path):
             why, vertex = self._edges[one][other], self._vertices[other]
             if why and isinstance(vertex, _Installed):
                 field_, relation = why
@@ -254,21 +260,35 @@ class Graph:
         """Of each knot of builds the shortest one."""
         found = []
         for group in self._groups:
-            inside = set(group)
             builds = sorted(
                 (n for n in group if isinstance(self._vertices[n], PackageBuild)), key=self._name
             )
             if not builds or len(group) == 1:
                 continue
-            best: list[int] = []
-            for start in builds:
-                way = self._back(start, inside, len(best))
-                best = way or best
-            steps = self._steps(best)
-            names = tuple(self._name(n) for n in best[:-1] if n in set(builds))
-            others = tuple(self._name(n) for n in builds if self._name(n) not in names)
-            found.append(PackageLoop(names, steps, others))
+            inside, best = set(group), list[int]()
+            for start in self._forks(builds, inside) or builds[:1]:
+                best = self._back(start, inside, len(best)) or best
+            first = best.index(next(n for n in builds if n in best))
+            way = [*best[first:-1], *best[: first + 1]]
+            on_it = [n for n in way[:-1] if isinstance(self._vertices[n], PackageBuild)]
+            others = sorted({*builds} - {*on_it}, key=self._name)
+            names = tuple(map(self._name, on_it))
+            found.append(PackageLoop(names, self._steps(way), tuple(map(self._name, others))))
         yield from sorted(found, key=lambda loop: loop.builds)
+
+    def _forks(self, builds: Iterable[int], inside: set[int]) -> list[int]:
+        """Those of a knot's builds that have a choice before the next one is come to. A loop that goes
+        by others alone goes by one of these, too, or it is the whole knot."""
+        found = []
+        for start in builds:
+            number = start
+            while len(ends := [end for end in self._edges[number] if end in inside]) == 1:
+                number = ends[0]
+                if isinstance(self._vertices[number], PackageBuild):
+                    break
+            else:
+                found.append(start)
+        return found
 
     def _back(self, start: int, inside: set[int], most: int) -> list[int]:
         """The shortest way from a vertex to itself, if it is of less than ``most`` vertices (0: any)."""
@@ -372,7 +392,7 @@ class _GraphMaker:
                 self._twice[binary.name] += [self._real[binary.name].build.name, build.name]
                 continue
             self._real[binary.name] = made
-            for (relation, *_) in applying(binary.provides, build.target):
+            for relation, *_ in applying(binary.provides, build.target):
                 self._provided[relation.name].append((made, _provided_version(relation, made)))
 
     def graph(self, twice: Sequence[GraphProblem]) -> Graph:
@@ -398,10 +418,10 @@ class _GraphMaker:
         return Graph(last.vertices, last.edges, problems)
 
     def resolved(
-        self, clause: Clause, build: PackageBuild, loop: int | None, loops: Mapping[str, int]
+        self, clause: Clause, build: PackageBuild | None, loop: int | None, loops: Mapping[str, int]
     ) -> tuple[Relation, list[_Made]] | None:
         """The alternative that counts, and who of the set makes it: nobody where it is from outside.
-        None: it can't be had. ``build``: who wants it; it doesn't wait for itself if it needn't."""
+        None: it can't be had. ``build``: which wants it, and doesn't wait for itself if it needn't."""
         for relation in clause:
             makers = [self._within(made, loop, loops) for made in self._makers(relation)]
             others = [made for made in makers if made.build is not build]
@@ -511,9 +531,9 @@ def _provided_version(relation: Relation, made: _Made) -> str | None:
 def _is(made: _Made, relation: Relation) -> bool:
     if made.binary.name == relation.name:
         return made.answers(relation)
-    provided = applying(made.binary.provides, made.build.target)
     return any(
-        one.name == relation.name and relation.admits(_provided_version(one, made)) for one, *_ in provided
+        one.name == relation.name and relation.admits(_provided_version(one, made))
+        for one, *_ in applying(made.binary.provides, made.build.target)
     )
 
 

@@ -21,7 +21,7 @@ _SUBSTVAR = r"\$\{[-:0-9A-Za-z]+\}"
 _ONE = re.compile(
     rf"""(?P<name>[A-Za-z0-9][A-Za-z0-9+.-]*)(?::(?P<qualifier>[A-Za-z0-9][A-Za-z0-9-]*))?\s*
     (?:\(\s*(?P<operator><<|<=|<|=|>>|>=|>)\s*
-        (?P<version>(?:[0-9]{{1,9}}:)?(?:[0-9A-Za-z.+~-]|{_SUBSTVAR})+)\s*\)\s*)?
+        (?P<version>(?:[0-9]{{1,9}}:)?(?:[0-9A-Za-z.+~-]|{_SUBSTVAR}){{1,200}})\s*\)\s*)?
     (?:\[(?P<architectures>[^\[\]<>()]+)\]\s*)?
     (?P<formula>(?:<[^<>]+>\s*)*)""",
     re.ASCII | re.VERBOSE,
@@ -31,6 +31,8 @@ _ARCHITECTURE = re.compile(r"!?[A-Za-z0-9][A-Za-z0-9-]*", re.ASCII)
 _PROFILE = re.compile(r"!?[A-Za-z0-9][A-Za-z0-9+._-]*", re.ASCII)
 _TERMS = re.compile(r"<([^<>]+)>")
 _FORMULA = re.compile(r"\s*(?:<[^<>]+>\s*)+")
+_MOST = 10_000
+"""Packages in one field; what wants thousands is no source package."""
 _OLD = {"<": "<=", ">": ">="}
 """Operators of long ago, with what dpkg takes them for."""
 
@@ -133,6 +135,8 @@ def formula_of(text: str, name: str) -> Formula:
 def clauses_of(text: str, name: str, *, binary: bool = False) -> tuple[Clause, ...]:
     """A field's value. ``name``: the field's. ``binary``: it is a binary package's, and what only the
     build fills in (``${shlibs:Depends}``) is left out. Damaged: dpkg would not take it."""
+    if text.count(",") + text.count("|") > _MOST:
+        raise Damaged(f"its {name} has more than {_MOST} packages")
     found = []
     for part in text.split(","):
         if not part.strip():

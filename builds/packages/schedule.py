@@ -10,7 +10,7 @@ PackageState: TypeAlias = Literal["waiting", "running", "passed", "failed", "ski
 
 
 class Schedule:
-    """The way through a graph, for any number of builders; from ``Graph.schedule``. One thread at a time.
+    """The way through a graph, for any number of builders; from ``Graph.schedule``. For one thread.
 
     ``names``: of the vertices that are builds; the others are there as soon as all they need is.
     ``needs``: of each vertex, without circles. ``done``: those that needn't be built."""
@@ -37,8 +37,8 @@ class Schedule:
         order = [*TopologicalSorter(needs).static_order()]
         self._after: dict[int, int] = {}
         for number in reversed(order):
-            own = number in names and number not in done
-            self._after[number] = own + max((self._after[user] for user in self._users[number]), default=0)
+            later = max((self._after[user] for user in self._users[number]), default=0)
+            self._after[number] = later + (number in names and number not in done)
         self._sorter.prepare()
         self._settle()
 
