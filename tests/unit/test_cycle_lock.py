@@ -7,24 +7,24 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cycle_farm import Lab, environment, lab, plan_cycle, reset, run, run_cycle
 from dav_servers import PASSWORD, USER, DavServer, credentials, dav_server
+from repo_tree import make_deb
 from sshd_machine import wait_for
 
 from builds.dav import Dav
 from builds.dav_login import Credentials
 from builds.record import find_record
-from builds.step_run import StepRun
-from builds.steps.run import RunStep
 from builds.unlock import Unlock
 from builds.webdav_lock import break_lock, look
 from inventory.errors import BuildFailed, Busy, InventoryError, NotFound, WrongState, spelled
 from inventory.loader import load
-from provision import farm
+from provision import farm, package_repositories
 from provision.engine.runner import perform
 from provision.site import Site
 
@@ -193,38 +193,45 @@ def test_killed_and_taken_over_by_another(lab: Lab, place: str) -> None:
     second.communicate()
 
 
-def test_lost_while_it_builds(lab: Lab, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build goes on to its end and publishes nothing; it is told at once, and recorded."""
-    plain = RunStep.carry_out
+def test_lost_while_it_builds(lab: Lab, place: str) -> None:
+    """It is told at once; the build goes on to its end and publishes nothing."""
+    package = lab.root / "hello_1.0_all.deb"
+    package.write_bytes(make_deb("hello"))
+    build = f"{SLOW}; cp {package} ."
+    steps = [
+        run("build", build, artifacts="*.deb"),
+        {"name": "publish", "publish": "debs", "channel": "tested"},
+        run("after", "touch after"),
+    ]
+    file = sharing(lab, place, steps, timeout="3s")
+    text = json.loads(file.read_text())
+    text["repositories"] = {"debs": {"format": "deb", "channels": ["tested"]}}
+    file.write_text(json.dumps(text))
 
-    async def carry_out(step: RunStep, work: StepRun) -> None:
-        if step.name == "break":
-            break_lock(there(place), look(there(place)))
-        if step.name == "publish":
-            await work.before_publishing()
-            (lab.root / "published").touch()
-        await plain(step, work)
+    def lose() -> None:
+        wait_for((lab.dev2.home / "begun").exists)
+        break_lock(there(place), look(there(place)))
+        wait_for(lambda: any("lock lost" in line for line in lab.told.warned))
+        (lab.dev2.home / "go-on").touch()
 
-    monkeypatch.setattr(RunStep, "carry_out", carry_out)
-    steps = [run("publish", "true")]
-    with opened(lab, place, steps) as site:
-        run_cycle(site)
-    assert (lab.root / "published").exists()
-    (lab.root / "published").unlink()
+    other = threading.Thread(target=lose)
+    other.start()
+    with Site(load(file), reporter=lab.told) as site:
+        repository = package_repositories.opened(site.farm, "debs")
+        with pytest.raises(BuildFailed, match="is lost") as failed:
+            run_cycle(site, keep_going=True)
+        other.join()
+        record = find_record(site.paths)
+        assert [step.status for step in record.steps] == ["passed", "failed", "passed"]
+        assert record.steps[1].failure == "infrastructure"
+        assert "whoever holds it now" in spelled(failed.value.remedy)
+        assert "lock lost" in " ".join(record.notes)
+        assert "lock lost" in record.page.read_text()
+        assert repository.head("tested") is None
+        assert site.journal.unfinished() == ()
 
-    steps = [run("break", "true"), run("build", "sleep 2; touch built"), run("publish", "true")]
-    with opened(lab, place, steps, timeout="3s") as site, pytest.raises(BuildFailed) as failed:
-        run_cycle(site)
-    record = find_record(site.paths)
-    assert [step.status for step in record.steps] == ["passed", "passed", "failed"]
-    assert "lock lost" in " ".join(record.notes)
-    assert "lock lost" in record.page.read_text()
-    told = next(n for n, line in enumerate(lab.told.warned) if "lock lost" in line)
-    assert "publish" in lab.told.warned[told + 1]  # it was told before that step began
-    assert "is lost" in failed.value.message
-    assert record.steps[2].failure == "infrastructure"
-    assert not (lab.root / "published").exists()
-    assert site.journal.unfinished() == ()
+        run_cycle(site)  # under a lock taken anew
+        assert repository.head("tested") is not None
 
 
 def test_not_given_back_is_told_and_tried_again(lab: Lab) -> None:
