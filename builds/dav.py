@@ -140,7 +140,7 @@ class Dav:
         except (HTTPException, ValueError) as error:  # its words are the other side's
             raise ConnectionLost(f"{self.url} gave no answer as of an HTTP server") from error
         except OSError as error:
-            raise ConnectionLost(f"{self.url}: {error.strerror or error}") from error
+            raise ConnectionLost(f"{self.url} can't be reached: {error.strerror or error}") from error
 
 
 def refused(url: str, what: str, answer: DavAnswer) -> WrongState:

@@ -99,7 +99,7 @@ KINDS = ("apache", "nginx", "wsgidav")
 
 
 class DavServer:
-    """``start`` and ``kill`` as often as wanted: its files stay, and what it keeps of locks on disk.
+    """``start`` and ``stop`` as often as wanted: its files stay, and what it keeps of locks on disk.
     ``login``: none, basic or digest. ``pem``: certificate and key in one file, for TLS (Apache)."""
 
     def __init__(self, kind: str, directory: Path, login: str = "none", pem: Path | None = None) -> None:
@@ -137,15 +137,17 @@ class DavServer:
                 assert running, "".join(log.read_text() for log in logs if log.exists())
                 time.sleep(0.02)
 
+    def add_user(self, user: str, password: str) -> None:
+        """For Digest."""
+        both = hashlib.md5(f"{user}:{_REALM}:{password}".encode()).hexdigest()
+        with (self.directory / "users").open("a") as file:
+            file.write(f"{user}:{_REALM}:{both}\n")
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
             self._process = None
-
-    def kill(self) -> None:
-        """Apache's are a parent and its children: those go when it does."""
-        self.stop()
 
     def _apache(self) -> list[str]:
         d, login = self.directory, ""
@@ -162,8 +164,7 @@ class DavServer:
             (d / "users").write_text(f"{USER}:{hashed}")
         elif self.login == "digest":
             login = _DIGEST.format(d=d)
-            both = hashlib.md5(f"{USER}:{_REALM}:{PASSWORD}".encode()).hexdigest()
-            (d / "users").write_text(f"{USER}:{_REALM}:{both}\n")
+            self.add_user(USER, PASSWORD)
         tls = f"SSLEngine on\nSSLCertificateFile {self._pem}" if self._pem else ""
         text = _APACHE.format(d=d, port=self.port, modules=modules, login=login, tls=tls)
         if login:

@@ -222,7 +222,18 @@ def test_logins(kind: str, login: str, tmp_path: Path) -> None:
         assert not any(PASSWORD in path.read_text() for path in logs)
 
 
-def test_server_dies_and_comes_back(apache: DavServer) -> None:
+def test_apache_ends_a_lock_for_its_own_login_alone() -> None:
+    with dav_server("apache", "digest") as server:
+        server.add_user("satu", "pw")
+        with holding(RemoteLock(dav(server.url, KNOWN), holder(), LONG)) as lock:
+            other = dav(server.url, Credentials("satu", "pw"))
+            with pytest.raises(WrongState) as refused:
+                break_lock(other, look(other))
+            assert "the login that took it" in spelled(refused.value.remedy)
+            lock.check()
+
+
+def test_server_dies_and_comes_back() -> None:
     """Apache keeps its locks; what it doesn't answer meanwhile is no loss."""
     with dav_server("apache") as server:
         lock = lock_of(server.url, timeout=20)
