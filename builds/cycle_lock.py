@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -36,16 +35,12 @@ if TYPE_CHECKING:  # a cycle that shares no lock needs none of it
     from inventory.model import CycleLock
 
 
-_HOUR = 3600  # seconds: what nginx grants, whatever is asked for
-
-
 @dataclass(frozen=True, slots=True)
 class _KeptLock:
-    """What the file has. ``until``: when it ends by itself at the latest, by this machine's clock."""
+    """What the file has."""
 
     url: str
     token: str
-    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,8 @@ class CycleLockFacts(Facts):
 
 
 class _CycleLockActivity(Activity[CycleLockFacts]):
-    """Recovery gives the lock back."""
+    """Recovery gives the lock back. Until its server can be asked, each command tries; where it is gone
+    for good, the farm file should say so."""
 
     name = "cycle-lock"
     facts = CycleLockFacts
@@ -64,19 +60,14 @@ class _CycleLockActivity(Activity[CycleLockFacts]):
     def locks(self, _site: Site, _record: Record, _facts: CycleLockFacts) -> tuple[str, ...]:
         return (CYCLE_LOCK,)
 
-    def recover(self, site: Site, record: Record, facts: CycleLockFacts) -> Recovery[CycleLockFacts]:
+    def recover(self, site: Site, _record: Record, facts: CycleLockFacts) -> Recovery[CycleLockFacts]:
         section, known = section_of(site), _read(_file(site))
         if section is None or (known is not None and known.url != section.webdav):
             text = "the lock is at a place that the farm file no longer names: it ends by itself"
             return Recovery(text, lambda _: remove(_file(site)))
 
         def give_back(_: Entry[CycleLockFacts]) -> None:
-            until = known.until if known else record.started.timestamp() + max(section.timeout, _HOUR)
-            try:
-                _give_back(opened(site, section), facts.mark, known)
-            except FarmhandError:
-                if time.time() < until:  # else it has ended by itself
-                    raise
+            _give_back(opened(site, section), facts.mark, known)
             remove(_file(site))
 
         return Recovery(f"give back {section.webdav}, as far as it is ours still", give_back)
@@ -158,8 +149,8 @@ def _file(site: Site) -> Path:
     return site.paths.root / "cycle-lock.json"
 
 
-def _keep(site: Site, section: CycleLock, token: str, granted: float) -> None:
-    text = json.dumps(asdict(_KeptLock(section.webdav, token, time.time() + granted)))
+def _keep(site: Site, section: CycleLock, token: str) -> None:
+    text = json.dumps(asdict(_KeptLock(section.webdav, token)))
     write_atomic(_file(site), text.encode(), mode=0o600)
 
 

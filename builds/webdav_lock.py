@@ -154,8 +154,8 @@ def break_lock(dav: Dav, seen: SharedLock) -> None:
 
 
 class RemoteLock:
-    """The lock, held by us. ``timeout``: seconds to ask for. ``took``: told the token and the seconds
-    granted, before anything else is done with the lock.
+    """The lock, held by us. ``timeout``: seconds to ask for. ``took``: told the token, before anything
+    else is done with the lock.
 
     Its methods may be called by any thread."""
 
@@ -164,7 +164,7 @@ class RemoteLock:
         dav: Dav,
         holder: LockHolder,
         timeout: float,
-        took: Callable[[str, float], object] = lambda _token, _granted: None,
+        took: Callable[[str], object] = lambda _token: None,
     ) -> None:
         self.url = dav.url
         self._dav = dav
@@ -232,7 +232,7 @@ class RemoteLock:
             self._adopt()
             raise WrongState(f"{self.url}: its server gave a lock without a token")
         self._granted_by(answer, sent)
-        self._took(self._token, self._granted)
+        self._took(self._token)
         if self._granted < _SHORTEST:
             raise Unsupported(f"{self.url}: its server grants locks for {self._granted:g} s only")
 
