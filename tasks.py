@@ -320,6 +320,24 @@ def recover(run: TaskRun) -> TaskResult:
         return views.outcome(run.perform(site, "recover"), nothing="nothing to recover")
 
 
+@command(
+    {
+        "remote": "The lock that the cycle shares with other machines ('lock' in the farm file).",
+        "force": "End it, whoever holds it: if that is dead for sure.",
+    },
+    does=("unlock",),
+)
+def unlock(run: TaskRun, remote: bool = False, force: bool = False) -> TaskResult:
+    """Show who holds the lock shared with others, or break it."""
+    if not remote:
+        raise UsageError(
+            "locks on this machine end with who holds them: there is none to break",
+            remedy="--remote is for the lock that the cycle shares with other machines",
+        )
+    with run.site() as site:
+        return views.outcome(run.perform(site, "unlock", force=force))
+
+
 # ---- Looking, and going in.
 
 

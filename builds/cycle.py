@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builds import page
 from builds.judged import carry_out
@@ -48,6 +49,9 @@ from inventory.sizes import format_duration
 from provision.guest.ssh_connection import in_thread
 from provision.site import Site
 
+if TYPE_CHECKING:
+    from builds.webdav_lock import RemoteLock
+
 _SHA256_DIGITS = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _TAIL_LINES = 60  # of a step's log, in the record
@@ -58,7 +62,8 @@ class Build:
     """One run of the cycle: it carries a plan out. Everything here happens in one event loop.
 
     ``asked``: the call that asks for the same again. ``keep_going``: later steps are tried after a
-    failed one. ``stream``: told which VM, and what it printed, as it prints it."""
+    failed one. ``stream``: told which VM, and what it printed, as it prints it. ``lock``: that others
+    share, held as long as the build runs."""
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class Build:
         asked: Call,
         keep_going: bool = False,
         stream: Callable[[str, bytes], None] | None = None,
+        lock: RemoteLock | None = None,
     ) -> None:
         self._site = site
         self._plan = plan
@@ -76,6 +82,7 @@ class Build:
         self._meter = meter
         self._keep_going = keep_going
         self._stream = stream
+        self._lock = lock
         self._interrupts = 0
         self._trouble: FarmhandError | None = None  # beside any step
         self._under_way: asyncio.Future[None] | None = None
@@ -115,6 +122,8 @@ class Build:
     async def run(self) -> None:
         """Carry the plan out. The outcome is in the record."""
         self._save()
+        if self._lock is not None:
+            await self._watch(self._lock)
         with self._signals():
             sums = asyncio.ensure_future(self._checksum())
             try:
@@ -249,6 +258,7 @@ class Build:
             limits=limits,
             environment=self._environment,
             before_run=self._find_commit,
+            before_publishing=self._check_lock,
             artifacts=self._record.directory / "artifacts",
             log=log,
             made=_flowing(self._steps.values(), "out"),
@@ -339,6 +349,31 @@ class Build:
         self._record = replace(
             self._record, source=replace(source, commit=commit, subject=subject, changed=changed)
         )
+
+    # -- the lock that others share -----------------------------------------------------------
+
+    async def _watch(self, lock: RemoteLock) -> None:
+        """Have it say which build it is for, and tell at once when it is lost."""
+        loop = asyncio.get_running_loop()
+
+        def lost(why: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the build is over
+                loop.call_soon_threadsafe(self._lost, why)
+
+        lock.watch(lost)
+        try:
+            await asyncio.to_thread(lock.tell_build, self.id)
+        except FarmhandError as error:
+            self._note(f"the lock {lock.url} can't say which build it is for: {error.message}")
+
+    def _lost(self, why: str) -> None:
+        self._note(f"lock lost: {why}; the build goes on to its end, and publishes nothing")
+        self._save()
+
+    async def _check_lock(self) -> None:
+        """LeaseLost."""
+        if self._lock is not None:
+            await asyncio.to_thread(self._lock.check)
 
     # -- record -------------------------------------------------------------------------------
 

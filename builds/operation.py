@@ -1,6 +1,7 @@
 """cycle: what is asked of it, its locks, its plan, and what a kill of it leaves to be done.
 
-The lock ``cycle`` and those of the cycle's VMs are held all through.
+The lock ``cycle`` and those of the cycle's VMs are held all through, and, while it runs, the one that it
+shares with others, if there is such a one (``builds.cycle_lock``).
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class RunCycle(Operation[CycleResult]):
     the source, in place of the farm file's. ``like``: a build, by its id: this one is given the very
     generations of package repositories that that one had, and its revision; it publishes nothing.
 
-    Errors before anything is touched: Busy (another cycle, or somebody works on one of the VMs),
-    NotFound, WrongState, Unsupported, UsageError. Afterwards, with the record written: BuildFailed,
-    Interrupted."""
+    Errors before anything is touched: Busy (another cycle, also one of others with whom it shares a
+    lock, or somebody works on one of the VMs), NotFound, WrongState, Unsupported, UsageError.
+    Afterwards, with the record written: BuildFailed, Interrupted."""
 
     name = "cycle"
 
@@ -110,20 +111,23 @@ class RunCycle(Operation[CycleResult]):
         import asyncio
 
         from builds.cycle import Build
+        from builds.cycle_lock import cycle_locked
         from builds.resume import cycle_asked
 
         asked = cycle_asked(
             only=self.only, revision=self.revision, like=plan.like.id if plan.like else "",
             keep_going=self.keep_going,
         )  # fmt: skip
-        build = Build(
-            run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream
-        )  # fmt: skip
-        # Journaled, so that after a kill the next command brings the VMs' memory down again.
-        with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
-            with asyncio.Runner() as runner:
-                runner.run(build.run())
-            entry.verdict, entry.why, entry.told = build.verdict()
+        with cycle_locked(run.site) as lock:
+            build = Build(
+                run.site, plan, meter, asked=asked, keep_going=self.keep_going, stream=self.stream,
+                lock=lock,
+            )  # fmt: skip
+            # Journaled, so that after a kill the next command brings the VMs' memory down again.
+            with run.site.journal.begin(CYCLE, run.vms, CycleFacts(build.id)) as entry:
+                with asyncio.Runner() as runner:
+                    runner.run(build.run())
+                entry.verdict, entry.why, entry.told = build.verdict()
         build.conclude()
         return build.id
 

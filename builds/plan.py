@@ -303,7 +303,7 @@ def plan_build(
     before = look_back(site, every, chosen)
     source = source_for(site, before, revision, steps=every, snapshot=snapshot)
     check_source(site.farm, every, source)
-    jobs = [BuildJob(action) for action in _beforehand(before, source, steps)]
+    jobs = [BuildJob(action) for action in (*_shared(site, cycle), *_beforehand(before, source, steps))]
     raised: set[str] = set()
     for step in every:
         if step.name not in chosen:
@@ -336,6 +336,15 @@ def plan_build(
         give_back=tuple(give_back),
         close=BuildJob(Action("record", "", text), _close),
     )
+
+
+def _shared(site: Site, cycle: Cycle) -> Iterator[Action]:
+    """The lock that is held all through, if others share one. Errors: as of ``builds.cycle_lock``."""
+    if cycle.lock is not None:
+        from builds.cycle_lock import opened
+
+        opened(site, cycle.lock)  # what it needs here is looked at now
+        yield Action("lock", "", f"hold {cycle.lock.webdav}, the lock that others share, to the end")
 
 
 def _beforehand(before: Lineage, source: Resolved | None, steps: Sequence[StepKind]) -> Iterator[Action]:

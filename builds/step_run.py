@@ -129,11 +129,16 @@ def _cut(line: str) -> str:
     return line if len(line) <= _LINE_MAX else f"{line[:_LINE_MAX]}…"
 
 
+async def _nothing() -> None:
+    """Nobody shares a lock."""
+
+
 @dataclass(slots=True, kw_only=True)
 class StepRun:
     """What the step of that name works with. ``made``: what the steps before it fetched. ``failed``: the
     first of them that failed; "": none did. ``files``: what it fetched or carried. ``details``: what the
-    record says of it. ``exit``: its last exit status."""
+    record says of it. ``exit``: its last exit status. ``before_publishing``: to be awaited before what
+    can't be taken back: LeaseLost where the lock that the cycle shares with others is lost."""
 
     name: str
     site: Site
@@ -147,6 +152,7 @@ class StepRun:
     limits: Limits = field(default_factory=Limits)
     made: Sequence[FileRecord] = ()
     failed: str = ""
+    before_publishing: Callable[[], Awaitable[None]] = _nothing
     details: dict[str, str] = field(default_factory=dict)
     files: list[FileRecord] = field(default_factory=list)
     exit: int | None = None

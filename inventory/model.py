@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # for the annotations, which inventory.annotations has evalua
         Size,
         Subnet,
         Subnet6,
+        WebAddress,
     )
     from inventory.hosts import Host
     from inventory.places import Places
@@ -463,6 +464,30 @@ class Services(Model):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CycleLock(Model):
+    """A lock that a cycle shares with those of other machines: a file on a WebDAV server."""
+
+    webdav: WebAddress
+    """The file, such as `https://dav.example/locks/kata`: it is there for nothing else, and made where
+    it isn't. On this very machine http:// will do."""
+    credentials: FilePath | None = None
+    """A file with `USER:PASSWORD`, that nobody else may read; relative to the farm file."""
+    ca: FilePath | None = None
+    """The PEM file of the CA that the server's certificate is checked by; absent: the system's CAs."""
+    timeout: Seconds = 300
+    """How long the lock of one who died lasts, where the server lets us choose: 3s to 1d."""
+
+    def __post_init__(self) -> None:
+        _, _, path = self.webdav.partition("://")[2].partition("/")
+        if not path or path.endswith("/") or "?" in path:
+            raise at_key("webdav", "a file's URL is expected, such as https://dav.example/locks/kata")
+        if self.ca is not None and self.webdav.startswith("http:"):
+            raise at_key("ca", "'ca' is for an https URL", "webdav")
+        if not 3 <= self.timeout <= 86400:
+            raise at_key("timeout", "3s to 1d is expected here")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cycle(Model):
     """The build cycle, as data."""
 
@@ -472,6 +497,8 @@ class Cycle(Model):
     """Build records kept; older successful ones are removed first, failed ones last."""
     limits: Limits = field(default_factory=Limits)
     """How much is taken from a step's VM."""
+    lock: CycleLock | None = None
+    """A lock that others share; see docs/cycle.md."""
 
 
 if TYPE_CHECKING:

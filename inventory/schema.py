@@ -43,6 +43,7 @@ _SECTIONS = (
     ("Source", "source"),
     ("Cycle", "cycle"),
     ("Limits", "cycle.limits"),
+    ("CycleLock", "cycle.lock"),
     *((step_section(name).__name__, f"cycle.steps[]: {name}") for name in kinds.steps),
     ("StepLimits", "cycle.steps[].limits"),
     ("PackageRepository", "repositories.NAME"),

@@ -104,6 +104,7 @@ class PublishStep(StepKind):
             added = perform(work.site, add)
             return added.actions, added.result.generation
 
+        await work.before_publishing()
         actions, generation = await in_thread(publish)
         for action in actions:
             work.log.say(f"{action}")

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hmac
 import os
-import socket
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +23,6 @@ from provision.engine.events import Event, Refused, SubscriberSection, Undeliver
 
 if TYPE_CHECKING:  # a command that tells nobody needs none of them
     import ssl
-    from http.client import HTTPConnection
 
     from inventory.fields import FilePath, Variable, WebAddress
 
@@ -110,19 +105,15 @@ class Webhook:
 
     def _post(self, body: bytes, headers: dict[str, str]) -> int:
         import ssl
-        from http.client import HTTPConnection, HTTPException, HTTPSConnection
+        from http.client import HTTPException
         from urllib.parse import urlsplit
 
+        from host.web import calling
+
         parts = urlsplit(self._section.webhook)
-        host, port = parts.hostname or "", parts.port
-        connection = (
-            HTTPSConnection(host, port, timeout=_LIMIT, context=self._context())
-            if parts.scheme == "https"
-            else HTTPConnection(host, port, timeout=_LIMIT)
-        )
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         try:
-            with contextlib.closing(connection), _limited(connection):
+            with calling(parts, self._context(), _LIMIT) as connection:
                 connection.request("POST", path, body, headers)
                 return connection.getresponse().status
         except TimeoutError:
@@ -137,18 +128,10 @@ class Webhook:
             raise Undelivered(f"{self._where}: {error.strerror or error}") from error
 
     def _context(self) -> ssl.SSLContext | None:
-        import ssl
+        from host.web import trusted
 
-        if not self._section.webhook.startswith("https:"):
-            return None
         ca = self._section.ca and self._beside / self._section.ca.expanduser()
-        try:
-            return ssl.create_default_context(cafile=ca)
-        except ssl.SSLError as error:
-            raise UsageError(f"{ca} is not the PEM file of a CA: {error.reason}") from error
-        except OSError as error:
-            assert ca
-            raise file_error(error, ca, "read the CA") from error
+        return trusted(self._section.webhook, ca)
 
     def _key(self) -> bytes:
         """UsageError, WrongState: there is none, or others can read it."""
@@ -198,29 +181,3 @@ def _private(path: Path) -> str:
         raise UsageError(f"the secret {path} is not text") from None
     except OSError as error:
         raise file_error(error, path, "read the secret") from error
-
-
-@contextlib.contextmanager
-def _limited(connection: HTTPConnection) -> Iterator[None]:
-    """A try ends after ``_LIMIT`` seconds also where each byte comes within the socket's own."""
-    from http.client import HTTPException
-
-    over = threading.Event()
-
-    def end() -> None:
-        over.set()
-        if connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(_LIMIT, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (OSError, HTTPException) as error:
-        if over.is_set():
-            raise TimeoutError from error
-        raise
-    finally:
-        timer.cancel()

@@ -16,7 +16,7 @@ from tests.unit.cli_farm import ROOT, CommandLine, command_line
 TASKS = [
     "doctor", "demo", "template-build", "template-import", "template-list", "template-remove",
     "adopt", "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
-    "destroy", "gc", "recover", "status", "console", "ssh",
+    "destroy", "gc", "recover", "unlock", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
     "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list", "repo-log",
     "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve", "repo-show",
