@@ -33,7 +33,7 @@ from provision.power import answers, console_tail, until_ready
 from provision.site import Site
 
 if TYPE_CHECKING:
-    from repositories.serve import Server
+    from repositories.serving.server import Server
 
 CLOCK_TOLERANCE = 2.0
 """Seconds a guest's clock may be off before it is set: make(1) and TLS mind, people don't."""
@@ -285,7 +285,7 @@ class Machines:
     async def offer(self, vm: str, directory: Path) -> str:
         """Serve a repository's directory to the VM through its connection, until the build's end.
         Returns its URL there. Unsupported: its sshd forwards no ports."""
-        from repositories.serve import Server
+        from repositories.serving.server import Server
 
         connection = await self.connection(vm)
         if directory not in self._servers:

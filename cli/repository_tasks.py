@@ -323,7 +323,7 @@ def repo_serve(
     access_log: bool = False, repo: str = "",
 ) -> TaskResult:  # fmt: skip
     """Serve a repository over HTTP, until Ctrl-C."""
-    from repositories.serve import serve
+    from repositories.serving.server import serve
 
     number = options.count("--port", port)
     run.resume = "it is served no more"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from provision.repository_queue import QueueEvent
     from repositories.check import Report
     from repositories.difference import Difference
-    from repositories.flow import Flow
+    from repositories.flows.flow import Flow
     from repositories.generation import Generation
     from repositories.package import Package
     from repositories.repository import Repository

@@ -329,8 +329,9 @@ def _repositories(farm: Farm) -> Iterator[Check]:
     """The commands that package repositories need."""
     if not farm.repositories:
         return
-    from repositories import proof, signing
     from repositories.formats import package_format
+    from repositories.signing import gpg as signing
+    from repositories.signing import proof
 
     wanted: dict[str, str] = {}
     for repository in farm.repositories.values():

@@ -74,7 +74,7 @@ def signing(site: Site, name: str) -> Iterator[Signer | None]:
     if not keys:
         yield None
         return
-    from repositories.signing import SigningKey, open_signer
+    from repositories.signing.gpg import SigningKey, open_signer
 
     def placed(path: Path | None) -> Path | None:
         return site.farm.path.parent / path.expanduser() if path else None

@@ -27,9 +27,9 @@ from repositories.needless import (
     without_document,
 )
 from repositories.package import Package
-from repositories.proof import ProvenText, prove_clear, prove_detached
 from repositories.render import sum_of
 from repositories.repository import Repository
+from repositories.signing.proof import ProvenText, prove_clear, prove_detached
 from repositories.staging import dead
 
 _THREADS = 2

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from repositories.format import PackageFormat
 
-FORMATS = {"deb": "repositories.deb:DebFormat", "rpm": "repositories.rpm:RpmFormat"}
+FORMATS = {"deb": "repositories.deb.format:DebFormat", "rpm": "repositories.rpm.format:RpmFormat"}
 """By name, its class."""
 
 

@@ -31,9 +31,9 @@ from host.printable import one_line
 from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState, some
 from inventory.sizes import format_duration
-from repositories.armour import unsigned
-from repositories.deb_changes import MOST, DebChanges, changes_of, check_source, is_name
-from repositories.proof import prove_clear
+from repositories.deb.changes import MOST, DebChanges, changes_of, check_source, is_name
+from repositories.signing.armour import unsigned
+from repositories.signing.proof import prove_clear
 
 _BLOCK = 2**20
 _CHANGES = ".changes"

@@ -15,7 +15,7 @@ from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import matching, own_directory, sweep, sync, write_atomic
 from inventory.errors import Call, NotFound, WrongState, some
 from repositories.chunks import Chunks
-from repositories.flow import Flows
+from repositories.flows.flow import Flows
 from repositories.format import PackageFormat
 from repositories.formats import package_format
 from repositories.generation import (

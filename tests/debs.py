@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from repositories.deb import DebFormat
+from repositories.deb.format import DebFormat
 from repositories.format import Sum
 from repositories.package import Reading
 

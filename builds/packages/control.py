@@ -22,7 +22,7 @@ from builds.packages.relations import (
 from host.printable import one_line
 from inventory.errors import Unfit
 from inventory.sizes import format_size
-from repositories.deb_control import fields_of, text_of
+from repositories.deb.control import fields_of, text_of
 from repositories.packed import Damaged
 
 _MOST = 4 * 2**20

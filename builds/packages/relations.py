@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from builds.packages.architectures import concerned
 from host.printable import one_line
-from repositories.deb_control import compare
+from repositories.deb.control import compare
 from repositories.packed import Damaged
 
 _SUBSTVAR = r"\$\{[-:0-9A-Za-z]+\}"

@@ -1,5 +1,5 @@
 """flow-begin, flow-pass, flow-fail, flow-bisect: experimental flows of a package repository, as
-``repositories.flows`` has them."""
+``repositories.flows.change`` has them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from provision.package_repositories import (
     staging,
 )
 from repositories.change import changing
-from repositories.flow import Flow, check_name, unit
-from repositories.flows import FlowChange, FlowTest, may_begin
+from repositories.flows.change import FlowChange, FlowTest, may_begin
+from repositories.flows.flow import Flow, check_name, unit
 from repositories.package import Package
 from repositories.repository import Repository
 from repositories.staging import Staged

@@ -11,9 +11,9 @@ from provision.engine.operation import Operation
 from provision.engine.plan import Plan, alone, job
 from provision.engine.run import Run
 from provision.package_repositories import opened
-from repositories.objects import lay_out_objects
+from repositories.mirrors.objects import lay_out_objects
+from repositories.mirrors.sync import SyncTarget, sync
 from repositories.repository import Repository
-from repositories.sync import SyncTarget, sync
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import cli.composition  # noqa: F401 - what there is
-import repositories.deb
-import repositories.rpm
-import repositories.signing
+import repositories.deb.format
+import repositories.rpm.format
+import repositories.signing.gpg
 from host.files import of_the_disk
 from inventory.errors import FarmhandError
 from inventory.loader import load
@@ -125,5 +125,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    repositories.rpm._createrepo_c()  # for the forks, too
+    repositories.rpm.format._createrepo_c()  # for the forks, too
     serve()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from repositories.change import changing
-from repositories.deb import DebFormat
+from repositories.deb.format import DebFormat
 from repositories.format import ClientSource, IndexFile, Release
 from repositories.package import Package
 from repositories.repository import Repository, Settings

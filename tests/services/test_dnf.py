@@ -25,7 +25,7 @@ from repositories.change import changing
 from repositories.format import ClientSource
 from repositories.generation import Generation
 from repositories.repository import Repository, Settings
-from repositories.signing import GpgSigner, SigningKey, open_signer
+from repositories.signing.gpg import GpgSigner, SigningKey, open_signer
 from tests.rpms import rpm
 from tests.unit.sshd_machine import free_port
 

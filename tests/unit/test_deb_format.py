@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from inventory.errors import NotFound, Unfit
-from repositories import deb_file, packed
-from repositories.deb import DebFormat
-from repositories.deb_changelog import parsed
-from repositories.deb_control import control_of
+from repositories import packed
+from repositories.deb import file as deb_file
+from repositories.deb.changelog import parsed
+from repositories.deb.control import control_of
+from repositories.deb.format import DebFormat
 from repositories.format import ClientSource, FoundPackage, IndexFile, Release, Sum
 from repositories.package import Package, Reading
 from repositories.packed import Damaged

@@ -16,8 +16,8 @@ from repo_tree import RepoTree, check_repository, make_deb
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
 from repositories.change import changing, recover
 from repositories.collect import Retention, collect, survey
-from repositories.flow import Flow
-from repositories.flows import FlowChange, FlowTest
+from repositories.flows.change import FlowChange, FlowTest
+from repositories.flows.flow import Flow
 from repositories.generation import later_than
 from repositories.leases import leases
 from repositories.repository import Repository

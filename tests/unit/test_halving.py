@@ -8,7 +8,7 @@ from math import ceil, log2
 
 import pytest
 
-from repositories.halving import Halving
+from repositories.flows.halving import Halving
 
 
 def halved(units: tuple[str, ...], fails: Collection[str]) -> tuple[Halving, int, list[int]]:

@@ -20,7 +20,7 @@ import pytest
 
 from host.run import Runner
 from inventory.errors import FarmhandError, Unfit, WrongState
-from repositories.deb_changes import changes_of
+from repositories.deb.changes import changes_of
 from repositories.incoming import Incoming, Rejection, Upload
 
 ROOT = Path(__file__).resolve().parents[2]

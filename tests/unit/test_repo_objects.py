@@ -12,8 +12,8 @@ from repo_tree import RepoTree, check_tree, make_deb
 
 from inventory.errors import NotFound, NotOurs, UsageError
 from repositories.change import changing
-from repositories.objects import LaidOut, lay_out_objects
-from repositories.serve import Server
+from repositories.mirrors.objects import LaidOut, lay_out_objects
+from repositories.serving.server import Server
 from tests.rpms import rpm
 
 

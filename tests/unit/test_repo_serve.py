@@ -24,7 +24,7 @@ from tls import certificate
 from host.program import ROOT
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
 from repositories.package import place
-from repositories.serve import Server, ServerLimits
+from repositories.serving.server import Server, ServerLimits
 
 BIG = make_deb("big", size=5 * 2**20)
 BIG_URL = f"/{place(sha256(BIG), 'big_1.0_all.deb')}"
@@ -393,7 +393,7 @@ def test_ipv6(tree: RepoTree) -> None:
 SERVE = """
 import sys
 from pathlib import Path
-from repositories.serve import serve
+from repositories.serving.server import serve
 def say(text):
     print(text, flush=True)
 serve(Path(sys.argv[1]), address="127.0.0.1", port=int(sys.argv[2]), say=say)

@@ -29,9 +29,9 @@ from inventory.errors import (
     WrongState,
 )
 from repositories.change import changing
+from repositories.mirrors.snapshot import take_snapshot
+from repositories.mirrors.sync import Synced, SyncTarget, sync
 from repositories.pages import write_pages
-from repositories.snapshot import take_snapshot
-from repositories.sync import Synced, SyncTarget, sync
 
 _PHASES = 6
 """Connections of a sync: a look, packages, indexes, entries, lists, pointers."""
@@ -299,7 +299,7 @@ def test_what_is_missing_is_one_line(tree: RepoTree, sshd: Sshd, tmp_path: Path,
     config.write_text(config.read_text().replace("SetEnv ", f"SetEnv PATH={bare} "))
     sshd.start()
     assert "has no rsync" in refused(target_of(sshd)).message
-    monkeypatch.setattr("repositories.sync.which", lambda _name: None)
+    monkeypatch.setattr("repositories.mirrors.sync.which", lambda _name: None)
     assert refused(target).message == "rsync is not installed here"
 
 

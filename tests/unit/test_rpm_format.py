@@ -24,9 +24,9 @@ from host.run import Runner, which
 from inventory.errors import NotFound, Unfit
 from repositories.format import ClientSource, IndexFile, Release, Sum
 from repositories.package import Package, Reading, place
-from repositories.rpm import RpmFormat
-from repositories.rpm_file import issuers, read_rpm
-from repositories.signing import SigningKey, open_signer
+from repositories.rpm.file import issuers, read_rpm
+from repositories.rpm.format import RpmFormat
+from repositories.signing.gpg import SigningKey, open_signer
 from tests.rpms import rpm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +215,7 @@ def test_the_library_says_nothing_and_is_used_late(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from repositories.format import Sum
-from repositories.rpm import RpmFormat
+from repositories.rpm.format import RpmFormat
 assert "createrepo_c" not in sys.modules
 before = dict(os.environ)
 path = Path({str(path)!r})

@@ -19,10 +19,10 @@ import pytest
 from host import processes
 from host.run import Runner
 from inventory.errors import CommandFailed, FarmhandError, TimedOut, Unfit, spelled
-from repositories import signing
-from repositories.armour import PUBLIC_KEY, SIGNATURE, armoured, plain
-from repositories.proof import ProvenText, prove_clear, prove_detached
-from repositories.signing import GpgSigner, SigningKey, open_signer
+from repositories.signing import gpg as signing
+from repositories.signing.armour import PUBLIC_KEY, SIGNATURE, armoured, plain
+from repositories.signing.gpg import GpgSigner, SigningKey, open_signer
+from repositories.signing.proof import ProvenText, prove_clear, prove_detached
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "Origin: café\n- a dash\n-----BEGIN x\nSuite: tested\n".encode()
@@ -473,7 +473,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from host.run import Runner
-from repositories.signing import SigningKey, open_signer
+from repositories.signing.gpg import SigningKey, open_signer
 with open_signer([SigningKey(sys.argv[1], home=Path(sys.argv[2]))], Runner()):
     os.kill(os.getpid(), 9)
 """
@@ -501,7 +501,7 @@ import sys
 from pathlib import Path
 from host.run import Runner
 from inventory.errors import FarmhandError, spelled
-from repositories.signing import SigningKey, open_signer
+from repositories.signing.gpg import SigningKey, open_signer
 try:
     with open_signer([SigningKey(sys.argv[1], home=Path(sys.argv[2]))], Runner()) as signer:
         print(len(signer.detached(b"x")) > 100)

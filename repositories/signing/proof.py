@@ -11,7 +11,7 @@ from host.files import file_error
 from host.printable import last_line
 from host.run import CommandResult, Runner
 from inventory.errors import Unfit
-from repositories.armour import PUBLIC_KEY, is_clear_signed, plain
+from repositories.signing.armour import PUBLIC_KEY, is_clear_signed, plain
 
 TOOLS = {"gpgv": "gpgv"}
 """Commands that it runs, each with its Debian package."""

@@ -1,5 +1,5 @@
 """Flows: what each experimental flow is, as a document of ours. How one is changed is in
-``repositories.flows``."""
+``repositories.flows.change``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from host.documents import Malformed, damaged, json_object, made, read_file
 from host.files import write_atomic
 from host.printable import one_line
 from inventory.errors import Call, NotFound, UsageError, WrongState, some
+from repositories.flows.halving import Halving
 from repositories.generation import Generation
-from repositories.halving import Halving
 from repositories.layout import Layout
 from repositories.leases import give_back, leases
 from repositories.package import Package

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from repositories.deb_file import TarMember
+from repositories.deb.file import TarMember
 from repositories.package import Change
 from repositories.packed import unpacked
 

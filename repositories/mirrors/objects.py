@@ -20,8 +20,8 @@ from host.files import file_error, make_directory, remove, same_place, sync
 from host.leases import FileLeases
 from host.processes import described
 from inventory.errors import NotFound, NotOurs, UsageError
+from repositories.mirrors.snapshot import KeptTree, RepositorySnapshot, take_snapshot
 from repositories.repository import Repository
-from repositories.snapshot import KeptTree, RepositorySnapshot, take_snapshot
 
 _MARK = ".repository-objects"
 _DETACHED = (".asc", ".gpg")

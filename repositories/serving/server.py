@@ -29,7 +29,8 @@ from host.printable import one_line
 from host.processes import described
 from host.run import Runner
 from inventory.errors import Conflict, FarmhandError, NotFound, UsageError, WrongState
-from repositories.http import (
+from repositories.serving.files import ServedFile, open_served
+from repositories.serving.http import (
     Answered,
     BadRequest,
     Request,
@@ -39,7 +40,6 @@ from repositories.http import (
     http_date,
     parse,
 )
-from repositories.served import ServedFile, open_served
 
 _PIECE = 2**20
 _YEAR = 365 * 24 * 3600

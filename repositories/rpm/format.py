@@ -1,7 +1,7 @@
 """Binary and source rpm packages, and rpm-md repositories of them, which dnf, zypper and others read.
 
 What a package says of itself is read, and worded as metadata, by createrepo_c's library; whether it is
-whole is looked at before (``repositories.rpm_file``). Of the library, PyPI's wheel is taken: it is one
+whole is looked at before (``repositories.rpm.file``). Of the library, PyPI's wheel is taken: it is one
 version on all machines, reads zstd, which Fedora's metadata are compressed by, and costs 20 ms where it
 is used, and nothing elsewhere. Debian 12's (0.17.3) reads no zstd, and is bound to Debian's Python."""
 
@@ -18,7 +18,6 @@ from xml.parsers.expat import ExpatError, ParserCreate
 
 from host.printable import one_line
 from inventory.errors import Unfit
-from repositories.armour import SIGNATURE, armoured, plain
 from repositories.format import (
     ClientSource,
     FoundPackage,
@@ -29,9 +28,10 @@ from repositories.format import (
     Sum,
 )
 from repositories.package import Change, Package, Reading, place
-from repositories.rpm_file import RpmFile, RpmHeader, packets, read_rpm
-from repositories.rpm_published import REPOMD, published
-from repositories.rpm_tags import TOLD, changelog, differing
+from repositories.rpm.file import RpmFile, RpmHeader, packets, read_rpm
+from repositories.rpm.published import REPOMD, published
+from repositories.rpm.tags import TOLD, changelog, differing
+from repositories.signing.armour import SIGNATURE, armoured, plain
 
 _SIGNATURE = f"{REPOMD}.asc"
 _COMMON = "http://linux.duke.edu/metadata/"

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from host.printable import one_line
 from repositories.package import Change
-from repositories.rpm_file import RpmHeader
+from repositories.rpm.file import RpmHeader
 
 TOLD: Mapping[str, tuple[int, ...]] = {
     "name": (1000,),

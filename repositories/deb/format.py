@@ -19,8 +19,10 @@ from typing import ClassVar
 from host.files import file_error
 from host.printable import one_line
 from inventory.errors import Unfit
-from repositories import deb_changelog, deb_control, deb_published
-from repositories.deb_file import DebFile, TarMember, opened
+from repositories.deb import changelog as deb_changelog
+from repositories.deb import control as deb_control
+from repositories.deb import published as deb_published
+from repositories.deb.file import DebFile, TarMember, opened
 from repositories.format import (
     ClientSource,
     FoundPackage,

@@ -35,8 +35,8 @@ from inventory.errors import (
     WrongState,
 )
 from repositories.layout import Layout
+from repositories.mirrors.snapshot import RepositorySnapshot, take_snapshot
 from repositories.repository import Repository
-from repositories.snapshot import RepositorySnapshot, take_snapshot
 
 _HOST = re.compile(r"\[?([A-Za-z0-9_](?:[A-Za-z0-9_.:-]*[A-Za-z0-9_])?)\]?")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

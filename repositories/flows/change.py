@@ -4,8 +4,8 @@ A flow's *candidate* is a generation that no channel points to: that of the chan
 *base*) and the flow's packages. Its VMs get the URL of exactly that one. Leases keep what it needs,
 until it is over. A flow that passed becomes the channel's next generation by compare-and-swap: where
 the channel moved meanwhile, the candidate is made again on what it has now, and, unless nobody wants
-that, the flow stays open, to be tested again. A batch that failed is halved (``repositories.halving``):
-each trial is a generation of the base and a part of the packages.
+that, the flow stays open, to be tested again. A batch that failed is halved
+(``repositories.flows.halving``): each trial is a generation of the base and a part of the packages.
 
 Each change goes in three steps: the new generation, its lease, the flow's document that names it. What
 is left of the first two, where it got no further, is taken away by ``RepositoryChange.tidy``."""
@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 
 from inventory.errors import Call, Conflict, WrongState
 from repositories.change import RepositoryChange
-from repositories.flow import Flow, FlowRun, check_name
+from repositories.flows.flow import Flow, FlowRun, check_name
+from repositories.flows.halving import Halving
 from repositories.generation import Generation
-from repositories.halving import Halving
 from repositories.leases import give_back, take
 from repositories.package import Package
 from repositories.repository import Repository

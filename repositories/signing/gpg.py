@@ -39,7 +39,7 @@ from inventory.errors import (
     UsageError,
     WrongState,
 )
-from repositories.armour import PUBLIC_KEY, plain
+from repositories.signing.armour import PUBLIC_KEY, plain
 
 TOOLS = {"gpg": "gpg", "gpg-agent": "gpg-agent", "gpgconf": "gpgconf"}
 """Commands that signing runs, each with its Debian package."""

@@ -1,0 +1,1 @@
+"""Experimental flows: packages on their way to a channel."""

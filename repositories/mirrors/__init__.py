@@ -1,0 +1,1 @@
+"""A repository elsewhere: on another host, or as plain files."""

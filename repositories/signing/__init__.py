@@ -1,0 +1,1 @@
+"""Signatures: made by gpg, proven by gpgv."""
