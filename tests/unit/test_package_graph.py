@@ -340,6 +340,22 @@ def test_several_profiles_and_two_loops() -> None:
     assert found.layers == (("aa (nodoc nocheck)",), ("bb (stage1)",), ("cc",), ("aa", "bb"))
 
 
+def test_a_loop_gets_another_loops_last_build() -> None:
+    found = graph(
+        package("aa", "bb <!stage1>"),
+        package("bb", "aa"),
+        package("cc", "dd <!stage1>, aa"),
+        package("dd", "cc, bb"),
+        aa="stage1",
+        cc="stage1",
+    )
+    assert not found.problems
+    assert needs(found, "cc (stage1)") == ["aa"]
+    assert found.layers == (
+        ("aa (stage1)",), ("bb",), ("aa",), ("cc (stage1)",), ("dd",), ("cc",),
+    )  # fmt: skip
+
+
 # ---- A schedule
 
 
