@@ -18,10 +18,10 @@ TASKS = [
     "adopt", "clone-farm", "reset", "balloon", "start", "stop", "checkpoint",
     "destroy", "gc", "recover", "unlock", "status", "console", "ssh",
     "render", "network-apply", "network-verify", "network-import",
-    "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list", "repo-log",
-    "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve", "repo-show",
-    "repo-sync", "repo-why", "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass",
-    "flow-show",
+    "repo-add", "repo-client", "repo-diff", "repo-fsck", "repo-gc", "repo-import", "repo-list",
+    "repo-log", "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve",
+    "repo-show", "repo-sync", "repo-why", "flow-begin", "flow-bisect", "flow-fail", "flow-list",
+    "flow-pass", "flow-show",
     "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 
