@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from host.file_lock import FileLock
+from host.files import make_directory
+from host.paths import cache_dir
+
 USER, PASSWORD = "aleksi", 'ä"\\:word'
 _REALM = "locks"
 _APACHE = """
@@ -96,6 +100,8 @@ server.set_app(bounded)
 server.serve_forever()
 """
 KINDS = ("apache", "nginx", "wsgidav")
+_VERSION = "4.3.5"
+"""Of wsgidav. It asks for libraries older than ours: it has an environment of its own, in the cache."""
 
 
 class DavServer:
@@ -178,7 +184,20 @@ class DavServer:
 
     def _wsgidav(self) -> list[str]:
         argv = [str(self.root), str(self.port), self.login, USER, PASSWORD]
-        return [sys.executable, "-c", _WSGIDAV, *argv]
+        return [str(_wsgidav_python()), "-c", _WSGIDAV, *argv]
+
+
+def _wsgidav_python() -> Path:
+    place = cache_dir() / "tests" / f"wsgidav-{_VERSION}"
+    make_directory(place.parent, mode=0o711)
+    with FileLock(place.with_name(f"{place.name}.lock")).hold():
+        if not (place / "ready").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", place], check=True)
+            pip = [place / "bin" / "python", "-m", "pip", "install", "-q", f"wsgidav=={_VERSION}"]
+            subprocess.run(pip, check=True)
+            (place / "ready").touch()
+    return place / "bin" / "python"
 
 
 @contextmanager
