@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,6 @@ from repositories.render import sum_of
 from repositories.repository import Repository
 from repositories.staging import Staged, dead, keep_reading
 
-_DETACHED = (".asc", ".gpg")
 _MANY = 64
 """Files, above which the whole file system is synced rather than each of them."""
 
@@ -260,22 +259,15 @@ class RepositoryChange:
         own = self._layout.tree(generation.sequence)
         for file in files_below(own):
             tree.link(own / file, file)
-        signatures = self._carry(superseded, tree)
-        for name in self._format.signatures(self._release(generation)):
-            if name.endswith(_DETACHED) and (own / name).exists():
-                signature = (own / name).read_bytes()
-                standing = self._format.standing(signature, signatures.get(name, ()))
-                if standing != signature:
-                    tree.replace(name, standing)
+        self._carry(superseded, tree)
         tree.path.joinpath("pool").symlink_to("../../../pool")
         tree.sync()
         remove(place)  # of a publish that was cut off
         tree.path.rename(place)
         sync_directory(place.parent)
 
-    def _carry(self, superseded: Iterable[int], tree: _Tree) -> Mapping[str, Sequence[bytes]]:
-        """Link what their clients may still ask for. Returns their detached signatures, by names."""
-        signatures: dict[str, list[bytes]] = {}
+    def _carry(self, superseded: Iterable[int], tree: _Tree) -> None:
+        """Link what their clients may still ask for."""
         for number in superseded:
             try:
                 generation = self._documents.read(number)
@@ -286,11 +278,6 @@ class RepositoryChange:
                 name = self._format.lasting(release, index)
                 with contextlib.suppress(FileNotFoundError, FileExistsError):
                     tree.link(own / name, name)
-            for name in self._format.signatures(release):
-                if name.endswith(_DETACHED):
-                    with contextlib.suppress(FileNotFoundError):
-                        signatures.setdefault(name, []).append((own / name).read_bytes())
-        return signatures
 
     def _keep_keys(self, signer: Signer) -> str:
         """For as long as a generation is signed by them. Returns their digest."""

@@ -148,12 +148,6 @@ class PackageFormat(ABC):
         """Of the paths of ``entries``, those that must verify: a clear-signed file by itself, a
         detached one (its name ends in .asc or .gpg) with the file of its name without that."""
 
-    def standing(self, own: bytes, earlier: Sequence[bytes]) -> bytes:
-        """What a channel has in the place of a generation's detached signature, for clients that fetch
-        it a moment after the summary. ``earlier``: those of superseded ones, the latest first."""
-        del earlier
-        return own
-
     @abstractmethod
     def stanza(self, source: ClientSource) -> str:
         """What is pasted on a client: a deb822 sources file, a .repo file; a comment says where."""

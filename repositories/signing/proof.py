@@ -1,4 +1,4 @@
-"""ProvenText of signatures by gpgv(1): who signed, and what exactly."""
+"""Proof of signatures by gpgv(1): who signed, and what exactly."""
 
 from __future__ import annotations
 
