@@ -40,8 +40,8 @@ _REMEDIES = {
 }
 
 
-_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+|iso)")
-"""Ours, and the seed images'."""
+_TEMPORARY = re.compile(r"\.(.+?)\.([1-9]\d*)\.(?:\d+(?:\.pub)?|iso)")
+"""Ours, a key's public half as ssh-keygen(1) calls it, and the seed images'."""
 
 _ERESTARTSYS = 512  # the kernel's own: no program should see it
 

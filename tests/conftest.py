@@ -6,6 +6,7 @@ XenAPI: to its server, simulated or real, it is all the same which host asks."""
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ _unpassed: dict[str, str] = {}  # tests of which some phase did not pass: how it
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whoever runs the tests may ignore these, as nohup(1) and a shell's & do: a program that ignores a
+    # signal when it starts goes on to, and these programs are to be ended by them.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if lane := lanes.lane():
         config.pluginmanager.register(lane)
 

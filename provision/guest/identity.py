@@ -314,7 +314,7 @@ def _write_pair(private: Path, comment: str) -> None:
     from provision.guest.seed import new_host_key
 
     _make_key_directory(private.parent)
-    secret, public = new_host_key(Runner())
+    secret, public = new_host_key(Runner(), private.parent)
     public = " ".join([*public.split()[:2], comment])
     write_atomic(_public_file(private), f"{public}\n".encode())
     write_atomic(

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from host.run import Runner
 from hypervisors.disks.images import write_iso
@@ -97,14 +97,18 @@ class SeedData:
             raise UsageError(f"VM {self.vm}: the {what}{shown} can't be used for its first boot")
 
 
-def new_host_key(runner: Runner) -> tuple[str, str]:
-    """A fresh ed25519 key of ssh-keygen(1): private half as OpenSSH text, public half as a line.
-    CommandFailed. To bring a library for it into this process takes longer than the command."""
-    with TemporaryDirectory(prefix="farmhand-") as place:
-        key = Path(place, "key")
+def new_host_key(runner: Runner, directory: Path) -> tuple[str, str]:
+    """A fresh ed25519 key of ssh-keygen(1): private half as OpenSSH text, public half as a line. To
+    bring a library for it into this process takes longer than the command. ``directory``: ours alone;
+    what a kill leaves there is swept as ``host.files.sweep`` says. CommandFailed, OSError."""
+    key = directory / f".key.{os.getpid()}.{threading.get_ident()}"
+    public = key.with_name(f"{key.name}.pub")
+    try:
         runner.change("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", key)
-        public = key.with_name("key.pub").read_text(encoding="ascii")
-        return key.read_text(encoding="ascii"), public.strip()
+        return key.read_text(encoding="ascii"), public.read_text(encoding="ascii").strip()
+    finally:
+        key.unlink(missing_ok=True)
+        public.unlink(missing_ok=True)
 
 
 def write_seed(runner: Runner, data: SeedData, out: Path, *, reader_uid: int | None = None) -> None:

@@ -124,7 +124,8 @@ def mac_of(name: str) -> str:
 
 
 def seed_of(name: str, machine_id: str, public: str) -> SeedData:
-    host_key, host_key_pub = new_host_key(Runner())
+    with tempfile.TemporaryDirectory() as place:
+        host_key, host_key_pub = new_host_key(Runner(), Path(place))
     return SeedData(
         vm=name,
         instance_id=f"tpl-{name}-1",
@@ -164,7 +165,7 @@ def site(work: Path) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def key(work: Path) -> Path:
     path = work / "key"
-    private, public = new_host_key(Runner())
+    private, public = new_host_key(Runner(), work)
     path.write_text(private)
     path.chmod(0o600)
     (work / "key.pub").write_text(public)

@@ -5,11 +5,13 @@ import subprocess
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
 from cloud_init import judged
 
+from host.files import sweep
 from host.run import Runner
 from inventory.errors import UsageError
 from provision.guest.seed import SeedData, StaticAddress, new_host_key, nocloud, own_lines, write_seed
@@ -18,7 +20,8 @@ HOSTILE = 'ssh-ed25519 AAAAC3Nz o\'hara "$(reboot)" `id` \\n %s # : - {x} & *y !
 
 
 def data(**changes: object) -> SeedData:
-    private, public = new_host_key(Runner())
+    with TemporaryDirectory() as place:
+        private, public = new_host_key(Runner(), Path(place))
     base = SeedData(
         vm="prod",
         instance_id="kata-prod-1",
@@ -156,7 +159,14 @@ def test_values_that_could_be_more_than_one_line_are_refused(changes: dict[str, 
 
 
 def test_host_keys_are_openssh_s_own_kind(tmp_path: Path) -> None:
-    private, public = new_host_key(Runner())
+    private, public = new_host_key(Runner(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for name in ("7", "7.pub"):  # of one that was killed meanwhile
+        (tmp_path / f".key.{gone.pid}.{name}").touch()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
     key = tmp_path / "key"
     key.write_text(private)
     key.chmod(0o600)
