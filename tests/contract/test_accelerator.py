@@ -46,13 +46,15 @@ class Desk:
         self.guest = guest
         self.patch = patch
         self.heard = Heard()
+        (place / "key").touch(0o600)  # of an image that nobody tells whom to let in
         self.write("auto")
 
     def write(self, accelerator: str) -> None:
         boot = f"{{kernel: {self.guest.kernel}, initrd: {self.guest.initrd}, cmdline: console=ttyS0}}"
         self.file.write_text(
             f"farm: {FARM}\nhosts: {{here: {{accelerator: {accelerator}}}}}\n"
-            f"templates: {{base: {{build: debian-12, boot: {boot}}}}}\nvms: {{prod: {{memory: 192M}}}}\n"
+            f"templates: {{base: {{build: debian-12, boot: {boot}}}}}\nssh: {{key: key}}\n"
+            "vms: {prod: {memory: 192M}}\n"
         )
 
     def site(self, *, plan: bool = False) -> Site:

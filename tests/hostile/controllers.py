@@ -82,7 +82,7 @@ class Controller:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(MIB)], check=True)
         template = Template(
             name="base", generation=1, ref="", size=MIB, sha256="", created=datetime.now(UTC),
-            origin="nothing", firstboot="none",
+            origin="nothing", firstboot="farmhand",
         )  # fmt: skip
         with self.site() as site:
             site.prepare()

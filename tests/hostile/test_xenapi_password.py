@@ -29,6 +29,7 @@ farm: hush
 hosts: {{xen: {{driver: xenapi, uri: '{uri}', credentials: credentials, ca: {ca}}}}}
 network: {{mode: network, network: {network}, addressing: dhcp}}
 templates: {{base: {{build: debian-12, size: 64M}}}}
+ssh: {{key: key}}
 vms: {{prod: {{memory: 192M}}}}
 """
 COMMANDS = (
@@ -71,6 +72,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Comm
         server.tell(knobs={"users": {"root": PASSWORD}})
         (tmp_path / "r").mkdir()
         made = CommandLine(tmp_path, tmp_path / "r")
+        (tmp_path / "key").touch(0o600)  # as for an image that nobody tells whom to let in
         (tmp_path / "credentials").write_text(f"root\n{PASSWORD}\n")
         (tmp_path / "credentials").chmod(0o600)
         made.farm.write_text(FARM.format(uri=server.https, ca=server.ca, network=NETWORK))
