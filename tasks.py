@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+from invoke.tasks import Task
 
 from cli import options, streams, terminal, views
 from cli.command import command
-from cli.flow_tasks import (  # noqa: F401 - likewise
-    flow_begin,
-    flow_bisect,
-    flow_fail,
-    flow_list,
-    flow_pass,
-    flow_show,
-)
-from cli.repository_tasks import (  # noqa: F401 - the tasks of a room of their own
-    repo_add,
-    repo_client,
-    repo_diff,
-    repo_fsck,
-    repo_gc,
-    repo_import,
-    repo_list,
-    repo_log,
-    repo_pages,
-    repo_promote,
-    repo_queue,
-    repo_remove,
-    repo_rollback,
-    repo_serve,
-    repo_show,
-    repo_sync,
-    repo_why,
-)
 from cli.run import TaskResult, TaskRun
 from host.program import ROOT
 from inventory.errors import Call, Text, UsageError
@@ -525,6 +501,48 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
         most = options.count("--limit", limit)
         builds, unreadable = all_records(site.paths)
         return views.history(site.journal.history(most), builds, most, unreadable)
+
+
+# ---- Package repositories: rooms of their own. A command that is none of theirs doesn't pay for them.
+
+
+def _may_be_asked_for(words: Sequence[str]) -> bool:
+    """Whether the words may be about those tasks: they begin so, they ask for all tasks, or none of the
+    tasks above is among them, as where a name is misspelt. Whoever else imports this file gets all."""
+    if sys.argv[0].endswith("__main__.py") or {"--list", "-l", "--help", "-h", "--complete"} & {*words}:
+        return True
+    above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
+    return not above & {*words} or any(word.startswith(("repo-", "flow-")) for word in words)
+
+
+if _may_be_asked_for(sys.argv[1:]):
+    from cli.flow_tasks import (  # noqa: F401
+        flow_begin,
+        flow_bisect,
+        flow_fail,
+        flow_list,
+        flow_pass,
+        flow_show,
+    )
+    from cli.repository_tasks import (  # noqa: F401
+        repo_add,
+        repo_client,
+        repo_diff,
+        repo_fsck,
+        repo_gc,
+        repo_import,
+        repo_list,
+        repo_log,
+        repo_pages,
+        repo_promote,
+        repo_queue,
+        repo_remove,
+        repo_rollback,
+        repo_serve,
+        repo_show,
+        repo_sync,
+        repo_why,
+    )
 
 
 # ---- farmhand's own development, where its tests are.

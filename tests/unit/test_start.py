@@ -165,3 +165,23 @@ def test_the_parser_knows_the_tasks_that_are_typed(checkout: Path) -> None:
     for words in (["--complete", "--", "inv", "t"], ["--help", "other"], ["other", "-h"], ["two_words"]):
         expected, found = bare(checkout, *words), started(checkout, *words)
         assert found.stdout == expected.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        (["status"], False), (["--search-root", "/", "clone-farm", "--json"], False),
+        (["status", "repo-list"], True), (["flow-list"], True), (["--list"], True),
+        (["status", "--help"], True), (["stauts"], True), ([], True),
+    ],
+)  # fmt: skip
+def test_the_repositories_tasks_are_there_where_they_may_be_meant(
+    words: list[str], loaded: bool
+) -> None:
+    """Any other command is not to pay for them."""
+    code = "import sys, tasks; print('cli.repository_tasks' in sys.modules, hasattr(tasks, 'repo_list'))"
+    script = f"import sys; sys.argv = ['start.py', *{words!r}]\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [str(loaded)] * 2, done.stderr
