@@ -212,20 +212,27 @@ class Daemons:
         """All have ended when this returns: nobody writes in the yard any more."""
         for process in self._processes:
             process.terminate()
-        others = []
-        for pidfile in self._pidfiles:
-            with contextlib.suppress(OSError, ValueError):
-                others.append(int(pidfile.read_text()))
-                os.kill(others[-1], signal.SIGTERM)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
             process.kill()
             process.wait()
-        wait_for(lambda: all(map(_ended, others)))
+        wait_for(self._all_ended)
         self._processes.clear()
         for pidfile in self._pidfiles:
             pidfile.unlink(missing_ok=True)  # of nobody, or by then somebody else's
+
+    def _all_ended(self) -> bool:
+        """Those that went into the background; they are told each time, for one that has only just
+        written its pid may not have heard."""
+        ended = True
+        for pidfile in self._pidfiles:
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(pidfile.read_text())
+                if not _ended(pid):
+                    os.kill(pid, signal.SIGTERM)
+                    ended = False
+        return ended
 
 
 def _ended(pid: int) -> bool:
