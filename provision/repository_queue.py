@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from host.files import check_own_directory
+from host.files import check_own_directory, file_error
 from host.leases import FileLeases
-from inventory.errors import Conflict, FarmhandError, NotFound, Unfit, UsageError
+from inventory.errors import Conflict, FarmhandError, NotFound, Unfit, UsageError, WrongState
 from inventory.repositories import PackageRepository, PromotionRule
 from provision.site import Site
 from repositories.generation import Generation
@@ -74,9 +74,7 @@ class Queue:
         self._repository.make()
         doing = f"repo-queue of {self._repository.name}"
         self._stack.enter_context(FileLeases(layout.private / "queue").hold(("queue",), doing))
-        keys = b""
-        if self._section.uploaders:
-            keys = (self._site.farm.path.parent / self._section.uploaders.expanduser()).read_bytes()
+        keys = self._uploaders()
         for channel in self._repository.settings.channels:
             if not (top / channel).is_dir():
                 continue
@@ -85,6 +83,20 @@ class Queue:
                 with_changes=bool(keys), keys=keys, on_reject=self._note(channel),
             )  # fmt: skip
             self._directories[channel] = self._stack.enter_context(incoming)
+
+    def _uploaders(self) -> bytes:
+        """Public keys of those who may upload; b"": whoever may write there may. WrongState where the
+        farm file names keys, and there are none: nobody's uploads are then taken."""
+        if self._section.uploaders is None:
+            return b""
+        path = self._site.farm.path.parent / self._section.uploaders.expanduser()
+        try:
+            keys = path.read_bytes()
+        except OSError as error:
+            raise file_error(error, path, "read the uploaders' keys") from error
+        if not keys.strip():
+            raise WrongState(f"{path} has no key of an uploader", remedy="gpg --export writes them")
+        return keys
 
     def turn(self, tested: Callable[[], Mapping[int, str]]) -> Iterator[QueueEvent]:
         """All that can be done now. ``tested``: the builds that passed with a generation, by its
