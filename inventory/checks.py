@@ -35,6 +35,7 @@ def check(farm: Farm, places: Places) -> list[Problem]:
         _steps,
         _events,
         _repositories,
+        _packages,
         check_services,
     )
     return [problem for one in checks for problem in one(farm, places)]
@@ -397,6 +398,38 @@ def _repositories(farm: Farm, places: Places) -> Found:
                 where = ("repositories", name, "path")
                 yield places.problem(where, f"repository {other} {how}: give each one its own")
         known[name] = path
+
+
+def _packages(farm: Farm, places: Places) -> Found:
+    """What is built has a section that says how, and that names what there is."""
+    build = farm.build
+    if build is None:
+        if farm.packages and ("build",) not in places.bad:
+            text = "packages are built as 'build' says, and there is none"
+            yield places.problem(("packages",), text, key=True)
+        return
+    if not farm.packages and build.directory is None and not places.bad:
+        text = "nothing is built: 'packages', or its 'directory', say what"
+        yield places.problem(("build",), text, key=True)
+    vms = _keys(places, "vms")
+    named: list[tuple[Path, str]] = [
+        (("build", "builders", number), name) for number, name in enumerate(build.builders)
+    ]
+    if build.cloned is not None:
+        named.append((("build", "cloned", "like"), build.cloned.like))
+    for where, name in named:
+        if name not in farm.vms and ("vms",) not in places.bad and not places.is_bad(where):
+            yield places.problem(where, f"no VM {quote(name)}{_close(name, vms)}")
+    repository = farm.repositories.get(build.repository)
+    where = ("build", "repository")
+    if repository is None:
+        if not places.is_bad(where) and not places.is_bad(("repositories",)):
+            known = list(farm.repositories)
+            text = f"no repository {quote(build.repository)}{_close(build.repository, known)}"
+            yield places.problem(where, text)
+    elif build.channel not in repository.channels and not places.is_bad(("build", "channel")):
+        text = f"repository {build.repository} has no channel {quote(build.channel)}"
+        yield places.problem(("build", "channel"), text + _close(build.channel, repository.channels))
 
 
 def _at(places: Places, path: Path, message: str) -> Problem:

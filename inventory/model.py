@@ -12,11 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from inventory import kinds
 from inventory.base import Model, at_key, parse_range
 from inventory.hosts import DriverInfo, default_hosts
+from inventory.packages import (  # noqa: F401 - sections too
+    ClonedBuilders,
+    Download,
+    PackageBuilds,
+    PackageSource,
+)
 from inventory.repositories import (  # noqa: F401 - sections too
     PackageRepository,
     PromotionRule,
@@ -529,10 +535,27 @@ class Farm(Model):
     """The build cycle; absent: the Autobuild cycle over dev2 and prod."""
     repositories: dict[Label, PackageRepository] = field(default_factory=dict)
     """Package repositories by name."""
+    packages: dict[Name, PackageSource] = field(default_factory=dict)
+    """Source packages that `build` builds, by name; see docs/packages.md."""
+    build: PackageBuilds | None = None
+    """How they are built."""
     events: dict[Label, EventSubscriber] = field(default_factory=dict)
     """Who is told of operations and builds, by name; see docs/events.md."""
 
     _path = Path()
+
+    def __post_init__(self) -> None:
+        if self.build is not None and self.build.cloned is not None:
+            object.__setattr__(self, "vms", {**self.vms, **self._cloned(self.build.cloned)})
+
+    def _cloned(self, builders: ClonedBuilders) -> dict[str, Vm]:
+        like = self.vms.get(builders.like)  # if there is none, inventory.checks says so
+        own: dict[str, Any] = {
+            "hostname": None, "description": None, "aliases": (), "mac": None, "address": None,
+            "address6": None, "ssh_port": None, "nat_port": None, "proxy": (),
+        }  # fmt: skip
+        new = [name for name in builders.names if name not in self.vms]
+        return {name: replace(like, **own) for name in new} if like else {}
 
     @property
     def path(self) -> Path:

@@ -49,6 +49,10 @@ _SECTIONS = (
     ("PackageRepository", "repositories.NAME"),
     ("RepositoryKey", "repositories.NAME.signing[]"),
     ("PromotionRule", "repositories.NAME.promotions[]"),
+    ("PackageSource", "packages.NAME"),
+    ("Download", "packages.NAME.downloads[]"),
+    ("PackageBuilds", "build"),
+    ("ClonedBuilders", "build.cloned"),
 )
 _INTRODUCTION = """\
 # Farm files
