@@ -138,8 +138,8 @@ class RunRecords:
         except FileNotFoundError:
             raise NotFound(f"there is no run {directory.name}") from None
         except (OSError, Malformed, ValueError) as error:
-            raise damaged(path, "the record of a run", error, "the packages' own records stay") from
-            error
+            remedy = "the packages' own records stay"
+            raise damaged(path, "the record of a run", error, remedy) from error
         holder = Locks(self._locks).holder(PACKAGES_LOCK) if found.result == "running" else None
         if found.result == "running" and (holder is None or holder.pid != found.pid):
             return as_killed(found)
