@@ -98,7 +98,7 @@ def names_of(differences: Sequence[MemberDifference]) -> tuple[str, ...]:
 
 
 def _difference(name: str, aspect: str, one: object, other: object) -> MemberDifference:
-    found: Aspect = aspect  # type: ignore[assignment] - the fields are called so
+    found: Aspect = aspect  # type: ignore[assignment]  # the fields are called so
     if aspect in ("content", "attributes"):
         return MemberDifference(name, found)
     if aspect == "time":
