@@ -1,4 +1,4 @@
-"""Two builds of one package, compared byte by byte: which members of which output differ, and in what."""
+"""Two builds of one package, compared byte by byte: which members of which output differ, in what."""
 
 from __future__ import annotations
 
@@ -154,7 +154,9 @@ def test_rpm_packages(tmp_path: Path) -> None:
     assert against(rpm(defines={"_buildhost": "other.example"})) == [
         "hello-1.0-1.noarch.rpm: build host: value builder.example -> other.example"
     ]
-    (line,) = against(rpm(sections=[f"%attr(0600,root,root) {path}"], tags={"Summary": "hello for tests"}))
+    (line,) = against(
+        rpm(sections=[f"%attr(0600,root,root) {path}"], tags={"Summary": "hello for tests"})
+    )
     assert line.startswith(f"hello-1.0-1.noarch.rpm: {path}: mode ")
     assert against(rpm(defines={"_binary_payload": "w3.zstdio"})) == [
         "hello-1.0-1.noarch.rpm: the same contents, packed or signed in another way"
@@ -180,7 +182,7 @@ def test_outputs_as_a_whole(tmp_path: Path) -> None:
     found = [line for each in differences_of(first, second) for line in each.lines("one", "other")]
     assert found == ["first.txt: only in one", "second.txt: only in other"]
     (tmp_path / "second" / "artifacts" / "probe_1.0-1_amd64.deb").unlink()
-    with pytest.raises(WrongState, match="cannot read .*second/artifacts/probe_1"):
+    with pytest.raises(WrongState, match=r"cannot read .*second/artifacts/probe_1"):
         differences_of(first, second)
 
 
