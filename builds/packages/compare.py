@@ -4,6 +4,7 @@ What a build tells of itself (.buildinfo, .changes) isn't compared: it has the t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,7 +26,6 @@ _FORMATS = {".deb": "deb", ".udeb": "deb", ".rpm": "rpm"}
 _TELLING = (".buildinfo", ".changes")
 _MEMBERS = 200
 """Of one package, that are told."""
-_BLOCK = 2**20
 _TOOL = "diffoscope"
 _EXPLAINED = 2**20
 """Bytes of the text that diffoscope makes of two packages."""
@@ -35,14 +35,22 @@ _PATIENCE = 600.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDifference:
     """Of one file that either build made. ``what``: all that there is to say where no members are: it is
-    only in one of the two, or packed differently. ``more``: members beside those. ``explained``: the
-    file with diffoscope's text; None: there is none."""
+    only in one of the two, or packed differently. ``more``: members beside those. ``paths``: where the
+    two are, where members are told. ``explained``: the file with diffoscope's text; None: there is
+    none."""
 
     file: str
     what: str = ""
     members: tuple[MemberDifference, ...] = ()
     more: int = 0
+    paths: tuple[Path, Path] | None = None
     explained: Path | None = None
+
+    def __str__(self) -> str:
+        """In one line, the first of its members."""
+        first, *others = self.lines("the first", "the second")
+        more = len(others) + max(self.more - 1, 0)
+        return f"{first} and {more} more" if more else first
 
     def lines(self, first: str, second: str) -> Iterator[str]:
         """``first``, ``second``: what the builds are called."""
@@ -55,33 +63,29 @@ class OutputDifference:
             yield f"{self.file}: {self.more} more differences"
 
 
-def compared_of(files: Sequence[FileRecord], directory: Path) -> Mapping[str, Path]:
-    """Of what a build made, what is to be the same when it is built again. ``directory``: the record's,
-    which the files' paths begin in."""
-    return {file.name: directory / file.path for file in files if not file.name.endswith(_TELLING)}
-
-
-def differences_of(
-    first: Mapping[str, Path], second: Mapping[str, Path]
+def compared(
+    files: Sequence[FileRecord], directory: Path, files2: Sequence[FileRecord], directory2: Path
 ) -> tuple[OutputDifference, ...]:
-    """By the files' names; empty: all are the same, byte for byte. WrongState: one can't be read."""
+    """What two builds made; empty: all is the same, byte for byte. ``directory``, ``directory2``: which
+    the files' paths begin in. WrongState: one can't be read."""
+    first, second = _to_compare(files, directory), _to_compare(files2, directory2)
     found = []
     for name in sorted(first.keys() | second.keys()):
         shown = one_line(name, 200)
         if name not in first or name not in second:
             side = "only in the first" if name in first else "only in the second"
             found.append(OutputDifference(file=shown, what=side))
-        elif not _same(first[name], second[name]):
+        elif _sum(first[name]) != _sum(second[name]):
             found.append(_difference(shown, first[name], second[name]))
     return tuple(found)
 
 
+def _to_compare(files: Sequence[FileRecord], directory: Path) -> Mapping[str, Path]:
+    return {file.name: directory / file.path for file in files if not file.name.endswith(_TELLING)}
+
+
 def explained(
-    runner: Runner,
-    differences: Sequence[OutputDifference],
-    first: Mapping[str, Path],
-    second: Mapping[str, Path],
-    directory: Path,
+    runner: Runner, differences: Sequence[OutputDifference], directory: Path
 ) -> tuple[tuple[OutputDifference, ...], str]:
     """With diffoscope's text on each package that differs, in ``directory``; and why there is none of
     some, "" if there is of all. It is a help for people, and never needed."""
@@ -89,19 +93,19 @@ def explained(
         return tuple(differences), f"{_TOOL} is not installed"
     found, why = [], ""
     for each in differences:
-        if not each.members:
+        if each.paths:
+            to = directory / f"{each.file}.{_TOOL}.txt"
+            failed = _explain(runner, each.paths, to)
+            found.append(replace(each, explained=None if failed else to))
+            why = why or failed
+        else:
             found.append(each)
-            continue
-        to = directory / f"{each.file}.{_TOOL}.txt"
-        failed = _explain(runner, first[each.file], second[each.file], to)
-        found.append(replace(each, explained=None if failed else to))
-        why = why or failed
     return tuple(found), why
 
 
-def _explain(runner: Runner, one: Path, other: Path, to: Path) -> str:
+def _explain(runner: Runner, paths: tuple[Path, Path], to: Path) -> str:
     """Why it couldn't; "": it has written at most a MiB of text."""
-    argv = (_TOOL, "--no-progress", "--max-text-report-size", str(_EXPLAINED), "--text", to, one, other)
+    argv = (_TOOL, "--no-progress", "--max-text-report-size", str(_EXPLAINED), "--text", to, *paths)
     try:
         runner.change(*argv, timeout=_PATIENCE, ok=(0, 1))
         with to.open("rb") as file:
@@ -125,23 +129,16 @@ def _difference(name: str, one: Path, other: Path) -> OutputDifference:
         return OutputDifference(file=name, what=f"content; {error.message}")
     if not members:
         return OutputDifference(file=name, what="the same contents, packed or signed in another way")
-    return OutputDifference(file=name, members=members[:_MEMBERS], more=max(len(members) - _MEMBERS, 0))
+    more = max(len(members) - _MEMBERS, 0)
+    return OutputDifference(file=name, members=members[:_MEMBERS], more=more, paths=(one, other))
 
 
-def _same(one: Path, other: Path) -> bool:
-    at = one
+def _sum(path: Path) -> str:
     try:
-        with one.open("rb") as first, other.open("rb") as second:
-            while True:
-                at = one
-                block = first.read(_BLOCK)
-                at = other
-                if block != second.read(_BLOCK):
-                    return False
-                if not block:
-                    return True
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise file_error(error, Path(error.filename or at), "read") from error
+        raise file_error(error, path, "read") from error
 
 
 def _named(text: str, first: str, second: str) -> str:

@@ -6,43 +6,37 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
-from builds.packages.graph import Graph
-from builds.packages.inputs import BuildInputs, InstalledPackage, differences
-from builds.packages.lookup import EarlierBuilds, sums_of
+from builds.packages.inputs import BuildInputs, differences
+from builds.packages.lookup import sums_of
+from builds.packages.plan import PackagePlan
 from builds.packages.problems import Forbidden, GraphProblem, Lacking, MadeTwice, PackageLoop
-from builds.packages.record import PackageRecord, PackageRecords
+from builds.packages.record import PackageRecord
 from builds.packages.schedule import PackageState
 from builds.packages.source import SourceState
-from repositories.package import Package
 
 ReasonKind = Literal["never", "failed", "asked", "installed", "same", "above", "needs", "outputs"]
-HindranceKind = Literal["problem", "running", "failed", "waits", "source"]
+HindranceKind = Literal["problem", "running", "failed", "waits"]
 _WAITED_FOR = 20
 """Packages that one waits for, that are told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagesNow:
-    """The farm's packages as `build` would take them now, before any VM is touched. ``states``: by the
-    source packages' own names. ``inputs``: by builds' names, what each is asked for. ``offered``: what
-    the repository has for them, by name. ``unread``: by source packages' own names, why their sources
-    can't be read. ``unknown``: rpm packages whose spec files no builder has read yet. ``running``: by
-    builds' names, who builds it."""
+    """The farm's packages as `build` would take them now, before any VM is touched. ``plan``: of all
+    that could be read. ``unread``: by the farm's names, why others can't be. ``unknown``: rpm packages
+    of which no builder has read yet what they need. ``running``: by builds' names, who builds it."""
 
-    graph: Graph
-    states: Mapping[str, SourceState]
-    inputs: Mapping[str, BuildInputs]
-    offered: Mapping[str, Package]
+    plan: PackagePlan
     unread: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     running: Mapping[str, str] = field(default_factory=dict)
 
     def package(self, build: str) -> str:
         """The farm's name of it, which its records have."""
-        source = self.graph.builds[build].package.name
-        return self.states[source].name if source in self.states else source
+        return self.plan.state(self.plan.graph.builds[build]).name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +86,40 @@ class PackageWhyNot:
     hindrances: tuple[Hindrance, ...] = ()
 
 
-Since = Callable[[PackageRecord, PackageRecord | None, SourceState | None], Sequence[str]]
+Since = Callable[[PackageRecord, PackageRecord | None, SourceState], Sequence[str]]
 """Told the build that failed, and the newest that passed: what to look at first, a line each."""
 
 
 class Asking:
-    """Answers about one farm at one time. ``since``: asked for builds that fail."""
+    """Answers about one farm at one time. ``since``: asked for builds that failed."""
 
-    def __init__(self, now: PackagesNow, records: PackageRecords, since: Since = lambda *_: ()) -> None:
+    def __init__(self, now: PackagesNow, since: Since = lambda *_: ()) -> None:
         self._now = now
-        self._records = records
-        self._earlier = EarlierBuilds(records)
+        self._plan = now.plan
+        self._graph = now.plan.graph
+        self._records = now.plan.records
         self._since = since
-        self._sums = {name: package.sha256 for name, package in now.offered.items()}
-        self._own: dict[str, PackageWhy] = {}
+        self._own: dict[str, tuple[Reason, ...]] = {}
         self._newest: dict[str, PackageRecord | None] = {}
-        self._makers = {
-            binary.name: now.package(name)
-            for name, build in now.graph.builds.items()
+
+    @cached_property
+    def _offered(self) -> Mapping[str, tuple[str, str]]:
+        """What there is to be installed, by name, its version and sum: what the channel has, and what
+        was built since."""
+        newest = self._plan.channel.newest
+        found = {name: (package.version, package.sha256) for name, package in newest.items()}
+        for one in self._plan.foreseen.values():
+            if one.taken is not None:
+                for name, sum_ in sums_of(one.taken.packages).items():
+                    found[name] = one.taken.key.version, sum_
+        return found
+
+    @cached_property
+    def _makers(self) -> Mapping[str, str]:
+        """The farm's packages, by what they make."""
+        return {
+            binary.name: self._now.package(name)
+            for name, build in self._graph.builds.items()
             for binary in build.package.control.binaries
         }
 
@@ -118,64 +128,56 @@ class Asking:
     def why(self, build: str) -> PackageWhy:
         """NotFound: there is no such build."""
         needed = self._needed(build)
-        own = self._own_reasons(build)
-        first = [one for one in needed if self._own_reasons(one).reasons]
-        reasons = [
-            *own.reasons,
-            *(
-                Reason("needs", f"{one}, which it needs, is built first", self._own_reasons(one).reasons)
-                for one in first
-            ),
-        ]
-        return PackageWhy(build=build, package=own.package, last=own.last, reasons=tuple(reasons))
+        reasons = list(self._reasons(build))
+        for one in needed:
+            if first := self._reasons(one):
+                reasons.append(Reason("needs", f"{one}, which it needs, is built first", first))
+        return PackageWhy(
+            build=build, package=self._now.package(build), last=self._last(build), reasons=tuple(reasons)
+        )
 
-    def _own_reasons(self, build: str) -> PackageWhy:
-        """As if all that it needs were built already."""
+    def _last(self, build: str) -> str:
+        """The id of the build that is taken, or else of the newest that passed; "": there is none."""
+        package = self._now.package(build)
+        found = self._plan.foreseen[build].taken or self._plan.earlier.last(package, build)
+        return f"{package}/{found.key.number}" if found else ""
+
+    def _reasons(self, build: str) -> tuple[Reason, ...]:
+        """Its own, as if all that it needs were built already."""
         if build not in self._own:
-            self._own[build] = self._judged(build)
+            taken = self._plan.foreseen[build].taken
+            self._own[build] = () if taken else tuple(self._judged(build))
         return self._own[build]
 
-    def _judged(self, build: str) -> PackageWhy:
-        package, inputs = self._now.package(build), self._now.inputs.get(build)
-        fits = inputs and self._earlier.fitting(package, build, inputs.asked, self._sums)
-        if fits:
-            return PackageWhy(build=build, package=package, last=f"{package}/{fits.key.number}")
-        reasons: list[Reason] = []
-        newest = self._newest_of(build)
+    def _judged(self, build: str) -> Iterator[Reason]:
+        package, inputs = self._now.package(build), self._plan.inputs[build]
+        newest = self.last(build)
         if newest is not None and newest.result in ("failed", "interrupted"):
-            reasons.append(Reason("failed", _failed(newest)))
-        last = self._earlier.last(package, build)
+            yield Reason("failed", _failed(newest))
+        last = self._plan.earlier.last(package, build)
         if last is None:
-            reasons = reasons or [Reason("never", "it was never built")]
-            return PackageWhy(build=build, package=package, reasons=tuple(reasons))
+            if newest is None or newest.result == "running":
+                yield Reason("never", "it was never built")
+            return
         record = self._records.read(package, last.key.number)
         if last.why_not:
-            reasons.append(Reason("outputs", f"of {record.id} {last.why_not}"))
-        if inputs is not None:
-            reasons += (Reason("asked", text) for text in self._differences(record, build, inputs))
+            yield Reason("outputs", f"of {record.id} {last.why_not}")
+        for text in self._differences(record, build, inputs):
+            yield Reason("asked", text)
         told: set[tuple[str, str]] = set()
         for one in record.inputs.installed:
-            offered = self._now.offered.get(one.name)
-            if one.sha256 and self._sums.get(one.name) != one.sha256:
-                reasons.append(self._installed(one, offered, told))
-        return PackageWhy(build=build, package=package, last=record.id, reasons=tuple(reasons))
+            version, sum_ = self._offered.get(one.name, ("", ""))
+            if one.sha256 and not sum_:
+                text = f"{one.name} {one.version}: the repository has it no more"
+                yield Reason("installed", text)
+            elif one.sha256 and one.sha256 != sum_:
+                yield self._changed(one.name, one.version, one.sha256, version, sum_, told)
 
     def _differences(self, record: PackageRecord, build: str, now: BuildInputs) -> Iterator[str]:
-        state = self._now.states.get(self._now.graph.builds[build].package.name)
+        state = self._plan.state(self._graph.builds[build])
+        about = f" ({state.commit[:10]} {state.subject})" if state.commit else ""
         for text in differences(record.inputs, now):
-            commit = state is not None and state.commit and record.inputs.tree != now.tree
-            if commit and state is not None and now.tree[:12] in text:
-                yield f"{text} ({state.commit[:10]} {state.subject})"
-            else:
-                yield text
-
-    def _installed(
-        self, had: InstalledPackage, now: Package | None, told: set[tuple[str, str]]
-    ) -> Reason:
-        """A package that was installed from the repository, and is another one there now."""
-        if now is None:
-            return Reason("installed", f"{had.name} {had.version}: the repository has it no more")
-        return self._changed(had.name, had.version, had.sha256, now.version, now.sha256, told)
+            yield f"{text}{about}" if now.tree[:12] in text else text
 
     def _changed(
         self, name: str, version: str, sum_: str, version2: str, sum2: str, told: set[tuple[str, str]]
@@ -234,82 +236,84 @@ class Asking:
     def why_not(self, build: str) -> PackageWhyNot:
         """NotFound: there is no such build."""
         needed = self._needed(build)
-        own = self._own_reasons(build)
-        waits = [one for one in needed if self._own_reasons(one).reasons]
+        package, taken = self._now.package(build), self._plan.foreseen[build].taken
         found = [*self._problems({build, *needed})]
-        if own.reasons or waits:
+        if taken is None:
+            waits = [one for one in needed if self._plan.foreseen[one].taken is None]
             found += self._state_of(build, itself=True)
             for one in waits[:_WAITED_FOR]:
                 found += self._state_of(one, itself=False)
-            if more := len(waits) - _WAITED_FOR:
-                found += [Hindrance(kind="waits", text=f"and for {more} more")] if more > 0 else []
-        built = "" if own.reasons or waits else own.last
-        return PackageWhyNot(build=build, package=own.package, built=built, hindrances=tuple(found))
+            if (more := len(waits) - _WAITED_FOR) > 0:
+                found.append(Hindrance(kind="waits", text=f"waits for {more} more"))
+        built = f"{package}/{taken.key.number}" if taken else ""
+        return PackageWhyNot(build=build, package=package, built=built, hindrances=tuple(found))
 
     def _problems(self, concerned: set[str]) -> Iterator[Hindrance]:
-        builds = self._now.graph.builds
-        for name in sorted(concerned):
-            if why := self._now.unread.get(builds[name].package.name):
-                yield Hindrance(kind="source", text=why, build=name)
-        controls = [builds[name].package.control for name in concerned]
+        controls = [self._graph.builds[name].package.control for name in concerned]
         names = concerned | {one.name for one in controls}
         names |= {binary.name for one in controls for binary in one.binaries}
         others = 0
-        for problem in self._now.graph.problems:
+        for problem in self._graph.problems:
             if names & _about(problem):
-                yield Hindrance(kind="problem", text=str(problem), more=(f"{problem.REMEDY}",))
+                yield Hindrance(kind="problem", text=str(problem), more=(problem.REMEDY,))
             else:
                 others += 1
-        if others:
-            what = "problem" if others == 1 else "problems"
-            text = f"{others} {what} of other packages; the graph names them"
-            yield Hindrance(kind="problem", text=text)
+        if others := others + len(self._now.unread):
+            keeps = (
+                "1 other package has a problem that keeps"
+                if others == 1
+                else (f"{others} problems of other packages keep")
+            )
+            yield Hindrance(kind="problem", text=f"{keeps} all from being built: see the graph")
 
     def _state_of(self, build: str, *, itself: bool) -> Iterator[Hindrance]:
         """What is the matter with it."""
-        newest = self._newest_of(build)
-        who = "it" if itself else build
+        newest, who = self.last(build), "it" if itself else build
         if build in self._now.running:
             text = f"{who} is being built: {self._now.running[build]}"
             yield Hindrance(kind="running", text=text, build=build)
         elif newest is not None and newest.result in ("failed", "interrupted"):
-            state = self._now.states.get(self._now.graph.builds[build].package.name)
             passed = next(self._records.passed(newest.package, build), None)
+            state = self._plan.state(self._graph.builds[build])
             more = tuple(self._since(newest, passed, state))
+            if since := [*differences(newest.inputs, self._plan.inputs[build])]:
+                more = (*more, *(f"other than when it failed: {text}" for text in since))
             text = _failed(newest) if itself else f"waits for {build}: {_failed(newest)}"
             yield Hindrance(kind="failed", text=text, build=build, more=more)
         elif not itself:
-            first = self._own_reasons(build).reasons[0]
-            text = f"waits for {build}, which is to be built: {first.text}"
+            why = next((one.text for one in self._reasons(build)), "what it needs is built first")
+            text = f"waits for {build}, which is to be built: {why}"
             yield Hindrance(kind="waits", text=text, build=build)
 
     # -- states ---------------------------------------------------------------------------------------
 
     def states(self) -> Mapping[str, PackageState]:
-        """Of all builds, in their order: passed is what is as it would be built now; failed, what did
-        when it was last built."""
+        """Of all builds, in their order: passed is what is as it would be built now; failed, what did,
+        and would be tried again just so."""
         found: dict[str, PackageState] = {}
-        for build in self._now.graph.builds:  # what a build needs comes before it, but in loops
-            needs = {found.get(need.needs, "waiting") for need in self._now.graph.needs(build)}
-            newest = self._newest_of(build)
+        for build, one in self._plan.foreseen.items():  # what a build needs comes before it
+            needs = {found.get(need.needs, "waiting") for need in self._graph.needs(build)}
             if build in self._now.running:
                 found[build] = "running"
-            elif self._own_reasons(build).reasons and newest is not None and newest.result == "failed":
+            elif one.taken is not None:
+                found[build] = "passed"
+            elif self._would_fail(build):
                 found[build] = "failed"
             elif needs & {"failed", "skipped"}:
                 found[build] = "skipped"
-            elif not self._own_reasons(build).reasons and not needs - {"passed"}:
-                found[build] = "passed"
             else:
                 found[build] = "waiting"
         return found
 
+    def _would_fail(self, build: str) -> bool:
+        newest = self.last(build)
+        if newest is None or newest.result != "failed":
+            return False
+        return newest.inputs.asked == self._plan.inputs[build].asked
+
     def last(self, build: str) -> PackageRecord | None:
         """Its newest build, however it ended. One that says it is running, though nobody builds it, was
         interrupted."""
-        return self._newest_of(build)
-
-    def _newest_of(self, build: str) -> PackageRecord | None:
         if build not in self._newest:
             records = self._records.of(self._now.package(build))
             found = next((record for record in records if record.name == build), None)
@@ -320,10 +324,9 @@ class Asking:
 
     def _needed(self, build: str) -> tuple[str, ...]:
         """All that comes before it, the nearest first."""
-        graph = self._now.graph
         seen, wanted = {build: None}, deque([build])
         while wanted:
-            for need in graph.needs(wanted.popleft()):
+            for need in self._graph.needs(wanted.popleft()):
                 if need.needs not in seen:
                     seen[need.needs] = None
                     wanted.append(need.needs)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builds.packages.compare import compared_of, differences_of, explained
+from builds.packages.compare import OutputDifference, compared, explained
 from builds.packages.verified import Verified, verified
 from builds.record import FileRecord
 from host.files import open_new
@@ -25,11 +25,27 @@ CONTROL = ("./control", fields().encode())
 DOC = "usr/share/doc/probe/build-time"
 
 
-def told(tmp_path: Path, one: bytes, other: bytes, name: str = "probe_1.0-1_amd64.deb") -> list[str]:
+def outputs(directory: Path, files: Mapping[str, bytes]) -> list[FileRecord]:
+    """What a build made, with its record of it."""
+    (directory / "artifacts").mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, data in files.items():
+        path = f"artifacts/{name}"
+        (directory / path).write_bytes(data)
+        sum_ = hashlib.sha256(data).hexdigest()
+        found.append(FileRecord(name=name, size=len(data), sha256=sum_, path=path))
+    return found
+
+
+def of_two(
+    tmp_path: Path, one: Mapping[str, bytes], other: Mapping[str, bytes]
+) -> tuple[OutputDifference, ...]:
     first, second = tmp_path / "first", tmp_path / "second"
-    first.write_bytes(one)
-    second.write_bytes(other)
-    found = differences_of({name: first}, {name: second})
+    return compared(outputs(first, one), first, outputs(second, other), second)
+
+
+def told(tmp_path: Path, one: bytes, other: bytes, name: str = "probe_1.0-1_amd64.deb") -> list[str]:
+    found = of_two(tmp_path, {name: one}, {name: other})
     return [line for each in found for line in each.lines("probe/7", "its rebuild")]
 
 
@@ -125,7 +141,7 @@ def test_only_packed_in_another_way(tmp_path: Path) -> None:
 
 def test_what_is_no_package_any_more_and_what_never_was_one(tmp_path: Path) -> None:
     (line,) = told(tmp_path, deb(), b"!<arch>\nx")
-    assert line.startswith("probe_1.0-1_amd64.deb: content; second: ")
+    assert line.startswith("probe_1.0-1_amd64.deb: content; probe_1.0-1_amd64.deb: ")
     assert "\n" not in line
     assert told(tmp_path, b"1", b"2", "notes.txt") == ["notes.txt: content"]
 
@@ -167,23 +183,26 @@ def test_rpm_packages(tmp_path: Path) -> None:
 
 def test_outputs_as_a_whole(tmp_path: Path) -> None:
     """What a build tells of itself has its time: it isn't compared."""
-    records = {}
-    for side in ("first", "second"):
-        (tmp_path / side / "artifacts").mkdir(parents=True)
-        kept = {"probe_1.0-1_amd64.deb": deb(), "probe_1.0-1_amd64.buildinfo": side.encode()}
-        kept |= {"probe_1.0-1_amd64.changes": side.encode(), f"{side}.txt": b""}
-        records[side] = []
-        for name, data in kept.items():
-            (tmp_path / side / "artifacts" / name).write_bytes(data)
-            sum_ = hashlib.sha256(data).hexdigest()
-            path = f"artifacts/{name}"
-            records[side].append(FileRecord(name=name, size=len(data), sha256=sum_, path=path))
-    first, second = (compared_of(records[side], tmp_path / side) for side in records)
-    found = [line for each in differences_of(first, second) for line in each.lines("one", "other")]
-    assert found == ["first.txt: only in one", "second.txt: only in other"]
-    (tmp_path / "second" / "artifacts" / "probe_1.0-1_amd64.deb").unlink()
+
+    def kept(side: str) -> Mapping[str, bytes]:
+        told = {"probe_1.0-1_amd64.buildinfo": side.encode(), "probe_1.0-1_amd64.changes": side.encode()}
+        return {"probe_1.0-1_amd64.deb": deb(), f"{side}.txt": b"", **told}
+
+    found = of_two(tmp_path, kept("first"), kept("second"))
+    assert list(map(str, found)) == [
+        "first.txt: only in the first", "second.txt: only in the second"
+    ]  # fmt: skip
+    first, second = tmp_path / "first", tmp_path / "second"
+    records = outputs(first, kept("first")), outputs(second, kept("second"))
+    (second / "artifacts" / "probe_1.0-1_amd64.deb").unlink()
     with pytest.raises(WrongState, match=r"cannot read .*second/artifacts/probe_1"):
-        differences_of(first, second)
+        compared(records[0], first, records[1], second)
+
+
+def test_in_one_line(tmp_path: Path) -> None:
+    found = of_two(tmp_path, {"a.deb": deb(files={DOC: b"1"})}, {"a.deb": deb(files={"usr/x": b""})})
+    assert len(found) == 1
+    assert str(found[0]).startswith("a.deb: ./usr/share: only in the first and ")
 
 
 # -- diffoscope: where it is installed; a stand-in for what it may do wrong --------------------------
@@ -197,17 +216,14 @@ def tool(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    sides = []
-    for side, time in (("first", b"12:00"), ("second", b"12:01")):
-        (tmp_path / side).mkdir()
-        path = tmp_path / side / "probe_1.0-1_amd64.deb"
-        path.write_bytes(deb(files={DOC: time}))
-        sides.append({path.name: path})
-    return sides[0], sides[1]
+def found(tmp_path: Path) -> tuple[OutputDifference, ...]:
+    name = "probe_1.0-1_amd64.deb"
+    return of_two(
+        tmp_path, {name: deb(files={DOC: b"12:00"})}, {name: deb(files={DOC: b"12:01"})}
+    )  # fmt: skip
 
 
-Pair = tuple[dict[str, Path], dict[str, Path]]
+Found = tuple[OutputDifference, ...]
 
 
 @pytest.mark.parametrize(
@@ -218,39 +234,39 @@ Pair = tuple[dict[str, Path], dict[str, Path]]
     ],
 )
 def test_diffoscope_is_never_needed(
-    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+    tmp_path: Path, found: Found, monkeypatch: pytest.MonkeyPatch, script: str, says: str
 ) -> None:
     tool(tmp_path, script, monkeypatch)
-    (found,), why = explained(Runner(), differences_of(*pair), *pair, tmp_path)
+    (one,), why = explained(Runner(), found, tmp_path)
     assert says in why
-    assert found.explained is None
-    assert [*found.lines("a", "b")] == [f"probe_1.0-1_amd64.deb: ./{DOC}: content"]
+    assert one.explained is None
+    assert [*one.lines("a", "b")] == [f"probe_1.0-1_amd64.deb: ./{DOC}: content"]
 
 
 def test_its_text_is_bounded_and_printable(
-    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, found: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = r"""while [ $# -gt 1 ]; do [ "$1" != --text ] || out=$2; shift; done
 { printf '\033[2Jdiffers\n'; yes | head -c 3000000; } >"$out"; exit 1"""
     tool(tmp_path, write, monkeypatch)
-    (found,), why = explained(Runner(), differences_of(*pair), *pair, tmp_path)
+    (one,), why = explained(Runner(), found, tmp_path)
     assert why == ""
-    assert found.explained == tmp_path / "probe_1.0-1_amd64.deb.diffoscope.txt"
-    text = found.explained.read_text()
+    assert one.explained == tmp_path / "probe_1.0-1_amd64.deb.diffoscope.txt"
+    text = one.explained.read_text()
     assert text.startswith("differs\ny\n")
     assert len(text) <= 2**20
 
 
-def test_without_diffoscope(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffoscope(tmp_path: Path, found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     if which("diffoscope"):  # it is there: what it really says
-        (found,), why = explained(Runner(), differences_of(*pair), *pair, tmp_path)
+        (one,), why = explained(Runner(), found, tmp_path)
         assert why == ""
-        assert found.explained
-        assert "12:01" in found.explained.read_text()
+        assert one.explained
+        assert "12:01" in one.explained.read_text()
         return
     monkeypatch.setattr(shutil, "which", lambda *_args, **_more: None)
-    (found,), why = explained(Runner(), differences_of(*pair), *pair, tmp_path)
-    assert (found.explained, why) == (None, "diffoscope is not installed")
+    (one,), why = explained(Runner(), found, tmp_path)
+    assert (one.explained, why) == (None, "diffoscope is not installed")
 
 
 # -- what is kept of it ------------------------------------------------------------------------------
