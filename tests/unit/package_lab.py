@@ -55,7 +55,7 @@ deb() { # name, text of its file, control fields...
     name=$1 text=$2; shift 2
     mkdir -p "tree-$name/DEBIAN" "tree-$name/usr/share/$name"
     printf '%s\n' "$text" >"tree-$name/usr/share/$name/text"
-    printf 'Package: %s\nVersion: %s\nArchitecture: all\n' "$name" "$version" >"tree-$name/DEBIAN/control"
+    printf "Package: $name\nVersion: $version\nArchitecture: all\n" >"tree-$name/DEBIAN/control"
     echo 'Maintainer: A <a@example.org>' >>"tree-$name/DEBIAN/control"
     for field; do echo "$field" >>"tree-$name/DEBIAN/control"; done
     echo 'Description: x' >>"tree-$name/DEBIAN/control"
