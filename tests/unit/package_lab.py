@@ -48,7 +48,7 @@ _BUILD = r"""
 cd build/source
 export version=$(sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)
 mkdir -p out
-sh -eu ./build
+. ./build
 """
 DEB = r"""
 deb() { # name, text of its file, control fields...
