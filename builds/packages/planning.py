@@ -90,8 +90,8 @@ def plan_packages(
 
 
 def _template(site: Site, settings: PackageBuilds) -> str:
-    """What the builders' disks are: all alike, or what is built would depend on who was free. WrongState:
-    they are not."""
+    """What the builders' disks are: all alike, or what is built would depend on who was free.
+    WrongState: they are not."""
     found = {vm: template_of(site, vm, settings.to) for vm in settings.all_builders}
     if len({*found.values()}) > 1:
         raise WrongState(
