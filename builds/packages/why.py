@@ -259,12 +259,9 @@ class Asking:
             else:
                 others += 1
         if others := others + len(self._now.unread):
-            keeps = (
-                "1 other package has a problem that keeps"
-                if others == 1
-                else (f"{others} problems of other packages keep")
-            )
-            yield Hindrance(kind="problem", text=f"{keeps} all from being built: see the graph")
+            keep = "1 problem of other packages keeps"
+            keep = keep if others == 1 else f"{others} problems of other packages keep"
+            yield Hindrance(kind="problem", text=f"{keep} all from being built: see the graph")
 
     def _state_of(self, build: str, *, itself: bool) -> Iterator[Hindrance]:
         """What is the matter with it."""
