@@ -1,17 +1,19 @@
 """A graph to look at: as text, and as one SVG that needs nothing else. Columns are layers, from what is
 built first on the left; a dashed line is a need at run time, a thick one is in a loop. Lines from one
-build go together as long as they can, and none goes behind a box."""
+build go together as long as they can, and none goes behind a box.
+
+A picture is what is drawn of a graph: it can be kept, and drawn again when the states are others."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import Literal
 
-from builds.packages.graph import Graph, PackageNeed
-from builds.packages.schedule import PackageState
+from builds.packages.graph import Graph
 from host.html import page_template
 from host.printable import one_line
 
@@ -20,10 +22,50 @@ _ACROSS, _DOWN, _PASSING, _MARGIN = 90, 12, 12, 24
 _SWEEPS = 4
 
 
+NeedKind = Literal["", "run", "loop"]
+"""Of a line: for a build, at run time alone, within a loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class PicturedNeed:
+    """``build`` comes after ``needs``, as ``text`` says."""
+
+    build: str
+    needs: str
+    kind: NeedKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPicture:
+    """``layers``: names of builds, as of a graph. ``problems``: a line each."""
+
+    layers: tuple[tuple[str, ...], ...]
+    needs: tuple[PicturedNeed, ...]
+    problems: tuple[str, ...] = ()
+
+
+def picture_of(graph: Graph) -> GraphPicture:
+    return GraphPicture(
+        graph.layers,
+        tuple(
+            PicturedNeed(
+                name, need.needs,
+                "loop" if graph.loops_with(name, need.needs) else "" if need.direct else "run",
+                f"{name} needs {need.needs}: {'; '.join(map(str, need.steps))}",
+            )
+            for name in graph.builds
+            for need in graph.needs(name)
+        ),
+        tuple(one_line(str(problem)) for problem in graph.problems),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class _DrawnBuild:
     name: str
-    state: PackageState
+    state: str
+    link: str
     x: int
     y: int
     width: int
@@ -53,7 +95,7 @@ class _Drawn:
     lines: tuple[_DrawnNeed, ...]
 
 
-def as_text(graph: Graph, states: Mapping[str, PackageState] | None = None) -> str:
+def as_text(graph: Graph, states: Mapping[str, str] | None = None) -> str:
     """A line a build, with its state if ``states`` has it, and what it waits for; in brackets what that
     needs at run time. Then the problems."""
     lines = []
@@ -72,21 +114,38 @@ def as_text(graph: Graph, states: Mapping[str, PackageState] | None = None) -> s
     return "\n".join([*lines, ""])
 
 
-def as_svg(graph: Graph, title: str, states: Mapping[str, PackageState] | None = None) -> str:
+def as_svg(graph: Graph, title: str, states: Mapping[str, str] | None = None) -> str:
     """``title``: what it is a graph of. ``states``: of builds, which are waiting else."""
-    needs = [need for name in graph.builds for need in graph.needs(name)]
-    drawn = _drawn(graph, needs, states or {})
-    return page_template("graph.svg.j2").render(title=title, drawn=drawn)
+    return svg_of(picture_of(graph), title, states or {})
+
+
+def svg_of(
+    picture: GraphPicture,
+    title: str,
+    states: Mapping[str, str],
+    links: Mapping[str, str] | None = None,
+    *,
+    within: bool = False,
+) -> str:
+    """As ``as_svg``. ``links``: where builds lead to. ``within``: as part of a page."""
+    drawn = _drawn(picture, states, links or {})
+    return page_template("graph.svg.j2").render(title=title, drawn=drawn, within=within)
+
+
+def width_of(picture: GraphPicture) -> int:
+    """Of its drawing, in pixels."""
+    return _drawn(picture, {}, {}).width
 
 
 _Place = tuple[str, int]
 """A build in its column, or in a later one the line from it that passes there."""
 
 
-def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, PackageState]) -> _Drawn:
-    columns = _columns(graph, needs)
+def _drawn(picture: GraphPicture, states: Mapping[str, str], links: Mapping[str, str]) -> _Drawn:
+    layer = {name: at for at, names in enumerate(picture.layers) for name in names}
+    columns = _columns(picture, layer)
     heights = [
-        sum(_HEIGHT + _DOWN if graph.layer(name) == at else _PASSING for name, at in column)
+        sum(_HEIGHT + _DOWN if layer[name] == at else _PASSING for name, at in column)
         for column in columns
     ]
     tallest = max(heights, default=0)
@@ -95,13 +154,14 @@ def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, Pack
     passing: dict[_Place, tuple[int, int, int]] = {}
     x, top = _MARGIN, _MARGIN + 24
     for number, (column, height) in enumerate(zip(columns, heights, strict=True)):
-        names = [name for name, _ in column if graph.layer(name) == number]
+        names = [name for name, _ in column if layer[name] == number]
         width = round(max(map(len, names)) * _CHARACTER) + 26
         heads.append(_DrawnHead(f"layer {number + 1}: {len(names)}", x, _MARGIN + 8))
         y = top + (tallest - height) // 2
         for name, _ in column:
-            if graph.layer(name) == number:
-                boxes[name] = _DrawnBuild(name, states.get(name, "waiting"), x, y, width, _HEIGHT)
+            if layer[name] == number:
+                state = states.get(name, "waiting")
+                boxes[name] = _DrawnBuild(name, state, links.get(name, ""), x, y, width, _HEIGHT)
                 y += _HEIGHT + _DOWN
             else:
                 passing[name, number] = (x, y, x + width)
@@ -112,20 +172,20 @@ def _drawn(graph: Graph, needs: Sequence[PackageNeed], states: Mapping[str, Pack
         top + tallest + _MARGIN,
         tuple(heads),
         tuple(boxes.values()),
-        tuple(_lines(graph, needs, boxes, passing)),
+        tuple(_lines(picture, layer, boxes, passing)),
     )
 
 
-def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[_Place]]:
+def _columns(picture: GraphPicture, layer: Mapping[str, int]) -> list[list[_Place]]:
     """Each build, and each line that passes, near the middle of what it leads to, so that fewer lines
     cross."""
-    columns = [[(name, at) for name in layer] for at, layer in enumerate(graph.layers)]
+    columns = [[(name, at) for name in names] for at, names in enumerate(picture.layers)]
     beside: dict[_Place, dict[_Place, None]] = defaultdict(dict)
     passing: dict[_Place, None] = {}
-    for need in needs:
-        ends = range(graph.layer(need.needs) + 1, graph.layer(need.build))
-        way = [(need.needs, at) for at in (graph.layer(need.needs), *ends)]
-        for one, other in pairwise((*way, (need.build, graph.layer(need.build)))):
+    for need in picture.needs:
+        ends = range(layer[need.needs] + 1, layer[need.build])
+        way = [(need.needs, at) for at in (layer[need.needs], *ends)]
+        for one, other in pairwise((*way, (need.build, layer[need.build]))):
             beside[one][other] = beside[other][one] = None
         passing |= dict.fromkeys(way[1:])
     for place in passing:
@@ -143,24 +203,21 @@ def _columns(graph: Graph, needs: Iterable[PackageNeed]) -> list[list[_Place]]:
 
 
 def _lines(
-    graph: Graph,
-    needs: Iterable[PackageNeed],
+    picture: GraphPicture,
+    layer: Mapping[str, int],
     boxes: Mapping[str, _DrawnBuild],
     passing: Mapping[_Place, tuple[int, int, int]],
 ) -> Iterator[_DrawnNeed]:
-    for need in needs:
+    for need in picture.needs:
         one, other = boxes[need.needs], boxes[need.build]
         x, y = one.x + one.width, one.y + _HEIGHT // 2
         path = f"M{x} {y}"
-        for at in range(graph.layer(need.needs) + 1, graph.layer(need.build)):
+        for at in range(layer[need.needs] + 1, layer[need.build]):
             left, height, right = passing[need.needs, at]
             path += f"{_bend(x, y, left, height)}H{right}"
             x, y = right, height
         path += _bend(x, y, other.x, other.y + _HEIGHT // 2)
-        looped = graph.loops_with(need.build, need.needs)
-        kind = "loop" if looped else "" if need.direct else "run"
-        text = f"{need.build} needs {need.needs}: {'; '.join(map(str, need.steps))}"
-        yield _DrawnNeed(kind, path, text)
+        yield _DrawnNeed(need.kind, path, need.text)
 
 
 def _bend(x: int, y: int, x2: int, y2: int) -> str:
