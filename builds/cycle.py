@@ -10,16 +10,15 @@ import contextlib
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builds import page
+from builds.interrupts import Interrupts
 from builds.judged import carry_out
 from builds.lineage import Lineage, reset_first
 from builds.machines import Machines
@@ -83,9 +82,8 @@ class Build:
         self._keep_going = keep_going
         self._stream = stream
         self._lock = lock
-        self._interrupts = 0
+        self._interrupts = Interrupts(site)
         self._trouble: FarmhandError | None = None  # beside any step
-        self._under_way: asyncio.Future[None] | None = None
         self._archive: tuple[FileRecord, ...] = ()
         known = _source_record(site, source, plan.before)
         directory = new_directory(site.paths, known.commit)
@@ -124,12 +122,12 @@ class Build:
         self._save()
         if self._lock is not None:
             await self._watch(self._lock)
-        with self._signals():
+        with self._interrupts.signals():
             sums = asyncio.ensure_future(self._checksum())
             try:
-                await self._interruptible(self._all())
+                await self._interrupts.until_interrupted(self._all())
             finally:
-                await self._interruptible(self._put_right())
+                await self._interrupts.until_interrupted(self._put_right())
                 await asyncio.wait([sums])
         try:
             await self._do(self._plan.close)
@@ -141,7 +139,7 @@ class Build:
         result = "partial" if self._record.partial else "passed"
         if self._trouble or any(step.status == "failed" for step in self._steps.values()):
             result = "failed"
-        if self._interrupts or any(s.status == "interrupted" for s in self._steps.values()):
+        if self._interrupts.count or any(s.status == "interrupted" for s in self._steps.values()):
             result = "interrupted"
         for name, step in self._steps.items():
             if step.status == "waiting":
@@ -413,46 +411,6 @@ class Build:
             path=f"git archive --format=tar {source.commit}", flow="in",
         )  # fmt: skip
         self._archive = (archive,)
-
-    # -- interruption -------------------------------------------------------------------------
-
-    async def _interruptible(self, work: Coroutine[None, None, None]) -> None:
-        """Run it to its end, or until a signal cancels it."""
-        self._under_way = asyncio.ensure_future(work)
-        try:
-            await self._under_way
-        except asyncio.CancelledError:
-            if not self._interrupts:
-                raise
-        finally:
-            self._under_way = None
-            self._site.journal.interrupted.clear()
-
-    def _interrupt(self) -> None:
-        self._interrupts += 1
-        self._site.reporter.warn("interrupted: ending what runs in the VMs")
-        self._site.journal.interrupted.set()
-        if self._under_way is not None:
-            self._under_way.cancel()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the cycle in good order; one that is ignored (``&`` in a script) stays
-        so. Only a main thread is told of signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        known = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        before = {number: how for number, how in known.items() if how is not signal.SIG_IGN}
-        for number in before:
-            loop.add_signal_handler(number, self._interrupt)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
 
 
 def _flowing(steps: Iterable[StepRecord], flow: Flow) -> tuple[FileRecord, ...]:

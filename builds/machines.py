@@ -64,7 +64,7 @@ class Machines:
         self._site = site
         self._directory = directory
         self._source = source
-        self._meter = meter
+        self.meter = meter
         self._note = note
         self._connections: dict[str, Connection] = {}
         self._offers: dict[str, Mapping[str, str]] = {}  # by VM, as long as its connection lasts
@@ -91,7 +91,7 @@ class Machines:
         member = self._site.member(vm)
         if root:
             self._root[vm] = root
-        with self._meter.hypervisor():
+        with self.meter.hypervisor():
             capabilities = member.driver.capabilities()
             disk = member.disk()
             record = VmRecord(vm=vm, host=member.host, driver=capabilities.driver)
@@ -124,7 +124,7 @@ class Machines:
         self._not_reset.add(vm)
         self._update(vm, pristine=False)
         since = time.monotonic()
-        with self._meter.hypervisor():
+        with self.meter.hypervisor():
             outcome = await in_thread(lambda: perform(site, Reset((vm,), to, wait=False)))
         self._not_reset.remove(vm)
         self._carried.pop(vm, None)
@@ -140,7 +140,7 @@ class Machines:
         for action in outcome.actions:
             say(f"{action}")
         say(f"disk is checkpoint {to}: {_proven(proof.pristine)}")
-        with self._meter.guest():
+        with self.meter.guest():
             ready = await until_ready(member, since=since if member.can_power else float("-inf"))
         self._update(vm, boot_id=ready.boot_id, clock_skew=round(ready.skew, 3), clock_set=False)
         say(f"answers on ssh {format_duration(time.monotonic() - since)} after the reset began")
@@ -158,7 +158,7 @@ class Machines:
         async with self._locks.setdefault(vm, asyncio.Lock()):
             connection = await self._connected(vm)
             if vm not in self._in_use:
-                with self._meter.guest():
+                with self.meter.guest():
                     await self._look(vm, connection)
                     await self._mark(vm, connection)
                 self._in_use.add(vm)
@@ -189,18 +189,18 @@ class Machines:
         connection = self._connections.get(vm)
         if connection is None or connection.closed:
             await self.drop(vm)
-            with self._meter.guest():
+            with self.meter.guest():
                 endpoint = self._site.member(vm).endpoint()
                 connection = await Connection.open(endpoint, runner=self._site.runner)
             self._connections[vm] = connection
             for directory, port in self._ports.get(vm, {}).items():  # where it was told it would be
                 try:
-                    with self._meter.guest():
+                    with self.meter.guest():
                         await connection.offer_port(self._servers[directory].port, directory, there=port)
                 except Unsupported as error:
                     self._note(f"{vm}: it no longer reaches {directory}: {error.message}")
             if vm in self._root:
-                with self._meter.guest():
+                with self.meter.guest():
                     may = await connection.may_be_root()
                 if not may:
                     await self.drop(vm)
@@ -263,7 +263,7 @@ class Machines:
             return {"SOURCE_URL": source.url}
         connection = await self.connection(vm)
         if vm not in self._offers:
-            with self._meter.guest():
+            with self.meter.guest():
                 repositories = offered(source)
                 try:
                     urls = [
@@ -292,7 +292,7 @@ class Machines:
             self._servers[directory] = self._serving.enter_context(Server(directory))
         ports = self._ports.setdefault(vm, {})
         if directory not in ports:
-            with self._meter.guest():
+            with self.meter.guest():
                 ports[directory] = await connection.offer_port(self._servers[directory].port, directory)
         return f"http://127.0.0.1:{ports[directory]}"
 
@@ -322,7 +322,7 @@ class Machines:
             return
         connection = await self.connection(vm)
         try:
-            with self._meter.guest():
+            with self.meter.guest():
                 text = await connection.output(_PACKAGES, timeout=120, most=_PACKAGES_MAX)
         except FarmhandError as error:
             if connection.closed:
@@ -361,7 +361,7 @@ class Machines:
         member = self._site.member(vm)
         if not member.idles:
             return None
-        with self._meter.hypervisor():
+        with self.meter.hypervisor():
             try:
                 return await in_thread(lambda: member.driver.find(member.machine))
             except FarmhandError as error:
@@ -370,7 +370,7 @@ class Machines:
 
     async def _balloon(self, vm: str, target: int) -> None:
         try:
-            with self._meter.hypervisor():
+            with self.meter.hypervisor():
                 await in_thread(lambda: perform(self._site, Balloon(vm, target)))
             if target == self._site.farm.vms[vm].memory:
                 self._update(vm, memory=target)

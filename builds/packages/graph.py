@@ -333,10 +333,13 @@ def graph_of(
     target: BuildTarget,
     outside: Outside | None = None,
     bootstrap: Mapping[str, Sequence[str]] | None = None,
+    profiles: Mapping[str, Sequence[str]] | None = None,
 ) -> Graph:
     """The graph of a set, whatever its order. ``outside``: what can be had without being built; None:
-    whatever the set doesn't make. ``bootstrap``: profiles, by the names of source packages. All that is
-    wrong is in the graph's ``problems``. NotFound: the set has no such package to bootstrap."""
+    whatever the set doesn't make. ``bootstrap``, ``profiles``: build profiles by the names of source
+    packages: those that they are built first with, where a loop needs it, and those they always are.
+    All that is wrong is in the graph's ``problems``. NotFound: the set has no such package to
+    bootstrap."""
     set_: dict[str, SourcePackage] = {}
     twice = []
     for package in packages:
@@ -345,12 +348,16 @@ def graph_of(
         set_.setdefault(package.name, package)
     ordered = {name: set_[name] for name in sorted(set_)}
     stages = {}
-    for name, profiles in (bootstrap or {}).items():
+    for name, first in (bootstrap or {}).items():
         if name not in ordered:
             near = did_you_mean(name, [*ordered], "")
             raise NotFound(f"there is no package {name!r} to be built first with a profile", remedy=near)
-        stages[name] = tuple(profiles)
-    maker = _GraphMaker(ordered, target, outside or Everything(), stages)
+        stages[name] = tuple(first)
+    targets = {
+        name: replace(target, profiles=target.profiles | set((profiles or {}).get(name, ())))
+        for name in ordered
+    }
+    maker = _GraphMaker(ordered, targets, outside or Everything(), stages)
     return maker.graph(twice)
 
 
@@ -358,17 +365,17 @@ class _GraphMaker:
     def __init__(
         self,
         packages: Mapping[str, SourcePackage],
-        target: BuildTarget,
+        targets: Mapping[str, BuildTarget],
         outside: Outside,
         stages: Mapping[str, tuple[str, ...]],
     ) -> None:
         self._outside = outside
-        self._builds = {name: PackageBuild(name, one, target) for name, one in packages.items()}
+        self._builds = {name: PackageBuild(name, one, targets[name]) for name, one in packages.items()}
         self._stages = {
             name: PackageBuild(
                 f"{name} ({' '.join(profiles)})",
                 packages[name],
-                replace(target, profiles=target.profiles | set(profiles)),
+                replace(targets[name], profiles=targets[name].profiles | set(profiles)),
                 profiles,
             )
             for name, profiles in stages.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,7 +129,7 @@ class PackageRecord:
     @property
     def packages(self) -> tuple[FileRecord, ...]:
         """Of its outputs those that a repository takes."""
-        return tuple(file for file in self.outputs if file.name.endswith((".deb", ".udeb", ".rpm")))
+        return packages_of(self.outputs)
 
     def as_dict(self) -> dict[str, object]:
         """The record for ``--json``."""
@@ -143,7 +143,24 @@ class PackageRecord:
     def _stored(self) -> dict[str, object]:
         values = dataclasses.asdict(self)
         del values["directory"]
-        return {"format": FORMAT, **values}
+        return {"format": FORMAT, **values, "asked": self.inputs.asked, "digest": self.inputs.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class RecordKey:
+    """What a look-up wants of a record: quicker to be had than all of it. ``asked``, ``ours``: as of its
+    ``BuildInputs``; ``tree``: of its source; ``packages``: as of the record."""
+
+    package: str
+    number: int
+    name: str
+    passed: bool
+    version: str
+    tree: str
+    asked: str
+    ours: Mapping[str, str]
+    packages: tuple[FileRecord, ...]
+    directory: Path
 
 
 class PackageRecords:
@@ -192,6 +209,23 @@ class PackageRecords:
                 directory / "record.json", "a package build's record", error, remedy
             ) from error
 
+    def key(self, package: str, number: int) -> RecordKey | None:
+        """None: there is no such record, or it can't be read."""
+        directory = self.top / package / str(number)
+        try:
+            data = json_object(read_file(directory / "record.json"))
+            inputs, installed = data["inputs"], data["inputs"]["installed"]
+            files = tuple(made(FileRecord, one) for one in data["outputs"])
+            key = RecordKey(
+                package, number, str(data["name"]), data["result"] == "passed",
+                str(inputs["version"]), str(inputs["tree"]), str(data["asked"]),
+                {str(one["name"]): str(one["sha256"]) for one in installed if one["sha256"]},
+                packages_of(files), directory,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return key if data.get("format") == FORMAT else None
+
     def find(self, word: str) -> PackageRecord:
         """``hello/7``, or ``hello``: its newest. NotFound names the nearest; WrongState as of
         ``read``."""
@@ -227,6 +261,14 @@ class PackageRecords:
             raise file_error(error, directory, "make the directory") from error
         directory.chmod(0o755)
         return number, directory
+
+
+def packages_of(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+    """Those that a repository takes; a source package is none of them."""
+    return tuple(
+        file for file in files
+        if file.name.endswith((".deb", ".udeb", ".rpm")) and not file.name.endswith(".src.rpm")
+    )  # fmt: skip
 
 
 def _record(directory: Path, data: Mapping[str, Any]) -> PackageRecord:

@@ -16,36 +16,6 @@ if TYPE_CHECKING:
     from inventory.errors import FarmhandError
     from inventory.fields import Label
     from inventory.model import FailureClass, Farm
-    from repositories.repository import Repository
-
-# Run by root. $NAME: the file's; $MARK: a line of those that this build wrote, all others of ours go.
-_WRITE = r"""
-umask 022
-mkdir -p "$parts"
-for f in "$parts"/farmhand-*"$END"; do
-  [ ! -e "$f" ] || grep -qxF "$MARK" "$f" || rm -f -- "$f"
-done
-printf '%s\n%s\n' "$MARK" "$STANZA" >"$parts/.$NAME"
-mv -f -- "$parts/.$NAME" "$parts/$NAME$END"
-"""
-# apt.conf(5): where its files are is a setting. Only this list is read anew, and all others stay.
-_APT = r"""
-command -v apt-get >/dev/null || { echo "there is no apt-get here"; exit 127; }
-eval "$(apt-config shell parts Dir::Etc::sourceparts/d)"
-END=.sources
-WRITE
-apt-get update -q -o Dir::Etc::sourcelist="$parts/$NAME$END" -o Dir::Etc::sourceparts=/dev/null \
-  -o APT::Get::List-Cleanup=0 -o APT::Update::Error-Mode=any
-"""
-_DNF = r"""
-tool=$(command -v dnf || command -v yum) || { echo "there is no dnf or yum here"; exit 127; }
-parts=/etc/yum.repos.d
-END=.repo
-WRITE
-id="$REPOSITORY-$CHANNEL"
-"$tool" -q makecache --disablerepo='*' --enablerepo="$id" --setopt="$id.skip_if_unavailable=False"
-"""
-_SCRIPTS = {"deb": _APT.replace("WRITE", _WRITE), "rpm": _DNF.replace("WRITE", _WRITE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +63,12 @@ class UseStep(StepKind):
         return {"repository": str(self.uses)}
 
     async def carry_out(self, work: StepRun) -> None:
-        from dataclasses import replace
-
         from builds.record import UsedGeneration
-        from builds.step_run import StepFailed
-        from host.printable import last_line
+        from builds.repository_client import point_to, reached_by
         from provision.guest.ssh_connection import in_thread
-        from provision.package_repositories import client_source
-        from repositories.repository import Repository
 
         repository, generation = await in_thread(lambda: work.repositories.generation(self))
-        url = repository.settings.url
-        if not url:
-            url = await work.machines.offer(self.vm, repository.layout.top)
-        reached = Repository(replace(repository.settings, url=url))
-        source = client_source(reached, generation.channel, generation, plain=True)
+        source = await reached_by(work.machines, self.vm, repository, generation)
         work.repositories.note(
             UsedGeneration(
                 repository=repository.name, channel=generation.channel, generation=generation.sequence,
@@ -118,43 +79,13 @@ class UseStep(StepKind):
         work.log.say(
             f"{self.vm} gets generation {generation.sequence} of {repository.name}: {source.url}"
         )
-        connection = await work.machines.connection(self.vm)
-        said: list[bytes] = []
-
-        def keep(data: bytes) -> None:
-            said.append(data)
-            work.log.write(data)
-
-        with work.meter.guest():
-            done = await connection.run(
-                _SCRIPTS[repository.settings.format],
-                env={
-                    "NAME": f"farmhand-{repository.name}", "REPOSITORY": repository.name,
-                    "CHANNEL": generation.channel, "STANZA": repository.format.stanza(source).rstrip(),
-                    "MARK": f"# farmhand: build {work.artifacts.parent.name}", "LC_ALL": "C.UTF-8",
-                },
-                timeout=max(self.timeout - work.seconds, 0.001),
-                log=keep,
-                most=work.log.room,
-                root=True,
-            )  # fmt: skip
-        work.exit = done.status
-        if done.status:
-            why = last_line(b"".join(said).decode(errors="replace"), 300) or f"status {done.status}"
-            raise StepFailed(
-                "time-out" if done.timed_out else "infrastructure",
-                f"{self.vm} does not take {source.url}: {why}",
-                exit=done.status,
-                remedy=_remedy(repository),
-            )
+        await point_to(
+            work.machines, self.vm, repository, source, build=work.artifacts.parent.name, log=work.log,
+            seconds=self.timeout - work.seconds,
+        )  # fmt: skip
+        work.exit = 0
 
     def class_of(self, error: FarmhandError) -> FailureClass:
         from inventory.errors import NotFound
 
         return "source" if isinstance(error, NotFound) else super().class_of(error)
-
-
-def _remedy(repository: Repository) -> str:
-    if repository.settings.url:
-        return f"see whether the VM reaches {repository.settings.url}, and who serves it"
-    return ""

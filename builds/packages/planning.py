@@ -1,0 +1,103 @@
+"""From what was asked to a plan: sources read, graph made, all that is in the way told at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from builds.packages.graph import Graph, SourcePackage, graph_of
+from builds.packages.lookup import EarlierBuilds
+from builds.packages.plan import (
+    Channel,
+    PackagePlan,
+    foresee,
+    inputs_of,
+    settings_of,
+    target,
+    template_of,
+    wanted_of,
+)
+from builds.packages.prepare import check_all
+from builds.packages.record import PackageRecords
+from builds.packages.runs import RunRecords
+from builds.packages.sources import Sources, read_sources
+from inventory.errors import FarmhandError
+from provision.engine.runner import perform
+from provision.operations.flows import FlowFail
+from provision.package_repositories import opened
+from provision.site import Site
+
+
+def graph_of_sources(sources: Sources) -> Graph:
+    """The graph of all that was read."""
+    states = [state for state in sources.states.values() if state.control is not None]
+    return graph_of(
+        [SourcePackage(state.control, version=state.given) for state in states if state.control],
+        target(),
+        bootstrap={
+            state.control.name: state.declared.bootstrap
+            for state in states
+            if state.control and state.declared.bootstrap
+        },
+        profiles={
+            state.control.name: state.declared.profiles
+            for state in states
+            if state.control and state.declared.profiles
+        },
+    )
+
+
+def plan_packages(
+    site: Site, packages: Sequence[str], *, with_dependants: bool, revision: str | None,
+    only_changed: bool,
+) -> PackagePlan:  # fmt: skip
+    """What such a run does. Nothing is changed. NotFound; one error with all that is in its way."""
+    settings = settings_of(site)
+    sources = read_sources(site, revision)
+    graph = graph_of_sources(sources)
+    check_all(site, sources, graph)
+    channel = Channel(opened(site.farm, settings.repository), settings.channel)
+    runs, records = RunRecords(site.paths), PackageRecords(site.paths)
+    now = runs.cleared(sources.revision)
+    before = runs.cleared("") if only_changed else now
+    template = template_of(site, settings.all_builders[0], settings.to)
+    states = {state.control.name: state for state in sources.states.values() if state.control}
+    wanted = wanted_of(graph, states, packages, dependants=with_dependants)
+    plan = PackagePlan(
+        settings=settings,
+        revision=sources.revision,
+        only_changed=only_changed,
+        cleared=now != runs.cleared(""),
+        states=states,
+        graph=graph,
+        wanted=wanted,
+        asked=tuple(packages),
+        inputs={
+            name: inputs_of(
+                graph.builds[name], states[graph.builds[name].package.name], settings, template, before
+            )
+            for name in wanted
+        },
+        builders=settings.all_builders,
+        channel=channel,
+        earlier=EarlierBuilds(records),
+        records=records,
+        notes=sources.notes,
+    )
+    return replace(plan, foreseen=foresee(plan))
+
+
+def end_old_flows(site: Site, plan: PackagePlan) -> None:
+    """The flows that earlier runs left open: this one has all of what they were to bring."""
+    repository = plan.channel.repository
+    if not repository.exists:
+        return
+    for run in RunRecords(site.paths).all():
+        if not run.flow or run.generation or run.repository != repository.name:
+            continue
+        with contextlib.suppress(FarmhandError):
+            found = repository.flows.find(run.flow)
+            if found is not None and found.state == "open":
+                note = "a later run of build took its place"
+                perform(site, FlowFail(repository.name, run.flow, note=note))
