@@ -87,7 +87,9 @@ class _DrawnHead:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
+class GraphDrawing:
+    """Where everything is, in pixels."""
+
     width: int
     height: int
     heads: tuple[_DrawnHead, ...]
@@ -124,24 +126,20 @@ def svg_of(
     title: str,
     states: Mapping[str, str],
     links: Mapping[str, str] | None = None,
-    *,
-    within: bool = False,
 ) -> str:
-    """As ``as_svg``. ``links``: where builds lead to. ``within``: as part of a page."""
-    drawn = _drawn(picture, states, links or {})
-    return page_template("graph.svg.j2").render(title=title, drawn=drawn, within=within)
-
-
-def width_of(picture: GraphPicture) -> int:
-    """Of its drawing, in pixels."""
-    return _drawn(picture, {}, {}).width
+    """As ``as_svg``. ``links``: where builds lead to."""
+    drawn = drawing_of(picture, states, links or {})
+    return page_template("graph.svg.j2").render(title=title, drawn=drawn, within=False)
 
 
 _Place = tuple[str, int]
 """A build in its column, or in a later one the line from it that passes there."""
 
 
-def _drawn(picture: GraphPicture, states: Mapping[str, str], links: Mapping[str, str]) -> _Drawn:
+def drawing_of(
+    picture: GraphPicture, states: Mapping[str, str], links: Mapping[str, str]
+) -> GraphDrawing:
+    """``states`` and ``links``: as of ``svg_of``."""
     layer = {name: at for at, names in enumerate(picture.layers) for name in names}
     columns = _columns(picture, layer)
     heights = [
@@ -167,7 +165,7 @@ def _drawn(picture: GraphPicture, states: Mapping[str, str], links: Mapping[str,
                 passing[name, number] = (x, y, x + width)
                 y += _PASSING
         x += width + _ACROSS
-    return _Drawn(
+    return GraphDrawing(
         max(x - _ACROSS + _MARGIN, 10 * _MARGIN),
         top + tallest + _MARGIN,
         tuple(heads),

@@ -10,28 +10,16 @@ from pathlib import Path
 
 from builds.log_text import log_lines
 from builds.packages.record import LOG, PackageRecord
+from builds.packages.verified import verified
 from builds.pages.places import PagePlaces, link
-from host.documents import Malformed, json_value, made, read_file
 from host.html import page_template
 from host.program import typed
 from inventory.errors import spelled
 from inventory.sizes import format_duration
 
-REBUILDS = "rebuilds.json"
-"""Beside the record: how builds from it compared with it."""
-
 _MOST, _INSTALLED = 50, 3000
 """Shown of a list of lines; of what was installed."""
 _TAIL = 2**16  # bytes of an earlier attempt's log
-
-
-@dataclass(frozen=True, slots=True)
-class RebuildVerdict:
-    """Of a build from the record. ``differs``: what does, a line each."""
-
-    number: int
-    identical: bool
-    differs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +36,6 @@ def render(record: PackageRecord, places: PagePlaces, farm_file: str = "") -> st
     """The page as text. ``record``: as it is to be shown (``PackageSummaries.settled``). ``farm_file``:
     named in what is to be typed."""
     page = places.build(record.package, record.number)
-    rebuilds, trouble = _rebuilds(record.directory / REBUILDS)
     return page_template("package-build.html.j2").render(
         build=record,
         way=[
@@ -62,8 +49,7 @@ def render(record: PackageRecord, places: PagePlaces, farm_file: str = "") -> st
         ours=[one for one in record.inputs.installed if one.sha256],
         others=[one for one in record.inputs.installed if not one.sha256],
         attempts=list(_attempts(record)),
-        rebuilds=rebuilds,
-        rebuilds_trouble=trouble,
+        verified=verified(record.directory),
         spelled=partial(spelled, how=partial(typed, farm=farm_file)),
         most=_MOST,
         most_installed=_INSTALLED,
@@ -99,7 +85,7 @@ def _attempts(record: PackageRecord) -> Iterator[_ShownAttempt]:
 
 def _is_there(directory: Path, path: str) -> bool:
     """Whether it is a file of the record's own."""
-    return ".." not in Path(path).parts and not os.path.isabs(path) and (directory / path).is_file()
+    return ".." not in Path(path).parts and not Path(path).is_absolute() and (directory / path).is_file()
 
 
 def _tail(log: Path) -> str:
@@ -109,16 +95,3 @@ def _tail(log: Path) -> str:
             return "\n".join(log_lines(file.read(_TAIL).decode(errors="replace"), ()))
     except OSError as error:
         return f"it can't be read: {error.strerror}"
-
-
-def _rebuilds(path: Path) -> tuple[list[RebuildVerdict], str]:
-    """And what is wrong with the file."""
-    try:
-        found = json_value(read_file(path))
-        if not isinstance(found, list):
-            raise Malformed("it is no list")
-        return [made(RebuildVerdict, one) for one in found], ""
-    except FileNotFoundError:
-        return [], ""
-    except (OSError, ValueError) as error:
-        return [], f"{path.name} can't be read: {error}"
