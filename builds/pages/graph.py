@@ -84,7 +84,7 @@ def _render(
         [
             _ShownNode(
                 name, words[name],
-                states[name].because if words[name] == "skipped" else "",
+                _because(states[name], words) if words[name] == "skipped" else "",
                 links.get(name, ""),
                 some(needs[name]) if needs[name] else "",
             )
@@ -115,6 +115,11 @@ def _states(runs: Iterable[RunRecord]) -> Mapping[str, RunEntry]:
         for entry in run.packages:
             found.setdefault(entry.name, entry)
     return found
+
+
+def _because(entry: RunEntry, words: Mapping[str, str]) -> str:
+    """Why it was skipped."""
+    return f"{entry.because} {words[entry.because]}" if entry.because in words else entry.because
 
 
 def _links(places: PagePlaces, states: Mapping[str, RunEntry]) -> Mapping[str, str]:
