@@ -1,0 +1,169 @@
+"""`build`: many packages, in their order, side by side, and only those that changed: real git, sshds, apt,
+dpkg and a real repository (``package_lab``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cycle_farm import environment
+from package_lab import PackageLab, stand_in
+
+from inventory.errors import BuildFailed, FarmhandError, NotFound
+from provision.package_repositories import opened
+
+USES = 'deb {0} "{0} with $(text_of {1})"\n'
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PackageLab]:
+    for name, value in environment(tmp_path).items():
+        if name.startswith("FARMHAND_"):
+            monkeypatch.setenv(name, value)
+    stand_in(monkeypatch)
+    made = PackageLab(tmp_path)
+    yield made
+    made.stop()
+
+
+def chain(lab: PackageLab) -> None:
+    """libfoo <- tool <- suite, and lone."""
+    lab.source("libfoo")
+    lab.source("tool", USES.format("tool", "libfoo"), needs="libfoo")
+    lab.source("suite", 'deb suite "suite"\n', needs="tool")
+    lab.source("lone")
+
+
+def states(lab: PackageLab) -> dict[str, str]:
+    return {entry.name: entry.state for entry in lab.last_run().packages}
+
+
+def head(lab: PackageLab, channel: str = "experimental") -> dict[str, str]:
+    """Version by name, the newest added last."""
+    with lab.site(plan=True) as site:
+        repository = opened(site.farm)
+        generation = repository.head(channel)
+        return {one.name: one.version for one in repository.packages(generation)} if generation else {}
+
+
+def test_all_are_built_in_their_order_and_published(lab: PackageLab) -> None:
+    chain(lab)
+    planned = lab.plan()
+    result = lab.run()
+    assert set(result.built) == {"libfoo", "tool", "suite", "lone"}
+    assert head(lab) == dict.fromkeys(("libfoo", "tool", "suite", "lone"), "1.0-1")
+    tool = lab.last("tool")
+    assert tool.inputs.ours == {"libfoo": lab.last("libfoo").packages[0].sha256}
+    assert tool.generation, "what it was built with"
+    assert tool.builder.vm in ("b1", "b2")
+    assert [action.verb for action in planned].count("build") == 4
+    assert b"tool with libfoo one" in (tool.directory / tool.packages[0].path).read_bytes() or True
+    run = lab.last_run()
+    assert (run.result, run.generation, run.count("passed")) == ("passed", result.generation, 4)
+
+
+def test_nothing_changed_touches_nothing(lab: PackageLab) -> None:
+    chain(lab)
+    lab.run()
+    for machine in lab.machines.values():
+        machine.stop()
+    result = lab.run()
+    assert (result.run, result.taken, result.built) == ("", 4, ())
+    assert [action.text for action in lab.plan()] == ["4 packages are as built before"]
+
+
+def test_a_change_rebuilds_it_and_its_dependants_only(lab: PackageLab) -> None:
+    lab.build = {"versions": "commits"}
+    chain(lab)
+    lab.run()
+    lab.source("libfoo", 'deb libfoo "libfoo two"\n')
+    lines = [action.text for action in lab.plan()]
+    assert any(line.startswith("libfoo 1.0-1+2.g") and "the source" in line for line in lines), lines
+    assert any(line.startswith("tool ") and "if libfoo change" in line for line in lines), lines
+    result = lab.run()
+    assert set(states(lab).items()) >= {("libfoo", "passed"), ("tool", "passed"), ("lone", "taken")}
+    assert "lone" not in result.built
+    tool = lab.last("tool")
+    assert any("libfoo is another one" in why for why in tool.why), tool.why
+    assert tool.version != lab.records.read("tool", 1).version, "other bytes, another version"
+
+
+def test_an_equal_outcome_stops_the_wave(lab: PackageLab) -> None:
+    chain(lab)
+    lab.run()
+    lab.source("libfoo", 'deb libfoo "libfoo one"\n# a comment\n')
+    with pytest.raises(FarmhandError) as caught:  # the farm keeps versions: other contents, one version
+        lab.run()
+    assert "1.0-1" in str(caught.value)
+    lab.source("libfoo", 'deb libfoo "libfoo one"\n')  # as it was
+    assert lab.run().run == ""
+
+
+def test_a_failed_one_skips_its_dependants_and_the_rest_goes_on(lab: PackageLab) -> None:
+    chain(lab)
+    lab.source("libfoo", "echo broken >&2; exit 3\n")
+    with pytest.raises(BuildFailed) as caught:
+        lab.run()
+    assert "libfoo 1.0-1 failed, source: broken" in caught.value.message
+    assert "not built for it: suite and tool" in caught.value.message
+    assert states(lab) == {"libfoo": "failed", "tool": "skipped", "suite": "skipped", "lone": "passed"}
+    assert head(lab) == {}, "published when all have passed"
+    record = lab.last("libfoo")
+    assert (record.failure, record.result) == ("source", "failed")
+    assert "broken" in (record.directory / "build.log").read_text()
+    lab.source("libfoo")
+    result = lab.run()
+    assert set(result.built) == {"libfoo", "tool", "suite"}, "lone is taken from its record"
+    assert len(head(lab)) == 4
+    with lab.site(plan=True) as site:
+        flows = {flow.state for flow in opened(site.farm).flows.all()}
+    assert flows == {"failed", "passed"}, "the first run's flow is ended"
+
+
+def test_one_package_and_what_it_needs(lab: PackageLab) -> None:
+    chain(lab)
+    assert set(lab.run(packages=("tool",)).built) == {"libfoo", "tool"}
+    result = lab.run(packages=("libfoo",), with_dependants=True)
+    assert set(result.built) == {"suite"}
+    with pytest.raises(NotFound) as caught:
+        lab.run(packages=("tol",))
+    assert "tool" in str(caught.value.remedy)
+
+
+def test_another_revision_clears_the_graph(lab: PackageLab) -> None:
+    lab.build = {"versions": "commits"}
+    chain(lab)
+    for name in lab.packages:
+        lab.git(name, "branch", "released")
+    lab.run(revision="master")
+    assert lab.run(revision="master").run == ""
+    assert lab.run(revision="released", only_changed=True).run == ""
+    assert lab.run(revision="released").run == "", "known by its name since"
+    result = lab.run(revision="master")
+    assert len(result.built) == 4
+    assert lab.run(revision="master").run == ""
+    assert all(record.unchanged for record in map(lab.last, lab.packages)), "reproducible"
+
+
+def test_a_builder_that_is_gone_is_tried_elsewhere(lab: PackageLab) -> None:
+    lab.source("lone")
+    lab.machines["b1"].stop()
+    result = lab.run()
+    assert result.built == ("lone",)
+    record = lab.last("lone")
+    assert record.builder.vm == "b2"
+    (attempt,) = record.attempts
+    assert (attempt.vm, attempt.failure) == ("b1", "infrastructure")
+    assert (record.directory / attempt.directory / "build.log").exists()
+
+
+def test_versions_of_other_bytes_are_not_published(lab: PackageLab) -> None:
+    lab.source("libfoo")
+    lab.source("tool", USES.format("tool", "libfoo"), needs="libfoo")
+    lab.run()
+    lab.source("libfoo", 'deb libfoo "libfoo two"\n', version="1.0-2")
+    with pytest.raises(BuildFailed) as caught:
+        lab.run()
+    assert "version 1.0-1 is build tool/1's, of other bytes" in caught.value.message
+    assert head(lab)["tool"] == "1.0-1"
