@@ -10,7 +10,7 @@ from functools import partial
 
 from builds.packages.runs import RunRecord
 from builds.pages.index import counts
-from builds.pages.places import PagePlaces, link
+from builds.pages.places import PagePlaces, link, link_if_there
 from builds.record import BuildRecord, now
 from host.html import page_template
 from host.program import typed
@@ -67,7 +67,7 @@ def render(
         runs=runs[:_LAST],
         cycles=cycles[:_LAST],
         counts=counts,
-        to_cycle=lambda cycle: link(page, cycle.page) if cycle.page.exists() else "",
+        to_cycle=lambda cycle: link_if_there(page, cycle.page),
         spelled=partial(spelled, how=partial(typed, farm=str(site.farm.path))),
     )
 
@@ -85,8 +85,7 @@ def _builders(
     now_ = _under_way(runs)
     for vm in farm.build.all_builders if farm.build else ():
         name, package, number = now_.get(vm, ("", "", 0))
-        page = places.build(package, number) if number else None
-        to = link(places.farm, page) if page and page.exists() else ""
+        to = link_if_there(places.farm, places.build(package, number)) if number else ""
         yield _ShownBuilder(vm, states.get(vm, "unknown"), name, to)
 
 

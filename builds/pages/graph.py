@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from builds.packages.drawing import GraphPicture, drawing_of, svg_of
 from builds.packages.runs import RunEntry, RunRecord
-from builds.pages.places import PagePlaces, link, replace_page
+from builds.pages.places import PagePlaces, link, link_if_there, replace_page
 from builds.record import now
 from host.documents import json_object, made, read_file
 from host.html import page_template
@@ -124,8 +124,10 @@ def _because(entry: RunEntry, words: Mapping[str, str]) -> str:
 
 def _links(places: PagePlaces, states: Mapping[str, RunEntry]) -> Mapping[str, str]:
     """To packages that were built at least once."""
-    pages = {name: places.package(entry.package) for name, entry in states.items()}
-    return {name: link(places.graph, page) for name, page in pages.items() if page.exists()}
+    return {
+        name: link_if_there(places.graph, places.package(entry.package))
+        for name, entry in states.items()
+    }
 
 
 def _title(farm: str) -> str:

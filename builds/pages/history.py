@@ -14,7 +14,7 @@ from builds.record import now
 from host.html import page_template
 from inventory.sizes import format_duration
 
-_BUILDS, _BARS = 100, 40
+BUILDS, _BARS = 100, 40
 """Shown of a package: listed, drawn."""
 
 
@@ -30,7 +30,7 @@ def render(
 ) -> str:
     """The page as text."""
     page = places.package(package)
-    builds = tuple(islice(summaries.of(package), _BUILDS))
+    builds = tuple(islice(summaries.of(package), BUILDS))
     drawn = [build for build in builds if build.result in ("passed", "failed")][:_BARS][::-1]
     most = max((build.seconds for build in drawn), default=0.0)
     return page_template("package.html.j2").render(
@@ -38,7 +38,7 @@ def render(
         way=[(f"Farm {farm}", link(page, places.index)), (package, "")],
         glance=_glance(builds),
         builds=builds,
-        more=max(len(summaries.records.numbers(package)) - _BUILDS, 0),
+        more=max(len(summaries.records.numbers(package)) - BUILDS, 0),
         now=channels.builds_in(builds),
         repository=channels.repository.name if channels.repository else "",
         written=now(),

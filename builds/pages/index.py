@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from builds.packages.runs import RunRecord
-from builds.pages.places import PagePlaces, link
+from builds.pages.places import PagePlaces, link, link_if_there
 from builds.pages.summary import BuildSummary
 from builds.record import BuildRecord, now
 from host.html import page_template
@@ -44,9 +44,9 @@ def render(
         more_cycles=len(cycles) - _CYCLES,
         unreadable=unreadable,
         counts=counts,
-        to_package=lambda name: link(page, places.package(name)),
-        to_build=lambda build: link(page, places.build(build.package, build.number)),
-        to_cycle=lambda cycle: link(page, cycle.page) if cycle.page.exists() else "",
+        to_package=lambda name: link_if_there(page, places.package(name)),
+        to_build=lambda build: link_if_there(page, places.build(build.package, build.number)),
+        to_cycle=lambda cycle: link_if_there(page, cycle.page),
     )
 
 

@@ -57,6 +57,11 @@ def link(page: Path, to: Path) -> str:
     return quote(os.fsencode(os.path.relpath(to, page.parent)))
 
 
+def link_if_there(page: Path, to: Path) -> str:
+    """As ``link``; "" where it isn't."""
+    return link(page, to) if to.exists() else ""
+
+
 def replace_page(page: Path, text: str) -> None:
     """Replace a page, or another file that anybody may read and that can be made again: whole, whoever
     else does. NoSpace, WrongState if the disk refuses."""

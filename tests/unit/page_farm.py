@@ -24,7 +24,6 @@ from builds.packages.record import (
 )
 from builds.packages.relations import BuildTarget
 from builds.packages.runs import RunEntry, RunRecord, RunRecords
-from builds.packages.verified import Verified
 from builds.record import BuildRecord, FileRecord, SourceRecord, StepRecord, new_directory
 from inventory.errors import Call
 from inventory.loader import load
@@ -144,7 +143,8 @@ class PageFarm:
         record = RunRecord(
             id="", farm="kata", result="passed", started=f"2026-11-{day:02}T09:59:00.000+00:00",
             seconds=75.0, revision="main", builders=("b1", "b2"), repository="main",
-            channel="experimental", packages=entries, directory=self.runs.top / f"202611{day:02}t100000z",
+            channel="experimental", packages=entries,
+            directory=self.runs.top / f"202611{day:02}t100000z",
         )  # fmt: skip
         record = replace(record, id=record.directory.name, **values)  # type: ignore[arg-type]
         record.directory.mkdir(parents=True)
@@ -175,7 +175,9 @@ def picture(count: int = 8, *, wide: int = 3) -> GraphPicture:
     """Of packages that need some that come before."""
     packages = []
     for number in range(count):
-        wanted = ", ".join(f"p{n:04}" for n in range(number - number % wide - wide, number - wide) if n >= 0)
+        wanted = ", ".join(
+            f"p{n:04}" for n in range(number - number % wide - wide, number - wide) if n >= 0
+        )
         text = f"Source: p{number:04}\n" + (f"Build-Depends: {wanted}\n" if wanted else "")
         text += f"\nPackage: p{number:04}\nArchitecture: any\n"
         packages.append(SourcePackage(control_of_source(text.encode(), f"p{number:04}"), "1.0-1"))
