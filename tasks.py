@@ -539,6 +539,7 @@ if _may_be_asked_for(sys.argv[1:]):
         flow_show,
     )
     from cli.package_tasks import graph, packages, rebuild, why, why_not  # noqa: F401
+    from cli.page_tasks import pages  # noqa: F401
     from cli.repository_tasks import (  # noqa: F401
         repo_add,
         repo_client,

@@ -64,7 +64,7 @@ def plan_packages(
 
 
 def plan_of(
-    site: Site, sources: Sources, graph: Graph, packages: Sequence[str] = (), *,
+    site: Site, sources: PackageSources, graph: Graph, packages: Sequence[str] = (), *,
     with_dependants: bool = False, only_changed: bool = False, template: str | None = None,
 ) -> PackagePlan:  # fmt: skip
     """The plan for what was read, whatever is in its way. ``template``: as of ``template_of``; None: it
