@@ -1,5 +1,6 @@
 """Builds of many packages: what the controller itself costs. The builders are sshds of this machine, and
-what is in them is a stand-in that sleeps (``tests/unit/package_lab.py``): real builds are in the tests."""
+what is in them is a stand-in that sleeps (``tests/unit/package_lab.py``): real builds are in the
+tests."""
 
 from __future__ import annotations
 
