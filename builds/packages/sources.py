@@ -79,7 +79,7 @@ _MOST = 4 * 2**20
 _MOST_OF_CHANGELOG = 32 * 2**20
 _MOST_FILES = 50_000
 """Files of a work tree that are looked at one by one; in a larger one git status is asked each time."""
-_CONTROL, _CHANGELOG = "debian/control", "debian/changelog"
+_CONTROL, CHANGELOG = "debian/control", "debian/changelog"
 _FULL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _QUIET = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=10"}
 # What stands still is given up; nothing goes on behind our back.
@@ -613,14 +613,14 @@ def _refuse_elsewhere(
 
 
 def _deb(reader: ObjectReader, tree: str, entries: Mapping[str, TreeEntry]) -> _PackageSeen:
-    if _CHANGELOG not in entries:
+    if CHANGELOG not in entries:
         raise Unfit("it has no debian/changelog", remedy="make one: dch(1), option --create")
     _check_file(entries[_CONTROL], _MOST)
-    _check_file(entries[_CHANGELOG], _MOST_OF_CHANGELOG)
-    held = reader.files(tree, (_CONTROL, _CHANGELOG))
+    _check_file(entries[CHANGELOG], _MOST_OF_CHANGELOG)
+    held = reader.files(tree, (_CONTROL, CHANGELOG))
     control = control_of_source(held[_CONTROL], _CONTROL)
     return _PackageSeen(
-        format="deb", stated=_stated(held[_CHANGELOG], control), control=held[_CONTROL].decode()
+        format="deb", stated=_stated(held[CHANGELOG], control), control=held[_CONTROL].decode()
     )
 
 
@@ -667,7 +667,7 @@ def _read_dsc(file: Path) -> _PackageSeen:
     check_files(file.parent, source)
     held = packaging(file.parent, source)
     control = control_of_source(held[_CONTROL], _CONTROL)
-    entry = newest(held.get(_CHANGELOG, b""))
+    entry = newest(held.get(CHANGELOG, b""))
     if entry is None or entry.when is None:
         raise Unfit("its debian/changelog has no whole entry", remedy="see dpkg-parsechangelog(1)")
     if (control.name, entry.source, entry.version) != (source.source, source.source, source.version):
@@ -725,6 +725,14 @@ def pack(runner: Runner, state: SourceState, target: Path) -> None:
             part.rename(target)
         except OSError as error:
             raise file_error(error, target, "write") from error
+
+
+def source_files(runner: Runner, state: SourceState, names: Collection[str]) -> Mapping[str, bytes]:
+    """What files of a source from git hold. WrongState: it can't be read."""
+    assert state.repository is not None
+    with tempfile.TemporaryDirectory(prefix="farmhand-") as scratch:
+        reader = GitReader(runner, Path(scratch)).of(state.repository / "objects", state.tree)
+        return reader.files(state.tree, names)
 
 
 def _add_tree(tar: tarfile.TarFile, state: SourceState, tree: Path) -> None:
