@@ -1,8 +1,7 @@
-"""What version a package is built as. The law: two different sources never get one version. Pure
-functions, but for ``changed``, which reads the file that differs.
+"""What version a package is built as. The law: two different sources never get one version.
 
-Of the records of a package's good builds, the newest first, no more is read than is needed: mostly the
-first one tells all."""
+Pure functions. Of the keys of a package's good builds, the newest first, no more is taken than is
+needed: mostly the first one tells all."""
 
 from __future__ import annotations
 
@@ -14,21 +13,23 @@ from email.utils import format_datetime
 from itertools import count
 from typing import Literal, TypeAlias
 
-from builds.packages.record import PackageRecord
-from builds.packages.source import SourceState
-from builds.packages.sources import CHANGELOG, source_files
+from builds.packages.record import RecordKey
+from builds.packages.source import PackageFormatName, SourceState
 from builds.packages.spec import with_release
-from host.run import Runner
 from inventory.errors import Remedy, WrongState
 from repositories.deb.changelog import newest
 from repositories.package import Package
 
 VersionPolicy: TypeAlias = Literal["keep", "commits", "increment"]
-_REBUILT = re.compile(r"(?P<stem>.*)\+b(?P<number>[1-9][0-9]{0,8})")
-_NUMBERED = re.compile(r"(?P<stem>.*[+.])(?P<number>[1-9][0-9]{0,8})")
+_REBUILT: Mapping[PackageFormatName, str] = {"deb": "+b", "rpm": "."}
+"""What stands before the number of the times. rpm takes letters for older than digits, and %{dist}
+begins with one."""
+_NUMBER = "[1-9][0-9]{0,8}"
 _DIST = r"(?:\.[A-Za-z_][A-Za-z0-9_.~^+]*)?"
 """What %{dist} may add to an rpm's release: .fc40, .el9_3."""
 _SHORT = 8
+_HASH = rf"\.g[0-9a-f]{{{_SHORT}}}"
+CHANGELOG = "debian/changelog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def ungiven(policy: VersionPolicy, state: SourceState) -> Contradiction | None:
 def given(
     policy: VersionPolicy,
     state: SourceState,
-    passed: Iterable[PackageRecord],
+    passed: Iterable[RecordKey],
     used: Collection[str] = (),
 ) -> str:
     """The version that a source is built as, for the first try. ``passed``: its good builds, the newest
@@ -73,12 +74,12 @@ def given(
     policy = policy_of(policy, state)
     if policy == "keep":
         return state.stated
-    before = []
-    for record in passed:
-        if not before and record.source.tree == state.tree and record.source.stated == state.stated:
-            if _by(policy, state).fullmatch(record.version):
-                return record.version
-        before.append(record.version)
+    before: list[str] = []
+    for build in passed:
+        same = not before and build.tree == state.tree
+        if same and _by(policy, state).fullmatch(build.version):
+            return build.version
+        before.append(build.version)
         if policy == "commits":
             break
     if policy == "commits":
@@ -88,52 +89,39 @@ def given(
     return f"{state.stated}{_joint(state)}{last + 1}"
 
 
-def again(policy: VersionPolicy, version: str, used: Collection[str] = ()) -> str | None:
+def again(
+    policy: VersionPolicy, state: SourceState, version: str, used: Collection[str] = ()
+) -> str | None:
     """The next version for other bytes of the same source, none of those ``used``; None: there is none,
     for the policy keeps it."""
+    policy = policy_of(policy, state)
     if policy == "keep":
         return None
-    match = (_REBUILT if policy == "commits" else _NUMBERED).fullmatch(version)
-    stem, number = (match["stem"], int(match["number"])) if match else (version, 1)
-    joint = "+b" if policy == "commits" else "" if match else "+"
-    return next(found for n in count(number + 1) if (found := f"{stem}{joint}{n}") not in used)
+    match = _by(policy, state).fullmatch(version)
+    stem = match["stem"] if match else version
+    last = int(match["number"] or 1) if match else 1 if policy == "commits" else 0
+    joint = _REBUILT[state.format] if policy == "commits" else _joint(state)
+    return next(found for n in count(last + 1) if (found := f"{stem}{joint}{n}") not in used)
 
 
-def contradicted(state: SourceState, passed: Iterable[PackageRecord]) -> Contradiction | None:
-    """A good build that had the source's ``given`` version for something else; None: there is none.
+def contradicted(state: SourceState, passed: Iterable[RecordKey]) -> RecordKey | None:
+    """The good build that had the source's ``given`` version for something else; None: there is none.
     Each was looked at so when it was built: the newest with that version answers for all."""
-    for record in passed:
-        if not state.given or record.version != state.given:
-            continue
-        if record.source.tree == state.tree:
-            return None
-        origin = record.source
-        of = f"commit {origin.commit[:10]} ({origin.subject})" if origin.commit else origin.place
-        return Contradiction(
-            f"version {state.given} is that of build {record.id}, from {of}, whose contents were others",
-            _raise(state),
-        )
-    return None
+    same = (build for build in passed if state.given and build.version == state.given)
+    found = next(same, None)
+    return found if found and found.tree != state.tree else None
 
 
-def elsewhere(
-    state: SourceState, published: Iterable[Package], passed: Iterable[PackageRecord], where: str
-) -> Contradiction | None:
-    """A package that the repository has from another source than this one, under its ``given`` version;
-    None: there is none. ``where``: the repository's channel, in words."""
+def foreign_versions(
+    state: SourceState, published: Iterable[Package], passed: Iterable[RecordKey]
+) -> tuple[Package, ...]:
+    """What a repository has under the source's ``given`` version, made by none of its builds."""
     same = [package for package in published if is_version_of(state, package)]
     if not same:
-        return None
-    for record in passed:
-        if record.version == state.given and record.source.tree == state.tree:
-            sums = {file.sha256 for file in record.outputs}
-            same = [package for package in same if package.sha256 not in sums]
-    if not same:
-        return None
-    return Contradiction(
-        f"version {state.given} is in {where} already, and no build of this source made it: {same[0]}",
-        _raise(state),
-    )
+        return ()
+    builds = (build for build in passed if (build.version, build.tree) == (state.given, state.tree))
+    ours = {file.sha256 for build in builds for file in build.packages}
+    return tuple(package for package in same if package.sha256 not in ours)
 
 
 def is_version_of(state: SourceState, package: Package) -> bool:
@@ -150,28 +138,30 @@ def source_name(state: SourceState) -> str:
     return state.control.name if state.control else state.spec.removesuffix(".spec")
 
 
-def changed(runner: Runner, state: SourceState, version: str) -> SourceState:
-    """The source as it is built under that version: ``given``, with the file that differs. WrongState:
-    the source can't be read, or has no place for it."""
-    if version == state.stated:
-        return replace(state, given=version, changes={})
-    name = CHANGELOG if state.format == "deb" else state.spec
-    data = source_files(runner, state, (name,))[name]
-    return replace(state, given=version, changes=changes(state, version, data))
+def changes(state: SourceState, version: str) -> SourceState:
+    """The source as it is built under that version. What differs then is made when it is packed."""
+    return replace(state, given=version, changes={})
 
 
-def changes(state: SourceState, version: str, data: bytes) -> Mapping[str, bytes]:
-    """The file that differs in what is built, by its path: debian/changelog with an entry in front, or
-    the spec with another Release. ``data``: the file as it is."""
+def changed_file(state: SourceState) -> str:
+    """The file that differs in what is built, by its path; "": none does."""
+    if state.given == state.stated:
+        return ""
+    return CHANGELOG if state.format == "deb" else state.spec
+
+
+def with_version(state: SourceState, data: bytes) -> bytes:
+    """That file, with the ``given`` version: debian/changelog with an entry in front, or the spec with
+    another Release. ``data``: as it is. WrongState: there is no place for it."""
     if state.format == "deb":
-        return {CHANGELOG: _entry(state, version, data) + data}
+        return _entry(state, data) + data
     try:
-        return {state.spec: with_release(data, version.rpartition("-")[2])}
+        return with_release(data, state.given.rpartition("-")[2])
     except ValueError as error:
         raise WrongState(f"{state.name}: {state.spec}: {error}") from None
 
 
-def _entry(state: SourceState, version: str, data: bytes) -> bytes:
+def _entry(state: SourceState, data: bytes) -> bytes:
     """In the words of the newest one, so that it is the same whoever builds it, and when."""
     before = newest(data)
     if before is None:
@@ -179,7 +169,7 @@ def _entry(state: SourceState, version: str, data: bytes) -> bytes:
     when = format_datetime(datetime.fromtimestamp(max(state.when, 0), UTC))
     author = before.author or "farmhand <farmhand@localhost>"
     return (
-        f"{before.source} ({version}) {before.distributions}; urgency={before.urgency}\n\n"
+        f"{before.source} ({state.given}) {before.distributions}; urgency={before.urgency}\n\n"
         f"  * Built by farmhand from {state.commit}.\n\n"
         f" -- {author}  {when}\n\n"
     ).encode()
@@ -192,14 +182,18 @@ def _joint(state: SourceState) -> str:
 
 
 def _by(policy: VersionPolicy, state: SourceState) -> re.Pattern[str]:
-    """A version that the policy gave a source with this stated one."""
+    """A version that the policy gave a source with this stated one. ``number``: of times that other
+    bytes were made of it."""
     begin = re.escape(f"{state.stated}{_joint(state)}")
     if policy == "commits":
-        return re.compile(rf"{begin}[1-9][0-9]*\.g[0-9a-f]{{{_SHORT}}}(?:\+b[1-9][0-9]*)?")
-    return re.compile(rf"{begin}(?P<number>[1-9][0-9]{{0,8}})")
+        joint = re.escape(_REBUILT[state.format])
+        return re.compile(rf"(?P<stem>{begin}[1-9][0-9]*{_HASH})(?:{joint}(?P<number>{_NUMBER}))?")
+    joint = re.escape(_joint(state))
+    return re.compile(rf"(?P<stem>{re.escape(state.stated)}){joint}(?P<number>{_NUMBER})")
 
 
-def _raise(state: SourceState) -> Remedy:
+def other_version(state: SourceState) -> Remedy:
+    """What to do where its version is another's."""
     if state.repository is None:
         return "give it a version of its own, and make the source package again"
     where = "debian/changelog (dch --increment)" if state.format == "deb" else state.spec
