@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from builds.packages.record import PackageRecord, PackageRecords
 from builds.repositories import give_back, holder_of
+from builds.source import Git
 from inventory.errors import Call, FarmhandError, NotFound, WrongState
 from inventory.packages import PackageBuilds, PackageSource
 from provision.engine import plan as engine
@@ -178,23 +179,30 @@ def _builder(site: Site, settings: PackageBuilds, record: PackageRecord) -> str:
 def _source(site: Site, record: PackageRecord) -> SourceState:
     """Just what was built. WrongState, naming what is gone."""
     from builds.packages.sources import read_source
-    from builds.packages.versions import changes
 
     origin = record.source
+    what = f"commit {origin.commit[:12]} of {origin.place}" if origin.commit else origin.place
     try:
         state = read_source(site, record.package, _declared(site, record))
+        if state.repository is not None and state.repository.exists():  # a plan has no mirror of a URL
+            # what is known of a commit is kept, also where the commit is not
+            Git(site.runner, state.repository)("cat-file", "-e", f"{state.tree}^{{tree}}")
     except FarmhandError as error:
-        what = f"commit {origin.commit[:12]} of {origin.place}" if origin.commit else origin.place
         raise WrongState(
             f"build {record.id}: its source, {what}, is gone: {error.message}", remedy=error.remedy
         ) from error
     if state.tree != origin.tree:
         raise WrongState(
-            f"build {record.id}: {origin.place} is no longer what was built: it is {state.tree[:12]}, "
-            f"and was {origin.tree[:12]}"
+            f"build {record.id}: {what} is no longer what was built: it is {state.tree[:12]}, and was "
+            f"{origin.tree[:12]}",
+            remedy="put back what was built",
         )
     state = replace(state, asked=origin.asked, when=origin.when)
-    return state if state.stated == record.version else changes(state, record.version)
+    if state.stated == record.version:
+        return state
+    from builds.packages.versions import changes
+
+    return changes(state, record.version)
 
 
 def _declared(site: Site, record: PackageRecord) -> PackageSource:

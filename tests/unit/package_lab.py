@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 _PREPARE = r"""
 rm -rf build; mkdir build; tar -xf source.tar -C build; cd build/source
 wanted=$(sed -n 's/^Build-Depends: *//p' debian/control | tr -d ' ' | tr ',' ' ')
+[ -z "$INSTALL" ] || wanted=$INSTALL
 [ -z "$wanted" ] || apt-get install -qq -y --no-install-recommends $wanted >../apt.log 2>&1 || {
     cat ../apt.log; exit 100; }
 """
@@ -82,7 +83,8 @@ class PlainFormat:
         where = {key: await connection.output(f'printf %s "${key}"') for key in ("ADMIN", "ROOT")}
         await connection.put([order.source], "incoming")
         await connection.output(f"mv incoming/{order.source.name} source.tar")
-        prepared = await connection.run(_PREPARE, timeout=60, log=log.write)
+        install = {"INSTALL": " ".join(order.install or ())}
+        prepared = await connection.run(_PREPARE, env=install, timeout=60, log=log.write)
         if prepared.status:
             raise StepFailed("dependencies", last_line(log.text(), 200), exit=prepared.status)
         text = await connection.output(_INSTALLED)
