@@ -179,6 +179,7 @@ def _builder(site: Site, settings: PackageBuilds, record: PackageRecord) -> str:
 def _source(site: Site, record: PackageRecord) -> SourceState:
     """Just what was built. WrongState, naming what is gone."""
     from builds.packages.sources import read_source
+    from builds.packages.versions import changes
 
     origin = record.source
     what = f"commit {origin.commit[:12]} of {origin.place}" if origin.commit else origin.place
@@ -197,12 +198,7 @@ def _source(site: Site, record: PackageRecord) -> SourceState:
             f"{origin.tree[:12]}",
             remedy="put back what was built",
         )
-    state = replace(state, asked=origin.asked, when=origin.when)
-    if state.stated == record.version:
-        return state
-    from builds.packages.versions import changes
-
-    return changes(state, record.version)
+    return changes(replace(state, asked=origin.asked, when=origin.when), record.version)
 
 
 def _declared(site: Site, record: PackageRecord) -> PackageSource:
