@@ -51,8 +51,8 @@ def fetched(runner: Runner, download: Download) -> Path:
             _curl(runner, download.url, "--output", part, "--max-filesize", str(most), timeout=_LONG)
             if not _is_there(part, download.sha256):
                 raise Unfit(
-                    f"{shown(download)} is {about(part.stat().st_size)} of something else: its sha256 is "
-                    f"{_sum(part)}, and the farm file says {download.sha256}",
+                    f"{shown(download)} is another file than it must be ({about(part.stat().st_size)}): "
+                    f"its sha256 is {_sum(part)}, and the farm file says {download.sha256}",
                     remedy="see why it changed; then give its sum in 'downloads'",
                 )
             part.chmod(0o644)

@@ -3,19 +3,24 @@ reset: all of it at once, each with what to do. Nothing is changed."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from builds.packages.archive import KnownPackages, Outside
 from builds.packages.downloads import shown, unready
 from builds.packages.graph import Graph
 from builds.packages.record import PackageRecords, RecordKey
+from builds.packages.relations import Relation, clauses_of
 from builds.packages.source import SourceState
 from builds.packages.sources import PackageSources, SourceProblem
 from builds.packages.versions import contradicted, foreign_versions, other_version, source_name
-from builds.plan import check_login
+from builds.plan import unprivileged
+from builds.root import no_root
 from host.files import SPARE
 from inventory.errors import Call, FarmhandError, Remedy, Unsupported, WrongState, joined, some
 from inventory.loader import places
@@ -25,8 +30,11 @@ from provision.operations.reset import check_checkpoint
 from provision.package_repositories import opened, signing
 from provision.site import Site
 from repositories.package import Package
+from repositories.packed import Damaged
 from repositories.repository import Repository
+from repositories.staging import kept_reading
 
+_PROVIDES = re.compile(r"^Provides:[ \t]*(.*(?:\n[ \t].*)*)", re.MULTILINE | re.IGNORECASE)
 _UNKNOWN = 2**20
 """Bytes that a package is taken to make of which nothing is known."""
 _Place = tuple[str | int, ...]
@@ -87,17 +95,45 @@ def problems_of(site: Site, sources: PackageSources, graph: Graph) -> tuple[Sour
     )
 
 
+class PublishedPackages:
+    """What a repository's channel has, for a graph."""
+
+    def __init__(self, repository: Repository, channel: str) -> None:
+        self._repository = repository
+        self._packages = tuple(_published(repository, channel))
+
+    def has(self, relation: Relation) -> bool:
+        """By real names first: what packages provide is in their own fields."""
+        return self._named.has(relation) or self._providing.has(relation)
+
+    @cached_property
+    def _named(self) -> KnownPackages:
+        versions: dict[str, tuple[str, ...]] = defaultdict(tuple)
+        for package in self._packages:
+            versions[package.name] += (package.version,)
+        return KnownPackages(versions)
+
+    @cached_property
+    def _providing(self) -> KnownPackages:
+        found: dict[str, tuple[str | None, ...]] = defaultdict(tuple)
+        for package in self._packages:
+            layout = self._repository.layout
+            kept = kept_reading(layout, package.sha256, package.file, package.component)
+            text = kept.texts.get("Packages", "") if kept else ""
+            for match in _PROVIDES.finditer(text):
+                with suppress(Damaged):
+                    for relation, *_ in clauses_of(match[1], "Provides", binary=True):
+                        found[relation.name] += (relation.version or None,)
+        return KnownPackages({}, found)
+
+
 def outside_of(site: Site) -> Outside | None:
     """What builds may get from elsewhere than the packages themselves, for their graph; None: whatever
     they want. FarmhandError: the repository can't be read."""
     settings = site.farm.build
     if settings is None or settings.outside:
         return None
-    repository = opened(site.farm, settings.repository)
-    versions: dict[str, list[str]] = defaultdict(list)
-    for package in _published(repository, settings.channel):
-        versions[package.name].append(package.version)
-    return KnownPackages({name: tuple(found) for name, found in versions.items()})
+    return PublishedPackages(opened(site.farm, settings.repository), settings.channel)
 
 
 def _published(repository: Repository, channel: str) -> Iterable[Package]:
@@ -145,7 +181,8 @@ def _builder(site: Site, settings: PackageBuilds, vm: str, where: _Place) -> _Fo
                 f"{vm} is on {member.info.called}, where nothing can be run",
                 remedy="a VM of driver kvm, xen or ssh builds packages",
             )
-        check_login(site, vm, "build")
+        if unprivileged(site, vm):
+            raise no_root(site, vm, "build")
         member.present()
         if check_checkpoint(member, settings.to):
             raise Unsupported(
