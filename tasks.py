@@ -529,7 +529,7 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
 
 
 if _may_be_asked_for(sys.argv[1:]):
-    from cli.build_task import build  # noqa: F401
+    from cli.build_tasks import build  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

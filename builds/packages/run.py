@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from builds.interrupts import Interrupts
 from builds.machines import Machines
 from builds.meter import Meter
+from builds.packages.downloads import fetched
 from builds.packages.in_vm import build_in
 from builds.packages.inputs import InstalledPackage
 from builds.packages.lookup import EarlierBuild, sums_of
@@ -323,8 +324,10 @@ class PackageRun:
         record, state, build = task.record, task.state, self._plan.graph.builds[task.name]
         await self._flow_on()
         generation = self._candidate
+        runner, wanted = self._site.runner, state.declared.downloads
+        downloads = await in_thread(lambda: tuple(fetched(runner, one) for one in wanted))
         source = self.directory / f".{record.package}-{record.number}.tar"
-        await in_thread(lambda: pack(self._site.runner, state, source))
+        await in_thread(lambda: pack(runner, state, source))
         try:
             order = BuildOrder(
                 name=task.name,
@@ -336,6 +339,7 @@ class PackageRun:
                     "SOURCE_DATE_EPOCH": str(state.when),
                 },
                 repository=list_name(repository),
+                downloads=downloads,
                 profiles=build.target.profiles,
                 outside=settings.outside,
                 seconds=state.declared.timeout or settings.timeout,
