@@ -7,7 +7,7 @@ A picture is what is drawn of a graph: it can be kept, and drawn again when the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -45,20 +45,33 @@ class GraphPicture:
     problems: tuple[str, ...] = ()
 
 
-def picture_of(graph: Graph) -> GraphPicture:
+def picture_of(graph: Graph, only: Collection[str] | None = None) -> GraphPicture:
+    """``only``: builds by name; others are left out."""
+    layers = _layers(graph, only)
+    drawn = {name for layer in layers for name in layer}
     return GraphPicture(
-        graph.layers,
+        layers,
         tuple(
             PicturedNeed(
                 name, need.needs,
                 "loop" if graph.loops_with(name, need.needs) else "" if need.direct else "run",
                 f"{name} needs {need.needs}: {'; '.join(map(str, need.steps))}",
             )
-            for name in graph.builds
+            for layer in layers
+            for name in layer
             for need in graph.needs(name)
+            if need.needs in drawn
         ),
         tuple(one_line(str(problem)) for problem in graph.problems),
     )  # fmt: skip
+
+
+def _layers(graph: Graph, only: Collection[str] | None) -> tuple[tuple[str, ...], ...]:
+    """Those that have builds to be shown."""
+    if only is None:
+        return graph.layers
+    found = (tuple(name for name in layer if name in only) for layer in graph.layers)
+    return tuple(filter(None, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +110,15 @@ class GraphDrawing:
     lines: tuple[_DrawnNeed, ...]
 
 
-def as_text(graph: Graph, states: Mapping[str, str] | None = None) -> str:
+def as_text(
+    graph: Graph,
+    states: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
     """A line a build, with its state if ``states`` has it, and what it waits for; in brackets what that
-    needs at run time. Then the problems."""
+    needs at run time. Then the problems. ``only``: builds by name; others are left out."""
     lines = []
-    for number, layer in enumerate(graph.layers, 1):
+    for number, layer in enumerate(_layers(graph, only), 1):
         lines.append(f"layer {number}")
         width = max(map(len, layer))
         for name in layer:
@@ -116,9 +133,15 @@ def as_text(graph: Graph, states: Mapping[str, str] | None = None) -> str:
     return "\n".join([*lines, ""])
 
 
-def as_svg(graph: Graph, title: str, states: Mapping[str, str] | None = None) -> str:
-    """``title``: what it is a graph of. ``states``: of builds, which are waiting else."""
-    return svg_of(picture_of(graph), title, states or {})
+def as_svg(
+    graph: Graph,
+    title: str,
+    states: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+) -> str:
+    """``title``: what it is a graph of. ``states``: of builds, which are waiting else. ``only``: as of
+    ``picture_of``."""
+    return svg_of(picture_of(graph, only), title, states or {})
 
 
 def svg_of(

@@ -91,9 +91,8 @@ class BuildPackages(Operation[BuildPackagesResult]):
         lines = tuple(plan_lines(plan))
         if plan.idle:
             taken = len(plan.wanted)
-            return engine.Plan(
-                [engine.alone(engine.Job(lines))], lambda: BuildPackagesResult(taken=taken)
-            )
+            job = engine.Job(lines, partial(self._know_revision, run.site, plan))
+            return engine.Plan([engine.alone(job)], lambda: BuildPackagesResult(taken=taken))
         done: list[BuildPackagesResult] = []
         job = engine.Job(lines, lambda: done.append(self._carry_out(run, plan, meter)))
         return engine.Plan([engine.alone(job)], lambda: done[-1] if done else BuildPackagesResult())
@@ -111,7 +110,7 @@ class BuildPackages(Operation[BuildPackagesResult]):
         site = run.site
         with cycle_locked(site) as lock:
             end_old_flows(site, plan)
-            RunRecords(site.paths).know_revision(plan.revision, only_changed=self.only_changed)
+            self._know_revision(site, plan)
             ended = partial(package_ended, site)
             under_way = PackageRun(site, plan, meter, stream=self.stream, lock=lock, ended=ended)
             facts = PackageRunFacts(under_way.id)
@@ -123,6 +122,11 @@ class BuildPackages(Operation[BuildPackagesResult]):
         record = under_way.conclude()
         built = tuple(entry.name for entry in record.packages if entry.state == "passed")
         return BuildPackagesResult(record.id, built, record.count("taken"), record.generation)
+
+    def _know_revision(self, site: Site, plan: PackagePlan) -> None:
+        from builds.packages.runs import RunRecords
+
+        RunRecords(site.paths).know_revision(plan.revision, only_changed=self.only_changed)
 
 
 def plan_lines(plan: PackagePlan) -> list[Action]:

@@ -24,7 +24,7 @@ from inventory.errors import (
     Call,
     NotFound,
     Remedy,
-    Text,  # noqa: F401 - Remedy names it, and is evaluated here when a record is read
+    Text,  # noqa: F401 - Remedy is made of it, and read by its name
     WrongState,
     did_you_mean,
     remedy_as_data,

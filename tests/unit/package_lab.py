@@ -1,7 +1,7 @@
-"""A farm that builds packages: real sshds as builders, each with a real apt and dpkg of its own directory,
-real git repositories, a real package repository. What stands in is the builder's inside alone: packages
-are made by a script of their own, without isolation (``tests/unit/test_package_formats.py`` has the real
-one)."""
+"""A farm that builds packages: real sshds as builders, each with a real apt and dpkg of its own
+directory, real git repositories, a real package repository. What stands in is the builder's inside
+alone: packages are made by a script of their own, without isolation
+(``tests/unit/test_package_formats.py`` has the real one)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cli_farm import ROOT
 from cycle_farm import GIT, Told, environment
 from sshd_machine import Sshd, make_key
 
+from builds.packages import in_vm
 from builds.packages import plan as planning
-from builds.packages import run as running
 from builds.packages.inputs import InstalledPackage
 from builds.packages.operation import BuildPackages, BuildPackagesResult
 from builds.packages.order import BuildOrder, Built
@@ -48,15 +48,15 @@ _BUILD = r"""
 cd build/source
 export version=$(sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)
 mkdir -p out
-sh -eu ./build
+. ./build
 """
 DEB = r"""
 deb() { # name, text of its file, control fields...
     name=$1 text=$2; shift 2
     mkdir -p "tree-$name/DEBIAN" "tree-$name/usr/share/$name"
     printf '%s\n' "$text" >"tree-$name/usr/share/$name/text"
-    printf 'Package: %s\nVersion: %s\nArchitecture: all\nMaintainer: A <a@example.org>\n' "$name" "$version" \
-        >"tree-$name/DEBIAN/control"
+    printf "Package: $name\nVersion: $version\nArchitecture: all\n" >"tree-$name/DEBIAN/control"
+    echo 'Maintainer: A <a@example.org>' >>"tree-$name/DEBIAN/control"
     for field; do echo "$field" >>"tree-$name/DEBIAN/control"; done
     echo 'Description: x' >>"tree-$name/DEBIAN/control"
     dpkg-deb --root-owner-group -b "tree-$name" "out/${name}_${version}_all.deb"
@@ -244,7 +244,7 @@ class PackageLab:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (planning, running):
+    for module in (planning, in_vm):
         monkeypatch.setattr(module, "build_format", lambda _name: PlainFormat())
 
 
