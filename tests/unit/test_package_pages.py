@@ -20,8 +20,9 @@ from page_farm import EVIL, PageFarm, picture
 from builds import page as cycle_page
 from builds.packages.drawing import GraphPicture
 from builds.packages.inputs import InstalledPackage
+from builds.packages.record import LOG
 from builds.packages.runs import PACKAGES_LOCK, RunEntry
-from builds.packages.verified import Verified
+from builds.packages.verified import REBUILDS, Verified
 from builds.pages import graph
 from builds.pages.places import PagePlaces
 from builds.pages.write import package_ended, run_ended, write_all
@@ -189,20 +190,24 @@ def test_a_vm_that_died_shows_its_console_and_the_attempts_before(farm: PageFarm
 def test_a_passed_build_has_its_inputs_and_outputs(farm: PageFarm) -> None:
     record = farm.record(unchanged=0)
     Verified(rebuild=2, at=record.ended, identical=True).save(record.directory)
+    again = record.directory / REBUILDS / "2" / LOG
+    again.parent.mkdir(parents=True)
+    again.write_text("once more\n")
     gone = farm.record(unchanged=1)
     (gone.directory / gone.outputs[0].path).unlink()
     places = written(farm)
     page = Page(places.build("hello", 1))
     assert "Passed in 27s on b1: 1 package came out." in page.text
     assert record.outputs[0].path in page.links and record.outputs[0].sha256 in page.of("td")
+    assert f"{REBUILDS}/2/{LOG}" in page.links
     assert "identical" in page.text and "proven" in page.text
     assert page.text.index("libbase-dev") < page.text.index("lib7-dev")
     assert "40 others, of the template or from elsewhere" in page.of("summary")
     assert "lib7-dev" in page.of("details") and "libbase-dev" not in page.of("details")
     assert "libbase-dev was built otherwise" in page.of("li")
-    again = Page(places.build("hello", 2))
-    assert "the same bytes as in build 1" in again.text and "(gone)" in again.text
-    assert gone.outputs[0].path not in again.links
+    page = Page(places.build("hello", 2))
+    assert "the same bytes as in build 1" in page.text and "(gone)" in page.text
+    assert gone.outputs[0].path not in page.links
 
 
 def test_texts_without_end_are_cut(farm: PageFarm) -> None:
