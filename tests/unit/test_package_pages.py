@@ -248,14 +248,14 @@ def test_a_packages_builds_the_newest_first_and_in_which_channel(farm: PageFarm)
 
 def test_the_graph_is_drawn_with_states_and_links(farm: PageFarm) -> None:
     farm.record("p0000")
-    farm.run(1, RunEntry(name="p0001", package="p0001", state="passed"))
+    farm.run(1, RunEntry(name="p0001", package="p0001", state="taken"))
     farm.run(2, RunEntry(name="p0000", package="p0000", state="failed", number=1),
              RunEntry(name="p0003", package="p0003", state="skipped", because="p0000"))  # fmt: skip
     places = PagePlaces.of(farm.paths)
     graph.keep_picture(places, picture(5))
     page = Page(written(farm).graph)
     assert "svg" in {tag for way, _ in page.texts for tag in way}
-    assert "5 packages: 2 waiting, 1 failed, 1 passed, 1 skipped." in page.text
+    assert "5 packages: 2 waiting, 1 failed, 1 passed earlier, 1 skipped." in page.text
     assert page.links.count("../packages/p0000/index.html") == 2  # drawn, and in the list
     assert "p0000 failed" in page.of("li")  # why p0003 was skipped
     assert "p0000: failed" in page.of("title")
