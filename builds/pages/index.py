@@ -52,7 +52,7 @@ def render(
 
 def state_in_words(entry: RunEntry) -> str:
     """Words that are also the classes of their colour."""
-    return "passed earlier" if entry.state == "taken" else entry.state
+    return "passed before" if entry.state == "taken" else entry.state
 
 
 def counts(run: RunRecord) -> str:

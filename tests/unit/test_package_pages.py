@@ -255,7 +255,7 @@ def test_the_graph_is_drawn_with_states_and_links(farm: PageFarm) -> None:
     graph.keep_picture(places, picture(5))
     page = Page(written(farm).graph)
     assert "svg" in {tag for way, _ in page.texts for tag in way}
-    assert "5 packages: 2 waiting, 1 failed, 1 passed earlier, 1 skipped." in page.text
+    assert "5 packages: 2 waiting, 1 failed, 1 passed before, 1 skipped." in page.text
     assert page.links.count("../packages/p0000/index.html") == 2  # drawn, and in the list
     assert "p0000 failed" in page.of("li")  # why p0003 was skipped
     assert "p0000: failed" in page.of("title")
