@@ -21,11 +21,10 @@ from inventory.loader import load
 from provision.engine.report import QuietReporter
 from provision.engine.runner import perform
 from provision.site import Site
+from tests.unit.package_lab import PlainFormat
 
 
 def main(file: str, at: str, request: str) -> int:
-    from package_lab import PlainFormat
-
     for module in (planning, in_vm):
         module.build_format = lambda _name: PlainFormat()
     points = Points(int(at), "kill")
