@@ -55,6 +55,9 @@ def measure(*, rounds: int, say: Callable[[str], None]) -> Figures:
         sources = directory / "sources"
         sources.mkdir()
         figures += bench_packages.measure(sources, rounds, say)
+        built = directory / "builds"
+        built.mkdir()
+        figures += import_module("tests.unit.build_figures").measure(built, rounds, say)
     return Figures(tuple(figures))
 
 
