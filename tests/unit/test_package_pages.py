@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,7 +30,6 @@ from builds.pages.places import PagePlaces
 from builds.pages.write import package_ended, run_ended, write_all
 from host.program import ROOT
 from inventory.loader import load
-from provision.engine.locks import Locks
 from provision.site import Site
 from provision.status import status
 
@@ -285,14 +286,39 @@ def test_a_picture_that_is_damaged_is_none(farm: PageFarm) -> None:
     assert not places.graph.exists()
 
 
+_HOLD = """
+import sys
+from pathlib import Path
+from provision.engine.locks import Locks
+with Locks(Path(sys.argv[1])).hold(*sys.argv[2:], doing="build"):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(farm: PageFarm, *locks: str) -> Iterator[int]:
+    """By another process; its pid."""
+    argv = [sys.executable, "-P", "-c", _HOLD, str(farm.paths.locks), *locks]
+    env, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=env) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == b"\n"
+        yield process.pid
+        process.stdin.close()
+
+
 def test_the_farm_now(farm: PageFarm) -> None:
     done = farm.record()
     farm.publish(done)
     running = farm.record(result="running", run="20261105t100000z", outputs=())
     entry = RunEntry(name="hello", package="hello", state="running", number=running.number, vm="b2")
-    farm.run(5, entry, result="running", pid=os.getpid())
     farm.cycle()
-    with farm.site() as site, Locks(site.paths.locks).hold(PACKAGES_LOCK, "vm-b2", doing="build"):
+    with (
+        farm.site() as site,
+        held(farm, PACKAGES_LOCK, "vm-b2") as pid,
+        site.locks.hold("vm-prod", doing="mine"),
+    ):
+        farm.run(5, entry, result="running", pid=pid)
         status(site)
         before = set(farm.root.rglob("*"))
         assert not write_all(site).unreadable
@@ -305,7 +331,7 @@ def test_the_farm_now(farm: PageFarm) -> None:
     assert "../packages/hello/2/index.html" in page.links
     assert "experimental main 1 1; 588B" in " ".join(page.of("td"))
     assert "stable main none yet" in " ".join(page.of("td"))
-    assert "build, by" in " ".join(page.of("td"))
+    assert "build, by" in " ".join(page.of("td")) and "mine, by" not in page.text
     assert "Running on b1." in Page(PagePlaces.of(farm.paths).build("hello", 2)).text
     # The lock's holder is gone: it was killed
     places = written(farm)
