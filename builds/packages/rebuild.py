@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from repositories.generation import Generation
     from repositories.repository import Repository
 
-REBUILDS = "rebuilds"
 _FOR_DEB = "DEB_BUILD_OPTIONS"
 
 

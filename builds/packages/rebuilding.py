@@ -15,10 +15,11 @@ from builds.packages.compare import compared, explained
 from builds.packages.in_vm import BuiltInVm, build_in
 from builds.packages.inputs import BuildInputs, InstalledPackage
 from builds.packages.order import BuildOrder
-from builds.packages.rebuild import REBUILDS, RebuildPlan, RebuildResult
+from builds.packages.rebuild import RebuildPlan, RebuildResult
 from builds.packages.record import LOG, BuilderRecord
 from builds.packages.sources import pack
-from builds.packages.verified import Verified
+from builds.packages.verified import REBUILDS, Verified
+from builds.pages.write import record_changed
 from builds.record import now
 from builds.repository_client import list_name
 from builds.step_run import StepFailed, StepLog
@@ -140,6 +141,7 @@ class Rebuilding:
             Verified(
                 rebuild=self.number, at=now(), identical=not lines, differences=lines, notes=notes
             ).save(record.directory)
+            record_changed(self._site, record)
         return RebuildResult(
             build=record.id, rebuild=self.number, directory=str(self.directory), compared=verify,
             differences=lines, notes=tuple(self._notes), files=len(self._built.outputs),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from builds.packages.drawing import GraphPicture, drawing_of, svg_of
 from builds.packages.runs import RunEntry, RunRecord
+from builds.pages.index import state_in_words
 from builds.pages.places import PagePlaces, link, link_if_there, replace_page
 from builds.record import now
 from host.documents import json_object, made, read_file
@@ -56,7 +57,7 @@ def write(farm: str, places: PagePlaces, picture: GraphPicture, runs: Iterable[R
     states = _states(runs)
     builds = [name for layer in picture.layers for name in layer]
     drawn = len(builds) <= _DRAWN and len(picture.needs) <= _LINES and builds
-    words = {name: states[name].state if name in states else "waiting" for name in builds}
+    words = {name: state_in_words(states[name]) if name in states else "waiting" for name in builds}
     if drawn:
         svg = svg_of(picture, _title(farm), words, _links(places, states))
         replace_page(places.drawing, svg)

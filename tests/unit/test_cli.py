@@ -22,7 +22,8 @@ TASKS = [
     "repo-log", "repo-pages", "repo-promote", "repo-queue", "repo-remove", "repo-rollback", "repo-serve",
     "repo-show", "repo-sync", "repo-why",
     "flow-begin", "flow-bisect", "flow-fail", "flow-list", "flow-pass", "flow-show",
-    "cycle", "log", "history", "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
+    "cycle", "log", "history", "pages",
+    "test", "lint", "bench", "lab-up", "lab-ssh", "lab-test", "lab-down",
 ]  # fmt: skip
 
 
