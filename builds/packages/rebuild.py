@@ -148,11 +148,10 @@ def _lines(plan: RebuildPlan) -> Iterator[Action]:
     for note in plan.notes:
         yield Action("note", "", note)
     of = f"commit {record.source.commit[:10]}" if record.source.commit else record.source.place
-    installed = len(record.inputs.installed)
-    yield Action(
-        "rebuild", plan.vm,
-        f"{record.id}, {record.name} {record.version}, of {of}, with {installed} packages installed",
-    )  # fmt: skip
+    count = len(record.inputs.installed)
+    installed = f"{count} package{'s' * (count != 1)} installed"
+    text = f"build {record.id} again: {record.name} {record.version} of {of}, with {installed}"
+    yield Action("rebuild", plan.vm, text)
 
 
 def _builder(site: Site, settings: PackageBuilds, record: PackageRecord) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import runpy
 import sys
 
+import invoke.main  # noqa: F401 - the first: cli/start.py has it without what else is imported here
+
 from builds.packages import in_vm
 from builds.packages import plan as planning
 from tests.unit.package_lab import ROOT, PlainFormat
