@@ -1,5 +1,6 @@
 """A builder without a VM: this machine's own root, seen by its own sshd alone and with all that is
-written to it in memory; process ids of its own; an apt that knows one repository, a directory."""
+written to it in memory; process ids of its own; an apt and a dnf that know one repository each, a
+directory."""
 
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ rm -rf root/etc/apt/sources.list root/etc/apt/sources.list.d root/var/lib/apt/li
 mkdir -p root/etc/apt/sources.list.d root/var/lib/apt/lists/partial
 printf 'Types: deb\nURIs: file:%s/repo\nSuites: ./\nTrusted: yes\n' "$top/share" \
   >root/etc/apt/sources.list.d/farmhand-stable.sources
+mkdir -p root/etc/yum.repos.d
+printf '[stable-head]\nname=stable\nbaseurl=file://%s/rpms\nenabled=1\ngpgcheck=0\n' "$top/share" \
+  >root/etc/yum.repos.d/farmhand-stable.repo
 echo "APT::Sandbox::User root;" >root/etc/apt/apt.conf.d/99-test
 exec chroot root "$@"
 """
@@ -50,9 +54,14 @@ class BuildMachine(Sshd):
     def repo(self) -> Path:
         return self.share / "repo"
 
+    @property
+    def rpms(self) -> Path:
+        return self.share / "rpms"
+
     def prepare(self) -> BuildMachine:
         self.root.chmod(0o755)
         self.repo.mkdir(parents=True)
+        self.rpms.mkdir()
         super().prepare()
         return self
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 from builds.classify import classify
 from builds.packages.formats import guest
-from builds.packages.formats.guest import GuestBuild
+from builds.packages.formats.guest import GuestBuild, lacking
 from builds.packages.inputs import InstalledPackage
 from builds.packages.order import BuildOrder, Built
 from builds.step_run import StepFailed, StepLog
@@ -145,7 +145,7 @@ async def _install(work: GuestBuild) -> None:
     StepFailed."""
     order, profiles = work.order, sorted(work.order.profiles)
     if order.install is not None:
-        packages = _lacking(order.install, await _installed(work))
+        packages = lacking(order.install, await _installed(work))
         if not packages:
             return
         work.log.say(f"to be installed: {some(packages)}")
@@ -171,22 +171,13 @@ async def _install(work: GuestBuild) -> None:
         raise _not_installed(said, status)
 
 
-def _lacking(wanted: tuple[str, ...], installed: tuple[InstalledPackage, ...]) -> list[str]:
-    """Those of NAME=VERSION, or NAME:ARCHITECTURE=VERSION, that aren't installed."""
-    there = {f"{one.name}={one.version}" for one in installed}
-    there |= {f"{one.name}:{one.architecture}={one.version}" for one in installed}
-    return [each for each in wanted if each not in there]
-
-
 def _not_installed(said: str, status: int) -> StepFailed:
     """By what apt-get said, the last try's."""
     said = said.rpartition(_AGAIN)[2]
     unmet = [one_line(" ".join(line.split()), 200) for line in _UNMET.findall(said)]
     unknown = [one_line(line, 200) for line in _UNKNOWN.findall(said)]
     if found := list(dict.fromkeys(unmet or unknown)):
-        message = f"can't install what it needs: {'; '.join(found[:4])}"
-        if len(found) > 4:
-            message += f"; and {len(found) - 4} more"
+        message = f"can't install what it needs: {some(found, 4, by='; ')}"
         return StepFailed("dependencies", message, exit=status)
     errors = _ANY_ERROR.findall(said)
     if _FETCHING.search(said):
