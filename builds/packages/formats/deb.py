@@ -1,5 +1,5 @@
-"""deb: dpkg-buildpackage in the VM, its build dependencies installed by apt. deb-src-control(5),
-dpkg-buildpackage(1), apt-get(8)."""
+"""deb: dpkg-buildpackage in the VM, its build dependencies installed by apt; or sbuild, which does both.
+deb-src-control(5), dpkg-buildpackage(1), apt-get(8)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import ClassVar, Final
 
 from builds.classify import classify
-from builds.packages.formats import guest
+from builds.packages.formats import guest, sbuild
 from builds.packages.formats.guest import GuestBuild, lacking
 from builds.packages.inputs import InstalledPackage
 from builds.packages.order import BuildOrder, Built
@@ -95,7 +95,8 @@ class DebBuilds:
     NAME: ClassVar = "deb"
 
     def recipe(self, settings: PackageBuilds) -> str:
-        parts = (guest.RECIPE, _OF_DSC, _INSTALL, _BUILD, settings.tool, settings.user)
+        tool = (sbuild.RECIPE,) if settings.tool == "sbuild" else (_INSTALL, _BUILD)
+        parts = (guest.RECIPE, _OF_DSC, *tool, settings.user)
         return "\n".join(parts)
 
     async def build(
@@ -108,16 +109,22 @@ class DebBuilds:
         work = GuestBuild(connection, order, log)
         with work.in_time():
             async with asyncio.timeout(order.seconds):
-                await work.prepare(_TOOLS, _OF_DSC if order.state.declared.dsc else "")
-                work.doing = "installing what it needs"
-                await _install(work)
-                installed = await _installed(work)
-                await before(installed)
-                work.doing = "building"
+                unpack = _OF_DSC if order.state.declared.dsc else ""
+                by_sbuild = order.settings.tool == "sbuild"
+                await work.prepare(sbuild.TOOLS if by_sbuild else _TOOLS, unpack)
                 environment = work.environment(_environment(order, work.cpus))
-                await work.isolated(_BUILD, environment)
+                if by_sbuild:
+                    work.doing = "sbuild installs what it needs, or builds"
+                    installed = await sbuild.build(work, environment, before, _not_installed)
+                else:
+                    work.doing = "installing what it needs"
+                    await _install(work)
+                    installed = await _installed(work)
+                    await before(installed)
+                    work.doing = "building"
+                    await work.isolated(_BUILD, environment)
                 work.doing = "looking at what it made"
-                files = await work.made(_OUTPUTS)
+                files = await work.made(_OUTPUTS, sbuild.MADE if by_sbuild else "")
         return Built(installed=installed, files=files, builder=work.builder(environment))
 
 

@@ -246,18 +246,28 @@ class GuestBuild:
     # -- the build ----------------------------------------------------------------------------
 
     async def isolated(self, build: str, environment: Mapping[str, str]) -> None:
-        """Run a script in the source's directory, as the build user, within its limits and without
-        network. When it returns, nothing of it runs any more. StepFailed if it fails."""
+        """As ``attempt``. StepFailed if it fails."""
+        _, failed = await self.attempt(build, environment)
+        if failed is not None:
+            raise failed
+
+    async def attempt(
+        self, build: str, environment: Mapping[str, str], *, contained: bool = False
+    ) -> tuple[str, StepFailed | None]:
+        """Run a script in the source's directory, as the build user, within its limits and, unless
+        ``contained`` (``Isolation``), without network. When it returns, nothing of it runs any more.
+        Returns what it printed, and why it failed."""
         declared = self.order.state.declared
         apart = Isolation(
             user=self.user, directory=self.source, environment=environment,
-            memory=declared.memory, disk=declared.disk,
+            memory=declared.memory, disk=declared.disk, contained=contained,
         )  # fmt: skip
         self.log.mark()
-        status, _ = await self.run(apart.script, apart.settings(build))
-        if status:
-            over = (await self._connection.output(isolation.OVER)).strip()
-            raise apart.failure(self.log.text(), status, over)
+        status, said = await self.run(apart.script, apart.settings(build))
+        if not status:
+            return said, None
+        over = (await self._connection.output(isolation.OVER)).strip()
+        return said, apart.failure(self.log.text(), status, over)
 
     async def made(self, suffixes: Sequence[str], where: str = "") -> tuple[Moved, ...]:
         """The files that it made, in that directory of its place. StepFailed: none of them is a package,
