@@ -31,7 +31,7 @@ from provision.guest.ssh_connection import in_thread
 
 _TOP = "/build"
 _DOWNLOADS = f"{_TOP}/downloads"
-_INCOMING = ".farmhand-build"  # in the login's home
+_INCOMING = ".farmhand-package"  # in the login's home
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ANSWER_MAX = 2**23
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+~:_^%-]{0,250}")
