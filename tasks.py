@@ -503,7 +503,8 @@ def history(run: TaskRun, limit: str = "20") -> TaskResult:
         return views.history(site.journal.history(most), builds, most, unreadable)
 
 
-# ---- Package repositories: rooms of their own. A command that is none of theirs doesn't pay for them.
+# ---- Package repositories, and farm files: rooms of their own. A command that is none of theirs doesn't
+# pay for them.
 
 
 def _may_be_asked_for(words: Sequence[str]) -> bool:
@@ -512,10 +513,11 @@ def _may_be_asked_for(words: Sequence[str]) -> bool:
     if sys.argv[0].endswith("__main__.py") or {"--list", "-l", "--help", "-h", "--complete"} & {*words}:
         return True
     above = {task.name.replace("_", "-") for task in globals().values() if isinstance(task, Task)}
-    return not above & {*words} or any(word.startswith(("repo-", "flow-")) for word in words)
+    return not above & {*words} or any(word.startswith(("repo-", "flow-", "farm-")) for word in words)
 
 
 if _may_be_asked_for(sys.argv[1:]):
+    from cli.farm_tasks import farm_diff, farm_twin  # noqa: F401
     from cli.flow_tasks import (  # noqa: F401
         flow_begin,
         flow_bisect,

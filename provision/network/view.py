@@ -42,7 +42,7 @@ class VmRow:
     port: int
     nat_port: int | None
     description: str | None
-    parameter: Word  # its name as a variable of a shell
+    parameter: Word  # its name and the farm's as a variable of a shell, which farms share a file of
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def _row(farm: Farm, vm: str, given: Allocation | None) -> VmRow:
         given.ssh_port if given else declared.ssh_port or 22,
         declared.nat_port,
         declared.description,
-        Word("VM_" + vm.upper().replace("-", "_")),
+        Word(f"VM_{vm}_{farm.farm}".upper().replace("-", "_")),
     )
 
 

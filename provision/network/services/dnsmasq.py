@@ -41,6 +41,7 @@ class Dnsmasq(Service):
     ANSWERS_DHCP: ClassVar = True
     DROP_INS: ClassVar = ("config",)
     READS_BY_ITSELF: ClassVar = True
+    APART: ClassVar = ("config", "hosts")
 
     config: ConfigPath = "/etc/dnsmasq.d/farmhand.conf"
     """Its configuration."""
@@ -66,6 +67,11 @@ class Dnsmasq(Service):
     @property
     def ports(self) -> tuple[str, ...]:
         return ("port",) if self.dns else ()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """A directory of hosts that two configurations name is read twice."""
+        return "config", "hosts"
 
     def documents(self, r: Renderer) -> Iterator[Document]:
         from provision.network.render import sharded
