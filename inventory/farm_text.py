@@ -20,7 +20,7 @@ from inventory.places import Path as Place
 
 _PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._/~+@-]*(?::[A-Za-z0-9._/~+@-]+)*")
 _NOTHING = ("null", "Null", "NULL")  # would say nothing, were it plain
-_ANCHOR = re.compile(r"(?:&\S+\s+)?")
+_ANCHOR = re.compile(r"&\S+\s+")
 
 
 class FarmText:
@@ -32,7 +32,9 @@ class FarmText:
         text = data.decode().removeprefix("\ufeff")
         self._ends = "\r\n" if "\r\n" in text else "\n"
         self._text = text.replace("\r\n", "\n")
-        self._root: yaml.Node = yaml.compose(self._text, Loader=yaml.CBaseLoader)
+        root = yaml.compose(self._text, Loader=yaml.CBaseLoader)
+        assert root is not None
+        self._root: yaml.Node = root
         self._lines = [0, *accumulate(len(line) + 1 for line in self._text.split("\n"))]
         self._edits: dict[tuple[int, int], str] = {}
         self._keys: dict[int, tuple[yaml.Node, dict[str, str]]] = {}
@@ -47,6 +49,7 @@ class FarmText:
         if node is None:
             self._insert(place, _written(value))
         else:
+            assert isinstance(node, yaml.ScalarNode), place
             self._replace(node, _written(value, node.style))
 
     def add(self, place: Place, values: Sequence[str]) -> None:
@@ -58,7 +61,7 @@ class FarmText:
         elif isinstance(node, yaml.ScalarNode):
             old = [_written(node.value)] if node.value else []
             self._replace(node, f"[{', '.join([*new, *old])}]")
-        elif node.flow_style:
+        elif isinstance(node, yaml.SequenceNode) and node.flow_style:
             start = self._text.index("[", self._start(node)) + 1
             self._edit(start, start, ", ".join(new) + (", " if node.value else ""))
         else:
@@ -109,9 +112,10 @@ class FarmText:
 
     # ---- Edits
 
-    def _replace(self, node: yaml.Node, new: str) -> None:
+    def _replace(self, node: yaml.ScalarNode, new: str) -> None:
         start, end = self._start(node), self._lines[node.end_mark.line] + int(node.end_mark.column)
-        start += len(_ANCHOR.match(self._text, start, end)[0])  # type: ignore[index] - of nothing, too
+        if anchor := _ANCHOR.match(self._text, start, end):
+            start = anchor.end()
         if start == end:
             new = f" {new}"  # right behind its key's colon
         elif node.style in ("|", ">"):
@@ -133,7 +137,7 @@ class FarmText:
         inner = ", ".join(f"{key}: {value}" for key, value in given.items())
         if isinstance(section, yaml.ScalarNode):  # nothing is written there yet
             self._replace(section, f"{{{inner}}}")
-        elif section.flow_style:
+        elif isinstance(section, yaml.MappingNode) and section.flow_style:
             start = self._text.index("{", self._start(section)) + 1
             self._edit(start, start, inner + (", " if section.value else ""))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path as FilePath
@@ -27,8 +28,14 @@ class Leaf:
     value: object
 
     def __str__(self) -> str:
-        """As a farm file could say it."""
-        return _shown(self.value, self.kind)
+        """As a farm file could say it, but for secrets."""
+        return self.shown(_written(self.value, self.kind))
+
+    def shown(self, text: str) -> str:
+        """What the file says there, without logins in URLs; of a webhook its server alone."""
+        if self.path[0] == "events" and self.path[-1] == "webhook":
+            return re.sub(r"(://[^/]*/).+", r"\1…", text)
+        return re.sub(r"(://)[^/\s]*@", r"\1…@", text)
 
 
 def leaves(farm: Farm) -> Iterator[Leaf]:
@@ -57,9 +64,9 @@ def _found(value: Any, kind: str, path: Path, key: Path) -> Iterator[Leaf]:
         yield Leaf(path, key, kind, value)
 
 
-def _shown(value: object, kind: str) -> str:
+def _written(value: object, kind: str) -> str:
     if isinstance(value, tuple):
-        return f"[{', '.join(_shown(one, kind) for one in value)}]"
+        return f"[{', '.join(_written(one, kind) for one in value)}]"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and "Size" in kind:

@@ -17,7 +17,7 @@ from inventory.places import Path, Places
 from inventory.reading import read
 from inventory.yamltree import ScalarNode, parse
 from provision.network.service import services
-from provision.own_values import MAY_BE_SHARED, own_values, pool_of
+from provision.own_values import MAY_BE_SHARED, own_values, pool_of, with_names
 from repositories.places import directory
 
 _SHOWN = 70  # characters of a value
@@ -78,8 +78,8 @@ class FarmFile:
     def said(self, leaf: Leaf) -> DifferenceSide:
         """As the file has it, or else by default."""
         node = self.places.node(leaf.path)
-        text = node.text if isinstance(node, ScalarNode) and node.text else str(leaf)
-        return self.side(leaf.path, text)
+        there = isinstance(node, ScalarNode) and node.text
+        return self.side(leaf.path, leaf.shown(there) if there else str(leaf))
 
 
 def differences(first: FarmFile, second: FarmFile) -> tuple[Difference, ...]:
@@ -208,17 +208,12 @@ class _Groups:
 
     def _same_command(self, vm: str, *leaves: Leaf) -> bool:
         """But for the machine that it resets."""
-        words = [
-            [str(word) for word in leaf.value] if isinstance(leaf.value, tuple) else []
-            for leaf in leaves
-        ]
-        for farm, command in zip(self._farms, words, strict=True):
-            names = (farm.machine_of(vm), farm.hostname_of(vm), str(farm.vms[vm].address or ""))
-            for number, word in enumerate(command):
-                for name in filter(None, names):
-                    word = word.replace(name, "\0")  # noqa: PLW2901
-                command[number] = word
-        return words[0] == words[1]
+        commands = []
+        for farm, leaf in zip(self._farms, leaves, strict=True):
+            names = (farm.machine_of(vm), farm.hostname_of(vm), str(farm.vms[vm].address))
+            words = leaf.value if isinstance(leaf.value, tuple) else ()
+            commands.append(with_names(words, dict.fromkeys(names, "*")))
+        return commands[0] == commands[1]
 
 
 def _count(value: object) -> int:
@@ -238,8 +233,9 @@ def clashes(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
             yield Difference(DifferenceGroup.CLASH, f"{own.kind} ({_name(own.path)})", *sides)
     for low, high in both_may_give(first.farm, second.farm):
         text = f"{low}-{high}" if low != high else str(low)
-        sides = tuple(file.side(("network", "reserved"), text) for file in (first, second))
-        yield Difference(DifferenceGroup.CLASH, "addresses that both may give out", *sides)
+        path: Path = ("network", "reserved")
+        both = first.side(path, text), second.side(path, text)
+        yield Difference(DifferenceGroup.CLASH, "addresses that both may give out", *both)
 
 
 def both_may_give(first: Farm, second: Farm) -> Iterator[tuple[IPv4Address, IPv4Address]]:
@@ -250,7 +246,11 @@ def both_may_give(first: Farm, second: Farm) -> Iterator[tuple[IPv4Address, IPv4
         gives.append(pool_of(farm) if any(vm.address is None for vm in virtual) else ())
         has.append(tuple((int(vm.address), int(vm.address)) for vm in virtual if vm.address))
     found = {*_common(gives[0], (*gives[1], *has[1])), *_common(gives[1], has[0])}
-    yield from ((IPv4Address(low), IPv4Address(high)) for low, high in sorted(found))
+    beyond = -1
+    for low, high in sorted(found, key=lambda run: (run[0], -run[1])):
+        if high > beyond:  # else it is in another one
+            yield IPv4Address(low), IPv4Address(high)
+            beyond = high
 
 
 def _common(

@@ -6,7 +6,8 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address
@@ -154,3 +155,12 @@ def left_of(whole: tuple[int, int], closed: list[tuple[int, int]]) -> tuple[tupl
     if following <= whole[1]:
         found.append((following, whole[1]))
     return tuple(stretch for stretch in found if stretch[0] <= stretch[1])
+
+
+def with_names(command: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
+    """A command's words with others in place of these names and addresses, where they stand whole."""
+    pattern = "|".join(re.escape(name) for name in names if names[name] != name)
+    if not pattern:
+        return tuple(command)
+    whole = re.compile(rf"(?<![\w.-])(?:{pattern})(?![\w-]|\.\w)")
+    return tuple(whole.sub(lambda found: names[found[0]], word) for word in command)

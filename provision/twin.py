@@ -9,7 +9,9 @@ loaded, and compared with all farms that are known here, before it is written.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +20,10 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from itertools import count
 from pathlib import Path
 
-from host.files import file_error, write_new
+from host.files import file_error, sync, write_new
 from host.paths import FarmPaths
 from inventory.base import parse_range
-from inventory.errors import Conflict, InventoryError, NotFound, UsageError, some
+from inventory.errors import Conflict, FarmhandError, InventoryError, NotFound, UsageError, some
 from inventory.farm_text import FarmText
 from inventory.leaves import relative_paths
 from inventory.model import Farm, Vm
@@ -38,9 +40,18 @@ from provision.farm_difference import (
 from provision.neighbours import Neighbours, Taken, addresses_of, neighbours
 from provision.network.renderer import Renderer
 from provision.network.service import services
-from provision.own_values import MAY_BE_SHARED, OwnKind, left_of, own_values, pool_of
+from provision.own_values import (
+    MAY_BE_SHARED,
+    OwnKind,
+    left_of,
+    own_values,
+    pool_of,
+    with_names,
+)
 
+_OTHERS = "--as ANOTHER, or another --hostname or --address for the VM"
 _STEP = 100  # between a port and its twin
+_IFNAMSIZ = 16  # netdevice(7): of a network interface's name, with the NUL at its end
 _SUBNETS = 256  # that are looked at for a free one
 
 
@@ -70,13 +81,14 @@ class TwinAsked:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """``text``: of its file. ``own``: where it differs from the first farm's. ``notes``: what the admin
-    has to see to."""
+    """``text``: of its file; ``mode``: as the first one's, who may keep it to himself. ``own``: where it
+    differs from that. ``notes``: what the admin has to see to."""
 
     farm: str
     file: Path
     of: Path
     text: str
+    mode: int
     own: tuple[Difference, ...]
     notes: tuple[str, ...]
 
@@ -84,10 +96,11 @@ class Twin:
         """Conflict: a file is there already."""
         if self.file.exists() or self.file.is_symlink():
             raise _there(self.file)
-        fresh = self.file.with_name(f".{self.file.name}.new")
+        fresh = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         try:
-            write_new(fresh, self.text.encode(), mode=0o644)
+            write_new(fresh, self.text.encode(), mode=self.mode)
             self.file.hardlink_to(fresh)  # which replaces nothing
+            sync(self.file.parent)
         except FileExistsError:
             raise _there(self.file) from None
         except OSError as error:
@@ -102,11 +115,12 @@ def twin_of(first: Path, asked: TwinAsked) -> Twin:
     data = read(first)
     file = FarmFile.of(data, first)
     around = neighbours()
+    maker = _TwinMaker(file, FarmText(data, first), asked, around)
     if asked.out.exists() or asked.out.is_symlink():
         raise _there(asked.out)
     if not asked.out.parent.is_dir():
         raise NotFound(f"there is no directory {asked.out.parent}", remedy="make it, or give another")
-    return _TwinMaker(file, FarmText(data, first), asked, around).made()
+    return maker.made()
 
 
 def _there(path: Path) -> Conflict:
@@ -174,7 +188,9 @@ class _TwinMaker:
         return self._free(OwnKind.FILE, str(whole.with_stem(self._renamed(whole.stem))))
 
     def link(self, name: str) -> str:
-        return self._free(OwnKind.LINK, self._renamed(name)[:15])  # IFNAMSIZ of netdevice(7)
+        long = self._renamed(name)
+        short = f"{name[:10]}-{hashlib.sha256(long.encode()).hexdigest()[:4]}"
+        return self._free(OwnKind.LINK, long if len(long) < _IFNAMSIZ else short)
 
     def port(self, port: int) -> str:
         if self._asked.shift is not None:
@@ -207,7 +223,7 @@ class _TwinMaker:
 
     def _free(self, kind: OwnKind, value: str) -> str:
         if holder := self._taken.holder(kind, value):
-            raise Conflict(f"{kind} {value} is farm {holder}'s", remedy="--as ANOTHER")
+            raise Conflict(f"{kind} {value} is farm {holder}'s", remedy=_OTHERS)
         self._taken.add(kind, value, self._asked.name)
         return value
 
@@ -271,7 +287,12 @@ class _TwinMaker:
             return None
         mates = [one for one in self._others if _overlap(one, net.subnet)]
         ours = addresses_of(self._first)
-        taken = [(one, one) for farm in (self._first, *mates) for one in addresses_of(farm)]
+        taken = [(one, one) for one in ours]
+        for mate in mates:
+            try:
+                taken += ((one, one) for one in addresses_of(mate))
+            except FarmhandError as error:
+                self._notes.append(f"not looked at: addresses of farm {mate.farm}: {error.message}")
         for mate in mates:  # what it may give out is its own, if it keeps off the first farm's
             pool = pool_of(mate)
             if not any(low <= one <= high for low, high in pool for one in ours):
@@ -295,7 +316,9 @@ class _TwinMaker:
     def _network(self) -> None:
         net, text = self._first.network, self._text
         if self._range is not None:
-            closed = [run for part in pool_of(self._first) for run in left_of(part, [self._range])]
+            asked = [(int(one.address), int(one.address)) for one in self._asked.endpoints.values()]
+            its = [self._range, *asked]
+            closed = [run for part in pool_of(self._first) for run in left_of(part, its)]
             text.add(("network", "reserved"), [_stretch(*map(IPv4Address, one)) for one in closed])
             return
         if self._subnet is None or net.subnet is None:
@@ -390,7 +413,9 @@ class _TwinMaker:
         if vm.nat_port:
             text.set((*here, "nat_port"), self.port(vm.nat_port))
         if vm.reset:
-            self._reset(name, vm, {old: hostname, str(vm.address): str(address)})
+            machines = self._first.machine_of(name), f"{self._asked.name}-{name}"
+            names = {old: hostname, str(vm.address): str(address), machines[0]: machines[1]}
+            self._reset(name, vm, names)
 
     def _proxy(self, name: str) -> str:
         head, dot, rest = name.partition(".")
@@ -410,6 +435,8 @@ class _TwinMaker:
 
     def _address(self, name: str, vm: Vm) -> IPv4Address | None:
         if endpoint := self._asked.endpoints.get(name):
+            if self._first.driver_of(name).virtual:
+                return IPv4Address(self._free(OwnKind.ADDRESS, str(endpoint.address)))
             return endpoint.address
         if vm.address is None or self._first.network.mode == "user":
             return vm.address
@@ -438,12 +465,8 @@ class _TwinMaker:
     def _reset(self, name: str, vm: Vm, names: Mapping[str, str]) -> None:
         """Of a listed machine: by a command that names it. One that doesn't would reset the first farm's
         machine."""
-        pattern = "|".join(re.escape(one) for one in names if names[one] != one)
-        words = [
-            re.sub(rf"(?<![\w.-])(?:{pattern})(?![\w-]|\.\w)", lambda found: names[found[0]], word)
-            for word in vm.reset
-        ]
-        if words == list(vm.reset):
+        words = with_names(vm.reset, names)
+        if words == vm.reset:
             place = self._file.side(("vms", name, "reset"), "")
             raise UsageError(
                 f"{place}: it names neither address nor host name of {name}: the second farm "
@@ -506,39 +529,43 @@ class _TwinMaker:
         ]
         for host in {first.host_of(vm): None for vm in first.vms}:
             if memory := first.hosts[host].memory:
-                own, both = format_size(memory), format_size(2 * memory)
-                self._notes.append(f"host {host}: each farm keeps to its own {own}, together {both}")
-        text = self._text.text([*head, *self._notes])
-        try:
-            file = FarmFile.of(text.encode(), asked.out)
-        except InventoryError as error:
-            raise UsageError(
-                f"the twin would not load, so it is not written: {error.problems[0].message}",
-                remedy=f"see {asked.out.name}: line {error.problems[0].line} of what would be written",
-                detail=text,
-            ) from error
+                both = format_size(2 * memory)
+                self._notes.append(
+                    f"host {host}: each farm keeps to its own {format_size(memory)}, together {both}"
+                )
+        twin = self._loaded(self._text.text([*head, *self._notes]))
         taken = Taken((first, *self._others))
-        for own in own_values(file.farm):
-            if own.kind not in MAY_BE_SHARED and (holder := taken.holder(own.kind, own.value)):
+        for value in own_values(twin.farm):
+            if value.kind not in MAY_BE_SHARED and (holder := taken.holder(value.kind, value.value)):
                 raise Conflict(
-                    f"{own.kind} {own.value} is farm {holder}'s already",
-                    remedy="give --as another name, or the VM another --hostname or --address",
+                    f"{value.kind} {value.value} is farm {holder}'s already",
+                    remedy=_OTHERS,
                 )
         for other in (first, *self._others):
-            if other.network.subnet is None or not _overlap(file.farm, other.network.subnet):
+            if other.network.subnet is None or not _overlap(twin.farm, other.network.subnet):
                 continue
-            for low, high in both_may_give(other, file.farm):
+            for low, high in both_may_give(other, twin.farm):
                 self._notes.append(
                     f"{other.path}: both farms may give out {_stretch(low, high)}: add that to "
                     "'reserved' there"
                 )
-        if self._around.unread:
-            self._notes += (f"not looked at: {one}" for one in self._around.unread)
-        whole = self._text.text([*head, *self._notes])
-        file = FarmFile.of(whole.encode(), asked.out)
-        found = differences(self._file, file)
+        self._notes += (f"not looked at: farm {one}" for one in self._around.unread)
+        text = self._text.text([*head, *self._notes])
+        found = differences(self._file, self._loaded(text))
         own = tuple(one for one in found if one.group is DifferenceGroup.OWN)
-        return Twin(asked.name, asked.out, first.path, whole, own, tuple(self._notes))
+        mode = stat.S_IMODE(first.path.stat().st_mode)
+        return Twin(asked.name, asked.out, first.path, text, mode, own, tuple(self._notes))
+
+    def _loaded(self, text: str) -> FarmFile:
+        """As it is loaded once it is written."""
+        try:
+            return FarmFile.of(text.encode(), self._asked.out)
+        except InventoryError as error:
+            raise UsageError(
+                f"the second farm's file would not load: {error.problems[0].message}",
+                remedy="give the names, addresses or ports yourself; or change that in the first file",
+                detail="\n".join(map(str, error.problems)),
+            ) from error
 
 
 def _renamer(old: str, new: str) -> Callable[[str], str]:
