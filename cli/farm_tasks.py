@@ -15,8 +15,8 @@ from inventory.errors import Call, Text, UsageError, joined
 from inventory.values import check_hostname, check_label, check_revision, to_address, to_int, to_subnet
 
 if TYPE_CHECKING:
-    from provision.farm_difference import Difference
-    from provision.twin import Endpoint, Twin
+    from provision.farm_difference import FarmDifference
+    from provision.twin import Twin, TwinEndpoint
 
 Names = Sequence[str] | None
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def _twin_view(made: Twin, *, planned: bool) -> TaskResult:
     return TaskResult(data, joined(lines, "\n"))
 
 
-def _table(found: Sequence[Difference]) -> str:
+def _table(found: Sequence[FarmDifference]) -> str:
     rows = []
     for one in found:
         sides = (one.first, one.second)
@@ -134,7 +134,7 @@ def _table(found: Sequence[Difference]) -> str:
     return views.table(("WHAT", "FIRST", "SECOND", "FIRST IN", "SECOND IN"), rows)
 
 
-def _as_data(one: Difference) -> Mapping[str, object]:
+def _as_data(one: FarmDifference) -> Mapping[str, object]:
     sides = {"first": one.first, "second": one.second}
     return {
         "what": one.what,
@@ -165,15 +165,15 @@ def _number(text: str) -> int:
     return -int(found) if text.startswith("-") else int(found)
 
 
-def _endpoint(text: str) -> Endpoint:
-    from provision.twin import Endpoint
+def _endpoint(text: str) -> TwinEndpoint:
+    from provision.twin import TwinEndpoint
 
     address, colon, port = text.partition(":")
     number = _number(port) if colon else None
     if number is not None and not 0 < number < 65536:
         raise ValueError(f"{port[:20]!r} is not a port from 1 to 65535")
     found: Any = to_address(address)
-    return Endpoint(IPv4Address(found), number)
+    return TwinEndpoint(IPv4Address(found), number)
 
 
 def _by_vm(option: str, given: Names, how: Callable[[str], T]) -> dict[str, T]:

@@ -44,7 +44,7 @@ class DifferenceSide:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class FarmDifference:
     """``what``: its path, as messages have it."""
 
     group: DifferenceGroup
@@ -82,7 +82,7 @@ class FarmFile:
         return self.side(leaf.path, leaf.shown(there) if there else str(leaf))
 
 
-def differences(first: FarmFile, second: FarmFile) -> tuple[Difference, ...]:
+def differences(first: FarmFile, second: FarmFile) -> tuple[FarmDifference, ...]:
     """All, in the order of the model; what clashes comes last."""
     return (*_compared(first, second), *clashes(first, second))
 
@@ -90,7 +90,7 @@ def differences(first: FarmFile, second: FarmFile) -> tuple[Difference, ...]:
 # ---- What isn't the same
 
 
-def _compared(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
+def _compared(first: FarmFile, second: FarmFile) -> Iterator[FarmDifference]:
     ours, theirs = _known(first.farm), _known(second.farm)
     grouped = _Groups(first.farm, second.farm)
     told: set[Path] = set()
@@ -100,7 +100,7 @@ def _compared(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
         if one and other:
             if placed(one, first.farm) != placed(other, second.farm):
                 group = grouped.of(one, other)
-                yield Difference(group, _name(key), first.said(one), second.said(other))
+                yield FarmDifference(group, _name(key), first.said(one), second.said(other))
             continue
         # the largest part of the file that the other one hasn't
         whole = next(key[:size] for size in range(1, len(key) + 1) if key[:size] not in both)
@@ -114,7 +114,7 @@ def _compared(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
         has = here.said(leaf) if whole == key else here.side(path, "there")
         lacks = there.side(_as_far_as(there, path), "")
         sides = (has, lacks) if one else (lacks, has)
-        yield Difference(grouped.alone(whole), _name(whole), *sides)
+        yield FarmDifference(grouped.alone(whole), _name(whole), *sides)
     yield from _order(first, second)
 
 
@@ -150,7 +150,7 @@ def _as_far_as(file: FarmFile, path: Path) -> Path:
     return next(path[:size] for size in range(len(path), -1, -1) if file.places.node(path[:size]))
 
 
-def _order(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
+def _order(first: FarmFile, second: FarmFile) -> Iterator[FarmDifference]:
     one, other = (
         [step.name for step in farm.cycle.steps] if farm.cycle else []
         for farm in (first.farm, second.farm)
@@ -159,7 +159,7 @@ def _order(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
     if common != [name for name in other if name in one]:
         path: Path = ("cycle", "steps")
         sides = first.side(path, ", ".join(one)), second.side(path, ", ".join(other))
-        yield Difference(DifferenceGroup.DIFFERS, "order of cycle.steps", *sides)
+        yield FarmDifference(DifferenceGroup.DIFFERS, "order of cycle.steps", *sides)
 
 
 def _name(key: Path) -> str:
@@ -223,19 +223,19 @@ def _count(value: object) -> int:
 # ---- What is the same, and must not be
 
 
-def clashes(first: FarmFile, second: FarmFile) -> Iterator[Difference]:
+def clashes(first: FarmFile, second: FarmFile) -> Iterator[FarmDifference]:
     """What both have, where only one may; and addresses that both may give to somebody."""
     known = {(own.kind, own.value): own for own in own_values(first.farm)}
     for own in own_values(second.farm):
         other = known.get((own.kind, own.value))
         if other is not None and own.kind not in MAY_BE_SHARED:
             sides = first.side(other.path, own.value), second.side(own.path, own.value)
-            yield Difference(DifferenceGroup.CLASH, f"{own.kind} ({_name(own.path)})", *sides)
+            yield FarmDifference(DifferenceGroup.CLASH, f"{own.kind} ({_name(own.path)})", *sides)
     for low, high in both_may_give(first.farm, second.farm):
         text = f"{low}-{high}" if low != high else str(low)
         path: Path = ("network", "reserved")
         both = first.side(path, text), second.side(path, text)
-        yield Difference(DifferenceGroup.CLASH, "addresses that both may give out", *both)
+        yield FarmDifference(DifferenceGroup.CLASH, "addresses that both may give out", *both)
 
 
 def both_may_give(first: Farm, second: Farm) -> Iterator[tuple[IPv4Address, IPv4Address]]:

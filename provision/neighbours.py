@@ -57,7 +57,7 @@ def addresses_of(farm: Farm) -> frozenset[int]:
 
 
 @dataclass(slots=True)
-class Taken:
+class TakenHere:
     """What somebody on this machine has: values of these farms, MACs and ports that were given out, and
     ports that are listened on. What is chosen is to be added."""
 

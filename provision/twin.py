@@ -31,13 +31,13 @@ from inventory.places import Path as Place
 from inventory.reading import read
 from inventory.sizes import format_size
 from provision.farm_difference import (
-    Difference,
     DifferenceGroup,
+    FarmDifference,
     FarmFile,
     both_may_give,
     differences,
 )
-from provision.neighbours import Neighbours, Taken, addresses_of, neighbours
+from provision.neighbours import Neighbours, TakenHere, addresses_of, neighbours
 from provision.network.renderer import Renderer
 from provision.network.service import services
 from provision.own_values import (
@@ -56,7 +56,7 @@ _SUBNETS = 256  # that are looked at for a free one
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class TwinEndpoint:
     """Where a VM's twin is. ``port``: of its ssh; None: as the first one's."""
 
     address: IPv4Address
@@ -74,7 +74,7 @@ class TwinAsked:
     revision: str = ""
     subnet: IPv4Network | None = None
     range: tuple[IPv4Address, IPv4Address] | None = None
-    endpoints: Mapping[str, Endpoint] = field(default_factory=dict)
+    endpoints: Mapping[str, TwinEndpoint] = field(default_factory=dict)
     hostnames: Mapping[str, str] = field(default_factory=dict)
     shift: int | None = None
 
@@ -89,7 +89,7 @@ class Twin:
     of: Path
     text: str
     mode: int
-    own: tuple[Difference, ...]
+    own: tuple[FarmDifference, ...]
     notes: tuple[str, ...]
 
     def write(self) -> None:
@@ -138,7 +138,7 @@ class _TwinMaker:
             FarmPaths(asked.name).root.exists()
         ):
             raise Conflict(f"there is a farm {asked.name} here already", remedy="--as ANOTHER")
-        self._taken = Taken((first, *self._others))
+        self._taken = TakenHere((first, *self._others))
         self._notes: list[str] = []
         self._hosts: dict[str, str] = {}  # of repositories' URLs
         self._renamed = _renamer(first.farm, asked.name)
@@ -534,7 +534,7 @@ class _TwinMaker:
                     f"host {host}: each farm keeps to its own {format_size(memory)}, together {both}"
                 )
         twin = self._loaded(self._text.text([*head, *self._notes]))
-        taken = Taken((first, *self._others))
+        taken = TakenHere((first, *self._others))
         for value in own_values(twin.farm):
             if value.kind not in MAY_BE_SHARED and (holder := taken.holder(value.kind, value.value)):
                 raise Conflict(

@@ -82,8 +82,8 @@ class Kea(Service):
 
     def apart(self, other: OtherNames) -> Apart:
         note = (
-            "each Kea reads one file: this farm's is for one of its own, on a bridge of its own; its "
-            "'reload' commands are to start that (ISC dhcpd and dnsmasq serve two farms on one bridge)"
+            "each Kea reads one file: this farm's is for one of its own, on a bridge of its own, that "
+            "the 'reload' commands start, with a directory 'leases' (dhcpd and dnsmasq serve two farms)"
         )
         return Apart(super().apart(other).keys, note)
 
